@@ -30,6 +30,7 @@ mod faults;
 mod faulty_token;
 mod file_messages;
 mod hang;
+mod hanging_calls;
 mod json;
 mod last_uses;
 mod listeners;
@@ -71,5 +72,6 @@ mod token_states;
 mod tokens;
 mod trusted_files;
 mod wire;
+mod worker_key;
 
 use keybroker_test_support::{faulty, identity, servers, softhsm};

@@ -1,8 +1,8 @@
-//! Negative tests: what must fail with a key is tried. The attribute check believes what a token says of a key; these
-//! tests do not. If the token performs one of the operations, the test fails: the token is not used, and the message
-//! names the test.
+//! Negative tests try operations that must fail with a key. The attribute check relies on the attributes that the token
+//! reports; these tests do not. If the token performs one of the operations, the test fails: the token is not used, and
+//! the message contains the name of the test.
 //!
-//! A failed test that a named exception of the configuration accepts is reported instead of refused. No exception
+//! A failed test that an exception in the configuration accepts is reported, and the token is still used. No exception
 //! accepts a key that can be read, wrapped, or copied with weaker attributes.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
@@ -11,7 +11,7 @@ use aws_lc_rs::rsa::{Pkcs1PublicEncryptingKey, PublicEncryptingKey};
 use cryptoki::{
     error::{Error, RvError},
     mechanism::Mechanism,
-    object::{Attribute, AttributeType},
+    object::{Attribute, AttributeType, ObjectHandle},
 };
 use keybroker_pkcs11_ffi::Session;
 
@@ -30,30 +30,34 @@ use attempts::{
     wraps_under_rsa, wraps_with_gcm,
 };
 
-/// Any: nothing is ever unwrapped again.
+/// The value does not matter, because nothing is ever unwrapped.
 const IV: [u8; 16] = [0; 16];
 
-/// Whose keys are tried.
+/// The keys that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// Keys that records are wrapped under: only what changes nothing if it succeeds.
+    /// Keys that protect records. Only tests that change nothing are run on them.
     InUse,
-    /// Keys that were made to be tried, and end with the session.
+    /// Keys that were made for testing and end with the session.
     Throwaway,
 }
 
-/// One thing that must fail.
+/// An operation that must fail.
 #[derive(Clone, Copy)]
 pub struct NegativeTest {
-    /// Its name in `token.spared_tests` and in messages.
+    /// The name of the test in `token.spared_tests` and in messages.
     pub name: &'static str,
-    /// What it would mean if the token did it, as a sentence without its end.
+    /// What the success of the operation means, as a sentence without a full stop.
     pub meaning: &'static str,
-    /// The exception that gives it away.
+    /// The exception that accepts the operation.
     pub accepted_by: Option<&'static str>,
-    /// Whether it changes a key when it succeeds, so that it is run on throwaway keys only.
+    /// Whether the operation changes a key if it succeeds. A test that may change a key is run only on keys that were
+    /// made for testing.
     pub changes_the_key: bool,
-    /// Whether `token.spared_tests` may name it. Whether a key can be read, wrapped or copied with weaker attributes is always tried.
+    /// Whether the test needs an integrity key that is an object on the token. Without such a key, the test is not run.
+    needs_integrity_object: bool,
+    /// Whether `token.spared_tests` may contain the test. The tests whether a key can be read, wrapped or copied with
+    /// weaker attributes are always run.
     pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
 }
@@ -64,28 +68,43 @@ impl std::fmt::Debug for NegativeTest {
     }
 }
 
-/// What came of a test that the token did not end by a return code.
+/// The result of a test, if the token did not end it with a return code.
 #[derive(Debug)]
 enum Done {
-    /// What must fail.
+    /// The forbidden operation succeeded.
     It,
-    /// What must fail, and the object that it made was not removed.
+    /// The forbidden operation succeeded, and the object that it made was not removed.
     Kept(Fault),
-    /// Nothing that matters.
+    /// The operation had no relevant effect.
     Nothing,
-    /// The token cannot make the test: it does the same with no other key either.
+    /// The token cannot run the test, because it performs the operation with no other key either.
     NotMade,
 }
 
-/// What a test has at hand.
+/// The objects that a test uses.
 struct Subjects<'a> {
-    /// For this test alone.
+    /// A session for this test only.
     session: &'a Session,
     pair: &'a KeyPair,
     self_test: &'a SelfTest,
     helpers: Helpers,
     /// A ciphertext with the padding of PKCS #1 v1.5.
     pkcs1: Option<&'a [u8]>,
+}
+
+impl Subjects<'_> {
+    /// The integrity key as an object.
+    fn integrity(&self) -> ObjectHandle {
+        let object = self.pair.integrity_key.object();
+        object.expect("a test that needs it is run only if there is one")
+    }
+}
+
+impl NegativeTest {
+    /// Returns whether the test can be run with this key.
+    fn applies_to(&self, pair: &KeyPair) -> bool {
+        !self.needs_integrity_object || pair.integrity_key.object().is_some()
+    }
 }
 
 /// All tests, in the order in which they are run.
@@ -100,11 +119,11 @@ pub const TESTS: &[NegativeTest] = &[
         "a prime factor of the modulus can be read",
         |on| readable(on, on.pair.private, AttributeType::Prime1),
     ),
-    never(
+    on_object(never(
         "read-integrity-key",
         "the integrity key can be read",
-        |on| readable(on, on.pair.integrity_key, AttributeType::Value),
-    ),
+        |on| readable(on, on.integrity(), AttributeType::Value),
+    )),
     never(
         "wrap-private-aes-kw",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP",
@@ -125,65 +144,65 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key can be wrapped with CKM_AES_GCM",
         |on| wraps_with_gcm(on, on.pair.private),
     ),
-    never(
+    on_object(never(
         "wrap-integrity-aes-kw",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP",
-        |on| wraps(on, &Mechanism::AesKeyWrap, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesKeyWrap, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-kwp",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PAD",
-        |on| wraps(on, &Mechanism::AesKeyWrapPad, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesKeyWrapPad, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-cbc",
         "the integrity key can be wrapped with CKM_AES_CBC_PAD",
-        |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesCbcPad(IV), on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-cbc-unpadded",
         "the integrity key can be wrapped with CKM_AES_CBC",
-        |on| wraps(on, &Mechanism::AesCbc(IV), on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesCbc(IV), on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-ecb",
         "the integrity key can be wrapped with CKM_AES_ECB",
-        |on| wraps(on, &Mechanism::AesEcb, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesEcb, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-gcm",
         "the integrity key can be wrapped with CKM_AES_GCM",
-        |on| wraps_with_gcm(on, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps_with_gcm(on, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-rsa-oaep",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS_OAEP",
         |on| wraps_under_rsa(on, &oaep_sha1()),
-    ),
-    never(
+    )),
+    on_object(never(
         "wrap-integrity-rsa-pkcs1",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS",
         |on| wraps_under_rsa(on, &Mechanism::RsaPkcs),
-    ),
-    never(
+    )),
+    on_object(never(
         "derive-integrity-part",
         "a part of the integrity key can be made a key of its own, which is short enough to be guessed",
-        |on| derives(on, &of_a_part(), on.pair.integrity_key, PART_BYTES, &[]),
-    ),
-    never(
+        |on| derives(on, &of_a_part(), on.integrity(), PART_BYTES, &[]),
+    )),
+    on_object(never(
         "derive-integrity-readable",
         "a readable key can be derived from the integrity key",
         |on| {
             derives(
                 on,
                 &with_known_data(),
-                on.pair.integrity_key,
+                on.integrity(),
                 SECRET_KEY_BYTES,
                 &readable_template(),
             )
         },
-    ),
-    unless(
+    )),
+    on_object(unless(
         "CKA_DERIVE",
         "derive-integrity",
         "keys can be derived from the integrity key",
@@ -191,12 +210,12 @@ pub const TESTS: &[NegativeTest] = &[
             derives(
                 on,
                 &with_known_data(),
-                on.pair.integrity_key,
+                on.integrity(),
                 SECRET_KEY_BYTES,
                 &[],
             )
         },
-    ),
+    )),
     unless(
         "CKA_DERIVE",
         "derive-private",
@@ -221,34 +240,28 @@ pub const TESTS: &[NegativeTest] = &[
         "a readable copy of the RSA private key can be made",
         |on| copies(on, on.pair.private, Some(Attribute::Sensitive(false))),
     ),
-    never(
+    on_object(never(
         "copy-integrity-extractable",
         "an extractable copy of the integrity key can be made",
-        |on| {
-            copies(
-                on,
-                on.pair.integrity_key,
-                Some(Attribute::Extractable(true)),
-            )
-        },
-    ),
-    never(
+        |on| copies(on, on.integrity(), Some(Attribute::Extractable(true))),
+    )),
+    on_object(never(
         "copy-integrity-readable",
         "a readable copy of the integrity key can be made",
-        |on| copies(on, on.pair.integrity_key, Some(Attribute::Sensitive(false))),
-    ),
+        |on| copies(on, on.integrity(), Some(Attribute::Sensitive(false))),
+    )),
     unless(
         "CKA_COPYABLE",
         "copy-private",
         "the RSA private key can be copied",
         |on| copies(on, on.pair.private, None),
     ),
-    unless(
+    on_object(unless(
         "CKA_COPYABLE",
         "copy-integrity",
         "the integrity key can be copied",
-        |on| copies(on, on.pair.integrity_key, None),
-    ),
+        |on| copies(on, on.integrity(), None),
+    )),
     unless(
         "CKA_ALLOWED_MECHANISMS",
         "decrypt-raw",
@@ -273,18 +286,18 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key unwraps keys into objects",
         unwraps,
     ),
-    unless(
+    on_object(unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha224",
         "the integrity key makes MACs with another hash (CKM_SHA224_HMAC)",
-        |on| signs(on, &Mechanism::Sha224Hmac, on.pair.integrity_key),
-    ),
-    unless(
+        |on| signs(on, &Mechanism::Sha224Hmac, on.integrity()),
+    )),
+    on_object(unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha512",
         "the integrity key makes MACs with another hash (CKM_SHA512_HMAC)",
-        |on| signs(on, &Mechanism::Sha512Hmac, on.pair.integrity_key),
-    ),
+        |on| signs(on, &Mechanism::Sha512Hmac, on.integrity()),
+    )),
     input(
         "verify-short-mac",
         "a MAC that is cut short verifies",
@@ -296,7 +309,7 @@ pub const TESTS: &[NegativeTest] = &[
     input(
         "decrypt-truncated",
         "a ciphertext that is cut short decrypts",
-        // Cut at its end: without a leading zero byte it would be the same number, which some tokens accept.
+        // Truncated at the end: without a leading zero byte it would be the same number, which some tokens accept.
         |on| {
             let wrapped = on.self_test.wrapped();
             decrypts_oaep(on, &wrapped[..wrapped.len() - 1])
@@ -317,16 +330,16 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key can be made readable",
         |on| sets(on, on.pair.private, Attribute::Sensitive(false)),
     ),
-    changes(
+    on_object(changes(
         "set-integrity-extractable",
         "the integrity key can be made extractable",
-        |on| sets(on, on.pair.integrity_key, Attribute::Extractable(true)),
-    ),
-    changes(
+        |on| sets(on, on.integrity(), Attribute::Extractable(true)),
+    )),
+    on_object(changes(
         "set-integrity-readable",
         "the integrity key can be made readable",
-        |on| sets(on, on.pair.integrity_key, Attribute::Sensitive(false)),
-    ),
+        |on| sets(on, on.integrity(), Attribute::Sensitive(false)),
+    )),
 ];
 
 const fn never(
@@ -339,12 +352,20 @@ const fn never(
         meaning,
         accepted_by: None,
         changes_the_key: false,
+        needs_integrity_object: false,
         can_be_spared: false,
         run,
     }
 }
 
-/// A test of what the token accepts as right.
+const fn on_object(test: NegativeTest) -> NegativeTest {
+    NegativeTest {
+        needs_integrity_object: true,
+        ..test
+    }
+}
+
+/// A test of invalid input that the token must reject.
 const fn input(
     name: &'static str,
     meaning: &'static str,
@@ -380,25 +401,26 @@ const fn changes(
     }
 }
 
-/// What the settings say of the tests.
+/// The settings for the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// Exceptions by name: what they give up is reported, not refused.
+    /// The attribute exceptions. A risk that they accept is reported, but the token is still used.
     pub(super) exceptions: &'a [String],
-    /// Tests that the token is spared, by name.
+    /// The names of the tests that are not run.
     pub(super) spared: &'a [String],
 }
 
-/// What the tests found that is no reason to refuse the token.
+/// The findings that are no reason to refuse the token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Report {
-    /// Meanings of tests that succeeded and that an exception accepts.
+    /// The meanings of failed tests that an exception accepts.
     pub(super) given_away: Vec<&'static str>,
-    /// Names of tests that the token cannot make.
+    /// The names of the tests that the token cannot run.
     pub(super) not_made: Vec<&'static str>,
 }
 
-/// Runs the tests on one key, each in a session for itself, because some tokens leave a failed operation stuck in theirs.
+/// Runs the tests on one key. Each test gets its own session, because some tokens leave a failed operation active in
+/// its session.
 pub(super) fn run(
     open: impl Fn() -> Result<KeySession, Fault>,
     pair: &KeyPair,
@@ -413,7 +435,8 @@ pub(super) fn run(
     let mut report = Report::default();
     for test in TESTS {
         let is_spared = terms.spared.iter().any(|name| name == test.name);
-        if is_spared || test.changes_the_key && subject == Subject::InUse {
+        if is_spared || !test.applies_to(pair) || test.changes_the_key && subject == Subject::InUse
+        {
             continue;
         }
         let session = open()?;
@@ -428,7 +451,7 @@ pub(super) fn run(
             Ok(Done::Nothing) => {}
             Ok(Done::NotMade) => report.not_made.push(test.name),
             Ok(Done::Kept(fault)) => {
-                let left = "what it made was not removed; look for it with the vendor's tool";
+                let left = "the object that the test made was not removed; find and remove it with the vendor's tool";
                 return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
             }
             Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
@@ -445,7 +468,7 @@ fn is_accepted(test: &NegativeTest, terms: Terms<'_>) -> bool {
         .is_some_and(|exception| terms.exceptions.iter().any(|name| name == exception))
 }
 
-/// Made in software. Absent if the library cannot do it with this key.
+/// Makes a ciphertext in software. `None` if the library does not support this key.
 fn pkcs1_ciphertext(public: &PublicSide, self_test: &SelfTest) -> Option<Vec<u8>> {
     let key = PublicEncryptingKey::from_der(&public.spki).ok()?;
     let key = Pkcs1PublicEncryptingKey::new(key).ok()?;
@@ -470,7 +493,7 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Any code refuses, but those that say that the token or the session cannot do anything at the moment.
+/// Any code is a refusal, except for codes that say that the token or the session cannot do anything at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

@@ -25,11 +25,19 @@ pub enum IntegrityKey {
     Sha256Hmac,
     /// `CKK_SHA256_HMAC`, generated with the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`. For Entrust `nShield`.
     Nshield,
+    /// A key in the memory of the workers instead of an object on the token. A file holds the key, wrapped under the
+    /// RSA key. This kind is for tokens without keys for HMAC.
+    Worker,
 }
 
 impl IntegrityKey {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
+    pub const ALL: [Self; 4] = [
+        Self::GenericSecret,
+        Self::Sha256Hmac,
+        Self::Nshield,
+        Self::Worker,
+    ];
 
     /// The name in the configuration.
     pub const fn as_str(self) -> &'static str {
@@ -37,19 +45,13 @@ impl IntegrityKey {
             Self::GenericSecret => "generic-secret",
             Self::Sha256Hmac => "sha256-hmac",
             Self::Nshield => "nshield",
+            Self::Worker => "worker",
         }
     }
 
     /// Parses the name in the configuration.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
-    }
-
-    /// Returns this kind, followed by the others.
-    pub fn and_others(self) -> impl Iterator<Item = Self> {
-        [self]
-            .into_iter()
-            .chain(Self::ALL.into_iter().filter(move |other| *other != self))
     }
 }
 
@@ -79,14 +81,14 @@ pub struct Settings {
     /// File with the user PIN, which only its owner may read. `$CREDENTIALS_DIRECTORY/` at the beginning stands for the
     /// directory of systemd credentials.
     pub pin_file: Option<PathBuf>,
-    /// Number of worker processes. Set it to 1 if the token allows only one client.
+    /// Number of worker processes. Set `workers` to 1 if the token allows only one client.
     #[serde(default = "Settings::default_workers")]
     pub workers: usize,
     /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Most waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal with the most
-    /// waiting jobs.
+    /// Largest number of waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal
+    /// with the most waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
     /// Weight of principals by name, when jobs of several principals wait. A principal with weight 4 gets four times
@@ -106,8 +108,15 @@ pub struct Settings {
     /// The kind of object of this token's integrity keys.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
-    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). They are left out of templates. They
-    /// may be absent, but must not have a wrong value.
+    /// Directory with the files of wrapped integrity keys, for `integrity_key = "worker"`. There is one file `ID.json`
+    /// for each wrapping key.
+    #[serde(default)]
+    pub integrity_key_directory: Option<PathBuf>,
+    /// SHA-256 of each of these files, by the id of its wrapping key. Both are written as hexadecimal digits.
+    #[serde(default)]
+    pub integrity_key_digests: BTreeMap<String, String>,
+    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Excepted attributes are left out of
+    /// templates. An excepted attribute may be absent, but must not have a wrong value.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
@@ -125,6 +134,18 @@ impl Settings {
     /// Whether the token is used without a login: it has no PIN, and its access is controlled outside PKCS#11.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
+    }
+
+    /// Whether integrity keys may be in the memory of the workers.
+    pub fn permits_integrity_key_in_worker(&self) -> bool {
+        self.integrity_key == IntegrityKey::Worker
+    }
+
+    /// Returns the path with `$CREDENTIALS_DIRECTORY` expanded. A path that cannot be expanded is returned unchanged,
+    /// so that the message names it.
+    fn resolved_integrity_key_directory(&self) -> Option<PathBuf> {
+        let directory = self.integrity_key_directory.as_deref()?;
+        Some(trusted_file::expand(directory).unwrap_or_else(|_| directory.to_owned()))
     }
 
     fn default_workers() -> usize {
@@ -153,6 +174,11 @@ impl Settings {
             state_directory: state_directory.to_string_lossy().into_owned(),
             allow_oaep_sha1: self.allow_oaep_sha1,
             integrity_key: self.integrity_key.as_str().to_owned(),
+            integrity_key_directory: self
+                .resolved_integrity_key_directory()
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            integrity_key_digests: self.integrity_key_digests.clone().into_iter().collect(),
             access_outside_pkcs11: self.access_control == AccessControl::OutsidePkcs11,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
@@ -187,6 +213,8 @@ impl Settings {
                 AccessControl::Login
             },
             integrity_key: IntegrityKey::parse(&setup.integrity_key).unwrap_or_default(),
+            integrity_key_directory: given(&setup.integrity_key_directory).map(PathBuf::from),
+            integrity_key_digests: setup.integrity_key_digests.clone().into_iter().collect(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
             initialize_string: given(&setup.initialize_string),

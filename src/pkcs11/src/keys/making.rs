@@ -1,4 +1,4 @@
-//! Making a wrapping key and its integrity key, and finding out why a token does not make them.
+//! Makes a wrapping key and its integrity key, and finds out why a token refuses to make them.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -10,7 +10,7 @@ use cryptoki::{
     object::{Attribute, ObjectHandle},
 };
 
-use keybroker_core::key::{ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_core::key::{ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId};
 use keybroker_pkcs11_ffi::Session;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
@@ -18,23 +18,24 @@ use crate::{
     attribute_check::{self, Exception},
     calling,
     classify::{Class, Fault},
+    mac_key::{MacKey, WorkerKey},
     operation,
 };
 
 use super::{
     KeyPair, own_integrity_id,
     templates::{
-        Lifetime, adapted, integrity_mechanism, integrity_template, is_named, private_template,
-        public_template,
+        HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, is_named,
+        private_template, public_template,
     },
 };
 
-/// Length of the modulus of a pair that ends with its session.
+/// Modulus length of a key pair that ends with its session.
 const SESSION_PAIR_BITS: u32 = 2_048;
-/// What the MAC of a new integrity key is made over. No row has such a message.
+/// The message for the trial MAC of a new integrity key. No row has this message.
 const MAC_TRIAL: &[u8] = b"keybroker trial of a new integrity key";
 
-/// What the settings say of the keys to be made.
+/// The settings for new keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms<'a> {
     pub(crate) exceptions: &'a [String],
@@ -50,7 +51,7 @@ impl<'a> Terms<'a> {
     }
 }
 
-/// What a run made on the token.
+/// The objects that this run made on the token.
 #[derive(Debug)]
 pub(crate) struct Made {
     pub(crate) pair: KeyPair,
@@ -58,15 +59,17 @@ pub(crate) struct Made {
 }
 
 impl Made {
-    /// Removes all three objects. A failure says which of them are left.
+    /// Removes all objects. The error says which objects are left.
     pub(crate) fn remove(&self, session: &Session) -> Result<(), Fault> {
+        let integrity_key = self.pair.integrity_key.object();
         let objects = [
-            ("the RSA private key", self.pair.private),
-            ("the integrity key", self.pair.integrity_key),
-            ("the RSA public key", self.public),
+            Some(("the RSA private key", self.pair.private)),
+            integrity_key.map(|object| ("the integrity key", object)),
+            Some(("the RSA public key", self.public)),
         ];
         let left: Vec<String> = objects
             .into_iter()
+            .flatten()
             .filter_map(|(what, object)| {
                 let fault = destroy(session, object).err()?;
                 Some(format!("{what} ({fault})"))
@@ -78,7 +81,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "Of key {}, which this run made, the token did not remove {}; remove it with the vendor's tool",
+                "the token did not remove {1} of key {0}, which this run made; remove it with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),
@@ -91,7 +94,7 @@ fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fault> {
     Ok(session.destroy_object(object)?)
 }
 
-/// Makes an RSA pair and an integrity key under one fresh id. The session must be read-write.
+/// Makes an RSA pair and an integrity key under a new id. The session must be read-write.
 pub(crate) fn generate(
     session: &Session,
     modulus_bits: u32,
@@ -100,16 +103,16 @@ pub(crate) fn generate(
     make(session, modulus_bits, Lifetime::Token, terms)
 }
 
-/// The same with keys that end with the session, to try what the token can do.
+/// Makes keys that end with the session, to find out what the token can do.
 pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Result<Made, Refusal> {
     let made = make(session, SESSION_PAIR_BITS, Lifetime::Session, terms)?;
-    // Some tokens make a generic secret and refuse to use it for HMAC.
+    // Some tokens generate a generic secret but refuse to use it for HMAC.
     match operation::mac(session, &made.pair, MAC_TRIAL) {
         Err(fault) if depends_on_the_template(&fault) => {
-            // They end with the session at the latest.
+            // The keys end with the session at the latest.
             let _removed = made.remove(session);
             Err(Refusal {
-                making: Some(Making::IntegrityKey(terms.integrity_key)),
+                making: HmacKey::of(terms.integrity_key).map(Making::IntegrityKey),
                 fault,
             })
         }
@@ -117,23 +120,23 @@ pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Resul
     }
 }
 
-/// Which of the two a token refused to make.
+/// The key that a token refused to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Making {
-    IntegrityKey(IntegrityKey),
+    IntegrityKey(HmacKey),
     RsaPair,
 }
 
 impl fmt::Display for Making {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::IntegrityKey(IntegrityKey::GenericSecret) => {
+            Self::IntegrityKey(HmacKey::GenericSecret) => {
                 "the integrity key (CKM_GENERIC_SECRET_KEY_GEN)"
             }
-            Self::IntegrityKey(IntegrityKey::Sha256Hmac) => {
+            Self::IntegrityKey(HmacKey::Sha256Hmac) => {
                 "the integrity key (CKM_GENERIC_SECRET_KEY_GEN with CKK_SHA256_HMAC)"
             }
-            Self::IntegrityKey(IntegrityKey::Nshield) => {
+            Self::IntegrityKey(HmacKey::Nshield) => {
                 "the integrity key (CKM_NC_SHA256_HMAC_KEY_GEN)"
             }
             Self::RsaPair => "the RSA key pair (CKM_RSA_PKCS_KEY_PAIR_GEN)",
@@ -141,10 +144,10 @@ impl fmt::Display for Making {
     }
 }
 
-/// Why no keys were made. What had been made before the refusal is removed.
+/// Why no keys were made. Objects that were made before the refusal are removed.
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    /// What was refused; absent when it failed before.
+    /// The refused key; absent if the failure came earlier.
     pub(crate) making: Option<Making>,
     pub(crate) fault: Fault,
 }
@@ -164,8 +167,9 @@ impl From<Error> for Refusal {
     }
 }
 
-/// The integrity key first: it is the one that fewer tokens can make, and is made fast. It has the `CKA_ID` of the pair unless the
-/// token then refuses the pair: some tokens allow no second object with a `CKA_ID`.
+/// Makes the integrity key first, because fewer tokens can make it and it is made quickly. The integrity key gets the
+/// `CKA_ID` of the pair. If the token then refuses the pair, the integrity key is made again with a `CKA_ID` of its
+/// own, because some tokens allow no second object with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,
@@ -176,11 +180,29 @@ fn make(
     let own_id = own_integrity_id(id);
     refuse_taken(session, &ObjectId::from(id))?;
     refuse_taken(session, &own_id)?;
+    let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
+    let Some(kind) = HmacKey::of(terms.integrity_key) else {
+        let secret = WorkerKey::random()?;
+        let pair = make_rsa_pair(session, id, modulus_bits, lifetime, left_out);
+        let (public, private) = pair.map_err(|fault| Refusal {
+            making: Some(Making::RsaPair),
+            fault,
+        })?;
+        let objects = ObjectIds {
+            private: None,
+            integrity: IntegrityPlace::Worker,
+        };
+        let pair = KeyPair {
+            id,
+            objects,
+            private,
+            integrity_key: MacKey::InWorker(Some(secret)),
+        };
+        return Ok(Made { pair, public });
+    };
     let mut refused_pair = None;
     for integrity in [None, Some(own_id)] {
         let object = integrity.clone().unwrap_or_else(|| ObjectId::from(id));
-        let kind = terms.integrity_key;
-        let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
         let integrity_key = match make_integrity_key(session, id, &object, kind, lifetime, left_out)
         {
             Ok(integrity_key) => integrity_key,
@@ -193,13 +215,13 @@ fn make(
             Ok((public, private)) => {
                 let objects = ObjectIds {
                     private: None,
-                    integrity,
+                    integrity: integrity.map_or(IntegrityPlace::Token, IntegrityPlace::Object),
                 };
                 let pair = KeyPair {
                     id,
                     objects,
                     private,
-                    integrity_key,
+                    integrity_key: integrity_key.into(),
                 };
                 return Ok(Made { pair, public });
             }
@@ -238,7 +260,7 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     ))
 }
 
-/// Whether another template could make a difference.
+/// Whether the failure might not occur with another template.
 fn depends_on_the_template(fault: &Fault) -> bool {
     !matches!(
         fault.class,
@@ -250,7 +272,7 @@ fn make_integrity_key(
     session: &Session,
     id: WrappingKeyId,
     object: &ObjectId,
-    kind: IntegrityKey,
+    kind: HmacKey,
     lifetime: Lifetime,
     left_out: impl Fn(&Attribute) -> bool,
 ) -> Result<ObjectHandle, Fault> {
@@ -260,8 +282,8 @@ fn make_integrity_key(
     Ok(session.generate_key(&mechanism, &template)?)
 }
 
-/// The public and the private object. A token that refuses the smallest template of the public key is asked again with
-/// `CKA_PRIVATE`, which some tokens demand of every object.
+/// Makes the public and the private object. If the token refuses the smallest template of the public key, `CKA_PRIVATE`
+/// is added, which some tokens require for every object.
 fn make_rsa_pair(
     session: &Session,
     id: WrappingKeyId,
@@ -287,22 +309,22 @@ fn make_rsa_pair(
         .map_err(|_| refusal)
 }
 
-/// Why a token refuses to make a key, as far as trying shows.
+/// Why a token refuses to make a key, as far as that can be found out by trying.
 #[derive(Debug)]
 pub(crate) enum Cause {
-    /// It makes both keys with this kind of integrity key once these attributes are left out, too.
+    /// The token makes both keys with this kind of integrity key if these attributes are left out too.
     Settings {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,
     },
-    /// The template is good for a key of a session: the token does not keep keys, or has no room for one.
+    /// The token accepts the template for a key of a session. The token does not store keys, or has no room for one.
     NotTheTemplate,
-    /// It makes no such key for a session, even with every attribute left out that may be.
+    /// The token makes no such key even for a session without any attribute that may be left out.
     Unknown,
 }
 
-/// Finds out by trying which setting would help, with keys that end with the session. At most one try for each attribute that may be
-/// excepted, and two, for each kind of integrity key and for the RSA pair.
+/// Finds out by trying which setting would help, with keys that end with the session. For each kind of integrity key
+/// and for the RSA pair, it needs at most two attempts plus one for each attribute that may be excepted.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,
@@ -311,7 +333,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
     let (integrity_key, mut attributes) = match making {
         Making::RsaPair => (integrity_key, Vec::new()),
         Making::IntegrityKey(configured) => {
-            let found = configured.and_others().find_map(|kind| {
+            let found = HmacKey::all_with_first(configured.setting()).find_map(|kind| {
                 let refused = refused_of_integrity_key(session, kind, exceptions)?;
                 Some((kind, refused))
             });
@@ -320,11 +342,11 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
                 Some((kind, refused)) if kind == configured && refused.is_empty() => {
                     return Cause::NotTheTemplate;
                 }
-                Some(found) => found,
+                Some((kind, refused)) => (kind.setting(), refused),
             }
         }
     };
-    // So that the operator sees all of them at once.
+    // Includes the findings so far, so that the operator sees all attributes together.
     let excepted: Vec<String> = exceptions
         .iter()
         .cloned()
@@ -333,7 +355,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
     match (refused_of_rsa_pair(session, &excepted), making) {
         (Some(refused), _) => attributes.extend(refused),
         (None, Making::RsaPair) => return Cause::Unknown,
-        // What is known of the integrity key is of use.
+        // The findings about the integrity key are still useful.
         (None, Making::IntegrityKey(_)) => {}
     }
     if attributes.is_empty() && integrity_key == terms.integrity_key {
@@ -347,7 +369,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
 
 fn refused_of_integrity_key(
     session: &Session,
-    kind: IntegrityKey,
+    kind: HmacKey,
     exceptions: &[String],
 ) -> Option<Vec<Exception>> {
     let any = WrappingKeyId::from_bytes([0; ID_BYTES]);
@@ -361,7 +383,7 @@ fn refused_of_integrity_key(
             return false;
         };
         let is_of_use = operation::mac_with(session, key, MAC_TRIAL).is_ok();
-        // It ends with the session at the latest.
+        // The key ends with the session at the latest.
         let _destroyed = destroy(session, key);
         is_of_use
     })
@@ -373,7 +395,7 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
         let Ok(id) = fresh_id() else { return false };
         match make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out) {
             Ok((public, private)) => {
-                // They end with the session at the latest.
+                // The keys end with the session at the latest.
                 let _destroyed = [destroy(session, public), destroy(session, private)];
                 true
             }
@@ -382,8 +404,9 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
     })
 }
 
-/// The attributes of a template that a token refuses besides those that are excepted; none if leaving out all of them does not
-/// help. `works` tries with what it is given left out.
+/// Returns the attributes that a token refuses in a template, in addition to those that are already excepted. Returns
+/// `None` if the token refuses the template even without all of them. `works` tries the template without the given
+/// attributes.
 fn refused(
     template: &[Attribute],
     exceptions: &[String],

@@ -1,21 +1,23 @@
-//! Tokens that cannot express an attribute, have no read-only sessions, take their PIN at a pad, or lie.
+//! Tests tokens that do not support an attribute, have no read-only sessions, have a PIN pad, or report false values.
 
 use super::{
     Admin, OpenToken, USER_PIN, admin, faulty, id, init, open, pin, record, settings, with_softhsm,
 };
-use keybroker_core::key::ObjectIds;
-use keybroker_worker_protocol::{IntegrityKey, Settings};
+use keybroker_core::key::{IntegrityPlace, ObjectIds};
+use keybroker_worker_protocol::{
+    IntegrityKey, Settings, integrity_file::IntegrityFiles, oaep::WrapKey,
+};
 
 use crate::{admin::Verifier, classify::Class, keys, select::Registered};
 
-/// Objects on the token, of any kind.
+/// Counts the objects of all kinds on the token.
 fn objects() -> usize {
     let token = open();
     let found = token.anchor.find_objects(&[]).unwrap();
     found.len()
 }
 
-/// An attribute that the token neither takes in a template nor lets be read.
+/// An attribute that the token refuses in templates and does not let be read.
 fn unknown(name: &str) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"private\", \"secret\"]\n\
@@ -23,7 +25,7 @@ fn unknown(name: &str) -> String {
     )
 }
 
-/// An attribute that is set to something else, and reads as it was asked for.
+/// An attribute that the token sets to another value but reports as requested.
 fn lied_about(name: &str, part: &str, truth: bool) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"{part}\"]\n\
@@ -90,7 +92,7 @@ fn the_message_names_the_attributes_of_both_keys_at_once() {
     );
 }
 
-/// What a token does with keys for HMAC that are not generic secrets, and that their type restricts to one hash.
+/// Tests tokens whose HMAC keys are not generic secrets, and are restricted to one hash by their type.
 fn hmac_keys(also: &str) -> String {
     let others = ["CKM_SHA224_HMAC", "CKM_SHA512_HMAC"].map(|mechanism| {
         format!(
@@ -111,7 +113,7 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // Without the length and the mechanisms that the type implies.
+            // The template lacks the length and the mechanisms that the type implies.
             let by_type = hmac_keys("length = 32\n")
                 + "[[template]]\nfunction = \"C_GenerateKey\"\nrefuse = \"CKR_ATTRIBUTE_TYPE_INVALID\"\nonly = [\
                    \"CKA_CLASS\", \"CKA_KEY_TYPE\", \"CKA_TOKEN\", \"CKA_PRIVATE\", \"CKA_SENSITIVE\", \"CKA_EXTRACTABLE\", \
@@ -147,6 +149,190 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
     );
 }
 
+/// nShield generates a generic secret but refuses its first use. If the token makes no session keys, this refusal is
+/// found only with token keys.
+#[test]
+fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
+    with_softhsm(
+        "behaviours::an_integrity_key_that_is_refused_when_it_is_used_is_removed_again",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let late = hmac_keys("mechanism = 0xde436997\nrefuse_at_use = true\n");
+            let no_session_keys = "[[attribute]]\nname = \"CKA_TOKEN\"\nparts = [\"private\", \"secret\"]\n\
+                                   in_template = { refuse = \"CKR_ATTRIBUTE_VALUE_INVALID\", when = false }\n";
+            for (behaviour, words) in [
+                (
+                    late.clone(),
+                    [
+                        "set `integrity_key = \"nshield\"`",
+                        "TemplateInconsistent from C_SignInit",
+                        "No key was made",
+                    ],
+                ),
+                (
+                    late + no_session_keys,
+                    [
+                        "TemplateInconsistent from C_SignInit",
+                        "set `integrity_key` in [token]",
+                        "The key was removed again",
+                    ],
+                ),
+            ] {
+                faulty.behave(&behaviour);
+                let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                for word in words {
+                    assert!(message.contains(word), "{word}: {message}");
+                }
+                assert!(!message.contains("OAEP neither"), "{message}");
+                drop(admin);
+                assert_eq!(objects(), 0);
+            }
+        },
+    );
+}
+
+/// Behaves like a TPM, which makes no secret keys.
+const NO_SECRET_KEYS: &str = "[[rule]]\nname = \"no secret keys\"\nfunction = [\"C_GenerateKey\", \"C_UnwrapKey\"]\n\
+                              do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n";
+
+#[test]
+fn a_token_without_keys_for_hmac_gets_no_integrity_key_in_the_worker_by_itself() {
+    with_softhsm(
+        "behaviours::a_token_without_keys_for_hmac_gets_no_integrity_key_in_the_worker_by_itself",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(NO_SECRET_KEYS);
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            assert!(
+                message.contains("`integrity_key = \"worker\"`"),
+                "{message}"
+            );
+            drop(admin);
+            assert_eq!(objects(), 0, "no fall-back");
+        },
+    );
+}
+
+#[test]
+fn an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_that() {
+    with_softhsm(
+        "behaviours::an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_that",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(NO_SECRET_KEYS);
+            let directory = folder.join("integrity-keys");
+            std::fs::create_dir(&directory).unwrap();
+            let mut in_worker = Settings {
+                integrity_key: IntegrityKey::Worker,
+                integrity_key_directory: Some(directory),
+                ..settings.clone()
+            };
+            let admin = Admin::open(&in_worker, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            assert_eq!(key.objects.integrity, IntegrityPlace::Worker);
+            assert!(key.integrity_key.is_empty(), "no attributes to check");
+            assert!(
+                !key.not_tried.iter().any(|test| test.contains("integrity")),
+                "{:?}",
+                key.not_tried
+            );
+            let mac = admin.mac(key.id, b"a row").unwrap();
+            drop(admin);
+            assert_eq!(objects(), 2, "the RSA pair alone");
+            let text = key.integrity_key_file.unwrap();
+            assert!(!text.contains(&hex::encode(mac)));
+            let open_and_check = |settings: &Settings| {
+                let mut admin = Admin::open(settings, &record(), &pin(USER_PIN), false).unwrap();
+                let objects = ObjectIds {
+                    private: None,
+                    integrity: IntegrityPlace::Worker,
+                };
+                admin.know(key.id, objects);
+                let problem = admin.check(key.id).unwrap().problem;
+                (admin, problem)
+            };
+            let problem = |settings: &Settings| open_and_check(settings).1.unwrap();
+
+            assert!(problem(&in_worker).contains("restore it from a backup"));
+            let files = IntegrityFiles::of(&in_worker, key.id).unwrap();
+            let (path, digest) = files.create(key.id, &text).unwrap();
+            assert!(problem(&in_worker).contains("does not have the digest"));
+            in_worker
+                .integrity_key_digests
+                .insert(key.id.to_string(), digest);
+            let (admin, none) = open_and_check(&in_worker);
+            assert_eq!(none, None);
+            assert_eq!(admin.mac(key.id, b"a row").unwrap(), mac, "the same key");
+            let mut verifier = Verifier::new(&admin, key.id).unwrap();
+            let mut forged = mac;
+            forged[31] ^= 1;
+            for (shown, is_right) in [(&mac[..], true), (&forged, false), (&mac[..31], false)] {
+                let verified = verifier.verify(&admin, key.id, b"a row", shown).unwrap();
+                assert_eq!(verified, is_right, "{} bytes", shown.len());
+            }
+            drop((verifier, admin));
+
+            // According to the registry, the integrity key is in the worker, but the settings do not permit such keys.
+            let refused = problem(&settings);
+            assert!(refused.contains("does not permit"), "{refused}");
+            std::fs::write(&path, text.replace("RSA-OAEP", "rsa-oaep")).unwrap();
+            assert!(problem(&in_worker).contains("was changed"));
+        },
+    );
+}
+
+/// The plaintext contains its purpose and the id of the wrapping key. A wrapped user key and the integrity key of
+/// another wrapping key are therefore refused, although the configuration has the digest of the file.
+#[test]
+fn only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one() {
+    with_softhsm(
+        "behaviours::only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one",
+        |folder| {
+            init();
+            let (settings, _faulty) = faulty(folder);
+            let in_worker = Settings {
+                integrity_key: IntegrityKey::Worker,
+                integrity_key_directory: Some(folder.to_owned()),
+                ..settings
+            };
+            let admin = Admin::open(&in_worker, &record(), &pin(USER_PIN), true).unwrap();
+            let [key, other] = [(); 2].map(|()| admin.generate_key(2_048).unwrap());
+            drop(admin);
+            let user_key = WrapKey::new(&key.spki, key.algorithm.unwrap())
+                .and_then(|public| public.wrap(&[7; 32]))
+                .unwrap();
+            let own = key.integrity_key_file.unwrap();
+            let of_other = other.integrity_key_file.unwrap();
+            let ciphertext = |text: &str| {
+                let content: serde_json::Value = serde_json::from_str(text).unwrap();
+                content["ciphertext"].as_str().unwrap().to_owned()
+            };
+            for (wrapped, words) in [
+                (hex::encode(user_key), "is not its integrity key"),
+                (ciphertext(&of_other), "does not unwrap"),
+            ] {
+                let text = own.replace(&ciphertext(&own), &wrapped);
+                let files = IntegrityFiles::of(&in_worker, key.id).unwrap();
+                let (path, digest) = files.create(key.id, &text).unwrap();
+                let pinned = Settings {
+                    integrity_key_digests: [(key.id.to_string(), digest)].into(),
+                    ..in_worker.clone()
+                };
+                let admin = Admin::open(&pinned, &record(), &pin(USER_PIN), false).unwrap();
+                let problem = admin.check(key.id).unwrap().problem.unwrap();
+                assert!(problem.contains(words), "{problem}");
+                std::fs::remove_file(path).unwrap();
+            }
+        },
+    );
+}
+
 #[test]
 fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrity_key() {
     with_softhsm(
@@ -159,10 +345,10 @@ fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrit
             let key = admin.generate_key(2_048).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(key.objects.private, None);
-            assert!(key.objects.integrity.is_some());
+            assert!(matches!(key.objects.integrity, IntegrityPlace::Object(_)));
             drop(admin);
             assert_eq!(objects(), 3);
-            // The key is found again before it is registered, and where the registry says.
+            // The key is found before it is registered, and also with the registered `CKA_ID`.
             for known in [ObjectIds::default(), key.objects] {
                 let mut admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
                 admin.know(key.id, known);
@@ -225,7 +411,7 @@ fn a_run_that_fails_in_the_middle_leaves_nothing() {
             init();
             let (settings, faulty) = faulty(folder);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            // The pair that ends with the session is made, the one that would stay is not.
+            // The token makes the pair for a session, but not the one that would stay.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_GenerateKeyPair\"\non = { skip = 1 }\ndo = { return = \"CKR_DEVICE_MEMORY\" }\n",
             );
@@ -319,7 +505,7 @@ fn a_login_of_another_process_is_named_when_the_keys_are_not_found() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // It says that another process is logged in, and does not let this one use that login.
+            // The token reports that another process is logged in, and does not let this process use that login.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_Login\"\ndo = { return = \"CKR_USER_ALREADY_LOGGED_IN\" }\n",
             );
@@ -356,7 +542,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
                 assert!(fault.detail.contains("`token.serial`"), "{fault}");
                 assert!(fault.detail.contains(&twin.serial), "{fault}");
             }
-            // The registry alone does not decide which token is given the PIN.
+            // The registry alone must not decide which token is given the PIN.
             let fault = open(&["0", &twin.serial]).unwrap_err();
             assert!(fault.detail.contains("never logged in"), "{fault}");
             assert_eq!(faulty.count("C_Login begins"), 0);
@@ -371,7 +557,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
     );
 }
 
-/// The registered token may be absent, and another one with its label belong to another user.
+/// The registered token may be absent, and a token with the same label may belong to another user.
 #[test]
 fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
     with_softhsm(
@@ -389,10 +575,10 @@ fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
                     Registered::Required(serials),
                 )
             };
-            // A registry without a serial number decides nothing.
+            // If the registry has no serial number, it does not restrict the choice.
             let serial = open(&[""]).unwrap().info.serial;
             assert_eq!(open(&[serial.as_str()]).unwrap().info.serial, serial);
-            // Also if the PIN has logged in to it before: a clone holds the same keys, and is registered first.
+            // The token is refused even if the PIN has logged in to it before. A clone must be registered first.
             let logins = faulty.count("C_Login begins");
             let fault = open(&["0123456789abcdef"]).unwrap_err();
             assert_eq!(fault.class, Class::NoToken, "{fault}");
@@ -435,7 +621,7 @@ fn a_token_whose_clock_is_odd_is_used() {
     });
 }
 
-/// Every attribute that is checked can be read although the token fails when it is asked for its length.
+/// Every checked attribute can be read even if the token fails when it is asked for the length.
 #[test]
 fn an_attribute_is_read_without_asking_for_its_length() {
     with_softhsm(

@@ -25,6 +25,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_client(false)
         .build_server(false)
         .skip_debug(SECRET)
+        // Much larger than the jobs, which are many.
+        .boxed(".keybroker.worker.v1.Request.job.setup")
         .compile_fds(worker)?;
     Ok(())
 }

@@ -1,7 +1,10 @@
-//! The same suite on the modules of several makers: a token is initialised, a key is made, records are stored and released, rows are
-//! swapped, a worker is killed, the broker restarts, the token is lost and restored.
+//! The same suite on the modules of several makers and on the profiles of products: a token is initialised, a key is made, records are
+//! stored and released, rows are swapped, a worker is killed, the broker restarts, the token is lost and restored.
 
-use std::sync::Arc;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustix::process::Signal;
 
@@ -11,6 +14,26 @@ use crate::{
     process::{Broker, send, until},
     site::Site,
 };
+
+/// A token that the suite runs on: it is initialised and has no keys, and the database is migrated.
+pub(crate) trait Conforming {
+    fn site(&self) -> &Arc<Site>;
+
+    /// Number of the configured workers.
+    fn workers(&self) -> usize;
+
+    /// Makes a key and registers it with the real commands.
+    fn make_key(&self);
+
+    /// Copies everything that the token keeps.
+    fn back_up(&self) -> PathBuf;
+
+    /// Removes everything that the token keeps.
+    fn lose(&self);
+
+    /// Puts a backup back.
+    fn restore(&self, copy: &Path);
+}
 
 const USERS: [&str; 3] = ["ada", "bob", "eve"];
 
@@ -42,19 +65,23 @@ fn swap(site: &Site) {
 }
 
 fn conforms(maker: Maker) {
+    run_on(&Stand::new(maker));
+}
+
+/// Runs the suite.
+pub(crate) fn run_on(token: &impl Conforming) {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .unwrap()
-        .block_on(run(maker));
+        .block_on(run(token));
 }
 
-async fn run(maker: Maker) {
-    let stand = Stand::new(maker);
-    stand.site.expect_ok(&["key", "generate", "--bits", "2048"]);
-    stand.site.expect_ok(&["token", "check"]);
+async fn run(token: &impl Conforming) {
+    token.make_key();
+    let site = Arc::clone(token.site());
+    site.expect_ok(&["token", "check"]);
 
-    let site = Arc::clone(&stand.site);
     let broker = Broker::start_on(Arc::clone(&site));
     let enroller = Caller::of(&broker, "enroller");
     for user in USERS {
@@ -62,15 +89,15 @@ async fn run(maker: Maker) {
     }
     releases_all(&broker).await;
 
-    let workers = until("both workers", || {
+    let workers = until("all workers", || {
         let workers = broker.workers();
-        (workers.len() == 2).then_some(workers)
+        (workers.len() == token.workers()).then_some(workers)
     });
     send(workers[0], Signal::KILL);
     releases_all(&broker).await;
     until("another worker", || {
         let now = broker.workers();
-        (now.len() == 2 && !now.contains(&workers[0])).then_some(())
+        (now.len() == token.workers() && !now.contains(&workers[0])).then_some(())
     });
     let (_, status) = broker.stop();
     assert!(status.success(), "{status}");
@@ -86,13 +113,13 @@ async fn run(maker: Maker) {
     drop(broker.stop());
 
     swap(&site);
-    let copy = stand.back_up();
-    stand.lose();
+    let copy = token.back_up();
+    token.lose();
     let without = site.run(&["token", "check"]);
     assert_ne!(without.code, Some(0), "{without:#?}");
     // A module that shows no token any more answers at once.
     assert!(!without.stderr.contains("did not answer"), "{without:#?}");
-    stand.restore(&copy);
+    token.restore(&copy);
     site.expect_ok(&["token", "check"]);
     site.expect_ok(&["store", "check"]);
     let broker = Broker::start_on(Arc::clone(&site));

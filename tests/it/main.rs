@@ -56,6 +56,7 @@ mod return_codes;
 mod revocation;
 mod rolling_restart;
 mod rows;
+mod schedules;
 mod service_manager;
 mod shared_label;
 mod site;
@@ -71,5 +72,6 @@ mod token_states;
 mod tokens;
 mod trusted_files;
 mod wire;
+mod worker_key;
 
 use keybroker_test_support::{faulty, identity, servers, softhsm};

@@ -12,6 +12,7 @@ use keybroker_test_support::skip::skip;
 use rustix::process::Signal;
 
 use crate::{
+    conformance::Conforming,
     process::{send, until},
     site::{Options, Site},
     softhsm::{self, write_private},
@@ -294,21 +295,32 @@ impl Stand {
         until("the socket of p11-kit", || socket.exists().then_some(()));
         Daemon::Child(child)
     }
+}
 
-    /// Copies everything that the module keeps.
-    pub(crate) fn back_up(&self) -> PathBuf {
+impl Conforming for Stand {
+    fn site(&self) -> &Arc<Site> {
+        &self.site
+    }
+
+    fn workers(&self) -> usize {
+        2
+    }
+
+    fn make_key(&self) {
+        self.site.expect_ok(&["key", "generate", "--bits", "2048"]);
+    }
+
+    fn back_up(&self) -> PathBuf {
         let copy = self.folder().join("backup");
         copy_folder(&self.objects(), &copy);
         copy
     }
 
-    /// Removes everything that the module keeps.
-    pub(crate) fn lose(&self) {
+    fn lose(&self) {
         empty(&self.objects());
     }
 
-    /// Puts a backup back.
-    pub(crate) fn restore(&self, copy: &Path) {
+    fn restore(&self, copy: &Path) {
         self.lose();
         copy_folder(copy, &self.objects());
     }
@@ -466,14 +478,14 @@ fn succeeds(mut command: Command) -> Output {
     output
 }
 
-fn copy_folder(from: &Path, to: &Path) {
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     let mut copy = Command::new("cp");
     copy.arg("-a").arg(from.join(".")).arg(to);
     succeeds(copy);
 }
 
-fn empty(folder: &Path) {
+pub(crate) fn empty(folder: &Path) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {

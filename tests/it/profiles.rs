@@ -1,16 +1,22 @@
 //! The real commands on tokens that behave like the products that the profiles of the scriptable module describe. This shows
 //! what the product does with such a token, not that it was tested with the product.
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use crate::{
     adopted,
-    client::Caller,
+    conformance::{self, Conforming},
     expected::{TOKEN, UNTRUSTED},
     faulty, faulty_token,
-    process::Broker,
-    site::{Options, Site},
+    modules::{copy_folder, empty},
+    site::{Finished, Options, Site},
     softhsm::write_private,
+    worker_key,
 };
 
 /// What `key generate`, and `token check` after it, say of a token.
@@ -44,6 +50,9 @@ const fn expected(profile: &'static str, verdict: Verdict) -> Expected {
         with: None,
     }
 }
+
+/// The directory and the digest are added to it.
+const IN_WORKER: &str = "integrity_key = \"worker\"";
 
 const COPYABLE_AND_MECHANISMS: &str =
     "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\"]";
@@ -134,10 +143,13 @@ const EXPECTED: [Expected; 12] = [
     },
     expected("p11-kit-remote", Works),
     expected("pkcs11-proxy", Works),
-    expected(
-        "tpm2",
-        Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
-    ),
+    Expected {
+        with: Some((&[IN_WORKER], Works)),
+        ..expected(
+            "tpm2",
+            Refused(TOKEN, "FunctionNotSupported from C_GenerateKey", 0),
+        )
+    },
     Expected {
         before_pin: "0001",
         with: Some((
@@ -212,6 +224,17 @@ fn put_before_pin(site: &Site, text: &str) {
     write_private(&site.token.pin_file(), &pin);
 }
 
+/// Registers the keys that the vendor's tool made.
+fn register(site: &Site) -> Finished {
+    site.run(&[
+        "key",
+        "register",
+        adopted::PRIVATE,
+        "--integrity-id",
+        adopted::INTEGRITY,
+    ])
+}
+
 #[test]
 fn keys_of_the_vendors_tool_have_their_verdict() {
     let mut found = BTreeMap::new();
@@ -220,14 +243,7 @@ fn keys_of_the_vendors_tool_have_their_verdict() {
         faulty.set_profile(profile);
         put_before_pin(&site, before_pin);
         configure(&site, lines);
-        let register = [
-            "key",
-            "register",
-            adopted::PRIVATE,
-            "--integrity-id",
-            adopted::INTEGRITY,
-        ];
-        let registered = site.run(&register);
+        let registered = register(&site);
         let is_met = match verdict {
             Works => registered.code == Some(0) && site.run(&["token", "check"]).code == Some(0),
             Refused(code, cause, left) => {
@@ -247,13 +263,31 @@ fn keys_of_the_vendors_tool_have_their_verdict() {
 fn configure(site: &Site, lines: &[&str]) {
     let file = site.configuration_file();
     let text = fs::read_to_string(&file).unwrap();
+    let in_worker = lines.contains(&IN_WORKER);
+    let lines: Vec<&str> = lines
+        .iter()
+        .copied()
+        .filter(|line| *line != IN_WORKER)
+        .collect();
     let token = format!("[token]\n{}\n", lines.join("\n"));
     write_private(&file, &text.replacen("[token]\n", &token, 1));
+    if in_worker {
+        worker_key::permit(site);
+    }
+}
+
+/// Makes a key, and adds the digest of its file to the configuration if there is one.
+fn generate(site: &Site) -> Finished {
+    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    if worker_key::directory(site).exists() {
+        worker_key::pin_files(site);
+    }
+    generated
 }
 
 /// What was found instead, if a verdict is not met.
 fn other_than(site: &Site, expected: Verdict) -> Option<String> {
-    let generated = site.run(&["key", "generate", "--bits", "2048"]);
+    let generated = generate(site);
     match expected {
         Works if generated.code == Some(0) => {
             let checked = site.run(&["token", "check"]);
@@ -349,29 +383,132 @@ fn the_page_shows_each_verdict() {
     assert_eq!(rows(adopted), expected);
 }
 
-/// A broker on each token that works: its workers find the keys and use them.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_serves_on_each_profile_that_works() {
-    let mut served = 0;
-    for expected in EXPECTED {
-        let lines: &[&str] = match (expected.verdict, expected.with) {
-            (Works, _) => &[],
-            (_, Some((lines, Works))) => lines,
-            _ => continue,
+/// A token that behaves like a profile, with the settings with which it works.
+struct Product {
+    site: Arc<Site>,
+    profile: &'static str,
+    is_adopted: bool,
+}
+
+impl Product {
+    /// How the product works: with keys of `key generate` where it makes them, else with keys of the vendor's tool.
+    fn that_works(profile: &'static str) -> Self {
+        let expected = EXPECTED.iter().find(|one| one.profile == profile);
+        let lines = expected.and_then(|one| match (one.verdict, one.with) {
+            (Works, _) => Some(&[][..]),
+            (_, Some((lines, Works))) => Some(lines),
+            _ => None,
+        });
+        if let (Some(expected), Some(lines)) = (expected, lines) {
+            let site = site(profile, expected.before_pin);
+            configure(&site, lines);
+            return Self {
+                site: Arc::new(site),
+                profile,
+                is_adopted: false,
+            };
+        }
+        let adopted = ADOPTED.iter().find(|one| one.0 == profile);
+        let Some((_, before_pin, lines, Works)) = adopted else {
+            panic!("{profile} does not work");
         };
-        let site = site(expected.profile, expected.before_pin);
+        let (site, faulty) = adopted::site();
+        faulty.set_profile(profile);
+        put_before_pin(&site, before_pin);
         configure(&site, lines);
-        site.expect_ok(&["key", "generate", "--bits", "2048"]);
-        let broker = Broker::start_on(Arc::new(site));
-        let enroller = Caller::of(&broker, "enroller");
-        enroller.create("ada", b"material of ada").await.unwrap();
-        let releaser = Caller::of(&broker, "releaser");
-        let released = releaser.unwrap("ada").await.unwrap();
-        assert_eq!(released.key_material, b"material of ada");
-        let (site, status) = broker.stop();
-        assert!(status.success(), "{}: {status}", expected.profile);
-        site.expect_ok(&["store", "check"]);
-        served += 1;
+        Self {
+            site: Arc::new(site),
+            profile,
+            is_adopted: true,
+        }
     }
-    assert_eq!(served, 7);
+
+    /// What must be backed up, and under which names.
+    fn folders(&self) -> Vec<(PathBuf, &'static str)> {
+        let files = worker_key::directory(&self.site);
+        let files = files.exists().then_some((files, "integrity-keys"));
+        let token = Some((self.site.token.directory(), "token"));
+        token.into_iter().chain(files).collect()
+    }
+}
+
+impl Conforming for Product {
+    fn site(&self) -> &Arc<Site> {
+        &self.site
+    }
+
+    fn workers(&self) -> usize {
+        Options::default().workers
+    }
+
+    fn make_key(&self) {
+        let made = if self.is_adopted {
+            register(&self.site)
+        } else {
+            generate(&self.site)
+        };
+        assert_eq!(made.code, Some(0), "{}: {made:#?}", self.profile);
+    }
+
+    fn back_up(&self) -> PathBuf {
+        let copy = self.site.folder().join("backup");
+        fs::create_dir(&copy).unwrap();
+        for (folder, name) in self.folders() {
+            copy_folder(&folder, &copy.join(name));
+        }
+        copy
+    }
+
+    fn lose(&self) {
+        for (folder, _) in self.folders() {
+            empty(&folder);
+        }
+    }
+
+    fn restore(&self, copy: &Path) {
+        self.lose();
+        for (folder, name) in self.folders() {
+            copy_folder(&copy.join(name), &folder);
+        }
+    }
+}
+
+/// One test of the whole suite for each profile.
+macro_rules! conform {
+    ($($test:ident: $profile:literal),*) => {
+        const CONFORM: &[&str] = &[$($profile),*];
+
+        $(
+            #[test]
+            fn $test() {
+                conformance::run_on(&Product::that_works($profile));
+            }
+        )*
+    };
+}
+
+conform! {
+    aws_cloudhsm_conforms: "aws-cloudhsm-sdk5",
+    google_kmsp11_conforms: "google-kmsp11",
+    luna_cloud_conforms: "luna-cloud",
+    luna_conforms: "luna7",
+    nshield_conforms: "nshield",
+    opencryptoki_profile_conforms: "opencryptoki-3.8",
+    p11_kit_remote_profile_conforms: "p11-kit-remote",
+    pkcs11_proxy_conforms: "pkcs11-proxy",
+    tpm_conforms: "tpm2",
+    yubihsm_conforms: "yubihsm2"
+}
+
+#[test]
+fn the_suite_runs_on_every_profile_that_works() {
+    let generated = EXPECTED
+        .iter()
+        .filter(|one| matches!(one.verdict, Works) || matches!(one.with, Some((_, Works))));
+    let adopted = ADOPTED.iter().filter(|one| matches!(one.3, Works));
+    let works: BTreeSet<&str> = generated
+        .map(|one| one.profile)
+        .chain(adopted.map(|one| one.0))
+        .collect();
+    assert_eq!(works, CONFORM.iter().copied().collect());
 }

@@ -252,27 +252,77 @@ impl fmt::Debug for ObjectId {
     }
 }
 
-/// The `CKA_ID` of the two objects of a wrapping key, if they differ from the id of the wrapping key.
+/// Where an integrity key is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum IntegrityPlace {
+    /// On the token, under the id of its wrapping key, or as [`ObjectIds::private`] says.
+    #[default]
+    Token,
+    /// On the token, under a `CKA_ID` of its own.
+    Object(ObjectId),
+    /// In the memory of the workers, which unwrap it from a file: for tokens without keys for HMAC.
+    Worker,
+}
+
+impl IntegrityPlace {
+    /// What stands for [`IntegrityPlace::Worker`] where a `CKA_ID` is stored and sent. An object cannot be registered under it, and a
+    /// release that does not know it looks for such an object and refuses the key.
+    const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
+
+    /// As stored and sent.
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Token => &[],
+            Self::Object(id) => id.as_bytes(),
+            Self::Worker => Self::WORKER,
+        }
+    }
+
+    /// From bytes as stored and sent. None if they are too many.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        match bytes {
+            [] => Some(Self::Token),
+            Self::WORKER => Some(Self::Worker),
+            bytes => ObjectId::from_slice(bytes).map(Self::Object),
+        }
+    }
+}
+
+/// Where the two parts of a wrapping key are: the `CKA_ID` of an object where that is not the id of the wrapping key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObjectIds {
     /// The `CKA_ID` of the RSA private key.
     pub private: Option<ObjectId>,
-    /// The `CKA_ID` of the integrity key.
-    pub integrity: Option<ObjectId>,
+    /// The place of the integrity key.
+    pub integrity: IntegrityPlace,
 }
 
 impl ObjectIds {
     /// Reads two byte strings as stored and sent. An empty string stands for the id of the wrapping key. Returns `None` if one
     /// is too long.
     pub fn from_slices(private: &[u8], integrity: &[u8]) -> Option<Self> {
-        let id = |bytes: &[u8]| match bytes {
-            [] => Some(None),
-            bytes => ObjectId::from_slice(bytes).map(Some),
+        let private = match private {
+            [] => None,
+            bytes => Some(ObjectId::from_slice(bytes)?),
         };
         Some(Self {
-            private: id(private)?,
-            integrity: id(integrity)?,
+            private,
+            integrity: IntegrityPlace::from_slice(integrity)?,
         })
+    }
+
+    /// The `CKA_ID` of the RSA private key of a wrapping key with this id.
+    pub fn private_object(&self, id: WrappingKeyId) -> ObjectId {
+        self.private.clone().unwrap_or_else(|| id.into())
+    }
+
+    /// The `CKA_ID` of the integrity key; absent for one that is in the memory of the workers.
+    pub fn integrity_object(&self, id: WrappingKeyId) -> Option<ObjectId> {
+        match &self.integrity {
+            IntegrityPlace::Token => Some(self.private_object(id)),
+            IntegrityPlace::Object(own) => Some(own.clone()),
+            IntegrityPlace::Worker => None,
+        }
     }
 
     /// The `CKA_ID` of the RSA private key, as stored and sent.
@@ -282,7 +332,7 @@ impl ObjectIds {
 
     /// The `CKA_ID` of the integrity key, as stored and sent.
     pub fn integrity_bytes(&self) -> &[u8] {
-        self.integrity.as_ref().map_or(&[], ObjectId::as_bytes)
+        self.integrity.as_bytes()
     }
 }
 

@@ -137,6 +137,9 @@ pub struct CheckedKey {
     pub problem: Option<String>,
     /// Names of the negative tests that the token cannot run.
     pub not_tried: Vec<String>,
+    /// The content of the file of an integrity key that was made in the memory of the worker. It must be stored, or the key is lost
+    /// with the worker.
+    pub integrity_key_file: Option<String>,
 }
 
 /// The result for one attribute.
@@ -304,8 +307,25 @@ impl Admin {
 
     /// Checks the attributes of one key and runs a self-test with it.
     pub fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
+        self.check_key(id, false)
+    }
+
+    /// Makes an integrity key in the memory of the worker for an RSA key that has none, and checks both.
+    pub fn check_with_new_integrity_key(
+        &self,
+        id: WrappingKeyId,
+    ) -> Result<CheckedKey, AdminError> {
+        self.check_key(id, true)
+    }
+
+    fn check_key(
+        &self,
+        id: WrappingKeyId,
+        make_integrity_key: bool,
+    ) -> Result<CheckedKey, AdminError> {
         let job = Job::CheckKey(CheckKey {
             key_id: id.as_bytes().to_vec(),
+            make_integrity_key,
         });
         match self.worker().ask(job, Duration::ZERO)? {
             Outcome::Key(key) => checked(key),
@@ -428,6 +448,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         integrity: findings(checked.integrity_key),
         problem: (!checked.problem.is_empty()).then_some(checked.problem),
         not_tried: checked.not_tried,
+        integrity_key_file: Some(checked.integrity_key_file).filter(|text| !text.is_empty()),
     })
 }
 

@@ -159,7 +159,7 @@ async fn ready(
     let request = Request {
         id: 0,
         deadline_ns: 0,
-        job: Some(request::Job::Setup(setup)),
+        job: Some(request::Job::Setup(Box::new(setup))),
     };
     let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request, calling))
         .await

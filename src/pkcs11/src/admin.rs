@@ -1,6 +1,6 @@
 //! Administration of tokens and keys, in the admin worker: one thread uses the module.
 
-use std::{collections::HashMap, ops::RangeInclusive};
+use std::{cell::RefCell, collections::HashMap, ops::RangeInclusive};
 
 use cryptoki::{
     mechanism::{MechanismInfo, MechanismType},
@@ -11,19 +11,18 @@ use cryptoki::{
 use keybroker_core::{
     call::Timestamp,
     envelope::{Algorithm, Mac},
-    key::{ObjectId, ObjectIds, WrappingKeyId},
+    key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId},
 };
 use keybroker_pkcs11_ffi::{Module, TokenInfo as PkcsTokenInfo};
-use keybroker_worker_protocol::{
-    AccessControl, ExpectedKey, IntegrityKey, Pin, Settings, TokenInfo, unpadded,
-};
+use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings, TokenInfo, unpadded};
 
 use crate::{
     PinRecord,
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, KeySession, Making, Place, Refusal, Terms},
+    keys::{self, Cause, HmacKey, KeyPair, KeySession, Making, Place, Refusal, Terms},
+    mac_key::WorkerKey,
     module,
     negative::{self, Subject},
     open::{OpenToken, auth_pin},
@@ -96,13 +95,13 @@ fn other_kinds(making: Making) -> String {
     let Making::IntegrityKey(kind) = making else {
         return String::new();
     };
-    let others: Vec<String> = kind
-        .and_others()
+    let others: Vec<String> = HmacKey::all_with_first(kind.setting())
         .skip(1)
-        .map(|other| format!("\"{}\"", other.as_str()))
+        .map(|other| format!("\"{}\"", other.setting().as_str()))
         .collect();
     format!(
-        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}",
+        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If it has no such keys at all, \
+         `integrity_key = \"worker\"` keeps the integrity key outside the token, which protects rows less: docs/tokens.md says how",
         others.join(" or ")
     )
 }
@@ -197,6 +196,8 @@ pub(crate) struct CheckedKey {
     pub(crate) problem: Option<String>,
     /// Negative tests that the token cannot make.
     pub(crate) not_tried: Vec<&'static str>,
+    /// The content of the file of an integrity key that was made in the memory of this process.
+    pub(crate) integrity_key_file: Option<String>,
 }
 
 /// All slots with a token, initialised or not. Needs no PIN.
@@ -424,6 +425,8 @@ pub(crate) struct Admin {
     token: OpenToken,
     /// Where the objects of keys are, as far as the command has said it.
     known: HashMap<WrappingKeyId, ObjectIds>,
+    /// Integrity keys that were made in, or unwrapped into, the memory of this process.
+    secrets: RefCell<HashMap<WrappingKeyId, WorkerKey>>,
 }
 
 impl Admin {
@@ -457,6 +460,7 @@ impl Admin {
                 Registered::Preferred(serials),
             )?,
             known: HashMap::new(),
+            secrets: RefCell::default(),
         })
     }
 
@@ -465,16 +469,43 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
+    /// A key that the command has said nothing of is where `key generate` makes it.
     fn place(&self, id: WrappingKeyId) -> Place {
+        let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
+            private: None,
+            integrity: if self.settings.permits_integrity_key_in_worker() {
+                IntegrityPlace::Worker
+            } else {
+                IntegrityPlace::Token
+            },
+        });
         Place {
-            id,
-            objects: self.known.get(&id).cloned().unwrap_or_default(),
+            secret: self.secrets.borrow().get(&id).cloned(),
+            ..Place::of(id, objects)
+        }
+    }
+
+    /// A key with its integrity key.
+    fn pair(&self, id: WrappingKeyId) -> Result<KeyPair, Fault> {
+        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.token.with_integrity_key(&self.settings, pair)?;
+        self.keep_secret(&pair.place());
+        Ok(pair)
+    }
+
+    /// Keeps an integrity key that is in the memory of this process, so that it is unwrapped once.
+    fn keep_secret(&self, place: &Place) {
+        if let Some(secret) = &place.secret {
+            self.secrets.borrow_mut().insert(place.id, secret.clone());
         }
     }
 
     /// A session with the handles of keys.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
-        let places: Vec<Place> = ids.iter().map(|id| self.place(*id)).collect();
+        let places = ids
+            .iter()
+            .map(|id| Ok(self.pair(*id)?.place()))
+            .collect::<Result<Vec<_>, Fault>>()?;
         self.token.session(&places)
     }
 
@@ -507,6 +538,7 @@ impl Admin {
         let not_made = self.try_for_a_session()?;
         let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
             .map_err(|refusal| self.explained(refusal))?;
+        self.keep_secret(&made.pair.place());
         let problem = match self.check(made.pair.id) {
             Ok(mut checked) => match &checked.problem {
                 None if u32::try_from(checked.modulus_bits) == Ok(modulus_bits) => {
@@ -515,7 +547,7 @@ impl Admin {
                             checked.not_tried.push(test);
                         }
                     }
-                    return Ok(checked);
+                    return self.with_integrity_key_file(checked);
                 }
                 None => format!(
                     "it has {} bits instead of {modulus_bits}",
@@ -611,18 +643,55 @@ impl Admin {
         }
     }
 
+    /// The same key, with the content of the file for an integrity key that was made in the memory of this process.
+    fn with_integrity_key_file(&self, checked: CheckedKey) -> Result<CheckedKey, AdminError> {
+        let (IntegrityPlace::Worker, Some(algorithm)) =
+            (&checked.objects.integrity, checked.algorithm)
+        else {
+            return Ok(checked);
+        };
+        let pair = self.pair(checked.id)?;
+        let public = keys::public_side(&self.token.anchor, &pair)?;
+        let secret = self.place(checked.id).secret.ok_or_else(|| {
+            AdminError::Untrusted(format!("the integrity key of {} is gone", checked.id))
+        })?;
+        let wrapped = secret.wrap(checked.id, &public, algorithm)?;
+        Ok(CheckedKey {
+            integrity_key_file: Some(wrapped.to_text()),
+            ..checked
+        })
+    }
+
+    /// Makes an integrity key in the memory of this process for an RSA key that has none, and checks both.
+    pub(crate) fn check_with_new_integrity_key(
+        &self,
+        id: WrappingKeyId,
+    ) -> Result<CheckedKey, AdminError> {
+        let place = self.place(id);
+        if place.objects.integrity != IntegrityPlace::Worker {
+            return Err(AdminError::Untrusted(format!(
+                "the integrity key of {id} is not one for the memory of the workers"
+            )));
+        }
+        self.keep_secret(&Place {
+            secret: Some(WorkerKey::random()?),
+            ..place
+        });
+        self.with_integrity_key_file(self.check(id)?)
+    }
+
     /// Checks the attributes of one key and runs a self-test with it.
     pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let place = self.place(id);
+        let pair = keys::find(&self.token.anchor, &place)?;
         let verdict = keys::inspect(&self.token.anchor, &pair, &self.settings)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
-        let expected = ExpectedKey {
-            id,
-            objects: pair.objects.clone(),
-            token_serial: self.token.info.serial.clone(),
-            fingerprint: public.fingerprint,
-        };
-        let proved = self.token.prove(&self.settings, &expected);
+        let proved = self
+            .token
+            .prove(&self.settings, &pair.place(), public.fingerprint);
+        if let Ok(proved) = &proved {
+            self.keep_secret(&proved.place);
+        }
         Ok(CheckedKey {
             id,
             objects: pair.objects,
@@ -636,12 +705,13 @@ impl Admin {
                 .map(|key| key.not_tried.clone())
                 .unwrap_or_default(),
             problem: proved.err().map(|fault| fault.to_string()),
+            integrity_key_file: None,
         })
     }
 
     /// Makes a MAC with the integrity key of that id.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.pair(id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
@@ -665,7 +735,7 @@ impl Admin {
         threads: usize,
         until: Timestamp,
     ) -> Result<Counted, AdminError> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.pair(id)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let self_test = self
             .token

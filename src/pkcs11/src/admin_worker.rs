@@ -131,7 +131,14 @@ impl State {
                 Ok(Outcome::KeyIds(KeyIds { ids }))
             }
             Job::GenerateKey(job) => Ok(key(self.token()?.generate_key(job.modulus_bits)?)),
-            Job::CheckKey(job) => Ok(key(self.token()?.check(key_id(&job.key_id)?)?)),
+            Job::CheckKey(job) => {
+                let (token, id) = (self.token()?, key_id(&job.key_id)?);
+                Ok(key(if job.make_integrity_key {
+                    token.check_with_new_integrity_key(id)?
+                } else {
+                    token.check(id)?
+                }))
+            }
             Job::Mac(job) => {
                 let mac = self.token()?.mac(key_id(&job.key_id)?, &job.message)?;
                 Ok(Outcome::Mac(mac.to_vec()))
@@ -322,6 +329,7 @@ fn key(checked: admin::CheckedKey) -> Outcome {
         integrity_key: checked.integrity_key.iter().map(finding).collect(),
         problem: checked.problem.unwrap_or_default(),
         not_tried: checked.not_tried.into_iter().map(str::to_owned).collect(),
+        integrity_key_file: checked.integrity_key_file.unwrap_or_default(),
     })
 }
 

@@ -9,7 +9,9 @@ use cryptoki::{
     slot::Slot,
 };
 
-use keybroker_core::key::{Fingerprint, ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_core::key::{
+    Fingerprint, ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId,
+};
 use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::{Settings, oaep};
 
@@ -17,6 +19,7 @@ use crate::{
     attribute_check::{self, Finding, Rule},
     calling,
     classify::{Class, Fault},
+    mac_key::{MacKey, WorkerKey},
 };
 
 mod making;
@@ -28,24 +31,35 @@ pub(super) use making::{
 #[cfg(test)]
 pub(super) use templates::generic_secret_template;
 pub(super) use templates::{
-    Lifetime, adapted, integrity_mechanism, integrity_template, private_template, public_template,
+    HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, private_template,
+    public_template,
 };
 
 /// What the `CKA_ID` of an integrity key is derived with when the token does not let it have that of its wrapping key.
 const OWN_ID_DOMAIN: &[u8] = b"keybroker/integrity-key-id/v1";
 
 /// Which wrapping key to look for, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) id: WrappingKeyId,
     pub(super) objects: ObjectIds,
+    /// The integrity key, if it is in the memory of this process.
+    pub(super) secret: Option<WorkerKey>,
 }
 
 impl From<WrappingKeyId> for Place {
     fn from(id: WrappingKeyId) -> Self {
+        Self::of(id, ObjectIds::default())
+    }
+}
+
+impl Place {
+    /// Of a key whose integrity key is on the token or was not unwrapped yet.
+    pub(super) fn of(id: WrappingKeyId, objects: ObjectIds) -> Self {
         Self {
             id,
-            objects: ObjectIds::default(),
+            objects,
+            secret: None,
         }
     }
 }
@@ -57,7 +71,7 @@ pub(super) struct KeyPair {
     /// Where they were found.
     pub(super) objects: ObjectIds,
     pub(super) private: ObjectHandle,
-    pub(super) integrity_key: ObjectHandle,
+    pub(super) integrity_key: MacKey,
 }
 
 /// The public side of a wrapping key, computed from the private object.
@@ -134,6 +148,7 @@ impl KeyPair {
         Place {
             id: self.id,
             objects: self.objects.clone(),
+            secret: self.integrity_key.secret().cloned(),
         }
     }
 }
@@ -148,15 +163,24 @@ fn own_integrity_id(id: WrappingKeyId) -> ObjectId {
     ObjectId::from_slice(&digest.as_ref()[..ID_BYTES]).expect("16 bytes are a permitted length")
 }
 
-/// Finds both objects of a key: exactly one RSA private key, exactly one secret key.
+/// Finds both objects of a key: exactly one RSA private key, exactly one secret key unless the integrity key is in the memory of this
+/// process.
 pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
     let id = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&id);
     let private = find_one(session, ObjectClass::PRIVATE_KEY, private_id)?
         .ok_or_else(|| missing(key, "RSA private key", private_id))?;
     let candidates = match &key.objects.integrity {
-        Some(named) => vec![named.clone()],
-        None => vec![private_id.clone(), own_integrity_id(key.id)],
+        IntegrityPlace::Object(named) => vec![named.clone()],
+        IntegrityPlace::Token => vec![private_id.clone(), own_integrity_id(key.id)],
+        IntegrityPlace::Worker => {
+            return Ok(KeyPair {
+                id: key.id,
+                objects: key.objects.clone(),
+                private,
+                integrity_key: MacKey::InWorker(key.secret.clone()),
+            });
+        }
     };
     for candidate in &candidates {
         let Some(integrity_key) = find_one(session, ObjectClass::SECRET_KEY, candidate)? else {
@@ -166,10 +190,14 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
             id: key.id,
             objects: ObjectIds {
                 private: key.objects.private.clone(),
-                integrity: (*candidate != id).then(|| candidate.clone()),
+                integrity: if *candidate == id {
+                    IntegrityPlace::Token
+                } else {
+                    IntegrityPlace::Object(candidate.clone())
+                },
             },
             private,
-            integrity_key,
+            integrity_key: integrity_key.into(),
         });
     }
     Err(missing(key, "integrity key", &candidates[0]))
@@ -224,6 +252,7 @@ fn find_one(
 #[derive(Clone, Debug)]
 pub(super) struct Verdict {
     pub(super) private: Vec<Finding>,
+    /// Empty for an integrity key that is no object.
     pub(super) integrity_key: Vec<Finding>,
 }
 
@@ -246,7 +275,10 @@ pub(super) fn inspect(
     };
     Ok(Verdict {
         private: inspect(pair.private, attribute_check::RSA_PRIVATE)?,
-        integrity_key: inspect(pair.integrity_key, attribute_check::INTEGRITY_KEY)?,
+        integrity_key: match pair.integrity_key.object() {
+            Some(object) => inspect(object, attribute_check::INTEGRITY_KEY)?,
+            None => Vec::new(),
+        },
     })
 }
 
@@ -306,10 +338,16 @@ pub(super) fn no_id() -> WrappingKeyId {
 }
 
 /// Keys of a session that were made one by one.
-pub(super) fn session_pair(private: ObjectHandle, integrity_key: ObjectHandle) -> KeyPair {
+pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),
-        objects: ObjectIds::default(),
+        objects: ObjectIds {
+            private: None,
+            integrity: match integrity_key {
+                MacKey::OnToken(_) => IntegrityPlace::Token,
+                MacKey::InWorker(_) => IntegrityPlace::Worker,
+            },
+        },
         private,
         integrity_key,
     }

@@ -11,7 +11,7 @@ use aws_lc_rs::rsa::{Pkcs1PublicEncryptingKey, PublicEncryptingKey};
 use cryptoki::{
     error::{Error, RvError},
     mechanism::Mechanism,
-    object::{Attribute, AttributeType},
+    object::{Attribute, AttributeType, ObjectHandle},
 };
 use keybroker_pkcs11_ffi::Session;
 
@@ -53,6 +53,8 @@ pub struct NegativeTest {
     pub accepted_by: Option<&'static str>,
     /// Whether it changes a key when it succeeds, so that it is run on throwaway keys only.
     pub changes_the_key: bool,
+    /// Whether it is about the integrity key as an object of the token, so that there is nothing to try with one that is none.
+    needs_integrity_object: bool,
     /// Whether `token.spared_tests` may name it. Whether a key can be read, wrapped or copied with weaker attributes is always tried.
     pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
@@ -88,6 +90,21 @@ struct Subjects<'a> {
     pkcs1: Option<&'a [u8]>,
 }
 
+impl Subjects<'_> {
+    /// The integrity key as an object.
+    fn integrity(&self) -> ObjectHandle {
+        let object = self.pair.integrity_key.object();
+        object.expect("a test that needs it is run only if there is one")
+    }
+}
+
+impl NegativeTest {
+    /// Whether there is something to try with this key.
+    fn applies_to(&self, pair: &KeyPair) -> bool {
+        !self.needs_integrity_object || pair.integrity_key.object().is_some()
+    }
+}
+
 /// All tests, in the order in which they are run.
 pub const TESTS: &[NegativeTest] = &[
     never(
@@ -100,11 +117,11 @@ pub const TESTS: &[NegativeTest] = &[
         "a prime factor of the modulus can be read",
         |on| readable(on, on.pair.private, AttributeType::Prime1),
     ),
-    never(
+    on_object(never(
         "read-integrity-key",
         "the integrity key can be read",
-        |on| readable(on, on.pair.integrity_key, AttributeType::Value),
-    ),
+        |on| readable(on, on.integrity(), AttributeType::Value),
+    )),
     never(
         "wrap-private-aes-kw",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP",
@@ -125,65 +142,65 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key can be wrapped with CKM_AES_GCM",
         |on| wraps_with_gcm(on, on.pair.private),
     ),
-    never(
+    on_object(never(
         "wrap-integrity-aes-kw",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP",
-        |on| wraps(on, &Mechanism::AesKeyWrap, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesKeyWrap, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-kwp",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PAD",
-        |on| wraps(on, &Mechanism::AesKeyWrapPad, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesKeyWrapPad, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-cbc",
         "the integrity key can be wrapped with CKM_AES_CBC_PAD",
-        |on| wraps(on, &Mechanism::AesCbcPad(IV), on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesCbcPad(IV), on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-cbc-unpadded",
         "the integrity key can be wrapped with CKM_AES_CBC",
-        |on| wraps(on, &Mechanism::AesCbc(IV), on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesCbc(IV), on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-ecb",
         "the integrity key can be wrapped with CKM_AES_ECB",
-        |on| wraps(on, &Mechanism::AesEcb, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps(on, &Mechanism::AesEcb, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-aes-gcm",
         "the integrity key can be wrapped with CKM_AES_GCM",
-        |on| wraps_with_gcm(on, on.pair.integrity_key),
-    ),
-    never(
+        |on| wraps_with_gcm(on, on.integrity()),
+    )),
+    on_object(never(
         "wrap-integrity-rsa-oaep",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS_OAEP",
         |on| wraps_under_rsa(on, &oaep_sha1()),
-    ),
-    never(
+    )),
+    on_object(never(
         "wrap-integrity-rsa-pkcs1",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS",
         |on| wraps_under_rsa(on, &Mechanism::RsaPkcs),
-    ),
-    never(
+    )),
+    on_object(never(
         "derive-integrity-part",
         "a part of the integrity key can be made a key of its own, which is short enough to be guessed",
-        |on| derives(on, &of_a_part(), on.pair.integrity_key, PART_BYTES, &[]),
-    ),
-    never(
+        |on| derives(on, &of_a_part(), on.integrity(), PART_BYTES, &[]),
+    )),
+    on_object(never(
         "derive-integrity-readable",
         "a readable key can be derived from the integrity key",
         |on| {
             derives(
                 on,
                 &with_known_data(),
-                on.pair.integrity_key,
+                on.integrity(),
                 SECRET_KEY_BYTES,
                 &readable_template(),
             )
         },
-    ),
-    unless(
+    )),
+    on_object(unless(
         "CKA_DERIVE",
         "derive-integrity",
         "keys can be derived from the integrity key",
@@ -191,12 +208,12 @@ pub const TESTS: &[NegativeTest] = &[
             derives(
                 on,
                 &with_known_data(),
-                on.pair.integrity_key,
+                on.integrity(),
                 SECRET_KEY_BYTES,
                 &[],
             )
         },
-    ),
+    )),
     unless(
         "CKA_DERIVE",
         "derive-private",
@@ -221,34 +238,28 @@ pub const TESTS: &[NegativeTest] = &[
         "a readable copy of the RSA private key can be made",
         |on| copies(on, on.pair.private, Some(Attribute::Sensitive(false))),
     ),
-    never(
+    on_object(never(
         "copy-integrity-extractable",
         "an extractable copy of the integrity key can be made",
-        |on| {
-            copies(
-                on,
-                on.pair.integrity_key,
-                Some(Attribute::Extractable(true)),
-            )
-        },
-    ),
-    never(
+        |on| copies(on, on.integrity(), Some(Attribute::Extractable(true))),
+    )),
+    on_object(never(
         "copy-integrity-readable",
         "a readable copy of the integrity key can be made",
-        |on| copies(on, on.pair.integrity_key, Some(Attribute::Sensitive(false))),
-    ),
+        |on| copies(on, on.integrity(), Some(Attribute::Sensitive(false))),
+    )),
     unless(
         "CKA_COPYABLE",
         "copy-private",
         "the RSA private key can be copied",
         |on| copies(on, on.pair.private, None),
     ),
-    unless(
+    on_object(unless(
         "CKA_COPYABLE",
         "copy-integrity",
         "the integrity key can be copied",
-        |on| copies(on, on.pair.integrity_key, None),
-    ),
+        |on| copies(on, on.integrity(), None),
+    )),
     unless(
         "CKA_ALLOWED_MECHANISMS",
         "decrypt-raw",
@@ -273,18 +284,18 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key unwraps keys into objects",
         unwraps,
     ),
-    unless(
+    on_object(unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha224",
         "the integrity key makes MACs with another hash (CKM_SHA224_HMAC)",
-        |on| signs(on, &Mechanism::Sha224Hmac, on.pair.integrity_key),
-    ),
-    unless(
+        |on| signs(on, &Mechanism::Sha224Hmac, on.integrity()),
+    )),
+    on_object(unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha512",
         "the integrity key makes MACs with another hash (CKM_SHA512_HMAC)",
-        |on| signs(on, &Mechanism::Sha512Hmac, on.pair.integrity_key),
-    ),
+        |on| signs(on, &Mechanism::Sha512Hmac, on.integrity()),
+    )),
     input(
         "verify-short-mac",
         "a MAC that is cut short verifies",
@@ -317,16 +328,16 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key can be made readable",
         |on| sets(on, on.pair.private, Attribute::Sensitive(false)),
     ),
-    changes(
+    on_object(changes(
         "set-integrity-extractable",
         "the integrity key can be made extractable",
-        |on| sets(on, on.pair.integrity_key, Attribute::Extractable(true)),
-    ),
-    changes(
+        |on| sets(on, on.integrity(), Attribute::Extractable(true)),
+    )),
+    on_object(changes(
         "set-integrity-readable",
         "the integrity key can be made readable",
-        |on| sets(on, on.pair.integrity_key, Attribute::Sensitive(false)),
-    ),
+        |on| sets(on, on.integrity(), Attribute::Sensitive(false)),
+    )),
 ];
 
 const fn never(
@@ -339,8 +350,16 @@ const fn never(
         meaning,
         accepted_by: None,
         changes_the_key: false,
+        needs_integrity_object: false,
         can_be_spared: false,
         run,
+    }
+}
+
+const fn on_object(test: NegativeTest) -> NegativeTest {
+    NegativeTest {
+        needs_integrity_object: true,
+        ..test
     }
 }
 
@@ -413,7 +432,8 @@ pub(super) fn run(
     let mut report = Report::default();
     for test in TESTS {
         let is_spared = terms.spared.iter().any(|name| name == test.name);
-        if is_spared || test.changes_the_key && subject == Subject::InUse {
+        if is_spared || !test.applies_to(pair) || test.changes_the_key && subject == Subject::InUse
+        {
             continue;
         }
         let session = open()?;

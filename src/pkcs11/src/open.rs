@@ -13,14 +13,16 @@ use cryptoki::{
     types::AuthPin,
 };
 
+use keybroker_core::key::Fingerprint;
 use keybroker_pkcs11_ffi::{Module, Session};
-use keybroker_worker_protocol::{AccessControl, ExpectedKey, Pin, Settings, TokenInfo};
+use keybroker_worker_protocol::{AccessControl, Pin, Settings, TokenInfo};
 
 use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
     keys::{self, KeyPair, KeySession, Place, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
+    mac_key::{self, MacKey},
     module,
     negative::{self, Subject, Terms},
     operation::{self, SelfTest},
@@ -250,25 +252,28 @@ impl OpenToken {
         }
     }
 
-    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test with it.
+    /// Finds a key, compares it with the registry, checks its attributes, unwraps its integrity key if that is not on the token, and
+    /// runs a self-test.
     pub(super) fn prove(
         &self,
         settings: &Settings,
-        expected: &ExpectedKey,
+        place: &Place,
+        fingerprint: Fingerprint,
     ) -> Result<ProvedKey, Fault> {
-        let pair = keys::find(&self.anchor, &place_of(expected))?;
+        let pair = keys::find(&self.anchor, place)?;
         keys::inspect(&self.anchor, &pair, settings)?.require(pair.id)?;
         let public = keys::public_side(&self.anchor, &pair)?;
-        if public.fingerprint != expected.fingerprint {
+        if public.fingerprint != fingerprint {
             return Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "wrapping key {} on the token has the public key {}, the registry says {}: this is \
-                     another key under the same CKA_ID",
-                    pair.id, public.fingerprint, expected.fingerprint
+                    "wrapping key {} on the token has the public key {}, the registry says {fingerprint}: this is another key under \
+                     the same CKA_ID",
+                    pair.id, public.fingerprint
                 ),
             ));
         }
+        let pair = self.with_integrity_key(settings, pair)?;
         let self_test = self.probe(&pair.place(), &public, settings.allow_oaep_sha1)?;
         let not_tried =
             self.try_what_must_fail(settings, &pair, &public, &self_test, Subject::InUse)?;
@@ -277,6 +282,23 @@ impl OpenToken {
             public,
             self_test,
             not_tried,
+        })
+    }
+
+    /// The same key, with its integrity key unwrapped if that is not on the token.
+    pub(super) fn with_integrity_key(
+        &self,
+        settings: &Settings,
+        pair: KeyPair,
+    ) -> Result<KeyPair, Fault> {
+        if !matches!(pair.integrity_key, MacKey::InWorker(None)) {
+            return Ok(pair);
+        }
+        let session = self.session(&[])?;
+        let secret = mac_key::unwrap(&session.session, &pair, settings)?;
+        Ok(KeyPair {
+            integrity_key: MacKey::InWorker(Some(secret)),
+            ..pair
         })
     }
 
@@ -318,13 +340,6 @@ impl OpenToken {
     /// Another session of the same login, with the handles of the keys.
     pub(super) fn session(&self, keys: &[Place]) -> Result<KeySession, Fault> {
         KeySession::open(&self.module, self.slot, keys)
-    }
-}
-
-fn place_of(expected: &ExpectedKey) -> Place {
-    Place {
-        id: expected.id,
-        objects: expected.objects.clone(),
     }
 }
 

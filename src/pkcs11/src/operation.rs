@@ -25,6 +25,7 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::{KeyPair, KeySession, PublicSide},
+    mac_key::MacKey,
 };
 
 /// Length of the self-test's plaintext, in bytes.
@@ -50,9 +51,20 @@ pub(super) fn decrypt(
     Ok(Zeroizing::new(plaintext))
 }
 
-/// `C_Sign` with the integrity key.
+/// `C_Sign` with the integrity key, or the same in this process if the key is not on the token.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
-    mac_with(session, pair.integrity_key, message)
+    match &pair.integrity_key {
+        MacKey::OnToken(object) => mac_with(session, *object, message),
+        MacKey::InWorker(Some(secret)) => Ok(secret.mac(message)),
+        MacKey::InWorker(None) => Err(not_unwrapped(pair.id)),
+    }
+}
+
+fn not_unwrapped(id: WrappingKeyId) -> Fault {
+    Fault::new(
+        Class::Configuration,
+        format!("the integrity key of wrapping key {id} was not unwrapped"),
+    )
 }
 
 /// `C_Sign` with an integrity key that has no wrapping key yet.
@@ -70,8 +82,9 @@ pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> 
     })
 }
 
-/// `C_Verify` with the integrity key, or, on a token without that function, `C_Sign` and a comparison in constant time. A MAC that
-/// is wrong is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
+/// `C_Verify` with the integrity key, or, on a token without that function, `C_Sign` and a comparison in constant time. With a key
+/// that is not on the token it is done in this process. A MAC that is wrong is [`Class::Input`] or, on some tokens,
+/// [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -81,8 +94,16 @@ pub(super) fn verify(
     if mac.len() != MAC_BYTES {
         return Err(Fault::new(Class::Input, "a MAC of another length"));
     }
+    let object = match &pair.integrity_key {
+        MacKey::OnToken(object) => *object,
+        MacKey::InWorker(Some(secret)) if secret.verifies(message, mac) => return Ok(()),
+        MacKey::InWorker(Some(_)) => {
+            return Err(Fault::new(Class::Input, "the MAC does not verify"));
+        }
+        MacKey::InWorker(None) => return Err(not_unwrapped(pair.id)),
+    };
     calling::next("C_Verify");
-    match session.verify(&Mechanism::Sha256Hmac, pair.integrity_key, message, mac) {
+    match session.verify(&Mechanism::Sha256Hmac, object, message, mac) {
         Ok(()) => Ok(()),
         Err(
             Error::NullFunctionPointer
@@ -199,16 +220,18 @@ impl SelfTest {
     /// A token without HMAC cannot be used, which the message says of no other part of it.
     fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let made = self.makes_a_mac(session, pair);
-        made.map_err(|fault| match fault.class {
-            Class::Input | Class::Ambiguous | Class::Configuration => Fault::new(
+        made.map_err(|fault| {
+            if !is_refusal(&fault) {
+                return fault;
+            }
+            Fault::new(
                 fault.class,
                 format!(
                     "the token does not do HMAC-SHA-256 with integrity key {} ({fault}), without which rows of the database cannot be \
-                     told from forged ones",
+                     told from forged ones; if its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]",
                     pair.id
                 ),
-            ),
-            _ => fault,
+            )
         })
     }
 
@@ -261,23 +284,31 @@ pub(super) fn probe(
     Ok(self_test)
 }
 
+/// Whether a token that returns this may be one that cannot do the operation at all.
+fn is_refusal(fault: &Fault) -> bool {
+    matches!(
+        fault.class,
+        Class::Input | Class::Ambiguous | Class::Configuration
+    )
+}
+
 /// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice: a transient error
 /// must not choose the weaker one.
 fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,
     allow_oaep_sha1: bool,
 ) -> Result<T, Fault> {
-    let cannot = |fault: &Fault| {
-        matches!(
-            fault.class,
-            Class::Input | Class::Ambiguous | Class::Configuration
-        )
-    };
     let sha256 = || attempt(Algorithm::RsaOaepSha256);
-    let refusal = match sha256().or_else(|fault| if cannot(&fault) { sha256() } else { Err(fault) })
-    {
+    let again = |fault| {
+        if is_refusal(&fault) {
+            sha256()
+        } else {
+            Err(fault)
+        }
+    };
+    let refusal = match sha256().or_else(again) {
         Ok(works) => return Ok(works),
-        Err(fault) if cannot(&fault) => fault,
+        Err(fault) if is_refusal(&fault) => fault,
         Err(fault) => return Err(fault),
     };
     match attempt(Algorithm::RsaOaepSha1) {

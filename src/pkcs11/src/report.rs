@@ -28,7 +28,8 @@ use crate::{
     attribute_check::{self, Finding, Rule},
     calling,
     classify::{Class, Fault},
-    keys::{self, KeyPair, Lifetime, PublicSide, Terms},
+    keys::{self, HmacKey, KeyPair, Lifetime, PublicSide, Terms},
+    mac_key::{MacKey, WorkerKey},
     negative::survey::{Found, survey},
     open::{OpenToken, auth_pin},
     operation::SelfTest,
@@ -59,7 +60,7 @@ pub(crate) struct Allowed {
 /// A key that has a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    IntegrityKey(IntegrityKey),
+    IntegrityKey(HmacKey),
     RsaPair,
 }
 
@@ -215,7 +216,7 @@ pub(crate) fn make(
     let keeper = token.session(&[])?;
     let session = &keeper.session;
     let mut probe = None;
-    let secret = integrity_key(session, settings, &mut report, &mut findings);
+    let secret = integrity_key(session, settings, &mut report, &mut findings)?;
     let private = made(session, Kind::RsaPair)
         .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
         .map_err(|error| findings.cannot_make(Kind::RsaPair, &error))
@@ -418,36 +419,37 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     })
 }
 
-/// The first kind of integrity key that the token makes, that of the settings before the others.
+/// The first kind of integrity key that the token makes, that of the settings before the others. If it makes none and the settings
+/// permit it, a key in the memory of this process.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
     report: &mut Report,
     findings: &mut Findings,
-) -> Option<ObjectHandle> {
+) -> Result<Option<MacKey>, Fault> {
     let mut first = None;
-    for kind in settings.integrity_key.and_others() {
-        match made(session, Kind::IntegrityKey(kind)) {
+    for kind in HmacKey::all_with_first(settings.integrity_key).map(Kind::IntegrityKey) {
+        match made(session, kind) {
             Ok(made) => {
-                findings.integrity_key = kind;
-                return Some(templates(
-                    session,
-                    Kind::IntegrityKey(kind),
-                    &made,
-                    report,
-                    findings,
-                ));
+                if let Kind::IntegrityKey(kind) = kind {
+                    findings.integrity_key = kind.setting();
+                }
+                let object = templates(session, kind, &made, report, findings);
+                return Ok(Some(object.into()));
             }
             Err(error) => {
-                first.get_or_insert(error);
+                first.get_or_insert((kind, error));
             }
         }
     }
-    let kind = Kind::IntegrityKey(settings.integrity_key);
-    if let Some(error) = first {
+    if settings.permits_integrity_key_in_worker() {
+        findings.integrity_key = IntegrityKey::Worker;
+        return Ok(Some(MacKey::InWorker(Some(WorkerKey::random()?))));
+    }
+    if let Some((kind, error)) = first {
         findings.cannot_make(kind, &error);
     }
-    None
+    Ok(None)
 }
 
 /// What the token does with each attribute of a template. Returns the key.
@@ -545,8 +547,9 @@ fn chosen(
         let found = report.positive.iter().find(|answer| answer.name == name);
         found.is_some_and(|answer| answer.result == WORKS)
     };
+    let is_on_token = findings.integrity_key != IntegrityKey::Worker;
     for name in [abilities::MAC, abilities::VERIFY] {
-        if !works(name) {
+        if is_on_token && !works(name) {
             findings.reasons.push(format!("{name} does not work"));
         }
     }
@@ -685,16 +688,20 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     if !exceptions.is_empty() {
         lines.push(format!("attribute_exceptions = {exceptions:?}"));
     }
-    let accepted = attribute_check::exceptions_in_use(&exceptions);
+    let mut accepted: Vec<String> = attribute_check::exceptions_in_use(&exceptions)
+        .map(|exception| format!("{}: {}", exception.attribute, exception.gives_away))
+        .collect();
+    if integrity_key == IntegrityKey::Worker {
+        let risk = attribute_check::INTEGRITY_KEY_IN_WORKER;
+        accepted.push(format!("the token makes no integrity key: {risk}"));
+    }
     Verdict {
-        result: if exceptions.is_empty() {
+        result: if accepted.is_empty() {
             Outcome::Works
         } else {
             Outcome::WorksWithExceptions
         },
-        reasons: accepted
-            .map(|exception| format!("{}: {}", exception.attribute, exception.gives_away))
-            .collect(),
+        reasons: accepted,
         attribute_exceptions: exceptions,
         allow_oaep_sha1,
         settings: lines,

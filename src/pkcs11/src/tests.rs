@@ -84,6 +84,8 @@ pub(crate) fn settings() -> Settings {
         allow_oaep_sha1: true,
         access_control: AccessControl::default(),
         integrity_key: IntegrityKey::default(),
+        integrity_key_directory: None,
+        integrity_key_digests: std::collections::BTreeMap::new(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
         initialize_string: None,

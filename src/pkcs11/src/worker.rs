@@ -205,7 +205,8 @@ fn open(
     )?;
     let mut keys = Vec::new();
     for key in &expected {
-        let proved = token.prove(settings, key);
+        let place = Place::of(key.id, key.objects.clone());
+        let proved = token.prove(settings, &place, key.fingerprint);
         keys.push(proved.map_err(|fault| token.explained(fault))?);
     }
     let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();

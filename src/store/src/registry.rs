@@ -15,7 +15,7 @@ use keybroker_core::{
 pub struct RegistryRow {
     /// Its id.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects, if it differs from the id.
+    /// The place of its parts on the token.
     pub objects: ObjectIds,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -40,14 +40,12 @@ pub struct RegistryRow {
 impl RegistryRow {
     /// `CKA_ID` of the RSA private key.
     pub fn private_object(&self) -> ObjectId {
-        let own = &self.objects.private;
-        own.clone().unwrap_or_else(|| self.id.into())
+        self.objects.private_object(self.id)
     }
 
-    /// `CKA_ID` of the integrity key.
-    pub fn integrity_object(&self) -> ObjectId {
-        let own = &self.objects.integrity;
-        own.clone().unwrap_or_else(|| self.private_object())
+    /// `CKA_ID` of the integrity key; absent for one that is in the memory of the workers.
+    pub fn integrity_object(&self) -> Option<ObjectId> {
+        self.objects.integrity_object(self.id)
     }
 
     /// The message that the row's MAC must cover.

@@ -2,6 +2,7 @@
 //! and RSA-OAEP with the public key. This crate contains nothing of PKCS#11 and nothing about starting workers.
 
 pub mod frame;
+pub mod integrity_file;
 pub mod oaep;
 mod paths;
 mod pin;

@@ -25,11 +25,19 @@ pub enum IntegrityKey {
     Sha256Hmac,
     /// `CKK_SHA256_HMAC`, generated with the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`. For Entrust `nShield`.
     Nshield,
+    /// No object of the token: a key in the memory of the workers, wrapped under the RSA key in a file. For tokens without keys for
+    /// HMAC.
+    Worker,
 }
 
 impl IntegrityKey {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
+    pub const ALL: [Self; 4] = [
+        Self::GenericSecret,
+        Self::Sha256Hmac,
+        Self::Nshield,
+        Self::Worker,
+    ];
 
     /// The name in the configuration.
     pub const fn as_str(self) -> &'static str {
@@ -37,19 +45,13 @@ impl IntegrityKey {
             Self::GenericSecret => "generic-secret",
             Self::Sha256Hmac => "sha256-hmac",
             Self::Nshield => "nshield",
+            Self::Worker => "worker",
         }
     }
 
     /// Parses the name in the configuration.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
-    }
-
-    /// Returns this kind, followed by the others.
-    pub fn and_others(self) -> impl Iterator<Item = Self> {
-        [self]
-            .into_iter()
-            .chain(Self::ALL.into_iter().filter(move |other| *other != self))
     }
 }
 
@@ -106,6 +108,12 @@ pub struct Settings {
     /// The kind of object of this token's integrity keys.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
+    /// Directory of the files with wrapped integrity keys, for `integrity_key = "worker"`: `ID.json` for each wrapping key.
+    #[serde(default)]
+    pub integrity_key_directory: Option<PathBuf>,
+    /// SHA-256 of each of these files, by the id of its wrapping key; both in hexadecimal digits.
+    #[serde(default)]
+    pub integrity_key_digests: BTreeMap<String, String>,
     /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). They are left out of templates. They
     /// may be absent, but must not have a wrong value.
     #[serde(default)]
@@ -125,6 +133,17 @@ impl Settings {
     /// Whether the token is used without a login: it has no PIN, and its access is controlled outside PKCS#11.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
+    }
+
+    /// Whether integrity keys may be in the memory of the workers.
+    pub fn permits_integrity_key_in_worker(&self) -> bool {
+        self.integrity_key == IntegrityKey::Worker
+    }
+
+    /// With credentials expanded. A path that cannot be expanded stays as it is, so that the message about it names it.
+    fn resolved_integrity_key_directory(&self) -> Option<PathBuf> {
+        let directory = self.integrity_key_directory.as_deref()?;
+        Some(trusted_file::expand(directory).unwrap_or_else(|_| directory.to_owned()))
     }
 
     fn default_workers() -> usize {
@@ -153,6 +172,11 @@ impl Settings {
             state_directory: state_directory.to_string_lossy().into_owned(),
             allow_oaep_sha1: self.allow_oaep_sha1,
             integrity_key: self.integrity_key.as_str().to_owned(),
+            integrity_key_directory: self
+                .resolved_integrity_key_directory()
+                .map(|path| path.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            integrity_key_digests: self.integrity_key_digests.clone().into_iter().collect(),
             access_outside_pkcs11: self.access_control == AccessControl::OutsidePkcs11,
             attribute_exceptions: self.attribute_exceptions.clone(),
             spared_tests: self.spared_tests.clone(),
@@ -187,6 +211,8 @@ impl Settings {
                 AccessControl::Login
             },
             integrity_key: IntegrityKey::parse(&setup.integrity_key).unwrap_or_default(),
+            integrity_key_directory: given(&setup.integrity_key_directory).map(PathBuf::from),
+            integrity_key_digests: setup.integrity_key_digests.clone().into_iter().collect(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
             initialize_string: given(&setup.initialize_string),

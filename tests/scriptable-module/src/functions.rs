@@ -196,13 +196,13 @@ functions! {
     C_DigestUpdate(session: Session, input: In, length: Count);
     C_DigestKey(session: Session, key: Key);
     C_DigestFinal(session: Session, output: Out, output_length: OutLength);
-    C_SignInit(session: Session, mechanism: Mechanism, key: Key);
+    C_SignInit(session: Session, mechanism: Mechanism, key: Key) by objects::begin_mac;
     C_Sign(session: Session, input: In, length: Count, output: Out, output_length: OutLength);
     C_SignUpdate(session: Session, input: In, length: Count);
     C_SignFinal(session: Session, output: Out, output_length: OutLength);
     C_SignRecoverInit(session: Session, mechanism: Mechanism, key: Key);
     C_SignRecover(session: Session, input: In, length: Count, output: Out, output_length: OutLength);
-    C_VerifyInit(session: Session, mechanism: Mechanism, key: Key);
+    C_VerifyInit(session: Session, mechanism: Mechanism, key: Key) by objects::begin_mac;
     C_Verify(session: Session, input: In, length: Count, input_2: In, length_2: Count);
     C_VerifyUpdate(session: Session, input: In, length: Count);
     C_VerifyFinal(session: Session, input: In, length: Count);

@@ -5,17 +5,17 @@
 use std::{ptr, slice};
 
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_ATTRIBUTE_TYPE, CK_BYTE, CK_MECHANISM, CK_OBJECT_CLASS, CK_OBJECT_HANDLE,
-    CK_RV, CK_SESSION_HANDLE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKA_CLASS, CKA_ID,
-    CKA_KEY_TYPE, CKA_VALUE_LEN, CKF_SERIAL_SESSION, CKK_GENERIC_SECRET,
-    CKM_GENERIC_SECRET_KEY_GEN, CKO_PRIVATE_KEY, CKO_PUBLIC_KEY, CKO_SECRET_KEY,
-    CKR_ATTRIBUTE_TYPE_INVALID, CKR_BUFFER_TOO_SMALL, CKR_OK,
+    CK_ATTRIBUTE, CK_ATTRIBUTE_TYPE, CK_BBOOL, CK_BYTE, CK_FALSE, CK_MECHANISM, CK_OBJECT_CLASS,
+    CK_OBJECT_HANDLE, CK_RV, CK_SESSION_HANDLE, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION,
+    CKA_CLASS, CKA_ID, CKA_KEY_TYPE, CKA_VALUE_LEN, CKA_WRAP_WITH_TRUSTED, CKF_SERIAL_SESSION,
+    CKK_GENERIC_SECRET, CKM_GENERIC_SECRET_KEY_GEN, CKO_PRIVATE_KEY, CKO_PUBLIC_KEY,
+    CKO_SECRET_KEY, CKR_ATTRIBUTE_TYPE_INVALID, CKR_BUFFER_TOO_SMALL, CKR_OK,
 };
 
 use crate::{
     call::Call,
     functions::kinds::{
-        Count, FoundObjects, In, Mechanism, NewObject, Object, OutCount, Session, Template,
+        Count, FoundObjects, In, Key, Mechanism, NewObject, Object, OutCount, Session, Template,
     },
     script::{AttributeRule, AttributeValue, Hmac, InTemplate, OnRead, Part},
 };
@@ -450,6 +450,40 @@ fn refuses_hmac(hmac: &Hmac, mechanism: &CK_MECHANISM, template: &[CK_ATTRIBUTE]
     (wrong_mechanism || wrong_type).then_some(hmac.refuse.0)
 }
 
+/// Whether a key is one that the token has made and refuses to use for HMAC (`hmac.refuse_at_use`). The real token keeps it with
+/// `CKA_WRAP_WITH_TRUSTED`, which concerns extractable keys only.
+fn is_unusable(call: &Call, session: Session, key: Object) -> bool {
+    let Some(read) = call.process.real.list.C_GetAttributeValue else {
+        return false;
+    };
+    let mut is_marked: CK_BBOOL = CK_FALSE;
+    let mut attribute = CK_ATTRIBUTE {
+        type_: CKA_WRAP_WITH_TRUSTED,
+        pValue: (&raw mut is_marked).cast(),
+        ulValueLen: 1,
+    };
+    // SAFETY: a function of the real module; the attribute has room for its value.
+    let code = unsafe { read(session, key, &raw mut attribute, 1) };
+    code == CKR_OK && is_marked == CK_TRUE
+}
+
+/// `C_SignInit` and `C_VerifyInit`.
+pub(crate) unsafe fn begin_mac(
+    call: &Call,
+    real: unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_MECHANISM, CK_OBJECT_HANDLE) -> CK_RV,
+    session: Session,
+    mechanism: Mechanism,
+    key: Key,
+) -> CK_RV {
+    if let Some(hmac) = call.script.hmac.as_ref().filter(|hmac| hmac.refuse_at_use)
+        && is_unusable(call, session, key)
+    {
+        return hmac.refuse.0;
+    }
+    // SAFETY: the arguments of our caller.
+    unsafe { real(session, mechanism, key) }
+}
+
 /// `C_GenerateKey`.
 pub(crate) unsafe fn generate_key(
     call: &Call,
@@ -475,9 +509,11 @@ pub(crate) unsafe fn generate_key(
     };
     let mut used = mechanism;
     let mut length = None;
+    let mut is_unusable = false;
     if let (Some(hmac), Some(named)) = (&call.script.hmac, named) {
-        if let Some(code) = refuses_hmac(hmac, named, own) {
-            return code;
+        match refuses_hmac(hmac, named, own) {
+            Some(code) if !hmac.refuse_at_use => return code,
+            refused => is_unusable = refused.is_some(),
         }
         if hmac.mechanism.is_some_and(|own| own.0 == named.mechanism) {
             used = &raw mut generic;
@@ -491,6 +527,9 @@ pub(crate) unsafe fn generate_key(
             && number(&edited.attributes, CKA_VALUE_LEN).is_none()
         {
             edited.push(CKA_VALUE_LEN, Box::new(length.to_ne_bytes()));
+        }
+        if is_unusable {
+            edited.push(CKA_WRAP_WITH_TRUSTED, Box::new([CK_TRUE]));
         }
         edited
     });
@@ -675,6 +714,7 @@ pub(crate) unsafe fn get_attributes(
     if let Some(shown) = script.hmac.as_ref().and_then(|hmac| hmac.key_type)
         && part == Part::Secret
         && number(asked, CKA_KEY_TYPE) == Some(CKK_GENERIC_SECRET)
+        && !is_unusable(call, session, object)
         && let Some(attribute) = asked
             .iter()
             .find(|attribute| attribute.type_ == CKA_KEY_TYPE)

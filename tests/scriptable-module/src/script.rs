@@ -79,6 +79,7 @@ pub const BEHAVIOURS: &[&str] = &[
     "hmac.key_type",
     "hmac.mechanism",
     "hmac.length",
+    "hmac.refuse_at_use",
 ];
 
 /// Bounds includes within included files.
@@ -400,6 +401,9 @@ pub(crate) struct Hmac {
     pub(crate) length: Option<u64>,
     /// What another key type or mechanism gets.
     pub(crate) refuse: Code,
+    /// Such a key is made nevertheless, and refused when it is used.
+    #[serde(default)]
+    pub(crate) refuse_at_use: bool,
 }
 
 /// What an object is, as far as attributes differ.

@@ -1,5 +1,7 @@
 //! `keybroker key`: manages the wrapping keys on the token and in the registry.
 
+use std::path::PathBuf;
+
 use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -8,19 +10,25 @@ use crate::config::Config;
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
-    key::{Fingerprint, ID_BYTES, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{
+        Fingerprint, ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId,
+        WrappingKeyState,
+    },
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
-use keybroker_worker_protocol::unpadded;
+use keybroker_worker_protocol::{
+    integrity_file::{IntegrityFileError, IntegrityFiles},
+    unpadded,
+};
 
 use super::{
     Context, block_on, change,
     exit::{Exit, Failure},
     output::Field,
     pin::{UserPin, log_in, serials},
-    token::note_tests_not_made,
+    token::{note_file_in_backup, note_tests_not_made},
 };
 
 #[derive(Debug, Subcommand)]
@@ -122,9 +130,10 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     // Every check that could refuse the registry row comes before the keys are made on the token.
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
+    let files = integrity_files(&config)?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, true, &serials(&rows))?;
-    let row = change::audited(
+    let (row, file) = change::audited(
         context,
         &config,
         "wrapping_key.generate",
@@ -132,27 +141,106 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         || {
             let key = admin.generate_key(bits)?;
             note_tests_not_made(context, &key);
-            let row = new_row(&admin, &key, &rows)?;
-            insert(&config, &row).map_err(|failure| {
-            let what = format!(
-                "key {} is on the token, but not registered: {failure}. After repairing the cause, run `keybroker key \
-                 register {}`",
-                row.id, row.id
-            );
-            Failure::new(failure.exit, what)
-        })?;
-            Ok(row)
+            let mut file = None;
+            let mut register = || {
+                file = store_integrity_key(files, &key)?;
+                let row = new_row(&admin, &key, &rows)?;
+                insert(&config, &row)?;
+                Ok(row)
+            };
+            let row = register().map_err(|failure: Failure| {
+                let pin = file.as_ref().map_or_else(String::new, |file: &StoredKey| {
+                    format!(", {}", file.instruction())
+                });
+                let what = format!(
+                    "key {} is on the token, but not registered: {failure}. After repairing the cause{pin}, run `keybroker key \
+                     register {}`",
+                    key.id, key.id
+                );
+                Failure::new(failure.exit, what)
+            })?;
+            Ok((row, file))
         },
     )?;
-    warn_of_backup(context);
-    context.output.fields(fields(&row))
+    warn_of_backup(context, &config, &row);
+    show(context, &row, file.as_ref())
 }
 
-fn warn_of_backup(context: &Context) {
+/// The files of integrity keys, if the settings permit them. Their directory must be ready before a key is made.
+fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
+    let Some(files) = IntegrityFiles::permitted(&config.token)? else {
+        return Ok(None);
+    };
+    files.check_writable()?;
+    Ok(Some(files))
+}
+
+impl From<IntegrityFileError> for Failure {
+    fn from(error: IntegrityFileError) -> Self {
+        let exit = match error {
+            IntegrityFileError::Changed { .. } | IntegrityFileError::Malformed { .. } => {
+                Exit::Untrusted
+            }
+            _ => Exit::Configuration,
+        };
+        Self::new(exit, error.to_string())
+    }
+}
+
+/// The file of an integrity key that was made in this run.
+struct StoredKey {
+    id: WrappingKeyId,
+    path: PathBuf,
+    sha256: String,
+}
+
+impl StoredKey {
+    /// What the administrator must do, as a clause.
+    fn instruction(&self) -> String {
+        format!(
+            "add `{} = \"{}\"` to [token.integrity_key_digests] in the configuration",
+            self.id, self.sha256
+        )
+    }
+}
+
+/// Writes the integrity key that was made with a key, if it is not on the token.
+fn store_integrity_key(
+    files: Option<IntegrityFiles<'_>>,
+    key: &CheckedKey,
+) -> Result<Option<StoredKey>, Failure> {
+    let (Some(files), Some(text)) = (files, &key.integrity_key_file) else {
+        return Ok(None);
+    };
+    let (path, sha256) = files.create(key.id, text)?;
+    Ok(Some(StoredKey {
+        id: key.id,
+        path,
+        sha256,
+    }))
+}
+
+/// Shows a row, with the file that was written for it.
+fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Result<(), Failure> {
+    let mut shown = fields(row);
+    if let Some(file) = file {
+        shown.push(("integrity_key_file", json!(file.path.display().to_string())));
+        shown.push(("integrity_key_sha256", json!(file.sha256)));
+        context.output.note(&format!(
+            "The integrity key is not on the token: it is wrapped in {}. Before the broker starts, {}. It refuses any other file.",
+            file.path.display(),
+            file.instruction()
+        ));
+    }
+    context.output.fields(shown)
+}
+
+fn warn_of_backup(context: &Context, config: &Config, row: &RegistryRow) {
     context.output.note(
         "This key can never be exported. Back up the token before the first user enrols: if the token is lost, every \
          vault under this key is lost. Then run `keybroker token backup-confirmed`.",
     );
+    note_file_in_backup(context, config, row);
 }
 
 fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
@@ -165,17 +253,20 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         .transpose()?;
     let _lock = store::lock(&config.store)?;
     let rows = block_on(registry(&config))??;
+    let files = IntegrityFiles::permitted(&config.token)?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, false, &serials(&rows))?;
-    let key = find(&admin, &rows, object, integrity)?;
+    let key = find(&admin, &rows, object, integrity, files)?;
     let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
     refuse_shared_integrity_key(&key, &rows)?;
+    let mut file = None;
     let row = match rows.iter().find(|row| row.id == id) {
         None => change::audited(context, &config, "wrapping_key.register", describe, || {
+            file = store_integrity_key(files, &key)?;
             let row = new_row(&admin, &key, &rows)?;
             insert(&config, &row)?;
             Ok(row)
@@ -193,7 +284,8 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
             moved
         }
     };
-    context.output.fields(fields(&row))
+    note_file_in_backup(context, &config, &row);
+    show(context, &row, file.as_ref())
 }
 
 /// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if it had another `CKA_ID` on another token.
@@ -204,6 +296,7 @@ fn find(
     rows: &[RegistryRow],
     object: ObjectId,
     integrity: Option<ObjectId>,
+    files: Option<IntegrityFiles<'_>>,
 ) -> Result<CheckedKey, Failure> {
     let known = rows
         .iter()
@@ -212,36 +305,68 @@ fn find(
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {
             Some(id) => (id, None),
-            // For the check alone: the public key is not known before it.
+            // A temporary id for the check, because the public key is unknown before the check.
             None => (fresh_id()?, Some(object.clone())),
         },
     };
-    let integrity = integrity.or_else(|| known?.objects.integrity.clone());
+    let integrity = match (integrity, known) {
+        (Some(object), _) => IntegrityPlace::Object(object),
+        (None, Some(row)) => row.objects.integrity.clone(),
+        (None, None) if files.is_some() => IntegrityPlace::Worker,
+        (None, None) => IntegrityPlace::Token,
+    };
     let objects = ObjectIds { private, integrity };
-    admin.know([(id, &objects)])?;
-    let checked = admin.check(id)?;
+    let checked = check_place(admin, files, id, &objects, known.is_some())?;
     let registered = rows
         .iter()
-        .find(|row| row.fingerprint == checked.fingerprint)
-        .map(|row| row.id);
+        .find(|row| row.fingerprint == checked.fingerprint);
     let named = match known {
         Some(row) => row.id,
         None => WrappingKeyId::from_slice(object.as_bytes())
             .unwrap_or_else(|| id_of(&checked.fingerprint)),
     };
-    let wanted = registered.unwrap_or(named);
+    let wanted = registered.map_or(named, |row| row.id);
     if wanted == id {
         return Ok(checked);
     }
     let objects = ObjectIds {
         private: Some(objects.private.unwrap_or_else(|| id.into())),
-        integrity: objects.integrity,
+        integrity: match (objects.integrity, registered) {
+            (IntegrityPlace::Worker, Some(row)) => row.objects.integrity.clone(),
+            (given, _) => given,
+        },
     };
-    admin.know([(wanted, &objects)])?;
-    Ok(admin.check(wanted)?)
+    check_place(admin, files, wanted, &objects, registered.is_some())
 }
 
-/// The id of a key whose `CKA_ID` cannot be one.
+/// Checks a key in this place. An RSA key whose integrity key is to be in the workers gets a new one, unless there is a file with it.
+/// A registered key never gets a new one: its rows have MACs by the one that it had.
+fn check_place(
+    admin: &Admin,
+    files: Option<IntegrityFiles<'_>>,
+    id: WrappingKeyId,
+    objects: &ObjectIds,
+    is_registered: bool,
+) -> Result<CheckedKey, Failure> {
+    admin.know([(id, objects)])?;
+    let files = files.filter(|_| !is_registered && objects.integrity == IntegrityPlace::Worker);
+    let Some(files) = files else {
+        return Ok(admin.check(id)?);
+    };
+    if !files.has(id) {
+        files.check_writable()?;
+        return Ok(admin.check_with_new_integrity_key(id)?);
+    }
+    files.load(id).map_err(|error| {
+        Failure::from(error).hint(format!(
+            "no registered key uses {}: if a run that was cut short left it, remove it and run the command again",
+            files.path(id).display()
+        ))
+    })?;
+    Ok(admin.check(id)?)
+}
+
+/// The id of a key whose `CKA_ID` cannot be used as an id.
 fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(b"keybroker/wrapping-key-id/v1");
@@ -280,15 +405,14 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
 /// Refuses an integrity key that another wrapping key uses. With a shared integrity key, rows of a compromised wrapping key would
 /// also verify for the other, and destroying one wrapping key would affect both.
 fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
-    let integrity = |id: WrappingKeyId, objects: &ObjectIds| {
-        let private = objects.private.clone().unwrap_or_else(|| id.into());
-        objects.integrity.clone().unwrap_or(private)
+    // An integrity key in the workers belongs to the wrapping key whose id is in its file.
+    let Some(own) = key.objects.integrity_object(key.id) else {
+        return Ok(());
     };
-    let own = integrity(key.id, &key.objects);
     let other = rows.iter().find(|row| {
         row.id != key.id
             && row.state != WrappingKeyState::Destroyed
-            && row.integrity_object() == own
+            && row.integrity_object().as_ref() == Some(&own)
     });
     match other {
         None => Ok(()),
@@ -319,7 +443,7 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if unpadded(&old.token_serial) == admin.info().serial {
-        let what = format!("key {id} is registered already, for this token; nothing was changed");
+        let what = format!("key {id} is already registered for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {
@@ -350,8 +474,15 @@ fn fields(row: &RegistryRow) -> Vec<Field> {
         ("token_serial", json!(row.token_serial)),
         ("cka_id", json!(row.private_object().to_string())),
         (
+            "integrity_key",
+            json!(match row.objects.integrity {
+                IntegrityPlace::Worker => "worker",
+                IntegrityPlace::Token | IntegrityPlace::Object(_) => "token",
+            }),
+        ),
+        (
             "integrity_cka_id",
-            json!(row.integrity_object().to_string()),
+            json!(row.integrity_object().map(|object| object.to_string())),
         ),
         ("fingerprint", json!(row.fingerprint.to_string())),
         ("registered", json!(row.registered.to_string())),

@@ -6,14 +6,17 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use keybroker_audit::Entry;
-use keybroker_core::{call::Timestamp, key::WrappingKeyId};
+use keybroker_core::{
+    call::Timestamp,
+    key::{IntegrityPlace, WrappingKeyId},
+};
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
 use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
 use keybroker_store::RegistryRow;
-use keybroker_worker_protocol::unpadded;
+use keybroker_worker_protocol::{integrity_file::IntegrityFiles, unpadded};
 
-use crate::config::accepted;
+use crate::config::{Config, accepted};
 
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
@@ -198,6 +201,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         problems.extend(checked.problem.clone());
         note_tests_not_made(context, &checked);
         match row {
+            // Without its integrity key there is nothing to compare the row's MAC with, and the problem says why.
+            Some(_) if checked.problem.is_some() && is_in_worker(&checked) => {}
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None if checked.problem.is_some() => {}
             None => context.output.note(&format!(
@@ -205,10 +210,13 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
                  registers it"
             )),
         }
+        if is_in_worker(&checked) {
+            shown.push(integrity_key_in_worker(&config, &checked));
+        }
         if row.is_some_and(|row| row.backup_confirmed.is_none()) {
             context.output.note(&format!(
-                "warning: no backup is confirmed for key {id}: if the token is lost, every user key \
-                 wrapped under it is lost"
+                "warning: no backup is confirmed for key {id}: if the token is lost, every user key wrapped under this \
+                 key is lost"
             ));
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
@@ -216,7 +224,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
     if admin.info().serial.is_empty() {
         context.output.note(
-            "warning: the token reports no serial number, so the registry cannot tell it from another token with the same keys",
+            "warning: the token reports no serial number, so the registry cannot distinguish this token from another \
+             token with the same keys",
         );
     }
     let has_keys = !shown.is_empty();
@@ -242,6 +251,32 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
+}
+
+/// Whether the integrity key of a key is no object of the token.
+fn is_in_worker(key: &CheckedKey) -> bool {
+    key.objects.integrity == IntegrityPlace::Worker
+}
+
+/// A row on an integrity key that is no object of the token.
+fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::output::Field> {
+    let files = IntegrityFiles::of(&config.token, key.id);
+    let path = files.map_or_else(
+        |error| error.to_string(),
+        |files| files.path(key.id).display().to_string(),
+    );
+    vec![
+        ("key", json!(key.id.to_string())),
+        ("object", json!("integrity key")),
+        ("attribute", json!("")),
+        (
+            "verdict",
+            json!(format!(
+                "is not on the token: the workers unwrap it from {path}"
+            )),
+        ),
+        ("passes", json!(key.problem.is_none())),
+    ]
 }
 
 /// The keys to check: those on the token and those in the registry. An unregistered key is checked only if its `CKA_ID` has the
@@ -274,7 +309,7 @@ fn to_check(
 }
 
 /// Warns about checks that the settings disable.
-fn show_weakened(context: &Context, config: &crate::config::Config) {
+fn show_weakened(context: &Context, config: &Config) {
     for risk in accepted::risks(&config.token) {
         context.output.note(&format!("warning: {risk}"));
     }
@@ -329,15 +364,15 @@ pub(super) fn compare(
     }
     if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
         problems.push(format!(
-            "key {}: the registry row's MAC does not verify: the row was altered",
+            "key {}: the MAC of the registry row does not verify, so the row was altered",
             row.id
         ));
     }
     Ok(problems)
 }
 
-/// Reads the registry; it is empty if there is no database yet.
-pub(super) fn registry(config: &crate::config::Config) -> Result<Vec<RegistryRow>, Failure> {
+/// Reads the registry; the result is empty if there is no database yet.
+pub(super) fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {
             return Ok(Vec::new());
@@ -377,6 +412,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             );
             return Err(Failure::new(Exit::Untrusted, what));
         }
+        note_file_in_backup(context, &config, &row);
         let mut new = RegistryRow {
             backup_confirmed: Some(now),
             ..row.clone()
@@ -400,6 +436,19 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         confirmed,
         "nothing to confirm: every key on this token has a confirmed backup",
     )
+}
+
+/// Names the file that a backup must hold besides token and database.
+pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &RegistryRow) {
+    if row.objects.integrity != IntegrityPlace::Worker {
+        return;
+    }
+    if let Ok(files) = IntegrityFiles::of(&config.token, row.id) {
+        context.output.note(&format!(
+            "The backup must also hold {} and the configuration, which has its digest: without the file no row can be verified.",
+            files.path(row.id).display()
+        ));
+    }
 }
 
 /// Notes which negative tests were not made, because their results are unknown.

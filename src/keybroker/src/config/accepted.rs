@@ -46,6 +46,13 @@ pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
             gives_away: Some(attribute_check::ACCESS_OUTSIDE_PKCS11),
         });
     }
+    if token.permits_integrity_key_in_worker() {
+        risks.push(AcceptedRisk {
+            setting: "integrity_key",
+            what: "integrity keys are in the memory of the workers".to_owned(),
+            gives_away: Some(attribute_check::INTEGRITY_KEY_IN_WORKER),
+        });
+    }
     risks.extend(token.spared_tests.iter().map(|test| AcceptedRisk {
         setting: "spared_tests",
         what: format!("the negative test {test} is not made"),

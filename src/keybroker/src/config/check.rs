@@ -7,8 +7,13 @@ use crate::server::{
 };
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
-use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
+use keybroker_core::{
+    key::{KeyName, WrappingKeyId},
+    principal::Kind,
+    state, trusted_file,
+};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
+use keybroker_worker_protocol::integrity_file::{self, IntegrityFileError};
 
 use super::{Config, INSTANCE_VARIABLE};
 
@@ -96,6 +101,7 @@ impl Config {
             ));
         }
         problems.extend(self.environment_problems());
+        problems.extend(self.integrity_key_problems());
         for exception in &token.attribute_exceptions {
             if !attribute_check::EXCEPTIONS
                 .iter()
@@ -126,8 +132,50 @@ impl Config {
         }
     }
 
-    /// Names and values that cannot be in an environment. With one of them, a command that restarts itself with the module's
-    /// environment would restart forever.
+    /// Returns the problems of the settings for integrity keys in the memory of the workers.
+    pub(super) fn integrity_key_problems(&self) -> Vec<String> {
+        let token = &self.token;
+        if !token.permits_integrity_key_in_worker() {
+            let is_set =
+                token.integrity_key_directory.is_some() || !token.integrity_key_digests.is_empty();
+            return is_set
+                .then(|| {
+                    "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \"worker\"`, which is not \
+                     set; set it, or remove them"
+                        .to_owned()
+                })
+                .into_iter()
+                .collect();
+        }
+        let mut problems = Vec::new();
+        match &token.integrity_key_directory {
+            None => problems.push(IntegrityFileError::NoDirectory.to_string()),
+            Some(path) if !trusted_file::is_absolute(path) => problems.push(format!(
+                "[token] `integrity_key_directory` is {}",
+                trusted_file::not_absolute(path)
+            )),
+            Some(_) => {}
+        }
+        for (id, digest) in &token.integrity_key_digests {
+            // The comparison is of text, because an id in capital letters would match no file.
+            let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
+            if !is_id {
+                problems.push(format!(
+                    "[token.integrity_key_digests]: {id:?} is not the id of a wrapping key: 32 lower-case hexadecimal digits"
+                ));
+            }
+            if !integrity_file::is_sha256(digest) {
+                problems.push(format!(
+                    "[token.integrity_key_digests]: {id:?} has the digest {digest:?}, which is not a SHA-256 as `sha256sum` prints it: \
+                     64 lower-case hexadecimal digits"
+                ));
+            }
+        }
+        problems
+    }
+
+    /// Names and values that cannot be in an environment. With an invalid variable, a command that restarts itself with the
+    /// module's environment would restart forever.
     fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')

@@ -11,12 +11,14 @@ use rustix::fs::{Access, access};
 use keybroker_auth::{issuer, token::Tokens};
 use keybroker_core::{error::chain, remedy::explained, trusted_file};
 use keybroker_policy::Problems;
-use keybroker_worker_protocol::{Pin, check_environment, check_module};
+use keybroker_worker_protocol::{
+    Pin, check_environment, check_module, integrity_file::IntegrityFiles,
+};
 
 use super::{Config, FileReport, certificates};
 
 impl Config {
-    /// Examines the files. They are read as `serve` reads them, and nothing is changed.
+    /// Examines the files. The command reads them like `serve` does, and changes nothing.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
@@ -27,6 +29,7 @@ impl Config {
         }
         let environment = check_environment(&self.token.environment);
         problems.extend(environment.err().map(|error| error.to_string()));
+        problems.extend(self.integrity_file_problems());
         let pin_file = self.token.pin_file.as_ref();
         if let Some(path) = pin_file.filter(|path| trusted_file::is_absolute(path)) {
             problems.extend(Pin::from_file(path).err().map(|error| error.to_string()));
@@ -90,6 +93,17 @@ impl Config {
         }
         report.problems = join_listeners(report.problems);
         report
+    }
+
+    /// What is wrong with the files of integrity keys. What is wrong with their settings is reported with the settings.
+    fn integrity_file_problems(&self) -> Vec<String> {
+        let is_set_well = self.integrity_key_problems().is_empty();
+        match IntegrityFiles::permitted(&self.token) {
+            Ok(Some(files)) if is_set_well => {
+                files.problems().iter().map(ToString::to_string).collect()
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// Examines the certificates of listeners, and the CA certificates of issuers and of the database.

@@ -10,7 +10,7 @@ use cryptoki::{
     object::{Attribute, ObjectHandle},
 };
 
-use keybroker_core::key::{ID_BYTES, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_core::key::{ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId};
 use keybroker_pkcs11_ffi::Session;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
@@ -18,14 +18,15 @@ use crate::{
     attribute_check::{self, Exception},
     calling,
     classify::{Class, Fault},
+    mac_key::{MacKey, WorkerKey},
     operation,
 };
 
 use super::{
     KeyPair, own_integrity_id,
     templates::{
-        Lifetime, adapted, integrity_mechanism, integrity_template, is_named, private_template,
-        public_template,
+        HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, is_named,
+        private_template, public_template,
     },
 };
 
@@ -58,15 +59,17 @@ pub(crate) struct Made {
 }
 
 impl Made {
-    /// Removes all three objects. A failure says which of them are left.
+    /// Removes all objects. A failure says which of them are left.
     pub(crate) fn remove(&self, session: &Session) -> Result<(), Fault> {
+        let integrity_key = self.pair.integrity_key.object();
         let objects = [
-            ("the RSA private key", self.pair.private),
-            ("the integrity key", self.pair.integrity_key),
-            ("the RSA public key", self.public),
+            Some(("the RSA private key", self.pair.private)),
+            integrity_key.map(|object| ("the integrity key", object)),
+            Some(("the RSA public key", self.public)),
         ];
         let left: Vec<String> = objects
             .into_iter()
+            .flatten()
             .filter_map(|(what, object)| {
                 let fault = destroy(session, object).err()?;
                 Some(format!("{what} ({fault})"))
@@ -109,7 +112,7 @@ pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Resul
             // They end with the session at the latest.
             let _removed = made.remove(session);
             Err(Refusal {
-                making: Some(Making::IntegrityKey(terms.integrity_key)),
+                making: HmacKey::of(terms.integrity_key).map(Making::IntegrityKey),
                 fault,
             })
         }
@@ -120,20 +123,20 @@ pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Resul
 /// Which of the two a token refused to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Making {
-    IntegrityKey(IntegrityKey),
+    IntegrityKey(HmacKey),
     RsaPair,
 }
 
 impl fmt::Display for Making {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::IntegrityKey(IntegrityKey::GenericSecret) => {
+            Self::IntegrityKey(HmacKey::GenericSecret) => {
                 "the integrity key (CKM_GENERIC_SECRET_KEY_GEN)"
             }
-            Self::IntegrityKey(IntegrityKey::Sha256Hmac) => {
+            Self::IntegrityKey(HmacKey::Sha256Hmac) => {
                 "the integrity key (CKM_GENERIC_SECRET_KEY_GEN with CKK_SHA256_HMAC)"
             }
-            Self::IntegrityKey(IntegrityKey::Nshield) => {
+            Self::IntegrityKey(HmacKey::Nshield) => {
                 "the integrity key (CKM_NC_SHA256_HMAC_KEY_GEN)"
             }
             Self::RsaPair => "the RSA key pair (CKM_RSA_PKCS_KEY_PAIR_GEN)",
@@ -176,11 +179,29 @@ fn make(
     let own_id = own_integrity_id(id);
     refuse_taken(session, &ObjectId::from(id))?;
     refuse_taken(session, &own_id)?;
+    let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
+    let Some(kind) = HmacKey::of(terms.integrity_key) else {
+        let secret = WorkerKey::random()?;
+        let pair = make_rsa_pair(session, id, modulus_bits, lifetime, left_out);
+        let (public, private) = pair.map_err(|fault| Refusal {
+            making: Some(Making::RsaPair),
+            fault,
+        })?;
+        let objects = ObjectIds {
+            private: None,
+            integrity: IntegrityPlace::Worker,
+        };
+        let pair = KeyPair {
+            id,
+            objects,
+            private,
+            integrity_key: MacKey::InWorker(Some(secret)),
+        };
+        return Ok(Made { pair, public });
+    };
     let mut refused_pair = None;
     for integrity in [None, Some(own_id)] {
         let object = integrity.clone().unwrap_or_else(|| ObjectId::from(id));
-        let kind = terms.integrity_key;
-        let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
         let integrity_key = match make_integrity_key(session, id, &object, kind, lifetime, left_out)
         {
             Ok(integrity_key) => integrity_key,
@@ -193,13 +214,13 @@ fn make(
             Ok((public, private)) => {
                 let objects = ObjectIds {
                     private: None,
-                    integrity,
+                    integrity: integrity.map_or(IntegrityPlace::Token, IntegrityPlace::Object),
                 };
                 let pair = KeyPair {
                     id,
                     objects,
                     private,
-                    integrity_key,
+                    integrity_key: integrity_key.into(),
                 };
                 return Ok(Made { pair, public });
             }
@@ -250,7 +271,7 @@ fn make_integrity_key(
     session: &Session,
     id: WrappingKeyId,
     object: &ObjectId,
-    kind: IntegrityKey,
+    kind: HmacKey,
     lifetime: Lifetime,
     left_out: impl Fn(&Attribute) -> bool,
 ) -> Result<ObjectHandle, Fault> {
@@ -311,7 +332,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
     let (integrity_key, mut attributes) = match making {
         Making::RsaPair => (integrity_key, Vec::new()),
         Making::IntegrityKey(configured) => {
-            let found = configured.and_others().find_map(|kind| {
+            let found = HmacKey::all_with_first(configured.setting()).find_map(|kind| {
                 let refused = refused_of_integrity_key(session, kind, exceptions)?;
                 Some((kind, refused))
             });
@@ -320,7 +341,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
                 Some((kind, refused)) if kind == configured && refused.is_empty() => {
                     return Cause::NotTheTemplate;
                 }
-                Some(found) => found,
+                Some((kind, refused)) => (kind.setting(), refused),
             }
         }
     };
@@ -347,7 +368,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
 
 fn refused_of_integrity_key(
     session: &Session,
-    kind: IntegrityKey,
+    kind: HmacKey,
     exceptions: &[String],
 ) -> Option<Vec<Exception>> {
     let any = WrappingKeyId::from_bytes([0; ID_BYTES]);

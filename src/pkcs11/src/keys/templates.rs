@@ -19,6 +19,41 @@ const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
 /// `CKM_NC_SHA256_HMAC_KEY_GEN` of nShield's header `pkcs11extra.h`.
 const NSHIELD_HMAC_KEY_GEN: u64 = 0xde43_6997;
 
+/// A kind of integrity key that is an object on the token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HmacKey {
+    GenericSecret,
+    Sha256Hmac,
+    Nshield,
+}
+
+impl HmacKey {
+    const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
+
+    /// Of a setting; none if that demands no object.
+    pub(crate) fn of(setting: IntegrityKey) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.setting() == setting)
+    }
+
+    /// The setting for keys of this kind.
+    pub(crate) fn setting(self) -> IntegrityKey {
+        match self {
+            Self::GenericSecret => IntegrityKey::GenericSecret,
+            Self::Sha256Hmac => IntegrityKey::Sha256Hmac,
+            Self::Nshield => IntegrityKey::Nshield,
+        }
+    }
+
+    /// All kinds, that of the setting first.
+    pub(crate) fn all_with_first(setting: IntegrityKey) -> impl Iterator<Item = Self> {
+        let first = Self::of(setting);
+        let others = Self::ALL.into_iter();
+        first
+            .into_iter()
+            .chain(others.filter(move |kind| Some(*kind) != first))
+    }
+}
+
 /// How long a key object exists: `CKA_TOKEN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lifetime {
@@ -87,19 +122,19 @@ pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
 /// The template of an integrity key that is a generic secret.
 #[cfg(test)]
 pub(crate) fn generic_secret_template(id: WrappingKeyId) -> Vec<Attribute> {
-    integrity_template(IntegrityKey::GenericSecret, id, &ObjectId::from(id))
+    integrity_template(HmacKey::GenericSecret, id, &ObjectId::from(id))
 }
 
 /// The template of an integrity key of a kind, under its own `CKA_ID`.
 pub(crate) fn integrity_template(
-    kind: IntegrityKey,
+    kind: HmacKey,
     id: WrappingKeyId,
     object: &ObjectId,
 ) -> Vec<Attribute> {
     let key_type = match kind {
         // SoftHSM refuses `CKK_SHA256_HMAC` for this mechanism; the allowed mechanisms restrict the key instead.
-        IntegrityKey::GenericSecret => KeyType::GENERIC_SECRET,
-        IntegrityKey::Sha256Hmac | IntegrityKey::Nshield => KeyType::SHA256_HMAC,
+        HmacKey::GenericSecret => KeyType::GENERIC_SECRET,
+        HmacKey::Sha256Hmac | HmacKey::Nshield => KeyType::SHA256_HMAC,
     };
     let mut template = vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
@@ -122,7 +157,7 @@ pub(crate) fn integrity_template(
         label(id, "binding key"),
     ];
     // The type of the key implies both.
-    if kind != IntegrityKey::Sha256Hmac {
+    if kind != HmacKey::Sha256Hmac {
         template.push(Attribute::ValueLen(INTEGRITY_KEY_BYTES.into()));
         template.push(Attribute::AllowedMechanisms(vec![
             MechanismType::SHA256_HMAC,
@@ -132,12 +167,10 @@ pub(crate) fn integrity_template(
 }
 
 /// The mechanism that makes an integrity key of a kind.
-pub(crate) fn integrity_mechanism(kind: IntegrityKey) -> Result<Mechanism<'static>, Fault> {
+pub(crate) fn integrity_mechanism(kind: HmacKey) -> Result<Mechanism<'static>, Fault> {
     match kind {
-        IntegrityKey::GenericSecret | IntegrityKey::Sha256Hmac => {
-            Ok(Mechanism::GenericSecretKeyGen)
-        }
-        IntegrityKey::Nshield => MechanismType::new_vendor_defined(NSHIELD_HMAC_KEY_GEN)
+        HmacKey::GenericSecret | HmacKey::Sha256Hmac => Ok(Mechanism::GenericSecretKeyGen),
+        HmacKey::Nshield => MechanismType::new_vendor_defined(NSHIELD_HMAC_KEY_GEN)
             .map(|kind| Mechanism::VendorDefined(VendorDefinedMechanism::new::<()>(kind, None)))
             .map_err(|error| Fault::new(Class::Configuration, error.to_string())),
     }

@@ -13,7 +13,7 @@ use cryptoki::{
         Mechanism, MechanismType,
         rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
     },
-    object::{Attribute, KeyType},
+    object::{Attribute, KeyType, ObjectHandle},
 };
 
 use keybroker_pkcs11_ffi::Session;
@@ -124,16 +124,18 @@ pub(super) fn try_all(
             });
         }
     }
-    calling::next("C_Sign");
-    let mac = session.sign(&Mechanism::Sha256Hmac, pair.integrity_key, MESSAGE);
-    answers.push(match &mac {
-        Ok(mac) if mac.len() != MAC_BYTES => told(MAC, format!("{} bytes", mac.len())),
-        mac => answer(MAC, mac),
-    });
-    if let Ok(mac) = &mac {
-        calling::next("C_Verify");
-        let verified = session.verify(&Mechanism::Sha256Hmac, pair.integrity_key, MESSAGE, mac);
-        answers.push(answer(VERIFY, &verified));
+    if let Some(integrity_key) = pair.integrity_key.object() {
+        calling::next("C_Sign");
+        let mac = session.sign(&Mechanism::Sha256Hmac, integrity_key, MESSAGE);
+        answers.push(match &mac {
+            Ok(mac) if mac.len() != MAC_BYTES => told(MAC, format!("{} bytes", mac.len())),
+            mac => answer(MAC, mac),
+        });
+        if let Ok(mac) = &mac {
+            calling::next("C_Verify");
+            let verified = session.verify(&Mechanism::Sha256Hmac, integrity_key, MESSAGE, mac);
+            answers.push(answer(VERIFY, &verified));
+        }
     }
     answers.push(known_mac(session));
     let own_type = secret_template(KeyType::SHA256_HMAC);
@@ -193,26 +195,6 @@ pub(super) fn wrong_input(
             .decrypt(&mechanism, probe.pair.private, ciphertext);
         Ok(accepted(&result))
     };
-    let mac = {
-        let session = token.session(&[])?;
-        calling::next("C_Sign");
-        session
-            .session
-            .sign(&Mechanism::Sha256Hmac, probe.pair.integrity_key, MESSAGE)?
-    };
-    let verifies = |mac: &[u8]| -> Result<String, Fault> {
-        let session = token.session(&[])?;
-        calling::next("C_Verify");
-        let result = session.session.verify(
-            &Mechanism::Sha256Hmac,
-            probe.pair.integrity_key,
-            MESSAGE,
-            mac,
-        );
-        Ok(accepted(&result))
-    };
-    let mut forged = mac.clone();
-    forged[0] ^= 1;
     report.errors.extend([
         told("a damaged ciphertext", decrypts(&damaged, None)?),
         told(
@@ -228,6 +210,36 @@ pub(super) fn wrong_input(
             decrypts(&good, Some(OTHER_LABEL))?,
         ),
         told("another label", decrypts(&labelled, Some(OTHER_LABEL))?),
+    ]);
+    match probe.pair.integrity_key.object() {
+        Some(integrity_key) => wrong_macs(token, integrity_key, report),
+        None => Ok(()),
+    }
+}
+
+fn wrong_macs(
+    token: &OpenToken,
+    integrity_key: ObjectHandle,
+    report: &mut Report,
+) -> Result<(), Fault> {
+    let mac = {
+        let session = token.session(&[])?;
+        calling::next("C_Sign");
+        session
+            .session
+            .sign(&Mechanism::Sha256Hmac, integrity_key, MESSAGE)?
+    };
+    let verifies = |mac: &[u8]| -> Result<String, Fault> {
+        let session = token.session(&[])?;
+        calling::next("C_Verify");
+        let result = session
+            .session
+            .verify(&Mechanism::Sha256Hmac, integrity_key, MESSAGE, mac);
+        Ok(accepted(&result))
+    };
+    let mut forged = mac.clone();
+    forged[0] ^= 1;
+    report.errors.extend([
         told("a wrong MAC", verifies(&forged)?),
         told(
             "31 bytes of a MAC, with the last behind them in memory",

@@ -164,7 +164,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
                 (findings[0].found, is_good)
             };
             let exception = [name.to_owned()];
-            let without = generated(session).integrity_key;
+            let without = generated(session).integrity_key.object().unwrap();
             assert_eq!(verdict(without, &[]), (Found::Missing, false));
             assert_eq!(verdict(without, &exception), (Found::Excepted, true));
             // Absent, never wrong.
@@ -222,10 +222,11 @@ fn the_attacks_on_pkcs11_are_blocked() {
             PkcsMgfType::MGF1_SHA1,
             PkcsOaepSource::empty(),
         ));
-        assert!(session.wrap_key(&oaep, public, pair.integrity_key).is_err());
+        let integrity_key = pair.integrity_key.object().unwrap();
+        assert!(session.wrap_key(&oaep, public, integrity_key).is_err());
         assert!(
             session
-                .wrap_key(&Mechanism::AesKeyWrap, pair.integrity_key, pair.private)
+                .wrap_key(&Mechanism::AesKeyWrap, integrity_key, pair.private)
                 .is_err()
         );
         let into = [
@@ -249,7 +250,7 @@ fn the_attacks_on_pkcs11_are_blocked() {
                 .decrypt(&Mechanism::RsaPkcs, pair.private, &[1; 256])
                 .is_err()
         );
-        for object in [pair.private, pair.integrity_key] {
+        for object in [pair.private, integrity_key] {
             for toggle in [
                 Attribute::Extractable(true),
                 Attribute::Sensitive(false),

@@ -3,8 +3,10 @@
 use super::{
     Admin, OpenToken, USER_PIN, admin, faulty, id, init, open, pin, record, settings, with_softhsm,
 };
-use keybroker_core::key::ObjectIds;
-use keybroker_worker_protocol::{IntegrityKey, Settings};
+use keybroker_core::key::{IntegrityPlace, ObjectIds};
+use keybroker_worker_protocol::{
+    IntegrityKey, Settings, integrity_file::IntegrityFiles, oaep::WrapKey,
+};
 
 use crate::{admin::Verifier, classify::Class, keys, select::Registered};
 
@@ -147,6 +149,190 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
     );
 }
 
+/// nShield makes a generic secret and refuses it at the first use. Where the token makes no keys for a session, that is found only
+/// with the keys that stay.
+#[test]
+fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
+    with_softhsm(
+        "behaviours::an_integrity_key_that_is_refused_when_it_is_used_is_removed_again",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let late = hmac_keys("mechanism = 0xde436997\nrefuse_at_use = true\n");
+            let no_session_keys = "[[attribute]]\nname = \"CKA_TOKEN\"\nparts = [\"private\", \"secret\"]\n\
+                                   in_template = { refuse = \"CKR_ATTRIBUTE_VALUE_INVALID\", when = false }\n";
+            for (behaviour, words) in [
+                (
+                    late.clone(),
+                    [
+                        "set `integrity_key = \"nshield\"`",
+                        "TemplateInconsistent from C_SignInit",
+                        "No key was made",
+                    ],
+                ),
+                (
+                    late + no_session_keys,
+                    [
+                        "TemplateInconsistent from C_SignInit",
+                        "set `integrity_key` in [token]",
+                        "The key was removed again",
+                    ],
+                ),
+            ] {
+                faulty.behave(&behaviour);
+                let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                for word in words {
+                    assert!(message.contains(word), "{word}: {message}");
+                }
+                assert!(!message.contains("OAEP neither"), "{message}");
+                drop(admin);
+                assert_eq!(objects(), 0);
+            }
+        },
+    );
+}
+
+/// What a TPM does: it makes no secret keys.
+const NO_SECRET_KEYS: &str = "[[rule]]\nname = \"no secret keys\"\nfunction = [\"C_GenerateKey\", \"C_UnwrapKey\"]\n\
+                              do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n";
+
+#[test]
+fn a_token_without_keys_for_hmac_gets_no_integrity_key_in_the_worker_by_itself() {
+    with_softhsm(
+        "behaviours::a_token_without_keys_for_hmac_gets_no_integrity_key_in_the_worker_by_itself",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(NO_SECRET_KEYS);
+            let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
+            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            assert!(
+                message.contains("`integrity_key = \"worker\"`"),
+                "{message}"
+            );
+            drop(admin);
+            assert_eq!(objects(), 0, "no fall-back");
+        },
+    );
+}
+
+#[test]
+fn an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_that() {
+    with_softhsm(
+        "behaviours::an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_that",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            faulty.behave(NO_SECRET_KEYS);
+            let directory = folder.join("integrity-keys");
+            std::fs::create_dir(&directory).unwrap();
+            let mut in_worker = Settings {
+                integrity_key: IntegrityKey::Worker,
+                integrity_key_directory: Some(directory),
+                ..settings.clone()
+            };
+            let admin = Admin::open(&in_worker, &record(), &pin(USER_PIN), true).unwrap();
+            let key = admin.generate_key(2_048).unwrap();
+            assert_eq!(key.problem, None);
+            assert_eq!(key.objects.integrity, IntegrityPlace::Worker);
+            assert!(key.integrity_key.is_empty(), "no attributes to check");
+            assert!(
+                !key.not_tried.iter().any(|test| test.contains("integrity")),
+                "{:?}",
+                key.not_tried
+            );
+            let mac = admin.mac(key.id, b"a row").unwrap();
+            drop(admin);
+            assert_eq!(objects(), 2, "the RSA pair alone");
+            let text = key.integrity_key_file.unwrap();
+            assert!(!text.contains(&hex::encode(mac)));
+            let open_and_check = |settings: &Settings| {
+                let mut admin = Admin::open(settings, &record(), &pin(USER_PIN), false).unwrap();
+                let objects = ObjectIds {
+                    private: None,
+                    integrity: IntegrityPlace::Worker,
+                };
+                admin.know(key.id, objects);
+                let problem = admin.check(key.id).unwrap().problem;
+                (admin, problem)
+            };
+            let problem = |settings: &Settings| open_and_check(settings).1.unwrap();
+
+            assert!(problem(&in_worker).contains("restore it from a backup"));
+            let files = IntegrityFiles::of(&in_worker, key.id).unwrap();
+            let (path, digest) = files.create(key.id, &text).unwrap();
+            assert!(problem(&in_worker).contains("does not have the digest"));
+            in_worker
+                .integrity_key_digests
+                .insert(key.id.to_string(), digest);
+            let (admin, none) = open_and_check(&in_worker);
+            assert_eq!(none, None);
+            assert_eq!(admin.mac(key.id, b"a row").unwrap(), mac, "the same key");
+            let mut verifier = Verifier::new(&admin, key.id).unwrap();
+            let mut forged = mac;
+            forged[31] ^= 1;
+            for (shown, is_right) in [(&mac[..], true), (&forged, false), (&mac[..31], false)] {
+                let verified = verifier.verify(&admin, key.id, b"a row", shown).unwrap();
+                assert_eq!(verified, is_right, "{} bytes", shown.len());
+            }
+            drop((verifier, admin));
+
+            // The registry says that the key is in the worker, and the settings do not permit that.
+            let refused = problem(&settings);
+            assert!(refused.contains("does not permit"), "{refused}");
+            std::fs::write(&path, text.replace("RSA-OAEP", "rsa-oaep")).unwrap();
+            assert!(problem(&in_worker).contains("was changed"));
+        },
+    );
+}
+
+/// The plaintext says what it is for: a wrapped user key and the integrity key of another wrapping key are refused although the
+/// configuration has the digest of the file.
+#[test]
+fn only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one() {
+    with_softhsm(
+        "behaviours::only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one",
+        |folder| {
+            init();
+            let (settings, _faulty) = faulty(folder);
+            let in_worker = Settings {
+                integrity_key: IntegrityKey::Worker,
+                integrity_key_directory: Some(folder.to_owned()),
+                ..settings
+            };
+            let admin = Admin::open(&in_worker, &record(), &pin(USER_PIN), true).unwrap();
+            let [key, other] = [(); 2].map(|()| admin.generate_key(2_048).unwrap());
+            drop(admin);
+            let user_key = WrapKey::new(&key.spki, key.algorithm.unwrap())
+                .and_then(|public| public.wrap(&[7; 32]))
+                .unwrap();
+            let own = key.integrity_key_file.unwrap();
+            let of_other = other.integrity_key_file.unwrap();
+            let ciphertext = |text: &str| {
+                let content: serde_json::Value = serde_json::from_str(text).unwrap();
+                content["ciphertext"].as_str().unwrap().to_owned()
+            };
+            for (wrapped, words) in [
+                (hex::encode(user_key), "is not its integrity key"),
+                (ciphertext(&of_other), "does not unwrap"),
+            ] {
+                let text = own.replace(&ciphertext(&own), &wrapped);
+                let files = IntegrityFiles::of(&in_worker, key.id).unwrap();
+                let (path, digest) = files.create(key.id, &text).unwrap();
+                let pinned = Settings {
+                    integrity_key_digests: [(key.id.to_string(), digest)].into(),
+                    ..in_worker.clone()
+                };
+                let admin = Admin::open(&pinned, &record(), &pin(USER_PIN), false).unwrap();
+                let problem = admin.check(key.id).unwrap().problem.unwrap();
+                assert!(problem.contains(words), "{problem}");
+                std::fs::remove_file(path).unwrap();
+            }
+        },
+    );
+}
+
 #[test]
 fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrity_key() {
     with_softhsm(
@@ -159,7 +345,7 @@ fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrit
             let key = admin.generate_key(2_048).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(key.objects.private, None);
-            assert!(key.objects.integrity.is_some());
+            assert!(matches!(key.objects.integrity, IntegrityPlace::Object(_)));
             drop(admin);
             assert_eq!(objects(), 3);
             // The key is found again before it is registered, and where the registry says.

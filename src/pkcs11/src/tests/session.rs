@@ -14,7 +14,7 @@ use super::{
 };
 use keybroker_core::envelope::Algorithm;
 use keybroker_worker_protocol::{
-    ExpectedKey, Work, frame,
+    Work, frame,
     oaep::WrapKey,
     wire::{self, FailureClass, request::Job},
 };
@@ -44,13 +44,9 @@ impl Bench {
         let keys: Vec<ProvedKey> = (0..count)
             .map(|_| {
                 let pair = generated(&token.anchor);
-                let expected = ExpectedKey {
-                    id: pair.id,
-                    objects: pair.objects.clone(),
-                    token_serial: token.info.serial.clone(),
-                    fingerprint: keys::public_side(&token.anchor, &pair).unwrap().fingerprint,
-                };
-                token.prove(&settings, &expected).unwrap()
+                let public = keys::public_side(&token.anchor, &pair).unwrap();
+                let place = pair.place();
+                token.prove(&settings, &place, public.fingerprint).unwrap()
             })
             .collect();
         let ids: Vec<_> = keys.iter().map(|key| key.place.clone()).collect();

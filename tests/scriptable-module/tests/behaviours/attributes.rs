@@ -2,8 +2,8 @@
 
 use cryptoki_sys::{
     CKA_COPYABLE, CKA_EXTRACTABLE, CKA_ID, CKA_KEY_TYPE, CKA_LABEL, CKA_MODIFIABLE, CKA_PRIVATE,
-    CKA_SENSITIVE, CKA_SIGN, CKA_TOKEN, CKA_VERIFY, CKK_GENERIC_SECRET, CKK_SHA256_HMAC,
-    CKM_GENERIC_SECRET_KEY_GEN,
+    CKA_SENSITIVE, CKA_SIGN, CKA_TOKEN, CKA_VALUE_LEN, CKA_VERIFY, CKK_GENERIC_SECRET,
+    CKK_SHA256_HMAC, CKM_GENERIC_SECRET_KEY_GEN,
 };
 
 use crate::{
@@ -236,5 +236,33 @@ cases! {
             .generate(session, VENDOR_MECHANISM, hmac_template())
             .and_then(|key| module.sign(session, key, b"data"));
         format!("{generic}, {}", outcome(vendor))
+    };
+
+    makes_a_key_that_it_refuses_to_use covers ["hmac.refuse_at_use"]:
+    "made 1000000000000000 CKR_KEY_TYPE_INCONSISTENT CKR_KEY_TYPE_INCONSISTENT, made 2b00000000000000 ok ok",
+    not "made 1000000000000000 ok ok, CKR_MECHANISM_INVALID",
+    with r#"
+        [hmac]
+        key_type = "CKK_SHA256_HMAC"
+        mechanism = 0x80001234
+        length = 32
+        refuse = "CKR_KEY_TYPE_INCONSISTENT"
+        refuse_at_use = true
+    "#, |module| {
+        let session = module.ready();
+        let mut generic = vec![number(CKA_KEY_TYPE, CKK_GENERIC_SECRET), number(CKA_VALUE_LEN, 32)];
+        generic.extend(hmac_template().split_off(1));
+        let made = [(CKM_GENERIC_SECRET_KEY_GEN, generic), (VENDOR_MECHANISM, hmac_template())].map(|(mechanism, template)| {
+            match module.generate(session, mechanism, template) {
+                Ok(key) => {
+                    let key_type = shown(module.read(session, key, CKA_KEY_TYPE));
+                    let signed = module.sign(session, key, b"data");
+                    let verified = module.verify(session, key, b"data", &signed.clone().unwrap_or_default());
+                    format!("made {key_type} {} {}", outcome(signed), outcome(verified))
+                }
+                Err(code) => code.to_string(),
+            }
+        });
+        made.join(", ")
     };
 }

@@ -167,15 +167,17 @@ cases! {
     };
 
     nshield covers ["nshield"]:
-    "CKR_KEY_TYPE_INCONSISTENT ok, CKR_FUNCTION_FAILED", not "ok CKR_MECHANISM_INVALID, [1]",
+    "ok CKR_KEY_TYPE_INCONSISTENT ok, CKR_FUNCTION_FAILED", not "ok ok CKR_MECHANISM_INVALID, [1]",
     with r#"include = ["{profiles}/nshield.toml"]"#, |module| {
         const CKM_NC_SHA256_HMAC_KEY_GEN: u64 = 0xde43_6997;
         let session = module.ready();
         let size = number(CKA_VALUE_LEN, 32);
-        let generic = hmac(module, session, CKM_GENERIC_SECRET_KEY_GEN, &[number(CKA_KEY_TYPE, CKK_GENERIC_SECRET), size.clone()]);
+        let values = [number(CKA_KEY_TYPE, CKK_GENERIC_SECRET), size.clone()];
+        let made = outcome(module.generate(session, CKM_GENERIC_SECRET_KEY_GEN, values.to_vec()));
+        let generic = hmac(module, session, CKM_GENERIC_SECRET_KEY_GEN, &values);
         let vendor = hmac(module, session, CKM_NC_SHA256_HMAC_KEY_GEN, &[number(CKA_KEY_TYPE, CKK_SHA256_HMAC), size]);
         let (_, private) = module.pair(session, &[], &[]).unwrap();
-        format!("{generic} {vendor}, {}", read(module, session, private, CKA_COPYABLE))
+        format!("{made} {generic} {vendor}, {}", read(module, session, private, CKA_COPYABLE))
     };
 
     google_kmsp11 covers ["google-kmsp11"]:

@@ -1,0 +1,258 @@
+//! Integrity keys: objects on the token or, for tokens without keys for HMAC, secrets in the memory of this process, which are
+//! unwrapped from a file on the token.
+//!
+//! A key in memory protects the rows against a thief or a writer of the database. It does not protect them against a person who can
+//! read the memory of a worker. The memory is not locked, so it can be swapped out; it is overwritten when it is freed.
+//!
+//! Mitigation: M10 of `THREAT_MODEL.md`.
+
+use std::{fmt, sync::Arc};
+
+use aws_lc_rs::hmac;
+use cryptoki::object::ObjectHandle;
+use keybroker_pkcs11_ffi::Session;
+use zeroize::Zeroizing;
+
+use keybroker_core::{
+    envelope::{Algorithm, MAC_BYTES, Mac},
+    key::{ID_BYTES, WrappingKeyId},
+};
+use keybroker_worker_protocol::{
+    Settings,
+    integrity_file::{IntegrityFileError, IntegrityFiles, WrappedIntegrityKey},
+    oaep::WrapKey,
+};
+
+use crate::{
+    classify::{Class, Fault},
+    keys::{KeyPair, PublicSide},
+    operation,
+};
+
+/// Length of a key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
+const KEY_BYTES: usize = 32;
+/// What the plaintext in a file begins with, so that no wrapped user key is taken for an integrity key. The id of the wrapping key
+/// and the key follow.
+const DOMAIN: &[u8] = b"keybroker/integrity-key/v1";
+const PLAINTEXT_BYTES: usize = DOMAIN.len() + ID_BYTES + KEY_BYTES;
+
+/// An integrity key that is ready for use, or that has to be unwrapped first.
+#[derive(Clone, Debug)]
+pub(super) enum MacKey {
+    /// An object on the token.
+    OnToken(ObjectHandle),
+    /// A secret in the memory of this process; absent until it is unwrapped.
+    InWorker(Option<WorkerKey>),
+}
+
+impl MacKey {
+    /// The object on the token, if there is one.
+    pub(super) fn object(&self) -> Option<ObjectHandle> {
+        match self {
+            Self::OnToken(object) => Some(*object),
+            Self::InWorker(_) => None,
+        }
+    }
+
+    /// The secret in the memory of this process, if it is there.
+    pub(super) fn secret(&self) -> Option<&WorkerKey> {
+        match self {
+            Self::OnToken(_) => None,
+            Self::InWorker(key) => key.as_ref(),
+        }
+    }
+}
+
+impl From<ObjectHandle> for MacKey {
+    fn from(object: ObjectHandle) -> Self {
+        Self::OnToken(object)
+    }
+}
+
+/// A key for HMAC-SHA-256 in the memory of this process. There is one copy, which is overwritten when the last user drops it.
+#[derive(Clone)]
+pub(super) struct WorkerKey(Arc<Zeroizing<[u8; KEY_BYTES]>>);
+
+impl fmt::Debug for WorkerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WorkerKey(redacted)")
+    }
+}
+
+impl WorkerKey {
+    /// Filled where it stays: a copy on the stack would not be overwritten.
+    fn filled(fill: impl FnOnce(&mut [u8; KEY_BYTES]) -> Result<(), Fault>) -> Result<Self, Fault> {
+        let mut key = Arc::new(Zeroizing::new([0; KEY_BYTES]));
+        fill(Arc::get_mut(&mut key).expect("it was just made"))?;
+        Ok(Self(key))
+    }
+
+    /// A new key.
+    pub(super) fn random() -> Result<Self, Fault> {
+        Self::filled(|key| {
+            aws_lc_rs::rand::fill(key)
+                .map_err(|_| Fault::new(Class::Configuration, "the random generator failed"))
+        })
+    }
+
+    fn from_plaintext(plaintext: &[u8], id: WrappingKeyId) -> Option<Self> {
+        let key = plaintext
+            .strip_prefix(DOMAIN)?
+            .strip_prefix(id.as_bytes().as_slice())?;
+        if key.len() != KEY_BYTES {
+            return None;
+        }
+        Self::filled(|own| {
+            own.copy_from_slice(key);
+            Ok(())
+        })
+        .ok()
+    }
+
+    fn hmac(&self) -> hmac::Key {
+        hmac::Key::new(hmac::HMAC_SHA256, self.0.as_slice())
+    }
+
+    /// HMAC-SHA-256 over a message.
+    pub(super) fn mac(&self, message: &[u8]) -> Mac {
+        let tag = hmac::sign(&self.hmac(), message);
+        let mut mac = [0; MAC_BYTES];
+        mac.copy_from_slice(tag.as_ref());
+        mac
+    }
+
+    /// Whether a MAC is right, compared in constant time. One of another length is not.
+    pub(super) fn verifies(&self, message: &[u8], mac: &[u8]) -> bool {
+        hmac::verify(&self.hmac(), message, mac).is_ok()
+    }
+
+    /// Wraps the key under the public key of its wrapping key, in software, for the file.
+    pub(super) fn wrap(
+        &self,
+        id: WrappingKeyId,
+        public: &PublicSide,
+        algorithm: Algorithm,
+    ) -> Result<WrappedIntegrityKey, Fault> {
+        // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
+        let mut plaintext = Zeroizing::new(Vec::with_capacity(PLAINTEXT_BYTES));
+        plaintext.extend_from_slice(DOMAIN);
+        plaintext.extend_from_slice(id.as_bytes());
+        plaintext.extend_from_slice(self.0.as_slice());
+        let ciphertext = WrapKey::new(&public.spki, algorithm)
+            .and_then(|key| key.wrap(&plaintext))
+            .map_err(|error| Fault::new(Class::Untrusted, error.to_string()))?;
+        Ok(WrappedIntegrityKey {
+            wrapping_key: id,
+            algorithm,
+            ciphertext,
+        })
+    }
+}
+
+/// Reads the file of a key, if the configuration has its digest, and unwraps it on the token.
+pub(super) fn unwrap(
+    session: &Session,
+    pair: &KeyPair,
+    settings: &Settings,
+) -> Result<WorkerKey, Fault> {
+    let wrapped = IntegrityFiles::of(settings, pair.id).and_then(|files| files.load(pair.id))?;
+    if wrapped.algorithm == Algorithm::RsaOaepSha1 && !settings.allow_oaep_sha1 {
+        return Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "the integrity key of {} is wrapped by RSA-OAEP with SHA-1; if that is what you want, say \
+                 `allow_oaep_sha1 = true` in [token]",
+                pair.id
+            ),
+        ));
+    }
+    let plaintext = operation::decrypt(session, pair, wrapped.algorithm, &wrapped.ciphertext)
+        .map_err(|fault| {
+            fault.about(&format!(
+                "the token does not unwrap the integrity key of {} from its file",
+                pair.id
+            ))
+        })?;
+    WorkerKey::from_plaintext(&plaintext, pair.id).ok_or_else(|| {
+        Fault::new(
+            Class::Untrusted,
+            format!(
+                "what the token unwraps from the file of wrapping key {} is not its integrity key",
+                pair.id
+            ),
+        )
+    })
+}
+
+impl From<IntegrityFileError> for Fault {
+    fn from(error: IntegrityFileError) -> Self {
+        let class = match error {
+            IntegrityFileError::Changed { .. } | IntegrityFileError::Malformed { .. } => {
+                Class::Untrusted
+            }
+            _ => Class::Configuration,
+        };
+        Self::new(class, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: WrappingKeyId = WrappingKeyId::from_bytes([7; ID_BYTES]);
+
+    fn plaintext(domain: &[u8], id: WrappingKeyId, key: &[u8]) -> Vec<u8> {
+        [domain, id.as_bytes(), key].concat()
+    }
+
+    /// The answer is that of RFC 4231, test case 1, whose key is padded with zeros to the length of ours: HMAC pads a short key with
+    /// zeros (RFC 2104, section 2).
+    #[test]
+    fn a_mac_is_that_of_the_standard() {
+        let mut key = [0; KEY_BYTES];
+        key[..20].fill(0x0b);
+        let key = WorkerKey::from_plaintext(&plaintext(DOMAIN, ID, &key), ID).unwrap();
+        let expected = "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7";
+        assert_eq!(hex::encode(key.mac(b"Hi There")), expected);
+    }
+
+    #[test]
+    fn a_forged_mac_and_one_of_another_length_do_not_verify() {
+        let key = WorkerKey::random().unwrap();
+        let mac = key.mac(b"message");
+        assert!(key.verifies(b"message", &mac));
+        assert!(!key.verifies(b"massage", &mac));
+        for index in 0..MAC_BYTES {
+            let mut forged = mac;
+            forged[index] ^= 1;
+            assert!(!key.verifies(b"message", &forged));
+            assert!(!key.verifies(b"message", &mac[..index]));
+        }
+        assert!(!key.verifies(b"message", &[mac.as_slice(), &[0]].concat()));
+        assert!(!WorkerKey::random().unwrap().verifies(b"message", &mac));
+    }
+
+    /// A user key whose ciphertext was put into the file, or a key of another wrapping key.
+    #[test]
+    fn only_a_plaintext_of_this_wrapping_key_is_an_integrity_key() {
+        let other = WrappingKeyId::from_bytes([8; ID_BYTES]);
+        assert!(WorkerKey::from_plaintext(&plaintext(DOMAIN, ID, &[1; 32]), ID).is_some());
+        for bad in [
+            vec![1; KEY_BYTES],
+            plaintext(b"keybroker/integrity-key/v2", ID, &[1; 32]),
+            plaintext(DOMAIN, other, &[1; 32]),
+            plaintext(DOMAIN, ID, &[1; 31]),
+            plaintext(DOMAIN, ID, &[1; 33]),
+            Vec::new(),
+        ] {
+            assert!(WorkerKey::from_plaintext(&bad, ID).is_none());
+        }
+    }
+
+    #[test]
+    fn debug_shows_nothing() {
+        let key = MacKey::InWorker(Some(WorkerKey::random().unwrap()));
+        assert_eq!(format!("{key:?}"), "InWorker(Some(WorkerKey(redacted)))");
+    }
+}

@@ -13,8 +13,8 @@ use keybroker_proto::UnwrapUserKeyRequest;
 use tonic::Request;
 
 use crate::{
-    client::{Caller, NAME},
-    faulty::{Fault, code},
+    client::{Caller, NAME, reason},
+    faulty::{Fault, Faulty, code},
     faulty_token::site,
     process::{Broker, until},
     site::Options,
@@ -25,10 +25,19 @@ const HANG_MS: u32 = 30_000;
 const DEADLINE: Duration = Duration::from_secs(4);
 const CALLERS: usize = 3;
 
-/// Latencies of callers that call one after another until they are told to stop.
+/// Callers that call one after another until they are told to stop.
 struct Load {
     stop: Arc<AtomicBool>,
-    callers: Vec<tokio::task::JoinHandle<Vec<Duration>>>,
+    callers: Vec<tokio::task::JoinHandle<Seen>>,
+}
+
+/// What callers saw.
+#[derive(Default)]
+struct Seen {
+    /// How long each successful call took.
+    times: Vec<Duration>,
+    /// Calls that were not answered before their deadline.
+    late: usize,
 }
 
 impl Load {
@@ -38,40 +47,83 @@ impl Load {
             .map(|_| {
                 let (releaser, stop) = (Caller::of(broker, "releaser"), Arc::clone(&stop));
                 tokio::spawn(async move {
-                    let mut times = Vec::new();
+                    let mut seen = Seen::default();
                     while !stop.load(Ordering::Relaxed) {
                         let began = Instant::now();
-                        let key = releaser.unwrap("ada").await.unwrap();
-                        assert_eq!(key.key_material, MATERIAL);
-                        times.push(began.elapsed());
+                        match releaser.unwrap("ada").await {
+                            Ok(key) => {
+                                assert_eq!(key.key_material, MATERIAL);
+                                seen.times.push(began.elapsed());
+                            }
+                            Err(status) => {
+                                assert_eq!(reason(&status), "DEADLINE", "{status:?}");
+                                seen.late += 1;
+                            }
+                        }
                     }
-                    times
+                    seen
                 })
             })
             .collect();
         Self { stop, callers }
     }
 
-    /// All latencies, sorted.
-    async fn end(self) -> Vec<Duration> {
+    /// Adds what the callers saw.
+    async fn end(self, all: &mut Seen) {
         self.stop.store(true, Ordering::Relaxed);
-        let mut all = Vec::new();
         for caller in self.callers {
-            all.extend(caller.await.unwrap());
+            let seen = caller.await.unwrap();
+            all.times.extend(seen.times);
+            all.late += seen.late;
         }
-        all.sort();
-        all
     }
 }
 
-fn percentile(sorted: &[Duration], percent: usize) -> Duration {
-    sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
+impl Seen {
+    fn p99(&mut self) -> Duration {
+        self.times.sort();
+        self.times[self.times.len() * 99 / 100]
+    }
 }
 
-async fn latencies_for(broker: &Broker, time: Duration) -> Vec<Duration> {
-    let load = Load::start(broker);
-    tokio::time::sleep(time).await;
-    load.end().await
+/// Makes a call that hangs, and waits for its answer. Returns when it began, and the worker that it hangs in.
+async fn hanging_call(broker: &Broker, faulty: &Faulty) -> (Instant, u32) {
+    const ATTEMPTS: usize = 20;
+    const CALLS: usize = 100;
+    let releaser = Caller::of(broker, "releaser");
+    for attempt in 0..ATTEMPTS {
+        let workers = until("two workers", || {
+            let workers = broker.workers();
+            (workers.len() == 2).then_some(workers)
+        });
+        let worker = workers[attempt % 2];
+        // For one worker, because the job is repeated in the other one.
+        faulty.set(
+            "C_Decrypt",
+            &Fault {
+                milliseconds: HANG_MS,
+                pid: worker,
+                ..Fault::times(code::LATE, 1)
+            },
+        );
+        for _ in 0..CALLS {
+            let began = Instant::now();
+            let request = Request::new(UnwrapUserKeyRequest {
+                user: "ada".to_owned(),
+                key_name: NAME.to_owned(),
+            });
+            if let Err(status) = releaser.keys.clone().unwrap_user_key(request).await {
+                assert_eq!(reason(&status), "DEADLINE", "{status:?}");
+                return (began, worker);
+            }
+            // A self-test met the fault instead, and the worker is replaced for that.
+            if !broker.workers().contains(&worker) {
+                break;
+            }
+        }
+        faulty.clear("C_Decrypt");
+    }
+    panic!("no call met the fault");
 }
 
 /// One call of one of two workers hangs for 30 s. Its caller is answered at the deadline, no other call fails, and the worker is
@@ -94,66 +146,43 @@ async fn a_hanging_call_costs_only_its_own_caller() {
         .create("ada", MATERIAL)
         .await
         .unwrap();
-    let quiet_for = Duration::from_secs(if measured { 10 } else { 1 });
-    let alone = latencies_for(&broker, quiet_for).await;
-    let (mut beside, mut answered, mut replaced) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut alone, mut beside) = (Seen::default(), Seen::default());
+    let load = Load::start(&broker);
+    // As long as there is something to compare with; nothing waits for its end.
+    tokio::time::sleep(Duration::from_secs(if measured { 10 } else { 1 })).await;
+    load.end(&mut alone).await;
+    let (mut answered, mut replaced) = (Vec::new(), Vec::new());
     for _ in 0..hangs {
-        let workers = until("two workers", || {
-            let workers = broker.workers();
-            (workers.len() == 2).then_some(workers)
-        });
-        let before = faulty.count("C_Decrypt begins");
-        // A job that is repeated would hang as well, if the fault were for the next call only and not for one process.
-        faulty.set(
-            "C_Decrypt",
-            &Fault {
-                milliseconds: HANG_MS,
-                pid: workers[0],
-                ..Fault::times(code::LATE, 1)
-            },
-        );
-        // Calls until one of them meets the fault: the others are answered at once.
-        let releaser = Caller::of(&broker, "releaser");
-        let began = loop {
-            let began = Instant::now();
-            let request = Request::new(UnwrapUserKeyRequest {
-                user: "ada".to_owned(),
-                key_name: NAME.to_owned(),
-            });
-            let ended = releaser.keys.clone().unwrap_user_key(request).await;
-            match ended {
-                Ok(_) => assert!(faulty.count("C_Decrypt begins") > before),
-                Err(status) => {
-                    assert_eq!(crate::client::reason(&status), "DEADLINE", "{status:?}");
-                    answered.push(began.elapsed());
-                    break began;
-                }
-            }
-        };
+        let (began, hung) = hanging_call(&broker, &faulty).await;
+        answered.push(began.elapsed());
         let load = Load::start(&broker);
         until("another worker", || {
             let now = broker.workers();
-            (now.len() == 2 && !now.contains(&workers[0])).then_some(())
+            (now.len() == 2 && !now.contains(&hung)).then_some(())
         });
         replaced.push(began.elapsed().saturating_sub(DEADLINE));
-        beside.extend(load.end().await);
+        load.end(&mut beside).await;
         faulty.clear("C_Decrypt");
     }
-    beside.sort();
     let longest = |times: &[Duration]| times.iter().max().copied().unwrap();
     println!(
-        "{hangs} calls hung: answered after {:?} at most; worker replaced {:?} after that deadline at most; p99 of the others {:?} \
-         alone ({} calls), {:?} beside a hanging call ({} calls), none of which failed",
+        "{hangs} calls hung: answered after {:?} at most; worker replaced {:?} after that deadline at most; others alone: {} calls, p99 \
+         {:?}, {} late; beside a hanging call: {} calls, p99 {:?}, {} late",
         longest(&answered),
         longest(&replaced),
-        percentile(&alone, 99),
-        alone.len(),
-        percentile(&beside, 99),
-        beside.len(),
+        alone.times.len(),
+        alone.p99(),
+        alone.late,
+        beside.times.len(),
+        beside.p99(),
+        beside.late,
     );
     assert!(longest(&answered) >= DEADLINE);
-    assert!(longest(&answered) < DEADLINE + Duration::from_secs(2));
+    assert!(beside.times.len() > CALLERS);
+    // A busy machine may take longer for a call than its deadline.
     if measured {
+        assert!(longest(&answered) < DEADLINE + Duration::from_secs(1));
         assert!(longest(&replaced) < Duration::from_secs(3), "{replaced:?}");
+        assert_eq!(alone.late + beside.late, 0);
     }
 }

@@ -137,7 +137,7 @@ const EVERY_KEY: [Rule; 9] = [
 /// What `access_control = "outside-pkcs11"` permits, in one sentence without its end.
 pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
 
-/// What `integrity_key = "worker"` gives away, in one sentence without its end.
+/// What `integrity_key = "worker"` permits, in one sentence without its end.
 pub const INTEGRITY_KEY_IN_WORKER: &str = "a person who reads the memory of a worker, decrypts the file with the token and its PIN, or \
      changes both the file and the configuration can forge rows, also later and without the token; the rows stay protected against a \
      thief or a writer of the database";

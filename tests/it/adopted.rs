@@ -175,7 +175,7 @@ fn a_row_that_names_other_objects_is_refused() {
     let checked = site.run(&["token", "check"]);
     assert_eq!(checked.code, Some(UNTRUSTED), "{checked:#?}");
     assert!(
-        checked.stderr.contains("MAC does not verify"),
+        checked.stderr.contains("registry row does not verify"),
         "{checked:#?}"
     );
     site.sql("UPDATE wrapping_keys SET integrity_cka_id = x'0a'");
@@ -214,7 +214,10 @@ fn an_integrity_key_of_another_wrapping_key_is_not_registered() {
     faulty.behave("");
     let refused = site.run(&["key", "register", "0d", "--integrity-id", INTEGRITY]);
     assert_eq!(refused.code, Some(USAGE), "{refused:#?}");
-    assert!(refused.stderr.contains("one of its own"), "{refused:#?}");
+    assert!(
+        refused.stderr.contains("a separate integrity key"),
+        "{refused:#?}"
+    );
     assert_eq!(site.sql("SELECT count(*) FROM wrapping_keys").trim(), "1");
 }
 
@@ -225,7 +228,7 @@ fn registering_again_tells_an_altered_row_from_a_good_one() {
     let register = ["key", "register", PRIVATE, "--integrity-id", INTEGRITY];
     site.expect_ok(&register);
     for (edit, words) in [
-        ("sequence = sequence", "is registered already"),
+        ("sequence = sequence", "is already registered"),
         ("sequence = sequence + 1", "was altered"),
     ] {
         site.sql(&format!("UPDATE wrapping_keys SET {edit}"));

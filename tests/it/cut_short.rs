@@ -46,7 +46,7 @@ fn a_killed_command_is_closed_by_the_next() {
     });
     // While it runs it is not cut short.
     let beside = site.run(&["token", "backup-confirmed"]);
-    assert!(!beside.stderr.contains("was cut short"), "{beside:#?}");
+    assert!(!beside.stderr.contains("was interrupted"), "{beside:#?}");
     killed.kill().unwrap();
     killed.wait().unwrap();
     let left = logs(&site)
@@ -58,7 +58,7 @@ fn a_killed_command_is_closed_by_the_next() {
     assert_eq!(next.code, Some(0), "{next:#?}");
     for words in [
         "wrapping_key.generate",
-        "was cut short",
+        "was interrupted",
         left.file_name().unwrap().to_str().unwrap(),
     ] {
         assert!(next.stderr.contains(words), "{words}: {next:#?}");
@@ -78,7 +78,7 @@ fn a_killed_command_is_closed_by_the_next() {
     }
     // Once is enough.
     let after = site.run(&["key", "generate", "--bits", "2048"]);
-    assert!(!after.stderr.contains("was cut short"), "{after:#?}");
+    assert!(!after.stderr.contains("was interrupted"), "{after:#?}");
 }
 
 /// Only `serve` migrates by itself, and audits it: a command that reads leaves the schema to the running release.

@@ -77,7 +77,7 @@ fn each_form_of_a_configuration_file_that_cannot_be_read_is_named() {
         "a directory",
         &site.run(&["config", "check"]),
         CONFIGURATION,
-        &["is a directory", "hint: name a file with --config"],
+        &["is a directory", "hint: pass a file with --config"],
     );
     // A byte order mark in front of a good one is no mistake.
     fs::remove_dir(&file).unwrap();

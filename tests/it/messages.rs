@@ -293,7 +293,7 @@ fn a_value_of_the_wrong_type_is_answered_with_what_to_write() {
         "no file",
         &check(),
         3,
-        &["hint: name another file with --config"],
+        &["hint: pass another file with --config"],
     );
 }
 
@@ -614,10 +614,10 @@ fn options_of_the_connection_are_taken_at_either_end() {
     for (wrong, words) in [
         (&options[2..], "pass --endpoint"),
         (&[&options[..2], &options[4..]].concat(), "pass --ca"),
-        (&options[..6], "--cert needs --key"),
+        (&options[..6], "--cert requires --key"),
         (
             &[&options[..4], &options[6..]].concat(),
-            "--key needs --cert",
+            "--key requires --cert",
         ),
         (
             &[&options[..], &["--client-id", "x"]].concat(),
@@ -661,7 +661,10 @@ fn a_client_certificate_without_a_name_is_told_from_an_unknown_one() {
             "nameless",
             "has no subject alternative name of the kind URI or DNS",
         ),
-        (pki::UNKNOWN, "no [[principal]] has one of the names"),
+        (
+            pki::UNKNOWN,
+            "no [[principal]] has a `san` that the client certificate contains",
+        ),
     ] {
         let finished = Finished::from(client(&broker, name, &["list"]).output().unwrap());
         says(name, &finished, 10, &["CREDENTIAL"]);

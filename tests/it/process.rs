@@ -131,6 +131,11 @@ impl Broker {
         until("the broker to end", || child.try_wait().unwrap())
     }
 
+    /// Whether the front has not ended.
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     /// Process ids of the token workers now alive.
     pub(crate) fn workers(&self) -> Vec<u32> {
         children_of(self.pid())

@@ -4,9 +4,11 @@
 use std::{env, fs, path::Path};
 
 use keybroker_test_support::skip::skip;
-use keybroker_worker_protocol::report::{Outcome, Report};
+use keybroker_worker_protocol::report::{Outcome, REMOVED, Report, WORKS};
 
 use crate::{
+    expected::says,
+    faulty::{Fault, code},
     faulty_token,
     modules::{Maker, Stand, in_namespaces, pkcs11_proxy},
     site::{Options, Site},
@@ -147,7 +149,79 @@ fn a_report_leaves_nothing_and_tells_no_secret() {
         assert!(!objects.contains(" Object;"), "{objects}");
     }
     let text = site.expect_ok(&["-o", "json", "token", "report", "--serial"]);
-    assert_eq!(read(&text).identity.serial.as_deref(), Some(serial));
+    let report = read(&text);
+    assert_eq!(report.identity.serial.as_deref(), Some(serial));
+    // What a person asks of a device before it is bought.
+    for name in [
+        "C_Initialize, milliseconds",
+        "C_Login, milliseconds",
+        "one unwrap (RSA-2048 OAEP), milliseconds, shortest",
+        "one unwrap (RSA-2048 OAEP), milliseconds, median",
+        "one unwrap (RSA-2048 OAEP), milliseconds, 99th percentile",
+        "a damaged ciphertext, milliseconds, median",
+    ] {
+        assert!(
+            report.rates.iter().any(|rate| rate.name == name),
+            "{name}: {text}"
+        );
+    }
+    // SoftHSM ends the keys of a session with the login, and gives its handle to no other.
+    assert_eq!(
+        session_row(
+            &report,
+            "a handle from before C_Logout, of a key of the session"
+        ),
+        "ObjectHandleInvalid"
+    );
+    assert_eq!(
+        session_row(&report, "the login of the second process is"),
+        "one of its own"
+    );
+    // Only the run that made keys on the token is a change.
+    let entries = site.audit();
+    let intents = entries
+        .lines()
+        .filter(|line| line.contains("token.report") && line.contains("\"intent\""));
+    assert_eq!(intents.count(), 1, "{entries}");
+}
+
+/// What the report says under this name of sessions and logins.
+fn session_row<'a>(report: &'a Report, name: &str) -> &'a str {
+    let row = report.sessions.iter().find(|row| row.name == name);
+    &row.unwrap_or_else(|| panic!("{name}: {report:#?}")).result
+}
+
+/// Where the processes share one login, the report says so, although the second login works.
+#[test]
+fn a_shared_login_is_a_line_of_its_own() {
+    let site = Site::without_keys(Options::default());
+    let faulty = faulty_token::put_before(&site);
+    faulty.set_profile("pkcs11-proxy");
+    let report = read(&site.expect_ok(&["-o", "json", "token", "report"]));
+    assert_eq!(session_row(&report, "a login by a second process"), WORKS);
+    let whose = session_row(&report, "the login of the second process is");
+    assert!(whose.contains("CKR_USER_ALREADY_LOGGED_IN"), "{whose}");
+}
+
+/// A token that does not remove keys: the report and a warning name them, and so does `token check` later.
+#[test]
+fn keys_that_a_report_could_not_remove_are_named() {
+    let site = Site::without_keys(Options::default());
+    let faulty = faulty_token::put_before(&site);
+    faulty.set("C_DestroyObject", &Fault::always(code::DEVICE_ERROR));
+    let made = site.run(&["-o", "json", "token", "report", "--write"]);
+    let words = ["warning: ", "the token did not remove", "vendor's tool"];
+    says("token report", &made, 0, &words);
+    let report = read(&made.stdout);
+    let removed = report.token_objects.iter().find(|row| row.name == REMOVED);
+    assert_ne!(removed.unwrap().result, WORKS, "{report:#?}");
+    faulty.clear("C_DestroyObject");
+    site.expect_ok(&["store", "migrate"]);
+    let checked = site.run(&["token", "check"]);
+    assert!(
+        checked.stderr.contains("not in the registry"),
+        "{checked:#?}"
+    );
 }
 
 #[test]

@@ -65,7 +65,7 @@ async fn commands_and_brokers_use_the_token_of_the_registry() {
         0,
         &[
             &format!("serial {serial:?}"),
-            "the one of several that the registry names",
+            "which the registry selects from several",
         ],
     );
     // The new key is on the same token as the first.

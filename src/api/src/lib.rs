@@ -1,5 +1,7 @@
 //! The APIs of the broker: gRPC ([`rpc`]), and REST for Bitwarden clients ([`rest`]). Both call the `broker` crate.
 
+#[doc(hidden)]
+pub mod fuzzing;
 mod request;
 pub mod rest;
 pub mod rpc;

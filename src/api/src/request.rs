@@ -29,7 +29,7 @@ pub(crate) enum Unanswered {
     Ended(Error),
 }
 
-/// The span of a call. It has the level of errors, so that no log filter disables it.
+/// The span of a call. The span has the level `error`, so that no log filter disables it.
 pub(crate) fn span(id: CallId, action: Option<Action>, principal: Option<&Principal>) -> Span {
     tracing::error_span!(
         "call",

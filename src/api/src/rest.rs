@@ -1,4 +1,4 @@
-//! The REST API, which implements the Key Connector interface of Bitwarden clients. It parses requests, calls the
+//! The REST API, which implements the Key Connector interface of Bitwarden clients. The API parses requests, calls the
 //! broker, and converts answers and errors.
 //!
 //! | Request | Answer |
@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use keybroker_broker::Broker;
 
 mod answer;
-mod body;
+pub(super) mod body;
 mod origins;
 mod probes;
 mod requests;

@@ -1,4 +1,5 @@
-//! The gRPC API. It parses messages, calls the broker, and converts answers and errors. The broker makes all decisions.
+//! The gRPC API. The API parses messages, calls the broker, and converts answers and errors. The broker makes all
+//! decisions.
 
 use std::sync::Arc;
 
@@ -17,13 +18,13 @@ use keybroker_proto::{
     user_key_service_server::UserKeyServiceServer,
 };
 
-mod clients;
+pub(super) mod clients;
 mod control;
 mod convert;
 mod message;
 mod method;
 mod middleware;
-mod page;
+pub(super) mod page;
 mod status;
 mod stream_end;
 mod timeout;
@@ -86,7 +87,7 @@ where
             let mut builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                // These descriptors describe the details of errors.
+                // Descriptors for the details of errors.
                 .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name(H::NAME);
             // Reflection lists only the services of this listener.

@@ -23,6 +23,8 @@ use keybroker_core::{
 
 mod certificate;
 pub mod client_secret;
+#[doc(hidden)]
+pub mod fuzzing;
 mod header;
 pub mod issuer;
 mod jwks;

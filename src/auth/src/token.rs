@@ -26,7 +26,7 @@ use super::{
     jwks::{KeySet, Keys, Named, Newer, NoKey, Pace, SourceError},
 };
 
-mod claims;
+pub(super) mod claims;
 mod parts;
 mod refusal;
 #[cfg(test)]

@@ -9,16 +9,18 @@
 //!   that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts), other users
 //!   cannot rename or remove entries of root or of this user, so only such entries are followed, and a file with several hard
 //!   links is refused. In a read-only mount of a container, no process that sees the mount can change anything.
+//!
 //! - The file is a regular file. A FIFO, a device or a socket is refused with its kind. The file is opened without blocking, so
 //!   that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
+//!
 //! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
 //!   others. If a secret belongs to root, its group may read it, because root chose the group (systemd credentials, Kubernetes
 //!   Secrets with `fsGroup`).
 //!
 //! A read-only mount is accepted as protection only in a container, and only if it is another file system than that of the root
-//! directory. Where systemd runs, it is not accepted: settings such as `ProtectSystem=strict` show a service the host's file
-//! systems read-only, while other users of the host can still write to them. The front tells its workers whether read-only mounts
-//! are accepted.
+//! directory. Where systemd runs, a read-only mount is not accepted. Settings such as `ProtectSystem=strict` show a service the
+//! host's file systems read-only, while other users of the host can still write to them. The front tells its workers whether
+//! read-only mounts are accepted.
 //!
 //! A FUSE mount is never accepted as read-only, because the process that serves it decides about content and owners. A FUSE mount
 //! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the

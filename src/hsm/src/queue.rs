@@ -23,7 +23,7 @@ use crate::{
     link::Link,
 };
 
-use backlogs::{Backlogs, Served, Waiting};
+use backlogs::{Backlogs, Load, Served, Waiting};
 use estimate::{Estimate, Estimates, Kind};
 
 mod backlogs;
@@ -31,10 +31,6 @@ mod estimate;
 
 /// The shortest delay of a retry hint.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// The time that a call needs after the token has answered: to write the audit entry and to send the answer. It is this
-/// part of the remaining time, but at most `ANSWER_MAX`.
-const ANSWER_PARTS: u32 = 10;
-const ANSWER_MAX: Duration = Duration::from_millis(20);
 /// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -193,9 +189,8 @@ impl State {
                 continue;
             }
             job.waited = now.saturating_duration_since(job.queued);
-            // The only waiting job is always tried, because its time shows how long the token takes now.
             let mean = self.estimates.of(Kind::of(&job.work)).mean;
-            if left < mean && !self.waiting.is_empty() {
+            if self.waiting.is_too_late(left, mean) {
                 self.waiting.note(job.caller.lane(), Served::Late);
                 let refusal = refusal(self.expected_wait());
                 job.answer(Err(refusal), Duration::ZERO);
@@ -232,21 +227,11 @@ impl State {
         }
         let [sessions, busy] =
             [sessions, busy].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
-        // On average, half of each running job is still to be done.
-        let under_way = job.mean * busy / 2;
+        let load = Load { sessions, busy };
         let left = deadline.instant().saturating_duration_since(now);
-        let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
-        let wait_for = |work: Duration| self.waiting.cautious(lane, (work + under_way) / sessions);
-        // Most calls are in time even behind all waiting jobs. This quick check avoids looking at each lane.
-        if wait_for(self.waiting.work()) + needed <= left {
-            return Ok(());
-        }
-        let wait = wait_for(self.waiting.work_before(lane, job.mean));
-        if wait + needed <= left {
-            Ok(())
-        } else {
-            Err(refusal(wait))
-        }
+        self.waiting
+            .check_in_time(lane, job, left, load)
+            .map_err(refusal)
     }
 
     /// Makes room in a full queue. Removes abandoned and expired jobs, or else the newest job of the lane with the most

@@ -104,7 +104,7 @@ impl Life {
         }
     }
 
-    /// The begin of the validity, for messages.
+    /// The beginning of the validity, for messages.
     pub(crate) fn begins(self) -> Timestamp {
         date(self.from)
     }

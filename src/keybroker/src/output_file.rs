@@ -22,7 +22,7 @@ pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
         .write_all(text.as_bytes())
         .and_then(|()| fs::rename(&partial, path));
     if written.is_err() {
-        // It was created by this call.
+        // This call has created the temporary file, so removing it is safe.
         fs::remove_file(&partial).ok();
     }
     written
@@ -43,7 +43,7 @@ fn is_ours(meta: &Metadata) -> bool {
     meta.uid() == rustix::process::geteuid().as_raw()
 }
 
-/// Creates a file with a name that no file has: `.NAME.PID-NUMBER.partial`.
+/// Creates a new file with an unused name: `.NAME.PID-NUMBER.partial`.
 fn create_beside(path: &Path) -> io::Result<(File, PathBuf)> {
     let name = path
         .file_name()

@@ -90,8 +90,8 @@ pub struct TlsSettings {
     pub client_ca_file: Option<PathBuf>,
     /// Revocation lists of these CAs. Without this file, certificates are not checked for revocation.
     pub client_crl_file: Option<PathBuf>,
-    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. They only verify these lists
-    /// and are not trust anchors.
+    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. The certificates only verify
+    /// these lists and are not trust anchors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_crl_issuers_file: Option<PathBuf>,
     /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If false, a certificate without
@@ -107,7 +107,7 @@ const fn default_client_auth_usage_required() -> bool {
     true
 }
 
-/// One `[[listener]]` of the configuration.
+/// A `[[listener]]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListenerSettings {
@@ -124,8 +124,8 @@ pub struct ListenerSettings {
     /// Whether the listener requests client certificates.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
-    /// Networks of load balancers and proxies. Their connections carry calls of many clients, so the limits for one network and
-    /// for one principal do not apply to them. The limits for all connections together do.
+    /// Networks of load balancers and proxies. Connections from these networks carry calls of many clients. Only the limits for
+    /// all connections together apply to them, and not the limits for one network or one principal.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }

@@ -30,6 +30,8 @@ const LAST_BUFFER: usize = 64 * 1024;
 
 /// How often the slots are asked for while their number grows.
 const SLOT_LIST_TRIES: usize = 4;
+/// Slots of one module, far more than any has: a number above is nonsense, and would only cost memory.
+const SLOTS_MAX: usize = 65_536;
 
 /// The function list of PKCS#11 2.40, which modules of every later version have as well.
 #[derive(Clone)]
@@ -133,6 +135,9 @@ impl Functions {
                     .into_iter()
                     .map(|id| Slot::try_from(id).map_err(|_| Error::InvalidValue))
                     .collect();
+            }
+            if count > SLOTS_MAX {
+                return Err(Error::InvalidValue);
             }
             ids = vec![0; count];
         }

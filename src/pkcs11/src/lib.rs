@@ -10,6 +10,8 @@ pub mod admin_worker;
 pub mod attribute_check;
 mod calling;
 mod classify;
+#[doc(hidden)]
+pub mod fuzzing;
 mod keys;
 mod login_policy;
 mod mac_key;

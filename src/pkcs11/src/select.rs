@@ -73,7 +73,7 @@ impl Selector {
     }
 
     /// From the path attributes of an RFC 7512 URI that names a token and nothing else.
-    fn from_uri(uri: &str) -> Result<Self, SelectorError> {
+    pub(super) fn from_uri(uri: &str) -> Result<Self, SelectorError> {
         // A scheme is compared without case (RFC 3986 section 3.1).
         let (scheme, path) = uri.split_once(':').ok_or(SelectorError::Scheme)?;
         if !scheme.eq_ignore_ascii_case("pkcs11") {
@@ -114,6 +114,11 @@ impl Selector {
             && same(&self.serial, info.serial_number())
             && same(&self.manufacturer, info.manufacturer_id())
             && same(&self.model, info.model())
+    }
+
+    /// Label, serial number, manufacturer and model, as far as they matter.
+    pub(super) fn parts(&self) -> [Option<&str>; 4] {
+        [&self.label, &self.serial, &self.manufacturer, &self.model].map(Option::as_deref)
     }
 
     fn describe(&self) -> String {

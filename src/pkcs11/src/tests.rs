@@ -65,6 +65,8 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
         "{text}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
+    // The figures of a long run.
+    println!("{text}");
 }
 
 pub(crate) fn settings() -> Settings {

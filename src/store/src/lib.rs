@@ -3,10 +3,15 @@
 //! Guarantees, which the conformance suite tests on every engine:
 //!
 //! - An acknowledged write survives SIGKILL.
+//!
 //! - Create never overwrites a record, and a deleted record keeps its name.
+//!
 //! - Replace is a compare-and-swap on the revision.
+//!
 //! - A read never rewrites a row.
+//!
 //! - List pages are stable under concurrent writes.
+//!
 //! - A mutation and its request id are committed together or not at all.
 //!
 //! The store never has access to key material. The store contains envelopes as bytes that it does not interpret.

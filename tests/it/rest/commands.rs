@@ -298,7 +298,7 @@ fn what_cannot_be_used_is_explained() {
     desk.fails(
         &format!("derive --email {EMAIL}"),
         2,
-        "nothing to read the master password from",
+        "no source specified for the master password",
     );
     desk.fails(
         &format!("unlock {account} --protected-key-file cut"),

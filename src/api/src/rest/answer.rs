@@ -33,7 +33,7 @@ const fn status(reason: Reason) -> StatusCode {
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
         Reason::KeyExists | Reason::Limit => StatusCode::BAD_REQUEST,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
-        // These causes are temporary, or an operator repairs them.
+        // The caller should retry, because the cause is temporary or an operator can repair it.
         Reason::TokenDown
         | Reason::StoreDown
         | Reason::AuditDown
@@ -47,7 +47,7 @@ const fn status(reason: Reason) -> StatusCode {
     }
 }
 
-/// The answer to a failed call. It leaves out the error's detail, which the call id locates in the log.
+/// The answer to a failed call. The answer leaves out the error's detail, which is in the log under the call id.
 pub(super) fn refusal(error: &Error, id: CallId) -> Response<Body> {
     refusal_as(status(error.reason()), error, id)
 }

@@ -28,7 +28,7 @@ const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a body is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Malformed {
+pub(crate) enum Malformed {
     /// The content type is not JSON.
     ContentType,
     /// The body is too long.
@@ -72,7 +72,7 @@ impl Malformed {
 }
 
 /// Reads the key from a request. At most the permitted number of bytes is kept in memory.
-pub(super) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
+pub(crate) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
     let text = text(headers, &mut body).await;
     if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
         discard(&mut body).await;

@@ -1,6 +1,6 @@
 //! CORS: only pages of the configured origins may send requests; origins are compared as text. CORS does not protect
-//! keys, which require an access token. It prevents pages of other origins from sending requests in the browser of a
-//! user who has such a token.
+//! keys, which require an access token. CORS prevents pages of other origins from sending requests in the browser of a
+//! user who has an access token.
 
 use std::time::Duration;
 

@@ -189,7 +189,7 @@ fn page_size(size: u32) -> Result<u32, Error> {
     }
 }
 
-fn token(next: Option<&Position<ClientId>>) -> String {
+pub(crate) fn token(next: Option<&Position<ClientId>>) -> String {
     let Some(next) = next else {
         return String::new();
     };
@@ -201,7 +201,7 @@ fn token(next: Option<&Position<ClientId>>) -> String {
     Base64UrlUnpadded::encode_string(text.as_bytes())
 }
 
-fn position(token: &str) -> Result<Position<ClientId>, Error> {
+pub(crate) fn position(token: &str) -> Result<Position<ClientId>, Error> {
     if token.is_empty() {
         return Ok(Position::default());
     }
@@ -217,7 +217,8 @@ fn position(token: &str) -> Result<Position<ClientId>, Error> {
         } else {
             Some(ClientId::from_hex(id)?)
         };
-        let skip = skip.parse().ok().filter(|skip| *skip <= SKIPPED_MAX)?;
+        let skip = skip.parse().ok();
+        let skip = skip.filter(|skip| (1..=SKIPPED_MAX).contains(skip))?;
         Some(Position { after, skip })
     };
     parse().ok_or_else(|| {

@@ -1,5 +1,5 @@
-//! Receives the whole message of a call before a service handles it. One limit therefore applies to every route, including those
-//! of libraries.
+//! Receives the whole message of a call before a service handles it. The same limit therefore applies to every route, including
+//! the routes of libraries.
 //!
 //! The memory of all connections together is limited. A message takes a share of the total for every byte beyond a small free
 //! part. If no memory is left, the call is refused. The call does not wait, because connections that wait for each other could

@@ -1,5 +1,5 @@
-//! The middleware of every gRPC call. It sets the call id, the caller and the deadline, and replaces the statuses that tonic
-//! itself creates.
+//! The middleware of every gRPC call. The middleware sets the call id, the caller and the deadline, and replaces the statuses
+//! that tonic itself creates.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -196,7 +196,7 @@ fn answer(error: &Error, id: CallId) -> Response<Body> {
     status::to_status(error, id).into_http()
 }
 
-/// Classifies a status that tonic created before a handler ran. Such a status has no details, unlike those of this crate.
+/// Classifies a status that tonic created before a handler ran. A status of tonic has no details, unlike a status of this crate.
 enum Own {
     No,
     NoMethod,

@@ -103,7 +103,7 @@ fn damaged(record: &DamagedRecord) -> proto::DamagedUserKey {
     }
 }
 
-fn encode(next: Option<&Position<(UserId, KeyName)>>) -> String {
+pub(crate) fn encode(next: Option<&Position<(UserId, KeyName)>>) -> String {
     let Some(next) = next else {
         return String::new();
     };
@@ -120,7 +120,7 @@ fn encode(next: Option<&Position<(UserId, KeyName)>>) -> String {
     Base64UrlUnpadded::encode_string(text.as_bytes())
 }
 
-pub(super) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> {
+pub(crate) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> {
     if token.is_empty() {
         return Ok(Position::default());
     }
@@ -141,7 +141,8 @@ pub(super) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> 
         } else {
             Some(key_of(key)?)
         };
-        let skip = skip.parse().ok().filter(|skip| *skip <= SKIPPED_MAX)?;
+        let skip = skip.parse().ok();
+        let skip = skip.filter(|skip| (1..=SKIPPED_MAX).contains(skip))?;
         Some(Position { after, skip })
     };
     parse().ok_or_else(|| {
@@ -185,7 +186,11 @@ mod tests {
         let other_version = Base64UrlUnpadded::encode_string("2a\u{1f}b".as_bytes());
         let no_name = Base64UrlUnpadded::encode_string("1a".as_bytes());
         let skips_all = Base64UrlUnpadded::encode_string("2100001\u{1f}".as_bytes());
+        let skips_none = ["20\u{1f}", "20\u{1f}ada\u{1f}vault"]
+            .map(|text| Base64UrlUnpadded::encode_string(text.as_bytes()));
         for bad in [
+            &skips_none[0],
+            &skips_none[1],
             "!",
             "YQ",
             &other_version,

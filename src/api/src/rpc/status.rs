@@ -41,7 +41,7 @@ pub(super) const fn code(reason: Reason) -> Code {
     }
 }
 
-/// The status of an error. It leaves out the error's detail, which the call id locates in the log.
+/// The status of an error. The status leaves out the error's detail, which is in the log under the call id.
 pub(super) fn to_status(error: &Error, call: CallId) -> Status {
     let reason = error.reason();
     let mut metadata = HashMap::from([("call_id".to_owned(), call.to_string())]);

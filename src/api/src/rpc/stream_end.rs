@@ -1,5 +1,5 @@
-//! Ends the streams of health watches and reflection clients when the broker stops. These streams have no end of their
-//! own.
+//! Ends the streams of health watches and reflection clients when the broker stops. Otherwise the streams would not
+//! end.
 
 use axum::body::Body;
 use futures_util::{StreamExt as _, stream};

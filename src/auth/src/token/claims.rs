@@ -21,7 +21,7 @@ const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 type Said = Map<String, Value>;
 
 /// Returns the identity that a token describes, and the time until which it is valid.
-pub(super) fn identity(
+pub(crate) fn identity(
     settings: &Settings,
     said: &Said,
     now: Timestamp,

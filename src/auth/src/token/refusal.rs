@@ -11,7 +11,7 @@ const SHOWN_CHARS_MAX: usize = 100;
 
 /// The causes of refusals, as they are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     /// The token is longer than the limit.
     Oversized,
     /// The token does not have three parts, or a part is not JSON in base64url.
@@ -50,7 +50,7 @@ pub(super) enum Cause {
 
 /// A refused token.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(crate) struct Refusal {
     pub(super) cause: Cause,
     pub(super) detail: String,
     /// Time until the issuer's keys can be fetched again, if a newer key may verify the token.

@@ -18,7 +18,8 @@ pub struct User {
 
 impl User {
     /// The user with this name or number. If `/etc/passwd` does not have the number, the user belongs to a container or a
-    /// directory service, and the group is unknown: on this machine, the group with the same number has other members.
+    /// directory service. The group is then unknown, because the group with this number has other members on this
+    /// machine.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         let purpose = Purpose::trust("other users could choose who is trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;

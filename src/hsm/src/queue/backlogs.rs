@@ -13,6 +13,8 @@ use std::{
 
 use crate::caller::Lane;
 
+use super::estimate::Estimate;
+
 /// At least one of this many jobs is a background job, while background jobs wait.
 const BACKGROUND_TURNS: u32 = 16;
 /// How long a queue must be late before its newest job comes first.
@@ -23,9 +25,28 @@ const STANDING_PARTS: u32 = 4;
 /// The caution of a principal raises its expected wait, in thousandths. It grows by `CAUTION_STEP` when an accepted job
 /// turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. This corrects estimates that
 /// are too low because the token slows down or other principals arrive.
+///
+/// `CAUTION_MIN` is always there. The wait is a sum of estimates, and its error is a part of it: with a fixed margin, the
+/// jobs that wait longest are late as soon as the estimate is some percent too low, or a newer job was served before them.
+/// A queue that is an eighth shorter still has work for every session.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
+const CAUTION_MIN: u32 = 125;
 const CAUTION_MAX: u32 = 1_000;
+
+/// The time that a call needs after the token has answered: to write the audit entry and to send the answer. It is this
+/// part of the remaining time, but at most `ANSWER_MAX`.
+const ANSWER_PARTS: u32 = 10;
+const ANSWER_MAX: Duration = Duration::from_millis(20);
+
+/// The sessions of all workers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    /// At least one.
+    pub(super) sessions: u32,
+    /// The sessions that run a job.
+    pub(super) busy: u32,
+}
 
 /// Whether a job could still be done in time when its turn came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,10 +211,40 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
+    /// Whether a new job of this lane can be done within the time that is left to it. If not, returns the expected wait.
+    pub(super) fn check_in_time(
+        &self,
+        lane: &Lane,
+        job: Estimate,
+        left: Duration,
+        load: Load,
+    ) -> Result<(), Duration> {
+        // On average, half of each running job is still to be done.
+        let under_way = job.mean * load.busy / 2;
+        let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
+        let wait_for = |work: Duration| self.cautious(lane, (work + under_way) / load.sessions);
+        // Most calls are in time even behind all waiting jobs. This quick check avoids looking at each lane.
+        if wait_for(self.cost) + needed <= left {
+            return Ok(());
+        }
+        let wait = wait_for(self.work_before(lane, job.mean));
+        if wait + needed <= left {
+            Ok(())
+        } else {
+            Err(wait)
+        }
+    }
+
+    /// Whether a job whose turn has come is not worth the token's time. The only waiting job is always tried, because its
+    /// time shows how long the token takes now.
+    pub(super) fn is_too_late(&self, left: Duration, mean: Duration) -> bool {
+        left < mean && !self.is_empty()
+    }
+
     /// Raises the expected wait of a lane by the caution of that lane.
     pub(super) fn cautious(&self, lane: &Lane, wait: Duration) -> Duration {
         let caution = self.waiting.get(lane).map_or(0, |backlog| backlog.caution);
-        wait + wait / CAUTION_MAX * caution
+        wait + wait / CAUTION_MAX * (CAUTION_MIN + caution)
     }
 
     /// The work that the token does before a new job of this lane and cost, if every lane takes its turns.

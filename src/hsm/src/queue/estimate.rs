@@ -46,14 +46,14 @@ pub(super) struct Estimate {
 }
 
 impl Estimate {
-    fn first(spent: Duration) -> Self {
+    pub(super) fn first(spent: Duration) -> Self {
         Self {
             mean: spent,
             deviation: spent / 2,
         }
     }
 
-    fn add(&mut self, spent: Duration) {
+    pub(super) fn add(&mut self, spent: Duration) {
         let apart = spent.abs_diff(self.mean);
         self.deviation = (self.deviation * (DEVIATION_PARTS - 1) + apart) / DEVIATION_PARTS;
         self.mean = (self.mean * (AVERAGE_PARTS - 1) + spent) / AVERAGE_PARTS;

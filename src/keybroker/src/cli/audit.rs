@@ -22,8 +22,8 @@ use super::{
 pub(super) enum Command {
     /// Check every line of a log: canonical form, log id, sequence without gaps
     ///
-    /// In the log of this instance, the command also detects lines that were removed from the end. It does not detect a value
-    /// that was replaced by another valid value.
+    /// In the log of this instance, the command also detects lines that were removed from the end. The command does not detect a
+    /// value that was replaced by another valid value.
     Verify {
         /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,

@@ -1,4 +1,4 @@
-//! Changes that a command makes. They are audited like the broker's changes, in a separate log for each command.
+//! Audits the changes that commands make, like the changes of the broker. Each command has a separate log.
 
 use std::fs;
 
@@ -66,7 +66,7 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
             Ok(closed) => {
                 for intent in closed {
                     let action = intent.intent.action;
-                    // Such an intent is one of many parts of a purge.
+                    // A purge has such an intent for each of its many parts.
                     if ["user_key.purge", "user_key.purge_revision"].contains(&&*action) {
                         continue;
                     }

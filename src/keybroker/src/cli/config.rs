@@ -65,7 +65,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // These problems are reported with the configuration and its files.
+    // Problems of these settings are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
@@ -91,7 +91,7 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let settings = &config.token;
-    // These problems are reported with the files.
+    // Problems of the module and of the environment are reported with the files.
     if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
     {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
@@ -110,9 +110,9 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     }
 }
 
-/// Of several tokens that fit the settings, the one that `serve` and the other commands use.
+/// If several tokens match the settings, returns the token that `serve` and the other commands use.
 fn of_the_registry<'a>(several: &[&'a Listed], config: &Config) -> Option<&'a Listed> {
-    // Without a database, the settings alone choose the token.
+    // Without a database, only the settings select the token.
     let rows = token::registry(config).unwrap_or_default();
     let serials = pin::serials(&rows);
     let mut registered = several.iter().filter(|token| {
@@ -158,7 +158,7 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
             None => {
                 let all: Vec<_> = several.iter().copied().map(shown).collect();
                 let problem = format!(
-                    "[token]: more than one token fits: {}; choose one by `serial`",
+                    "[token]: more than one token matches the settings: {}; select one with `serial`",
                     all.join(" and ")
                 );
                 return (vec![problem], None);
@@ -186,7 +186,7 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
         _ => {}
     }
     let of_several = if chosen.len() > 1 {
-        ", the one of several that the registry names,"
+        ", which the registry selects from several,"
     } else {
         ""
     };

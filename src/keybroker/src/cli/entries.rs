@@ -5,10 +5,10 @@ use serde_json::Value;
 
 use keybroker_core::call::Timestamp;
 
-/// Columns of the output at most.
+/// Maximum width of the output, in columns.
 pub(super) const WIDTH_MAX: usize = 100;
 
-/// Columns of the action, for the outcomes to stand below each other.
+/// Width of the action, so that the outcomes are aligned.
 const ACTION_WIDTH: usize = 26;
 /// Fields that the first line of a block shows, and `log_id`, which is the same in every entry.
 const SHOWN_FIRST: [&str; 5] = ["time_us", "action", "outcome", "reason", "log_id"];

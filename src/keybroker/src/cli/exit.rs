@@ -4,7 +4,7 @@ use std::fmt;
 
 use keybroker_core::error::Reason;
 
-/// Exit codes. They never change, because scripts depend on them. `docs/cli.md` has the table.
+/// Exit codes. The codes never change, because scripts depend on them. `docs/cli.md` has the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// An internal error of the program.

@@ -305,7 +305,7 @@ fn find(
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {
             Some(id) => (id, None),
-            // For the check alone: the public key is not known before it.
+            // A temporary id for the check, because the public key is unknown before the check.
             None => (fresh_id()?, Some(object.clone())),
         },
     };
@@ -366,7 +366,7 @@ fn check_place(
     Ok(admin.check(id)?)
 }
 
-/// The id of a key whose `CKA_ID` cannot be one.
+/// The id of a key whose `CKA_ID` cannot be used as an id.
 fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(b"keybroker/wrapping-key-id/v1");
@@ -443,7 +443,7 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if unpadded(&old.token_serial) == admin.info().serial {
-        let what = format!("key {id} is registered already, for this token; nothing was changed");
+        let what = format!("key {id} is already registered for this token; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     let mut row = RegistryRow {

@@ -38,7 +38,7 @@ impl Output {
         self.format == Format::Json
     }
 
-    /// One object, with one line for each field.
+    /// An object, with one line for each field.
     pub(super) fn fields(self, fields: Vec<Field>) -> Result<(), Failure> {
         if self.is_json() {
             let object: Map<_, _> = fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
@@ -107,7 +107,7 @@ impl Output {
         self.json(&Value::Array(parsed))
     }
 
-    /// One sentence. In JSON, it is an object with one field of this name.
+    /// One sentence. In JSON, the sentence is the value of a field with this name.
     pub(super) fn sentence(self, name: &'static str, text: &str) -> Result<(), Failure> {
         if self.is_json() {
             return self.fields(vec![(name, json!(text))]);
@@ -120,7 +120,7 @@ impl Output {
         self.bytes(format!("{text}\n").as_bytes())
     }
 
-    /// Unchanged bytes, in either format. It is not an error if the reader closed the pipe.
+    /// Unchanged bytes, in either format. A closed pipe is not an error.
     #[expect(clippy::unused_self, reason = "all output goes through an `Output`")]
     pub(super) fn bytes(self, bytes: &[u8]) -> Result<(), Failure> {
         let mut stdout = io::stdout().lock();
@@ -209,7 +209,7 @@ fn table(rows: &[Vec<Field>]) -> String {
     lines.join("\n")
 }
 
-/// One object, with one line for each field.
+/// An object, with one line for each field.
 fn block(fields: &[Field]) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines: Vec<String> = fields

@@ -69,14 +69,14 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance. It has the record of rejected PINs, which commands and the workers of `serve`
+/// The state directory of this instance, with the record of rejected PINs, which commands and the workers of `serve`
 /// share.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }
 
-/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it. If several tokens fit the
-/// settings, the one with a serial number of the registry is used, as by `serve`.
+/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it. If several tokens match the
+/// settings, the command uses the token whose serial number is in the registry, like `serve`.
 pub(super) fn log_in(
     config: &Config,
     pin: &PinSource,
@@ -88,7 +88,7 @@ pub(super) fn log_in(
         .map_err(|error| environment::explain(error, config))
 }
 
-/// Serial numbers of the tokens that hold the registered keys, each once.
+/// The distinct serial numbers of the tokens that hold the registered keys.
 pub(super) fn serials(registry: &[RegistryRow]) -> Vec<&str> {
     let held = registry
         .iter()

@@ -34,7 +34,7 @@ pub(super) enum Command {
     Status,
     /// Check every row of the database, and verify each MAC on the token
     ///
-    /// The command changes nothing and can run while a broker serves. It fails with exit code 12 if a row is bad.
+    /// The command changes nothing and can run while a broker serves. The command fails with exit code 12 if a row is bad.
     Check(UserPin),
     /// Copy all rows into another database of any engine, and verify the copy
     ///
@@ -83,7 +83,7 @@ fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Refuses a database that was used with another audit log of this instance, like the next start of the broker would. The
+/// Refuses a database that was used with another audit log of this instance, as the next start of the broker would do. The
 /// database may belong to another broker, and a migration cannot be undone.
 fn require_own_log(config: &Config) -> Result<(), Failure> {
     let log = config.audit.examine_instance()?;

@@ -224,7 +224,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
     if admin.info().serial.is_empty() {
         context.output.note(
-            "warning: the token reports no serial number, so the registry cannot tell it from another token with the same keys",
+            "warning: the token reports no serial number, so the registry cannot distinguish this token from another \
+             token with the same keys",
         );
     }
     let has_keys = !shown.is_empty();
@@ -266,7 +267,8 @@ fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) ->
 
 fn warn_of_missing_backup(context: &Context, id: WrappingKeyId) {
     context.output.note(&format!(
-        "warning: no backup is confirmed for key {id}: if the token is lost, every user key wrapped under it is lost"
+        "warning: no backup is confirmed for key {id}: if the token is lost, every user key wrapped under this key is \
+         lost"
     ));
 }
 
@@ -381,14 +383,14 @@ pub(super) fn compare(
     }
     if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
         problems.push(format!(
-            "key {}: the registry row's MAC does not verify: the row was altered",
+            "key {}: the MAC of the registry row does not verify, so the row was altered",
             row.id
         ));
     }
     Ok(problems)
 }
 
-/// Reads the registry; it is empty if there is no database yet.
+/// Reads the registry; the result is empty if there is no database yet.
 pub(super) fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {

@@ -132,7 +132,7 @@ impl Config {
         }
     }
 
-    /// What is wrong with the settings of integrity keys that are in the memory of the workers.
+    /// Returns the problems of the settings for integrity keys in the memory of the workers.
     pub(super) fn integrity_key_problems(&self) -> Vec<String> {
         let token = &self.token;
         if !token.permits_integrity_key_in_worker() {
@@ -141,7 +141,7 @@ impl Config {
             return is_set
                 .then(|| {
                     "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \"worker\"`, which is not \
-                     set; set it, or take them out"
+                     set; set it, or remove them"
                         .to_owned()
                 })
                 .into_iter()
@@ -157,25 +157,25 @@ impl Config {
             Some(_) => {}
         }
         for (id, digest) in &token.integrity_key_digests {
-            // Compared as text: capital letters would name no file.
+            // The comparison is of text, because an id in capital letters would match no file.
             let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
             if !is_id {
                 problems.push(format!(
-                    "[token.integrity_key_digests]: {id:?} is not the id of a wrapping key: 32 small hexadecimal digits"
+                    "[token.integrity_key_digests]: {id:?} is not the id of a wrapping key: 32 lower-case hexadecimal digits"
                 ));
             }
             if !integrity_file::is_sha256(digest) {
                 problems.push(format!(
                     "[token.integrity_key_digests]: {id:?} has the digest {digest:?}, which is not a SHA-256 as `sha256sum` prints it: \
-                     64 small hexadecimal digits"
+                     64 lower-case hexadecimal digits"
                 ));
             }
         }
         problems
     }
 
-    /// Names and values that cannot be in an environment. With one of them, a command that restarts itself with the module's
-    /// environment would restart forever.
+    /// Names and values that cannot be in an environment. With an invalid variable, a command that restarts itself with the
+    /// module's environment would restart forever.
     fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')

@@ -18,7 +18,7 @@ use keybroker_worker_protocol::{
 use super::{Config, FileReport, certificates};
 
 impl Config {
-    /// Examines the files. They are read as `serve` reads them, and nothing is changed.
+    /// Examines the files. The command reads them like `serve` does, and changes nothing.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;

@@ -1,5 +1,5 @@
-//! Finds principals that policies refer to but the configuration does not define. Such a policy is valid but never applies: a
-//! forbid with a misspelled principal forbids nothing.
+//! Finds principals that policies refer to but the configuration does not define. A policy for an undefined principal is valid
+//! but never applies: a forbid with a misspelled principal forbids nothing.
 
 use keybroker_core::{key::ClientId, principal::Kind};
 use keybroker_policy::{NamedPrincipal, Problems};
@@ -10,8 +10,8 @@ use super::Config;
 const SIMILAR: f64 = 0.9;
 
 impl Config {
-    /// One remark for each principal that a policy refers to and the configuration does not define. Fails if the policies cannot
-    /// be loaded.
+    /// Returns a remark for each principal that a policy refers to and the configuration does not define. Fails if the policies
+    /// cannot be loaded.
     pub fn unknown_principals(&self) -> Result<Vec<String>, Problems> {
         let named = self.policy.named_principals()?;
         let unknown = named.iter().filter(|named| !self.is_known(named));

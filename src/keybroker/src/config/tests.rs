@@ -137,7 +137,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# password_file = ",
         "password_variable = \"X\"\npassword_file = ",
-        "not both",
+        "remove one of them",
     ),
     (
         "# password_file = \"/",
@@ -199,7 +199,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# path_prefix = \"\"",
         "path_prefix = \"keys/\"",
-        "begins with a slash",
+        "begin with a slash",
     ),
     (
         "client_ca_file = \"/etc/keybroker/tls/client-ca.pem\"",
@@ -231,13 +231,13 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "URI:spiffe://example.org/ops",
         "URI:spiffe://example.org/vault",
-        "there twice",
+        "appears twice",
     ),
     ("URI:spiffe://example.org/ops", "ops", "`URI:…` or `DNS:…`"),
     (
         "audience = [\"keybroker\"]",
         "",
-        "made for any other application",
+        "issued for any other application",
     ),
     (
         "issuer = \"https://",
@@ -268,7 +268,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "spiffe://example.org/vault",
         "spiffe://example.org/vault/",
-        "no SPIFFE id",
+        "not a valid SPIFFE id",
     ),
 ];
 

@@ -34,8 +34,8 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Minimum for the longest accepted head of a request, in bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
-/// HTTP/2 flow-control windows in bytes, for one call and for all calls of a connection. These are for a client with an accepted
-/// certificate; a whole message fits.
+/// HTTP/2 flow-control windows for clients with an accepted certificate, in bytes: for one call and for all calls of a
+/// connection. A whole message fits into the window of a call.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
 /// The window of one call for every other client. Windows are set before a call can authenticate. A longer message needs a few
@@ -216,8 +216,8 @@ impl Connection {
             .layer(Extension(Arc::clone(&client.authentication)))
     }
 
-    /// Serves a connection until it ends. The broker ends it when the broker stops, when the trust in clients changes, at the
-    /// maximum age, when the client certificate expires, or when an unauthenticated client makes no call.
+    /// Serves a connection until it ends. The broker ends a connection when the broker stops, when the trust in clients changes,
+    /// at the maximum age, when the client certificate expires, or when an unauthenticated client makes no call.
     async fn watch(
         &self,
         connection: impl GracefulShutdown,

@@ -1,19 +1,19 @@
-//! Inspects the frames of an HTTP/2 connection, between TLS and the HTTP/2 library. This module has two tasks.
+//! Inspects the frames of an HTTP/2 connection, between TLS and the HTTP/2 library. This module limits stream resets and
+//! overwrites buffers of the library.
 //!
-//! It limits the rate of stream resets. The HTTP/2 library has one limit for the whole connection, on resets that arrive before
-//! it has accepted the stream. A limit low enough to stop rapid-reset attacks (CVE-2023-44487) would also close connections of
-//! legitimate clients whose calls expire while the broker process is paused. The library's limit is therefore high, and this
-//! module limits the rate.
+//! Stream resets: the HTTP/2 library has one limit for the whole connection, on resets that arrive before it has accepted the
+//! stream. A limit low enough to stop rapid-reset attacks (CVE-2023-44487) would also close connections of legitimate clients
+//! whose calls expire while the broker process is paused. The library's limit is therefore high, and this module limits the rate.
 //!
-//! It overwrites the library's buffers. The library keeps the last frames that it read and wrote, including user keys, until
-//! other frames replace them. After a short silence on the connection, this module passes two kinds of frames to the library:
+//! Buffers: the library keeps the last frames that it read and wrote, including user keys, until other frames replace them. After
+//! a short silence on the connection, this module passes two kinds of frames to the library:
 //!
 //! - frames of an unknown type, filled with zeros. The library must ignore them (RFC 9113 section 5.5), and they overwrite its
 //!   read buffer.
 //! - PING frames, which the library must answer (section 6.7). The answers overwrite its write buffer, and this module drops
 //!   them.
 //!
-//! These frames neither come from the network nor reach it.
+//! The inserted frames do not come from the network and are not sent to it.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

@@ -1,5 +1,5 @@
-//! Authenticates calls. This middleware is the only code that turns credentials into principals, and it runs before an
-//! API handles the call.
+//! Authenticates calls. This middleware runs before an API handles the call, and is the only code that turns
+//! credentials into principals.
 //!
 //! The certificate of a connection is evaluated once. If a call has its own credential, this credential replaces the
 //! certificate. The APIs receive the principal but never the credential.

@@ -1,4 +1,4 @@
-//! The accept loop. It limits the number of connections and serves each in a separate task. The loop replaces tonic's server,
+//! The accept loop, which limits the number of connections and serves each in a separate task. The loop replaces tonic's server,
 //! which has no limit on connections, no grace period after the maximum age, and no time limit for its graceful shutdown.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
@@ -17,7 +17,7 @@ use super::{
 
 /// Pause after a failure of `accept()`, such as a lack of descriptors, so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// One listener with its socket, its TLS settings and its routes.
+/// A listener with its socket, its TLS settings and its routes.
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: TcpListener,

@@ -2,9 +2,9 @@
 //! watchdog.
 //!
 //! Before each watchdog notification the process requests `/livez` from itself over a socket pair, which no other process can
-//! reach. This shows that the runtime schedules tasks, polls sockets and serves HTTP. A local user cannot stop the notifications
-//! by flooding the status listener. Token, database and audit log are not checked, because a restart repairs none of them and
-//! would prolong an outage.
+//! reach. An answer shows that the runtime schedules tasks, polls sockets and serves HTTP. A local user cannot stop the
+//! notifications by flooding the status listener. Token, database and audit log are not checked, because a restart repairs none
+//! of them and would prolong an outage.
 
 use std::{io, time::Duration};
 

@@ -252,8 +252,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. This must follow the opening of the audit log and the check of the
-/// database, which ensure that no other broker uses the state directory.
+/// Stores which revocation lists the listeners have accepted. The audit log must be open and the database checked before, which
+/// ensures that no other broker uses the state directory.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {

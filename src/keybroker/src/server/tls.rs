@@ -291,7 +291,7 @@ impl Tls {
     fn try_reload_all(&self, files: &Files) -> Result<bool, Error> {
         let current = self.current();
         let next = self.build(files, Validity::Checked)?;
-        // Even with unchanged files, a list may have become valid or may have ended.
+        // Even with unchanged files, a list may have become valid or may have expired.
         if next.files == current.files
             && next.trust == current.trust
             && next.left_out() == current.left_out()

@@ -81,7 +81,7 @@ pub(super) async fn files(
             tracing::info!("SIGHUP received; reading the TLS files and the policies again");
             notify::reloading();
         }
-        // This runs on a blocking thread, because large revocation lists and policies take long to verify.
+        // The check runs on a blocking thread, because large revocation lists and policies take long to verify.
         let listeners = tls.clone();
         let look = move || {
             for one in &listeners {

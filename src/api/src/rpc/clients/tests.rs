@@ -211,12 +211,14 @@ fn a_page_token_comes_back_as_it_went_and_others_are_refused() {
     let other_kind = Base64UrlUnpadded::encode_string("1ada\u{1f}vault".as_bytes());
     let short = Base64UrlUnpadded::encode_string("c109".as_bytes());
     let skips_all = Base64UrlUnpadded::encode_string("c2100001.".as_bytes());
+    let skips_none = Base64UrlUnpadded::encode_string("c20.".as_bytes());
     for bad in [
         "!",
         "YQ",
         &other_kind,
         &short,
         &skips_all,
+        &skips_none,
         &"A".repeat(1_025),
     ] {
         assert!(position(bad).is_err(), "{bad}");

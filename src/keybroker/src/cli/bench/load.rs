@@ -179,7 +179,7 @@ pub(super) async fn run(plan: &Plan, output: Output) -> Result<Measured, Failure
     }
     if !after.workers.is_of_the_same(&before.workers) {
         let what = "a token worker was replaced during the measurement, so its CPU time is unknown";
-        return Err(Failure::new(Exit::Verification, what).hint("look at the broker's log"));
+        return Err(Failure::new(Exit::Verification, what).hint("the broker's log shows the cause"));
     }
     let added = after.added.zip(before.added);
     Ok(Measured {

@@ -1,4 +1,4 @@
-//! The broker's own time for an unwrap, beyond queue and token. It is read from a histogram of `/metrics`.
+//! Reads the broker's own time for an unwrap, beyond queue and token, from a histogram of `/metrics`.
 
 use std::{
     io::{Read as _, Write as _},

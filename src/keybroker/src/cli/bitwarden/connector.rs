@@ -35,7 +35,7 @@ const ANSWER_BYTES_MAX: usize = 16 * 1_024;
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
 
-/// Options that name the broker and the access token.
+/// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Connector {
     /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, including a path prefix
@@ -47,7 +47,8 @@ pub(super) struct Connector {
     /// Number of an open file descriptor to read the user's access token from
     #[arg(long, value_name = "N")]
     token_fd: Option<u32>,
-    /// PEM file with the CA of the broker's certificate [default: the CAs of the system]
+    /// PEM file with the CA certificates that the broker's certificate is verified against [default: the CAs of the
+    /// system]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
     /// Allow plain HTTP to an address of this machine
@@ -124,7 +125,8 @@ impl Connector {
             .hint("for a test on this machine, pass --allow-http")),
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
-                "is not on this machine: over plain HTTP everyone on the network path could read the key and the token",
+                "is not on this machine: over plain HTTP everyone on the network path could read the key and the \
+                 access token",
             )),
             _ => Err(refuse("is not https")),
         }

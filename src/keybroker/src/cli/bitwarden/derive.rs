@@ -1,4 +1,4 @@
-//! The commands that need no broker. They derive master keys from passwords.
+//! The commands that derive master keys from passwords and need no broker.
 
 use std::path::PathBuf;
 

@@ -28,8 +28,7 @@ pub(in crate::cli) struct Enrol {
     connector: Connector,
     #[command(flatten)]
     key: KeySource,
-    /// File with the account's protected user key; the command checks that the master key decrypts it before it sends
-    /// the master key
+    /// File with the account's protected user key; the command sends the master key only if it decrypts this user key
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
     /// Replace the key in the broker (PUT). If no user key is protected with the new key, the vault is lost

@@ -1,4 +1,4 @@
-//! Parsers of arguments. They check the limits of the protocol before anything is sent.
+//! Parsers of arguments, which check the limits of the protocol before anything is sent.
 
 use keybroker_client::{
     ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef, WrappingKeyId,

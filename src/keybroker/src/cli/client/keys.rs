@@ -100,7 +100,7 @@ pub(super) enum Command {
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=i64::from(PAGE_SIZE_MAX)))]
         page_size: u32,
     },
-    /// Delete a record; it can be undeleted
+    /// Delete a record; `client undelete` reverses the deletion
     Delete {
         #[command(flatten)]
         key: Key,

@@ -162,7 +162,7 @@ pub(in crate::cli) enum Destination<'a> {
 }
 
 impl<'a> Destination<'a> {
-    /// The destination that the options select. It is checked before there is a secret to write.
+    /// The destination that the options select, checked before there is a secret to write.
     pub(in crate::cli) fn of(
         file: Option<&'a Path>,
         descriptor: Option<u32>,

@@ -5,7 +5,7 @@ use keybroker_core::error::chain;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// The failure of a command whose call failed. It has the broker's reason, or the cause of a failed connection.
+/// The failure of a command whose call failed, with the broker's reason or the cause of a failed connection.
 pub(in crate::cli) fn failure(error: &Error) -> Failure {
     let Some(refusal) = error.refusal() else {
         return without_reason(error);
@@ -109,7 +109,7 @@ fn of_another_service(status: &Status) -> Failure {
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn hint(reason: Reason) -> &'static str {
     match reason {
-        Reason::Request => "correct the fields named above",
+        Reason::Request => "correct the fields in the error message",
         Reason::RequestIdReused => {
             "a retry must send the same content as the first call; a different change needs a new request id"
         }

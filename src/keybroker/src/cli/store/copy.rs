@@ -41,8 +41,8 @@ pub(in crate::cli) struct Arguments {
     pin: UserPin,
 }
 
-/// The options of the source. If its URL is `store.url`, the other settings of `[store]` apply; otherwise only these
-/// options apply.
+/// The options of the source. If its URL is `store.url`, all settings of `[store]` apply to the source. Otherwise only
+/// `accept_weaker_durability` and `socket_users` of `[store]` apply.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
@@ -67,7 +67,7 @@ struct From {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct To {
-    /// URL of the destination database, in the form of `store.url`. It must have the schema of this release, and be
+    /// URL of the destination database, in the form of `store.url`. The database must have the schema of this release, and be
     /// empty or partly filled by an interrupted copy
     #[arg(long = "to", value_name = "URL")]
     to_url: String,

@@ -77,7 +77,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The retention time in days. An option cannot shorten the configured time, because it was promised to users.
+/// The retention time in days. An option cannot shorten the configured time, because users rely on it.
 fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
     let promised = settings.retention_days;
     match arguments.older_than {

@@ -44,7 +44,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(&config.token)?;
-    // A report needs no database: if there is none, the settings alone choose the token.
+    // A report needs no database. Without one, only the settings select the token.
     let rows = registry(&config).unwrap_or_default();
     let serials = serials(&rows);
     let admin = log_in(&config, &pin, arguments.write, &serials)?;
@@ -89,7 +89,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     Err(Failure::new(Exit::Verification, what))
 }
 
-/// Whether each process has a login of its own. The second process must have ended before the first one logs out.
+/// Reports whether each process has a separate login. The second process must end before the first one logs out.
 fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     let answer = |name: &str, result: &str| Answer {
         name: name.to_owned(),
@@ -111,7 +111,8 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     }
 }
 
-/// Keys that a report with `--write` made and could not remove are named on standard error, too: the page goes into a file.
+/// Notes the keys that a report with `--write` made and could not remove. The note goes to standard error, because the page may
+/// go to a file.
 fn warn_of_remains(context: &Context, report: &Report) {
     let removed = report
         .token_objects

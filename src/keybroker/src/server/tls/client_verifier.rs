@@ -18,8 +18,8 @@ use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// Verifiers with the same CAs. For CAs with the same name, each verifier has the lists of another key. A certificate is accepted
-/// if one verifier accepts it. This is safe, because each verifier requires a list that the issuer's key signed, so none accepts
-/// a certificate that its issuer has revoked.
+/// if one verifier accepts it. No verifier accepts a certificate that its issuer has revoked, because each verifier requires a
+/// list that the issuer's key signed.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     pub(super) first: Arc<dyn ClientCertVerifier>,

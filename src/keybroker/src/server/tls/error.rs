@@ -112,12 +112,12 @@ pub enum Error {
     /// The library could not make a verifier of client certificates.
     #[error("{path} and its revocation lists cannot be used")]
     Verifier {
-        /// The file of the authorities.
+        /// The file of the CA certificates.
         path: String,
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
-    /// The revocation lists are refused. Their error completes the sentence.
+    /// The revocation lists are refused. The error of the lists completes the sentence.
     #[error("`client_crl_file` {path} {problem}")]
     Lists {
         /// The file.

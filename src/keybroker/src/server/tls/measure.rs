@@ -1,5 +1,4 @@
-//! Metrics and alerts about the end of certificates and revocation lists. They change with time, so they are updated
-//! periodically.
+//! Metrics and alerts about the expiry of certificates and revocation lists, which must be updated periodically.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 

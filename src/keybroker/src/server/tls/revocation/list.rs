@@ -61,7 +61,7 @@ impl Life {
         })
     }
 
-    /// The life that a list claims.
+    /// Reads the validity of a list without verifying its signature.
     pub(super) fn read(der: &[u8]) -> Option<Self> {
         let (_, list) = CertificateRevocationList::from_der(der).ok()?;
         Self::of(&list).ok()

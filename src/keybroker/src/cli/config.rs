@@ -125,17 +125,22 @@ fn of_the_registry<'a>(several: &[&'a Listed], config: &Config) -> Option<&'a Li
     }
 }
 
-fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<String>) {
-    let shown = |token: &Listed| {
-        format!(
-            "{:?} (serial {:?})",
-            unpadded(&token.info.label),
-            token.info.serial
-        )
-    };
-    let chosen: Vec<&Listed> = listed.iter().filter(|token| token.is_chosen).collect();
-    let token = match chosen.as_slice() {
-        [token] => *token,
+fn shown(token: &Listed) -> String {
+    format!(
+        "{:?} (serial {:?})",
+        unpadded(&token.info.label),
+        token.info.serial
+    )
+}
+
+/// The token that the settings choose, or what the check says instead: problems, and a note.
+fn choose<'a>(
+    listed: &'a [Listed],
+    chosen: &[&'a Listed],
+    config: &Config,
+) -> Result<&'a Listed, (Vec<String>, Option<String>)> {
+    let several = match chosen {
+        [token] => return Ok(token),
         [] => {
             let others: Vec<_> = listed
                 .iter()
@@ -145,25 +150,31 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
             if others.is_empty() {
                 let note = "[token]: the module loads but shows no initialised token; initialise one with `keybroker \
                  token init`";
-                return (Vec::new(), Some(note.to_owned()));
+                return Err((Vec::new(), Some(note.to_owned())));
             }
             let problem = format!(
                 "[token]: no token matches `label`, `serial` or `uri`; the module shows {}",
                 others.join(", ")
             );
-            return (vec![problem], None);
+            return Err((vec![problem], None));
         }
-        several => match of_the_registry(several, config) {
-            Some(token) => token,
-            None => {
-                let all: Vec<_> = several.iter().copied().map(shown).collect();
-                let problem = format!(
-                    "[token]: more than one token matches the settings: {}; select one with `serial`",
-                    all.join(" and ")
-                );
-                return (vec![problem], None);
-            }
-        },
+        several => several,
+    };
+    of_the_registry(several, config).ok_or_else(|| {
+        let all: Vec<_> = several.iter().copied().map(shown).collect();
+        let problem = format!(
+            "[token]: more than one token matches the settings: {}; select one with `serial`",
+            all.join(" and ")
+        );
+        (vec![problem], None)
+    })
+}
+
+fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<String>) {
+    let chosen: Vec<&Listed> = listed.iter().filter(|token| token.is_chosen).collect();
+    let token = match choose(listed, &chosen, config) {
+        Ok(token) => token,
+        Err(instead) => return instead,
     };
     let name = shown(token);
     let mut problems = Vec::new();

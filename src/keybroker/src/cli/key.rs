@@ -256,7 +256,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     let files = IntegrityFiles::permitted(&config.token)?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, false, &serials(&rows))?;
-    let key = find(&admin, &rows, object, integrity, files)?;
+    let key = find(&admin, &rows, &object, integrity, files)?;
     let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
@@ -294,13 +294,13 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
-    object: ObjectId,
+    object: &ObjectId,
     integrity: Option<ObjectId>,
     files: Option<IntegrityFiles<'_>>,
 ) -> Result<CheckedKey, Failure> {
     let known = rows
         .iter()
-        .find(|row| row.private_object() == object || ObjectId::from(row.id) == object);
+        .find(|row| row.private_object() == *object || ObjectId::from(row.id) == *object);
     let (id, private) = match known {
         Some(row) => (row.id, row.objects.private.clone()),
         None => match WrappingKeyId::from_slice(object.as_bytes()) {

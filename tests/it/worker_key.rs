@@ -292,6 +292,8 @@ fn an_rsa_key_without_a_file_gets_an_integrity_key_when_it_is_registered() {
         let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with(&id)).collect();
         lines.join("\n").replace(DIGESTS, "") + "\n"
     });
+    let checked = site.run(&["token", "check"]);
+    says("unregistered", &checked, UNTRUSTED, &["makes one", &id]);
     let made = site.expect_ok(&register);
     // The file of this run, which is not pinned yet, is not replaced by the next.
     site.sql("DELETE FROM wrapping_keys");

@@ -494,6 +494,34 @@ mod tests {
         }
     }
 
+    /// No `CKA_ID` stands for another place than it did when it was stored.
+    #[test]
+    fn the_place_of_an_integrity_key_is_stored_and_read_back() {
+        let id = ObjectId::from_slice(&[7]).unwrap();
+        let places = [
+            IntegrityPlace::Token,
+            IntegrityPlace::Object(id),
+            IntegrityPlace::Worker,
+        ];
+        for place in places {
+            assert_eq!(
+                IntegrityPlace::from_slice(place.as_bytes()),
+                Some(place.clone())
+            );
+        }
+        let stored = b"keybroker/integrity-key-in-worker/v1";
+        assert_eq!(
+            IntegrityPlace::from_slice(stored),
+            Some(IntegrityPlace::Worker)
+        );
+        let longer = [stored.as_slice(), &[0]].concat();
+        assert!(matches!(
+            IntegrityPlace::from_slice(&longer),
+            Some(IntegrityPlace::Object(_))
+        ));
+        assert_eq!(IntegrityPlace::from_slice(&[7; 256]), None);
+    }
+
     #[test]
     fn ids_of_objects_have_any_length_up_to_their_limit() {
         for (private, integrity, is_good) in [

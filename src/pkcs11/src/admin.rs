@@ -658,7 +658,7 @@ impl Admin {
         let secret = self.place(checked.id).secret.ok_or_else(|| {
             AdminError::Untrusted(format!("the integrity key of {} is gone", checked.id))
         })?;
-        let wrapped = secret.wrap(checked.id, &public, algorithm)?;
+        let wrapped = secret.wrap(checked.id, &public.spki, algorithm)?;
         Ok(CheckedKey {
             integrity_key_file: Some(wrapped.to_text()),
             ..checked

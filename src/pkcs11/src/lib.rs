@@ -25,6 +25,7 @@ mod select;
 mod session;
 #[cfg(test)]
 mod tests;
+mod unwrap;
 pub mod worker;
 
 pub use negative::{NegativeTest, TESTS as NEGATIVE_TESTS};

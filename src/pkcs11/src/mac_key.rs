@@ -10,7 +10,6 @@ use std::{fmt, sync::Arc};
 
 use aws_lc_rs::hmac;
 use cryptoki::object::ObjectHandle;
-use keybroker_pkcs11_ffi::Session;
 use zeroize::Zeroizing;
 
 use keybroker_core::{
@@ -18,16 +17,11 @@ use keybroker_core::{
     key::{ID_BYTES, WrappingKeyId},
 };
 use keybroker_worker_protocol::{
-    Settings,
-    integrity_file::{IntegrityFileError, IntegrityFiles, WrappedIntegrityKey},
+    integrity_file::{IntegrityFileError, WrappedIntegrityKey},
     oaep::WrapKey,
 };
 
-use crate::{
-    classify::{Class, Fault},
-    keys::{KeyPair, PublicSide},
-    operation,
-};
+use crate::classify::{Class, Fault};
 
 /// Length of a key in bytes, equal to the output of the HMAC's hash (RFC 2104 section 3).
 const KEY_BYTES: usize = 32;
@@ -95,7 +89,8 @@ impl WorkerKey {
         })
     }
 
-    fn from_plaintext(plaintext: &[u8], id: WrappingKeyId) -> Option<Self> {
+    /// From what the token decrypts. None if it is not the integrity key of this wrapping key.
+    pub(super) fn from_plaintext(plaintext: &[u8], id: WrappingKeyId) -> Option<Self> {
         let key = plaintext
             .strip_prefix(DOMAIN)?
             .strip_prefix(id.as_bytes().as_slice())?;
@@ -130,7 +125,7 @@ impl WorkerKey {
     pub(super) fn wrap(
         &self,
         id: WrappingKeyId,
-        public: &PublicSide,
+        spki: &[u8],
         algorithm: Algorithm,
     ) -> Result<WrappedIntegrityKey, Fault> {
         // The whole capacity is allocated at once, because a vector that grows leaves copies that are not overwritten.
@@ -138,7 +133,7 @@ impl WorkerKey {
         plaintext.extend_from_slice(DOMAIN);
         plaintext.extend_from_slice(id.as_bytes());
         plaintext.extend_from_slice(self.0.as_slice());
-        let ciphertext = WrapKey::new(&public.spki, algorithm)
+        let ciphertext = WrapKey::new(spki, algorithm)
             .and_then(|key| key.wrap(&plaintext))
             .map_err(|error| Fault::new(Class::Untrusted, error.to_string()))?;
         Ok(WrappedIntegrityKey {
@@ -147,41 +142,6 @@ impl WorkerKey {
             ciphertext,
         })
     }
-}
-
-/// Reads the file of a key, if the configuration has its digest, and unwraps it on the token.
-pub(super) fn unwrap(
-    session: &Session,
-    pair: &KeyPair,
-    settings: &Settings,
-) -> Result<WorkerKey, Fault> {
-    let wrapped = IntegrityFiles::of(settings, pair.id).and_then(|files| files.load(pair.id))?;
-    if wrapped.algorithm == Algorithm::RsaOaepSha1 && !settings.allow_oaep_sha1 {
-        return Err(Fault::new(
-            Class::Configuration,
-            format!(
-                "the integrity key of {} is wrapped by RSA-OAEP with SHA-1; if that is what you want, say \
-                 `allow_oaep_sha1 = true` in [token]",
-                pair.id
-            ),
-        ));
-    }
-    let plaintext = operation::decrypt(session, pair, wrapped.algorithm, &wrapped.ciphertext)
-        .map_err(|fault| {
-            fault.about(&format!(
-                "the token does not unwrap the integrity key of {} from its file",
-                pair.id
-            ))
-        })?;
-    WorkerKey::from_plaintext(&plaintext, pair.id).ok_or_else(|| {
-        Fault::new(
-            Class::Untrusted,
-            format!(
-                "what the token unwraps from the file of wrapping key {} is not its integrity key",
-                pair.id
-            ),
-        )
-    })
 }
 
 impl From<IntegrityFileError> for Fault {

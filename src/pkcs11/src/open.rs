@@ -22,12 +22,13 @@ use crate::{
     classify::{Class, Fault},
     keys::{self, KeyPair, KeySession, Place, PublicSide},
     login_policy::{self, Answer, Counter, Decision, Refusal, Standing},
-    mac_key::{self, MacKey},
+    mac_key::MacKey,
     module,
     negative::{self, Subject, Terms},
     operation::{self, SelfTest},
     pin_record::RecordError,
     select::{self, Registered, Selected, Selector},
+    unwrap,
 };
 
 /// A token to which this process is logged in.
@@ -295,7 +296,7 @@ impl OpenToken {
             return Ok(pair);
         }
         let session = self.session(&[])?;
-        let secret = mac_key::unwrap(&session.session, &pair, settings)?;
+        let secret = unwrap::integrity_key(&session.session, &pair, settings)?;
         Ok(KeyPair {
             integrity_key: MacKey::InWorker(Some(secret)),
             ..pair

@@ -12,7 +12,8 @@ use serde::Deserialize;
 use super::mac::{MacMessage, RegistryFields};
 use super::*;
 use crate::key::{
-    Fingerprint, KeyName, ObjectId, ObjectIds, Purpose, UserId, WrappingKeyId, WrappingKeyState,
+    Fingerprint, IntegrityPlace, KeyName, ObjectId, ObjectIds, Purpose, UserId, WrappingKeyId,
+    WrappingKeyState,
 };
 
 #[derive(Deserialize)]
@@ -265,6 +266,10 @@ fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
         message(&ids(&[1], &[1])),
         message(&ids(&[1, 1], &[])),
         message(&ids(&longest, &longest)),
+        message(&ObjectIds {
+            private: None,
+            integrity: IntegrityPlace::Worker,
+        }),
     ];
     for (number, other) in others.iter().enumerate() {
         assert!(other.starts_with(b"\x00\x15keybroker/registry/v2"));

@@ -191,6 +191,9 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let mut shown = Vec::new();
     for id in to_check(&admin, &rows, context)? {
         let row = rows.iter().find(|row| row.id == id);
+        if row.is_none() && lacks_integrity_key(context, &config, id) {
+            continue;
+        }
         let checked = match admin.check(id) {
             Ok(checked) => checked,
             Err(error) => {
@@ -214,10 +217,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             shown.push(integrity_key_in_worker(&config, &checked));
         }
         if row.is_some_and(|row| row.backup_confirmed.is_none()) {
-            context.output.note(&format!(
-                "warning: no backup is confirmed for key {id}: if the token is lost, every user key wrapped under this \
-                 key is lost"
-            ));
+            warn_of_missing_backup(context, id);
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
         shown.extend(findings("integrity key", &checked, &checked.integrity));
@@ -251,6 +251,25 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
+}
+
+/// Whether a key that is not registered would have its integrity key in the workers, and has none: there is nothing to check then.
+fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
+    let lacks = IntegrityFiles::of(&config.token, id).is_ok_and(|files| !files.has(id));
+    if lacks {
+        context.output.note(&format!(
+            "note: the RSA private key {id} is on the token but not in the registry, and there is no file with its integrity key; \
+             `keybroker key register {id}` makes one and registers both"
+        ));
+    }
+    lacks
+}
+
+fn warn_of_missing_backup(context: &Context, id: WrappingKeyId) {
+    context.output.note(&format!(
+        "warning: no backup is confirmed for key {id}: if the token is lost, every user key wrapped under this key is \
+         lost"
+    ));
 }
 
 /// Whether the integrity key of a key is no object of the token.

@@ -1,0 +1,49 @@
+//! Unwraps an integrity key from its file, on the token, into the memory of this process.
+//!
+//! Mitigation: M10 of `THREAT_MODEL.md`.
+
+use keybroker_core::envelope::Algorithm;
+use keybroker_pkcs11_ffi::Session;
+use keybroker_worker_protocol::{Settings, integrity_file::IntegrityFiles};
+
+use crate::{
+    classify::{Class, Fault},
+    keys::KeyPair,
+    mac_key::WorkerKey,
+    operation,
+};
+
+/// Reads the file of a key, if the configuration has its digest, and unwraps it on the token.
+pub(super) fn integrity_key(
+    session: &Session,
+    pair: &KeyPair,
+    settings: &Settings,
+) -> Result<WorkerKey, Fault> {
+    let wrapped = IntegrityFiles::of(settings, pair.id).and_then(|files| files.load(pair.id))?;
+    if wrapped.algorithm == Algorithm::RsaOaepSha1 && !settings.allow_oaep_sha1 {
+        return Err(Fault::new(
+            Class::Configuration,
+            format!(
+                "the integrity key of {} is wrapped by RSA-OAEP with SHA-1; if that is what you want, say \
+                 `allow_oaep_sha1 = true` in [token]",
+                pair.id
+            ),
+        ));
+    }
+    let plaintext = operation::decrypt(session, pair, wrapped.algorithm, &wrapped.ciphertext)
+        .map_err(|fault| {
+            fault.about(&format!(
+                "the token does not unwrap the integrity key of {} from its file",
+                pair.id
+            ))
+        })?;
+    WorkerKey::from_plaintext(&plaintext, pair.id).ok_or_else(|| {
+        Fault::new(
+            Class::Untrusted,
+            format!(
+                "what the token unwraps from the file of wrapping key {} is not its integrity key",
+                pair.id
+            ),
+        )
+    })
+}

@@ -217,7 +217,7 @@ async fn every_bad_token_is_credential_and_no_more() {
         "`exp` has passed",
         "`aud` holds none",
         "which is not a GUID",
-        "keys that come with a token",
+        "a key that comes with a token",
     ] {
         assert!(log.contains(words), "{words}");
     }

@@ -1,7 +1,7 @@
 //! The numbers of a log's segments and their total size, in a form that is short enough for a state file.
 //!
-//! The start compares them with the directory. This detects a segment that was removed or truncated while the broker
-//! was stopped.
+//! The start compares them with the directory. The comparison detects a segment that was removed or truncated while the
+//! broker was stopped.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Most extents in a mark. A log has more than one only after an operator acknowledged that segments are missing.
+/// Largest number of extents in a mark. A log has more than one extent only after an operator acknowledged that
+/// segments are missing.
 const EXTENTS_MAX: usize = 256;
 
 /// A range of segments without a gap in their numbers.

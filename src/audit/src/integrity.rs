@@ -1,5 +1,5 @@
-//! Checks whether the files of a log are still those that this process wrote. It compares the directory, `log-id`,
-//! `lock` and every segment by device, inode and length.
+//! Checks whether the files of a log are still those that this process wrote. The directory, `log-id`, `lock` and every
+//! segment are compared by device, inode and length.
 //!
 //! Not detected: bytes inside a file that are replaced without changing its length.
 //!
@@ -91,9 +91,9 @@ impl Files {
         self.segments.remove(&number);
     }
 
-    /// Checks the newest segment, before and after each group of entries. This is one system call, because a group
-    /// costs little more than its sync. Since the path contains the directory, the check also detects a directory that
-    /// was moved or replaced. [`Files::check_all`] checks the other files.
+    /// Checks the newest segment, before and after each group of entries. The check is a single system call, because a
+    /// group costs little more than its sync. Since the path contains the directory, the check also detects a directory
+    /// that was moved or replaced. [`Files::check_all`] checks the other files.
     pub(super) fn check_newest(&self, number: u64) -> Result<(), Error> {
         self.check_segment(number)
             .or_else(|error| self.check_directory().and(Err(error)))

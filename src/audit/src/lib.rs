@@ -1,7 +1,7 @@
 //! The audit log. Each decision leaves one durable entry, which is written before the answer is sent.
 //!
-//! A log is a directory under an exclusive lock. It contains append-only segments of mode 0600. Each line is one RFC
-//! 8785 (canonical JSON) object with integers only, and ends with LF. The entries have a `log_id` and sequence numbers
+//! A log is a directory under an exclusive lock, with append-only segments of mode 0600. Each line is one RFC 8785
+//! (canonical JSON) object with integers only, and ends with LF. The entries have a `log_id` and sequence numbers
 //! without gaps. One thread writes and syncs entries in groups. An entry that cannot be made durable within
 //! [`APPEND_TIMEOUT`] is an error, and its caller must refuse the request (fail closed).
 
@@ -62,9 +62,9 @@ impl Settings {
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
-    /// Opens the log of this instance. Unlike [`Settings::open`], it keeps facts about the log in the state directory.
-    /// It refuses a log that is missing, that ends before the last durable entry, or whose tampering no operator has
-    /// acknowledged.
+    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps facts about the log in the state
+    /// directory. The function refuses a log that is missing, that ends before the last durable entry, or whose
+    /// tampering no operator has acknowledged.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         segment::note_open_directory(&self.directory);

@@ -21,7 +21,7 @@ use super::{
     writer::{self, Command, Writer},
 };
 
-/// Most entries that wait for the writer. Further entries are refused immediately.
+/// Largest number of entries that wait for the writer. Further entries are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
 /// The audit log of one instance. Clones share it. Dropping the last clone, or [`AuditLog::close`], ends the writer.

@@ -1,6 +1,6 @@
 //! The facts that an instance keeps about its log outside the log's directory: how far the log is durable, which
-//! segments it has, and whether its files were tampered with. They are in the state directory, so that the broker does
-//! not forget them after a restart or with a new log directory.
+//! segments it has, and whether its files were tampered with. The facts are in the state directory, so that the broker
+//! does not forget them after a restart or with a new log directory.
 //!
 //! A damaged fact is treated as tampering, so that `keybroker audit acknowledge` also resolves it.
 //!
@@ -142,8 +142,8 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after its acknowledgement has taken effect. This also accepts a log that the
-    /// database does not know.
+    /// Removes the facts about tampering after its acknowledgement has taken effect. Removing them also accepts a log
+    /// that the database does not know.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;

@@ -3,7 +3,7 @@
 //! A crash tears only the group of entries that was being written, at the very end. All other unreadable bytes are
 //! damage. The broker does not append to a damaged log, because that would hide the damage: setting bytes aside leaves
 //! the sequence without a gap. A loss of power can leave a hole inside the last group, which looks the same as a manual
-//! edit. It is therefore treated as damage, and an operator decides.
+//! edit. Such a hole is therefore treated as damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -22,10 +22,10 @@ use super::{
     segment::{self, GROUP_MAX, Line},
 };
 
-/// Most changes that are remembered.
+/// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
-/// Length of the period before the end of the log whose changes the state directory may lack, in microseconds. It is
-/// one minute, although the state directory is at most one second behind.
+/// Length of the period before the end of the log whose changes the state directory may lack, in microseconds. The
+/// period is one minute, although the state directory is at most one second behind.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
 /// Largest size of one torn group, with a generous size for each line.
@@ -79,8 +79,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Also reads the changes of the previous segment, if it was closed shortly before the end of the log. It may
-    /// contain the newest changes.
+    /// Also reads the changes of the previous segment, if that segment was closed shortly before the end of the log and
+    /// so may contain the newest changes.
     fn read_older_changes(
         &mut self,
         directory: &Path,

@@ -17,7 +17,7 @@ use super::{
     line::{self, Parsed},
 };
 
-/// Most entries in one group, which are written together.
+/// Largest number of entries in one group, which are written together.
 pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
 const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");
@@ -94,7 +94,7 @@ pub(super) fn note_open_directory(path: &Path) {
     }
 }
 
-/// Takes the lock that makes this process the only writer. It is held while the file is open.
+/// Takes the lock that makes this process the only writer. The lock is held while the file is open.
 pub(super) fn lock(directory: &Path) -> Result<File, Error> {
     let path = directory.join(LOCK);
     let mut file = OpenOptions::new()
@@ -191,7 +191,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     Ok(None)
 }
 
-/// Writes a new file and syncs it. If it cannot be written completely, it is removed.
+/// Writes a new file and syncs it. An incomplete file is removed.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = create(path)?;
     file.write_all(bytes)
@@ -306,7 +306,7 @@ pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
 pub(super) struct Line {
     /// The offset of its first byte.
     pub(super) at: u64,
-    /// Its length in bytes, including the LF.
+    /// The length of the line in bytes, including the LF.
     pub(super) bytes: u64,
     /// Absent unless the line is complete and canonical.
     pub(super) entry: Option<Parsed>,

@@ -109,7 +109,7 @@ fn measure(state: &State) {
     metrics::AUDIT_WRITABLE.set_flag(state.down.is_none() && !state.hangs());
 }
 
-/// The error for an entry that did not become durable in time. It may still become durable later.
+/// The error for an entry that did not become durable in time. The entry may still become durable later.
 pub(super) fn slow() -> Error {
     Error {
         text: format!(

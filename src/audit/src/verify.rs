@@ -1,8 +1,8 @@
 //! Verifies a log without a broker: every line must be canonical, all entries must have the same log id, and the
 //! sequence must have no gaps.
 //!
-//! The log of an instance is also compared with the last entry that the instance knows to be durable. This detects
-//! lines that were removed from the end of the log, up to the last second before the broker stopped.
+//! The log of an instance is also compared with the last entry that the instance knows to be durable. The comparison
+//! detects lines that were removed from the end of the log, up to the last second before the broker stopped.
 //!
 //! Not detected: a value that was replaced by another valid one, and a log that was completely rewritten by an attacker
 //! who can write its files and the state directory. Signed checkpoints would detect both, but are not implemented yet.
@@ -41,7 +41,7 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// Most problems in a report. A log that is damaged everywhere needs no longer list.
+/// Largest number of problems in a report. A log that is damaged everywhere needs no longer list.
 const PROBLEMS_MAX: usize = 100;
 
 /// Verifies all segments of a log.

@@ -1,5 +1,5 @@
-//! The only thread that writes a log. It takes the queued entries, writes them together, syncs once, and only then
-//! answers. While one sync runs, the next group collects in the queue, so no delay has to be tuned.
+//! The only thread that writes a log. The thread takes the queued entries, writes them together, syncs once, and only
+//! then answers. While one sync runs, the next group collects in the queue, so no delay has to be tuned.
 //!
 //! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
 //! reports the loss once and then treats the file as clean. Therefore the segment is truncated to its durable length
@@ -243,9 +243,9 @@ impl Writer {
         self.remember_tampering();
     }
 
-    /// Stores the finding in the state directory, for the next start and for the operator's command. If that fails, or
-    /// if the finding has disappeared, a later probe stores it again: the directory may be on a volume that was
-    /// unmounted and mounted again.
+    /// Stores the finding in the state directory, for the next start and for the operator's command. If storing fails,
+    /// or if the stored finding has disappeared, a later probe stores it again: the directory may be on a volume that
+    /// was unmounted and mounted again.
     fn remember_tampering(&mut self) {
         let Some(memory) = &self.memory else { return };
         let remembered = match memory.tampering() {
@@ -425,7 +425,7 @@ impl Writer {
         self.try_removal();
     }
 
-    /// Stores the mark of the last entry. If that fails, a later probe stores it: the mark may lag behind.
+    /// Stores the mark of the last entry. If storing fails, a later probe does it, because the mark may lag behind.
     fn remember(&mut self) {
         let sequence = self.sequence - 1;
         let Some(memory) = &self.memory else { return };

@@ -1,16 +1,16 @@
-//! Verifies the secrets of API clients with Argon2id (RFC 9106). Because it costs memory and time on purpose, it runs
-//! outside the async threads and under a limit of its own. An unknown id, a revoked client and a wrong secret cost the
-//! same and get the same answer.
+//! Verifies the secrets of API clients with Argon2id (RFC 9106). Because Argon2id costs memory and time on purpose, it
+//! runs outside the async threads and under a limit of its own. An unknown id, a revoked client and a wrong secret cost
+//! the same and get the same answer.
 //!
 //! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2 nor a
-//! look-up. A change of any client through this broker ends this. A change through another broker takes effect after
-//! the minute.
+//! look-up. When any client is changed through this broker, all remembered secrets are forgotten. A change through
+//! another broker takes effect after the minute.
 //!
 //! For a day after a secret was last used, the broker also remembers which stored hash the secret matched. After the
 //! minute it looks the client up again. If the client still has this hash, and the secret is not revoked or expired,
-//! the secret is accepted without another Argon2 trial. So wrong secrets, however many, do not delay a client that this
-//! broker knows: the client waits for no turn, and the failure limit does not apply to it. Secrets that were not
-//! accepted before wait for a turn in `turns`. Concurrent calls with the same secret share one trial.
+//! the secret is accepted without another Argon2 trial. Therefore any number of wrong secrets does not delay a client
+//! that this broker knows: the client waits for no turn, and the failure limit does not apply to it. Secrets that were
+//! not accepted before wait for a turn in `turns`. Concurrent calls with the same secret share one trial.
 //!
 //! Not promised: that hashes with older parameters take as long to verify as current ones.
 //!
@@ -44,13 +44,13 @@ use turns::{Lane, Turns};
 
 /// How long an accepted secret is remembered.
 const REMEMBERED: Duration = Duration::from_mins(1);
-/// Most accepted secrets that are remembered.
+/// Largest number of accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
 /// How long after its last use the broker remembers which stored hash a secret matched.
 const PROVEN: Duration = Duration::from_hours(24);
-/// Most secrets whose matching hash is remembered.
+/// Largest number of secrets whose matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
-/// Most secrets that are tried at the same time.
+/// Largest number of secrets that are tried at the same time.
 const TRIALS_MAX: u64 = 10_000;
 /// Longest wait of a call for its turn.
 const TURN_WAIT_MAX: Duration = Duration::from_secs(2);
@@ -75,7 +75,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             // Empty by default. An administrator who could grant `enrol` could replace a user's key with a known one.
-            // One who could grant `auditor` could read the actions of all tenants.
+            // An administrator who could grant `auditor` could read the actions of all tenants.
             grantable_roles: BTreeSet::new(),
             argon2_memory_kib: 19_456,
             argon2_iterations: 2,
@@ -153,7 +153,7 @@ impl Settings {
     }
 }
 
-/// The directory of API clients. The broker implements it and verifies the clients' documents on the token.
+/// The directory of API clients. The broker implements this trait and verifies the clients' documents on the token.
 #[async_trait]
 pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// Returns a client. `None` if it does not exist.
@@ -281,7 +281,7 @@ impl Secrets {
     }
 
     /// Verifies a secret and returns its client's principal. `budget` is asked before a costly trial, unless the secret
-    /// was accepted recently. If it returns an error, that is the answer.
+    /// was accepted recently. An error of `budget` is the answer.
     pub async fn verify<T: Send>(
         &self,
         id: &str,
@@ -443,7 +443,7 @@ fn overloaded() -> Error {
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// The hashes with which a secret is compared. Their number is the same for every id.
+/// The hashes with which a secret is compared. Every id has the same number of hashes.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {

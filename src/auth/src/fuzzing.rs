@@ -11,12 +11,13 @@ use super::{
     token::claims,
 };
 
-/// Reads a key set in JSON, and looks up a key for every algorithm. Returns the number of keys; none if the set is refused.
+/// Reads a key set in JSON, and looks up a key for every algorithm. Returns the number of keys; `None` if the set is
+/// refused.
 pub fn key_set(json: &[u8]) -> Option<usize> {
     Some(keys(&KeySet::parse_jwks(json).ok()?))
 }
 
-/// Reads public keys in PEM, likewise.
+/// Reads public keys in PEM, and looks up a key for every algorithm.
 pub fn key_file(pem: &[u8]) -> Option<usize> {
     Some(keys(&KeySet::parse_pem(pem).ok()?))
 }
@@ -36,7 +37,7 @@ fn keys(set: &KeySet) -> usize {
     set.names().len()
 }
 
-/// Reads the claims of an access token whose signature is not looked at.
+/// Reads the claims of an access token without a check of its signature.
 pub fn claims(settings: &Settings, json: &[u8], now: Timestamp) -> Option<Identity> {
     let said: Map<String, Value> = serde_json::from_slice(json).ok()?;
     let (identity, _) = claims::identity(settings, &said, now).ok()?;

@@ -1,7 +1,7 @@
-//! The `[[issuer]]` sections: which issuers are trusted, which keys verify their access tokens, and what the tokens
-//! must contain.
+//! The `[[issuer]]` sections: which issuers are trusted, which keys verify their access tokens, and what the access
+//! tokens must contain.
 //!
-//! All rules about access tokens come from these settings. No rule is ever taken from a token.
+//! All rules about access tokens come from these settings. No rule is ever taken from an access token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 

@@ -1,4 +1,4 @@
-//! The keys that verify an issuer's tokens, read from a key set or a PEM file.
+//! The keys that verify an issuer's access tokens, read from a key set or a PEM file.
 //!
 //! A key is used only for its own purpose: its type, its curve, its `use`, its `key_ops` and its `alg` all limit the
 //! algorithms that it may verify. Keys for other purposes are ignored. Weak and malformed keys are refused and reported
@@ -37,7 +37,7 @@ pub(super) use keys::{Keys, Newer, Pace};
 
 /// Longest key set and discovery document, in bytes.
 pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
-/// Most keys in a set. Providers publish two or three.
+/// Largest number of keys in a set. Providers publish two or three.
 const KEYS_MAX: usize = 64;
 /// Accepted lengths of an RSA modulus, in bits: shorter ones can be factored, and the verifying library refuses longer
 /// ones.
@@ -46,7 +46,7 @@ const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
 const EXPONENT_MIN: u32 = 65_537;
 /// Longest public exponent that the verifying library accepts, in bits.
 const EXPONENT_BITS_MAX: usize = 33;
-/// Most keys that are tried for an access token without a `kid`.
+/// Largest number of keys that are tried for an access token without a `kid`.
 const TRIES_MAX: usize = 4;
 /// The name in the log for a key without a `kid`.
 const WITHOUT_NAME: &str = "(key without `kid`)";
@@ -54,7 +54,7 @@ const WITHOUT_NAME: &str = "(key without `kid`)";
 const SHOWN_CHARS_MAX: usize = 100;
 /// Longest text about a key or a provider's answer that is written to the log, in characters.
 const PROBLEM_CHARS_MAX: usize = 200;
-/// Most refused keys of a set that the log lists by name. The provider decides how many there are.
+/// Largest number of refused keys of a set that the log lists by name. The provider decides how many there are.
 const REFUSED_NAMED_MAX: usize = KEYS_MAX;
 
 const RSA: [Algorithm; 6] = [
@@ -91,7 +91,8 @@ struct Thumbprints {
     sha256: Option<String>,
 }
 
-/// The references to a key in the header of a token. They choose the keys to try; the signature decides.
+/// The references to a key in the header of an access token. These references choose the keys to try; the signature
+/// decides.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.
@@ -104,18 +105,18 @@ pub(super) struct Named<'a> {
 
 /// Why a key of a set is not used.
 enum Unused {
-    /// It is for another purpose, such as encryption.
+    /// The key is for another purpose, such as encryption.
     Other(String),
-    /// It is weak or malformed.
+    /// The key is weak or malformed.
     Bad(KeyError),
 }
 
-/// Why a set has no key for a token.
+/// Why a set has no key for an access token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoKey {
     /// No key matches. A newer set may contain it.
     Unknown,
-    /// The token refers to no key, and more keys match than are tried.
+    /// The access token refers to no key, and more keys match than are tried.
     TooMany,
     /// The key is for another algorithm.
     OtherAlgorithm,
@@ -285,8 +286,8 @@ impl KeySet {
         Ok(found)
     }
 
-    /// Returns the keys whose certificate the token refers to. Returns all keys if it refers to none, or if the set has
-    /// no certificates.
+    /// Returns the keys whose certificate the access token refers to. Returns all keys if it refers to none, or if the
+    /// set has no certificates.
     fn with_thumbprint(&self, named: Named<'_>) -> Vec<&Key> {
         let pairs = |key: &Key| {
             let Thumbprints { sha1, sha256 } = &key.thumbprints;

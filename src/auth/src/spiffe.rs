@@ -14,25 +14,25 @@ const SCHEME: &str = "spiffe://";
 /// Why a text is not a SPIFFE id. The message continues a sentence whose subject is the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
-    /// It is too long.
+    /// The id is too long.
     #[error("has more than {ID_BYTES_MAX} bytes")]
     Length,
-    /// Its scheme is different or contains capital letters.
+    /// The scheme is different or contains capital letters.
     #[error("does not begin with {SCHEME:?}, in lower case")]
     Scheme,
-    /// It is the id of a trust domain.
+    /// The id is that of a trust domain.
     #[error("has no path, so it identifies a trust domain and not a workload")]
     NoPath,
-    /// A segment of its path is empty.
+    /// A segment of the path is empty.
     #[error("has an empty path, a double slash or a slash at its end")]
     EmptySegment,
-    /// A segment of its path refers to another segment.
+    /// A segment of the path refers to another segment.
     #[error("has a `.` or `..` in its path")]
     DotSegment,
-    /// Its path contains a character that is not allowed.
+    /// The path contains a character that is not allowed.
     #[error("has characters in its path that are not in [a-zA-Z0-9._-] or /")]
     PathCharacter,
-    /// Its trust domain is not valid.
+    /// The trust domain is not valid.
     #[error("has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
     TrustDomain,
 }

@@ -71,9 +71,9 @@ struct Verified {
     /// Length of the access token, an upper bound for the size of its claims.
     bytes: usize,
     issuer: usize,
-    /// Digest of the key set that verified the token.
+    /// Digest of the key set that verified the access token.
     set: [u8; 32],
-    /// The end of the token's validity, as a time of day.
+    /// The end of the access token's validity, as a time of day.
     until: Timestamp,
     /// When it was verified, on the monotonic clock.
     since: Instant,
@@ -96,8 +96,7 @@ pub enum IssuerError {
 }
 
 impl Tokens {
-    /// Creates a verifier. The issuers must be valid individually and in combination. Their providers may be
-    /// unavailable.
+    /// Creates a verifier. The issuers must be valid individually and in combination. The providers may be unavailable.
     pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }
@@ -155,8 +154,8 @@ impl Tokens {
     }
 
     /// Waits until every provider was asked for its keys once, with or without success, or until `limit` has passed.
-    /// Without this wait, the broker would refuse valid tokens right after its start, and some clients then end their
-    /// session.
+    /// Without this wait, the broker would refuse valid access tokens right after its start, and some clients then end
+    /// their session.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
         let is_open = |issuer: &Arc<Issuer>| {
@@ -190,7 +189,7 @@ impl Tokens {
         })
     }
 
-    /// Verifies a token. Sets `name` to the name of its issuer as soon as that is known.
+    /// Verifies an access token. Sets `name` to the name of its issuer as soon as that is known.
     async fn find<'a>(
         &'a self,
         token: &[u8],
@@ -219,8 +218,8 @@ impl Tokens {
         let (claims, is_expired, set) = issuer.verify(token, &parts).await?;
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
-            // The expiry is reported last: a token is called renewable only if a renewed token of the same kind would
-            // be accepted.
+            // The expiry is reported last: an access token is called renewable only if a renewed access token of the
+            // same kind would be accepted.
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
@@ -244,7 +243,8 @@ impl Tokens {
         Ok(principal)
     }
 
-    /// Returns the principal of a token that was verified within the last minute, if the keys are still the same.
+    /// Returns the principal of an access token that was verified within the last minute, if the keys are still the
+    /// same.
     fn remembered(&self, digest: &[u8; 32]) -> Option<Arc<Principal>> {
         let known = self.verified.get(digest)?;
         let set = self.issuers[known.issuer].keys.current().ok();
@@ -260,7 +260,7 @@ impl Tokens {
 }
 
 impl Issuer {
-    /// Verifies header and signature. Returns the claims, whether the token has expired, and the key set.
+    /// Verifies header and signature. Returns the claims, whether the access token has expired, and the key set.
     async fn verify(
         &self,
         token: &[u8],
@@ -272,7 +272,7 @@ impl Issuer {
         let set = self.keys.current();
         let mut set = set.map_err(|error| Cause::NoKeys.because(error.to_string()))?;
         let mut outcome = self.verify_with(&set, token, named, algorithm);
-        // The provider may have a newer key. If the token has no `kid`, only the failed signature can show that.
+        // The provider may have a newer key. If the access token has no `kid`, only the failed signature can show that.
         let may_be_newer = match &outcome {
             Err(refusal) => match refusal.cause {
                 Cause::KeyId | Cause::ManyKeys => true,
@@ -287,8 +287,8 @@ impl Issuer {
                     set = newer;
                     outcome = self.verify_with(&set, token, named, algorithm);
                 }
-                // The token is rejected only if no newer key can verify it. Otherwise a caller with invented key ids
-                // could cause valid tokens to be rejected after a key rotation.
+                // The access token is rejected only if no newer key can verify it. Otherwise a caller with invented key
+                // ids could cause valid access tokens to be rejected after a key rotation.
                 Newer::Unknown(wait) if !self.is_hopeless(parts, named) => {
                     outcome = outcome.map_err(|refusal| refusal.undecided(wait));
                 }
@@ -307,8 +307,8 @@ impl Issuer {
         Ok((claims, is_expired, set))
     }
 
-    /// Whether no key set of the provider can verify the token, because the provider has no such key or the token was
-    /// issued in the future.
+    /// Whether no key set of the provider can verify the access token, because the provider has no such key or the
+    /// access token was issued in the future.
     fn is_hopeless(&self, parts: &Parts, named: Named<'_>) -> bool {
         let issued_s = parts.issued_s();
         let leeway_s = i64::from(self.settings.leeway_s);
@@ -364,8 +364,8 @@ impl Issuer {
         Err(refused)
     }
 
-    /// Checks everything except the expiry. The library reports an expired token before it checks `nbf`, `iss` and
-    /// `aud`.
+    /// Checks everything except the expiry. The library reports an expired access token before it checks `nbf`, `iss`
+    /// and `aud`.
     fn verify_expired(
         &self,
         token: &[u8],

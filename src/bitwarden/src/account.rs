@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::Error;
 
-/// Longest e-mail address, in bytes. This is the length of the server's column.
+/// Longest e-mail address, in bytes: the length of the server's column.
 const EMAIL_BYTES_MAX: usize = 256;
 /// Longest password, in bytes. Clients have no maximum; this one prevents a wrong file from being used as a password.
 pub const PASSWORD_BYTES_MAX: usize = 4_096;
@@ -43,7 +43,7 @@ impl AsRef<str> for Email {
     }
 }
 
-/// The salt of a master key as the server sends it before a login. It is used unchanged.
+/// The salt of a master key as the server sends it before a login. The salt is used unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Salt(String);
 

@@ -20,8 +20,8 @@ const AUTHENTICATION_ITERATIONS: u32 = 1;
 /// Iterations of the hash with which a client checks the password offline.
 const LOCAL_ITERATIONS: u32 = 2;
 
-/// The key that wraps a user key. It is derived from a password, or random for a user who never had one. A Key
-/// Connector stores this key and returns it to the user.
+/// The key that wraps a user key. The key is derived from a password, or random for a user who never had a password. A
+/// Key Connector stores this key and returns it to the user.
 pub struct MasterKey(Zeroizing<Vec<u8>>);
 
 impl MasterKey {
@@ -76,8 +76,8 @@ impl MasterKey {
     }
 
     /// Decrypts a wrapped user key and returns its bytes, because [`SymmetricKey`] cannot hold the user key of a new
-    /// account. Type 0 of old accounts is encrypted directly with the master key. It has no MAC, so the length is the
-    /// only sign that the master key was right.
+    /// account. Type 0 of old accounts is encrypted directly with the master key. Type 0 has no MAC, so the length is
+    /// the only sign that the master key was right.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {

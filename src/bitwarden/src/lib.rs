@@ -29,7 +29,7 @@ pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
 pub use keys::{MasterKey, SymmetricKey};
 
-/// Length of a master key in bytes. This is also the length of the key that a Key Connector stores.
+/// Length in bytes of a master key, and of the key that a Key Connector stores.
 pub const MASTER_KEY_BYTES: usize = 32;
 
 /// Why a part of a Bitwarden account cannot be used.
@@ -61,7 +61,7 @@ pub enum Error {
     Length {
         /// The name of the key.
         what: &'static str,
-        /// Its length.
+        /// The length of the key.
         found: usize,
         /// The required length.
         expected: &'static str,

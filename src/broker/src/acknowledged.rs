@@ -30,7 +30,7 @@ use super::Broker;
 
 /// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "acknowledged";
-/// The delay after which a refused caller may retry. An operator has to act in the meantime.
+/// The delay after which a refused caller may retry, so that an operator can act in the meantime.
 const RETRY: Duration = Duration::from_secs(1);
 /// A margin for clock differences: marks are purged after the retention period, which another machine's clock may
 /// measure.
@@ -102,7 +102,7 @@ pub(super) struct Acknowledged {
     mismatch: Mutex<Option<Mismatch>>,
     retention: Duration,
     state: StateDirectory,
-    /// Name of the state file. It contains the instance, because two brokers may share the directory.
+    /// Name of the state file, which contains the instance, because two brokers may share the directory.
     fact: String,
 }
 

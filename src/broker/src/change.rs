@@ -41,7 +41,7 @@ impl Change {
     }
 }
 
-/// A running mutation. It owns all its data, because it can run longer than the call that started
+/// A running mutation, which owns all its data because it can run longer than the call that started
 /// it.
 pub(super) struct Mutation {
     pub(super) principal: Principal,

@@ -98,7 +98,8 @@ pub struct ClientPage {
     pub next: Option<Position<ClientId>>,
 }
 
-/// A permitted change of an API client. It owns all its data, because it can run longer than the call that started it.
+/// A permitted change of an API client, which owns all its data because it can run longer than the call that started
+/// it.
 struct ClientChange {
     broker: Arc<Broker>,
     principal: Principal,

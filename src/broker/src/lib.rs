@@ -11,8 +11,8 @@
 //! - A [`Released`] key is made from a `Recorded` one. Only `journal` creates it, from the key and the key's own entry,
 //!   after the audit log has synced that entry.
 //!
-//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. It runs
-//! in a separate task, so that a caller that ends its call cannot stop the mutation between the two.
+//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. A
+//! mutation runs in a separate task, so that a caller that ends its call cannot stop it between the two entries.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
@@ -133,16 +133,17 @@ pub struct Parts {
     pub retention: Duration,
     /// Limits on what is stored for one user.
     pub capacity: Capacity,
-    /// Risks of the token that its settings accept, for the health details. Each is a sentence without a full stop.
+    /// Risks of the token that its settings accept, for the health details. Each risk is a sentence without a full
+    /// stop.
     pub accepted_risks: Vec<String>,
 }
 
 /// Limits on what is stored for one user. Each concurrent call can exceed a limit by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Most revisions of a record, including superseded ones: `store.revisions_max`.
+    /// Largest number of revisions of a record, including superseded ones: `store.revisions_max`.
     pub revisions_max: u32,
-    /// Most keys of a user, including deleted ones: `store.keys_per_user_max`.
+    /// Largest number of keys of a user, including deleted ones: `store.keys_per_user_max`.
     pub keys_per_user_max: u32,
 }
 
@@ -210,8 +211,8 @@ impl Broker {
         self.limits.may_log(address)
     }
 
-    /// Waits until every running mutation has its outcome on disk. Then writes the counted refusals and the times of
-    /// last use. Called after the listeners are closed.
+    /// Waits until every running mutation has its outcome on disk. Afterwards, writes the counted refusals and the
+    /// times of last use. Called after the listeners are closed.
     pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())

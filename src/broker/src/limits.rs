@@ -3,8 +3,8 @@
 //! is dropped when it no longer affects a decision.
 //!
 //! When an address reaches the authentication failure limit, the broker refuses its invalid credentials, and does not
-//! check credentials that are costly to check. It still accepts a valid credential of a known caller, so that no caller
-//! can lock out another one at the same address.
+//! check credentials that are costly to check. The broker still accepts a valid credential of a known caller, so that
+//! no caller can lock out another one at the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -77,12 +77,13 @@ pub const RELEASED_USERS_MAX: u32 = 1_000_000;
 /// Largest number of replacements of one record that are counted for an alert.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
-/// Most callers that are counted separately.
+/// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
 /// Idle time after which an entry is dropped. A bucket is full again after one minute, so nothing is lost.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
-/// Most credentials of one address that are checked concurrently, for credentials that are costly to check.
+/// Largest number of credentials of one address that are checked concurrently, for credentials that are costly to
+/// check.
 const TURNS_MAX: usize = 8;
 /// The delay after which a caller may retry when all these checks are in use.
 const TURN_RETRY: Duration = Duration::from_millis(500);
@@ -163,8 +164,8 @@ impl Limits {
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
-    /// Takes one of the concurrent checks for a credential that is costly to check. Each address has only a few, so
-    /// that one address cannot block all others.
+    /// Takes one of the concurrent checks for a credential that is costly to check. Each address has only a few such
+    /// checks, so that one address cannot block all others.
     pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
         let turns = self
             .turns
@@ -200,7 +201,7 @@ impl Limits {
         self.replacements.telling_revision(current)
     }
 
-    /// Whether to raise an alert about a record that was replaced too often. It is raised at most once an hour.
+    /// Whether to raise an alert about a record that was replaced too often. The alert is raised at most once an hour.
     pub fn may_alert_of_replacements(&self, record: RecordId) -> bool {
         self.replacements.may_alert(record)
     }
@@ -234,8 +235,8 @@ impl fmt::Display for Network {
     }
 }
 
-/// Most log lines per minute about unauthenticated callers, for each network and in total. With [`shortened`] a line
-/// has at most about 600 bytes, so an hour adds less than 5 MB to the log.
+/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. With
+/// [`shortened`] a line has at most about 600 bytes, so an hour adds less than 5 MB to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 

@@ -29,9 +29,9 @@ const TICKS_PER_HOUR: u64 = 3_600;
 /// The health of the broker's services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Whether user keys can be released and changed. This needs token, store and audit log.
+    /// Whether user keys can be released and changed, which needs token, store and audit log.
     pub user_keys: bool,
-    /// Whether the control plane can answer. This needs the audit log.
+    /// Whether the control plane can answer, which needs the audit log.
     pub control: bool,
     /// All problems, for the log and for administrators; empty when there are none. Some problems do not stop the
     /// service.
@@ -43,7 +43,7 @@ enum Resolved {
     Yes,
     /// A transaction that has not ended may still commit the change.
     UnderWay,
-    /// The store or the audit log is unavailable. The other intents would only wait for it as well.
+    /// The store or the audit log is unavailable. The other intents would only wait for the same failure.
     Unavailable,
 }
 
@@ -72,7 +72,7 @@ impl Broker {
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
         let user_keys = problems.is_empty();
-        // These notes do not stop the token from serving.
+        // The notes below do not stop the token from serving.
         let risks = self.accepted_risks.iter().cloned();
         let notes = token.note.into_iter().chain(risks);
         problems.extend(notes.map(|note| format!("token: {note}")));
@@ -166,7 +166,7 @@ impl Broker {
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Other tasks only append to the list meanwhile, so the first intent is still the same.
+            // Other tasks only append to the list meanwhile, so the first intent did not change.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}

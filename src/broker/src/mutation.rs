@@ -303,8 +303,8 @@ impl Broker {
     }
 
     /// Looks again for an earlier call with the same request id, after an error that a concurrent change of the record
-    /// can cause. Such a call may have been committed after this one looked for it. This call is then a retry of it,
-    /// and gets its answer.
+    /// can cause. The earlier call may have been committed after this call looked for it. This call is then a retry,
+    /// and gets the answer of the earlier call.
     async fn earlier_after(
         &self,
         mutation: &Mutation,

@@ -1,6 +1,6 @@
 //! Calls that were refused because the token or the database cannot do the work in time. An overload causes too many
-//! refusals for one entry and one log line each. They are therefore counted for each principal and action, and recorded
-//! once a second. A refused call released and changed nothing.
+//! refusals for one entry and one log line each. The refusals are therefore counted for each principal and action, and
+//! recorded once a second. A refused call released and changed nothing.
 //!
 //! A broker that is killed loses the counts of the last second.
 //!
@@ -23,9 +23,9 @@ use keybroker_core::{
 
 use super::{Broker, caller};
 
-/// Most pairs of principal and action that are counted separately within a second. The other principals share one entry
-/// for each action. An entry has about 300 bytes, so an hour of overload by many principals adds less than 80 MB to the
-/// audit log.
+/// Largest number of pairs of principal and action that are counted separately within a second. Further principals
+/// share one entry for each action. An entry has about 300 bytes, so an hour of overload by many principals adds less
+/// than 80 MB to the audit log.
 const CALLERS_MAX: usize = 64;
 
 /// The principal and action of refused calls. The principal is absent in the shared count.

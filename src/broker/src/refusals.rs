@@ -1,4 +1,4 @@
-//! Refusals before authentication. They are counted per network and minute, so that an unauthenticated caller cannot
+//! Refusals before authentication, which are counted per network and minute, so that an unauthenticated caller cannot
 //! fill the audit log or the log, no matter how many addresses it uses.
 //!
 //! Counts are written to the audit log once a minute. In the meantime the state directory holds them and is at most one
@@ -30,8 +30,8 @@ use keybroker_core::{
 
 use super::Broker;
 
-/// Most networks that are counted separately within a minute. The others share one entry for each reason. An entry has
-/// about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
+/// Largest number of networks that are counted separately within a minute. Further networks share one entry for each
+/// reason. An entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
 const NETWORKS_MAX: usize = 256;
 /// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "refusals";
@@ -52,7 +52,7 @@ pub(super) struct Refusals {
     /// Whether the counts changed since they were last stored.
     is_changed: AtomicBool,
     state: StateDirectory,
-    /// Name of the state file. It contains the instance, because two brokers may share the directory.
+    /// Name of the state file, which contains the instance, because two brokers may share the directory.
     fact: String,
 }
 

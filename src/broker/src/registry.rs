@@ -22,7 +22,7 @@ const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Registry {
     rows: Vec<RegistryRow>,
-    /// Keys that were registered after this broker started. Its workers have not checked them on the token.
+    /// Keys that were registered after this broker started, so that its workers have not checked them on the token.
     unproved: Vec<RegistryRow>,
 }
 
@@ -174,9 +174,10 @@ impl Broker {
     ) -> Result<(), Error> {
         let found = token_key(&state.keys, row.id);
         if row.state == WrappingKeyState::Destroyed && found.is_none() {
-            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and such a key is never
-            // used. A row that becomes `destroyed` while the broker serves is verified like any other, because the workers know the key.
-            // From the next start on, it has the effect of a deleted row: records under the key are refused.
+            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and such a key
+            // is never used. If a row becomes `destroyed` while the broker runs, it is verified like any other row, because
+            // the workers know the key. After the next start it has the effect of a deleted row: records under the key are
+            // refused.
             return Ok(());
         }
         let untrusted = |what: String| {
@@ -230,8 +231,8 @@ impl Broker {
     }
 }
 
-/// Rejects an older row of the same key. Its MAC is valid too, so without this check putting the row back would restore
-/// a former state of the key.
+/// Rejects an older row of the key that is put back. The MAC of an older row is valid too, so without this check the
+/// row would restore a former state of the key.
 fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Error> {
     let went_back = after.sequence < before.sequence;
     let without_a_number = after.sequence == before.sequence && after.state != before.state;

@@ -46,7 +46,7 @@ impl Released {
     }
 }
 
-/// A key as the token returned it. Its release is not recorded yet.
+/// A key as the token returned it, before its release is recorded.
 #[derive(Debug)]
 struct Unwrapped {
     record: RecordId,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-/// Ticks at a fixed interval, for the first time immediately. A missed tick is skipped.
+/// Ticks at a fixed interval, beginning immediately. A missed tick is skipped.
 pub(super) struct Ticks<'s> {
     interval: Interval,
     stop: &'s CancellationToken,

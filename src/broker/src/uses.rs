@@ -16,11 +16,12 @@ use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 
 use super::{Broker, ticks::Ticks};
 
-/// Most records that are noted. While the database is unavailable or slow, notes for further records are lost.
+/// Largest number of records that are noted. While the database is unavailable or slow, notes for further records are
+/// lost.
 const NOTED_MAX: usize = 65_536;
 /// Number of notes per transaction.
 const WRITTEN_AT_ONCE: usize = 500;
-/// Most transactions per write, so that notes do not delay the requests of clients.
+/// Largest number of transactions per write, so that notes do not delay the requests of clients.
 const TRANSACTIONS_MAX: usize = 5;
 const INTERVAL: Duration = Duration::from_secs(5);
 

@@ -21,7 +21,7 @@ use crate::{
 
 /// Deadline of a call that does not set one.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Longest wait for a connection. It is half of the default deadline, so that there is time for another attempt.
+/// Longest wait for a connection: half of the default deadline, so that there is time for another attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection that is silent for this long during a call is checked with an HTTP/2 ping.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
@@ -177,8 +177,8 @@ impl ClientBuilder {
 
     /// Authenticates each call with an access token from `provider`.
     ///
-    /// The provider runs before every attempt, within the call's deadline. It should cache the token and renew it
-    /// before it expires. If the provider fails, the call is not sent: it fails with
+    /// The provider runs before every attempt, within the call's deadline. The provider should cache the token and
+    /// renew it before it expires. If the provider fails, the call is not sent: it fails with
     /// [`ErrorKind::Credential`](crate::ErrorKind::Credential), and the provider's error is its source.
     pub fn bearer_token_provider<P, F>(mut self, provider: P) -> Self
     where

@@ -294,7 +294,8 @@ impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
 macro_rules! awaitable {
     ($($name:ident),*) => {$(
         impl<'a, T: Send + 'a> $name<'a, T> {
-            /// Sets the deadline of this call, from the moment it is awaited. It includes all attempts and pauses.
+            /// Sets the deadline of this call, from the moment it is awaited. The deadline includes all attempts and
+            /// pauses.
             pub fn deadline(mut self, deadline: Duration) -> Self {
                 self.0.deadline = deadline;
                 self

@@ -28,7 +28,7 @@ pub struct IssuedSecret {
 
 /// Calls of the control plane. All of them fail with an [`Error`](crate::Error).
 impl Client {
-    /// Lists the registered wrapping keys, ordered by registration time.
+    /// Lists the registered wrapping keys in the order in which they were registered or last changed their state.
     pub fn list_wrapping_keys(&self) -> Read<'_, Vec<proto::WrappingKey>> {
         Read::new(self.shared(), |attempt| async move {
             let request = attempt.request(proto::ListWrappingKeysRequest {});

@@ -16,7 +16,7 @@ macro_rules! secret_text {
         pub struct $name(Zeroizing<String>);
 
         impl $name {
-            /// Takes ownership of the text. Its memory is overwritten when the value is dropped.
+            /// Takes ownership of the text, whose memory is overwritten when the value is dropped.
             pub fn new(text: impl Into<String>) -> Self {
                 Self(Zeroizing::new(text.into()))
             }

@@ -157,7 +157,7 @@ impl Error {
         self.source.as_deref()?.downcast_ref()
     }
 
-    /// The number of attempts that were made. It is 0 if the credential provider failed.
+    /// The number of attempts that were made; 0 if the credential provider failed.
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
@@ -454,7 +454,7 @@ impl Classified {
     fn without_reason(status: Status) -> Self {
         let is_local = status.source().is_some();
         let (kind, verdict) = match status.code() {
-            // This is how tonic reports the client's own deadline.
+            // tonic reports the client's own deadline in this way.
             Code::Cancelled if status.message().contains(TONIC_DEADLINE) => {
                 (ErrorKind::DeadlineExceeded, Verdict::Permanent)
             }

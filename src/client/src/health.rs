@@ -76,10 +76,10 @@ impl From<ServingStatus> for ServiceHealth {
     }
 }
 
-/// Calls for the health of the services. They need no role. They fail with an [`Error`](crate::Error).
+/// Calls for the health of the services, which need no role. All of them fail with an [`Error`](crate::Error).
 impl Client {
-    /// Returns whether a service of the broker can do its work. Every listener answers this call, including those that
-    /// do not serve the service. A service that cannot do its work is an `Ok` result with
+    /// Returns whether a service of the broker can do its work. Every gRPC listener answers this call, including those
+    /// that do not serve the service. A service that cannot do its work is an `Ok` result with
     /// [`ServiceHealth::NotServing`].
     pub fn check_health(&self, service: Service) -> Read<'_, ServiceHealth> {
         Read::new(self.shared(), move |attempt| async move {

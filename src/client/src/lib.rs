@@ -1,7 +1,7 @@
 //! A gRPC client for Keybroker, which keeps users' keys wrapped under a key in an HSM.
 //!
-//! It adds to the generated stubs of [`keybroker_proto`] what every program needs: TLS, credentials, a deadline on every
-//! call, retries that are safe, and errors that a program can act on.
+//! To the generated stubs of [`keybroker_proto`], this library adds the parts that every program needs: TLS,
+//! credentials, a deadline on every call, retries that are safe, and errors that a program can act on.
 //!
 //! ```no_run
 //! use std::{error::Error, time::Duration};
@@ -43,8 +43,8 @@
 //!
 //! # Deadlines and retries
 //!
-//! Every call has a deadline: 10 s, unless the client or the call sets another one. It covers the connection, all attempts
-//! and the pauses between them, and each attempt tells the broker how much of it is left.
+//! Every call has a deadline: 10 s, unless the client or the call sets another one. The deadline covers the connection,
+//! all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
 //!
 //! [`RetryPolicy`] describes the retries. In short:
 //!
@@ -52,18 +52,18 @@
 //! - [Changes](Change) are repeated under their request id. Changes without a request id ([`NonIdempotent`]) are never
 //!   repeated.
 //! - A call is repeated if the broker's reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`,
-//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would only occur again.
+//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would occur again.
 //! - A pause is never shorter than the broker's `RetryInfo`.
 //! - A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
-//! Connections are not balanced: a client has one connection to one address of its endpoint. It opens a new connection
-//! when the old one is lost, or when a call ran into its deadline and the connection carried no answer at all in that
-//! time. [`Client::connect`] opens the connection before the first call, and [`Client::with_separate_connection`]
-//! returns a client with another connection.
+//! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
+//! connection when the old one is lost, or when a call ran into its deadline and the connection carried no answer at
+//! all in that time. [`Client::connect`] opens the connection before the first call, and
+//! [`Client::with_separate_connection`] returns a client with another connection.
 //!
 //! # Errors
 //!
-//! A failed call returns an [`Error`]. It contains:
+//! A failed call returns an [`Error`], which contains:
 //!
 //! - its [kind](Error::kind) and the broker's [reason](Error::reason)
 //! - the [fields](Refusal::violations) that the broker did not accept

@@ -8,7 +8,7 @@ const JITTER_LOW: f64 = 0.5;
 const JITTER_SPAN: f64 = 1.0;
 /// The jitter of a delay that the broker asks for. The delay is never shortened, only prolonged by up to this share.
 const DELAY_SPAN: f64 = 0.2;
-/// The bucket counts in thousandths of a retry. This is one whole retry.
+/// One whole retry, because the bucket counts in thousandths of a retry.
 const MILLI: u64 = 1_000;
 
 /// How often and how fast a client repeats a failed attempt.

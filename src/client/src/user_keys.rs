@@ -58,13 +58,13 @@ impl fmt::Display for UserKeyRef {
 pub enum UserKeyState {
     /// It can be unwrapped.
     Active,
-    /// The record keeps its name and can be undeleted. It cannot be unwrapped.
+    /// The record keeps its name and can be undeleted, but cannot be unwrapped.
     Deleted,
     /// A state that a later release of the broker has added.
     Unknown,
 }
 
-/// What the broker knows about a record. It never contains key material.
+/// The metadata of a record, which never contains key material.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UserKey {
@@ -112,7 +112,7 @@ pub struct ListUserKeys {
     pub page_token: String,
 }
 
-/// A stored record that is damaged. It can be neither unwrapped nor changed until an operator has repaired it.
+/// A stored record that is damaged. A damaged record cannot be unwrapped or changed until an operator has repaired it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DamagedUserKey {
@@ -155,8 +155,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The library repeats the call only if it fails as a whole. It does not repeat single items. Request a refused
-    /// item again if its refusal [is transient](Refusal::is_transient).
+    /// The library repeats the call only if it fails as a whole. Single items are not repeated. Request a refused item
+    /// again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],
@@ -263,7 +263,7 @@ impl Client {
         })
     }
 
-    /// Marks a record deleted. It keeps its name and can be undeleted.
+    /// Marks a record as deleted. The record keeps its name and can be undeleted.
     pub fn delete_user_key<'a>(
         &'a self,
         key: &'a UserKeyRef,

@@ -1,5 +1,4 @@
-//! Tokens and keys for one-shot commands. This is the command's end of an admin worker, which holds the vendor's
-//! module.
+//! Tokens and keys for one-shot commands: the command's end of an admin worker, which holds the vendor's module.
 //!
 //! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
 //! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
@@ -46,8 +45,8 @@ pub use wrapper::Wrapper;
 const WORKER: &str = "token-admin-worker";
 /// Shortest timeout for a call that makes a key or initialises a token. Some devices take minutes.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// Longest time for a worker to end after its socket was closed. It is longer than the time that the worker gives to
-/// the module.
+/// Longest time for a worker to end after its socket was closed, longer than the time that the worker gives to the
+/// module.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 /// Number of keys in one message, far below the longest frame.
 const KEYS_PER_FRAME: usize = 64;
@@ -59,7 +58,7 @@ pub enum AdminError {
     /// The token refused the request, the module crashed or hangs, or the request does not match the token.
     #[error("{0}")]
     Token(String),
-    /// The module does not load, or shows no matching token. Its environment may be incomplete.
+    /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
     /// No PIN was given, or the token rejected it.
@@ -98,7 +97,7 @@ impl From<wire::AdminFailure> for AdminError {
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
 pub struct Listed {
-    /// Slot number. It changes when tokens are initialised.
+    /// Slot number, which changes when tokens are initialised.
     pub slot: u64,
     /// Label, serial number and model of the token.
     pub info: TokenInfo,
@@ -137,8 +136,8 @@ pub struct CheckedKey {
     pub problem: Option<String>,
     /// Names of the negative tests that the token cannot run.
     pub not_tried: Vec<String>,
-    /// The content of the file of an integrity key that was made in the memory of the worker. It must be stored, or the key is lost
-    /// with the worker.
+    /// The content of the file of an integrity key that was made in the memory of the worker. The content must be
+    /// stored, because otherwise the key is lost when the worker ends.
     pub integrity_key_file: Option<String>,
 }
 
@@ -205,8 +204,8 @@ pub struct Admin {
 
 impl Admin {
     /// Logs in if the record of PINs in the state directory allows it. With `write`, the session is read-write, so that
-    /// keys can be made. `program` is the running binary, which also contains the worker. If the settings fit several tokens, the
-    /// token is used that has one of the serial numbers of the registry.
+    /// keys can be made. `program` is the running binary, which also contains the worker. If several tokens match the
+    /// settings, the token with one of the serial numbers of the registry is used.
     pub fn open(
         program: &Path,
         settings: &Settings,
@@ -238,7 +237,8 @@ impl Admin {
         &self.info
     }
 
-    /// Whether the token answered to the login with `CKR_USER_ALREADY_LOGGED_IN`: another process was first, and the login is its.
+    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process had already
+    /// logged in.
     pub fn is_login_of_another(&self) -> bool {
         self.is_login_of_another
     }
@@ -310,7 +310,7 @@ impl Admin {
         self.check_key(id, false)
     }
 
-    /// Makes an integrity key in the memory of the worker for an RSA key that has none, and checks both.
+    /// Makes an integrity key in the memory of the worker for an RSA key without one, and checks both keys.
     pub fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,
@@ -473,8 +473,8 @@ impl Worker {
         let (mut command, stream) =
             process::command(program, settings, WORKER).map_err(AdminError::Start)?;
         let child = command.spawn().map_err(AdminError::Start)?;
-        // `command` still holds the worker's end of the socket. If it stayed open, the command would not notice the end
-        // of the worker.
+        // `command` still holds the worker's end of the socket. If this end stayed open, the command would not notice
+        // the end of the worker.
         drop(command);
         Ok(Self {
             child,

@@ -13,7 +13,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// A principal, identified by its name. Its jobs take turns with those of other principals.
+    /// A principal, identified by its name. The jobs of principals take turns.
     pub fn principal(name: impl Into<Arc<str>>, deadline: Deadline) -> Self {
         Self {
             lane: Lane::Principal(name.into()),
@@ -21,8 +21,8 @@ impl Caller {
         }
     }
 
-    /// The broker itself, for work that is not part of a call. Such work gets a small share of the token, no matter how
-    /// many callers wait.
+    /// The broker itself, for work that is not part of a call. Background work gets a small share of the token, no
+    /// matter how many callers wait.
     pub fn background(deadline: Deadline) -> Self {
         Self {
             lane: Lane::Background,

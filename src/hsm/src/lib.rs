@@ -101,7 +101,7 @@ pub struct TokenState {
     pub keys: Arc<[TokenKey]>,
     /// The running workers.
     pub workers: Vec<WorkerInfo>,
-    /// Jobs waiting in the queue.
+    /// Number of jobs in the queue.
     pub queue_length: usize,
     /// When a self-test last passed.
     pub last_self_test: Option<Timestamp>,
@@ -148,8 +148,7 @@ pub struct WorkerInfo {
     pub generation: u64,
 }
 
-/// The class of a token failure, as far as its caller can react to it. PKCS#11 return codes do not go beyond the
-/// worker.
+/// The class of a token failure, as far as its caller can react to it. PKCS#11 return codes never leave the worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// A MAC does not verify: the bytes differ from those that were stored for this context.

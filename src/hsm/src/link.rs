@@ -198,7 +198,7 @@ impl Link {
         Some(job)
     }
 
-    /// Marks the worker as lost. Its worker monitor then ends it.
+    /// Marks the worker as lost, so that its worker monitor ends it.
     pub(super) fn give_up(&self, cause: impl Into<String>) {
         self.state().cause.get_or_insert(cause.into());
         self.ended.cancel();

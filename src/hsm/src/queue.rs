@@ -1,5 +1,5 @@
-//! The queue of jobs that wait for a session, and the workers that take them. It is one bounded queue in the front,
-//! which knows fairness and waiting times. A worker holds at most one job per session thread.
+//! The queue of jobs that wait for a session, and the workers that take them. There is one bounded queue in the front,
+//! where fairness and waiting times are known. A worker holds at most one job per session thread.
 //!
 //! A job that cannot be done in time is refused when it arrives, so that the token works only for callers who still
 //! wait. Principals take turns ([`backlogs`]). The duration of a job is estimated for each key ([`estimate`]).
@@ -104,8 +104,8 @@ impl Queue {
         state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
     }
 
-    /// Adds a job again whose session or worker was lost. It becomes the next job of its principal, because it already
-    /// waited for its turn.
+    /// Adds a job again whose session or worker was lost. The job becomes the next one of its principal, because it
+    /// already waited for its turn.
     pub(super) fn push_again(&self, job: Job) {
         let mut state = self.state();
         let cost = state.estimates.of(Kind::of(&job.work)).mean;

@@ -54,7 +54,7 @@ pub(super) struct Failure {
 /// The reason why a worker did not become ready, as the state machine distinguishes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
-    /// The process ended, hung or could not be started. This says nothing about the token.
+    /// The process ended, hung or could not be started, which says nothing about the token.
     Crashed,
     /// The token has no free session.
     Busy,
@@ -99,7 +99,8 @@ impl Failure {
         }
     }
 
-    /// The reason for the state machine. `first` is true for the first attempt of this process.
+    /// The reason of the failure, as the state machine distinguishes it. `first` is true for the first attempt of this
+    /// process.
     pub(super) fn why(&self, first: bool) -> NotReady {
         self.class
             .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
@@ -107,8 +108,8 @@ impl Failure {
 }
 
 /// Starts a worker and waits until it is ready. If the worker fails, or the broker stops meanwhile, the worker is told
-/// to end, and it has ended when this function returns. It gets time to end before it is killed, because it may be in
-/// the middle of its login.
+/// to end, and it has ended when this function returns. The worker gets time to end before it is killed, because it may
+/// be in the middle of its login.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,

@@ -327,8 +327,9 @@ impl Supervisor {
         self.decider().down(cause)
     }
 
-    /// Queues the jobs of a lost worker again, for another worker. This is safe because a job changes nothing on the
-    /// token. A job that was already lost with `losses_max` workers may be the reason for the losses, and fails.
+    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because a job changes
+    /// nothing on the token. A job that was already lost with `losses_max` workers may be the reason for the losses,
+    /// and fails.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());

@@ -1,4 +1,4 @@
-//! The unsafe calls.
+//! The unsafe calls of PKCS#11 functions.
 
 use std::{
     ffi::{CString, c_void},
@@ -22,24 +22,25 @@ use cryptoki_sys::{
 
 use crate::TokenInfo;
 
-/// Length of the first buffer for an attribute whose length is not fixed, in bytes: the modulus of the longest key and a list of 128
-/// mechanisms fit.
+/// Length in bytes of the first buffer for an attribute without a fixed length. The modulus of the longest key fits,
+/// and so does a list of 128 mechanisms.
 const FIRST_BUFFER: usize = 1024;
-/// Length of the last buffer.
+/// Length of the second and last buffer.
 const LAST_BUFFER: usize = 64 * 1024;
 
-/// How often the slots are asked for while their number grows.
+/// Largest number of attempts to read the list of slots while their number grows.
 const SLOT_LIST_TRIES: usize = 4;
-/// Slots of one module, far more than any has: a number above is nonsense, and would only cost memory.
+/// Largest number of slots that is accepted from a module. No real module has nearly as many, and a larger number would
+/// only waste memory.
 const SLOTS_MAX: usize = 65_536;
 
-/// The function list of PKCS#11 2.40, which modules of every later version have as well.
+/// The function list of PKCS#11 2.40, which modules of all later versions have too.
 #[derive(Clone)]
 pub(crate) struct Functions(Arc<Loaded>);
 
 struct Loaded {
     list: CK_FUNCTION_LIST,
-    /// The functions of the list exist as long as it is loaded.
+    /// The functions exist only while the library is loaded.
     _library: cryptoki_sys::Pkcs11,
 }
 
@@ -49,8 +50,8 @@ impl fmt::Debug for Functions {
     }
 }
 
-/// The arguments of `C_Initialize` as NSS extends them: `pReserved` is the string, and a field that must be NULL follows. Other
-/// modules do not look behind the standard's fields.
+/// The arguments of `C_Initialize` with the extension of NSS: `pReserved` is the string, followed by a field that must
+/// be NULL. Other modules do not read beyond the fields of the standard.
 #[repr(C)]
 struct InitializeArguments {
     standard: CK_C_INITIALIZE_ARGS,
@@ -59,8 +60,8 @@ struct InitializeArguments {
 
 impl Functions {
     pub(crate) fn load(path: &Path) -> Result<Self> {
-        // SAFETY: `cryptoki` has loaded the same file before, so no initialiser of it runs here. That it is a PKCS#11 module with the
-        // types of the standard is what the operator says of it; nothing can check that.
+        // SAFETY: `cryptoki` has loaded the same file before, so no initialiser runs here. The operator states that the
+        // file is a PKCS#11 module with the types of the standard; no code can check that.
         let library = unsafe { cryptoki_sys::Pkcs11::new(path) }.map_err(Error::LibraryLoading)?;
         if library.C_GetFunctionList.is_err() {
             return Err(Error::MissingSymbol("C_GetFunctionList"));
@@ -72,7 +73,8 @@ impl Functions {
         if list.is_null() {
             return Err(Error::NullFunctionPointer);
         }
-        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the list of the module. The list does not change.
+        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the module's list. The list does
+        // not change.
         let list = unsafe { *list };
         Ok(Self(Arc::new(Loaded {
             list,
@@ -80,7 +82,7 @@ impl Functions {
         })))
     }
 
-    /// `C_Initialize`, with a string or without.
+    /// Calls `C_Initialize`, with a string if there is one.
     pub(crate) fn initialize(&self, reserved: Option<CString>) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
@@ -90,7 +92,8 @@ impl Functions {
                 LockMutex: None,
                 UnlockMutex: None,
                 flags: CKF_OS_LOCKING_OK,
-                // Never freed: the standard does not say for how long the module may use it. It happens once per process.
+                // Never freed, because the standard does not say how long the module may use the string. One string per
+                // process is leaked.
                 pReserved: reserved.map_or(ptr::null_mut(), CString::into_raw).cast(),
             },
             reserved_by_nss: ptr::null_mut(),
@@ -101,7 +104,7 @@ impl Functions {
         Rv::from(code).into_result(Function::Initialize)
     }
 
-    /// Whether `C_Initialize` of another function list was that of this one as well.
+    /// Whether the call of `C_Initialize` in another function list has also initialised this one.
     pub(crate) fn are_initialized(&self) -> bool {
         let Some(function) = self.0.list.C_GetInfo else {
             return true;
@@ -112,20 +115,20 @@ impl Functions {
         !matches!(Rv::from(code), Rv::Error(RvError::CryptokiNotInitialized))
     }
 
-    /// `C_Finalize`.
+    /// Calls `C_Finalize`.
     pub(crate) fn finalize(&self) -> Result<()> {
         let function = self.0.list.C_Finalize.ok_or(Error::NullFunctionPointer)?;
-        // SAFETY: the argument is NULL, as the standard demands.
+        // SAFETY: the argument is NULL, as the standard requires.
         let code = unsafe { function(ptr::null_mut()) };
         Rv::from(code).into_result(Function::Finalize)
     }
 
-    /// `C_GetSlotList`: the slots with a token.
+    /// Calls `C_GetSlotList` and returns the slots with a token.
     pub(crate) fn slots_with_token(&self) -> Result<Vec<Slot>> {
         let mut ids: Vec<CK_SLOT_ID> = Vec::new();
         for _ in 0..SLOT_LIST_TRIES {
             let count = match self.slot_list(&mut ids) {
-                // There are more of them than a moment ago.
+                // The number of slots has grown since the last call.
                 Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => self.slot_list(&mut [])?,
                 result => result?,
             };
@@ -147,12 +150,13 @@ impl Functions {
         ))
     }
 
-    /// The number of slots with a token.
+    /// Returns the number of slots with a token.
     pub(crate) fn count_slots_with_token(&self) -> Result<usize> {
         self.slot_list(&mut [])
     }
 
-    /// Fills the buffer with the slots that have a token, and returns their number. With an empty buffer the number alone is asked for.
+    /// Fills the buffer with the slots that have a token, and returns their number. With an empty buffer, the module is
+    /// asked only for the number.
     fn slot_list(&self, ids: &mut [CK_SLOT_ID]) -> Result<usize> {
         let function = self
             .0
@@ -165,13 +169,14 @@ impl Functions {
         } else {
             ids.as_mut_ptr()
         };
-        // SAFETY: the buffer is NULL, or `count` says how many numbers it has room for. Both live until the function returns.
+        // SAFETY: the buffer is NULL, or has room for `count` numbers. The buffer and `count` live until the function
+        // returns.
         let code = unsafe { function(CK_TRUE, buffer, &raw mut count) };
         Rv::from(code).into_result(Function::GetSlotList)?;
         Ok(usize::try_from(count)?)
     }
 
-    /// `C_GetTokenInfo`.
+    /// Calls `C_GetTokenInfo`.
     pub(crate) fn token_info(&self, slot: Slot) -> Result<TokenInfo> {
         let function = self
             .0
@@ -185,7 +190,7 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// `C_GetAttributeValue` for one attribute, with a buffer in the first call.
+    /// Reads one attribute (`C_GetAttributeValue`), with a buffer in the first call.
     pub(crate) fn attribute(
         &self,
         session: &Session,
@@ -219,8 +224,9 @@ impl Functions {
             pValue: buffer.as_mut_ptr().cast(),
             ulValueLen: CK_ULONG::try_from(buffer.len())?,
         };
-        // SAFETY: the argument points to one attribute, which names a buffer that the function may write, and its length. Both live
-        // until it returns. The handles are numbers, which the module checks.
+        // SAFETY: the argument points to one attribute, which contains the address of a buffer that the function may
+        // write, and its length. Both live until the function returns. The handles are numbers, which the module
+        // checks.
         let code = unsafe { function(session.handle(), object.handle(), &raw mut attribute, 1) };
         let code = Rv::from(code);
         let is_withheld = matches!(
@@ -237,12 +243,12 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that says that it withholds the value may leave the length as it was. If it wrote bytes all the same, they may be the
+        // A token that withholds a value may leave the length unchanged. If it wrote bytes nevertheless, they may be the
         // value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
-        // The buffer is alive, and the length has been compared with it. `cryptoki` reads the value from there.
+        // The buffer is still alive, and the length was checked against it. `cryptoki` reads the value from the buffer.
         attribute.pValue = buffer.as_mut_ptr().cast();
         let attribute = Attribute::try_from(attribute)?;
         Ok(Some(if is_withheld {
@@ -253,11 +259,11 @@ impl Functions {
     }
 }
 
-/// What a token wrote into the buffer for an attribute.
+/// The bytes that a token wrote into the buffer for an attribute.
 #[derive(Debug)]
 pub(crate) enum Value {
-    /// The value.
+    /// The value of the attribute.
     Given(Attribute),
-    /// Bytes beside the answer that the object does not have the attribute, or that the token does not give it.
+    /// Bytes that the token wrote although it answered that it withholds the attribute, or that the object lacks it.
     Leaked(Attribute),
 }

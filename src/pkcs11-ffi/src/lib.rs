@@ -1,20 +1,22 @@
-//! The PKCS#11 calls that the crate `cryptoki` cannot make, and nothing else: the only unsafe code of the product.
+//! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] are those of `cryptoki`, which they dereference to, except for four calls:
+//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace four calls:
 //!
-//! - `C_GetSlotList`: `cryptoki` 0.12 asks again for ever when a module returns `CKR_BUFFER_TOO_SMALL` and needs no more room than
-//!   before. The remote client of p11-kit does so when its server has no token. Here the list is asked for a few times at most, and not
-//!   at all when it is empty.
-//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN` and fails when it is not a time.
-//!   opencryptoki before 3.11 returns `21:38:18`. Here the time is bytes, which the broker does not need.
-//! - `C_GetAttributeValue` for attributes of any length: `cryptoki` asks for the length first, with no buffer. The remote client of
-//!   p11-kit fails at that, and so does nShield for some attributes. Here the first call has a buffer.
-//! - `C_Initialize` with a string in `pReserved`: the softoken of NSS cannot be used without.
+//! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
+//!   more room than before. The remote client of p11-kit does so if its server has no token. This crate repeats the
+//!   call only a few times, and reads no list if the number of slots is 0.
+//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if it is not a
+//!   valid time. opencryptoki before 3.11 returns `21:38:18`. This crate returns the time as text, which the broker
+//!   does not need.
+//! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
+//!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
+//!   passes a buffer in the first call.
+//! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires it.
 //!
-//! The module is loaded twice, once by `cryptoki`, which does not give its function list to others, and once here. The second time
-//! the dynamic loader returns the same library. The client module of p11-kit all the same makes a new connection, with sessions of
-//! its own, for each function list that it gives; with such a module `cryptoki` makes these calls, too. Whether there is any slot is
-//! then asked over a connection for this question alone.
+//! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
+//! dynamic loader returns the same library the second time. The client module of p11-kit, however, makes a new
+//! connection with its own sessions for each function list. With such a module, `cryptoki` makes these calls too. A
+//! separate connection is then opened only to find out whether there is a slot with a token.
 
 mod calls;
 mod token_info;
@@ -36,12 +38,12 @@ pub use token_info::TokenInfo;
 pub struct Module {
     cryptoki: Pkcs11,
     functions: Functions,
-    /// Whether both function lists are of one state.
+    /// Whether both function lists share one state.
     is_shared: bool,
 }
 
 impl Module {
-    /// Loads the library at a path. The caller has checked that nobody else can replace it.
+    /// Loads the library at this path. The caller must have checked that other users cannot replace it.
     pub fn load(path: &Path) -> Result<Self> {
         Ok(Self {
             cryptoki: Pkcs11::new(path)?,
@@ -50,8 +52,8 @@ impl Module {
         })
     }
 
-    /// `C_Initialize` with locking by the operating system: without it SoftHSM crashes as soon as two threads use it. The
-    /// string goes into `pReserved`; modules that expect none refuse it.
+    /// Calls `C_Initialize` with locking by the operating system: without locking, SoftHSM crashes as soon as two
+    /// threads use it. The string becomes `pReserved`. Modules that expect none refuse it.
     pub fn initialize(&mut self, reserved: Option<CString>) -> Result<()> {
         if let Some(text) = reserved {
             return self.functions.initialize(Some(text));
@@ -62,7 +64,7 @@ impl Module {
         result
     }
 
-    /// `C_GetSlotList`: the slots with a token.
+    /// Calls `C_GetSlotList` and returns the slots with a token.
     pub fn slots_with_token(&self) -> Result<Vec<Slot>> {
         if self.is_shared {
             return self.functions.slots_with_token();
@@ -77,7 +79,7 @@ impl Module {
         self.cryptoki.get_slots_with_token()
     }
 
-    /// `C_GetTokenInfo`.
+    /// Calls `C_GetTokenInfo`.
     pub fn get_token_info(&self, slot: Slot) -> Result<TokenInfo> {
         if self.is_shared {
             return self.functions.token_info(slot);
@@ -112,7 +114,7 @@ impl Deref for Module {
     }
 }
 
-/// A session of a [`Module`]. It is closed when it is dropped.
+/// A session of a [`Module`]. Dropping the value closes the session.
 #[derive(Debug)]
 pub struct Session {
     cryptoki: cryptoki::session::Session,
@@ -120,7 +122,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// `C_GetAttributeValue` for one attribute. `None` if the object does not have it or does not give it.
+    /// Reads one attribute (`C_GetAttributeValue`). `None` if the object does not have the attribute or does not reveal
+    /// it.
     pub fn attribute(
         &self,
         object: ObjectHandle,
@@ -132,7 +135,8 @@ impl Session {
         }
     }
 
-    /// The same, and also what the token wrote beside the answer that it does not give the attribute.
+    /// Does the same as [`Session::attribute`], but also returns bytes that a token wrote although it answered that it
+    /// withholds the attribute.
     pub fn attribute_or_leak(
         &self,
         object: ObjectHandle,
@@ -153,7 +157,8 @@ impl Session {
         }
     }
 
-    /// The same with the query for the length that `cryptoki` makes: whether a token answers it is a matter of the token report.
+    /// Reads one attribute in the way of `cryptoki`, which first asks for the length. The token report uses this to
+    /// show whether a token answers such a query.
     pub fn attribute_by_length_query(
         &self,
         object: ObjectHandle,

@@ -1,4 +1,5 @@
-//! What needs no token. The calls on a token are tested in the crate that uses them, with the module that misbehaves as told.
+//! Tests that need no token. The crate that uses these calls tests them on a token, with a module that misbehaves on
+//! command.
 
 use std::path::Path;
 
@@ -29,7 +30,7 @@ fn a_clock_may_be_anything() {
     }
 }
 
-/// SoftHSM expects NULL in `pReserved`, as the standard says, and so shows that something is there.
+/// SoftHSM expects NULL in `pReserved`, as the standard requires, so its error shows that the string arrived.
 #[test]
 fn the_string_of_c_initialize_reaches_the_module() {
     let mut module = Module::load(&softhsm::module()).unwrap();
@@ -38,7 +39,7 @@ fn the_string_of_c_initialize_reaches_the_module() {
         matches!(refused, Err(Error::Pkcs11(RvError::ArgumentsBad, _))),
         "{refused:?}"
     );
-    // Without a string the same call gets as far as the configuration.
+    // Without a string, the same call gets as far as the configuration.
     let plain = module.initialize(None);
     assert!(
         !matches!(plain, Err(Error::Pkcs11(RvError::ArgumentsBad, _))),

@@ -1,4 +1,4 @@
-//! What a token says of itself.
+//! The information that a token reports about itself.
 
 use cryptoki_sys::{
     CK_FLAGS, CK_TOKEN_INFO, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CK_VERSION, CKF_CLOCK_ON_TOKEN,
@@ -7,7 +7,7 @@ use cryptoki_sys::{
     CKF_USER_PIN_INITIALIZED, CKF_USER_PIN_LOCKED, CKF_WRITE_PROTECTED,
 };
 
-/// `CK_TOKEN_INFO`. Texts are without the blanks at their ends; a NUL stays.
+/// A copy of `CK_TOKEN_INFO`. Blanks at the ends of texts are removed; NUL bytes are kept.
 #[derive(Clone, Debug)]
 pub struct TokenInfo {
     label: String,
@@ -18,7 +18,7 @@ pub struct TokenInfo {
     raw: CK_TOKEN_INFO,
 }
 
-/// Of what `cryptoki` has read.
+/// Converts the information that `cryptoki` has read.
 impl From<cryptoki::slot::TokenInfo> for TokenInfo {
     fn from(info: cryptoki::slot::TokenInfo) -> Self {
         use cryptoki::slot::Limit;
@@ -91,7 +91,7 @@ fn text(padded: &[u8]) -> String {
     text.trim_end_matches(' ').to_owned()
 }
 
-/// A count that a token may leave out.
+/// Returns a count, unless the token reports none.
 fn count(number: CK_ULONG) -> Option<u64> {
     (number != CK_UNAVAILABLE_INFORMATION).then_some(number)
 }
@@ -106,7 +106,7 @@ impl TokenInfo {
         &self.label
     }
 
-    /// Who made the device.
+    /// The manufacturer of the device.
     pub fn manufacturer_id(&self) -> &str {
         &self.manufacturer_id
     }
@@ -121,7 +121,7 @@ impl TokenInfo {
         &self.serial_number
     }
 
-    /// The time as the token writes it: 16 digits by the standard. Meaningless without `CKF_CLOCK_ON_TOKEN`.
+    /// The time in the form of the token: 16 digits in the standard. Meaningless without `CKF_CLOCK_ON_TOKEN`.
     pub fn utc_time(&self) -> &str {
         &self.utc_time
     }
@@ -138,12 +138,12 @@ impl TokenInfo {
         (version.major, version.minor)
     }
 
-    /// The sessions that one application may open. 0 means no limit.
+    /// Largest number of sessions that one application may open. 0 means no limit.
     pub fn max_session_count(&self) -> Option<u64> {
         count(self.raw.ulMaxSessionCount)
     }
 
-    /// The read-write sessions that one application may open. 0 means no limit.
+    /// Largest number of read-write sessions that one application may open. 0 means no limit.
     pub fn max_rw_session_count(&self) -> Option<u64> {
         count(self.raw.ulMaxRwSessionCount)
     }
@@ -167,57 +167,57 @@ impl TokenInfo {
         self.raw.flags
     }
 
-    /// `CKF_TOKEN_INITIALIZED`.
+    /// Whether `CKF_TOKEN_INITIALIZED` is set.
     pub fn token_initialized(&self) -> bool {
         self.has(CKF_TOKEN_INITIALIZED)
     }
 
-    /// `CKF_LOGIN_REQUIRED`.
+    /// Whether `CKF_LOGIN_REQUIRED` is set.
     pub fn login_required(&self) -> bool {
         self.has(CKF_LOGIN_REQUIRED)
     }
 
-    /// `CKF_WRITE_PROTECTED`.
+    /// Whether `CKF_WRITE_PROTECTED` is set.
     pub fn write_protected(&self) -> bool {
         self.has(CKF_WRITE_PROTECTED)
     }
 
-    /// `CKF_CLOCK_ON_TOKEN`.
+    /// Whether `CKF_CLOCK_ON_TOKEN` is set.
     pub fn clock_on_token(&self) -> bool {
         self.has(CKF_CLOCK_ON_TOKEN)
     }
 
-    /// `CKF_PROTECTED_AUTHENTICATION_PATH`.
+    /// Whether `CKF_PROTECTED_AUTHENTICATION_PATH` is set.
     pub fn protected_authentication_path(&self) -> bool {
         self.has(CKF_PROTECTED_AUTHENTICATION_PATH)
     }
 
-    /// `CKF_USER_PIN_INITIALIZED`.
+    /// Whether `CKF_USER_PIN_INITIALIZED` is set.
     pub fn user_pin_initialized(&self) -> bool {
         self.has(CKF_USER_PIN_INITIALIZED)
     }
 
-    /// `CKF_USER_PIN_COUNT_LOW`.
+    /// Whether `CKF_USER_PIN_COUNT_LOW` is set.
     pub fn user_pin_count_low(&self) -> bool {
         self.has(CKF_USER_PIN_COUNT_LOW)
     }
 
-    /// `CKF_USER_PIN_FINAL_TRY`.
+    /// Whether `CKF_USER_PIN_FINAL_TRY` is set.
     pub fn user_pin_final_try(&self) -> bool {
         self.has(CKF_USER_PIN_FINAL_TRY)
     }
 
-    /// `CKF_USER_PIN_LOCKED`.
+    /// Whether `CKF_USER_PIN_LOCKED` is set.
     pub fn user_pin_locked(&self) -> bool {
         self.has(CKF_USER_PIN_LOCKED)
     }
 
-    /// `CKF_SO_PIN_FINAL_TRY`.
+    /// Whether `CKF_SO_PIN_FINAL_TRY` is set.
     pub fn so_pin_final_try(&self) -> bool {
         self.has(CKF_SO_PIN_FINAL_TRY)
     }
 
-    /// `CKF_SO_PIN_LOCKED`.
+    /// Whether `CKF_SO_PIN_LOCKED` is set.
     pub fn so_pin_locked(&self) -> bool {
         self.has(CKF_SO_PIN_LOCKED)
     }

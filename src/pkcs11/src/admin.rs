@@ -1,4 +1,4 @@
-//! Administration of tokens and keys, in the admin worker: one thread uses the module.
+//! Administers tokens and keys in the admin worker. Only one thread uses the module.
 
 use std::{cell::RefCell, collections::HashMap, ops::RangeInclusive};
 
@@ -38,13 +38,13 @@ pub(crate) use verifier::Verifier;
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
-/// The negative tests that are made only with keys for a session.
+/// Returns the negative tests that are run only with keys for a session.
 fn tests_that_change_a_key() -> Vec<&'static str> {
     let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
     tests.map(|test| test.name).collect()
 }
 
-/// Names the settings with which a token makes the keys that it refused, and what they mean.
+/// Describes the settings with which a token makes the keys that it refused, and the risks of these settings.
 fn helped_by_settings(
     refusal: &Refusal,
     integrity_key: IntegrityKey,
@@ -70,7 +70,7 @@ fn helped_by_settings(
             attribute_check::exceptions_in_use(&settings.attribute_exceptions).collect();
         all.extend(attributes);
         help.push(format!(
-            "It refuses {} in templates. If it cannot express that, {}",
+            "It refuses {} in templates. If it does not support that, {}",
             listed_names(&names),
             attribute_check::accept(&all)
         ));
@@ -90,7 +90,7 @@ fn listed_names(names: &[&str]) -> String {
     }
 }
 
-/// The other kinds of integrity keys, for a token that makes none for a session.
+/// Suggests the other kinds of integrity keys, for a token that makes none for a session.
 fn other_kinds(making: Making) -> String {
     let Making::IntegrityKey(kind) = making else {
         return String::new();
@@ -106,22 +106,22 @@ fn other_kinds(making: Making) -> String {
     )
 }
 
-/// Class of an administrative failure, with its message.
+/// The class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum AdminError {
-    /// No module, no token, or not the one that was meant.
+    /// There is no module or no token, or the token does not match the request.
     #[error("{0}")]
     Token(String),
-    /// The module does not load, or shows no token that fits: its environment may be incomplete.
+    /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// No PIN, or one that was refused: of the user, and of the security officer when a token is initialised.
+    /// A PIN is missing or was rejected: that of the user, or that of the security officer when a token is initialised.
     #[error("{0}")]
     Pin(String),
-    /// The user PIN that a token would get does not fit.
+    /// The new user PIN does not match the limits of the token.
     #[error("{0}")]
     NewPin(String),
-    /// A key, an attribute or a MAC is not as it must be.
+    /// A key, an attribute or a MAC differs from what is required.
     #[error("{0}")]
     Untrusted(String),
 }
@@ -132,7 +132,7 @@ impl From<Fault> for AdminError {
             Class::Pin => Self::Pin(fault.detail),
             Class::NoToken => Self::NoToken(fault.detail),
             Class::Login => Self::Token(format!(
-                "{}. This login was counted; run the command again when the token works",
+                "{}. This login used up an attempt; run the command again when the token works",
                 fault.detail
             )),
             Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
@@ -144,13 +144,13 @@ impl From<Fault> for AdminError {
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Listed {
-    /// Slot number; changes when tokens are initialised.
+    /// Slot number, which changes when tokens are initialised.
     pub(crate) slot: u64,
     /// Label, serial number and model of the token.
     pub(crate) info: TokenInfo,
     /// Whether it was initialised.
     pub(crate) initialised: bool,
-    /// Whether its user PIN is locked, or locks after one more wrong PIN.
+    /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub(crate) pin_state: &'static str,
     /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
     pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
@@ -161,7 +161,7 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
-    /// A token that is open: the command needs no more of it than its names.
+    /// Describes a token that is open. The command needs only its names.
     pub(crate) fn of(info: &TokenInfo) -> Self {
         Self {
             slot: 0,
@@ -178,32 +178,32 @@ impl Listed {
 /// A key on the token, with the results of attribute check and self-test.
 #[derive(Clone, Debug)]
 pub(crate) struct CheckedKey {
-    /// Its id.
+    /// The id of the key.
     pub(crate) id: WrappingKeyId,
-    /// Where its objects were found.
+    /// The `CKA_ID` of its objects on the token.
     pub(crate) objects: ObjectIds,
     /// DER SubjectPublicKeyInfo.
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
     pub(crate) modulus_bits: usize,
-    /// What the capability probe chose; absent when the key was refused.
+    /// The algorithm that the capability probe chose. Absent when the key was rejected.
     pub(crate) algorithm: Option<Algorithm>,
-    /// The attribute check of the RSA private key.
+    /// The results of the attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
-    /// The attribute check of the integrity key.
+    /// The results of the attribute check of the integrity key.
     pub(crate) integrity_key: Vec<Finding>,
-    /// Why the key must not be used; absent for a good one.
+    /// Why the key must not be used. Absent when the key passed all checks.
     pub(crate) problem: Option<String>,
-    /// Negative tests that the token cannot make.
+    /// Negative tests that the token cannot run.
     pub(crate) not_tried: Vec<&'static str>,
     /// The content of the file of an integrity key that was made in the memory of this process.
     pub(crate) integrity_key_file: Option<String>,
 }
 
-/// All slots with a token, initialised or not. Needs no PIN.
+/// Lists all slots with a token, initialised or not. Needs no PIN.
 pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let module = module::load(settings)?;
-    // `token list` also helps to find the right settings.
+    // Without valid settings the list still works, because it helps to find the right settings.
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
@@ -236,7 +236,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     Ok(listed)
 }
 
-/// The information of a slot about a mechanism; absent if the slot does not list it.
+/// Returns the information of a slot about a mechanism. `None` if the slot does not list it.
 fn mechanism(module: &Module, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
     calling::next("C_GetMechanismInfo");
     module.get_mechanism_info(slot, kind).ok()
@@ -248,8 +248,8 @@ fn oaep_bits(module: &Module, slot: Slot) -> Option<RangeInclusive<u64>> {
     Some(bits(info.min_key_size())..=bits(info.max_key_size()))
 }
 
-/// Initialises a token with a label and sets its user PIN. An initialised token is erased only when its serial number is
-/// given: everything on it is lost for ever.
+/// Initialises a token with a label and sets its user PIN. An initialised token is erased only if its serial number is
+/// given, and everything on it is then lost permanently.
 pub(crate) fn init_token(
     settings: &Settings,
     label: &str,
@@ -263,7 +263,7 @@ pub(crate) fn init_token(
         None => blank_slot(&module, label)?,
         Some(serial) => slot_to_erase(&module, serial, label)?,
     };
-    // Everything that can be refused is refused before anything is erased.
+    // All checks come first, so that nothing is erased before a refusal.
     let token_info = module.get_token_info(slot).map_err(Fault::from)?;
     if let Some(problem) = pin_problem("security officer's PIN", so_pin, &token_info) {
         return Err(AdminError::Pin(problem));
@@ -276,7 +276,8 @@ pub(crate) fn init_token(
     module
         .init_token(slot, &auth_pin(so_pin), label)
         .map_err(|error| refused_so_pin(error.into()))?;
-    // SoftHSM gives the token another slot once it is initialised: find it again by its label, which no other token has.
+    // After the initialisation, SoftHSM moves the token to another slot. The token is found again by its label, which
+    // no other token has.
     let selector = Settings {
         label: Some(label.to_owned()),
         serial: None,
@@ -307,7 +308,7 @@ fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Re
     Ok(())
 }
 
-/// `C_InitToken` with a wrong security officer's PIN changes nothing.
+/// Describes a rejected PIN of the security officer. `C_InitToken` with a wrong PIN changes nothing.
 fn refused_so_pin(fault: Fault) -> AdminError {
     if fault.class != Class::Pin {
         return fault.into();
@@ -318,23 +319,23 @@ fn refused_so_pin(fault: Fault) -> AdminError {
     ))
 }
 
-/// The lengths of PINs that the token accepts.
+/// Describes the lengths of PINs that the token accepts.
 fn takes(info: &PkcsTokenInfo) -> String {
     format!(
-        "the token takes PINs of {} to {} bytes",
+        "the token accepts PINs of {} to {} bytes",
         info.min_pin_length(),
         info.max_pin_length()
     )
 }
 
-/// A label that the token gives back as it was set, so that the token is found by it.
+/// Checks that the token can return the label unchanged, so that the token is found by it.
 fn check_label(label: &str) -> Result<(), AdminError> {
     let problem = if label.is_empty() || label.chars().any(char::is_control) {
         "must have 1 to 32 bytes and no control characters"
     } else if label.len() > LABEL_BYTES {
         "is longer than 32 bytes of UTF-8"
     } else if label != label.trim() {
-        "begins or ends with a blank, which tokens do not keep apart from padding"
+        "begins or ends with a blank, which tokens cannot tell from padding"
     } else {
         return Ok(());
     };
@@ -343,7 +344,7 @@ fn check_label(label: &str) -> Result<(), AdminError> {
     )))
 }
 
-/// Compares the length of a PIN with the limits that the token reports. A minimum of 0 or a maximum of 0 says nothing.
+/// Compares the length of a PIN with the limits that the token reports. A minimum or maximum of 0 means no limit.
 fn pin_problem(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Option<String> {
     let (shortest, longest) = (info.min_pin_length(), info.max_pin_length());
     let length = pin.expose().len();
@@ -356,9 +357,10 @@ fn pin_problem(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Option<String> {
     })
 }
 
-/// A wrong security officer's PIN is counted, too, and a token whose officer is locked out cannot be administered again.
+/// Refuses an attempt that could lock the security officer's PIN. Wrong PINs of the security officer are counted too,
+/// and a token that has locked this PIN can no longer be administered.
 fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
-    // A blank token takes any, and its flags say nothing.
+    // A blank token accepts any PIN, and its flags mean nothing.
     if !info.token_initialized() {
         return Ok(());
     }
@@ -406,8 +408,8 @@ fn slot_to_erase(module: &Module, serial: &str, label: &str) -> Result<Slot, Adm
             wanted = Some(slot);
         } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
-                "another token has the label {label:?} already (serial {found}), and the two could not be told \
-                 apart by it; nothing was erased. Choose another label"
+                "another token already has the label {label:?} (serial {found}), so the label would not identify \
+                 the new token; nothing was erased. Choose another label"
             )));
         }
     }
@@ -418,19 +420,19 @@ fn slot_to_erase(module: &Module, serial: &str, label: &str) -> Result<Slot, Adm
     })
 }
 
-/// A token that this command is logged in to.
+/// A token to which this command is logged in.
 #[derive(Debug)]
 pub(crate) struct Admin {
     settings: Settings,
     token: OpenToken,
-    /// Where the objects of keys are, as far as the command has said it.
+    /// The `CKA_ID` of the objects of keys, as far as the command has sent them.
     known: HashMap<WrappingKeyId, ObjectIds>,
     /// Integrity keys that were made in, or unwrapped into, the memory of this process.
     secrets: RefCell<HashMap<WrappingKeyId, WorkerKey>>,
 }
 
 impl Admin {
-    /// Logs in to the one token that fits the settings.
+    /// Logs in to the only token that matches the settings.
     #[cfg(test)]
     pub(crate) fn open<'a>(
         settings: &Settings,
@@ -441,8 +443,8 @@ impl Admin {
         Self::open_one_of(settings, record, pin.into(), write, &[])
     }
 
-    /// Logs in if the record of PINs allows it, read-write if keys are to be made. If the settings fit several tokens, the one is used
-    /// that has one of the serial numbers.
+    /// Logs in if the record of PINs allows the login. The session is read-write if keys are to be made. If several
+    /// tokens match the settings, the token with one of the serial numbers is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,
@@ -464,12 +466,12 @@ impl Admin {
         })
     }
 
-    /// Takes note of where the objects of a key are.
+    /// Records the `CKA_ID` of a key's objects.
     pub(crate) fn know(&mut self, id: WrappingKeyId, objects: ObjectIds) {
         self.known.insert(id, objects);
     }
 
-    /// A key that the command has said nothing of is where `key generate` makes it.
+    /// A key that the command did not name is where `key generate` makes keys.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -493,14 +495,14 @@ impl Admin {
         Ok(pair)
     }
 
-    /// Keeps an integrity key that is in the memory of this process, so that it is unwrapped once.
+    /// Keeps an integrity key that is in the memory of this process, so that the key is unwrapped only once.
     fn keep_secret(&self, place: &Place) {
         if let Some(secret) = &place.secret {
             self.secrets.borrow_mut().insert(place.id, secret.clone());
         }
     }
 
-    /// A session with the handles of keys.
+    /// Opens a session with the handles of keys.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         let places = ids
             .iter()
@@ -509,23 +511,23 @@ impl Admin {
         self.token.session(&places)
     }
 
-    /// The token.
+    /// The token that is open.
     pub(crate) fn info(&self) -> &TokenInfo {
         &self.token.info
     }
 
-    /// Whether the token answered to the login that another process is logged in.
+    /// Whether the token answered the login with the code that another process is already logged in.
     pub(crate) fn is_login_of_another(&self) -> bool {
         self.token.is_login_of_another
     }
 
-    /// `CKA_ID` of all RSA private keys on the token.
+    /// Returns the `CKA_ID` of all RSA private keys on the token.
     pub(crate) fn key_ids(&self) -> Result<Vec<ObjectId>, AdminError> {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its integrity key, reads every attribute back and proves both. Nothing is registered here. A key
-    /// that is not as it must be is removed again.
+    /// Makes a wrapping key and its integrity key, reads back every attribute and proves both. A key that does not pass
+    /// is removed again. This function registers nothing.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
@@ -562,13 +564,14 @@ impl Admin {
             Err(left) => left.to_string(),
         };
         Err(AdminError::Untrusted(format!(
-            "the token made key {} otherwise than asked, or it could not be checked: {problem}. {end}",
+            "the token made key {} with wrong properties, or the key could not be checked: {problem}. {end}",
             made.pair.id
         )))
     }
 
-    /// Tries with keys that end with the session whether the token can do what is needed and refuses what it must refuse. Returns the
-    /// names of the negative tests that were not made: those that change a key, on a token that makes no keys for a session.
+    /// Checks with keys that end with the session whether the token can do what is needed and refuses what it must
+    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys for a session,
+    /// these are the tests that change a key.
     fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);
@@ -604,21 +607,21 @@ impl Admin {
                 Subject::Throwaway,
             )
         });
-        // They end with the session at the latest.
+        // The keys end with the session at the latest.
         let _removed = made.remove(session);
         match tried {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
             Err(fault) => {
-                tracing::warn!(%fault, "the tests with keys for a session ended early");
+                tracing::warn!(%fault, "the tests with keys for a session ended with an error");
                 Ok(tests_that_change_a_key())
             }
             Ok(not_made) => Ok(not_made),
         }
     }
 
-    /// A refusal with what it is about, as far as that can be found out.
+    /// Adds the cause to a refusal, as far as it can be found out.
     fn explained(&self, refusal: Refusal) -> AdminError {
         let Some(making) = refusal.making else {
             return refusal.fault.into();
@@ -630,20 +633,20 @@ impl Admin {
                 attributes,
             } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
-                "the token did not make {making}: {}. It makes the same key for a session, so the template is good: the token \
+                "the token did not make {making}: {}. It makes the same key for a session, so the template is not the cause: the token \
                  may be full or write-protected. If it is full, remove objects that nothing uses with the vendor's tool. No key was made",
                 refusal.fault
             )),
             Cause::Unknown => AdminError::Token(format!(
-                "the token did not make {making}: {}. It makes no such key for a session either, so the attribute that it refuses \
-                 cannot be found by trying; its manual has the attributes and mechanisms that it takes{}. No key was made",
+                "the token did not make {making}: {}. It makes no such key for a session either, so the refused attribute cannot \
+                 be found by trying; the token's manual lists the supported attributes and mechanisms{}. No key was made",
                 refusal.fault,
                 other_kinds(making)
             )),
         }
     }
 
-    /// The same key, with the content of the file for an integrity key that was made in the memory of this process.
+    /// Returns the key. If its integrity key was made in the memory of this process, the content of its file is added.
     fn with_integrity_key_file(&self, checked: CheckedKey) -> Result<CheckedKey, AdminError> {
         let (IntegrityPlace::Worker, Some(algorithm)) =
             (&checked.objects.integrity, checked.algorithm)
@@ -662,7 +665,7 @@ impl Admin {
         })
     }
 
-    /// Makes an integrity key in the memory of this process for an RSA key that has none, and checks both.
+    /// Makes an integrity key in the memory of this process for an RSA key without one, and checks both keys.
     pub(crate) fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,
@@ -680,7 +683,7 @@ impl Admin {
         self.with_integrity_key_file(self.check(id)?)
     }
 
-    /// Checks the attributes of one key and runs a self-test with it.
+    /// Checks the attributes of one key and runs its self-test.
     pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
         let place = self.place(id);
         let pair = keys::find(&self.token.anchor, &place)?;
@@ -709,14 +712,14 @@ impl Admin {
         })
     }
 
-    /// Makes a MAC with the integrity key of that id.
+    /// Makes a MAC with the integrity key of this id.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = self.pair(id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
-    /// What the token does, tried with keys of a session and, if that is allowed, with keys that stay for a moment. The login ends
-    /// with it.
+    /// Makes the report with keys that end with the session and, if allowed, with keys that stay on the token for a
+    /// short time. The login ends afterwards.
     pub(crate) fn report(
         &self,
         pin: Option<&Pin>,
@@ -727,8 +730,8 @@ impl Admin {
         Ok(report::make(&self.token, &self.settings, pin, allowed)?)
     }
 
-    /// The bare decrypt loop of `threads` threads, until `until`: what the token can do by itself. Returns the number
-    /// of operations, and how often a thread waited.
+    /// Decrypts in a loop with `threads` threads until `until`, to measure the token alone. Returns the number of
+    /// operations, and how often a thread waited.
     pub(crate) fn decrypt_loop(
         &self,
         id: WrappingKeyId,

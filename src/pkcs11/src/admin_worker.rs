@@ -1,7 +1,8 @@
 //! The admin worker: the process that holds the vendor's module for a one-shot command such as `keybroker key generate`.
 //!
-//! The command sends one request at a time over a socket pair and gets one answer to each. The worker ends when the socket
-//! does. A module that crashes or hangs ends this process and not the command, which has the network and the database.
+//! The command sends one request at a time over a socket pair and gets one answer to each. The worker ends when the
+//! socket ends. If the module crashes or hangs, that affects this process and not the command, which has the network
+//! and the database.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -37,7 +38,7 @@ use crate::{
     calling, worker,
 };
 
-/// Body of the hidden command `keybroker token-admin-worker`.
+/// Runs the hidden command `keybroker token-admin-worker`.
 pub fn run() -> ExitCode {
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
@@ -60,7 +61,7 @@ fn serve() -> io::Result<()> {
     let reported = Arc::clone(&replies);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // When the command ends, the end of the socket ends this process.
+        // If the command has ended, the end of the socket ends this process.
         let _sent = lock(&reported).send(calling);
     });
     let mut inbox = Inbox::default();
@@ -77,7 +78,7 @@ fn serve() -> io::Result<()> {
     Ok(())
 }
 
-/// The way back to the command.
+/// The sending side of the socket.
 struct Replies {
     stream: UnixStream,
     outbox: Outbox,
@@ -111,10 +112,10 @@ fn failure(error: &AdminError) -> Outcome {
     })
 }
 
-/// What the worker holds between two requests.
+/// The state between two requests.
 #[derive(Default)]
 struct State {
-    // Before the token: its session ends first.
+    // Declared before the token, so that its session is closed first.
     verifier: Option<Verifier>,
     token: Option<Admin>,
 }
@@ -176,7 +177,7 @@ impl State {
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
     }
 
-    /// Keys that were found before are found again where they are now said to be.
+    /// Records where the objects of keys are. Keys that were found before are searched again.
     fn know(&mut self, job: &KnowKeys) -> Result<Outcome, AdminError> {
         self.verifier = None;
         let token = self
@@ -185,7 +186,9 @@ impl State {
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))?;
         for key in &job.keys {
             let objects = ObjectIds::from_slices(&key.private_cka_id, &key.integrity_cka_id)
-                .ok_or_else(|| AdminError::Untrusted("a CKA_ID that is too long".to_owned()))?;
+                .ok_or_else(|| {
+                    AdminError::Untrusted("a CKA_ID in the request is too long".to_owned())
+                })?;
             token.know(key_id(&key.id)?, objects);
         }
         Ok(Outcome::Known(
@@ -193,7 +196,7 @@ impl State {
         ))
     }
 
-    /// Finds a key once, at its first MAC.
+    /// Verifies a MAC. Finds each key once, at its first MAC.
     fn verify(&mut self, id: &[u8], message: &[u8], mac: &[u8]) -> Result<Outcome, AdminError> {
         let id = key_id(id)?;
         let admin = self
@@ -228,7 +231,7 @@ impl State {
         let pin = read(job.pin.as_ref())?;
         let report = self.token()?.report(pin.as_ref(), job.write, job.serial)?;
         let text = serde_json::to_string(&report)
-            .map_err(|error| AdminError::Token(format!("the report cannot be written: {error}")))?;
+            .map_err(|error| AdminError::Token(format!("cannot encode the report: {error}")))?;
         Ok(Outcome::Report(text))
     }
 }
@@ -239,22 +242,22 @@ struct Parsed {
 }
 
 fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
-    let setup = setup.ok_or_else(|| AdminError::Token("a request without a setup".to_owned()))?;
+    let setup = setup.ok_or_else(|| AdminError::Token("the request has no setup".to_owned()))?;
     Ok(Parsed {
         settings: Settings::from_setup(setup),
         record: PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory))),
     })
 }
 
-/// Absent for a token that is used without a login.
+/// Reads a PIN. Returns `None` for a token that is used without a login.
 fn read(source: Option<&PinSource>) -> Result<Option<Pin>, AdminError> {
     source
-        .ok_or_else(|| AdminError::Pin("a request without a PIN".to_owned()))?
+        .ok_or_else(|| AdminError::Pin("the request has no source of a PIN".to_owned()))?
         .read()
         .map_err(|error| AdminError::Pin(error.to_string()))
 }
 
-/// Says which file a rejected PIN came from.
+/// Adds the file of a rejected PIN to the error.
 fn of_pin(error: AdminError, source: Option<&PinSource>) -> AdminError {
     match (error, source.and_then(|source| source.source.as_ref())) {
         (AdminError::Pin(detail), Some(Source::File(path))) => {
@@ -266,7 +269,7 @@ fn of_pin(error: AdminError, source: Option<&PinSource>) -> AdminError {
 
 fn key_id(bytes: &[u8]) -> Result<WrappingKeyId, AdminError> {
     WrappingKeyId::from_slice(bytes)
-        .ok_or_else(|| AdminError::Untrusted("a key id of another length".to_owned()))
+        .ok_or_else(|| AdminError::Untrusted("the key id does not have 16 bytes".to_owned()))
 }
 
 fn list_tokens(settings: &Settings) -> Result<Outcome, AdminError> {
@@ -276,7 +279,12 @@ fn list_tokens(settings: &Settings) -> Result<Outcome, AdminError> {
 
 fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
     let parsed = parse(job.setup.as_ref())?;
-    let no_pin = || AdminError::Pin("a token is initialised with two PINs".to_owned());
+    let no_pin = || {
+        AdminError::Pin(
+            "initialising a token needs the PINs of the security officer and of the user"
+                .to_owned(),
+        )
+    };
     let so_pin = read(job.so_pin.as_ref())?.ok_or_else(no_pin)?;
     let user_pin = read(job.user_pin.as_ref())?.ok_or_else(no_pin)?;
     let erase = (!job.erase_serial.is_empty()).then_some(job.erase_serial.as_str());
@@ -289,8 +297,8 @@ fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
     let mut entry = entry(&admin::Listed::of(&info));
     if let Err(error) = parsed.record.forget(&info.serial) {
         entry.note = format!(
-            "PINs that this token rejected before it was initialised are still remembered ({error}). If the broker refuses to \
-             log in, run `keybroker token retry-pin`"
+            "cannot clear the record of PINs that this token rejected before it was initialised ({error}). If the broker \
+             refuses to log in, run `keybroker token retry-pin`"
         );
     }
     Ok(Outcome::Token(entry))

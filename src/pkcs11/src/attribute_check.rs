@@ -1,7 +1,8 @@
-//! The attribute check: what a key must be before it is used, read back from the token one attribute at a time.
+//! The attribute check: the properties that a key must have before it is used. Each attribute is read back from the
+//! token individually.
 //!
-//! One purpose per RSA key (decrypt, never unwrap or sign) leaves the wrap/decrypt attack on PKCS#11 (Clulow 2003) nothing
-//! to work with; MODIFIABLE and COPYABLE false keep it so.
+//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose per key prevents the wrap/decrypt
+//! attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, which keeps it that way.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -21,18 +22,18 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// What an attribute must be.
+/// The required value of an attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
     /// `CK_TRUE` or `CK_FALSE`.
     Flag(bool),
-    /// Exactly this one mechanism is allowed.
+    /// The list of allowed mechanisms contains exactly this mechanism.
     OnlyMechanism(Mechanism),
-    /// A number that is not smaller.
+    /// A length of at least this many bytes.
     AtLeastBytes(u16),
 }
 
-/// A mechanism that a key may be bound to.
+/// A mechanism to which a key may be restricted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mechanism {
     /// `CKM_RSA_PKCS_OAEP`.
@@ -50,29 +51,29 @@ impl Mechanism {
     }
 }
 
-/// What the token said.
+/// The result of reading an attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// As it must be.
+    /// The attribute has the required value.
     AsExpected,
-    /// Something else.
+    /// The attribute has another value.
     Wrong,
-    /// Not there, or not readable, and a named exception of the configuration says that this token cannot express it.
+    /// The attribute is absent or cannot be read, and an exception in the configuration accepts that.
     Excepted,
-    /// Not there, and the type of the key says the same (`CKK_SHA256_HMAC`).
+    /// The attribute is absent, but the key type implies the required value (`CKK_SHA256_HMAC`).
     ImpliedByType,
-    /// Not there.
+    /// The attribute is absent.
     Missing,
 }
 
-/// The verdict on one attribute.
+/// The result for one attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// Name in the standard, such as `CKA_SENSITIVE`.
     pub attribute: &'static str,
-    /// What it must be.
+    /// The required value.
     pub expected: Expected,
-    /// What it is.
+    /// The result of reading the attribute.
     pub found: Found,
 }
 
@@ -97,7 +98,7 @@ impl fmt::Display for Finding {
 }
 
 impl Finding {
-    /// Whether the key may be used as far as this attribute goes.
+    /// Whether this attribute permits use of the key.
     pub fn passes(&self) -> bool {
         matches!(
             self.found,
@@ -105,19 +106,19 @@ impl Finding {
         )
     }
 
-    /// Whether the token does not have the attribute.
+    /// Whether the token lacks the attribute.
     pub(crate) fn is_absent(&self) -> bool {
         matches!(self.found, Found::Missing | Found::Excepted)
     }
 }
 
-/// One row: name, type, expected value.
+/// A rule: name, type and required value of an attribute.
 pub(super) type Rule = (&'static str, AttributeType, Expected);
 
 const TRUE: Expected = Expected::Flag(true);
 const FALSE: Expected = Expected::Flag(false);
 
-/// The rules of every key: a secret that was made on the token, stays there and does not change.
+/// The rules for every key: it is a secret that was made on the token, stays there and does not change.
 const EVERY_KEY: [Rule; 9] = [
     ("CKA_TOKEN", AttributeType::Token, TRUE),
     ("CKA_PRIVATE", AttributeType::Private, TRUE),
@@ -134,15 +135,15 @@ const EVERY_KEY: [Rule; 9] = [
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
 ];
 
-/// What `access_control = "outside-pkcs11"` permits, in one sentence without its end.
+/// The risk that `access_control = "outside-pkcs11"` accepts, as a sentence without a full stop.
 pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
 
-/// What `integrity_key = "worker"` gives up, in one sentence without its end.
+/// The risk that `integrity_key = "worker"` accepts, as a sentence without a full stop.
 pub const INTEGRITY_KEY_IN_WORKER: &str = "a person who reads the memory of a worker, decrypts the file with the token and its PIN, or \
      changes both the file and the configuration can forge rows, also later and without the token; the rows stay protected against a \
      thief or a writer of the database";
 
-/// The rules for keys to which access is controlled in this way.
+/// Adapts the rules to the access control of the token.
 pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
     rules
         .iter()
@@ -153,7 +154,7 @@ pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
         .collect()
 }
 
-/// The RSA private key of purpose *plain*.
+/// The rules for an RSA private key of purpose *plain*.
 pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
     ("CKA_DECRYPT", AttributeType::Decrypt, TRUE),
     ("CKA_SIGN", AttributeType::Sign, FALSE),
@@ -167,7 +168,7 @@ pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
     ),
 ]);
 
-/// The integrity key.
+/// The rules for an integrity key.
 pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),
     ("CKA_VERIFY", AttributeType::Verify, TRUE),
@@ -179,8 +180,8 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     (
         "CKA_VALUE_LEN",
         AttributeType::ValueLen,
-        // As long as the output of the hash function (NIST SP 800-107, section 5.3.4). A thief of the database could find a shorter
-        // key by trying all values.
+        // The length of the hash function's output (NIST SP 800-107, section 5.3.4). A person who has the database could
+        // find a shorter key by trying all values.
         Expected::AtLeastBytes(32),
     ),
     (
@@ -190,7 +191,8 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ),
 ]);
 
-/// [`EVERY_KEY`] and the rules of one kind of key, `N` in all. Another number does not compile.
+/// Combines [`EVERY_KEY`] with the rules of one kind of key. `N` must be the total number; other numbers do not
+/// compile.
 const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; OWN]) -> [Rule; N] {
     assert!(EVERY_KEY.len() + OWN == N, "the number of rules");
     let mut rules = [EVERY_KEY[0]; N];
@@ -206,15 +208,14 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
     rules
 }
 
-/// An attribute that `token.attribute_exceptions` may name, because tokens exist that cannot express it, and the risk
-/// of the exception. No exception lets a key leave the token: that `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`,
-/// `CKA_EXTRACTABLE`,
-/// `CKA_ALWAYS_SENSITIVE` and `CKA_NEVER_EXTRACTABLE` are right is always required.
+/// An attribute that `token.attribute_exceptions` may list, because some tokens do not support it, with the risk of the
+/// exception. No exception allows a key to leave the token: `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`,
+/// `CKA_EXTRACTABLE`, `CKA_ALWAYS_SENSITIVE` and `CKA_NEVER_EXTRACTABLE` are always required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exception {
-    /// Name in the standard.
+    /// The attribute's name in the standard.
     pub attribute: &'static str,
-    /// What a holder of the user PIN can do with the keys that the attribute would prevent, in one sentence.
+    /// What a holder of the user PIN can do with the keys without this attribute, in one sentence.
     pub gives_away: &'static str,
 }
 
@@ -225,7 +226,7 @@ const fn exception(attribute: &'static str, gives_away: &'static str) -> Excepti
     }
 }
 
-/// Everything that may be excepted.
+/// All attributes that may be excepted.
 pub const EXCEPTIONS: &[Exception] = &[
     exception(
         "CKA_LOCAL",
@@ -278,7 +279,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
 ];
 
-/// Whether an attribute of that name is checked.
+/// Whether an attribute of this name is checked.
 pub fn is_checked(attribute: &str) -> bool {
     RSA_PRIVATE
         .iter()
@@ -286,7 +287,8 @@ pub fn is_checked(attribute: &str) -> bool {
         .any(|(name, ..)| *name == attribute)
 }
 
-/// The exceptions of the settings, with the risk of each. The configuration refuses names that are not in the list.
+/// Returns the exceptions in the settings, each with its risk. The configuration refuses names that are not in this
+/// list.
 pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
     EXCEPTIONS
         .iter()
@@ -294,7 +296,7 @@ pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
         .filter(|exception| names.iter().any(|name| name == exception.attribute))
 }
 
-/// The name of an attribute that may be excepted.
+/// Returns the exception for an attribute, if it may be excepted.
 pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
     let (name, ..) = RSA_PRIVATE
         .iter()
@@ -306,8 +308,8 @@ pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
         .find(|exception| exception.attribute == *name)
 }
 
-/// Reads every attribute of the rules. An excepted one may be absent, and may fail to be read, because some tokens fail when they
-/// are asked for an attribute that they do not know; it must not be wrong.
+/// Reads every attribute of the rules. An excepted attribute may be absent or unreadable, because some tokens fail when
+/// they are asked for an attribute that they do not know. An excepted attribute must not have a wrong value.
 pub(super) fn inspect(
     session: &Session,
     object: ObjectHandle,
@@ -343,9 +345,9 @@ pub(super) fn inspect(
         .collect()
 }
 
-/// A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11 v3.0, section 2.20.8): tokens that have such keys have no need of a
-/// list of allowed mechanisms. Some of them do not show the length either, because their tools make such keys in one length only
-/// (32 bytes, or the 64 of a block).
+/// Whether the key type implies the required mechanism. A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11
+/// v3.0, section 2.20.8), so tokens with such keys need no list of allowed mechanisms. Some of them do not return the
+/// length either, because their tools make such keys in one length only (32 bytes, or the 64 bytes of a block).
 fn is_implied_by_type(
     session: &Session,
     object: ObjectHandle,
@@ -366,7 +368,8 @@ fn is_implied_by_type(
     ))
 }
 
-/// Whether the token gave a value that cannot be the expected one: `cryptoki` does not know it, such as a vendor's mechanism in a list.
+/// Whether a failed read means that the token returned a value that cannot be the expected one, because `cryptoki` does
+/// not know it. An example is a vendor's mechanism in a list.
 fn is_another_value(error: &Error) -> bool {
     matches!(
         error,
@@ -374,7 +377,7 @@ fn is_another_value(error: &Error) -> bool {
     )
 }
 
-/// A failed read, with the setting that helps if the token cannot express the attribute.
+/// Adds to a failed read the setting that helps if the token does not support the attribute.
 fn unreadable(fault: Fault, name: &str, kind: AttributeType) -> Fault {
     let is_about_it = is_about_the_attribute(&fault);
     let fault = fault.about(name);
@@ -387,7 +390,7 @@ fn unreadable(fault: Fault, name: &str, kind: AttributeType) -> Fault {
     }
 }
 
-/// Whether a failed read says something of the attribute, and not of the token or the session.
+/// Whether a failed read concerns the attribute itself, and not the token or the session.
 fn is_about_the_attribute(fault: &Fault) -> bool {
     !matches!(
         fault.class,
@@ -395,8 +398,8 @@ fn is_about_the_attribute(fault: &Fault) -> bool {
     )
 }
 
-/// Whether the findings are those of a key that was made elsewhere and then brought onto the token: it was not made there, and was
-/// extractable or readable once. Such a key never holds records.
+/// Whether the findings show a key that was made elsewhere and then imported: it was not made on the token, and was
+/// once extractable or readable. An imported key never protects records.
 pub(super) fn is_imported(findings: &[Finding]) -> bool {
     let lacks = |name| {
         findings
@@ -406,7 +409,7 @@ pub(super) fn is_imported(findings: &[Finding]) -> bool {
     lacks("CKA_LOCAL") && (lacks("CKA_NEVER_EXTRACTABLE") || lacks("CKA_ALWAYS_SENSITIVE"))
 }
 
-/// Refuses a key with any finding that does not pass, naming all of them.
+/// Refuses a key if any finding does not pass. The error lists all such findings.
 pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     let wrong: Vec<&Finding> = findings
         .iter()
@@ -420,8 +423,8 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "{what} was imported: {}. It has been outside of the token, so copies of it may exist, and it must never protect \
-                 user keys. No setting accepts that; make a key on the token, with `keybroker key generate` or with the vendor's tool",
+                "{what} was imported: {}. It has been outside the token, so copies of it may exist, and it must never protect \
+                 user keys. No setting accepts that; make a key on the token with `keybroker key generate` or with the vendor's tool",
                 named.join("; ")
             ),
         ));
@@ -436,7 +439,7 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     ))
 }
 
-/// Names the setting that would help, and only where it would.
+/// Returns the setting that would help, if there is one.
 fn remedy(wrong: &[&Finding]) -> String {
     if let [finding] = wrong
         && finding.attribute == "CKA_PRIVATE"
@@ -452,7 +455,7 @@ fn remedy(wrong: &[&Finding]) -> String {
             ),
         };
     }
-    // An exception is for what is absent: it accepts no other value.
+    // An exception permits that an attribute is absent, but no other value.
     let helps: Vec<Exception> = wrong
         .iter()
         .filter(|finding| finding.found == Found::Missing)
@@ -473,7 +476,7 @@ fn remedy(wrong: &[&Finding]) -> String {
     )
 }
 
-/// How an operator accepts exceptions, and what that means.
+/// Describes how an operator accepts exceptions, and their risks.
 pub(super) fn accept(exceptions: &[Exception]) -> String {
     let names: Vec<String> = exceptions
         .iter()
@@ -490,8 +493,8 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
     )
 }
 
-/// One attribute, or `None` when the token does not have it. A list of no mechanisms is that of a key whose mechanisms are not
-/// restricted: some tokens show it instead of an absent attribute.
+/// Reads one attribute. Returns `None` if the token does not have it. An empty list of mechanisms means that the
+/// mechanisms are not restricted: some tokens return it instead of an absent attribute.
 pub(super) fn read(
     session: &Session,
     object: ObjectHandle,

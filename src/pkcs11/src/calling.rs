@@ -1,18 +1,18 @@
-//! Tells the process that started this one which PKCS#11 function is called next, so that it can name the function in which the
-//! module crashed or hangs.
+//! Reports to the parent process which PKCS#11 function is called next, so that the parent can say in which function
+//! the module crashed or hangs.
 
 use std::sync::{
     Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
 
-/// Receives the name of the PKCS#11 function that is about to be called.
+/// Receives the name of the PKCS#11 function that is called next.
 type Report = Box<dyn FnMut(&'static str) + Send>;
 
 static IS_REPORTED: AtomicBool = AtomicBool::new(false);
 static REPORT: Mutex<Option<Report>> = Mutex::new(None);
 
-/// Reports calls to `report` from now on, each function once in a row.
+/// Reports all further calls to `report`. Consecutive calls of the same function are reported once.
 pub(crate) fn report_to(mut report: impl FnMut(&'static str) + Send + 'static) {
     let mut last = "";
     *REPORT.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(move |function| {
@@ -24,7 +24,7 @@ pub(crate) fn report_to(mut report: impl FnMut(&'static str) + Send + 'static) {
     IS_REPORTED.store(true, Ordering::Relaxed);
 }
 
-/// Reports no further call.
+/// Ends the reports.
 pub(crate) fn report_no_more() {
     IS_REPORTED.store(false, Ordering::Relaxed);
     *REPORT.lock().unwrap_or_else(PoisonError::into_inner) = None;

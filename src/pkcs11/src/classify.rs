@@ -1,43 +1,46 @@
-//! What a return code means for the job, the session and the worker: one table.
+//! The table that classifies return codes by their consequence for the job, the session and the worker.
 //!
-//! The same code means different things on different tokens: `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
-//! ciphertext and to a token that was removed; `CKR_DEVICE_ERROR` is a wrong MAC on NSS. Such codes are ambiguous, and a
-//! known-answer operation decides, never the code.
+//! The same code means different things on different tokens. `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
+//! ciphertext, but also to a token that was removed. `CKR_DEVICE_ERROR` is the answer of NSS to a wrong MAC. These
+//! codes are ambiguous, and a known-answer operation decides instead of the code.
 
 use std::fmt;
 
 use cryptoki::error::{Error, RvError};
 
-/// Class of a return code.
+/// The class of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
-    /// The input is at fault; the session is usable.
+    /// The input is wrong, and the session can be used again.
     Input,
-    /// The session or its handles are gone; a new session may help.
+    /// The session or its handles are lost. A new session may help.
     SessionLost,
-    /// The token or the module is lost; only a new worker helps.
+    /// The token or the module is lost. Only a new worker helps.
     TokenLost,
-    /// The self-test decides.
+    /// The code is ambiguous, and the self-test decides.
     Ambiguous,
     /// The token is busy.
     BackOff,
-    /// The PIN was rejected, or must not be shown to the token.
+    /// The PIN was rejected, or the token must not be given the PIN.
     Pin,
-    /// A login failed with a code that does not concern the PIN: found by our own rules, never a return code.
+    /// A login failed with a code that does not concern the PIN. This class comes from the login rules, never from a
+    /// return code.
     Login,
-    /// The configuration or the key does not fit: a retry cannot help.
+    /// The configuration or the key does not match the token. A retry cannot help.
     Configuration,
-    /// The module does not load, or shows no token that fits: its environment may be incomplete. Found by our own search,
-    /// never a return code.
+    /// The module does not load, or shows no matching token. The module's environment may be incomplete. This class
+    /// comes from the search for a token, never from a return code.
     NoToken,
-    /// A registered key is not found. At the first start an administrator has to act; later a token that is unavailable or
-    /// has lost its login looks the same. Found by our own search, never a return code.
+    /// A registered key is not found. At the first start, an administrator has to act. Later, a token that is
+    /// unavailable or has lost its login looks the same. This class comes from the search for keys, never from a return
+    /// code.
     KeyMissing,
-    /// Something on the token is not as it must be: found by our own checks, never a return code.
+    /// An object on the token has a property that is not allowed. This class comes from the checks, never from a return
+    /// code.
     Untrusted,
 }
 
-/// A failure inside the module, classified, with text for the log.
+/// A classified failure inside the module, with a text for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) class: Class,
@@ -52,7 +55,7 @@ impl Fault {
         }
     }
 
-    /// The same failure, with a further sentence.
+    /// Adds a further sentence to the failure.
     pub(super) fn with(self, sentence: &str) -> Self {
         Self {
             class: self.class,
@@ -60,7 +63,7 @@ impl Fault {
         }
     }
 
-    /// The same failure, with what it was about in front.
+    /// Adds the subject of the failure in front of its text.
     pub(super) fn about(self, what: &str) -> Self {
         Self {
             class: self.class,
@@ -78,7 +81,7 @@ impl fmt::Display for Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         match error {
-            // The return code and the C function's name: both are needed to debug an HSM.
+            // Both the return code and the name of the C function are needed to find problems of an HSM.
             Error::Pkcs11(code, function) => {
                 Self::new(classify(code), format!("{code:?} from C_{function:?}"))
             }
@@ -90,7 +93,7 @@ impl From<Error> for Fault {
     }
 }
 
-/// The table.
+/// Classifies a return code.
 pub(super) fn classify(code: RvError) -> Class {
     use RvError as Rv;
     match code {
@@ -131,7 +134,8 @@ pub(super) fn classify(code: RvError) -> Class {
         | Rv::MechanismInvalid
         | Rv::MechanismParamInvalid
         | Rv::FunctionNotSupported => Class::Configuration,
-        // Among them general-error, function-failed, device-error, arguments-bad, and codes that no standard names.
+        // All other codes, such as general-error, function-failed, device-error and arguments-bad, and codes that are
+        // not in the standard.
         _ => Class::Ambiguous,
     }
 }
@@ -142,7 +146,7 @@ mod tests {
 
     use RvError as Rv;
 
-    /// A row per code that a token can answer a job with; a change of the table must change this list.
+    /// One row for each code with which a token can answer a job. A change of the table must change this list.
     const TABLE: &[(Class, &[Rv])] = &[
         (
             Class::Input,

@@ -1,4 +1,5 @@
-//! Keys on the token: made with every usage flag set, found exactly once, checked attribute by attribute, and proved by use.
+//! Keys on the token, which are made with every usage flag set, must be found exactly once, are checked attribute by
+//! attribute, and are proved by use.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -35,10 +36,11 @@ pub(super) use templates::{
     public_template,
 };
 
-/// What the `CKA_ID` of an integrity key is derived with when the token does not let it have that of its wrapping key.
+/// Prefix for deriving the `CKA_ID` of an integrity key, on a token that does not allow it to have the `CKA_ID` of its
+/// wrapping key.
 const OWN_ID_DOMAIN: &[u8] = b"keybroker/integrity-key-id/v1";
 
-/// Which wrapping key to look for, and where.
+/// A wrapping key to find, with the `CKA_ID` of its objects.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) id: WrappingKeyId,
@@ -54,7 +56,7 @@ impl From<WrappingKeyId> for Place {
 }
 
 impl Place {
-    /// Of a key whose integrity key is on the token or was not unwrapped yet.
+    /// Returns the place of a key whose integrity key is on the token or is not yet unwrapped.
     pub(super) fn of(id: WrappingKeyId, objects: ObjectIds) -> Self {
         Self {
             id,
@@ -64,11 +66,11 @@ impl Place {
     }
 }
 
-/// A wrapping key and its integrity key as objects of one session family.
+/// A wrapping key and its integrity key, as handles that are valid in the sessions of one login.
 #[derive(Clone, Debug)]
 pub(super) struct KeyPair {
     pub(super) id: WrappingKeyId,
-    /// Where they were found.
+    /// The `CKA_ID` of the objects that were found.
     pub(super) objects: ObjectIds,
     pub(super) private: ObjectHandle,
     pub(super) integrity_key: MacKey,
@@ -82,7 +84,7 @@ pub(super) struct PublicSide {
     pub(super) modulus_bits: usize,
 }
 
-/// A session that changes nothing: read-only, or read-write on tokens that have no other.
+/// Opens a session for reading: read-only, or read-write on tokens without read-only sessions.
 pub(super) fn reading_session(module: &Module, slot: Slot) -> Result<Session, Fault> {
     calling::next("C_OpenSession");
     match module.open_ro_session(slot) {
@@ -99,27 +101,27 @@ pub(super) fn reading_session(module: &Module, slot: Slot) -> Result<Session, Fa
     }
 }
 
-/// A session that may make and remove objects.
+/// Opens a session that can make and remove objects.
 pub(super) fn writing_session(module: &Module, slot: Slot) -> Result<Session, Fault> {
     calling::next("C_OpenSession");
     module.open_rw_session(slot).map_err(no_session)
 }
 
-/// A token without a free session, with the settings that help.
+/// Adds the settings that help if a token has no free session.
 fn no_session(error: Error) -> Fault {
     let is_full = matches!(error, Error::Pkcs11(RvError::SessionCount, _));
     let fault = Fault::from(error);
     if is_full {
         fault.with(
-            "the token has no session left; each worker opens `sessions_per_worker` and one more at least: lower that setting or \
-             `workers` in [token]",
+            "the token has no free session; each worker opens at least one session more than `sessions_per_worker`: lower that \
+             setting or `workers` in [token]",
         )
     } else {
         fault
     }
 }
 
-/// One session with the handles of the keys, owned by one thread for its life.
+/// One session with the handles of the keys, which one thread owns for its whole life.
 #[derive(Debug)]
 pub(super) struct KeySession {
     pub(super) session: Session,
@@ -127,8 +129,8 @@ pub(super) struct KeySession {
 }
 
 impl KeySession {
-    /// Opens a session and finds the keys again: handles die with the session family, and a stale handle may mean
-    /// another object.
+    /// Opens a session and finds the keys again. Handles end with the sessions of a login, and an old handle may refer
+    /// to another object.
     pub(super) fn open(module: &Module, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = keys
@@ -153,8 +155,8 @@ impl KeyPair {
     }
 }
 
-/// The `CKA_ID` of an integrity key on a token that does not let it have that of its wrapping key. Derived, so that the key is also
-/// found before it is registered.
+/// Returns the `CKA_ID` of an integrity key on a token that does not allow the key to have the `CKA_ID` of its wrapping
+/// key. The value is derived, so that the key can be found before it is registered.
 fn own_integrity_id(id: WrappingKeyId) -> ObjectId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(OWN_ID_DOMAIN);
@@ -163,8 +165,8 @@ fn own_integrity_id(id: WrappingKeyId) -> ObjectId {
     ObjectId::from_slice(&digest.as_ref()[..ID_BYTES]).expect("16 bytes are a permitted length")
 }
 
-/// Finds both objects of a key: exactly one RSA private key, exactly one secret key unless the integrity key is in the memory of this
-/// process.
+/// Finds both objects of a key: exactly one RSA private key, and exactly one secret key. There is no secret key on the
+/// token if the integrity key is in the memory of this process.
 pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
     let id = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&id);
@@ -212,13 +214,14 @@ fn missing(key: &Place, what: &str, object: &ObjectId) -> Fault {
     Fault::new(
         Class::KeyMissing,
         format!(
-            "the {what}{of} with CKA_ID {object} is not on the token. If the registry names it, check that this is the right \
-             token, and that all of it was restored"
+            "the {what}{of} with CKA_ID {object} is not on the token. If the registry contains the key, check that this is the \
+             right token and that it was restored completely"
         ),
     )
 }
 
-/// Asks for two objects and demands one at most: with two of one id the token decides which is used, not we.
+/// Finds an object. Searches for a second one, because the token would decide which of two objects with the same id is
+/// used.
 fn find_one(
     session: &Session,
     class: ObjectClass,
@@ -248,11 +251,11 @@ fn find_one(
     Ok(object)
 }
 
-/// The attribute check of both objects.
+/// The results of the attribute check of both objects.
 #[derive(Clone, Debug)]
 pub(super) struct Verdict {
     pub(super) private: Vec<Finding>,
-    /// Empty for an integrity key that is no object.
+    /// Empty if the integrity key is not an object on the token.
     pub(super) integrity_key: Vec<Finding>,
 }
 
@@ -263,7 +266,7 @@ impl Verdict {
     }
 }
 
-/// Reads every attribute that is checked.
+/// Checks the attributes of both objects.
 pub(super) fn inspect(
     session: &Session,
     pair: &KeyPair,
@@ -282,7 +285,8 @@ pub(super) fn inspect(
     })
 }
 
-/// The public key, from modulus and exponent of the *private* object: any user of the token can replace a public object.
+/// Returns the public key, computed from modulus and exponent of the *private* object, because any user of the token
+/// can replace a public object.
 pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSide, Fault> {
     let untrusted = |what: String| {
         Fault::new(
@@ -314,7 +318,8 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     })
 }
 
-/// The `CKA_ID` of all RSA private keys on the token. Keys without one are left out: they cannot be named.
+/// Returns the `CKA_ID` of all RSA private keys on the token. Keys without a `CKA_ID` are ignored, because nothing can
+/// refer to them.
 pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
@@ -332,12 +337,12 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     Ok(ids)
 }
 
-/// The id of keys that end with their session, of which nothing else is known.
+/// The id of keys that end with their session, which need no id of their own.
 pub(super) fn no_id() -> WrappingKeyId {
     WrappingKeyId::from_bytes([0; ID_BYTES])
 }
 
-/// Keys of a session that were made one by one.
+/// Combines two keys of a session that were made separately.
 pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),

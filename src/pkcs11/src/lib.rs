@@ -1,9 +1,9 @@
-//! Everything that knows PKCS#11. Nothing outside this crate names a mechanism, an attribute, a handle or a return code.
+//! All code that uses PKCS#11. No other crate refers to mechanisms, attributes, handles or return codes.
 //!
-//! [`worker`] is the token worker: the process that `serve` starts, which holds the vendor's module and serves a closed set
-//! of jobs. [`admin_worker`] is the process that a one-shot command starts, to administer tokens and keys (`admin`). Both open
-//! a token in the same way (`open`): module, selection of the token, one login if the record of PINs allows it, keys found,
-//! attributes checked, self-test.
+//! [`worker`] is the token worker: the process that `serve` starts, which holds the vendor's module and serves a closed
+//! set of jobs. [`admin_worker`] is the process that a one-shot command starts to administer tokens and keys (`admin`).
+//! Both open a token in the same way (`open`): they load the module, select the token, log in once if the record of
+//! PINs allows it, find the keys, check their attributes and run the self-test.
 
 mod admin;
 pub mod admin_worker;

@@ -1,8 +1,8 @@
-//! Whether a PIN may be shown to a token, and what the answer means: pure rules, without a token, a file or a clock.
+//! The rules for giving a PIN to a token, and for interpreting the answer. The rules use no token, file or clock.
 //!
-//! Tokens count wrong PINs and lock after a few. Their modules have many answers to a wrong PIN, and give the same answers
-//! while a device restarts. So a code alone decides only when it names the PIN. Otherwise the history of this PIN on this
-//! token decides, together with the counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
+//! Tokens count wrong PINs and lock after a few. Modules have many answers to a wrong PIN, and give the same answers
+//! while a device restarts. Therefore a code decides alone only if it concerns the PIN. Otherwise the history of this
+//! PIN on this token decides, together with the counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -10,19 +10,20 @@ use cryptoki::error::RvError;
 use keybroker_pkcs11_ffi::TokenInfo;
 use serde::{Deserialize, Serialize};
 
-/// Logins that may fail without a code of the PIN family before a PIN has logged in once.
+/// Largest number of logins that may fail with codes that do not concern the PIN, before the PIN has been accepted
+/// once.
 const UNPROVEN_TRIES_MAX: u32 = 2;
 
 /// The flags of a token's counter of wrong user PINs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Counter {
-    /// `CKF_USER_PIN_COUNT_LOW`: a wrong PIN was shown since the last login.
+    /// `CKF_USER_PIN_COUNT_LOW`: the token was given a wrong PIN since the last login.
     #[serde(default)]
     pub(super) low: bool,
     /// `CKF_USER_PIN_FINAL_TRY`: one more wrong PIN locks the token.
     #[serde(default)]
     pub(super) final_try: bool,
-    /// `CKF_USER_PIN_LOCKED`.
+    /// `CKF_USER_PIN_LOCKED`: the user PIN is locked.
     #[serde(default)]
     pub(super) locked: bool,
 }
@@ -36,7 +37,7 @@ impl Counter {
         }
     }
 
-    /// The tries that are left according to the token, to append to a message.
+    /// Describes the remaining attempts according to the token, as an addition to a message.
     pub(super) fn describe(self) -> &'static str {
         if self.locked {
             "; the user PIN is locked now"
@@ -57,69 +58,69 @@ impl Counter {
     }
 }
 
-/// History of one PIN on one token. Absent for a PIN that was never shown to it.
+/// The history of one PIN on one token. Absent for a PIN that the token was never given.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "standing", rename_all = "kebab-case")]
 pub(super) enum Standing {
-    /// Shown to the token, and neither accepted nor rejected. Also recorded before the first login, so that a process
-    /// that is killed meanwhile does not make that login free.
+    /// The token was given the PIN, and neither accepted nor rejected it. This state is also recorded before the first
+    /// login, so that a process that is killed during the login has used up an attempt.
     Unproven {
-        /// Logins so far.
+        /// Number of logins so far.
         tries: u32,
         /// The counter before the first of them.
         counter: Counter,
     },
-    /// Logged in to this token before.
+    /// The PIN was accepted by this token before.
     Proven {
-        /// The counter before the first login that has failed since; absent when none has.
+        /// The counter before the first login that has failed since then; absent when none has failed.
         failing_since: Option<Counter>,
     },
-    /// Rejected. It is not shown to this token again.
+    /// The PIN was rejected and is not used on this token again.
     Rejected {
-        /// What the token answered.
+        /// The token's answer.
         answer: String,
     },
 }
 
-/// Whether a login may be made.
+/// Whether a login is allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// Log in. The standing is recorded before, unless it is absent.
+    /// Log in. If the standing is present, it is recorded before the login.
     Login(Option<Standing>),
     /// Do not log in.
     Refuse(Refusal),
 }
 
-/// Why no login is made.
+/// Why a login is not allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// The token says that the user PIN is locked.
+    /// The token reports that the user PIN is locked.
     Locked,
     /// One more wrong PIN would lock the token.
     FinalTry,
-    /// A wrong PIN was counted since a login failed.
+    /// The token has counted a wrong PIN since a login failed.
     CounterRose,
-    /// The PIN has never logged in, and was shown as often as an unproven PIN may be.
+    /// The PIN has never been accepted, and has used up the attempts of an unproven PIN.
     Unproven,
     /// The token rejected this PIN before.
     Rejected(String),
 }
 
-/// What a token answered to a login.
+/// The meaning of a token's answer to a login.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     /// The PIN was accepted.
     Accepted,
     /// The code proves that the PIN was not checked, so that nothing was counted.
     NotChecked,
-    /// A code of the PIN family.
+    /// The code says that the PIN was rejected.
     Rejected,
     /// The code does not concern the PIN.
     Unclear,
 }
 
 impl Answer {
-    /// What a return code of `C_Login` means for the PIN.
+    /// Interprets a return code of `C_Login`.
     pub(super) fn of(code: RvError) -> Self {
         use RvError as Rv;
         match code {
@@ -151,7 +152,7 @@ impl Answer {
     }
 }
 
-/// Decides on a login. `final_try_allowed` is the operator's word for this one login.
+/// Decides whether a login is allowed. `final_try_allowed` is the operator's permission for this one login.
 pub(super) fn decide(
     standing: Option<&Standing>,
     counter: Counter,
@@ -191,8 +192,8 @@ pub(super) fn decide(
     }
 }
 
-/// The standing after a login. `was` is the standing before [`decide`], `begun` the one that it recorded. `after` is absent
-/// when the token no longer answers.
+/// Returns the standing after a login. `was` is the standing before [`decide`], and `begun` is the standing that it
+/// recorded. `after` is absent when the token no longer answers.
 pub(super) fn conclude(
     was: Option<&Standing>,
     begun: Option<&Standing>,
@@ -241,7 +242,7 @@ mod tests {
         ..FINAL
     };
 
-    /// A token with a counter, as strict as tokens are, and a PIN that is shown to it again and again.
+    /// A simulated token with a strict counter, and a PIN that it is given repeatedly.
     struct History {
         standing: Option<Standing>,
         logins: u32,
@@ -298,7 +299,7 @@ mod tests {
         );
     }
 
-    /// The token counted the failure: its code was an answer to a wrong PIN.
+    /// The token counted the failure, so its code was an answer to a wrong PIN.
     #[test]
     fn a_counter_that_rises_ends_the_tries_of_a_proven_pin() {
         let mut history = History::new();
@@ -310,11 +311,11 @@ mod tests {
         let mut history = History::new();
         history.show(Answer::Accepted, QUIET, QUIET);
         history.show(Answer::Unclear, QUIET, QUIET);
-        // Seen only before the next login.
+        // The rise of the counter is seen only before the next login.
         assert!(!history.show(Answer::Accepted, LOW, LOW));
     }
 
-    /// A wrong PIN that was shown with the vendor's tool while the broker served.
+    /// A wrong PIN was entered with the vendor's tool while the broker was running.
     #[test]
     fn a_counter_that_was_low_before_does_not_stop_a_proven_pin() {
         let mut history = History::new();
@@ -361,11 +362,11 @@ mod tests {
                 Decision::Refuse(Refusal::Locked)
             );
         }
-        // The flag is the token's, not the PIN's: once it is gone, logins go on.
+        // The flag belongs to the token and not to the PIN. When the flag is cleared, logins continue.
         assert_eq!(decide(Some(&proven), QUIET, false), Decision::Login(None));
     }
 
-    /// A process that is killed between the two calls has used its try.
+    /// A process that is killed between the two calls has used up its attempt.
     #[test]
     fn a_login_is_recorded_before_it_is_made() {
         let Decision::Login(Some(begun)) = decide(None, QUIET, false) else {

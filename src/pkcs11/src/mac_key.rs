@@ -29,10 +29,10 @@ use crate::{
     operation,
 };
 
-/// Length of a key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
+/// Length of a key in bytes, equal to the output of the HMAC's hash (RFC 2104 section 3).
 const KEY_BYTES: usize = 32;
-/// What the plaintext in a file begins with, so that no wrapped user key is taken for an integrity key. The id of the wrapping key
-/// and the key follow.
+/// Prefix of the plaintext in a file. With it, a wrapped user key cannot be used as an integrity key. The prefix is
+/// followed by the id of the wrapping key and the integrity key.
 const DOMAIN: &[u8] = b"keybroker/integrity-key/v1";
 const PLAINTEXT_BYTES: usize = DOMAIN.len() + ID_BYTES + KEY_BYTES;
 
@@ -41,12 +41,12 @@ const PLAINTEXT_BYTES: usize = DOMAIN.len() + ID_BYTES + KEY_BYTES;
 pub(super) enum MacKey {
     /// An object on the token.
     OnToken(ObjectHandle),
-    /// A secret in the memory of this process; absent until it is unwrapped.
+    /// A secret in the memory of this process. `None` until the secret is unwrapped.
     InWorker(Option<WorkerKey>),
 }
 
 impl MacKey {
-    /// The object on the token, if there is one.
+    /// Returns the object on the token, if there is one.
     pub(super) fn object(&self) -> Option<ObjectHandle> {
         match self {
             Self::OnToken(object) => Some(*object),
@@ -54,7 +54,7 @@ impl MacKey {
         }
     }
 
-    /// The secret in the memory of this process, if it is there.
+    /// Returns the secret in the memory of this process, if it is there.
     pub(super) fn secret(&self) -> Option<&WorkerKey> {
         match self {
             Self::OnToken(_) => None,
@@ -80,14 +80,14 @@ impl fmt::Debug for WorkerKey {
 }
 
 impl WorkerKey {
-    /// Filled where it stays: a copy on the stack would not be overwritten.
+    /// The key is written directly to its final place in memory, because a copy on the stack would not be overwritten.
     fn filled(fill: impl FnOnce(&mut [u8; KEY_BYTES]) -> Result<(), Fault>) -> Result<Self, Fault> {
         let mut key = Arc::new(Zeroizing::new([0; KEY_BYTES]));
         fill(Arc::get_mut(&mut key).expect("it was just made"))?;
         Ok(Self(key))
     }
 
-    /// A new key.
+    /// Makes a new random key.
     pub(super) fn random() -> Result<Self, Fault> {
         Self::filled(|key| {
             aws_lc_rs::rand::fill(key)
@@ -113,7 +113,7 @@ impl WorkerKey {
         hmac::Key::new(hmac::HMAC_SHA256, self.0.as_slice())
     }
 
-    /// HMAC-SHA-256 over a message.
+    /// Returns the HMAC-SHA-256 of a message.
     pub(super) fn mac(&self, message: &[u8]) -> Mac {
         let tag = hmac::sign(&self.hmac(), message);
         let mut mac = [0; MAC_BYTES];
@@ -121,7 +121,7 @@ impl WorkerKey {
         mac
     }
 
-    /// Whether a MAC is right, compared in constant time. One of another length is not.
+    /// Returns whether a MAC is right. The comparison takes constant time. A MAC of another length is wrong.
     pub(super) fn verifies(&self, message: &[u8], mac: &[u8]) -> bool {
         hmac::verify(&self.hmac(), message, mac).is_ok()
     }
@@ -133,7 +133,7 @@ impl WorkerKey {
         public: &PublicSide,
         algorithm: Algorithm,
     ) -> Result<WrappedIntegrityKey, Fault> {
-        // The whole capacity at once: a vector that grows leaves copies that are not overwritten.
+        // The whole capacity is allocated at once, because a vector that grows leaves copies that are not overwritten.
         let mut plaintext = Zeroizing::new(Vec::with_capacity(PLAINTEXT_BYTES));
         plaintext.extend_from_slice(DOMAIN);
         plaintext.extend_from_slice(id.as_bytes());
@@ -206,8 +206,9 @@ mod tests {
         [domain, id.as_bytes(), key].concat()
     }
 
-    /// The answer is that of RFC 4231, test case 1, whose key is padded with zeros to the length of ours: HMAC pads a short key with
-    /// zeros (RFC 2104, section 2).
+    /// The expected MAC is that of RFC 4231, test case 1. Its key is padded with zeros here to the length of an
+    /// integrity key, which does not change the MAC, because HMAC itself pads a short key with zeros (RFC 2104, section
+    /// 2).
     #[test]
     fn a_mac_is_that_of_the_standard() {
         let mut key = [0; KEY_BYTES];
@@ -233,7 +234,7 @@ mod tests {
         assert!(!WorkerKey::random().unwrap().verifies(b"message", &mac));
     }
 
-    /// A user key whose ciphertext was put into the file, or a key of another wrapping key.
+    /// The file holds the ciphertext of a user key, or an integrity key of another wrapping key.
     #[test]
     fn only_a_plaintext_of_this_wrapping_key_is_an_integrity_key() {
         let other = WrappingKeyId::from_bytes([8; ID_BYTES]);

@@ -19,12 +19,12 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// Loads and initialises the module of the settings.
+/// Loads and initialises the configured module.
 pub(super) fn load(settings: &Settings) -> Result<Module, Fault> {
     load_timed(settings).map(|(module, _)| module)
 }
 
-/// The same; says how long `C_Initialize` took.
+/// Loads and initialises the configured module. Also returns the duration of `C_Initialize`.
 pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Fault> {
     let path = settings.module.as_path();
     let shown = path.display();
@@ -53,7 +53,8 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
     calling::next("C_Initialize");
     let began = Instant::now();
     match module.initialize(reserved) {
-        // Another part of this process was first; the module has one state per process.
+        // Another part of this process has already initialised the module, which has one state per
+        // process.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {
             Ok((module, began.elapsed()))
         }
@@ -63,7 +64,7 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
                 _ => configuration_hint(path),
             };
             Err(unfit(format!(
-                "the PKCS#11 module {shown} does not initialise ({}): {hint}",
+                "the PKCS#11 module {shown} cannot be initialised ({}): {hint}",
                 Fault::from(error)
             )))
         }
@@ -79,7 +80,7 @@ fn configuration_hint(path: &Path) -> String {
     })
 }
 
-/// What is wrong with the arguments of `C_Initialize`, which have no variable part but the string.
+/// Explains a rejection of the arguments of `C_Initialize`. Only the string is variable.
 fn arguments_hint(settings: &Settings) -> &'static str {
     if settings.initialize_string.is_some() {
         "the module expects another string, or none, in `token.initialize_string`"

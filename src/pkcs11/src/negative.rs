@@ -1,8 +1,8 @@
-//! Negative tests: what must fail with a key is tried. The attribute check believes what a token says of a key; these
-//! tests do not. If the token performs one of the operations, the test fails: the token is not used, and the message
-//! names the test.
+//! Negative tests try operations that must fail with a key. The attribute check relies on the attributes that the token
+//! reports; these tests do not. If the token performs one of the operations, the test fails: the token is not used, and
+//! the message contains the name of the test.
 //!
-//! A failed test that a named exception of the configuration accepts is reported instead of refused. No exception
+//! A failed test that an exception in the configuration accepts is reported, and the token is still used. No exception
 //! accepts a key that can be read, wrapped, or copied with weaker attributes.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
@@ -30,32 +30,34 @@ use attempts::{
     wraps_under_rsa, wraps_with_gcm,
 };
 
-/// Any: nothing is ever unwrapped again.
+/// The value does not matter, because nothing is ever unwrapped.
 const IV: [u8; 16] = [0; 16];
 
-/// Whose keys are tried.
+/// The keys that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// Keys that records are wrapped under: only what changes nothing if it succeeds.
+    /// Keys that protect records. Only tests that change nothing are run on them.
     InUse,
-    /// Keys that were made to be tried, and end with the session.
+    /// Keys that were made for testing and end with the session.
     Throwaway,
 }
 
-/// One thing that must fail.
+/// An operation that must fail.
 #[derive(Clone, Copy)]
 pub struct NegativeTest {
-    /// Its name in `token.spared_tests` and in messages.
+    /// The name of the test in `token.spared_tests` and in messages.
     pub name: &'static str,
-    /// What it would mean if the token did it, as a sentence without its end.
+    /// What the success of the operation means, as a sentence without a full stop.
     pub meaning: &'static str,
-    /// The exception that gives it away.
+    /// The exception that accepts the operation.
     pub accepted_by: Option<&'static str>,
-    /// Whether it changes a key when it succeeds, so that it is run on throwaway keys only.
+    /// Whether the operation changes a key if it succeeds. A test that may change a key is run only on keys that were
+    /// made for testing.
     pub changes_the_key: bool,
-    /// Whether it is about the integrity key as an object of the token, so that there is nothing to try with one that is none.
+    /// Whether the test needs an integrity key that is an object on the token. Without such a key, the test is not run.
     needs_integrity_object: bool,
-    /// Whether `token.spared_tests` may name it. Whether a key can be read, wrapped or copied with weaker attributes is always tried.
+    /// Whether `token.spared_tests` may contain the test. The tests whether a key can be read, wrapped or copied with
+    /// weaker attributes are always run.
     pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
 }
@@ -66,22 +68,22 @@ impl std::fmt::Debug for NegativeTest {
     }
 }
 
-/// What came of a test that the token did not end by a return code.
+/// The result of a test, if the token did not end it with a return code.
 #[derive(Debug)]
 enum Done {
-    /// What must fail.
+    /// The forbidden operation succeeded.
     It,
-    /// What must fail, and the object that it made was not removed.
+    /// The forbidden operation succeeded, and the object that it made was not removed.
     Kept(Fault),
-    /// Nothing that matters.
+    /// The operation had no relevant effect.
     Nothing,
-    /// The token cannot make the test: it does the same with no other key either.
+    /// The token cannot run the test, because it performs the operation with no other key either.
     NotMade,
 }
 
-/// What a test has at hand.
+/// The objects that a test uses.
 struct Subjects<'a> {
-    /// For this test alone.
+    /// A session for this test only.
     session: &'a Session,
     pair: &'a KeyPair,
     self_test: &'a SelfTest,
@@ -99,7 +101,7 @@ impl Subjects<'_> {
 }
 
 impl NegativeTest {
-    /// Whether there is something to try with this key.
+    /// Returns whether the test can be run with this key.
     fn applies_to(&self, pair: &KeyPair) -> bool {
         !self.needs_integrity_object || pair.integrity_key.object().is_some()
     }
@@ -307,7 +309,7 @@ pub const TESTS: &[NegativeTest] = &[
     input(
         "decrypt-truncated",
         "a ciphertext that is cut short decrypts",
-        // Cut at its end: without a leading zero byte it would be the same number, which some tokens accept.
+        // Truncated at the end: without a leading zero byte it would be the same number, which some tokens accept.
         |on| {
             let wrapped = on.self_test.wrapped();
             decrypts_oaep(on, &wrapped[..wrapped.len() - 1])
@@ -363,7 +365,7 @@ const fn on_object(test: NegativeTest) -> NegativeTest {
     }
 }
 
-/// A test of what the token accepts as right.
+/// A test of invalid input that the token must reject.
 const fn input(
     name: &'static str,
     meaning: &'static str,
@@ -399,25 +401,26 @@ const fn changes(
     }
 }
 
-/// What the settings say of the tests.
+/// The settings for the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// Exceptions by name: what they give up is reported, not refused.
+    /// The attribute exceptions. A risk that they accept is reported, but the token is still used.
     pub(super) exceptions: &'a [String],
-    /// Tests that the token is spared, by name.
+    /// The names of the tests that are not run.
     pub(super) spared: &'a [String],
 }
 
-/// What the tests found that is no reason to refuse the token.
+/// The findings that are no reason to refuse the token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Report {
-    /// Meanings of tests that succeeded and that an exception accepts.
+    /// The meanings of failed tests that an exception accepts.
     pub(super) given_away: Vec<&'static str>,
-    /// Names of tests that the token cannot make.
+    /// The names of the tests that the token cannot run.
     pub(super) not_made: Vec<&'static str>,
 }
 
-/// Runs the tests on one key, each in a session for itself, because some tokens leave a failed operation stuck in theirs.
+/// Runs the tests on one key. Each test gets its own session, because some tokens leave a failed operation active in
+/// its session.
 pub(super) fn run(
     open: impl Fn() -> Result<KeySession, Fault>,
     pair: &KeyPair,
@@ -448,7 +451,7 @@ pub(super) fn run(
             Ok(Done::Nothing) => {}
             Ok(Done::NotMade) => report.not_made.push(test.name),
             Ok(Done::Kept(fault)) => {
-                let left = "what it made was not removed; look for it with the vendor's tool";
+                let left = "the object that the test made was not removed; find and remove it with the vendor's tool";
                 return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
             }
             Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
@@ -465,7 +468,7 @@ fn is_accepted(test: &NegativeTest, terms: Terms<'_>) -> bool {
         .is_some_and(|exception| terms.exceptions.iter().any(|name| name == exception))
 }
 
-/// Made in software. Absent if the library cannot do it with this key.
+/// Makes a ciphertext in software. `None` if the library does not support this key.
 fn pkcs1_ciphertext(public: &PublicSide, self_test: &SelfTest) -> Option<Vec<u8>> {
     let key = PublicEncryptingKey::from_der(&public.spki).ok()?;
     let key = Pkcs1PublicEncryptingKey::new(key).ok()?;
@@ -490,7 +493,7 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Any code refuses, but those that say that the token or the session cannot do anything at the moment.
+/// Any code is a refusal, except for codes that say that the token or the session cannot do anything at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

@@ -1,5 +1,5 @@
-//! Opening a token: module, selection, one login, keys found, checked and self-tested. Workers and one-shot commands use
-//! the same code.
+//! Opens a token: loads the module, selects the token, logs in once, and finds, checks and self-tests the keys. Workers
+//! and one-shot commands use the same code.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -30,40 +30,40 @@ use crate::{
     select::{self, Registered, Selected, Selector},
 };
 
-/// A token that this process is logged in to.
+/// A token to which this process is logged in.
 #[derive(Debug)]
 pub(super) struct OpenToken {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Keeps the login alive: when the last session of a process closes, the token forgets it.
+    /// Keeps the login: the token ends it when the last session of the process is closed.
     pub(super) anchor: Session,
-    /// Another process had logged in, and the token says that this login is that one.
+    /// Whether the token reported that another process had already logged in, and this process uses that login.
     pub(super) is_login_of_another: bool,
     pub(super) times: Times,
 }
 
-/// How long the calls took that a token is opened with.
+/// The durations of the calls that open a token.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) initialize: Duration,
-    /// Absent for a token that is used without a login.
+    /// `None` for a token that is used without a login.
     pub(super) login: Option<Duration>,
 }
 
 /// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
-    /// Where it was found.
+    /// The `CKA_ID` of its objects.
     pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
-    /// Negative tests that the token cannot make.
+    /// The negative tests that the token cannot run.
     pub(super) not_tried: Vec<&'static str>,
 }
 
 impl OpenToken {
-    /// Logs in to the one token that fits the settings.
+    /// Logs in to the only token that matches the settings.
     #[cfg(test)]
     pub(super) fn login<'a>(
         settings: &Settings,
@@ -80,8 +80,8 @@ impl OpenToken {
         )
     }
 
-    /// Loads the module, chooses the token and logs in, once, if the record of PINs allows it. Without a PIN no login is made. If the
-    /// settings fit several tokens, the one is chosen that has one of the serial numbers.
+    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN, no
+    /// login is made. If several tokens match the settings, the token with one of the serial numbers is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,
@@ -125,8 +125,8 @@ impl OpenToken {
         Ok(token)
     }
 
-    /// One `C_Login`, between a look at what is known of the PIN and a note of what the token said. Returns whether another process was
-    /// logged in already, and how long the call took.
+    /// Calls `C_Login` once, after a check of the record of PINs, and records the answer of the token. Returns whether
+    /// another process was already logged in, and how long the call took.
     fn log_in(
         &self,
         record: &PinRecord,
@@ -168,18 +168,18 @@ impl OpenToken {
         let recorded = login.set(now.clone());
         drop(login);
         let Some(error) = error else {
-            // The login itself is good. If the PIN was unproven, the next login has one try less.
+            // The login itself succeeded. If the PIN was unproven, the next login has one attempt less.
             if let Err(error) = recorded {
-                tracing::warn!(%error, "an accepted PIN could not be recorded");
+                tracing::warn!(%error, "cannot record that the PIN was accepted");
             }
             return Ok((false, took));
         };
-        // Where a login belongs to more than one process, another one was first. The PIN was not checked; the attribute
-        // check and the self-test decide whether this login is of use.
+        // On a token where a login covers several processes, another process has logged in before. The PIN was not
+        // checked. The attribute check and the self-test decide whether this login can be used.
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
-                "another process is logged in to the token already, and this one uses that login"
+                "another process is already logged in to the token; using its login"
             );
             return Ok((true, took));
         }
@@ -187,7 +187,7 @@ impl OpenToken {
         Err(self.failed_login(&error, answer, now.as_ref(), after))
     }
 
-    /// A failure after the login, with what a login of another process may have to do with it.
+    /// Adds an explanation to a failure after the login, if a login of another process may be the cause.
     pub(super) fn explained(&self, fault: Fault) -> Fault {
         let may_be_the_login = matches!(
             fault.class,
@@ -207,7 +207,7 @@ impl OpenToken {
         Ok(Counter::of(&self.module.get_token_info(self.slot)?))
     }
 
-    /// What a failed login means. `after` is the token's counter of wrong PINs; absent when the token does not answer.
+    /// Classifies a failed login. `after` is the token's counter of wrong PINs; absent when the token does not answer.
     fn failed_login(
         &self,
         error: &Error,
@@ -252,8 +252,8 @@ impl OpenToken {
         }
     }
 
-    /// Finds a key, compares it with the registry, checks its attributes, unwraps its integrity key if that is not on the token, and
-    /// runs a self-test.
+    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test. If its integrity key is
+    /// not on the token, unwraps the integrity key before the self-test.
     pub(super) fn prove(
         &self,
         settings: &Settings,
@@ -285,7 +285,7 @@ impl OpenToken {
         })
     }
 
-    /// The same key, with its integrity key unwrapped if that is not on the token.
+    /// Returns the same key. If its integrity key is not on the token, the integrity key is unwrapped.
     pub(super) fn with_integrity_key(
         &self,
         settings: &Settings,
@@ -312,7 +312,8 @@ impl OpenToken {
         operation::probe(open, key.id, public, allow_oaep_sha1)
     }
 
-    /// The negative tests. The risk of each exception is logged. Returns the names of the tests that this token cannot make.
+    /// Runs the negative tests, and logs the risk of each exception. Returns the names of the tests that this token
+    /// cannot run.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
@@ -328,22 +329,23 @@ impl OpenToken {
         let open = || self.session(&[]);
         let report = negative::run(open, pair, public, self_test, subject, terms)?;
         for meaning in report.given_away {
-            tracing::warn!(key = %pair.id, "{meaning}: an exception of `token.attribute_exceptions` accepts that");
+            tracing::warn!(key = %pair.id, "{meaning}: `token.attribute_exceptions` accepts this risk");
         }
         if !report.not_made.is_empty() {
             let tests = report.not_made.join(", ");
-            tracing::info!(key = %pair.id, %tests, "the token cannot make these negative tests");
+            tracing::info!(key = %pair.id, %tests, "the token cannot run these negative tests");
         }
         Ok(report.not_made)
     }
 
-    /// Another session of the same login, with the handles of the keys.
+    /// Opens another session of the same login, with the handles of the keys.
     pub(super) fn session(&self, keys: &[Place]) -> Result<KeySession, Fault> {
         KeySession::open(&self.module, self.slot, keys)
     }
 }
 
-/// Without a PIN only a token is used that demands no login, and only if the settings say that something else controls access.
+/// Checks that a token can be used without a PIN: it must not require a login, and the settings must say that access is
+/// controlled elsewhere.
 fn require_no_login(
     module: &Module,
     slot: Slot,
@@ -366,7 +368,8 @@ fn require_no_login(
     ))
 }
 
-/// The registry is in the database, whose writer must not be able to choose which token is given the PIN.
+/// Refuses a token that only the registry selected. Otherwise a person who can write to the database could choose which
+/// token is given the PIN.
 fn unproven_twin(info: &TokenInfo) -> Fault {
     Fault::new(
         Class::Configuration,
@@ -378,7 +381,8 @@ fn unproven_twin(info: &TokenInfo) -> Fault {
     )
 }
 
-/// A token with a PIN pad waits for a person at each login: a broker could not restart by itself.
+/// Refuses a token with a PIN pad, which waits for a person at each login, so that a broker could not restart
+/// unattended.
 fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
     calling::next("C_GetTokenInfo");
     if !module.get_token_info(slot)?.protected_authentication_path() {
@@ -387,20 +391,20 @@ fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), and the broker must be able to start without a person at it; \
-             no login was tried. Use a token that takes its PIN from the program",
+            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to start without a person; no \
+             login was tried. Use a token that takes its PIN from the program",
             named(info)
         ),
     ))
 }
 
-/// The PIN in the form that the module takes.
+/// Converts the PIN for the module.
 pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
     AuthPin::new(pin.expose().into())
 }
 
-/// What every message about a PIN that must not be shown again ends with.
-const ONCE: &str = "The broker does not show this PIN to this token again, because tokens lock after a few wrong PINs. \
+/// The end of every message about a PIN that must not be used again.
+const ONCE: &str = "The broker does not use this PIN on this token again, because tokens lock after a few wrong PINs. \
                     Correct the PIN file, or run `keybroker token retry-pin` if the PIN is right";
 
 fn named(info: &TokenInfo) -> String {
@@ -414,7 +418,7 @@ fn fault_of(error: &Error) -> Fault {
     }
 }
 
-/// Why no login was made.
+/// Explains why no login was made.
 fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
     let token = named(info);
     let what = match refusal {
@@ -431,8 +435,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
              {ONCE}"
         ),
         Refusal::Unproven => format!(
-            "{token}: this PIN has never logged in, and two logins failed or were cut short; no further login is tried. \
-             Run `keybroker token retry-pin` once the cause is gone"
+            "{token}: this PIN has never logged in, and two logins failed or were interrupted; no further login is tried. \
+             Repair the cause, then run `keybroker token retry-pin`"
         ),
         Refusal::Rejected(answer) => {
             format!("{token} rejected this PIN before ({answer}); no login was tried. {ONCE}")
@@ -442,7 +446,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
 }
 
 impl From<RecordError> for Fault {
-    /// Without a record a wrong PIN could be shown again and again. A full disk or a busy lock passes.
+    /// Without the record, a wrong PIN could be used repeatedly. The class allows retries, because a full disk or a
+    /// busy lock is temporary.
     fn from(error: RecordError) -> Self {
         let mut detail = error.to_string();
         let mut cause = std::error::Error::source(&error);

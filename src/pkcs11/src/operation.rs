@@ -1,4 +1,4 @@
-//! The four operations on the token, and the self-test (known-answer test) made of them.
+//! The four operations on the token, and the self-test (known-answer test) that uses them.
 //!
 //! Mitigations: M9, M10 of `THREAT_MODEL.md`.
 
@@ -39,7 +39,7 @@ fn oaep(algorithm: Algorithm) -> Mechanism<'static> {
     Mechanism::RsaPkcsOaep(PkcsOaepParams::new(hash, mgf, PkcsOaepSource::empty()))
 }
 
-/// `C_Decrypt` with the RSA key.
+/// Decrypts with the RSA key (`C_Decrypt`).
 pub(super) fn decrypt(
     session: &Session,
     pair: &KeyPair,
@@ -51,7 +51,7 @@ pub(super) fn decrypt(
     Ok(Zeroizing::new(plaintext))
 }
 
-/// `C_Sign` with the integrity key, or the same in this process if the key is not on the token.
+/// Makes a MAC: with `C_Sign` if the integrity key is on the token, otherwise in this process.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
     match &pair.integrity_key {
         MacKey::OnToken(object) => mac_with(session, *object, message),
@@ -67,7 +67,7 @@ fn not_unwrapped(id: WrappingKeyId) -> Fault {
     )
 }
 
-/// `C_Sign` with an integrity key that has no wrapping key yet.
+/// Makes a MAC with an integrity key that has no wrapping key yet (`C_Sign`).
 pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> Result<Mac, Fault> {
     calling::next("C_Sign");
     let mac = session.sign(&Mechanism::Sha256Hmac, key, message)?;
@@ -75,16 +75,16 @@ pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> 
         Fault::new(
             Class::Untrusted,
             format!(
-                "the token made a MAC of {} bytes, not {MAC_BYTES}",
+                "the token made a MAC of {} bytes instead of {MAC_BYTES}",
                 mac.len()
             ),
         )
     })
 }
 
-/// `C_Verify` with the integrity key, or, on a token without that function, `C_Sign` and a comparison in constant time. With a key
-/// that is not on the token it is done in this process. A MAC that is wrong is [`Class::Input`] or, on some tokens,
-/// [`Class::Ambiguous`].
+/// Verifies a MAC with `C_Verify`. On a token without this function, uses `C_Sign` and compares in constant time. An
+/// integrity key that is not on the token is used in this process. The error for a wrong MAC is [`Class::Input`] or, on
+/// some tokens, [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -92,7 +92,7 @@ pub(super) fn verify(
     mac: &[u8],
 ) -> Result<(), Fault> {
     if mac.len() != MAC_BYTES {
-        return Err(Fault::new(Class::Input, "a MAC of another length"));
+        return Err(Fault::new(Class::Input, "the MAC has the wrong length"));
     }
     let object = match &pair.integrity_key {
         MacKey::OnToken(object) => *object,
@@ -120,8 +120,8 @@ pub(super) fn verify(
     }
 }
 
-/// Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` of `C_Verify` itself state that the MAC is wrong (PKCS#11 2.40,
-/// section 5.12). After every other code the self-test decides.
+/// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` from `C_Verify` itself
+/// say that the MAC is wrong (PKCS#11 2.40, section 5.12). After any other code, the self-test decides.
 fn verify_fault(error: Error) -> Fault {
     let states_it = matches!(
         error,
@@ -138,7 +138,7 @@ fn verify_fault(error: Error) -> Fault {
     }
 }
 
-/// A code that refuses an input states nothing about the MAC.
+/// Reclassifies a code that only rejects an input, because such a code says nothing about the MAC.
 fn not_about_the_mac(fault: Fault) -> Fault {
     let class = match fault.class {
         Class::Input => Class::Ambiguous,
@@ -147,7 +147,7 @@ fn not_about_the_mac(fault: Fault) -> Fault {
     Fault { class, ..fault }
 }
 
-/// What the token must be able to do with one key, with an answer that is known. Made once per worker, checked often.
+/// The self-test of one key: a ciphertext with its known plaintext, made once per worker and checked often.
 #[derive(Clone, Debug)]
 pub(super) struct SelfTest {
     algorithm: Algorithm,
@@ -156,7 +156,7 @@ pub(super) struct SelfTest {
 }
 
 impl SelfTest {
-    /// Makes a ciphertext with the public key.
+    /// Creates the self-test by encrypting a random plaintext with the public key.
     pub(super) fn new(public: &PublicSide, algorithm: Algorithm) -> Result<Self, Fault> {
         let unfit = |what: String| Fault::new(Class::Untrusted, what);
         let mut plaintext = [0; SELF_TEST_BYTES];
@@ -186,12 +186,12 @@ impl SelfTest {
         &self.wrapped
     }
 
-    /// The mechanism that the ciphertext was made for.
+    /// The mechanism that decrypts the ciphertext.
     pub(super) fn mechanism(&self) -> Mechanism<'static> {
         oaep(self.algorithm)
     }
 
-    /// Decrypts on the token and compares.
+    /// Decrypts on the token and compares the plaintext.
     pub(super) fn decrypt(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let plaintext = decrypt(session, pair, self.algorithm, &self.wrapped)?;
         if bool::from(plaintext.as_slice().ct_eq(&self.plaintext)) {
@@ -206,7 +206,7 @@ impl SelfTest {
         ))
     }
 
-    /// Decrypts on the token and compares; makes and verifies a MAC.
+    /// Decrypts on the token and compares the plaintext, then makes a MAC and verifies it.
     pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         self.decrypt(session, pair)?;
         self.makes_a_mac(session, pair)
@@ -217,7 +217,7 @@ impl SelfTest {
         verify(session, pair, &self.plaintext, &mac)
     }
 
-    /// A token without HMAC cannot be used, which the message says of no other part of it.
+    /// A token without HMAC cannot be used. The message names HMAC and no other function as the cause.
     fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let made = self.makes_a_mac(session, pair);
         made.map_err(|fault| {
@@ -235,7 +235,8 @@ impl SelfTest {
         })
     }
 
-    /// A token that takes any MAC for right would make every row of the database right.
+    /// Checks that the token rejects a wrong MAC. A token that accepts every MAC would make every row of the database
+    /// valid.
     fn refuses_forgery(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let mut forged = mac(session, pair, &self.plaintext)?;
         forged[0] ^= 1;
@@ -254,9 +255,9 @@ impl SelfTest {
     }
 }
 
-/// What the token can do with a key, found out by doing it: OAEP with SHA-256, else with SHA-1 where the operator allows it;
-/// and that it refuses a wrong MAC. `open` gives a session for each try, because some tokens leave a failed operation stuck
-/// in theirs.
+/// Finds out by trying what the token can do with a key: OAEP with SHA-256, or with SHA-1 if the operator allows that.
+/// Also checks that the token rejects a wrong MAC. `open` returns a new session for each attempt, because some tokens
+/// leave a failed operation active in its session.
 pub(super) fn probe(
     open: impl Fn() -> Result<KeySession, Fault>,
     id: WrappingKeyId,
@@ -276,7 +277,7 @@ pub(super) fn probe(
     let self_test = choose(attempt, allow_oaep_sha1)?;
     let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
     authenticates().or_else(|fault| match fault.class {
-        // It may have been busy for a moment.
+        // The token may have been busy only for a moment.
         Class::Ambiguous => authenticates(),
         _ => Err(fault),
     })?;
@@ -284,7 +285,7 @@ pub(super) fn probe(
     Ok(self_test)
 }
 
-/// Whether a token that returns this may be one that cannot do the operation at all.
+/// Returns whether this error may mean that the token cannot do the operation at all.
 fn is_refusal(fault: &Fault) -> bool {
     matches!(
         fault.class,
@@ -316,14 +317,14 @@ fn choose<T>(
         Ok(_) => Err(Fault::new(
             Class::Configuration,
             format!(
-                "the token cannot do RSA-OAEP with SHA-256 ({refusal}), only with SHA-1; if that is what \
-                 you want, say `allow_oaep_sha1 = true` in [token]"
+                "the token supports RSA-OAEP only with SHA-1, not with SHA-256 ({refusal}); to accept \
+                 SHA-1, set `allow_oaep_sha1 = true` in [token]"
             ),
         )),
         Err(fault) => Err(Fault::new(
             fault.class,
             format!(
-                "the token does RSA-OAEP neither with SHA-256 ({refusal}) nor with SHA-1 ({fault})"
+                "the token supports RSA-OAEP neither with SHA-256 ({refusal}) nor with SHA-1 ({fault})"
             ),
         )),
     }
@@ -335,7 +336,7 @@ mod tests {
 
     use super::*;
 
-    /// The choice when SHA-256 fails a number of times with a class.
+    /// The choice when SHA-256 fails this number of times with this class.
     fn chosen(failures: u32, class: Class) -> Result<Algorithm, Class> {
         let left = Cell::new(failures);
         let attempt = |algorithm| {

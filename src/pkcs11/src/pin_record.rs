@@ -1,10 +1,11 @@
-//! What is remembered of the PINs that were shown to tokens, across processes and restarts: a fact of the state directory.
+//! The record of PINs that tokens were given, kept in the state directory across processes and restarts.
 //!
-//! A PIN is known again by its content, as a salted Argon2id hash for each serial number: a touched file or a refreshed
-//! Secret holds the same PIN. The worker or the command that has read the PIN compares; the front never holds it.
+//! A PIN is recognised by its content, as a salted Argon2id hash for each serial number: a touched file or a refreshed
+//! Secret contains the same PIN. The process that has read the PIN, a worker or a command, does the comparison. The
+//! front never holds the PIN.
 //!
-//! Not protected: a reader of the state directory can try all short PINs against a hash. The directory is as confidential
-//! as the PIN file.
+//! Not protected: a person who can read the state directory can try all short PINs against a hash. The directory is as
+//! confidential as the PIN file.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -20,36 +21,38 @@ use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
-/// How long another process may hold the lock: longer than a login takes on a slow device.
+/// Longest wait for another process to release the lock, longer than a login on a slow device.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Version of the fact's format.
+/// Version of the record's format.
 const FORMAT: u32 = 1;
-/// PINs remembered for each token, and tokens remembered. The oldest PIN, and any other token, are forgotten first.
+/// Largest numbers of PINs per token and of tokens in the record. Of the PINs, the oldest is removed first; of the
+/// tokens, the first by serial number.
 const PINS_MAX: usize = 8;
 const TOKENS_MAX: usize = 16;
 const SALT_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
-/// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker's start waits for one hash.
+/// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. The start of a worker waits for
+/// one hash.
 const MEMORY_KIB: u32 = 19_456;
 const ITERATIONS: u32 = 2;
 
-/// Why the record could not be read or written.
+/// Why the record cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// The state directory.
+    /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateError),
-    /// The content of the fact.
+    /// The content of the record is damaged.
     #[error(
         "the record of PINs ({FACT} in the state directory) is damaged; `keybroker token retry-pin` replaces it"
     )]
     Damaged(#[source] serde_json::Error),
-    /// A later release wrote it.
+    /// A later release wrote the record.
     #[error(
-        "the record of PINs ({FACT} in the state directory) has format {0}, which is of a later release"
+        "the record of PINs ({FACT} in the state directory) has format {0}, which a later release wrote"
     )]
     Format(u32),
-    /// No random salt, or no memory for the hash.
+    /// No random salt is available, or no memory for the hash.
     #[error("cannot compute the hash of the PIN: {0}")]
     Hash(&'static str),
 }
@@ -60,14 +63,14 @@ pub struct PinRecord {
     state: StateDirectory,
 }
 
-/// The fact as stored.
+/// The record as stored.
 #[derive(Debug, Serialize, Deserialize)]
 struct Fact {
     format: u32,
-    /// The operator allowed the next login to use a token's last try.
+    /// Whether the operator allowed the next login to use a token's last attempt.
     #[serde(default)]
     final_try_allowed: bool,
-    /// By serial number.
+    /// The PINs of each token, by its serial number.
     #[serde(default)]
     tokens: BTreeMap<String, TokenPins>,
 }
@@ -85,27 +88,27 @@ impl Fact {
 /// The PINs of one token, oldest first.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct TokenPins {
-    /// Hexadecimal digits, used as they are.
+    /// The salt in hexadecimal digits, whose bytes are used directly.
     salt: String,
     pins: Vec<KnownPin>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct KnownPin {
-    /// In hexadecimal digits.
+    /// The hash in hexadecimal digits.
     hash: String,
     #[serde(flatten)]
     standing: Standing,
 }
 
 impl PinRecord {
-    /// The record in a state directory.
+    /// Returns the record in a state directory.
     pub fn new(state: StateDirectory) -> Self {
         Self { state }
     }
 
-    /// The operator's permission: PINs that a token rejected may be shown once more, and with `allow_final_try` also when the
-    /// token says that one more wrong PIN locks it. Returns how many PINs that were.
+    /// Records the operator's permission to use rejected PINs once more. With `allow_final_try`, this includes a token
+    /// that reports that one more wrong PIN locks it. Returns the number of PINs that are affected.
     pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         // A damaged record is replaced.
@@ -131,7 +134,7 @@ impl PinRecord {
         Ok(forgotten)
     }
 
-    /// Forgets the PINs of a token that was initialised: it has a new one.
+    /// Removes the PINs of a token that was initialised, because it has a new PIN.
     pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -141,8 +144,8 @@ impl PinRecord {
         self.write(&fact)
     }
 
-    /// Begins a login with a PIN on the token of a serial number. Until it is dropped no other process of this instance
-    /// logs in.
+    /// Begins a login with a PIN on the token with this serial number. Until the result is dropped, no other process of
+    /// this instance logs in.
     pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
         let lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -184,7 +187,7 @@ impl PinRecord {
     }
 }
 
-/// One login under way.
+/// A login that has begun.
 pub(super) struct Login<'a> {
     record: &'a PinRecord,
     fact: Fact,
@@ -202,19 +205,19 @@ impl fmt::Debug for Login<'_> {
 }
 
 impl Login<'_> {
-    /// What is known of this PIN on this token.
+    /// Returns the history of this PIN on this token.
     pub(super) fn standing(&self) -> Option<&Standing> {
         let token = self.fact.tokens.get(&self.serial)?;
         let known = token.pins.iter().find(|pin| pin.hash == self.hash)?;
         Some(&known.standing)
     }
 
-    /// Whether the operator allowed the token's last try.
+    /// Whether the operator allowed the use of the token's last attempt.
     pub(super) fn final_try_allowed(&self) -> bool {
         self.fact.final_try_allowed
     }
 
-    /// Records a standing, unless nothing changes. The permission for the last try ends with it.
+    /// Records a standing if it has changed, and ends the permission for the last attempt.
     pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
         if self.standing() == standing.as_ref() && !self.fact.final_try_allowed {
             return Ok(());
@@ -224,7 +227,7 @@ impl Login<'_> {
         token.pins.retain(|pin| pin.hash != self.hash);
         if let Some(standing) = standing {
             if matches!(standing, Standing::Proven { .. }) {
-                // A token has one user PIN: another one that was right before is not right any more.
+                // A token has one user PIN, so another PIN that was accepted before is no longer valid.
                 token
                     .pins
                     .retain(|pin| !matches!(pin.standing, Standing::Proven { .. }));
@@ -292,7 +295,7 @@ mod tests {
     fn a_pin_is_known_by_its_content_and_the_serial_number() {
         let folder = tempfile::tempdir().unwrap();
         set(&record(&folder), "1", "123456", rejected());
-        // As another process sees it.
+        // Another process sees this state.
         let again = record(&folder);
         assert_eq!(standing(&again, "1", "123456"), Some(rejected()));
         assert_eq!(standing(&again, "1", "123457"), None);
@@ -315,7 +318,7 @@ mod tests {
         assert_eq!(standing(&record, "1", "right"), Some(proven()));
         let mut login = record.begin("1", &pin("wrong")).unwrap();
         assert_eq!(login.standing(), None);
-        // The permission is for one login.
+        // The permission is valid for one login.
         assert!(login.final_try_allowed());
         login.set(Some(rejected())).unwrap();
         drop(login);

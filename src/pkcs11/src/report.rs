@@ -1,5 +1,6 @@
-//! The report on a token: what it is, what it can do, and what it does although it must not. Everything is tried with keys that end
-//! with the session; keys that stay are made only when the operator allows it, and are removed.
+//! The report on a token: its identity, its abilities, and the forbidden operations that it performs. All tests use
+//! keys that end with the session. Keys that stay on the token are made only if the operator allows it, and are
+//! removed.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -41,23 +42,23 @@ mod rates;
 
 pub(crate) use rates::{Counted, waits_of_this_thread};
 
-/// Sessions that are opened at most, to find the limit.
+/// Largest number of sessions that are opened to find the limit.
 const SESSIONS_MAX: usize = 64;
 const MODULUS_BITS: u32 = 2_048;
 const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
-/// Digits of a time: `YYYYMMDDhhmmss00`.
+/// Number of digits of a time: `YYYYMMDDhhmmss00`.
 const CLOCK_DIGITS: usize = 16;
 
-/// What the operator allows.
+/// The operator's permissions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Allowed {
-    /// Keys that stay on the token for a moment.
+    /// Whether keys may be made that stay on the token for a short time.
     pub(crate) write: bool,
-    /// The serial number in the report.
+    /// Whether the report may contain the serial number.
     pub(crate) serial: bool,
 }
 
-/// A key that has a template.
+/// The kind of a key that has a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     IntegrityKey(HmacKey),
@@ -79,7 +80,7 @@ impl Kind {
         }
     }
 
-    /// The template without the attributes that are named, for a key of a session.
+    /// Returns the template for a key of a session, without the attributes whose names are in `left_out`.
     fn template(self, left_out: &[&str]) -> Vec<Attribute> {
         let id = keys::no_id();
         let template = match self {
@@ -91,7 +92,7 @@ impl Kind {
         })
     }
 
-    /// The attributes of the template that may be excepted.
+    /// Returns the attributes of the template that may be excepted.
     fn exceptable(self) -> Vec<String> {
         let template = self.template(&[]);
         let excepted = template
@@ -117,12 +118,12 @@ impl Kind {
     }
 }
 
-/// The name of an attribute in the standard.
+/// Returns the name of an attribute in the standard.
 fn name_of(attribute: &Attribute) -> String {
     attribute.attribute_type().to_string()
 }
 
-/// The code of a failure, without the function: the name of what was tried says which it was.
+/// Returns the code of a failure without the function, because the name of the test already says that.
 fn code(error: &Error) -> String {
     match error {
         Error::Pkcs11(code, _) => format!("{code:?}"),
@@ -142,14 +143,14 @@ fn told(name: impl Into<String>, result: impl Into<String>) -> Answer {
     }
 }
 
-/// Keys of a session that have everything that the token takes.
+/// Keys of a session that have all attributes that the token accepts.
 struct Probe {
     pair: KeyPair,
     public: PublicSide,
     self_test: SelfTest,
 }
 
-/// What has been found so far.
+/// The findings so far.
 #[derive(Default)]
 struct Findings {
     integrity_key: IntegrityKey,
@@ -161,11 +162,11 @@ struct Findings {
 
 impl Findings {
     fn cannot_make(&mut self, kind: Kind, error: &Error) {
-        let reason = format!("it makes no {}: {}", kind.name(), code(error));
+        let reason = format!("the token makes no {}: {}", kind.name(), code(error));
         self.reasons.push(reason);
     }
 
-    /// The settings that the token needs.
+    /// Returns the settings that the token needs.
     fn settings(&self, settings: &Settings) -> Settings {
         Settings {
             attribute_exceptions: self.exceptions.clone(),
@@ -183,7 +184,7 @@ impl Findings {
     }
 }
 
-/// Makes the report. The login ends with it.
+/// Makes the report. The login ends afterwards.
 pub(crate) fn make(
     token: &OpenToken,
     settings: &Settings,
@@ -337,7 +338,8 @@ fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     answers
 }
 
-/// The last thing that is tried: what a logout ends, and what the handle of a key is worth after the next login.
+/// Finds out which sessions a logout ends, and whether the handle of a key is still valid after the next login. This is
+/// the last part of the report.
 fn after_logout(
     token: &OpenToken,
     pin: Option<&Pin>,
@@ -359,7 +361,7 @@ fn after_logout(
         "private keys seen after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
     ));
-    // A PIN that the token has not accepted from this process is not shown to it for a report.
+    // The report does not use a PIN that the token has not already accepted from this process.
     let (Some(pin), Some(probe), false) = (pin, probe, token.is_login_of_another) else {
         return;
     };
@@ -387,13 +389,13 @@ fn after_logout(
     let _ended = token.anchor.logout();
 }
 
-/// A key of a session, and the attributes that the token refused in its template, each with the code.
+/// A key of a session, and the attributes that the token refused in its template, each with the return code.
 struct Made {
     object: ObjectHandle,
     refused: Vec<(String, String)>,
 }
 
-/// Makes a key with everything that the token takes; finds out one by one what it refuses.
+/// Makes a key with all attributes that the token accepts. Finds the refused attributes one by one.
 fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     if let Ok(object) = kind.make(session, MODULUS_BITS, &[]) {
         return Ok(Made {
@@ -419,8 +421,8 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     })
 }
 
-/// The first kind of integrity key that the token makes, that of the settings before the others. If it makes none and the settings
-/// permit it, a key in the memory of this process.
+/// Returns the first kind of integrity key that the token makes, beginning with the kind of the settings. If the token
+/// makes none and the settings permit it, returns a key in the memory of this process.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
@@ -452,7 +454,7 @@ fn integrity_key(
     Ok(None)
 }
 
-/// What the token does with each attribute of a template. Returns the key.
+/// Tests the token's handling of each attribute of a template. Returns the key.
 fn templates(
     session: &Session,
     kind: Kind,
@@ -500,7 +502,7 @@ fn shown(read: &Result<Option<Attribute>, Error>, asked: &Attribute) -> String {
     }
 }
 
-/// The attribute check of one rule, which decides whether an exception is needed or nothing helps.
+/// Checks one rule. Records whether an exception is needed, or a reason why the token cannot be used.
 fn check_attribute(
     session: &Session,
     object: ObjectHandle,
@@ -509,7 +511,7 @@ fn check_attribute(
     findings: &mut Findings,
 ) {
     let (name, attribute_type, _) = rule;
-    // The key ends with the session.
+    // The key is made for the session, so `CKA_TOKEN` is not checked.
     if *attribute_type == AttributeType::Token || findings.exceptions.iter().any(|it| it == name) {
         return;
     }
@@ -533,11 +535,11 @@ fn check_attribute(
 
 fn destroy(session: &Session, object: ObjectHandle) {
     calling::next("C_DestroyObject");
-    // It ends with the session at the latest.
+    // The object ends with the session at the latest.
     let _destroyed = session.destroy_object(object);
 }
 
-/// The self-test with what the token can do, by the answers so far.
+/// Creates the self-test for the algorithm that the token supports, according to the answers so far.
 fn chosen(
     report: &Report,
     public: &PublicSide,
@@ -559,7 +561,7 @@ fn chosen(
         findings.allow_oaep_sha1 = true;
         Algorithm::RsaOaepSha1
     } else {
-        let reason = "it does RSA-OAEP neither with SHA-256 nor with SHA-1";
+        let reason = "the token supports RSA-OAEP neither with SHA-256 nor with SHA-1";
         findings.reasons.push(reason.to_owned());
         return Ok(None);
     };
@@ -601,7 +603,7 @@ fn negative(
     Ok(())
 }
 
-/// Keys that stay on the token: made, found by another session, checked and removed.
+/// Tests keys that stay on the token: they are made, found by another session, checked and removed.
 fn on_token(
     token: &OpenToken,
     settings: &Settings,
@@ -610,7 +612,8 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
-    // Before anything is made: a token that has no session left must not keep keys of a failed report.
+    // The session is opened before any key is made, because a token without a free session must not keep the keys of a
+    // failed report.
     let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
@@ -672,7 +675,7 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
     let file = settings.module.file_name().unwrap_or_default();
     let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
-    // Its content may hold names and passwords, and reports are published.
+    // The content may contain names and passwords, and reports are published.
     lines.extend(
         settings
             .initialize_string
@@ -708,7 +711,7 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
 }
 
-/// Generic secrets of a kind, to be tried.
+/// The template of a secret key of this type for tests.
 fn secret_template(key_type: KeyType) -> Vec<Attribute> {
     vec![
         Attribute::Class(ObjectClass::SECRET_KEY),

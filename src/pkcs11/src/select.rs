@@ -1,4 +1,5 @@
-//! Which token: exactly one of label, serial number and RFC 7512 URI, and exactly one token that fits.
+//! Selects the token. The settings contain exactly one of label, serial number and RFC 7512 URI, and exactly one token
+//! must match.
 
 use std::{
     thread,
@@ -15,12 +16,12 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// How long an absent token is looked for at start: another process that logs in hides it for moments (SoftHSM rewrites
-/// the token's file at every login).
+/// How long the start waits for an absent token. Another process that logs in can hide the token for a moment, because
+/// SoftHSM rewrites the token's file at each login.
 const ABSENT_RETRY: Duration = Duration::from_secs(2);
 const ABSENT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Why the settings choose no token.
+/// Why the settings do not select a token.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SelectorError {
     #[error("no token is chosen: set one of `token.label`, `token.serial` and `token.uri`")]
@@ -35,17 +36,19 @@ pub(super) enum SelectorError {
     Query,
     #[error("`token.uri`: {0:?} has no value")]
     NoValue(String),
-    #[error("`token.uri`: {0:?} does not name a token; use token, serial, manufacturer and model")]
+    #[error(
+        "`token.uri`: {0:?} is not an attribute of a token; use token, serial, manufacturer and model"
+    )]
     Attribute(String),
-    #[error("`token.uri` names {0:?} twice")]
+    #[error("`token.uri` contains {0:?} twice")]
     AttributeTwice(String),
-    #[error("`token.uri` names nothing of the token")]
+    #[error("`token.uri` contains no attribute of a token")]
     Empty,
     #[error("`token.uri`: {0:?} is not percent-encoded UTF-8")]
     Encoding(String),
 }
 
-/// What a token must be to be chosen. Fields that are absent do not matter.
+/// The properties that a token must have. Absent fields match every token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Selector {
     label: Option<String>,
@@ -55,7 +58,7 @@ pub(super) struct Selector {
 }
 
 impl Selector {
-    /// From the settings: exactly one of the three.
+    /// Builds a selector from the settings, which must contain exactly one of the three.
     pub(super) fn from_settings(settings: &Settings) -> Result<Self, SelectorError> {
         match (&settings.label, &settings.serial, &settings.uri) {
             (Some(label), None, None) => Ok(Self {
@@ -72,9 +75,9 @@ impl Selector {
         }
     }
 
-    /// From the path attributes of an RFC 7512 URI that names a token and nothing else.
+    /// Builds a selector from an RFC 7512 URI with path attributes of a token only.
     pub(super) fn from_uri(uri: &str) -> Result<Self, SelectorError> {
-        // A scheme is compared without case (RFC 3986 section 3.1).
+        // The scheme is not case-sensitive (RFC 3986 section 3.1).
         let (scheme, path) = uri.split_once(':').ok_or(SelectorError::Scheme)?;
         if !scheme.eq_ignore_ascii_case("pkcs11") {
             return Err(SelectorError::Scheme);
@@ -154,22 +157,23 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
     String::from_utf8(bytes).map_err(|_| bad())
 }
 
-/// A token that was chosen.
+/// The selected token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Selected {
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Others fit the settings, too, and the registry names this one.
+    /// Whether other tokens match the settings too, so that the registry's serial number selected this one.
     pub(super) is_one_of_several: bool,
 }
 
-/// What the serial numbers of the registry decide. Empty ones decide nothing.
+/// How the serial numbers of the registry affect the choice of a token. An empty list has no effect.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
-    /// Only a token that has one of them is chosen, for `serve`: a token with the same label may belong to another user, who would
-    /// learn the PIN.
+    /// For `serve`: only a token with one of the serial numbers is chosen. Another token with the same label may belong
+    /// to another user, who would learn the PIN.
     Required(&'a [&'a str]),
-    /// They decide among several tokens that fit, for commands: some are for a clone, or for a token without registered keys.
+    /// For commands: the serial numbers are used only if several tokens match. Some commands are for a clone, or for a
+    /// token without registered keys.
     Preferred(&'a [&'a str]),
 }
 
@@ -184,7 +188,7 @@ impl Registered<'_> {
     }
 }
 
-/// Finds the one initialised token that fits, and looks again for a while when there is none.
+/// Finds the only initialised token that matches. If there is none, searches again for a while.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
@@ -241,9 +245,9 @@ fn find_now(
         [] => Err(Fault::new(
             Class::NoToken,
             format!(
-                "the registry names the token with the serial number {}, and the settings fit only {}, so no login was tried. Connect \
-                 the registered token and choose it by `token.serial`; if the other one is its clone, run `keybroker key register ID` \
-                 there",
+                "the registry contains the token with the serial number {}, but the settings match only {}, so no login was tried. \
+                 Connect the registered token and choose it by `token.serial`. If the connected token is its clone, run \
+                 `keybroker key register ID` with it",
                 quoted(serials.iter().copied()),
                 quoted(
                     fitting
@@ -287,7 +291,7 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
     )
 }
 
-/// All initialised tokens.
+/// Returns all initialised tokens.
 pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::TokenInfo)>, Fault> {
     let mut tokens = Vec::new();
     calling::next("C_GetSlotList");
@@ -301,7 +305,7 @@ pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::T
     Ok(tokens)
 }
 
-/// The token information (`C_GetTokenInfo`), padding removed.
+/// The token information (`C_GetTokenInfo`) without padding.
 pub(super) fn describe(info: &keybroker_pkcs11_ffi::TokenInfo) -> TokenInfo {
     TokenInfo {
         label: unpadded(info.label()).to_owned(),

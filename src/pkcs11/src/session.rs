@@ -1,4 +1,4 @@
-//! One session thread of a worker: takes jobs, one at a time, on the one session that it owns.
+//! One session thread of a worker, which takes one job at a time and runs it on its own session.
 //!
 //! Mitigations: M8, M10 of `THREAT_MODEL.md`.
 
@@ -27,13 +27,13 @@ use crate::{
     operation,
 };
 
-/// What every session thread of a worker shares.
+/// The state that all session threads of a worker share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
-    /// Number of self-tests begun, over all threads: it chooses the key of the next one.
+    /// Number of self-tests that all threads have begun, which chooses the key of the next self-test.
     pub(super) turn: AtomicUsize,
 }
 
@@ -44,10 +44,11 @@ impl Shared {
     }
 }
 
-/// A job's end: bytes for the front, or a failure.
+/// The result of a job: bytes for the front, or a failure.
 pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
 
-/// One thread's session. It is replaced after every failure of a token call: some tokens leave an operation stuck in it.
+/// The session of one thread, which is replaced after every failure of a token call, because some tokens leave an
+/// operation active in it.
 #[derive(Debug)]
 pub(super) struct SessionThread {
     shared: Arc<Shared>,
@@ -56,12 +57,12 @@ pub(super) struct SessionThread {
 
 /// Why an attempt returned no bytes.
 enum Stop {
-    /// The job's own end.
+    /// The job has failed.
     Failed(wire::Failure),
-    /// The session was lost and nothing was done: try once more on another one.
+    /// The session was lost before the job had an effect. The job may be repeated once on another session.
     SessionLost(Fault),
-    /// The token refused, although the self-test passes. It may have been busy for a moment: one more attempt, and only if it
-    /// refuses again is this the job's end.
+    /// The token refused the job, although the self-test passes. The token may have been busy for a moment, so the job
+    /// is repeated once. If the token refuses it again, the job has failed.
     Doubted(wire::Failure),
 }
 
@@ -73,7 +74,7 @@ impl SessionThread {
         }
     }
 
-    /// Runs a job; says how long the module had it.
+    /// Runs a job. Returns its outcome and the time in the module.
     pub(super) fn run(&mut self, work: &Work) -> (Outcome, Duration) {
         let started = Instant::now();
         let outcome = match work.job() {
@@ -86,7 +87,7 @@ impl SessionThread {
         (outcome, started.elapsed())
     }
 
-    /// At most one more attempt for each of the two causes.
+    /// Runs a job with at most one more attempt for each of the two causes.
     fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
         let (mut lost, mut doubted) = (false, None);
         loop {
@@ -113,7 +114,7 @@ impl SessionThread {
     }
 
     fn attempt(&mut self, job: &Job, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
-        // Opening a session is a token call, too.
+        // Opening a session is a token call too.
         check_deadline(deadline)?;
         if self.current.is_none() {
             let session = self
@@ -135,7 +136,7 @@ impl SessionThread {
                 self.mac(&job.key_id, &job.new_message, deadline)
             }
             Job::Unwrap(job) => {
-                // The MAC first: bytes that were not stored for this context never reach the RSA key.
+                // The MAC is verified first: bytes that were not stored for this context never reach the RSA key.
                 self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
                 self.decrypt(job, deadline)
             }
@@ -152,7 +153,7 @@ impl SessionThread {
         let (session, pair) = self.session(key)?;
         let made = operation::mac(&session.session, pair, message);
         made.map(|mac| Zeroizing::new(mac.to_vec()))
-            // Nothing of the caller's can make a MAC fail: the token is busy with something.
+            // No input of a caller can make a MAC fail, so the token is busy.
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
     }
 
@@ -177,7 +178,8 @@ impl SessionThread {
         check_deadline(deadline)?;
         let (session, pair) = self.session(&job.key_id)?;
         let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
-        // After a good MAC this is never the caller's fault: the self-test tells a damaged row from a faulty token.
+        // After a valid MAC, the failure is never the caller's fault. The self-test tells a damaged row from a faulty
+        // token.
         decrypted.map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
     }
 
@@ -193,10 +195,11 @@ impl SessionThread {
         Ok((session, pair))
     }
 
-    /// What a fault means for the job with that key. `refusal` is what it is called when the token refuses although it works.
+    /// Decides what a fault means for a job with this key. `refusal` is the failure class if the token refuses the job
+    /// although its self-test passes.
     fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
         if fault.class == Class::Input && refusal == FailureClass::MacRefused {
-            // These codes mean nothing else.
+            // For a MAC, these codes are not ambiguous.
             return Stop::failed(refusal, fault.to_string());
         }
         self.current = None;
@@ -222,7 +225,7 @@ impl SessionThread {
         }
     }
 
-    /// A new session on which the self-test of that key passes.
+    /// Opens a new session and runs the self-test of this key on it.
     fn revive(&mut self, key: &[u8], deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
         let session = self
@@ -242,8 +245,7 @@ impl SessionThread {
         Ok(())
     }
 
-    /// One key at each asking, in turn, so that a token with many keys is not slower to answer for its health than one with
-    /// few.
+    /// Tests one key per call, in turn, so that a self-test takes no longer on a token with many keys.
     fn self_test(&mut self, deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
         let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
@@ -265,7 +267,8 @@ impl SessionThread {
             | Class::Untrusted
             | Class::Pin
             | Class::Login => Err(Stop::from_self_test(&fault)),
-            // One error of a passing kind is no reason to replace the worker: another session decides.
+            // An error of these classes may be temporary and is no reason to replace the worker. A test in another
+            // session decides.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
                 self.revive(key.as_bytes(), deadline)
@@ -298,8 +301,8 @@ impl Stop {
         Self::Failed(failure(class, detail))
     }
 
-    /// A session that cannot be opened, or in which a key is not found, means that the token is gone: the module shows a
-    /// token that was removed, and one that dropped the login, as a token without keys.
+    /// If a session cannot be opened or lacks a key, the token is lost: a module shows a token that was removed, or
+    /// that dropped the login, as a token without keys.
     fn from_open(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
@@ -309,7 +312,7 @@ impl Stop {
         Self::failed(class, fault.to_string())
     }
 
-    /// A wrong answer is worse than none: such a token must not be used.
+    /// A wrong answer is worse than no answer: such a token must not be used.
     fn from_self_test(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,

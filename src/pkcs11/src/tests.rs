@@ -1,7 +1,7 @@
-//! What needs a real token inside this process.
+//! Tests that need a real token in this process.
 //!
 //! SoftHSM reads its configuration from the environment, which a running test cannot change safely. So each test starts
-//! itself again as a child with an environment and a token folder of its own.
+//! itself again as a child process with its own environment and token directory.
 
 use std::{
     env, fs,
@@ -32,7 +32,7 @@ const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
 const CHILD: &str = "KEYBROKER_TEST_TOKEN_FOLDER";
 const USER_PIN: &str = "123456";
 
-/// Runs `body` in a child of this test that has a token folder of its own.
+/// Runs `body` in a child process of this test with its own token directory.
 fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
     if let Some(folder) = env::var_os(CHILD) {
         return body(Path::new(&folder));
@@ -65,7 +65,7 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
         "{text}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    // The figures of a long run.
+    // Prints the results of a long run.
     println!("{text}");
 }
 
@@ -105,13 +105,13 @@ fn open() -> OpenToken {
     OpenToken::login(&settings(), &record(), &pin(USER_PIN), true).unwrap()
 }
 
-/// The record of PINs of this test, as long as it runs.
+/// The record of PINs of this test.
 fn record() -> PinRecord {
     let folder = env::var_os(CHILD).unwrap();
     PinRecord::new(StateDirectory::below(&Path::new(&folder).join("audit")))
 }
 
-/// The same token through the module that fails on command.
+/// The same token, through the module that fails on command.
 fn faulty(folder: &Path) -> (Settings, Faulty) {
     let faulty = Faulty::in_folder(folder.join("faults"), Path::new(MODULE));
     let settings = Settings {

@@ -1,11 +1,12 @@
 //! The token worker: the process that holds the vendor's module, and nothing else.
 //!
-//! Life: the first frame on standard input says which token and which keys; the worker reads the PIN itself, opens its
-//! sessions one after another, proves every key, says so, and serves jobs until its socket ends. It ignores SIGINT and
-//! SIGTERM: the front decides when it ends, by closing the socket, so that jobs under way in a drain are finished.
+//! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
+//! sessions one after another, proves every key, reports that, and serves jobs until its socket ends. The worker
+//! ignores SIGINT and SIGTERM: the front decides when the worker ends, by closing the socket, so that running jobs are
+//! finished during a drain.
 //!
-//! A process that ends while threads are inside the module crashes in most vendors' clean-up code. So the threads are
-//! joined first; if one does not come back, the worker kills itself, which runs no clean-up at all.
+//! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
+//! threads are joined first. If a thread does not return, the worker kills itself, which runs no clean-up code.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -44,15 +45,15 @@ use crate::{
     session::{self, SessionThread, Shared},
 };
 
-/// How long session threads may take to come back when the socket has ended.
+/// Longest time for the session threads to return after the socket has ended.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// How long the module may take to open the token: longer than the front waits for it.
+/// Longest time for the module to open the token, longer than the front waits.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Body of the hidden command `keybroker token-worker`.
+/// Runs the hidden command `keybroker token-worker`.
 pub fn run() -> ExitCode {
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
@@ -82,7 +83,7 @@ fn serve() -> io::Result<()> {
     let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // When the front ends, the end of the socket ends this process.
+        // If the front has ended, the end of the socket ends this process.
         let _sent = progress.send(0, calling, Duration::ZERO);
     });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
@@ -103,15 +104,15 @@ fn serve() -> io::Result<()> {
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     let threads = start(sessions_open, &input, &output, &ended)?;
-    // The first session thread that finds the socket at its end says so; the others follow.
+    // The first session thread that finds the end of the socket reports it. The others follow.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
     drop(token);
     ended
 }
 
-/// Replaces the default action of both signals, which would end the process. Nothing reads the signals that are noted: the
-/// handler is installed with the listener and stays.
+/// Replaces the default action of both signals, which would end the process. The returned values keep the handlers
+/// installed; nothing reads the signals.
 pub(crate) fn ignore_signals()
 -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
     use tokio::signal::unix::{SignalKind, signal};
@@ -127,8 +128,8 @@ pub(crate) fn ignore_signals()
     Ok((runtime, signals))
 }
 
-/// Ends this process when the module hangs while it opens the token. The front does so as well, but the front may be gone.
-/// The watch ends when the returned value is dropped.
+/// Ends this process if the module hangs while it opens the token. The front would do that too, but it may have ended.
+/// Dropping the returned value ends the limit.
 fn limit_opening() -> Sender<()> {
     let (opened, is_open) = crossbeam_channel::bounded(0);
     thread::spawn(move || {
@@ -139,17 +140,19 @@ fn limit_opening() -> Sender<()> {
     opened
 }
 
-/// Runs no clean-up: that of most modules crashes while threads are inside.
+/// Ends this process without running clean-up code, which crashes in most modules while threads are inside.
 fn kill_ourselves() {
     let ourselves = rustix::process::getpid();
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
-/// Ends this process some seconds after the front closed its end of the socket or is gone, whatever this process is doing. What
-/// hangs in the module, or before the socket is read, would otherwise keep the token's sessions from the next front.
+/// Ends this process a few seconds after the front has closed its end of the socket or has ended, whatever this process
+/// is doing. A process that hangs in the module, or before it reads the socket, would otherwise keep the token's
+/// sessions from the next front.
 ///
-/// The socket is watched, and not the parent's death signal: Linux sends that when the *thread* ends that started this
-/// process. The parent is checked as well, in case another process holds a copy of the front's end.
+/// The function watches the socket instead of using the parent-death signal, because Linux sends that signal when the
+/// *thread* that started this process ends. The function also checks the parent, in case another process holds a copy
+/// of the front's end.
 pub(crate) fn end_with_front(stream: UnixStream) {
     let front = rustix::process::getppid();
     thread::spawn(move || {
@@ -170,7 +173,7 @@ pub(crate) fn end_with_front(stream: UnixStream) {
     });
 }
 
-/// Absent for a token that is used without a login.
+/// Reads the PIN. Returns `None` for a token that is used without a login.
 fn read_pin(setup: &Setup) -> Result<Option<Pin>, Fault> {
     if setup.pin_file.is_empty() {
         return Ok(None);
@@ -216,7 +219,7 @@ fn open(
         keys,
         turn: AtomicUsize::new(0),
     });
-    // One after another: a token that refuses the second session says so before the third is asked for.
+    // Opened one after another, so that a token that refuses the second session is not asked for a third.
     let mut open = Vec::with_capacity(sessions);
     for _ in 0..sessions {
         open.push(SessionThread::new(
@@ -245,7 +248,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     }
 }
 
-/// The class that the front acts on.
+/// Translates a class for the front.
 fn startup_class(class: Class) -> FailureClass {
     match class {
         Class::Pin => FailureClass::Pin,
@@ -254,7 +257,7 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // An input that the token refuses is our own known-answer input: the failure may be transient.
+        // A rejected input is that of the worker's own self-test, so the failure may be temporary.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }
@@ -276,7 +279,7 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
     }
 }
 
-/// The socket, and what came of it beyond the message that was read last.
+/// The socket, with bytes received after the last message.
 struct Input {
     stream: UnixStream,
     inbox: Inbox,
@@ -304,14 +307,14 @@ fn start(
                 .name(format!("session-{number}"))
                 .spawn(move || {
                     let result = work(&mut session, &input, &mut replies);
-                    // Only the first result is read; the channel has space for all.
+                    // Only the first result is read, but the channel has room for all.
                     let _heard = ended.send(result);
                 })
         })
         .collect()
 }
 
-/// Takes the next job from the socket by turns with the other session threads: none stands between the socket and the
+/// Takes jobs from the socket in turn with the other session threads. No other thread is between the socket and the
 /// session that does the work.
 fn work(
     session: &mut SessionThread,
@@ -338,7 +341,7 @@ fn work(
     }
 }
 
-/// The way back to the front, shared by the session threads; each makes its frames ready in its own buffer.
+/// The sending side of the socket, which the session threads share. Each thread prepares its frames in its own buffer.
 struct Replies {
     stream: Arc<Mutex<UnixStream>>,
     outbox: Outbox,
@@ -370,7 +373,7 @@ impl Replies {
     }
 }
 
-/// Waits for the session threads; a process that must not wait any longer kills itself.
+/// Waits for the session threads. If they take too long, the process kills itself.
 fn join(threads: Vec<JoinHandle<()>>) {
     let until = Instant::now() + JOIN_TIMEOUT;
     while threads.iter().any(|thread| !thread.is_finished()) {

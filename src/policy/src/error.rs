@@ -1,5 +1,5 @@
 //! The error when Cedar refuses a question or the parts of a policy. Policies and questions were checked before, so
-//! each such error is a defect of this crate. One type with the cause for the log is therefore enough.
+//! each such error is a defect of this crate. One error type with the cause for the log is therefore enough.
 
 /// A failed call of Cedar.
 #[derive(Debug, thiserror::Error)]

@@ -14,13 +14,13 @@ use super::{
     problem::{Problem, Problems, Source},
 };
 
-/// Most policy files.
+/// Largest number of policy files.
 pub(super) const FILES_MAX: usize = 64;
 /// Longest file, in bytes.
 pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// Longest file name, in bytes. It is in the audit log if a policy has no id.
+/// Longest file name, in bytes. The audit log contains the file name if a policy has no id.
 const NAME_BYTES_MAX: usize = 64;
-/// Most ignored files that are reported by name.
+/// Largest number of ignored files that are reported by name.
 const IGNORED_MAX: usize = 8;
 const SUFFIX: &str = ".cedar";
 const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");

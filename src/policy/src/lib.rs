@@ -59,7 +59,7 @@ const RESERVED: [&str; 4] = [DEFAULT_DENY, SEPARATION_OF_DUTIES, OWN_TENANT, UNA
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Whether the broker's own permits are in force. Its forbids always are.
+    /// Whether the broker's own permits are in force. The broker's own forbids always are.
     pub defaults: bool,
     /// The directory with the operator's policies, `*.cedar`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -174,8 +174,8 @@ pub struct Question<'a> {
     pub call: &'a Call,
 }
 
-/// All inputs of a decision. It contains an [`Identity`] instead of a [`Principal`], so that an explanation can use an
-/// invented one. A [`Permit`] needs a [`Question`].
+/// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an explanation can use
+/// an invented identity. A [`Permit`] needs a [`Question`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
@@ -275,8 +275,8 @@ impl Policy {
 
     /// Decides whether an action is allowed.
     pub fn decide(&self, question: &Question<'_>) -> Result<Permit, Denied> {
-        // The APIs set the address of every caller. If it is missing, the action is denied instead of being decided for
-        // an invented address.
+        // The APIs set the address of every caller. If the address is missing, the action is denied instead of being
+        // decided for an invented address.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
             keybroker_core::alert!(Bug, call_id = %question.call.id, "a call has no peer address");
             return Err(Denied {
@@ -330,7 +330,7 @@ impl Policy {
         })
     }
 
-    /// Returns the decision for a case. It can only be displayed, because it is not a permit.
+    /// Returns the decision for a case, which can only be displayed because it is not a permit.
     pub fn evaluate(&self, case: &Case<'_>) -> Verdict {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
@@ -410,7 +410,7 @@ enum Look {
 
 /// The rules in the code, which apply regardless of the policies.
 fn floor(case: &Case<'_>) -> Option<Verdict> {
-    // The configuration already refuses such a principal. This check also covers every other way to create one.
+    // The configuration already refuses such a principal. This check also covers every other way to create a principal.
     if conflict(&case.identity.roles).is_some() {
         return Some(Verdict::denied(SEPARATION_OF_DUTIES));
     }

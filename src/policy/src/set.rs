@@ -27,7 +27,7 @@ use super::{
 
 const SHIPPED: &str = include_str!("default.cedar");
 const SHIPPED_NAME: &str = "(shipped)";
-/// Most policies of the operator. Each of them can be evaluated for each call.
+/// Largest number of policies of the operator, because each of them can be evaluated for each call.
 pub(super) const POLICIES_MAX: usize = 256;
 const ID_BYTES_MAX: usize = 64;
 /// The annotation with the name of a policy in the audit log.

@@ -6,7 +6,7 @@
 
 /// Deepest nesting of brackets.
 const DEPTH_MAX: usize = 32;
-/// Most operator characters in one policy. Each may add a level to the syntax tree.
+/// Largest number of operator characters in one policy. Each character may add a level to the syntax tree.
 const OPERATORS_MAX: usize = 1_000;
 /// One `if` adds as many levels to the tree as this many operator characters.
 const IF_WEIGHT: usize = 4;

@@ -14,7 +14,7 @@ const PREFIX_BYTES: usize = 4;
 /// Initial capacity of an [`Outbox`] in bytes, enough for the usual number of waiting frames.
 const OUTBOX_BYTES: usize = 4 * 1024;
 
-/// The bytes that the socket has not accepted yet. They are overwritten as soon as they are sent.
+/// The bytes that the socket has not accepted yet. Sent bytes are overwritten immediately.
 #[derive(Debug)]
 pub struct Outbox {
     bytes: Zeroizing<Vec<u8>>,
@@ -89,7 +89,8 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Returns the buffer for the next read. It is not empty if [`Inbox::take`] found no message.
+    /// Returns the buffer for the next read, which is not empty if [`Inbox::take`] found no
+    /// message.
     pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);

@@ -1,8 +1,9 @@
 //! Files with wrapped integrity keys, for tokens without keys for HMAC (`token.integrity_key = "worker"`).
 //!
-//! A file holds an integrity key that is wrapped under the RSA key of its wrapping key. Anyone who has the public key can wrap a key
-//! of their own, so the ciphertext proves nothing about who made it. Therefore the SHA-256 of each file is in the configuration, and
-//! the file is never in the database: its writer could otherwise choose the key that verifies the rows.
+//! A file holds an integrity key that is wrapped under the RSA key of its wrapping key. Anyone with the public key can
+//! wrap a key, so the ciphertext does not prove who made it. Therefore the SHA-256 of each file is in the
+//! configuration, and the file is never in the database. Otherwise a writer of the database could choose the key that
+//! verifies the rows.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -51,19 +52,19 @@ pub enum IntegrityFileError {
          integrity keys"
     )]
     NoDirectory,
-    /// Nothing says that this is the right file.
+    /// The configuration has no digest of this file.
     #[error(
         "the configuration does not have the digest of the wrapped integrity key {}; add the line that `keybroker key generate` \
          printed, `{id} = \"SHA-256 of the file\"`, to [token.integrity_key_digests]",
         path.display()
     )]
     NotPinned {
-        /// Of the wrapping key.
+        /// Id of the wrapping key.
         id: WrappingKeyId,
         /// The file.
         path: PathBuf,
     },
-    /// It is another file than the one whose digest is configured.
+    /// The digest of the file differs from the configured digest.
     #[error(
         "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. The person who \
          chose its content could forge rows; restore the file from a backup, and find out who changed it",
@@ -81,7 +82,7 @@ pub enum IntegrityFileError {
         /// What is wrong with it.
         what: String,
     },
-    /// It is missing, or other users can read or change it.
+    /// The file is missing, or other users can read or change it.
     #[error("{}", describe_file(.0))]
     File(#[source] trusted_file::Error),
     /// The directory is missing, or other users can change it.
@@ -129,7 +130,7 @@ pub struct WrappedIntegrityKey {
     pub wrapping_key: WrappingKeyId,
     /// How it is wrapped.
     pub algorithm: Algorithm,
-    /// What the token decrypts.
+    /// The ciphertext that the token decrypts.
     pub ciphertext: Vec<u8>,
 }
 
@@ -179,7 +180,7 @@ impl WrappedIntegrityKey {
     }
 }
 
-/// The files, as `[token]` names them.
+/// The files, by the settings of `[token]`.
 #[derive(Clone, Copy, Debug)]
 pub struct IntegrityFiles<'a> {
     directory: &'a Path,
@@ -187,12 +188,13 @@ pub struct IntegrityFiles<'a> {
 }
 
 impl<'a> IntegrityFiles<'a> {
-    /// Of a token whose settings permit integrity keys in the memory of the workers, for the wrapping key `id`.
+    /// Returns the files of a token whose settings permit integrity keys in the memory of the workers. `id` is the
+    /// wrapping key that the error names.
     pub fn of(settings: &'a Settings, id: WrappingKeyId) -> Result<Self, IntegrityFileError> {
         Self::permitted(settings)?.ok_or(IntegrityFileError::NotPermitted(id))
     }
 
-    /// The same; none if the settings do not permit such keys.
+    /// Returns the files of a token. `None` if its settings do not permit integrity keys in the memory of the workers.
     pub fn permitted(settings: &'a Settings) -> Result<Option<Self>, IntegrityFileError> {
         if !settings.permits_integrity_key_in_worker() {
             return Ok(None);
@@ -204,18 +206,18 @@ impl<'a> IntegrityFiles<'a> {
         }))
     }
 
-    /// The file of a wrapping key.
+    /// Returns the path of the file of a wrapping key.
     pub fn path(&self, id: WrappingKeyId) -> PathBuf {
         self.directory.join(format!("{id}.{EXTENSION}"))
     }
 
-    /// Checks that only this user can change the directory. Returns it with credentials expanded.
+    /// Checks that only this user can change the directory. Returns its path with `$CREDENTIALS_DIRECTORY` expanded.
     pub fn check_directory(&self) -> Result<PathBuf, IntegrityFileError> {
         trusted_file::check_directory(self.directory, DIRECTORY)
             .map_err(IntegrityFileError::Directory)
     }
 
-    /// The same, and that this user can make files in it.
+    /// Checks also that this user can make files in the directory.
     pub fn check_writable(&self) -> Result<(), IntegrityFileError> {
         let path = self.check_directory()?;
         access(&path, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
@@ -226,20 +228,20 @@ impl<'a> IntegrityFiles<'a> {
         })
     }
 
-    /// Whether there is a file of a wrapping key, whatever it holds.
+    /// Returns whether there is a file of a wrapping key. The content of the file is not checked.
     pub fn has(&self, id: WrappingKeyId) -> bool {
         let path = self.path(id);
         trusted_file::expand(&path).is_ok_and(|path| path.symlink_metadata().is_ok())
     }
 
-    /// Reads the file of a wrapping key, if it is the one whose digest is configured.
+    /// Reads the file of a wrapping key, if the file has the configured digest.
     pub fn load(&self, id: WrappingKeyId) -> Result<WrappedIntegrityKey, IntegrityFileError> {
         let path = self.path(id);
         let bytes = trusted_file::read(&path, BYTES_MAX, INTEGRITY_KEY)
             .map_err(IntegrityFileError::File)?;
         match self.digests.get(&id.to_string()) {
             None => return Err(IntegrityFileError::NotPinned { id, path }),
-            // Both are public.
+            // Both digests are public, so the comparison need not take constant time.
             Some(digest) if *digest != sha256(&bytes) => {
                 return Err(IntegrityFileError::Changed { path });
             }
@@ -257,8 +259,9 @@ impl<'a> IntegrityFiles<'a> {
         }
     }
 
-    /// Writes the file of a new key, which survives a power failure when this returns. Never replaces a file: it could be the only
-    /// copy of the key that verifies the rows. Returns path and SHA-256.
+    /// Writes the file of a new key. When this function returns, the file survives a power failure. Never replaces a
+    /// file, because the file could be the only copy of the key that verifies the rows. Returns the path and the
+    /// SHA-256.
     pub fn create(
         &self,
         id: WrappingKeyId,
@@ -283,7 +286,8 @@ impl<'a> IntegrityFiles<'a> {
         Ok((path, sha256(text.as_bytes())))
     }
 
-    /// Everything that is wrong with the files: those whose digests are configured, and those in the directory without one.
+    /// Returns all problems with the files: with the files whose digests are configured, and with files in the
+    /// directory without a configured digest.
     pub fn problems(&self) -> Vec<IntegrityFileError> {
         let directory = match self.check_directory() {
             Ok(directory) => directory,
@@ -323,12 +327,12 @@ impl<'a> IntegrityFiles<'a> {
     }
 }
 
-/// As `sha256sum` prints it.
+/// Returns the SHA-256 in the format of `sha256sum`.
 fn sha256(bytes: &[u8]) -> String {
     hex::encode(digest::digest(&digest::SHA256, bytes))
 }
 
-/// Whether a text is a SHA-256 as the configuration must have it.
+/// Returns whether a text is a SHA-256 in the format of the configuration.
 pub fn is_sha256(text: &str) -> bool {
     let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     text.len() == 2 * digest::SHA256_OUTPUT_LEN && text.bytes().all(is_digit)
@@ -405,7 +409,7 @@ mod tests {
         assert_eq!(fixture.files().load(ID).unwrap(), key());
     }
 
-    /// A person who has the public key can wrap a key of their own.
+    /// A person with the public key can wrap a key.
     #[test]
     fn a_file_that_another_key_was_put_into_is_refused() {
         let fixture = Fixture::new(&key().to_text());

@@ -1,4 +1,4 @@
-//! Checks the files to which the settings refer. Other users must not be able to change them.
+//! Checks the files to which the settings refer, which other users must not be able to change.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -60,8 +60,8 @@ pub enum PathError {
 /// machine. The check matters because the module gets the PIN.
 pub fn check_module(path: &Path) -> Result<(), PathError> {
     let file = match trusted_file::open(path, MODULE) {
-        // The loader opens the path again later. This is not a race, because only root and this user can change the
-        // path's target.
+        // The loader opens the path again later. Opening it again is not a race, because only root and this user can
+        // change the path's target.
         Ok(file) => file,
         Err(source) if source.is_missing() => {
             let path = path.to_owned();
@@ -79,7 +79,7 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header up to `e_machine`. It is the same for 32 and 64 bits.
+/// Length of the first part of an ELF header up to `e_machine`, which is equal for 32 and 64 bits.
 const ELF_BYTES: usize = 20;
 /// Values of `e_machine` with the names of the machines.
 const MACHINES: [(u16, &str); 8] = [

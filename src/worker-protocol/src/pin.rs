@@ -1,5 +1,5 @@
-//! The user PIN. It comes from a file that only its owner can read, from a descriptor, or from a person who types it.
-//! It never comes from an argument or an environment variable.
+//! The user PIN, which comes from a file that only its owner can read, from a descriptor, or from a person who types
+//! it. A PIN never comes from an argument or an environment variable.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 

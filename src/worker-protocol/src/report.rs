@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 /// Version of the report's format.
 pub const FORMAT: u32 = 1;
 
-/// Name of the answer that shows whether the keys that were stored on the token were removed.
+/// Name of the answer that shows whether the keys stored on the token were removed.
 pub const REMOVED: &str = "removed";
 
-/// The whole report. It contains no PIN, no key and no label.
+/// The whole report, which contains no PIN, no key and no label.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The version of the format: [`FORMAT`].
@@ -32,7 +32,7 @@ pub struct Report {
     pub errors: Vec<Answer>,
     /// Tests with keys that stay on the token. Empty without `--write`.
     pub token_objects: Vec<Answer>,
-    /// Rates that were measured on a machine with other work. They are not compared.
+    /// Rates that were measured on a machine with other work, and are therefore not compared.
     pub rates: Vec<Rate>,
     /// Whether the token's work uses CPU time of this machine; absent if that could not be measured.
     pub token_cpu_is_local: Option<bool>,

@@ -25,8 +25,8 @@ pub enum IntegrityKey {
     Sha256Hmac,
     /// `CKK_SHA256_HMAC`, generated with the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`. For Entrust `nShield`.
     Nshield,
-    /// No object of the token: a key in the memory of the workers, wrapped under the RSA key in a file. For tokens without keys for
-    /// HMAC.
+    /// A key in the memory of the workers instead of an object on the token. A file holds the key, wrapped under the
+    /// RSA key. This kind is for tokens without keys for HMAC.
     Worker,
 }
 
@@ -81,14 +81,14 @@ pub struct Settings {
     /// File with the user PIN, which only its owner may read. `$CREDENTIALS_DIRECTORY/` at the beginning stands for the
     /// directory of systemd credentials.
     pub pin_file: Option<PathBuf>,
-    /// Number of worker processes. Set it to 1 if the token allows only one client.
+    /// Number of worker processes. Set `workers` to 1 if the token allows only one client.
     #[serde(default = "Settings::default_workers")]
     pub workers: usize,
     /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Most waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal with the most
-    /// waiting jobs.
+    /// Largest number of waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal
+    /// with the most waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
     /// Weight of principals by name, when jobs of several principals wait. A principal with weight 4 gets four times
@@ -108,14 +108,15 @@ pub struct Settings {
     /// The kind of object of this token's integrity keys.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
-    /// Directory of the files with wrapped integrity keys, for `integrity_key = "worker"`: `ID.json` for each wrapping key.
+    /// Directory with the files of wrapped integrity keys, for `integrity_key = "worker"`. There is one file `ID.json`
+    /// for each wrapping key.
     #[serde(default)]
     pub integrity_key_directory: Option<PathBuf>,
-    /// SHA-256 of each of these files, by the id of its wrapping key; both in hexadecimal digits.
+    /// SHA-256 of each of these files, by the id of its wrapping key. Both are written as hexadecimal digits.
     #[serde(default)]
     pub integrity_key_digests: BTreeMap<String, String>,
-    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). They are left out of templates. They
-    /// may be absent, but must not have a wrong value.
+    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Excepted attributes are left out of
+    /// templates. An excepted attribute may be absent, but must not have a wrong value.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
@@ -140,7 +141,8 @@ impl Settings {
         self.integrity_key == IntegrityKey::Worker
     }
 
-    /// With credentials expanded. A path that cannot be expanded stays as it is, so that the message about it names it.
+    /// Returns the path with `$CREDENTIALS_DIRECTORY` expanded. A path that cannot be expanded is returned unchanged,
+    /// so that the message names it.
     fn resolved_integrity_key_directory(&self) -> Option<PathBuf> {
         let directory = self.integrity_key_directory.as_deref()?;
         Some(trusted_file::expand(directory).unwrap_or_else(|_| directory.to_owned()))

@@ -4,7 +4,7 @@ use zeroize::Zeroize as _;
 
 use crate::wire::{Request, request::Job};
 
-/// A request. It is overwritten when dropped, because the message of a MAC may contain key material.
+/// A request, which is overwritten when dropped because the message of a MAC may contain key material.
 #[derive(Debug)]
 pub struct Work(Request);
 

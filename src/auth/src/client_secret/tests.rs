@@ -63,7 +63,7 @@ struct Setup {
     secrets: Secrets,
 }
 
-/// Parameters that take no time. They cannot be set in a configuration.
+/// Parameters that take no time. A configuration cannot contain them.
 fn quick() -> Settings {
     Settings {
         argon2_memory_kib: 64,
@@ -198,7 +198,7 @@ async fn without_a_budget_only_what_was_good_counts() {
     let spent = || Err::<(), _>(Error::new(Reason::FailureBudget, "spent"));
     let show = |secret: &str| Zeroizing::new(secret.as_bytes().to_vec());
     setup.secrets.verify(ID, show("good"), spent).await.unwrap();
-    // A change of any client does not lock this client out. It is looked up again.
+    // A change of any client does not lock this client out, but causes another look-up.
     setup.known.generation.store(1, Ordering::Relaxed);
     setup.secrets.verify(ID, show("good"), spent).await.unwrap();
     assert_eq!(setup.asked(), 2);

@@ -16,13 +16,13 @@ use tokio::sync::oneshot;
 
 use keybroker_core::key::ClientId;
 
-/// Most waiting trials in the lane of accepted secrets, and in that of unknown ids.
+/// Largest number of waiting trials in the lane of accepted secrets, and in that of unknown ids.
 const WAITING_MAX: usize = 64;
-/// Most waiting trials for existing clients.
+/// Largest number of waiting trials for existing clients.
 const KNOWN_WAITING_MAX: usize = 1_024;
-/// Most trials of one client's secrets, counted from the look-up of the client until the answer.
+/// Largest number of trials of one client's secrets, counted from the look-up of the client until the answer.
 const CLIENT_MAX: usize = 16;
-/// Most concurrent look-ups of API clients for secrets that were not accepted before.
+/// Largest number of concurrent look-ups of API clients for secrets that were not accepted before.
 const LOOKUPS_MAX: usize = 256;
 
 /// The lane in which a trial waits.

@@ -140,8 +140,8 @@ impl Settings {
         }
     }
 
-    /// A provider issues tokens for many applications. The settings must exclude those for other
-    /// applications.
+    /// A provider issues access tokens for many applications. The settings must exclude access
+    /// tokens for other applications.
     fn check_demands(&self, problems: &mut Vec<String>) {
         if self.algorithms.is_empty() {
             problems.push("`algorithms` is empty, so no token could be verified".to_owned());

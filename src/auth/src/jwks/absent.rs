@@ -1,10 +1,10 @@
-//! Key ids of earlier key sets. They tell a token of a withdrawn key from a token of a new key that was not fetched
-//! yet.
+//! Key ids of earlier key sets. With them, an access token of a withdrawn key can be told from an access token of a new
+//! key that was not fetched yet.
 
 use aws_lc_rs::digest;
 use keybroker_core::call::Timestamp;
 
-/// Most key ids that are remembered. Only the provider's key sets add to them.
+/// Largest number of key ids that are remembered. Only the provider's key sets add to them.
 const WITHDRAWN_MAX: usize = 256;
 
 /// The SHA-256 of a key id. A key id itself can be of any length.

@@ -219,7 +219,7 @@ pub enum SourceError {
     Task(#[source] JoinError),
 }
 
-/// Why no key set is available to verify a token.
+/// Why no key set is available to verify an access token.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum NoSet {
     #[error("no key set is known: {0}")]

@@ -1,5 +1,5 @@
-//! The current key set of an issuer. It is refreshed in the background, fetched once more when a token refers to a key
-//! that it lacks, and kept for a limited time while the provider is unavailable.
+//! The current key set of an issuer. The set is refreshed in the background, fetched once more when an access token
+//! refers to a key that it lacks, and kept for a limited time while the provider is unavailable.
 
 use std::{
     sync::{Arc, Mutex as SyncMutex, PoisonError},
@@ -20,7 +20,7 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
-/// The purpose of key files: a person who controls a key in them can sign tokens for every user.
+/// The purpose of key files: a person who controls a key in them can sign access tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
 /// Time after which every copy of a key set is up to date. Until then, caches and replicas between the provider and the
@@ -35,7 +35,7 @@ pub(crate) struct Pace {
     pub(crate) refetch: Duration,
     /// Time between successful fetches.
     pub(crate) refresh: Duration,
-    /// Time to the next attempt after the first failure. It doubles with each further failure.
+    /// Time to the next attempt after the first failure. The time doubles with each further failure.
     pub(crate) retry_first: Duration,
     /// Longest time to the next attempt after a failure.
     pub(crate) retry_last: Duration,
@@ -84,7 +84,7 @@ pub(crate) struct Keys {
     current: ArcSwapOption<Held>,
     /// When the last fetch because of an unknown key began.
     refetched: Arc<Mutex<Option<Instant>>>,
-    /// The error of the last attempt. It is shown in refusals, and kept so that it is reported only once.
+    /// The error of the last attempt. Refusals show this error, and it is kept so that it is reported only once.
     problem: SyncMutex<Option<String>>,
 }
 
@@ -150,10 +150,10 @@ impl Keys {
     /// Whether the provider is known to have no key with this id. `issued_s` is the token's `iat`, in seconds since
     /// 1970.
     ///
-    /// The newest set must lack the key. It must also have been fetched late enough that it cannot be an older copy
-    /// from a cache: five minutes after the last set that had the key, or five minutes after the token was issued. Key
-    /// ids that other callers used have no influence. Otherwise valid tokens would be rejected when the provider begins
-    /// to use such a key.
+    /// The newest set must lack the key. The set must also have been fetched late enough that it cannot be an older
+    /// copy from a cache: five minutes after the last set that had the key, or five minutes after the access token was
+    /// issued. Key ids that other callers used have no influence. Otherwise valid access tokens would be rejected when
+    /// the provider begins to use such a key.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
@@ -272,7 +272,7 @@ impl Keys {
         });
         let previous = previous.as_ref().map(|held| &held.set);
         let set = match previous {
-            // An unchanged set keeps its object, so that tokens that were verified with it stay verified.
+            // An unchanged set keeps its object, so that access tokens that were verified with it stay verified.
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
                 tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");

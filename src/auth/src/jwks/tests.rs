@@ -1,4 +1,4 @@
-//! Tests weak and malformed keys in a set, and the choice of keys for a token.
+//! Tests weak and malformed keys in a set, and the choice of keys for an access token.
 
 use rcgen::PublicKeyData as _;
 use rsa::{BigUint, RsaPublicKey, pkcs8::EncodePublicKey as _};

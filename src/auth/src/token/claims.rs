@@ -1,4 +1,4 @@
-//! Checks the claims of a verified token against the issuer's configuration, and reads the identity from them.
+//! Checks the claims of a verified access token against the issuer's configuration, and reads the identity from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +20,7 @@ const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 
 type Said = Map<String, Value>;
 
-/// Returns the identity that a token describes, and the time until which it is valid.
+/// Returns the identity that an access token describes, and the time until which it is valid.
 pub(crate) fn identity(
     settings: &Settings,
     said: &Said,
@@ -78,8 +78,8 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
     Ok(())
 }
 
-/// Checks the lifetime. A stolen token can be used until it expires, so a provider's mistake must not lead to a token
-/// that never expires. Without `iat`, the remaining lifetime is checked.
+/// Checks the lifetime. A stolen access token can be used until it expires, so a provider's mistake must not lead to an
+/// access token that never expires. Without `iat`, the remaining lifetime is checked.
 fn check_lifetime(
     settings: &Settings,
     said: &Said,

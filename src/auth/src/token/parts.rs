@@ -1,4 +1,4 @@
-//! The parts of a token before it is verified.
+//! The parts of an access token before it is verified.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde_json::{Map, Value};
@@ -10,7 +10,7 @@ use crate::{
 
 use super::refusal::{Cause, Refusal, shown};
 
-/// Header members that contain a key or its address. A key that comes with the token proves nothing.
+/// Header members that contain a key or its address. A key that comes with the access token proves nothing.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.
@@ -44,7 +44,7 @@ impl Parts {
         })
     }
 
-    /// The claimed issuer. It is used only to choose the configuration.
+    /// The claimed issuer, which is used only to choose the configuration.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
         issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))

@@ -1,4 +1,4 @@
-//! Why a token is refused: a cause for the counter and a detail for the log. Neither contains the token.
+//! Why an access token is refused: a cause for the counter and a detail for the log. Neither contains the access token.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use keybroker_core::error::{Error, Reason};
 
 /// The delay after which a caller may retry while the keys of an issuer are unknown.
 const KEYS_RETRY: Duration = Duration::from_secs(2);
-/// Longest text of a token that is written to the log, in characters.
+/// Longest text of an access token that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 
 /// The causes of refusals, as they are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// The token is longer than the limit.
+    /// The access token is longer than the limit.
     Oversized,
-    /// The token does not have three parts, or a part is not JSON in base64url.
+    /// The access token does not have three parts, or a part is not JSON in base64url.
     Malformed,
     /// The `iss` is not configured.
     Issuer,
@@ -26,7 +26,7 @@ pub(crate) enum Cause {
     Type,
     /// No key has the `kid`.
     KeyId,
-    /// The token has no `kid`, and more keys match than are tried.
+    /// The access token has no `kid`, and more keys match than are tried.
     ManyKeys,
     /// The issuer's keys are not known.
     NoKeys,
@@ -34,11 +34,11 @@ pub(crate) enum Cause {
     Signature,
     /// `exp` has passed.
     Expired,
-    /// The token is valid for longer than the issuer's access tokens may be.
+    /// The access token is valid for longer than the issuer's access tokens may be.
     Lifetime,
     /// `nbf` or `iat` is in the future.
     NotYetValid,
-    /// The token was issued for another audience.
+    /// The access token was issued for another audience.
     Audience,
     /// A scope is missing.
     Scope,
@@ -48,12 +48,12 @@ pub(crate) enum Cause {
     Subject,
 }
 
-/// A refused token.
+/// A refused access token.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub(super) cause: Cause,
     pub(super) detail: String,
-    /// Time until the issuer's keys can be fetched again, if a newer key may verify the token.
+    /// Time until the issuer's keys can be fetched again, if a newer key may verify the access token.
     undecided: Option<Duration>,
 }
 
@@ -80,13 +80,13 @@ impl Refusal {
         matches!(self.cause, Cause::KeyId | Cause::Signature)
     }
 
-    /// Returns the error for the caller, with this detail for the log. A token that cannot be verified now is not a
-    /// rejected token.
+    /// Returns the error for the caller, with this detail for the log. An access token that cannot be verified now is
+    /// not a rejected access token.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
-            // After a key rotation, every token from a network may name a key that the broker has not fetched yet, so the attempt does not
-            // count as failed. An attacker can make such tokens too, with an `iat` of now. They cost no signature check, and
-            // the limits on connections and on log lines apply.
+            // After a key rotation, every access token from a network may refer to a key that the broker has not
+            // fetched yet, so the attempt does not count as failed. An attacker can make such access tokens too, with
+            // an `iat` of now. They cost no signature check, and the limits on connections and on log lines apply.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }
@@ -97,7 +97,7 @@ impl Refusal {
             (Cause::NoKeys, None) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(KEYS_RETRY)
             }
-            // The signature was verified, so the token really comes from the issuer.
+            // The signature was verified, so the access token really comes from the issuer.
             (Cause::Expired, None) => Error::new(Reason::Credential, detail).renewable(),
             (_, None) => Error::new(Reason::Credential, detail),
         }
@@ -141,7 +141,7 @@ impl Cause {
     }
 }
 
-/// Quotes and shortens a text of a token for the log.
+/// Quotes and shortens a text of an access token for the log.
 pub(super) fn shown(text: &str) -> String {
     let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
     if cut.len() < text.len() {

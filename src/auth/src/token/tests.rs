@@ -1,4 +1,4 @@
-//! Tests every kind of bad token, and every state of a provider, against a real identity service on loopback.
+//! Tests every kind of bad access token, and every state of a provider, against a real identity service on loopback.
 
 use std::fmt::Write as _;
 
@@ -85,7 +85,7 @@ impl Running {
         self.tokens.verify(token.as_bytes()).await.unwrap()
     }
 
-    /// Expects that the token can be verified only later.
+    /// Expects that the access token can be verified only later.
     async fn undecided(&self, token: &str, words: &str) {
         let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::IdentityDown);
@@ -94,8 +94,8 @@ impl Running {
         assert!(error.detail().contains(words), "{words}: {error}");
     }
 
-    /// Expects that the token is not rejected, because the issuer may have a newer key that cannot be looked up yet. It
-    /// counts as a failed attempt if signatures were checked.
+    /// Expects that the access token is not rejected, because the issuer may have a newer key that cannot be looked up
+    /// yet. The attempt counts as failed if signatures were checked.
     async fn postponed(&self, token: &str, words: &str, counts: bool) {
         let error = self.tokens.verify(token.as_bytes()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::IdentityDown, "{error}");
@@ -159,7 +159,7 @@ async fn scope_and_amr_may_be_lists_or_text() {
     }
 }
 
-/// A description of each bad token, the token, and words that the log must contain.
+/// Each bad access token with its description and words that the log must contain.
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
     let minted = |claims: Value, header: Value| {
@@ -336,7 +336,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
 async fn every_bad_token_is_refused_for_its_reason() {
     let service = Identity::start(Options::default());
     let running = Running::ready(&service, "").await;
-    // A valid token from the same service is accepted.
+    // A valid access token from the same service is accepted.
     running.accepted(&service.user_token(ADA)).await;
     for (what, token, words) in bad_tokens(&service) {
         eprintln!("{what}");
@@ -345,8 +345,9 @@ async fn every_bad_token_is_refused_for_its_reason() {
     running.accepted(&service.user_token(ADA)).await;
 }
 
-/// An expired token is reported as renewable only if a renewed token would be accepted. Everything except the time is
-/// verified first. Otherwise a token for another service, which never counts as a failure, could be sent without limit.
+/// An expired access token is reported as renewable only if a renewed access token would be accepted. Everything except
+/// the time is verified first. Otherwise an access token for another service, which never counts as a failure, could be
+/// sent without limit.
 #[tokio::test]
 async fn only_a_token_whose_one_fault_is_its_age_is_renewable() {
     let service = Identity::start(Options::default());
@@ -538,7 +539,7 @@ async fn a_service_has_the_roles_of_its_issuer_and_no_keys_of_its_own() {
 #[tokio::test]
 async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     let service = Identity::start(Options::default());
-    // The set's `alg` is RS256. It is removed to test the other algorithms.
+    // The set's `alg` is RS256. The member is removed to test the other algorithms.
     let mut set = service.jwks();
     set["keys"][0].as_object_mut().unwrap().remove("alg");
     let folder = tempfile::tempdir().unwrap();

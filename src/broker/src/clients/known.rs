@@ -23,8 +23,8 @@ const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) enum Wanted {
     /// To authenticate or change the client. The wrapping key of its MAC must be usable.
     InForce,
-    /// To revoke the client permanently. This is also possible when the wrapping key of its MAC must no longer be used:
-    /// a revoked client cannot authenticate, so an untrusted row gains nothing by it.
+    /// To revoke the client permanently, even when the wrapping key of its MAC must no longer be used: a revoked client
+    /// cannot authenticate, so an untrusted row gains nothing by it.
     ToEnd,
 }
 
@@ -51,7 +51,8 @@ impl PageVerifier {
     }
 }
 
-/// Returns the caller for jobs about one API client. These jobs wait in the queue of that client, like its own calls.
+/// Returns the caller for jobs about one API client. The jobs wait in the queue of that client, like the client's own
+/// calls.
 fn caller_about(id: ClientId) -> hsm::Caller {
     hsm::Caller::principal(id.principal_name(), Deadline::after(MAC_TIMEOUT))
 }
@@ -214,8 +215,8 @@ impl Broker {
         wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        // A damaged client cannot authenticate and is told only that its credential is refused. Its administrator gets
-        // the cause.
+        // A damaged client cannot authenticate and is told only that its credential is refused. The administrator of
+        // the client gets the cause.
         let damaged = |error: Error| match error.reason() {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,

@@ -9,7 +9,7 @@ use std::{
 use crate::Broker;
 use keybroker_core::{call::Timestamp, key::ClientId};
 
-/// Most secrets that are noted.
+/// Largest number of secrets that are noted.
 const NOTED_MAX: usize = 10_000;
 
 #[derive(Debug, Default)]

@@ -12,8 +12,8 @@ use moka::sync::Cache;
 const WINDOW: Duration = Duration::from_hours(1);
 /// Removing old users visits every user, so it runs no more often than this.
 const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
-/// Most services that are counted separately. Services come from the configuration and from API clients, so operators
-/// decide how many exist.
+/// Largest number of services that are counted separately. Services come from the configuration and from API clients,
+/// so operators decide how many exist.
 const SERVICES_MAX: u64 = 1_000;
 
 /// Users are counted by hashes under a random key of this process. A collision only makes the count smaller.

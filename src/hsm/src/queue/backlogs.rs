@@ -22,27 +22,27 @@ const STANDING_INTERVAL: Duration = Duration::from_millis(100);
 /// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
 const STANDING_PARTS: u32 = 4;
 
-/// The caution of a principal raises its expected wait, in thousandths. It grows by `CAUTION_STEP` when an accepted job
-/// turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. This corrects estimates that
-/// are too low because the token slows down or other principals arrive.
+/// The caution of a principal raises its expected wait, in thousandths. The caution grows by `CAUTION_STEP` when an
+/// accepted job turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. The caution
+/// corrects estimates that are too low because the token slows down or other principals arrive.
 ///
-/// `CAUTION_MIN` is always there. The wait is a sum of estimates, and its error is a part of it: with a fixed margin, the
-/// jobs that wait longest are late as soon as the estimate is some percent too low, or a newer job was served before them.
-/// A queue that is an eighth shorter still has work for every session.
+/// The caution is never less than `CAUTION_MIN`. The wait is a sum of estimates, so its error grows with the wait. With
+/// a fixed margin, the jobs that wait longest would be late as soon as the estimate is some percent too low or a newer
+/// job is served before them. A queue that is an eighth shorter still has work for every session.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MIN: u32 = 125;
 const CAUTION_MAX: u32 = 1_000;
 
-/// The time that a call needs after the token has answered: to write the audit entry and to send the answer. It is this
-/// part of the remaining time, but at most `ANSWER_MAX`.
+/// The time that a call needs after the token has answered: to write the audit entry and to send the answer. The
+/// reserve is this part of the remaining time, but at most `ANSWER_MAX`.
 const ANSWER_PARTS: u32 = 10;
 const ANSWER_MAX: Duration = Duration::from_millis(20);
 
 /// The sessions of all workers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Load {
-    /// At least one.
+    /// Number of all sessions, at least 1.
     pub(super) sessions: u32,
     /// The sessions that run a job.
     pub(super) busy: u32,
@@ -329,8 +329,8 @@ impl<J: Waiting> Backlogs<J> {
     }
 
     /// Makes room for a job of this lane. Among the lanes with several jobs, takes the newest job of the lane with the
-    /// most work per weight. Takes nothing if that is this lane, or if this lane would have at least as much work with
-    /// the new job.
+    /// most work per weight. Takes nothing if this lane has the most work, or if this lane would have at least as much
+    /// work with the new job.
     pub(super) fn evict_for(&mut self, lane: &Lane, cost: Duration) -> Option<J> {
         let own = self
             .waiting

@@ -11,8 +11,8 @@ const UNKNOWN: Duration = Duration::from_millis(1);
 /// fast, as in RFC 6298.
 const AVERAGE_PARTS: u32 = 16;
 const DEVIATION_PARTS: u32 = 8;
-/// Most kinds of jobs that are measured separately. A registry has few keys; the kinds beyond the limit have the cost
-/// of an unknown job.
+/// Largest number of kinds of jobs that are measured separately. A registry has few keys; the kinds beyond the limit
+/// have the cost of an unknown job.
 const KEYS_MAX: usize = 1_024;
 
 /// The kind of a job: its key, and whether it uses the RSA key.

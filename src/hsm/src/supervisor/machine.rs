@@ -22,8 +22,8 @@ const LOGIN_MAX: Duration = Duration::from_secs(3);
 /// Number of consecutive failed logins (about five minutes) after which logins become rarer.
 const LOGINS_FREQUENT: u32 = 100;
 const LOGIN_SELDOM: Duration = Duration::from_secs(15);
-/// Pause between starts while the PIN is latched. Such a start finds the token and compares the PIN with the record. It
-/// logs in only if the PIN or the token has changed, or after `keybroker token retry-pin`.
+/// Pause between starts while the PIN is latched. A start with a latched PIN finds the token and compares the PIN with
+/// the record. The worker logs in only if the PIN or the token has changed, or after `keybroker token retry-pin`.
 const LATCHED: Duration = Duration::from_secs(2);
 /// Pause between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);
@@ -48,7 +48,7 @@ pub(super) enum Event {
 /// The way in which a worker was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loss {
-    /// Its process ended or hung, or its token answered with an error.
+    /// The worker's process ended or hung, or its token answered with an error.
     Ended,
     /// The worker gave a wrong answer.
     Untrusted,

@@ -34,12 +34,13 @@ const BACK_OFF: Duration = Duration::from_millis(5);
 /// ends one worker more than this. Callers cannot construct such a job: the RSA key is used only after the MAC has
 /// verified.
 const LOSSES_MAX_ENDED: u32 = 4;
-/// The same limit after a worker hung or lost its token. It is lower because each such loss costs the callers seconds.
+/// The limit for jobs of a worker that hung or lost its token. The limit is lower, because each loss of this kind costs
+/// the callers seconds.
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
-    /// Serves until the worker ends, is marked as lost, or the broker stops. Then answers the worker's jobs and reaps
-    /// it.
+    /// Serves until the worker ends, is marked as lost, or the broker stops. Afterwards, answers the worker's jobs and
+    /// reaps its process.
     pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
         let ended = tokio::select! {

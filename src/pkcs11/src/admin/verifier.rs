@@ -1,4 +1,4 @@
-//! MACs verified one after another, on a separate session.
+//! Verifies many MACs in sequence, on a separate session.
 
 use keybroker_core::key::WrappingKeyId;
 
@@ -10,10 +10,10 @@ use crate::{
 
 use super::{Admin, AdminError};
 
-/// The message whose MAC must verify when the token's answer is ambiguous. No row has such a message.
+/// The message whose MAC must verify after an ambiguous answer. No row has this message.
 const PROOF: &[u8] = b"keybroker self-test of the MAC";
 
-/// Verifies MACs without looking for the key each time.
+/// Verifies MACs without searching for the key each time.
 #[derive(Debug)]
 pub(crate) struct Verifier {
     ids: Vec<WrappingKeyId>,
@@ -21,7 +21,7 @@ pub(crate) struct Verifier {
 }
 
 impl Verifier {
-    /// With one integrity key.
+    /// Creates a verifier with one integrity key.
     pub(crate) fn new(admin: &Admin, id: WrappingKeyId) -> Result<Self, AdminError> {
         Ok(Self {
             ids: vec![id],
@@ -29,7 +29,7 @@ impl Verifier {
         })
     }
 
-    /// Finds another integrity key, unless it was found before.
+    /// Adds another integrity key, unless it was added before.
     pub(crate) fn add(&mut self, admin: &Admin, id: WrappingKeyId) -> Result<(), AdminError> {
         if self.ids.contains(&id) {
             return Ok(());
@@ -40,7 +40,7 @@ impl Verifier {
         Ok(())
     }
 
-    /// Whether a MAC verifies. The key was given to [`Verifier::new`] or [`Verifier::add`].
+    /// Whether a MAC verifies. The key must have been passed to [`Verifier::new`] or [`Verifier::add`].
     pub(crate) fn verify(
         &mut self,
         admin: &Admin,
@@ -55,9 +55,9 @@ impl Verifier {
         }
     }
 
-    /// Some tokens report a wrong MAC with a code that can also mean a device error, and leave the session unusable.
-    /// Therefore a valid MAC is verified on a new session first; if the code occurs again for this MAC, the MAC is
-    /// wrong.
+    /// Verifies a MAC after an ambiguous answer. Some tokens report a wrong MAC with a code that can also mean a device
+    /// error, and leave the session unusable. Therefore a valid MAC is first verified on a new session. If the same
+    /// code then occurs again for the MAC in question, the MAC is wrong.
     fn verify_in_doubt(
         &mut self,
         admin: &Admin,
@@ -73,7 +73,7 @@ impl Verifier {
             Answer::Good => Ok(true),
             Answer::Wrong => Ok(false),
             Answer::Doubtful(fault) => {
-                tracing::debug!(%fault, "a MAC was refused ambiguously, twice");
+                tracing::debug!(%fault, "the token rejected a MAC twice with an ambiguous code");
                 self.renew(admin)?;
                 Ok(false)
             }
@@ -88,7 +88,7 @@ impl Verifier {
     fn pair(&self, id: WrappingKeyId) -> Result<&KeyPair, AdminError> {
         self.session.pair(id).ok_or_else(|| {
             AdminError::Untrusted(format!(
-                "the integrity key {id} was not looked up on the token"
+                "the integrity key {id} was not searched on the token"
             ))
         })
     }
@@ -106,7 +106,7 @@ impl Verifier {
     }
 }
 
-/// What the token says of a MAC.
+/// The token's answer about a MAC.
 enum Answer {
     Good,
     Wrong,

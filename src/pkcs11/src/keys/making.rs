@@ -1,4 +1,4 @@
-//! Making a wrapping key and its integrity key, and finding out why a token does not make them.
+//! Makes a wrapping key and its integrity key, and finds out why a token refuses to make them.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -30,12 +30,12 @@ use super::{
     },
 };
 
-/// Length of the modulus of a pair that ends with its session.
+/// Modulus length of a key pair that ends with its session.
 const SESSION_PAIR_BITS: u32 = 2_048;
-/// What the MAC of a new integrity key is made over. No row has such a message.
+/// The message for the trial MAC of a new integrity key. No row has this message.
 const MAC_TRIAL: &[u8] = b"keybroker trial of a new integrity key";
 
-/// What the settings say of the keys to be made.
+/// The settings for new keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms<'a> {
     pub(crate) exceptions: &'a [String],
@@ -51,7 +51,7 @@ impl<'a> Terms<'a> {
     }
 }
 
-/// What a run made on the token.
+/// The objects that this run made on the token.
 #[derive(Debug)]
 pub(crate) struct Made {
     pub(crate) pair: KeyPair,
@@ -59,7 +59,7 @@ pub(crate) struct Made {
 }
 
 impl Made {
-    /// Removes all objects. A failure says which of them are left.
+    /// Removes all objects. The error says which objects are left.
     pub(crate) fn remove(&self, session: &Session) -> Result<(), Fault> {
         let integrity_key = self.pair.integrity_key.object();
         let objects = [
@@ -81,7 +81,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "Of key {}, which this run made, the token did not remove {}; remove it with the vendor's tool",
+                "the token did not remove {1} of key {0}, which this run made; remove it with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),
@@ -94,7 +94,7 @@ fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fault> {
     Ok(session.destroy_object(object)?)
 }
 
-/// Makes an RSA pair and an integrity key under one fresh id. The session must be read-write.
+/// Makes an RSA pair and an integrity key under a new id. The session must be read-write.
 pub(crate) fn generate(
     session: &Session,
     modulus_bits: u32,
@@ -103,13 +103,13 @@ pub(crate) fn generate(
     make(session, modulus_bits, Lifetime::Token, terms)
 }
 
-/// The same with keys that end with the session, to try what the token can do.
+/// Makes keys that end with the session, to find out what the token can do.
 pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Result<Made, Refusal> {
     let made = make(session, SESSION_PAIR_BITS, Lifetime::Session, terms)?;
-    // Some tokens make a generic secret and refuse to use it for HMAC.
+    // Some tokens generate a generic secret but refuse to use it for HMAC.
     match operation::mac(session, &made.pair, MAC_TRIAL) {
         Err(fault) if depends_on_the_template(&fault) => {
-            // They end with the session at the latest.
+            // The keys end with the session at the latest.
             let _removed = made.remove(session);
             Err(Refusal {
                 making: HmacKey::of(terms.integrity_key).map(Making::IntegrityKey),
@@ -120,7 +120,7 @@ pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Resul
     }
 }
 
-/// Which of the two a token refused to make.
+/// The key that a token refused to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Making {
     IntegrityKey(HmacKey),
@@ -144,10 +144,10 @@ impl fmt::Display for Making {
     }
 }
 
-/// Why no keys were made. What had been made before the refusal is removed.
+/// Why no keys were made. Objects that were made before the refusal are removed.
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    /// What was refused; absent when it failed before.
+    /// The refused key; absent if the failure came earlier.
     pub(crate) making: Option<Making>,
     pub(crate) fault: Fault,
 }
@@ -167,8 +167,9 @@ impl From<Error> for Refusal {
     }
 }
 
-/// The integrity key first: it is the one that fewer tokens can make, and is made fast. It has the `CKA_ID` of the pair unless the
-/// token then refuses the pair: some tokens allow no second object with a `CKA_ID`.
+/// Makes the integrity key first, because fewer tokens can make it and it is made quickly. The integrity key gets the
+/// `CKA_ID` of the pair. If the token then refuses the pair, the integrity key is made again with a `CKA_ID` of its
+/// own, because some tokens allow no second object with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,
@@ -259,7 +260,7 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     ))
 }
 
-/// Whether another template could make a difference.
+/// Whether the failure might not occur with another template.
 fn depends_on_the_template(fault: &Fault) -> bool {
     !matches!(
         fault.class,
@@ -281,8 +282,8 @@ fn make_integrity_key(
     Ok(session.generate_key(&mechanism, &template)?)
 }
 
-/// The public and the private object. A token that refuses the smallest template of the public key is asked again with
-/// `CKA_PRIVATE`, which some tokens demand of every object.
+/// Makes the public and the private object. If the token refuses the smallest template of the public key, `CKA_PRIVATE`
+/// is added, which some tokens require for every object.
 fn make_rsa_pair(
     session: &Session,
     id: WrappingKeyId,
@@ -308,22 +309,22 @@ fn make_rsa_pair(
         .map_err(|_| refusal)
 }
 
-/// Why a token refuses to make a key, as far as trying shows.
+/// Why a token refuses to make a key, as far as that can be found out by trying.
 #[derive(Debug)]
 pub(crate) enum Cause {
-    /// It makes both keys with this kind of integrity key once these attributes are left out, too.
+    /// The token makes both keys with this kind of integrity key if these attributes are left out too.
     Settings {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,
     },
-    /// The template is good for a key of a session: the token does not keep keys, or has no room for one.
+    /// The token accepts the template for a key of a session. The token does not store keys, or has no room for one.
     NotTheTemplate,
-    /// It makes no such key for a session, even with every attribute left out that may be.
+    /// The token makes no such key even for a session without any attribute that may be left out.
     Unknown,
 }
 
-/// Finds out by trying which setting would help, with keys that end with the session. At most one try for each attribute that may be
-/// excepted, and two, for each kind of integrity key and for the RSA pair.
+/// Finds out by trying which setting would help, with keys that end with the session. For each kind of integrity key
+/// and for the RSA pair, it needs at most two attempts plus one for each attribute that may be excepted.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,
@@ -345,7 +346,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
             }
         }
     };
-    // So that the operator sees all of them at once.
+    // Includes the findings so far, so that the operator sees all attributes together.
     let excepted: Vec<String> = exceptions
         .iter()
         .cloned()
@@ -354,7 +355,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
     match (refused_of_rsa_pair(session, &excepted), making) {
         (Some(refused), _) => attributes.extend(refused),
         (None, Making::RsaPair) => return Cause::Unknown,
-        // What is known of the integrity key is of use.
+        // The findings about the integrity key are still useful.
         (None, Making::IntegrityKey(_)) => {}
     }
     if attributes.is_empty() && integrity_key == terms.integrity_key {
@@ -382,7 +383,7 @@ fn refused_of_integrity_key(
             return false;
         };
         let is_of_use = operation::mac_with(session, key, MAC_TRIAL).is_ok();
-        // It ends with the session at the latest.
+        // The key ends with the session at the latest.
         let _destroyed = destroy(session, key);
         is_of_use
     })
@@ -394,7 +395,7 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
         let Ok(id) = fresh_id() else { return false };
         match make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out) {
             Ok((public, private)) => {
-                // They end with the session at the latest.
+                // The keys end with the session at the latest.
                 let _destroyed = [destroy(session, public), destroy(session, private)];
                 true
             }
@@ -403,8 +404,9 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
     })
 }
 
-/// The attributes of a template that a token refuses besides those that are excepted; none if leaving out all of them does not
-/// help. `works` tries with what it is given left out.
+/// Returns the attributes that a token refuses in a template, in addition to those that are already excepted. Returns
+/// `None` if the token refuses the template even without all of them. `works` tries the template without the given
+/// attributes.
 fn refused(
     template: &[Attribute],
     exceptions: &[String],

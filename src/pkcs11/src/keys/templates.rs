@@ -1,4 +1,4 @@
-//! The templates of the keys: every usage flag is set, and what must not be possible is forbidden.
+//! The templates of the keys. Every usage flag is set explicitly, and all uses that are not needed are forbidden.
 
 use cryptoki::{
     mechanism::{Mechanism, MechanismType, vendor_defined::VendorDefinedMechanism},
@@ -13,10 +13,10 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// Length of an integrity key, in bytes: that of the HMAC's hash (RFC 2104 section 3).
+/// Length of an integrity key in bytes, equal to the output of the HMAC's hash (RFC 2104 section 3).
 const INTEGRITY_KEY_BYTES: u64 = 32;
 const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
-/// `CKM_NC_SHA256_HMAC_KEY_GEN` of nShield's header `pkcs11extra.h`.
+/// The value of `CKM_NC_SHA256_HMAC_KEY_GEN` in nShield's header `pkcs11extra.h`.
 const NSHIELD_HMAC_KEY_GEN: u64 = 0xde43_6997;
 
 /// A kind of integrity key that is an object on the token.
@@ -30,12 +30,12 @@ pub(crate) enum HmacKey {
 impl HmacKey {
     const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
 
-    /// Of a setting; none if that demands no object.
+    /// Returns the kind that a setting means. `None` if the setting keeps no integrity key on the token.
     pub(crate) fn of(setting: IntegrityKey) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.setting() == setting)
     }
 
-    /// The setting for keys of this kind.
+    /// Returns the setting for keys of this kind.
     pub(crate) fn setting(self) -> IntegrityKey {
         match self {
             Self::GenericSecret => IntegrityKey::GenericSecret,
@@ -44,7 +44,7 @@ impl HmacKey {
         }
     }
 
-    /// All kinds, that of the setting first.
+    /// Returns all kinds, beginning with the kind of the setting.
     pub(crate) fn all_with_first(setting: IntegrityKey) -> impl Iterator<Item = Self> {
         let first = Self::of(setting);
         let others = Self::ALL.into_iter();
@@ -54,14 +54,14 @@ impl HmacKey {
     }
 }
 
-/// How long a key object exists: `CKA_TOKEN`.
+/// The lifetime of a key object (`CKA_TOKEN`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lifetime {
     Token,
     Session,
 }
 
-/// A template with another lifetime, without the attributes that are left out.
+/// Adapts a template: sets its lifetime and removes the attributes for which `left_out` is true.
 pub(crate) fn adapted(
     mut template: Vec<Attribute>,
     lifetime: Lifetime,
@@ -86,9 +86,9 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
     Attribute::Label(format!("keybroker {what} {id}").into_bytes())
 }
 
-/// As little as the standard asks for (PKCS #11 v2.40, section 2.1.2), because tokens refuse more: public keys that must be
-/// private, attributes that they have for private keys alone. What the public object may do is no risk: anyone may have
-/// a public key, and wrapping uses it in software.
+/// The template of the public object, with only the attributes that the standard requires (PKCS #11 v2.40, section
+/// 2.1.2), because some tokens refuse others. The uses of a public object are no risk: anyone may have a public key,
+/// and wrapping uses it in software.
 pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
@@ -99,7 +99,7 @@ pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attri
     ]
 }
 
-/// Every usage flag is set: what is left out, tokens set to true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
+/// Sets every usage flag, because tokens set omitted flags to true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
 pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
@@ -125,7 +125,7 @@ pub(crate) fn generic_secret_template(id: WrappingKeyId) -> Vec<Attribute> {
     integrity_template(HmacKey::GenericSecret, id, &ObjectId::from(id))
 }
 
-/// The template of an integrity key of a kind, under its own `CKA_ID`.
+/// The template of an integrity key of this kind, with this `CKA_ID`.
 pub(crate) fn integrity_template(
     kind: HmacKey,
     id: WrappingKeyId,
@@ -153,10 +153,10 @@ pub(crate) fn integrity_template(
         Attribute::Unwrap(false),
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
-        // The name from before it was called integrity key: tokens of every release have it.
+        // The former name of the integrity key, which is kept because the tokens of all releases have it.
         label(id, "binding key"),
     ];
-    // The type of the key implies both.
+    // The key type implies the length and the mechanism.
     if kind != HmacKey::Sha256Hmac {
         template.push(Attribute::ValueLen(INTEGRITY_KEY_BYTES.into()));
         template.push(Attribute::AllowedMechanisms(vec![
@@ -166,7 +166,7 @@ pub(crate) fn integrity_template(
     template
 }
 
-/// The mechanism that makes an integrity key of a kind.
+/// The mechanism that generates an integrity key of this kind.
 pub(crate) fn integrity_mechanism(kind: HmacKey) -> Result<Mechanism<'static>, Fault> {
     match kind {
         HmacKey::GenericSecret | HmacKey::Sha256Hmac => Ok(Mechanism::GenericSecretKeyGen),

@@ -1,4 +1,4 @@
-//! What a negative test does on the token.
+//! The operations that the negative tests try on the token.
 
 use cryptoki::{
     context::Function,
@@ -19,24 +19,24 @@ use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 pub(super) const SECRET_KEY_BYTES: u64 = 32;
-/// Length of a part of a key that is tried: 256 guesses find it.
+/// Length of the part of a key that is derived. The part is so short that 256 guesses find it.
 pub(super) const PART_BYTES: u64 = 1;
 /// Length of the nonce of AES-GCM.
 const NONCE_BYTES: usize = 12;
 const TAG_BITS: u64 = 128;
-/// What is signed.
+/// The message that is signed.
 const MESSAGE: &[u8] = b"keybroker";
 
-/// What the wrap tests need, as objects that end with their session. Absent where the token makes none.
+/// Further objects for the tests, which end with their session. Absent if the token does not make them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Helpers {
-    /// An AES key that may wrap.
+    /// An AES key that is allowed to wrap.
     aes: Option<ObjectHandle>,
-    /// An RSA public key that may wrap.
+    /// An RSA public key that is allowed to wrap.
     rsa: Option<ObjectHandle>,
-    /// A secret key that may be wrapped.
+    /// A secret key that is allowed to be wrapped.
     sample: Option<ObjectHandle>,
-    /// A secret key that keys may be derived from.
+    /// A secret key from which keys may be derived.
     base: Option<ObjectHandle>,
 }
 
@@ -118,20 +118,20 @@ pub(super) fn wraps(
     wraps_under(on, mechanism, on.helpers.aes, key)
 }
 
-/// Wraps a key under the AES key with authentication. The nonce may repeat: what is wrapped is never used.
+/// Wraps a key under the AES key with AES-GCM. The nonce may repeat, because the result is never used.
 pub(super) fn wraps_with_gcm(on: &Subjects<'_>, key: ObjectHandle) -> Result<Done, Error> {
     let mut nonce = [0; NONCE_BYTES];
     let parameters = GcmParams::new(&mut nonce, &[], TAG_BITS.into())?;
     wraps(on, &Mechanism::AesGcm(parameters), key)
 }
 
-/// Wraps the integrity key under an RSA public key that any program could import: that of the wrapping key, as an object of the
-/// session.
+/// Wraps the integrity key under an RSA public key that any program could import. The test uses the public key of the
+/// wrapping key as a session object.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
     wraps_under(on, mechanism, on.helpers.rsa, on.integrity())
 }
 
-/// Whether the token cannot do that with any key, so that nothing leaves it in this way.
+/// Whether the token offers the operation for no key, so that no key can leave it in this way.
 fn is_not_offered(error: &Error) -> bool {
     matches!(
         error,
@@ -141,7 +141,7 @@ fn is_not_offered(error: &Error) -> bool {
     )
 }
 
-/// That a key is not wrapped shows something only if the token wraps another key in the same way.
+/// Wraps a key. A refusal is evidence only if the token wraps another key in the same way.
 fn wraps_under(
     on: &Subjects<'_>,
     mechanism: &Mechanism<'_>,
@@ -154,7 +154,7 @@ fn wraps_under(
     calling::next("C_WrapKey");
     match on.session.wrap_key(mechanism, wrapping, key) {
         Ok(wrapped) if wrapped.is_empty() => Ok(Done::Nothing),
-        // It told the length of what it would give.
+        // The token returned the length of a result, so it would perform the operation.
         Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => Ok(Done::It),
         Err(refusal) => match on.session.wrap_key(mechanism, wrapping, sample) {
             Ok(_) => Err(refusal),
@@ -165,7 +165,7 @@ fn wraps_under(
     }
 }
 
-/// The simple ways to make a key of a part of another one.
+/// The simple mechanisms that derive a key from a part of another key.
 pub(super) fn of_a_part() -> [Mechanism<'static>; 3] {
     let data = KeyDerivationStringData::new(MESSAGE);
     [
@@ -175,7 +175,7 @@ pub(super) fn of_a_part() -> [Mechanism<'static>; 3] {
     ]
 }
 
-/// The simple ways to derive a key with data that the caller chooses.
+/// The simple derivations with data that the caller chooses.
 pub(super) fn with_known_data() -> [Mechanism<'static>; 3] {
     let data = KeyDerivationStringData::new(MESSAGE);
     [
@@ -189,8 +189,8 @@ pub(super) fn readable_template() -> [Attribute; 2] {
     [Attribute::Sensitive(false), Attribute::Extractable(true)]
 }
 
-/// Derives a key, which is removed again, with each of the mechanisms. That none is derived shows something only if the token derives
-/// one from another key in the same way.
+/// Derives a key with each of the mechanisms, and removes it. A refusal is evidence only if the token derives a key
+/// from another key in the same way.
 pub(super) fn derives(
     on: &Subjects<'_>,
     mechanisms: &[Mechanism<'_>],
@@ -238,7 +238,7 @@ pub(super) fn derives(
     done
 }
 
-/// The token made an object that it must not make.
+/// Removes an object that the token must not make, and returns the result.
 fn removed(on: &Subjects<'_>, object: ObjectHandle) -> Done {
     calling::next("C_DestroyObject");
     match on.session.destroy_object(object) {
@@ -247,7 +247,7 @@ fn removed(on: &Subjects<'_>, object: ObjectHandle) -> Done {
     }
 }
 
-/// OAEP with SHA-1, which every token that wraps with OAEP can do.
+/// OAEP with SHA-1, which every token supports that wraps with OAEP.
 pub(super) fn oaep_sha1() -> Mechanism<'static> {
     Mechanism::RsaPkcsOaep(PkcsOaepParams::new(
         MechanismType::SHA1,
@@ -270,8 +270,8 @@ pub(super) fn copies(
     Ok(removed(on, copy))
 }
 
-/// A token may refuse the mechanism when the operation begins or when it is done. If it finds fault with the ciphertext, it has
-/// accepted the mechanism.
+/// Decrypts with a forbidden mechanism. A token may refuse the mechanism at the beginning or at the end of the
+/// operation. A token that reports a problem of the ciphertext has accepted the mechanism.
 pub(super) fn decrypts(
     on: &Subjects<'_>,
     mechanism: &Mechanism<'_>,
@@ -330,8 +330,8 @@ pub(super) fn signs(
     Ok(Done::It)
 }
 
-/// Shows the first bytes of a MAC. What follows them in memory is wrong: opencryptoki 3.8 does not look at the length and compares
-/// all 32 bytes that it finds there. That is a defect, but it accepts no forgery: the broker passes 32 bytes.
+/// Verifies the first bytes of a MAC. The bytes that follow in memory are wrong: opencryptoki 3.8 ignores the length
+/// and compares all 32 bytes. This defect allows no forgery, because the broker always passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     let object = match &on.pair.integrity_key {
@@ -345,7 +345,7 @@ pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> 
                 Done::Nothing
             });
         }
-        // The self-test has used it.
+        // The self-test has already used the integrity key.
         MacKey::InWorker(None) => return Ok(Done::NotMade),
     };
     calling::next("C_Sign");

@@ -1,4 +1,4 @@
-//! All negative tests on one key, whatever comes of them: for the report on a token.
+//! Runs all negative tests on one key and collects every result, for the report on a token.
 
 use super::{
     Done, Helpers, KeyPair, KeySession, NegativeTest, PublicSide, SelfTest, Subjects, TESTS,
@@ -7,7 +7,7 @@ use super::{
 use crate::classify::Fault;
 use cryptoki::error::Error;
 
-/// What came of one test.
+/// The result of one test.
 #[derive(Debug)]
 pub(crate) struct Surveyed {
     pub(crate) test: &'static NegativeTest,
@@ -16,22 +16,22 @@ pub(crate) struct Surveyed {
     pub(crate) session_is_usable: bool,
 }
 
-/// What the token did.
+/// The token's reaction to a test.
 #[derive(Debug)]
 pub(crate) enum Found {
-    /// What it must not do.
+    /// The token performed the forbidden operation.
     Succeeded,
-    /// Nothing that matters.
+    /// The operation had no relevant effect.
     Nothing,
-    /// The token cannot make the test.
+    /// The token cannot run the test.
     NotMade,
-    /// It refused.
+    /// The token refused the operation.
     Refused(Error),
-    /// It could do nothing at that moment, so that the test shows nothing.
+    /// The token could not answer at that time, so the test shows nothing.
     NotAnswered(Error),
 }
 
-/// Runs every test on keys that were made to be tried.
+/// Runs every test on keys that were made for testing.
 pub(crate) fn survey(
     open: impl Fn() -> Result<KeySession, Fault>,
     pair: &KeyPair,

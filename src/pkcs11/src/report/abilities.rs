@@ -1,4 +1,4 @@
-//! What must work, and what the token answers to wrong input.
+//! Tests the functions that must work, and the token's answers to invalid input.
 
 use aws_lc_rs::{
     hmac,
@@ -39,7 +39,7 @@ const PLAINTEXT: [u8; 32] = [0x5a; 32];
 const KNOWN_KEY: [u8; 32] = [0x0b; 32];
 const MAC_BYTES: usize = 32;
 
-/// A hash of OAEP.
+/// A hash function of OAEP.
 struct Hash {
     name: &'static str,
     software: &'static OaepAlgorithm,
@@ -74,7 +74,7 @@ impl Hash {
         Mechanism::RsaPkcsOaep(PkcsOaepParams::new(self.digest, self.mgf, source))
     }
 
-    /// The known plaintext under the public key, in software.
+    /// Encrypts the known plaintext with the public key, in software.
     fn wrap(&self, public: &PublicSide, label: Option<&[u8]>) -> Result<Vec<u8>, Fault> {
         let failed = |_| Fault::new(Class::Untrusted, "the public key cannot be used");
         let key = PublicEncryptingKey::from_der(&public.spki)
@@ -87,7 +87,7 @@ impl Hash {
     }
 }
 
-/// What must work, tried with one pair.
+/// Tests the functions that must work, with one key pair.
 pub(super) fn try_all(
     session: &Session,
     pair: &KeyPair,
@@ -149,7 +149,7 @@ pub(super) fn try_all(
     Ok(())
 }
 
-/// HMAC with a key whose value is known, which is put on the token as an object of the session.
+/// Tests HMAC with a key whose value is known, as a session object.
 fn known_mac(session: &Session) -> keybroker_worker_protocol::report::Answer {
     let name = "HMAC-SHA-256 with a known key";
     let mut template = secret_template(KeyType::GENERIC_SECRET);
@@ -169,7 +169,7 @@ fn known_mac(session: &Session) -> keybroker_worker_protocol::report::Answer {
     }
 }
 
-/// What the token answers to wrong input, each in a session for itself.
+/// Tests the token's answers to invalid input. Each test has its own session.
 pub(super) fn wrong_input(
     token: &OpenToken,
     probe: &Probe,

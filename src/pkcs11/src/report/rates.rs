@@ -1,4 +1,4 @@
-//! How fast the token is, and where it works.
+//! Measures how fast the token is, and whether it computes on this machine.
 
 use std::{
     fs,
@@ -17,21 +17,21 @@ use rustix::time::{ClockId, clock_gettime};
 use super::Probe;
 use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
 
-/// How long each loop runs.
+/// Duration of each loop.
 const LOOP: Duration = Duration::from_millis(300);
 const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
 const MESSAGE: [u8; 64] = [0x3c; 64];
-/// A byte of a ciphertext that is changed.
+/// Index of the byte of a ciphertext that is changed.
 const DAMAGED_AT: usize = 40;
-/// Waits for each operation from which on the token's work is not that of this process.
+/// Average number of waits per operation from which on the work is not done by this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
 
-/// What threads of one loop did.
+/// The result of one loop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
-    /// Operations.
+    /// Number of operations.
     pub(crate) operations: u64,
-    /// Times that a thread waited for something else than the CPU.
+    /// Number of times that a thread waited for something other than the CPU.
     pub(crate) waits: u64,
 }
 
@@ -43,8 +43,8 @@ impl Counted {
         }
     }
 
-    /// Whether the operations took CPU time of this process: a thread that asks a device, a server or another process waits for
-    /// each answer, and the load of this machine does not make it wait. Absent where nothing was counted.
+    /// Whether the operations used CPU time of this process. A thread that uses a device, a server or another process
+    /// waits for each answer; the load of this machine does not make it wait. `None` if nothing was counted.
     pub(crate) fn is_local(self) -> Option<bool> {
         let operations = u32::try_from(self.operations).ok()?;
         let waits = u32::try_from(self.waits).ok()?;
@@ -52,7 +52,7 @@ impl Counted {
     }
 }
 
-/// The number of times that this thread has waited (`voluntary_ctxt_switches`, proc(5)).
+/// Returns how often this thread has waited (`voluntary_ctxt_switches`, proc(5)).
 pub(crate) fn waits_of_this_thread() -> u64 {
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     status
@@ -100,7 +100,7 @@ pub(super) fn measure(
         .rates
         .push(milliseconds("a search for all objects", began));
     let (began, cpu) = (Instant::now(), cpu_time());
-    // Those of a worker's start. A token that fails one is not used, so that their cost is of no interest.
+    // These are the tests of a worker's start. If the token fails one, it is not used, so their cost does not matter.
     let tried = token.try_what_must_fail(
         settings,
         &probe.pair,
@@ -119,7 +119,8 @@ pub(super) fn measure(
     Ok(())
 }
 
-/// How much the times of single operations differ, for a good ciphertext and for a damaged one, each in one session.
+/// Measures how much the times of single operations differ, for a good ciphertext and for a damaged ciphertext, each in
+/// one session.
 fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), Fault> {
     let mut damaged = probe.self_test.wrapped().to_vec();
     damaged[DAMAGED_AT] ^= 1;
@@ -133,7 +134,7 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
         while began.elapsed() < LOOP {
             let started = Instant::now();
             let mechanism = probe.self_test.mechanism();
-            // What the token answers is reported elsewhere.
+            // The answers of the token are reported elsewhere.
             let _answered = opened
                 .session
                 .decrypt(&mechanism, probe.pair.private, ciphertext);
@@ -152,7 +153,7 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
     Ok(())
 }
 
-/// The calls that a process opens a token with, which the report cannot repeat.
+/// The durations of the calls that open a token. The report cannot repeat these calls.
 pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
     let times = token.times;
     let named = [
@@ -220,12 +221,12 @@ fn milliseconds(what: &str, began: Instant) -> Rate {
     }
 }
 
-/// In milliseconds, with two decimals.
+/// Converts to milliseconds with two decimals.
 fn rounded(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e5).round() / 100.0
 }
 
-/// CPU time of this process so far.
+/// Returns the CPU time that this process has used.
 fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(

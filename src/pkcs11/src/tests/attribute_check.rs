@@ -1,4 +1,4 @@
-//! The attribute check against keys with one attribute wrong, and the known attacks on PKCS#11.
+//! Tests the attribute check with keys that have one wrong attribute, and the known attacks on PKCS#11.
 
 use cryptoki::{
     mechanism::{
@@ -16,7 +16,7 @@ use crate::{
     keys,
 };
 
-/// The same attribute with another value, where a template can say so.
+/// The same attribute with another value, if a template can contain that.
 fn flipped(attribute: &Attribute) -> Option<Attribute> {
     Some(match attribute {
         Attribute::Token(v) => Attribute::Token(!v),
@@ -41,7 +41,7 @@ fn flipped(attribute: &Attribute) -> Option<Attribute> {
     })
 }
 
-/// Templates with exactly one attribute flipped.
+/// Templates with exactly one attribute changed.
 fn mutants(template: &[Attribute]) -> Vec<(AttributeType, Vec<Attribute>)> {
     (0..template.len())
         .filter_map(|index| {
@@ -52,7 +52,7 @@ fn mutants(template: &[Attribute]) -> Vec<(AttributeType, Vec<Attribute>)> {
         .collect()
 }
 
-/// Inspects an object and returns the names that do not pass.
+/// Inspects an object and returns the names of the attributes that do not pass.
 fn refused(
     session: &Session,
     object: ObjectHandle,
@@ -107,7 +107,7 @@ fn every_attribute_flipped_alone_is_refused_by_name() {
     );
 }
 
-/// The flipped attribute is named, and nothing but what follows from it: a key that is not sensitive was not always so.
+/// Reports the changed attribute and its consequences only: a key that is not sensitive was not always sensitive.
 fn assert_names(kind: AttributeType, rules: &[attribute_check::Rule], names: &[&str]) {
     let own = rules.iter().find(|rule| rule.1 == kind).unwrap().0;
     let follows: &[&str] = match own {
@@ -124,7 +124,7 @@ fn assert_names(kind: AttributeType, rules: &[attribute_check::Rule], names: &[&
     );
 }
 
-/// A key that was imported says so: it was outside once, whatever its other attributes are now.
+/// An imported key is recognised whatever its other attributes are, because it was once outside the token.
 #[test]
 fn an_imported_key_is_refused() {
     with_softhsm("attribute_check::an_imported_key_is_refused", |_| {
@@ -167,7 +167,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
             let without = generated(session).integrity_key.object().unwrap();
             assert_eq!(verdict(without, &[]), (Found::Missing, false));
             assert_eq!(verdict(without, &exception), (Found::Excepted, true));
-            // Absent, never wrong.
+            // The attribute may be absent, but not wrong.
             let (_, template) = mutants(&keys::private_template(id(1)))
                 .into_iter()
                 .find(|(kind, _)| *kind == AttributeType::SignRecover)
@@ -178,7 +178,7 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
                 .unwrap()
                 .1;
             assert_eq!(verdict(wrong, &exception), (Found::Wrong, false));
-            // An attribute that every key must have is read although the settings except it.
+            // An attribute that every key must have is checked although the settings except it.
             let core = ["CKA_EXTRACTABLE".to_owned()];
             let extractable = keys::generic_secret_template(id(3))
                 .into_iter()
@@ -203,7 +203,8 @@ fn an_exception_lets_an_attribute_be_absent_never_wrong_and_never_a_core_attribu
     );
 }
 
-/// Clulow 2003: what decrypts must not unwrap, what is kept must not be wrapped, and no attribute may be turned back.
+/// Clulow 2003: a key that decrypts must not unwrap, a protected key must not be wrapped, and no attribute may be
+/// changed back.
 #[test]
 fn the_attacks_on_pkcs11_are_blocked() {
     with_softhsm("attribute_check::the_attacks_on_pkcs11_are_blocked", |_| {

@@ -1,4 +1,4 @@
-//! Tokens that cannot express an attribute, have no read-only sessions, take their PIN at a pad, or lie.
+//! Tests tokens that do not support an attribute, have no read-only sessions, have a PIN pad, or report false values.
 
 use super::{
     Admin, OpenToken, USER_PIN, admin, faulty, id, init, open, pin, record, settings, with_softhsm,
@@ -10,14 +10,14 @@ use keybroker_worker_protocol::{
 
 use crate::{admin::Verifier, classify::Class, keys, select::Registered};
 
-/// Objects on the token, of any kind.
+/// Counts the objects of all kinds on the token.
 fn objects() -> usize {
     let token = open();
     let found = token.anchor.find_objects(&[]).unwrap();
     found.len()
 }
 
-/// An attribute that the token neither takes in a template nor lets be read.
+/// An attribute that the token refuses in templates and does not let be read.
 fn unknown(name: &str) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"private\", \"secret\"]\n\
@@ -25,7 +25,7 @@ fn unknown(name: &str) -> String {
     )
 }
 
-/// An attribute that is set to something else, and reads as it was asked for.
+/// An attribute that the token sets to another value but reports as requested.
 fn lied_about(name: &str, part: &str, truth: bool) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"{part}\"]\n\
@@ -92,7 +92,7 @@ fn the_message_names_the_attributes_of_both_keys_at_once() {
     );
 }
 
-/// What a token does with keys for HMAC that are not generic secrets, and that their type restricts to one hash.
+/// Tests tokens whose HMAC keys are not generic secrets, and are restricted to one hash by their type.
 fn hmac_keys(also: &str) -> String {
     let others = ["CKM_SHA224_HMAC", "CKM_SHA512_HMAC"].map(|mechanism| {
         format!(
@@ -113,7 +113,7 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // Without the length and the mechanisms that the type implies.
+            // The template lacks the length and the mechanisms that the type implies.
             let by_type = hmac_keys("length = 32\n")
                 + "[[template]]\nfunction = \"C_GenerateKey\"\nrefuse = \"CKR_ATTRIBUTE_TYPE_INVALID\"\nonly = [\
                    \"CKA_CLASS\", \"CKA_KEY_TYPE\", \"CKA_TOKEN\", \"CKA_PRIVATE\", \"CKA_SENSITIVE\", \"CKA_EXTRACTABLE\", \
@@ -149,8 +149,8 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
     );
 }
 
-/// nShield makes a generic secret and refuses it at the first use. Where the token makes no keys for a session, that is found only
-/// with the keys that stay.
+/// nShield generates a generic secret but refuses its first use. If the token makes no session keys, this refusal is
+/// found only with token keys.
 #[test]
 fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
     with_softhsm(
@@ -193,7 +193,7 @@ fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
     );
 }
 
-/// What a TPM does: it makes no secret keys.
+/// Behaves like a TPM, which makes no secret keys.
 const NO_SECRET_KEYS: &str = "[[rule]]\nname = \"no secret keys\"\nfunction = [\"C_GenerateKey\", \"C_UnwrapKey\"]\n\
                               do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n";
 
@@ -278,7 +278,7 @@ fn an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_t
             }
             drop((verifier, admin));
 
-            // The registry says that the key is in the worker, and the settings do not permit that.
+            // According to the registry, the integrity key is in the worker, but the settings do not permit such keys.
             let refused = problem(&settings);
             assert!(refused.contains("does not permit"), "{refused}");
             std::fs::write(&path, text.replace("RSA-OAEP", "rsa-oaep")).unwrap();
@@ -287,8 +287,8 @@ fn an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_t
     );
 }
 
-/// The plaintext says what it is for: a wrapped user key and the integrity key of another wrapping key are refused although the
-/// configuration has the digest of the file.
+/// The plaintext contains its purpose and the id of the wrapping key. A wrapped user key and the integrity key of
+/// another wrapping key are therefore refused, although the configuration has the digest of the file.
 #[test]
 fn only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one() {
     with_softhsm(
@@ -348,7 +348,7 @@ fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrit
             assert!(matches!(key.objects.integrity, IntegrityPlace::Object(_)));
             drop(admin);
             assert_eq!(objects(), 3);
-            // The key is found again before it is registered, and where the registry says.
+            // The key is found before it is registered, and also with the registered `CKA_ID`.
             for known in [ObjectIds::default(), key.objects] {
                 let mut admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
                 admin.know(key.id, known);
@@ -411,7 +411,7 @@ fn a_run_that_fails_in_the_middle_leaves_nothing() {
             init();
             let (settings, faulty) = faulty(folder);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            // The pair that ends with the session is made, the one that would stay is not.
+            // The token makes the pair for a session, but not the one that would stay.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_GenerateKeyPair\"\non = { skip = 1 }\ndo = { return = \"CKR_DEVICE_MEMORY\" }\n",
             );
@@ -505,7 +505,7 @@ fn a_login_of_another_process_is_named_when_the_keys_are_not_found() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // It says that another process is logged in, and does not let this one use that login.
+            // The token reports that another process is logged in, and does not let this process use that login.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_Login\"\ndo = { return = \"CKR_USER_ALREADY_LOGGED_IN\" }\n",
             );
@@ -542,7 +542,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
                 assert!(fault.detail.contains("`token.serial`"), "{fault}");
                 assert!(fault.detail.contains(&twin.serial), "{fault}");
             }
-            // The registry alone does not decide which token is given the PIN.
+            // The registry alone must not decide which token is given the PIN.
             let fault = open(&["0", &twin.serial]).unwrap_err();
             assert!(fault.detail.contains("never logged in"), "{fault}");
             assert_eq!(faulty.count("C_Login begins"), 0);
@@ -557,7 +557,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
     );
 }
 
-/// The registered token may be absent, and another one with its label belong to another user.
+/// The registered token may be absent, and a token with the same label may belong to another user.
 #[test]
 fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
     with_softhsm(
@@ -575,10 +575,10 @@ fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
                     Registered::Required(serials),
                 )
             };
-            // A registry without a serial number decides nothing.
+            // If the registry has no serial number, it does not restrict the choice.
             let serial = open(&[""]).unwrap().info.serial;
             assert_eq!(open(&[serial.as_str()]).unwrap().info.serial, serial);
-            // Also if the PIN has logged in to it before: a clone holds the same keys, and is registered first.
+            // The token is refused even if the PIN has logged in to it before. A clone must be registered first.
             let logins = faulty.count("C_Login begins");
             let fault = open(&["0123456789abcdef"]).unwrap_err();
             assert_eq!(fault.class, Class::NoToken, "{fault}");
@@ -621,7 +621,7 @@ fn a_token_whose_clock_is_odd_is_used() {
     });
 }
 
-/// Every attribute that is checked can be read although the token fails when it is asked for its length.
+/// Every checked attribute can be read even if the token fails when it is asked for the length.
 #[test]
 fn an_attribute_is_read_without_asking_for_its_length() {
     with_softhsm(

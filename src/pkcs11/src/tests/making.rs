@@ -1,4 +1,4 @@
-//! Keys as they are made, found and proved.
+//! Tests how keys are made, found and proved.
 
 use cryptoki::mechanism::Mechanism;
 
@@ -86,13 +86,14 @@ fn two_keys_of_one_id_and_none_are_refused() {
         let two = keys::find(session, &id(1).into()).unwrap_err();
         assert_eq!(two.class, Class::Untrusted);
         assert!(two.detail.contains("more than one"), "{two}");
-        // A key that was there before and is not found now means that the token is unavailable, not that a key was forged.
+        // A key that was found before and is missing now means that the token is unavailable, not that a key was
+        // forged.
         let gone = KeySession::open(&token.module, token.slot, &[id(9).into()]).unwrap_err();
         assert_eq!(gone.class, Class::KeyMissing);
     });
 }
 
-/// A session that is lost says nothing of what the token can do.
+/// A lost session says nothing about the abilities of the token.
 #[test]
 fn a_lost_session_does_not_choose_sha1() {
     with_softhsm("making::a_lost_session_does_not_choose_sha1", |folder| {
@@ -111,7 +112,8 @@ fn a_lost_session_does_not_choose_sha1() {
     });
 }
 
-/// What the token lacks is HMAC, and the message does not blame OAEP. A failure that passes is not taken for that.
+/// The token lacks HMAC, and the message does not name OAEP as the cause. A temporary failure is not reported as
+/// missing HMAC.
 #[test]
 fn a_token_without_hmac_is_named_for_it() {
     with_softhsm("making::a_token_without_hmac_is_named_for_it", |folder| {
@@ -140,7 +142,7 @@ fn a_token_without_hmac_is_named_for_it() {
     });
 }
 
-/// A MAC that verifies whatever it is protects nothing.
+/// A token that accepts every MAC protects nothing.
 #[test]
 fn a_token_that_takes_any_mac_is_refused() {
     with_softhsm("making::a_token_that_takes_any_mac_is_refused", |folder| {

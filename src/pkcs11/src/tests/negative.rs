@@ -1,4 +1,4 @@
-//! What must fail with a key, tried with keys and modules that allow it: each test finds its own.
+//! Tests that each negative test finds its problem, with keys and modules that allow the forbidden operation.
 
 use cryptoki::{
     mechanism::{Mechanism, MechanismType},
@@ -22,8 +22,7 @@ fn token(settings: &Settings) -> OpenToken {
     OpenToken::login(settings, &record(), &pin(USER_PIN), true).unwrap()
 }
 
-/// What the negative tests say of keys that end with the session, whose templates are changed. Returns the tests that the token
-/// cannot make.
+/// Runs the negative tests on session keys with changed templates. Returns the tests that the token cannot run.
 fn tried(
     token: &OpenToken,
     settings: &Settings,
@@ -58,7 +57,7 @@ fn tried(
     while_tried();
     let result = token.try_what_must_fail(settings, &pair, &side, &self_test, Subject::Throwaway);
     for object in [public, private, integrity_key] {
-        // A test that succeeded may have changed the key.
+        // A successful operation may have changed the key.
         let _destroyed = session.destroy_object(object);
     }
     result
@@ -66,7 +65,7 @@ fn tried(
 
 fn nothing() {}
 
-/// Settings with which one test alone is made.
+/// Settings with which only one test is run.
 fn only(settings: &Settings, name: &str) -> Settings {
     Settings {
         spared_tests: TESTS
@@ -88,7 +87,7 @@ fn a_key_that_is_as_it_must_be_passes() {
     });
 }
 
-/// SoftHSM wraps no key with these mechanisms, so it cannot be shown there that the tests find something.
+/// SoftHSM wraps no key with these mechanisms, so it cannot show that these tests find a problem.
 const NOT_OFFERED_BY_SOFTHSM: [&str; 5] = [
     "wrap-private-aes-cbc",
     "wrap-private-aes-gcm",
@@ -97,11 +96,11 @@ const NOT_OFFERED_BY_SOFTHSM: [&str; 5] = [
     "wrap-integrity-aes-gcm",
 ];
 
-/// What makes a test find something.
+/// The change that makes a test find a problem.
 enum Weakness {
     Private(Vec<Attribute>),
     Integrity(Vec<Attribute>),
-    /// A function of the module that reports success when it has failed.
+    /// A function of the module that reports success although it has failed.
     Module(&'static str),
 }
 
@@ -109,7 +108,7 @@ fn weakness(test: &str) -> Weakness {
     use Weakness::{Integrity, Module, Private};
     let readable = || vec![Attribute::Sensitive(false), Attribute::Extractable(true)];
     let extractable = || vec![Attribute::Extractable(true)];
-    // SoftHSM copies no key that cannot be modified.
+    // SoftHSM does not copy keys that cannot be modified.
     let copyable = || vec![Attribute::Copyable(true), Attribute::Modifiable(true)];
     let allowed =
         |mechanism| Attribute::AllowedMechanisms(vec![mechanism, MechanismType::RSA_PKCS_OAEP]);
@@ -132,7 +131,7 @@ fn weakness(test: &str) -> Weakness {
         ]),
         "unwrap" => Private(vec![Attribute::Unwrap(true)]),
         "hmac-sha224" => Integrity(vec![hashes(MechanismType::SHA224_HMAC)]),
-        // A key as long as the hash.
+        // A key with the length of the hash.
         "hmac-sha512" => Integrity(vec![
             hashes(MechanismType::SHA512_HMAC),
             Attribute::ValueLen(64.into()),
@@ -144,7 +143,7 @@ fn weakness(test: &str) -> Weakness {
     }
 }
 
-/// Each test alone, with what it must find.
+/// Runs each test alone, and checks that it finds the problem.
 #[test]
 fn each_test_finds_what_it_is_for() {
     with_softhsm("negative::each_test_finds_what_it_is_for", |folder| {
@@ -199,7 +198,7 @@ fn an_exception_accepts_what_it_names_and_nothing_else() {
     );
 }
 
-/// That the keys cannot leave the token is tried on every token.
+/// The tests that keys cannot leave the token are run on every token.
 #[test]
 fn no_test_of_leaving_keys_can_be_spared() {
     for test in TESTS {
@@ -215,7 +214,7 @@ fn no_test_of_leaving_keys_can_be_spared() {
     }
 }
 
-/// What was not tried is not known, and is said.
+/// A test that was not run is reported.
 #[test]
 fn tests_for_which_the_token_makes_no_keys_are_named() {
     with_softhsm(
@@ -242,7 +241,7 @@ fn tests_for_which_the_token_makes_no_keys_are_named() {
     );
 }
 
-/// A session that is lost says nothing of the token.
+/// A lost session says nothing about the token.
 #[test]
 fn a_lost_session_is_no_refusal() {
     with_softhsm("negative::a_lost_session_is_no_refusal", |folder| {

@@ -1,4 +1,4 @@
-//! One session thread of a worker, and what it makes of a token's answers.
+//! Tests one session thread of a worker, and its reactions to a token's answers.
 
 use std::{
     env,
@@ -36,7 +36,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// A session thread with so many keys.
+    /// Creates a session thread with this number of keys.
     fn with_keys(folder: &Path, count: usize) -> Self {
         init();
         let (settings, faulty) = faulty(folder);
@@ -75,13 +75,13 @@ impl Bench {
             .map_err(|failure| failure.class())
     }
 
-    /// Unwraps a row of the first key whose MAC is good.
+    /// Unwraps a row of the first key with a valid MAC.
     fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
         let job = self.unwrap_job(wrapped, false);
         self.run(job, timeout)
     }
 
-    /// The same, with a good MAC or a forged one; says how long it took.
+    /// Does the same with a good or a forged MAC, and returns the duration.
     fn unwrap_as(
         &mut self,
         wrapped: &[u8],
@@ -129,13 +129,13 @@ fn a_short_failure_is_not_taken_for_damage() {
                     assert_eq!(material, Ok(b"material".to_vec()), "{function} {code}");
                 }
             }
-            // A token that goes on so is sick, and the row is not to blame.
+            // A token that continues to fail is faulty, and the row is not the cause.
             bench
                 .faulty
                 .set("C_Verify", &Fault::always(code::FUNCTION_FAILED));
             assert_eq!(bench.unwrap(&wrapped, LONG), Err(FailureClass::TokenLost));
             bench.faulty.clear("C_Verify");
-            // And damage stays damage, whatever the token calls it.
+            // Damage is reported as damage, whatever code the token returns.
             let damaged = vec![7; wrapped.len()];
             assert_eq!(bench.unwrap(&damaged, LONG), Err(FailureClass::Damaged));
             assert_eq!(bench.unwrap(&wrapped, LONG), Ok(b"material".to_vec()));
@@ -143,13 +143,14 @@ fn a_short_failure_is_not_taken_for_damage() {
     );
 }
 
-/// A code that says nothing decides nothing, in either direction: a record that is good is released, and one that is damaged is
-/// called damaged, whatever the token calls it.
+/// An ambiguous code has no influence on the result. A good record is released, and a damaged record is reported as
+/// damaged, whichever ambiguous code the token returns.
 ///
-/// `KEYBROKER_TEST_AMBIGUOUS_CODES=1000` makes so many decisions in each direction; the suite makes 24.
+/// `KEYBROKER_TEST_AMBIGUOUS_CODES=1000` sets the number of decisions for good and for damaged records each. The
+/// default is 24.
 #[test]
 fn ambiguous_codes_are_decided_by_the_self_test() {
-    /// Of the codes in the table of `classify`, those that modules really return.
+    /// The codes in the table of `classify` that modules really return.
     const CODES: [i64; 4] = [
         code::FUNCTION_FAILED,
         code::GENERAL_ERROR,
@@ -175,7 +176,8 @@ fn ambiguous_codes_are_decided_by_the_self_test() {
                 bench.faulty.clear(function);
                 times[0].push(spent);
 
-                // A wrong MAC over what is stored, or a good one over what cannot be decrypted.
+                // Either a wrong MAC over the stored ciphertext, or a good MAC over a ciphertext that cannot be
+                // decrypted.
                 let is_forged = number % 2 == 0;
                 let (function, is_called, stored) = if is_forged {
                     ("C_Verify", FailureClass::MacRefused, &wrapped)
@@ -211,7 +213,7 @@ fn no_token_call_starts_after_the_deadline() {
             let mut bench = Bench::with_keys(folder, 1);
             let wrapped = bench.wrapped();
             let opened = bench.faulty.count("C_OpenSession begins");
-            // It fails when the time is over: none is left for a self-test.
+            // The job fails when its time is up, so no time is left for a self-test.
             let late = Fault {
                 milliseconds: 300,
                 ..Fault::times(code::FUNCTION_FAILED, 1)
@@ -222,7 +224,7 @@ fn no_token_call_starts_after_the_deadline() {
             assert_eq!(ended, Err(FailureClass::Deadline));
             assert_eq!(bench.faulty.count("C_OpenSession begins"), opened);
             assert_eq!(bench.faulty.count("C_Verify begins"), verified + 1);
-            // The session is gone now, and a job that is too late opens no other.
+            // The session is lost, and a job that is too late opens no other session.
             let ended = bench.unwrap(&wrapped, Duration::ZERO);
             assert_eq!(ended, Err(FailureClass::Deadline));
             assert_eq!(bench.faulty.count("C_OpenSession begins"), opened);
@@ -231,7 +233,7 @@ fn no_token_call_starts_after_the_deadline() {
     );
 }
 
-/// A device drops the login, or its directory is moved away: its private objects are not found.
+/// A device drops the login, or its directory is moved: its private objects are not found.
 #[test]
 fn keys_that_are_gone_mean_that_the_token_is() {
     with_softhsm(
@@ -251,7 +253,7 @@ fn keys_that_are_gone_mean_that_the_token_is() {
     );
 }
 
-/// With many keys a self-test costs no more than with one, and each key gets its turn.
+/// A self-test costs no more with many keys than with one, and each key gets its turn.
 #[test]
 fn the_self_test_uses_one_key_at_a_time() {
     with_softhsm("session::the_self_test_uses_one_key_at_a_time", |folder| {
@@ -262,7 +264,7 @@ fn the_self_test_uses_one_key_at_a_time() {
             assert_eq!(bench.run(self_test, LONG), Ok(Vec::new()));
             assert_eq!(bench.faulty.count("C_DecryptInit begins"), before + 1);
         }
-        // One of the three is lost, and one of three self-tests in a row notices.
+        // One of the three keys is lost, and one of three consecutive self-tests detects it.
         let pair = keys::find(&bench.token.anchor, &bench.shared.keys[1].place).unwrap();
         bench.token.anchor.destroy_object(pair.private).unwrap();
         let noticed = (0..3).any(|_| bench.run(Job::SelfTest(wire::SelfTest {}), LONG).is_err());

@@ -1,4 +1,4 @@
-//! Which token, and who may open it.
+//! Tests the selection of the token, and who may open it.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 
@@ -92,7 +92,7 @@ fn init_refuses_to_erase_and_to_make_labels_clash() {
                 ..settings()
             };
             Admin::open(&by_label, &record(), &pin(USER_PIN), false).unwrap();
-            // Two tokens of one label, as a restore to the wrong place makes them.
+            // Two tokens with the same label, as after a restore to the wrong place.
             let arguments = "--init-token --free --label test --pin 123456 --so-pin 654321";
             let made = Command::new("softhsm2-util")
                 .args(arguments.split(' '))
@@ -140,7 +140,7 @@ fn a_wrong_pin_is_a_pin_error() {
     });
 }
 
-/// A PIN that is wrong is shown once, by whichever command or worker is first.
+/// A wrong PIN is used once, by the first command or worker that has it.
 #[test]
 fn a_rejected_pin_is_not_shown_again() {
     with_softhsm("tokens::a_rejected_pin_is_not_shown_again", |folder| {
@@ -154,9 +154,9 @@ fn a_rejected_pin_is_not_shown_again() {
             assert!(fault.detail.contains("no login was tried"), "{fault}");
         }
         assert_eq!(faulty.count("C_Login begins"), 1);
-        // Another PIN is another matter.
+        // Another PIN has its own record.
         drop(login(USER_PIN).unwrap());
-        // The operator's permission is good for one more.
+        // The operator's permission is valid for one more attempt.
         record().allow_retry(false).unwrap();
         for _ in 0..2 {
             assert_eq!(login("000000").unwrap_err().class, Class::Pin);
@@ -165,7 +165,7 @@ fn a_rejected_pin_is_not_shown_again() {
     });
 }
 
-/// The same codes come from a device that restarts and from a wrong PIN: history and counter decide.
+/// A restarting device and a wrong PIN return the same codes. The history and the counter decide.
 #[test]
 fn a_code_that_says_nothing_of_the_pin_is_weighed() {
     with_softhsm(
@@ -175,7 +175,7 @@ fn a_code_that_says_nothing_of_the_pin_is_weighed() {
             let (settings, faulty) = faulty(folder);
             let login = || OpenToken::login(&settings, &record(), &pin(USER_PIN), false);
             let class = || login().unwrap_err().class;
-            // Never logged in: one further try.
+            // A PIN that was never accepted gets one further attempt.
             faulty.set("C_Login", &Fault::always(code::VENDOR_DEFINED));
             assert_eq!(class(), Class::Login);
             assert_eq!(class(), Class::Pin);
@@ -184,7 +184,7 @@ fn a_code_that_says_nothing_of_the_pin_is_weighed() {
             record().allow_retry(false).unwrap();
             faulty.clear("C_Login");
             drop(login().unwrap());
-            // Logged in before: as often as it takes.
+            // A PIN that was accepted before may be used repeatedly.
             for code in [
                 code::VENDOR_DEFINED,
                 code::FUNCTION_FAILED,
@@ -199,12 +199,12 @@ fn a_code_that_says_nothing_of_the_pin_is_weighed() {
             }
             faulty.clear("C_Login");
             drop(login().unwrap());
-            // Codes that prove that no PIN was checked keep their class.
+            // Codes that prove that the PIN was not checked keep their class.
             faulty.set("C_Login", &Fault::always(code::SESSION_COUNT));
             assert_eq!(class(), Class::BackOff);
             faulty.set("C_Login", &Fault::always(code::SESSION_HANDLE_INVALID));
             assert_eq!(class(), Class::SessionLost);
-            // The counter rises with the failure: it was a wrong PIN, whatever the code says.
+            // The counter rises with the failure, so the PIN was wrong, whatever the code says.
             faulty.set("C_Login", &Fault::always(code::DEVICE_ERROR));
             assert_eq!(class(), Class::Login);
             faulty.set_flags(flag::USER_PIN_COUNT_LOW);
@@ -215,7 +215,7 @@ fn a_code_that_says_nothing_of_the_pin_is_weighed() {
     );
 }
 
-/// The counter is the token's word on how many wrong PINs are left.
+/// The token's counter shows how many attempts with wrong PINs are left.
 #[test]
 fn the_last_try_is_left_to_the_operator() {
     with_softhsm("tokens::the_last_try_is_left_to_the_operator", |folder| {
@@ -232,13 +232,13 @@ fn the_last_try_is_left_to_the_operator() {
         drop(login().unwrap());
         assert_eq!(login().unwrap_err().class, Class::Pin);
         assert_eq!(faulty.count("C_Login begins"), 1);
-        // Once the counter was reset, logins need no permission.
+        // After the counter was reset, logins need no permission.
         faulty.set_flags(0);
         drop(login().unwrap());
     });
 }
 
-/// Where a login belongs to more than one process, another one was first.
+/// On a token where a login covers several processes, another process has logged in before.
 #[test]
 fn a_token_that_is_logged_in_already_is_used() {
     with_softhsm(
@@ -246,7 +246,7 @@ fn a_token_that_is_logged_in_already_is_used() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            // The real login is made, and its result called by this name.
+            // The real login is made, but its result is reported as this code.
             faulty.set(
                 "C_Login",
                 &Fault::always(code::after(code::USER_ALREADY_LOGGED_IN)),
@@ -257,7 +257,7 @@ fn a_token_that_is_logged_in_already_is_used() {
     );
 }
 
-/// Labels, serial numbers and models are found however the module pads them.
+/// Labels, serial numbers and models are recognised with every kind of padding.
 #[test]
 fn nul_padding_is_no_part_of_a_label() {
     with_softhsm("tokens::nul_padding_is_no_part_of_a_label", |folder| {
@@ -279,7 +279,7 @@ fn nul_padding_is_no_part_of_a_label() {
     });
 }
 
-/// What the token would refuse half way is refused before it is touched.
+/// Requests that the token would refuse halfway are refused before the token is changed.
 #[test]
 fn init_checks_label_and_pins_before_it_begins() {
     with_softhsm(
@@ -295,7 +295,7 @@ fn init_checks_label_and_pins_before_it_begins() {
                 ("", good, good),
                 (long.as_str(), good, good),
                 (umlauts.as_str(), good, good),
-                // SoftHSM takes 4 to 255 bytes.
+                // SoftHSM accepts PINs of 4 to 255 bytes.
                 ("test", good, "123"),
                 ("test", "123", good),
             ] {
@@ -307,7 +307,7 @@ fn init_checks_label_and_pins_before_it_begins() {
             assert_eq!(faulty.count("C_InitToken begins"), 0);
             let label = "x".repeat(32);
             let info = admin::init_token(&settings, &label, &pin(good), &pin(good), None).unwrap();
-            // Only a token that is initialised counts the wrong PINs of its security officer.
+            // Only an initialised token counts the wrong PINs of its security officer.
             for flags in [flag::SO_PIN_FINAL_TRY, flag::SO_PIN_LOCKED] {
                 faulty.set_flags(flags);
                 let (so_pin, user_pin) = (pin(good), pin(good));

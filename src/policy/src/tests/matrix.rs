@@ -232,9 +232,9 @@ fn a_decision_names_its_policy() {
     }
 }
 
-/// The widest permit that an operator can write changes no decision about the control plane, for any principal. It
-/// gives no user's key to another user, and does not let an administrator or auditor replace a user's key with a key of
-/// their own.
+/// The widest permit that an operator can write changes no decision about the control plane, for any principal. The
+/// permit gives no user's key to another user, and does not let an administrator or auditor replace a user's key with a
+/// key of their own.
 #[test]
 fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";

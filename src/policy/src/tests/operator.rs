@@ -137,7 +137,8 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
     assert_eq!(broken.errors.len(), 1);
     assert!(broken.errors[0].1.contains("overflow"), "{broken:?}");
 
-    // The same holds beside a forbid that applies: the first in order is shown, and both led to the decision.
+    // A forbid that cannot be evaluated also denies beside a forbid that applies: the first in order is shown, and both
+    // led to the decision.
     let both = verdict(
         &format!("{forbid} @id(\"later\") forbid ({UNWRAP});"),
         |_| {},

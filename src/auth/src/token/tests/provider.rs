@@ -24,7 +24,7 @@ async fn a_pem_file_is_read_again_when_it_changes() {
     service.rotate_key();
     let new = service.user_token(ADA);
     running.refused(&new, "signature does not verify").await;
-    // Both keys, so that no token is refused while the provider switches.
+    // Both keys, so that no access token is refused while the provider switches.
     std::fs::write(&path, format!("{before}{}", service.pem())).unwrap();
     let verifies = async |token: &str| running.tokens.verify(token.as_bytes()).await.is_ok();
     for _ in 0..500 {
@@ -129,8 +129,8 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
         2,
         "calls at the same time share one fetch"
     );
-    // The new set lacks the old key, so a token that was verified with that key is no longer accepted from memory. The
-    // set may still be an outdated copy.
+    // The new set lacks the old key, so an access token that was verified with that key is no longer accepted from
+    // memory. The set may still be an outdated copy.
     running.postponed(&old, "none of", false).await;
 
     for n in 0..50 {
@@ -163,8 +163,8 @@ async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it(
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
 
-/// A token with an invented `kid` uses up the only fetch of the minute. Valid tokens with a new key get a retry delay,
-/// and are accepted after it.
+/// An access token with an invented `kid` uses up the only fetch of the minute. Valid access tokens with a new key get
+/// a retry delay, and are accepted after it.
 #[tokio::test]
 async fn an_invented_kid_does_not_have_good_tokens_rejected() {
     const REFETCH: Duration = Duration::from_secs(2);
@@ -246,12 +246,12 @@ async fn a_withdrawn_key_stays_rejected_whatever_key_ids_callers_invent() {
     running.refused(&undated, "none of").await;
 
     let restarted = Running::ready(&service, "").await;
-    // This token uses up the fetch of the minute.
+    // This access token uses up the fetch of the minute.
     restarted.postponed(&invented(0), "none of", false).await;
     restarted.refused(&older, "none of").await;
     // A key that was withdrawn less than five minutes ago may also be one that is not published yet.
     restarted.postponed(&recent, "none of", false).await;
-    // No key can verify a token that was issued in the future.
+    // No key can verify an access token that was issued in the future.
     let future = issued(now() + 3_600, json!({"kid": "random-1"}));
     restarted.refused(&future, "none of").await;
 }
@@ -357,7 +357,7 @@ async fn the_last_good_set_is_used_while_the_provider_is_down_but_not_for_ever()
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_err())
         .await;
-    // A token that was verified while the key was valid is not accepted either.
+    // An access token that was verified while the key was valid is not accepted either.
     running.undecided(&token, "older than `keep_hours`").await;
     service.resume();
     running

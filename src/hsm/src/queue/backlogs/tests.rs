@@ -183,7 +183,7 @@ fn a_job_that_is_repeated_is_the_next() {
     assert_eq!(lost.name, "a0");
     token.backlogs.push_again(&lane("a"), lost, COST);
     assert_eq!(token.pop_many(4), ["a0", "b0", "a1", "b1"]);
-    // This includes a principal that has no other job.
+    // A principal that has no other job is included.
     token.push("b", 2);
     token.push("c", 1);
     let again = token.item("again".to_owned(), Duration::from_mins(1));
@@ -243,7 +243,7 @@ fn the_work_before_a_job_is_what_the_turns_make_of_it() {
     let before = |token: &Token, name: &str| token.backlogs.work_before(&lane(name), COST);
     assert_eq!(before(&token, "a"), Duration::ZERO);
     token.push("a", 100);
-    // Its own jobs come first. Of another principal's jobs, only one comes before each of its own.
+    // A principal's own jobs come first, and only one job of another principal comes before each of them.
     assert_eq!(before(&token, "a"), COST * 100);
     assert_eq!(before(&token, "b"), COST);
     token.push("b", 2);
@@ -253,7 +253,7 @@ fn the_work_before_a_job_is_what_the_turns_make_of_it() {
     assert_eq!(before(&token, "heavy"), COST / 4 * 2);
 }
 
-/// A principal whose jobs come too late gets a longer expected wait. Other principals do not.
+/// Only a principal whose jobs come too late gets a longer expected wait.
 #[test]
 fn a_late_job_raises_the_expected_wait_of_its_principal() {
     let mut token = Token::new(&[]);

@@ -1,4 +1,5 @@
-//! More calls than the token can serve, for half a minute on a clock of its own: what becomes of the jobs that were accepted.
+//! Simulates half a minute with more calls than the token can serve, and counts the accepted jobs that miss their
+//! deadline.
 
 use super::*;
 
@@ -6,16 +7,16 @@ const SESSIONS: usize = 4;
 const SERVICE: Duration = Duration::from_millis(40);
 const LASTS: Duration = Duration::from_secs(30);
 
-/// What became of the calls.
+/// Numbers of calls by result.
 #[derive(Debug, Default)]
 struct Outcome {
     /// Done within the deadline.
     in_time: u32,
-    /// Accepted, and not done within the deadline.
+    /// Accepted, but not done within the deadline.
     late: u32,
     /// Refused on arrival.
     refused: u32,
-    /// Jobs that the sessions can do in that time.
+    /// Number of jobs that the sessions can do in the simulated time.
     capacity: u32,
 }
 
@@ -23,10 +24,11 @@ struct Outcome {
 struct Overload {
     backlogs: Backlogs<Item>,
     estimate: Estimate,
-    /// The job that each session runs, with its begin and its end.
+    /// The job that each session runs, with its start and its end.
     sessions: [Option<(Instant, Instant, Item)>; SESSIONS],
     now: Instant,
-    /// State of a linear congruential generator (Knuth's MMIX): the times of the jobs vary and are the same in each run.
+    /// State of a linear congruential generator (Knuth's MMIX). With it, the times of the jobs vary but are the same in
+    /// each run.
     random: u64,
     outcome: Outcome,
 }
@@ -139,7 +141,7 @@ impl Overload {
     }
 }
 
-/// A caller that is refused at its deadline has waited for nothing: of a hundred refusals, 99 come on arrival.
+/// A caller that is refused at its deadline has waited in vain. Of 100 refusals, at least 99 must come on arrival.
 #[test]
 fn accepted_jobs_are_in_time_and_the_token_is_never_idle() {
     for factor in [3, 10] {

@@ -272,7 +272,8 @@ impl World {
         for user in (0..USERS).map(|user| format!("u{user}")) {
             // The deadline may pass on a busy machine: with the request id a key that was stored is no conflict.
             let id = Uuid::new_v4().to_string();
-            eventually(|| world.enroller.create_with_id(&user, &material(&user), &id)).await;
+            let key = material(&user);
+            eventually(|| world.enroller.create_with_id(&user, &key, &id)).await;
         }
         world
     }

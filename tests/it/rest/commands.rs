@@ -252,7 +252,7 @@ fn a_new_kdf_keeps_the_user_key() {
     desk.fails(
         &format!("unlock {account} --protected-key-file protected-2"),
         12,
-        "does not fit",
+        "the key is wrong",
     );
 }
 
@@ -273,7 +273,7 @@ fn strong_accounts_open_with_a_warning_and_a_salt_takes_the_place_of_the_address
     // The salt that a server names: the address, written as it makes the key, or another text.
     let opened = format!("unlock {account} --protected-key-file protected --salt");
     desk.ok(&format!("{opened} {EMAIL}"));
-    desk.fails(&format!("{opened} another"), 12, "does not fit");
+    desk.fails(&format!("{opened} another"), 12, "the key is wrong");
 }
 
 #[test]

@@ -224,7 +224,7 @@ fn a_wrong_or_short_pin_at_init_changes_nothing() {
         PIN,
         &[
             "security officer's PIN has 3 bytes",
-            "takes PINs of 4 to 255",
+            "accepts PINs of 4 to 255",
             "Nothing was changed",
         ],
     );

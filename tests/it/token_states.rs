@@ -238,7 +238,7 @@ fn a_shared_login_serves_with_two_workers_and_commands() {
     });
     let log = broker.site.log();
     assert!(
-        log.contains("another process is logged in to the token already"),
+        log.contains("another process is already logged in to the token"),
         "{log}"
     );
     broker.site.expect_ok(&["token", "check"]);

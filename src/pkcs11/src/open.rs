@@ -375,8 +375,8 @@ fn unproven_twin(info: &TokenInfo) -> Fault {
     Fault::new(
         Class::Configuration,
         format!(
-            "more than one token fits the settings; the registry names {}, but this PIN has never logged in to it, so no login was \
-             tried. If that is the right token, choose it by `token.serial`",
+            "more than one token matches the settings. The registry contains {}, but no login to it with this PIN is recorded, so no login \
+             was tried. If this is the right token, choose it by `token.serial`",
             named(info)
         ),
     )

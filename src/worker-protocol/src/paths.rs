@@ -282,7 +282,7 @@ mod tests {
         .unwrap();
         let absent = problem().unwrap();
         assert!(
-            absent.contains(&format!("{}, which does not exist", tokens.display())),
+            absent.contains(&format!("{} in {shown} does not exist", tokens.display())),
             "{absent}"
         );
         fs::create_dir(&tokens).unwrap();

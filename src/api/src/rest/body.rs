@@ -61,11 +61,11 @@ impl Malformed {
             Self::TooLarge => Error::violation("body", "at most 4 KiB"),
             Self::Slow => Error::new(Reason::Deadline, "the body did not arrive in time"),
             Self::Broken => Error::violation("body", "complete"),
-            Self::Json => Error::violation("body", "must be a JSON object with a string `key`"),
-            Self::Base64 => Error::violation("key", "must be standard base64, with padding"),
+            Self::Json => Error::violation("body", "a JSON object with a string `key`"),
+            Self::Base64 => Error::violation("key", "standard base64, with padding"),
             Self::Length => Error::violation(
                 "key",
-                "must be 32 bytes in standard base64, which are 44 characters",
+                "32 bytes in standard base64, which are 44 characters",
             ),
         }
     }

@@ -72,7 +72,7 @@ const CODES: [i64; 12] = [
 /// Reasons with which a call may be refused meanwhile.
 const REASONS: [&str; 4] = ["TOKEN_DOWN", "TOKEN_UNTRUSTED", "QUEUE_FULL", "DEADLINE"];
 
-/// `SplitMix64` (Steele, Lea and Flood, 2014): the schedule of a seed is the same in every release.
+/// The generator `SplitMix64` (Steele, Lea and Flood, 2014): the schedule of a seed is the same in every release.
 struct Random(u64);
 
 impl Random {

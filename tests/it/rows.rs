@@ -240,7 +240,18 @@ fn an_altered_registry_row_is_refused() {
         site.sql("DROP TABLE IF EXISTS saved; CREATE TABLE saved AS SELECT * FROM wrapping_keys");
         site.sql(&format!("UPDATE wrapping_keys SET {alteration}"));
         let finished = site.serve_to_its_end();
-        assert_eq!(finished.code, Some(6), "{alteration}: {}", finished.stderr);
+        // Without a token of the registry there is no login, so that nothing verifies the row.
+        let code = if alteration.starts_with("token_serial") {
+            4
+        } else {
+            6
+        };
+        assert_eq!(
+            finished.code,
+            Some(code),
+            "{alteration}: {}",
+            finished.stderr
+        );
         assert!(!site.ready_file().exists(), "{alteration}");
         site.sql("DELETE FROM wrapping_keys; INSERT INTO wrapping_keys SELECT * FROM saved; DROP TABLE saved");
     }

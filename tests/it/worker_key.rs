@@ -184,7 +184,8 @@ async fn an_integrity_key_that_an_attacker_wrapped_is_refused_by_name() {
     let pinned = sha256(original.as_bytes());
     edit(&site, |text| text.replace(&pinned, &forged));
     let checked = site.run(&["token", "check"]);
-    says("token check", &checked, UNTRUSTED, &["MAC does not verify"]);
+    let words = "the MAC of the registry row does not verify";
+    says("token check", &checked, UNTRUSTED, &[words]);
     write_private(&file, &original);
     edit(&site, |_| configured);
     site.expect_ok(&["token", "check"]);
@@ -249,6 +250,42 @@ fn a_missing_file_and_settings_without_the_word_are_refused_by_name() {
     site.expect_ok(&["token", "check"]);
 }
 
+/// A file whose digest is configured was in use. Its loss, together with that of the registry row, must not lead to another key.
+#[test]
+fn a_lost_row_and_a_lost_file_do_not_lead_to_another_key() {
+    let (site, file) = ready();
+    let id = file.file_stem().unwrap().to_str().unwrap().to_owned();
+    let kept = fs::read_to_string(&file).unwrap();
+    site.sql("DELETE FROM wrapping_keys");
+    fs::remove_file(&file).unwrap();
+    let refused = site.run(&["key", "register", &id]);
+    assert_ne!(refused.code, Some(0), "{refused:#?}");
+    assert!(!refused.stderr.contains("move it away"), "{refused:#?}");
+    assert!(!file.exists());
+    write_private(&file, &kept);
+    site.expect_ok(&["key", "register", &id]);
+    assert_eq!(fs::read_to_string(&file).unwrap(), kept);
+    site.expect_ok(&["token", "check"]);
+}
+
+/// A key that was made with its integrity key on the token keeps it when its row is lost, also if the settings permit the other kind.
+#[test]
+fn a_lost_row_does_not_replace_an_integrity_key_on_the_token() {
+    let site = Site::fresh(Options::default());
+    let id = site.sql("SELECT lower(hex(key_id)) FROM wrapping_keys");
+    let id = id.trim();
+    permit(&site);
+    site.sql("DELETE FROM wrapping_keys");
+    let refused = site.run(&["key", "register", id]);
+    let remedy = format!("--integrity-id {id}");
+    says("key register", &refused, UNTRUSTED, &[&remedy]);
+    let left = fs::read_dir(directory(&site)).unwrap();
+    assert_eq!(left.count(), 0);
+    site.expect_ok(&["key", "register", id, "--integrity-id", id]);
+    let listed = site.expect_ok(&["-o", "json", "key", "list"]);
+    assert!(listed.contains("\"integrity_key\": \"token\""), "{listed}");
+}
+
 /// What the registry row says of the place of the integrity key is under the row's MAC.
 #[test]
 fn a_row_that_names_an_object_of_the_token_instead_is_refused() {
@@ -293,7 +330,12 @@ fn an_rsa_key_without_a_file_gets_an_integrity_key_when_it_is_registered() {
         lines.join("\n").replace(DIGESTS, "") + "\n"
     });
     let checked = site.run(&["token", "check"]);
-    says("unregistered", &checked, UNTRUSTED, &["makes one", &id]);
+    says(
+        "unregistered",
+        &checked,
+        UNTRUSTED,
+        &["checks and registers it", &id],
+    );
     let made = site.expect_ok(&register);
     // The file of this run, which is not pinned yet, is not replaced by the next.
     site.sql("DELETE FROM wrapping_keys");

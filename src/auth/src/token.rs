@@ -276,7 +276,7 @@ impl Issuer {
         let may_be_newer = match &outcome {
             Err(refusal) => match refusal.cause {
                 Cause::KeyId | Cause::ManyKeys => true,
-                Cause::Signature => named.kid.is_none(),
+                Cause::Signature => named.kid.is_none() || set.kids().next().is_none(),
                 _ => false,
             },
             Ok(_) => false,

@@ -255,7 +255,7 @@ impl Broker {
     }
 
     /// Returns one page of API clients: those of an administrator's own tenant, or for an auditor those of all tenants.
-    /// The token verifies the MAC of each row while it is available.
+    /// While the token is available, it verifies the MAC of each row.
     pub async fn clients(
         &self,
         principal: &Principal,

@@ -33,7 +33,7 @@ pub(super) struct Uses {
 }
 
 impl Uses {
-    /// Notes that a record was released now.
+    /// Notes the release of a record, with the current time.
     pub(super) fn note(&self, record: RecordId) {
         self.put(record, Timestamp::now());
     }

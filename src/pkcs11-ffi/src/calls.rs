@@ -127,12 +127,12 @@ impl Functions {
     pub(crate) fn slots_with_token(&self) -> Result<Vec<Slot>> {
         let mut ids: Vec<CK_SLOT_ID> = Vec::new();
         for _ in 0..SLOT_LIST_TRIES {
-            let count = match self.slot_list(&mut ids) {
-                // The number of slots has grown since the last call.
-                Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => self.slot_list(&mut [])?,
-                result => result?,
+            let (count, is_filled) = match self.slot_list(&mut ids) {
+                // The number of slots has grown since the last call, and the module may have filled nothing.
+                Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => (self.slot_list(&mut [])?, false),
+                result => (result?, true),
             };
-            if count <= ids.len() {
+            if is_filled && count <= ids.len() {
                 ids.truncate(count);
                 return ids
                     .into_iter()

@@ -676,6 +676,14 @@ impl Admin {
                 "the integrity key of {id} is not one for the memory of the workers"
             )));
         }
+        // A wrapping key whose registry row is lost keeps the integrity key that its records were made with.
+        if let Some(object) = keys::integrity_key_on_token(&self.token.anchor, &place)? {
+            return Err(AdminError::Untrusted(format!(
+                "the token has a secret key with the CKA_ID {object}, which may be the integrity key of {id}, so no other one was made; \
+                 register it with `keybroker key register ID --integrity-id {object}`, or remove it with the vendor's tool if it is \
+                 not used"
+            )));
+        }
         self.keep_secret(&Place {
             secret: Some(WorkerKey::random()?),
             ..place

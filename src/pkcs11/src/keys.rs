@@ -174,7 +174,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
         .ok_or_else(|| missing(key, "RSA private key", private_id))?;
     let candidates = match &key.objects.integrity {
         IntegrityPlace::Object(named) => vec![named.clone()],
-        IntegrityPlace::Token => vec![private_id.clone(), own_integrity_id(key.id)],
+        IntegrityPlace::Token => integrity_ids(key).to_vec(),
         IntegrityPlace::Worker => {
             return Ok(KeyPair {
                 id: key.id,
@@ -203,6 +203,28 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
         });
     }
     Err(missing(key, "integrity key", &candidates[0]))
+}
+
+/// The `CKA_ID`s that an integrity key has on the token if none is named.
+fn integrity_ids(key: &Place) -> [ObjectId; 2] {
+    let private = key.objects.private.clone();
+    [
+        private.unwrap_or_else(|| key.id.into()),
+        own_integrity_id(key.id),
+    ]
+}
+
+/// Returns the `CKA_ID` of a secret key on the token that may be the integrity key of this wrapping key.
+pub(super) fn integrity_key_on_token(
+    session: &Session,
+    key: &Place,
+) -> Result<Option<ObjectId>, Fault> {
+    for candidate in integrity_ids(key) {
+        if find_one(session, ObjectClass::SECRET_KEY, &candidate)?.is_some() {
+            return Ok(Some(candidate));
+        }
+    }
+    Ok(None)
 }
 
 fn missing(key: &Place, what: &str, object: &ObjectId) -> Fault {

@@ -63,7 +63,8 @@ impl From<ObjectHandle> for MacKey {
     }
 }
 
-/// A key for HMAC-SHA-256 in the memory of this process. There is one copy, which is overwritten when the last user drops it.
+/// A key for HMAC-SHA-256 in the memory of this process. The bytes are overwritten when the last user drops them.
+/// The library that makes the MACs leaves states of the key on the stack, which are as useful to an attacker as the key.
 #[derive(Clone)]
 pub(super) struct WorkerKey(Arc<Zeroizing<[u8; KEY_BYTES]>>);
 

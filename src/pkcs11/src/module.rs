@@ -80,7 +80,7 @@ fn configuration_hint(path: &Path) -> String {
     })
 }
 
-/// Explains a rejection of the arguments of `C_Initialize`. Only the string is variable.
+/// Explains a rejection of the arguments of `C_Initialize`. Of these arguments, only the string can be configured.
 fn arguments_hint(settings: &Settings) -> &'static str {
     if settings.initialize_string.is_some() {
         "the module expects another string, or none, in `token.initialize_string`"

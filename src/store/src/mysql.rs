@@ -195,7 +195,10 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
         .is_empty()
     {
         connection
-            .control("DELETE FROM _sqlx_migrations WHERE NOT success")
+            .execute(
+                "DELETE FROM _sqlx_migrations WHERE NOT success AND version <= ?",
+                vec![schema::newest(&MIGRATOR).into()],
+            )
             .await?;
         let current = schema::current(connection, &SQL, schema::newest(&MIGRATOR)).await?;
         for added in ADDED_COLUMNS {

@@ -234,6 +234,11 @@ impl<'a> IntegrityFiles<'a> {
         trusted_file::expand(&path).is_ok_and(|path| path.symlink_metadata().is_ok())
     }
 
+    /// Returns whether the configuration has the digest of the file of a wrapping key. Such a file was in use.
+    pub fn is_pinned(&self, id: WrappingKeyId) -> bool {
+        self.digests.contains_key(&id.to_string())
+    }
+
     /// Reads the file of a wrapping key, if the file has the configured digest.
     pub fn load(&self, id: WrappingKeyId) -> Result<WrappedIntegrityKey, IntegrityFileError> {
         let path = self.path(id);

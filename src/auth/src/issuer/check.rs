@@ -134,7 +134,7 @@ impl Settings {
         );
         if self.refresh_minutes > self.keep_hours.saturating_mul(60) {
             problems.push(
-                "`keep_hours` is less than `refresh_minutes`: its keys would become out of date before they are fetched again"
+                "`keep_hours` is less than `refresh_minutes`: the issuer's keys would become out of date before they are fetched again"
                     .to_owned(),
             );
         }

@@ -82,6 +82,7 @@ pub(crate) struct Keys {
     pace: Pace,
     source: Source,
     current: ArcSwapOption<Held>,
+    taking: SyncMutex<()>,
     /// When the last fetch because of an unknown key began.
     refetched: Arc<Mutex<Option<Instant>>>,
     /// The error of the last attempt. Refusals show this error, and it is kept so that it is reported only once.
@@ -116,6 +117,7 @@ impl Keys {
                 }
             },
             current: ArcSwapOption::empty(),
+            taking: SyncMutex::default(),
             refetched: Arc::default(),
             problem: SyncMutex::default(),
         };
@@ -150,7 +152,7 @@ impl Keys {
     /// Whether the provider is known to have no key with this id. `issued_s` is the token's `iat`, in seconds since
     /// 1970.
     ///
-    /// The newest set must lack the key. The set must also have been fetched late enough that it cannot be an older
+    /// The key is absent only if the newest set does not have it. The set must also have been fetched late enough that it cannot be an older
     /// copy from a cache: five minutes after the last set that had the key, or five minutes after the access token was
     /// issued. Key ids that other callers used have no influence. Otherwise valid access tokens would be rejected when
     /// the provider begins to use such a key.
@@ -265,7 +267,12 @@ impl Keys {
     }
 
     fn take(&self, set: KeySet, begun: Timestamp) {
+        let _one_at_a_time = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         let previous = self.current.load();
+        // A slow answer to an earlier fetch may be an older set.
+        if previous.as_ref().is_some_and(|held| held.begun > begun) {
+            return;
+        }
         let withdrawn = previous.as_ref().map_or_else(Withdrawn::default, |held| {
             held.withdrawn
                 .after(held.set.kids(), held.begun, set.kids())

@@ -106,7 +106,10 @@ fn parse_id(text: &str) -> Result<WrappingKeyId, Failure> {
 }
 
 fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
-    ObjectId::from_hex(text).ok_or_else(|| {
+    let id = ObjectId::from_hex(text);
+    // The registry uses this value for an integrity key that is no object of the token.
+    let id = id.filter(|id| id.as_bytes() != IntegrityPlace::Worker.as_bytes());
+    id.ok_or_else(|| {
         Failure::new(
             Exit::Usage,
             format!("{text:?} is not a CKA_ID: 1 to 255 bytes, two hexadecimal digits each"),
@@ -353,13 +356,19 @@ fn check_place(
     let Some(files) = files else {
         return Ok(admin.check(id)?);
     };
-    if !files.has(id) {
+    // A file whose digest is configured was in use: it is restored if it is lost, and never replaced.
+    let is_pinned = files.is_pinned(id);
+    if !is_pinned && !files.has(id) {
         files.check_writable()?;
         return Ok(admin.check_with_new_integrity_key(id)?);
     }
     files.load(id).map_err(|error| {
-        Failure::from(error).hint(format!(
-            "no registered key uses {}: if a run that was cut short left it, remove it and run the command again",
+        let failure = Failure::from(error);
+        if is_pinned {
+            return failure;
+        }
+        failure.hint(format!(
+            "no registered key uses {}: if an interrupted run left it, move it away and run the command again",
             files.path(id).display()
         ))
     })?;

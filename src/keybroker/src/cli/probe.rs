@@ -32,9 +32,9 @@ pub(super) struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Question {
-    /// Check that the process responds; if it does not, restart it
+    /// Check that the process responds; a failure means that it needs a restart
     Live,
-    /// Check that the broker can release keys; if it cannot, send callers to another broker
+    /// Check that the broker can release keys; a failure means that callers need another broker
     Ready,
 }
 

@@ -32,13 +32,13 @@ pub(super) enum Command {
     },
     /// Show the schema version of the database and that of this release
     Status,
-    /// Check every row of the database, and verify each MAC on the token
+    /// Check every row of the database, and verify the row's MAC with the token
     ///
     /// The command changes nothing and can run while a broker serves. The command fails with exit code 12 if a row is bad.
     Check(UserPin),
     /// Copy all rows into another database of any engine, and verify the copy
     ///
-    /// Stop every broker that uses one of the two databases first. If the copy is interrupted, run it again.
+    /// Stop every broker that uses one of the two databases first. If the copy is interrupted, run the command again.
     Copy(Box<copy::Arguments>),
     /// Accept the database as it is, for example after a backup was restored
     ///

@@ -255,11 +255,12 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
 
 /// Whether a key that is not registered would have its integrity key in the workers, and has none: there is nothing to check then.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
-    let lacks = IntegrityFiles::of(&config.token, id).is_ok_and(|files| !files.has(id));
+    let lacks = IntegrityFiles::of(&config.token, id)
+        .is_ok_and(|files| !files.is_pinned(id) && !files.has(id));
     if lacks {
         context.output.note(&format!(
             "note: the RSA private key {id} is on the token but not in the registry, and there is no file with its integrity key; \
-             `keybroker key register {id}` makes one and registers both"
+             `keybroker key register {id}` checks and registers it"
         ));
     }
     lacks

@@ -544,7 +544,12 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             }
             // The registry alone must not decide which token is given the PIN.
             let fault = open(&["0", &twin.serial]).unwrap_err();
-            assert!(fault.detail.contains("never logged in"), "{fault}");
+            assert!(
+                fault
+                    .detail
+                    .contains("no login to it with this PIN is recorded"),
+                "{fault}"
+            );
             assert_eq!(faulty.count("C_Login begins"), 0);
             let by_serial = Settings {
                 label: None,

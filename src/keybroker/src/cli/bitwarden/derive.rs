@@ -65,7 +65,7 @@ pub(in crate::cli) struct ChangeKdf {
     /// Parallelism of the new Argon2id function [default: 4]
     #[arg(long, value_name = "COUNT")]
     new_parallelism: Option<u32>,
-    /// New file for the newly protected key, which is also shown
+    /// New file for the protected user key; the command also shows this key
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! The commands that call a broker like a Bitwarden client.
+//! The commands that call a broker as a Bitwarden client does.
 
 use std::path::PathBuf;
 

@@ -325,8 +325,8 @@ impl Memory {
             }
         }
         if is_new {
-            let valid = self.accepted.iter().filter(|(_, list)| list.is_valid(now));
-            let names = valid.map(|(slot, _)| place.name(slot));
+            // Also the expired ones: without the newest list of a CA, an older one would be accepted again.
+            let names = self.accepted.keys().map(|slot| place.name(slot));
             place.limit(&names.collect(), now)?;
         }
         Ok(())

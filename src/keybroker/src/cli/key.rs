@@ -368,7 +368,7 @@ fn check_place(
             return failure;
         }
         failure.hint(format!(
-            "no registered key uses {}: if an interrupted run left it, move it away and run the command again",
+            "no registered key uses {}: if an interrupted run left it, move it to another directory and run the command again",
             files.path(id).display()
         ))
     })?;

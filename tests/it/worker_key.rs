@@ -260,7 +260,10 @@ fn a_lost_row_and_a_lost_file_do_not_lead_to_another_key() {
     fs::remove_file(&file).unwrap();
     let refused = site.run(&["key", "register", &id]);
     assert_ne!(refused.code, Some(0), "{refused:#?}");
-    assert!(!refused.stderr.contains("move it to another directory"), "{refused:#?}");
+    assert!(
+        !refused.stderr.contains("move it to another directory"),
+        "{refused:#?}"
+    );
     assert!(!file.exists());
     write_private(&file, &kept);
     site.expect_ok(&["key", "register", &id]);

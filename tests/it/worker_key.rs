@@ -344,7 +344,12 @@ fn an_rsa_key_without_a_file_gets_an_integrity_key_when_it_is_registered() {
     site.sql("DELETE FROM wrapping_keys");
     let kept = fs::read(&file).unwrap();
     let again = site.run(&register);
-    says("again", &again, CONFIGURATION, &["remove it", DIGESTS]);
+    says(
+        "again",
+        &again,
+        CONFIGURATION,
+        &["move it to another", DIGESTS],
+    );
     assert_eq!(fs::read(&file).unwrap(), kept);
     pin(&site, &made);
     site.expect_ok(&register);

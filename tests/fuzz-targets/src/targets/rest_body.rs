@@ -58,8 +58,10 @@ pub fn rest_body(input: &[u8]) -> bool {
         Base64::encode_string(key.expose()).trim_end_matches('='),
         text.trim_end_matches('=')
     );
+    // Blanks around the value of a header are not part of it (RFC 9110, section 5.5).
     assert!(
         content_type
+            .trim_ascii_start()
             .to_ascii_lowercase()
             .starts_with(b"application/json")
     );

@@ -380,7 +380,10 @@ fn number(variable: &str) -> Option<u64> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
     let count = number("KEYBROKER_TEST_SCHEDULES").unwrap_or(SCHEDULES);
-    let first = number("KEYBROKER_TEST_SCHEDULE_SEED").unwrap_or_else(|| {
+    // The same schedules for every run in CI, so that a change and not chance makes a run fail there.
+    let is_ci = env::var("CI").is_ok_and(|value| value == "true");
+    let chosen = number("KEYBROKER_TEST_SCHEDULE_SEED").or(is_ci.then_some(1));
+    let first = chosen.unwrap_or_else(|| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
         now.as_secs() * 1_000_000
     });

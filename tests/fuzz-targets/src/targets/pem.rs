@@ -90,12 +90,23 @@ pub fn pem(bytes: &[u8]) -> bool {
     certificates.is_ok() || chain.is_ok() || key.is_ok() || has_lists
 }
 
+/// The places where a block begins. Dashes that end an `END` line begin no other line.
 fn count(bytes: &[u8], wanted: &[u8]) -> usize {
+    let begins_a_block = |at: usize| {
+        let line = bytes[..at].rsplit(|byte| *byte == b'\n').next();
+        let line = line.unwrap_or_default();
+        let is_after_end = line.windows(END.len()).any(|window| window == END);
+        !is_after_end || line.ends_with(DASHES)
+    };
     bytes
         .windows(wanted.len())
-        .filter(|window| *window == wanted)
+        .enumerate()
+        .filter(|(at, window)| *window == wanted && begins_a_block(*at))
         .count()
 }
+
+const END: &[u8] = b"-----END ";
+const DASHES: &[u8] = b"-----";
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
     [

@@ -48,7 +48,10 @@ pub fn rest_body(input: &[u8]) -> bool {
     let Some(key) = RUNTIME.block_on(fuzzing::rest_body(content_type, pieces)) else {
         return false;
     };
-    let json: Value = serde_json::from_slice(body).unwrap();
+    // The API does not look into members that it ignores, which may hold bytes that are not UTF-8.
+    let Ok(json) = serde_json::from_slice::<Value>(body) else {
+        return true;
+    };
     let texts = ["key", "Key"].map(|name| json.get(name).and_then(Value::as_str));
     let ([Some(text), None] | [None, Some(text)]) = texts else {
         panic!("accepted with {texts:?}");

@@ -393,15 +393,17 @@ impl<'a> Scan<'a> {
 
     /// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
     fn check_between(&mut self, from: usize, to: usize) -> Result<(), Error> {
-        let between = &self.text[from..to];
+        // The dash before the text is of the END line of a block. A BEGIN or END that follows it lacks dashes.
+        let before = from.saturating_sub(1);
+        let between = &self.text[before..to];
         if let Some(offset) = find_marker(between, b"BEGIN ") {
-            return Err(Error::Malformed(self.line(from + offset)));
+            return Err(Error::Malformed(self.line(before + offset)));
         }
         if let Some(offset) = find(between, END) {
-            return Err(Error::StrayEnd(self.line(from + offset)));
+            return Err(Error::StrayEnd(self.line(before + offset)));
         }
         match find_marker(between, b"END ") {
-            Some(offset) => Err(Error::Malformed(self.line(from + offset))),
+            Some(offset) => Err(Error::Malformed(self.line(before + offset))),
             None => Ok(()),
         }
     }

@@ -79,6 +79,11 @@ fn a_file_that_would_be_half_read_is_refused_with_its_line() {
             a.clone() + &b.replacen("-----BEGIN CERTIFICATE-----\n", "", 1),
             "ends a block that does not begin",
         ),
+        // The END line ends with dashes that the BEGIN line needs, and the second block is truncated.
+        (
+            a.trim_end().to_owned() + truncated.trim_start_matches('-'),
+            "looks like a BEGIN or END",
+        ),
         (a.replace("\nMI", "\n!!") + &b, "cannot be decoded"),
         (a.replace('\n', "\\n"), "cannot be decoded"),
     ] {

@@ -175,7 +175,7 @@ fn a_report_leaves_nothing_and_tells_no_secret() {
     );
     assert_eq!(
         session_row(&report, "the login of the second process is"),
-        "one of its own"
+        "a separate login"
     );
     // Only the run that made keys on the token is a change.
     let entries = site.audit();

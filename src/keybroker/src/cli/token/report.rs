@@ -99,7 +99,7 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
         if admin.is_login_of_another() {
             "that of the first process (CKR_USER_ALREADY_LOGGED_IN)"
         } else {
-            "one of its own"
+            "a separate login"
         }
     };
     match second {

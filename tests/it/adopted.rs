@@ -3,7 +3,7 @@
 use std::{fs, process::Command, sync::Arc};
 
 use crate::{
-    client::Caller,
+    client::{Caller, stores_and_releases},
     faulty::{Faulty, VARIABLE},
     faulty_token,
     process::Broker,
@@ -154,11 +154,7 @@ async fn a_key_of_another_tool_is_registered_and_used() {
     site.expect_ok(&["token", "backup-confirmed"]);
 
     let broker = Broker::start_on(Arc::new(site));
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", b"material of ada").await.unwrap();
-    let releaser = Caller::of(&broker, "releaser");
-    let released = releaser.unwrap("ada").await.unwrap();
-    assert_eq!(released.key_material, b"material of ada");
+    stores_and_releases(&broker).await;
     let (site, _) = broker.stop();
     site.expect_ok(&["store", "check"]);
 }
@@ -354,11 +350,7 @@ async fn keys_whose_access_is_controlled_outside_pkcs11_need_a_word_and_no_login
     assert!(generated.stderr.contains("vendor's tool"), "{generated:#?}");
 
     let broker = Broker::start_on(Arc::new(site));
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", b"material of ada").await.unwrap();
-    let releaser = Caller::of(&broker, "releaser");
-    let released = releaser.unwrap("ada").await.unwrap();
-    assert_eq!(released.key_material, b"material of ada");
+    stores_and_releases(&broker).await;
     let ready = get(broker.status, "/readyz");
     assert!(
         ready.contains("ready, but token:") && ready.contains(sentence),

@@ -194,6 +194,15 @@ impl Caller {
     }
 }
 
+/// Stores a key for `ada`, and gets it back.
+pub(crate) async fn stores_and_releases(broker: &Broker) {
+    let enroller = Caller::of(broker, "enroller");
+    enroller.create("ada", b"material of ada").await.unwrap();
+    let releaser = Caller::of(broker, "releaser");
+    let released = releaser.unwrap("ada").await.unwrap();
+    assert_eq!(released.key_material, b"material of ada");
+}
+
 /// A channel to an address of `localhost`, with a certificate of that name or none.
 pub(crate) fn channel(pki: &Pki, client: Option<&str>, address: SocketAddr) -> Channel {
     channel_from(pki, client, address, None)

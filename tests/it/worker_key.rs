@@ -10,7 +10,7 @@ use keybroker_core::envelope::Algorithm;
 use keybroker_worker_protocol::oaep::WrapKey;
 
 use crate::{
-    client::{Caller, eventually},
+    client::{Caller, eventually, stores_and_releases},
     expected::{CONFIGURATION, TOKEN, UNTRUSTED, says},
     faulty_token,
     process::{Broker, send, until},
@@ -134,16 +134,13 @@ async fn a_token_without_keys_for_hmac_serves_once_the_digest_of_the_file_is_con
     says("backup", &confirmed, 0, &[&file.display().to_string()]);
 
     let broker = Broker::start_on(Arc::new(site));
-    let enroller = Caller::of(&broker, "enroller");
-    enroller.create("ada", b"material of ada").await.unwrap();
-    let releaser = Caller::of(&broker, "releaser");
-    let released = releaser.unwrap("ada").await.unwrap();
-    assert_eq!(released.key_material, b"material of ada");
+    stores_and_releases(&broker).await;
     let ready = get(broker.status, "/readyz");
     assert!(ready.contains(sentence), "{ready}");
     // The next worker unwraps the integrity key again.
     let worker = until("a worker", || broker.workers().first().copied());
     send(worker, Signal::KILL);
+    let releaser = Caller::of(&broker, "releaser");
     let released = eventually(|| releaser.unwrap("ada")).await;
     assert_eq!(released.key_material, b"material of ada");
     let (site, status) = broker.stop();

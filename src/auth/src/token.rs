@@ -282,25 +282,25 @@ impl Issuer {
             Ok(_) => false,
         };
         if may_be_newer {
-            match self.keys.newer_than(&set).await {
+            let wait = match self.keys.newer_than(&set).await {
                 Newer::Set(newer) => {
                     set = newer;
                     outcome = self.verify_with(&set, token, named, algorithm);
+                    None
                 }
-                // The access token is rejected only if no newer key can verify it. Otherwise a caller with invented key
-                // ids could cause valid access tokens to be rejected after a key rotation.
-                Newer::Unknown(wait) if !self.is_hopeless(parts, named) => {
-                    outcome = outcome.map_err(|refusal| refusal.undecided(wait));
-                }
+                Newer::Unknown(wait) => Some(wait),
                 // Without `iat` or `kid`, the age of the key is unknown. The provider's answer then decides.
-                Newer::SameCopy(wait)
-                    if named.kid.is_some()
-                        && parts.issued_s().is_some()
-                        && !self.is_hopeless(parts, named) =>
-                {
-                    outcome = outcome.map_err(|refusal| refusal.undecided(wait));
+                Newer::SameCopy(wait) => {
+                    (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }
-                Newer::Unknown(_) | Newer::SameCopy(_) | Newer::Same => {}
+                Newer::Same => None,
+            };
+            // The access token is rejected only if no newer key can verify it. Otherwise a caller with invented key ids could
+            // cause valid access tokens to be rejected after a key rotation.
+            if let Some(wait) = wait
+                && !self.is_hopeless(parts, named)
+            {
+                outcome = outcome.map_err(|refusal| refusal.undecided(wait));
             }
         }
         let (claims, is_expired) = outcome?;

@@ -147,11 +147,10 @@ impl WorkerKey {
 
 impl From<IntegrityFileError> for Fault {
     fn from(error: IntegrityFileError) -> Self {
-        let class = match error {
-            IntegrityFileError::Changed { .. } | IntegrityFileError::Malformed { .. } => {
-                Class::Untrusted
-            }
-            _ => Class::Configuration,
+        let class = if error.is_about_content() {
+            Class::Untrusted
+        } else {
+            Class::Configuration
         };
         Self::new(class, error.to_string())
     }

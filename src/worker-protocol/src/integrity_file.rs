@@ -75,12 +75,12 @@ pub enum IntegrityFileError {
         path: PathBuf,
     },
     /// The file does not have the format.
-    #[error("the wrapped integrity key {} cannot be read: {what}", path.display())]
+    #[error("the wrapped integrity key {} cannot be read: {source}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        what: String,
+        source: ContentError,
     },
     /// The file is missing, or other users can read or change it.
     #[error("{}", describe_file(.0))]
@@ -112,6 +112,36 @@ pub enum IntegrityFileError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl IntegrityFileError {
+    /// Whether the file has another content than `keybroker` wrote. Every other error is about settings, owner, mode or storage.
+    pub fn is_about_content(&self) -> bool {
+        matches!(self, Self::Changed { .. } | Self::Malformed { .. })
+    }
+}
+
+/// Why the content of a file is not a wrapped integrity key.
+#[derive(Debug, thiserror::Error)]
+pub enum ContentError {
+    /// The content is not the JSON object.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// The file has another format.
+    #[error("its format is not {FORMAT:?}")]
+    Format,
+    /// `wrapping_key` has another form.
+    #[error("`wrapping_key` is not a key id")]
+    WrappingKey,
+    /// `algorithm` is not one of the algorithms.
+    #[error("`algorithm` is not known")]
+    Algorithm,
+    /// `ciphertext` has another form.
+    #[error("`ciphertext` is not hexadecimal, or has another length")]
+    Ciphertext,
+    /// The integrity key belongs to another wrapping key.
+    #[error("it is of {0}")]
+    OtherKey(WrappingKeyId),
 }
 
 fn describe_file(error: &trusted_file::Error) -> String {
@@ -157,21 +187,21 @@ impl WrappedIntegrityKey {
         format!("{text}\n")
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let content: Content = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    fn parse(bytes: &[u8]) -> Result<Self, ContentError> {
+        let content: Content = serde_json::from_slice(bytes)?;
         if content.format != FORMAT {
-            return Err(format!("its format is not {FORMAT:?}"));
+            return Err(ContentError::Format);
         }
-        let wrapping_key = WrappingKeyId::from_hex(&content.wrapping_key)
-            .ok_or_else(|| "`wrapping_key` is not a key id".to_owned())?;
+        let wrapping_key =
+            WrappingKeyId::from_hex(&content.wrapping_key).ok_or(ContentError::WrappingKey)?;
         let algorithm = [Algorithm::RsaOaepSha256, Algorithm::RsaOaepSha1]
             .into_iter()
             .find(|algorithm| algorithm.as_str() == content.algorithm)
-            .ok_or_else(|| "`algorithm` is not known".to_owned())?;
+            .ok_or(ContentError::Algorithm)?;
         let ciphertext = hex::decode(&content.ciphertext)
             .ok()
             .filter(|bytes| (1..=CIPHERTEXT_BYTES_MAX).contains(&bytes.len()))
-            .ok_or_else(|| "`ciphertext` is not hexadecimal, or has another length".to_owned())?;
+            .ok_or(ContentError::Ciphertext)?;
         Ok(Self {
             wrapping_key,
             algorithm,
@@ -252,15 +282,15 @@ impl<'a> IntegrityFiles<'a> {
             }
             Some(_) => {}
         }
-        let malformed = |what| IntegrityFileError::Malformed {
+        let malformed = |source| IntegrityFileError::Malformed {
             path: path.clone(),
-            what,
+            source,
         };
         let key = WrappedIntegrityKey::parse(&bytes).map_err(malformed)?;
         if key.wrapping_key == id {
             Ok(key)
         } else {
-            Err(malformed(format!("it is of {}", key.wrapping_key)))
+            Err(malformed(ContentError::OtherKey(key.wrapping_key)))
         }
     }
 

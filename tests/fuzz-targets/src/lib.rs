@@ -31,6 +31,28 @@ pub struct Target {
     pub words: &'static [&'static str],
 }
 
+/// Passes the names of all targets to a macro: for the list of targets, and for one test of each.
+#[macro_export]
+macro_rules! for_each_target {
+    ($macro:ident) => {
+        $macro!(
+            access_token,
+            audit_log,
+            authorization,
+            claims,
+            configuration,
+            envelope,
+            key_set,
+            mac_context,
+            page_token,
+            pem,
+            pkcs11_uri,
+            rest_body,
+            worker_frames,
+        );
+    };
+}
+
 macro_rules! targets {
     ($($name:ident),* $(,)?) => {
         /// All targets.
@@ -43,18 +65,4 @@ macro_rules! targets {
     };
 }
 
-targets!(
-    access_token,
-    audit_log,
-    authorization,
-    claims,
-    configuration,
-    envelope,
-    key_set,
-    mac_context,
-    page_token,
-    pem,
-    pkcs11_uri,
-    rest_body,
-    worker_frames,
-);
+for_each_target!(targets);

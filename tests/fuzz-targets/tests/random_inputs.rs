@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use keybroker_fuzz_targets::{TARGETS, Target};
+use keybroker_fuzz_targets::{TARGETS, Target, for_each_target};
 use proptest::{
     collection::vec,
     prelude::*,
@@ -36,6 +36,8 @@ const INPUT_TIME_MAX: Duration = Duration::from_secs(2);
 /// Of so many inputs, some are accepted and some are not.
 const ENOUGH: u64 = 1_000;
 const INPUT_BYTES_MAX: usize = 64 * 1024;
+/// The seed of every run in CI, so that a change and not chance makes a run fail there.
+const CI_SEED: u64 = 20_261_129;
 
 /// One change of an input.
 #[derive(Clone, Debug)]
@@ -128,8 +130,6 @@ fn generator(seed: u64, target: &str, round: u64) -> TestRng {
     TestRng::from_seed(RngAlgorithm::ChaCha, &bytes)
 }
 
-const CI_SEED: u64 = 20_261_129;
-
 fn processor_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(
@@ -209,7 +209,7 @@ fn input(
     input
 }
 
-/// The same seed for every run in CI, so that a change and not chance makes a run fail there. A new one for every other run.
+/// The seed of a run for which none is chosen: always another one, except in CI.
 fn rand_seed() -> u64 {
     if env::var("CI").is_ok_and(|value| value == "true") {
         return CI_SEED;
@@ -242,18 +242,4 @@ macro_rules! tests {
     };
 }
 
-tests!(
-    access_token,
-    audit_log,
-    authorization,
-    claims,
-    configuration,
-    envelope,
-    key_set,
-    mac_context,
-    page_token,
-    pem,
-    pkcs11_uri,
-    rest_body,
-    worker_frames,
-);
+for_each_target!(tests);

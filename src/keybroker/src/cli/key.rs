@@ -180,11 +180,10 @@ fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failur
 
 impl From<IntegrityFileError> for Failure {
     fn from(error: IntegrityFileError) -> Self {
-        let exit = match error {
-            IntegrityFileError::Changed { .. } | IntegrityFileError::Malformed { .. } => {
-                Exit::Untrusted
-            }
-            _ => Exit::Configuration,
+        let exit = if error.is_about_content() {
+            Exit::Untrusted
+        } else {
+            Exit::Configuration
         };
         Self::new(exit, error.to_string())
     }

@@ -8,7 +8,12 @@ use keybroker_worker_protocol::{
     IntegrityKey, Settings, integrity_file::IntegrityFiles, oaep::WrapKey,
 };
 
-use crate::{admin::Verifier, classify::Class, keys, select::Registered};
+use crate::{
+    admin::Verifier,
+    classify::{Class, Fault},
+    keys,
+    select::Registered,
+};
 
 /// Counts the objects of all kinds on the token.
 fn objects() -> usize {
@@ -517,6 +522,17 @@ fn a_login_of_another_process_is_named_when_the_keys_are_not_found() {
     );
 }
 
+/// Logs in as `serve` does, with a registry that has these serial numbers.
+fn open_registered(settings: &Settings, serials: &[&str]) -> Result<OpenToken, Fault> {
+    OpenToken::login_to(
+        settings,
+        &record(),
+        Some(&pin(USER_PIN)),
+        false,
+        Registered::Required(serials),
+    )
+}
+
 #[test]
 fn of_two_tokens_with_one_label_the_registry_says_which() {
     with_softhsm(
@@ -527,16 +543,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             let twin = twin.unwrap();
             let (settings, faulty) = faulty(folder);
             faulty.behave("[token]\nlabel = \"test\"\n");
-            let open = |serials: &[&str]| {
-                let pin = pin(USER_PIN);
-                OpenToken::login_to(
-                    &settings,
-                    &record(),
-                    Some(&pin),
-                    false,
-                    Registered::Required(serials),
-                )
-            };
+            let open = |serials: &[&str]| open_registered(&settings, serials);
             for serials in [&[][..], &["0"], &[""]] {
                 let fault = open(serials).unwrap_err();
                 assert!(fault.detail.contains("`token.serial`"), "{fault}");
@@ -570,16 +577,7 @@ fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
         |folder| {
             init();
             let (settings, faulty) = faulty(folder);
-            let open = |serials: &[&str]| {
-                let pin = pin(USER_PIN);
-                OpenToken::login_to(
-                    &settings,
-                    &record(),
-                    Some(&pin),
-                    false,
-                    Registered::Required(serials),
-                )
-            };
+            let open = |serials: &[&str]| open_registered(&settings, serials);
             // If the registry has no serial number, it does not restrict the choice.
             let serial = open(&[""]).unwrap().info.serial;
             assert_eq!(open(&[serial.as_str()]).unwrap().info.serial, serial);

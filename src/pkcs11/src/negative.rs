@@ -429,38 +429,64 @@ pub(super) fn run(
     subject: Subject,
     terms: Terms<'_>,
 ) -> Result<Report, Fault> {
+    let mut report = Report::default();
+    let is_wanted = |test: &NegativeTest| {
+        let is_spared = terms.spared.iter().any(|name| name == test.name);
+        !(is_spared || test.changes_the_key && subject == Subject::InUse)
+    };
+    for_each_wanted(
+        open,
+        pair,
+        public,
+        self_test,
+        is_wanted,
+        |test, result, _| {
+            match result {
+                Ok(Done::Nothing) => {}
+                Ok(Done::NotMade) => report.not_made.push(test.name),
+                Ok(Done::Kept(fault)) => {
+                    let left = "the object that the test made was not removed; find and remove it with the vendor's tool";
+                    return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
+                }
+                Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
+                Ok(Done::It) => return Err(succeeded(test, pair)),
+                Err(error) if is_a_refusal(&error) => {}
+                Err(error) => return Err(Fault::from(error).about(test.name)),
+            }
+            Ok(())
+        },
+    )?;
+    Ok(report)
+}
+
+/// Runs the wanted tests that apply to the key, and passes each result on with the session of the test. A failed session or an
+/// error of `take` ends the run.
+fn for_each_wanted(
+    open: impl Fn() -> Result<KeySession, Fault>,
+    pair: &KeyPair,
+    public: &PublicSide,
+    self_test: &SelfTest,
+    is_wanted: impl Fn(&NegativeTest) -> bool,
+    mut take: impl FnMut(&'static NegativeTest, Result<Done, Error>, &KeySession) -> Result<(), Fault>,
+) -> Result<(), Fault> {
     let keeper = open()?;
     let helpers = Helpers::make(&keeper.session, pair);
     let pkcs1 = pkcs1_ciphertext(public, self_test);
-    let mut report = Report::default();
     for test in TESTS {
-        let is_spared = terms.spared.iter().any(|name| name == test.name);
-        if is_spared || !test.applies_to(pair) || test.changes_the_key && subject == Subject::InUse
-        {
+        if !test.applies_to(pair) || !is_wanted(test) {
             continue;
         }
         let session = open()?;
-        let subjects = Subjects {
+        let result = (test.run)(&Subjects {
             session: &session.session,
             pair,
             self_test,
             helpers,
             pkcs1: pkcs1.as_deref(),
-        };
-        match (test.run)(&subjects) {
-            Ok(Done::Nothing) => {}
-            Ok(Done::NotMade) => report.not_made.push(test.name),
-            Ok(Done::Kept(fault)) => {
-                let left = "the object that the test made was not removed; find and remove it with the vendor's tool";
-                return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
-            }
-            Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
-            Ok(Done::It) => return Err(succeeded(test, pair)),
-            Err(error) if is_a_refusal(&error) => {}
-            Err(error) => return Err(Fault::from(error).about(test.name)),
-        }
+        });
+        take(test, result, &session)?;
     }
-    Ok(report)
+    Ok(())
 }
 
 fn is_accepted(test: &NegativeTest, terms: Terms<'_>) -> bool {

@@ -1,8 +1,7 @@
 //! Runs all negative tests on one key and collects every result, for the report on a token.
 
 use super::{
-    Done, Helpers, KeyPair, KeySession, NegativeTest, PublicSide, SelfTest, Subjects, TESTS,
-    is_a_refusal, pkcs1_ciphertext,
+    Done, KeyPair, KeySession, NegativeTest, PublicSide, SelfTest, for_each_wanted, is_a_refusal,
 };
 use crate::classify::Fault;
 use cryptoki::error::Error;
@@ -38,33 +37,28 @@ pub(crate) fn survey(
     public: &PublicSide,
     self_test: &SelfTest,
 ) -> Result<Vec<Surveyed>, Fault> {
-    let keeper = open()?;
-    let helpers = Helpers::make(&keeper.session, pair);
-    let pkcs1 = pkcs1_ciphertext(public, self_test);
-    TESTS
-        .iter()
-        .filter(|test| test.applies_to(pair))
-        .map(|test| {
-            let session = open()?;
-            let subjects = Subjects {
-                session: &session.session,
-                pair,
-                self_test,
-                helpers,
-                pkcs1: pkcs1.as_deref(),
-            };
-            let found = match (test.run)(&subjects) {
+    let mut surveyed = Vec::new();
+    for_each_wanted(
+        open,
+        pair,
+        public,
+        self_test,
+        |_| true,
+        |test, result, session| {
+            let found = match result {
                 Ok(Done::It | Done::Kept(_)) => Found::Succeeded,
                 Ok(Done::Nothing) => Found::Nothing,
                 Ok(Done::NotMade) => Found::NotMade,
                 Err(error) if is_a_refusal(&error) => Found::Refused(error),
                 Err(error) => Found::NotAnswered(error),
             };
-            Ok(Surveyed {
+            surveyed.push(Surveyed {
                 test,
                 found,
                 session_is_usable: self_test.check(&session.session, pair).is_ok(),
-            })
-        })
-        .collect()
+            });
+            Ok(())
+        },
+    )?;
+    Ok(surveyed)
 }

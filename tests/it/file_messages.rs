@@ -346,7 +346,7 @@ fn a_file_that_cannot_be_read_says_which_user_to_be() {
             &format!("{arguments:?}"),
             &finished,
             exit,
-            &["run this as user 0"],
+            &["run the command as user 0"],
         );
     }
     chown(&audit, Some(0), None).unwrap();

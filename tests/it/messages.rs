@@ -424,7 +424,7 @@ fn a_command_of_the_wrong_user_says_which_user_to_be() {
         8,
         &[
             &format!("belongs to user {owner}"),
-            &format!("run this as user {owner}"),
+            &format!("run the command as user {owner}"),
         ],
     );
 }

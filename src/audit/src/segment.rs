@@ -53,11 +53,11 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     let ours = rustix::process::geteuid().as_raw();
     if meta.is_dir() && meta.uid() != ours {
         let cause = format!(
-            "it belongs to user {}, and this process is user {ours}",
+            "it belongs to user {}, and this process runs as user {ours}",
             meta.uid()
         );
         let remedy = format!(
-            "run this as user {owner} (`sudo -u '#{owner}' keybroker …`), or give the directory to user {ours}",
+            "run the command as user {owner} (`sudo -u '#{owner}' keybroker …`), or give the directory to user {ours}",
             owner = meta.uid()
         );
         return Err(fail("will not write into", path, cause, &remedy));

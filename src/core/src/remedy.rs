@@ -33,7 +33,7 @@ fn denied(path: &Path) -> Option<String> {
         format!("change the mode of {shown}, which belongs to this user")
     } else {
         format!(
-            "{shown} belongs to user {owner}, and this process is user {ours}: run this as user {owner}"
+            "{shown} belongs to user {owner}, and this process runs as user {ours}; run the command as user {owner}"
         )
     })
 }
@@ -85,7 +85,7 @@ mod tests {
         let expected = if ours == 0 {
             "belongs to this user"
         } else {
-            "run this as user 0"
+            "run the command as user 0"
         };
         assert!(remedy.contains(expected), "{remedy}");
     }

@@ -219,7 +219,7 @@ impl StateDirectory {
             let owner = fs::metadata(parent)?.uid();
             if owner != rustix::process::geteuid().as_raw() {
                 return Err(io::Error::other(format!(
-                    "{} belongs to user {owner}: run this as that user",
+                    "{} belongs to user {owner}; run the command as user {owner}",
                     parent.display()
                 )));
             }
@@ -292,7 +292,7 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
         format!("others can use the {what}; set its mode to {mode}")
     } else {
         format!(
-            "the {what} belongs to user {}, and this process is user {ours}; run it as user {}",
+            "the {what} belongs to user {}, and this process runs as user {ours}; run the command as user {}",
             meta.uid(),
             meta.uid()
         )

@@ -275,7 +275,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DERIVE",
-        "a holder of the user PIN may derive keys of full length from the integrity key and use them",
+        "a holder of the user PIN may derive keys from the integrity key that are as long as it, and use them",
     ),
 ];
 

@@ -219,7 +219,7 @@ fn find_now(
             Class::NoToken,
             format!(
                 "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
-                 SOFTHSM2_CONF)? List tokens with `keybroker token list`, create one with `keybroker token init`"
+                 SOFTHSM2_CONF)? List tokens with `keybroker token list`, or create one with `keybroker token init`"
             ),
         ));
     }

@@ -15,7 +15,7 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 type Cause = Arc<dyn StdError + Send + Sync>;
 
 /// What failed, the cause and the remedy. The text form contains all of them:
-/// `cannot open /x: permission denied; run this as …`.
+/// `cannot open /x: permission denied; run the command as …`.
 #[derive(Clone, Debug)]
 pub struct Detail {
     /// Empty if the cause is sufficient.

@@ -58,7 +58,9 @@ pub(super) enum UrlError {
     Host(char),
     #[error("has a port that is not 1 to 65535")]
     Port,
-    #[error("has a `%` that is not followed by two hexadecimal digits of UTF-8")]
+    #[error(
+        "has a `%` that is not followed by two hexadecimal digits, or `%` escapes that are not UTF-8"
+    )]
     Encoding,
     #[error("has a control character")]
     ControlCharacter,

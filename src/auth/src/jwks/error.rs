@@ -161,7 +161,7 @@ pub enum SourceError {
     },
     /// The server answered with a redirect.
     #[error(
-        "{url}: answered {status}; redirects are not followed: configure the address that it leads to"
+        "{url}: answered {status}; redirects are not followed: configure the URL to which the server redirects"
     )]
     Redirect {
         /// The requested URL.

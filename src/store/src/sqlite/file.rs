@@ -79,7 +79,7 @@ fn check_header(path: &Path) -> Result<(), Error> {
                 "name another file in the URL, or restore a backup if it was overwritten",
             )))
         }
-        // A file without content is a new database.
+        // An empty file is a new database. SQLite reports a file that is too short or cannot be read.
         _ => Ok(()),
     }
 }

@@ -86,7 +86,7 @@ impl Connector {
         let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| {
             Failure::new(
                 Exit::Usage,
-                "the access token has characters that no token has",
+                "the access token contains characters that no access token has",
             )
         })?;
         bearer.set_sensitive(true);

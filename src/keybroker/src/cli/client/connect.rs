@@ -144,7 +144,7 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
         ))
         .hint("each is a PEM file; --key must be the private key of the certificate in --cert"),
         BuildError::Credential(_) => {
-            usage("--token-file has characters that no token has".to_owned())
+            usage("--token-file contains characters that no access token has".to_owned())
         }
         other => usage(chain(&other)),
     })

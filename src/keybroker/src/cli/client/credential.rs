@@ -126,7 +126,7 @@ mod tests {
             refused(&bearer(written(folder.path(), text, 0o600)), word);
         }
         let file = written(folder.path(), "kbs_secret\u{1}", 0o600);
-        refused(&bearer(file), "no token has");
+        refused(&bearer(file), "no access token has");
         refused(&bearer(folder.path().join("absent")), "cannot read");
     }
 }

@@ -72,7 +72,7 @@ def call(method, request):
         except grpc.RpcError as error:
             reason, delay = details(error)
             is_transient = reason in TRANSIENT if reason else error.code() in CONNECTION
-            wait = max(pause * random.uniform(0.8, 1.2), delay)
+            wait = max(pause * random.uniform(0, 2), delay * random.uniform(1, 1.2))
             if not is_transient or attempt == ATTEMPTS or time.monotonic() + wait >= ends:
                 raise
             print(f"attempt {attempt}: {reason or error.code().name}, again in {wait:.2f} s", file=sys.stderr)

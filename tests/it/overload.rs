@@ -11,6 +11,7 @@ use std::{
 
 use keybroker_proto::UnwrapUserKeyRequest;
 use serde_json::Value;
+use tokio::task::JoinSet;
 use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
 
@@ -190,4 +191,36 @@ async fn refusals_for_overload_are_counted() {
         .lines()
         .filter(|line| line.contains("calls were refused"));
     assert!((1..30).contains(&lines.count()), "{log}");
+}
+
+/// The jobs of cancelled calls leave the queue before the token works on them. Each call still has its audit entry.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_call_costs_the_token_nothing() {
+    const CALLS: usize = 60;
+    let (broker, faulty) = slow_token().await;
+    let releaser = Caller::of(&broker, "releaser");
+    let mut calls = JoinSet::new();
+    for _ in 0..CALLS {
+        let releaser = releaser.clone();
+        calls.spawn(async move { unwrap_within(&releaser, Duration::from_mins(1)).await });
+    }
+    let length = || {
+        let page = get(broker.status, "/metrics");
+        let length = page
+            .lines()
+            .find_map(|line| line.strip_prefix("keybroker_token_queue_length "));
+        length.unwrap().parse::<usize>().unwrap()
+    };
+    until("the calls to wait", || (length() > CALLS / 2).then_some(()));
+    let begun = faulty.count("C_Decrypt begins");
+    calls.shutdown().await;
+    until("the queue to be empty", || (length() == 0).then_some(()));
+    // The waiting calls would have taken the token more than a second.
+    let meanwhile = faulty.count("C_Decrypt begins") - begun;
+    assert!(meanwhile < CALLS / 3, "{meanwhile} jobs were done");
+    until("the audit entries", || {
+        let audit = broker.site.audit();
+        let entries = audit.lines().filter(|line| line.contains("DEADLINE"));
+        (entries.count() > CALLS / 3).then_some(())
+    });
 }

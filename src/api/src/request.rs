@@ -15,7 +15,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument as _, Span};
 
 use keybroker_core::{
-    call::{CallId, Deadline},
+    call::{
+        CallId, Deadline,
+        abandoned::{Abandoned, StopsWaiting},
+    },
     error::{Error, Reason},
     principal::{Action, Principal},
 };
@@ -62,7 +65,9 @@ pub(crate) async fn run(
         // The call keeps its place until the answer is sent. Otherwise its connection would look idle and could be closed.
         response.map(|body| held(body, place))
     };
-    let task = calls.spawn(running.in_current_span());
+    let abandoned = Abandoned::default();
+    let task = calls.spawn(abandoned.clone().scope(running).in_current_span());
+    let _waiting = StopsWaiting(abandoned);
     match tokio::time::timeout_at(deadline.into(), task).await {
         Ok(Ok(response)) => Ok(response),
         Ok(Err(_)) => {

@@ -47,13 +47,18 @@ pub struct Context {
 }
 
 impl Context {
-    /// Makes the context of the REST API.
-    pub fn new(broker: Arc<Broker>, call_timeout_max: Duration, calls: TaskTracker) -> Self {
+    /// Makes the context of the REST API. `retries` has the places for requests that wait for their next attempt.
+    pub fn new(
+        broker: Arc<Broker>,
+        call_timeout_max: Duration,
+        calls: TaskTracker,
+        retries: Arc<Semaphore>,
+    ) -> Self {
         Self {
             broker,
             call_timeout_max,
             calls,
-            retries: Arc::new(Semaphore::new(retry::RETRIES_MAX)),
+            retries,
         }
     }
 }

@@ -10,6 +10,7 @@ use keybroker_core::{
     key::{ClientId, RecordId, Revision, UserId, WrappingKeyId},
     principal::{Action, Principal},
 };
+use keybroker_hsm::leave;
 use keybroker_policy::{KeyPermit, Resource};
 
 use super::{Broker, overload::is_overload};
@@ -162,6 +163,8 @@ impl Broker {
         mut draft: Draft,
         error: &Error,
     ) -> Result<(), Error> {
+        // A refused call waits only for the disk.
+        leave();
         let Draft(entry) = &mut draft;
         if entry.kind == EntryKind::Decision && is_overload(error) {
             let principal = entry.principal.take().zip(entry.tenant.take());

@@ -17,6 +17,7 @@
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     sync::{
         Arc, Mutex,
@@ -38,7 +39,7 @@ use keybroker_core::{
     principal::{Action, Principal},
     state::StateDirectory,
 };
-use keybroker_hsm::{Caller, Token};
+use keybroker_hsm::{Caller, Calls, Token};
 use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
@@ -123,6 +124,8 @@ pub struct Parts {
     pub token: Arc<dyn Token>,
     /// The call rates and failure limits of the callers.
     pub limits: Arc<Limits>,
+    /// Weights of principals, by name, if many calls wait: `token.weights`.
+    pub weights: BTreeMap<String, u32>,
     /// The settings of API clients, including the roles that they may be given.
     pub client_rules: ClientRules,
     /// The directory in which this instance keeps facts across restarts.
@@ -155,6 +158,7 @@ pub struct Broker {
     store: Arc<dyn Store>,
     token: Arc<dyn Token>,
     limits: Arc<Limits>,
+    calls: Calls,
     /// Absent until the token has verified the MAC of every row. While it is absent, the broker wraps and unwraps
     /// nothing.
     registry: ArcSwapOption<Registry>,
@@ -188,6 +192,7 @@ impl Broker {
             store: parts.store,
             token: parts.token,
             limits: parts.limits,
+            calls: Calls::new(parts.weights),
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             registry_complaint: Mutex::default(),

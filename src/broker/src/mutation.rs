@@ -135,7 +135,9 @@ impl Broker {
         // overloaded.
         let needs_token = !matches!(change, Change::Delete { .. } | Change::Undelete);
         if needs_token || request.is_some() {
-            self.check_admission(principal, call, action)?;
+            let caller = caller(principal, call);
+            self.check_admission(&caller, principal, call, action)
+                .await?;
         }
         let permit = self.permit_key(principal, call, action, key).await?;
         let mut draft = Draft::permitted(principal, call, &permit);

@@ -10,11 +10,12 @@ use keybroker_core::{
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
+use keybroker_hsm::leave_if_slow;
 use keybroker_policy::KeyPermit;
 use keybroker_store::{Record, RecordState};
 
 use super::{
-    Broker, UserKeyRef, caller,
+    Broker, UserKeyRef,
     journal::{Draft, Recorded},
     observed, within,
 };
@@ -69,22 +70,34 @@ impl Broker {
         key: &UserKeyRef,
     ) -> Result<Released, Error> {
         observed(Action::Unwrap, call, async {
-            self.check_admission(principal, call, Action::Unwrap)?;
-            let permit = self
-                .permit_key(principal, call, Action::Unwrap, key)
+            let releaser = self.releaser(principal, call);
+            self.check_admission(&releaser, principal, call, Action::Unwrap)
                 .await?;
-            let mut draft = Draft::permitted(principal, call, &permit);
-            let unwrapped = self
-                .unwrap_record(principal, &permit, call, &mut draft)
-                .await;
-            let unwrapped = self.conclude(draft, unwrapped).await?;
-            self.uses.note(unwrapped.record());
-            if self.limits.note_release(principal, key.user.as_str()) {
-                self.alert_of_bulk_release(principal, call).await;
-            }
-            Ok(Released::new(unwrapped))
+            let entered = self.enter(principal, call).await?;
+            entered.run(self.release(principal, call, key)).await
         })
         .await
+    }
+
+    async fn release(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        key: &UserKeyRef,
+    ) -> Result<Released, Error> {
+        let permit = self
+            .permit_key(principal, call, Action::Unwrap, key)
+            .await?;
+        let mut draft = Draft::permitted(principal, call, &permit);
+        let unwrapped = self
+            .unwrap_record(principal, &permit, call, &mut draft)
+            .await;
+        let unwrapped = self.conclude(draft, unwrapped).await?;
+        self.uses.note(unwrapped.record());
+        if self.limits.note_release(principal, key.user.as_str()) {
+            self.alert_of_bulk_release(principal, call).await;
+        }
+        Ok(Released::new(unwrapped))
     }
 
     /// Raises an alert about a service that releases the keys of unusually many users: another person may be using its
@@ -121,7 +134,7 @@ impl Broker {
             record_id: record.info.id,
             revision: record.info.revision,
         };
-        let caller = caller(principal, call);
+        let caller = self.releaser(principal, call);
         let job = self.token.unwrap(&envelope, context, &caller);
         let material = within(call, job).await?;
         Ok(Unwrapped {
@@ -153,7 +166,7 @@ impl Broker {
         draft: &mut Draft,
     ) -> Result<Record, Error> {
         self.check_acknowledged()?;
-        let record = within(call, self.store.record(permit.address()))
+        let record = within(call, leave_if_slow(self.store.record(permit.address())))
             .await?
             .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;
         draft.record(record.info.id, record.info.revision);

@@ -150,6 +150,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             grantable_roles: [Role::Release].into(),
             hash: Arc::new(|_| Ok("$argon2id$".to_owned())),
         },
+        weights: BTreeMap::new(),
         limits: Limits::new(&limits::Settings::default()),
         state: StateDirectory::below(folder),
         instance: "serve".to_owned(),

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, Reason};
 
+pub mod abandoned;
 pub mod caller;
 pub mod in_progress;
 pub mod outside_time;

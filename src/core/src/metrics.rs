@@ -411,6 +411,8 @@ declare! {
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
         CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls that have begun and not ended.";
+        REST_RETRIES_WAITING = "keybroker_rest_retries_waiting" [] "REST requests that wait for their next attempt.";
+        CALLS_WAITING = "keybroker_calls_waiting" [] "Releases that wait until the front can work on them.";
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
         CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
         CLIENT_CRL_EXPIRY = "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first revocation list of a listener ends, in seconds since 1970.";

@@ -8,6 +8,8 @@ use zeroize::Zeroizing;
 
 use keybroker_worker_protocol::Work;
 
+use keybroker_core::call::abandoned::Abandoned;
+
 use crate::{Error, caller::Caller};
 
 /// Bytes from the token: a MAC, key material, or nothing.
@@ -19,6 +21,8 @@ pub(super) struct Job {
     pub(super) work: Work,
     pub(super) caller: Caller,
     pub(super) done: oneshot::Sender<Answer>,
+    /// Whether the caller of the call has stopped waiting, while the call still waits for the job.
+    pub(super) abandoned: Abandoned,
     pub(super) queued: Instant,
     /// How long the job waited for a session.
     pub(super) waited: Duration,
@@ -31,6 +35,11 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// The time since the job was given to a session.
+    pub(super) fn occupied(&self) -> Duration {
+        self.queued.elapsed().saturating_sub(self.waited)
+    }
+
     /// Answers the caller, unless the caller has stopped waiting. `on_token` is the time that the
     /// job spent in the module.
     pub(super) fn answer(self, result: Result<Output, Error>, on_token: Duration) {

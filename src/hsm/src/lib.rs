@@ -30,6 +30,7 @@ mod supervisor;
 
 pub use caller::Caller;
 pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
+pub use queue::{Calls, Entered, leave, leave_if_slow};
 pub use supervisor::{StartupError, Supervisor};
 
 /// The operations of a token that the broker needs. Only [`Token::unwrap`] uses the RSA key, after the MAC has

@@ -27,7 +27,11 @@ use backlogs::{Backlogs, Load, Served, Waiting};
 use estimate::{Estimate, Estimates, Kind};
 
 mod backlogs;
+mod calls;
 mod estimate;
+
+pub(crate) use calls::note_answered;
+pub use calls::{Calls, Entered, leave, leave_if_slow};
 
 /// The shortest delay of a retry hint.
 const RETRY_MIN: Duration = Duration::from_millis(10);
@@ -59,7 +63,7 @@ impl Waiting for Job {
     }
 
     fn is_abandoned(&self) -> bool {
-        self.done.is_closed()
+        self.done.is_closed() || self.abandoned.is_set()
     }
 }
 
@@ -119,10 +123,12 @@ impl Queue {
         self.state().dispatch();
     }
 
-    /// Records the time that a job spent in the module.
-    pub(super) fn served(&self, job: &Job, spent: Duration) {
+    /// Records the time for which a job occupied its session, as the front sees it. If the module computes in software
+    /// on the same processors, this time is much longer than the time in the module, because the thread of the session
+    /// also waits for a processor.
+    pub(super) fn served(&self, job: &Job) {
         if let Some(kind) = Kind::of(&job.work) {
-            self.state().estimates.add(kind, spent);
+            self.state().estimates.add(kind, job.occupied());
         }
     }
 
@@ -179,7 +185,8 @@ impl State {
             let Some(mut job) = self.waiting.pop(quantum, now) else {
                 break;
             };
-            if job.done.is_closed() {
+            if job.is_abandoned() {
+                job.answer(Err(Error::Deadline), Duration::ZERO);
                 continue;
             }
             let left = job.caller.deadline().remaining();

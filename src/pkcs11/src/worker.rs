@@ -53,6 +53,9 @@ const JOIN_PAUSE: Duration = Duration::from_millis(10);
 /// Longest time for the module to open the token, longer than the front waits.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
+/// How far the CPU priority of a worker is below that of the front, as a niceness.
+const NICENESS: i32 = 5;
+
 /// Runs the hidden command `keybroker token-worker`.
 pub fn run() -> ExitCode {
     match serve() {
@@ -66,6 +69,7 @@ pub fn run() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     let _signals = ignore_signals()?;
+    give_way_to_front();
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     end_with_front(stream.try_clone()?);
     let mut input = Input {
@@ -126,6 +130,15 @@ pub(crate) fn ignore_signals()
     ];
     drop(guard);
     Ok((runtime, signals))
+}
+
+/// Lowers the CPU priority of this process below that of the front. A module that computes in software, such as SoftHSM,
+/// would otherwise take most of the processors under load. The front could then not refuse calls in time, or answer them
+/// within their deadlines. A process without the permission to change its priority keeps it.
+fn give_way_to_front() {
+    if let Err(error) = rustix::process::nice(NICENESS) {
+        tracing::debug!(%error, "the CPU priority of the worker stays that of the front");
+    }
 }
 
 /// Ends this process if the module hangs while it opens the token. The front would do that too, but it may have ended.

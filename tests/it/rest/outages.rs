@@ -13,6 +13,8 @@ use super::site::{ADA, Answer, BOB, RestSite};
 use crate::{
     process::{send, until},
     rows::set_envelope,
+    site::Options,
+    wire::get,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -90,4 +92,61 @@ async fn a_damaged_row_is_500_and_is_not_overwritten() {
     again.expect_refused(400, "KEY_EXISTS");
     let log = rest.broker.site.log();
     assert!(log.contains("record-damaged"), "{log}");
+}
+
+/// Requests that wait for the end of an outage occupy at most half of the connections. Further requests are answered at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_requests_leave_room_for_new_ones() {
+    const WAITING_MAX: usize = 4;
+    let rest = RestSite::open_with(
+        Options {
+            limits: format!("connections_max = {}", WAITING_MAX * 2),
+            ..Options::default()
+        },
+        "",
+        "",
+    );
+    rest.store(Method::POST, ADA, &[0xe6; 32])
+        .await
+        .expect_stored();
+    let directory = rest.broker.site.token.directory();
+    let away = directory.with_extension("away");
+    fs::rename(&directory, &away).unwrap();
+    let site = &rest.broker.site;
+    until("the token to be missed", || {
+        site.log().contains("token-down").then_some(())
+    });
+    let metric = |name: &str| {
+        let page = get(rest.broker.status, "/metrics");
+        let value = page
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.unwrap().parse::<usize>().unwrap()
+    };
+    let waiting = || metric("keybroker_rest_retries_waiting");
+    // One after another, because only few connections at a time may be without a principal.
+    let mut requests = Vec::new();
+    for number in 1..=WAITING_MAX {
+        requests.push(tokio::spawn(rest.as_user(Method::GET, ADA).send()));
+        until("the request to wait", || {
+            (waiting() == number).then_some(())
+        });
+    }
+    // A waiting request gives its place back for the moment of its next attempt.
+    let refused = || metric("keybroker_rest_retries_refused_total");
+    for _ in 0..10 {
+        rest.get(ADA).await.expect_refused(503, "TOKEN_DOWN");
+        assert!(waiting() <= WAITING_MAX);
+        if refused() > 0 {
+            break;
+        }
+    }
+    assert!(refused() > 0, "no request was answered without waiting");
+    rest.get(BOB).await.expect_refused(404, "KEY_NOT_FOUND");
+    fs::rename(&away, &directory).unwrap();
+    for request in requests {
+        request.await.unwrap().unwrap();
+    }
+    rest.get(ADA).await.expect_key(&[0xe6; 32]);
+    assert_eq!(waiting(), 0);
 }

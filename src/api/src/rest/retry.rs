@@ -19,9 +19,6 @@ const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
 const REPETITIONS_MAX: u32 = 5;
 /// Time limit of one attempt. The next attempt may use another worker or another database connection.
 const TRY: Duration = Duration::from_secs(5);
-/// Maximum number of requests that wait for a retry. Further requests are answered without a retry. Each waiting request occupies
-/// a connection and the memory of its body.
-pub(super) const RETRIES_MAX: usize = 4_096;
 /// Pause before the first retry. The pause doubles before each further retry. All pauses together fill [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Minimum time for an attempt. No attempt begins with less time.
@@ -77,6 +74,7 @@ impl Retry {
             let Some(pause) = self.pause(&error) else {
                 return Err(error);
             };
+            // A waiting request occupies a connection and the memory of its body.
             let Ok(_place) = self.places.try_acquire() else {
                 metrics::REST_RETRIES_REFUSED.increment();
                 return Err(error);
@@ -86,6 +84,7 @@ impl Retry {
             metrics::REST_RETRIES
                 .with([error.reason().as_str()])
                 .increment(1);
+            let _counted = Paused::new();
             tokio::time::sleep(pause).await;
         }
     }
@@ -122,6 +121,22 @@ impl Retry {
             _ => Duration::ZERO,
         };
         Some(jittered(pause).max(asked).min(longest))
+    }
+}
+
+/// Counts a request that waits for its next attempt, also if its task ends meanwhile.
+struct Paused;
+
+impl Paused {
+    fn new() -> Self {
+        metrics::REST_RETRIES_WAITING.handle().increment(1.0);
+        Self
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        metrics::REST_RETRIES_WAITING.handle().decrement(1.0);
     }
 }
 
@@ -171,7 +186,7 @@ mod tests {
     }
 
     fn places() -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(RETRIES_MAX))
+        Arc::new(Semaphore::new(8))
     }
 
     fn queue_full() -> Error {

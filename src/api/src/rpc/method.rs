@@ -14,6 +14,11 @@ pub(super) fn is_watch(path: &str) -> bool {
     path == "/grpc.health.v1.Health/Watch"
 }
 
+/// Whether a method releases one key, which takes one job on the token.
+pub(super) fn is_unwrap(path: &str) -> bool {
+    path == "/keybroker.v1.UserKeyService/UnwrapUserKey"
+}
+
 /// Whether a client may send more than one message.
 pub(super) fn takes_stream(path: &str) -> bool {
     path.starts_with("/grpc.reflection.")

@@ -59,6 +59,16 @@ pub(super) fn wrap(routes: Router, context: Context) -> Router {
     Router::new().fallback_service(routes).layer(layer)
 }
 
+/// A call whose headers were read.
+struct Arrived {
+    caller: Caller,
+    /// `None` for a health check.
+    principal: Option<Arc<Principal>>,
+    call: Call,
+    /// Whether the caller's timeout could be read.
+    timeout: Result<(), Error>,
+}
+
 impl Context {
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
         let id = CallId::fresh();
@@ -75,22 +85,6 @@ impl Context {
             Err(_) if method::is_health(request.uri().path()) => None,
             Err(error) => return self.refuse(&caller, error, id),
         };
-        let action = method::action(request.uri().path());
-        let span = request::span(id, action, principal.as_deref());
-        self.run_known(request, next, caller, principal, id)
-            .instrument(span)
-            .await
-    }
-
-    /// Runs a call of an authenticated caller, or a health check.
-    async fn run_known(
-        self,
-        mut request: Request,
-        next: Next,
-        caller: Caller,
-        principal: Option<Arc<Principal>>,
-        id: CallId,
-    ) -> Response<Body> {
         let wanted = timeout::take(request.headers_mut());
         let timeout = wanted.as_ref().ok().copied().flatten();
         let mut timeout = timeout.unwrap_or(self.call_timeout_max);
@@ -102,9 +96,37 @@ impl Context {
             peer: caller.peer().to_string(),
             deadline: Deadline::after(timeout.min(self.call_timeout_max)),
         };
-        let call_end = call.deadline;
+        let path = request.uri().path();
+        if let Some(principal) = &principal
+            && wanted.is_ok()
+            && method::is_unwrap(path)
+            && let Err(error) = self.broker.check_arrival(principal, &call)
+        {
+            return answer(&error, id);
+        }
+        let span = request::span(id, method::action(path), principal.as_deref());
+        let arrived = Arrived {
+            caller,
+            principal,
+            call,
+            timeout: wanted.map(drop),
+        };
+        self.run_known(request, next, arrived)
+            .instrument(span)
+            .await
+    }
+
+    /// Runs a call of an authenticated caller, or a health check.
+    async fn run_known(self, request: Request, next: Next, arrived: Arrived) -> Response<Body> {
+        let Arrived {
+            caller,
+            principal,
+            call,
+            timeout,
+        } = arrived;
+        let (id, call_end) = (call.id, call.deadline);
         let entered = principal.map(|principal| AuthenticatedCall { principal, call });
-        if let Err(error) = wanted {
+        if let Err(error) = timeout {
             let error = self.unserved(entered.as_ref(), request.uri().path(), error);
             return answer(&error.await, id);
         }

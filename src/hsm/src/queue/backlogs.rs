@@ -267,8 +267,9 @@ impl<J: Waiting> Backlogs<J> {
         own + limited
     }
 
-    /// Takes the next job by turns. `quantum` is the cost of the most expensive job, so that each turn serves at least
-    /// one job.
+    /// Takes the next job by turns. Each turn serves jobs of the cost `quantum`, multiplied by the weight of the
+    /// principal, and a job counts as at most one quantum. A quantum of the most expensive job divides the time of the
+    /// token, and a tiny quantum divides the number of jobs.
     pub(super) fn pop(&mut self, quantum: Duration, now: Instant) -> Option<J> {
         let background = self.waiting.contains_key(&Lane::Background);
         if background && (self.turns.is_empty() || self.since_background >= BACKGROUND_TURNS - 1) {
@@ -285,9 +286,8 @@ impl<J: Waiting> Backlogs<J> {
                 backlog.credit = (backlog.credit + credit).min(credit * 2);
             }
             let next = backlog.next(now)?;
-            // The cost was estimated when the job arrived. A turn serves at least one job, even if the estimates have
-            // fallen since then.
-            let next = backlog.jobs[next].cost.min(credit);
+            // The cost was estimated when the job arrived, and the estimates may have fallen since then.
+            let next = backlog.jobs[next].cost.min(quantum);
             if next <= backlog.credit {
                 backlog.credit -= next;
                 if background {

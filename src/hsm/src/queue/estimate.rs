@@ -70,7 +70,7 @@ impl Estimate {
 pub(super) struct Estimates(HashMap<Kind, Estimate>);
 
 impl Estimates {
-    /// Records the time that a job spent in the module.
+    /// Records the time for which a job occupied a session.
     pub(super) fn add(&mut self, kind: Kind, spent: Duration) {
         if let Some(known) = self.0.get_mut(&kind) {
             known.add(spent);

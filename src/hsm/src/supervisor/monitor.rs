@@ -7,7 +7,10 @@ use std::{
 
 use tokio::{process::Child, sync::oneshot};
 
-use keybroker_core::{call::Deadline, metrics};
+use keybroker_core::{
+    call::{Deadline, abandoned::Abandoned},
+    metrics,
+};
 use keybroker_worker_protocol::{
     Work,
     wire::{FailureClass, Reply, SelfTest, reply::Outcome, request},
@@ -112,7 +115,7 @@ impl Supervisor {
         };
         if !job.work.is_self_test() {
             metrics::TOKEN_OPERATION.handle().record(spent);
-            self.queue.served(&job, spent);
+            self.queue.served(&job);
         }
         job.answer(result, spent);
         self.queue.dispatch();
@@ -172,6 +175,7 @@ impl Supervisor {
                 work: Work::new(request::Job::SelfTest(SelfTest {})),
                 caller: Caller::background(Deadline::after(SELF_TEST_TIMEOUT)),
                 done,
+                abandoned: Abandoned::default(),
                 queued: Instant::now(),
                 waited: Duration::ZERO,
                 retried: true,

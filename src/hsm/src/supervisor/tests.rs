@@ -4,6 +4,7 @@ use std::{os::unix::net::UnixStream as StdUnixStream, thread};
 
 use tokio::{net::UnixStream, sync::oneshot};
 
+use keybroker_core::call::abandoned::Abandoned;
 use keybroker_worker_protocol::{
     Work,
     wire::{SelfTest, VerifyMac, request},
@@ -35,6 +36,7 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::job::Answer>) {
         work: Work::new(work),
         caller: crate::Caller::background(Deadline::after(Duration::from_mins(1))),
         done,
+        abandoned: Abandoned::default(),
         queued: Instant::now(),
         waited: Duration::ZERO,
         retried: false,

@@ -12,9 +12,10 @@ use tracing::Span;
 use crate::{
     Caller, Error, Serving, Token, TokenState,
     job::{Job, Output},
+    queue,
 };
 use keybroker_core::{
-    call::outside_time,
+    call::{abandoned::Abandoned, outside_time},
     envelope::{Context, Envelope, Mac, Unsealed, mac::MacMessage},
     key::WrappingKeyId,
     secret::KeyMaterial,
@@ -32,11 +33,14 @@ impl Supervisor {
         // Created first: the job may hold key material, and `Work` overwrites it however this function ends.
         let work = Work::new(work);
         self.check_serving()?;
+        // The job has a queue of its own.
+        queue::leave();
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
             work,
             caller: caller.clone(),
             done,
+            abandoned: Abandoned::current(),
             queued: Instant::now(),
             waited: Duration::ZERO,
             retried: false,
@@ -47,6 +51,7 @@ impl Supervisor {
         self.answer_without_workers();
         match tokio::time::timeout_at(caller.deadline().instant().into(), answer).await {
             Ok(Ok(answer)) => {
+                queue::note_answered();
                 outside_time::note(answer.outside);
                 answer.result
             }

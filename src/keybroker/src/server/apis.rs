@@ -8,6 +8,7 @@ use axum::{
     extract::Request,
     http::{Response, header},
 };
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tower::ServiceExt as _;
@@ -30,6 +31,8 @@ pub(super) struct Apis<'a> {
     pub(super) calls: &'a TaskTracker,
     pub(super) stop: &'a CancellationToken,
     pub(super) memory: &'a rpc::Memory,
+    /// Places for REST requests that wait for their next attempt, for all listeners together.
+    pub(super) rest_retries: &'a Arc<Semaphore>,
 }
 
 impl Apis<'_> {
@@ -70,6 +73,7 @@ impl Apis<'_> {
             Arc::clone(self.broker),
             self.call_timeout_max(),
             self.calls.clone(),
+            Arc::clone(self.rest_retries),
         );
         rest::routes(context, &self.config.rest)
     }

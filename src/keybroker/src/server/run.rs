@@ -66,6 +66,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 const UNAUTHENTICATED_DIVISOR: usize = 4;
 /// The part of all connections that may be in their handshake, as a divisor.
 const HANDSHAKES_DIVISOR: usize = 2;
+/// The part of all connections on which REST requests may wait for their next attempt, as a divisor. The other connections stay
+/// for new requests.
+const RETRIES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
 /// Runs the broker until SIGTERM or SIGINT. A second signal ends the process without a drain.
@@ -235,6 +238,7 @@ impl Server {
             store: Arc::clone(&store),
             token: Arc::<Supervisor>::clone(&supervisor),
             limits: Arc::clone(&limits),
+            weights: config.token.weights.clone(),
             client_rules: client_rules(&config.client_credentials),
             state,
             instance: config.audit.instance.clone(),
@@ -304,6 +308,7 @@ impl Server {
             tasks: self.connections.clone(),
         };
         let memory = rpc::Memory::new(shared.limits.message_bytes_max);
+        let rest_retries = Arc::new(Semaphore::new(connections_max.div_ceil(RETRIES_DIVISOR)));
         let apis = Apis {
             config: &self.config,
             broker: &self.broker,
@@ -311,6 +316,7 @@ impl Server {
             calls: &self.connections,
             stop: &self.stop_connections,
             memory: &memory,
+            rest_retries: &rest_retries,
         };
         for Bound {
             socket,

@@ -1,0 +1,57 @@
+//! Whether the caller of a call still waits for its answer. A call runs in a task of its own, which does not end with the
+//! connection, so the code that works for the call has to ask.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+tokio::task_local! {
+    static CURRENT: Abandoned;
+}
+
+/// A flag that is set when nothing waits for the answer of a call any more.
+#[derive(Clone, Debug, Default)]
+pub struct Abandoned(Arc<AtomicBool>);
+
+impl Abandoned {
+    /// The flag of the call that the current task works for. Outside of a call, the flag is never set.
+    pub fn current() -> Self {
+        CURRENT.try_with(Self::clone).unwrap_or_default()
+    }
+
+    /// Whether the caller has disconnected or cancelled the call, or its deadline has passed.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Runs the work of a call, which finds the flag with [`Abandoned::current`].
+    pub async fn scope<T>(self, work: impl Future<Output = T>) -> T {
+        CURRENT.scope(self, work).await
+    }
+}
+
+/// Sets a flag when it is dropped. The future that waits for the answer owns it.
+#[derive(Debug)]
+pub struct StopsWaiting(pub Abandoned);
+
+impl Drop for StopsWaiting {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_call_sees_its_own_flag_only() {
+        let (one, other) = (Abandoned::default(), Abandoned::default());
+        drop(StopsWaiting(one.clone()));
+        let seen = |flag: Abandoned| flag.scope(async { Abandoned::current().is_set() });
+        assert!(seen(one).await);
+        assert!(!seen(other).await);
+        assert!(!Abandoned::current().is_set());
+    }
+}

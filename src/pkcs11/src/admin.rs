@@ -527,7 +527,8 @@ impl Admin {
     }
 
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. A
-    /// key that fails one of these checks is removed from the token. This function registers nothing.
+    /// key that fails one of these checks is removed from the token. This function does not add the key to the
+    /// registry.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(

@@ -33,7 +33,7 @@ pub struct PacedConnector {
 }
 
 impl PacedConnector {
-    /// Uses up one connection of the limit, or fails if none is left.
+    /// Counts one connection towards the limit, or fails if the limit is reached.
     fn take(&self, now: Instant) -> io::Result<()> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         while made

@@ -16,7 +16,7 @@ use keybroker_core::{
 /// The `domain` of every `google.rpc.ErrorInfo`. The value must never change.
 pub(super) const DOMAIN: &str = "keybroker.v1";
 
-/// The code of a reason. The match is exhaustive, so that a new reason must have a code.
+/// Returns the gRPC code for a reason. The match is exhaustive, so that a new reason must have a code.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) const fn code(reason: Reason) -> Code {
     match reason {

@@ -25,7 +25,8 @@ pub(super) async fn now(method: Method) -> Response<Body> {
     answer::json(StatusCode::OK, &json!(Timestamp::now().to_string()))
 }
 
-/// Answers `/health`: the status shows whether the token, the store and the audit log work, without details.
+/// Answers `/health`: the HTTP status shows whether the token, the store and the audit log work, without
+/// details.
 pub(super) async fn health(State(context): State<Context>, method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;

@@ -61,7 +61,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Examines a database server like `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
+/// Examines a database server as `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
@@ -133,7 +133,7 @@ fn shown(token: &Listed) -> String {
     )
 }
 
-/// The token that the settings choose, or what the check says instead: problems, and a note.
+/// Returns the token that the settings select, or problems and a note if the settings do not select exactly one token.
 fn choose<'a>(
     listed: &'a [Listed],
     chosen: &[&'a Listed],

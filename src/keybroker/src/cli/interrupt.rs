@@ -1,5 +1,5 @@
-//! Handles Ctrl-C in a command: a message with the change that was in progress, and exit code 130. By default, a
-//! command that is changing a token or a database would end without a message.
+//! Handles Ctrl-C in a command: the command reports the change that was in progress, and ends with exit code 130. By
+//! default, a command that is changing a token or a database would end without a message.
 
 use std::{
     process,

@@ -79,7 +79,7 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
         Err(Problems(problems)) => problems,
     };
     let shown = settings.directory.as_deref();
-    // For people, the error message includes a single problem. For programs, the list has all problems.
+    // For people, the error message itself describes a single problem. Programs always get a list of all problems.
     if problems.len() > 1 || context.output.is_json() {
         let rows = problems.iter().map(row).collect();
         context.output.list(rows, "")?;

@@ -142,7 +142,7 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Locks the database for this process, if it is a file. The hint is shown if another process holds the lock.
+/// Locks the database for this process, if the database is a file. The hint is shown if another process holds the lock.
 fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);

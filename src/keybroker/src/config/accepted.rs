@@ -15,7 +15,7 @@ pub(crate) struct AcceptedRisk {
     pub(crate) setting: &'static str,
     /// What the setting accepts, as a sentence without a full stop.
     pub(crate) what: String,
-    /// The risk; `None` if the sentence already describes it.
+    /// The risk; `None` if `what` already describes the risk.
     pub(crate) gives_away: Option<&'static str>,
 }
 

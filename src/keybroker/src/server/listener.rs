@@ -29,7 +29,7 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Accepts connections until the stop signal. Dropping the socket then refuses new connections.
+    /// Accepts connections until the stop signal. After that, the socket is closed, and the system refuses new connections.
     pub(super) async fn accept(self, shared: Shared) {
         let failures = LogLimit::default();
         let full = LogLimit::default();
@@ -73,7 +73,8 @@ impl Listener {
     }
 }
 
-/// Reports that the limit of connections is reached. The next connection waits in the kernel's queue until one ends.
+/// Reports that the limit of connections is reached. The next connection waits in the kernel's queue until an open connection
+/// ends.
 fn note_full(limits: &Limits, full: &LogLimit) {
     metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {

@@ -17,9 +17,9 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Verifiers with the same CAs. For CAs with the same name, each verifier has the lists of another key. A certificate is accepted
-/// if one verifier accepts it. No verifier accepts a certificate that its issuer has revoked, because each verifier requires a
-/// list that the issuer's key signed.
+/// Verifiers with the same CAs. For CAs with the same name, each verifier has the revocation lists of a different key. A
+/// certificate is accepted if one verifier accepts it. No verifier accepts a certificate that its issuer has revoked, because
+/// each verifier requires a list that the issuer's key signed.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     pub(super) first: Arc<dyn ClientCertVerifier>,
@@ -41,7 +41,7 @@ impl ClientVerifier {
         };
         for verifier in &self.others {
             match verifier.verify_client_cert(leaf, intermediates, now) {
-                // The most useful error is that of the verifier with the issuer's list.
+                // The most useful error is the error of the verifier that has the issuer's list.
                 Err(error) if is_of_another_key(&refused) => refused = error,
                 Err(_) => {}
                 verified => return verified,

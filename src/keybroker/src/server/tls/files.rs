@@ -71,13 +71,13 @@ pub(super) struct Files {
     pub(super) trust: Trust,
 }
 
-/// The two parts of the files. If one part cannot be read, the other can still be used.
+/// The two parts of the files. If one part cannot be read, the other part can still be used.
 pub(super) struct Found {
     pub(super) shown: Result<Shown, Error>,
     pub(super) trust: Result<Trust, Error>,
 }
 
-/// The accepted revocation lists. New lists must not be older than these.
+/// The accepted revocation lists. New lists must not be older than the accepted lists.
 pub(super) struct Follows<'a> {
     pub(super) memory: &'a mut Memory,
     /// The lists that are currently in use.
@@ -140,8 +140,8 @@ fn update(context: &mut digest::Context, part: &[u8]) {
     context.update(part);
 }
 
-/// Reads the file of revocation lists. A file that is too long is treated like a damaged one, so that the accepted lists stay in
-/// use, also after a restart.
+/// Reads the file of revocation lists. A file that is too long is treated like a damaged file, so that the accepted lists stay
+/// in use, even after a restart.
 fn read_lists(path: &Path) -> Result<ListsFile, Error> {
     match trusted_file::read(path, LISTS_BYTES_MAX, LISTS) {
         Ok(bytes) => Ok(ListsFile::Content(bytes.to_vec())),

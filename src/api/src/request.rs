@@ -25,7 +25,7 @@ use keybroker_core::{
 pub(crate) enum Unanswered {
     /// The call did not begin, and has no audit entry yet.
     NotBegun(Error),
-    /// The call began. Its handler has written the audit entry, or will write it.
+    /// The call began, and its handler has written the audit entry or will write it.
     Ended(Error),
 }
 

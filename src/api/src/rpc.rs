@@ -113,8 +113,8 @@ where
     ))
 }
 
-/// An authenticated call in progress. Only the middleware creates this value, after it has authenticated the
-/// caller.
+/// An authenticated call in progress. Only the middleware creates an `AuthenticatedCall`, after it has
+/// authenticated the caller.
 #[derive(Clone, Debug)]
 struct AuthenticatedCall {
     principal: Arc<Principal>,

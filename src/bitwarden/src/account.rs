@@ -6,14 +6,14 @@ use zeroize::Zeroizing;
 
 use super::Error;
 
-/// Longest e-mail address, in bytes. The column in the database of Bitwarden's server has this length.
+/// Longest e-mail address, in bytes, as in the database of Bitwarden's server.
 const EMAIL_BYTES_MAX: usize = 256;
 /// Longest password, in bytes. Clients have no maximum; the maximum of this crate prevents a wrong file from being used
 /// as a password.
 pub const PASSWORD_BYTES_MAX: usize = 4_096;
-/// JavaScript's `trim` removes this character, but Rust's does not.
+/// JavaScript's `trim` removes this character, but Rust's `trim` does not.
 const BYTE_ORDER_MARK: char = '\u{feff}';
-/// Rust's `trim` removes this character, but JavaScript's does not.
+/// Rust's `trim` removes this character, but JavaScript's `trim` does not.
 const NEXT_LINE: char = '\u{85}';
 
 /// An e-mail address, normalised as the salt of a master key: trimmed and in lower case, as in all clients.

@@ -145,8 +145,8 @@ impl Error {
         self.refusal.as_ref()?.reason()
     }
 
-    /// The details of the broker's refusal. Errors of the kind [`ErrorKind::Refused`] have these details. Errors of
-    /// the kind [`ErrorKind::DeadlineExceeded`] have them only if the broker itself reported the deadline.
+    /// The details of the broker's refusal. Every error of the kind [`ErrorKind::Refused`] has a refusal. An error of
+    /// the kind [`ErrorKind::DeadlineExceeded`] has a refusal only if the broker itself reported the deadline.
     pub fn refusal(&self) -> Option<&Refusal> {
         self.refusal.as_deref()
     }
@@ -184,9 +184,9 @@ impl Error {
     /// answered that it does not know the outcome because its database or audit log failed meanwhile.
     ///
     /// To find out whether the change was made, repeat the call with the same content and [request
-    /// id](Self::request_id) within 24 hours. The broker then returns the answer of the first call. If the first call
-    /// did not take effect, the repeated call takes effect. A change of API clients has no request id; list the API
-    /// clients instead.
+    /// id](Self::request_id) within 24 hours. If the first call took effect, the broker returns its answer again. If
+    /// the first call did not take effect, the repeated call takes effect. A change of API clients has no request id;
+    /// list the API clients instead.
     pub fn outcome_unknown(&self) -> bool {
         self.outcome_unknown
     }
@@ -309,7 +309,7 @@ impl Refusal {
         self.retry_delay
     }
 
-    /// The id of the call in the broker's log and audit log. Report it when you ask the operator for help.
+    /// The id of the call in the broker's log and audit log. Report this id when you ask the operator for help.
     pub fn call_id(&self) -> Option<CallId> {
         self.call_id
     }
@@ -464,7 +464,7 @@ impl Classified {
                 (ErrorKind::DeadlineExceeded, Verdict::Permanent)
             }
             Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
-            // The APIs of the broker send these codes only with a reason. Proxies also send UNAVAILABLE.
+            // The APIs of the broker send UNAVAILABLE and CANCELLED only with a reason. Proxies also send UNAVAILABLE.
             Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, Verdict::Disconnected),
             // tonic itself makes a status that has a source, for example "h2 protocol error".
             Code::Internal | Code::Unknown if is_local => {

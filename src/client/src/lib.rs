@@ -46,41 +46,35 @@
 //! Every call has a deadline: 10 s, unless the client or the call sets another one. The deadline covers the connection,
 //! all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
 //!
-//! [`RetryPolicy`] describes the retries. In short:
-//!
-//! - [Reads](Read) are repeated.
-//! - [Changes](Change) are repeated with their request id. Changes without a request id ([`NonIdempotent`]) are never
-//!   repeated.
-//! - A call is repeated if the broker's reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`,
-//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would occur again.
-//! - A pause is never shorter than the delay in the broker's `RetryInfo`.
-//! - A [`RetryBudget`] limits the retries of all calls of the client together.
+//! [`RetryPolicy`] describes the retries. The library repeats [reads](Read), and [changes](Change) with their request
+//! id. The library never repeats a change without a request id ([`NonIdempotent`]). A call is repeated if the broker's
+//! reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`, `IDENTITY_DOWN` or `DEADLINE`, or if the
+//! connection failed. Any other error would occur again. A pause is never shorter than the delay in the broker's
+//! `RetryInfo`. A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
-//! connection when the old one is lost, or when a call reached its deadline and the connection carried no answer during the
-//! call. [`Client::connect`] opens the connection before the first call, and [`Client::with_separate_connection`] returns a
-//! client with another connection.
+//! connection when the existing connection is lost, or when a call reached its deadline and the connection carried no
+//! answer during the call. [`Client::connect`] opens the connection before the first call, and
+//! [`Client::with_separate_connection`] returns a client with another connection.
 //!
 //! # Errors
 //!
-//! A failed call returns an [`Error`], which contains:
-//!
-//! - its [kind](Error::kind) and the broker's [reason](Error::reason)
-//! - the [fields](Refusal::violations) that the broker did not accept
-//! - the [delay](Refusal::retry_delay) that the broker asks for
-//! - the [call id](Refusal::call_id), which finds the call in the broker's log
-//! - after a change: [whether the change may have been made](Error::outcome_unknown) although the call failed
-//! - the raw [gRPC status](Error::status), whose types [`Status`] and [`Code`] are those of [`tonic`].
+//! A failed call returns an [`Error`]. [`Error::kind`] and [`Error::reason`] say why the call failed, and
+//! [`Error::outcome_unknown`] says whether a change may have been made although the call failed. If the broker refused
+//! the call, [`Error::refusal`] has the [fields](Refusal::violations) that the broker did not accept, the
+//! [delay](Refusal::retry_delay) that the broker asks for, and the [call id](Refusal::call_id) that identifies the call
+//! in the broker's log. [`Error::status`] returns the gRPC status; its types [`Status`] and [`Code`] are the types of
+//! [`tonic`].
 //!
 //! # Secrets in memory
 //!
 //! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
 //! output is redacted. The library also overwrites the key material of a request message after the message was encoded.
 //!
-//! The libraries below this one make copies that are not overwritten: the encoded message in tonic's buffer, the HTTP/2
-//! frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the `authorization`
-//! header. The copies stay in freed memory until that memory is used again. A memory dump or swap of your process can
-//! therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach a disk.
+//! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer, the
+//! HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
+//! `authorization` header. The copies stay in freed memory until that memory is used again. A memory dump or swap of your
+//! process can therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach a disk.
 
 use std::sync::Arc;
 
@@ -128,8 +122,8 @@ impl Client {
     }
 
     /// Returns a builder for a client over a channel of your own, for a transport that [`builder`](Self::builder) does not
-    /// support. The builder's settings for CA, identity, server name and connection timeout have no effect on such a
-    /// client.
+    /// support. The builder's settings for CA, identity, server name and connection timeout have no effect on a client with
+    /// a channel of your own.
     ///
     /// **The channel must authenticate the broker and encrypt the traffic**: this library does not encrypt the keys and
     /// credentials that it sends over the channel.

@@ -1,12 +1,13 @@
-//! The retry policy: which failed attempts are repeated, when, and how often. This module only decides; its caller
-//! waits.
+//! The retry policy: which failed attempts are repeated, when, and how often. This module only decides about retries;
+//! the caller of the module waits.
 
 use std::time::{Duration, Instant};
 
 /// The jitter: each pause is multiplied by a random factor from 0.5 to 1.5, as `docs/errors.md` asks.
 const JITTER_LOW: f64 = 0.5;
 const JITTER_SPAN: f64 = 1.0;
-/// The jitter of a delay that the broker asks for. The delay is never shortened, only prolonged by up to this share.
+/// The jitter of a delay that the broker asks for. A delay that the broker asks for is never shortened, only prolonged
+/// by up to this share.
 const DELAY_SPAN: f64 = 0.2;
 /// One retry in the unit of the bucket, which counts thousandths of a retry.
 const MILLI: u64 = 1_000;
@@ -22,12 +23,12 @@ const MILLI: u64 = 1_000;
 /// of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts per call, the first one included. 1 means no retries; 0 counts as 1. Default 14.
+    /// Maximum number of attempts per call, including the first attempt. 1 means no retries; 0 counts as 1. Default 14.
     pub max_attempts: u32,
-    /// Maximum number of attempts per call that may fail because of the connection. After that, the call fails with the
-    /// last of these errors. The value has no effect above `max_attempts`. The default of 14 outlasts the restart of a
-    /// broker. Use 3 for an interactive program: a broker that does not accept a client certificate also closes the
-    /// connection, and the person should not wait for 14 attempts. 0 counts as 1.
+    /// Maximum number of attempts per call that may fail because of the connection. When this maximum is reached, the
+    /// call fails with the last connection error. The value has no effect above `max_attempts`. The default of 14
+    /// outlasts the restart of a broker. Use 3 for an interactive program: a broker that does not accept a client
+    /// certificate also closes the connection, and the person should not wait for 14 attempts. 0 counts as 1.
     pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,
@@ -50,8 +51,8 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// Returns a policy that never repeats an attempt. Use it for a load generator that counts every refusal, or when
-    /// your program has its own retry layer.
+    /// Returns a policy that never repeats an attempt. Use this policy for a load generator that counts every refusal,
+    /// or when your program has its own retry layer.
     #[must_use]
     pub fn never() -> Self {
         Self {
@@ -99,7 +100,7 @@ impl Default for RetryBudget {
 /// Whether an attempt may be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The same attempt would fail in the same way, or repeating it is not safe.
+    /// A repeated attempt would fail in the same way, or is not safe.
     Permanent,
     /// The connection failed. The attempt may succeed on the next connection.
     Disconnected,

@@ -85,7 +85,7 @@ pub struct UserKey {
     /// When the record was deleted; `None` while it is active.
     pub delete_time: Option<Timestamp>,
     /// When the key was last released. The time is stored with a delay of a few seconds and is not guaranteed. Only
-    /// [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys) return it.
+    /// [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys) return this time.
     pub last_use_time: Option<Timestamp>,
 }
 
@@ -156,7 +156,7 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The library repeats the call only if it fails as a whole. Single items are not repeated. Request a refused item
+    /// The library repeats the call only if the whole call fails. Single items are not repeated. Request a refused item
     /// again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,

@@ -91,8 +91,8 @@ pub struct TlsSettings {
     /// Revocation lists of the CAs in `client_ca_file`. If this file is not set, client certificates are not checked for
     /// revocation.
     pub client_crl_file: Option<PathBuf>,
-    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. The certificates are used
-    /// only to verify these lists and are not trust anchors.
+    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. The certificates in this
+    /// file only verify revocation lists and are not trust anchors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_crl_issuers_file: Option<PathBuf>,
     /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If false, a certificate without
@@ -219,7 +219,7 @@ pub struct Limits {
     /// Maximum number of bytes of gRPC messages in progress on all connections together. The first 4 KiB of each message do not
     /// count.
     pub message_bytes_max: usize,
-    /// Longest time for a call. This time also applies to a call that sets no deadline.
+    /// Longest time for a call, and the time limit of a call that sets no deadline.
     pub call_timeout_max_ms: u64,
     /// Age at which a connection receives GOAWAY.
     pub connection_age_max_ms: u64,

@@ -43,7 +43,8 @@ const fn status(reason: Reason) -> StatusCode {
         | Reason::KeyState
         | Reason::Deadline
         | Reason::Revision => StatusCode::SERVICE_UNAVAILABLE,
-        // These reasons do not have status 503, because clients retry after 503, and a retry would not help.
+        // `RecordDamaged` and `Bug` do not have status 503, because clients retry after 503, and a retry would not
+        // help.
         Reason::RecordDamaged | Reason::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -25,7 +25,7 @@ pub(super) const RETRIES_MAX: usize = 4_096;
 /// Pause before the first retry. The pause doubles before each further retry. The sum of all pauses is slightly less than
 /// [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// Minimum time for an attempt. No attempt begins if less than this time is left.
+/// Minimum time for an attempt; if less time is left, no attempt begins.
 const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 
 /// The state of the retries of one request. A request may need several calls, which share the time and the number of retries.
@@ -53,7 +53,7 @@ impl Retry {
         }
     }
 
-    /// Returns the id of the last call. The result of this call determines the answer to the request.
+    /// Returns the id of the last call. The result of the last call determines the answer to the request.
     pub(super) fn last(&self) -> CallId {
         self.last.unwrap_or(self.request.id)
     }

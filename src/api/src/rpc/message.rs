@@ -25,8 +25,8 @@ use super::{HEALTH_BYTES_MAX, MESSAGE_BYTES_MAX, method};
 
 /// Length of the prefix of a message, in bytes. The prefix contains a flag and the message's length (gRPC over HTTP/2).
 const PREFIX_BYTES: usize = 5;
-/// Number of bytes of each message that do not count towards the limit. A call for a single user key always fits into this
-/// part, regardless of how many large batches are in progress.
+/// Number of bytes of each message that do not count towards the limit. Therefore, a call for a single user key can always
+/// be received, regardless of how many large batches are in progress.
 const FREE_BYTES: usize = 4 * 1_024;
 /// Retry delay of a refused call.
 const RETRY: Duration = Duration::from_secs(1);

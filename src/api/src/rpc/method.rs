@@ -19,7 +19,8 @@ pub(super) fn takes_stream(path: &str) -> bool {
     path.starts_with("/grpc.reflection.")
 }
 
-/// Whether a method may send an unlimited number of answers. No method of `keybroker.v1` does this.
+/// Whether a method may send an unlimited number of answers. No method of `keybroker.v1` sends an
+/// unlimited number of answers.
 pub(super) fn is_stream(path: &str) -> bool {
     is_watch(path) || takes_stream(path)
 }

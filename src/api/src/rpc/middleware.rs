@@ -39,7 +39,7 @@ const DETAILS_HEADER: &str = "grpc-status-details-bin";
 pub struct Context {
     /// The broker that handles every call.
     pub broker: Arc<Broker>,
-    /// Longest time for a call. This time also applies to a call that sets no deadline.
+    /// Longest time for a call, and the time limit of a call that sets no deadline.
     pub call_timeout_max: Duration,
     /// The calls in progress, including those whose callers have disconnected.
     pub calls: TaskTracker,

@@ -101,7 +101,7 @@ fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
         let call = name.strip_prefix(LOG_PREFIX).and_then(CallId::parse);
         call.is_some() && *name != settings.instance
     };
-    // The directory does not exist before the first command.
+    // The audit directory does not exist before the first command or start.
     let entries = fs::read_dir(&settings.directory).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.filter(ours).collect()

@@ -65,7 +65,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // Problems of these settings are reported with the configuration and its files.
+    // Problems of the settings in `[store]` are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }

@@ -29,7 +29,8 @@ struct UnderWay {
 /// Marks a change as in progress until the guard is dropped.
 pub(super) struct Guard(());
 
-/// Marks the beginning of a change. `action` is its name in the audit log, and `next` is the hint for an interruption.
+/// Marks the beginning of a change. `action` is the name of the change in the audit log, and `next` is the hint for an
+/// interruption.
 pub(super) fn begin(action: &'static str, next: &'static str) -> Guard {
     set(Some(UnderWay { action, next }));
     Guard(())

@@ -356,8 +356,8 @@ fn check_place(
     let Some(files) = files else {
         return Ok(admin.check(id)?);
     };
-    // A file whose digest is configured has been in use. If such a file is lost, it must be restored; the command never makes a
-    // new file for this key.
+    // The command never replaces a file whose digest is configured, because the file has been in use. An operator must restore a
+    // lost file.
     let is_pinned = files.is_pinned(id);
     if !is_pinned && !files.has(id) {
         files.check_writable()?;

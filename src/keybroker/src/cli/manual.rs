@@ -1,4 +1,4 @@
-//! `keybroker completions` and `keybroker man`. Their output is generated from the command definitions and
+//! `keybroker completions` and `keybroker man`, whose output is generated from the command definitions and
 //! therefore always agrees with the commands.
 
 use std::{

@@ -69,7 +69,7 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance. Commands and the workers of `serve` share its record of rejected PINs.
+/// The state directory of this instance, whose record of rejected PINs is shared by commands and the workers of `serve`.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }

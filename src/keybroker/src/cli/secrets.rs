@@ -14,7 +14,7 @@ use keybroker_core::trusted_file::{self, Purpose};
 
 use super::exit::{Exit, Failure};
 
-/// Longest secret, in bytes. By default, the broker accepts access tokens up to this length.
+/// Longest secret that a command reads from a file or descriptor, in bytes.
 const LINE_BYTES_MAX: usize = 8 * 1_024;
 
 /// The source of a secret.

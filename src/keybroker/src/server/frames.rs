@@ -9,10 +9,10 @@
 //! Buffers: the library keeps the last frames that it read and wrote, including user keys, until other frames replace them. After
 //! a short silence on the connection, this module passes two kinds of frames to the library:
 //!
-//! - frames of an unknown type, filled with zeros. The library must ignore these frames (RFC 9113 section 5.5), which overwrite
-//!   its read buffer.
-//! - PING frames, which the library must answer (section 6.7). The answers overwrite the library's write buffer, and this module
-//!   drops the answers.
+//! - Frames of an unknown type, filled with zeros, overwrite the library's read buffer. The library must ignore these frames
+//!   (RFC 9113 section 5.5).
+//!
+//! - PING frames make the library write answers (section 6.7), which overwrite its write buffer. This module drops these answers.
 //!
 //! The inserted frames do not come from the network and are not sent to it.
 //!

@@ -1,6 +1,6 @@
 //! The steps on a connection before the first call: the TLS handshake, then the first bytes of HTTP/2. A single timeout covers
-//! both steps, so that a silent peer cannot keep its connection open. With HTTP/1.1, the head of a request has a separate
-//! timeout.
+//! the TLS handshake and these first bytes, so that a silent peer cannot keep its connection open. With HTTP/1.1, the head of a
+//! request has a separate timeout.
 
 use std::{
     io,

@@ -108,8 +108,8 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start && cut_short.is_empty() {
         return Ok(());
     }
-    // A newer schema is not an error here. When the database is opened, the store decides whether this release supports a newer
-    // schema.
+    // A schema that is newer than this release is not an error at this point. When the database is opened, the store decides
+    // whether this release supports a newer schema.
     let status = store::status(settings).await?;
     let pending = status.current < status.newest;
     for intent in cut_short {

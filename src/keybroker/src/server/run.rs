@@ -424,12 +424,9 @@ impl Server {
         })
     }
 
-    /// Drains and stops the broker, in this order:
-    ///
-    /// 1. The health becomes `NOT_SERVING`, and load balancers have time to notice it.
-    /// 2. The listeners accept no more connections, and open connections receive GOAWAY.
-    /// 3. Calls in progress end, and mutations receive their outcomes.
-    /// 4. The workers end, the store closes, and the audit log receives its last entry.
+    /// Drains and stops the broker. First, the health becomes `NOT_SERVING`, and load balancers have time to notice the change.
+    /// Second, the listeners accept no more connections, and open connections receive GOAWAY. Third, calls in progress end, and
+    /// the outcomes of mutations are written. Last, the workers end, the store closes, and the audit log receives its last entry.
     async fn stop(self) {
         // Stop the background tasks first, because one of them would overwrite the health `NOT_SERVING`. The broker waits only a
         // short time for these tasks, because a check of the database may take long.

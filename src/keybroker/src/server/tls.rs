@@ -81,7 +81,7 @@ pub(super) struct Tls {
     age: Mutex<Option<Age>>,
     /// Why the accepted revocation lists could not be stored.
     unstored: Mutex<Option<String>>,
-    /// The newest accepted revocation lists, including those from before a restart.
+    /// The newest accepted revocation lists, including the lists that were accepted before a restart.
     memory: Mutex<Memory>,
     evaluated: Mutex<Evaluated>,
 }

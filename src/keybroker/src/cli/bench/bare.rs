@@ -1,5 +1,5 @@
-//! The bare loop: RSA-OAEP decryptions through the vendor's module, without the code of the broker. The loop runs in a separate
-//! process, so that its threads and its CPU time are counted separately.
+//! The bare loop: RSA-OAEP decryptions through the vendor's module, without the code of the broker. The bare loop runs in a
+//! separate process, so that its threads and its CPU time are counted separately.
 
 use std::{
     process::{Command, Stdio},

@@ -30,8 +30,8 @@ use super::{
     users::{User, Users},
 };
 
-/// Maximum number of TLS connections. If there are more callers, they share these connections. The number is far below
-/// the default limit of a listener.
+/// Maximum number of TLS connections. If there are more callers than connections, several callers share a connection.
+/// The number is far below the default limit of a listener.
 const CONNECTIONS_MAX: u32 = 256;
 /// Number of concurrent calls during the enrolment.
 const ENROL_AT_ONCE: u32 = 16;

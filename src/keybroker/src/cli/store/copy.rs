@@ -41,8 +41,8 @@ pub(in crate::cli) struct Arguments {
     pin: UserPin,
 }
 
-/// The options of the source. If its URL is `store.url`, all settings of `[store]` apply to the source. For a source with
-/// another URL, only `accept_weaker_durability` and `socket_users` of `[store]` apply.
+/// The options of the source. If the URL of the source is `store.url`, all settings of `[store]` apply to the source. For a
+/// source with another URL, only `accept_weaker_durability` and `socket_users` of `[store]` apply.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {

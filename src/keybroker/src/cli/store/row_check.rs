@@ -228,8 +228,8 @@ impl<'a> RowChecker<'a> {
         };
         let head = match found.head.as_deref() {
             None => return bad(Problem::RevisionWithoutRecord, String::new()),
-            // An unreadable record is reported only once. Its address is unknown, so no MAC of its rows can be
-            // verified.
+            // An unreadable record is reported only once. The address of an unreadable record is unknown, so no
+            // MAC of its rows can be verified.
             Some(Err(_)) => return Ok(None),
             Some(Ok(head)) => head,
         };

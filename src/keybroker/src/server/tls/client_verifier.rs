@@ -5,7 +5,7 @@
 //! separate verifier.
 //!
 //! The `extendedKeyUsage` of a client certificate must include `clientAuth`. The library also accepts a certificate without this
-//! extension (RFC 5280 section 4.2.1.12), such as one that was issued for e-mail.
+//! extension (RFC 5280 section 4.2.1.12), such as a certificate that was issued for e-mail.
 
 use std::sync::Arc;
 

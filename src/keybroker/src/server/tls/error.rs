@@ -54,7 +54,7 @@ pub enum Error {
     Expired {
         /// The file.
         path: String,
-        /// Last second of its validity.
+        /// Last second of the certificate's validity.
         until: Timestamp,
     },
     /// The server's certificate is not valid yet.
@@ -62,7 +62,7 @@ pub enum Error {
     NotYetValid {
         /// The file.
         path: String,
-        /// First second of its validity.
+        /// First second of the certificate's validity.
         from: Timestamp,
     },
     /// The certificate that belongs to the private key is not the first certificate in the chain.

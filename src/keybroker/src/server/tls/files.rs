@@ -1,4 +1,5 @@
-//! Reads the TLS files of a listener, compares them with those in use, and builds the TLS configuration of new connections.
+//! Reads the TLS files of a listener, compares them with the files in use, and builds the TLS configuration of new
+//! connections.
 
 use std::{fmt, path::Path, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! Updates metrics and raises alerts about the expiry of certificates and revocation lists. The broker does this
+//! Updates metrics and raises alerts about the expiry of certificates and revocation lists. The broker runs this code
 //! periodically.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};

@@ -4,11 +4,15 @@
 //!
 //! - A list is rejected and reported if it does not parse, is not signed by its CA, is not currently valid, or is older than the
 //!   accepted list of this CA. Accepted lists are remembered across restarts.
+//!
 //! - If the list of a CA is rejected or missing, the accepted list of this CA stays in use until it expires. The lists of other
 //!   CAs are still replaced by their new lists. Accepted lists also stay in use if the file can be read only in part or not at
 //!   all.
+//!
 //! - A start fails if a configured CA has neither a valid list in the file nor an accepted list.
+//!
 //! - A client certificate that no list covers is refused.
+//!
 //! - A list is valid until its `nextUpdate`. An alert is raised before the list expires. After the expiry, new connections of the
 //!   CA's clients are refused until there is a newer list.
 //!
@@ -73,7 +77,7 @@ struct Problem {
 }
 
 impl Lists {
-    /// Reads the lists of a file and verifies those of the given CAs. Lists that cannot be used are left out.
+    /// Reads the lists of a file and verifies the lists of the given CAs. Lists that cannot be used are left out.
     pub(super) fn read(
         file: &ListsFile,
         authorities: &[CertificateDer<'_>],
@@ -193,7 +197,7 @@ impl Lists {
     }
 
     /// Keeps the expired lists of a CA that has no other list, so that its clients are refused with the correct reason. At a
-    /// start, there are no lists in use to keep.
+    /// start of the broker, no lists are in use, so no expired lists are kept.
     fn keep_ended(
         &mut self,
         authority: &Authority,

@@ -49,7 +49,7 @@ pub(crate) async fn run(
     let deadline = deadline.instant();
     let place = Arc::clone(places).acquire_owned();
     let place = tokio::time::timeout_at(deadline.into(), place).await;
-    // A call whose deadline has passed does not begin, even if a place was free.
+    // A call whose deadline has passed does not begin, even if the connection has a free place.
     let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
         let error = Error::new(
             Reason::Deadline,

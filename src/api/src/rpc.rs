@@ -38,9 +38,9 @@ const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Longest message of a health check, in bytes. A health check sends only the name of a service.
 pub const HEALTH_BYTES_MAX: usize = 1024;
 
-/// Name of the user-key service, also for health checks.
+/// Name of the user-key service, which health checks also use.
 pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
-/// Name of the admin API's service, also for health checks.
+/// Name of the admin API's service, which health checks also use.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 
 /// The services of a listener.

@@ -43,7 +43,7 @@ pub enum EncString {
 
 impl EncString {
     /// Parses an encrypted text strictly: canonical base64 with padding, and nothing before or after it. Therefore,
-    /// each value has exactly one accepted text.
+    /// each encrypted value has exactly one accepted text form.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));

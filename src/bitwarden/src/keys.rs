@@ -168,7 +168,7 @@ impl SymmetricKey {
         }
     }
 
-    /// Encrypts as type 2, which needs a key of 64 bytes.
+    /// Encrypts data as type 2, which needs a key of 64 bytes.
     pub fn encrypt(&self, plain: &[u8]) -> Result<EncString, Error> {
         let Some((encryption, authentication)) = self.halves() else {
             return Err(Error::KeyKind(2));

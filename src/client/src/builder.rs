@@ -78,8 +78,8 @@ enum Target {
 /// Builds a [`Client`]. [`Client::builder`] and [`Client::builder_with_channel`] create a builder.
 ///
 /// A client of an endpoint needs `ca_file` or `ca_pem`. If several of `bearer_token`, `bearer_token_provider` and
-/// `api_client` are set, the last one is used. An access token or an API client replaces the client certificate,
-/// because the broker ignores the certificate of a call with an `authorization` header.
+/// `api_client` are set, the credential that was set last is used. An access token or an API client replaces the
+/// client certificate, because the broker ignores the certificate of a call with an `authorization` header.
 #[must_use = "a builder does nothing before `build`"]
 pub struct ClientBuilder {
     target: Target,
@@ -197,7 +197,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Sets the deadline of each call, which includes all attempts and pauses. Default 10 s.
+    /// Sets the deadline of each call, which includes all attempts and pauses. The default is 10 s.
     /// [`Read::deadline`](crate::Read::deadline) and [`Change::deadline`](crate::Change::deadline) set the deadline of
     /// a single call. The broker shortens a deadline that is longer than its `call_timeout_max`.
     pub fn deadline(mut self, deadline: Duration) -> Self {

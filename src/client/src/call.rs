@@ -331,7 +331,7 @@ pub fn new_request_id() -> RequestId {
     parsed.expect("a random UUID has its version bits set, so it is not nil")
 }
 
-/// Parses a request id, for example one that the program stored earlier.
+/// Parses a request id, for example a request id that the program stored earlier.
 ///
 /// # Errors
 /// Returns an error if the text is not a UUID, or is the nil UUID.

@@ -46,10 +46,10 @@
 //! Every call has a deadline: 10 s, unless the client or the call sets another one. The deadline covers the connection,
 //! all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
 //!
-//! [`RetryPolicy`] describes the retries. The library repeats [reads](Read), and [changes](Change) with their request
-//! id. The library never repeats a change without a request id ([`NonIdempotent`]). A call is repeated if the broker's
-//! reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`, `IDENTITY_DOWN` or `DEADLINE`, or if the
-//! connection failed. Any other error would occur again. A pause is never shorter than the delay in the broker's
+//! [`RetryPolicy`] describes the retries. The library repeats [reads](Read), and [changes](Change) with their request id.
+//! The library never repeats a change without a request id ([`NonIdempotent`]). A call is repeated if the broker's reason
+//! is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`, `IDENTITY_DOWN` or `DEADLINE`, or if the connection
+//! failed. After any other error, a repeated call would fail again. A pause is never shorter than the delay in the broker's
 //! `RetryInfo`. A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
@@ -73,8 +73,9 @@
 //!
 //! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer, the
 //! HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
-//! `authorization` header. The copies stay in freed memory until that memory is used again. A memory dump or swap of your
-//! process can therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach a disk.
+//! `authorization` header. The copies stay in freed memory until the memory is used for other data. A memory dump or swap
+//! of your process can therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach
+//! a disk.
 
 use std::sync::Arc;
 
@@ -142,8 +143,8 @@ impl Client {
         self.0.connect().await
     }
 
-    /// Returns a client with the same settings and with its own connection and retry budget, for programs that need
-    /// more than one connection. A channel of your own is shared, not opened again.
+    /// Returns a client with the same settings and with its own connection and retry budget, for programs that need more
+    /// than one connection. If this client uses a channel of your own, both clients share the channel.
     ///
     /// This method must be called within a tokio runtime.
     #[must_use]

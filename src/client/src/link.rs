@@ -54,7 +54,8 @@ impl Link {
         }
     }
 
-    /// Returns a link to the same endpoint with another connection. A channel that the caller made is shared.
+    /// Returns a link to the same endpoint with another connection. If the caller made the channel, both links share
+    /// the channel.
     pub(crate) fn separate(&self) -> Self {
         match &self.endpoint {
             Some(endpoint) => Self::to(endpoint.clone()),

@@ -1,8 +1,8 @@
 //! A connector that limits the rate of new TCP connections.
 //!
 //! In TLS 1.3 a server that rejects a client certificate says so only after the handshake. tonic sees a connection that
-//! was made and then closed, and opens the next one without a pause. Without a limit, one call would cost the broker
-//! hundreds of handshakes.
+//! was made and then closed, and opens the next connection without a pause. Without a limit, one call would cost the
+//! broker hundreds of handshakes.
 
 use std::{
     collections::VecDeque,

@@ -26,9 +26,9 @@ pub struct RetryPolicy {
     /// Maximum number of attempts per call, including the first attempt. 1 means no retries; 0 counts as 1. Default 14.
     pub max_attempts: u32,
     /// Maximum number of attempts per call that may fail because of the connection. When this maximum is reached, the
-    /// call fails with the last connection error. The value has no effect above `max_attempts`. The default of 14
-    /// outlasts the restart of a broker. Use 3 for an interactive program: a broker that does not accept a client
-    /// certificate also closes the connection, and the person should not wait for 14 attempts. 0 counts as 1.
+    /// call fails with the last connection error. A value above `max_attempts` has no effect. The default of 14
+    /// attempts outlasts the restart of a broker. Use 3 for an interactive program: a broker that does not accept a
+    /// client certificate also closes the connection, and the person should not wait for 14 attempts. 0 counts as 1.
     pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,

@@ -84,8 +84,9 @@ pub struct UserKey {
     pub update_time: Timestamp,
     /// When the record was deleted; `None` while it is active.
     pub delete_time: Option<Timestamp>,
-    /// When the key was last released. The time is stored with a delay of a few seconds and is not guaranteed. Only
-    /// [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys) return this time.
+    /// When the key was last released. The broker stores the time of a release with a delay of a few seconds, and may
+    /// lose this time. Only [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys)
+    /// return this time.
     pub last_use_time: Option<Timestamp>,
 }
 
@@ -93,8 +94,8 @@ pub struct UserKey {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ReleasedKey {
-    /// The unwrapped user key, 1 to 190 bytes. Its memory is overwritten when the value is dropped, and `Debug` output
-    /// is redacted.
+    /// The unwrapped user key, 1 to 190 bytes. The memory of the key is overwritten when the value is dropped, and
+    /// `Debug` output is redacted.
     pub key_material: KeyMaterial,
     /// The revision that was released.
     pub revision: Revision,
@@ -156,8 +157,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The library repeats the call only if the whole call fails. Single items are not repeated. Request a refused item
-    /// again if its refusal [is transient](Refusal::is_transient).
+    /// The library repeats the call only if the whole call fails. The library does not repeat single items of a batch.
+    /// Request a refused item again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],
@@ -174,8 +175,9 @@ impl Client {
         })
     }
 
-    /// Enrols a key: the broker wraps and stores it. The call never overwrites a record. If an active or deleted record
-    /// of that name exists, the reason is [`KeyExists`](keybroker_core::error::Reason::KeyExists).
+    /// Enrols a key: the broker wraps and stores it. The call never overwrites a record. If the user has an active or
+    /// deleted record with this key name, the call fails with the reason
+    /// [`KeyExists`](keybroker_core::error::Reason::KeyExists).
     pub fn create_user_key<'a>(
         &'a self,
         key: &'a UserKeyRef,
@@ -195,8 +197,8 @@ impl Client {
         })
     }
 
-    /// Stores new key material as the next revision. If `expected_revision` is not the current one, the reason is
-    /// [`Revision`](keybroker_core::error::Reason::Revision).
+    /// Stores new key material as the next revision. If `expected_revision` is not the current revision, the call fails
+    /// with the reason [`Revision`](keybroker_core::error::Reason::Revision).
     pub fn replace_user_key<'a>(
         &'a self,
         key: &'a UserKeyRef,

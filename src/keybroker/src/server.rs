@@ -95,7 +95,7 @@ pub struct TlsSettings {
     /// file only verify revocation lists and are not trust anchors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_crl_issuers_file: Option<PathBuf>,
-    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If false, a certificate without
+    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If the value is false, a certificate without
     /// `extendedKeyUsage` is accepted, too.
     #[serde(default = "default_client_auth_usage_required")]
     pub client_auth_usage_required: bool,
@@ -132,8 +132,8 @@ pub struct ListenerSettings {
 }
 
 impl ListenerSettings {
-    /// Reads the TLS files as `serve` does, and returns their contents; `None` for a listener without TLS. The error has the
-    /// file and the remedy.
+    /// Reads the TLS files as `serve` does, and returns their contents; `None` for a listener without TLS. The error message
+    /// contains the file and the remedy.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }

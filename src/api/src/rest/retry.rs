@@ -19,8 +19,8 @@ const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
 const REPETITIONS_MAX: u32 = 5;
 /// Time limit of one attempt. The next attempt may use another worker or another database connection.
 const TRY: Duration = Duration::from_secs(5);
-/// Maximum number of requests that wait for a retry at the same time. A further request is answered without a retry. Each waiting
-/// request occupies a connection and the memory of its body.
+/// Maximum number of requests that wait for a retry at the same time. When this maximum is reached, further requests are answered
+/// without a retry. Each waiting request occupies a connection and the memory of its body.
 pub(super) const RETRIES_MAX: usize = 4_096;
 /// Pause before the first retry. The pause doubles before each further retry. The sum of all pauses is slightly less than
 /// [`RETRY_TIME_MAX`].
@@ -90,7 +90,7 @@ impl Retry {
         }
     }
 
-    /// The next call of the request.
+    /// Returns the next call that the request needs.
     fn next(&mut self) -> Call {
         let id = match self.last {
             None => self.request.id,
@@ -132,8 +132,8 @@ fn jittered(pause: Duration) -> Duration {
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
 }
 
-/// Whether a retry may succeed soon. A rate limit is not transient, because the caller has exceeded it. `DEADLINE` is transient,
-/// because it may be the time limit of one attempt.
+/// Whether a call that failed for this reason may succeed soon if it is repeated. A rate limit is not transient, because the
+/// caller has exceeded it. `DEADLINE` is transient, because it may be the time limit of one attempt.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn is_transient(reason: Reason) -> bool {
     match reason {

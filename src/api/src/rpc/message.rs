@@ -1,8 +1,8 @@
 //! Receives the whole message of a call before a service handles the call. The same length limit therefore applies to every
 //! route, including the routes of libraries.
 //!
-//! The memory for the messages of all connections together is limited. The first bytes of each message are free, and every
-//! further byte counts towards the limit. If not enough memory is left, the call is refused. Calls do not wait for memory,
+//! The memory for the messages of all connections together is limited. The first 4 KiB of each message do not count towards
+//! the limit, but every further byte does. If not enough memory is left, the call is refused. Calls do not wait for memory,
 //! because connections that wait for each other could block forever.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
@@ -28,7 +28,7 @@ const PREFIX_BYTES: usize = 5;
 /// Number of bytes of each message that do not count towards the limit. Therefore, a call for a single user key can always
 /// be received, regardless of how many large batches are in progress.
 const FREE_BYTES: usize = 4 * 1_024;
-/// Retry delay of a refused call.
+/// Retry delay of a call that is refused because not enough memory is left.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Limits the bytes of messages in progress on all connections together.

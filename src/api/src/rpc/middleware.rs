@@ -54,8 +54,8 @@ pub(super) fn wrap(routes: Router, context: Context) -> Router {
         let context = context.clone();
         async move { context.run(request, next).await }
     });
-    // The layer surrounds a single fallback route. With separate routes, axum would add a header only to the answers of known
-    // routes. Unauthenticated callers could then find out which routes exist.
+    // The layer surrounds a single fallback route. With separate routes, unauthenticated callers could find out which routes
+    // exist, because axum would add a header only to the answers of known routes.
     Router::new().fallback_service(routes).layer(layer)
 }
 
@@ -177,7 +177,7 @@ impl Context {
         }
     }
 
-    /// Refuses a call that reached no handler. If the caller has a principal, the refusal gets an audit entry.
+    /// Refuses a call that reached no handler. If the caller has a principal, the broker writes an audit entry for the refusal.
     async fn unserved(
         &self,
         entered: Option<&AuthenticatedCall>,

@@ -13,7 +13,7 @@ use keybroker_core::{
     error::{Error, Reason},
 };
 
-/// The `domain` of every `google.rpc.ErrorInfo`. The value must never change.
+/// The `domain` of every `google.rpc.ErrorInfo`, which must never change.
 pub(super) const DOMAIN: &str = "keybroker.v1";
 
 /// Returns the gRPC code for a reason. The match is exhaustive, so that a new reason must have a code.

@@ -10,8 +10,8 @@ const HEADER: &str = "grpc-timeout";
 /// Maximum number of digits of a timeout (gRPC over HTTP/2).
 const DIGITS_MAX: usize = 8;
 
-/// Removes the caller's timeout from the headers and returns it. If the header remained, tonic's own timer would
-/// return `CANCELLED` instead of `DEADLINE_EXCEEDED`.
+/// Removes the caller's timeout from the headers and returns it. If the `grpc-timeout` header remained, tonic's
+/// own timer would return `CANCELLED` instead of `DEADLINE_EXCEEDED`.
 pub(super) fn take(headers: &mut HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.remove(HEADER) else {
         return Ok(None);

@@ -239,7 +239,7 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
     .collect()
 }
 
-/// Rounds to four decimal places. The measurement is less accurate than that.
+/// Rounds to four decimal places, because the measurement is not more accurate.
 fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }

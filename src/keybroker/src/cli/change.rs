@@ -114,7 +114,7 @@ fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, 
     }
     let (log, open) = match settings.open(name) {
         Ok(opened) => opened,
-        // The command is still running.
+        // The command that writes this log is still running.
         Err(error) if error.in_use() => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };

@@ -91,7 +91,7 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let settings = &config.token;
-    // Problems of the module and of the environment are reported with the files.
+    // Problems of the module and of the environment are reported with the files of the configuration.
     if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
     {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();

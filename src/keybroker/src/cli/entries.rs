@@ -61,7 +61,7 @@ impl Filter {
         .filter_map(|(name, value)| Some((name, value.as_deref()?)))
     }
 
-    /// Whether a line passes all filters. A line that is not JSON never passes.
+    /// Whether a line passes all filters. A line that is not JSON never passes a filter.
     pub(super) fn passes(&self, line: &str) -> bool {
         let Ok(entry) = serde_json::from_str::<Value>(line) else {
             return false;

@@ -356,8 +356,8 @@ fn check_place(
     let Some(files) = files else {
         return Ok(admin.check(id)?);
     };
-    // The command never replaces a file whose digest is configured, because the file has been in use. An operator must restore a
-    // lost file.
+    // The command never replaces an integrity key file whose digest is configured, because the file has been in use; an operator
+    // must restore such a file if it is lost.
     let is_pinned = files.is_pinned(id);
     if !is_pinned && !files.has(id) {
         files.check_writable()?;
@@ -437,8 +437,8 @@ fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result
     }
 }
 
-/// Makes the registry row of a registered key that is on another token now. The state is kept, because a copy of a compromised
-/// key is compromised, too.
+/// Makes the registry row of a registered key that is on another token now. The new row keeps the state of the key, because a
+/// copy of a compromised key is compromised, too.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
     if old.fingerprint != key.fingerprint {

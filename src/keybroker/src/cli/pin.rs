@@ -1,4 +1,4 @@
-//! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never an argument.
+//! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never a command-line argument.
 
 use std::{
     collections::BTreeSet,

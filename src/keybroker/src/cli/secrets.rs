@@ -1,4 +1,5 @@
-//! Reads passwords, access tokens and keys from files, descriptors or a prompt. A secret is never an argument.
+//! Reads passwords, access tokens and keys from files, descriptors or a prompt. A secret is never a command-line
+//! argument.
 
 use std::{
     fs::File,

@@ -108,7 +108,7 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Accepts the database in its current state. A running broker continues within a second.
+/// Accepts the database in its current state. A running broker that refused the database continues within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);

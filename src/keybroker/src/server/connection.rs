@@ -38,16 +38,16 @@ const HEADER_BYTES_MIN: usize = 16 * 1024;
 /// connection. A whole message fits into the window of a call.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
-/// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes. Windows are set before a call
-/// can authenticate. A message that is longer than the window needs a few more round trips.
+/// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes. HTTP/2 windows are set before
+/// a call can authenticate. A message that is longer than the window needs a few more round trips.
 const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
 /// The smallest connection window of HTTP/2 (RFC 9113 section 6.9.2).
 const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
 /// Maximum number of buffered bytes of answers for a client that does not read them.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// Interval for checking whether a connection has calls after GOAWAY. The broker closes a connection without calls, because the
-/// client ignores GOAWAY if the connection stays open.
+/// Interval for checking whether a connection has calls after GOAWAY. If a connection without calls stays open after GOAWAY, the
+/// client ignores GOAWAY, and the broker closes the connection.
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Size of the HTTP/1.1 read buffer, in bytes.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
@@ -83,7 +83,7 @@ impl Connection {
         let timeout = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
         let config = Arc::clone(&accepting.config);
         let established = tokio::select! {
-            // No call can be in progress yet.
+            // During the handshake, no call can be in progress.
             () = self.shared.stop.cancelled() => return,
             () = waiting.closed() => return self.refuse(&Refused::Displaced),
             established = handshake::complete(stream, config, timeout) => established,

@@ -9,10 +9,11 @@
 //! Buffers: the library keeps the last frames that it read and wrote, including user keys, until other frames replace them. After
 //! a short silence on the connection, this module passes two kinds of frames to the library:
 //!
-//! - Frames of an unknown type, filled with zeros, overwrite the library's read buffer. The library must ignore these frames
-//!   (RFC 9113 section 5.5).
+//! - Frames of an unknown type, filled with zeros, overwrite the library's read buffer. The library must ignore frames of an
+//!   unknown type (RFC 9113 section 5.5).
 //!
-//! - PING frames make the library write answers (section 6.7), which overwrite its write buffer. This module drops these answers.
+//! - PING frames make the library write answers (RFC 9113 section 6.7). The answers overwrite the library's write buffer, and
+//!   this module drops the answers.
 //!
 //! The inserted frames do not come from the network and are not sent to it.
 //!
@@ -178,7 +179,7 @@ pub(super) struct Watched<I> {
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
-    /// The timer for the silence, which lives as long as the connection.
+    /// The timer for the silence, which exists as long as the connection.
     silence: Pin<Box<Sleep>>,
     /// Whether confidential frames were read or written since the buffers were overwritten.
     is_dirty: bool,

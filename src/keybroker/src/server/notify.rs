@@ -34,7 +34,7 @@ pub(super) struct Manager {
 
 impl Manager {
     /// Notifies that the listeners accept connections. If the service manager has a watchdog, the broker notifies the watchdog
-    /// from now on while `probes` answers.
+    /// while `probes` answers.
     pub(super) fn serving(probes: Router) -> Self {
         say(&[NotifyState::Ready]);
         let stopping = CancellationToken::new();
@@ -45,7 +45,7 @@ impl Manager {
         Self { stopping, pings }
     }
 
-    /// Notifies that the drain begins. From now on the watchdog notifications show only that the runtime schedules tasks.
+    /// Notifies that the drain begins. During the drain, the watchdog notifications show only that the runtime schedules tasks.
     pub(super) fn stopping(&self) {
         self.stopping.cancel();
         say(&[NotifyState::Stopping, NotifyState::Status("draining")]);

@@ -161,9 +161,9 @@ pub(super) async fn open_store(
 }
 
 /// Records the audit log of this instance in the database. Fails if the database has recorded other logs of this instance but not
-/// the current log, because the log was then replaced. The first log of an instance is recorded without a message. If an operator
-/// acknowledged the log or an earlier release made it, the log is recorded, with a warning if the database has recorded other
-/// logs.
+/// the current log, because the log was then replaced. The first audit log of an instance is recorded without a message. If an
+/// operator acknowledged the log or an earlier release made it, the log is recorded, with a warning if the database has recorded
+/// other logs.
 async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {
         KnownLog::This => {}

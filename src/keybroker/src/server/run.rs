@@ -58,7 +58,8 @@ use super::{
 /// Longest wait for the first key sets of identity providers before the listeners open. The broker contacts an unavailable
 /// provider again in the background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time between `NOT_SERVING` and the end of accepting connections. Load balancers check the health about once a second.
+/// Time between the health `NOT_SERVING` and the moment when the listeners stop accepting connections. Load balancers check the
+/// health about once a second.
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// Longest wait for each step after the drain of the listeners: mutations, workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -424,9 +425,10 @@ impl Server {
         })
     }
 
-    /// Drains and stops the broker. First, the health becomes `NOT_SERVING`, and load balancers have time to notice the change.
-    /// Second, the listeners accept no more connections, and open connections receive GOAWAY. Third, calls in progress end, and
-    /// the outcomes of mutations are written. Last, the workers end, the store closes, and the audit log receives its last entry.
+    /// Drains and stops the broker. Before the listeners close, the health becomes `NOT_SERVING`, and load balancers have time to
+    /// notice this change. When the listeners accept no more connections, open connections receive GOAWAY, calls in progress end,
+    /// and the outcomes of mutations are written. At the end of a stop, the workers end, the store closes, and the audit log
+    /// receives its last entry.
     async fn stop(self) {
         // Stop the background tasks first, because one of them would overwrite the health `NOT_SERVING`. The broker waits only a
         // short time for these tasks, because a check of the database may take long.

@@ -178,9 +178,9 @@ impl Tls {
         &self.settings.trust_domains
     }
 
-    /// Applies changed files. Open connections continue unless the trust in clients has changed. After a change of the trust,
-    /// all connections receive GOAWAY, and clients that are still trusted reconnect. Files with a problem are evaluated again
-    /// once a minute.
+    /// Applies changed files. Open connections continue unless the trust in clients has changed. After a change of the trust in
+    /// clients, all connections receive GOAWAY, and clients that are still trusted reconnect. Files with a problem are evaluated
+    /// again once a minute.
     pub(super) fn reload(&self) {
         self.reload_at(Instant::now());
     }
@@ -234,7 +234,7 @@ impl Tls {
         if *unstored != error
             && let Some(error) = &error
         {
-            // The newer list is in use, but the broker would not know this list after a restart.
+            // The newer revocation list is in use, but the broker would not know this list after a restart.
             keybroker_core::alert!(
                 ClientCrl, %error,
                 "cannot store the accepted revocation lists; after a restart, older lists would be accepted"
@@ -244,7 +244,7 @@ impl Tls {
         unstored.is_none()
     }
 
-    /// Reports the revocation lists that were left out. The same report is not repeated.
+    /// Reports the revocation lists that were left out, unless the last report was the same.
     fn report_left_out(&self) {
         let left_out = self.current().left_out();
         let mut said = held(&self.left_out);
@@ -293,7 +293,7 @@ impl Tls {
     fn try_reload_all(&self, files: &Files) -> Result<bool, Error> {
         let current = self.current();
         let next = self.build(files, Validity::Checked)?;
-        // Even with unchanged files, a list may have become valid or may have expired.
+        // Even if the files are unchanged, a revocation list may have become valid or may have expired.
         if next.files == current.files
             && next.trust == current.trust
             && next.left_out() == current.left_out()

@@ -1,6 +1,6 @@
-//! Limits connections by principal and network. Connections without a principal may use only a part of all places, and the
-//! connections of one network may use only a part of that part. The connections of one principal may use only a part of all
-//! places, too. Therefore, unauthenticated peers or a single client cannot take every place.
+//! Limits connections by principal and network. Connections without a principal may use only a part of all places, and each
+//! network may use only a part of the places for connections without a principal. The connections of one principal may use
+//! only a part of all places, too. Therefore, unauthenticated peers or a single client cannot take every place.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

@@ -63,8 +63,8 @@ impl Bare {
         f64::from(self.operations) / self.seconds
     }
 
-    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread waits for each
-    /// answer instead.
+    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread only waits for
+    /// each answer.
     pub(super) fn is_local(&self) -> bool {
         self.waits < self.operations.div_ceil(2)
     }

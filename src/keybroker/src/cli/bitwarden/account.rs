@@ -101,7 +101,8 @@ pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     ]
 }
 
-/// Warns if a KDF is weaker than recommended or stronger than clients offer. Programs read the field `warning` instead.
+/// Warns if a KDF is weaker than recommended or stronger than clients offer. For programs, the output field `warning`
+/// has the same text.
 pub(super) fn warn(output: Output, kdf: Kdf) {
     if let Some(warning) = kdf.warning() {
         output.note(&format!(

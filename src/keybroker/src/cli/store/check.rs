@@ -27,8 +27,8 @@ use keybroker_worker_protocol::PinSource;
 
 use super::row_check::{Finding, Problem, RowChecker};
 
-/// Maximum number of findings that are shown; further findings are only counted. The limit bounds the memory for a fully damaged
-/// database.
+/// Maximum number of findings that are shown; further findings are only counted. The limit bounds the memory that the findings
+/// of a fully damaged database use.
 const SHOWN_MAX: usize = 1_000;
 
 /// The result of a scan.

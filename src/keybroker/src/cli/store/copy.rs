@@ -151,7 +151,7 @@ struct Outcome {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
-    // Log in before anything is written, because a command that cannot verify a copy must not make one.
+    // Log in before anything is written, because a command that cannot verify a copy must not make the copy.
     let pin = arguments.pin.get(&config.token)?;
     let rows = block_on(async {
         let source = store::open_tables(&from).await?;

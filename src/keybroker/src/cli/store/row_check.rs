@@ -175,7 +175,7 @@ impl<'a> RowChecker<'a> {
         self.registry == registry
     }
 
-    /// Replaces the registry with a newer one.
+    /// Replaces the registry with a newer registry.
     pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
         self.registry = registry;
     }

@@ -1,8 +1,8 @@
 //! Verifies client certificates with the verifiers of the TLS library, and adds two rules.
 //!
 //! Several CAs may have the same name and different keys, for example while a key is replaced. A verifier of the library uses
-//! only the first revocation list for a name, and refuses a client if another key signed this list. Each key therefore has a
-//! separate verifier.
+//! only the first revocation list for a name, and refuses a client if another key signed this list. Therefore, each key of a CA
+//! has a separate verifier.
 //!
 //! The `extendedKeyUsage` of a client certificate must include `clientAuth`. The library also accepts a certificate without this
 //! extension (RFC 5280 section 4.2.1.12), such as a certificate that was issued for e-mail.

@@ -10,7 +10,7 @@ use super::super::TlsSettings;
 const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
 
 /// Numbers of certificates and lists in the TLS files of a listener. A number that is too small shows the operator that
-/// something is missing.
+/// certificates or lists are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// Certificates in the server's chain.

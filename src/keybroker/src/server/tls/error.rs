@@ -71,9 +71,9 @@ pub enum Error {
          first, and each further certificate must be the issuer of the previous one"
     )]
     ChainOrder {
-        /// The file of the chain.
+        /// The file of the certificate chain.
         path: String,
-        /// The file of the key.
+        /// The file of the private key.
         key_path: String,
         /// Position of the certificate in the chain, starting at 1.
         number: usize,
@@ -86,17 +86,17 @@ pub enum Error {
          were renewed together"
     )]
     OtherKey {
-        /// The file of the chain.
+        /// The file of the certificate chain.
         path: String,
-        /// The file of the key.
+        /// The file of the private key.
         key_path: String,
     },
     /// The TLS library refuses the certificate and the private key for another reason.
     #[error("{path} and {key_path} cannot be used")]
     Unusable {
-        /// The file of the chain.
+        /// The file of the certificate chain.
         path: String,
-        /// The file of the key.
+        /// The file of the private key.
         key_path: String,
         /// The error of the library.
         source: rustls::Error,

@@ -140,7 +140,7 @@ impl Lists {
     }
 
     /// Rejects lists that are older than the accepted lists, and keeps the accepted lists of CAs that have no list in the file.
-    /// Fails if a configured CA has no list after that.
+    /// Fails if no list can be used for a configured CA.
     pub(super) fn follow(
         mut self,
         memory: &Memory,
@@ -404,7 +404,7 @@ pub(super) enum ListsFile {
 /// A list, and the number of its block in the file.
 type FoundList = (usize, CertificateRevocationListDer<'static>);
 
-/// The lists of a PEM file, or the single list of a DER file. Each part that is not a list is an error.
+/// The lists of a PEM file, or the single list of a DER file. Each part of the file that is not a list is an error.
 fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
     let bytes = match file {
         ListsFile::Content(bytes) => bytes,

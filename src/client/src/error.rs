@@ -158,7 +158,7 @@ impl Error {
         self.source.as_deref()?.downcast_ref()
     }
 
-    /// The number of attempts that were sent. An attempt for which the provider of access tokens failed does not
+    /// The number of attempts that were made. An attempt for which the provider of access tokens failed does not
     /// count.
     pub fn attempts(&self) -> u32 {
         self.attempts

@@ -207,7 +207,7 @@ impl StoredKey {
     }
 }
 
-/// Writes the integrity key of a new wrapping key to a file, unless the integrity key is on the token.
+/// Writes a new integrity key to a file, unless the integrity key is on the token.
 fn store_integrity_key(
     files: Option<IntegrityFiles<'_>>,
     key: &CheckedKey,

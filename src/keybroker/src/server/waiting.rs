@@ -1,6 +1,6 @@
 //! Connections in their handshake, and connections to the status listener. A new connection is never refused because
 //! of the limit. If the limit is reached, the oldest waiting connection of the network with the most waiting
-//! connections is closed. A flood of silent connections from one network therefore closes only its own connections.
+//! connections is closed. A flood of silent connections from one network therefore closes its own connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

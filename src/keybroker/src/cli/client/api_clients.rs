@@ -17,7 +17,7 @@ use keybroker_core::principal::Role;
 use super::{Caller, arguments, material, refusal, show};
 
 const SECONDS_PER_DAY: u64 = 86_400;
-/// About a hundred years.
+/// Longest lifetime of a secret, in days: about a hundred years.
 const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]

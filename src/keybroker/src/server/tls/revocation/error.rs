@@ -138,7 +138,7 @@ pub enum ListsError {
     Unusable {
         /// Name of the CA.
         issuer: String,
-        /// What the library says.
+        /// The error of the library.
         source: VerifierBuilderError,
     },
     /// A list has no expiry date.

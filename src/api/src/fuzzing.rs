@@ -14,7 +14,8 @@ use super::{
     rpc::{clients, page},
 };
 
-/// Parses a request of the REST API, whose body arrives in `pieces`, and returns the user key.
+/// Parses a request of the REST API and returns its user key. The body of the request arrives in
+/// `pieces`.
 pub async fn rest_body(content_type: &[u8], pieces: Vec<Vec<u8>>) -> Option<KeyMaterial> {
     let mut headers = HeaderMap::new();
     let value = HeaderValue::from_bytes(content_type).ok()?;

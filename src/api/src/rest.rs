@@ -1,12 +1,9 @@
 //! The REST API, which implements the Key Connector interface of Bitwarden clients. The API parses requests, calls the
 //! broker, and converts answers and errors.
 //!
-//! | Request | Answer |
-//! |---|---|
-//! | `GET /user-keys` | the key of the access token's user |
-//! | `POST /user-keys` | 200 if the key was stored; an existing key is never replaced |
-//! | `PUT /user-keys` | 200 if the key was stored; an existing key is replaced |
-//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; no credential is needed |
+//! `GET /user-keys` returns the key of the access token's user. `POST /user-keys` stores a key and never replaces an
+//! existing key. `PUT /user-keys` stores a key and replaces an existing key. `GET /alive` and `GET /now` return the time,
+//! and `GET /health` returns whether the broker can release keys; these three requests need no credential.
 //!
 //! Clients log their user out after an error, and treat every status except 200 as an error. The API therefore retries
 //! calls to the broker during short outages of the token, the store or the audit log, and returns 404 only if the user

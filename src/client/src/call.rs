@@ -249,9 +249,9 @@ impl<'a, T: Send + 'a> Read<'a, T> {
 /// A change with a request id, by which the broker recognises a repetition. Await the change to make it.
 ///
 /// The library chooses a new request id unless you set one with [`request_id`](Self::request_id). All attempts of the
-/// call carry the same request id. A program that must finish a change after a restart does three things: it chooses
-/// the request id with [`new_request_id`], it stores this id together with the planned change, and after the restart it
-/// repeats the call with the same id and content within 24 hours.
+/// call carry the same request id. A program that must finish a change after a restart chooses the request id with
+/// [`new_request_id`], and stores this id together with the planned change. After the restart, the program repeats the
+/// call with the same request id and content within 24 hours.
 #[must_use = "a call is not made before it is awaited"]
 pub struct Change<'a, T>(Call<'a, T>);
 

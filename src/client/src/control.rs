@@ -70,7 +70,7 @@ impl Client {
         })
     }
 
-    /// Lists the API clients of the caller's tenant, including revoked ones.
+    /// Lists the API clients of the caller's tenant, including revoked API clients.
     pub fn list_client_credentials(
         &self,
         list: proto::ListClientCredentialsRequest,

@@ -43,8 +43,8 @@
 //!
 //! # Deadlines and retries
 //!
-//! Every call has a deadline: 10 s, unless the client or the call sets another one. The deadline covers the connection,
-//! all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
+//! Every call has a deadline: 10 s, unless the client or the call sets another deadline. The deadline covers the
+//! connection, all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
 //!
 //! [`RetryPolicy`] describes the retries. The library repeats [reads](Read), and [changes](Change) with their request id.
 //! The library never repeats a change without a request id ([`NonIdempotent`]). A call is repeated if the broker's reason

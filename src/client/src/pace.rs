@@ -1,7 +1,7 @@
 //! A connector that limits the rate of new TCP connections.
 //!
-//! In TLS 1.3 a server that rejects a client certificate says so only after the handshake. tonic sees a connection that
-//! was made and then closed, and opens the next connection without a pause. Without a limit, one call would cost the
+//! In TLS 1.3, a server rejects a client certificate only after the handshake. The library tonic then sees a connection
+//! that was made and closed, and opens the next connection without a pause. Without a limit, one call would cost the
 //! broker hundreds of handshakes.
 
 use std::{

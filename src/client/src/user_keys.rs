@@ -106,7 +106,7 @@ pub struct ReleasedKey {
 pub struct ListUserKeys {
     /// Lists only this user's records; `None` lists the records of all users.
     pub user: Option<UserId>,
-    /// Whether deleted records are listed as well as active ones.
+    /// Whether the list contains deleted records in addition to active records.
     pub show_deleted: bool,
     /// Records per page, 1 to 1,000; 0 means 100.
     pub page_size: u32,

@@ -69,7 +69,8 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance, whose record of rejected PINs is shared by commands and the workers of `serve`.
+/// The state directory of this instance. Commands and the workers of `serve` share the record of rejected PINs in the state
+/// directory.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }

@@ -87,8 +87,8 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
     Err(refused(shown, &problems))
 }
 
-/// Remarks about principals in the policies that the configuration does not define. `None` if the policies are those of
-/// `--directory` and there is no configuration to compare them with.
+/// Remarks about principals in the policies that the configuration does not define. `None` if `--directory` selects the
+/// policies and there is no configuration to compare them with.
 fn unknown_principals(
     source: &Source,
     settings: &Settings,

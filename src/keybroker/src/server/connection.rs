@@ -51,7 +51,7 @@ const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Size of the HTTP/1.1 read buffer, in bytes.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
-/// Longest time that a proxy may keep a connection without a request.
+/// Longest time that a proxy's connection may stay open without a request.
 const PROXY_IDLE: Duration = Duration::from_mins(2);
 
 /// Longest time of a connection without an authenticated principal.

@@ -286,7 +286,7 @@ impl Files {
             .map_err(|error| Error::lists(Some(path), error))
     }
 
-    /// Certificates of further CAs that sign revocation lists, which are not trust anchors for client certificates.
+    /// Certificates that verify the revocation lists of further CAs, but are not trust anchors for client certificates.
     fn list_issuers(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, Error> {
         let (Some(bytes), Some(path)) =
             (&self.trust.crl_issuers, &settings.client_crl_issuers_file)

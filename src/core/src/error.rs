@@ -5,27 +5,27 @@
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-/// Why a call failed, as far as the caller may know. The list is frozen: `docs/errors.md` documents each reason, and a test
-/// of the wire contract fails when one is renamed.
+/// Why a call failed, as far as the caller may know. The list of reasons is frozen: `docs/errors.md` documents each reason, and a
+/// test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// The request is malformed; violations name the fields.
     Request,
     /// The request id was used before with other content.
     RequestIdReused,
-    /// No credential, or one that is not accepted.
+    /// The call has no credential, or its credential is not accepted.
     Credential,
-    /// No policy permits the call, or one forbids it. The answer does not show whether the key exists.
+    /// No policy permits the call, or a policy forbids it. The answer does not show whether the key exists.
     Policy,
     /// There is no such record or wrapping key.
     KeyNotFound,
-    /// A record of that name exists, active or deleted.
+    /// A record with this name already exists, active or deleted.
     KeyExists,
-    /// The expected revision is not the current one.
+    /// The current revision is not the revision that the caller expects.
     Revision,
     /// A stored envelope does not parse or verify.
     RecordDamaged,
-    /// An envelope that the caller sent is not accepted. The answer is the same for all causes.
+    /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of this rejection.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
@@ -147,7 +147,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. A violation contains no bytes of the caller.
+/// A field of a request that breaks its limits. A violation contains no bytes that the caller sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Field path in the request, as in the proto.
@@ -184,7 +184,7 @@ impl Error {
         }
     }
 
-    /// An error with a reason and another error as its cause. The detail for the log is the text of that error and of its own
+    /// An error with a reason and another error as its cause. The detail for the log is the text of the cause and of all further
     /// causes.
     pub fn caused(reason: Reason, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         let detail = chain(&cause);
@@ -213,7 +213,7 @@ impl Error {
         }
     }
 
-    /// Marks the error as caused by a valid credential that has expired, so that its holder has to renew it.
+    /// Marks the error as caused by a credential that has expired but is otherwise valid, so that its holder has to renew it.
     #[must_use]
     pub fn renewable(self) -> Self {
         Self {
@@ -222,7 +222,8 @@ impl Error {
         }
     }
 
-    /// Counts the error as a failed attempt although the credential was not rejected, because its check was costly.
+    /// Counts the error as a failed attempt although the credential was not rejected, because the check of the credential was
+    /// costly.
     #[must_use]
     pub fn failed_attempt(self) -> Self {
         Self {
@@ -245,8 +246,8 @@ impl Error {
         self.is_outcome_unknown
     }
 
-    /// Whether the credential was valid and has expired. The refusal of an expired credential is no attack and is not counted
-    /// as a failure.
+    /// Whether the credential has expired but is otherwise valid. Such a credential is not a sign of an attack, so its refusal is
+    /// not counted as a failed attempt.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
     }
@@ -292,7 +293,8 @@ impl std::error::Error for Error {
 
 /// The text of an error with its causes, outermost first: `cannot read /x: permission denied`.
 ///
-/// Many errors print their cause themselves. Therefore a cause is left out if the text before it already contains it.
+/// The text of many errors already contains the text of the cause. Therefore, the function leaves out a cause whose text is
+/// already part of the result.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -306,8 +308,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The text of the causes of an error, without its own text. If the error has no cause, its own text is returned. Use the
-/// function for errors of libraries whose outermost text says only that a request failed.
+/// The text of the causes of an error, without the text of the error itself. If the error has no cause, the function returns the
+/// text of the error. Use this function for errors of libraries whose outermost text says only that a request failed.
 pub fn causes(error: &dyn std::error::Error) -> String {
     chain(error.source().unwrap_or(error))
 }

@@ -16,7 +16,7 @@ const SECONDS: &[f64] = &[
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     10.0, 30.0,
 ];
-/// Buckets for the number of entries in one group.
+/// Buckets for the number of audit entries that became durable together.
 const ENTRIES: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
 ];
@@ -150,7 +150,7 @@ impl<const N: usize> Declared<N> {
     }
 }
 
-/// A number of events since the start.
+/// The number of events since the start of the process.
 #[derive(Debug)]
 pub struct Counter<const N: usize>(Declared<N>);
 
@@ -239,7 +239,8 @@ pub trait Metric: Sync {
     fn kind(&self) -> &'static str;
     /// Name, help and labels.
     fn declaration(&self) -> Declaration<'_>;
-    /// Describes the metric to the recorder. For a counter, it also creates the series that are known in advance.
+    /// Describes the metric to the recorder. For a counter, the function also creates the series whose label values are known in
+    /// advance.
     fn register(&self);
 
     /// Upper bounds of the buckets of a histogram.
@@ -247,7 +248,7 @@ pub trait Metric: Sync {
         None
     }
 
-    /// Name, as a collector sees it.
+    /// The name that a metrics collector sees.
     fn name(&self) -> &'static str {
         self.declaration().name
     }

@@ -22,7 +22,7 @@ use super::{
 pub struct Explanation {
     /// The decision.
     pub verdict: Verdict,
-    /// All policies in force, in their order. Empty if a rule in the code made the decision.
+    /// All policies in force, in their order. This list is empty if a rule in the code made the decision.
     pub policies: Vec<PolicyView>,
 }
 
@@ -143,7 +143,7 @@ fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, Error>
     ask(asked, from_json(bare)?)
 }
 
-/// Evaluates one condition. Returns the result and the text of the condition.
+/// Evaluates one condition, and returns the result with the text of the condition.
 fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), Error> {
     let mut bare = bare();
     bare["conditions"] = json!([{ "kind": "when", "body": condition }]);

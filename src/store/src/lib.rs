@@ -1,12 +1,12 @@
 //! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait in domain terms.
 //!
-//! Guarantees, which the conformance suite tests on every engine:
+//! The store gives these guarantees, which the conformance suite tests on every engine:
 //!
 //! - An acknowledged write survives SIGKILL.
 //!
-//! - Create never overwrites a record, and a deleted record keeps its name.
+//! - A create never overwrites a record, and a deleted record keeps its name.
 //!
-//! - Replace is a compare-and-swap on the revision.
+//! - A replace is a compare-and-swap on the revision.
 //!
 //! - A read never rewrites a row.
 //!
@@ -77,14 +77,14 @@ pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Own).await?)
 }
 
-/// Opens a database for a broker that serves. The schema may also be that of a later release, if its migrations say that this
-/// release can use it.
+/// Opens a database for a broker that serves. The database may also have the schema of a later release, if the migrations of that
+/// release declare that this release can use the schema.
 pub async fn open_to_serve(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Usable).await?)
 }
 
-/// Opens a database for a command that reads whole tables. No deadline of a call depends on the command, so its time limits are
-/// longer.
+/// Opens a database for a command that reads whole tables. The time limits are longer than those of a broker, because no call
+/// with a deadline waits for the command.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     open_whole(&settings.for_command(), Accepted::Own).await
 }
@@ -110,8 +110,8 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
     }
 }
 
-/// Whether a database knows an audit log of an instance, regardless of its schema. A database that does not exist, or whose
-/// schema does not have the table yet, knows no audit log.
+/// Whether a database was used with an audit log of an instance. A database that does not exist, or whose schema does not have
+/// the table of audit logs yet, was used with none.
 pub async fn known_audit_log(
     settings: &Settings,
     instance: &str,

@@ -49,7 +49,8 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
     /// Inserts all records in one transaction. If an address is taken, the function inserts none and returns [`Error::Exists`].
-    /// It stores no marks of calls: use it to fill a database, not for a mutation that has an intent in the audit log.
+    /// The function stores no marks of calls. Use this function to fill a database, not for a mutation that has an intent in the
+    /// audit log.
     async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error>;
 
     /// Makes `new` the current revision of an active record, to replace the user key or to restore an earlier revision. Returns

@@ -60,8 +60,8 @@ pub(super) enum LimitedDelete {
 
 impl Dialect {
     /// The text of a statement for this engine. In the statement, `?` marks the position of a value, and `"` surrounds the name
-    /// of a column that is a keyword. A statement cannot contain these two characters with another meaning. Each text is kept
-    /// until the process ends; there is one text for each statement and engine.
+    /// of a column that is a keyword. A statement cannot contain `?` or `"` with another meaning. Each text is kept until the
+    /// process ends; there is one text for each statement and engine.
     pub(super) fn text(&self, statement: &str) -> &'static str {
         let mut text = String::with_capacity(statement.len() + 64);
         let mut values = 0;

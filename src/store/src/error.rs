@@ -14,8 +14,7 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// An error of the driver or of the operating system, or another error of the store.
 type Cause = Arc<dyn StdError + Send + Sync>;
 
-/// What failed, the cause and the remedy. The text form contains these three parts: `cannot open /x: permission denied; run the
-/// command as …`.
+/// What failed, the cause and the remedy, as in `cannot open /x: permission denied; run the command as …`.
 #[derive(Clone, Debug)]
 pub struct Detail {
     /// What failed; empty if the text of the cause is sufficient.

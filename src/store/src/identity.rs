@@ -1,6 +1,6 @@
 //! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores the identity next to
 //! its audit log, in order to detect a different database. The identifier of a database server is not suitable: this
-//! identifier can change for legitimate reasons, and SQLite has none.
+//! identifier can change for legitimate reasons, and SQLite has no identifier.
 
 use std::fmt;
 

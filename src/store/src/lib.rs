@@ -111,7 +111,7 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
 }
 
 /// Whether a database was used with an audit log of an instance. A database that does not exist, or whose schema does not have
-/// the table of audit logs yet, was used with none.
+/// the table of audit logs yet, was used with no audit log.
 pub async fn known_audit_log(
     settings: &Settings,
     instance: &str,

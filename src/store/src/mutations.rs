@@ -1,8 +1,9 @@
 //! Changes of records inside a transaction, with the same steps on every engine.
 //!
 //! A transaction inserts the mark of its call first, and sends each further statement only after the answer to the previous
-//! statement. Therefore, a transaction that has not inserted its mark has changed nothing. A later insert of the same mark waits
-//! for a transaction that has inserted the mark, and shows with certainty whether the call was committed ([`is_committed`]).
+//! statement. Therefore, a transaction that has not inserted its mark has changed nothing and sent no commit. A later insert of
+//! the same mark waits for a transaction that has inserted the mark, and shows with certainty whether the call was committed
+//! ([`is_committed`]).
 
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -249,8 +250,8 @@ pub(super) async fn purge(
 }
 
 /// Whether the mutation of a call was committed, with certainty. The function inserts the mark of the call, and waits for a
-/// transaction that has already inserted this mark. A transaction that has not inserted the mark has changed nothing, and cannot
-/// insert the mark any more. The caller must roll back.
+/// transaction that has already inserted this mark. A transaction that has not inserted the mark has changed nothing, and no
+/// commit of this transaction was sent. The caller must roll back.
 pub(super) async fn is_committed(
     session: &mut impl Session,
     sql: &Statements,
@@ -271,8 +272,8 @@ pub(super) async fn ensure_identity(
     Ok(())
 }
 
-/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. On MySQL, such an
-/// insert would also hide other errors, so MySQL reports the duplicate.
+/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. On MySQL, an
+/// insert that skips a taken key would also hide other errors, so MySQL reports the duplicate key.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,
     statement: &'static str,

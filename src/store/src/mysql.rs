@@ -188,7 +188,7 @@ const ADDED_COLUMNS: [AddedColumn; 1] = [AddedColumn {
 
 /// Runs the migrations. Each statement of a migration is committed separately, so an interrupted migration leaves its mark and a
 /// part of its changes. All statements of a migration can be repeated, except those that add a column. Therefore, the function
-/// removes the added columns of an interrupted migration and runs the migration again from its beginning.
+/// removes the columns that an interrupted migration added, and runs the migration again from its beginning.
 async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     if !connection
         .rows(SQL.has_migrations, Vec::new())

@@ -83,8 +83,8 @@ pub struct NewRevision {
     pub address: KeyAddress,
     /// The id of the record; each create uses a new id.
     pub record: RecordId,
-    /// For a create, this is [`Revision::FIRST`]. For a change, it is the successor of the revision that the caller expects to be
-    /// current.
+    /// For a create, the revision is [`Revision::FIRST`]. For a change, the revision is the successor of the revision that the
+    /// caller expects to be current.
     pub revision: Revision,
     /// Envelope bytes.
     pub envelope: Vec<u8>,

@@ -1,5 +1,5 @@
-//! The URL of a database. The broker parses the URL and not the driver, because a driver's parameters include some
-//! that disable TLS.
+//! The URL of a database. The broker parses the URL instead of the driver, because some URL parameters of the drivers
+//! disable TLS.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -88,8 +88,8 @@ pub(super) struct Place {
 /// How a client connects to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen
-    /// there.
+    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen on
+    /// it.
     Network { host: String, port: Option<u16> },
     /// Over a socket in the file system: the directory for PostgreSQL, the socket itself for MySQL.
     Socket(PathBuf),
@@ -166,7 +166,7 @@ fn socket(query: &str) -> Result<Transport, UrlError> {
     }
 }
 
-/// The path of a file. Parameters, which other programs accept in this place, would become a part of the file name.
+/// The path of a file. Parameters after the path, which other programs accept, would become a part of the file name.
 fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
         let encoded = if found == '?' { "%3F" } else { "%23" };

@@ -35,7 +35,7 @@ impl Work {
         self.0.id
     }
 
-    /// The deadline in `CLOCK_MONOTONIC` nanoseconds. No token call starts after it.
+    /// The deadline in `CLOCK_MONOTONIC` nanoseconds. No token call starts after the deadline.
     pub fn deadline_ns(&self) -> u64 {
         self.0.deadline_ns
     }

@@ -18,7 +18,7 @@ pub mod outside_time;
 /// different times.
 pub fn spread(least: Duration, width: Duration) -> Duration {
     let mut bytes = [0; 2];
-    // If the system returns no random bytes, all callers get the same duration. The function does not fail for this reason.
+    // If the system returns no random bytes, all callers get the same duration, and the function does not fail.
     let share = match aws_lc_rs::rand::fill(&mut bytes) {
         Ok(()) => u32::from(u16::from_le_bytes(bytes)),
         Err(_) => 0,
@@ -46,7 +46,7 @@ impl CallId {
         self.0.as_bytes()
     }
 
-    /// Reads an id from 16 bytes.
+    /// Reads a call id from 16 bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Uuid::from_slice(bytes).ok().map(Self)
     }
@@ -78,7 +78,7 @@ impl RequestId {
         }
     }
 
-    /// Reads an id from its 16 bytes, as stored.
+    /// Reads a request id from the 16 stored bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Uuid::from_slice(bytes).ok().map(Self)
     }
@@ -130,14 +130,14 @@ impl Deadline {
     }
 }
 
-/// The properties of a call that every use case receives.
+/// The properties of a call that every operation of the broker needs.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// The call id that the server created.
     pub id: CallId,
     /// Where the connection comes from, `address:port`, or `local` for the command line.
     pub peer: String,
-    /// When the answer is due.
+    /// When the call must be answered.
     pub deadline: Deadline,
 }
 

@@ -15,8 +15,8 @@
 //! The MAC protects against these changes: a row is moved to another tenant, user, key name, record or revision; a row
 //! is forged with the public key alone; a row is altered. A changed row is refused before the RSA key is used.
 //!
-//! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback to a row
-//! that was valid before for the same record and revision number. A comparison of the store with the audit log finds
+//! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback: an earlier
+//! row of the same record and revision number still verifies. A comparison of the store with the audit log finds
 //! deletions and rollbacks.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
@@ -31,7 +31,7 @@ mod tests;
 
 use mac::MacMessage;
 
-/// The only format version that is written.
+/// The only format version that this release writes.
 pub const FORMAT_VERSION: u8 = 1;
 /// Length of an HMAC-SHA-256, in bytes.
 pub const MAC_BYTES: usize = 32;
@@ -39,7 +39,7 @@ pub const MAC_BYTES: usize = 32;
 pub const WRAPPED_BYTES_MIN: usize = 256;
 /// Longest wrapped key: the modulus of RSA-4096, in bytes.
 pub const WRAPPED_BYTES_MAX: usize = 512;
-/// Longest context that a client may bind its own envelope to, in bytes.
+/// Longest context to which a client may bind its own envelope, in bytes.
 pub const CLIENT_CONTEXT_BYTES_MAX: usize = 1_024;
 
 const HEADER_BYTES: usize = 3 + ID_BYTES + 2;
@@ -55,9 +55,9 @@ pub type Mac = [u8; MAC_BYTES];
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. The algorithm needs the operator's permission, and is for
-    /// tokens that support nothing else. The collision attacks on SHA-1 do not apply to OAEP, but no new design should
-    /// use SHA-1.
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. This algorithm needs the operator's permission, and is for
+    /// tokens that support OAEP with no other hash. The collision attacks on SHA-1 do not apply to OAEP, but no new
+    /// design should use SHA-1.
     RsaOaepSha1,
 }
 
@@ -95,13 +95,13 @@ pub enum Context<'a> {
     Record {
         /// Tenant, user and key name.
         address: &'a KeyAddress,
-        /// The record; its id is new at every create.
+        /// The id of the record; each create uses a new id.
         record_id: RecordId,
         /// The revision.
         revision: Revision,
     },
-    /// An envelope that a client stores itself. This kind of envelope is reserved for later releases. Its MAC never
-    /// verifies as that of a record.
+    /// An envelope that a client stores itself. This kind of envelope is reserved for later releases. The MAC of a
+    /// client's envelope never verifies for a record.
     Client {
         /// The client's tenant.
         tenant: &'a Tenant,

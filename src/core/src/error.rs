@@ -1,4 +1,4 @@
-//! The domain error, and the frozen list of reasons that a caller can receive.
+//! The error type of the broker, and the frozen list of reasons that a caller can receive.
 //!
 //! Every layer has its own error type, and converts it into [`Error`] at its boundary. A caller receives the [`Reason`], its
 //! fixed text, violations and a retry delay. The `detail` is only for the log and never leaves the broker.
@@ -9,31 +9,31 @@ use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 /// test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
-    /// The request is malformed; violations name the fields.
+    /// The request is malformed; the violations name the invalid fields.
     Request,
     /// The request id was used before with other content.
     RequestIdReused,
     /// The call has no credential, or its credential is not accepted.
     Credential,
-    /// No policy permits the call, or a policy forbids it. The answer does not show whether the key exists.
+    /// No policy permits the call, or a policy forbids it. The answer does not show whether the user key exists.
     Policy,
-    /// There is no such record or wrapping key.
+    /// The record or the wrapping key does not exist.
     KeyNotFound,
     /// A record with this name already exists, active or deleted.
     KeyExists,
     /// The current revision is not the revision that the caller expects.
     Revision,
-    /// A stored envelope does not parse or verify.
+    /// A stored envelope cannot be parsed, or its MAC does not verify.
     RecordDamaged,
     /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of this rejection.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
-    /// A limit of the store is reached: revisions of a record, or keys of a user.
+    /// A limit of the store is reached: the number of revisions of a record, or of user keys of one user.
     Limit,
-    /// The queue of the token is full, or the database is busy.
+    /// The queue for the token is full, or the database is busy.
     QueueFull,
-    /// The caller's rate limit is used up.
+    /// The caller has reached its rate limit.
     Rate,
     /// The authentication failure limit, or the limit of rejected envelopes, is reached.
     FailureBudget,
@@ -43,13 +43,13 @@ pub enum Reason {
     StoreDown,
     /// The audit log cannot be written.
     AuditDown,
-    /// The identity provider is unavailable, and its keys are not known.
+    /// The identity provider is unavailable, and its public keys are not known.
     IdentityDown,
     /// The token answers but must not be used: an attribute, the self-test or the PIN is wrong.
     TokenUntrusted,
-    /// The deadline passed, or cannot be met.
+    /// The deadline has passed, or the broker cannot meet it.
     Deadline,
-    /// The broker is at fault.
+    /// A defect of the broker made the call fail.
     Bug,
 }
 
@@ -111,7 +111,7 @@ impl Reason {
         Self::ALL.into_iter().find(|reason| reason.as_str() == name)
     }
 
-    /// The fixed text that a caller receives. The text has no internal details.
+    /// The fixed text that a caller receives. The fixed text has no internal details.
     pub const fn text(self) -> &'static str {
         match self {
             Self::Request => "the request is malformed",
@@ -147,10 +147,10 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. A violation contains no bytes that the caller sent.
+/// An invalid field of a request. A violation contains no bytes that the caller sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Field path in the request, as in the proto.
+    /// Path of the field in the request, with the names in the protobuf definition.
     pub field: &'static str,
     /// What the field must be.
     pub description: Cow<'static, str>,
@@ -246,8 +246,8 @@ impl Error {
         self.is_outcome_unknown
     }
 
-    /// Whether the credential has expired but is otherwise valid. Such a credential is not a sign of an attack, so its refusal is
-    /// not counted as a failed attempt.
+    /// Whether the credential has expired but is otherwise valid. An expired credential is not a sign of an attack, so its
+    /// refusal is not counted as a failed attempt.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
     }

@@ -136,9 +136,9 @@ as_text!(Tenant, KeyName, UserId);
 pub struct KeyAddress {
     /// Owner of the record.
     pub tenant: Tenant,
-    /// The user to whom the key belongs.
+    /// The user to whom the user key belongs.
     pub user: UserId,
-    /// The name that distinguishes the keys of one user.
+    /// The name that distinguishes the user keys of one user.
     pub name: KeyName,
 }
 
@@ -202,8 +202,8 @@ impl ClientId {
 }
 
 id!(
-    /// The id of a wrapping key and its integrity key. The objects of these keys on the token have this id as `CKA_ID`, unless
-    /// [`ObjectIds`] contains other values.
+    /// The id of a wrapping key and its integrity key. The RSA key and the integrity key on the token have this id as `CKA_ID`,
+    /// unless [`ObjectIds`] contains other values.
     WrappingKeyId
 );
 
@@ -268,8 +268,8 @@ pub enum IntegrityPlace {
 
 impl IntegrityPlace {
     /// These bytes stand for [`IntegrityPlace::Worker`] where a `CKA_ID` is stored and sent. No object can be registered with
-    /// these bytes as its `CKA_ID`. A release that does not know them finds no object with this `CKA_ID` and refuses the wrapping
-    /// key.
+    /// these bytes as its `CKA_ID`. A release that does not know these bytes finds no object with this `CKA_ID` and refuses the
+    /// wrapping key.
     const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
 
     /// As stored and sent.
@@ -291,7 +291,8 @@ impl IntegrityPlace {
     }
 }
 
-/// The places of the RSA private key and the integrity key. By default, the `CKA_ID` of these keys is the id of the wrapping key.
+/// The places of the RSA private key and the integrity key. By default, the `CKA_ID` of the RSA private key and of the integrity
+/// key is the id of the wrapping key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObjectIds {
     /// The `CKA_ID` of the RSA private key.
@@ -357,7 +358,7 @@ impl Revision {
         self.0
     }
 
-    /// The next revision. A record cannot reach the maximum: the hardware fails before 2^63 replacements.
+    /// The next revision. A record cannot reach the highest revision: the hardware fails before 2^63 replacements.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -392,7 +393,7 @@ impl fmt::Debug for Fingerprint {
 pub enum Purpose {
     /// `CKA_DECRYPT`: user keys are released in plain text.
     Plain,
-    /// `CKA_UNWRAP`: user keys are released encrypted to a recipient. Reserved.
+    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. Reserved.
     Sealed,
 }
 
@@ -417,15 +418,15 @@ impl Purpose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WrappingKeyState {
-    /// The key may wrap and unwrap.
+    /// The wrapping key may wrap and unwrap.
     Active,
-    /// The key may temporarily neither wrap nor unwrap.
+    /// The wrapping key may temporarily neither wrap nor unwrap.
     Suspended,
-    /// The key may unwrap, but no longer wrap.
+    /// The wrapping key may unwrap, but no longer wrap.
     Deactivated,
-    /// The key may neither wrap nor unwrap, because others may know its private half.
+    /// The wrapping key may neither wrap nor unwrap, because others may know its private half.
     Compromised,
-    /// The key is no longer on any token.
+    /// The wrapping key is no longer on any token.
     Destroyed,
 }
 
@@ -454,12 +455,12 @@ impl WrappingKeyState {
         Self::ALL.into_iter().find(|state| state.as_str() == text)
     }
 
-    /// Whether the key may wrap new key material.
+    /// Whether the wrapping key may wrap new key material.
     pub const fn may_wrap(self) -> bool {
         matches!(self, Self::Active)
     }
 
-    /// Whether the key may unwrap stored envelopes.
+    /// Whether the wrapping key may unwrap stored envelopes.
     pub const fn may_unwrap(self) -> bool {
         matches!(self, Self::Active | Self::Deactivated)
     }

@@ -30,8 +30,8 @@ const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 /// First byte of a DER structure: SEQUENCE.
 const DER_SEQUENCE: u8 = 0x30;
 const LABEL_BYTES_MAX: usize = 64;
-/// Highest number of unreadable parts of a file of revocation lists. After so many unreadable parts, the rest of the file is
-/// ignored.
+/// Highest number of unreadable parts of a file of revocation lists. After this number of unreadable parts, the rest of the file
+/// is ignored.
 pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
@@ -103,7 +103,7 @@ pub enum Error {
     /// The file contains several private keys, but only one is used.
     #[error("it contains {0} private keys; keep the one that belongs to the certificate")]
     Keys(usize),
-    /// The file has so many unreadable parts that the rest of it is ignored.
+    /// The file has so many unreadable parts that the rest of the file is ignored.
     #[error("more than {0} parts of it cannot be read; the rest is ignored")]
     TooDamaged(usize),
 }
@@ -245,7 +245,7 @@ pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     not_empty(found, "certificate")
 }
 
-/// The only private key of a file. The file may also contain its certificates.
+/// The only private key of a file. The file may also contain the certificates of this key.
 pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     let mut found = Vec::new();
     for block in blocks(bytes)? {
@@ -265,9 +265,9 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     }
 }
 
-/// The revocation lists of a file that contains nothing else. For each other part of the file, the result has the reason why the
-/// part is not a revocation list. A file that contains no revocation list is accepted. A file of revocation lists comes from
-/// other machines and may be damaged. One damaged block must not prevent the use of the lists of all other authorities.
+/// The revocation lists of a file that should contain nothing else. For each other part of the file, the result has the reason
+/// why the part is not a revocation list. A file that contains no revocation list is accepted. A file of revocation lists comes
+/// from other machines and may be damaged. One damaged block must not prevent the use of the lists of all other authorities.
 ///
 /// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the last entry reports that the rest of the file is ignored.
 pub fn revocation_lists(
@@ -296,7 +296,7 @@ pub fn revocation_lists(
     found
 }
 
-/// Writes certificates in the simplest form, for a library that reads PEM itself.
+/// Writes certificates in the simplest PEM form, for a library that has its own PEM parser.
 pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
     let mut text = String::new();
     for certificate in certificates {
@@ -311,7 +311,7 @@ pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
     text
 }
 
-/// Writes a private key in the simplest form, for a library that reads PEM itself.
+/// Writes a private key in the simplest PEM form, for a library that has its own PEM parser.
 pub fn encode_key(key: &PrivateKeyDer<'_>) -> Zeroizing<String> {
     let label = match key {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",

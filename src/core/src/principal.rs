@@ -53,8 +53,8 @@ impl Role {
         }
     }
 
-    /// Whether the roles exclude each other. Administrators and auditors of the broker must not be able to obtain keys
-    /// (separation of duties).
+    /// Whether the roles exclude each other. Administrators and auditors of the broker must not be able to obtain user
+    /// keys (separation of duties).
     pub fn conflicts_with(self, other: Self) -> bool {
         let pair = [self, other];
         pair.contains(&Self::Release)
@@ -214,7 +214,7 @@ pub struct Claims {
     pub acr: Option<String>,
     /// When the user authenticated.
     pub authenticated: Option<Timestamp>,
-    /// The device that the credential is for.
+    /// The device for which the credential was issued.
     pub device: Option<String>,
     /// Organisations of the user.
     pub organisations: BTreeSet<String>,
@@ -268,7 +268,7 @@ impl Principal {
         &self.0
     }
 
-    /// The stable name, such as a SPIFFE id.
+    /// The stable name of the principal, such as a SPIFFE id.
     pub fn name(&self) -> &str {
         &self.0.name
     }

@@ -1,5 +1,5 @@
 //! Small facts that one broker instance remembers across restarts, such as that the token rejected the PIN. Each fact is a file
-//! of mode 0600 in the directory `state` below the audit directory. A change replaces the whole file.
+//! of mode 0600 in the directory `state` below the audit directory. A change of a fact replaces the whole file.
 //!
 //! The directory belongs to one instance: two instances with the same directory would overwrite each other's facts.
 
@@ -178,7 +178,7 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock that other processes respect, so that a fact can be read and then replaced. Waits at most `timeout`.
+    /// Takes a lock between processes, so that a process can read a fact and then replace it. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)

@@ -11,14 +11,14 @@
 //!   file with several hard links is refused. In a read-only mount of a container, no process that sees the mount can change
 //!   anything.
 //!
-//! - The file is a regular file. A FIFO, a device or a socket is refused, and the error names this kind. The file is opened
+//! - The file is a regular file. A FIFO, a device or a socket is refused, and the error says what the file is. The file is opened
 //!   without blocking, so that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
 //!
 //! - The file belongs to root or to the user of this process, and neither its group nor others can write to it. Others cannot
-//!   read a secret. If a secret belongs to root, its group may read it, because root chose the group (systemd credentials,
-//!   Kubernetes Secrets with `fsGroup`).
+//!   read a file that contains a secret. If a secret belongs to root, its group may read it, because root chose the group
+//!   (systemd credentials, Kubernetes Secrets with `fsGroup`).
 //!
-//! A read-only mount is accepted as protection only in a container, and only if it is another file system than that of the root
+//! A read-only mount is accepted as protection only in a container, and only if its file system is not that of the root
 //! directory. Where systemd runs, a read-only mount is not accepted. With settings such as `ProtectSystem=strict`, a service sees
 //! the host's file systems read-only, while other users of the host can still write to them. The front tells its workers whether
 //! read-only mounts are accepted.
@@ -27,9 +27,9 @@
 //! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the
 //! directory.
 //!
-//! The path of another program's socket must meet the same rules, but the users of this program are also accepted as owners
-//! ([`check_socket`]). The directories above a file that this process writes must also meet the rules, but their groups may have
-//! the write permission ([`check_above`]).
+//! The path of another program's socket must also meet the rules of this module, but the users of that program are also accepted
+//! as owners ([`check_socket`]). The directories above a file that this process writes must also meet the rules of this module,
+//! but their groups may have the write permission ([`check_above`]).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -67,7 +67,7 @@ const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 const ROOT: u32 = 0;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
-/// Largest buffer that is reserved before the length of a file is known.
+/// Smallest buffer that is reserved for a file, in bytes, unless the limit of the caller is smaller.
 const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
 /// Whether a path is absolute or refers to a systemd credential. Other paths are refused, because a service has no useful working
@@ -189,8 +189,8 @@ pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
 /// Properties of the path of a socket that passed [`check_socket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketPlace {
-    /// Whether a directory on the way is sticky and writable by others. In such a directory, every user can create another socket
-    /// after the first socket is removed.
+    /// Whether a directory on the way is sticky and writable by others. In a sticky directory, every user can create another
+    /// socket after the first socket is removed.
     pub is_shared: bool,
 }
 
@@ -216,8 +216,8 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group of a file that its group can read and others cannot read. Returns `None` if the mode of the file is different or
-/// cannot be read.
+/// The group of a file that its group can read and others cannot read. Returns `None` if the group cannot read the file, if
+/// others can read it, or if its mode is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

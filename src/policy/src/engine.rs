@@ -1,5 +1,5 @@
-//! The decision: all policies that can apply are evaluated. If a forbid applies, the action is denied. If no forbid and
-//! at least one permit applies, the action is allowed.
+//! Makes a decision: the engine evaluates all policies that can apply. If a forbid applies, the action is denied. If no
+//! forbid and at least one permit applies, the action is allowed.
 
 use std::{collections::BTreeMap, sync::Arc};
 

@@ -1,7 +1,7 @@
 //! The error that occurs if Cedar refuses a question or the parts of a policy. This crate checks policies and questions
 //! first, so each such error is a defect of this crate. Therefore, one error type with the cause for the log is enough.
 
-/// A failed call of Cedar.
+/// A failed call to Cedar.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action}")]
 pub(crate) struct Error {

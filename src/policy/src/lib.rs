@@ -1,4 +1,4 @@
-//! Policy decisions: this crate alone decides what a principal may do. Without a permit, an action is denied.
+//! Policy decisions: this crate alone decides what a principal may do. An action is denied unless a policy permits it.
 //!
 //! The rules are Cedar policies: those that come with the broker (`default.cedar`) and those of the operator. All these
 //! policies are validated against one schema before the broker uses them. Two rules are in the code, so that no file
@@ -122,9 +122,9 @@ pub enum Resource<'a> {
     UserKey {
         /// The tenant of the record.
         tenant: &'a Tenant,
-        /// The user of the key.
+        /// The user to whom the user key belongs.
         user: &'a UserId,
-        /// The name that distinguishes several keys of the user.
+        /// The name that distinguishes the user keys of one user.
         name: &'a KeyName,
     },
     /// The records of one user, or of the whole tenant.
@@ -171,12 +171,12 @@ pub struct Question<'a> {
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
-    /// The call that contains the action.
+    /// The call that requests the action.
     pub call: &'a Call,
 }
 
 /// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an explanation can use
-/// an invented identity. A [`Permit`] needs a [`Question`].
+/// an invented identity. Only the answer to a [`Question`] can be a [`Permit`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
@@ -191,7 +191,7 @@ pub struct Case<'a> {
     pub at: Timestamp,
 }
 
-/// Proof that policy allowed an action. Only [`Policy::decide`] creates one.
+/// Proof that a policy allowed an action. Only [`Policy::decide`] creates one.
 #[derive(Debug)]
 pub struct Permit {
     policy: Arc<str>,
@@ -204,7 +204,7 @@ impl Permit {
     }
 }
 
-/// Proof that policy allowed an action on one user key. Only [`Policy::decide_key`] creates one. The read or change
+/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one. The read or change
 /// that follows takes the address only from this proof, so that a permit for one record cannot be used for another
 /// record.
 #[derive(Debug)]
@@ -350,9 +350,8 @@ impl Policy {
     }
 
     /// Loads changed files. If a file is invalid or missing, the current policies stay in force. A change that no
-    /// signal announced is loaded after two checks have found the same content. The reason is that an editor that
-    /// writes in place leaves an empty or incomplete file for a moment, and such a file may be valid but lack the
-    /// forbids.
+    /// signal announced is loaded after two checks have found the same content. An editor that writes in place leaves
+    /// an empty or incomplete file for a moment, and an incomplete file may be valid but lack the forbids.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {
@@ -406,7 +405,7 @@ impl Policy {
 enum Look {
     /// The files are the same as those in force.
     Same,
-    /// The files have changed and are checked again later, or were rejected before.
+    /// The files have changed, and are checked again later or were already rejected.
     Waiting,
     New(Box<Set>),
 }

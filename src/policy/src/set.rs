@@ -68,9 +68,9 @@ pub(super) struct Known {
     pub(super) origin: Arc<str>,
 }
 
-/// The policies that can apply to one action and kind of principal. Each policy costs about a microsecond and each
-/// attribute about half a microsecond. Therefore, a decision evaluates only the policies that can apply, and only with
-/// the attributes that these policies use.
+/// The policies that can apply to one action and kind of principal. Each policy takes about one microsecond, and each
+/// attribute takes about half a microsecond. Therefore, a decision evaluates only the policies that can apply, and only
+/// with the attributes that these policies use.
 #[derive(Debug, Default)]
 pub(super) struct Slice {
     pub(super) policies: PolicySet,

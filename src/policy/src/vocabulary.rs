@@ -58,7 +58,8 @@ impl Wanted<'_> {
         }
     }
 
-    /// Operators choose the names of tags, and a policy may compute them. All tags are passed if any policy uses tags.
+    /// Operators choose the names of tags, and a policy may compute these names. Therefore, all tags are passed if any
+    /// policy uses tags.
     fn tags(self) -> bool {
         self.has("getTag") || self.has("hasTag")
     }
@@ -91,7 +92,7 @@ impl<'a> Attributes<'a> {
     }
 }
 
-/// A question in the form of Cedar.
+/// A question in the form that Cedar requires.
 pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) entities: Entities,
@@ -256,8 +257,8 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }
 
-/// Whether the grant of a service covers the resource. The broker checks this instead of a policy, because the grant
-/// may list thousands of users, and passing them to Cedar would cost too much for every call.
+/// Whether the grant of a service covers the resource. The broker itself checks the grant, because a grant may list
+/// thousands of users, and it would take too long to pass these users to Cedar for every call.
 fn is_granted(case: &Case<'_>) -> bool {
     let Identity {
         kind,

@@ -35,7 +35,7 @@ macro_rules! tables {
             /// refer. The registry is last, because no broker serves from a database without a registry.
             pub const ALL: [Self; [$(Self::$table),+].len()] = [$(Self::$table),+];
 
-            /// The name in the database.
+            /// The name of the table in the database.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$table => stringify!($name),)+

@@ -28,7 +28,7 @@ pub const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
 /// Highest number of records per page.
 pub const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// The store in domain terms. Each function that sends more than one statement runs in a separate task, so that a caller that
+/// The operations of the store. Each function that sends more than one statement runs in a separate task, so that a caller that
 /// stops waiting cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug + 'static {
@@ -48,9 +48,9 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Inserts a record at [`Revision::FIRST`]. Returns [`Error::Exists`] if an active or deleted record has the address.
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
-    /// Inserts all records in one transaction. If an address is taken, the function inserts none and returns [`Error::Exists`].
-    /// The function stores no marks of calls. Use this function to fill a database, not for a mutation that has an intent in the
-    /// audit log.
+    /// Inserts all records in one transaction. If an address is taken, the function inserts no record and returns
+    /// [`Error::Exists`]. The function stores no marks of calls. Use this function to fill a database, not for a mutation that
+    /// has an intent in the audit log.
     async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error>;
 
     /// Makes `new` the current revision of an active record, to replace the user key or to restore an earlier revision. Returns
@@ -58,7 +58,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     async fn supersede(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
     /// Marks an active record at the expected revision as deleted. Returns [`Error::Revision`] if the record has another
-    /// revision, and [`Error::State`] if it is already deleted.
+    /// revision, and [`Error::State`] if the record is already deleted.
     async fn delete(
         &self,
         record: RecordId,
@@ -138,8 +138,8 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// does not change. Returns [`Error::Conflict`] unless `row.revision` is the successor of the stored revision.
     async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error>;
 
-    /// Stores when secrets of API clients were last accepted. The number in each tuple is that of the secret. The times are in a
-    /// separate table, because a read must not rewrite a document. A stored time that is later is kept.
+    /// Stores when secrets of API clients were last accepted. The second element of each tuple is the number of the secret. The
+    /// times are in a separate table, because a read must not rewrite a document. A stored time that is later is kept.
     async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error>;
 
     /// The numbers of the secrets of a client, each with the time when the secret was last accepted, as far as known. A row that

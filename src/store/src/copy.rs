@@ -1,4 +1,4 @@
-//! Copies a database into another one, of any engine, row by row and byte for byte.
+//! Copies a database into another database of the same or of another engine, row by row and byte for byte.
 //!
 //! Both databases are read side by side in the order of their keys, which is the same on every engine. Therefore, an interrupted
 //! copy can continue, and rows that only the target has are detected. After the copy, both databases are read again in the same
@@ -37,11 +37,11 @@ pub enum CopyError {
 /// What to do with rows that the target does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
-    /// The rows are ignored, for the check of a target before the copy continues.
+    /// Missing rows are ignored, in order to check the target before a copy continues.
     Ignore,
     /// The rows are added.
     Add,
-    /// The rows are an error, for the check of a target after the copy.
+    /// Missing rows are an error, in order to check the target after a copy.
     Refuse,
 }
 

@@ -20,7 +20,7 @@ pub(super) struct Dialect {
     pub(super) limited_delete: LimitedDelete,
     /// Reads the server's time as `now_us`, in microseconds since 1970. `None` for a file.
     pub(super) clock: Option<&'static str>,
-    /// Finds a row if the table of migrations exists.
+    /// Returns a row if the table of migrations exists.
     pub(super) has_migrations: &'static str,
     /// Reads names and values of the settings that affect durability, as text.
     pub(super) durability: &'static str,
@@ -49,7 +49,7 @@ pub(super) enum Upsert {
     DuplicateKey,
 }
 
-/// How a bounded number of rows is deleted.
+/// How a statement deletes at most a given number of rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum LimitedDelete {
     /// `DELETE … LIMIT`

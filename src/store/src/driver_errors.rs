@@ -45,7 +45,7 @@ enum Meaning {
     Contended,
     /// Another connection may succeed.
     Disconnected,
-    /// The session is not the one for which the statement was prepared.
+    /// The session is not the session for which the statement was prepared.
     SharedSession,
     /// The database cannot be read or written. The value is a remedy, if a remedy is known.
     Down(Option<&'static str>),

@@ -112,7 +112,7 @@ pub enum Error {
     /// The address or the id already exists.
     #[error("exists already")]
     Exists,
-    /// There is no such record.
+    /// The record does not exist.
     #[error("not found")]
     NotFound,
     /// The current revision is not the expected revision.
@@ -133,7 +133,7 @@ pub enum Error {
     /// A row cannot be decoded. The text contains table and column, but no stored bytes.
     #[error("the database holds damaged data: {0}")]
     Corrupt(#[source] Detail),
-    /// The schema is older or newer than this binary, or the settings do not describe a usable database.
+    /// The schema is older or newer than the schema of this binary, or the settings do not describe a usable database.
     #[error("{0}")]
     Schema(#[source] Detail),
     /// The database may lose writes that it acknowledged.

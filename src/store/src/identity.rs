@@ -13,7 +13,7 @@ pub const CHANGES_MAX: usize = 16;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct StoreId([u8; 16]);
 
-/// Evidence that a database is the one that a broker knows.
+/// Evidence that a database is the database that a broker knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// The identity of the database; absent if its row was removed.
@@ -38,7 +38,7 @@ impl StoreId {
         Self(*Uuid::new_v4().as_bytes())
     }
 
-    /// Reads the 32 hexadecimal digits.
+    /// Reads an identity from 32 hexadecimal digits.
     pub fn from_hex(text: &str) -> Option<Self> {
         let bytes = hex::decode(text).ok()?;
         Self::from_slice(&bytes)

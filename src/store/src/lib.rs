@@ -1,4 +1,4 @@
-//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait in domain terms.
+//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait.
 //!
 //! The store gives these guarantees, which the conformance suite tests on every engine:
 //!
@@ -71,8 +71,8 @@ use postgres::PostgreSql;
 use tables::Tables;
 use url::Target;
 
-/// Opens a database that has exactly the schema of this binary. A process that changes the database must hold the lock of
-/// [`lock`].
+/// Opens a database that has exactly the schema of this binary. A process that changes the database must hold the lock that
+/// [`lock`] returns.
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Own).await?)
 }
@@ -97,7 +97,7 @@ async fn open_whole(settings: &Settings, accepted: Accepted) -> Result<Arc<dyn T
     }
 }
 
-/// Migrates a database to the newest schema, or with `dry_run` reports the pending migrations.
+/// Migrates a database to the newest schema, or only reports the pending migrations if `dry_run` is true.
 pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationReport, Error> {
     match settings.target()? {
         Target::Sqlite(path) => {

@@ -183,8 +183,8 @@ async fn set_state(
     })
 }
 
-/// A record that cannot change before the transaction ends. One statement locks the record, and the next statement reads the
-/// record, because a statement that waited for a lock sees the other tables as they were before the wait.
+/// Locks a record, so that it cannot change before the transaction ends. One statement locks the record, and the next statement
+/// reads the record, because a statement that waited for a lock sees the other tables as they were before the wait.
 async fn locked(
     session: &mut impl Session,
     sql: &Statements,
@@ -249,8 +249,8 @@ pub(super) async fn purge(
     Ok(true)
 }
 
-/// Whether the mutation of a call was committed, with certainty. The function inserts the mark of the call, and waits for a
-/// transaction that has already inserted this mark. A transaction that has not inserted the mark has changed nothing, and no
+/// Returns with certainty whether the mutation of a call was committed. The function inserts the mark of the call, and waits for
+/// a transaction that has already inserted this mark. A transaction that has not inserted the mark has changed nothing, and no
 /// commit of this transaction was sent. The caller must roll back.
 pub(super) async fn is_committed(
     session: &mut impl Session,

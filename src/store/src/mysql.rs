@@ -1,4 +1,4 @@
-//! MySQL 8 and later, MariaDB 10.6 and later.
+//! Support for MySQL 8 and later, and for MariaDB 10.6 and later.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -47,7 +47,7 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 
 const PORT: u16 = 3_306;
-/// The users of a database server in the packages of Linux distributions.
+/// The users under which database servers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["mysql", "mariadb"];
 /// Older versions of MySQL parse CHECK constraints but ignore them.
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
@@ -59,8 +59,8 @@ const LOCK_MIGRATIONS: &str =
 const UNLOCK_MIGRATIONS: &str =
     "SELECT RELEASE_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)))";
 
-/// A broker without calls keeps its connections open with one probe per second. A shorter limit would close these connections
-/// between two probes.
+/// A broker without calls keeps its connections open with one probe per second. A shorter limit on idle time would close idle
+/// connections between two probes.
 const IDLE_MIN_S: f64 = 10.0;
 
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl Server for MySqlOrMariaDb {
             .username(&place.user)
             .database(&place.database)
             .pipes_as_concat(false)
-            // The driver would log the whole statement on every call.
+            // By default, the driver logs the whole statement on every call.
             .disable_statement_logging();
         if let Some(password) = settings.password()? {
             options = options.password(&password);
@@ -169,7 +169,7 @@ impl Server for MySqlOrMariaDb {
     }
 }
 
-/// A migration that adds a column. MySQL has no form of this statement that can run again if the column already exists.
+/// A migration that adds a column. MySQL has no `ADD COLUMN` that does nothing if the column already exists.
 struct AddedColumn {
     /// Version of the migration.
     version: i64,
@@ -220,8 +220,8 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
 }
 
 /// The settings of a session. A limit on idle time ends a transaction whose client or network failed. Without the limit on idle
-/// time, the locks would be held until TCP gives up, hours later. MySQL has a limit on idle time only for whole connections. The
-/// pool detects a closed connection before it lends the connection.
+/// time, the server would hold the locks until TCP detects the failure, hours later. MySQL has a limit on idle time only for
+/// whole connections. The pool detects a closed connection before it lends the connection.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
     // These settings need whole seconds, and at least one second.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);

@@ -1,4 +1,4 @@
-//! PostgreSQL 14 and later.
+//! Support for PostgreSQL 14 and later.
 
 use std::{
     env,
@@ -55,7 +55,7 @@ const PORT: u16 = 5_432;
 const OLDEST: i64 = 140_000;
 /// The file name of a PostgreSQL socket is this prefix and the port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
-/// The users of a database server and of a pooler in front of the server, in the packages of Linux distributions.
+/// The users under which database servers and their poolers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
 /// Environment variables that the driver reads and the program cannot reset: other authorities for the server's
@@ -102,7 +102,7 @@ impl Server for PostgreSql {
             .database(&place.database)
             .application_name("keybroker")
             .extra_float_digits(None)
-            // The driver would log the whole statement on every call.
+            // By default, the driver logs the whole statement on every call.
             .disable_statement_logging()
             .password(
                 settings

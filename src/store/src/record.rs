@@ -18,7 +18,7 @@ pub enum RecordState {
 }
 
 impl RecordState {
-    /// The name in the database.
+    /// The name of the state in the database.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Active => "active",
@@ -144,7 +144,7 @@ pub struct RequestScope {
     pub id: RequestId,
 }
 
-/// A request id that was used.
+/// A request id that was used, with the result of its mutation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestRecord {
     /// The MAC by the integrity key over the action and the content of the request.
@@ -153,12 +153,13 @@ pub struct RequestRecord {
     pub key: WrappingKeyId,
     /// The MAC by the integrity key over scope, content and result; absent in a row that was written before schema 4.
     pub result_mac: Option<Mac>,
-    /// The record as it was after the mutation and in the first answer. Later changes of the record do not affect this value.
+    /// The record as it was after the mutation, which is also the content of the first answer. Later changes of the record do not
+    /// affect this value.
     pub result: RecordInfo,
 }
 
-/// The message that the MAC of a stored answer must cover: the scope of the request id, the MAC over its content, and the
-/// answer.
+/// The message that the MAC of a stored answer must cover: the scope of the request id, the MAC over the content of the request,
+/// and the answer.
 pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
     let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
     MacMessage::request_result(&[

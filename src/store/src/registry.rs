@@ -19,7 +19,7 @@ pub struct RegistryRow {
     pub objects: ObjectIds,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// What the key is for.
+    /// The purpose of the wrapping key.
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,

@@ -39,7 +39,7 @@ pub struct Head {
     pub created: Timestamp,
     /// When it last changed.
     pub updated: Timestamp,
-    /// When it was deleted; absent while active.
+    /// When the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 

@@ -196,7 +196,7 @@ impl ClientScan {
     }
 }
 
-/// A row of a table that does not belong to records and API clients.
+/// A row of a table that contains neither records or revisions nor API clients.
 #[derive(Clone, Debug)]
 pub enum FoundOther {
     /// A request id and its stored answer.

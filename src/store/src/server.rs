@@ -1,4 +1,5 @@
-//! Databases on servers, for several instances. Connections are verified, prepared and checked before they transfer any data.
+//! Databases on servers, which several broker instances can use. Connections are verified, prepared and checked before they
+//! transfer any data.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -110,7 +111,7 @@ impl Limits {
     }
 }
 
-/// Opens a database whose schema is accepted.
+/// Opens a database, and refuses a schema that the caller does not accept.
 pub(super) async fn open<S: Server>(
     settings: &Settings,
     place: &Place,

@@ -1,7 +1,7 @@
 //! The `[store]` section of the configuration: the database, its connection, and the required settings.
 //!
 //! The URL must not contain a password. The password is read from a file or from the environment when a connection is made, and
-//! is in no field that is shown.
+//! no field that is shown contains it.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -85,7 +85,7 @@ pub struct Settings {
     /// Highest number of stored revisions of a record, including superseded ones.
     #[serde(default = "defaults::revisions_max")]
     pub revisions_max: u32,
-    /// Highest number of keys of a user, including deleted ones.
+    /// Highest number of user keys of one user, including deleted user keys.
     #[serde(default = "defaults::keys_per_user_max")]
     pub keys_per_user_max: u32,
     /// Names of database settings whose values are accepted although they may lose acknowledged writes.

@@ -51,7 +51,7 @@ pub(super) fn learn(names: Vec<(&'static str, String)>) {
 struct Seen {
     /// The names, by statement.
     names: HashMap<&'static str, &'static str>,
-    /// For each name: the time of the last log line, and the number of omitted lines since.
+    /// For each name, the time of the last log line and the number of lines that were omitted since then.
     lines: HashMap<&'static str, (Instant, u64)>,
 }
 

@@ -1,4 +1,4 @@
-//! SQLite: the embedded default, for one instance.
+//! SQLite, the embedded default database, which one broker instance can use.
 //!
 //! One connection writes, and several read. The database uses WAL with `synchronous = FULL`, so that an acknowledged
 //! commit survives a power loss (NORMAL may lose the last commits).
@@ -75,7 +75,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .pragma("trusted_schema", "OFF")
         .create_if_missing(false)
-        // The driver would log the whole statement on every call.
+        // By default, the driver logs the whole statement on every call.
         .disable_statement_logging()
 }
 
@@ -105,7 +105,7 @@ fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
         .connect_lazy_with(options(path).read_only(true))
 }
 
-/// Opens a database whose schema is accepted.
+/// Opens a database, and refuses a schema that the caller does not accept.
 pub(super) async fn open(
     path: &Path,
     settings: &Settings,

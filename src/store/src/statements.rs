@@ -104,7 +104,7 @@ pub(super) struct Statements {
     /// Values: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. The same row may occur several times. A stored time that is
     /// later is kept.
     pub(super) note_uses: &'static str,
-    /// Values: records, as many as [`RECORDS_AT_ONCE`]. Returns the stored last uses.
+    /// Values: records, as many as [`RECORDS_AT_ONCE`]. Returns when these records were last released.
     pub(super) uses: &'static str,
     /// Values: rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`]. The same row may occur several times. A stored
     /// time that is later is kept.

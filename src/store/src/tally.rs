@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Counts changes, regardless of how the job ends.
+/// Counts the changes of a job, even if the job fails.
 #[derive(Debug, Default)]
 pub struct Tally {
     begun: AtomicBool,
@@ -10,7 +10,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Call this function before an attempt to change rows. From then on, rows may have been changed.
+    /// Call this function before an attempt to change rows. After the function was called, rows may have been changed.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::Relaxed);
     }

@@ -31,7 +31,7 @@ use crate::Settings;
 const FORMAT: &str = "keybroker-integrity-key/1";
 /// Longest file, in bytes: the ciphertext of an RSA-4096 key has 1,024 hexadecimal digits.
 const BYTES_MAX: u64 = 4_096;
-/// Longest ciphertext, in bytes: RSA-4096.
+/// Longest ciphertext, in bytes: that of an RSA-4096 key.
 const CIPHERTEXT_BYTES_MAX: usize = 512;
 const EXTENSION: &str = "json";
 const INTEGRITY_KEY: Purpose = Purpose::secret("wrapped integrity key");

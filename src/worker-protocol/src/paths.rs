@@ -79,7 +79,8 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header up to `e_machine`, which is equal for 32 and 64 bits.
+/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the same for 32 and 64
+/// bits.
 const ELF_BYTES: usize = 20;
 /// Values of `e_machine` with the names of the machines.
 const MACHINES: [(u16, &str); 8] = [
@@ -191,9 +192,9 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
 }
 
 /// Refuses files and directories in `token.environment` that other users could change, such as the file of
-/// `SOFTHSM2_CONF`. Modules read the location of their keys from such files, or load further code from them. The value
-/// of a variable is checked if it is the absolute path of an existing file or directory, or a colon-separated list of
-/// such paths (`LD_LIBRARY_PATH`).
+/// `SOFTHSM2_CONF`. A module reads the location of its keys, or loads further code, from the files that its environment
+/// names. The value of a variable is checked if it is the absolute path of an existing file or directory, or a
+/// colon-separated list of such paths (`LD_LIBRARY_PATH`).
 pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);

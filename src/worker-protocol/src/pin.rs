@@ -157,7 +157,7 @@ impl Pin {
 /// The source of a PIN for a worker.
 #[derive(Debug)]
 pub enum PinSource {
-    /// A file that the worker reads itself, so that the process that starts the worker does not hold the PIN.
+    /// A file that the worker reads itself, so that the process that starts the worker does not have the PIN.
     File(PathBuf),
     /// A PIN that a person typed, or that was read from a descriptor.
     Text(Pin),
@@ -166,7 +166,7 @@ pub enum PinSource {
 }
 
 impl PinSource {
-    /// Returns the form that is sent over the socket. The path is resolved here, because the worker does not have the
+    /// Returns the form that is sent to the worker. The path is resolved here, because the worker does not have the
     /// environment of this process.
     pub fn to_wire(&self) -> Result<wire::PinSource, PinError> {
         let source = match self {

@@ -73,7 +73,7 @@ pub struct Identity {
     pub module: String,
     /// SHA-256 of the module's file, in hexadecimal.
     pub module_sha256: String,
-    /// Length of the module's file.
+    /// Length of the module's file, in bytes.
     pub module_bytes: u64,
     /// Version of PKCS#11 that the module implements.
     pub cryptoki_version: String,
@@ -121,7 +121,7 @@ pub struct Answer {
 pub struct Attribute {
     /// `RSA private key` or `integrity key`.
     pub object: String,
-    /// The attribute's name in the standard.
+    /// The attribute's name in the PKCS#11 standard.
     pub attribute: String,
     /// `accepted`, `ignored`, or the return code of the rejection.
     pub in_template: String,
@@ -156,7 +156,7 @@ pub const WORKS: &str = "works";
 pub struct Rate {
     /// What was measured.
     pub name: String,
-    /// Operations per second or milliseconds, according to the name.
+    /// The value, in operations per second or in milliseconds; the name contains the unit.
     pub value: f64,
 }
 

@@ -82,14 +82,14 @@ pub struct Settings {
     /// File with the user PIN, which only its owner may read. `$CREDENTIALS_DIRECTORY/` at the beginning stands for the
     /// directory of systemd credentials.
     pub pin_file: Option<PathBuf>,
-    /// Number of worker processes. Set `workers` to 1 if the token allows only one client.
+    /// Number of worker processes. Set `workers` to 1 if the token accepts only one process at a time.
     #[serde(default = "Settings::default_workers")]
     pub workers: usize,
     /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Largest number of waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal
-    /// with the most waiting jobs.
+    /// Largest number of waiting jobs. If the queue is full, a further job is refused with `QUEUE_FULL`, or replaces a
+    /// job of the principal with the most waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
     /// Weights of principals, by name, which apply while jobs of several principals wait. A principal with weight 4
@@ -97,7 +97,7 @@ pub struct Settings {
     #[serde(default)]
     pub weights: BTreeMap<String, u32>,
     /// Longest time for one call of the module in a command, in milliseconds. Commands that generate a key or
-    /// initialise a token allow at least five minutes for that call.
+    /// initialise a token allow at least five minutes for this call.
     #[serde(default = "Settings::default_call_timeout_ms")]
     pub call_timeout_ms: u64,
     /// Allows RSA-OAEP with SHA-1 if the token supports no other hash.

@@ -45,7 +45,7 @@ impl Work {
         self.0.job.as_ref()
     }
 
-    /// Whether this is a self-test of the worker rather than a caller's job.
+    /// Whether the job is a self-test of the worker instead of a caller's job.
     pub fn is_self_test(&self) -> bool {
         matches!(self.0.job, Some(Job::SelfTest(_)))
     }

@@ -81,7 +81,7 @@ impl Caller {
         self.principal.is_ok()
     }
 
-    /// Whether no call of the connection is in progress. Health checks and watches are not counted.
+    /// Whether no call of the connection is in progress. Health checks and health watches do not count as calls.
     pub fn is_idle(&self) -> bool {
         self.calls.available_permits() == self.calls_max
     }

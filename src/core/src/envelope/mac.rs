@@ -15,8 +15,8 @@ use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
-/// The domain of a registry row that contains object ids. A row of an earlier release contains none and keeps the earlier domain,
-/// so that its MAC stays valid.
+/// The domain of a registry row that contains object ids. A row that contains no object ids has the earlier domain, so that the
+/// MACs of earlier releases stay valid.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
@@ -140,7 +140,7 @@ pub struct RegistryFields<'a> {
     pub objects: &'a ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
-    /// What the key is for.
+    /// The purpose of the wrapping key.
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,

@@ -17,9 +17,9 @@ const SYSTEMD: &str = "/run/systemd/system";
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 pub(super) const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Whether an entry is in a file system that is mounted read-only into a container and is not that of the root directory. A FUSE
-/// file system is never unchangeable, because the process that serves it can change the content. If the mount cannot be examined,
-/// the entry is assumed to be changeable.
+/// Whether an entry is in a file system that is mounted read-only into a container and is not the file system of the root
+/// directory. A FUSE file system is never unchangeable, because the process that serves it can change the content. If the mount
+/// cannot be examined, the entry is assumed to be changeable.
 pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)

@@ -18,8 +18,8 @@ pub struct User {
 
 impl User {
     /// The user with this name or number. If `/etc/passwd` does not have the number, the user belongs to a container or a
-    /// directory service. The group of such a user is unknown, because the group with the same number can have other members on
-    /// this machine.
+    /// directory service. The group of a user who is not in `/etc/passwd` is unknown, because the group with the same number can
+    /// have other members on this machine.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         let purpose = Purpose::trust("other users could choose who is trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;

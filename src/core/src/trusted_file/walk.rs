@@ -43,7 +43,7 @@ pub(super) struct Directory {
 /// The end of a resolved path.
 pub(super) enum Target {
     Directory(Directory),
-    /// Anything except a directory or a symbolic link, with its name in its directory.
+    /// An entry that is neither a directory nor a symbolic link, with its directory and its name.
     Entry {
         above: Directory,
         name: OsString,

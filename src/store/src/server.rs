@@ -22,7 +22,7 @@ use super::{
     dialect::Dialect,
     driver_errors::is_damage,
     durability::{self, Found, Weakness},
-    engine::{Engine, EngineStore, Purpose},
+    engine::{Engine, EngineStore, Purpose, TEST_AFTER},
     error::Detail,
     mutations,
     schema::{self, Accepted},
@@ -36,9 +36,6 @@ use super::{
 
 /// Time limit for the first connection and for migrations, for which no caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection that was in the pool for longer than this time is tested before it is lent, because the server may have been
-/// restarted.
-const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
 /// Longest lifetime of a connection. A new connection uses the current address of the host name, and checks the server's
 /// certificate and settings again.

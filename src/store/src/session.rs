@@ -82,8 +82,8 @@ async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
     done
 }
 
-/// Implements [`Session`] and [`Columns`] for an engine. `$text => $bound` is how a text is sent; `$self, $column => $read` is
-/// how a text is read.
+/// Implements `Session` and `Columns` for an engine. `$text => $bound` is how a text is sent; `$self, $column => $read` is how a
+/// text is read.
 macro_rules! engine {
     ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $column:ident => $read:expr) => {
         impl Session for $connection {

@@ -40,7 +40,7 @@ pub fn read_only_mounts_count() -> bool {
 }
 
 /// From now on, this process applies the ordinary rules in read-only mounts. Call this function in a process with a cleared
-/// environment, because only its parent process can detect whether systemd runs.
+/// environment if its parent process has detected systemd, because the process itself may be unable to detect systemd.
 pub fn ignore_read_only_mounts() {
     IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }

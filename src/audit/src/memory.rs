@@ -2,7 +2,7 @@
 //! segments it has, and whether its files were tampered with. The facts are in the state directory, so that they are
 //! kept after a restart and if the log's directory is replaced.
 //!
-//! A damaged fact is treated as tampering, so that `keybroker audit acknowledge` also resolves it.
+//! A damaged fact is treated as tampering, so that an operator can use `keybroker audit acknowledge` in this case, too.
 //!
 //! Not protected: a process that can write to the state directory can change these facts.
 //!

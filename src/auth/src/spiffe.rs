@@ -72,7 +72,7 @@ pub fn trust_domain(id: &str) -> Result<&str, IdError> {
     Ok(domain)
 }
 
-/// Checks a trust domain. It must not contain a port, a user or capital letters.
+/// Checks a trust domain. A trust domain must not contain a port, a user or capital letters.
 pub fn check_trust_domain(domain: &str) -> Result<(), IdError> {
     let is_good = (1..=TRUST_DOMAIN_BYTES_MAX).contains(&domain.len())
         && domain

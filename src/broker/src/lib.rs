@@ -138,7 +138,8 @@ pub struct Parts {
     pub accepted_risks: Vec<String>,
 }
 
-/// Limits on the data that is stored for one user. Concurrent calls can exceed a limit, each by one.
+/// Limits on the data that is stored for one user. If several calls run concurrently, each of them can exceed a limit
+/// by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
     /// Largest number of revisions of a record, including superseded ones: `store.revisions_max`.
@@ -362,7 +363,7 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        // A database other than the known one is detected at the start, before the first probe.
+        // A database that the broker does not know is detected at the start, before the first probe.
         self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }

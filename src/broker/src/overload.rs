@@ -28,7 +28,7 @@ use super::{Broker, caller};
 /// less than 80 MB to the audit log.
 const CALLERS_MAX: usize = 64;
 
-/// The principal and action of refused calls. The count that further principals share has no principal.
+/// The principal and action of refused calls. The principal is `None` in the count that further principals share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     principal: Option<(String, Tenant)>,

@@ -1,4 +1,4 @@
-//! Reads the metadata of one record or of a page of records. No key material is touched.
+//! Reads the metadata of one record or of a page of records. No function of this module reads key material.
 
 use std::collections::HashMap;
 
@@ -144,7 +144,8 @@ impl Broker {
         Ok(ListPage { rows, next })
     }
 
-    /// Reads when each record was last released. If this fails, the failure is logged, and the call still succeeds.
+    /// Reads when each record was last released. If the times cannot be read, the failure is logged, and the call still
+    /// succeeds.
     async fn uses_of(
         &self,
         call: &Call,

@@ -1,8 +1,8 @@
 //! Refusals before authentication, which are counted per network and minute, so that an unauthenticated caller cannot
 //! fill the audit log or the log, no matter how many addresses it uses.
 //!
-//! Counts are written to the audit log once a minute. Until then, they are also stored in the state directory once a
-//! second, so that a broker that is killed loses the counts of only one second.
+//! Counts are written to the audit log once a minute. Until then, the counts are also stored in the state directory
+//! once a second, so that a broker that is killed loses the counts of only one second.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 

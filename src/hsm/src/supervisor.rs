@@ -47,7 +47,7 @@ const TICK: Duration = Duration::from_millis(250);
 /// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
 
-/// The reason why the first start failed, if waiting cannot help.
+/// The reason why the first start failed, if only an administrator can repair it.
 #[derive(Clone, Debug)]
 pub struct StartupError {
     /// A message that says what happened, what it means and what an administrator has to do.

@@ -38,7 +38,7 @@ pub(crate) use verifier::Verifier;
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
-/// Returns the negative tests that are run only with keys for a session.
+/// Returns the negative tests that are run only with keys that end with the session.
 fn tests_that_change_a_key() -> Vec<&'static str> {
     let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
     tests.map(|test| test.name).collect()
@@ -152,7 +152,7 @@ pub(crate) struct Listed {
     pub(crate) initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub(crate) pin_state: &'static str,
-    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
+    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; `None` if the slot does not list the mechanism.
     pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the slot lists `CKM_SHA256_HMAC`.
     pub(crate) sha256_hmac: bool,
@@ -186,13 +186,13 @@ pub(crate) struct CheckedKey {
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
     pub(crate) modulus_bits: usize,
-    /// The algorithm that the capability probe chose. Absent when the key was rejected.
+    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
     pub(crate) algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub(crate) integrity_key: Vec<Finding>,
-    /// Why the key must not be used. Absent when the key passed all checks.
+    /// Why the key must not be used. The value is `None` if the key passed all checks.
     pub(crate) problem: Option<String>,
     /// The negative tests that cannot be run on this token.
     pub(crate) not_tried: Vec<&'static str>,
@@ -571,8 +571,8 @@ impl Admin {
     }
 
     /// Makes keys that end with the session, to check that the token can do what is needed and refuses what it must
-    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys for a session,
-    /// these are the tests that change a key.
+    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys that end with
+    /// the session, these are the tests that change a key.
     fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);

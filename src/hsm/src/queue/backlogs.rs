@@ -226,7 +226,8 @@ impl<J: Waiting> Backlogs<J> {
         let under_way = job.mean * load.busy / 2;
         let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
         let wait_for = |work: Duration| self.cautious(lane, (work + under_way) / load.sessions);
-        // Most calls are in time even behind all waiting jobs. This quick check avoids looking at each lane.
+        // Most jobs would be in time even behind all waiting jobs. Therefore this quick check comes first and avoids a
+        // search through all lanes.
         if wait_for(self.cost) + needed <= left {
             return Ok(());
         }

@@ -330,7 +330,7 @@ pub(super) fn signs(
     Ok(Done::It)
 }
 
-/// Verifies the first bytes of a MAC. The test puts wrong bytes behind them in memory, because opencryptoki 3.8 ignores
+/// Verifies the first bytes of a MAC. In memory, wrong bytes follow these first bytes, because opencryptoki 3.8 ignores
 /// the length and compares all 32 bytes. This defect of opencryptoki allows no forgery, because the broker always
 /// passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {

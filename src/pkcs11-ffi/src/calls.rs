@@ -16,8 +16,8 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_SLOT_ID, CK_TOKEN_INFO,
-    CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
+    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM, CK_MECHANISM_TYPE,
+    CK_SLOT_ID, CK_TOKEN_INFO, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
 };
 
 use crate::TokenInfo;
@@ -27,6 +27,9 @@ use crate::TokenInfo;
 const FIRST_BUFFER: usize = 1024;
 /// Length in bytes of the second and last buffer for an attribute without a fixed length.
 const LAST_BUFFER: usize = 64 * 1024;
+
+/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits.
+const WRAPPED_BUFFER: usize = 16 * 1024;
 
 /// Largest number of attempts to read the list of slots while their number grows.
 const SLOT_LIST_TRIES: usize = 4;
@@ -259,6 +262,43 @@ impl Functions {
         } else {
             Value::Given(attribute)
         }))
+    }
+
+    /// Wraps a key (`C_WrapKey`) with a mechanism that has no parameter.
+    pub(crate) fn wrap_key(
+        &self,
+        session: &Session,
+        mechanism: CK_MECHANISM_TYPE,
+        wrapping: ObjectHandle,
+        key: ObjectHandle,
+    ) -> Result<Vec<u8>> {
+        let function = self.0.list.C_WrapKey.ok_or(Error::NullFunctionPointer)?;
+        let mut mechanism = CK_MECHANISM {
+            mechanism,
+            pParameter: ptr::null_mut(),
+            ulParameterLen: 0,
+        };
+        let mut wrapped = vec![0_u8; WRAPPED_BUFFER];
+        let mut length = CK_ULONG::try_from(wrapped.len())?;
+        // SAFETY: the mechanism has no parameter. The buffer has room for `length` bytes. The mechanism, the buffer and
+        // `length` live until the function returns. The handles are numbers, which the module checks.
+        let code = unsafe {
+            function(
+                session.handle(),
+                &raw mut mechanism,
+                wrapping.handle(),
+                key.handle(),
+                wrapped.as_mut_ptr(),
+                &raw mut length,
+            )
+        };
+        Rv::from(code).into_result(Function::WrapKey)?;
+        let length = usize::try_from(length)?;
+        if length > wrapped.len() {
+            return Err(Error::InvalidValue);
+        }
+        wrapped.truncate(length);
+        Ok(wrapped)
     }
 }
 

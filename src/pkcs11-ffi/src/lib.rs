@@ -1,6 +1,6 @@
 //! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace four calls:
+//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add five calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
 //!   more room than before. The remote client of p11-kit always returns this code if its server has no token. This
@@ -12,12 +12,13 @@
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
 //!   passes a buffer in the first call.
 //! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
+//! - `C_WrapKey` with two mechanisms that `cryptoki` 0.12 does not have ([`AesKeyWrap`]).
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
 //! dynamic loader loads the library only once and returns the same library to both. The client module of p11-kit,
 //! however, makes a new connection with its own sessions for each function list. With a module of this kind, `cryptoki`
-//! makes the four calls, too, and this crate opens a connection of its own only to find out whether there is a slot
-//! with a token.
+//! makes the first four calls, too, and the fifth call is not made. This crate then opens a connection of its own only
+//! to find out whether there is a slot with a token.
 
 mod calls;
 mod token_info;
@@ -32,6 +33,7 @@ use cryptoki::{
 };
 
 use calls::{Functions, Value};
+use cryptoki_sys::{CK_MECHANISM_TYPE, CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PKCS7};
 pub use token_info::TokenInfo;
 
 /// A PKCS#11 module of this process.
@@ -115,6 +117,24 @@ impl Deref for Module {
     }
 }
 
+/// The mechanisms that wrap a key under an AES key without a parameter, and that `cryptoki` 0.12 does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AesKeyWrap {
+    /// `CKM_AES_KEY_WRAP_KWP` of PKCS #11 3.0: AES key wrap with padding (RFC 5649).
+    Kwp,
+    /// `CKM_AES_KEY_WRAP_PKCS7` of PKCS #11 3.0: AES key wrap (RFC 3394) after PKCS #7 padding.
+    Pkcs7,
+}
+
+impl AesKeyWrap {
+    const fn mechanism(self) -> CK_MECHANISM_TYPE {
+        match self {
+            Self::Kwp => CKM_AES_KEY_WRAP_KWP,
+            Self::Pkcs7 => CKM_AES_KEY_WRAP_PKCS7,
+        }
+    }
+}
+
 /// A session of a [`Module`]. Dropping the value closes the session.
 #[derive(Debug)]
 pub struct Session {
@@ -167,6 +187,18 @@ impl Session {
     ) -> Result<Option<Attribute>> {
         let read = self.cryptoki.get_attributes(object, &[kind])?;
         Ok(read.into_iter().next())
+    }
+
+    /// Wraps a key under an AES key (`C_WrapKey`). `None` if this crate cannot call the module with the session,
+    /// because each function list of the module has its own sessions.
+    pub fn wrap_key_under_aes(
+        &self,
+        mechanism: AesKeyWrap,
+        wrapping: ObjectHandle,
+        key: ObjectHandle,
+    ) -> Option<Result<Vec<u8>>> {
+        let functions = self.functions.as_ref()?;
+        Some(functions.wrap_key(&self.cryptoki, mechanism.mechanism(), wrapping, key))
     }
 }
 

@@ -13,7 +13,7 @@ use cryptoki::{
     mechanism::Mechanism,
     object::{Attribute, AttributeType, ObjectHandle},
 };
-use keybroker_pkcs11_ffi::Session;
+use keybroker_pkcs11_ffi::{AesKeyWrap, Session};
 
 use crate::{
     classify::{Class, Fault, classify},
@@ -27,7 +27,7 @@ pub(crate) mod survey;
 use attempts::{
     Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives, oaep_sha1,
     of_a_part, readable, readable_template, sets, signs, unwraps, verifies, with_known_data, wraps,
-    wraps_under_rsa, wraps_with_gcm,
+    wraps_under_rsa, wraps_with, wraps_with_gcm,
 };
 
 /// The value of the IV does not matter, because the wrapped key is never unwrapped.
@@ -131,9 +131,19 @@ pub const TESTS: &[NegativeTest] = &[
         |on| wraps(on, &Mechanism::AesKeyWrap, on.pair.private),
     ),
     never(
-        "wrap-private-aes-kwp",
+        "wrap-private-aes-kw-pad",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_PAD",
         |on| wraps(on, &Mechanism::AesKeyWrapPad, on.pair.private),
+    ),
+    never(
+        "wrap-private-aes-kw-pkcs7",
+        "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_PKCS7",
+        |on| wraps_with(on, AesKeyWrap::Pkcs7, on.pair.private),
+    ),
+    never(
+        "wrap-private-aes-kwp",
+        "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_KWP",
+        |on| wraps_with(on, AesKeyWrap::Kwp, on.pair.private),
     ),
     never(
         "wrap-private-aes-cbc",
@@ -151,9 +161,19 @@ pub const TESTS: &[NegativeTest] = &[
         |on| wraps(on, &Mechanism::AesKeyWrap, on.integrity()),
     )),
     on_object(never(
-        "wrap-integrity-aes-kwp",
+        "wrap-integrity-aes-kw-pad",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PAD",
         |on| wraps(on, &Mechanism::AesKeyWrapPad, on.integrity()),
+    )),
+    on_object(never(
+        "wrap-integrity-aes-kw-pkcs7",
+        "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PKCS7",
+        |on| wraps_with(on, AesKeyWrap::Pkcs7, on.integrity()),
+    )),
+    on_object(never(
+        "wrap-integrity-aes-kwp",
+        "the integrity key can be wrapped with CKM_AES_KEY_WRAP_KWP",
+        |on| wraps_with(on, AesKeyWrap::Kwp, on.integrity()),
     )),
     on_object(never(
         "wrap-integrity-aes-cbc",

@@ -11,7 +11,7 @@ use cryptoki::{
     },
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
 };
-use keybroker_pkcs11_ffi::Session;
+use keybroker_pkcs11_ffi::{AesKeyWrap, Session};
 
 use crate::{attribute_check, calling, classify::Fault, keys::KeyPair, mac_key::MacKey};
 
@@ -115,7 +115,20 @@ pub(super) fn wraps(
     mechanism: &Mechanism<'_>,
     key: ObjectHandle,
 ) -> Result<Done, Error> {
-    wraps_under(on, mechanism, on.helpers.aes, key)
+    wraps_under(on, on.helpers.aes, key, |wrapping, key| {
+        Some(on.session.wrap_key(mechanism, wrapping, key))
+    })
+}
+
+/// Wraps a key under the AES key with a mechanism that `cryptoki` does not have.
+pub(super) fn wraps_with(
+    on: &Subjects<'_>,
+    mechanism: AesKeyWrap,
+    key: ObjectHandle,
+) -> Result<Done, Error> {
+    wraps_under(on, on.helpers.aes, key, |wrapping, key| {
+        on.session.wrap_key_under_aes(mechanism, wrapping, key)
+    })
 }
 
 /// Wraps a key under the AES key with AES-GCM. The nonce may repeat, because the result is never used.
@@ -128,7 +141,9 @@ pub(super) fn wraps_with_gcm(on: &Subjects<'_>, key: ObjectHandle) -> Result<Don
 /// Wraps the integrity key under an RSA public key that any program could import. The test imports the public key of
 /// the wrapping key as a session object, and wraps under this object.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
-    wraps_under(on, mechanism, on.helpers.rsa, on.integrity())
+    wraps_under(on, on.helpers.rsa, on.integrity(), |wrapping, key| {
+        Some(on.session.wrap_key(mechanism, wrapping, key))
+    })
 }
 
 /// Whether the token does not offer the operation for any key, so that no key can leave the token in this way.
@@ -141,26 +156,28 @@ fn is_not_offered(error: &Error) -> bool {
     )
 }
 
-/// Wraps a key. A refusal proves something only if the token wraps a permitted key in the same way.
+/// Wraps a key with a call that returns `None` if it cannot be made. A refusal proves something only if the token wraps
+/// a permitted key in the same way.
 fn wraps_under(
     on: &Subjects<'_>,
-    mechanism: &Mechanism<'_>,
     wrapping: Option<ObjectHandle>,
     key: ObjectHandle,
+    wrap: impl Fn(ObjectHandle, ObjectHandle) -> Option<Result<Vec<u8>, Error>>,
 ) -> Result<Done, Error> {
     let (Some(wrapping), Some(sample)) = (wrapping, on.helpers.sample) else {
         return Ok(Done::NotMade);
     };
     calling::next("C_WrapKey");
-    match on.session.wrap_key(mechanism, wrapping, key) {
-        Ok(wrapped) if wrapped.is_empty() => Ok(Done::Nothing),
+    match wrap(wrapping, key) {
+        None => Ok(Done::NotMade),
+        Some(Ok(wrapped)) if wrapped.is_empty() => Ok(Done::Nothing),
         // The token returned the length of a result, so it would perform the operation.
-        Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => Ok(Done::It),
-        Err(refusal) => match on.session.wrap_key(mechanism, wrapping, sample) {
-            Ok(_) => Err(refusal),
-            Err(error) if is_not_offered(&error) => Ok(Done::Nothing),
-            Err(error) if is_a_refusal(&error) => Ok(Done::NotMade),
-            Err(error) => Err(error),
+        Some(Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _))) => Ok(Done::It),
+        Some(Err(refusal)) => match wrap(wrapping, sample) {
+            Some(Ok(_)) => Err(refusal),
+            Some(Err(error)) if is_not_offered(&error) => Ok(Done::Nothing),
+            Some(Err(error)) if !is_a_refusal(&error) => Err(error),
+            Some(Err(_)) | None => Ok(Done::NotMade),
         },
     }
 }

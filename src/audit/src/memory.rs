@@ -147,8 +147,8 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after its acknowledgement has taken effect. This removal also has the effect
-    /// that a log is accepted which the database does not know.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. This removal also
+    /// has the effect that a log is accepted which the database does not know.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;

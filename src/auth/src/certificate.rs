@@ -48,7 +48,7 @@ pub enum CertificateError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
     sans: BTreeSet<String>,
-    /// The trust domain of the SPIFFE id, if the certificate has one.
+    /// The trust domain of the SPIFFE id, if the certificate has a SPIFFE id.
     trust_domain: Option<String>,
     /// The end of the certificate's validity.
     until: Timestamp,

@@ -48,7 +48,7 @@ use turns::{Lane, Turns};
 const REMEMBERED: Duration = Duration::from_mins(1);
 /// Largest number of accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
-/// How long after its last use the broker remembers which stored hash a secret matched.
+/// Time for which the broker remembers which stored hash a secret matched, counted from the last use of the secret.
 const PROVEN: Duration = Duration::from_hours(24);
 /// Largest number of secrets whose matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
@@ -168,7 +168,7 @@ pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// Notes that a secret was accepted, with the current time.
     fn note_use(&self, id: ClientId, secret: u32);
 
-    /// Replaces the weak hash of an accepted secret with this stronger one.
+    /// Replaces the weak hash of an accepted secret with this stronger hash.
     fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
 }
 

@@ -1,6 +1,6 @@
 //! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
 //!
-//! Ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
+//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
 //! spelling as the same id, this spelling is refused.
 //!
 //! Mitigation: M2 of `THREAT_MODEL.md`.

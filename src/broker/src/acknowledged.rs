@@ -40,7 +40,7 @@ const CLOCKS_APART: Duration = Duration::from_hours(1);
 /// The facts in the form in which the state directory stores them.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database, after it was first read.
+    /// The identity of the database; `None` until it was read for the first time.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,

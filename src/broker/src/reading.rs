@@ -18,7 +18,7 @@ use super::{Broker, UserKeyRef, damage, journal::Draft, observed, within};
 pub struct ListRequest {
     /// If set, only the records of this user are listed.
     pub user: Option<UserId>,
-    /// Whether deleted records are listed as well as active ones.
+    /// Whether deleted records are listed in addition to active records.
     pub deleted: bool,
     /// The position at which the previous page ended.
     pub from: Position<(UserId, KeyName)>,

@@ -1,5 +1,5 @@
-//! The command's side of an admin worker. A one-shot command uses it to administer tokens and keys; the admin worker
-//! holds the vendor's module.
+//! The command's side of an admin worker. A one-shot command uses this module to administer tokens and keys; the admin
+//! worker holds the vendor's module.
 //!
 //! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
 //! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
@@ -62,7 +62,7 @@ pub enum AdminError {
     /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// No PIN was given, or the token rejected it.
+    /// No PIN was given, or the token rejected the PIN.
     #[error("{0}")]
     Pin(String),
     /// A key, an attribute or a MAC differs from what is required.
@@ -120,7 +120,7 @@ pub struct Listed {
 pub struct CheckedKey {
     /// The id of the key.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// The `CKA_ID` of the key's objects on the token.
     pub objects: ObjectIds,
     /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -312,7 +312,8 @@ impl Admin {
         self.check_key(id, false)
     }
 
-    /// Makes an integrity key in the memory of the worker for an RSA key without one, and checks both keys.
+    /// Makes an integrity key in the memory of the worker for an RSA key that has no integrity key, and checks both
+    /// keys.
     pub fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,

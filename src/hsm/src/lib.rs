@@ -153,7 +153,7 @@ pub struct WorkerInfo {
 /// leave the worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// A MAC does not verify: the bytes differ from those that were stored for this context.
+    /// A MAC does not verify: the bytes differ from the bytes that were stored for this context.
     #[error("the MAC does not verify")]
     MacRefused,
     /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged

@@ -1,6 +1,6 @@
-//! Keeps the workers running: starts them one after another, runs a self-test on each every second, and replaces a
-//! worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module carries
-//! out the decisions.
+//! Keeps the workers running: starts them one after another, runs a self-test on each worker every second, and replaces
+//! a worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module
+//! carries out the decisions.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 

@@ -28,7 +28,7 @@ const FIRST_BUFFER: usize = 1024;
 /// Length in bytes of the second and last buffer for an attribute without a fixed length.
 const LAST_BUFFER: usize = 64 * 1024;
 
-/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits.
+/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits into this buffer.
 const WRAPPED_BUFFER: usize = 16 * 1024;
 
 /// Largest number of attempts to read the list of slots while their number grows.

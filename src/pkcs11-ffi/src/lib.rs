@@ -3,8 +3,8 @@
 //! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add five calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
-//!   more room than before. The remote client of p11-kit always returns this code if its server has no token. This
-//!   crate repeats the call only a few times, and reads no list if the number of slots is 0.
+//!   more room than before. The remote client of p11-kit returns `CKR_BUFFER_TOO_SMALL` in this way if its server has
+//!   no token. This crate repeats the call only a few times, and reads no list if the number of slots is 0.
 //! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if the text is
 //!   not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text, and the
 //!   broker does not use it.

@@ -180,7 +180,7 @@ impl Listed {
 pub(crate) struct CheckedKey {
     /// The id of the key.
     pub(crate) id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// The `CKA_ID` of the key's objects on the token.
     pub(crate) objects: ObjectIds,
     /// DER SubjectPublicKeyInfo.
     pub(crate) spki: Vec<u8>,
@@ -444,7 +444,7 @@ impl Admin {
     }
 
     /// Logs in if the record of PINs allows the login. The session is read-write if keys are to be made. If several
-    /// tokens match the settings, the token with one of the serial numbers is used.
+    /// tokens match the settings, the token with one of the registry's serial numbers is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,
@@ -667,7 +667,8 @@ impl Admin {
         })
     }
 
-    /// Makes an integrity key in the memory of this process for an RSA key without one, and checks both keys.
+    /// Makes an integrity key in the memory of this process for an RSA key that has no integrity key, and checks both
+    /// keys.
     pub(crate) fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,

@@ -56,7 +56,7 @@ pub(super) struct Times {
 /// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
-    /// The `CKA_ID` of its objects.
+    /// The `CKA_ID` of the key's objects.
     pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
@@ -83,7 +83,8 @@ impl OpenToken {
     }
 
     /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. If there is no
-    /// PIN, no login is made. If several tokens match the settings, the token with one of the serial numbers is chosen.
+    /// PIN, no login is made. If several tokens match the settings, the token with one of the registry's serial numbers
+    /// is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,

@@ -33,7 +33,7 @@ const TOKENS_MAX: usize = 16;
 const SALT_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker computes one hash
-/// before it starts.
+/// during its start.
 const MEMORY_KIB: u32 = 19_456;
 const ITERATIONS: u32 = 2;
 

@@ -170,11 +170,11 @@ pub(super) struct Selected {
 /// does not affect the choice.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
-    /// For `serve`: only a token with one of the serial numbers is chosen. Another token with the same label may belong
-    /// to another user, who would learn the PIN.
+    /// For `serve`: only a token with one of the registry's serial numbers is chosen. Another token with the same label
+    /// may belong to another user, who would learn the PIN.
     Required(&'a [&'a str]),
-    /// For commands: the serial numbers are used only if several tokens match. Some commands are used with a clone of
-    /// the registered token, or with a token that has no registered keys.
+    /// For commands: the registry's serial numbers are used only if several tokens match. Some commands are used with a
+    /// clone of the registered token, or with a token that has no registered keys.
     Preferred(&'a [&'a str]),
 }
 

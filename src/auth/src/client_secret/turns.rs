@@ -30,7 +30,7 @@ const LOOKUPS_MAX: usize = 256;
 /// The lane in which a trial waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// This broker accepted the secret before, and its stored hash has changed since then.
+    /// This broker accepted the secret before, but the stored hash of the secret has changed since then.
     Proven,
     /// The client exists.
     Known(ClientId),

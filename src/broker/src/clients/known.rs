@@ -188,7 +188,7 @@ impl Broker {
         self.client_uses.note(id, secret);
     }
 
-    /// Replaces the stored hash of a secret with a stronger one. If another change of the row came first, leaves the
+    /// Replaces the stored hash of a secret with a stronger hash. If another change of the row came first, leaves the
     /// row unchanged.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;

@@ -213,8 +213,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Whether a new job of this lane can be done within the time that is left to it. If the job would be too late,
-    /// returns the expected wait.
+    /// Whether a new job of this lane can be completed before its deadline. If the job would be too late, returns the
+    /// expected wait.
     pub(super) fn check_in_time(
         &self,
         lane: &Lane,

@@ -156,8 +156,8 @@ fn is_not_offered(error: &Error) -> bool {
     )
 }
 
-/// Wraps a key with a call that returns `None` if it cannot be made. A refusal proves something only if the token wraps
-/// a permitted key in the same way.
+/// Wraps a key with a function that returns `None` if the call to the module cannot be made. A refusal proves something
+/// only if the token wraps a permitted key in the same way.
 fn wraps_under(
     on: &Subjects<'_>,
     wrapping: Option<ObjectHandle>,

@@ -101,8 +101,8 @@ impl Functions {
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as long as
-        // the process.
+        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as
+        // long as the process.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }

@@ -15,10 +15,10 @@
 //! - `C_WrapKey` with two mechanisms that `cryptoki` 0.12 does not have ([`AesKeyWrap`]).
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
-//! dynamic loader loads the library only once and returns the same library to both. The client module of p11-kit,
-//! however, makes a new connection with its own sessions for each function list. With a module of this kind, `cryptoki`
-//! makes the first four calls, too, and the fifth call is not made. This crate then opens a connection of its own only
-//! to find out whether there is a slot with a token.
+//! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
+//! p11-kit, however, makes a new connection with its own sessions for each function list. With a module of this kind,
+//! `cryptoki` makes the first four calls, too, and the fifth call is not made. This crate then opens a connection of
+//! its own only to find out whether there is a slot with a token.
 
 mod calls;
 mod token_info;

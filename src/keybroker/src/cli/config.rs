@@ -21,8 +21,8 @@ use super::{
 pub(super) enum Command {
     /// Check the configuration, its files and the token, and report every problem
     ///
-    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Connects to a
-    /// database server and checks its version, its schema and its session pooling.
+    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does not log in to a token. If the
+    /// database is on a server, the command connects to the server and checks its version, its schema and its session pooling.
     Check,
     /// Show the configuration with all defaults; secrets are in files and are not shown
     Show,

@@ -33,16 +33,16 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Generate a wrapping key and its integrity key on the token, test both and register them
+    /// Generate a wrapping key and its integrity key on the token, test both keys and register them
     ///
-    /// The private key can never be exported. Back up the token before the first user enrols, then run `keybroker
-    /// token backup-confirmed`. The broker must be stopped.
+    /// The private key can never be exported. Back up the token before the first user key is enrolled, then run `keybroker token
+    /// backup-confirmed`. Stop the broker before you run this command.
     Generate(Generate),
     /// Register a key that is already on the token
     ///
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
-    /// restored to a device with another serial number. A registered key keeps its state. The key must pass the checks of `token
-    /// check`. The broker must be stopped.
+    /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
+    /// checks of `token check`. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,

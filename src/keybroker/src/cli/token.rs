@@ -34,16 +34,17 @@ pub(super) enum Command {
     Init(Init),
     /// Check the token and every registered key: attributes, self-test, negative tests and registry
     Check(UserPin),
-    /// Report which operations the token supports, and which forbidden ones it permits
+    /// Report which operations the token supports, and which forbidden operations the token permits
     ///
-    /// The report can be published and compared. The command runs in a separate process and uses session keys, which the token
-    /// discards at the end. Run it only while no broker uses the token, because it puts load on the token and ends with
-    /// `C_Logout`.
+    /// The report is made to be published and to be compared with the reports of other tokens. The command runs in a separate
+    /// process and uses session keys, which the token discards at the end. Run this command only while no broker uses the token,
+    /// because the command puts load on the token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; also while `serve` runs
+    /// Allow one more login with a PIN that the token rejected; the broker may be running
     ///
-    /// The state directory has a record of each rejected PIN. No command and no worker tries a recorded PIN again with the same
-    /// token. Run this command if the PIN is correct now, because the token was unlocked or its PIN was changed.
+    /// Keybroker records each rejected PIN in the state directory. No command and no worker tries a rejected PIN again with the
+    /// token that rejected the PIN. Run this command if the rejected PIN is correct now, because the token was unlocked or the
+    /// PIN of the token was changed.
     RetryPin(RetryPin),
     /// Record that the token was backed up and that the restore was tested, for every key on the token
     BackupConfirmed(UserPin),

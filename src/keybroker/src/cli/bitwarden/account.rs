@@ -199,7 +199,7 @@ pub(super) struct KeySource {
     /// Number of an open file descriptor to read the master key from
     #[arg(long, value_name = "N", conflicts_with = "email")]
     master_key_fd: Option<u32>,
-    /// E-mail address of the account, to derive the key from its password
+    /// E-mail address of the account, to derive the master key from the account's password
     #[arg(long, value_name = "ADDRESS")]
     email: Option<String>,
     #[command(flatten)]

@@ -28,13 +28,14 @@ pub(in crate::cli) struct Enrol {
     connector: Connector,
     #[command(flatten)]
     key: KeySource,
-    /// File with the account's protected user key; the command sends the master key only if it decrypts this user key
+    /// File with the account's protected user key; the command sends the master key only if the master key decrypts this user key
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
-    /// Replace the key in the broker (PUT). If no user key is protected with the new key, the vault is lost
+    /// Replace the master key in the broker (PUT). If no user key is protected with the new master key, the account's vault is
+    /// lost
     #[arg(long, requires_all = ["protected_key_file", "user"])]
     replace: bool,
-    /// User of the key; must equal the `sub` claim of the access token
+    /// User id of the account; must equal the `sub` claim of the access token
     #[arg(long, value_name = "GUID")]
     user: Option<Uuid>,
 }
@@ -92,13 +93,13 @@ impl Enrol {
 pub(in crate::cli) struct Fetch {
     #[command(flatten)]
     connector: Connector,
-    /// New file for the key, created with mode 0600
+    /// New file for the master key, created with mode 0600
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
-    /// Number of an open file descriptor to write the key to
+    /// Number of an open file descriptor to write the master key to
     #[arg(long, value_name = "N")]
     out_fd: Option<u32>,
-    /// Show the key even on a terminal
+    /// Show the master key even on a terminal
     #[arg(long)]
     force: bool,
 }

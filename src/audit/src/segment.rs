@@ -111,8 +111,8 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
         return Err(Error {
             class: Class::InUse,
             text: format!(
-                "{} is in use by process {}: another keybroker writes this log; stop it, or give this \
-             one another `audit.instance`",
+                "{} is in use by process {}: another keybroker process writes this audit log; stop that process, or set \
+                 another `audit.instance` for this one",
                 directory.display(),
                 holder.trim()
             ),
@@ -149,7 +149,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     let path = directory.join(LOG_ID);
     // A FIFO in its place would otherwise block the start.
     if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
-        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
             "cannot read",
             &path,
@@ -161,7 +161,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         Ok(text) if text.trim().len() == 32 => return Ok(Some(text.trim().to_owned())),
         Ok(text) if text.is_empty() && segments(directory)?.is_empty() => return Ok(None),
         Ok(_) => {
-            let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+            let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
             return Err(fail(
                 "invalid log id in",
                 &path,
@@ -180,9 +180,9 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         }
     }
     if directory.exists() && !segments(directory)?.is_empty() {
-        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "there are segments without the file",
+            "the audit log has segments, but not the file",
             &path,
             "it is missing",
             remedy,

@@ -21,7 +21,9 @@ pub enum CertificateError {
     #[error("the client certificate's SAN does not parse")]
     Names(#[source] X509Error),
     /// The certificate has further URIs beside its SPIFFE id, which must be the only one.
-    #[error("the client certificate must have no other URI than its SPIFFE id, but has {0:?}")]
+    #[error(
+        "a client certificate with a SPIFFE id must have no other URI, but this certificate has {0:?}"
+    )]
     SeveralUris(Vec<String>),
     /// The SPIFFE id is not valid. The source completes the sentence.
     #[error("the client certificate's SPIFFE id {id:?} {problem}")]
@@ -34,7 +36,7 @@ pub enum CertificateError {
     },
     /// The listener does not accept the trust domain of the SPIFFE id.
     #[error(
-        "the SPIFFE id of the client certificate is of the trust domain {found:?}; this listener accepts {accepted:?}"
+        "the SPIFFE id of the client certificate is in the trust domain {found:?}, but this listener accepts only {accepted:?}"
     )]
     TrustDomain {
         /// The trust domain of the id.

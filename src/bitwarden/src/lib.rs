@@ -73,7 +73,7 @@ pub enum Error {
     #[error("encrypted text of type {0}: only the types 0, 2 and 4 are supported")]
     Type(u8),
     /// The type does not belong to this kind of key.
-    #[error("an encrypted text of type {0} is not for this kind of key")]
+    #[error("an encrypted text of type {0} cannot be decrypted with this kind of key")]
     KeyKind(u8),
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]

@@ -22,7 +22,7 @@ use super::{
 };
 
 /// The store's definite answer about a change: made or not made. The intent stays open until [`Broker::close_intent`].
-#[must_use = "the intent stays open until its outcome is recorded"]
+#[must_use = "an intent stays open until its outcome is recorded"]
 pub(super) struct Settled<T> {
     pub(super) intent: OpenIntent,
     /// The store's answer.

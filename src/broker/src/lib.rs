@@ -221,7 +221,7 @@ impl Broker {
         {
             tracing::error!(
                 mutations = self.mutations.len(),
-                "mutations still under way at the end of the drain; the next start resolves their intents"
+                "mutations were still in progress at the end of the drain; the next start resolves their intents"
             );
         }
         self.flush_refusals().await;
@@ -235,7 +235,7 @@ impl Broker {
             .await
             .is_err()
         {
-            tracing::warn!("the last uses of some records were not written");
+            tracing::warn!("the times of last use of some records were not written");
         }
     }
 

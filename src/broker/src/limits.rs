@@ -152,7 +152,7 @@ impl Limits {
             return Err(used_up(wait));
         }
         buckets.take(principal.name(), count).map_err(|wait| {
-            let detail = format!("{} is over its rate", principal.name());
+            let detail = format!("{} has exceeded its rate limit", principal.name());
             Error::new(Reason::Rate, detail).retry_after(wait)
         })
     }
@@ -172,7 +172,7 @@ impl Limits {
             .get_with(network(address), || Arc::new(Semaphore::new(TURNS_MAX)));
         turns.try_acquire_owned().map_err(|_| {
             let detail =
-                format!("more than {TURNS_MAX} client secrets of one address are being checked");
+                format!("more than {TURNS_MAX} client secrets from one address are being verified");
             Error::new(Reason::Rate, detail).retry_after(TURN_RETRY)
         })
     }

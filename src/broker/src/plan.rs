@@ -231,7 +231,10 @@ fn check_revision(info: &RecordInfo, expected: Revision) -> Result<(), Error> {
     if info.revision == expected {
         Ok(())
     } else {
-        let detail = format!("expected {expected}, current is {}", info.revision);
+        let detail = format!(
+            "the call expects revision {expected}, but the current revision is {}",
+            info.revision
+        );
         Err(Error::new(Reason::Revision, detail))
     }
 }

@@ -99,7 +99,7 @@ impl Broker {
             .record_alert(principal, call, "alarm.bulk_release", None)
             .await
         {
-            tracing::error!(%error, "no audit entry was written for the alert");
+            tracing::error!(%error, "cannot write the audit entry of an alert");
         }
     }
 

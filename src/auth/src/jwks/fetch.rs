@@ -51,7 +51,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     tracing::info!(
         file = shown(),
         certificates = ders.len(),
-        "read the CAs for an issuer"
+        "read the CA certificates from `ca_file` of an issuer"
     );
     ders.iter()
         .map(|der| Certificate::from_der(der))

@@ -296,7 +296,7 @@ impl Keys {
         })));
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
-            tracing::info!(issuer = %self.name, "the key set can be had again");
+            tracing::info!(issuer = %self.name, "the issuer's key set can be fetched again");
         }
     }
 
@@ -309,7 +309,7 @@ impl Keys {
         if !refused.is_empty() {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, ?refused, count,
-                "weak or malformed keys of the key set are refused; its other keys are in use"
+                "the issuer's key set has weak or malformed keys, which are refused; the other keys of the set are in use"
             );
         }
     }
@@ -326,12 +326,12 @@ impl Keys {
         if self.current.load().is_some() {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "key set not renewed; the last good one stays in use"
+                "the issuer's key set was not renewed; the last valid key set stays in use"
             );
         } else {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "no key set yet: its tokens are refused until there is one"
+                "the issuer's key set was never fetched; the issuer's access tokens are refused until the key set is fetched"
             );
         }
         *problem = Some(new);

@@ -103,7 +103,10 @@ impl Broker {
             Ok(()) => Verified::Yes,
             Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
             Err(error) => {
-                tracing::info!(%error, "the rows of a page are listed without a verified MAC");
+                tracing::info!(
+                    %error,
+                    "the token did not verify the MACs of a page of rows, so the page shows the rows as unverified"
+                );
                 verifier.has_failed = true;
                 Verified::NotAsked
             }
@@ -129,7 +132,7 @@ impl Broker {
         let refused = |what: String| {
             keybroker_core::alert!(
                 ClientDamaged, client = %id, what,
-                "the stored row of an API client is not valid; the client is refused"
+                "the stored row of an API client is not valid; the broker refuses this API client"
             );
             Error::new(Reason::Credential, what)
         };
@@ -235,7 +238,7 @@ impl Broker {
         let too_long = || {
             Error::new(
                 Reason::Bug,
-                "the document of an API client outgrew its column",
+                "the document of an API client is too long for its column",
             )
         };
         let bytes = credential.document.to_bytes().ok_or_else(too_long)?;

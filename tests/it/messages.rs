@@ -305,7 +305,7 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
     let mode = |mode| fs::set_permissions(&database, fs::Permissions::from_mode(mode)).unwrap();
     mode(0o644);
     says(
-        "others can read it",
+        "other users can read it",
         &site.run(&["config", "check"]),
         3,
         &["mode 0644", "chmod 600"],

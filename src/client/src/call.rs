@@ -229,7 +229,7 @@ impl<'a, T: Send + 'a> Call<'a, T> {
 /// A call that changes nothing. Set its deadline if it differs from the client's, then await it.
 ///
 /// If the call releases a key, each attempt that reaches the broker leaves an audit entry.
-#[must_use = "a call is not made before it is awaited"]
+#[must_use = "a call is made only when it is awaited"]
 pub struct Read<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Read<'a, T> {
@@ -251,7 +251,7 @@ impl<'a, T: Send + 'a> Read<'a, T> {
 /// call carry the same id. A program that must finish a change after a restart does three things: it chooses the id
 /// with [`new_request_id`], it stores the id together with the planned change, and after the restart it repeats the
 /// call with the same id and content within 24 hours.
-#[must_use = "a call is not made before it is awaited"]
+#[must_use = "a call is made only when it is awaited"]
 pub struct Change<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Change<'a, T> {
@@ -276,7 +276,7 @@ impl<'a, T: Send + 'a> Change<'a, T> {
 /// A change that has no request id in the protocol, so the broker would treat a repetition as another change. The
 /// library sends it once. After an error with [`outcome_unknown`](Error::outcome_unknown), find out what happened
 /// before you make the call again.
-#[must_use = "a call is not made before it is awaited"]
+#[must_use = "a call is made only when it is awaited"]
 pub struct NonIdempotent<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> NonIdempotent<'a, T> {

@@ -156,7 +156,9 @@ pub enum Error {
     MacRefused,
     /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged
     /// when the MAC was made.
-    #[error("unwrap failed although the MAC verified and the self-test passes: {0}")]
+    #[error(
+        "unwrap failed, although the MAC of the envelope is valid and the self-test passes: {0}"
+    )]
     Damaged(String),
     /// The deadline passed before a token call began, or before its result arrived.
     #[error("deadline passed before the token answered")]

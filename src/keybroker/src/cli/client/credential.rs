@@ -115,8 +115,8 @@ mod tests {
             assert!(!failure.message.contains("kbs_secret"), "{failure:?}");
         };
         let file = written(folder.path(), "kbs_secret", 0o644);
-        refused(&client(ID, file.clone()), "others can read");
-        refused(&bearer(file), "others can read");
+        refused(&client(ID, file.clone()), "other users can read");
+        refused(&bearer(file), "other users can read");
         let file = written(folder.path(), "kbs_secret", 0o600);
         refused(&client("backup", file), "32 hexadecimal digits");
         for (text, word) in [

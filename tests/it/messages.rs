@@ -478,7 +478,7 @@ fn a_client_that_cannot_connect_says_why() {
         "expired",
         &run(pki::EXPIRED),
         2,
-        &["--cert", "expired on 2020-02-01", "renew it"],
+        &["--cert", "expired on 2020-02-01", "renew the certificate"],
     );
     pki.issue_client_with("early", |one| {
         one.not_before = OffsetDateTime::now_utc() + Duration::days(1);

@@ -258,7 +258,9 @@ fn a_lost_row_and_a_lost_file_do_not_lead_to_another_key() {
     let refused = site.run(&["key", "register", &id]);
     assert_ne!(refused.code, Some(0), "{refused:#?}");
     assert!(
-        !refused.stderr.contains("move it to another directory"),
+        !refused
+            .stderr
+            .contains("move the file to another directory"),
         "{refused:#?}"
     );
     assert!(!file.exists());
@@ -345,7 +347,7 @@ fn an_rsa_key_without_a_file_gets_an_integrity_key_when_it_is_registered() {
         "again",
         &again,
         CONFIGURATION,
-        &["move it to another", DIGESTS],
+        &["move the file to another", DIGESTS],
     );
     assert_eq!(fs::read(&file).unwrap(), kept);
     pin(&site, &made);

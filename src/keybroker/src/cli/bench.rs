@@ -117,7 +117,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     }
     if load.errors > 0 {
         let what = format!(
-            "{} calls failed; the first: {}",
+            "{} calls failed; the error of the first failed call: {}",
             load.errors, load.first_error
         );
         return Err(Failure::new(Exit::Verification, what));

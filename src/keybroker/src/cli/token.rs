@@ -240,7 +240,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "there is no wrapping key to check; create one with `keybroker key generate`",
+            "there is no wrapping key to check; create a wrapping key with `keybroker key generate`",
         ));
     }
     if problems.is_empty() {
@@ -293,7 +293,7 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
         (
             "verdict",
             json!(format!(
-                "is not on the token: the workers unwrap it from {path}"
+                "is not on the token: the workers unwrap the integrity key from {path}"
             )),
         ),
         ("passes", json!(key.problem.is_none())),
@@ -369,7 +369,7 @@ pub(super) fn compare(
     let mut problems = Vec::new();
     if row.fingerprint != key.fingerprint {
         problems.push(format!(
-            "key {}: public key {} on the token, {} in the registry",
+            "key {}: the public key is {} on the token, but {} in the registry",
             row.id, key.fingerprint, row.fingerprint
         ));
     }
@@ -466,7 +466,8 @@ pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &Regi
     }
     if let Ok(files) = IntegrityFiles::of(&config.token, row.id) {
         context.output.note(&format!(
-            "The backup must also hold {} and the configuration, which has its digest: without the file no row can be verified.",
+            "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
+             no row can be verified.",
             files.path(row.id).display()
         ));
     }

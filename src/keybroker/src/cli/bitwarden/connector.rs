@@ -86,7 +86,7 @@ impl Connector {
         let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| {
             Failure::new(
                 Exit::Usage,
-                "the access token contains characters that no access token has",
+                "the access token contains characters that are not allowed in access tokens",
             )
         })?;
         bearer.set_sensitive(true);
@@ -300,7 +300,7 @@ impl Broker {
         let mut hint = hint(&cause, "--ca-file");
         if cause.contains("UnknownIssuer") {
             hint.push_str(
-                "; Bitwarden clients need that CA certificate in the system's trust store",
+                "; Bitwarden clients need the CA certificate of the broker in the system's trust store",
             );
         }
         Failure::new(Exit::Unreachable, what).hint(hint)

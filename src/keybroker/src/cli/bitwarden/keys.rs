@@ -50,14 +50,14 @@ impl Enrol {
             None => None,
         };
         let Some(key) = self.key.master_key(output)? else {
-            let what = "no key specified to enrol";
+            let what = "no master key specified to enrol";
             return Err(Failure::new(Exit::Usage, what)
-                .hint("pass the key with --master-key-file, or the account with --email"));
+                .hint("pass the master key with --master-key-file, or the account with --email"));
         };
         match &protected {
             Some(protected) => drop(key.unprotect(protected).map_err(unusable)?),
             None => output.note(
-                "warning: the key was not checked against the account; pass --protected-key-file to check it",
+                "warning: the master key was not checked against the account; pass --protected-key-file to check the master key",
             ),
         }
         let method = if self.replace {
@@ -66,14 +66,14 @@ impl Enrol {
             Method::Post
         };
         output.note(&format!(
-            "the access token is for user {} ({}); only the broker verifies the token",
+            "the access token is for user {} ({}); only the broker verifies the access token",
             holder.user().as_deref().unwrap_or("unknown"),
             holder.email().as_deref().unwrap_or("no e-mail address"),
         ));
         broker.store(method, &key).await?;
         let kept = broker.fetch().await.map_err(not_read_back)?;
         if !kept.is(&key) {
-            let what = "the broker returned a different key from the one that was just stored";
+            let what = "the broker returned a key that differs from the key that was just stored";
             return Err(Failure::new(Exit::Verification, what).hint(
                 "do not convert the account; report the error to the operator of the broker",
             ));

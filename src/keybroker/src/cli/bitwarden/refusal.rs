@@ -61,7 +61,7 @@ pub(super) fn not_read_back(failure: Failure) -> Failure {
         ..failure
     }
     .hint(
-        "do not convert the account yet: run `keybroker bitwarden fetch` and compare the key first",
+        "do not convert the account yet: run `keybroker bitwarden fetch`, and compare the fetched key with the master key",
     )
 }
 
@@ -117,7 +117,7 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
         (404, _) => "this path is not part of a Key Connector: check the path prefix in --url",
         (429, _) => "wait for the given time, then try again",
         (503, _) => {
-            "the token, the database or the audit log is unavailable; the broker's log shows which one"
+            "the token, the database or the audit log is unavailable; the broker's log shows which of them"
         }
         (200..=299, _) => "Bitwarden clients treat every status except 200 as an error",
         (300..=399, _) => {

@@ -110,8 +110,8 @@ impl Command {
             && grant.user.is_empty()
             && grant.key_name.is_empty()
         {
-            let what = "a client with the role `release` needs --user, --key-name, or both";
-            let hint = "these options select the keys that the client may release; --key-name '*' permits all keys";
+            let what = "an API client with the role `release` needs --user, --key-name, or both";
+            let hint = "--user and --key-name select the keys that the API client may release; --key-name '*' permits all keys";
             return Err(Failure::new(Exit::Usage, what).hint(hint));
         }
         match self {

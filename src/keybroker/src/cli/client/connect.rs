@@ -142,7 +142,7 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
             "--ca, --cert and --key cannot be used: {}",
             root_cause(&source)
         ))
-        .hint("each is a PEM file; --key must be the private key of the certificate in --cert"),
+        .hint("--ca, --cert and --key are PEM files; --key must be the private key of the certificate in --cert"),
         BuildError::Credential(_) => {
             usage("--token-file contains characters that no access token has".to_owned())
         }
@@ -199,8 +199,8 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     } else if has(&["NotValidYet", "not valid yet"]) {
         "the broker's certificate is not valid yet: check the clock of this machine".to_owned()
     } else if has(&["expired", "Expired"]) {
-        "the broker's certificate has expired: its operator must renew it; if it is new, check the clock of this \
-         machine".to_owned()
+        "the broker's certificate has expired: the operator of the broker must renew it; if the certificate is new, \
+         check the clock of this machine".to_owned()
     } else if has(&["InvalidContentType", "corrupt message"]) {
         "this address does not use TLS: it may be the status listener ([status] address); use the address of a \
          [[listener]] with TLS"
@@ -237,9 +237,9 @@ fn check_certificate(
     match facts.life.age(certificate::now()) {
         Age::Over => {
             let what = format!("the certificate expired on {}", facts.life.ends());
-            return Err(
-                refuse(&what).hint("renew it; if it is new, check the clock of this machine")
-            );
+            return Err(refuse(&what).hint(
+                "renew the certificate; if the certificate is new, check the clock of this machine",
+            ));
         }
         Age::Early => {
             let what = format!(

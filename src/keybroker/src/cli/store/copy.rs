@@ -178,7 +178,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     context.output.fields(fields)?;
     outcome.checked.verdict().map_err(|failure| {
         failure.hint(
-            "the copy equals the original byte for byte; `keybroker store check` reports the same rows in the original",
+            "the copy equals the original byte for byte; `keybroker store check` reports the same bad rows in the original",
         )
     })?;
     context.output.note(
@@ -309,14 +309,14 @@ impl std::convert::From<CopyError> for Failure {
                     return failure;
                 }
                 failure.hint(
-                    "run the same command again to continue; if a row is refused, `keybroker store check` on the \
-                     source database shows it",
+                    "run the same command again to continue; if a row is refused, `keybroker store check` on the source \
+                     database shows the refused row",
                 )
             }
             CopyError::Extra(_) | CopyError::Differs(_) | CopyError::Missing(_) => {
                 Self::new(Exit::Verification, what).hint(
-                    "the destination has rows that are not part of this copy, and was not changed: choose an empty \
-                     database, or find out which of the two databases is correct",
+                    "the destination has rows that are not part of this copy, so the destination was not changed: choose \
+                     an empty database, or find out which of the two databases is correct",
                 )
             }
         }

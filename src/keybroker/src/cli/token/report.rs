@@ -166,10 +166,12 @@ fn page(report: &Report) -> String {
     let place = match report.token_cpu_is_local {
         Some(true) => "The token's work takes CPU time of this machine.",
         Some(false) => "The token's work takes no CPU time of the process that uses it.",
-        None => "Where the token works was not measured.",
+        None => {
+            "The report did not measure whether the token's work takes CPU time of this machine."
+        }
     };
     parts.push(format!(
-        "Measured once, on a machine with other load. {place}"
+        "The rates were measured once, on a machine with other load. {place}"
     ));
     let rates = report.rates.iter();
     parts.push(table(
@@ -184,7 +186,7 @@ fn introduction(report: &Report) -> Vec<String> {
     let mut parts = vec![
         format!("# {} {}", identity.manufacturer, identity.model),
         format!(
-            "Made by `keybroker token report` {}. Verdict: **{}**.",
+            "This report was made by `keybroker token report` {}. Verdict: **{}**.",
             report.keybroker,
             verdict.result.as_str()
         ),
@@ -192,7 +194,7 @@ fn introduction(report: &Report) -> Vec<String> {
     let heading = match verdict.result {
         Outcome::Works => None,
         Outcome::WorksWithExceptions => Some("What each exception accepts:"),
-        Outcome::Refused => Some("Why it cannot be used:"),
+        Outcome::Refused => Some("Why the token cannot be used:"),
     };
     if let Some(heading) = heading {
         parts.push(heading.to_owned());

@@ -45,8 +45,9 @@ pub enum MemoryError {
 pub enum ListsError {
     /// A list is older than one that was accepted before.
     #[error(
-        "has an older list of \"{authority}\" than the accepted one ({found}; accepted: {accepted}): with the \
-         older list, certificates that were revoked since would be accepted. Fetch the newest list{how_to_go_back}"
+        "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
+         with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
+         list{how_to_go_back}"
     )]
     GoesBack {
         /// Name of the CA.
@@ -76,7 +77,7 @@ pub enum ListsError {
     #[error("is longer than {0} bytes, so no list in it is used")]
     TooLong(u64),
     /// The file has more bytes after one list in DER.
-    #[error("has more bytes after a list in DER; use PEM for several lists in one file")]
+    #[error("has more bytes after a revocation list in DER; use PEM for several lists in one file")]
     Trailing,
     /// The file begins like DER, but is not a list.
     #[error("is neither PEM nor a list in DER")]

@@ -321,7 +321,7 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
         "a text",
         &site.run(&["store", "status"]),
         7,
-        &["is no SQLite database"],
+        &["is not a SQLite database"],
     );
 }
 

@@ -101,7 +101,7 @@ async fn a_token_without_keys_for_hmac_serves_once_the_digest_of_the_file_is_con
         "by default",
         &refused,
         TOKEN,
-        &["keeps the integrity key outside the token"],
+        &["the integrity key is then outside the token"],
     );
     permit(&site);
     let made = site.run(&GENERATE[2..]);
@@ -222,7 +222,7 @@ fn a_missing_file_and_settings_without_the_word_are_refused_by_name() {
         says(what, &backup, TOKEN, words);
     };
     fs::remove_file(&file).unwrap();
-    refuses("lost", &[path, "restore it from a backup"]);
+    refuses("lost", &[path, "restore the file from a backup"]);
     // It never makes another key for a key that is registered.
     let id = file.file_stem().unwrap().to_str().unwrap();
     let again = site.run(&["key", "register", id]);

@@ -180,7 +180,7 @@ impl OpenToken {
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
-                "another process is already logged in to the token; using its login"
+                "another process is already logged in to the token; this process shares that login"
             );
             return Ok((true, took));
         }
@@ -247,7 +247,7 @@ impl OpenToken {
             _ => Fault::new(
                 Class::Login,
                 format!(
-                    "{token} failed the login with a code that does not concern the PIN: {fault}"
+                    "{token}: the login failed with a code that does not concern the PIN: {fault}"
                 ),
             ),
         }
@@ -268,8 +268,8 @@ impl OpenToken {
             return Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "wrapping key {} on the token has the public key {}, the registry says {fingerprint}: this is another key under \
-                     the same CKA_ID",
+                    "wrapping key {} on the token has the public key {}, but the registry has the public key \
+                     {fingerprint}: the token has another key under the same CKA_ID",
                     pair.id, public.fingerprint
                 ),
             ));

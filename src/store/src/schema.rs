@@ -110,8 +110,8 @@ pub(super) async fn require(
         Ordering::Equal => Ok(()),
         Ordering::Less => {
             let what = format!(
-                "the database has schema {current}, this release needs {newest}; back it up, then run \
-                 `keybroker store migrate`"
+                "the database has schema {current}, but this release needs schema {newest}; back up the database, then \
+                 run `keybroker store migrate`"
             );
             Err(Error::Schema(what.into()))
         }
@@ -129,8 +129,8 @@ pub(super) async fn require(
 
 fn too_new(current: i64, newest: i64) -> Error {
     let what = format!(
-        "the database has schema {current}, newer than the {newest} that this release knows; run the \
-         release that migrated it"
+        "the database has schema {current}, which is newer than schema {newest} of this release; run the release that \
+         migrated the database"
     );
     Error::Schema(what.into())
 }

@@ -264,12 +264,12 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
         }
     } else if chain(&error).contains("certificate") {
         // The driver passes the error of its TLS library on without a type of its own.
-        "the server's certificate does not verify: set `store.ca_file` to its authority, and use a host name of the \
-         certificate in `store.url`"
+        "the server's certificate cannot be verified: set `store.ca_file` to the certificate of the CA that issued it, \
+         and use a host name from the server's certificate in `store.url`"
     } else if matches!(error, sqlx::Error::Tls(_)) {
         "enable TLS on the server; set `store.tls = \"plaintext\"` only on a network that no other machine can access"
     } else {
-        "check `store.url`, and whether the server runs"
+        "check `store.url`, and check whether the server runs"
     };
     let is_damage = is_damage(&error);
     let detail = Detail::caused(format!("cannot use the {shown}"), error).remedy(remedy);

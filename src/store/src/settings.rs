@@ -368,7 +368,7 @@ impl Settings {
         })?;
         tracing::info!(
             file = %path.display(), certificates = certificates.len(),
-            "authorities of the database server read"
+            "the CA certificates for the database server were read"
         );
         Ok(Some(pem::encode(&certificates).into_bytes()))
     }
@@ -411,7 +411,7 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     };
     if text.starts_with('\u{feff}') {
         return refused(
-            "begins with a UTF-8 byte order mark, which is not part of a password; save it without one",
+            "begins with a UTF-8 byte order mark, which is not part of a password; save the file without a byte order mark",
         );
     }
     // Editors end a file with a line break. A password never ends with one.

@@ -87,7 +87,8 @@ impl Socket {
         let place = self.check().map_err(|error| {
             if error.is_missing() {
                 Error::Down(
-                    Detail::of(error).remedy("check `store.url`, and whether the server runs"),
+                    Detail::of(error)
+                        .remedy("check `store.url`, and check whether the server runs"),
                 )
             } else {
                 refused(error)

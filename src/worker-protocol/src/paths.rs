@@ -122,7 +122,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "is made for {}, and this machine is {}: install the module of this architecture",
+            "is made for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )

@@ -26,7 +26,7 @@ const PIN_FILE: Purpose = Purpose::secret("PIN");
 pub enum PinError {
     /// The text begins with a byte order mark, which some editors write.
     #[error(
-        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
+        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
     )]
     ByteOrderMark,
     /// The text begins or ends with a space or a tab.

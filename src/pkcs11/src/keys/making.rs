@@ -244,7 +244,7 @@ fn make(
         }
     }
     Err(refused_pair.unwrap_or_else(|| {
-        Fault::new(Class::Ambiguous, "no key was made, and no call failed").into()
+        Fault::new(Class::Ambiguous, "no key was made, but no call failed").into()
     }))
 }
 

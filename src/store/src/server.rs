@@ -21,7 +21,7 @@ use super::{
     dialect::Dialect,
     driver_errors::is_damage,
     durability::{self, Found, Weakness},
-    engine::{Engine, EngineStore, Purpose},
+    engine::{Engine, EngineStore, Purpose, TEST_AFTER},
     error::Detail,
     mutations,
     schema::{self, Accepted},
@@ -35,9 +35,6 @@ use super::{
 
 /// Time limit for the first connection and for migrations, for which no caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection that was in the pool for longer than this time is tested before it is lent, because the server may have been
-/// restarted.
-const TEST_AFTER: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
 /// Limits the lifetime of a connection, so that connections move when a host name resolves to another server, and certificates
 /// and settings are checked again.

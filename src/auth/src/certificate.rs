@@ -15,10 +15,10 @@ const MICROS_PER_SECOND: i64 = 1_000_000;
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     /// The certificate does not parse.
-    #[error("the client certificate does not parse")]
+    #[error("the client certificate cannot be parsed")]
     Malformed(#[source] nom::Err<X509Error>),
     /// The subject alternative names do not parse, or the extension occurs twice.
-    #[error("the client certificate's SAN does not parse")]
+    #[error("the client certificate's SAN cannot be parsed")]
     Names(#[source] X509Error),
     /// The certificate has further URIs beside its SPIFFE id, which must be the only one.
     #[error(

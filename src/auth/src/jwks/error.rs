@@ -39,7 +39,7 @@ pub(super) enum KeyError {
     Ed25519SmallOrder,
     #[error("an Ed25519 key that is not in its canonical encoding")]
     Ed25519Encoding,
-    #[error("an Ed25519 key that does not parse")]
+    #[error("an Ed25519 key that cannot be parsed")]
     Ed25519(#[source] KeyRejected),
     #[error("a public key of a type that is not supported for access tokens")]
     Type,
@@ -64,10 +64,10 @@ pub enum SetError {
     #[error(transparent)]
     Pem(#[from] pem::Error),
     /// A public key in PEM does not parse.
-    #[error("a public key does not parse")]
+    #[error("a public key cannot be parsed")]
     PublicKey(#[source] nom::Err<X509Error>),
     /// A certificate in PEM does not parse.
-    #[error("a certificate does not parse")]
+    #[error("a certificate cannot be parsed")]
     Certificate(#[source] nom::Err<X509Error>),
     /// The file contains a private key, which must not be on this machine.
     #[error(

@@ -260,7 +260,7 @@ impl Broker {
 
 pub(super) fn document_of(row: &ClientRow) -> Result<Document, Error> {
     Document::from_bytes(&row.document).ok_or_else(|| {
-        let detail = format!("the document of API client {} does not parse", row.id);
+        let detail = format!("the document of API client {} cannot be parsed", row.id);
         Error::new(Reason::RecordDamaged, detail)
     })
 }

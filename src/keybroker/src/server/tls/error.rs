@@ -42,7 +42,7 @@ pub enum Error {
         path: String,
     },
     /// The server's certificate does not parse.
-    #[error("{path} does not parse")]
+    #[error("{path} cannot be parsed")]
     Certificate {
         /// The file.
         path: String,

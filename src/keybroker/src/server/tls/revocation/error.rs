@@ -60,10 +60,10 @@ pub enum ListsError {
         how_to_go_back: String,
     },
     /// A CA certificate does not parse.
-    #[error("cannot be verified, because a CA certificate does not parse")]
+    #[error("cannot be verified, because a CA certificate cannot be parsed")]
     Authority(#[source] nom::Err<X509Error>),
     /// A list does not parse.
-    #[error("has a list that does not parse: block {block}")]
+    #[error("has a list that cannot be parsed: block {block}")]
     Malformed {
         /// Position in the file, starting at 1.
         block: usize,

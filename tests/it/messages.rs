@@ -570,7 +570,7 @@ fn a_broker_of_another_name_is_told_from_one_of_another_authority() {
         "another name",
         &finished,
         11,
-        &["by a name in its certificate"],
+        &["whose host name is in the broker's certificate"],
     );
 }
 

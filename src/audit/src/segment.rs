@@ -44,7 +44,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         Ok(()) => sync_directory(path.parent().unwrap_or(Path::new(".")))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            let remedy = "create its parent directory and give it to the user that runs keybroker";
+            let remedy = "create the parent directory, owned by the user that runs keybroker";
             return Err(fail_io("cannot make the directory", path, &error, remedy));
         }
     }
@@ -64,7 +64,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     }
     if !meta.is_dir() {
         let remedy = format!(
-            "set `[audit] directory` to a directory that is owned by user {ours} with mode 0700"
+            "set `[audit] directory` to a directory that belongs to user {ours} and has mode 0700"
         );
         return Err(fail(
             "will not write into",

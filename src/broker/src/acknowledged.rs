@@ -84,7 +84,7 @@ impl Mismatch {
     const fn text(self) -> &'static str {
         match self {
             Self::OtherStore => {
-                "this is not the database that the broker used before: its identity differs"
+                "the broker used another database before: the identity of this database differs"
             }
             Self::NoMark => {
                 "the database lacks an acknowledged change: it is an earlier state of this database"

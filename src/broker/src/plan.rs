@@ -211,7 +211,12 @@ impl Broker {
         }
         let stored = within(call, self.store.revision(info.id, earlier))
             .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "the record has no such revision"))?;
+            .ok_or_else(|| {
+                Error::new(
+                    Reason::KeyNotFound,
+                    "the record does not have this revision",
+                )
+            })?;
         let envelope = self.readable_envelope(&stored.envelope).await?;
         let context = |revision| Context::Record {
             address: &info.address,

@@ -112,9 +112,9 @@ impl Broker {
         for row in rows.iter().filter(|row| row.backup_confirmed.is_none()) {
             tracing::warn!(
                 wrapping_key = %row.id,
-                "no backup of the token is confirmed for this wrapping key: if the token is \
-                 lost, every user key wrapped under it is lost; back the token up, test the restore, then \
-                 run `keybroker token backup-confirmed`"
+                "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
+                 wrapped under this wrapping key is lost; back the token up, test the restore, then run `keybroker token \
+                 backup-confirmed`"
             );
         }
         self.registry.store(Some(Arc::new(Registry {

@@ -385,7 +385,7 @@ declare! {
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
         BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
-        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
+        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
         REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests waited for their next attempt.";
@@ -413,7 +413,7 @@ declare! {
     }
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
-        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls that have begun and not ended.";
+        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls in progress.";
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
         CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
         CLIENT_CRL_EXPIRY =

@@ -43,12 +43,12 @@ const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 pub enum Error {
     /// Binary DER.
     #[error(
-        "it is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key `openssl pkey`, for \
-         a revocation list `openssl crl`)"
+        "the file is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key \
+         `openssl pkey`, for a revocation list `openssl crl`)"
     )]
     Der,
     /// The file is UTF-16, as some editors write it.
-    #[error("it is UTF-16; save it as UTF-8 or ASCII")]
+    #[error("the file is UTF-16; save it as UTF-8 or ASCII")]
     Utf16,
     /// A line that looks like the first line of a block but is malformed.
     #[error(

@@ -83,7 +83,7 @@ enum Command {
     /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Verify, show and maintain the audit log; a broker need not run
+    /// Verify, show and maintain the audit log, with or without a running broker
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker

@@ -186,7 +186,7 @@ pub const TESTS: &[NegativeTest] = &[
     )),
     on_object(never(
         "derive-integrity-part",
-        "a separate key can be derived from a part of the integrity key, and it is short enough to be guessed",
+        "a separate key can be derived from a part of the integrity key, and the derived key is short enough to be guessed",
         |on| derives(on, &of_a_part(), on.integrity(), PART_BYTES, &[]),
     )),
     on_object(never(

@@ -198,8 +198,8 @@ impl OpenToken {
             return fault;
         }
         fault.with(
-            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among processes, \
-             set `workers = 1` in [token], and stop `serve` before other commands",
+            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among \
+             processes, set `workers = 1` in [token], and stop `serve` before you run other commands",
         )
     }
 
@@ -224,8 +224,9 @@ impl OpenToken {
         ) {
             let serial = &self.info.serial;
             return fault.about(&token).with(&format!(
-                "the token has no user PIN, because its initialisation was not completed. Set one with the vendor's tool, or erase the \
-                 token with `keybroker token init --erase-serial {serial}` if it holds no keys"
+                "the token has no user PIN, because its initialisation was not completed. Set a user PIN with the \
+                 vendor's tool or, if the token holds no keys, erase the token with `keybroker token init --erase-serial \
+                 {serial}`"
             ));
         }
         if answer == Answer::NotChecked {
@@ -436,8 +437,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
              {ONCE}"
         ),
         Refusal::Unproven => format!(
-            "{token}: this PIN has never logged in, and two logins failed or were interrupted; no further login is tried. \
-             Repair the cause, then run `keybroker token retry-pin`"
+            "{token}: no login with this PIN has ever succeeded, and two logins failed or were interrupted; no further \
+             login is tried. Repair the cause, then run `keybroker token retry-pin`"
         ),
         Refusal::Rejected(answer) => {
             format!("{token} rejected this PIN before ({answer}); no login was tried. {ONCE}")

@@ -144,7 +144,7 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
         None if is_softhsm => (
             SOFTHSM_DEFAULT,
             format!(
-                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default"
+                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default configuration file"
             ),
         ),
         None => return None,

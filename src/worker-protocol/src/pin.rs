@@ -49,7 +49,7 @@ pub enum PinError {
     ControlCharacter,
     /// The text is longer than a PIN may be.
     #[error(
-        "it is longer than {PIN_BYTES_MAX} bytes, which no PIN is; check that this is the right file"
+        "it is longer than {PIN_BYTES_MAX} bytes, which is too long for a PIN; check that this is the right file"
     )]
     TooLong,
     /// The PIN cannot be read.

@@ -24,7 +24,7 @@ impl Parts {
         let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
         let [header, claims, _signature] = parts[..] else {
             return Err(Cause::Malformed.because(format!(
-                "it has {} parts instead of three, so it is not a signed token",
+                "it has {} parts instead of three, so it is not a signed JSON Web Token",
                 parts.len()
             )));
         };

@@ -41,7 +41,7 @@ pub(super) enum Command {
     /// Before you run this command, stop every broker that uses either database. If the copy is interrupted, run the command
     /// again.
     Copy(Box<copy::Arguments>),
-    /// Accept the database as it is, for example after a backup was restored
+    /// Accept the database in its current state, for example after a backup was restored
     ///
     /// The broker records the changes that it acknowledged, and refuses a database that lacks one of these changes. Run this
     /// command only if the restore was intended.

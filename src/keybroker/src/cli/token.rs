@@ -375,8 +375,8 @@ pub(super) fn compare(
     }
     if unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
-            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is its \
-             restored backup, run `keybroker key register {}`",
+            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is the \
+             restored backup of the registered token, run `keybroker key register {}`",
             row.id,
             row.token_serial,
             admin.info().serial,

@@ -66,8 +66,9 @@ pub(super) fn kdf(
     let kdf = match function {
         Function::Pbkdf2 if memory_mib.is_some() || parallelism.is_some() => {
             let what = "memory and parallelism are parameters of Argon2id, not of PBKDF2";
-            return Err(Failure::new(Exit::Usage, what)
-                .hint("the account's settings show its KDF: pass it with --kdf"));
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "the account's settings show the KDF of the account: pass this KDF with --kdf",
+            ));
         }
         Function::Pbkdf2 => Kdf::Pbkdf2 {
             iterations: iterations.unwrap_or(600_000),

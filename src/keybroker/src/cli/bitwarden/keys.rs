@@ -159,7 +159,7 @@ impl Unlock {
         }
         let source = self.key.name();
         if source.is_some() && self.connector.has_token() {
-            let what = "both an access token and a local key were given; pass only one";
+            let what = "both an access token and a local key were given; pass only one of them";
             return Err(Failure::new(Exit::Usage, what).hint(
                 "pass an access token (--token-file, --token-fd) or a local key (--email, --master-key-file, --master-key-fd)",
             ));

@@ -121,7 +121,7 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
         }
         (200..=299, _) => "Bitwarden clients treat every status except 200 as an error",
         (300..=399, _) => {
-            "Bitwarden clients do not follow redirects here: pass the target of the redirect in --url"
+            "Bitwarden clients do not follow redirects of a Key Connector: pass the target of the redirect in --url"
         }
         _ => "the operator can find the call in the broker's log",
     }

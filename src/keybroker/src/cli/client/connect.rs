@@ -189,12 +189,12 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
              of the broker has this file"
         )
     } else if has(&["not valid for name", "NotValidForName"]) {
-        "call the broker by a name in its certificate, or issue a certificate that has this name as a subject \
-         alternative name"
+        "pass an --endpoint whose host name is in the broker's certificate, or issue a certificate that has the host \
+         name of --endpoint as a subject alternative name"
             .to_owned()
     } else if has(&["CaUsedAsEndEntity"]) {
-        "the broker's certificate is a CA certificate (CA:TRUE); its operator must issue a separate certificate for \
-         the server"
+        "the broker's certificate is a CA certificate (CA:TRUE); the operator of the broker must issue a separate \
+         certificate for the server"
             .to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {
         "the broker's certificate is not valid yet: check the clock of this machine".to_owned()
@@ -210,7 +210,8 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
         "NoApplicationProtocol",
         "frame with invalid size",
     ]) {
-        "another program answers at this address, or a listener whose `apis` include neither `grpc` nor `admin`".to_owned()
+        "another program answers at this address, or the `apis` of the listener at this address include neither `grpc` \
+         nor `admin`".to_owned()
     } else if has(&["certificate"]) {
         "check the names and dates in the broker's certificate: `openssl s_client -connect HOST:PORT -showcerts`".to_owned()
     } else if has(&["lookup address", "resolve", "Name or service not known"]) {
@@ -286,7 +287,7 @@ mod tests {
             ),
             (
                 "invalid peer certificate: certificate not valid for name \"localhost\"; certificate is only valid for DnsName(\"x\")",
-                "by a name in its certificate",
+                "whose host name is in the broker's certificate",
             ),
             (
                 "invalid peer certificate: certificate expired: verification time 2 (UNIX), but certificate is not valid after 1",

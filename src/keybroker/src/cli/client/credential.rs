@@ -45,7 +45,8 @@ impl Credential {
                 Ok(builder.bearer_token(BearerToken::new(token.as_str())))
             }
             (_, _, Some(_)) => {
-                let what = "both an access token and an API client were given; pass only one";
+                let what =
+                    "both an access token and an API client were given; pass only one of them";
                 Err(Failure::new(Exit::Usage, what))
             }
             _ => {

@@ -124,7 +124,7 @@ pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     }
     let what = "standard output is a terminal, which may record key material";
     Err(Failure::new(Exit::Usage, what)
-        .hint("use --out FILE or a pipe, or pass --force to show it"))
+        .hint("use --out FILE or a pipe, or pass --force to show the output on the terminal"))
 }
 
 /// Refuses an existing file, before the secret for [`write_secret`] exists.

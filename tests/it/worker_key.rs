@@ -152,6 +152,9 @@ async fn a_token_without_keys_for_hmac_serves_once_the_digest_of_the_file_is_con
         risk.is_some_and(|line| line.contains(sentence)),
         "{audited}"
     );
+    // Who changes the file must change the configuration too, which the audit log shows.
+    let pinned = format!("{id} has {}", sha256(&fs::read(&file).unwrap()));
+    assert!(risk.is_some_and(|line| line.contains(&pinned)), "{audited}");
     site.expect_ok(&["store", "check"]);
 }
 

@@ -6,13 +6,13 @@ use zeroize::Zeroizing;
 /// Longest base64 form of `id:secret`, in bytes.
 const BASIC_BYTES_MAX: usize = 512;
 
-/// The scheme of API clients.
+/// The name of the authentication scheme of API clients.
 pub(super) const BASIC: &[u8] = b"basic";
 
 /// The credential of a call.
 pub(super) enum Presented<'a> {
-    /// An access token (RFC 6750) of any length. The verifier checks the limit on the length and counts tokens that
-    /// exceed it.
+    /// An access token (RFC 6750) of any length. The verifier checks the length of an access token and counts access
+    /// tokens that are too long.
     Bearer(&'a [u8]),
     /// The id and secret of an API client (RFC 7617).
     Basic {

@@ -1,9 +1,10 @@
-//! Alerts about damaged rows that were found while listing.
+//! Alerts about damaged rows that were found when a list was read.
 
 use keybroker_core::{call::Call, metrics, principal::Action};
 use keybroker_store::{DamagedClient, DamagedRecord};
 
-/// Largest number of rows of one page that are logged individually. The total is always logged.
+/// Largest number of damaged rows of one page that are logged individually. The total number of damaged rows is always
+/// logged.
 const LOGGED_MAX: usize = 20;
 
 /// Raises an alert about the damaged records of a page.

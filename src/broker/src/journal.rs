@@ -29,7 +29,7 @@ impl<T> Recorded<T> {
     }
 }
 
-/// An unfinished entry with the facts of its decision that are known so far.
+/// An unfinished audit entry, with the facts about its decision that are known so far.
 #[derive(Clone, Debug)]
 pub(super) struct Draft(Entry);
 
@@ -113,7 +113,7 @@ impl Draft {
 
 impl Broker {
     /// Makes the intent of a mutation durable. If the audit log is too slow, the caller is refused, but the intent may
-    /// still be written. `maintain` then closes it.
+    /// still be written. In this case, `maintain` later records the outcome of the intent.
     pub(super) async fn record_intent(
         &self,
         draft: &Draft,
@@ -155,8 +155,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Makes the entry of a refusal or failure durable. Overload refusals are counted instead, and recorded once a
-    /// second.
+    /// Makes the entry of a refusal or failure durable. Refusals because of overload are only counted, and the counts
+    /// are recorded once a second.
     pub(super) async fn record_failure(
         &self,
         mut draft: Draft,
@@ -187,8 +187,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Records the result of a decision and returns it. If the entry cannot be written, the audit log's error is
-    /// returned instead, because there must be no answer without an entry.
+    /// Records the result of a decision and returns it. If the audit entry cannot be written, returns the error of the
+    /// audit log instead, because there must be no answer without an audit entry.
     pub(super) async fn conclude<T>(
         &self,
         draft: Draft,

@@ -1,5 +1,5 @@
-//! The broker's regular work and its health. The regular work probes the store, resolves intents without an outcome,
-//! writes counted refusals and deletes old request ids.
+//! The broker's regular work and its health. The broker's regular work probes the store, resolves intents without an
+//! outcome, writes counted refusals and deletes old request ids.
 
 use std::{
     sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
@@ -43,7 +43,7 @@ enum Resolved {
     Yes,
     /// A transaction that has not ended may still commit the change.
     UnderWay,
-    /// The store or the audit log is unavailable. The other intents would only wait for the same failure.
+    /// The store or the audit log is unavailable. No other intent is tried now, because the attempt would fail too.
     Unavailable,
 }
 
@@ -74,7 +74,7 @@ impl Broker {
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
         let user_keys = problems.is_empty();
-        // The notes below do not stop the token from serving.
+        // The token is usable in spite of the notes that follow.
         let risks = self.accepted_risks.iter().cloned();
         let notes = token.note.into_iter().chain(risks);
         problems.extend(notes.map(|note| format!("token: {note}")));
@@ -90,7 +90,7 @@ impl Broker {
         self.registry.load().is_some()
     }
 
-    /// Runs the regular work until `stop`. Call it once per process.
+    /// Runs the regular work until `stop`. Call this function only once per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
         tokio::join!(
             self.maintain_store(&stop),
@@ -100,7 +100,8 @@ impl Broker {
         );
     }
 
-    /// Resolves intents in a loop of its own: waiting for a transaction that may still be running takes seconds.
+    /// Resolves intents in a loop of its own, because the wait for a transaction that may still be running takes
+    /// seconds.
     async fn resolve_regularly(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         while ticks.next().await {
@@ -111,7 +112,7 @@ impl Broker {
         }
     }
 
-    /// Writes counts in a loop of its own: a hanging database must not delay them by more than a second.
+    /// Writes counts in a loop of its own, because a hanging database must not delay the counts by more than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
@@ -142,8 +143,8 @@ impl Broker {
         }
     }
 
-    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible. Fails
-    /// when the facts that this instance keeps about its database cannot be read.
+    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible.
+    /// Returns an error if the facts that this instance keeps about its database cannot be read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -154,7 +155,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Leaves an intent to the next tick, because its outcome could not be learned or recorded.
+    /// Leaves an intent to the next tick, because its outcome could not be determined or recorded.
     pub(super) fn resolve_later(&self, intent: OpenIntent) {
         self.unresolved().push(intent);
     }
@@ -168,11 +169,11 @@ impl Broker {
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Other tasks only append to the list meanwhile, so the first intent did not change.
+            // Other tasks only append intents to the list, so the first intent of the list is still the resolved one.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}
-                // The outcome of the other intents may be known already.
+                // This intent is tried again after the other intents, whose outcome may be known already.
                 Resolved::UnderWay => unresolved.push(intent),
                 Resolved::Unavailable => {
                     unresolved.insert(0, intent);
@@ -254,7 +255,7 @@ impl Broker {
             .registry_complaint
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // Reports a new complaint once instead of every second.
+        // Logs a new problem once, and not every second.
         if complaint != *last
             && let Some(error) = &complaint
         {

@@ -28,7 +28,7 @@ pub(super) enum Commit {
 }
 
 impl Commit {
-    /// Adds record and wrapping key to the audit entry.
+    /// Adds the record and the wrapping key to the audit entry.
     pub(super) fn describe(&self, draft: &mut Draft) {
         match self {
             Self::Create(new) | Self::Supersede(new, _) => {
@@ -41,7 +41,8 @@ impl Commit {
         }
     }
 
-    /// Returns the record as it will be after this change, if it commits at `at` and no other change comes first.
+    /// Returns the record as it will be after this change, if the change is committed at the time `at` and no other
+    /// change comes first.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
             Self::Create(new) => new.record_info(at),

@@ -30,18 +30,18 @@ use crate::{job::Job, process};
 /// A worker is treated as hanging when it has not answered a job this long after the job's deadline.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
 
-/// One worker, seen from the front.
+/// The front's data about one worker, and its connection to the worker.
 pub(super) struct Link {
     generation: u64,
     pid: u32,
     sessions: usize,
     stream: UnixStream,
-    /// Number of jobs in `held` except self-tests. Can be read without the lock.
+    /// Number of jobs in `held` except self-tests. This number can be read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
     flush: Notify,
-    /// Cancelled when the worker must end now. `State` then holds the cause.
+    /// A token that is cancelled when the worker must end now; the cause is in `State`.
     ended: CancellationToken,
 }
 
@@ -62,13 +62,13 @@ impl fmt::Debug for Link {
     }
 }
 
-/// Starts a worker process. Returns it with the front's end of its socket.
+/// Starts a worker process. Returns the process with the front's end of its socket.
 pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
     let (command, ours) = process::command(program, settings, "token-worker")?;
     ours.set_nonblocking(true)?;
     let child = Command::from(command)
-        // Dropping the handle must not kill the process: it may be inside `C_Login`, where SIGKILL can damage a SoftHSM
-        // token.
+        // When the handle is dropped, the process must not be killed: it may be inside `C_Login`, where SIGKILL can
+        // damage a SoftHSM token.
         .spawn()?;
     Ok((child, UnixStream::from_std(ours)?))
 }
@@ -112,8 +112,8 @@ impl Link {
         self.in_flight() < self.sessions && !self.ended.is_cancelled()
     }
 
-    /// Sends a job directly, without another task in between. The socket buffer has room for many times the jobs that a
-    /// worker may hold.
+    /// Sends a job to the worker directly, not through another task. The socket buffer has room for many times the jobs
+    /// that a worker may hold.
     pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         if !job.work.is_self_test() {
@@ -161,8 +161,8 @@ impl Link {
         }
     }
 
-    /// Reads replies and passes each to `take` with its job. Ends when the socket ends or a reply is invalid, and
-    /// returns the reason.
+    /// Reads replies and passes each to `take` with its job. Returns the reason when the socket is closed or a reply is
+    /// invalid.
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
         let mut inbox = Inbox::default();
         loop {
@@ -213,8 +213,8 @@ impl Link {
         self.state().cause.clone().unwrap_or_default()
     }
 
-    /// Whether the worker holds a job that is long past its deadline. The caller of that job already has an answer, but
-    /// the thread that runs it hangs.
+    /// Whether the worker holds a job that is long past its deadline. The caller of this job already has an answer, but
+    /// the session thread that runs the job hangs.
     pub(super) fn is_wedged(&self) -> bool {
         let now = Instant::now();
         self.state()
@@ -254,8 +254,8 @@ pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStat
     None
 }
 
-/// Sends the setup and reads the reply, before the worker serves jobs. In the meantime `calling` is set to each
-/// function of the module that the worker calls.
+/// Sends the setup and reads the reply, before the worker serves jobs. While this function waits, it sets `calling` to
+/// each function of the module that the worker calls.
 pub(super) async fn exchange(
     stream: &UnixStream,
     request: &Request,

@@ -44,7 +44,7 @@ fn tests_that_change_a_key() -> Vec<&'static str> {
     tests.map(|test| test.name).collect()
 }
 
-/// Describes the settings with which a token makes the keys that it refused, and the risks of these settings.
+/// Describes the settings with which the token would make the keys that it refused, and the risks of these settings.
 fn helped_by_settings(
     refusal: &Refusal,
     integrity_key: IntegrityKey,
@@ -90,7 +90,7 @@ fn listed_names(names: &[&str]) -> String {
     }
 }
 
-/// Suggests the other kinds of integrity keys, for a token that makes none for a session.
+/// Suggests the other kinds of integrity keys, for a token that refused the configured kind.
 fn other_kinds(making: Making) -> String {
     let Making::IntegrityKey(kind) = making else {
         return String::new();
@@ -116,7 +116,7 @@ pub(crate) enum AdminError {
     /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// A PIN is missing or was rejected: that of the user, or that of the security officer when a token is initialised.
+    /// The user PIN or, when a token is initialised, the security officer's PIN is missing or was rejected.
     #[error("{0}")]
     Pin(String),
     /// The new user PIN does not match the limits of the token.
@@ -162,7 +162,7 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
-    /// Describes a token that is open. The command needs only its names.
+    /// Describes a token that is open. The command needs only the token's names.
     pub(crate) fn of(info: &TokenInfo) -> Self {
         Self {
             slot: 0,
@@ -176,7 +176,7 @@ impl Listed {
     }
 }
 
-/// A key on the token, with the results of attribute check and self-test.
+/// A key on the token, with the results of its attribute check and its self-test.
 #[derive(Clone, Debug)]
 pub(crate) struct CheckedKey {
     /// The id of the key.
@@ -195,16 +195,16 @@ pub(crate) struct CheckedKey {
     pub(crate) integrity_key: Vec<Finding>,
     /// Why the key must not be used. Absent when the key passed all checks.
     pub(crate) problem: Option<String>,
-    /// Negative tests that the token cannot run.
+    /// The negative tests that cannot be run on this token.
     pub(crate) not_tried: Vec<&'static str>,
-    /// The content of the file of an integrity key that was made in the memory of this process.
+    /// The content of the integrity key's file, if the integrity key was made in the memory of this process.
     pub(crate) integrity_key_file: Option<String>,
 }
 
 /// Lists all slots with a token, initialised or not. Needs no PIN.
 pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let module = module::load(settings)?;
-    // Without valid settings the list still works, because it helps to find the right settings.
+    // Tokens are also listed if the settings are not valid, because the list helps to find the right settings.
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
@@ -237,7 +237,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     Ok(listed)
 }
 
-/// Returns the information of a slot about a mechanism. `None` if the slot does not list it.
+/// Returns the information of a slot about a mechanism, or `None` if the slot does not list the mechanism.
 fn mechanism(module: &Module, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
     calling::next("C_GetMechanismInfo");
     module.get_mechanism_info(slot, kind).ok()
@@ -264,7 +264,7 @@ pub(crate) fn init_token(
         None => blank_slot(&module, label)?,
         Some(serial) => slot_to_erase(&module, serial, label)?,
     };
-    // All checks come first, so that nothing is erased before a refusal.
+    // All checks are made before the token is initialised, so that a refused command erases nothing.
     let token_info = module.get_token_info(slot).map_err(Fault::from)?;
     if let Some(problem) = pin_problem("security officer's PIN", so_pin, &token_info) {
         return Err(AdminError::Pin(problem));
@@ -329,7 +329,7 @@ fn takes(info: &PkcsTokenInfo) -> String {
     )
 }
 
-/// Checks that the token can return the label unchanged, so that the token is found by it.
+/// Checks that the token can return the label unchanged, because commands find the token by its label.
 fn check_label(label: &str) -> Result<(), AdminError> {
     let problem = if label.is_empty() || label.chars().any(char::is_control) {
         "must have 1 to 32 bytes and no control characters"
@@ -425,7 +425,7 @@ fn slot_to_erase(module: &Module, serial: &str, label: &str) -> Result<Slot, Adm
 pub(crate) struct Admin {
     settings: Settings,
     token: OpenToken,
-    /// The `CKA_ID` of the objects of keys, as far as the command has sent them.
+    /// The `CKA_ID` of each key's objects, for the keys that the command has sent.
     known: HashMap<WrappingKeyId, ObjectIds>,
     /// Integrity keys that were made in, or unwrapped into, the memory of this process.
     secrets: RefCell<HashMap<WrappingKeyId, WorkerKey>>,
@@ -471,7 +471,7 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// A key that the command did not name is where `key generate` makes keys.
+    /// If the command did not send the `CKA_ID` of a key's objects, returns the place where `key generate` makes keys.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -487,7 +487,7 @@ impl Admin {
         }
     }
 
-    /// A key with its integrity key.
+    /// Finds a wrapping key and its integrity key.
     fn pair(&self, id: WrappingKeyId) -> Result<KeyPair, Fault> {
         let pair = keys::find(&self.token.anchor, &self.place(id))?;
         let pair = self.token.with_integrity_key(&self.settings, pair)?;
@@ -502,7 +502,7 @@ impl Admin {
         }
     }
 
-    /// Opens a session with the handles of keys.
+    /// Opens a session and finds the handles of these keys.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         let places = ids
             .iter()
@@ -516,7 +516,7 @@ impl Admin {
         &self.token.info
     }
 
-    /// Whether the token answered the login with the code that another process is already logged in.
+    /// Whether the token answered the login with the code for "another process is already logged in".
     pub(crate) fn is_login_of_another(&self) -> bool {
         self.token.is_login_of_another
     }
@@ -526,8 +526,9 @@ impl Admin {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its integrity key, reads back every attribute and proves both. A key that does not pass
-    /// is removed again. This function registers nothing.
+    /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. A
+    /// key that fails one of these checks is removed from the token. This function does not add the key to the
+    /// registry.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
@@ -570,7 +571,7 @@ impl Admin {
         )))
     }
 
-    /// Checks with keys that end with the session whether the token can do what is needed and refuses what it must
+    /// Makes keys that end with the session, to check that the token can do what is needed and refuses what it must
     /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys for a session,
     /// these are the tests that change a key.
     fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
@@ -608,7 +609,7 @@ impl Admin {
                 Subject::Throwaway,
             )
         });
-        // The keys end with the session at the latest.
+        // If the removal fails, the keys end with the session.
         let _removed = made.remove(session);
         match tried {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
@@ -622,7 +623,7 @@ impl Admin {
         }
     }
 
-    /// Adds the cause to a refusal, as far as it can be found out.
+    /// Adds the cause to a refusal, if the cause can be determined.
     fn explained(&self, refusal: Refusal) -> AdminError {
         let Some(making) = refusal.making else {
             return refusal.fault.into();
@@ -649,7 +650,8 @@ impl Admin {
         }
     }
 
-    /// Returns the key. If its integrity key was made in the memory of this process, the content of its file is added.
+    /// Returns the key. If the integrity key was made in the memory of this process, adds the content of the integrity
+    /// key's file.
     fn with_integrity_key_file(&self, checked: CheckedKey) -> Result<CheckedKey, AdminError> {
         let (IntegrityPlace::Worker, Some(algorithm)) =
             (&checked.objects.integrity, checked.algorithm)
@@ -679,7 +681,8 @@ impl Admin {
                 "the integrity key of {id} is not of the kind that workers unwrap into their memory"
             )));
         }
-        // A wrapping key whose registry row is lost keeps the integrity key that its records were made with.
+        // If the registry row of a wrapping key is lost, the records of this wrapping key still need its old integrity
+        // key.
         if let Some(object) = keys::integrity_key_on_token(&self.token.anchor, &place)? {
             return Err(AdminError::Untrusted(format!(
                 "the token has a secret key with the CKA_ID {object}, which may be the integrity key of {id}, so no \
@@ -723,7 +726,7 @@ impl Admin {
         })
     }
 
-    /// Makes a MAC with the integrity key of this id.
+    /// Makes a MAC with the integrity key of this wrapping key.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = self.pair(id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)

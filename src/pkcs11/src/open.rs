@@ -37,9 +37,10 @@ pub(super) struct OpenToken {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Keeps the login: the token ends it when the last session of the process is closed.
+    /// A session that keeps the login: the token ends a login when the last session of the process is closed.
     pub(super) anchor: Session,
-    /// Whether the token reported that another process had already logged in, and this process uses that login.
+    /// Whether this process uses the login of another process, because the token reported that this process had already
+    /// logged in.
     pub(super) is_login_of_another: bool,
     pub(super) times: Times,
 }
@@ -59,7 +60,7 @@ pub(super) struct ProvedKey {
     pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
-    /// The negative tests that the token cannot run.
+    /// The negative tests that cannot be run on this token.
     pub(super) not_tried: Vec<&'static str>,
 }
 
@@ -169,14 +170,15 @@ impl OpenToken {
         let recorded = login.set(now.clone());
         drop(login);
         let Some(error) = error else {
-            // The login itself succeeded. If the PIN was unproven, the next login has one attempt less.
+            // The login itself succeeded. If the PIN was unproven, the record therefore still counts this login as a
+            // used attempt.
             if let Err(error) = recorded {
                 tracing::warn!(%error, "cannot record that the PIN was accepted");
             }
             return Ok((false, took));
         };
-        // On a token where a login covers several processes, another process has logged in before. The PIN was not
-        // checked. The attribute check and the self-test decide whether this login can be used.
+        // On some tokens, a login applies to several processes, and another process has already logged in. The token
+        // did not check the PIN. The attribute check and the self-test decide whether this login can be used.
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
@@ -188,7 +190,8 @@ impl OpenToken {
         Err(self.failed_login(&error, answer, now.as_ref(), after))
     }
 
-    /// Adds an explanation to a failure after the login, if a login of another process may be the cause.
+    /// Adds an explanation to a failure that occurred after the login, if the login of another process may be the
+    /// cause.
     pub(super) fn explained(&self, fault: Fault) -> Fault {
         let may_be_the_login = matches!(
             fault.class,
@@ -208,7 +211,8 @@ impl OpenToken {
         Ok(Counter::of(&self.module.get_token_info(self.slot)?))
     }
 
-    /// Classifies a failed login. `after` is the token's counter of wrong PINs; absent when the token does not answer.
+    /// Classifies a failed login. `after` is the token's counter of wrong PINs after the login, or `None` if the token
+    /// does not answer.
     fn failed_login(
         &self,
         error: &Error,
@@ -254,8 +258,8 @@ impl OpenToken {
         }
     }
 
-    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test. If its integrity key is
-    /// not on the token, unwraps the integrity key before the self-test.
+    /// Finds a wrapping key, compares it with the registry, checks its attributes and runs its self-test. If the
+    /// integrity key is not on the token, unwraps the integrity key before the self-test.
     pub(super) fn prove(
         &self,
         settings: &Settings,
@@ -287,7 +291,7 @@ impl OpenToken {
         })
     }
 
-    /// Returns the same key. If its integrity key is not on the token, the integrity key is unwrapped.
+    /// Returns the key pair. If the integrity key is not on the token, unwraps the integrity key from its file.
     pub(super) fn with_integrity_key(
         &self,
         settings: &Settings,
@@ -314,8 +318,8 @@ impl OpenToken {
         operation::probe(open, key.id, public, allow_oaep_sha1)
     }
 
-    /// Runs the negative tests, and logs the risk of each exception. Returns the names of the tests that this token
-    /// cannot run.
+    /// Runs the negative tests, and logs the risk of each exception. Returns the names of the tests that cannot be run
+    /// on this token.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
@@ -370,8 +374,8 @@ fn require_no_login(
     ))
 }
 
-/// Refuses a token that only the registry selected. Otherwise a person who can write to the database could choose which
-/// token is given the PIN.
+/// Refuses a token if several tokens match the settings and only the registry tells them apart: a person who can write
+/// to the database must not be able to choose the token that is given the PIN.
 fn unproven_twin(info: &TokenInfo) -> Fault {
     Fault::new(
         Class::Configuration,
@@ -400,7 +404,7 @@ fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), F
     ))
 }
 
-/// Converts the PIN for the module.
+/// Converts the PIN to the type of the PKCS#11 library.
 pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
     AuthPin::new(pin.expose().into())
 }
@@ -448,8 +452,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
 }
 
 impl From<RecordError> for Fault {
-    /// Without the record, a wrong PIN could be used repeatedly. The class allows retries, because a full disk or a
-    /// busy lock is temporary.
+    /// The login is refused, because a wrong PIN could be used repeatedly without the record of PINs. The failure class
+    /// allows retries, because a full disk or a busy lock is temporary.
     fn from(error: RecordError) -> Self {
         let mut detail = error.to_string();
         let mut cause = std::error::Error::source(&error);

@@ -58,7 +58,7 @@ pub(super) struct Selector {
 }
 
 impl Selector {
-    /// Builds a selector from the settings, which must contain exactly one of the three.
+    /// Builds a selector from the settings, which must contain exactly one of `label`, `serial` and `uri`.
     pub(super) fn from_settings(settings: &Settings) -> Result<Self, SelectorError> {
         match (&settings.label, &settings.serial, &settings.uri) {
             (Some(label), None, None) => Ok(Self {
@@ -75,7 +75,7 @@ impl Selector {
         }
     }
 
-    /// Builds a selector from an RFC 7512 URI with path attributes of a token only.
+    /// Builds a selector from an RFC 7512 URI. The URI may contain only the path attributes of a token.
     pub(super) fn from_uri(uri: &str) -> Result<Self, SelectorError> {
         // The scheme is not case-sensitive (RFC 3986 section 3.1).
         let (scheme, path) = uri.split_once(':').ok_or(SelectorError::Scheme)?;
@@ -119,7 +119,7 @@ impl Selector {
             && same(&self.model, info.model())
     }
 
-    /// Label, serial number, manufacturer and model, as far as they matter.
+    /// The required label, serial number, manufacturer and model; `None` where any value matches.
     pub(super) fn parts(&self) -> [Option<&str>; 4] {
         [&self.label, &self.serial, &self.manufacturer, &self.model].map(Option::as_deref)
     }
@@ -162,18 +162,19 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
 pub(super) struct Selected {
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Whether other tokens match the settings too, so that the registry's serial number selected this one.
+    /// Whether other tokens match the settings too, so that a serial number in the registry selected this token.
     pub(super) is_one_of_several: bool,
 }
 
-/// How the serial numbers of the registry affect the choice of a token. An empty list has no effect.
+/// How the serial numbers in the registry affect the choice of a token. If the registry contains no serial number, they
+/// have no effect.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
     /// For `serve`: only a token with one of the serial numbers is chosen. Another token with the same label may belong
     /// to another user, who would learn the PIN.
     Required(&'a [&'a str]),
-    /// For commands: the serial numbers are used only if several tokens match. Some commands are for a clone, or for a
-    /// token without registered keys.
+    /// For commands: the serial numbers are used only if several tokens match. Some commands are used with a clone of
+    /// the registered token, or with a token that has no registered keys.
     Preferred(&'a [&'a str]),
 }
 
@@ -188,7 +189,7 @@ impl Registered<'_> {
     }
 }
 
-/// Finds the only initialised token that matches. If there is none, searches again for a while.
+/// Finds the only initialised token that matches. If no token matches, searches again for a while.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,

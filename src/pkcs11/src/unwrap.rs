@@ -13,7 +13,8 @@ use crate::{
     operation,
 };
 
-/// Reads the file of a key, if the configuration has its digest, and unwraps it on the token.
+/// Reads the file of an integrity key, if the configuration has the digest of the file, and unwraps the integrity key
+/// on the token.
 pub(super) fn integrity_key(
     session: &Session,
     pair: &KeyPair,

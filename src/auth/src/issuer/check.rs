@@ -1,4 +1,4 @@
-//! Checks the settings of issuers beyond their types and names.
+//! Checks the settings of issuers. These checks come after the checks of the settings' names and types.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
@@ -142,8 +142,8 @@ impl Settings {
         }
     }
 
-    /// A provider issues access tokens for many applications. The settings must exclude access
-    /// tokens for other applications.
+    /// A provider issues access tokens for many applications. The settings of the issuer must exclude access tokens
+    /// that are meant for other applications.
     fn check_demands(&self, problems: &mut Vec<String>) {
         if self.algorithms.is_empty() {
             problems.push("`algorithms` is empty, so no access token could be verified".to_owned());

@@ -88,7 +88,7 @@ pub enum SetError {
 pub struct LeftOut {
     /// Weak or malformed keys.
     pub(super) refused: Vec<String>,
-    /// Keys for other purposes than signatures.
+    /// The keys for purposes other than signatures.
     pub(super) other: Vec<String>,
 }
 
@@ -118,7 +118,7 @@ pub enum SourceError {
         /// The reason of the refusal.
         source: SetError,
     },
-    /// The operation does not match the issuer's source of keys: a file, or a URL.
+    /// The operation is for keys from a URL, but the issuer's keys come from a file, or the other way round.
     #[error("internal error: the issuer's keys come from another kind of source")]
     OtherSource,
     /// The CA file cannot be read.
@@ -129,7 +129,7 @@ pub enum SourceError {
     AuthorityPem {
         /// The file.
         path: String,
-        /// The problem of the file.
+        /// The problem of the CA file.
         source: pem::Error,
     },
     /// The HTTP client refuses a CA.
@@ -214,7 +214,7 @@ pub enum SourceError {
         url: String,
         /// The URL of the key set.
         jwks_uri: String,
-        /// The problem of that URL.
+        /// The reason why keys must not be fetched from the URL.
         problem: &'static str,
     },
     /// The task that read the key set ended early.

@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError};
 
-/// Longest CA file, in bytes. The CA file of a Linux distribution has 0.3 MiB.
+/// Longest CA file, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
 
@@ -63,7 +63,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
 }
 
 impl Fetcher {
-    /// Creates a fetcher for an issuer whose keys are not in a file.
+    /// Creates a fetcher for an issuer whose keys come from a URL.
     pub(super) fn new(settings: &Settings) -> Result<Self, SourceError> {
         let mut builder = Client::builder()
             .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
@@ -86,7 +86,7 @@ impl Fetcher {
         })
     }
 
-    /// Fetches the key set, and before that the discovery document if it contains the URL of the key set.
+    /// Fetches the key set. If the URL of the key set is in a discovery document, fetches the discovery document first.
     pub(super) async fn fetch(&self) -> Result<KeySet, SourceError> {
         let url = match &self.source {
             KeySource::Discovery(url) => self.discover(url).await?,
@@ -94,7 +94,8 @@ impl Fetcher {
             KeySource::Set(_) | KeySource::Pem(_) => return Err(SourceError::OtherSource),
         };
         let bytes = self.get(&url).await?;
-        // Examining a set full of long RSA keys takes a large part of a second.
+        // The key set is parsed in a separate thread, because this takes a large part of a second for a set with many
+        // long RSA keys.
         let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
         let parsed = parsing.await.map_err(SourceError::Task)?;
         parsed.map_err(|source| SourceError::Set { place: url, source })
@@ -145,8 +146,8 @@ impl Fetcher {
     }
 }
 
-/// The error of a failed request. The HTTP client's own mention of the URL is removed, because the error already
-/// contains it.
+/// Returns the error of a failed request. Removes the URL from the HTTP client's error, because the returned error
+/// already contains the URL.
 fn failed(url: &str, source: reqwest::Error) -> SourceError {
     let (url, source) = (url.to_owned(), source.without_url());
     if source.is_timeout() {

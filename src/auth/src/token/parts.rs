@@ -10,7 +10,8 @@ use crate::{
 
 use super::refusal::{Cause, Refusal, shown};
 
-/// Header members that contain a key or its address. A key that comes with the access token proves nothing.
+/// The header members that contain a key or the address of a key. A key that comes with the access token proves
+/// nothing.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.
@@ -44,18 +45,20 @@ impl Parts {
         })
     }
 
-    /// The claimed issuer, which is used only to choose the configuration.
+    /// Returns the issuer that the access token claims. The value is used only to choose the configuration of an
+    /// issuer.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
         issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))
     }
 
-    /// The claimed time of issue, in seconds since 1970.
+    /// Returns the time of issue that the access token claims, in seconds since 1970.
     pub(super) fn issued_s(&self) -> Option<i64> {
         self.claims.get("iat").and_then(Value::as_i64)
     }
 
-    /// Returns the algorithm, if the issuer may use it. Refuses headers with keys or with unknown extensions.
+    /// Returns the algorithm of the access token, if the issuer may use the algorithm. Refuses headers with keys or
+    /// with unknown extensions.
     pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
@@ -102,7 +105,7 @@ impl Parts {
         )))
     }
 
-    /// Returns the key that the header refers to.
+    /// Returns the references to a key in the header.
     pub(super) fn named_key(&self) -> Result<Named<'_>, Refusal> {
         let text = |member: &str| match self.header.get(member) {
             None => Ok(None),

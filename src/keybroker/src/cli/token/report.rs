@@ -164,14 +164,14 @@ fn page(report: &Report) -> String {
     parts.push(attribute_table(report));
     parts.push("## Rates".to_owned());
     let place = match report.token_cpu_is_local {
-        Some(true) => "The token's work takes CPU time of this machine.",
-        Some(false) => "The token's work takes no CPU time of the process that uses it.",
-        None => {
-            "The report did not measure whether the token's work takes CPU time of this machine."
+        Some(true) => "The token's operations take CPU time of the machine that wrote this page.",
+        Some(false) => {
+            "The token's operations take no CPU time of the process that wrote this page."
         }
+        None => "The CPU time of the token's operations was not measured.",
     };
     parts.push(format!(
-        "The rates were measured once, on a machine with other load. {place}"
+        "The rates were measured once; other load on the machine changes them. {place}"
     ));
     let rates = report.rates.iter();
     parts.push(table(
@@ -186,7 +186,7 @@ fn introduction(report: &Report) -> Vec<String> {
     let mut parts = vec![
         format!("# {} {}", identity.manufacturer, identity.model),
         format!(
-            "This report was made by `keybroker token report` {}. Verdict: **{}**.",
+            "`keybroker token report` {} wrote this page. Verdict: **{}**.",
             report.keybroker,
             verdict.result.as_str()
         ),
@@ -194,7 +194,7 @@ fn introduction(report: &Report) -> Vec<String> {
     let heading = match verdict.result {
         Outcome::Works => None,
         Outcome::WorksWithExceptions => Some("What each exception accepts:"),
-        Outcome::Refused => Some("Why the token cannot be used:"),
+        Outcome::Refused => Some("Why the broker cannot use this token:"),
     };
     if let Some(heading) = heading {
         parts.push(heading.to_owned());

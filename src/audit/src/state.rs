@@ -113,7 +113,7 @@ fn measure(state: &State) {
 pub(super) fn slow() -> Error {
     Error {
         text: format!(
-            "no entry became durable within {} ms; check the disk",
+            "no audit entry became durable within {} ms; check the disk",
             APPEND_TIMEOUT.as_millis()
         ),
         class: Class::Slow,

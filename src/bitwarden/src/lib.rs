@@ -82,7 +82,7 @@ pub enum Error {
     #[error("the key is wrong, or the encrypted text was changed")]
     Decrypt,
     /// The plain text is too long for the type of encrypted text.
-    #[error("too long to be encrypted")]
+    #[error("the plain text is too long to be encrypted")]
     TooLong,
     /// The system has no memory or no random bytes.
     #[error("the system did not provide {0}")]

@@ -429,14 +429,14 @@ where
         Ok(result) => result.map_err(Error::from),
         Err(_) => Err(Error::new(
             Reason::Deadline,
-            "deadline passed while waiting for the store or the token",
+            "the deadline passed while the call waited for the store or the token",
         )),
     }
 }
 
 /// A task of the broker panicked or was cancelled.
 #[derive(Debug, thiserror::Error)]
-#[error("the task of {work} failed")]
+#[error("the task for {work} failed")]
 struct TaskFailed {
     work: &'static str,
     source: tokio::task::JoinError,

@@ -212,7 +212,11 @@ impl Limits {
 }
 
 fn used_up(wait: Duration) -> Error {
-    Error::new(Reason::FailureBudget, "the failure limit is reached").retry_after(wait)
+    Error::new(
+        Reason::FailureBudget,
+        "the limit of failed attempts is reached",
+    )
+    .retry_after(wait)
 }
 
 /// A network of callers, by which refusals are counted and logged: an IPv4 /24 or an IPv6 /64.

@@ -196,7 +196,7 @@ impl Broker {
         let key = found.ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
         if key.fingerprint != row.fingerprint {
             return Err(untrusted(format!(
-                "public key {} on the token, {} in the registry",
+                "the public key is {} on the token, but {} in the registry",
                 key.fingerprint, row.fingerprint
             )));
         }
@@ -242,7 +242,7 @@ fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Erro
         return Ok(());
     }
     let detail = format!(
-        "registry row of wrapping key {}: number {} ({}) came after number {} ({})",
+        "registry row of wrapping key {}: the row has number {} ({}), but the last verified row had number {} ({})",
         after.id,
         after.sequence,
         after.state.as_str(),

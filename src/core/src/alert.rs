@@ -71,7 +71,7 @@ alerts! {
     TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
     FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
-    ClientDamaged = "client-damaged", Warning, "The row of an API client does not verify.";
+    ClientDamaged = "client-damaged", Warning, "The row of an API client is damaged.";
     Registry = "registry", Critical, "The registry of wrapping keys and the token disagree.";
     RecordDamaged = "record-damaged", Warning, "A stored row cannot be parsed, or its MAC does not verify.";
     StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while the database was open.";
@@ -85,7 +85,7 @@ alerts! {
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
     PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier policies stay in force.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";
-    Bug = "bug", Warning, "A fault of the broker itself.";
+    Bug = "bug", Warning, "An internal error of the broker.";
 }
 
 /// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. After `raise`,

@@ -162,7 +162,7 @@ pub enum Error {
     )]
     Damaged(String),
     /// The deadline passed before a token call began, or before its result arrived.
-    #[error("deadline passed before the token answered")]
+    #[error("the deadline passed before the token answered")]
     Deadline,
     /// The token cannot do the work before the deadline, or the queue is full.
     #[error("the token cannot do the work in time")]

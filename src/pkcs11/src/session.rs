@@ -294,7 +294,7 @@ fn check_deadline(deadline: u64) -> Result<(), Stop> {
     } else {
         Err(Stop::failed(
             FailureClass::Deadline,
-            "deadline passed before the token call",
+            "the deadline passed before the call of the token",
         ))
     }
 }

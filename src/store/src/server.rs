@@ -257,7 +257,7 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
             Some("28P01" | "28000") => {
                 "check the user in `store.url`, and `password_file` or `password_variable`"
             }
-            _ => "see the log of the server",
+            _ => "see the log of the database server",
         }
     } else if chain(&error).contains("certificate") {
         // The driver passes the error of its TLS library on without a type of its own.
@@ -266,7 +266,7 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
     } else if matches!(error, sqlx::Error::Tls(_)) {
         "enable TLS on the server; set `store.tls = \"plaintext\"` only on a network that no other machine can access"
     } else {
-        "check `store.url`, and check whether the server runs"
+        "check `store.url`, and check whether the database server runs"
     };
     let is_damage = is_damage(&error);
     let detail = Detail::caused(format!("cannot use the {shown}"), error).remedy(remedy);

@@ -88,7 +88,7 @@ impl Socket {
             if error.is_missing() {
                 Error::Down(
                     Detail::of(error)
-                        .remedy("check `store.url`, and check whether the server runs"),
+                        .remedy("check `store.url`, and check whether the database server runs"),
                 )
             } else {
                 refused(error)
@@ -97,7 +97,7 @@ impl Socket {
         let shown = self.path.display();
         let unreachable = |error: std::io::Error| {
             let detail = Detail::caused(format!("cannot connect to {shown}"), error);
-            Error::Down(detail.remedy("check whether the server runs"))
+            Error::Down(detail.remedy("check whether the database server runs"))
         };
         let connection = UnixStream::connect(&self.path).await.map_err(unreachable)?;
         let listener = connection.peer_cred().map_err(unreachable)?.uid();

@@ -82,7 +82,7 @@ pub async fn run(
     let started = tokio::select! {
         started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
         name = signals.next() => {
-            tracing::info!(signal = name, "stopped during the start; no call was served");
+            tracing::info!(signal = name, "the broker was stopped during its start; no call was served");
             Ok(None)
         }
     };

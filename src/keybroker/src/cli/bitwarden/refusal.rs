@@ -57,7 +57,7 @@ impl From<RequestError> for Failure {
 /// The failure to read back a key that was just stored.
 pub(super) fn not_read_back(failure: Failure) -> Failure {
     Failure {
-        message: format!("the key was stored, but not read back: {}", failure.message),
+        message: format!("the key was stored, but could not be read back: {}", failure.message),
         ..failure
     }
     .hint(
@@ -165,6 +165,10 @@ mod tests {
             assert_eq!(failure.exit, Exit::Refused);
         }
         let failure = not_read_back(refused(StatusCode::NOT_FOUND, None, b"{}"));
-        assert!(failure.message.contains("stored, but not read back"));
+        assert!(
+            failure
+                .message
+                .contains("stored, but could not be read back")
+        );
     }
 }

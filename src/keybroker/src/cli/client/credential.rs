@@ -35,7 +35,7 @@ impl Credential {
                 let id = ClientId::from_hex(id).ok_or_else(|| {
                     let what = format!("--client-id {id:?} is not 32 hexadecimal digits");
                     Failure::new(Exit::Usage, what)
-                        .hint("`keybroker client-credential list` shows the ids")
+                        .hint("`keybroker client-credential list` shows the ids of the API clients")
                 })?;
                 let secret = line("--client-secret-file", file)?;
                 Ok(builder.api_client(id, ClientSecret::new(secret.as_str())))

@@ -124,7 +124,10 @@ async fn a_token_without_keys_for_hmac_serves_once_the_digest_of_the_file_is_con
     let sentence = "a person who reads the memory of a worker";
     let checked = site.run(&["token", "check"]);
     says("token check", &checked, 0, &[sentence]);
-    let row = format!("the workers unwrap it from {}", file.display());
+    let row = format!(
+        "the workers unwrap the integrity key from {}",
+        file.display()
+    );
     assert!(checked.stdout.contains(&row), "{checked:#?}");
     let listed = site.expect_ok(&["-o", "json", "key", "list"]);
     let listed: Value = serde_json::from_str(&listed).unwrap();

@@ -108,7 +108,7 @@ impl Broker {
             Err(error) => {
                 tracing::info!(
                     %error,
-                    "the token did not verify the MACs of a page of rows, so the page shows the rows as unverified"
+                    "the token did not verify the MACs of some rows of a page, so the page shows these rows as unverified"
                 );
                 verifier.has_failed = true;
                 Verified::NotAsked

@@ -44,8 +44,8 @@ pub(super) struct Arguments {
     /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
     connections: u32,
-    /// Seconds for which the broker is measured; the token alone is measured before and after the broker, each time for three
-    /// quarters of these seconds
+    /// Seconds for which the broker is measured; the token alone is measured before and after the broker, each time for about
+    /// three quarters of these seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// Warm-up in seconds before the broker is measured

@@ -36,15 +36,15 @@ pub(super) enum Command {
     Check(UserPin),
     /// Report which operations the token supports, and which forbidden operations the token permits
     ///
-    /// The report is made to be published and to be compared with the reports of other tokens. The command runs in a separate
+    /// You can publish the report, and compare a token with a published report (`--expect`). The command runs in a separate
     /// process and uses session keys, which the token discards at the end. Run this command only while no broker uses the token,
     /// because the command puts load on the token and ends with `C_Logout`.
     Report(report::Arguments),
     /// Allow one more login with a PIN that the token rejected; the broker may be running
     ///
-    /// Keybroker records each rejected PIN in the state directory. No command and no worker tries a rejected PIN again with the
-    /// token that rejected the PIN. Run this command if the rejected PIN is correct now, because the token was unlocked or the
-    /// PIN of the token was changed.
+    /// Keybroker records a hash of each rejected PIN in the state directory. No command and no worker tries a rejected PIN again
+    /// with the token that rejected the PIN. Run this command if the rejected PIN is correct now, because the token was unlocked
+    /// or the PIN of the token was changed.
     RetryPin(RetryPin),
     /// Record that the token was backed up and that the restore was tested, for every key on the token
     BackupConfirmed(UserPin),

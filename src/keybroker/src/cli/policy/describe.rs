@@ -70,7 +70,7 @@ pub(super) struct Who {
     /// Organisation of the user; may be repeated
     #[arg(long = "organisation")]
     organisations: Vec<String>,
-    /// Attribute of the principal, as the `attributes` of an `[[issuer]]` set it from a claim; may be repeated
+    /// Attribute that the setting `attributes` of an `[[issuer]]` makes from a claim; may be repeated
     #[arg(long = "attribute", value_name = "NAME=VALUE")]
     attributes: Vec<String>,
     /// IP address of the caller [default: 127.0.0.1]

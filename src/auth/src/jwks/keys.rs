@@ -300,7 +300,7 @@ impl Keys {
         })));
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
-            tracing::info!(issuer = %self.name, "the issuer's key set can be fetched again");
+            tracing::info!(issuer = %self.name, "the issuer's key set is available again");
         }
     }
 
@@ -335,7 +335,8 @@ impl Keys {
         } else {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "the issuer's key set was never fetched; the issuer's access tokens are refused until the key set is fetched"
+                "the broker has no key set of the issuer yet; the issuer's access tokens are refused until the broker \
+                 has a key set"
             );
         }
         *problem = Some(new);

@@ -34,7 +34,7 @@ const PASSWORD_BYTES_MAX: usize = 4_096;
 /// Longest file of authorities, in bytes. The file of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
-    Purpose::trust("other users could decide which database server is believed");
+    Purpose::trust("other users could decide which database server is trusted");
 
 #[derive(Debug, thiserror::Error)]
 #[error("`store.url` {0}")]

@@ -17,8 +17,7 @@ use tokio::net::UnixStream;
 
 use super::{Error, error::Detail};
 
-const RISK: &str =
-    "other users could listen there in place of the database server, and receive its password";
+const RISK: &str = "other users could listen on this socket in place of the database server, and receive the password of the database";
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 

@@ -17,7 +17,7 @@ use keybroker_core::trusted_file::{self, Purpose};
 const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
 /// The configuration file that SoftHSM reads without the variable, as built by Debian.
 const SOFTHSM_DEFAULT: &str = "/etc/softhsm/softhsm2.conf";
-const MODULE: Purpose = Purpose::trust("other users could replace the code that is given the PIN");
+const MODULE: Purpose = Purpose::trust("other users could replace the code that receives the PIN");
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 

@@ -33,7 +33,7 @@ const JSON_UTF8: &str = "application/json; charset=utf-8";
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
 /// Longest file of CA certificates, in bytes. The file of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]

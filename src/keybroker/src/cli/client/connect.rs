@@ -24,7 +24,7 @@ use keybroker_core::{
 
 /// Longest PEM file, in bytes. The CA certificates of a Linux distribution have 0.3 MiB.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
 const KEY: Purpose = Purpose::secret("private key");
 

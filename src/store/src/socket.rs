@@ -17,7 +17,8 @@ use tokio::net::UnixStream;
 
 use super::{Error, error::Detail};
 
-const RISK: &str = "other users could listen on this socket in place of the database server, and receive the password of the database";
+const RISK: &str =
+    "other users could listen on this socket, and would receive the password of the database";
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 

@@ -1,5 +1,5 @@
-//! Checks whether the files of a log are still those that this process wrote. The directory, `log-id`, `lock` and every
-//! segment are compared by device, inode and length.
+//! Checks whether the files of a log are still the files that this process wrote. The directory, `log-id`, `lock` and
+//! every segment are compared by device, inode and length.
 //!
 //! Not detected: bytes inside a file that are replaced without changing its length.
 //!

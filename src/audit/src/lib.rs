@@ -43,8 +43,8 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The parent directory, of mode 0700. `serve` writes to the directory `audit.instance` below it, and each run of a
-    /// changing command writes to `cli-…/`.
+    /// The parent directory, of mode 0700. `serve` writes to the subdirectory with the name `audit.instance`, and each
+    /// run of a changing command writes to a subdirectory `cli-…/`.
     pub directory: PathBuf,
     /// Name of this instance's log below the directory: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "default_instance")]
@@ -104,8 +104,8 @@ impl Settings {
     }
 
     /// Requests the removal of the oldest segments up to number `through`, on behalf of an operator. The newest segment
-    /// always stays. A running broker removes the segments within a second, and a stopped broker at its next start. An
-    /// audit entry records the removal.
+    /// is never removed. A running broker removes the segments within a second, and a stopped broker at its next start.
+    /// An audit entry records the removal.
     pub fn request_removal(&self, through: u64, principal: &str) -> Result<(), Error> {
         let principal = principal.to_owned();
         let removal = memory::Removal { principal, through };

@@ -21,7 +21,7 @@ use super::{
     writer::{self, Command, Writer},
 };
 
-/// Largest number of entries that wait for the writer. Further entries are refused immediately.
+/// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
 /// The audit log of one instance. Clones share it. The writer ends when the last clone is dropped, or after
@@ -166,8 +166,8 @@ impl AuditLog {
     }
 
     /// Whether the database must know this log, if the database was used with other logs of this instance. There are
-    /// two logs that the database need not know: a log of an earlier release until [`AuditLog::require_binding`] is
-    /// called, and a log with tampering that an operator has acknowledged.
+    /// two kinds of logs that the database need not know: a log of an earlier release until
+    /// [`AuditLog::require_binding`] is called, and a log with tampering that an operator has acknowledged.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
@@ -376,7 +376,7 @@ fn compare_with_mark(
 
 fn found_at_start(memory: &Memory, finding: String) -> Error {
     let error = Error::tampered(finding);
-    // If the finding cannot be stored, the next start finds it again.
+    // If the finding cannot be stored, the next start detects the tampering again.
     if let Err(unwritten) = memory.set_tampering(error.finding()) {
         tracing::warn!(error = %unwritten, "cannot store the finding that the audit log was tampered with");
     }

@@ -2,7 +2,7 @@
 //! segments it has, and whether its files were tampered with. The facts are in the state directory, so that they are
 //! kept after a restart and if the log's directory is replaced.
 //!
-//! A damaged fact is treated as tampering, so that `keybroker audit acknowledge` also resolves it.
+//! A damaged fact is treated as tampering, so that an operator can use `keybroker audit acknowledge` in this case, too.
 //!
 //! Not protected: a process that can write to the state directory can change these facts.
 //!
@@ -147,8 +147,8 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after its acknowledgement has taken effect. This removal also has the effect
-    /// that a log is accepted which the database does not know.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. This removal also
+    /// has the effect that a log is accepted which the database does not know.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;

@@ -25,8 +25,8 @@ use super::{
 
 /// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
-/// Length of the period before the end of the log whose changes the state directory may lack, in microseconds. The
-/// period is one minute, although the state directory is at most one second behind.
+/// Length of the period before the end of the log, in microseconds: the changes in this period may be missing in the
+/// state directory. One minute is a safe value, because the state directory is at most one second older than the log.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
 /// Largest size of one torn group, in bytes. The value assumes a generous size for each line.

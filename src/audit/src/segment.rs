@@ -32,8 +32,8 @@ fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) ->
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
-/// Builds an error from an error of the operating system. The remedy depends on the kind of error; if there is no
-/// remedy for the kind, it is `otherwise`.
+/// Builds an error from an error of the operating system. The remedy depends on the kind of error; `otherwise` is the
+/// remedy for all other kinds.
 fn fail_io(what: &str, path: &Path, error: &io::Error, otherwise: &str) -> Error {
     let known = remedy(path, error);
     fail(what, path, error, known.as_deref().unwrap_or(otherwise))

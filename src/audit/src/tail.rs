@@ -1,4 +1,5 @@
-//! Reads the last lines of a log from its end. The cost does not depend on the length of the log.
+//! Reads the last lines of a log from its end. The cost of reading the last lines does not depend on the length of the
+//! log.
 
 use std::{collections::VecDeque, fs::File, os::unix::fs::FileExt as _, path::Path};
 

@@ -263,7 +263,7 @@ impl Writer {
         }
     }
 
-    /// Whether the error differs from the last one of this subject.
+    /// Whether the error differs from the last error about this subject.
     fn is_news(&mut self, subject: &'static str, error: &Error) -> bool {
         let text = error.to_string();
         let is_news = self.complaints.get(subject) != Some(&text);

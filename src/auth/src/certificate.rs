@@ -50,7 +50,7 @@ pub enum CertificateError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
     sans: BTreeSet<String>,
-    /// The trust domain of the SPIFFE id, if the certificate has one.
+    /// The trust domain of the SPIFFE id, if the certificate has a SPIFFE id.
     trust_domain: Option<String>,
     /// The end of the certificate's validity.
     until: Timestamp,
@@ -117,7 +117,7 @@ impl PeerCertificate {
 }
 
 /// Returns the trust domain of the SPIFFE id, if there is one. A certificate with a SPIFFE id must have no other URI
-/// (X509-SVID section 2). If there were two URIs, different programs could use different ones.
+/// (X509-SVID section 2). If there were two URIs, different programs could use different URIs.
 fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, CertificateError> {
     let uris: Vec<&str> = names
         .iter()

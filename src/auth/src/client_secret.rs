@@ -1,6 +1,6 @@
 //! Verifies the secrets of API clients with Argon2id (RFC 9106). Argon2id deliberately costs much memory and time.
-//! Therefore it runs outside the async threads and has a limit of its own. An unknown id, a revoked API client and a
-//! wrong secret cost the same time and get the same answer.
+//! Therefore Argon2id runs outside the async threads and has a limit of its own. An unknown id, a revoked API client
+//! and a wrong secret cost the same time and get the same answer.
 //!
 //! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2id nor a
 //! look-up of the API client. When any API client is changed through this broker, all remembered secrets are forgotten.
@@ -48,7 +48,7 @@ use turns::{Lane, Turns};
 const REMEMBERED: Duration = Duration::from_mins(1);
 /// Largest number of accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
-/// How long after its last use the broker remembers which stored hash a secret matched.
+/// Time for which the broker remembers which stored hash a secret matched, counted from the last use of the secret.
 const PROVEN: Duration = Duration::from_hours(24);
 /// Largest number of secrets whose matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
@@ -100,7 +100,7 @@ const ITERATIONS_MAX: u32 = 16;
 const PARALLELISM_MAX: u32 = 16;
 
 impl Settings {
-    /// Returns the problem of the parameters.
+    /// Returns the reason why the parameters of Argon2id are not accepted, or `None` if they are accepted.
     pub fn problem(&self) -> Option<String> {
         let (memory, iterations) = (self.argon2_memory_kib, self.argon2_iterations);
         if !FLOOR
@@ -165,10 +165,10 @@ pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// Returns a number that changes with each change of any client through this broker.
     fn generation(&self) -> u64;
 
-    /// Notes that a secret was accepted.
+    /// Notes that a secret was accepted, with the current time.
     fn note_use(&self, id: ClientId, secret: u32);
 
-    /// Replaces the weak hash of an accepted secret with this stronger one.
+    /// Replaces the weak hash of an accepted secret with this stronger hash.
     fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
 }
 
@@ -179,13 +179,13 @@ pub struct Secrets {
     /// The accepted secrets, as HMACs under a random key of this process. Therefore the memory contains no unkeyed hash
     /// with which an attacker could check guesses.
     remembered: Cache<Tag, Known>,
-    /// The stored hashes that secrets matched. The secrets are HMACs under the key of this process.
+    /// The stored hashes that secrets matched. The key of the cache is the HMAC of a client id and a secret.
     proven: Cache<Tag, Proof>,
     /// The running trials, by the HMAC of id and secret and the generation of the directory.
     trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
     turns: Turns,
-    /// A hash that no secret matches. It fills the list of hashes up to its fixed length.
+    /// A hash that no secret matches. This hash fills the list of hashes up to the fixed length of the list.
     dummy: Arc<str>,
 }
 
@@ -448,8 +448,8 @@ fn overloaded() -> Error {
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// The hashes with which a secret is compared. Their number is the same for every id, so that the duration does not
-/// show whether an API client exists.
+/// The hashes with which a secret is compared. The number of hashes is the same for every id, so that the duration does
+/// not show whether an API client exists.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {

@@ -461,8 +461,8 @@ fn shown(text: &str) -> String {
     format!("{:?}", plain(text, SHOWN_CHARS_MAX))
 }
 
-/// Shortens a problem for the log. This is necessary because the message of a parser repeats the text that the parser
-/// does not understand, and a provider can make this text long.
+/// Shortens a problem for the log. The text is shortened because the message of a parser repeats the text that the
+/// parser does not understand, and a provider can make this text long.
 fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }

@@ -50,10 +50,10 @@ pub struct Settings {
     pub tenant: Tenant,
     /// The roles of the caller.
     pub roles: BTreeSet<Role>,
-    /// The users whose keys the caller may release, if it has the role `release`.
+    /// The users whose keys the caller may release, if the caller has the role `release`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// The names of the keys that the caller may release, if it has the role `release`.
+    /// The names of the keys that the caller may release, if the caller has the role `release`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
 }

@@ -1,6 +1,6 @@
 //! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
 //!
-//! Ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
+//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
 //! spelling as the same id, this spelling is refused.
 //!
 //! Mitigation: M2 of `THREAT_MODEL.md`.
@@ -72,7 +72,7 @@ pub fn trust_domain(id: &str) -> Result<&str, IdError> {
     Ok(domain)
 }
 
-/// Checks a trust domain. It must not contain a port, a user or capital letters.
+/// Checks a trust domain. A trust domain must not contain a port, a user or capital letters.
 pub fn check_trust_domain(domain: &str) -> Result<(), IdError> {
     let is_good = (1..=TRUST_DOMAIN_BYTES_MAX).contains(&domain.len())
         && domain

@@ -35,8 +35,8 @@ mod tests;
 use parts::Parts;
 use refusal::{Cause, Refusal, shown};
 
-/// Default of the longest accepted access token, in bytes. Providers list each group or organisation of a user in the
-/// access token: with 180 organisations, it has 9 to 11 KB.
+/// Default limit for the length of an access token, in bytes. Providers list each group or organisation of a user in
+/// the access token. With 180 organisations, an access token has 9 to 11 KB.
 pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
 /// Total size of the verified access tokens that are remembered, in bytes.
 const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
@@ -53,7 +53,7 @@ pub struct Tokens {
     issuers: Vec<Arc<Issuer>>,
     /// The index of each issuer by its `iss`.
     by_name: HashMap<String, usize>,
-    /// The verified access tokens. The key is the SHA-256 of an access token.
+    /// The verified access tokens. The key of the cache is the SHA-256 of an access token.
     verified: Cache<[u8; 32], Verified>,
     token_bytes_max: usize,
 }
@@ -294,8 +294,8 @@ impl Issuer {
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
-                // If the access token has no `iat` or no `kid`, the age of its key is unknown. In this case, the
-                // provider's answer decides.
+                // If the access token has no `iat` or no `kid`, the age of its key is unknown. If the age is unknown,
+                // the provider's answer decides.
                 Newer::SameCopy(wait) => {
                     (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }
@@ -371,7 +371,7 @@ impl Issuer {
         Err(refused)
     }
 
-    /// Checks everything except the expiry. This is necessary because the library reports an expired access token
+    /// Checks everything except the expiry. This function is needed because the library reports an expired access token
     /// before it checks `nbf`, `iss` and `aud`.
     fn verify_expired(
         &self,

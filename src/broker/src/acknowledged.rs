@@ -1,7 +1,7 @@
 //! What this instance remembers about its database: the identity of the database, and the newest changes that the
-//! broker acknowledged. Each of these changes left a mark in the database. If the identity differs or one of the marks
-//! is missing, the broker uses another database, or an earlier state of its database. In this case, it releases and
-//! changes nothing until an operator accepts the database.
+//! broker acknowledged. Each acknowledged change left a mark in the database. If the identity differs or one of the
+//! marks is missing, the broker uses another database, or an earlier state of its database. In this case, the broker
+//! releases and changes nothing until an operator accepts the database.
 //!
 //! The broker stores these facts in the state directory at most one second after they change. The changes that a broker
 //! acknowledged in the last second before it was killed are read from its audit log. Each broker instance checks only
@@ -40,7 +40,7 @@ const CLOCKS_APART: Duration = Duration::from_hours(1);
 /// The facts in the form in which the state directory stores them.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database, after it was first read.
+    /// The identity of the database; `None` until it was read for the first time.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,
@@ -55,7 +55,8 @@ struct KeptChange {
     at_us: i64,
 }
 
-/// The stored facts in the form of this release, or in that of the previous release, which remembered a single change.
+/// The stored facts in the form of this release, or in the form of the previous release, which remembered only one
+/// change.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Fact {
@@ -133,9 +134,9 @@ pub enum Acceptance {
     },
 }
 
-/// Accepts the database as it is, unless it is the one that the broker already knows. After that, the broker no longer
-/// remembers the previous identity of the database and the acknowledged changes. A damaged state file is replaced.
-/// Returns an error if the state directory cannot be used, or if the database does not answer.
+/// Accepts the database in its current state, unless the broker already knows the database. After the acceptance, the
+/// broker no longer remembers the previous identity of the database and the acknowledged changes. A damaged state file
+/// is replaced. Returns an error if the state directory cannot be used, or if the database does not answer.
 pub async fn accept_restored(
     state: &StateDirectory,
     instance: &str,
@@ -399,7 +400,7 @@ impl Broker {
         if before.is_some() {
             acknowledged.take_over_acceptance();
         }
-        // Without an answer from the database, the previous result stays valid.
+        // If the database does not answer, the previous result stays valid.
         let Ok(mismatch) = self.compare_store().await else {
             return;
         };

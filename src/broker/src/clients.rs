@@ -77,7 +77,7 @@ pub struct ClientView {
     pub is_verified: bool,
 }
 
-/// A new secret, for the only answer that contains it.
+/// A new secret of an API client. No later answer contains this secret.
 #[derive(Debug)]
 pub struct CreatedSecret {
     /// The API client to which the secret belongs.
@@ -255,8 +255,8 @@ impl Broker {
         .await
     }
 
-    /// Returns one page of API clients. An administrator gets the API clients of his own tenant, and an auditor gets
-    /// the API clients of all tenants. While the token is available, it verifies the MAC of each row.
+    /// Returns one page of API clients. An administrator gets the API clients of the administrator's own tenant, and an
+    /// auditor gets the API clients of all tenants. While the token is available, it verifies the MAC of each row.
     pub async fn clients(
         &self,
         principal: &Principal,

@@ -45,9 +45,9 @@ impl Broker {
         }
     }
 
-    /// Makes the intent durable, commits the change, and adds it to the changes by which the broker recognises its
-    /// database. Returns an error if the change was not begun, or if its outcome is unknown. If the outcome is unknown,
-    /// `maintain` asks the store until it is known.
+    /// Makes the intent durable, commits the change, and adds the change to the list of changes by which the broker
+    /// recognises its database. Returns an error if the change was not begun, or if its outcome is unknown. If the
+    /// outcome is unknown, `maintain` asks the store until it is known.
     pub(super) async fn commit_with_intent<T>(
         &self,
         draft: &Draft,

@@ -98,7 +98,7 @@ impl Broker {
     ) -> Result<Vec<String>, Error> {
         let audit = self.audit.clone();
         self.read_async(principal, call, Action::ReadAudit, async move {
-            // Reading files blocks, so it must not run on an async thread.
+            // A read of a file blocks the thread, so the files must not be read on an async thread.
             match tokio::task::spawn_blocking(move || audit.tail(limit)).await {
                 Ok(entries) => entries.map_err(Error::from),
                 Err(source) => Err(TaskFailed::of("reading the audit log", source)),

@@ -14,8 +14,8 @@ use keybroker_policy::{KeyPermit, Resource};
 
 use super::{Broker, overload::is_overload};
 
-/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates it, from a result
-/// and the draft of its entry. Therefore the entry of one release cannot stand for another release.
+/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates this value, from a
+/// result and the draft of its entry. Therefore the entry of one release cannot stand for another release.
 #[derive(Debug)]
 pub(super) struct Recorded<T>(T);
 

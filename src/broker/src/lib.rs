@@ -7,7 +7,7 @@
 //! Every API calls a method of [`Broker`], which takes the [`Principal`] first. The types enforce the order of the
 //! steps, so that no code path can leave out a step:
 //!
-//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates one.
+//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates this permit.
 //! - A [`Released`] key is made only from a `Recorded` key. Only `journal` creates a `Recorded` key, from a key and its
 //!   audit entry, after the audit log has synced this entry.
 //!
@@ -138,12 +138,13 @@ pub struct Parts {
     pub accepted_risks: Vec<String>,
 }
 
-/// Limits on the data that is stored for one user. Concurrent calls can exceed a limit, each by one.
+/// Limits on the data that is stored for one user. If several calls run concurrently, each of them can exceed a limit
+/// by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Largest number of revisions of a record, including superseded ones: `store.revisions_max`.
+    /// Largest number of revisions of a record, including superseded revisions: `store.revisions_max`.
     pub revisions_max: u32,
-    /// Largest number of keys of a user, including deleted ones: `store.keys_per_user_max`.
+    /// Largest number of keys of a user, including deleted keys: `store.keys_per_user_max`.
     pub keys_per_user_max: u32,
 }
 
@@ -362,7 +363,7 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        // A database other than the known one is detected at the start, before the first probe.
+        // A database that the broker does not know is detected at the start, before the first probe.
         self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }

@@ -169,7 +169,8 @@ impl Broker {
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Other tasks only append intents to the list, so the first intent of the list is still the resolved one.
+            // Other tasks only append intents to the list, so the first intent of the list is still the resolved
+            // intent.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}

@@ -23,12 +23,12 @@ use keybroker_core::{
 
 use super::{Broker, caller};
 
-/// Largest number of pairs of principal and action that are counted separately within a second. Further principals
-/// share one entry for each action. An audit entry has about 300 bytes, so an hour of overload by many principals adds
-/// less than 80 MB to the audit log.
+/// Largest number of pairs of principal and action that are counted separately within a second. Principals beyond this
+/// number share one audit entry for each action. An audit entry has about 300 bytes, so an hour of overload by many
+/// principals adds less than 80 MB to the audit log.
 const CALLERS_MAX: usize = 64;
 
-/// The principal and action of refused calls. The count that further principals share has no principal.
+/// The principal and action of refused calls. The principal is `None` in the count that several principals share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     principal: Option<(String, Tenant)>,

@@ -157,7 +157,8 @@ impl Broker {
     }
 
     /// Refuses a new revision of a record that already has as many revisions as may be stored. Old revisions are not
-    /// removed to make room: a caller could otherwise end their retention period by replacing the key repeatedly.
+    /// removed to make room, because a caller could then end the retention period of old revisions by replacing the key
+    /// repeatedly.
     async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
         let most = self.capacity.revisions_max;
         // The number of the current revision is an upper bound of the number of stored revisions.
@@ -195,7 +196,7 @@ impl Broker {
         Ok(new_revision(address, record, revision, &envelope))
     }
 
-    /// Makes a new revision from the wrapped bytes of an earlier one. The token verifies the MAC of the earlier
+    /// Makes a new revision from the wrapped bytes of an earlier revision. The token verifies the MAC of the earlier
     /// revision before it makes the new MAC; the RSA key is not used.
     async fn rebind(
         &self,

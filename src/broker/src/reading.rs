@@ -1,4 +1,4 @@
-//! Reads the metadata of one record or of a page of records. No key material is touched.
+//! Reads the metadata of one record or of a page of records. No function of this module reads key material.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use super::{Broker, UserKeyRef, damage, journal::Draft, observed, within};
 pub struct ListRequest {
     /// If set, only the records of this user are listed.
     pub user: Option<UserId>,
-    /// Whether deleted records are listed as well as active ones.
+    /// Whether deleted records are listed in addition to active records.
     pub deleted: bool,
     /// The position at which the previous page ended.
     pub from: Position<(UserId, KeyName)>,
@@ -144,7 +144,8 @@ impl Broker {
         Ok(ListPage { rows, next })
     }
 
-    /// Reads when each record was last released. If this fails, the failure is logged, and the call still succeeds.
+    /// Reads when each record was last released. If the times cannot be read, the failure is logged, and the call still
+    /// succeeds.
     async fn uses_of(
         &self,
         call: &Call,

@@ -1,8 +1,8 @@
 //! Refusals before authentication, which are counted per network and minute, so that an unauthenticated caller cannot
 //! fill the audit log or the log, no matter how many addresses it uses.
 //!
-//! Counts are written to the audit log once a minute. Until then, they are also stored in the state directory once a
-//! second, so that a broker that is killed loses the counts of only one second.
+//! Counts are written to the audit log once a minute. Until then, the counts are also stored in the state directory
+//! once a second, so that a broker that is killed loses the counts of only one second.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -30,8 +30,9 @@ use keybroker_core::{
 
 use super::Broker;
 
-/// Largest number of networks that are counted separately within a minute. Further networks share one entry for each
-/// reason. An audit entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
+/// Largest number of networks that are counted separately within a minute. Networks beyond this number share one audit
+/// entry for each reason. An audit entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit
+/// log.
 const NETWORKS_MAX: usize = 256;
 /// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "refusals";
@@ -60,7 +61,7 @@ pub(super) struct Refusals {
 /// One count as it is stored in the state directory.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
-    /// The network; `None` for the count that further networks share.
+    /// The network; `None` for the count that several networks share.
     network: Option<Network>,
     reason: String,
     /// The previous release stored no causes.
@@ -227,9 +228,9 @@ impl Broker {
         self.refusals.take_over();
     }
 
-    /// Writes one entry per network, reason and cause. Counts that cannot be written are kept for the next attempt. All
-    /// entries are appended concurrently, so that a hanging disk causes only one wait in total and not one wait for
-    /// each entry.
+    /// Writes one audit entry for each network, reason and cause. Counts that cannot be written are kept for the next
+    /// attempt. All entries are appended concurrently, so that a hanging disk causes only one wait in total and not one
+    /// wait for each entry.
     pub(super) async fn flush_refusals(self: &std::sync::Arc<Self>) {
         let counted = self.refusals.take();
         if !counted.is_empty() {

@@ -15,7 +15,7 @@ use keybroker_store::RegistryRow;
 
 use super::{Broker, START_RETRY};
 
-/// Time limit for verifying a few rows on the token, once a second.
+/// Time limit for the verification of a few rows with the token, which happens once a second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The verified rows of the registry.
@@ -28,7 +28,7 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    /// The key that wraps new envelopes: the active key that was activated last.
+    /// Returns the wrapping key for new envelopes: the active wrapping key that was activated last.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
@@ -38,8 +38,8 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key is active"))
     }
 
-    /// The integrity key that authenticates request ids: that of the active wrapping key, or if none is active, that of
-    /// the newest key that may still unwrap.
+    /// Returns the wrapping key whose integrity key authenticates request ids: the active wrapping key or, if no
+    /// wrapping key is active, the newest wrapping key that may still unwrap.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()

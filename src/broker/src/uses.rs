@@ -17,7 +17,7 @@ use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 use super::{Broker, ticks::Ticks};
 
 /// Largest number of records whose last release is noted in memory. While the database is unavailable or slow, notes
-/// for further records are lost.
+/// for records beyond this number are lost.
 const NOTED_MAX: usize = 65_536;
 /// Number of notes per transaction.
 const WRITTEN_AT_ONCE: usize = 500;

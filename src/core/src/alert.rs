@@ -1,20 +1,21 @@
-//! Alerts: conditions that a person has to look at. The list in this module is the only one. `docs/operations.md` has a section
-//! for each alert, and a test compares the two.
+//! Alerts: conditions that a person has to look at. This module has the only list of alerts. `docs/operations.md` has a section
+//! for each alert, and a test compares the sections with this list.
 //!
 //! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
 //! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
 
-/// The macro uses this path, because it expands in crates that may not depend on `tracing`.
+/// The macro `alert!` uses this path, because the macro expands in crates that may not depend on `tracing`.
 #[doc(hidden)]
 pub use tracing;
 
-/// How soon a person has to look.
+/// How soon a person has to look at an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// Immediately: keys are not released or may soon not be, or another program may have changed the token, the registry,
-    /// the audit log or the database as a whole.
+    /// A person has to look immediately. User keys are not released or may soon not be released, or another program may have
+    /// changed the token, the registry, the audit log or the database as a whole.
     Critical,
-    /// Soon: the broker serves, but a part of it does not work, a limit is near, or one caller is affected.
+    /// A person has to look soon. The broker answers calls, but a part of the broker does not work, a limit is near, or one
+    /// caller is affected.
     Warning,
 }
 
@@ -47,7 +48,7 @@ macro_rules! alerts {
                 }
             }
 
-            /// How soon a person has to look.
+            /// How soon a person has to look at an alert.
             pub const fn severity(self) -> Severity {
                 match self {
                     $(Self::$alert => Severity::$severity,)*
@@ -88,8 +89,8 @@ alerts! {
     Bug = "bug", Warning, "An internal error of the broker.";
 }
 
-/// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. After `raise`,
-/// the name is an expression.
+/// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. In the form
+/// `alert!(raise …)`, the first argument is an expression of type [`Alert`] instead of a name.
 ///
 /// ```
 /// keybroker_core::alert!(TokenDown, cause = "C_Login hangs", "the token does not serve");

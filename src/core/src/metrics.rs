@@ -2,7 +2,7 @@
 //! compares the list with this module.
 //!
 //! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, and no unit in a label. A
-//! counter exists with 0 from the start for each label value that is known in advance, so that a rate includes the first event.
+//! counter starts at 0 for each label value that is known in advance, so that a rate includes the first event.
 
 use metrics::{
     Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle, Key,
@@ -16,7 +16,7 @@ const SECONDS: &[f64] = &[
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     10.0, 30.0,
 ];
-/// Buckets for the number of entries in one group.
+/// Buckets for the number of audit entries that became durable together.
 const ENTRIES: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
 ];
@@ -150,12 +150,12 @@ impl<const N: usize> Declared<N> {
     }
 }
 
-/// A number of events since the start.
+/// The number of events since the start of the process.
 #[derive(Debug)]
 pub struct Counter<const N: usize>(Declared<N>);
 
 impl<const N: usize> Counter<N> {
-    /// The series with these label values, in the order of the declaration.
+    /// The series with these label values, which are in the order of the declared labels.
     pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> CounterHandle {
         let key = self.0.key(values);
         with_recorder(|recorder| recorder.register_counter(&key, &METADATA))
@@ -174,7 +174,7 @@ impl Counter<0> {
 pub struct Gauge<const N: usize>(Declared<N>);
 
 impl<const N: usize> Gauge<N> {
-    /// The series with these label values, in the order of the declaration.
+    /// The series with these label values, which are in the order of the declared labels.
     pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> GaugeHandle {
         let key = self.0.key(values);
         with_recorder(|recorder| recorder.register_gauge(&key, &METADATA))
@@ -187,12 +187,12 @@ impl Gauge<0> {
         self.with::<&str>([])
     }
 
-    /// Sets the value to 1 or 0.
+    /// Sets the gauge to 1 or 0.
     pub fn set_flag(&self, is_set: bool) {
         self.handle().set(f64::from(u8::from(is_set)));
     }
 
-    /// Sets the value to a count.
+    /// Sets the gauge to a count.
     pub fn set_count(&self, count: usize) {
         self.handle().set(to_float(count));
     }
@@ -211,7 +211,7 @@ pub struct Histogram<const N: usize> {
 }
 
 impl<const N: usize> Histogram<N> {
-    /// The series with these label values, in the order of the declaration.
+    /// The series with these label values, which are in the order of the declared labels.
     pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> HistogramHandle {
         let key = self.declared.key(values);
         with_recorder(|recorder| recorder.register_histogram(&key, &METADATA))
@@ -239,7 +239,8 @@ pub trait Metric: Sync {
     fn kind(&self) -> &'static str;
     /// Name, help and labels.
     fn declaration(&self) -> Declaration<'_>;
-    /// Describes the metric to the recorder. For a counter, it also creates the series that are known in advance.
+    /// Describes the metric to the recorder. For a counter, the function also creates the series whose label values are known in
+    /// advance.
     fn register(&self);
 
     /// Upper bounds of the buckets of a histogram.
@@ -247,7 +248,7 @@ pub trait Metric: Sync {
         None
     }
 
-    /// Name, as a collector sees it.
+    /// The name that a metrics collector sees.
     fn name(&self) -> &'static str {
         self.declaration().name
     }
@@ -322,7 +323,7 @@ impl<const N: usize> Metric for Histogram<N> {
     }
 }
 
-/// Counts an alert. If the alert has a counter of its own, that counter is incremented, too.
+/// Counts an alert. If the alert has a separate counter, this counter is incremented, too.
 pub fn count_alert(alert: Alert) {
     ALERTS.with([alert.name()]).increment(1);
     match alert {

@@ -1,4 +1,5 @@
-//! Tokens and keys for one-shot commands: the command's end of an admin worker, which holds the vendor's module.
+//! The command's side of an admin worker. A one-shot command uses this module to administer tokens and keys; the admin
+//! worker holds the vendor's module.
 //!
 //! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
 //! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
@@ -45,7 +46,8 @@ pub use wrapper::Wrapper;
 const WORKER: &str = "token-admin-worker";
 /// Shortest timeout for a call that makes a key or initialises a token. Some devices take minutes.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// Longest time for a worker to end after its socket was closed. The worker itself waits less long for the module.
+/// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
+/// time.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 /// Number of keys in one message, far below the longest frame.
 const KEYS_PER_FRAME: usize = 64;
@@ -60,7 +62,7 @@ pub enum AdminError {
     /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// No PIN was given, or the token rejected it.
+    /// No PIN was given, or the token rejected the PIN.
     #[error("{0}")]
     Pin(String),
     /// A key, an attribute or a MAC differs from what is required.
@@ -118,7 +120,7 @@ pub struct Listed {
 pub struct CheckedKey {
     /// The id of the key.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// The `CKA_ID` of the key's objects on the token.
     pub objects: ObjectIds,
     /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -126,13 +128,13 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// The algorithm that the capability probe chose. Absent when the key was rejected.
+    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
     pub algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub integrity: Vec<Finding>,
-    /// Why the key must not be used. Absent when the key passed all checks.
+    /// Why the key must not be used. The value is `None` if the key passed all checks.
     pub problem: Option<String>,
     /// Names of the negative tests that cannot be run on this token.
     pub not_tried: Vec<String>,
@@ -310,7 +312,8 @@ impl Admin {
         self.check_key(id, false)
     }
 
-    /// Makes an integrity key in the memory of the worker for an RSA key without one, and checks both keys.
+    /// Makes an integrity key in the memory of the worker for an RSA key that has no integrity key, and checks both
+    /// keys.
     pub fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,

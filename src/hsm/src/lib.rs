@@ -45,7 +45,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Verifies the MAC over context and wrapped bytes, then decrypts. Both steps are one job on the token.
+    /// Verifies the MAC over context and wrapped bytes, then decrypts. The verification and the decryption are one job
+    /// on the token.
     async fn unwrap(
         &self,
         envelope: &Envelope,
@@ -53,7 +54,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<KeyMaterial, Error>;
 
-    /// Verifies the MAC for the old context and makes a MAC for the new one. The RSA key is not used.
+    /// Verifies the MAC for the old context and makes a MAC for the new context. The RSA key is not used.
     async fn rebind(
         &self,
         envelope: &Envelope,
@@ -83,7 +84,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// function before it asks the policy and the store, so that a refusal costs little.
     fn check_admission(&self, caller: &Caller) -> Result<(), Error>;
 
-    /// The last known state. Never waits for the token.
+    /// The last known state. This function never waits for the token.
     fn state(&self) -> TokenState;
 }
 
@@ -92,8 +93,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
 pub struct TokenState {
     /// Whether the token serves.
     pub serving: Serving,
-    /// A problem that an administrator must know although the token is still usable, such as a latched PIN. Because of
-    /// this problem, no new worker can be started when the last worker is lost.
+    /// A problem that an administrator must know although the token is still usable, such as a latched PIN. After the
+    /// last worker is lost, this problem prevents the start of a new worker.
     pub note: Option<String>,
     /// The token information. The value is `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
@@ -110,8 +111,8 @@ pub struct TokenState {
 /// Whether the token serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
-    /// At least one worker is ready and its self-test passes. This is also the state for up to five seconds after the
-    /// last worker was lost, while the next worker starts: until their deadlines, calls wait for the next worker.
+    /// At least one worker is ready and its self-test passes. The state is also `Up` for up to five seconds after the
+    /// last worker was lost, while the next worker starts. Until their deadlines, calls wait for the next worker.
     Up,
     /// No worker is ready, and the supervisor repeatedly tries to start a worker. The value is the cause, for the log
     /// and for administrators.
@@ -120,7 +121,7 @@ pub enum Serving {
     Untrusted(String),
 }
 
-/// A wrapping key as found on the token and accepted by the attribute check.
+/// A wrapping key that was found on the token and passed the attribute check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenKey {
     /// The id of the key.
@@ -152,7 +153,7 @@ pub struct WorkerInfo {
 /// leave the worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// A MAC does not verify: the bytes differ from those that were stored for this context.
+    /// A MAC does not verify: the bytes differ from the bytes that were stored for this context.
     #[error("the MAC does not verify")]
     MacRefused,
     /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged

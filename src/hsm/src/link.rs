@@ -41,7 +41,7 @@ pub(super) struct Link {
     state: Mutex<State>,
     next_id: AtomicU64,
     flush: Notify,
-    /// A token that is cancelled when the worker must end now; the cause is in `State`.
+    /// A cancellation signal: it is cancelled when the worker must end now, and `State` contains the cause.
     ended: CancellationToken,
 }
 
@@ -229,7 +229,7 @@ impl Link {
         self.state().held.drain().map(|(_, job)| job).collect()
     }
 
-    /// Closes the sending half of the socket. The worker then finishes its jobs and ends.
+    /// Closes the sending half of the socket. A worker whose socket is closed finishes its jobs and ends.
     pub(super) fn close(&self) {
         close(&self.stream);
     }

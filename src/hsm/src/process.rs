@@ -18,7 +18,8 @@ use keybroker_worker_protocol::Settings;
 /// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command with the front's
 /// end of the socket; the worker's end is its standard input.
 ///
-/// The environment contains exactly `[token.environment]`, for the workers of `serve` as well as for those of commands.
+/// The environment of every worker contains exactly the variables of `[token.environment]`, both for `serve` and for
+/// commands.
 pub(crate) fn command(
     program: &Path,
     settings: &Settings,

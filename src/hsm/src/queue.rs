@@ -80,7 +80,7 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a job, and gives it to a free session immediately if there is one. Refuses a job that cannot be done in
+    /// Adds a job. If a session is free, the session gets the job immediately. Refuses a job that cannot be done in
     /// time.
     pub(super) fn push(&self, job: Job) -> Result<(), Error> {
         let now = Instant::now();
@@ -96,8 +96,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Refuses a caller whose jobs would certainly be refused, whatever their key. This check reads only the state of
-    /// the queue, so it is cheap.
+    /// Refuses a caller whose jobs would certainly be refused, whatever key they use. This check reads only the state
+    /// of the queue, so it is cheap.
     pub(super) fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
         let state = self.state();
         let least = state.estimates.least();
@@ -204,7 +204,7 @@ impl State {
     }
 
     /// Refuses a job that would be too late behind the jobs that already wait. A job that a free session takes
-    /// immediately is always accepted, because its time shows how long the token takes now.
+    /// immediately is always accepted, because its duration shows how fast the token is now.
     fn check_in_time(
         &self,
         lane: &Lane,

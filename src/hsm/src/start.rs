@@ -58,7 +58,7 @@ pub(crate) enum NotReady {
     Crashed,
     /// The token has no free session.
     Busy,
-    /// The token is unavailable, or the configuration does not match it.
+    /// The token is unavailable, or the configuration does not match the token.
     Unavailable,
     /// A login failed with a code that does not concern the PIN.
     Login,
@@ -224,7 +224,7 @@ fn setup(
     })
 }
 
-/// Compares the keys that a worker found with those that must be on the token.
+/// Compares the keys that a worker found with the keys that must be on the token.
 fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     let untrusted = |what: String| Failure::new(FailureClass::Untrusted, what);
     let mut keys = Vec::new();

@@ -1,6 +1,6 @@
-//! Keeps the workers running: starts them one after another, runs a self-test on each every second, and replaces a
-//! worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module carries
-//! out the decisions.
+//! Keeps the workers running: starts them one after another, runs a self-test on each worker every second, and replaces
+//! a worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module
+//! carries out the decisions.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -47,7 +47,7 @@ const TICK: Duration = Duration::from_millis(250);
 /// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
 
-/// The reason why the first start failed, if waiting cannot help.
+/// The reason why the first start failed, if only an administrator can repair it.
 #[derive(Clone, Debug)]
 pub struct StartupError {
     /// A message that says what happened, what it means and what an administrator has to do.

@@ -1,5 +1,5 @@
 //! Writes output files that contain no secrets. In a directory such as `/tmp`, another user could create a symbolic link with the
-//! name of the output file. If root wrote through the link, it would overwrite any file.
+//! name of the output file. If root wrote through this link, any file could be overwritten.
 
 use std::{
     ffi::OsString,

@@ -28,7 +28,7 @@ const FIRST_BUFFER: usize = 1024;
 /// Length in bytes of the second and last buffer for an attribute without a fixed length.
 const LAST_BUFFER: usize = 64 * 1024;
 
-/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits.
+/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits into this buffer.
 const WRAPPED_BUFFER: usize = 16 * 1024;
 
 /// Largest number of attempts to read the list of slots while their number grows.
@@ -101,8 +101,8 @@ impl Functions {
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as long as
-        // the process.
+        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as
+        // long as the process.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }

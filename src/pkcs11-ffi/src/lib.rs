@@ -3,8 +3,8 @@
 //! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add five calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
-//!   more room than before. The remote client of p11-kit behaves like this if its server has no token. This crate
-//!   repeats the call only a few times, and reads no list if the number of slots is 0.
+//!   more room than before. The remote client of p11-kit returns `CKR_BUFFER_TOO_SMALL` in this way if its server has
+//!   no token. This crate repeats the call only a few times, and reads no list if the number of slots is 0.
 //! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if the text is
 //!   not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text, and the
 //!   broker does not use it.
@@ -15,10 +15,10 @@
 //! - `C_WrapKey` with two mechanisms that `cryptoki` 0.12 does not have ([`AesKeyWrap`]).
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
-//! dynamic loader loads the library only once and returns the same library to both. The client module of p11-kit,
-//! however, makes a new connection with its own sessions for each function list. With a module of this kind, `cryptoki`
-//! makes the first four calls, too, and the fifth is not made. In this case, this crate opens a separate connection only
-//! to find out whether there is a slot with a token.
+//! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
+//! p11-kit, however, makes a new connection with its own sessions for each function list. With a module of this kind,
+//! `cryptoki` makes the first four calls, too, and the fifth call is not made. This crate then opens a connection of
+//! its own only to find out whether there is a slot with a token.
 
 mod calls;
 mod token_info;

@@ -38,7 +38,7 @@ pub(crate) use verifier::Verifier;
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
-/// Returns the negative tests that are run only with keys for a session.
+/// Returns the negative tests that are run only with keys that end with the session.
 fn tests_that_change_a_key() -> Vec<&'static str> {
     let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
     tests.map(|test| test.name).collect()
@@ -153,7 +153,7 @@ pub(crate) struct Listed {
     pub(crate) initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub(crate) pin_state: &'static str,
-    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
+    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; `None` if the slot does not list the mechanism.
     pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the slot lists `CKM_SHA256_HMAC`.
     pub(crate) sha256_hmac: bool,
@@ -181,19 +181,19 @@ impl Listed {
 pub(crate) struct CheckedKey {
     /// The id of the key.
     pub(crate) id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// The `CKA_ID` of the key's objects on the token.
     pub(crate) objects: ObjectIds,
     /// DER SubjectPublicKeyInfo.
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
     pub(crate) modulus_bits: usize,
-    /// The algorithm that the capability probe chose. Absent when the key was rejected.
+    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
     pub(crate) algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub(crate) integrity_key: Vec<Finding>,
-    /// Why the key must not be used. Absent when the key passed all checks.
+    /// Why the key must not be used. The value is `None` if the key passed all checks.
     pub(crate) problem: Option<String>,
     /// The negative tests that cannot be run on this token.
     pub(crate) not_tried: Vec<&'static str>,
@@ -444,7 +444,7 @@ impl Admin {
     }
 
     /// Logs in if the record of PINs allows the login. The session is read-write if keys are to be made. If several
-    /// tokens match the settings, the token with one of the serial numbers is used.
+    /// tokens match the settings, the token with one of the registry's serial numbers is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,
@@ -572,8 +572,8 @@ impl Admin {
     }
 
     /// Makes keys that end with the session, to check that the token can do what is needed and refuses what it must
-    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys for a session,
-    /// these are the tests that change a key.
+    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys that end with
+    /// the session, these are the tests that change a key.
     fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);
@@ -670,7 +670,8 @@ impl Admin {
         })
     }
 
-    /// Makes an integrity key in the memory of this process for an RSA key without one, and checks both keys.
+    /// Makes an integrity key in the memory of this process for an RSA key that has no integrity key, and checks both
+    /// keys.
     pub(crate) fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,

@@ -61,7 +61,7 @@ fn serve() -> io::Result<()> {
     let reported = Arc::clone(&replies);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // An error is ignored: if the command has ended, the socket is closed, and this process ends too.
+        // A failed report is ignored: if the command has ended, the socket is closed, and this process ends too.
         let _sent = lock(&reported).send(calling);
     });
     let mut inbox = Inbox::default();

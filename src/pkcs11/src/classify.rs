@@ -55,7 +55,7 @@ impl Fault {
         }
     }
 
-    /// Adds a further sentence to the failure.
+    /// Adds a sentence to the text of the failure.
     pub(super) fn with(self, sentence: &str) -> Self {
         Self {
             class: self.class,

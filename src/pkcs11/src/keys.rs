@@ -365,7 +365,7 @@ pub(super) fn no_id() -> WrappingKeyId {
     WrappingKeyId::from_bytes([0; ID_BYTES])
 }
 
-/// Combines two keys of a session that were made separately.
+/// Combines an RSA key and an integrity key of one session that were made separately.
 pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),

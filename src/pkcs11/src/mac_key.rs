@@ -1,9 +1,9 @@
-//! Integrity keys. An integrity key is an object on the token. For a token without keys for HMAC, it is a secret in the memory
-//! of this process; the token unwraps this secret from a file.
+//! Integrity keys. An integrity key is an object on the token. For a token without keys for HMAC, the integrity key is a
+//! secret in the memory of this process; the token unwraps this secret from a file.
 //!
-//! An integrity key in memory protects the rows against a person who steals or changes the database. It does not protect the rows
-//! against a person who can read the memory of a worker. The memory is not locked, so it can be swapped out; it is overwritten
-//! when it is freed.
+//! An integrity key in memory protects the rows against a person who steals or changes the database. An integrity key in memory
+//! does not protect the rows against a person who can read the memory of a worker. The memory is not locked, so it can be swapped
+//! out; it is overwritten when it is freed.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -125,7 +125,7 @@ impl WorkerKey {
         hmac::verify(&self.hmac(), message, mac).is_ok()
     }
 
-    /// Wraps the key under the public key of its wrapping key, in software, for the file.
+    /// Wraps the integrity key for its file, in software, under the public key of its wrapping key.
     pub(super) fn wrap(
         &self,
         id: WrappingKeyId,

@@ -54,7 +54,8 @@ pub struct NegativeTest {
     /// Whether the operation changes a key if it succeeds. A test that may change a key is run only on keys that were
     /// made for testing.
     pub changes_the_key: bool,
-    /// Whether the test needs an integrity key that is an object on the token. Without such a key, the test is not run.
+    /// Whether the test needs an integrity key that is an object on the token. If the integrity key is not on the
+    /// token, the test is not run.
     needs_integrity_object: bool,
     /// Whether `token.spared_tests` may contain the test. The tests that try to read a key, to wrap it, or to copy it
     /// with weaker attributes are always run.
@@ -75,7 +76,7 @@ enum Done {
     It,
     /// The forbidden operation succeeded, and the object that the operation made could not be removed.
     Kept(Fault),
-    /// The token performed the operation, but the result is of no use to an attacker.
+    /// The operation had no effect that an attacker can use, or the token does not offer the operation for any key.
     Nothing,
     /// The test cannot be run, because the token does not perform the operation with any other key either.
     NotMade,
@@ -329,8 +330,8 @@ pub const TESTS: &[NegativeTest] = &[
     input(
         "decrypt-truncated",
         "a ciphertext that is cut short decrypts",
-        // The ciphertext is truncated at its end. Without a leading zero byte, it would be the same number, which some
-        // tokens accept.
+        // The ciphertext is truncated at its end. If only a leading zero byte were removed, the ciphertext would be the
+        // same number, which some tokens accept.
         |on| {
             let wrapped = on.self_test.wrapped();
             decrypts_oaep(on, &wrapped[..wrapped.len() - 1])
@@ -540,8 +541,8 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Whether a code is a refusal. Every code is, except for codes that mean that the token or the session cannot do
-/// anything at this time.
+/// Whether a code is a refusal. Every code is a refusal, except for codes that mean that the token or the session
+/// cannot do anything at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

@@ -39,7 +39,7 @@ pub(super) struct OpenToken {
     pub(super) info: TokenInfo,
     /// A session that keeps the login: the token ends a login when the last session of the process is closed.
     pub(super) anchor: Session,
-    /// Whether this process uses the login of another process, because the token reported that this process had already
+    /// Whether this process uses the login of another process: the token reported that the other process had already
     /// logged in.
     pub(super) is_login_of_another: bool,
     pub(super) times: Times,
@@ -56,7 +56,7 @@ pub(super) struct Times {
 /// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
-    /// The `CKA_ID` of its objects.
+    /// The `CKA_ID` of the key's objects.
     pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
@@ -82,8 +82,9 @@ impl OpenToken {
         )
     }
 
-    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN, no
-    /// login is made. If several tokens match the settings, the token with one of the serial numbers is chosen.
+    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. If there is no
+    /// PIN, no login is made. If several tokens match the settings, the token with one of the registry's serial numbers
+    /// is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,

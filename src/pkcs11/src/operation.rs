@@ -122,7 +122,7 @@ pub(super) fn verify(
 }
 
 /// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` from `C_Verify` itself
-/// say that the MAC is wrong (PKCS#11 2.40, section 5.12). After any other code, the self-test decides.
+/// say that the MAC is wrong (PKCS#11 2.40, section 5.12). If `C_Verify` returns another code, the self-test decides.
 fn verify_fault(error: Error) -> Fault {
     let states_it = matches!(
         error,
@@ -258,9 +258,9 @@ impl SelfTest {
     }
 }
 
-/// Tries whether the token can use a key for OAEP with SHA-256, or with SHA-1 if the operator allows SHA-1. Also checks
-/// that the token rejects a wrong MAC. `open` returns a new session for each attempt, because some tokens leave a
-/// failed operation active in its session.
+/// Checks whether the token can use a key for OAEP with SHA-256, or with SHA-1 if the operator allows SHA-1. Also
+/// checks that the token rejects a wrong MAC. `open` returns a new session for each attempt, because some tokens leave
+/// a failed operation active in its session.
 pub(super) fn probe(
     open: impl Fn() -> Result<KeySession, Fault>,
     id: WrappingKeyId,

@@ -1,4 +1,5 @@
-//! The record of the PINs that were sent to tokens. It is kept in the state directory, so that it outlives a process.
+//! The record of the PINs that were sent to tokens. The record is kept in the state directory, so that it is not lost
+//! when a process ends.
 //!
 //! For each serial number, the record contains a salted Argon2id hash of the PIN. A PIN is recognised by this hash and
 //! not by its file, because a new version of a file or of a Kubernetes Secret can contain the old PIN. The process that
@@ -32,7 +33,7 @@ const TOKENS_MAX: usize = 16;
 const SALT_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker computes one hash
-/// before it starts.
+/// during its start.
 const MEMORY_KIB: u32 = 19_456;
 const ITERATIONS: u32 = 2;
 

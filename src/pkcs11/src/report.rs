@@ -678,7 +678,7 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
     let file = settings.module.file_name().unwrap_or_default();
     let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
-    // The content may contain names and passwords, and reports are published.
+    // The content of the string is left out, because it may contain names and passwords, and reports are published.
     lines.extend(
         settings
             .initialize_string

@@ -48,7 +48,7 @@ pub(super) enum SelectorError {
     Encoding(String),
 }
 
-/// The properties that a token must have. Absent fields match every token.
+/// The properties that a token must have. A field that is `None` matches every token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Selector {
     label: Option<String>,
@@ -166,15 +166,15 @@ pub(super) struct Selected {
     pub(super) is_one_of_several: bool,
 }
 
-/// How the serial numbers in the registry affect the choice of a token. If the registry contains no serial number, they
-/// have no effect.
+/// How the serial numbers in the registry affect the choice of a token. If the registry contains no serial numbers, it
+/// does not affect the choice.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
-    /// For `serve`: only a token with one of the serial numbers is chosen. Another token with the same label may belong
-    /// to another user, who would learn the PIN.
+    /// For `serve`: only a token with one of the registry's serial numbers is chosen. Another token with the same label
+    /// may belong to another user, who would learn the PIN.
     Required(&'a [&'a str]),
-    /// For commands: the serial numbers are used only if several tokens match. Some commands are used with a clone of
-    /// the registered token, or with a token that has no registered keys.
+    /// For commands: the registry's serial numbers are used only if several tokens match. Some commands are used with a
+    /// clone of the registered token, or with a token that has no registered keys.
     Preferred(&'a [&'a str]),
 }
 

@@ -153,7 +153,7 @@ impl SessionThread {
         let (session, pair) = self.session(key)?;
         let made = operation::mac(&session.session, pair, message);
         made.map(|mac| Zeroizing::new(mac.to_vec()))
-            // No input of a caller can make a MAC fail, so the token is busy.
+            // No input of a caller can make the computation of a MAC fail, so the failure means that the token is busy.
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
     }
 
@@ -315,7 +315,7 @@ impl Stop {
         Self::failed(class, fault.to_string())
     }
 
-    /// A wrong answer is worse than no answer: such a token must not be used.
+    /// A wrong answer is worse than no answer: a token that gives wrong answers must not be used.
     fn from_self_test(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,

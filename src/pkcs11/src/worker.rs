@@ -51,7 +51,7 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// Longest time for the module to open the token. The front waits less long.
+/// Longest time for the module to open the token. The front waits for a shorter time.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Runs the hidden command `keybroker token-worker`.
@@ -84,7 +84,7 @@ fn serve() -> io::Result<()> {
     let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // An error is ignored: if the front has ended, the socket is closed, and this process ends too.
+        // A failed report is ignored: if the front has ended, the socket is closed, and this process ends too.
         let _sent = progress.send(0, calling, Duration::ZERO);
     });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
@@ -141,8 +141,8 @@ fn limit_opening() -> Sender<()> {
     opened
 }
 
-/// Ends this process without running clean-up code. In most modules, this code crashes while threads are inside the
-/// module.
+/// Ends this process without running clean-up code. The clean-up code of most modules crashes while threads are inside
+/// the module.
 fn kill_ourselves() {
     let ourselves = rustix::process::getpid();
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
@@ -251,7 +251,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     }
 }
 
-/// Translates a class for the front.
+/// Translates a failure class into the class that is reported to the front.
 fn startup_class(class: Class) -> FailureClass {
     match class {
         Class::Pin => FailureClass::Pin,
@@ -311,7 +311,7 @@ fn start(
                 .name(format!("session-{number}"))
                 .spawn(move || {
                     let result = work(&mut session, &input, &mut replies);
-                    // Only the first result is read, but the channel has room for all.
+                    // Only the first result is read, but the channel has room for all results.
                     let _heard = ended.send(result);
                 })
         })

@@ -7,11 +7,11 @@ use axum::http::HeaderMap;
 use keybroker_core::error::Error;
 
 const HEADER: &str = "grpc-timeout";
-/// Maximum number of digits (gRPC over HTTP/2).
+/// Maximum number of digits of a timeout (gRPC over HTTP/2).
 const DIGITS_MAX: usize = 8;
 
-/// Removes the caller's timeout from the headers and returns it. Otherwise tonic's own timer would return `CANCELLED`
-/// instead of `DEADLINE_EXCEEDED`.
+/// Removes the caller's timeout from the headers and returns it. If the `grpc-timeout` header remained, tonic's
+/// own timer would return `CANCELLED` instead of `DEADLINE_EXCEEDED`.
 pub(super) fn take(headers: &mut HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.remove(HEADER) else {
         return Ok(None);

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use keybroker_core::key::ClientId;
 
-/// Largest number of waiting trials in the lane of accepted secrets, and in that of unknown ids.
+/// Largest number of waiting trials in the lane of accepted secrets, and in the lane of unknown ids.
 const WAITING_MAX: usize = 64;
 /// Largest number of waiting trials for existing clients.
 const KNOWN_WAITING_MAX: usize = 1_024;
@@ -30,11 +30,11 @@ const LOOKUPS_MAX: usize = 256;
 /// The lane in which a trial waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// This broker accepted the secret before, and its stored hash has changed since then.
+    /// This broker accepted the secret before, but the stored hash of the secret has changed since then.
     Proven,
     /// The client exists.
     Known(ClientId),
-    /// The client does not exist, or has no valid secret.
+    /// The API client does not exist, or has no valid secret.
     Unknown,
 }
 
@@ -48,7 +48,7 @@ struct State {
     lookups: usize,
     proven: VecDeque<Waiting>,
     known: HashMap<ClientId, VecDeque<Waiting>>,
-    /// The clients of `known` in the order of their turns.
+    /// The API clients in `known`, in the order of their turns.
     order: VecDeque<ClientId>,
     unknown: VecDeque<Waiting>,
     /// The number of trials of each API client that are between look-up and answer.
@@ -99,7 +99,7 @@ impl Turns {
         })
     }
 
-    /// Takes a permission to look up a client, unless too many look-ups are running.
+    /// Takes a permission to look up an API client, unless too many look-ups are running.
     pub(super) fn lookup(&self) -> Option<Lookup> {
         let mut state = self.state();
         if state.lookups >= LOOKUPS_MAX {

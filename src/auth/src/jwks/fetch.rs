@@ -1,6 +1,6 @@
 //! Fetches a key set over HTTP.
 //!
-//! Keys are fetched only from the configured URL, or from the URL in the issuer's discovery document. The client
+//! Keys are fetched only from the configured URL, or from the URL in the issuer's discovery document. The HTTP client
 //! follows no redirect, ignores proxies from the environment, and limits the size and time of an answer.
 
 use std::{path::Path, time::Duration};

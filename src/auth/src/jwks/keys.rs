@@ -1,6 +1,6 @@
-//! The current key set of an issuer. The key set is refreshed in the background. It is fetched once more if an access
-//! token refers to a key that it does not contain. While the provider is unavailable, the last key set is used for a
-//! limited time.
+//! The current key set of an issuer. The key set is refreshed in the background. The key set is fetched once more if an
+//! access token refers to a key that the set does not contain. While the provider is unavailable, the last key set is
+//! used for a limited time.
 
 use std::{
     sync::{Arc, Mutex as SyncMutex, PoisonError},
@@ -152,8 +152,8 @@ impl Keys {
         problem.clone()
     }
 
-    /// Whether the provider is known to have no key with this id. `issued_s` is the token's `iat`, in seconds since
-    /// 1970.
+    /// Whether the provider is known to have no key with this id. `issued_s` is the `iat` of the access token, in
+    /// seconds since 1970.
     ///
     /// The key is absent only if the newest key set does not contain it. The newest set must also have been fetched so late
     /// that it cannot be an older copy from a cache: five minutes after the last set that contained the key, or five minutes

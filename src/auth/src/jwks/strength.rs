@@ -19,7 +19,7 @@ const UNCOMPRESSED: u8 = 4;
 /// The point at infinity (SEC 1 section 2.3.3).
 const INFINITY: [u8; 1] = [0];
 
-/// Checks modulus and exponent of an RSA key, both big-endian.
+/// Checks the modulus and the exponent of an RSA key; both numbers are big-endian.
 pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError> {
     let (modulus, exponent) = (
         BigUint::from_bytes_be(modulus),

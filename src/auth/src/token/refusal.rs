@@ -88,12 +88,12 @@ impl Refusal {
         match (self.cause, self.undecided) {
             // After a key rotation, every access token from a network may refer to a key that the broker has not
             // fetched yet, so the attempt does not count as failed. An attacker can also make access tokens with an
-            // unknown `kid` and a current `iat`. They cost no signature check, and the limits on connections and on log
-            // lines apply to the attacker.
+            // unknown `kid` and a current `iat`. These access tokens cost no signature check, and the limits on
+            // connections and on log lines apply to the attacker.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }
-            // The signature was checked, so this attempt was costly.
+            // The signature was checked, so this attempt was costly and counts as failed.
             (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
                 .retry_after(whole_seconds(wait))
                 .failed_attempt(),

@@ -16,16 +16,17 @@ use keybroker_core::{
 use keybroker_hsm as hsm;
 use keybroker_store::ClientRow;
 
-/// Time limit for a MAC on the token that is not part of a call.
+/// Time limit for a MAC job of the token, if the job is not part of a call.
 const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The purpose for which an API client is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// To authenticate or change the client. The state of the row's wrapping key must allow its use.
+    /// The API client is to be authenticated or changed. The state of the row's wrapping key must allow its use.
     InForce,
-    /// To revoke the API client permanently, even if the wrapping key of its row must no longer be used. A row that
-    /// cannot be verified is no risk in this case, because a revoked API client cannot authenticate.
+    /// The API client is to be revoked permanently. This is possible even if the wrapping key of its row must no longer
+    /// be used. A row that cannot be verified is no risk in this case, because a revoked API client cannot
+    /// authenticate.
     ToEnd,
 }
 
@@ -190,7 +191,7 @@ impl Broker {
         self.client_uses.note(id, secret);
     }
 
-    /// Replaces the stored hash of a secret with a stronger one. If another change of the row came first, leaves the
+    /// Replaces the stored hash of a secret with a stronger hash. If another change of the row came first, leaves the
     /// row unchanged.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;

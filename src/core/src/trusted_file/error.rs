@@ -86,7 +86,7 @@ impl fmt::Display for Error {
             write!(f, "{path} is not trusted: ")?;
         }
         match &*self.problem {
-            // The component can be the absolute form of the same path.
+            // The component can be the absolute form of `path`.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
             }
@@ -175,7 +175,7 @@ impl Error {
             "{at} has mode {mode:04o} and belongs to user {owner}: other users can read it; "
         )?;
         if is_read_only {
-            // `chmod` fails in a read-only mount, so the mode has to be set at its source.
+            // `chmod` fails in a read-only mount, so the mode has to be set at the source of the mount.
             write!(
                 f,
                 "the file is mounted read-only, so set its mode at the source of the mount (Kubernetes: `defaultMode: \

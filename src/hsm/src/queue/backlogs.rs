@@ -213,8 +213,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Whether a new job of this lane can be done within the time that is left to it. If the job would be too late,
-    /// returns the expected wait.
+    /// Whether a new job of this lane can be completed before its deadline. If the job would be too late, returns the
+    /// expected wait.
     pub(super) fn check_in_time(
         &self,
         lane: &Lane,
@@ -226,7 +226,8 @@ impl<J: Waiting> Backlogs<J> {
         let under_way = job.mean * load.busy / 2;
         let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
         let wait_for = |work: Duration| self.cautious(lane, (work + under_way) / load.sessions);
-        // Most calls are in time even behind all waiting jobs. This quick check avoids looking at each lane.
+        // Most jobs would be in time even behind all waiting jobs. Therefore this quick check comes first and avoids a
+        // search through all lanes.
         if wait_for(self.cost) + needed <= left {
             return Ok(());
         }

@@ -34,7 +34,7 @@ const UNTRUSTED: Duration = Duration::from_secs(3);
 /// The assumed duration of a worker's start, before a start was measured.
 const START_EXPECTED: Duration = Duration::from_millis(300);
 
-/// An event that the machine reacts to.
+/// An event to which the state machine reacts.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
     /// Time has passed.

@@ -1,4 +1,4 @@
-//! `keybroker audit`: reads and maintains the files of the audit log. A broker need not run.
+//! `keybroker audit`: reads and maintains the files of the audit log. The command needs no running broker.
 
 use std::{
     path::PathBuf,

@@ -80,8 +80,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         let tenant = seed::tenant(&arguments.connection, &config)?;
         seed::seed(context, &config, tenant, Users::new(count))?;
     }
-    // Half of the bare loop runs before the broker's measurement and half after it, so that other load on the machine affects
-    // both alike.
+    // Half of the token's measurement runs before the broker's measurement and half after it, so that other load on the machine
+    // affects both measurements alike.
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         context.output.note("measuring the bare token");
         Ok([
@@ -153,7 +153,7 @@ async fn measure_served(
     load::run(&plan, context.output).await
 }
 
-/// Stops the measurement at a signal, so that the broker that was started for it is stopped, too.
+/// Stops the measurement at a signal, so that the command can also stop the broker that it started.
 async fn until_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
@@ -202,8 +202,8 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // The broker's operations per CPU second, divided by those of the bare loop. If the token takes no CPU time, the quotient
-        // is meaningless.
+        // The broker's operations per CPU second, divided by the operations per CPU second of the bare loop. If the token uses no
+        // CPU time of this machine, the quotient is meaningless.
         (
             "share",
             single
@@ -240,7 +240,7 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
     .collect()
 }
 
-/// Rounds to four decimal places. The measurement is less accurate than that.
+/// Rounds to four decimal places, because the measurement is not more accurate.
 fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }

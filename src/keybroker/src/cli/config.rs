@@ -61,11 +61,11 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Examines a database server like `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
+/// Examines a database server as `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // Problems of these settings are reported with the configuration and its files.
+    // Problems of the settings in `[store]` are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
@@ -91,7 +91,7 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let settings = &config.token;
-    // Problems of the module and of the environment are reported with the files.
+    // Problems of the module and of the environment are reported with the files of the configuration.
     if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
     {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
@@ -133,7 +133,7 @@ fn shown(token: &Listed) -> String {
     )
 }
 
-/// The token that the settings choose, or what the check says instead: problems, and a note.
+/// Returns the token that the settings select, or problems and a note if the settings do not select exactly one token.
 fn choose<'a>(
     listed: &'a [Listed],
     chosen: &[&'a Listed],

@@ -66,7 +66,7 @@ pub(super) fn hint(error: &AdminError, config: &Config) -> Option<String> {
         .flatten()
 }
 
-/// The hint about variables that are not passed on; `None` if there are none.
+/// The hint about variables that are not passed on; `None` if there are no such variables.
 pub(super) fn withheld(config: &Config) -> Option<String> {
     let set: Vec<String> = std::env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())

@@ -9,7 +9,7 @@ use keybroker_core::error::Reason;
 pub enum Exit {
     /// An internal error of the program.
     Internal,
-    /// Invalid arguments. The argument parser uses the same code.
+    /// Invalid arguments. The argument parser also exits with this code.
     Usage,
     /// The configuration file is missing or invalid.
     Configuration,

@@ -109,7 +109,7 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Accepts the database in its current state. A running broker continues within a second.
+/// Accepts the database in its current state. A running broker that refused the database continues within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);
@@ -143,7 +143,7 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Locks the database for this process, if it is a file. The hint is shown if another process holds the lock.
+/// Locks the database for this process, if the database is a file. The hint is shown if another process holds the lock.
 fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);

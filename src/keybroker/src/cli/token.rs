@@ -120,7 +120,7 @@ fn list(context: &Context) -> Result<(), Failure> {
 }
 
 /// Allows one more login. The command needs no module and no PIN, so it works while `serve` runs. The next worker reads the
-/// record.
+/// record of rejected PINs before its login.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let record = PinRecord::new(pin::state(&config));
@@ -205,7 +205,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         problems.extend(checked.problem.clone());
         note_tests_not_made(context, &checked);
         match row {
-            // Without its integrity key there is nothing to compare the row's MAC with, and the problem says why.
+            // The MAC of the row cannot be checked without the integrity key, and the reported problem says why this key is
+            // missing.
             Some(_) if checked.problem.is_some() && is_in_worker(&checked) => {}
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None if checked.problem.is_some() => {}
@@ -254,7 +255,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// Whether a key that is not registered would have its integrity key in the workers, and has none: there is nothing to check then.
+/// Whether an unregistered wrapping key has no integrity key in the workers yet, so that there is nothing to check.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
     let lacks = IntegrityFiles::of(&config.token, id)
         .is_ok_and(|files| !files.is_pinned(id) && !files.has(id));
@@ -274,12 +275,12 @@ fn warn_of_missing_backup(context: &Context, id: WrappingKeyId) {
     ));
 }
 
-/// Whether the integrity key of a key is no object of the token.
+/// Whether the integrity key of a wrapping key is in the workers and not on the token.
 fn is_in_worker(key: &CheckedKey) -> bool {
     key.objects.integrity == IntegrityPlace::Worker
 }
 
-/// A row on an integrity key that is no object of the token.
+/// The output row for an integrity key that is in the workers and not on the token.
 fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::output::Field> {
     let files = IntegrityFiles::of(&config.token, key.id);
     let path = files.map_or_else(
@@ -300,8 +301,8 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
     ]
 }
 
-/// The keys to check: those on the token and those in the registry. An unregistered key is checked only if its `CKA_ID` has the
-/// length of an id, like the keys of `key generate`. Other keys may belong to other programs.
+/// The keys to check: the keys on the token and the keys in the registry. An unregistered key is checked only if its `CKA_ID`
+/// has the length of an id, like the keys of `key generate`. Other keys may belong to other programs.
 fn to_check(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -345,7 +346,7 @@ fn findings(
     findings
         .iter()
         .map(|finding| {
-            // The verdict begins with the name of the attribute, which has a column of its own here.
+            // The verdict begins with the name of the attribute, but this table shows the name in a separate column.
             let name = format!("{} ", finding.attribute);
             let found = finding.verdict.strip_prefix(&name);
             let found = found.unwrap_or(&finding.verdict);
@@ -459,7 +460,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     )
 }
 
-/// Names the file that a backup must hold besides token and database.
+/// Writes a note about the file that a backup must contain in addition to the token and the database.
 pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &RegistryRow) {
     if row.objects.integrity != IntegrityPlace::Worker {
         return;
@@ -473,7 +474,7 @@ pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &Regi
     }
 }
 
-/// Notes which negative tests were not made, because their results are unknown.
+/// Writes a note about the negative tests that were not made, because their results are unknown.
 pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
     if checked.not_tried.is_empty() {
         return;

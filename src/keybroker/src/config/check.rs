@@ -21,7 +21,8 @@ use super::{Config, INSTANCE_VARIABLE};
 const LABEL_BYTES: usize = 32;
 
 impl Config {
-    /// All problems, each with its remedy. The list is empty if the broker can serve with this configuration.
+    /// All problems of the configuration, each with its remedy. The list is empty if the broker can serve with this
+    /// configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         self.check_selection(&mut problems);
@@ -30,8 +31,8 @@ impl Config {
         problems
     }
 
-    /// The problems that matter to every command. Some settings may still be missing: a token can be initialised, and keys made
-    /// on it, before there is a PIN file, a certificate or a principal.
+    /// The problems that matter to every command. Some settings may still be missing, because an operator can initialise a token
+    /// and make keys on it before the PIN file, certificates and principals exist.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
         self.check_token(&mut problems);
@@ -157,7 +158,7 @@ impl Config {
             Some(_) => {}
         }
         for (id, digest) in &token.integrity_key_digests {
-            // The comparison is of text, because an id in capital letters would match no file.
+            // The texts of the ids are compared, because an id in capital letters would match no file.
             let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
             if !is_id {
                 problems.push(format!(
@@ -174,8 +175,8 @@ impl Config {
         problems
     }
 
-    /// Names and values that cannot be in an environment. With an invalid variable, a command that restarts itself with the
-    /// module's environment would restart forever.
+    /// Returns the problems of names and values that an environment cannot contain. With an invalid variable, a command that
+    /// restarts itself with the module's environment would restart forever.
     fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')

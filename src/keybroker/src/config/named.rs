@@ -21,7 +21,7 @@ impl Config {
     fn is_known(&self, named: &NamedPrincipal) -> bool {
         let name = named.name.as_str();
         if let Some(id) = name.strip_prefix("client:") {
-            // API clients are in the database.
+            // API clients are in the database and not in the configuration.
             return named.kind == Kind::Service && ClientId::from_hex(id).is_some();
         }
         if let Some(rest) = name.strip_prefix("token:") {

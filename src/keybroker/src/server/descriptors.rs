@@ -1,5 +1,5 @@
 //! Limits connections by the number of file descriptors. The store, the audit log and the token need descriptors, too,
-//! and unauthenticated peers must not be able to use all of them.
+//! and unauthenticated peers must not be able to use all descriptors.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

@@ -1,4 +1,5 @@
-//! Periodic checks while the broker serves: health, TLS files, policies, a registry that was not yet verified.
+//! Periodic checks while the broker serves: health, TLS files, policies, and a registry that is not verified
+//! yet.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ use keybroker_policy::Policy;
 
 use super::{file_problems::FileProblems, notify, tls::Tls};
 
-/// Longest time for reading the registry and verifying it on the token.
+/// Longest time for reading the registry and verifying it with the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);

@@ -156,8 +156,8 @@ fn is_not_offered(error: &Error) -> bool {
     )
 }
 
-/// Wraps a key with a call that returns `None` if it cannot be made. A refusal proves something only if the token wraps
-/// a permitted key in the same way.
+/// Wraps a key with a function that returns `None` if the call to the module cannot be made. A refusal proves something
+/// only if the token wraps a permitted key in the same way.
 fn wraps_under(
     on: &Subjects<'_>,
     wrapping: Option<ObjectHandle>,
@@ -347,7 +347,7 @@ pub(super) fn signs(
     Ok(Done::It)
 }
 
-/// Verifies the first bytes of a MAC. The test puts wrong bytes behind them in memory, because opencryptoki 3.8 ignores
+/// Verifies the first bytes of a MAC. In memory, wrong bytes follow these first bytes, because opencryptoki 3.8 ignores
 /// the length and compares all 32 bytes. This defect of opencryptoki allows no forgery, because the broker always
 /// passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {

@@ -20,7 +20,7 @@ pub(crate) struct Surveyed {
 pub(crate) enum Found {
     /// The token performed the forbidden operation.
     Succeeded,
-    /// The token performed the operation, but the result is of no use to an attacker.
+    /// The operation had no effect that an attacker can use, or the token does not offer the operation for any key.
     Nothing,
     /// The test cannot be run on this token.
     NotMade,

@@ -155,8 +155,8 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
     Ok(())
 }
 
-/// The durations of the calls that open a token. They are measured when the token is opened, because the report cannot
-/// repeat these calls.
+/// The durations of the calls that open a token. These durations are measured when a token is opened, because the
+/// report cannot repeat the calls.
 pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
     let times = token.times;
     let named = [

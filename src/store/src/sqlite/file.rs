@@ -68,7 +68,8 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     check_side_files(path, owner)
 }
 
-/// Refuses a file that is no SQLite database. A file that cannot be read is left to SQLite.
+/// Refuses a file that is not a SQLite database. If the file cannot be read, the function returns no error, because
+/// SQLite reports this problem.
 fn check_header(path: &Path) -> Result<(), Error> {
     let mut begin = [0; HEADER.len()];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
@@ -137,7 +138,7 @@ pub(super) async fn require(accepted: Accepted, pool: &SqlitePool) -> Result<(),
     schema::require(accepted, &mut *pool.acquire().await?, &SQL, &MIGRATOR).await
 }
 
-/// Whether the file exists. Fails if other users can change it.
+/// Whether the file exists. Fails if other users can change the file.
 fn exists(path: &Path) -> Result<bool, Error> {
     match path.try_exists() {
         Ok(true) => check(path).map(|()| true),
@@ -176,7 +177,8 @@ pub(crate) async fn known_audit_log(
     known
 }
 
-/// Migrates a database to the newest schema, and creates the file if necessary. The caller holds the lock.
+/// Migrates a database to the newest schema, and creates the file if necessary. The caller must hold the lock of the
+/// database.
 pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationReport, Error> {
     let report = schema::plan(status(path).await?.current, &MIGRATOR)?;
     if !dry_run {
@@ -222,7 +224,7 @@ pub struct StoreLock {
 }
 
 impl StoreLock {
-    /// The lock of a database on a server, which any number of processes may use.
+    /// An empty lock for a database on a server, because any number of processes may use such a database.
     pub(crate) fn not_needed() -> Self {
         Self { _file: None }
     }
@@ -261,8 +263,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     Ok(StoreLock { _file: Some(file) })
 }
 
-/// Checks the lock file. The process id is written into the lock file, so the lock file must not be another file
-/// under a second name.
+/// Checks the lock file. The process id is written into the lock file, so the lock file must not be a hard link to
+/// another file.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;

@@ -1,4 +1,5 @@
-//! The measured broker: a running one, or one that is started for the measurement and stopped afterwards.
+//! The measured broker: a running broker, or a broker that is started for the measurement and stopped
+//! afterwards.
 
 use std::{
     fs::{self, DirBuilder},

@@ -83,7 +83,7 @@ pub(super) fn kdf(
     Ok(kdf)
 }
 
-/// The parameters as output fields, named like the options.
+/// The KDF parameters as output fields, which have the names of the options.
 pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     let (name, iterations, memory, parallelism) = match kdf {
         Kdf::Pbkdf2 { iterations } => ("pbkdf2", iterations, None, None),
@@ -102,7 +102,8 @@ pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     ]
 }
 
-/// Warns if a KDF is weaker than recommended or stronger than clients offer. Programs read the field `warning` instead.
+/// Warns if a KDF is weaker than recommended or stronger than clients offer. For programs, the output field `warning`
+/// has the same text.
 pub(super) fn warn(output: Output, kdf: Kdf) {
     if let Some(warning) = kdf.warning() {
         output.note(&format!(
@@ -111,7 +112,7 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
     }
 }
 
-/// The source of the master password, which is never an argument.
+/// The source of the master password. The password is never a command-line argument.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
@@ -190,7 +191,7 @@ fn open(
     })
 }
 
-/// A master key, or an account to derive one from.
+/// A master key, or an account from which a master key is derived.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
@@ -210,7 +211,7 @@ pub(super) struct KeySource {
 }
 
 impl KeySource {
-    /// The source that the options select; `None` if they select none.
+    /// The kind of source that the options select; `None` if the options select no source.
     pub(super) fn name(&self) -> Option<&'static str> {
         if self.email.is_some() {
             return Some("password");
@@ -224,7 +225,7 @@ impl KeySource {
         self.email.as_deref()
     }
 
-    /// Reads or derives the key; `None` if no option selects one.
+    /// Reads or derives the master key; `None` if no option selects a source.
     pub(super) fn master_key(&self, output: Output) -> Result<Option<MasterKey>, Failure> {
         if let Some(email) = &self.email {
             let opened = open(email, &self.password, &self.parameters)?;

@@ -89,7 +89,8 @@ impl ChangeKdf {
         let user_key = old.unprotect(&protected).map_err(unusable)?;
         let new = account.master_key_of(new_kdf)?;
         let protected = new.protect(&user_key).map_err(unusable)?;
-        // Before the result is written, check that the new master key decrypts it to the same user key.
+        // Before the protected key is written, check that the new master key decrypts it to the same
+        // user key.
         let again = new.unprotect(&protected).map_err(unusable)?;
         if !bool::from(again.ct_eq(&user_key)) {
             let what = "the new protected user key does not decrypt to the original user key";

@@ -23,7 +23,7 @@ impl RequestError {
         }
     }
 
-    /// The failure of a change. The message says if the change may have been made.
+    /// The failure of a change. The message says whether the change may have been made.
     pub(super) fn of_change(self) -> Failure {
         if !self.may_have_happened {
             return self.failure;
@@ -65,7 +65,7 @@ pub(super) fn not_read_back(failure: Failure) -> Failure {
     )
 }
 
-/// The body of a broker's refusal. The fields are empty if another program answered.
+/// The body of a broker's refusal. The fields are `None` if another program sent the answer.
 #[derive(Default, Deserialize)]
 struct Refusal {
     reason: Option<String>,

@@ -1,4 +1,4 @@
-//! Reads the encrypted texts and the secrets of these commands.
+//! Reads the encrypted texts and the secrets for the `keybroker bitwarden` commands.
 
 use std::{fs::File, io::Read as _, path::Path};
 

@@ -17,7 +17,7 @@ use keybroker_core::principal::Role;
 use super::{Caller, arguments, material, refusal, show};
 
 const SECONDS_PER_DAY: u64 = 86_400;
-/// About a hundred years.
+/// Longest lifetime of a secret, in days: about a hundred years.
 const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]
@@ -204,8 +204,8 @@ impl Caller {
     }
 }
 
-/// The failure of a change to an API client. A hint about user keys is replaced. If the answer is missing, the hint explains that
-/// a new secret may be lost.
+/// The failure of a change to an API client. A hint about user keys is replaced by a hint about API clients. If the answer is
+/// missing, the hint explains that a new secret may be lost.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.reason() == Some(Reason::KeyNotFound) {

@@ -102,7 +102,7 @@ impl Connection {
         let mut builder = Client::builder(url)
             .ca_pem(pem::encode(&authorities))
             .deadline(timeout)
-            // Longer than the deadline, so that the deadline ends the wait.
+            // The connection timeout is longer than the deadline, so that the deadline ends the wait.
             .connect_timeout(timeout * 2);
         let (missing, given) = match (&self.cert, &self.key) {
             (Some(_), None) => ("--key", "--cert"),
@@ -180,7 +180,8 @@ fn is_unknown_issuer(cause: &str) -> bool {
 
 const NO_ANSWER: &str = "check the address and the firewall, and check that the broker runs";
 
-/// A hint for a failed connection, chosen by its innermost cause. `authorities` is the option with the trusted CA certificates.
+/// A hint for a failed connection, which depends on the innermost cause. `authorities` is the option with the trusted CA
+/// certificates.
 pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     let has = |words: &[&str]| words.iter().any(|word| cause.contains(word));
     if is_unknown_issuer(cause) {

@@ -1,4 +1,4 @@
-//! Credentials in the calls, which replace the client certificate of the connection.
+//! The credentials of calls. A credential in a call replaces the client certificate of the connection.
 
 use std::path::PathBuf;
 

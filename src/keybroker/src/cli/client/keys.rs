@@ -1,4 +1,4 @@
-//! Calls of the user-key service that send key material or involve none.
+//! Calls of the user-key service, except the calls that release key material.
 
 use std::path::PathBuf;
 
@@ -213,8 +213,8 @@ impl Caller {
         }
     }
 
-    /// Sends the key material. The file with generated material is removed only if the broker certainly did not store
-    /// it.
+    /// Sends the key material. The file with generated key material is removed only if the broker certainly did not
+    /// store this material.
     async fn store(
         &self,
         key: &UserKeyRef,
@@ -268,7 +268,7 @@ impl Caller {
     }
 }
 
-/// Replaces the hint of `KEY_EXISTS`, which suggests `undelete`, for the command `undelete` itself.
+/// The hint of `KEY_EXISTS` suggests `undelete`, so the command `undelete` itself shows another hint.
 fn explain_active(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {
         return failure.hint("the record is not deleted, so there is nothing to undelete");

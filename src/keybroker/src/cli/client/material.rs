@@ -1,5 +1,5 @@
-//! Reads and writes key material through files, descriptors and pipes. Key material is never an argument, and goes to a
-//! terminal only with `--force`.
+//! Reads and writes key material through files, descriptors and pipes. Key material is never a command-line argument,
+//! and is written to a terminal only with `--force`.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -91,7 +91,8 @@ impl Source {
         read(file, &shown)
     }
 
-    /// Removes generated material that the broker certainly did not store, so that it is not mistaken for a key.
+    /// Removes the file with generated key material that the broker certainly did not store, so that a person does not
+    /// take this material for a stored key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)
@@ -117,7 +118,8 @@ fn unreadable(shown: &str, error: &io::Error) -> Failure {
     Failure::new(Exit::Usage, what)
 }
 
-/// Refuses to show key material on a terminal without `--force`, because scroll-back and recordings keep it.
+/// Refuses to show key material on a terminal unless `--force` is set, because the scroll-back buffer and recordings
+/// keep what is shown.
 pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     if force || !io::stdout().is_terminal() {
         return Ok(());
@@ -127,7 +129,7 @@ pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
         .hint("use --out FILE or a pipe, or pass --force to show the output on the terminal"))
 }
 
-/// Refuses an existing file, before the secret for [`write_secret`] exists.
+/// Refuses an output file that already exists, before the secret for [`write_secret`] is made.
 pub(in crate::cli) fn check_new(path: &Path) -> Result<(), Failure> {
     if path.symlink_metadata().is_ok() {
         return Err(exists(path));

@@ -1,4 +1,4 @@
-//! Converts the error of a call to a message and a hint for the person who made it.
+//! Converts the error of a call to a message and a hint for the person who made the call.
 
 use keybroker_client::{Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
@@ -18,7 +18,8 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         message = format!("{message}; retry after {} ms", delay.as_millis());
     }
     let exit = match error.kind() {
-        // The same exit code as for the client's own timeout, because either of the two can fire first.
+        // The exit code is the same as for the client's own timeout, because the broker's timer or the
+        // client's timer may fire first.
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
@@ -84,7 +85,7 @@ fn without_reason(error: &Error) -> Failure {
 /// The failure for an answer that does not come from the API of a broker.
 fn of_another_service(status: &Status) -> Failure {
     let message = status.message();
-    // tonic's message if the answer is HTTP but not gRPC.
+    // tonic's message contains this text if the answer is HTTP but not gRPC.
     if message.contains("invalid compression flag") {
         let what = "the listener at this address does not offer gRPC";
         return Failure::new(Exit::Refused, what).hint(

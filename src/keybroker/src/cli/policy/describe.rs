@@ -264,7 +264,7 @@ fn from_file(path: &Path) -> Result<Description, Failure> {
     serde_json::from_str(&text).map_err(|error| usage(format!("{shown}: {error}")))
 }
 
-/// Names begin with the kind of credential.
+/// Derives the kind of the credential from the beginning of the principal's name.
 fn credential(name: &str, kind: Kind) -> Credential {
     match name.split(':').next() {
         Some("URI" | "DNS") => Credential::Certificate,
@@ -284,7 +284,7 @@ fn moment(text: &str) -> Result<Timestamp, Failure> {
         .map_err(|_| usage(format!("the time {text:?} is out of range")))
 }
 
-/// Parses a value with the spelling of the configuration.
+/// Parses a value that is spelled as in the configuration.
 fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|error| error.to_string())
 }

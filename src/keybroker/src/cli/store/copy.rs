@@ -41,8 +41,8 @@ pub(in crate::cli) struct Arguments {
     pin: UserPin,
 }
 
-/// The options of the source. If its URL is `store.url`, all settings of `[store]` apply to the source. Otherwise only
-/// `accept_weaker_durability` and `socket_users` of `[store]` apply.
+/// The options of the source. If the URL of the source is `store.url`, all settings of `[store]` apply to the source. For a
+/// source with another URL, only `accept_weaker_durability` and `socket_users` of `[store]` apply.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
@@ -93,7 +93,7 @@ struct Side<'a> {
     password_file: Option<&'a Path>,
     tls: Option<&'a str>,
     ca_file: Option<&'a Path>,
-    /// If empty, the users of the configuration apply.
+    /// If this list is empty, the users in the configuration apply.
     socket_users: &'a [String],
 }
 
@@ -142,7 +142,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", path.display())))
 }
 
-/// The number of source rows for each table, and the result of checking the copy on the token.
+/// The number of source rows for each table, and the result of checking the copy with the token.
 struct Outcome {
     rows: Vec<(Table, u64)>,
     checked: Report,
@@ -151,7 +151,7 @@ struct Outcome {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
-    // Log in before anything is written, because a command that cannot verify the copy must not make it.
+    // Log in before anything is written, because a command that cannot verify a copy must not make the copy.
     let pin = arguments.pin.get(&config.token)?;
     let rows = block_on(async {
         let source = store::open_tables(&from).await?;
@@ -255,8 +255,8 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
         walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
     walk_all(context, copy, "copying rows", Lacking::Add).await?;
-    // The databases are compared after the slow check on the token, because the copy would lack changes made during the
-    // check.
+    // The databases are compared after the slow check with the token, so that the comparison detects changes that were made
+    // during the check.
     let checked = check::scan(context, &copy.to, admin).await?;
     let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(
@@ -275,7 +275,7 @@ async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Fa
     Ok(rows)
 }
 
-/// Walks through all tables and returns the number of rows of each.
+/// Walks through all tables and returns the number of rows of each table.
 async fn walk_all(
     context: &Context,
     copy: &Copy,

@@ -1,4 +1,5 @@
-//! Metrics and alerts about the expiry of certificates and revocation lists, which must be updated periodically.
+//! Updates metrics and raises alerts about the expiry of certificates and revocation lists. The broker runs this code
+//! periodically.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -68,7 +69,7 @@ impl Tls {
 #[derive(Default)]
 struct FileState {
     problems: usize,
-    /// When the first of its lists expires, in seconds since 1970.
+    /// When the first list in the file expires, in seconds since 1970.
     until: Option<i64>,
 }
 

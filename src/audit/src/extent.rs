@@ -63,7 +63,7 @@ pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<
     }
     (bytes < extent.bytes).then(|| {
         format!(
-            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, but {} were written",
+            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, but {} bytes were written",
             extent.first, extent.last, extent.bytes
         )
     })

@@ -162,7 +162,10 @@ impl Files {
         }
         let bytes = meta.len();
         if bytes != written.bytes {
-            let what = format!("has {bytes} bytes, but {} were written", written.bytes);
+            let what = format!(
+                "has {bytes} bytes, but {} bytes were written",
+                written.bytes
+            );
             return Err(tampered(&path, &what));
         }
         Ok(())

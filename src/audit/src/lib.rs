@@ -131,7 +131,7 @@ impl Settings {
             mark => verify::verify_to(&directory, mark?)?,
         };
         if let Some(tampering) = memory.tampering()? {
-            let what = format!("found while the broker served: {}", tampering.finding);
+            let what = format!("found while the broker was running: {}", tampering.finding);
             report.problems.push(what);
         }
         Ok(report)
@@ -345,8 +345,8 @@ impl Error {
         }
         Self {
             text: format!(
-                "{}; nothing is released or changed until an operator runs `keybroker audit acknowledge`. Keep the directory \
-                 unchanged for the auditors",
+                "{}; no key is released or changed until an operator runs `keybroker audit acknowledge`. Keep the \
+                 directory of the audit log unchanged for the auditors",
                 self.text
             ),
             class: Class::Latched,

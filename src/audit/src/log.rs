@@ -293,9 +293,9 @@ impl ClosedLog {
 
 fn unknown_to_database(directory: &Path) -> String {
     format!(
-        "the log in {} is new, but the database was used with other logs of this instance. If this is another host or replica, give \
-         the instance a unique name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
-         again. Otherwise the log was replaced, lost or moved while the broker was stopped",
+        "the log in {} is new, but the database was used with other logs of this instance. If this host or replica is \
+         new, give it a unique instance name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, \
+         and start again. If it is not new, its log was replaced, lost or moved while the broker was stopped",
         directory.display()
     )
 }
@@ -378,7 +378,7 @@ fn found_at_start(memory: &Memory, finding: String) -> Error {
     let error = Error::tampered(finding);
     // If the finding cannot be stored, the next start detects the tampering again.
     if let Err(unwritten) = memory.set_tampering(error.finding()) {
-        tracing::warn!(error = %unwritten, "cannot store the finding of tampering");
+        tracing::warn!(error = %unwritten, "cannot store the finding that the audit log was tampered with");
     }
     error.latched()
 }
@@ -389,6 +389,6 @@ fn stopped() -> Error {
 
 fn full() -> Error {
     Error::new(format!(
-        "{QUEUE_MAX} entries are waiting already; check the disk"
+        "{QUEUE_MAX} audit entries are already waiting to be written; check the disk"
     ))
 }

@@ -130,9 +130,9 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, but not in the way that a crash of the broker causes: it was changed, or the \
-                 machine lost power while the disk wrote in another order; keep the log for the auditors and start \
-                 a new one with another `audit.instance`",
+                "{} is damaged at byte {good}, and a crash of the broker does not cause such damage: someone changed the \
+                 file, or the machine lost power while the disk wrote blocks out of order; keep the log for the auditors \
+                 and start a new log with another `audit.instance`",
                 path.display()
             )));
         }
@@ -174,7 +174,10 @@ impl Found {
             .map_err(|error| Error::new(format!("cannot read {}: {error}", from.display())))?;
         let name = format!("torn-{number:08}-{}.bin", Timestamp::now().micros());
         let path = directory.join(name);
-        tracing::warn!(file = %path.display(), bytes = self.torn_bytes, "a torn tail of the audit log was set aside");
+        tracing::warn!(
+            file = %path.display(), bytes = self.torn_bytes,
+            "the audit log ended with an incomplete line, which was moved to a separate file"
+        );
         segment::write_new(&path, &tail)?;
         segment::sync_directory(directory)
     }

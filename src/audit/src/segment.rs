@@ -45,7 +45,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         Ok(()) => sync_directory(path.parent().unwrap_or(Path::new(".")))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            let remedy = "create its parent directory and give it to the user that runs keybroker";
+            let remedy = "create the parent directory, owned by the user that runs keybroker";
             return Err(fail_io("cannot make the directory", path, &error, remedy));
         }
     }
@@ -65,7 +65,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     }
     if !meta.is_dir() {
         let remedy = format!(
-            "set `[audit] directory` to a directory that is owned by user {ours} with mode 0700"
+            "set `[audit] directory` to a directory that belongs to user {ours} and has mode 0700"
         );
         return Err(fail(
             "will not write into",
@@ -112,8 +112,8 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
         return Err(Error {
             class: Class::InUse,
             text: format!(
-                "{} is in use by process {}: another keybroker writes this log; stop it, or give this \
-             one another `audit.instance`",
+                "{} is in use by process {}: another keybroker process writes this audit log; stop that process, or set \
+                 another `audit.instance` for this one",
                 directory.display(),
                 holder.trim()
             ),
@@ -151,7 +151,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     let path = directory.join(LOG_ID);
     // The type of the file is checked first, because a FIFO with this name would block the start of the broker.
     if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
-        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
             "cannot read",
             &path,
@@ -163,7 +163,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         Ok(text) if text.trim().len() == 32 => return Ok(Some(text.trim().to_owned())),
         Ok(text) if text.is_empty() && segments(directory)?.is_empty() => return Ok(None),
         Ok(_) => {
-            let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+            let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
             return Err(fail(
                 "invalid log id in",
                 &path,
@@ -182,9 +182,9 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         }
     }
     if directory.exists() && !segments(directory)?.is_empty() {
-        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "there are segments without the file",
+            "the audit log has segments, but not the file",
             &path,
             "it is missing",
             remedy,

@@ -66,7 +66,7 @@ impl Shared {
         if let Some(error) = &cause
             && state.down.is_none()
         {
-            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "no key is released or changed until the audit log is writable");
         }
         state.down = cause;
         measure(&state);
@@ -91,7 +91,7 @@ impl Shared {
             APPEND_TIMEOUT.as_millis()
         ));
         if !std::mem::replace(&mut state.stall_reported, true) {
-            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "no key is released or changed until the audit log is writable");
         }
         measure(&state);
         Err(error)
@@ -113,7 +113,7 @@ fn measure(state: &State) {
 pub(super) fn slow() -> Error {
     Error {
         text: format!(
-            "no entry became durable within {} ms; check the disk",
+            "no audit entry became durable within {} ms; check the disk",
             APPEND_TIMEOUT.as_millis()
         ),
         class: Class::Slow,

@@ -93,7 +93,10 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
             // All bytes up to the next valid line are reported as one problem.
             None if readable => {
                 readable = false;
-                let what = format!("no canonical entry begins at byte {}", line.at);
+                let what = format!(
+                    "no audit entry in canonical form begins at byte {}",
+                    line.at
+                );
                 check.problem(&what);
             }
             None => {}

@@ -257,7 +257,7 @@ impl Writer {
         match remembered {
             Ok(()) => {}
             Err(error) if self.is_news("tampering", &error) => {
-                tracing::warn!(%error, "cannot store the finding of tampering in the state directory; trying again");
+                tracing::warn!(%error, "cannot store in the state directory that the audit log was tampered with; trying again");
             }
             Err(_) => {}
         }
@@ -445,7 +445,7 @@ impl Writer {
                 self.complaints.remove(MARK);
             }
             Err(error) if self.is_news(MARK, &error) => {
-                tracing::warn!(%error, "cannot store the end of the audit log in the state directory; trying again");
+                tracing::warn!(%error, "cannot store the position of the last audit entry in the state directory; trying again");
             }
             Err(_) => {}
         }
@@ -486,7 +486,7 @@ impl Writer {
         {
             tracing::error!(%error, "cannot remove old audit segments; repair the cause and run the command again");
             if let Err(error) = memory.forget_removal() {
-                tracing::warn!(%error, "cannot withdraw the request to remove audit segments");
+                tracing::warn!(%error, "cannot delete the failed request to remove audit segments");
             }
         }
     }
@@ -532,7 +532,7 @@ impl Writer {
             Ok(None) => return,
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::warn!(%error, "cannot read the acknowledgement of tampering");
+                    tracing::warn!(%error, "cannot read the operator's acknowledgement that the audit log was tampered with");
                 }
                 return;
             }
@@ -547,7 +547,11 @@ impl Writer {
             }
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::error!(%error, "an operator acknowledged the tampering, but the audit log cannot continue yet");
+                    tracing::error!(
+                        %error,
+                        "an operator acknowledged the tampering with the audit log, but the audit log cannot continue \
+                         yet"
+                    );
                 }
                 self.current = None;
                 let latched = error.latched();

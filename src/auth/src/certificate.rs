@@ -15,13 +15,15 @@ const MICROS_PER_SECOND: i64 = 1_000_000;
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     /// The certificate does not parse.
-    #[error("the client certificate does not parse")]
+    #[error("the client certificate cannot be parsed")]
     Malformed(#[source] nom::Err<X509Error>),
     /// The subject alternative names do not parse, or the extension occurs twice.
-    #[error("the client certificate's SAN does not parse")]
+    #[error("the client certificate's SAN cannot be parsed")]
     Names(#[source] X509Error),
     /// The certificate has other URIs in addition to its SPIFFE id, which must be the only URI.
-    #[error("the client certificate must have no other URI than its SPIFFE id, but has {0:?}")]
+    #[error(
+        "a client certificate with a SPIFFE id must have no other URI, but this certificate has {0:?}"
+    )]
     SeveralUris(Vec<String>),
     /// The SPIFFE id is not valid. The source of this error completes the sentence of the message.
     #[error("the client certificate's SPIFFE id {id:?} {problem}")]
@@ -34,7 +36,7 @@ pub enum CertificateError {
     },
     /// The listener does not accept the trust domain of the SPIFFE id.
     #[error(
-        "the SPIFFE id of the client certificate is of the trust domain {found:?}; this listener accepts {accepted:?}"
+        "the SPIFFE id of the client certificate is in the trust domain {found:?}, but this listener accepts only {accepted:?}"
     )]
     TrustDomain {
         /// The trust domain of the id.

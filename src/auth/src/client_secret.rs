@@ -108,8 +108,8 @@ impl Settings {
             .any(|(kib, passes)| memory >= *kib && iterations >= *passes)
         {
             return Some(format!(
-                "[client_credentials]: {memory} KiB and {iterations} iterations are below the minimum that OWASP recommends; \
-                 19456 KiB and 2 iterations are enough"
+                "[client_credentials]: {memory} KiB and {iterations} iterations of Argon2 are below the minimum that \
+                 OWASP recommends; 19456 KiB and 2 iterations are enough"
             ));
         }
         let is_too_much = memory > MEMORY_KIB_MAX
@@ -444,7 +444,7 @@ impl Secrets {
 
 fn overloaded() -> Error {
     metrics::CLIENT_SECRETS_REFUSED.increment();
-    let detail = "too many client secrets are being verified";
+    let detail = "too many client secrets are being verified at the moment";
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 

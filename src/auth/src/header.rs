@@ -41,7 +41,7 @@ pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static st
     } else if scheme.eq_ignore_ascii_case(BASIC) {
         basic(rest)
     } else {
-        Err("the scheme of the `authorization` header is not Bearer or Basic")
+        Err("the scheme of the `authorization` header is neither Bearer nor Basic")
     }
 }
 

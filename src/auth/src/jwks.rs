@@ -168,7 +168,10 @@ impl KeySet {
             }
         }
         if !left_out.is_empty() {
-            tracing::debug!(?left_out, "the key set has keys for other purposes");
+            tracing::debug!(
+                ?left_out,
+                "the key set contains keys that do not verify access tokens; these keys are ignored"
+            );
         }
         Self::of(keys, refused, left_out, bytes)
     }

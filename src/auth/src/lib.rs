@@ -225,11 +225,11 @@ impl Authenticator {
         match header::read(headers) {
             Ok(Presented::Bearer(token)) => match &self.tokens {
                 Some(tokens) => tokens.verify(token).await,
-                None => refuse("the call has a bearer token, but no [[issuer]] is configured"),
+                None => refuse("the call has an access token, but no [[issuer]] is configured"),
             },
             Ok(Presented::Basic { id, secret }) => match &self.secrets {
                 Some(secrets) => secrets.verify(&id, secret, budget).await,
-                None => refuse("the call has a client secret, but API clients are not set up"),
+                None => refuse("the call has a client secret, but API clients are not configured"),
             },
             Err(malformed) => refuse(malformed),
         }

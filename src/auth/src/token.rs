@@ -182,9 +182,12 @@ impl Tokens {
                 .with([issuer.to_owned(), refusal.cause.as_str().to_owned()])
                 .increment(1);
             let detail = if name.is_empty() {
-                format!("token refused: {}", refusal.detail)
+                format!("access token refused: {}", refusal.detail)
             } else {
-                format!("token of the issuer {name:?} refused: {}", refusal.detail)
+                format!(
+                    "access token of the issuer {name:?} refused: {}",
+                    refusal.detail
+                )
             };
             refusal.error(detail)
         })
@@ -227,7 +230,7 @@ impl Tokens {
                 format!(": it was {exp}, {age} s ago")
             });
             return Err(Cause::Expired.because(format!(
-                "its `exp` has passed by more than {} s{ended}; its holder needs a new one",
+                "its `exp` has passed by more than {} s{ended}; its holder needs a new access token",
                 issuer.settings.leeway_s
             )));
         }
@@ -338,16 +341,16 @@ impl Issuer {
                     set.names()
                 ),
                 None => format!(
-                    "its `x5t` or `x5t#S256` is of no certificate of the keys {:?}",
+                    "its `x5t` or `x5t#S256` is not the thumbprint of a certificate of the keys {:?}",
                     set.names()
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "it has no `kid`, and more keys fit its `alg` than are tried: {:?}",
+                "it has no `kid`, and too many keys fit its `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
-                "its `alg` is {}, which is not what the key is for",
+                "its `alg` is {}, which is not the algorithm of its key",
                 algorithm.as_str()
             )),
         })?;
@@ -404,17 +407,17 @@ impl Issuer {
         let leeway = self.settings.leeway_s;
         match error.kind() {
             ErrorKind::InvalidSignature => Cause::Signature.because(
-                "its signature does not verify: it was changed, or signed with another key of the same name",
+                "its signature does not verify: the access token was changed, or signed with another key of the same name",
             ),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
-                "its `nbf` is more than {leeway} s ahead: look at both clocks"
+                "its `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
             )),
             ErrorKind::InvalidAudience => Cause::Audience.because(format!(
                 "its `aud` holds none of {:?}",
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("it has no `{claim}`, or one of the wrong type"))
+                Cause::Claim.because(format!("it has no `{claim}` claim, or the claim has the wrong type"))
             }
             ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),

@@ -70,10 +70,10 @@ impl EncString {
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
             ("0" | "2" | "4", _) => Err(Error::Form(
-                "it does not have the number of parts of its type",
+                "it does not have the number of parts that its type requires",
             )),
             ("1" | "3" | "5" | "6" | "7", _) => Err(Error::Type(number.parse().unwrap_or(0))),
-            _ => Err(Error::Form("its type does not exist")),
+            _ => Err(Error::Form("its type is unknown")),
         }
     }
 

@@ -94,16 +94,16 @@ impl Kdf {
         if self.check().is_ok() && self.check_new().is_err() {
             return Some(match self {
                 Self::Pbkdf2 { .. } => {
-                    "more than the 2,000,000 iterations of PBKDF2 that clients offer"
+                    "PBKDF2 has more than the 2,000,000 iterations that Bitwarden clients offer"
                 }
                 Self::Argon2id { .. } => {
-                    "more than the 10 iterations, 1,024 MiB and parallelism 16 of Argon2id that clients offer"
+                    "Argon2id has more than the 10 iterations, 1,024 MiB and parallelism 16 that Bitwarden clients offer"
                 }
             });
         }
         match self {
             Self::Pbkdf2 { iterations } => (iterations < 600_000)
-                .then_some("fewer than the 600,000 iterations of PBKDF2 that are recommended"),
+                .then_some("PBKDF2 has fewer than the recommended 600,000 iterations"),
             Self::Argon2id {
                 iterations,
                 memory_mib,
@@ -112,7 +112,7 @@ impl Kdf {
                 let enough =
                     (memory_mib >= 64 && iterations >= 3) || (memory_mib >= 32 && iterations >= 6);
                 (!enough || parallelism < 4).then_some(
-                    "less than the 64 MiB, 3 iterations and parallelism 4 of Argon2id that are recommended",
+                    "Argon2id has less than the recommended 64 MiB, 3 iterations and parallelism 4",
                 )
             }
         }

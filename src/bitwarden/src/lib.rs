@@ -73,7 +73,7 @@ pub enum Error {
     #[error("encrypted text of type {0}: only the types 0, 2 and 4 are supported")]
     Type(u8),
     /// This kind of key cannot be used with this type of `EncString`.
-    #[error("an encrypted text of type {0} is not for this kind of key")]
+    #[error("an encrypted text of type {0} cannot be decrypted with this kind of key")]
     KeyKind(u8),
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
@@ -83,7 +83,7 @@ pub enum Error {
     #[error("the key is wrong, or the encrypted text was changed")]
     Decrypt,
     /// The plain text is too long for the type of encrypted text.
-    #[error("too long to be encrypted")]
+    #[error("the plain text is too long to be encrypted")]
     TooLong,
     /// The system cannot provide memory or random bytes.
     #[error("the system did not provide {0}")]

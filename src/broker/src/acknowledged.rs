@@ -86,7 +86,7 @@ impl Mismatch {
     const fn text(self) -> &'static str {
         match self {
             Self::OtherStore => {
-                "this is not the database that the broker used before: its identity differs"
+                "the broker used another database before: the identity of this database differs"
             }
             Self::NoMark => {
                 "the database lacks an acknowledged change: it is an earlier state of this database"
@@ -272,7 +272,7 @@ impl Acknowledged {
             self.is_changed.store(true, Ordering::Release);
             tracing::warn!(
                 error = chain(&error),
-                "cannot store the newest acknowledged changes; they are kept in memory"
+                "cannot store the newest acknowledged changes in the state directory; the broker keeps these changes in memory"
             );
         }
     }
@@ -316,7 +316,7 @@ impl Acknowledged {
         };
         let mut known = self.known();
         if kept.accepted > known.accepted {
-            tracing::warn!("an operator accepted the database as it is");
+            tracing::warn!("an operator accepted the database in its current state");
             *known = kept;
         }
     }
@@ -416,10 +416,11 @@ impl Broker {
             Some(mismatch) if before.is_none() => keybroker_core::alert!(
                 StoreRestored,
                 cause = mismatch.text(),
-                "the database is not the one that this broker knows; nothing is released or changed until the right one \
-                 returns, or `keybroker store accept-restored` accepts this one"
+                "this is another database, or an earlier state of the database that this broker used; no key is released \
+                 or changed until the right database is back, or an operator accepts the current database with \
+                 `keybroker store accept-restored`"
             ),
-            None if before.is_some() => tracing::warn!("the database is accepted again"),
+            None if before.is_some() => tracing::warn!("the broker accepts the database again"),
             _ => {}
         }
     }

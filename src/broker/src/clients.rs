@@ -158,19 +158,21 @@ impl Broker {
                     .own_client(&principal, &call, id, Wanted::InForce)
                     .await?;
                 if credential.document.revoked.is_some() {
-                    let what = "the id of a client that is not revoked; create another client";
+                    let what = "the id of an API client that is not revoked; create another API client";
                     return Err(Error::violation("id", what));
                 }
                 broker.check_grantable(&credential.document)?;
                 let now = Timestamp::now();
                 if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
-                    let what = "the id of a client with fewer than two valid secrets; revoke one first";
+                    let what = "the id of an API client with fewer than two valid secrets; revoke one of its secrets first";
                     return Err(Error::violation("id", what));
                 }
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
                 if !credential.document.may_grow() {
-                    let what = "the id of a client with room for a secret: the users, key names and secrets of this client are too long; create another client";
+                    let what =
+                        "the id of an API client that has room for another secret: the users, key names and secrets of \
+                         this API client are too long; create another API client";
                     return Err(Error::violation("id", what));
                 }
                 Ok((broker.next_row(credential).await?, secret))
@@ -386,7 +388,7 @@ impl Broker {
         let (secret, phc) = self.fresh_secret().await?;
         document.add_secret(phc, now, new.expires);
         if !document.may_grow() {
-            let what = "shorter in total: users and key names together may take 24 KiB";
+            let what = "shorter: users and key names together may take at most 24 KiB";
             return Err(Error::violation("users", what));
         }
         let credential = ClientCredential {

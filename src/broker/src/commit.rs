@@ -23,7 +23,7 @@ use super::{
 
 /// The definite answer of the store about a change: the change was made, or it was not made. The intent stays open
 /// until [`Broker::close_intent`].
-#[must_use = "the intent stays open until its outcome is recorded"]
+#[must_use = "an intent stays open until its outcome is recorded"]
 pub(super) struct Settled<T> {
     pub(super) intent: OpenIntent,
     /// The store's answer.

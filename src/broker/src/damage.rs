@@ -58,5 +58,5 @@ fn report<'a, D: 'a>(
     metrics::RECORDS_DAMAGED
         .with::<&str>([])
         .increment(u64::try_from(total).unwrap_or(u64::MAX));
-    tracing::warn!(call_id = %call.id, table, total, "a page of a list has damaged rows");
+    tracing::warn!(call_id = %call.id, table, total, "a page of a list contains damaged rows");
 }

@@ -174,7 +174,7 @@ impl Broker {
         {
             tracing::warn!(
                 principal,
-                "too many rejected envelopes from one principal; its calls are refused for a while"
+                "too many envelopes of one principal were rejected; the broker refuses this principal's calls for a while"
             );
         }
         draft.0.outcome = if error.reason() == Reason::Policy {

@@ -222,7 +222,7 @@ impl Broker {
         {
             tracing::error!(
                 mutations = self.mutations.len(),
-                "mutations still under way at the end of the drain; the next start resolves their intents"
+                "mutations were still in progress at the end of the drain; the next start resolves their intents"
             );
         }
         self.flush_refusals().await;
@@ -236,7 +236,7 @@ impl Broker {
             .await
             .is_err()
         {
-            tracing::warn!("the last uses of some records were not written");
+            tracing::warn!("the times of last use of some records were not written");
         }
     }
 
@@ -430,14 +430,14 @@ where
         Ok(result) => result.map_err(Error::from),
         Err(_) => Err(Error::new(
             Reason::Deadline,
-            "deadline passed while waiting for the store or the token",
+            "the deadline passed while the call waited for the store or the token",
         )),
     }
 }
 
 /// A task of the broker panicked or was cancelled.
 #[derive(Debug, thiserror::Error)]
-#[error("the task of {work} failed")]
+#[error("the task for {work} failed")]
 struct TaskFailed {
     work: &'static str,
     source: tokio::task::JoinError,

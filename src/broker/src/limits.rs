@@ -153,7 +153,7 @@ impl Limits {
             return Err(used_up(wait));
         }
         buckets.take(principal.name(), count).map_err(|wait| {
-            let detail = format!("{} is over its rate", principal.name());
+            let detail = format!("{} has exceeded its rate limit", principal.name());
             Error::new(Reason::Rate, detail).retry_after(wait)
         })
     }
@@ -174,7 +174,7 @@ impl Limits {
             .get_with(network(address), || Arc::new(Semaphore::new(TURNS_MAX)));
         turns.try_acquire_owned().map_err(|_| {
             let detail =
-                format!("more than {TURNS_MAX} client secrets of one address are being checked");
+                format!("more than {TURNS_MAX} client secrets from one address are being verified");
             Error::new(Reason::Rate, detail).retry_after(TURN_RETRY)
         })
     }
@@ -212,7 +212,11 @@ impl Limits {
 }
 
 fn used_up(wait: Duration) -> Error {
-    Error::new(Reason::FailureBudget, "the failure limit is reached").retry_after(wait)
+    Error::new(
+        Reason::FailureBudget,
+        "the limit of failed attempts is reached",
+    )
+    .retry_after(wait)
 }
 
 /// A network of callers, by which refusals are counted and logged: an IPv4 /24 or an IPv6 /64.

@@ -67,7 +67,9 @@ impl Broker {
         let token = self.token.state();
         match token.serving {
             Serving::Up if self.registry.load().is_some() => {}
-            Serving::Up => problems.push("token: the registry is not verified".to_owned()),
+            Serving::Up => {
+                problems.push("token: the registry of wrapping keys is not verified".to_owned());
+            }
             Serving::Down(cause) => problems.push(format!("token: unavailable: {cause}")),
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
@@ -193,7 +195,7 @@ impl Broker {
         let committed = match self.store.committed_by(open.call).await {
             Ok(committed) => committed,
             Err(error) => {
-                tracing::warn!(call_id = %open.call, %error, "cannot resolve an open intent yet");
+                tracing::warn!(call_id = %open.call, %error, "cannot resolve an open intent; the broker tries again later");
                 return match error {
                     store::Error::Down(_) | store::Error::Busy(_) => Resolved::Unavailable,
                     _ => Resolved::UnderWay,
@@ -206,7 +208,10 @@ impl Broker {
             Outcome::Failed
         };
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
-            tracing::warn!(call_id = %open.call, %error, "cannot record the outcome of an open intent yet");
+            tracing::warn!(
+                call_id = %open.call, %error,
+                "cannot record the outcome of an open intent; the broker tries again later"
+            );
             return Resolved::Unavailable;
         }
         tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
@@ -267,7 +272,9 @@ impl Broker {
         let before = Timestamp::from_micros(Timestamp::now().micros() - REQUEST_KEPT_US);
         match self.store.forget_requests(before).await {
             Ok(count) => tracing::debug!(count, "deleted old request ids"),
-            Err(error) => tracing::warn!(%error, "cannot delete old request ids yet"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot delete old request ids; the broker tries again later");
+            }
         }
     }
 }

@@ -275,7 +275,10 @@ impl Broker {
         // The change is committed, so its answer must not wait for a hanging database.
         let read = tokio::time::timeout(WATCH_TIMEOUT, self.store.revision(info.id, telling));
         let Ok(read) = read.await else {
-            tracing::warn!(call_id = %call.id, "the database was too slow to count the replacements of a record");
+            tracing::warn!(
+                call_id = %call.id,
+                "the database did not answer in time, so the replacements of a record were not counted"
+            );
             return;
         };
         let then = match read {
@@ -298,7 +301,7 @@ impl Broker {
         let record = Some((info.id, info.revision));
         let action = "alarm.frequent_replacement";
         if let Err(error) = self.record_alert(principal, call, action, record).await {
-            tracing::error!(%error, "no audit entry was written for the alert");
+            tracing::error!(%error, "cannot write the audit entry of an alert");
         }
     }
 

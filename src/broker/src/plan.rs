@@ -213,7 +213,12 @@ impl Broker {
         }
         let stored = within(call, self.store.revision(info.id, earlier))
             .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "the record has no such revision"))?;
+            .ok_or_else(|| {
+                Error::new(
+                    Reason::KeyNotFound,
+                    "the record does not have this revision",
+                )
+            })?;
         let envelope = self.readable_envelope(&stored.envelope).await?;
         let context = |revision| Context::Record {
             address: &info.address,
@@ -233,7 +238,10 @@ fn check_revision(info: &RecordInfo, expected: Revision) -> Result<(), Error> {
     if info.revision == expected {
         Ok(())
     } else {
-        let detail = format!("expected {expected}, current is {}", info.revision);
+        let detail = format!(
+            "the call expects revision {expected}, but the current revision is {}",
+            info.revision
+        );
         Err(Error::new(Reason::Revision, detail))
     }
 }

@@ -155,7 +155,7 @@ impl Broker {
         match within(call, self.store.last_uses(&ids)).await {
             Ok(uses) => uses,
             Err(error) => {
-                tracing::warn!(call_id = %call.id, %error, "cannot read when records were last used");
+                tracing::warn!(call_id = %call.id, %error, "cannot read the times of last use of records");
                 HashMap::new()
             }
         }

@@ -115,7 +115,11 @@ impl Refusals {
             .collect();
         if let Err(error) = self.state.write_json(&self.fact, &kept) {
             let error = chain(&error);
-            tracing::warn!(%error, "cannot store the counted refusals; they are kept in memory until the next audit entry");
+            tracing::warn!(
+                %error,
+                "cannot store the counted refusals in the state directory; the broker keeps the counts in memory until \
+                 the next audit entry"
+            );
         }
     }
 
@@ -137,7 +141,11 @@ impl Refusals {
         self.keep();
         if let Err(error) = self.state.remove(LEGACY_FACT) {
             let error = chain(&error);
-            tracing::warn!(%error, "cannot remove the counts of the previous release; the next start counts them again");
+            tracing::warn!(
+                %error,
+                "cannot remove the file with the refusals that the previous release counted; the next start counts these \
+                 refusals again"
+            );
         }
     }
 

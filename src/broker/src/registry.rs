@@ -113,9 +113,9 @@ impl Broker {
         for row in rows.iter().filter(|row| row.backup_confirmed.is_none()) {
             tracing::warn!(
                 wrapping_key = %row.id,
-                "no backup of the token is confirmed for this wrapping key: if the token is \
-                 lost, every user key wrapped under it is lost; back the token up, test the restore, then \
-                 run `keybroker token backup-confirmed`"
+                "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
+                 wrapped under this wrapping key is lost; back the token up, test the restore, then run `keybroker token \
+                 backup-confirmed`"
             );
         }
         self.registry.store(Some(Arc::new(Registry {
@@ -196,7 +196,7 @@ impl Broker {
         let key = found.ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
         if key.fingerprint != row.fingerprint {
             return Err(untrusted(format!(
-                "public key {} on the token, {} in the registry",
+                "the public key is {} on the token, but {} in the registry",
                 key.fingerprint, row.fingerprint
             )));
         }
@@ -242,7 +242,7 @@ fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Erro
         return Ok(());
     }
     let detail = format!(
-        "registry row of wrapping key {}: number {} ({}) came after number {} ({})",
+        "registry row of wrapping key {}: the row has number {} ({}), but the last verified row had number {} ({})",
         after.id,
         after.sequence,
         after.state.as_str(),

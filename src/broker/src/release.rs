@@ -99,7 +99,7 @@ impl Broker {
             .record_alert(principal, call, "alarm.bulk_release", None)
             .await
         {
-            tracing::error!(%error, "no audit entry was written for the alert");
+            tracing::error!(%error, "cannot write the audit entry of an alert");
         }
     }
 
@@ -165,7 +165,7 @@ impl Broker {
         let envelope =
             Envelope::parse(bytes).map_err(|error| Error::caused(Reason::RecordDamaged, error))?;
         if envelope.kind() != Kind::Record {
-            let detail = "the stored envelope is not that of a user key";
+            let detail = "the stored envelope is not the envelope of a user key";
             return Err(Error::new(Reason::RecordDamaged, detail));
         }
         let key = envelope.wrapping_key();

@@ -87,7 +87,7 @@ impl Broker {
             }
             written += portion.len();
             if self.uses.failing.swap(false, Ordering::Relaxed) {
-                tracing::info!("the times of last use are written again");
+                tracing::info!("the broker can write the times of last use again");
             }
         }
         for (record, at) in uses.into_iter().skip(written) {

@@ -225,7 +225,7 @@ impl fmt::Display for Error {
                     "the response does not come from a Keybroker broker; check the endpoint",
                 )?;
             }
-            (ErrorKind::Credential, _) => f.write_str("the provider of bearer tokens failed")?,
+            (ErrorKind::Credential, _) => f.write_str("the provider of access tokens failed")?,
             (ErrorKind::InvalidResponse, _) => {
                 write!(f, "the broker's response is not valid: {}", self.detail)?;
             }

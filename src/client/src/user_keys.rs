@@ -169,7 +169,9 @@ impl Client {
             let answer = service(&attempt).batch_unwrap_user_keys(request).await?;
             let results = answer.into_inner().results;
             if results.len() != keys.len() {
-                return Err(AttemptError::Invalid("not one result per item"));
+                return Err(AttemptError::Invalid(
+                    "the number of results differs from the number of items",
+                ));
             }
             results.into_iter().map(item_result).collect()
         })
@@ -334,7 +336,7 @@ fn released(answer: proto::UnwrapUserKeyResponse) -> Result<ReleasedKey, Attempt
     let key_material = KeyMaterial::new(answer.key_material);
     Ok(ReleasedKey {
         key_material: key_material
-            .map_err(|_| AttemptError::Invalid("key_material has not 1 to 190 bytes"))?,
+            .map_err(|_| AttemptError::Invalid("key_material does not have 1 to 190 bytes"))?,
         revision: revision(answer.revision)?,
     })
 }
@@ -345,7 +347,7 @@ fn item_result(
     match result.result {
         Some(ItemResult::Released(answer)) => released(answer).map(Ok),
         Some(ItemResult::Error(error)) => Ok(Err(Refusal::of_item(error.reason, error.message))),
-        None => Err(AttemptError::Invalid("an item has no result")),
+        None => Err(AttemptError::Invalid("the result of an item is absent")),
     }
 }
 
@@ -360,11 +362,12 @@ fn record(record: Option<proto::UserKey>) -> Result<UserKey, AttemptError> {
         key: UserKeyRef::parse(&record.user, &record.key_name)
             .map_err(|_| AttemptError::Invalid("user or key_name is empty or too long"))?,
         record_id: RecordId::from_slice(&record.record_id)
-            .ok_or(AttemptError::Invalid("record_id has not 16 bytes"))?,
+            .ok_or(AttemptError::Invalid("record_id does not have 16 bytes"))?,
         state,
         revision: revision(record.revision)?,
-        wrapping_key_id: WrappingKeyId::from_slice(&record.wrapping_key_id)
-            .ok_or(AttemptError::Invalid("wrapping_key_id has not 16 bytes"))?,
+        wrapping_key_id: WrappingKeyId::from_slice(&record.wrapping_key_id).ok_or(
+            AttemptError::Invalid("wrapping_key_id does not have 16 bytes"),
+        )?,
         create_time: timestamp(record.create_time)
             .ok_or(AttemptError::Invalid("create_time is absent"))?,
         update_time: timestamp(record.update_time)

@@ -68,23 +68,25 @@ macro_rules! alerts {
 alerts! {
     TokenDown = "token-down", Critical, "No worker can use the token.";
     TokenUntrusted = "token-untrusted", Critical, "The token answers but is not in the required state.";
-    PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no login is made with it.";
+    PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no further login is made with this PIN.";
     TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
     FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
-    ClientDamaged = "client-damaged", Warning, "The row of an API client does not verify.";
-    Registry = "registry", Critical, "The rows of the wrapping keys and the token disagree.";
-    RecordDamaged = "record-damaged", Warning, "A stored row does not verify or does not parse.";
-    StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while it was open.";
-    StoreRestored = "store-restored", Critical, "The database is not the one that this broker knows.";
+    ClientDamaged = "client-damaged", Warning, "The row of an API client is damaged.";
+    Registry = "registry", Critical, "The registry of wrapping keys and the token disagree.";
+    RecordDamaged = "record-damaged", Warning, "A stored row cannot be parsed, or its MAC does not verify.";
+    StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while the database was open.";
+    StoreRestored =
+        "store-restored", Critical, "The database was replaced by another database, or by an earlier state of itself.";
     AuditLog = "audit-log", Critical, "The audit log cannot be written.";
     AuditTampered = "audit-tampered", Critical, "Another process changed the files of the audit log.";
-    TlsReload = "tls-reload", Warning, "New TLS files are refused; the old ones stay in use.";
-    ClientCrl = "client-crl", Warning, "A list of revoked client certificates was refused, is missing, has expired, ends soon, or could not be stored.";
+    TlsReload = "tls-reload", Warning, "New TLS files are refused; the old files stay in use.";
+    ClientCrl =
+        "client-crl", Warning, "A revocation list for client certificates was refused, is missing, has expired, expires soon, or could not be stored.";
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
-    PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier ones stay in force.";
+    PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier policies stay in force.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";
-    Bug = "bug", Warning, "A fault of the broker itself.";
+    Bug = "bug", Warning, "An internal error of the broker.";
 }
 
 /// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. In the form

@@ -386,19 +386,22 @@ declare! {
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
         BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
-        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
+        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
         REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests waited for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
-        CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
+        CLIENT_SECRETS_REFUSED =
+            "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
         ISSUER_FETCH_FAILURES = "keybroker_issuer_fetch_failures_total" [ISSUER] "Failed attempts to renew the key set of an issuer.";
         POLICY_ERRORS = "keybroker_policy_errors_total" [POLICY] "Policies that could not be evaluated for a call.";
         POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were refused.";
-        AUDIT_TAMPERING = "keybroker_audit_tampering_total" [] "Times that the broker found the files of the audit log changed by another process.";
-        LAST_USES_DROPPED = "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many waited to be stored.";
-        LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Log lines about unauthenticated callers that were left out.";
+        AUDIT_TAMPERING =
+            "keybroker_audit_tampering_total" [] "Times that the broker found that another process had changed the files of the audit log.";
+        LAST_USES_DROPPED =
+            "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many times of last use waited to be stored.";
+        LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Suppressed log lines about unauthenticated callers.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
         CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
         ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Failed attempts to accept a connection.";
@@ -411,11 +414,13 @@ declare! {
     }
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
-        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls that have begun and not ended.";
+        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls in progress.";
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
         CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
-        CLIENT_CRL_EXPIRY = "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first revocation list of a listener ends, in seconds since 1970.";
-        CLIENT_CRL_PROBLEMS = "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; their accepted predecessors stay in use until they end.";
+        CLIENT_CRL_EXPIRY =
+            "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first of a listener's revocation lists expires, in seconds since 1970.";
+        CLIENT_CRL_PROBLEMS =
+            "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; the lists that were accepted before stay in use until they expire.";
         ISSUER_KEYS_AGE = "keybroker_issuer_keys_age_seconds" [ISSUER] "Time since the key set of an issuer was fetched.";
         ISSUER_REFUSED_KEYS = "keybroker_issuer_refused_keys" [ISSUER] "Weak or malformed keys in the key set of an issuer.";
         POLICIES = "keybroker_policies" [EFFECT] "Policies in force.";
@@ -430,9 +435,10 @@ declare! {
     }
     histograms {
         CALL_DURATION = "keybroker_call_duration_seconds" [ACTION] SECONDS "Time from the start of a call to its outcome.";
-        CALL_OVERHEAD = "keybroker_call_overhead_seconds" [] SECONDS "Time of an unwrap in the broker, without the queue and the token.";
+        CALL_OVERHEAD =
+            "keybroker_call_overhead_seconds" [] SECONDS "Time that the broker takes for an unwrap, without the time in the queue and on the token.";
         TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [] SECONDS "Time that jobs waited for a session of the token.";
-        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time of jobs on the token.";
+        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time that the token takes for a job.";
         AUDIT_GROUP_ENTRIES = "keybroker_audit_group_entries" [] ENTRIES "Audit entries that became durable together.";
     }
 }

@@ -45,12 +45,12 @@ const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 pub enum Error {
     /// Binary DER.
     #[error(
-        "it is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key `openssl pkey`, for \
-         a revocation list `openssl crl`)"
+        "the file is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key \
+         `openssl pkey`, for a revocation list `openssl crl`)"
     )]
     Der,
     /// The file is UTF-16, as some editors write it.
-    #[error("it is UTF-16; save it as UTF-8 or ASCII")]
+    #[error("the file is UTF-16; save it as UTF-8 or ASCII")]
     Utf16,
     /// A line that looks like a BEGIN or END line but is malformed.
     #[error(
@@ -83,8 +83,8 @@ pub enum Error {
     },
     /// A private key that is encrypted with a passphrase.
     #[error(
-        "the private key that begins in line {0} is encrypted, and keybroker has no passphrase for it; decrypt it with \
-         `openssl pkey -in FILE -out key.pem`, and restrict the mode of the result"
+        "the private key that begins in line {0} is encrypted, and keybroker cannot ask for a passphrase; decrypt the \
+         private key with `openssl pkey -in FILE -out key.pem`, and restrict the mode of key.pem"
     )]
     Encrypted(usize),
     /// A block of a kind that is not permitted in this file.
@@ -101,10 +101,12 @@ pub enum Error {
     #[error("it contains no {0} in PEM")]
     Nothing(&'static str),
     /// The file contains several private keys, but only one is used.
-    #[error("it contains {0} private keys; keep the one that belongs to the certificate")]
+    #[error(
+        "it contains {0} private keys; keep only the private key that belongs to the certificate"
+    )]
     Keys(usize),
     /// The file has so many unreadable parts that the rest of the file is ignored.
-    #[error("more than {0} parts of it cannot be read; the rest is ignored")]
+    #[error("more than {0} parts of the file cannot be read; the rest of the file is ignored")]
     TooDamaged(usize),
 }
 
@@ -197,25 +199,27 @@ impl Block {
 fn remedy(label: &str) -> &'static str {
     match label {
         "TRUSTED CERTIFICATE" => {
-            "it is OpenSSL's own format; write a plain certificate with `openssl x509 -in FILE -out FILE.pem`"
+            "the block is in OpenSSL's own format; write a plain certificate with `openssl x509 -in FILE -out FILE.pem`"
         }
-        "X509 CERTIFICATE" => "write CERTIFICATE instead in its BEGIN and END lines",
+        "X509 CERTIFICATE" => "write CERTIFICATE instead of this label in the BEGIN and END lines",
         "RSA PUBLIC KEY" => {
-            "it is PKCS #1; convert it with `openssl rsa -RSAPublicKey_in -in FILE -pubout -out FILE.pem`"
+            "the block is in PKCS #1 format; convert it with `openssl rsa -RSAPublicKey_in -in FILE -pubout -out FILE.pem`"
         }
-        "OPENSSH PRIVATE KEY" => "convert it with `ssh-keygen -p -m PKCS8 -f FILE`",
+        "OPENSSH PRIVATE KEY" => "convert the private key with `ssh-keygen -p -m PKCS8 -f FILE`",
         "PKCS7" | "CMS" => {
-            "write its certificates with `openssl pkcs7 -print_certs -in FILE -out FILE.pem`"
+            "write the certificates of the block with `openssl pkcs7 -print_certs -in FILE -out FILE.pem`"
         }
         "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => {
-            "it is a request; use the certificate that the authority issued for it"
+            "the block is a certificate request; use the certificate that the CA issued for this request"
         }
-        "X509 CRL" => "put a revocation list into the file of its own setting",
-        "CERTIFICATE" => "a certificate does not belong in this file; remove it",
+        "X509 CRL" => {
+            "the block is a revocation list; put it into the file that the setting for revocation lists names"
+        }
+        "CERTIFICATE" => "a certificate does not belong in this file; remove the certificate",
         _ if label.ends_with("PRIVATE KEY") => {
-            "a private key does not belong in this file; remove it, and replace the key if others may have read it"
+            "a private key does not belong in this file; remove the private key, and replace it if other users may have read it"
         }
-        _ => "it does not belong in this file; remove it",
+        _ => "the block does not belong in this file; remove the block",
     }
 }
 

@@ -179,7 +179,8 @@ impl Grant {
         let is_limited = self.users.is_some() || self.key_names.is_some();
         if self.roles.contains(&Role::Release) && !is_limited {
             return Some(
-                "has the role `release` without a limit: set `users` or `key_names` to what it may release, or to [\"*\"] for all"
+                "has the role `release` without a limit: set `users` or `key_names` to the users or key names that it \
+                 may release, or to [\"*\"] for all"
                     .to_owned(),
             );
         }

@@ -254,7 +254,7 @@ impl StateDirectory {
         if u64::try_from(bytes.len()).is_ok_and(|length| length > bytes_max) {
             let kib = bytes_max / 1024;
             return Err(io::Error::other(format!(
-                "the fact is longer than {kib} KiB"
+                "the content of the state file is longer than {kib} KiB"
             )));
         }
         self.prepare()?;
@@ -289,7 +289,7 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
     let what = if meta.is_dir() { "directory" } else { "file" };
     let remedy = if meta.uid() == ours {
         let mode = if meta.is_dir() { "0700" } else { "0600" };
-        format!("others can use the {what}; set its mode to {mode}")
+        format!("other users can use the {what}; set the mode of the {what} to {mode}")
     } else {
         format!(
             "the {what} belongs to user {}, and this process runs as user {ours}; run the command as user {}",

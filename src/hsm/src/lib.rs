@@ -158,10 +158,12 @@ pub enum Error {
     MacRefused,
     /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged
     /// when the MAC was made.
-    #[error("unwrap failed although the MAC verified and the self-test passes: {0}")]
+    #[error(
+        "unwrap failed, although the MAC of the envelope is valid and the self-test passes: {0}"
+    )]
     Damaged(String),
     /// The deadline passed before a token call began, or before its result arrived.
-    #[error("deadline passed before the token answered")]
+    #[error("the deadline passed before the token answered")]
     Deadline,
     /// The token cannot do the work before the deadline, or the queue is full.
     #[error("the token cannot do the work in time")]

@@ -140,7 +140,7 @@ impl Link {
                 Err(error) => {
                     state
                         .cause
-                        .get_or_insert(format!("its socket failed: {error}"));
+                        .get_or_insert(format!("the socket of the worker failed: {error}"));
                     self.ended.cancel();
                     return;
                 }
@@ -167,24 +167,27 @@ impl Link {
         let mut inbox = Inbox::default();
         loop {
             if let Err(error) = self.stream.readable().await {
-                return format!("its socket failed: {error}");
+                return format!("the socket of the worker failed: {error}");
             }
             match self.stream.try_read(inbox.room()) {
-                Ok(0) => return "its process ended".to_owned(),
+                Ok(0) => return "the worker process ended".to_owned(),
                 Ok(count) => inbox.received(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return format!("its socket failed: {error}"),
+                Err(error) => return format!("the socket of the worker failed: {error}"),
             }
             loop {
                 match inbox.take::<Reply>() {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
-                            return format!("it answered job {} that it does not hold", reply.id);
+                            return format!(
+                                "the worker answered job {}, which it was not given",
+                                reply.id
+                            );
                         };
                         take(job, reply);
                     }
                     Ok(None) => break,
-                    Err(error) => return format!("it sent an invalid message: {error}"),
+                    Err(error) => return format!("the worker sent an invalid message: {error}"),
                 }
             }
         }

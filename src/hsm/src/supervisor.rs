@@ -175,7 +175,7 @@ impl Supervisor {
             self.apply(&mut decider, Event::Stop);
             self.serving
                 .send_replace(Serving::Down(STOPPING.to_owned()));
-            tracing::info!("accepting no more token jobs");
+            tracing::info!("the broker accepts no more token jobs");
             if !self.queue.has_links() {
                 self.queue.fail_all(&decider.down(STOPPING));
             }

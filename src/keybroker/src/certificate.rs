@@ -24,10 +24,10 @@ const WARN_PART: i64 = 5;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The data is not an X.509 certificate.
-    #[error("the certificate does not parse")]
+    #[error("the certificate cannot be parsed")]
     Certificate(#[source] x509_parser::nom::Err<X509Error>),
     /// An extension is malformed or present twice.
-    #[error("an extension of the certificate does not parse")]
+    #[error("an extension of the certificate cannot be parsed")]
     Extension(#[source] X509Error),
 }
 

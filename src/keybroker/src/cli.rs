@@ -83,7 +83,7 @@ enum Command {
     /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Verify, show and maintain the audit log; a broker need not run
+    /// Verify, show and maintain the audit log, with or without a running broker
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker
@@ -192,7 +192,7 @@ fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failu
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         let what = "internal error in keybroker; the line above shows the source location";
         Err(Failure::new(Exit::Internal, what)
-            .hint("report the error with that line and the output of `keybroker --version`"))
+            .hint("report the error with the line that shows the source location, and with the output of `keybroker --version`"))
     })
 }
 

@@ -57,7 +57,7 @@ fn helped_by_settings(
     let mut help = Vec::new();
     if integrity_key != settings.integrity_key {
         help.push(format!(
-            "It makes an integrity key of another kind: set `integrity_key = \"{}\"` in [token]",
+            "The token makes an integrity key of another kind: set `integrity_key = \"{}\"` in [token]",
             integrity_key.as_str()
         ));
     }
@@ -70,7 +70,7 @@ fn helped_by_settings(
             attribute_check::exceptions_in_use(&settings.attribute_exceptions).collect();
         all.extend(attributes);
         help.push(format!(
-            "It refuses {} in templates. If it does not support that, {}",
+            "The token refuses {0} in templates. If the token does not support {0}, {1}",
             listed_names(&names),
             attribute_check::accept(&all)
         ));
@@ -100,8 +100,9 @@ fn other_kinds(making: Making) -> String {
         .map(|other| format!("\"{}\"", other.setting().as_str()))
         .collect();
     format!(
-        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If it has no such keys at all, \
-         `integrity_key = \"worker\"` keeps the integrity key outside the token, which protects rows less: docs/tokens.md says how",
+        ". If the token's keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If the token \
+         has no keys for HMAC-SHA-256 at all, set `integrity_key = \"worker\"`: the integrity key is then outside the \
+         token, which protects rows less (docs/tokens.md)",
         others.join(" or ")
     )
 }
@@ -132,7 +133,7 @@ impl From<Fault> for AdminError {
             Class::Pin => Self::Pin(fault.detail),
             Class::NoToken => Self::NoToken(fault.detail),
             Class::Login => Self::Token(format!(
-                "{}. This login used up an attempt; run the command again when the token works",
+                "{}. This login used up one login attempt; run the command again when the token works",
                 fault.detail
             )),
             Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
@@ -335,7 +336,7 @@ fn check_label(label: &str) -> Result<(), AdminError> {
     } else if label.len() > LABEL_BYTES {
         "is longer than 32 bytes of UTF-8"
     } else if label != label.trim() {
-        "begins or ends with a blank, which tokens cannot tell from padding"
+        "begins or ends with a blank, which tokens cannot distinguish from padding"
     } else {
         return Ok(());
     };
@@ -393,8 +394,7 @@ fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
     }
     blank.ok_or_else(|| {
         AdminError::NoToken(
-            "every token of this module is initialised, and none is erased without \
-             --erase-serial"
+            "every token of this module is initialised, and keybroker erases an initialised token only with --erase-serial"
                 .to_owned(),
         )
     })
@@ -532,8 +532,9 @@ impl Admin {
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
-                "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, which this command does not \
-                 make. Make the keys with the vendor's tool and register them with `keybroker key register`"
+                "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, but this command \
+                 does not make such keys. Make the keys with the vendor's tool, and register them with `keybroker key \
+                 register`"
                     .to_owned(),
             ));
         }
@@ -561,7 +562,7 @@ impl Admin {
             Err(error) => error.to_string(),
         };
         let end = match made.remove(session) {
-            Ok(()) => "The key was removed again".to_owned(),
+            Ok(()) => "The key was removed from the token".to_owned(),
             Err(left) => left.to_string(),
         };
         Err(AdminError::Untrusted(format!(
@@ -615,7 +616,7 @@ impl Admin {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
             Err(fault) => {
-                tracing::warn!(%fault, "the tests with keys for a session ended with an error");
+                tracing::warn!(%fault, "the tests with session keys ended with an error");
                 Ok(tests_that_change_a_key())
             }
             Ok(not_made) => Ok(not_made),
@@ -634,13 +635,15 @@ impl Admin {
                 attributes,
             } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
-                "the token did not make {making}: {}. It makes the same key for a session, so the template is not the cause: the token \
-                 may be full or write-protected. If it is full, remove objects that nothing uses with the vendor's tool. No key was made",
+                "the token did not make {making}: {}. The token makes the same key as a session key, so the template is \
+                 not the cause: the token may be full or write-protected. If the token is full, remove unused objects \
+                 with the vendor's tool. No key was made",
                 refusal.fault
             )),
             Cause::Unknown => AdminError::Token(format!(
-                "the token did not make {making}: {}. It makes no such key for a session either, so the refused attribute cannot \
-                 be found by trying; the token's manual lists the supported attributes and mechanisms{}. No key was made",
+                "the token did not make {making}: {}. The token does not make this key as a session key either, so \
+                 keybroker cannot find out which attribute the token refuses; the token's manual lists the supported \
+                 attributes and mechanisms{}. No key was made",
                 refusal.fault,
                 other_kinds(making)
             )),
@@ -658,7 +661,7 @@ impl Admin {
         let pair = self.pair(checked.id)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let secret = self.place(checked.id).secret.ok_or_else(|| {
-            AdminError::Untrusted(format!("the integrity key of {} is gone", checked.id))
+            AdminError::Untrusted(format!("the integrity key of {} is missing", checked.id))
         })?;
         let wrapped = secret.wrap(checked.id, &public.spki, algorithm)?;
         Ok(CheckedKey {
@@ -676,16 +679,16 @@ impl Admin {
         let place = self.place(id);
         if place.objects.integrity != IntegrityPlace::Worker {
             return Err(AdminError::Untrusted(format!(
-                "the integrity key of {id} is not one for the memory of the workers"
+                "the integrity key of {id} is not of the kind that workers unwrap into their memory"
             )));
         }
         // If the registry row of a wrapping key is lost, the records of this wrapping key still need its old integrity
         // key.
         if let Some(object) = keys::integrity_key_on_token(&self.token.anchor, &place)? {
             return Err(AdminError::Untrusted(format!(
-                "the token has a secret key with the CKA_ID {object}, which may be the integrity key of {id}, so no other one was made; \
-                 register it with `keybroker key register ID --integrity-id {object}`, or remove it with the vendor's tool if it is \
-                 not used"
+                "the token has a secret key with the CKA_ID {object}, which may be the integrity key of {id}, so no \
+                 other integrity key was made; register the secret key with `keybroker key register ID --integrity-id \
+                 {object}`, or remove it with the vendor's tool if it is not used"
             )));
         }
         self.keep_secret(&Place {

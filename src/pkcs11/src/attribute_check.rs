@@ -90,8 +90,8 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is absent and excepted, should be",
-            Found::ImpliedByType => "is absent, and the type of the key implies",
+            Found::Excepted => "is absent, which an exception accepts, and should be",
+            Found::ImpliedByType => "is absent, but the type of the key implies",
             Found::Missing => "is absent, must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
@@ -248,15 +248,16 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_SIGN",
-        "a holder of the user PIN may sign with the wrapping key; of the integrity key nothing, because it must sign",
+        "a holder of the user PIN may sign with the wrapping key; for the integrity key there is no risk, because an \
+         integrity key must sign",
     ),
     exception(
         "CKA_SIGN_RECOVER",
-        "a holder of the user PIN may make signatures with the wrapping key that hold the signed data",
+        "a holder of the user PIN may make signatures that contain the signed data, with the wrapping key",
     ),
     exception(
         "CKA_VERIFY",
-        "nothing: the integrity key must verify, and the self-test shows that it does",
+        "there is no risk: the integrity key must verify, and the self-test shows that the integrity key verifies",
     ),
     exception(
         "CKA_ENCRYPT",
@@ -264,7 +265,8 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DECRYPT",
-        "a holder of the user PIN may decrypt with the integrity key; of the wrapping key nothing, because it must decrypt",
+        "a holder of the user PIN may decrypt with the integrity key; for the wrapping key there is no risk, because a \
+         wrapping key must decrypt",
     ),
     exception(
         "CKA_WRAP",
@@ -276,7 +278,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DERIVE",
-        "a holder of the user PIN may derive keys from the integrity key that are as long as it, and use them",
+        "a holder of the user PIN may derive other keys of the same length from the integrity key, and use the derived keys",
     ),
 ];
 
@@ -385,7 +387,7 @@ fn unreadable(fault: Fault, name: &str, kind: AttributeType) -> Fault {
     let fault = fault.about(name);
     match exceptable(kind) {
         Some(exception) if is_about_it => fault.with(&format!(
-            "if the token cannot express it, {}",
+            "if the token does not support this attribute, {}",
             accept(&[exception])
         )),
         _ => fault,
@@ -425,8 +427,9 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "{what} was imported: {}. It has been outside the token, so copies of it may exist, and it must never protect \
-                 user keys. No setting accepts that; make a key on the token with `keybroker key generate` or with the vendor's tool",
+                "{what} was imported: {}. The key has been outside the token, so copies of the key may exist, and it \
+                 must never protect user keys. No setting accepts an imported key; make a key on the token with \
+                 `keybroker key generate` or with the vendor's tool",
                 named.join("; ")
             ),
         ));
@@ -469,11 +472,11 @@ fn remedy(wrong: &[&Finding]) -> String {
         })
         .collect();
     if helps.len() < wrong.len() {
-        return "No setting accepts that; make another key with `keybroker key generate`"
+        return "No setting accepts these attributes; make another key with `keybroker key generate`"
             .to_owned();
     }
     format!(
-        "Make another key with `keybroker key generate`; or, if the token cannot express them, {}",
+        "Make another key with `keybroker key generate`. If the token does not support these attributes, {}",
         accept(&helps)
     )
 }

@@ -113,8 +113,8 @@ fn no_session(error: Error) -> Fault {
     let fault = Fault::from(error);
     if is_full {
         fault.with(
-            "the token has no free session; each worker opens at least one session more than `sessions_per_worker`: lower that \
-             setting or `workers` in [token]",
+            "the token has no free session; each worker opens at least one session more than `sessions_per_worker`: \
+             reduce `sessions_per_worker` or `workers` in [token]",
         )
     } else {
         fault
@@ -266,8 +266,8 @@ fn find_one(
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token holds more than one {what} with CKA_ID {id}; find out where the other came \
-                 from before you remove either"
+                "the token holds more than one {what} with CKA_ID {id}; find out where these objects came from before \
+                 you remove one of them"
             ),
         ));
     }

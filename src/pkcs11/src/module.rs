@@ -84,7 +84,7 @@ fn arguments_hint(settings: &Settings) -> &'static str {
     if settings.initialize_string.is_some() {
         "the module expects another string, or none, in `token.initialize_string`"
     } else {
-        "some modules (NSS) need a string in `token.initialize_string`; its form is in the vendor's manual"
+        "some modules (NSS) need a string in `token.initialize_string`; the vendor's manual describes this string"
     }
 }
 

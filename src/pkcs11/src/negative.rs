@@ -207,7 +207,7 @@ pub const TESTS: &[NegativeTest] = &[
     )),
     on_object(never(
         "derive-integrity-part",
-        "a separate key can be derived from a part of the integrity key, and it is short enough to be guessed",
+        "a separate key can be derived from a part of the integrity key, and the derived key is short enough to be guessed",
         |on| derives(on, &of_a_part(), on.integrity(), PART_BYTES, &[]),
     )),
     on_object(never(
@@ -467,7 +467,7 @@ pub(super) fn run(
                 Ok(Done::Nothing) => {}
                 Ok(Done::NotMade) => report.not_made.push(test.name),
                 Ok(Done::Kept(fault)) => {
-                    let left = "the object that the test made was not removed; find and remove it with the vendor's tool";
+                    let left = "the object that a negative test made was not removed; find and remove it with the vendor's tool";
                     return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
                 }
                 Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
@@ -529,13 +529,13 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     let NegativeTest { name, meaning, .. } = test;
     let way_out = test.accepted_by.map_or_else(String::new, |exception| {
         format!(
-            ". If the token cannot prevent it, `attribute_exceptions = [\"{exception}\"]` in [token] accepts it"
+            ". If the token cannot prevent this, set `attribute_exceptions = [\"{exception}\"]` in [token] to accept the risk"
         )
     });
     Fault::new(
         Class::Untrusted,
         format!(
-            "key {} must not be used: {meaning}, although its attributes forbid it (test `{name}`){way_out}",
+            "key {} must not be used: {meaning}, although the attributes of the key forbid this (test `{name}`){way_out}",
             pair.id
         ),
     )

@@ -183,7 +183,7 @@ impl OpenToken {
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
-                "another process is already logged in to the token; using its login"
+                "another process is already logged in to the token; this process shares that login"
             );
             return Ok((true, took));
         }
@@ -202,8 +202,8 @@ impl OpenToken {
             return fault;
         }
         fault.with(
-            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among processes, \
-             set `workers = 1` in [token], and stop `serve` before other commands",
+            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among \
+             processes, set `workers = 1` in [token], and stop `serve` before you run other commands",
         )
     }
 
@@ -229,8 +229,9 @@ impl OpenToken {
         ) {
             let serial = &self.info.serial;
             return fault.about(&token).with(&format!(
-                "the token has no user PIN, because its initialisation was not completed. Set one with the vendor's tool, or erase the \
-                 token with `keybroker token init --erase-serial {serial}` if it holds no keys"
+                "the token has no user PIN, because its initialisation was not completed. Set a user PIN with the \
+                 vendor's tool or, if the token holds no keys, erase the token with `keybroker token init --erase-serial \
+                 {serial}`"
             ));
         }
         if answer == Answer::NotChecked {
@@ -252,7 +253,7 @@ impl OpenToken {
             _ => Fault::new(
                 Class::Login,
                 format!(
-                    "{token} failed the login with a code that does not concern the PIN: {fault}"
+                    "{token}: the login failed with a code that does not concern the PIN: {fault}"
                 ),
             ),
         }
@@ -273,8 +274,8 @@ impl OpenToken {
             return Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "wrapping key {} on the token has the public key {}, the registry says {fingerprint}: this is another key under \
-                     the same CKA_ID",
+                    "wrapping key {} on the token has the public key {}, but the registry has the public key \
+                     {fingerprint}: the token has another key under the same CKA_ID",
                     pair.id, public.fingerprint
                 ),
             ));
@@ -441,8 +442,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
              {ONCE}"
         ),
         Refusal::Unproven => format!(
-            "{token}: this PIN has never logged in, and two logins failed or were interrupted; no further login is tried. \
-             Repair the cause, then run `keybroker token retry-pin`"
+            "{token}: no login with this PIN has ever succeeded, and two logins failed or were interrupted; no further \
+             login is tried. Repair the cause, then run `keybroker token retry-pin`"
         ),
         Refusal::Rejected(answer) => {
             format!("{token} rejected this PIN before ({answer}); no login was tried. {ONCE}")

@@ -201,7 +201,7 @@ impl SelfTest {
         Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token failed the self-test of key {}: it decrypted to another plaintext",
+                "the token failed the self-test of key {}: the token decrypted the known ciphertext to another plaintext",
                 pair.id
             ),
         ))
@@ -229,8 +229,9 @@ impl SelfTest {
             Fault::new(
                 fault.class,
                 format!(
-                    "the token does not do HMAC-SHA-256 with integrity key {} ({fault}), without which rows of the database cannot be \
-                     told from forged ones; if its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]",
+                    "the token does not support HMAC-SHA-256 with integrity key {} ({fault}), and without HMAC-SHA-256 \
+                     the broker cannot detect forged rows in the database; if the token's keys for HMAC-SHA-256 are of \
+                     another kind, set `integrity_key` in [token]",
                     pair.id
                 ),
             )
@@ -248,8 +249,8 @@ impl SelfTest {
             Ok(()) => Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "the token accepts a wrong MAC of integrity key {}: it protects nothing, and must \
-                     not be used",
+                    "the token accepts a wrong MAC of integrity key {}: MACs of this token protect nothing, and the \
+                     token must not be used",
                     pair.id
                 ),
             )),

@@ -247,7 +247,7 @@ impl Login<'_> {
 
 fn hash(pin: &Pin, salt: &str) -> Result<String, RecordError> {
     let params = Params::new(MEMORY_KIB, ITERATIONS, 1, Some(HASH_BYTES))
-        .map_err(|_| RecordError::Hash("the parameters do not fit"))?;
+        .map_err(|_| RecordError::Hash("the Argon2 parameters are not valid"))?;
     let mut hash = [0; HASH_BYTES];
     Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
         .hash_password_into(pin.expose().as_bytes(), salt.as_bytes(), &mut hash)

@@ -219,8 +219,9 @@ fn find_now(
         return Err(Fault::new(
             Class::NoToken,
             format!(
-                "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
-                 SOFTHSM2_CONF)? List tokens with `keybroker token list`, or create one with `keybroker token init`"
+                "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete \
+                 (SoftHSM: SOFTHSM2_CONF)? List tokens with `keybroker token list`, or create a token with `keybroker \
+                 token init`"
             ),
         ));
     }
@@ -246,9 +247,9 @@ fn find_now(
         [] => Err(Fault::new(
             Class::NoToken,
             format!(
-                "the registry contains the token with the serial number {}, but the settings match only {}, so no login was tried. \
-                 Connect the registered token and choose it by `token.serial`. If the connected token is its clone, run \
-                 `keybroker key register ID` with it",
+                "the registry contains the token with the serial number {}, but the settings match only {}, so no login \
+                 was tried. Connect the registered token and choose it by `token.serial`. If the connected token is a \
+                 clone of the registered token, run `keybroker key register ID` with the connected token",
                 quoted(serials.iter().copied()),
                 quoted(
                     fitting
@@ -260,7 +261,7 @@ fn find_now(
         several => Err(Fault::new(
             Class::Configuration,
             format!(
-                "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
+                "more than one token with {wanted}, with the serial numbers {}: choose one of these tokens by `token.serial`",
                 quoted(
                     several
                         .iter()
@@ -280,8 +281,8 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
     Fault::new(
         Class::NoToken,
         format!(
-            "no token with {wanted}; {} initialised token(s) seen: {}. List tokens with `keybroker token \
-             list`, create one with `keybroker token init`",
+            "no token with {wanted}; the module shows {} initialised token(s): {}. List tokens with `keybroker token \
+             list`, or create a token with `keybroker token init`",
             tokens.len(),
             tokens
                 .iter()

@@ -190,7 +190,10 @@ impl SessionThread {
         let pair = WrappingKeyId::from_slice(key)
             .and_then(|id| session.pair(id))
             .ok_or_else(|| {
-                Stop::failed(FailureClass::UnknownKey, "the key was not in the setup")
+                Stop::failed(
+                    FailureClass::UnknownKey,
+                    "the key was not in the setup of the worker",
+                )
             })?;
         Ok((session, pair))
     }
@@ -291,7 +294,7 @@ fn check_deadline(deadline: u64) -> Result<(), Stop> {
     } else {
         Err(Stop::failed(
             FailureClass::Deadline,
-            "deadline passed before the token call",
+            "the deadline passed before the call of the token",
         ))
     }
 }

@@ -170,7 +170,7 @@ fn bare() -> Value {
 
 fn from_json(json: Value) -> Result<Policy, Error> {
     Policy::from_json(Some(PolicyId::new("part")), json)
-        .map_err(Error::on("read a part of a policy"))
+        .map_err(Error::on("parse a part of a policy"))
 }
 
 /// Splits an expression such as `a && b && c` into its operands, from left to right.

@@ -375,7 +375,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    keybroker_core::alert!(PolicyReload, %error, "policies rejected; the previous ones stay in force");
+                    keybroker_core::alert!(PolicyReload, %error, "policies rejected; the previous policies stay in force");
                     watch.refused = Some(error);
                 }
             }

@@ -125,7 +125,8 @@ impl Set {
         let count: usize = set.files.iter().map(|(_, count)| count).sum();
         if count > POLICIES_MAX {
             problems.push(Problem::of(format!(
-                "the files contain {count} policies; at most {POLICIES_MAX} are allowed, because each can be evaluated for each call"
+                "the files contain {count} policies; at most {POLICIES_MAX} policies are allowed, because each policy \
+                 can be evaluated for each call"
             )));
         }
         problems.extend(set.validate(sources));
@@ -253,7 +254,9 @@ impl Set {
             for case in cases {
                 let slice = self.slices.entry(case).or_default();
                 let added = slice.policies.add(policy.clone());
-                added.map_err(Error::on("sort a policy by what it is about"))?;
+                added.map_err(Error::on(
+                    "sort a policy by the principals, actions and resources of its scope",
+                ))?;
                 slice.words.extend(words.iter().cloned());
             }
         }
@@ -270,8 +273,8 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is missing, but {count} of the policies in force come from it; restore it. To withdraw its policies, \
-                     first replace it with an empty file, or restart the broker"
+                    "is missing, but {count} of the policies in force come from this file; restore the file. To withdraw \
+                     its policies, first replace the file with an empty file, or restart the broker"
                 );
                 Problem::in_file(name, what)
             })

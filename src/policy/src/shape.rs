@@ -37,7 +37,10 @@ pub(super) fn problem(text: &str) -> Option<(usize, String)> {
             _ => shape.take(c),
         }
         if shape.depth > DEPTH_MAX {
-            return Some((offset, format!("brackets nest deeper than {DEPTH_MAX}")));
+            return Some((
+                offset,
+                format!("brackets are nested more than {DEPTH_MAX} levels deep"),
+            ));
         }
         if shape.operators > OPERATORS_MAX {
             let what = format!(

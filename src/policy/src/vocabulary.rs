@@ -172,9 +172,9 @@ impl Vocabulary {
             context,
             schema,
         )
-        .map_err(Error::on("make the question"))?;
+        .map_err(Error::on("make the request to Cedar"))?;
         let entities = Entities::from_entities([principal, resource, action.clone()], schema)
-            .map_err(Error::on("make the entities of the question"))?;
+            .map_err(Error::on("make the entities of the request to Cedar"))?;
         Ok(Asked { request, entities })
     }
 

@@ -18,19 +18,19 @@ use super::{
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CopyError {
     /// The source database failed.
-    #[error("the database to copy from: {0}")]
+    #[error("the source database: {0}")]
     Source(#[source] Error),
     /// The target database failed.
-    #[error("the database to copy to: {0}")]
+    #[error("the destination database: {0}")]
     Target(#[source] Error),
     /// The target has a row that the source does not have.
-    #[error("the database to copy to has a row that the source does not have: {0}")]
+    #[error("the destination database has a row that the source database does not have: {0}")]
     Extra(String),
     /// Both databases have a row with this key, and the rows differ.
     #[error("a row differs: {0}")]
     Differs(String),
     /// The target does not have a row of the source although everything was copied.
-    #[error("the database to copy from has a row that the target does not have: {0}")]
+    #[error("the source database has a row that the destination database does not have: {0}")]
     Missing(String),
 }
 

@@ -68,19 +68,19 @@ impl From<sqlx::Error> for Error {
         };
         match meaning {
             Meaning::Contradiction => Self::Corrupt(
-                Detail::caused("rows that contradict each other", error)
+                Detail::caused("the database has rows that contradict each other", error)
                     .remedy("compare with a backup"),
             ),
             Meaning::FileDamaged => Self::Corrupt(
                 Detail::caused("the SQLite file is damaged", error)
-                    .remedy("restore a backup, as \"Restore\" in docs/operations.md says"),
+                    .remedy("restore a backup: see \"Restore\" in docs/operations.md"),
             ),
             Meaning::ServerDamaged => Self::Corrupt(
                 Detail::caused("the server reports", error).remedy("restore a backup"),
             ),
             Meaning::NotDatabase => Self::Schema(
-                Detail::caused("the file of the database is no SQLite database", error).remedy(
-                    "name another file in `store.url`, or restore a backup if it was overwritten",
+                Detail::caused("the file of the database is not a SQLite database", error).remedy(
+                    "set `store.url` to another file, or restore a backup if the database file was overwritten",
                 ),
             ),
             Meaning::Contended => Self::Contended(Detail::of(error)),
@@ -133,16 +133,16 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         Some(SQLITE_DAMAGED) => Meaning::FileDamaged,
         Some(SQLITE_NOTADB) => Meaning::NotDatabase,
         Some(SQLITE_CANTOPEN) => Meaning::Down(Some(
-            "this user must have write access to the directory of the database, because SQLite creates files there even for \
-             reads; is the file system mounted read-only?",
+            "this user must have write access to the directory of the database, because SQLite creates files there even \
+             for reads; check whether the file system is mounted read-only",
         )),
         Some(SQLITE_READONLY) => {
             Meaning::Down(Some("check owner and mode of the file and its directory"))
         }
         Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
         Some(SQLITE_IOERR) => Meaning::Down(Some(
-            "if the file system of the database is full, free space, because SQLite needs some even for reads; otherwise look \
-             for errors of the disk in the kernel's log",
+            "if the file system of the database is full, free space, because SQLite needs free space even for reads; if \
+             it is not full, look for disk errors in the kernel's log",
         )),
         _ => Meaning::Down(None),
     }

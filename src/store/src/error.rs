@@ -122,7 +122,7 @@ pub enum Error {
         current: Revision,
     },
     /// The record is deleted or, for an undelete, active.
-    #[error("the record's state forbids this")]
+    #[error("the state of the record forbids the operation")]
     State,
     /// The registry row or the API client was changed after it was read.
     #[error("the row was changed after it was read")]

@@ -214,7 +214,7 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| {
         Error::Schema(Detail::caused("migration failed", error).remedy(
-            "its completed steps are kept: repair the cause, then run `keybroker store migrate` again",
+            "the completed steps of the migration are kept: repair the cause, then run `keybroker store migrate` again",
         ))
     })
 }

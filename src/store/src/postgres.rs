@@ -67,8 +67,9 @@ pub(super) fn environment_problems() -> Vec<String> {
     let is_set = |name: &&str| env::var_os(name).is_some();
     let complain = |name: &str| {
         format!(
-            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; remove it from \
-             keybroker's environment (in a systemd unit: `UnsetEnvironment={name}`), and set an authority in `ca_file`"
+            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; remove it \
+             from keybroker's environment (in a systemd unit: `UnsetEnvironment={name}`), and set the CA certificate in \
+             `ca_file`"
         )
     };
     VARIABLES.into_iter().filter(is_set).map(complain).collect()
@@ -230,7 +231,7 @@ impl Server for PostgreSql {
                 .run_direct(None, connection, false)
                 .await
                 .map_err(|error| {
-                    let what = "migration failed, and its changes were undone";
+                    let what = "the migration failed, and its changes were undone";
                     Error::Schema(Detail::caused(what, error))
                 })
         }

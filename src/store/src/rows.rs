@@ -202,7 +202,8 @@ fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = newest.unwrap_or(0);
     let what = format!(
         "records.revision is {}, but the newest stored revision is {newest}; to repair the record, compare it with the \
-         audit log and a backup, and set `revision` of record {} to {newest} if that is what was acknowledged",
+         audit log and a backup, and set `revision` of record {} to {newest} if {newest} is the last acknowledged \
+         revision",
         info.revision, info.id
     );
     Err(Error::Corrupt(what.into()))

@@ -112,8 +112,8 @@ pub(super) async fn require(
         Ordering::Equal => Ok(()),
         Ordering::Less => {
             let what = format!(
-                "the database has schema {current}, this release needs {newest}; back it up, then run \
-                 `keybroker store migrate`"
+                "the database has schema {current}, but this release needs schema {newest}; back up the database, then \
+                 run `keybroker store migrate`"
             );
             Err(Error::Schema(what.into()))
         }
@@ -121,7 +121,7 @@ pub(super) async fn require(
             tracing::warn!(
                 schema = current,
                 schema_of_this_release = newest,
-                "a later release migrated the database; this release can still serve from it, but finish the upgrade"
+                "a later release migrated the database; this release can still use the database, but finish the upgrade"
             );
             Ok(())
         }
@@ -131,8 +131,8 @@ pub(super) async fn require(
 
 fn too_new(current: i64, newest: i64) -> Error {
     let what = format!(
-        "the database has schema {current}, newer than the {newest} that this release knows; run the \
-         release that migrated it"
+        "the database has schema {current}, which is newer than schema {newest} of this release; run the release that \
+         migrated the database"
     );
     Error::Schema(what.into())
 }

@@ -260,16 +260,16 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
             Some("28P01" | "28000") => {
                 "check the user in `store.url`, and `password_file` or `password_variable`"
             }
-            _ => "see the log of the server",
+            _ => "see the log of the database server",
         }
     } else if chain(&error).contains("certificate") {
         // The driver has no separate type for errors of its TLS library, so the text is searched.
-        "the server's certificate does not verify: set `store.ca_file` to its authority, and use a host name of the \
-         certificate in `store.url`"
+        "the server's certificate cannot be verified: set `store.ca_file` to the certificate of the CA that issued it, \
+         and use a host name from the server's certificate in `store.url`"
     } else if matches!(error, sqlx::Error::Tls(_)) {
         "enable TLS on the server; set `store.tls = \"plaintext\"` only on a network that no other machine can access"
     } else {
-        "check `store.url`, and whether the server runs"
+        "check `store.url`, and check whether the database server runs"
     };
     let is_damage = is_damage(&error);
     let detail = Detail::caused(format!("cannot use the {shown}"), error).remedy(remedy);

@@ -34,7 +34,7 @@ const PASSWORD_BYTES_MAX: usize = 4_096;
 /// Longest file of authorities, in bytes. The file of authorities of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
-    Purpose::trust("other users could decide which database server is believed");
+    Purpose::trust("other users could decide which database server is trusted");
 
 #[derive(Debug, thiserror::Error)]
 #[error("`store.url` {0}")]
@@ -369,7 +369,7 @@ impl Settings {
         })?;
         tracing::info!(
             file = %path.display(), certificates = certificates.len(),
-            "authorities of the database server read"
+            "the CA certificates for the database server were read"
         );
         Ok(Some(pem::encode(&certificates).into_bytes()))
     }
@@ -412,7 +412,7 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     };
     if text.starts_with('\u{feff}') {
         return refused(
-            "begins with a UTF-8 byte order mark, which is not part of a password; save it without one",
+            "begins with a UTF-8 byte order mark, which is not part of a password; save the file without a byte order mark",
         );
     }
     // Remove the line break with which editors end a file. A password never ends with a line break.

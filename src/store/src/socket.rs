@@ -19,7 +19,7 @@ use tokio::net::UnixStream;
 use super::{Error, error::Detail};
 
 const RISK: &str =
-    "other users could listen there in place of the database server, and receive its password";
+    "other users could listen on this socket, and would receive the password of the database";
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 
@@ -88,7 +88,8 @@ impl Socket {
         let place = self.check().map_err(|error| {
             if error.is_missing() {
                 Error::Down(
-                    Detail::of(error).remedy("check `store.url`, and whether the server runs"),
+                    Detail::of(error)
+                        .remedy("check `store.url`, and check whether the database server runs"),
                 )
             } else {
                 refused(error)
@@ -97,7 +98,7 @@ impl Socket {
         let shown = self.path.display();
         let unreachable = |error: std::io::Error| {
             let detail = Detail::caused(format!("cannot connect to {shown}"), error);
-            Error::Down(detail.remedy("check whether the server runs"))
+            Error::Down(detail.remedy("check whether the database server runs"))
         };
         let connection = UnixStream::connect(&self.path).await.map_err(unreachable)?;
         let listener = connection.peer_cred().map_err(unreachable)?.uid();

@@ -11,7 +11,8 @@ use std::{net::Ipv6Addr, path::PathBuf};
 pub(super) enum UrlError {
     #[error(
         "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
-         `mysql://user@host/database`; for a local socket without a host and with `?socket=` and its absolute path"
+         `mysql://user@host/database`; for a local socket, omit the host and append `?socket=` and the absolute path of \
+         the socket"
     )]
     Form,
     #[error("must be `sqlite:` and the absolute path of a file")]

@@ -42,8 +42,8 @@ const DIRECTORY: Purpose = Purpose::trust("other users could replace the wrapped
 pub enum IntegrityFileError {
     /// The configuration does not permit integrity keys in the memory of the workers.
     #[error(
-        "the integrity key of wrapping key {0} is unwrapped into the memory of the workers, which the configuration does not permit; \
-         set `integrity_key = \"worker\"` in [token] if that is what you want"
+        "the integrity key of wrapping key {0} is unwrapped into the memory of the workers, which the configuration does \
+         not permit; to permit this, set `integrity_key = \"worker\"` in [token]"
     )]
     NotPermitted(WrappingKeyId),
     /// The configuration has no directory for the files with integrity keys.
@@ -66,8 +66,8 @@ pub enum IntegrityFileError {
     },
     /// The digest of the file differs from the configured digest.
     #[error(
-        "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. The person who \
-         chose its content could forge rows; restore the file from a backup, and find out who changed it",
+        "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. A person \
+         who chose the content of the file could forge rows; restore the file from a backup, and find out who changed it",
         path.display()
     )]
     Changed {
@@ -147,7 +147,7 @@ pub enum ContentError {
 
 fn describe_file(error: &trusted_file::Error) -> String {
     let remedy = if error.is_missing() {
-        "; without it no row can be verified: restore it from a backup"
+        "; without this file no row can be verified: restore the file from a backup"
     } else {
         ""
     };
@@ -470,7 +470,10 @@ mod tests {
         fs::remove_file(fixture.files().path(ID)).unwrap();
         let refused = fixture.refusal();
         assert!(refused.contains(&ID.to_string()), "{refused}");
-        assert!(refused.contains("restore it from a backup"), "{refused}");
+        assert!(
+            refused.contains("restore the file from a backup"),
+            "{refused}"
+        );
     }
 
     #[test]

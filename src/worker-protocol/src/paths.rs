@@ -17,7 +17,7 @@ use keybroker_core::trusted_file::{self, Purpose};
 const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
 /// The configuration file that SoftHSM in Debian reads if the variable is not set.
 const SOFTHSM_DEFAULT: &str = "/etc/softhsm/softhsm2.conf";
-const MODULE: Purpose = Purpose::trust("other users could replace the code that is given the PIN");
+const MODULE: Purpose = Purpose::trust("other users could replace the code that receives the PIN");
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
@@ -123,7 +123,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "is made for {}, and this machine is {}: install the module of this architecture",
+            "is made for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )
@@ -145,7 +145,7 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
         None if is_softhsm => (
             SOFTHSM_DEFAULT,
             format!(
-                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default"
+                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default configuration file"
             ),
         ),
         None => return None,

@@ -26,7 +26,7 @@ const PIN_FILE: Purpose = Purpose::secret("PIN");
 pub enum PinError {
     /// The text begins with a byte order mark, which some editors write.
     #[error(
-        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
+        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
     )]
     ByteOrderMark,
     /// The text begins or ends with a space or a tab.
@@ -49,7 +49,7 @@ pub enum PinError {
     ControlCharacter,
     /// The text is longer than a PIN may be.
     #[error(
-        "it is longer than {PIN_BYTES_MAX} bytes, which no PIN is; check that this is the right file"
+        "it is longer than {PIN_BYTES_MAX} bytes, which is too long for a PIN; check that this is the right file"
     )]
     TooLong,
     /// The PIN cannot be read.

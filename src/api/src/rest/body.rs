@@ -130,7 +130,7 @@ async fn discard(body: &mut Body) {
         .await
         .is_err()
     {
-        tracing::debug!("the rest of a refused body did not arrive in time");
+        tracing::debug!("the rest of the refused request body did not arrive in time");
     }
 }
 

@@ -97,7 +97,10 @@ impl Retry {
             Some(_) => CallId::fresh(),
         };
         if self.last.is_some() {
-            tracing::debug!(request = %self.request.id, call_id = %id, "another call of a request");
+            tracing::debug!(
+                request = %self.request.id, call_id = %id,
+                "the REST request makes another attempt with a new call id"
+            );
         }
         self.last = Some(id);
         let deadline = self.request.deadline.instant();

@@ -40,7 +40,11 @@ impl UserRequest {
         let key = released.material().expose();
         if key.len() != KEY_BYTES {
             // The gRPC API accepts keys of other lengths, but Bitwarden clients would refuse them.
-            let detail = format!("the key named {} has {} bytes", self.key.name, key.len());
+            let detail = format!(
+                "the stored key {} has {} bytes, and a Key Connector returns only keys of 32 bytes",
+                self.key.name,
+                key.len()
+            );
             return Err(Error::new(Reason::KeyState, detail));
         }
         // The transport copies the bytes to buffers that this code cannot overwrite.

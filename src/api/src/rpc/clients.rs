@@ -147,7 +147,7 @@ fn roles(texts: &[String]) -> Result<BTreeSet<Role>, Error> {
         .ok_or_else(|| {
             Error::violation(
                 "roles",
-                "1 to 5 of release, enrol, lifecycle, admin and auditor",
+                "1 to 5 of the roles release, enrol, lifecycle, admin and auditor",
             )
         })
 }
@@ -223,7 +223,10 @@ pub(crate) fn position(token: &str) -> Result<Position<ClientId>, Error> {
         Some(Position { after, skip })
     };
     parse().ok_or_else(|| {
-        Error::violation("page_token", "empty or the token of the previous response")
+        Error::violation(
+            "page_token",
+            "empty or the `next_page_token` of the previous response",
+        )
     })
 }
 

@@ -166,7 +166,8 @@ impl Context {
             Own::No => response,
             Own::NoMethod => {
                 let text = format!(
-                    "this listener has no such method: the gRPC API and the admin API may have separate listeners (call {id})"
+                    "this listener does not serve the called method: the gRPC API and the admin API may have separate \
+                     listeners (call {id})"
                 );
                 Status::unimplemented(text).into_http()
             }

@@ -146,7 +146,10 @@ pub(crate) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> 
         Some(Position { after, skip })
     };
     parse().ok_or_else(|| {
-        Error::violation("page_token", "empty or the token of the previous response")
+        Error::violation(
+            "page_token",
+            "empty or the `next_page_token` of the previous response",
+        )
     })
 }
 

@@ -17,9 +17,12 @@ pub(super) fn take(headers: &mut HeaderMap) -> Result<Option<Duration>, Error> {
         return Ok(None);
     };
     let parsed = value.to_str().ok().and_then(parse);
-    parsed
-        .map(Some)
-        .ok_or_else(|| Error::violation(HEADER, "at most eight digits and one of H M S m u n"))
+    parsed.map(Some).ok_or_else(|| {
+        Error::violation(
+            HEADER,
+            "one to eight digits, followed by a unit: H, M, S, m, u or n",
+        )
+    })
 }
 
 fn parse(text: &str) -> Option<Duration> {

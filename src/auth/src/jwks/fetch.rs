@@ -18,7 +18,8 @@ use super::{KeySet, SET_BYTES_MAX, SourceError};
 
 /// Longest CA file, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could decide whose access tokens are accepted");
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for one request, from the connection to the last byte.
@@ -51,7 +52,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     tracing::info!(
         file = shown(),
         certificates = ders.len(),
-        "read the CAs for an issuer"
+        "read the CA certificates from `ca_file` of an issuer"
     );
     ders.iter()
         .map(|der| Certificate::from_der(der))

@@ -22,7 +22,7 @@ use keybroker_core::{
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
 /// The purpose of key files. A person who controls a key in a key file can sign access tokens for every user.
-const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
+const KEYS: Purpose = Purpose::trust("other users could decide whose access tokens are accepted");
 
 /// Time after which every copy of a key set is up to date. Before this time, caches and replicas between the provider
 /// and the broker may serve an older key set.
@@ -300,7 +300,7 @@ impl Keys {
         })));
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
-            tracing::info!(issuer = %self.name, "the key set can be had again");
+            tracing::info!(issuer = %self.name, "the issuer's key set is available again");
         }
     }
 
@@ -313,7 +313,7 @@ impl Keys {
         if !refused.is_empty() {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, ?refused, count,
-                "weak or malformed keys of the key set are refused; its other keys are in use"
+                "the issuer's key set has weak or malformed keys, which are refused; the other keys of the set are in use"
             );
         }
     }
@@ -330,12 +330,13 @@ impl Keys {
         if self.current.load().is_some() {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "key set not renewed; the last good one stays in use"
+                "the issuer's key set was not renewed; the last valid key set stays in use"
             );
         } else {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "no key set yet: its tokens are refused until there is one"
+                "the broker has no key set of the issuer yet; the issuer's access tokens are refused until the broker \
+                 has a key set"
             );
         }
         *problem = Some(new);

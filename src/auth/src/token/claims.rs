@@ -71,7 +71,7 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     if issued.micros() > now.micros().saturating_add(leeway) {
         return Err(Cause::NotYetValid.because(format!(
-            "its `iat` is {issued}, more than {} s ahead: look at both clocks",
+            "its `iat` is {issued}, more than {} s in the future: check the clocks of the issuer and of this machine",
             settings.leeway_s
         )));
     }
@@ -101,10 +101,10 @@ fn check_lifetime(
     let from = if issued.is_some() {
         "its `iat`"
     } else {
-        "now, as it has no `iat`"
+        "the current time (it has no `iat`)"
     };
     Err(Cause::Lifetime.because(format!(
-        "its `exp` is {life} s after {from}, and `token_lifetime_max_minutes` of the issuer is {minutes}"
+        "its `exp` is {life} s after {from}, but `token_lifetime_max_minutes` of the issuer is {minutes}"
     )))
 }
 

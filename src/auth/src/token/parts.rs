@@ -25,7 +25,7 @@ impl Parts {
         let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
         let [header, claims, _signature] = parts[..] else {
             return Err(Cause::Malformed.because(format!(
-                "it has {} parts instead of three, so it is not a signed token",
+                "it has {} parts instead of three, so it is not a signed JSON Web Token",
                 parts.len()
             )));
         };
@@ -63,7 +63,7 @@ impl Parts {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
                 return Err(Cause::Header.because(format!(
-                    "its header has `{member}`: a key that comes with a token proves nothing"
+                    "its header has `{member}`: a key that an access token itself contains proves nothing"
                 )));
             }
         }
@@ -75,7 +75,7 @@ impl Parts {
         let algorithm = Algorithm::parse(name).filter(|one| settings.algorithms.contains(one));
         algorithm.ok_or_else(|| {
             Cause::Algorithm.because(format!(
-                "its `alg` is {}, and `algorithms` of the issuer are {:?}",
+                "its `alg` is {}, but `algorithms` of the issuer is {:?}",
                 shown(name),
                 settings.algorithms
             ))
@@ -99,7 +99,7 @@ impl Parts {
             return Ok(());
         }
         Err(Cause::Type.because(format!(
-            "its `typ` is {}, and `token_types` of the issuer are {:?}",
+            "its `typ` is {}, but `token_types` of the issuer is {:?}",
             shown(name),
             settings.token_types
         )))
@@ -110,7 +110,7 @@ impl Parts {
         let text = |member: &str| match self.header.get(member) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.as_str())),
-            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not text"))),
+            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not a string"))),
         };
         Ok(Named {
             kid: text("kid")?,

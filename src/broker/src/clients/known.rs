@@ -107,7 +107,10 @@ impl Broker {
             Ok(()) => Verified::Yes,
             Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
             Err(error) => {
-                tracing::info!(%error, "the rows of a page are listed without a verified MAC");
+                tracing::info!(
+                    %error,
+                    "the token did not verify the MACs of some rows of a page, so the page shows these rows as unverified"
+                );
                 verifier.has_failed = true;
                 Verified::NotAsked
             }
@@ -133,7 +136,7 @@ impl Broker {
         let refused = |what: String| {
             keybroker_core::alert!(
                 ClientDamaged, client = %id, what,
-                "the stored row of an API client is not valid; the client is refused"
+                "the stored row of an API client is not valid; the broker refuses this API client"
             );
             Error::new(Reason::Credential, what)
         };
@@ -240,7 +243,7 @@ impl Broker {
         let too_long = || {
             Error::new(
                 Reason::Bug,
-                "the document of an API client outgrew its column",
+                "the document of an API client is too long for its column",
             )
         };
         let bytes = credential.document.to_bytes().ok_or_else(too_long)?;
@@ -262,7 +265,7 @@ impl Broker {
 
 pub(super) fn document_of(row: &ClientRow) -> Result<Document, Error> {
     Document::from_bytes(&row.document).ok_or_else(|| {
-        let detail = format!("the document of API client {} does not parse", row.id);
+        let detail = format!("the document of API client {} cannot be parsed", row.id);
         Error::new(Reason::RecordDamaged, detail)
     })
 }

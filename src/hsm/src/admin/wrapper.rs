@@ -30,7 +30,7 @@ impl Admin {
             .filter(|_| checked.fingerprint == key.fingerprint);
         let Some(algorithm) = algorithm else {
             return Err(AdminError::Untrusted(format!(
-                "key {} on the token has the public key {}, but the registry has {}",
+                "key {} on the token has the public key {}, but the registry has the public key {}",
                 key.id, checked.fingerprint, key.fingerprint
             )));
         };

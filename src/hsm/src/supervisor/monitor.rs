@@ -47,7 +47,7 @@ impl Supervisor {
             cause = reading => Some((cause, LOSSES_MAX_ENDED)),
             cause = link.given_up() => Some((cause, LOSSES_MAX_GIVEN_UP)),
             () = self.run_self_tests(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
-            () = link.keep_flushing() => Some(("its socket failed".to_owned(), LOSSES_MAX_ENDED)),
+            () = link.keep_flushing() => Some(("the socket of the worker failed".to_owned(), LOSSES_MAX_ENDED)),
             () = self.stop.cancelled() => None,
         };
         let Some((cause, losses_max)) = ended else {
@@ -107,7 +107,7 @@ impl Supervisor {
                 Err(self.error_of(link, class, failure.detail))
             }
             Some(Outcome::Ready(_) | Outcome::Calling(_)) | None => {
-                link.give_up("it sent an unexpected reply");
+                link.give_up("the worker sent an unexpected reply");
                 Err(self.down("the worker sent an unexpected reply"))
             }
         };
@@ -167,7 +167,7 @@ impl Supervisor {
         loop {
             tokio::time::sleep(SELF_TEST_INTERVAL).await;
             if link.is_wedged() {
-                link.give_up("a job is stuck in the module long past its deadline");
+                link.give_up("a job is still in the PKCS#11 module long after its deadline");
                 return std::future::pending().await;
             }
             let (done, answer) = oneshot::channel();
@@ -193,12 +193,14 @@ impl Supervisor {
                     tracing::warn!(%error, pid = link.pid(), "self-test failed");
                     failures += 1;
                     if failures >= SELF_TEST_FAILURES_MAX {
-                        link.give_up(format!("its self-test failed {failures} times: {error}"));
+                        link.give_up(format!(
+                            "the worker's self-test failed {failures} times: {error}"
+                        ));
                     }
                 }
                 Ok(Err(_)) => return std::future::pending().await,
                 Err(_) => {
-                    link.give_up("its self-test was not answered in time");
+                    link.give_up("the worker did not answer a self-test in time");
                     return std::future::pending().await;
                 }
             }

@@ -44,10 +44,11 @@ pub(super) struct Arguments {
     /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
     connections: u32,
-    /// Duration of the broker's measurement in seconds; the token is measured about as long, before and after it
+    /// Seconds for which the broker is measured; the token alone is measured before and after the broker, each time for about
+    /// three quarters of these seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Warm-up before the served broker is measured, in seconds
+    /// Warm-up in seconds before the broker is measured
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
     /// Number of users whose keys are enrolled and released; users of an earlier run are reused
@@ -116,7 +117,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     }
     if load.errors > 0 {
         let what = format!(
-            "{} calls failed; the first: {}",
+            "{} calls failed; the error of the first failed call: {}",
             load.errors, load.first_error
         );
         return Err(Failure::new(Exit::Verification, what));

@@ -85,9 +85,11 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
 /// The hint after a command was killed or interrupted during an action.
 fn next_after(action: &str) -> &'static str {
     match action {
-        "store.copy" => "run the same command again: it continues the copy",
+        "store.copy" => "run the same command again to continue the copy",
         "store.migrate" => "run the same command again",
-        "bench.seed" => "the records that it wrote remain; run the command again to write the rest",
+        "bench.seed" => {
+            "the records that the command wrote remain; run the command again to write the rest"
+        }
         "store.purge" => {
             "the purged records cannot be restored; run the command again to purge the rest"
         }

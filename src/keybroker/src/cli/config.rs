@@ -21,8 +21,8 @@ use super::{
 pub(super) enum Command {
     /// Check the configuration, its files and the token, and report every problem
     ///
-    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Connects to a
-    /// database server and checks its version, its schema and its session pooling.
+    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does not log in to a token. If the
+    /// database is on a server, the command connects to the server and checks its version, its schema and its session pooling.
     Check,
     /// Show the configuration with all defaults; secrets are in files and are not shown
     Show,
@@ -148,8 +148,8 @@ fn choose<'a>(
                 .map(shown)
                 .collect();
             if others.is_empty() {
-                let note = "[token]: the module loads but shows no initialised token; initialise one with `keybroker \
-                 token init`";
+                let note = "[token]: the module can be loaded, but shows no initialised token; initialise a token with \
+                     `keybroker token init`";
                 return Err((Vec::new(), Some(note.to_owned())));
             }
             let problem = format!(
@@ -163,7 +163,7 @@ fn choose<'a>(
     of_the_registry(several, config).ok_or_else(|| {
         let all: Vec<_> = several.iter().copied().map(shown).collect();
         let problem = format!(
-            "[token]: more than one token matches the settings: {}; select one with `serial`",
+            "[token]: more than one token matches the settings: {}; select one of these tokens with `serial`",
             all.join(" and ")
         );
         (vec![problem], None)
@@ -186,9 +186,13 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
         wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
-        "locked" => wrong("has a locked user PIN: unlock it with the security officer's PIN"),
+        "locked" => {
+            wrong("has a locked user PIN: unlock the user PIN with the security officer's PIN");
+        }
         "not set" => {
-            wrong("has no user PIN: set one with the vendor's tool, or initialise the token again");
+            wrong(
+                "has no user PIN: set the user PIN with the vendor's tool, or initialise the token again",
+            );
         }
         "final try" => wrong(
             "locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
@@ -197,7 +201,7 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
         _ => {}
     }
     let of_several = if chosen.len() > 1 {
-        ", which the registry selects from several,"
+        ", which the registry selects from several tokens,"
     } else {
         ""
     };

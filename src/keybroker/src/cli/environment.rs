@@ -76,7 +76,7 @@ pub(super) fn withheld(config: &Config) -> Option<String> {
         return None;
     }
     Some(format!(
-        "these variables of the shell are not passed on to the module, neither here nor in `serve`: {}. If the module \
+        "neither this command nor `serve` passes these environment variables on to the PKCS#11 module: {}. If the module \
          needs them, add them to [token.environment]",
         names.join(", ")
     ))

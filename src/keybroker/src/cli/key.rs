@@ -33,16 +33,16 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Generate a wrapping key and its integrity key on the token, test both and register them
+    /// Generate a wrapping key and its integrity key on the token, test both keys and register them
     ///
-    /// The private key can never be exported. Back up the token before the first user enrols, then run `keybroker
-    /// token backup-confirmed`. The broker must be stopped.
+    /// The private key can never be exported. Back up the token before the first user key is enrolled, then run `keybroker token
+    /// backup-confirmed`. Stop the broker before you run this command.
     Generate(Generate),
     /// Register a key that is already on the token
     ///
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
-    /// restored to a device with another serial number. A registered key keeps its state. The key must pass the checks of `token
-    /// check`. The broker must be stopped.
+    /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
+    /// checks of `token check`. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -82,7 +82,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
             let rows = rows.iter().map(fields).collect();
             context.output.list(
                 rows,
-                "no key is registered; create one with `keybroker key generate`",
+                "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
             )
         }
         Command::Show { id } => {
@@ -112,7 +112,7 @@ fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
     id.ok_or_else(|| {
         Failure::new(
             Exit::Usage,
-            format!("{text:?} is not a CKA_ID: 1 to 255 bytes, two hexadecimal digits each"),
+            format!("{text:?} is not a CKA_ID of 1 to 255 bytes, written as two hexadecimal digits for each byte"),
         )
     })
 }
@@ -230,7 +230,8 @@ fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Resul
         shown.push(("integrity_key_file", json!(file.path.display().to_string())));
         shown.push(("integrity_key_sha256", json!(file.sha256)));
         context.output.note(&format!(
-            "The integrity key is not on the token: it is wrapped in {}. Before the broker starts, {}. It refuses any other file.",
+            "The integrity key is not on the token: it is wrapped in {}. Before the broker starts, {}. The broker \
+             refuses any other file.",
             file.path.display(),
             file.instruction()
         ));
@@ -240,8 +241,9 @@ fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Resul
 
 fn warn_of_backup(context: &Context, config: &Config, row: &RegistryRow) {
     context.output.note(
-        "This key can never be exported. Back up the token before the first user enrols: if the token is lost, every \
-         vault under this key is lost. Then run `keybroker token backup-confirmed`.",
+        "This wrapping key can never be exported. Back up the token before the first user key is enrolled: if the token \
+         is lost, every user key that is wrapped under this wrapping key is lost. After the backup, run `keybroker token \
+         backup-confirmed`.",
     );
     note_file_in_backup(context, config, row);
 }
@@ -369,7 +371,8 @@ fn check_place(
             return failure;
         }
         failure.hint(format!(
-            "no registered key uses {}: if an interrupted run left it, move it to another directory and run the command again",
+            "no registered key uses {}: if an interrupted command left this file, move the file to another directory and \
+             run the command again",
             files.path(id).display()
         ))
     })?;

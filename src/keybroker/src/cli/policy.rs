@@ -28,8 +28,8 @@ pub(super) enum Command {
 /// Options that select the policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Use the policies in this directory instead of `policy.directory`. A configuration is optional; if there is one, the
-    /// command also checks that it defines the principals in the policies
+    /// Use the policies in this directory instead of `policy.directory`. With this option the command needs no configuration. If
+    /// there is a configuration, the command also checks that the configuration defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
     /// Leave out the default permits of the broker; requires --directory

@@ -43,7 +43,9 @@ impl Source<'_> {
         match String::from_utf8(mem::take(&mut bytes)) {
             Ok(text) if text.starts_with('\u{feff}') => {
                 drop(Zeroizing::new(text));
-                Err(self.refuse("begins with a UTF-8 byte order mark; save it without one"))
+                Err(self.refuse(
+                    "begins with a UTF-8 byte order mark; save the file without a byte order mark",
+                ))
             }
             Ok(text) if text.contains(['\n', '\r']) => {
                 drop(Zeroizing::new(text));

@@ -34,16 +34,17 @@ pub(super) enum Command {
     Init(Init),
     /// Check the token and every registered key: attributes, self-test, negative tests and registry
     Check(UserPin),
-    /// Report which operations the token supports, and which forbidden ones it permits
+    /// Report which operations the token supports, and which forbidden operations the token permits
     ///
-    /// The report can be published and compared. The command runs in a separate process and uses session keys, which the token
-    /// discards at the end. Run it only while no broker uses the token, because it puts load on the token and ends with
-    /// `C_Logout`.
+    /// You can publish the report, and compare a token with a published report (`--expect`). The command runs in a separate
+    /// process and uses session keys, which the token discards at the end. Run this command only while no broker uses the token,
+    /// because the command puts load on the token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; also while `serve` runs
+    /// Allow one more login with a PIN that the token rejected; the broker may be running
     ///
-    /// The state directory has a record of each rejected PIN. No command and no worker tries a recorded PIN again with the same
-    /// token. Run this command if the PIN is correct now, because the token was unlocked or its PIN was changed.
+    /// Keybroker records a hash of each rejected PIN in the state directory. No command and no worker tries a rejected PIN again
+    /// with the token that rejected the PIN. Run this command if the rejected PIN is correct now, because the token was unlocked
+    /// or the PIN of the token was changed.
     RetryPin(RetryPin),
     /// Record that the token was backed up and that the restore was tested, for every key on the token
     BackupConfirmed(UserPin),
@@ -240,7 +241,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "there is no wrapping key to check; create one with `keybroker key generate`",
+            "there is no wrapping key to check; create a wrapping key with `keybroker key generate`",
         ));
     }
     if problems.is_empty() {
@@ -293,7 +294,7 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
         (
             "verdict",
             json!(format!(
-                "is not on the token: the workers unwrap it from {path}"
+                "is not on the token: the workers unwrap the integrity key from {path}"
             )),
         ),
         ("passes", json!(key.problem.is_none())),
@@ -369,14 +370,14 @@ pub(super) fn compare(
     let mut problems = Vec::new();
     if row.fingerprint != key.fingerprint {
         problems.push(format!(
-            "key {}: public key {} on the token, {} in the registry",
+            "key {}: the public key is {} on the token, but {} in the registry",
             row.id, key.fingerprint, row.fingerprint
         ));
     }
     if unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
-            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is its \
-             restored backup, run `keybroker key register {}`",
+            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is the \
+             restored backup of the registered token, run `keybroker key register {}`",
             row.id,
             row.token_serial,
             admin.info().serial,
@@ -466,7 +467,8 @@ pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &Regi
     }
     if let Ok(files) = IntegrityFiles::of(&config.token, row.id) {
         context.output.note(&format!(
-            "The backup must also hold {} and the configuration, which has its digest: without the file no row can be verified.",
+            "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
+             no row can be verified.",
             files.path(row.id).display()
         ));
     }

@@ -132,7 +132,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     if facts.hosts.is_empty() {
         found.problems.push(format!(
             "{:?} has no DNS name and no IP address among its subject alternative names, and clients ignore the common \
-             name; issue it with the names that clients use, such as `subjectAltName = DNS:keys.example.org`",
+             name; issue a certificate with the names that clients use, such as `subjectAltName = DNS:keys.example.org`",
             facts.subject
         ));
     }
@@ -144,7 +144,8 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     }
     if !facts.allows(Usage::Handshake) {
         found.problems.push(
-            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue it with digitalSignature".to_owned(),
+            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue a certificate with \
+             digitalSignature".to_owned(),
         );
     }
     if facts.is_authority == Some(true) {

@@ -62,7 +62,7 @@ impl Config {
         }
         if token.pin_file.is_none() && !token.is_without_login() {
             problems.push(
-                "[token]: set `pin_file` to a file with the user PIN that only this user can read"
+                "[token]: set `pin_file` to a file that contains the user PIN and that only this user can read"
                     .to_owned(),
             );
         }
@@ -122,8 +122,8 @@ impl Config {
             match NEGATIVE_TESTS.iter().find(|known| known.name == test) {
                 Some(known) if known.can_be_spared => {}
                 Some(_) => problems.push(format!(
-                    "[token]: `spared_tests` has {test:?}, which cannot be spared: this test shows that the keys \
-                     cannot leave the token"
+                    "[token]: `spared_tests` has {test:?}, which cannot be omitted: this test shows that the keys cannot \
+                     leave the token"
                 )),
                 None => problems.push(format!(
                     "[token]: `spared_tests` has {test:?}, which is not a negative test; docs/tokens.md lists the \
@@ -141,8 +141,8 @@ impl Config {
                 token.integrity_key_directory.is_some() || !token.integrity_key_digests.is_empty();
             return is_set
                 .then(|| {
-                    "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \"worker\"`, which is not \
-                     set; set it, or remove them"
+                    "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \
+                     \"worker\"`, which is not set; set `integrity_key`, or remove the other two settings"
                         .to_owned()
                 })
                 .into_iter()
@@ -412,8 +412,8 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
             "[[listener]] {address}: `plaintext` and [listener.tls] are mutually exclusive"
         )),
         (None, None) => problems.push(format!(
-            "[[listener]] {address}: there is no [listener.tls]; set it, or `plaintext = \"loopback\"` for a REST-only \
-             listener behind a proxy that terminates TLS"
+            "[[listener]] {address}: there is no [listener.tls]; set [listener.tls], or set `plaintext = \"loopback\"` \
+             for a REST-only listener behind a proxy that terminates TLS"
         )),
         (Some(tls), None) => {
             let name = format!("[[listener]] {address}");
@@ -453,8 +453,8 @@ fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>
             "{name}: `plaintext` and [status.remote.tls] are mutually exclusive"
         )),
         (None, None | Some(Plaintext::Loopback)) => problems.push(format!(
-            "{name}: there is no [status.remote.tls]; set it, or set `plaintext = \"any\"` to let everyone who can \
-             reach the address read metrics and health"
+            "{name}: there is no [status.remote.tls]; set [status.remote.tls], or set `plaintext = \"any\"` to let \
+             everyone who can reach the address read metrics and health"
         )),
         (None, Some(Plaintext::Any)) => {}
         (Some(tls), None) => {
@@ -476,8 +476,8 @@ fn check_listener_tls(
 ) {
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
-            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without it \
-             no client could be authenticated"
+            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without \
+             `client_ca_file`, no client certificate could be verified"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();

@@ -104,7 +104,8 @@ impl Connection {
         {
             tracing::warn!(
                 peer = %self.peer, left_out,
-                "too many handshakes in progress; each new one closes the oldest of the network that has the most"
+                "too many handshakes in progress; each new handshake ends the oldest handshake of the network that has \
+                 the most handshakes"
             );
         }
         waiting
@@ -272,7 +273,7 @@ impl Connection {
                 if let Some(left_out) = self.shared.refusals.count() {
                     tracing::warn!(
                         peer = %self.peer, cause = full.cause(), left_out,
-                        "connection refused because no place is free"
+                        "connection refused, because the limit of connections for callers of this kind is reached"
                     );
                 }
             })

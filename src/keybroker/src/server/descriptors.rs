@@ -25,7 +25,8 @@ pub(super) fn connections(wanted: usize) -> usize {
             wanted,
             possible = room,
             descriptors,
-            "fewer connections than `connections_max`: raise the limit of file descriptors (LimitNOFILE=, ulimit -n)"
+            "the limit of file descriptors allows fewer connections than `connections_max`: raise the limit \
+             (LimitNOFILE=, ulimit -n)"
         );
     }
     wanted.min(room)

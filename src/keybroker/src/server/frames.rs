@@ -318,7 +318,7 @@ impl<I> Watched<I> {
             return Ok(());
         }
         metrics::CONNECTIONS_REFUSED.with(["resets"]).increment(1);
-        Err(io::Error::other("the client resets too many streams"))
+        Err(io::Error::other("the client reset too many HTTP/2 streams"))
     }
 }
 

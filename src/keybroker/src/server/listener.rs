@@ -49,7 +49,10 @@ impl Listener {
                 Err(error) => {
                     metrics::ACCEPT_FAILURES.increment();
                     if let Some(left_out) = failures.count() {
-                        tracing::warn!(%error, left_out, "accept failed; connections wait in the kernel's queue");
+                        tracing::warn!(
+                            %error, left_out,
+                            "cannot accept a connection; new connections wait in the kernel's queue"
+                        );
                     }
                     time::sleep(ACCEPT_PAUSE).await;
                     continue;
@@ -83,7 +86,7 @@ fn note_full(limits: &Limits, full: &LogLimit) {
         tracing::warn!(
             connections_max = limits.connections_max,
             left_out,
-            "the limit of connections is reached; new connections wait until one ends"
+            "the limit of connections is reached; a new connection waits until another connection ends"
         );
     }
 }

@@ -121,7 +121,9 @@ async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
         if answer == ALIVE {
             Ok(())
         } else {
-            Err(io::Error::other("the status is not 200"))
+            Err(io::Error::other(
+                "the status of the answer from /livez is not 200",
+            ))
         }
     })
     .await;

@@ -175,15 +175,15 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                 tracing::warn!(
                     instance,
                     log = audit.id(),
-                    "the database already has other audit logs of this instance; this one is added, because an \
-                     operator acknowledged it or an earlier release made it. If this is unexpected, find out who \
-                     replaced the log"
+                    "the database already lists other audit logs of this instance; the current audit log is added to the \
+                     list, because an operator acknowledged it or an earlier release made it. If this is unexpected, \
+                     find out who replaced the log"
                 );
             }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
             if let Err(error) = added.await {
                 // A temporarily read-only database must not prevent the release of keys.
-                tracing::warn!(%error, "the audit log is not recorded in the database; the next start tries again");
+                tracing::warn!(%error, "cannot record the audit log in the database; the next start tries again");
                 return Ok(());
             }
             let mut bound = Entry::new(EntryKind::System, "log.store_bound", Outcome::Ok);
@@ -209,7 +209,7 @@ pub(super) async fn record_accepted_risks(
             setting = risk.setting,
             what = risk.what,
             gives_away = risk.gives_away,
-            "the settings accept a risk of the token"
+            "the configuration accepts a risk of the token"
         );
     }
     let risks: Vec<String> = risks.iter().map(ToString::to_string).collect();
@@ -281,8 +281,9 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let failure = Failure::new(exit, what);
         match error.kind() {
             std::io::ErrorKind::PermissionDenied => failure.hint(
-                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: `AmbientCapabilities=CAP_NET_BIND_SERVICE` in the \
-                 systemd unit, or listen on a higher port behind a redirect",
+                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: set \
+                 `AmbientCapabilities=CAP_NET_BIND_SERVICE` in the systemd unit, or listen on a higher port behind a \
+                 redirect",
             ),
             std::io::ErrorKind::AddrNotAvailable => failure.hint(
                 "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
@@ -320,7 +321,7 @@ pub(super) async fn start_token(
     if keys.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "no wrapping key is registered; create one with `keybroker key generate`",
+            "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
         ));
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
@@ -338,7 +339,7 @@ pub(super) async fn start_token(
     }
     if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
         // The broker continues: an unavailable token may return, and an operator can correct a rejected PIN in its file.
-        tracing::error!(%cause, "started without the token; no key is released until the token serves");
+        tracing::error!(%cause, "the broker started without the token; no key is released until the token is available");
     }
     Ok(supervisor)
 }

@@ -83,7 +83,7 @@ pub async fn run(
     let started = tokio::select! {
         started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
         name = signals.next() => {
-            tracing::info!(signal = name, "stopped during the start; no call was served");
+            tracing::info!(signal = name, "the broker was stopped during its start; no call was served");
             Ok(None)
         }
     };
@@ -106,7 +106,7 @@ pub async fn run(
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
-            format!("stopped without a drain by a second signal, {name}; the next start resolves open changes"),
+            format!("a second signal, {name}, stopped the broker without a drain; the next start resolves the open changes"),
         )),
     }
 }
@@ -455,7 +455,7 @@ impl Server {
         {
             tracing::warn!(
                 connections = self.connections.len(),
-                "connections closed at the end of the drain"
+                "the broker closed open connections at the end of the drain"
             );
         }
         self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
@@ -466,7 +466,9 @@ impl Server {
             .await
             .is_err()
         {
-            tracing::warn!("the database does not answer; its connections are dropped");
+            tracing::warn!(
+                "the database does not answer; the broker drops its connections to the database"
+            );
         }
         let audit = self.audit;
         if tokio::task::spawn_blocking(move || audit.close())

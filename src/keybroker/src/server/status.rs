@@ -109,7 +109,7 @@ pub(super) async fn serve(
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::debug!(%error, "accept failed on the status listener");
+                tracing::debug!(%error, "cannot accept a connection on the status listener");
                 time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }

@@ -220,7 +220,7 @@ impl Tls {
             Err(error) => {
                 let error = chain(&error);
                 if refused.as_ref() != Some(&error) {
-                    keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous ones stay in use");
+                    keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous files stay in use");
                     *refused = Some(error);
                 }
                 false
@@ -255,7 +255,7 @@ impl Tls {
             let file = path.display().to_string();
             keybroker_core::alert!(
                 ClientCrl, %file, %error,
-                "revocation lists rejected; the accepted lists of their CAs stay in use"
+                "revocation lists rejected; the lists that were accepted before stay in use"
             );
         }
         *said = left_out;

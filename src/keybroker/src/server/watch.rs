@@ -96,12 +96,12 @@ pub(super) async fn files(
         match tokio::task::spawn_blocking(look).await {
             Ok(found) => problems.set(found),
             Err(panic) => {
-                keybroker_core::alert!(Bug, %panic, "checking the TLS files for changes failed");
+                keybroker_core::alert!(Bug, %panic, "cannot check the TLS files for changes");
             }
         }
         let policy = Arc::clone(&policy);
         if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
-            keybroker_core::alert!(Bug, %panic, "checking the policies for changes failed");
+            keybroker_core::alert!(Bug, %panic, "cannot check the policies for changes");
         }
         if asked {
             notify::reloaded();

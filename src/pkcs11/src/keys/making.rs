@@ -81,7 +81,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "the token did not remove {1} of key {0}, which this run made; remove it with the vendor's tool",
+                "the token did not remove {1} of key {0}, which this command made; remove it with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),
@@ -231,7 +231,7 @@ fn make(
                 let refusal = Refusal { making, fault };
                 if let Err(left) = destroy(session, integrity_key) {
                     let left = format!(
-                        "the integrity key {id}, which this run made, was not removed ({left})"
+                        "the integrity key {id}, which this command made, was not removed ({left})"
                     );
                     let fault = refusal.fault.with(&left);
                     return Err(Refusal { making, fault });
@@ -244,7 +244,7 @@ fn make(
         }
     }
     Err(refused_pair.unwrap_or_else(|| {
-        Fault::new(Class::Ambiguous, "no key was made, and no call failed").into()
+        Fault::new(Class::Ambiguous, "no key was made, but no call failed").into()
     }))
 }
 
@@ -256,7 +256,7 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     }
     Err(Fault::new(
         Class::Untrusted,
-        format!("the token already holds an object with the fresh CKA_ID {id}"),
+        format!("the token already holds an object with the new CKA_ID {id}"),
     ))
 }
 

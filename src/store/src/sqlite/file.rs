@@ -75,9 +75,9 @@ fn check_header(path: &Path) -> Result<(), Error> {
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
     match read {
         Ok(()) if begin != *HEADER => {
-            let what = format!("{} is no SQLite database", path.display());
+            let what = format!("{} is not a SQLite database", path.display());
             Err(Error::Schema(Detail::from(what).remedy(
-                "name another file in the URL, or restore a backup if it was overwritten",
+                "set the URL to another file, or restore a backup if the database file was overwritten",
             )))
         }
         // An empty file is a new database. SQLite reports a file that is too short or cannot be read.
@@ -114,8 +114,9 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written it, and SQLite would write its content into the database. If it does \
-             not belong to the database, remove it. Then remove the write permission of other users from its directory"
+            "{shown} {problem}: another user could have written this file, and SQLite would write its content into the \
+             database. If the file does not belong to the database, remove it. Then remove the write permission of other \
+             users from the directory of the file"
         );
         return Err(Error::Down(what.into()));
     }
@@ -194,7 +195,7 @@ pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationRepor
 async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
     MIGRATOR.run(pool).await.map_err(|error| {
         Error::Schema(Detail::caused(
-            "migration failed, nothing was changed",
+            "the migration failed, and nothing was changed",
             error,
         ))
     })?;
@@ -250,8 +251,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop the broker first, because only one process can use an SQLite database. For a running \
-             broker, use the commands of `keybroker client`",
+            "{} is in use by process {}; stop the broker first, because only one process can use a SQLite database. For \
+             a running broker, use the commands of `keybroker client`",
             path.display(),
             holder.trim()
         )));
@@ -271,7 +272,7 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let problem = if !meta.is_file() {
         "is not a regular file".to_owned()
     } else if meta.nlink() > 1 {
-        "has more than one hard link, and would be overwritten".to_owned()
+        "has more than one hard link, and SQLite would overwrite the file".to_owned()
     } else if is_foreign(meta.uid(), ours) {
         format!("belongs to user {}", meta.uid())
     } else {

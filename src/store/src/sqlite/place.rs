@@ -122,7 +122,7 @@ impl Place {
                     "the database was moved or replaced while it was in use",
                     changed,
                 )
-                .remedy("put the file back, or restart the broker"),
+                .remedy("put the original database file back, or restart the broker"),
             )),
         }
     }

@@ -127,7 +127,7 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
         .max_by_key(|row| row.sequence)
         .ok_or_else(|| {
             Failure::new(Exit::Untrusted, "no wrapping key is active")
-                .hint("create one with `keybroker key generate`")
+                .hint("create a wrapping key with `keybroker key generate`")
         })?;
     Ok(ExpectedKey {
         id: row.id,

@@ -272,7 +272,7 @@ impl Caller {
             Ok(released) if released.key_material.expose() == user.material.expose() => Ok(()),
             Ok(_) => Err(Failure::new(
                 Exit::Verification,
-                "a released key is not the one that was enrolled",
+                "a released key differs from the enrolled key",
             )),
             Err(error) => Err(refusal::failure(&error)),
         }

@@ -124,7 +124,7 @@ impl Started {
          ready",
         );
         Err(failure.hint(
-            "its error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
+            "the broker's error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
         ))
     }
 }

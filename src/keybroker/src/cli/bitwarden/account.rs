@@ -66,8 +66,9 @@ pub(super) fn kdf(
     let kdf = match function {
         Function::Pbkdf2 if memory_mib.is_some() || parallelism.is_some() => {
             let what = "memory and parallelism are parameters of Argon2id, not of PBKDF2";
-            return Err(Failure::new(Exit::Usage, what)
-                .hint("the account's settings show its KDF: pass it with --kdf"));
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "the account's settings show the KDF of the account: pass this KDF with --kdf",
+            ));
         }
         Function::Pbkdf2 => Kdf::Pbkdf2 {
             iterations: iterations.unwrap_or(600_000),
@@ -200,7 +201,7 @@ pub(super) struct KeySource {
     /// Number of an open file descriptor to read the master key from
     #[arg(long, value_name = "N", conflicts_with = "email")]
     master_key_fd: Option<u32>,
-    /// E-mail address of the account, to derive the key from its password
+    /// E-mail address of the account, to derive the master key from the account's password
     #[arg(long, value_name = "ADDRESS")]
     email: Option<String>,
     #[command(flatten)]

@@ -33,7 +33,7 @@ const JSON_UTF8: &str = "application/json; charset=utf-8";
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
 /// Longest file of CA certificates, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
@@ -86,7 +86,7 @@ impl Connector {
         let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| {
             Failure::new(
                 Exit::Usage,
-                "the access token contains characters that no access token has",
+                "the access token contains characters that are not allowed in access tokens",
             )
         })?;
         bearer.set_sensitive(true);
@@ -301,7 +301,7 @@ impl Broker {
         let mut hint = hint(&cause, "--ca-file");
         if cause.contains("UnknownIssuer") {
             hint.push_str(
-                "; Bitwarden clients need that CA certificate in the system's trust store",
+                "; Bitwarden clients need the CA certificate of the broker in the system's trust store",
             );
         }
         Failure::new(Exit::Unreachable, what).hint(hint)

@@ -59,10 +59,10 @@ fn shown(text: Option<&str>) -> Option<String> {
 fn other(what: &str, found: Option<String>, option: &str) -> Failure {
     let what = match found {
         Some(found) => format!("the access token's {what} is {found}, which differs from {option}"),
-        None => format!("the access token has no {what}; expected the one of {option}"),
+        None => format!("the access token has no {what}; expected the value of {option}"),
     };
     Failure::new(Exit::Usage, what).hint(
-        "the key is stored for the user of the access token: pass the access token of the intended user",
+        "the broker stores the key for the user of the access token: pass the access token of the intended user",
     )
 }
 

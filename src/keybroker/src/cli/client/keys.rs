@@ -61,7 +61,7 @@ pub(super) enum Command {
         /// Users whose keys are released, at most 64
         #[arg(long, required = true, num_args = 1.., value_parser = arguments::user)]
         user: Vec<UserId>,
-        /// Key name of all the keys
+        /// Name of the keys; every released key has this name
         #[arg(long, default_value = "default", value_parser = arguments::key_name)]
         key_name: KeyName,
         /// Write to standard output even if it is a terminal
@@ -74,7 +74,7 @@ pub(super) enum Command {
         key: Key,
         #[command(flatten)]
         source: Source,
-        /// Revision that `client get` showed; the command fails if another revision is current now
+        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -104,7 +104,7 @@ pub(super) enum Command {
     Delete {
         #[command(flatten)]
         key: Key,
-        /// Revision that `client get` showed; the command fails if another revision is current now
+        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -124,7 +124,7 @@ pub(super) enum Command {
         /// Number of the earlier revision
         #[arg(long, value_parser = arguments::revision)]
         revision: Revision,
-        /// Revision that `client get` showed; the command fails if another revision is current now
+        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]

@@ -49,10 +49,11 @@ impl Source {
         let key_name = key_name.as_str();
         let (name, length) = BITWARDEN;
         let odd = |found: usize| {
-            let what =
-                format!("a key named {name} must have {length} bytes, and this one has {found}");
+            let what = format!(
+                "a key named {name} must have {length} bytes, but this key material has {found} bytes"
+            );
             Failure::new(Exit::Usage, what)
-                .hint("the file must have the raw bytes, without base64 and without a line end")
+                .hint("the file must contain the raw bytes of the key material, neither in base64 nor with a line end")
         };
         match self.generate.map(usize::from) {
             Some(planned) if key_name == name && planned != length => return Err(odd(planned)),
@@ -125,7 +126,7 @@ pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     }
     let what = "standard output is a terminal, which may record key material";
     Err(Failure::new(Exit::Usage, what)
-        .hint("use --out FILE or a pipe, or pass --force to show it"))
+        .hint("use --out FILE or a pipe, or pass --force to show the output on the terminal"))
 }
 
 /// Refuses an output file that already exists, before the secret for [`write_secret`] is made.
@@ -209,7 +210,7 @@ fn unwritable(number: u32, why: &str) -> Failure {
 
 fn exists(path: &Path) -> Failure {
     let what = format!(
-        "{} exists, and a secret never overwrites a file",
+        "{} already exists, and keybroker never overwrites a file with a secret",
         path.display()
     );
     Failure::new(Exit::Usage, what).hint("name a new file")

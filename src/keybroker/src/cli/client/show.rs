@@ -57,7 +57,7 @@ fn known(value: Option<&impl Display>) -> Value {
 /// Writes a note on how to show the pages after the first page.
 pub(super) fn note_more(output: Output, has_more: bool) {
     if has_more {
-        output.note("there are more pages; --all shows all of them");
+        output.note("there are more pages; pass --all to show all pages");
     }
 }
 
@@ -65,7 +65,8 @@ pub(super) fn note_more(output: Output, has_more: bool) {
 pub(super) fn note_damaged(output: Output, count: usize) {
     if count > 0 {
         output.note(&format!(
-            "{count} damaged rows: run `keybroker store check` on the broker's host, and compare them with a backup"
+            "{count} rows are damaged: run `keybroker store check` on the broker's host, and compare the damaged rows \
+             with a backup"
         ));
     }
 }

@@ -244,11 +244,11 @@ impl Report {
         }
         let what = format!(
             "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: the broker refuses calls \
-             for such a record with RECORD_DAMAGED, and refuses such a client",
+             for a damaged record with RECORD_DAMAGED, and refuses a damaged API client",
             self.bad, self.revisions, self.records, self.clients, self.others
         );
         Err(Failure::new(Exit::Verification, what).hint(
-            "do not change these rows yet: compare them with a backup (docs/operations.md, `record-damaged`)",
+            "do not change the damaged rows yet: compare them with a backup (docs/operations.md, `record-damaged`)",
         ))
     }
 }

@@ -58,8 +58,8 @@ struct From {
     /// PEM file with the CA certificate of the source database server
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the source database, besides root and this user; may
-    /// be repeated [default: `store.socket_users`]
+    /// User, by name or number, that may listen on the local socket of the source database, in addition to root and the user that
+    /// runs this command; may be repeated [default: `store.socket_users`]
     #[arg(long = "from-socket-user", value_name = "USER", requires = "from_url")]
     from_socket_users: Vec<String>,
 }
@@ -80,8 +80,8 @@ struct To {
     /// PEM file with the CA certificate of the destination database server
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the destination database, besides root and this user;
-    /// may be repeated [default: `store.socket_users`]
+    /// User, by name or number, that may listen on the local socket of the destination database, in addition to root and the user
+    /// that runs this command; may be repeated [default: `store.socket_users`]
     #[arg(long = "to-socket-user", value_name = "USER")]
     to_socket_users: Vec<String>,
 }
@@ -178,7 +178,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     context.output.fields(fields)?;
     outcome.checked.verdict().map_err(|failure| {
         failure.hint(
-            "the copy equals the original byte for byte; `keybroker store check` reports the same rows in the original",
+            "the copy equals the original byte for byte; `keybroker store check` reports the same bad rows in the original",
         )
     })?;
     context.output.note(
@@ -309,14 +309,14 @@ impl std::convert::From<CopyError> for Failure {
                     return failure;
                 }
                 failure.hint(
-                    "run the same command again to continue; if a row is refused, `keybroker store check` on the \
-                     source database shows it",
+                    "run the same command again to continue; if a row is refused, `keybroker store check` on the source \
+                     database shows the refused row",
                 )
             }
             CopyError::Extra(_) | CopyError::Differs(_) | CopyError::Missing(_) => {
                 Self::new(Exit::Verification, what).hint(
-                    "the destination has rows that are not part of this copy, and was not changed: choose an empty \
-                     database, or find out which of the two databases is correct",
+                    "the destination has rows that are not part of this copy, so the destination was not changed: choose \
+                     an empty database, or find out which of the two databases is correct",
                 )
             }
         }

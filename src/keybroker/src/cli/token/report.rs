@@ -26,7 +26,7 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token and removed afterwards; recorded in the audit log
+    /// Also test keys that are stored on the token and removed afterwards; the audit log records this test
     #[arg(long)]
     write: bool,
     /// Show the token's serial number
@@ -35,7 +35,8 @@ pub(in crate::cli) struct Arguments {
     /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare with a published report in JSON; fails with exit code 12 if the token is worse
+    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse than the
+    /// report
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }

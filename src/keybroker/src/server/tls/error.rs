@@ -31,8 +31,8 @@ pub enum Error {
     },
     /// Client certificates are requested, but no CA is configured.
     #[error(
-        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without it no client \
-         could be authenticated"
+        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without `client_ca_file`, \
+         no client certificate could be verified"
     )]
     NoAuthorities,
     /// The file of the server's certificate has no certificate.
@@ -42,7 +42,7 @@ pub enum Error {
         path: String,
     },
     /// The server's certificate does not parse.
-    #[error("{path} does not parse")]
+    #[error("{path} cannot be parsed")]
     Certificate {
         /// The file.
         path: String,

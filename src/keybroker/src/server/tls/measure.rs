@@ -53,8 +53,8 @@ impl Tls {
             Age::Good => {}
             Age::Late => keybroker_core::alert!(
                 ClientCrl, file = %shown, hours_left = hours,
-                "a revocation list expires soon and there is no newer one; after it expires, clients of its CA are \
-                 refused"
+                "a revocation list expires soon, and there is no newer list; after the list has expired, clients of its \
+                 CA are refused"
             ),
             Age::Over => keybroker_core::alert!(
                 ClientCrl, file = %shown,

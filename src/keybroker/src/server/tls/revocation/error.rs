@@ -45,8 +45,9 @@ pub enum MemoryError {
 pub enum ListsError {
     /// A list is older than a list that was accepted before.
     #[error(
-        "has an older list of \"{authority}\" than the accepted one ({found}; accepted: {accepted}): with the \
-         older list, certificates that were revoked since would be accepted. Fetch the newest list{how_to_go_back}"
+        "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
+         with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
+         list{how_to_go_back}"
     )]
     GoesBack {
         /// Name of the CA.
@@ -59,10 +60,10 @@ pub enum ListsError {
         how_to_go_back: String,
     },
     /// A CA certificate does not parse.
-    #[error("cannot be verified, because a CA certificate does not parse")]
+    #[error("cannot be verified, because a CA certificate cannot be parsed")]
     Authority(#[source] nom::Err<X509Error>),
     /// A list does not parse.
-    #[error("has a list that does not parse: block {block}")]
+    #[error("has a list that cannot be parsed: block {block}")]
     Malformed {
         /// Position in the file, starting at 1.
         block: usize,
@@ -76,7 +77,7 @@ pub enum ListsError {
     #[error("is longer than {0} bytes, so no list in it is used")]
     TooLong(u64),
     /// The file has further bytes after a list in DER.
-    #[error("has more bytes after a list in DER; use PEM for several lists in one file")]
+    #[error("has more bytes after a revocation list in DER; use PEM for several lists in one file")]
     Trailing,
     /// The file begins like DER, but is not a revocation list.
     #[error("is neither PEM nor a list in DER")]

@@ -44,10 +44,11 @@ pub(super) struct Arguments {
     /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections)
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
     connections: u32,
-    /// Duration of the broker's measurement in seconds; the token is measured about as long, before and after it
+    /// Seconds for which the broker is measured; the token alone is measured before and after the broker, each time for about
+    /// three quarters of these seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Warm-up before the served broker is measured, in seconds
+    /// Warm-up in seconds before the broker is measured
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
     /// Number of users whose keys are enrolled and released; users of an earlier run are reused
@@ -79,8 +80,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         let tenant = seed::tenant(&arguments.connection, &config)?;
         seed::seed(context, &config, tenant, Users::new(count))?;
     }
-    // Half of the bare loop runs before the broker's measurement and half after it, so that other load on the machine affects
-    // both alike.
+    // Half of the token's measurement runs before the broker's measurement and half after it, so that other load on the machine
+    // affects both measurements alike.
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         context.output.note("measuring the bare token");
         Ok([
@@ -116,7 +117,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     }
     if load.errors > 0 {
         let what = format!(
-            "{} calls failed; the first: {}",
+            "{} calls failed; the error of the first failed call: {}",
             load.errors, load.first_error
         );
         return Err(Failure::new(Exit::Verification, what));
@@ -152,7 +153,7 @@ async fn measure_served(
     load::run(&plan, context.output).await
 }
 
-/// Stops the measurement at a signal, so that the broker that was started for it is stopped, too.
+/// Stops the measurement at a signal, so that the command can also stop the broker that it started.
 async fn until_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
@@ -201,8 +202,8 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // The broker's operations per CPU second, divided by those of the bare loop. If the token takes no CPU time, the quotient
-        // is meaningless.
+        // The broker's operations per CPU second, divided by the operations per CPU second of the bare loop. If the token uses no
+        // CPU time of this machine, the quotient is meaningless.
         (
             "share",
             single
@@ -239,7 +240,7 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
     .collect()
 }
 
-/// Rounds to four decimal places. The measurement is less accurate than that.
+/// Rounds to four decimal places, because the measurement is not more accurate.
 fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }

@@ -1,5 +1,5 @@
 //! The load: a closed loop of callers. Each caller has one call in progress and compares every released key with the
-//! one that was enrolled.
+//! enrolled key.
 
 use std::{
     net::SocketAddr,
@@ -30,7 +30,8 @@ use super::{
     users::{User, Users},
 };
 
-/// Maximum number of TLS connections; more callers share them. The number is far below the default limit of a listener.
+/// Maximum number of TLS connections. If there are more callers than connections, several callers share a connection.
+/// The number is far below the default limit of a listener.
 const CONNECTIONS_MAX: u32 = 256;
 /// Number of concurrent calls during the enrolment.
 const ENROL_AT_ONCE: u32 = 16;
@@ -85,7 +86,7 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// The number of operations, at least one, to divide by.
+    /// The number of operations as a divisor, which is at least 1.
     pub(super) fn operations_f64(&self) -> f64 {
         f64::from(u32::try_from(self.operations.max(1)).unwrap_or(u32::MAX))
     }
@@ -271,7 +272,7 @@ impl Caller {
             Ok(released) if released.key_material.expose() == user.material.expose() => Ok(()),
             Ok(_) => Err(Failure::new(
                 Exit::Verification,
-                "a released key is not the one that was enrolled",
+                "a released key differs from the enrolled key",
             )),
             Err(error) => Err(refusal::failure(&error)),
         }

@@ -1,4 +1,5 @@
-//! The measured broker: a running one, or one that is started for the measurement and stopped afterwards.
+//! The measured broker: a running broker, or a broker that is started for the measurement and stopped
+//! afterwards.
 
 use std::{
     fs::{self, DirBuilder},
@@ -123,7 +124,7 @@ impl Started {
          ready",
         );
         Err(failure.hint(
-            "its error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
+            "the broker's error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
         ))
     }
 }

@@ -23,7 +23,7 @@ use keybroker_core::{
 };
 
 use keybroker_hsm as hsm;
-use keybroker_hsm::{Caller, Entered};
+use keybroker_hsm::{Caller, Entered, Planned};
 
 use super::{Broker, journal::Draft, observe};
 
@@ -91,7 +91,7 @@ impl Broker {
         let started = Instant::now();
         let checked = self
             .token
-            .check_admission(&self.releaser(principal, call))
+            .check_admission(&self.releaser(principal, call), Planned::Unwrap)
             .map_err(Error::from);
         match checked {
             Err(error) if is_overload(&error) => {
@@ -114,7 +114,12 @@ impl Broker {
         call: &Call,
         action: Action,
     ) -> Result<(), Error> {
-        let checked = self.token.check_admission(caller);
+        let planned = if action == Action::Unwrap {
+            Planned::Unwrap
+        } else {
+            Planned::Any
+        };
+        let checked = self.token.check_admission(caller, planned);
         self.admitted(checked, principal, call, action).await
     }
 

@@ -82,7 +82,7 @@ impl Token for LateToken {
         Ok(())
     }
 
-    fn check_admission(&self, _caller: &Caller) -> Result<(), hsm::Error> {
+    fn check_admission(&self, _caller: &Caller, _planned: hsm::Planned) -> Result<(), hsm::Error> {
         Ok(())
     }
 

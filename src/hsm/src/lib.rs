@@ -30,7 +30,7 @@ mod supervisor;
 
 pub use caller::Caller;
 pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
-pub use queue::{Calls, Entered, leave, leave_if_slow};
+pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};
 pub use supervisor::{StartupError, Supervisor};
 
 /// The operations of a token that the broker needs. Only [`Token::unwrap`] uses the RSA key, after the MAC has
@@ -81,9 +81,9 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<(), Error>;
 
-    /// Returns [`Error::QueueFull`] if any job of this caller would certainly be refused. The broker calls this
+    /// Returns [`Error::QueueFull`] if any planned job of this caller would certainly be refused. The broker calls this
     /// function before it asks the policy and the store, so that a refusal costs little.
-    fn check_admission(&self, caller: &Caller) -> Result<(), Error>;
+    fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error>;
 
     /// The last known state. This function never waits for the token.
     fn state(&self) -> TokenState;

@@ -32,6 +32,7 @@ mod estimate;
 
 pub(crate) use calls::note_answered;
 pub use calls::{Calls, Entered, leave, leave_if_slow};
+pub use estimate::Planned;
 
 /// The shortest delay before a retry that an error contains.
 const RETRY_MIN: Duration = Duration::from_millis(10);
@@ -102,9 +103,9 @@ impl Queue {
 
     /// Refuses a caller whose jobs would certainly be refused, whatever key they use. This check reads only the state
     /// of the queue, so it is cheap.
-    pub(super) fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
+    pub(super) fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {
         let state = self.state();
-        let least = state.estimates.least();
+        let least = state.estimates.least(planned);
         state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
     }
 

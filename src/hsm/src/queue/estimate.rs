@@ -15,6 +15,15 @@ const DEVIATION_PARTS: u32 = 8;
 /// limit get the assumed cost of a kind that was not measured.
 const KEYS_MAX: usize = 1_024;
 
+/// The jobs that a caller plans, before the key is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Planned {
+    /// An unwrap.
+    Unwrap,
+    /// Jobs of any kind.
+    Any,
+}
+
 /// The kind of a job: its key, and whether it uses the RSA key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Kind {
@@ -89,11 +98,23 @@ impl Estimates {
             })
     }
 
-    /// Returns the lowest mean time and the lowest upper time of all kinds of jobs. A job that would be late with this
-    /// estimate would be late with every estimate.
-    pub(super) fn least(&self) -> Estimate {
+    /// Returns the lowest mean time and the lowest upper time of all jobs that the caller may plan. A job that would be
+    /// late with this estimate would be late with every estimate.
+    ///
+    /// For a planned unwrap, only measured unwraps count, if there are any. With the assumed cost of an unknown job, the
+    /// check on arrival would accept nearly every call that the queue refuses later.
+    pub(super) fn least(&self, planned: Planned) -> Estimate {
         let unknown = self.of(None);
-        let known = || self.0.values().chain([&unknown]);
+        let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap);
+        let only_unwraps = planned == Planned::Unwrap && unwraps().next().is_some();
+        let known = || {
+            let all = self
+                .0
+                .iter()
+                .filter(|(kind, _)| kind.is_unwrap || !only_unwraps);
+            let unknown = (!only_unwraps).then_some(&unknown);
+            all.map(|(_, known)| known).chain(unknown)
+        };
         let mean = known().map(|known| known.mean).min().unwrap_or_default();
         let upper = known().map(Estimate::upper).min().unwrap_or_default();
         Estimate {
@@ -139,8 +160,11 @@ mod tests {
         let mean = |work: &Work| estimates.of(Kind::of(work)).mean.as_millis();
         assert_eq!((mean(&unwrap(1)), mean(&unwrap(2)), mean(&mac)), (20, 4, 2));
         assert_eq!(estimates.of(Kind::of(&unwrap(3))).mean, UNKNOWN);
-        // The lower bound includes keys without an estimate.
-        assert_eq!(estimates.least().mean, UNKNOWN);
+        // The lower bound of any job includes keys without an estimate.
+        assert_eq!(estimates.least(Planned::Any).mean, UNKNOWN);
+        assert_eq!(estimates.least(Planned::Unwrap).mean.as_millis(), 4);
+        let nothing = Estimates::default();
+        assert_eq!(nothing.least(Planned::Unwrap).mean, UNKNOWN);
         assert_eq!(estimates.most().as_millis(), 20);
     }
 

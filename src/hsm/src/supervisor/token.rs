@@ -12,7 +12,7 @@ use tracing::Span;
 use crate::{
     Caller, Error, Serving, Token, TokenState,
     job::{Job, Output},
-    queue,
+    queue::{self, Planned},
 };
 use keybroker_core::{
     call::{abandoned::Abandoned, outside_time},
@@ -180,8 +180,8 @@ impl Token for Supervisor {
         self.run_job(work, caller).await.map(drop)
     }
 
-    fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
-        self.queue.check_admission(caller)
+    fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {
+        self.queue.check_admission(caller, planned)
     }
 
     fn state(&self) -> TokenState {

@@ -10,7 +10,7 @@ use keybroker_core::{
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
-use keybroker_hsm::leave_if_slow;
+use keybroker_hsm::{leave, leave_if_slow};
 use keybroker_policy::KeyPermit;
 use keybroker_store::{Record, RecordState};
 
@@ -184,6 +184,7 @@ impl Broker {
         let key = envelope.wrapping_key();
         if !self.registry()?.knows(key) {
             // Another broker may have wrapped under a key that was registered after this broker last read the registry.
+            leave();
             self.refresh_registry().await?;
         }
         self.registry()?.check_readable(key)?;

@@ -371,7 +371,10 @@ async fn call_until<F: Future<Output = Result<(), Status>>>(
     let (mut calls, mut failures) = (0, 0);
     while !stop.load(Ordering::Relaxed) {
         calls += 1;
-        failures += usize::from(call().await.is_err());
+        if let Err(status) = call().await {
+            println!("{status:?}");
+            failures += 1;
+        }
         ended.fetch_add(1, Ordering::Relaxed);
     }
     (calls, failures)

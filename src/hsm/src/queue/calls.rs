@@ -144,7 +144,8 @@ impl Calls {
     pub fn job_deadline(&self, call: Deadline) -> Deadline {
         let answer = Duration::from_micros(self.0.answer_us.load(Ordering::Relaxed));
         let reserve = answer.min(call.remaining() / RESERVE_DIVISOR);
-        Deadline::at(call.instant() - reserve)
+        let instant = call.instant();
+        Deadline::at(instant.checked_sub(reserve).unwrap_or(instant))
     }
 
     /// Takes a free place, or else a turn among the waiting calls.
@@ -320,13 +321,11 @@ pub async fn leave_if_slow<T>(work: impl Future<Output = T>) -> T {
         return work.await;
     }
     tokio::pin!(work);
-    match timeout(SLOW, work.as_mut()).await {
-        Ok(result) => result,
-        Err(_) => {
-            leave();
-            work.await
-        }
+    if let Ok(result) = timeout(SLOW, work.as_mut()).await {
+        return result;
     }
+    leave();
+    work.await
 }
 
 /// Notes that the token has answered the current call.

@@ -60,6 +60,7 @@ mod schedules;
 mod service_manager;
 mod shared_label;
 mod site;
+mod soak;
 mod spans;
 mod start_refused;
 mod stopping;

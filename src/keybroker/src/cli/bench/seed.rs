@@ -29,6 +29,7 @@ use keybroker_core::{
     envelope,
     error::chain,
     key::{ID_BYTES, KeyAddress, RecordId, Revision, Tenant},
+    principal::Principal,
 };
 use keybroker_hsm::admin::Wrapper;
 use keybroker_store as store;
@@ -39,12 +40,19 @@ use super::{bare, users::Users};
 /// Records per transaction. A transaction of this size ends long before the timeout of a statement.
 const BATCH: u32 = 500;
 
-/// The tenant of the principal that the load's certificate identifies. The broker looks for the records in this tenant.
-pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
+/// The principal that the certificate of a connection identifies.
+pub(super) fn principal(
+    connection: &Connection,
+    config: &Config,
+) -> Result<Arc<Principal>, Failure> {
     let known = Authenticator::new(&config.principals)
         .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
-    let principal = known.certificate(Some(&connection.certificate()?))?;
-    Ok(principal.tenant().clone())
+    Ok(known.certificate(Some(&connection.certificate()?))?)
+}
+
+/// The tenant of this principal, in which the broker looks for the records.
+pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
+    Ok(principal(connection, config)?.tenant().clone())
 }
 
 /// Creates a record for every user that has none.

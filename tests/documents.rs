@@ -8,7 +8,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::Path,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use keybroker::config::Config;
@@ -551,15 +552,12 @@ fn the_page_of_metrics_has_every_metric_and_no_other() {
     }
 }
 
-/// The measurements of `docs/performance.md`: paths of the JSON documents.
-fn measurements() -> Vec<std::path::PathBuf> {
+/// The files of `docs/performance` with this extension: the results of the measurements and their charts.
+fn performance_files(extension: &str) -> Vec<PathBuf> {
     let files = fs::read_dir(root().join("docs/performance")).unwrap();
     let paths = files.map(|file| file.unwrap().path());
     paths
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "json")
-        })
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
         .collect()
 }
 
@@ -567,14 +565,14 @@ fn measurements() -> Vec<std::path::PathBuf> {
 #[test]
 fn the_tables_and_charts_of_the_performance_page_are_those_of_its_documents() {
     let made = tempfile::tempdir().unwrap();
-    let documents = measurements();
+    let documents = performance_files("json");
     assert!(documents.len() >= 7, "{documents:?}");
-    let status = std::process::Command::new(env!("CARGO_BIN_EXE_keybroker"))
+    let status = Command::new(env!("CARGO_BIN_EXE_keybroker"))
         .arg("bench-report")
         .args(&documents)
         .arg("--out")
         .arg(made.path())
-        .stdout(std::process::Stdio::null())
+        .stdout(Stdio::null())
         .status()
         .unwrap();
     assert!(status.success());
@@ -604,9 +602,10 @@ fn the_tables_and_charts_of_the_performance_page_are_those_of_its_documents() {
         }
     }
     assert_eq!(tables, page.matches("<!-- table: ").count());
-    let committed = fs::read_dir(root().join("docs/performance")).unwrap();
-    let committed = committed.map(|file| file.unwrap().file_name().into_string().unwrap());
-    let committed: BTreeSet<String> = committed.filter(|name| name.ends_with(".svg")).collect();
+    let committed = performance_files("svg").into_iter();
+    let committed: BTreeSet<String> = committed
+        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+        .collect();
     assert_eq!(committed, charts);
 }
 
@@ -616,7 +615,7 @@ fn the_performance_page_explains_every_field_of_the_documents() {
     let text = read("docs/performance.md") + &read("docs/cli.md");
     let explained: BTreeSet<&str> = code_words(&text).into_iter().collect();
     let mut fields = BTreeSet::new();
-    for path in measurements() {
+    for path in performance_files("json") {
         let document: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
         let timeline = document.get("timeline").and_then(|rows| rows.as_array());

@@ -41,6 +41,7 @@ mod served;
 mod session;
 mod steady;
 mod storm;
+pub(super) mod table;
 mod users;
 
 use document::{Document, Results};
@@ -305,7 +306,7 @@ fn finish(bench: &Bench<'_>, clock: &document::Clock, results: Results) -> Resul
     match steady {
         Some(fields) => output.fields(fields)?,
         None if output.is_json() => output.json(&document.to_value())?,
-        None => output.text(&document.to_text())?,
+        None => output.text(&table::text(&document))?,
     }
     match failure {
         Some(what) => Err(Failure::new(Exit::Verification, what)),

@@ -12,13 +12,12 @@ use crate::output_file;
 
 use super::{
     Context,
-    bench::document::Document,
+    bench::{document::Document, table},
     exit::{Exit, Failure},
 };
 
 mod chart;
 mod svg;
-pub(super) mod table;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {

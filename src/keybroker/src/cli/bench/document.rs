@@ -7,9 +7,8 @@ use serde_json::{Map, Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::cli::{
-    bench_report::table,
-    exit::Failure,
-    output::{Field, text_table},
+    exit::{Exit, Failure},
+    output::Field,
 };
 
 use super::{Bench, Scenario, machine::Machine};
@@ -130,18 +129,6 @@ impl Document {
     pub(super) fn to_value(&self) -> Value {
         serde_json::to_value(self).unwrap_or_default()
     }
-
-    /// The results for a person at a terminal.
-    pub(super) fn to_text(&self) -> String {
-        let tables: Vec<String> = table::tables(self)
-            .iter()
-            .map(|table| match table.title {
-                "" => text_table(&table.headings, &table.rows),
-                title => format!("{title}\n{}", text_table(&table.headings, &table.rows)),
-            })
-            .collect();
-        tables.join("\n\n")
-    }
 }
 
 /// Why a file is not a document.
@@ -189,5 +176,5 @@ pub(super) fn first_failure(failures: impl IntoIterator<Item = Option<String>>) 
 
 /// The failure of a scenario that has no results.
 pub(super) fn nothing(what: &str) -> Failure {
-    Failure::new(crate::cli::exit::Exit::Verification, what)
+    Failure::new(Exit::Verification, what)
 }

@@ -5,12 +5,10 @@ use serde_json::Value;
 use crate::cli::bench::{
     Scenario,
     document::{Document, Object},
-};
-
-use super::{
-    svg::{Axis, Chart, Mark, Series},
     table::number,
 };
+
+use super::svg::{Axis, Chart, Mark, Series};
 
 /// A chart and the end of its file's name.
 pub(super) struct Named {

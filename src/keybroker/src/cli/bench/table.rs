@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::cli::bench::{
+use crate::cli::output::text_table;
+
+use super::{
     Scenario,
     document::{Document, Object},
 };
@@ -13,19 +15,18 @@ use crate::cli::bench::{
 const SHORT_S: u64 = 30;
 
 /// A table with a heading for each column.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::cli) struct Table {
+struct Table {
     /// Empty if the document has one table.
-    pub(in crate::cli) title: &'static str,
-    pub(in crate::cli) headings: Vec<&'static str>,
-    pub(in crate::cli) rows: Vec<Vec<String>>,
+    title: &'static str,
+    headings: Vec<&'static str>,
+    rows: Vec<Vec<String>>,
 }
 
 /// A column: its heading and the cell of a row.
 type Column = (&'static str, fn(&Object) -> String);
 
 /// The tables of a document.
-pub(in crate::cli) fn tables(document: &Document) -> Vec<Table> {
+fn tables(document: &Document) -> Vec<Table> {
     let all = |columns: &[Column]| vec![table("", columns, document.rows.iter())];
     match document.scenario {
         Scenario::Steady => all(STEADY),
@@ -61,8 +62,20 @@ fn table<'a>(
     }
 }
 
+/// The tables for a person at a terminal.
+pub(super) fn text(document: &Document) -> String {
+    let tables: Vec<String> = tables(document)
+        .iter()
+        .map(|table| match table.title {
+            "" => text_table(&table.headings, &table.rows),
+            title => format!("{title}\n{}", text_table(&table.headings, &table.rows)),
+        })
+        .collect();
+    tables.join("\n\n")
+}
+
 /// The tables in Markdown, with a line about the conditions.
-pub(super) fn markdown(document: &Document) -> String {
+pub(in crate::cli) fn markdown(document: &Document) -> String {
     let mut text = String::new();
     for table in tables(document) {
         if !table.title.is_empty() {
@@ -179,13 +192,13 @@ const ACTIVE: &[Column] = &[
 ];
 
 const IDLE: &[Column] = &[
-    ("API", |row| text(row, "api")),
+    ("API", |row| word(row, "api")),
     ("connections", |row| decimal(row, "connections", 0)),
     ("KiB per connection", |row| {
         decimal(row, "kib_per_connection", 1)
     }),
     ("front MiB", front_memory),
-    ("counted as", |row| text(row, "memory")),
+    ("counted as", |row| word(row, "memory")),
 ];
 
 const STORM: &[Column] = &[
@@ -219,7 +232,7 @@ const RESTART: &[Column] = &[
 ];
 
 /// A number of a row, if it has one.
-pub(super) fn number(row: &Object, name: &str) -> Option<f64> {
+pub(in crate::cli) fn number(row: &Object, name: &str) -> Option<f64> {
     row.get(name)?.as_f64()
 }
 
@@ -227,7 +240,7 @@ fn decimal(row: &Object, name: &str, places: usize) -> String {
     number(row, name).map_or_else(|| "-".to_owned(), |value| format!("{value:.places$}"))
 }
 
-fn text(row: &Object, name: &str) -> String {
+fn word(row: &Object, name: &str) -> String {
     let text = row.get(name).and_then(Value::as_str);
     text.unwrap_or("-").to_owned()
 }

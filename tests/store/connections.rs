@@ -141,6 +141,33 @@ async fn connections_to_mariadb_that_are_ended_cost_no_read() {
     lost_connections_cost_no_read(Kind::MariaDb).await;
 }
 
+/// The driver's pool tests each connection that returns to it, which is one more round trip for each call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_cost_a_server_no_tests_of_connections() {
+    const CALLS: u8 = 100;
+    let server = Arc::new(Server::start(Kind::MariaDb));
+    let engine = engine_of_a_broker(&server).await;
+    let store = open_with_alice(&engine).await;
+    let tests = || -> u64 {
+        let status = engine.sql("SHOW GLOBAL STATUS LIKE 'Com_admin_commands'");
+        status.split_whitespace().last().unwrap().parse().unwrap()
+    };
+    let before = tests();
+    for number in 0..CALLS {
+        let created = store.create(
+            revision(&user(&format!("new-{number}")), number, 1),
+            stamp(),
+        );
+        created.await.unwrap();
+        store.record(&user("alice")).await.unwrap();
+    }
+    let made = tests() - before;
+    assert!(
+        made < u64::from(CALLS) / 2,
+        "{made} tests in {CALLS} rounds"
+    );
+}
+
 /// Reads and changes during a restart. Nothing is promised of one that takes longer, so such a one is repeated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_short_restart_of_the_server_is_waited_out() {

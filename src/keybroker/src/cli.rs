@@ -47,8 +47,8 @@ use output::{Format, Output};
 const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
-/// The executable of this process, for starting workers. The link refers to the running file even after an upgrade replaced the
-/// file at its path, so workers always have the version of this process.
+/// The executable of this process, from which workers are started. The link refers to the running executable even after an
+/// upgrade has replaced the file at its path, so workers always have the version of this process.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.
@@ -84,7 +84,7 @@ enum Command {
     /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Verify, show and maintain the audit log; a broker need not run
+    /// Verify, show and maintain the audit log, with or without a running broker
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker
@@ -169,7 +169,7 @@ pub fn main() -> ExitCode {
     if let Err(error) = hardening::harden() {
         return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
-    // If two crypto providers are linked into the process, rustls panics at its first use unless one is installed.
+    // If two crypto providers are linked into the process, rustls panics at its first use unless one of them is installed.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
     telemetry::init_logs(is_service, if is_service { "info" } else { COMMAND_LOG });
@@ -195,7 +195,7 @@ fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failu
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         let what = "internal error in keybroker; the line above shows the source location";
         Err(Failure::new(Exit::Internal, what)
-            .hint("report the error with that line and the output of `keybroker --version`"))
+            .hint("report the error with the line that shows the source location, and with the output of `keybroker --version`"))
     })
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use sqlx::{Database, Pool, pool::PoolConnection};
+use sqlx::{Database, Pool};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::TaskTracker;
 
@@ -31,6 +31,7 @@ use super::{
 
 mod calls;
 mod clients;
+mod kept;
 mod probe;
 mod tables;
 mod uses;
@@ -49,6 +50,10 @@ const RETRIED_FOR: Duration = Duration::from_millis(4_500);
 /// The wait before a call tries another connection. The wait doubles up to [`RECONNECT_WAIT_MAX`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(5);
 const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
+
+/// A connection that was not used for longer than this time is tested before its next use, because the server may have been
+/// restarted.
+pub(super) const TEST_AFTER: Duration = Duration::from_secs(1);
 
 /// The differences between engines in addition to their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
@@ -99,11 +104,18 @@ pub(super) enum Purpose {
 type Connection<E> = <<E as Engine>::Database as Database>::Connection;
 type Row<E> = <Connection<E> as Session>::Row;
 
+/// Lends connections.
+#[derive(Debug)]
+struct Lender<E: Engine> {
+    engine: E,
+    connections: kept::Connections<E::Database>,
+    probe: probe::Probe,
+}
+
 /// A store on one engine.
 #[derive(Debug)]
-pub(super) struct EngineStore<E> {
-    engine: Arc<E>,
-    probe: Arc<probe::Probe>,
+pub(super) struct EngineStore<E: Engine> {
+    lender: Arc<Lender<E>>,
     /// The tasks in progress. Tasks can outlive their callers.
     tasks: TaskTracker,
 }
@@ -114,8 +126,11 @@ impl<E: Engine> EngineStore<E> {
         E::sql().names_below("", &mut names);
         slow::learn(names);
         Arc::new(Self {
-            engine: Arc::new(engine),
-            probe: Arc::default(),
+            lender: Arc::new(Lender {
+                connections: kept::Connections::new(&engine),
+                engine,
+                probe: probe::Probe::default(),
+            }),
             tasks: TaskTracker::new(),
         })
     }
@@ -140,7 +155,7 @@ impl<E: Engine> EngineStore<E> {
         statement: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row<E>>, Error> {
-        self.probe.check(Purpose::Read)?;
+        self.lender.probe.check(Purpose::Read)?;
         self.query_unprobed(statement, values).await
     }
 
@@ -149,11 +164,11 @@ impl<E: Engine> EngineStore<E> {
         statement: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row<E>>, Error> {
-        let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
+        let lender = Arc::clone(&self.lender);
         self.spawn(async move {
-            let mut retry = Retry::new(&probe, Purpose::Read);
+            let mut retry = Retry::new(&lender.probe, Purpose::Read);
             loop {
-                let result = match Lease::take(&*engine, &probe, Purpose::Read).await {
+                let result = match Lease::take(&lender, Purpose::Read).await {
                     Ok(lease) => lease.query(statement, values.clone()).await,
                     Err(error) => Err(error),
                 };
@@ -162,7 +177,7 @@ impl<E: Engine> EngineStore<E> {
                     Err(Error::Disconnected(what)) => retry.wait(what).await?,
                     result => {
                         if result.is_ok() {
-                            probe.answered(Purpose::Read);
+                            lender.probe.answered(Purpose::Read);
                         }
                         return result;
                     }
@@ -195,7 +210,7 @@ impl<E: Engine> EngineStore<E> {
         T: Send + 'static,
         W: Work<E, T>,
     {
-        self.probe.check(Purpose::Write)?;
+        self.lender.probe.check(Purpose::Write)?;
         self.transaction_unprobed(end, work).await
     }
 
@@ -204,18 +219,18 @@ impl<E: Engine> EngineStore<E> {
         T: Send + 'static,
         W: Work<E, T>,
     {
-        let (engine, probe) = (Arc::clone(&self.engine), Arc::clone(&self.probe));
+        let lender = Arc::clone(&self.lender);
         self.spawn(async move {
-            let mut retry = Retry::new(&probe, Purpose::Write);
+            let mut retry = Retry::new(&lender.probe, Purpose::Write);
             let mut attempt = 1;
             loop {
-                let result = match Lease::take(&*engine, &probe, Purpose::Write).await {
+                let result = match Lease::take(&lender, Purpose::Write).await {
                     Ok(lease) => lease.transaction(end, &work).await,
                     Err(error) => Err(Ended::Without(error)),
                 };
                 let what = match result {
                     Ok(value) => {
-                        probe.answered(Purpose::Write);
+                        lender.probe.answered(Purpose::Write);
                         return Ok(value);
                     }
                     Err(Ended::Without(Error::Disconnected(what))) => {
@@ -226,8 +241,8 @@ impl<E: Engine> EngineStore<E> {
                         let Some(call) = end.mark() else {
                             return Err(Error::OutcomeUnknown(Detail::of(error)));
                         };
-                        if is_committed(&*engine, &mut retry, call).await? {
-                            probe.answered(Purpose::Write);
+                        if is_committed(&lender, &mut retry, call).await? {
+                            lender.probe.answered(Purpose::Write);
                             return Ok(value);
                         }
                         // The change was not made, so it can be repeated.
@@ -241,12 +256,12 @@ impl<E: Engine> EngineStore<E> {
                     Err(Ended::Without(error)) => {
                         // The database answered, even if the answer is not what the caller wanted.
                         if !matches!(error, Error::Down(_) | Error::Busy(_)) {
-                            probe.answered(Purpose::Write);
+                            lender.probe.answered(Purpose::Write);
                         }
                         return Err(error);
                     }
                 };
-                if attempt == ATTEMPTS_MAX || retry.begun.elapsed() > engine.time_limit() {
+                if attempt == ATTEMPTS_MAX || retry.begun.elapsed() > lender.engine.time_limit() {
                     return Err(Error::Contended(what));
                 }
                 metrics::STORE_RETRIES.increment();
@@ -270,7 +285,7 @@ where
 
 /// Asks on another connection whether a change was committed. The connection of the change was lost during the commit.
 async fn is_committed<E: Engine>(
-    engine: &E,
+    lender: &Lender<E>,
     retry: &mut Retry<'_>,
     call: CallId,
 ) -> Result<bool, Error> {
@@ -278,7 +293,7 @@ async fn is_committed<E: Engine>(
         Box::pin(mutations::is_committed(session, sql, call))
     });
     loop {
-        let result = match Lease::take(engine, retry.probe, Purpose::Write).await {
+        let result = match Lease::take(lender, Purpose::Write).await {
             Ok(lease) => lease.transaction(End::Rollback, &work).await,
             Err(error) => Err(Ended::Without(error)),
         };
@@ -376,16 +391,19 @@ where
 {
 }
 
-/// A connection from the pool. The connection is closed when the lease is dropped, unless it was given back.
-struct Lease<'e, E: Engine> {
-    engine: &'e E,
-    connection: Option<PoolConnection<E::Database>>,
-    _permit: Option<SemaphorePermit<'e>>,
-    _count: probe::Leased<'e>,
+/// A connection for one use. The connection is closed when the lease is dropped, unless it was given back.
+struct Lease<'l, E: Engine> {
+    lender: &'l Lender<E>,
+    purpose: Purpose,
+    connection: kept::Held<E::Database>,
+    _place: SemaphorePermit<'l>,
+    _permit: Option<SemaphorePermit<'l>>,
+    _count: probe::Leased<'l>,
 }
 
-impl<'e, E: Engine> Lease<'e, E> {
-    async fn take(engine: &'e E, probe: &'e probe::Probe, purpose: Purpose) -> Result<Self, Error> {
+impl<'l, E: Engine> Lease<'l, E> {
+    async fn take(lender: &'l Lender<E>, purpose: Purpose) -> Result<Self, Error> {
+        let Lender { engine, probe, .. } = lender;
         engine.check_place(purpose)?;
         let begun = Instant::now();
         let permit = match engine.limit(purpose) {
@@ -403,16 +421,18 @@ impl<'e, E: Engine> Lease<'e, E> {
             }
         };
         engine.check_socket()?;
-        let connection = match engine.pool(purpose).acquire().await {
-            Ok(connection) => connection,
+        let (connection, place) = match lender.connections.of(purpose).take().await {
+            Ok(taken) => taken,
             Err(sqlx::Error::PoolTimedOut) => {
                 return Err(Self::not_obtained(engine, probe, purpose, begun));
             }
             Err(error) => return Err(error.into()),
         };
         let lease = Self {
-            engine,
-            connection: Some(connection),
+            lender,
+            purpose,
+            connection,
+            _place: place,
             _permit: permit,
             _count: probe.leased(purpose),
         };
@@ -453,18 +473,17 @@ impl<'e, E: Engine> Lease<'e, E> {
             };
             Error::Busy(format!("{what}; {remedy}").into())
         } else {
-            Error::Disconnected(format!("{what}, and no call on them got an answer").into())
+            Error::Disconnected(
+                format!("{what}, and the database answered no call on these connections").into(),
+            )
         }
     }
 
-    fn session(&mut self) -> &mut Connection<E> {
-        self.connection
-            .as_mut()
-            .expect("taken by `give_back` alone, which consumes the lease")
-    }
-
-    fn give_back(mut self) {
-        drop(self.connection.take());
+    fn give_back(self) {
+        self.lender
+            .connections
+            .of(self.purpose)
+            .give_back(self.connection);
     }
 
     async fn query(
@@ -472,17 +491,17 @@ impl<'e, E: Engine> Lease<'e, E> {
         statement: &'static str,
         values: Vec<Value>,
     ) -> Result<Vec<Row<E>>, Error> {
-        let limit = self.engine.time_limit();
-        let rows = tokio::time::timeout(limit, self.session().rows(statement, values)).await;
+        let limit = self.lender.engine.time_limit();
+        let rows = tokio::time::timeout(limit, self.connection.rows(statement, values)).await;
         let rows = rows.map_err(|_| no_answer(limit))??;
         self.give_back();
         Ok(rows)
     }
 
     async fn transaction<T>(mut self, end: End, work: &impl Work<E, T>) -> Result<T, Ended<T>> {
-        let limit = self.engine.time_limit();
+        let limit = self.lender.engine.time_limit();
         let until = tokio::time::Instant::now() + limit;
-        let session = self.session();
+        let session: &mut Connection<E> = &mut self.connection;
         let run = async {
             session.control(E::sql().begin).await?;
             Ok::<_, Error>(work(session, E::sql()).await)
@@ -494,14 +513,14 @@ impl<'e, E: Engine> Lease<'e, E> {
         };
         let is_commit = result.is_ok() && !matches!(end, End::Rollback);
         let last = if is_commit { "COMMIT" } else { "ROLLBACK" };
-        let ended = match tokio::time::timeout_at(until, self.session().control(last)).await {
+        let ended = match tokio::time::timeout_at(until, self.connection.control(last)).await {
             Ok(ended) => ended.map_err(Error::from),
             Err(_) => Err(no_answer(limit)),
         };
         match (result, ended) {
             (Ok(value), Ok(())) => {
                 // A commit into a removed file is lost when the broker ends, so the outcome is unknown.
-                if let Err(error) = self.engine.check_place(Purpose::Write) {
+                if let Err(error) = self.lender.engine.check_place(Purpose::Write) {
                     return Err(if is_commit {
                         Ended::Unknown(error, value)
                     } else {
@@ -533,20 +552,11 @@ impl<T> Ended<T> {
     }
 }
 
-impl<E: Engine> Drop for Lease<'_, E> {
-    fn drop(&mut self) {
-        if let Some(connection) = self.connection.take() {
-            // The server rolls back an open transaction when its client disconnects.
-            drop(connection.detach());
-        }
-    }
-}
-
 const ALL_CHANGES_IN_USE: &str = "no connection in time: all connections for changes are in use, which are half of `store.connections_max`";
 
 const MORE_CONNECTIONS: &str = "raise `store.connections_max` if the server has capacity left";
 
-const MORE_THAN_SQLITE: &str = "the number of connections to an SQLite database is fixed: make fewer concurrent calls, or move to a \
+const MORE_THAN_SQLITE: &str = "the number of connections to a SQLite database is fixed: make fewer concurrent calls, or move to a \
                                 database server with `keybroker store copy`";
 
 fn no_answer(limit: Duration) -> Error {

@@ -90,14 +90,14 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
     /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections).
-    /// `connections` takes a list, and each caller has its own connection [default: 64; `connections`: 1,64,1000]
+    /// The scenario `connections` takes a list, and each caller then has its own connection [default: 64; `connections`: 1,64,1000]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: Vec<u32>,
-    /// Duration of each of the broker's measurements in seconds; `steady` measures the token about as long, before and after it;
-    /// in `storm`, the time within which the members arrive
+    /// Seconds for which the broker is measured each time. `steady` also measures the token alone before and after the broker,
+    /// each time for about three quarters of these seconds. In `storm`, the members arrive within these seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Warm-up before the served broker is measured, in seconds
+    /// Warm-up in seconds before the broker is measured
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
     /// Number of users whose keys are enrolled and released; users of an earlier run are reused
@@ -319,7 +319,7 @@ fn processors() -> u32 {
     u32::try_from(number).unwrap_or(1)
 }
 
-/// Stops the measurement at a signal, so that the broker that was started for it is stopped, too.
+/// Stops the measurement at a signal, so that the command can also stop the broker that it started.
 fn block_on_until_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {

@@ -15,7 +15,7 @@ pub(crate) struct AcceptedRisk {
     pub(crate) setting: &'static str,
     /// What the setting accepts, as a sentence without a full stop.
     pub(crate) what: String,
-    /// The risk; `None` if the sentence already describes it.
+    /// The risk; `None` if `what` already describes the risk.
     pub(crate) gives_away: Option<&'static str>,
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
     if token.permits_integrity_key_in_worker() {
         risks.push(AcceptedRisk {
             setting: "integrity_key",
-            what: "integrity keys are in the memory of the workers".to_owned(),
+            what: integrity_keys_in_workers(token),
             gives_away: Some(attribute_check::INTEGRITY_KEY_IN_WORKER),
         });
     }
@@ -59,4 +59,18 @@ pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
         gives_away: None,
     }));
     risks
+}
+
+/// Describes the permitted files with their digests, so that the audit log shows a changed digest.
+fn integrity_keys_in_workers(token: &hsm::Settings) -> String {
+    let what = "integrity keys are in the memory of the workers";
+    let digests = &token.integrity_key_digests;
+    if digests.is_empty() {
+        return what.to_owned();
+    }
+    let files: Vec<String> = digests
+        .iter()
+        .map(|(id, digest)| format!("{id} has {digest}"))
+        .collect();
+    format!("{what} (SHA-256 of the files: {})", files.join(", "))
 }

@@ -117,6 +117,9 @@ fn weakness(test: &str) -> Weakness {
     match test {
         "read-private-exponent" | "read-prime" => Private(readable()),
         "read-integrity-key" => Integrity(readable()),
+        name if name.ends_with("-aes-kwp") || name.ends_with("-aes-kw-pkcs7") => {
+            Module("C_WrapKey")
+        }
         name if name.starts_with("wrap-private") => Private(extractable()),
         name if name.starts_with("wrap-integrity") => Integrity(extractable()),
         "copy-private" => Private(copyable()),

@@ -55,8 +55,8 @@ impl<E: Engine> Store for EngineStore<E> {
         });
         let reading = self.query_unprobed(E::sql().probe_read, Vec::new());
         let (written, read) = tokio::join!(in_time(writing), in_time(reading));
-        let written = self.probe.record(Purpose::Write, begun, written);
-        let read = self.probe.record(Purpose::Read, begun, read);
+        let written = self.lender.probe.record(Purpose::Write, begun, written);
+        let read = self.lender.probe.record(Purpose::Read, begun, read);
         // Keys can be released while records can be read, but a store that accepts no new records is not
         // healthy.
         written.and(read)
@@ -315,7 +315,8 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn close(&self) {
         self.tasks.close();
         self.tasks.wait().await;
-        self.engine.close().await;
+        self.lender.connections.close();
+        self.lender.engine.close().await;
     }
 }
 

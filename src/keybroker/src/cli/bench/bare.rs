@@ -1,5 +1,5 @@
-//! The bare loop: RSA-OAEP decrypts through the vendor's module, with no broker code between them. The loop runs in a separate
-//! process, so that its threads and its CPU time are counted separately.
+//! The bare loop: RSA-OAEP decryptions through the vendor's module, without the code of the broker. The bare loop runs in a
+//! separate process, so that its threads and its CPU time are counted separately.
 
 use std::{
     path::Path,
@@ -64,8 +64,8 @@ impl Bare {
         f64::from(self.operations) / self.seconds
     }
 
-    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread waits for each
-    /// answer instead.
+    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread only waits for
+    /// each answer.
     pub(super) fn is_local(&self) -> bool {
         self.waits < self.operations.div_ceil(2)
     }
@@ -75,7 +75,7 @@ impl Bare {
     }
 }
 
-/// Runs the loop in an admin worker, whose CPU time is counted.
+/// Runs the bare loop in an admin worker, and counts the CPU time of this worker.
 pub(super) fn measure(
     context: &Context,
     key: &ExpectedKey,
@@ -133,7 +133,7 @@ pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     })
 }
 
-/// The active wrapping key, with the registry's description of it.
+/// The active wrapping key, as the registry describes it.
 pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     let row = rows
         .iter()
@@ -141,7 +141,7 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
         .max_by_key(|row| row.sequence)
         .ok_or_else(|| {
             Failure::new(Exit::Untrusted, "no wrapping key is active")
-                .hint("create one with `keybroker key generate`")
+                .hint("create a wrapping key with `keybroker key generate`")
         })?;
     Ok(ExpectedKey {
         id: row.id,
@@ -151,7 +151,7 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     })
 }
 
-/// Logs in to the token of a key.
+/// Logs in to the token that holds a key.
 pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
     let source = match &config.token.pin_file {
         Some(path) => PinSource::File(path.clone()),

@@ -1,5 +1,5 @@
-//! A closed loop of callers: each caller has one call in progress and compares every released key with the one that was
-//! enrolled.
+//! A closed loop of callers: each caller has one call in progress and compares every released key with the
+//! enrolled key.
 
 use std::{
     sync::{

@@ -47,7 +47,7 @@ pub(super) async fn unwrap(client: &Client, user: &User, due: Instant, deadline:
     let (outcome, error) = match answer {
         Ok(released) if released.key_material.expose() != user.material.expose() => (
             Outcome::Failed,
-            Some("a released key is not the one that was enrolled".to_owned()),
+            Some("a released key differs from the enrolled key".to_owned()),
         ),
         Ok(_) if took <= deadline => (Outcome::InTime, None),
         Ok(_) => (Outcome::Late, Some("an answer came too late".to_owned())),
@@ -168,7 +168,8 @@ impl Tally {
     /// A message if calls failed for another reason than load.
     pub(super) fn failure(&self) -> Option<String> {
         let (count, first) = (self.failed, &self.first_failure);
-        (count > 0).then(|| format!("{count} calls failed; the first: {first}"))
+        (count > 0)
+            .then(|| format!("{count} calls failed; the error of the first failed call: {first}"))
     }
 }
 
@@ -200,7 +201,10 @@ mod tests {
         assert_eq!((all.answers.count(), all.refusals.count()), (2, 2));
         assert!(all.answers.max_ms().is_some_and(|ms| ms < 11.0));
         assert_eq!(all.first_error, "late");
-        assert_eq!(all.failure().unwrap(), "2 calls failed; the first: BUG");
+        assert_eq!(
+            all.failure().unwrap(),
+            "2 calls failed; the error of the first failed call: BUG"
+        );
         assert_eq!(Tally::new().failure(), None);
     }
 }

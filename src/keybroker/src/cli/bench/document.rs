@@ -154,7 +154,7 @@ fn object(fields: impl IntoIterator<Item = Field>) -> Object {
         .collect()
 }
 
-/// Rounds to four decimal places. The measurement is less accurate than that.
+/// Rounds to four decimal places, because the measurement is not more accurate.
 pub(super) fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }

@@ -1,4 +1,5 @@
-//! The measured broker: a running one, or one that is started for the measurement and stopped afterwards.
+//! The measured broker: a running broker, or a broker that is started for the measurement and stopped
+//! afterwards.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -251,7 +252,7 @@ impl Started {
         }
         let what = "the broker that was started for the measurement did not become ready";
         Err(Failure::new(Exit::Unreachable, what).hint(
-            "its error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
+            "the broker's error message is shown above; to measure a running broker, pass --attach PID --endpoint URL",
         ))
     }
 

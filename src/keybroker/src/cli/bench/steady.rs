@@ -24,8 +24,8 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     let connections = arguments.connections();
     let rate = arguments.rate.first().copied();
     let threads = arguments.token_threads.unwrap_or_else(processors);
-    // Half of the bare loop runs before the broker's measurement and half after it, so that other load on the machine affects
-    // both alike.
+    // Half of the token's measurement runs before the broker's measurement and half after it, so that other load on the machine
+    // affects both measurements alike.
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         output.note("measuring the bare token");
         let key = &bench.token.key;
@@ -66,7 +66,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     let errors = load.tally.errors();
     let failure = (errors > 0).then(|| {
         let first = &load.tally.first_error;
-        format!("{errors} calls failed; the first: {first}")
+        format!("{errors} calls failed; the error of the first failed call: {first}")
     });
     Ok(Results {
         arguments: vec![
@@ -95,8 +95,8 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // The broker's operations per CPU second, divided by those of the bare loop. If the token takes no CPU time, the quotient
-        // is meaningless.
+        // The broker's operations per CPU second, divided by the operations per CPU second of the bare loop. If the token uses no
+        // CPU time of this machine, the quotient is meaningless.
         (
             "share",
             single

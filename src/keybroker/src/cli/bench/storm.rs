@@ -182,7 +182,7 @@ async fn fetch(rest: &Rest, user: &User, token: &str) -> Outcome {
     };
     match answer.status {
         200 if answer.key() == Some(&Base64::encode_string(user.material.expose())) => Outcome::Key,
-        200 => Outcome::Failed("the key is not the one that was enrolled".to_owned()),
+        200 => Outcome::Failed("the key differs from the enrolled key".to_owned()),
         429 | 503 => Outcome::Refused(answer.describe()),
         _ => Outcome::Failed(answer.describe()),
     }
@@ -271,7 +271,7 @@ impl Counts {
         let (count, first) = (self.failed, &self.first_failure);
         (count > 0).then(|| {
             format!(
-                "{count} members got no key and no answer to try again later; the first: {first}"
+                "{count} members got no key and no answer to try again later; the error of the first of them: {first}"
             )
         })
     }

@@ -56,7 +56,7 @@ impl Users {
         }
     }
 
-    /// A random user, with equal probability for each. A database cannot predict the next one.
+    /// Returns a random user. All users have the same probability, so a database cannot predict the next user.
     pub(super) fn any(&self) -> User {
         let mut bytes = [0; 8];
         rand::fill(&mut bytes).expect("the generator is seeded at its first use, by TLS");

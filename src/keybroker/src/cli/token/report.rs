@@ -1,4 +1,4 @@
-//! `keybroker token report`: what a token supports, as a report for publication and comparison.
+//! `keybroker token report`: reports which operations a token supports. The report can be published and compared.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token and removed afterwards; recorded in the audit log
+    /// Also test keys that are stored on the token and removed afterwards; the audit log records this test
     #[arg(long)]
     write: bool,
     /// Show the token's serial number
@@ -35,7 +35,8 @@ pub(in crate::cli) struct Arguments {
     /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare with a published report in JSON; fails with exit code 12 if the token is worse
+    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse than the
+    /// report
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }
@@ -44,11 +45,11 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(&config.token)?;
-    // A report needs no database. Without one, only the settings select the token.
+    // A report needs no database. If there is no database, only the settings select the token.
     let rows = registry(&config).unwrap_or_default();
     let serials = serials(&rows);
     let admin = log_in(&config, &pin, arguments.write, &serials)?;
-    // A second process logs in while the first one is logged in.
+    // A second process logs in while the first process is logged in.
     let second = log_in(&config, &pin, false, &serials);
     let logins = logins_of_two_processes(second);
     let make = || Ok(admin.report(&pin, arguments.write, arguments.serial)?);
@@ -89,7 +90,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     Err(Failure::new(Exit::Verification, what))
 }
 
-/// Reports whether each process has a separate login. The second process must end before the first one logs out.
+/// Reports whether each process has a separate login. The second process must end before the first process logs out.
 fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     let answer = |name: &str, result: &str| Answer {
         name: name.to_owned(),
@@ -111,8 +112,8 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     }
 }
 
-/// Notes the keys that a report with `--write` made and could not remove. The note goes to standard error, because the page may
-/// go to a file.
+/// Warns about keys that a report with `--write` made and could not remove. The warning is written to standard error, because
+/// standard output contains the report.
 fn warn_of_remains(context: &Context, report: &Report) {
     let removed = report
         .token_objects
@@ -163,12 +164,14 @@ fn page(report: &Report) -> String {
     parts.push(attribute_table(report));
     parts.push("## Rates".to_owned());
     let place = match report.token_cpu_is_local {
-        Some(true) => "The token's work takes CPU time of this machine.",
-        Some(false) => "The token's work takes no CPU time of the process that uses it.",
-        None => "Where the token works was not measured.",
+        Some(true) => "The token's operations take CPU time of the machine that wrote this page.",
+        Some(false) => {
+            "The token's operations take no CPU time of the process that wrote this page."
+        }
+        None => "The CPU time of the token's operations was not measured.",
     };
     parts.push(format!(
-        "Measured once, on a machine with other load. {place}"
+        "The rates were measured once; other load on the machine changes them. {place}"
     ));
     let rates = report.rates.iter();
     parts.push(table(
@@ -183,7 +186,7 @@ fn introduction(report: &Report) -> Vec<String> {
     let mut parts = vec![
         format!("# {} {}", identity.manufacturer, identity.model),
         format!(
-            "Made by `keybroker token report` {}. Verdict: **{}**.",
+            "`keybroker token report` {} wrote this page. Verdict: **{}**.",
             report.keybroker,
             verdict.result.as_str()
         ),
@@ -191,7 +194,7 @@ fn introduction(report: &Report) -> Vec<String> {
     let heading = match verdict.result {
         Outcome::Works => None,
         Outcome::WorksWithExceptions => Some("What each exception accepts:"),
-        Outcome::Refused => Some("Why it cannot be used:"),
+        Outcome::Refused => Some("Why the broker cannot use this token:"),
     };
     if let Some(heading) = heading {
         parts.push(heading.to_owned());

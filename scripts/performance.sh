@@ -3,12 +3,14 @@
 # folder, and overload on a token that takes 20 ms longer for each unwrap. Writes the JSON documents and the charts to
 # docs/performance, and the tables to docs/performance.md. Takes less than ten minutes, without the build.
 #
-# Usage: performance.sh [--seconds COUNT] [--members COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]… [PROGRAM]
+# Usage: performance.sh [--seconds COUNT] [--members COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
+#                       [--commit ID] [PROGRAM]
 #        performance.sh --tables [PROGRAM]
 #
 #   performance.sh                    everything, with a release build of this commit
 #   performance.sh --seconds 30       the same with longer measurements, about half an hour
 #   performance.sh --only storm --members 20000 --storm-seconds 60
+#   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4
 #   performance.sh --tables           only draws the charts and writes the tables, from the documents that exist
 set -euo pipefail
 umask 077
@@ -145,6 +147,7 @@ main() {
       --storm-seconds) STORM_SECONDS=${2:-}; shift 2 ;;
       --idle) IDLE=${2:-}; shift 2 ;;
       --only) ONLY+=("${2:-}"); shift 2 ;;
+      --commit) COMMIT=${2:-}; shift 2 ;;
       --tables) tables=true; shift ;;
       -*) fail "unknown argument $1" ;;
       *) PROGRAM=$(realpath "$1"); shift ;;
@@ -162,9 +165,11 @@ main() {
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    COMMIT=$(git rev-parse --short HEAD)
-    # Results are written to the tree, so only changes of other files count.
-    git diff --quiet HEAD -- . ":!$RESULTS" ":!$PAGE" || COMMIT+=' with changes'
+    if [[ -z $COMMIT ]]; then
+      COMMIT=$(git rev-parse --short HEAD)
+      # Results are written to the tree, so only changes of other files count.
+      git diff --quiet HEAD -- . ":!$RESULTS" ":!$PAGE" || COMMIT+=' with changes'
+    fi
     if wanted overload-slow fairness-slow; then
       cargo build --locked --quiet --package keybroker-scriptable-pkcs11
       SLOW_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so

@@ -132,8 +132,8 @@ fn series_of(text: &str) -> usize {
     let texts = xml
         .descendants()
         .filter(|node| node.has_tag_name(("http://www.w3.org/2000/svg", "text")));
-    // The title, two titles of axes, and at least one tick of each axis.
-    assert!(texts.count() >= 5, "{text}");
+    // Title and conditions, two titles of axes, and at least one tick of each axis.
+    assert!(texts.count() >= 6, "{text}");
     let series = xml
         .descendants()
         .filter(|node| node.attribute("class") == Some("series"));

@@ -4,7 +4,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -18,17 +18,20 @@ use tokio::{
 use crate::cli::exit::Failure;
 
 use super::{
-    calls::{self, Tally},
+    calls::{self, Outcome, Tally},
     document::real,
     internal,
     session::Session,
     users::Users,
 };
 
+const FIRST_ANSWER_PAUSE: Duration = Duration::from_millis(20);
+
 /// Callers that run until they are stopped or dropped.
 pub(super) struct Callers {
     tasks: JoinSet<Tally>,
     measuring: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
 }
 
@@ -38,6 +41,7 @@ impl Callers {
         let mut callers = Self {
             tasks: JoinSet::new(),
             measuring: Arc::default(),
+            answered: Arc::default(),
             stop: Arc::default(),
         };
         for (number, client) in (0..count).zip(session.clients.iter().cycle()) {
@@ -47,6 +51,7 @@ impl Callers {
                 deadline: session.deadline,
                 pace: rate.map(|rate| pace(number, count, rate)),
                 measuring: Arc::clone(&callers.measuring),
+                answered: Arc::clone(&callers.answered),
                 stop: Arc::clone(&callers.stop),
             };
             callers.tasks.spawn(caller.run());
@@ -54,9 +59,14 @@ impl Callers {
         callers
     }
 
-    /// Begins or ends the measurement. A call counts if it began during the measurement.
+    /// Begins or ends the measurement. A call counts if it ended during the measurement.
     pub(super) fn measure(&self, measuring: bool) {
         self.measuring.store(measuring, Ordering::Relaxed);
+    }
+
+    /// The number of calls of the measurement that were answered so far.
+    fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// Waits for the last calls and returns the counts.
@@ -95,6 +105,10 @@ pub(super) async fn throughput(
     let began = Instant::now();
     callers.measure(true);
     tokio::time::sleep(duration).await;
+    // A short measurement on a busy machine may need longer for its first answer.
+    while callers.answered() == 0 && began.elapsed() < session.deadline {
+        tokio::time::sleep(FIRST_ANSWER_PAUSE).await;
+    }
     callers.measure(false);
     let seconds = began.elapsed().as_secs_f64();
     let tally = callers.stop().await?;
@@ -111,6 +125,7 @@ struct Caller {
     /// The time of the first call, and the interval between calls.
     pace: Option<(tokio::time::Instant, Duration)>,
     measuring: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
 }
 
@@ -127,9 +142,12 @@ impl Caller {
                 ticks.tick().await;
             }
             let user = self.users.any();
-            let counts = self.measuring.load(Ordering::Relaxed);
             let done = calls::unwrap(&self.client, &user, Instant::now(), self.deadline).await;
-            if counts {
+            if self.measuring.load(Ordering::Relaxed) {
+                self.answered.fetch_add(
+                    u64::from(done.outcome == Outcome::InTime),
+                    Ordering::Relaxed,
+                );
                 tally.count(done);
             }
         }

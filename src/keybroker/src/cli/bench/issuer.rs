@@ -2,7 +2,8 @@
 //!
 //! The signing key is generated for the run and is only in the memory of this process. Only a broker that this command started,
 //! with a changed copy of the configuration, trusts it. The configuration of the operator is not changed, and the copy is removed
-//! at the end. The users of this issuer are in a separate tenant, so its access tokens cannot release other users' keys.
+//! at the end. If this process is killed, the copy may stay, but the signing key is lost, so nothing can be signed any more. The
+//! users of this issuer are in a separate tenant, so its access tokens cannot release other users' keys.
 
 use std::{
     sync::Arc,

@@ -60,7 +60,8 @@ fn latency(document: &Document) -> Chart {
     let fields = [("p50", "p50_ms"), ("p99", "p99_ms"), ("p99.9", "p999_ms")];
     let rows = &document.rows;
     Chart {
-        title: title("Latency over offered load", document),
+        title: "Latency over offered load",
+        subtitle: subtitle(document),
         x: Axis::linear("calls per second, offered"),
         y: Axis::logarithmic("milliseconds"),
         mark: Mark::Lines,
@@ -83,7 +84,8 @@ fn goodput(document: &Document) -> Chart {
         rows.filter(move |row| row.get("deadline_ms").and_then(Value::as_u64) == Some(deadline))
     };
     Chart {
-        title: title("Goodput over load", document),
+        title: "Goodput over load",
+        subtitle: subtitle(document),
         x: Axis::linear("calls, in multiples of the capacity"),
         y: Axis::linear("answers in time, divided by the capacity"),
         mark: Mark::Lines,
@@ -114,10 +116,8 @@ fn fairness(document: &Document) -> Chart {
         Series::of_categories(name, values)
     };
     Chart {
-        title: title(
-            "Principal with few calls, beside another principal",
-            document,
-        ),
+        title: "Principal with few calls, beside another principal",
+        subtitle: subtitle(document),
         x: Axis::categories("callers of the other principal", names),
         y: Axis::linear("milliseconds"),
         mark: Mark::Bars,
@@ -132,7 +132,8 @@ fn of_kind<'a>(document: &'a Document, kind: &'static str) -> impl Iterator<Item
 
 fn throughput(document: &Document) -> Chart {
     Chart {
-        title: title("Throughput over active connections", document),
+        title: "Throughput over active connections",
+        subtitle: subtitle(document),
         x: Axis::logarithmic("connections"),
         y: Axis::linear("unwraps per second"),
         mark: Mark::Lines,
@@ -155,7 +156,8 @@ fn memory(document: &Document) -> Chart {
     let values =
         of_kind(document, "idle").map(|row| number(row, "kib_per_connection").unwrap_or_default());
     Chart {
-        title: title("Memory of the front for each idle connection", document),
+        title: "Memory of the front for each idle connection",
+        subtitle: subtitle(document),
         x: Axis::categories("API", names),
         y: Axis::linear("KiB per connection"),
         mark: Mark::Bars,
@@ -176,7 +178,8 @@ fn storm(document: &Document) -> Chart {
         }
     };
     Chart {
-        title: title("Members who fetch their keys", document),
+        title: "Members who fetch their keys",
+        subtitle: subtitle(document),
         x: Axis::linear("seconds"),
         y: Axis::linear("members"),
         mark: Mark::Lines,
@@ -200,7 +203,8 @@ fn restart(document: &Document) -> Chart {
         }
     };
     Chart {
-        title: title("Calls of a client that retries, during restarts", document),
+        title: "Calls of a client that retries, during restarts",
+        subtitle: subtitle(document),
         x: Axis::linear("seconds"),
         y: Axis::linear("calls per second"),
         mark: Mark::Lines,
@@ -211,9 +215,10 @@ fn restart(document: &Document) -> Chart {
     }
 }
 
-fn title(what: &str, document: &Document) -> String {
+/// The token, and the note of the run if it has one.
+fn subtitle(document: &Document) -> String {
     let token = &document.token;
     let note = document.note.as_ref();
     let note = note.map_or_else(String::new, |note| format!(", {note}"));
-    format!("{what} ({}, RSA-{}{note})", token.model, token.rsa_bits)
+    format!("{}, RSA-{}{note}", token.model, token.rsa_bits)
 }

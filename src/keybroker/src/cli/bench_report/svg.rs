@@ -6,23 +6,25 @@
 use std::fmt::{self, Write as _};
 
 const WIDTH: f64 = 760.0;
-const HEIGHT: f64 = 400.0;
+const HEIGHT: f64 = 420.0;
 /// The area of the data: left, top, right and bottom.
 const LEFT: f64 = 80.0;
-const TOP: f64 = 48.0;
+const TOP: f64 = 68.0;
 const RIGHT: f64 = WIDTH - 24.0;
 const BOTTOM: f64 = HEIGHT - 84.0;
 /// Number of styles for series; further series begin again with the first one.
 const STYLES: usize = 4;
 /// A line with more points than this has no markers.
 const MARKED_POINTS_MAX: usize = 40;
+/// Most powers of ten of a logarithmic axis that has ticks between them.
+const FEW_POWERS: f64 = 3.0;
 /// Intended number of intervals between the ticks of a linear axis.
 const INTERVALS: f64 = 5.0;
 
 const STYLE: &str = "
 svg { color-scheme: light dark; }
 .background { fill: #ffffff; }
-text { font: 13px system-ui, sans-serif; fill: #1f2328; }
+text { font: 13px system-ui, \"Segoe UI\", Roboto, \"DejaVu Sans\", sans-serif; fill: #1f2328; }
 .title { font-size: 15px; font-weight: 600; }
 .grid { stroke: #d1d9e0; stroke-width: 1; }
 .axis { stroke: #59636e; stroke-width: 1; }
@@ -106,7 +108,9 @@ impl Series {
 /// A chart. `Display` writes the SVG file.
 #[derive(Clone, Debug)]
 pub(super) struct Chart {
-    pub(super) title: String,
+    pub(super) title: &'static str,
+    /// The conditions of the measurement.
+    pub(super) subtitle: String,
     pub(super) x: Axis,
     pub(super) y: Axis,
     pub(super) mark: Mark,
@@ -187,8 +191,18 @@ impl Scale {
                     .collect()
             }
             Kind::Logarithmic => {
+                let powers = (self.high / self.low).log10().round();
+                // Between few powers of ten, there are ticks at 2 and 5 as well.
+                let factors: &[f64] = if powers > FEW_POWERS {
+                    &[1.0]
+                } else {
+                    &[1.0, 2.0, 5.0]
+                };
                 let first = self.low.log10().round();
-                let values = (0..=12).map(|power| 10_f64.powf(first + f64::from(power)));
+                let values = (0..=12).flat_map(|power| {
+                    let power = 10_f64.powf(first + f64::from(power));
+                    factors.iter().map(move |factor| factor * power)
+                });
                 values
                     .take_while(|value| *value <= self.high * 1.000_1)
                     .map(|value| (self.at(value), label(value)))
@@ -228,7 +242,7 @@ impl fmt::Display for Chart {
         let points = || self.series.iter().flat_map(|series| &series.points);
         let x = Scale::new(&self.x, points().map(|point| point.0), (LEFT, RIGHT));
         let y = Scale::new(&self.y, points().map(|point| point.1), (BOTTOM, TOP));
-        let title = escaped(&self.title);
+        let (title, subtitle) = (escaped(self.title), escaped(&self.subtitle));
         writeln!(
             f,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{HEIGHT}\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
@@ -241,7 +255,7 @@ impl fmt::Display for Chart {
         )?;
         writeln!(
             f,
-            "<text class=\"title\" x=\"{LEFT}\" y=\"26\">{title}</text>"
+            "<text class=\"title\" x=\"{LEFT}\" y=\"26\">{title}</text>\n<text x=\"{LEFT}\" y=\"46\">{subtitle}</text>"
         )?;
         self.axes(f, &x, &y)?;
         for (number, series) in self.series.iter().enumerate() {
@@ -414,12 +428,16 @@ mod tests {
         let labels: Vec<String> = scale.ticks().into_iter().map(|tick| tick.1).collect();
         assert_eq!(labels, ["0.1", "1", "10", "100", "1000", "10000"]);
         assert!(scale.at(0.4) > scale.at(1_400.0));
+        let scale = Scale::new(&Axis::logarithmic("ms"), [30.0].into_iter(), (100.0, 0.0));
+        let labels: Vec<String> = scale.ticks().into_iter().map(|tick| tick.1).collect();
+        assert_eq!(labels, ["10", "20", "50", "100"]);
     }
 
     #[test]
     fn a_chart_without_values_and_with_special_characters_is_still_a_chart() {
         let chart = Chart {
-            title: "<a> & \"b\"".to_owned(),
+            title: "<a> & \"b\"",
+            subtitle: String::new(),
             x: Axis::logarithmic("x"),
             y: Axis::linear("y"),
             mark: Mark::Lines,

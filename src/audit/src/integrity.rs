@@ -67,7 +67,7 @@ impl Files {
         Ok(files)
     }
 
-    /// Returns the number and the length of every segment, as this process last wrote the segment.
+    /// Returns the number of every segment, and the length that the segment had after this process last wrote it.
     pub(super) fn lengths(&self) -> impl Iterator<Item = (u64, u64)> {
         self.segments
             .iter()
@@ -139,8 +139,8 @@ impl Files {
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
     }
 
-    /// Checks the identity of a segment, but allows additional bytes, because the bytes of a failed write are removed
-    /// only afterwards.
+    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed write
+    /// after this check.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());

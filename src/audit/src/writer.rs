@@ -257,7 +257,7 @@ impl Writer {
         match remembered {
             Ok(()) => {}
             Err(error) if self.is_news("tampering", &error) => {
-                tracing::warn!(%error, "cannot store in the state directory that the audit log was tampered with; trying again");
+                tracing::warn!(%error, "the audit log was tampered with, and this finding cannot be stored in the state directory; trying again");
             }
             Err(_) => {}
         }

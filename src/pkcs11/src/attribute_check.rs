@@ -253,7 +253,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_SIGN_RECOVER",
-        "a holder of the user PIN may make signatures that contain the signed data, with the wrapping key",
+        "a holder of the user PIN may use the wrapping key to make signatures that contain the signed data",
     ),
     exception(
         "CKA_VERIFY",

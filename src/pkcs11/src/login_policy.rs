@@ -69,7 +69,7 @@ pub(super) enum Standing {
     Unproven {
         /// Number of logins with this PIN so far.
         tries: u32,
-        /// The token's counter before the first of these logins.
+        /// The token's counter of wrong PINs before the first login that `tries` counts.
         counter: Counter,
     },
     /// The PIN was accepted by this token before.

@@ -381,8 +381,8 @@ fn unproven_twin(info: &TokenInfo) -> Fault {
     Fault::new(
         Class::Configuration,
         format!(
-            "more than one token matches the settings. The registry contains {}, but no login to it with this PIN is recorded, so no login \
-             was tried. If this is the right token, choose it by `token.serial`",
+            "more than one token matches the settings. The registry contains {}, but there is no record of an earlier login to this token \
+             with this PIN, so no login was tried. If this is the right token, set `token.serial` to its serial number",
             named(info)
         ),
     )

@@ -248,7 +248,7 @@ fn find_now(
             Class::NoToken,
             format!(
                 "the registry contains the token with the serial number {}, but the settings match only {}, so no login \
-                 was tried. Connect the registered token and choose it by `token.serial`. If the connected token is a \
+                 was tried. Connect the registered token and set `token.serial` to its serial number. If the connected token is a \
                  clone of the registered token, run `keybroker key register ID` with the connected token",
                 quoted(serials.iter().copied()),
                 quoted(

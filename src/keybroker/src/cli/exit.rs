@@ -1,4 +1,4 @@
-//! Exit codes and failures of commands. A failure has a message, and a hint about what to do next.
+//! Exit codes and failures of commands. A failure has a message, and may have a hint about what to do next.
 
 use std::fmt;
 

@@ -16,7 +16,7 @@ use keybroker_core::trusted_file::{self, Purpose};
 use super::exit::{Exit, Failure};
 
 /// Longest secret that a command reads from a file or descriptor, in bytes.
-const LINE_BYTES_MAX: usize = 8 * 1_024;
+const LINE_BYTES_MAX: usize = 32 * 1_024;
 
 /// The source of a secret.
 pub(super) struct Source<'a> {

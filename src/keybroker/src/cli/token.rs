@@ -40,13 +40,13 @@ pub(super) enum Command {
     /// process and uses session keys, which the token discards at the end. Run this command only while no broker uses the token,
     /// because the command puts load on the token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; the broker may be running
+    /// Allow one more login with a PIN that the token rejected; you need not stop the broker
     ///
-    /// Keybroker records a hash of each rejected PIN in the state directory. No command and no worker tries a rejected PIN again
-    /// with the token that rejected the PIN. Run this command if the rejected PIN is correct now, because the token was unlocked
+    /// Keybroker records a hash of each rejected PIN in the state directory. Until you run this command, commands and workers do
+    /// not send a rejected PIN to the same token again. Run this command if the rejected PIN is correct now, because the token was unlocked
     /// or the PIN of the token was changed.
     RetryPin(RetryPin),
-    /// Record that the token was backed up and that the restore was tested, for every key on the token
+    /// Record, for every registered key of the token, that the token was backed up and the restore was tested
     BackupConfirmed(UserPin),
 }
 

@@ -88,7 +88,7 @@ impl Verifier {
     fn pair(&self, id: WrappingKeyId) -> Result<&KeyPair, AdminError> {
         self.session.pair(id).ok_or_else(|| {
             AdminError::Untrusted(format!(
-                "the integrity key {id} was not searched for on the token"
+                "the command did not look for the integrity key {id} on the token"
             ))
         })
     }

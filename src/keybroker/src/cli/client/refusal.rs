@@ -142,7 +142,7 @@ const fn hint(reason: Reason) -> &'static str {
              `keybroker store purge`"
         }
         Reason::QueueFull => {
-            "wait for the given time, then try again; more concurrent callers will not be faster"
+            "wait for the given time, then try again; more concurrent calls do not increase the throughput"
         }
         Reason::Rate => "wait for the given time; this principal has exceeded its rate limit",
         Reason::FailureBudget => {

@@ -230,7 +230,7 @@ impl Memory {
         all.filter(move |(slot, _)| slot.authority == *authority)
     }
 
-    /// Refuses a list if a newer list of the same CA was accepted before; `None` if the list may be used.
+    /// Returns an error if a newer list of the same CA was accepted before, and `None` if the list may be used.
     ///
     /// The first list of a slot must not be older than the other lists of its CA, because an attacker could present an old list
     /// as the first list. For the first list of a slot, only dates are compared, because numbers are comparable only within a

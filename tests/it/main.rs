@@ -13,6 +13,7 @@ mod adopted;
 mod audit_log;
 mod bad_inputs;
 mod bench;
+mod bench_scenarios;
 mod capacity;
 mod client;
 mod client_commands;

@@ -17,6 +17,7 @@ use keybroker_worker_protocol::check_environment;
 
 mod audit;
 mod bench;
+mod bench_report;
 mod bitwarden;
 mod change;
 mod client;
@@ -93,8 +94,10 @@ enum Command {
     /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
-    /// Measure the throughput of the token alone and of the broker, in one run
-    Bench(bench::Arguments),
+    /// Measure the broker on the configured token under one of several kinds of load
+    Bench(Box<bench::Arguments>),
+    /// Draw charts and write tables from the JSON files of `bench`
+    BenchReport(bench_report::Arguments),
     /// Check the local broker's health (for container health checks)
     Probe(probe::Arguments),
     /// Print the completion script for a shell
@@ -209,6 +212,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
+        Command::BenchReport(arguments) => bench_report::run(&arguments, context),
         Command::Probe(arguments) => probe::run(&arguments, context),
         Command::Completions(arguments) => manual::completions(&arguments, context),
         Command::Man(arguments) => manual::manual(&arguments, context),

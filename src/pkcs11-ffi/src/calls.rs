@@ -16,11 +16,13 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM, CK_MECHANISM_TYPE,
-    CK_SLOT_ID, CK_TOKEN_INFO, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
+    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM,
+    CK_RSA_AES_KEY_WRAP_PARAMS, CK_RSA_PKCS_OAEP_PARAMS, CK_SLOT_ID, CK_TOKEN_INFO, CK_TRUE,
+    CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK, CKG_MGF1_SHA1, CKM_AES_KEY_WRAP_KWP,
+    CKM_AES_KEY_WRAP_PKCS7, CKM_RSA_AES_KEY_WRAP, CKM_SHA_1, CKZ_DATA_SPECIFIED,
 };
 
-use crate::TokenInfo;
+use crate::{TokenInfo, WrapMechanism};
 
 /// Length in bytes of the first buffer for an attribute without a fixed length. The modulus of the longest key and a
 /// list of 128 mechanisms fit into this buffer.
@@ -264,24 +266,45 @@ impl Functions {
         }))
     }
 
-    /// Wraps a key (`C_WrapKey`) with a mechanism that has no parameter.
+    /// Wraps a key (`C_WrapKey`) with a mechanism.
     pub(crate) fn wrap_key(
         &self,
         session: &Session,
-        mechanism: CK_MECHANISM_TYPE,
+        mechanism: WrapMechanism,
         wrapping: ObjectHandle,
         key: ObjectHandle,
     ) -> Result<Vec<u8>> {
         let function = self.0.list.C_WrapKey.ok_or(Error::NullFunctionPointer)?;
-        let mut mechanism = CK_MECHANISM {
+        let mut oaep = CK_RSA_PKCS_OAEP_PARAMS {
+            hashAlg: CKM_SHA_1,
+            mgf: CKG_MGF1_SHA1,
+            source: CKZ_DATA_SPECIFIED,
+            pSourceData: ptr::null_mut(),
+            ulSourceDataLen: 0,
+        };
+        let mut rsa_aes = CK_RSA_AES_KEY_WRAP_PARAMS {
+            ulAESKeyBits: 256,
+            pOAEPParams: &raw mut oaep,
+        };
+        let without_parameter = |mechanism| CK_MECHANISM {
             mechanism,
             pParameter: ptr::null_mut(),
             ulParameterLen: 0,
         };
+        let mut mechanism = match mechanism {
+            WrapMechanism::AesKeyWrapKwp => without_parameter(CKM_AES_KEY_WRAP_KWP),
+            WrapMechanism::AesKeyWrapPkcs7 => without_parameter(CKM_AES_KEY_WRAP_PKCS7),
+            WrapMechanism::RsaAesKeyWrap => CK_MECHANISM {
+                mechanism: CKM_RSA_AES_KEY_WRAP,
+                pParameter: (&raw mut rsa_aes).cast(),
+                ulParameterLen: CK_ULONG::try_from(size_of_val(&rsa_aes))?,
+            },
+        };
         let mut wrapped = vec![0_u8; WRAPPED_BUFFER];
         let mut length = CK_ULONG::try_from(wrapped.len())?;
-        // SAFETY: the mechanism has no parameter. The buffer has room for `length` bytes. The mechanism, the buffer and
-        // `length` live until the function returns. The handles are numbers, which the module checks.
+        // SAFETY: the mechanism has no parameter, or that of the standard. The buffer has room for `length` bytes. The
+        // mechanism, its parameter, the buffer and `length` live until the function returns. The handles are numbers,
+        // which the module checks.
         let code = unsafe {
             function(
                 session.handle(),
@@ -295,7 +318,7 @@ impl Functions {
         Rv::from(code).into_result(Function::WrapKey)?;
         let length = usize::try_from(length)?;
         if length > wrapped.len() {
-            return Err(Error::InvalidValue);
+            return Err(Error::Pkcs11(RvError::BufferTooSmall, Function::WrapKey));
         }
         wrapped.truncate(length);
         Ok(wrapped)

@@ -12,7 +12,7 @@
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
 //!   passes a buffer in the first call.
 //! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
-//! - `C_WrapKey` with two mechanisms that `cryptoki` 0.12 does not have ([`AesKeyWrap`]).
+//! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
 //! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
@@ -33,7 +33,6 @@ use cryptoki::{
 };
 
 use calls::{Functions, Value};
-use cryptoki_sys::{CK_MECHANISM_TYPE, CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PKCS7};
 pub use token_info::TokenInfo;
 
 /// A PKCS#11 module of this process.
@@ -117,22 +116,16 @@ impl Deref for Module {
     }
 }
 
-/// The mechanisms that wrap a key under an AES key without a parameter, and that `cryptoki` 0.12 does not have.
+/// The mechanisms of `C_WrapKey` that `cryptoki` 0.12 does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AesKeyWrap {
+pub enum WrapMechanism {
     /// `CKM_AES_KEY_WRAP_KWP` of PKCS #11 3.0: AES key wrap with padding (RFC 5649).
-    Kwp,
+    AesKeyWrapKwp,
     /// `CKM_AES_KEY_WRAP_PKCS7` of PKCS #11 3.0: AES key wrap (RFC 3394) after PKCS #7 padding.
-    Pkcs7,
-}
-
-impl AesKeyWrap {
-    const fn mechanism(self) -> CK_MECHANISM_TYPE {
-        match self {
-            Self::Kwp => CKM_AES_KEY_WRAP_KWP,
-            Self::Pkcs7 => CKM_AES_KEY_WRAP_PKCS7,
-        }
-    }
+    AesKeyWrapPkcs7,
+    /// `CKM_RSA_AES_KEY_WRAP`: AES key wrap with padding under a new AES-256 key, which is encrypted under an RSA public
+    /// key with OAEP and SHA-1.
+    RsaAesKeyWrap,
 }
 
 /// A session of a [`Module`]. Dropping the value closes the session.
@@ -189,16 +182,16 @@ impl Session {
         Ok(read.into_iter().next())
     }
 
-    /// Wraps a key under an AES key (`C_WrapKey`). `None` if this crate cannot call the module with the session,
+    /// Wraps a key under another key (`C_WrapKey`). `None` if this crate cannot call the module with the session,
     /// because each function list of the module has its own sessions.
-    pub fn wrap_key_under_aes(
+    pub fn wrap_key_with(
         &self,
-        mechanism: AesKeyWrap,
+        mechanism: WrapMechanism,
         wrapping: ObjectHandle,
         key: ObjectHandle,
     ) -> Option<Result<Vec<u8>>> {
         let functions = self.functions.as_ref()?;
-        Some(functions.wrap_key(&self.cryptoki, mechanism.mechanism(), wrapping, key))
+        Some(functions.wrap_key(&self.cryptoki, mechanism, wrapping, key))
     }
 }
 

@@ -13,7 +13,7 @@ use cryptoki::{
     mechanism::Mechanism,
     object::{Attribute, AttributeType, ObjectHandle},
 };
-use keybroker_pkcs11_ffi::{AesKeyWrap, Session};
+use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 
 use crate::{
     classify::{Class, Fault, classify},
@@ -27,7 +27,7 @@ pub(crate) mod survey;
 use attempts::{
     Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives, oaep_sha1,
     of_a_part, readable, readable_template, sets, signs, unwraps, verifies, with_known_data, wraps,
-    wraps_under_rsa, wraps_with, wraps_with_gcm,
+    wraps_under_rsa, wraps_with, wraps_with_gcm, wraps_with_rsa_aes,
 };
 
 /// The value of the IV does not matter, because the wrapped key is never unwrapped.
@@ -138,12 +138,12 @@ pub const TESTS: &[NegativeTest] = &[
     never(
         "wrap-private-aes-kw-pkcs7",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_PKCS7",
-        |on| wraps_with(on, AesKeyWrap::Pkcs7, on.pair.private),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapPkcs7, on.pair.private),
     ),
     never(
         "wrap-private-aes-kwp",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_KWP",
-        |on| wraps_with(on, AesKeyWrap::Kwp, on.pair.private),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapKwp, on.pair.private),
     ),
     never(
         "wrap-private-aes-cbc",
@@ -154,6 +154,11 @@ pub const TESTS: &[NegativeTest] = &[
         "wrap-private-aes-gcm",
         "the RSA private key can be wrapped with CKM_AES_GCM",
         |on| wraps_with_gcm(on, on.pair.private),
+    ),
+    never(
+        "wrap-private-rsa-aes",
+        "the RSA private key can be wrapped under any RSA public key with CKM_RSA_AES_KEY_WRAP",
+        |on| wraps_with_rsa_aes(on, on.pair.private),
     ),
     on_object(never(
         "wrap-integrity-aes-kw",
@@ -168,12 +173,12 @@ pub const TESTS: &[NegativeTest] = &[
     on_object(never(
         "wrap-integrity-aes-kw-pkcs7",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PKCS7",
-        |on| wraps_with(on, AesKeyWrap::Pkcs7, on.integrity()),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapPkcs7, on.integrity()),
     )),
     on_object(never(
         "wrap-integrity-aes-kwp",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_KWP",
-        |on| wraps_with(on, AesKeyWrap::Kwp, on.integrity()),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapKwp, on.integrity()),
     )),
     on_object(never(
         "wrap-integrity-aes-cbc",
@@ -204,6 +209,11 @@ pub const TESTS: &[NegativeTest] = &[
         "wrap-integrity-rsa-pkcs1",
         "the integrity key can be wrapped under any RSA public key with CKM_RSA_PKCS",
         |on| wraps_under_rsa(on, &Mechanism::RsaPkcs),
+    )),
+    on_object(never(
+        "wrap-integrity-rsa-aes",
+        "the integrity key can be wrapped under any RSA public key with CKM_RSA_AES_KEY_WRAP",
+        |on| wraps_with_rsa_aes(on, on.integrity()),
     )),
     on_object(never(
         "derive-integrity-part",

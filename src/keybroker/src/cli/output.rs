@@ -194,15 +194,32 @@ fn table(rows: &[Vec<Field>]) -> String {
             .map(cell)
             .collect()
     };
+    let headings = rows
+        .first()
+        .map(|row| cells(row, |(name, _)| (*name).to_owned()));
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| cells(row, |(_, value)| plain(value)))
+        .collect();
+    aligned(headings, &rows)
+}
+
+/// Formats texts as a table with these headings.
+pub(super) fn text_table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let headings = headings.iter().map(ToString::to_string).collect();
+    aligned(Some(headings), rows)
+}
+
+fn aligned(headings: Option<Vec<String>>, rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled);
-    for row in rows.iter().take(1) {
-        table.set_header(cells(row, |(name, _)| (*name).to_owned()));
+    if let Some(headings) = headings {
+        table.set_header(headings);
     }
     for row in rows {
-        table.add_row(cells(row, |(_, value)| plain(value)));
+        table.add_row(row);
     }
     let text = table.to_string();
     let lines: Vec<&str> = text.lines().map(str::trim_end).collect();

@@ -19,6 +19,8 @@ use super::{Config, INSTANCE_VARIABLE};
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
+/// Maximum number of integrity keys in the memory of the workers. One entry of the audit log contains all their digests.
+const INTEGRITY_KEYS_MAX: usize = 100;
 
 impl Config {
     /// All problems of the configuration, each with its remedy. The list is empty if the broker can serve with this
@@ -156,6 +158,11 @@ impl Config {
                 trusted_file::not_absolute(path)
             )),
             Some(_) => {}
+        }
+        if token.integrity_key_digests.len() > INTEGRITY_KEYS_MAX {
+            problems.push(format!(
+                "[token.integrity_key_digests] has more than {INTEGRITY_KEYS_MAX} entries"
+            ));
         }
         for (id, digest) in &token.integrity_key_digests {
             // The texts of the ids are compared, because an id in capital letters would match no file.

@@ -11,7 +11,7 @@ use cryptoki::{
     },
     object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
 };
-use keybroker_pkcs11_ffi::{AesKeyWrap, Session};
+use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 
 use crate::{attribute_check, calling, classify::Fault, keys::KeyPair, mac_key::MacKey};
 
@@ -123,11 +123,11 @@ pub(super) fn wraps(
 /// Wraps a key under the AES key with a mechanism that `cryptoki` does not have.
 pub(super) fn wraps_with(
     on: &Subjects<'_>,
-    mechanism: AesKeyWrap,
+    mechanism: WrapMechanism,
     key: ObjectHandle,
 ) -> Result<Done, Error> {
     wraps_under(on, on.helpers.aes, key, |wrapping, key| {
-        on.session.wrap_key_under_aes(mechanism, wrapping, key)
+        on.session.wrap_key_with(mechanism, wrapping, key)
     })
 }
 
@@ -136,6 +136,14 @@ pub(super) fn wraps_with_gcm(on: &Subjects<'_>, key: ObjectHandle) -> Result<Don
     let mut nonce = [0; NONCE_BYTES];
     let parameters = GcmParams::new(&mut nonce, &[], TAG_BITS.into())?;
     wraps(on, &Mechanism::AesGcm(parameters), key)
+}
+
+/// Wraps a key under an RSA public key with `CKM_RSA_AES_KEY_WRAP`, which wraps keys of any length.
+pub(super) fn wraps_with_rsa_aes(on: &Subjects<'_>, key: ObjectHandle) -> Result<Done, Error> {
+    wraps_under(on, on.helpers.rsa, key, |wrapping, key| {
+        on.session
+            .wrap_key_with(WrapMechanism::RsaAesKeyWrap, wrapping, key)
+    })
 }
 
 /// Wraps the integrity key under an RSA public key that any program could import. The test imports the public key of
@@ -167,18 +175,26 @@ fn wraps_under(
     let (Some(wrapping), Some(sample)) = (wrapping, on.helpers.sample) else {
         return Ok(Done::NotMade);
     };
-    calling::next("C_WrapKey");
-    match wrap(wrapping, key) {
-        None => Ok(Done::NotMade),
-        Some(Ok(wrapped)) if wrapped.is_empty() => Ok(Done::Nothing),
-        // The token returned the length of a result, so it would perform the operation.
-        Some(Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _))) => Ok(Done::It),
-        Some(Err(refusal)) => match wrap(wrapping, sample) {
-            Some(Ok(_)) => Err(refusal),
-            Some(Err(error)) if is_not_offered(&error) => Ok(Done::Nothing),
-            Some(Err(error)) if !is_a_refusal(&error) => Err(error),
-            Some(Err(_)) | None => Ok(Done::NotMade),
-        },
+    let attempt = || {
+        calling::next("C_WrapKey");
+        match wrap(wrapping, key) {
+            None => Ok(Done::NotMade),
+            Some(Ok(wrapped)) if wrapped.is_empty() => Ok(Done::Nothing),
+            // The token returned the length of a result, so it would perform the operation.
+            Some(Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _))) => Ok(Done::It),
+            Some(Err(refusal)) => Err(refusal),
+        }
+    };
+    let first = attempt();
+    if first.is_ok() {
+        return first;
+    }
+    match wrap(wrapping, sample) {
+        // The token may have refused the key only because it was busy.
+        Some(Ok(_)) => attempt(),
+        Some(Err(error)) if is_not_offered(&error) => Ok(Done::Nothing),
+        Some(Err(error)) if !is_a_refusal(&error) => Err(error),
+        Some(Err(_)) | None => Ok(Done::NotMade),
     }
 }
 
@@ -241,7 +257,12 @@ pub(super) fn derives(
                     if let Done::Kept(fault) = removed(on, derived) {
                         return Ok(Done::Kept(fault));
                     }
-                    done = Err(refusal);
+                    // The token may have refused the key only because it was busy.
+                    match derive(mechanism, key) {
+                        Ok(derived) => return Ok(removed(on, derived)),
+                        Err(refusal) if is_a_refusal(&refusal) => done = Err(refusal),
+                        Err(error) => return Err(error),
+                    }
                 }
                 Err(error) if is_not_offered(&error) => {}
                 Err(error) if is_a_refusal(&error) => {

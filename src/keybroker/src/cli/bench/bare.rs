@@ -2,6 +2,7 @@
 //! separate process, so that its threads and its CPU time are counted separately.
 
 use std::{
+    path::Path,
     process::{Command, Stdio},
     time::Instant,
 };
@@ -93,20 +94,30 @@ pub(super) fn measure(
     })
 }
 
-/// A command that runs this program with the same configuration and an empty standard input.
-pub(super) fn ourselves(context: &Context) -> Result<Command, Failure> {
+/// A command that runs this program with a configuration and an empty standard input.
+pub(super) fn ourselves(configuration: &Path) -> Result<Command, Failure> {
     let program =
         std::env::current_exe().map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
     let mut command = Command::new(program);
     command
         .arg("--config")
-        .arg(context.config_file())
+        .arg(configuration)
         .stdin(Stdio::null());
     Ok(command)
 }
 
-/// The active wrapping key, and the length of its modulus as read from the token.
-pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Failure> {
+/// The token and its active wrapping key.
+#[derive(Clone, Debug)]
+pub(super) struct Facts {
+    pub(super) key: ExpectedKey,
+    /// Length of the modulus, as read from the token.
+    pub(super) rsa_bits: usize,
+    /// Manufacturer and model of the token.
+    pub(super) model: String,
+}
+
+/// Reads the registry and the token.
+pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     let rows = block_on(async {
         let store = store::open(&config.store).await?;
         let rows = store.registry().await;
@@ -115,8 +126,11 @@ pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Fail
     })??;
     let key = active(&rows)?;
     let admin = open(config, &key)?;
-    let bits = admin.check(key.id)?.modulus_bits;
-    Ok((key, bits))
+    Ok(Facts {
+        rsa_bits: admin.check(key.id)?.modulus_bits,
+        model: admin.info().model.clone(),
+        key,
+    })
 }
 
 /// The active wrapping key, as the registry describes it.

@@ -30,6 +30,7 @@ use keybroker_core::{
     envelope,
     error::chain,
     key::{ID_BYTES, KeyAddress, RecordId, Revision, Tenant},
+    principal::Principal,
 };
 use keybroker_hsm::admin::Wrapper;
 use keybroker_store as store;
@@ -40,13 +41,20 @@ use super::{bare, users::Users};
 /// Records per transaction. A transaction of this size ends long before the timeout of a statement.
 const BATCH: u32 = 500;
 
+/// The principal that the certificate of a connection identifies.
+pub(super) fn principal(
+    connection: &Connection,
+    config: &Config,
+) -> Result<Arc<Principal>, Failure> {
+    let known = Authenticator::new(&config.principals)
+        .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
+    Ok(known.certificate(Some(&connection.certificate()?))?)
+}
+
 /// The tenant of the principal that the client certificate of the load identifies. The broker looks for the records in this
 /// tenant.
 pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
-    let known = Authenticator::new(&config.principals)
-        .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
-    let principal = known.certificate(Some(&connection.certificate()?))?;
-    Ok(principal.tenant().clone())
+    Ok(principal(connection, config)?.tenant().clone())
 }
 
 /// Creates a record for every user that has none.

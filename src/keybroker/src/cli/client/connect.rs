@@ -75,6 +75,31 @@ impl Connection {
         PeerCertificate::read(leaf).map_err(|error| unusable(chain(&error)))
     }
 
+    /// The timeout for the connection and for each answer.
+    pub(in crate::cli) fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+
+    /// The same connection with the certificate and the key of another principal.
+    pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
+        Self {
+            cert: Some(cert.to_owned()),
+            key: Some(key.to_owned()),
+            ..self.clone()
+        }
+    }
+
+    /// Reads the CA certificates that the broker's certificate is verified against.
+    pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
+        let Some(ca) = &self.ca else {
+            return Err(Failure::new(Exit::Usage, "no CA certificate specified")
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
+                 certificate is verified against"));
+        };
+        pem::certificates(&read("--ca", ca, AUTHORITIES)?)
+            .map_err(|error| malformed("--ca", ca, &error))
+    }
+
     /// Whether the client presents a certificate.
     pub(in crate::cli) fn has_certificate(&self) -> bool {
         self.cert.is_some()
@@ -88,17 +113,8 @@ impl Connection {
                 Failure::new(Exit::Usage, what).hint("the broker offers gRPC only over TLS")
             );
         }
-        let malformed = |option: &str, path: &Path, error: pem::Error| {
-            Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
-        };
-        let Some(ca) = &self.ca else {
-            return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
-                 certificate is verified against"));
-        };
-        let authorities = pem::certificates(&read("--ca", ca, AUTHORITIES)?)
-            .map_err(|error| malformed("--ca", ca, error))?;
-        let timeout = Duration::from_millis(self.timeout_ms);
+        let authorities = self.authorities()?;
+        let timeout = self.timeout();
         let mut builder = Client::builder(url)
             .ca_pem(pem::encode(&authorities))
             .deadline(timeout)
@@ -117,10 +133,10 @@ impl Connection {
         }
         if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
             let certificates = pem::chain(&read("--cert", cert, CERTIFICATE)?)
-                .map_err(|error| malformed("--cert", cert, error))?;
+                .map_err(|error| malformed("--cert", cert, &error))?;
             let text = read("--key", key, KEY)?;
             let private =
-                pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
+                pem::private_key(&text).map_err(|error| malformed("--key", key, &error))?;
             if let Some(leaf) = certificates.first() {
                 check_certificate(cert, leaf, key, &private)?;
             }
@@ -129,6 +145,10 @@ impl Connection {
         }
         Ok(builder)
     }
+}
+
+fn malformed(option: &str, path: &Path, error: &pem::Error) -> Failure {
+    Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
 }
 
 /// Builds the client, which is not connected yet.

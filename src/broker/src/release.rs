@@ -74,7 +74,9 @@ impl Broker {
             self.check_admission(&releaser, principal, call, Action::Unwrap)
                 .await?;
             let entered = self.enter(principal, call).await?;
-            entered.run(self.release(principal, call, key)).await
+            entered
+                .run(Box::pin(self.release(principal, call, key)))
+                .await
         })
         .await
     }

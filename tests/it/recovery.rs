@@ -372,7 +372,7 @@ async fn call_until<F: Future<Output = Result<(), Status>>>(
     while !stop.load(Ordering::Relaxed) {
         calls += 1;
         if let Err(status) = call().await {
-            println!("{status:?}");
+            eprintln!("{status:?}");
             failures += 1;
         }
         ended.fetch_add(1, Ordering::Relaxed);

@@ -70,7 +70,6 @@ pub fn run() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     let _signals = ignore_signals()?;
-    give_way_to_front();
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     end_with_front(stream.try_clone()?);
     let mut input = Input {
@@ -108,6 +107,8 @@ fn serve() -> io::Result<()> {
     first_reply.send(0, Outcome::Ready(ready(&token, &shared)), Duration::ZERO)?;
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
+    // The start itself has the priority of the front, because calls may wait for it.
+    give_way_to_front();
     let threads = start(sessions_open, &input, &output, &ended)?;
     // The first session thread that finds the end of the socket reports it. The others follow.
     let ended = end.recv().unwrap_or(Ok(()));
@@ -133,9 +134,10 @@ pub(crate) fn ignore_signals()
     Ok((runtime, signals))
 }
 
-/// Lowers the CPU priority of this process below that of the front. A module that computes in software, such as SoftHSM,
-/// would otherwise take most of the processors under load. The front could then not refuse calls in time, or answer
-/// them within their deadlines. A process without the permission to change its priority keeps it.
+/// Lowers the CPU priority of this thread, and of the threads that it starts, below that of the front. A module that
+/// computes in software, such as SoftHSM, would otherwise take most of the processors under load. The front could then
+/// not refuse calls in time, or answer them within their deadlines. A process without the permission to change its
+/// priority keeps it.
 fn give_way_to_front() {
     if let Err(error) = rustix::process::nice(NICENESS) {
         tracing::debug!(%error, "the CPU priority of the worker stays that of the front");

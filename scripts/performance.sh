@@ -10,7 +10,7 @@
 #   performance.sh                    everything, with a release build of this commit
 #   performance.sh --seconds 30       the same with longer measurements, about half an hour
 #   performance.sh --only storm --members 20000 --storm-seconds 60
-#   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4
+#   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4    without --commit, no commit is recorded for another program
 #   performance.sh --tables           only draws the charts and writes the tables, from the documents that exist
 set -euo pipefail
 umask 077
@@ -90,7 +90,7 @@ measure() {
   wanted "$name" || return 0
   printf '\n== %s (%d s)\n' "$name" "$SECONDS"
   "$PROGRAM" --config "$WORK/$site/keybroker.toml" bench --scenario "$scenario" --warm-up 2 --seconds "$SECONDS_EACH" \
-    --json "$WORK/result.json" --commit "$COMMIT" \
+    --json "$WORK/result.json" ${COMMIT:+--commit "$COMMIT"} \
     --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key" "$@" || status=$?
   [[ $status -eq 0 || $status -eq 12 ]] || fail "$name: exit code $status"
   install -m 644 "$WORK/result.json" "$RESULTS/$name.json"
@@ -160,16 +160,16 @@ main() {
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-performance.XXXXXX")
   target=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
   if [[ -z $PROGRAM ]]; then
+    # Read before the build. Results are written to the tree, so only changes of other files count.
+    if ! $tables && [[ -z $COMMIT ]]; then
+      COMMIT=$(git rev-parse --short HEAD)
+      git diff --quiet HEAD -- . ":!$RESULTS" ":!$PAGE" || COMMIT+=' with changes'
+    fi
     cargo build --release --locked --quiet --package keybroker
     PROGRAM=$target/release/keybroker
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    if [[ -z $COMMIT ]]; then
-      COMMIT=$(git rev-parse --short HEAD)
-      # Results are written to the tree, so only changes of other files count.
-      git diff --quiet HEAD -- . ":!$RESULTS" ":!$PAGE" || COMMIT+=' with changes'
-    fi
     if wanted overload-slow fairness-slow; then
       cargo build --locked --quiet --package keybroker-scriptable-pkcs11
       SLOW_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so

@@ -39,7 +39,7 @@ static SENT: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 const SCANNED_BYTES_MIN: usize = 8;
 
 /// Longest wait of a call of a test.
-const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One client with one certificate. The calls are as short as a test needs them.
 #[derive(Clone)]

@@ -149,6 +149,7 @@ const OPEN: &[Column] = &[
     ("late", |row| decimal(row, "late", 0)),
     ("refused", |row| decimal(row, "refused", 0)),
     ("failed", |row| decimal(row, "failed", 0)),
+    ("sent late p99 ms", |row| decimal(row, "dispatch_p99_ms", 1)),
 ];
 
 const OVERLOAD: &[Column] = &[
@@ -165,6 +166,7 @@ const OVERLOAD: &[Column] = &[
         format!("{p50} / {p99}")
     }),
     ("front MiB", front_memory),
+    ("sent late p99 ms", |row| decimal(row, "dispatch_p99_ms", 1)),
 ];
 
 const FAIRNESS: &[Column] = &[
@@ -178,6 +180,7 @@ const FAIRNESS: &[Column] = &[
     ("late", |row| decimal(row, "late", 0)),
     ("refused", |row| decimal(row, "refused", 0)),
     ("failed", failed_and_unsent),
+    ("sent late p99 ms", |row| decimal(row, "dispatch_p99_ms", 1)),
 ];
 
 const ACTIVE: &[Column] = &[
@@ -229,6 +232,7 @@ const RESTART: &[Column] = &[
     ("gap ms", |row| decimal(row, "gap_ms", 0)),
     ("p99 ms", |row| decimal(row, "p99_ms", 1)),
     ("max ms", |row| decimal(row, "max_ms", 0)),
+    ("sent late p99 ms", |row| decimal(row, "dispatch_p99_ms", 1)),
 ];
 
 /// A number of a row, if it has one.

@@ -44,6 +44,7 @@ use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
 pub mod acknowledged;
+mod admission;
 mod change;
 mod clients;
 mod commit;

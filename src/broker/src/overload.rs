@@ -9,23 +9,17 @@
 use std::{
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Instant,
 };
 
 use futures_util::future::join_all;
 
 use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
-    call::Call,
     error::{Error, Reason},
     key::Tenant,
-    principal::{Action, Principal},
 };
 
-use keybroker_hsm as hsm;
-use keybroker_hsm::{Caller, Entered, Planned};
-
-use super::{Broker, journal::Draft, observe};
+use super::Broker;
 
 /// Largest number of pairs of principal and action that are counted separately within a second. Principals beyond this
 /// number share one audit entry for each action. An audit entry has about 300 bytes, so an hour of overload by many
@@ -86,81 +80,6 @@ pub(super) fn is_overload(error: &Error) -> bool {
 }
 
 impl Broker {
-    /// Refuses a release that the token certainly cannot do in time, before its message is read.
-    pub fn check_arrival(&self, principal: &Principal, call: &Call) -> Result<(), Error> {
-        let started = Instant::now();
-        let checked = self
-            .token
-            .check_admission(&self.releaser(principal, call), Planned::Unwrap)
-            .map_err(Error::from);
-        match checked {
-            Err(error) if is_overload(&error) => {
-                self.note_overload(principal, Action::Unwrap, &error);
-                let refused = Err(error);
-                observe(Action::Unwrap, call, started.elapsed(), &refused);
-                refused
-            }
-            // A call whose deadline has passed gets an entry of its own, like every other failed call.
-            Ok(()) | Err(_) => Ok(()),
-        }
-    }
-
-    /// Refuses a call that the token certainly cannot serve in time. This check comes before the policy and the store,
-    /// so that a refusal costs little.
-    pub(super) async fn check_admission(
-        &self,
-        caller: &Caller,
-        principal: &Principal,
-        call: &Call,
-        action: Action,
-    ) -> Result<(), Error> {
-        let planned = if action == Action::Unwrap {
-            Planned::Unwrap
-        } else {
-            Planned::Any
-        };
-        let checked = self.token.check_admission(caller, planned);
-        self.admitted(checked, principal, call, action).await
-    }
-
-    /// Waits until the front can work on a release. Refuses a release that cannot be done in time.
-    pub(super) async fn enter(&self, principal: &Principal, call: &Call) -> Result<Entered, Error> {
-        let entered = self.calls.enter(&self.releaser(principal, call)).await;
-        self.admitted(entered, principal, call, Action::Unwrap)
-            .await
-    }
-
-    /// Records a refusal.
-    async fn admitted<T>(
-        &self,
-        result: Result<T, hsm::Error>,
-        principal: &Principal,
-        call: &Call,
-        action: Action,
-    ) -> Result<T, Error> {
-        let error = match result {
-            Ok(admitted) => return Ok(admitted),
-            Err(refusal) => Error::from(refusal),
-        };
-        if is_overload(&error) {
-            self.note_overload(principal, action, &error);
-        } else {
-            let draft = Draft::new(principal, call, action);
-            self.record_failure(draft, &error).await?;
-        }
-        Err(error)
-    }
-
-    fn note_overload(&self, principal: &Principal, action: Action, error: &Error) {
-        let name = (principal.name().to_owned(), principal.tenant().clone());
-        self.overload.note(Some(name), action.as_str(), error);
-    }
-
-    /// The caller of a release, whose deadline leaves time to record and send the key after the token's answer.
-    pub(super) fn releaser(&self, principal: &Principal, call: &Call) -> Caller {
-        Caller::principal(principal.name(), self.calls.job_deadline(call.deadline))
-    }
-
     /// Writes one entry for each principal and action, and one log line with the principal that had the most refused
     /// calls. Counts that cannot be written are kept for the next attempt.
     pub(super) async fn flush_overload(&self) {

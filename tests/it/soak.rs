@@ -435,6 +435,46 @@ impl World {
         ended.elapsed()
     }
 
+    /// Causes one trouble after another, until this time has passed.
+    async fn run(&mut self, seed: u64, lasts: Duration, every: Duration) -> Results {
+        let mut random = Random(seed);
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut load = self.load(&stop);
+        // Connections and caches are made by the first calls.
+        sleep(every).await;
+        let mut samples = vec![self.sample()];
+        let (mut recoveries, mut troubles) = (Vec::new(), Vec::new());
+        let begun = Instant::now();
+        while begun.elapsed() < lasts {
+            let next = Instant::now() + every;
+            let trouble = troubles.pop().unwrap_or_else(|| {
+                troubles = shuffled(&mut random);
+                troubles.pop().expect("there are troubles")
+            });
+            let recovery = self.cause(trouble, &mut random).await;
+            recoveries.push((self.begun.elapsed(), trouble, recovery));
+            while let Some(ended) = load.try_join_next() {
+                ended.expect("the callers call until they are told to stop");
+            }
+            sleep(next.saturating_duration_since(Instant::now())).await;
+            samples.push(self.sample());
+            assert!(self.broker.is_running(), "the front ended");
+        }
+        stop.store(true, Ordering::Relaxed);
+        while let Some(ended) = load.join_next().await {
+            ended.expect("no caller received another key");
+        }
+        samples.push(self.sample());
+        Results {
+            seed,
+            lasted: begun.elapsed(),
+            samples,
+            recoveries,
+            calls: self.seen.calls.load(Ordering::Relaxed),
+            failed: self.seen.failed(),
+        }
+    }
+
     fn kill_workers(&self, most: usize) {
         for worker in self.broker.workers().into_iter().take(most) {
             send(worker, Signal::KILL);
@@ -500,6 +540,35 @@ impl Results {
     fn success(&self) -> f64 {
         let part = |count: u64| f64::from(u32::try_from(count).unwrap());
         1.0 - part(self.failed) / part(self.calls)
+    }
+
+    /// Writes the results to the file that the environment names, and returns their text.
+    fn publish(&self, seen: &Seen) -> String {
+        if let Ok(file) = env::var("KEYBROKER_TEST_SOAK_FILE") {
+            let text = serde_json::to_string_pretty(&self.json(seen)).unwrap();
+            fs::write(file, text + "\n").unwrap();
+        }
+        format!(
+            "{self}failures: {:?}\nrefused attempts: {:?}",
+            seen.failures.lock().unwrap(),
+            seen.refusals.lock().unwrap()
+        )
+    }
+
+    fn check(&self, lasts: Duration) {
+        assert!(self.success() >= SUCCESS_MIN, "{self}");
+        let (first, last) = (&self.samples[0], self.samples.last().unwrap());
+        assert_eq!(last.workers.len(), first.workers.len());
+        assert!(
+            last.front.descriptors <= first.front.descriptors + MORE_DESCRIPTORS,
+            "{first:?} {last:?}"
+        );
+        if lasts >= LONG {
+            let grown = |value: fn(&Sample) -> u64| growth(&self.samples, value);
+            assert!(grown(|sample| sample.front.resident_kib) <= MEMORY_GROWTH_MAX);
+            assert!(grown(|sample| sample.front.descriptors) <= GROWTH_MAX);
+            assert!(grown(|sample| sample.front.threads) <= GROWTH_MAX);
+        }
     }
 
     fn json(&self, seen: &Seen) -> Value {
@@ -577,73 +646,16 @@ async fn no_fault_of_a_long_run_fails_a_call_or_leaves_anything_behind() {
             now.as_secs()
         });
     println!("the seed is {seed}");
-    let mut random = Random(seed);
     let mut world = World::start().await;
-    let front = world.broker.pid();
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut load = world.load(&stop);
-    // Connections and caches are made by the first calls.
-    sleep(every).await;
-    let mut samples = vec![world.sample()];
-    let (mut recoveries, mut troubles) = (Vec::new(), Vec::new());
-    let begun = Instant::now();
-    while begun.elapsed() < lasts {
-        let next = Instant::now() + every;
-        let trouble = troubles.pop().unwrap_or_else(|| {
-            troubles = shuffled(&mut random);
-            troubles.pop().expect("there are troubles")
-        });
-        let recovery = world.cause(trouble, &mut random).await;
-        recoveries.push((world.begun.elapsed(), trouble, recovery));
-        while let Some(ended) = load.try_join_next() {
-            ended.expect("the callers call until they are told to stop");
-        }
-        sleep(next.saturating_duration_since(Instant::now())).await;
-        samples.push(world.sample());
-        assert!(world.broker.is_running(), "the front ended");
-    }
-    stop.store(true, Ordering::Relaxed);
-    while let Some(ended) = load.join_next().await {
-        ended.expect("no caller received another key");
-    }
-    samples.push(world.sample());
-
+    let results = world.run(seed, lasts, every).await;
     let seen = Arc::clone(&world.seen);
-    let results = Results {
-        seed,
-        lasted: begun.elapsed(),
-        samples,
-        recoveries,
-        calls: seen.calls.load(Ordering::Relaxed),
-        failed: seen.failed(),
-    };
-    if let Ok(file) = env::var("KEYBROKER_TEST_SOAK_FILE") {
-        let text = serde_json::to_string_pretty(&results.json(&seen)).unwrap();
-        fs::write(file, text + "\n").unwrap();
-    }
-    println!("{results}");
-    println!("failures: {:?}", seen.failures.lock().unwrap());
-    println!("refused attempts: {:?}", seen.refusals.lock().unwrap());
-
-    assert!(results.success() >= SUCCESS_MIN, "{results}");
-    assert_eq!(world.broker.pid(), front, "the front is the same process");
+    println!("{}", results.publish(&seen));
+    results.check(lasts);
     let acknowledged = std::mem::take(&mut *seen.acknowledged.lock().unwrap());
     assert!(!acknowledged.is_empty(), "no key was enrolled");
     for user in acknowledged {
         let key = eventually(|| world.releaser.unwrap(&user)).await;
         assert_eq!(key.key_material, material(&user), "the key of {user}");
-    }
-    let (first, last) = (&results.samples[0], results.samples.last().unwrap());
-    assert_eq!(last.workers.len(), first.workers.len());
-    assert!(
-        last.front.descriptors <= first.front.descriptors + MORE_DESCRIPTORS,
-        "{first:?} {last:?}"
-    );
-    if lasts >= LONG {
-        let grown = |value: fn(&Sample) -> u64| growth(&results.samples, value);
-        assert!(grown(|sample| sample.front.resident_kib) <= MEMORY_GROWTH_MAX);
-        assert!(grown(|sample| sample.front.descriptors) <= GROWTH_MAX);
-        assert!(grown(|sample| sample.front.threads) <= GROWTH_MAX);
     }
     let World { broker, .. } = world;
     let (site, status) = block_in_place(|| broker.stop());

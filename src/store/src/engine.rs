@@ -18,10 +18,10 @@ use tokio_util::task::TaskTracker;
 
 use tracing::Instrument as _;
 
-use keybroker_core::{call::CallId, metrics};
+use keybroker_core::{call::CallId, key::KeyAddress, metrics};
 
 use super::{
-    Error,
+    Error, Record,
     error::Detail,
     mutations,
     session::{Columns as _, Session, Value},
@@ -86,6 +86,12 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
+    /// Reads a record on the calling thread. `None` if the engine cannot do that now, for whatever reason; the caller then uses
+    /// a connection for reads.
+    fn record_directly(&self, _address: &KeyAddress, _values: &[Value]) -> Option<Option<Record>> {
+        None
+    }
+
     /// Closes all connections.
     fn close(&self) -> impl Future<Output = ()> + Send {
         async {
@@ -147,6 +153,18 @@ impl<E: Engine> EngineStore<E> {
                 panic,
             ))),
         }
+    }
+
+    /// Reads a record on the calling thread if the engine can do that now. The checks are those of every read.
+    fn record_directly(&self, address: &KeyAddress, values: &[Value]) -> Option<Option<Record>> {
+        let Lender { engine, probe, .. } = &*self.lender;
+        let may_read =
+            probe.check(Purpose::Read).is_ok() && engine.check_place(Purpose::Read).is_ok();
+        let found = may_read
+            .then(|| engine.record_directly(address, values))
+            .flatten()?;
+        probe.answered(Purpose::Read);
+        Some(found)
     }
 
     /// Runs a query.

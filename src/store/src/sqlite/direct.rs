@@ -5,7 +5,8 @@
 //!
 //! A thread of the async runtime that waits for a disk runs no other call meanwhile. Therefore there is only one such connection,
 //! and it is used only if the runtime has another thread. While a read takes long, all other reads use the driver's connections.
-//! After such a read, they do so for a while.
+//! After such a read, they do so for ten times as long as it took, so that the runtime waits for the disk during less than a tenth
+//! of one thread's time.
 //!
 //! The result is a hint that can be absent: after every problem, the caller repeats the read with the driver, which classifies
 //! errors.
@@ -28,11 +29,12 @@ use crate::{
     slow,
 };
 
-/// A read that takes longer than this time was waiting for the disk. A thread that has to wait for a processor can take a few
-/// milliseconds, too.
-const SLOW: Duration = Duration::from_millis(20);
-/// How long the connection is not used after a slow or failed read.
-const PAUSE: Duration = Duration::from_secs(1);
+/// A read that takes longer than this time was waiting for the disk, or for a processor.
+const SLOW: Duration = Duration::from_millis(1);
+/// How long the connection is not used after a slow read, as a multiple of the read.
+const PAUSE_FACTOR: u32 = 10;
+/// How long the connection is not used after a failed read, and at most after a slow read.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// The connection, or nothing if it could not be opened.
 #[derive(Debug)]
@@ -80,8 +82,10 @@ impl Direct {
         slow::note(statement, took);
         let found = found
             .inspect_err(|error| tracing::debug!(%error, "a direct read of the database failed"));
-        if matches!(found, Err(Problem::Query(_))) || took > SLOW {
-            state.paused_until = Some(Instant::now() + PAUSE);
+        if matches!(found, Err(Problem::Query(_))) {
+            state.paused_until = Some(begun + PAUSE_MAX);
+        } else if took > SLOW {
+            state.paused_until = Some(begun + took + (took * PAUSE_FACTOR).min(PAUSE_MAX));
         }
         found.ok()
     }
@@ -187,7 +191,7 @@ fn unexpected(column: &str, found: &rusqlite::Result<ValueRef<'_>>) -> sqlx::Err
 mod tests {
     use super::*;
 
-    const BY_NAME: &str = "SELECT name, bytes, number, nothing FROM things WHERE name = ?";
+    const BY_NAME: &str = "SELECT name, bytes, number, absent FROM things WHERE name = ?";
 
     /// A database with one row.
     fn database() -> (tempfile::TempDir, Direct) {
@@ -197,7 +201,7 @@ mod tests {
         connection
             .execute_batch(
                 "PRAGMA journal_mode = WAL;
-                 CREATE TABLE things (name TEXT, bytes BLOB, number INTEGER, nothing INTEGER);
+                 CREATE TABLE things (name TEXT, bytes BLOB, number INTEGER, absent INTEGER);
                  INSERT INTO things VALUES ('one', x'0102', 3, NULL)",
             )
             .unwrap();
@@ -211,7 +215,7 @@ mod tests {
             row.text("name")?.to_owned(),
             row.bytes("bytes")?.to_vec(),
             row.integer("number")?,
-            row.optional_integer("nothing")?,
+            row.optional_integer("absent")?,
         ))
     }
 
@@ -246,11 +250,16 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn after_a_slow_or_failed_read_the_connection_pauses() {
         let (_folder, direct) = database();
+        let begun = Instant::now();
         let slow = direct.first(BY_NAME, &["one".into()], |_| {
-            std::thread::sleep(SLOW * 2);
+            std::thread::sleep(PAUSE_MAX / 100);
             Ok(())
         });
         assert_eq!(slow, Some(Some(())));
+        let mut state = direct.0.lock().unwrap();
+        assert!(state.paused_until.unwrap() >= begun + PAUSE_MAX / 10);
+        state.paused_until = Some(Instant::now() + PAUSE_MAX);
+        drop(state);
         assert_eq!(read(&direct, "one"), None);
 
         let (_folder, direct) = database();

@@ -83,6 +83,9 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// policy and store, so that a refusal costs little.
     fn check_admission(&self, caller: &Caller) -> Result<(), Error>;
 
+    /// Whether jobs wait for a free session.
+    fn is_saturated(&self) -> bool;
+
     /// The last known state. Never waits for the token.
     fn state(&self) -> TokenState;
 }

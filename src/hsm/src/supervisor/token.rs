@@ -179,6 +179,10 @@ impl Token for Supervisor {
         self.queue.check_admission(caller)
     }
 
+    fn is_saturated(&self) -> bool {
+        self.queue.len() > 0
+    }
+
     fn state(&self) -> TokenState {
         self.current_state()
     }

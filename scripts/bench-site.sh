@@ -20,9 +20,9 @@ token() {
 }
 
 # Creates a configuration, a token and a wrapping key in the folder $2. The label of the token begins with $1. $3 is the URL of
-# the database.
+# the database, $4 the length of the wrapping key (2048 by default).
 site() {
-  local engine=$1 name=$2 url=$3 said
+  local engine=$1 name=$2 url=$3 bits=${4:-2048} said
   rm -rf "${WORK:?}/$name"
   mkdir "$WORK/$name"
   cat >"$WORK/$name/keybroker.toml" <<CONF
@@ -59,7 +59,7 @@ CONF
   fi
   broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
   broker "$name" store migrate
-  broker "$name" key generate --bits 2048
+  broker "$name" key generate --bits "$bits"
 }
 
 # For jq: the median of an array.

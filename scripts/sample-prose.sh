@@ -45,10 +45,12 @@ sentences() {
     kind == "help" && /#\[(arg\(skip|command\(flatten)/ { paragraph = "" }
     kind == "help" && !clap { paragraph = ""; next }
     kind == "page" && /^ *```/ { flush(); code = !code; next }
-    kind == "page" && (code || /^\|/ || /^#/ || /^    / || /^ *$/) { flush(); next }
+    kind == "page" && (code || /^\|/ || /^#/ || (/^    / && paragraph == "") || /^ *$/) { flush(); next }
     kind == "page" { line = $0; if (line ~ /^ *([-*]|[0-9]+\.) /) { flush(); sub(/^ *([-*]|[0-9]+\.) /, "", line) } }
     kind == "help" && !/^ *\/\/\/( |$)/ { flush(); next }
     kind != "page" { line = $0; sub(/^ *\/\/[\/!]? ?/, "", line) }
+    kind == "comment" && line ~ /^ *```/ { flush(); code = !code; next }
+    kind == "comment" && code && /^ *\/\// { next }
     kind == "comment" && !/^ *\/\/[\/!]?( |$)/ { flush(); next }
     kind != "page" && line == "" { flush(); next }
     { paragraph = paragraph " " line }

@@ -8,7 +8,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::Path,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use keybroker::config::Config;
@@ -549,4 +550,87 @@ fn the_page_of_metrics_has_every_metric_and_no_other() {
             }
         }
     }
+}
+
+/// The files of `docs/performance` with this extension: the results of the measurements and their charts.
+fn performance_files(extension: &str) -> Vec<PathBuf> {
+    let files = fs::read_dir(root().join("docs/performance")).unwrap();
+    let paths = files.map(|file| file.unwrap().path());
+    paths
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
+        .collect()
+}
+
+/// The tables and charts are those that `bench-report` makes from the documents; `scripts/performance.sh --tables` renews them.
+#[test]
+fn the_tables_and_charts_of_the_performance_page_are_those_of_its_documents() {
+    let made = tempfile::tempdir().unwrap();
+    let documents = performance_files("json");
+    assert!(documents.len() >= 7, "{documents:?}");
+    let status = Command::new(env!("CARGO_BIN_EXE_keybroker"))
+        .arg("bench-report")
+        .args(&documents)
+        .arg("--out")
+        .arg(made.path())
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let page = read("docs/performance.md");
+    let (mut tables, mut charts) = (0, BTreeSet::new());
+    for file in fs::read_dir(made.path()).unwrap() {
+        let path = file.unwrap().path();
+        let (name, stem) = (path.file_name().unwrap(), path.file_stem().unwrap());
+        let (name, stem) = (name.to_str().unwrap(), stem.to_str().unwrap());
+        let text = fs::read_to_string(&path).unwrap();
+        if name == format!("{stem}.md") {
+            let begin = format!("<!-- table: {stem} -->\n");
+            let shown = page
+                .split(&begin)
+                .nth(1)
+                .unwrap_or_else(|| panic!("no place for {stem}"));
+            let shown = shown.split("<!-- end of table -->").next().unwrap();
+            assert_eq!(shown, text, "{stem}");
+            tables += 1;
+        } else {
+            assert_eq!(read(&format!("docs/performance/{name}")), text, "{name}");
+            assert!(
+                page.contains(&format!("(performance/{name})")),
+                "{name} is not shown"
+            );
+            charts.insert(name.to_owned());
+        }
+    }
+    assert_eq!(tables, page.matches("<!-- table: ").count());
+    let committed = performance_files("svg").into_iter();
+    let committed: BTreeSet<String> = committed
+        .map(|path| path.file_name().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(committed, charts);
+}
+
+/// Every field of the documents is explained.
+#[test]
+fn the_performance_page_explains_every_field_of_the_documents() {
+    let text = read("docs/performance.md") + &read("docs/cli.md");
+    let explained: BTreeSet<&str> = code_words(&text).into_iter().collect();
+    let mut fields = BTreeSet::new();
+    for path in performance_files("json") {
+        let document: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+        let timeline = document.get("timeline").and_then(|rows| rows.as_array());
+        let rows = document["rows"]
+            .as_array()
+            .into_iter()
+            .chain(timeline)
+            .flatten();
+        let objects = rows.chain([&document, &document["machine"], &document["token"]]);
+        fields.extend(objects.flat_map(|object| object.as_object().unwrap().keys().cloned()));
+    }
+    assert!(fields.len() > 60, "{fields:?}");
+    let missing: Vec<&String> = fields
+        .iter()
+        .filter(|field| !explained.contains(field.as_str()))
+        .collect();
+    assert_eq!(missing, Vec::<&String>::new());
 }

@@ -8,7 +8,8 @@ const WORKER: &[&str] = &[
     "keybroker/worker/v1/admin.proto",
 ];
 
-/// Messages that contain key material or a PIN. A derived `Debug` would print it, so `src/wire.rs` implements `Debug`.
+/// Messages that contain key material or a PIN. A derived `Debug` would print these secrets, so `src/wire.rs`
+/// implements `Debug`.
 const SECRET: &[&str] = &[
     ".keybroker.worker.v1.Mac",
     ".keybroker.worker.v1.VerifyMac",
@@ -25,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_client(false)
         .build_server(false)
         .skip_debug(SECRET)
-        // Much larger than the jobs, which are many.
+        // The setup is much larger than the other jobs, which are far more frequent.
         .boxed(".keybroker.worker.v1.Request.job.setup")
         .compile_fds(worker)?;
     Ok(())

@@ -360,7 +360,7 @@ pub(crate) fn limit_files(broker: &Broker, bytes: u64) {
     prlimit(broker, &format!("--fsize={bytes}:"));
 }
 
-fn unlimit_files(broker: &Broker) {
+pub(crate) fn unlimit_files(broker: &Broker) {
     prlimit(broker, "--fsize=unlimited:");
 }
 

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// A site whose releaser may enrol as well.
-fn site() -> Site {
+pub(crate) fn site() -> Site {
     site_with(Options::default())
 }
 

@@ -211,7 +211,7 @@ fn arguments_and_material_out_of_range_are_refused_before_a_call() {
         (&["wrapping-key", "07"], "not 32 hexadecimal digits"),
         (
             &["delete", "--user", "ada", "--expected-revision", "0"],
-            "a whole number from 1",
+            "a whole number of at least 1",
         ),
         (
             &[

@@ -687,7 +687,7 @@ async fn the_command_line_keeps_and_uses_secrets_in_files() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     let open = run(None, "carl");
     assert_eq!(open.code, Some(2), "{open:#?}");
-    assert!(open.stderr.contains("others can read it"), "{open:#?}");
+    assert!(open.stderr.contains("other users can read it"), "{open:#?}");
     let nobody = command(&broker, "client", None, &["get", "--user", "ada"]);
     assert_eq!(nobody.code, Some(10), "{nobody:#?}");
     assert!(

@@ -29,19 +29,22 @@ pub(crate) fn site(options: Options) -> (Arc<Site>, Faulty) {
 /// Configures the faulty module in front of the real one.
 pub(crate) fn put_before(site: &Site) -> Faulty {
     let faulty = Faulty::in_folder(site.folder().join("faulty"), &softhsm::module());
-    site.write_configuration(|text| {
-        let real = softhsm::module().display().to_string();
-        *text = text
-            .replace(&real, &faulty.module().display().to_string())
-            .replace(
-                "[token.environment]\n",
-                &format!(
-                    "[token.environment]\n{VARIABLE} = \"{}\"\n",
-                    faulty.folder().display()
-                ),
-            );
-    });
+    site.write_configuration(|text| name_module(text, &faulty));
     faulty
+}
+
+/// Names the faulty module in the text of a configuration that names the real one.
+pub(crate) fn name_module(text: &mut String, faulty: &Faulty) {
+    let real = softhsm::module().display().to_string();
+    *text = text
+        .replace(&real, &faulty.module().display().to_string())
+        .replace(
+            "[token.environment]\n",
+            &format!(
+                "[token.environment]\n{VARIABLE} = \"{}\"\n",
+                faulty.folder().display()
+            ),
+        );
 }
 
 fn slow_login() -> Fault {

@@ -243,7 +243,7 @@ fn a_file_that_is_no_database_is_named_with_its_path() {
         &["store", "migrate"],
         &["key", "list"],
     ] {
-        let words = [shown, "is no SQLite database", "name another file"];
+        let words = [shown, "is not a SQLite database", "to another file"];
         says(
             &format!("{arguments:?}"),
             &site.run(arguments),
@@ -255,7 +255,7 @@ fn a_file_that_is_no_database_is_named_with_its_path() {
         "config check",
         &site.run(&["config", "check"]),
         CONFIGURATION,
-        &[shown, "is no SQLite database"],
+        &[shown, "is not a SQLite database"],
     );
 }
 

@@ -305,7 +305,7 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
     let mode = |mode| fs::set_permissions(&database, fs::Permissions::from_mode(mode)).unwrap();
     mode(0o644);
     says(
-        "others can read it",
+        "other users can read it",
         &site.run(&["config", "check"]),
         3,
         &["mode 0644", "chmod 600"],
@@ -321,7 +321,7 @@ fn a_database_that_cannot_be_used_is_named_with_the_remedy() {
         "a text",
         &site.run(&["store", "status"]),
         7,
-        &["is no SQLite database"],
+        &["is not a SQLite database"],
     );
 }
 
@@ -478,7 +478,7 @@ fn a_client_that_cannot_connect_says_why() {
         "expired",
         &run(pki::EXPIRED),
         2,
-        &["--cert", "expired on 2020-02-01", "renew it"],
+        &["--cert", "expired on 2020-02-01", "renew the certificate"],
     );
     pki.issue_client_with("early", |one| {
         one.not_before = OffsetDateTime::now_utc() + Duration::days(1);
@@ -570,7 +570,7 @@ fn a_broker_of_another_name_is_told_from_one_of_another_authority() {
         "another name",
         &finished,
         11,
-        &["by a name in its certificate"],
+        &["whose host name is in the broker's certificate"],
     );
 }
 

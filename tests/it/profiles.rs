@@ -70,7 +70,7 @@ const EXPECTED: [Expected; 12] = [
             "aws-cloudhsm-sdk5",
             Refused(
                 TOKEN,
-                "It refuses CKA_COPYABLE, CKA_ALLOWED_MECHANISMS and CKA_SIGN_RECOVER in templates",
+                "The token refuses CKA_COPYABLE, CKA_ALLOWED_MECHANISMS and CKA_SIGN_RECOVER in templates",
                 0,
             ),
         )
@@ -93,7 +93,7 @@ const EXPECTED: [Expected; 12] = [
             "luna-cloud",
             Refused(
                 TOKEN,
-                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                "The token refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
                 0,
             ),
         )
@@ -104,7 +104,7 @@ const EXPECTED: [Expected; 12] = [
             "luna7",
             Refused(
                 TOKEN,
-                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                "The token refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
                 0,
             ),
         )
@@ -125,7 +125,7 @@ const EXPECTED: [Expected; 12] = [
             "nshield",
             Refused(
                 TOKEN,
-                "It makes an integrity key of another kind: set `integrity_key = \"nshield\"`",
+                "The token makes an integrity key of another kind: set `integrity_key = \"nshield\"`",
                 0,
             ),
         )
@@ -136,7 +136,7 @@ const EXPECTED: [Expected; 12] = [
             "opencryptoki-3.8",
             Refused(
                 TOKEN,
-                "It refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
+                "The token refuses CKA_COPYABLE and CKA_ALLOWED_MECHANISMS in templates",
                 0,
             ),
         )

@@ -341,7 +341,7 @@ async fn a_log_of_the_release_before_and_a_new_instance_are_recorded() {
     // Another host with the same instance name was upgraded first.
     site.sql("UPDATE audit_logs SET log_id = '00112233445566778899aabbccddeeff'");
     fs::remove_file(site.audit_directory().join("state/audit-serve.binding")).unwrap();
-    let warning = "already has other audit logs of this instance";
+    let warning = "already lists other audit logs of this instance";
     assert!(!site.log().contains(warning), "{}", site.log());
     let (site, _) = Broker::start_on(Arc::clone(&site)).stop();
     assert!(site.log().contains(warning), "{}", site.log());

@@ -265,7 +265,7 @@ async fn a_listener_accepts_the_trust_domains_that_it_names() {
                 "CREDENTIAL"
             },
         );
-        let told = broker.site.log().contains("of the trust domain");
+        let told = broker.site.log().contains("in the trust domain");
         assert_eq!(told, !is_accepted);
     }
 }

@@ -73,7 +73,7 @@ const CODES: [i64; 12] = [
 const REASONS: [&str; 4] = ["TOKEN_DOWN", "TOKEN_UNTRUSTED", "QUEUE_FULL", "DEADLINE"];
 
 /// The generator `SplitMix64` (Steele, Lea and Flood, 2014): the schedule of a seed is the same in every release.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -84,11 +84,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 
-    fn one_of<T: Copy>(&mut self, values: &[T]) -> T {
+    pub(crate) fn one_of<T: Copy>(&mut self, values: &[T]) -> T {
         let at = self.below(u64::try_from(values.len()).unwrap());
         values[usize::try_from(at).unwrap()]
     }

@@ -100,7 +100,7 @@ fn a_pin_that_never_logged_in_is_not_tried_on_one_of_two_tokens() {
             TOKEN,
             &[
                 &format!("serial {serial:?}"),
-                "no login to it with this PIN is recorded, so no login was tried",
+                "no record of an earlier login to this token with this PIN, so no login was tried",
                 "`token.serial`",
             ],
         );

@@ -112,7 +112,7 @@ async fn a_pin_file_that_others_can_read_is_refused() {
         enroller.create("ada", b"material of ada").await,
         "TOKEN_UNTRUSTED",
     );
-    assert!(broker.site.log().contains("others can read it"));
+    assert!(broker.site.log().contains("other users can read it"));
     set_mode(0o600);
     eventually(|| enroller.create("ada", b"material of ada")).await;
 }

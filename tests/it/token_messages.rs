@@ -171,7 +171,11 @@ fn a_variable_of_the_shell_that_is_not_passed_on_is_named() {
             "finished",
             &finished,
             TOKEN,
-            &["not passed on", "SOFTHSM2_CONF", "[token.environment]"],
+            &[
+                "passes these environment variables on",
+                "SOFTHSM2_CONF",
+                "[token.environment]",
+            ],
         );
     }
     // Nothing of it is said of a failure that has another cause.

@@ -158,7 +158,7 @@ fn a_full_token_is_named_and_keeps_nothing_of_the_attempt() {
         let words = [
             "DeviceMemory from C_GenerateKey",
             "may be full",
-            "remove objects",
+            "remove unused objects",
         ];
         says(part, &made, TOKEN, &words);
         assert_eq!(objects(&site), before, "{part}");

@@ -371,7 +371,7 @@ async fn on_reload_a_file_that_another_user_could_change_is_not_taken_over() {
     drop(harmed);
     until("the keys of the issuer to be read", || {
         site.log()[before..]
-            .contains("the key set can be had again")
+            .contains("the issuer's key set is available again")
             .then_some(())
     });
 }

@@ -101,7 +101,7 @@ async fn a_token_without_keys_for_hmac_serves_once_the_digest_of_the_file_is_con
         "by default",
         &refused,
         TOKEN,
-        &["keeps the integrity key outside the token"],
+        &["the integrity key is then outside the token"],
     );
     permit(&site);
     let made = site.run(&GENERATE[2..]);
@@ -124,7 +124,10 @@ async fn a_token_without_keys_for_hmac_serves_once_the_digest_of_the_file_is_con
     let sentence = "a person who reads the memory of a worker";
     let checked = site.run(&["token", "check"]);
     says("token check", &checked, 0, &[sentence]);
-    let row = format!("the workers unwrap it from {}", file.display());
+    let row = format!(
+        "the workers unwrap the integrity key from {}",
+        file.display()
+    );
     assert!(checked.stdout.contains(&row), "{checked:#?}");
     let listed = site.expect_ok(&["-o", "json", "key", "list"]);
     let listed: Value = serde_json::from_str(&listed).unwrap();
@@ -225,7 +228,7 @@ fn a_missing_file_and_settings_without_the_word_are_refused_by_name() {
         says(what, &backup, TOKEN, words);
     };
     fs::remove_file(&file).unwrap();
-    refuses("lost", &[path, "restore it from a backup"]);
+    refuses("lost", &[path, "restore the file from a backup"]);
     // It never makes another key for a key that is registered.
     let id = file.file_stem().unwrap().to_str().unwrap();
     let again = site.run(&["key", "register", id]);
@@ -261,7 +264,9 @@ fn a_lost_row_and_a_lost_file_do_not_lead_to_another_key() {
     let refused = site.run(&["key", "register", &id]);
     assert_ne!(refused.code, Some(0), "{refused:#?}");
     assert!(
-        !refused.stderr.contains("move it to another directory"),
+        !refused
+            .stderr
+            .contains("move the file to another directory"),
         "{refused:#?}"
     );
     assert!(!file.exists());
@@ -348,7 +353,7 @@ fn an_rsa_key_without_a_file_gets_an_integrity_key_when_it_is_registered() {
         "again",
         &again,
         CONFIGURATION,
-        &["move it to another", DIGESTS],
+        &["move the file to another", DIGESTS],
     );
     assert_eq!(fs::read(&file).unwrap(), kept);
     pin(&site, &made);

@@ -4,7 +4,10 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Command, Output},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -26,6 +29,8 @@ use super::{
     stamp, user,
 };
 
+/// What a client waits for its answer.
+const DEADLINE: Duration = Duration::from_secs(5);
 const NO_TLS: [&str; 0] = [];
 /// In the environment of a process that a test starts of itself: the database.
 const CHILD: &str = "KEYBROKER_TEST_STORE_SETTINGS";
@@ -254,27 +259,105 @@ fn variables_that_would_count_are_refused() {
 
 /// Hands everything on to a port, later: a server in another zone.
 async fn distant_proxy(port: u16, delay: Duration) -> u16 {
+    proxy(port, delay, Arc::default()).await
+}
+
+/// A proxy that stops forwarding on the connections that are open when `lost` is raised, and says so to neither side.
+async fn proxy(port: u16, delay: Duration, lost: Arc<AtomicU32>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             let server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
             let (client, server) = (client.into_split(), server.into_split());
-            tokio::spawn(hand_on(client.0, server.1, delay));
-            tokio::spawn(hand_on(server.0, client.1, Duration::ZERO));
+            tokio::spawn(hand_on(client.0, server.1, delay, Arc::clone(&lost)));
+            tokio::spawn(hand_on(
+                server.0,
+                client.1,
+                Duration::ZERO,
+                Arc::clone(&lost),
+            ));
         }
     });
     near
 }
 
-async fn hand_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, delay: Duration) {
+async fn hand_on(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    delay: Duration,
+    lost: Arc<AtomicU32>,
+) {
+    let begun = lost.load(Ordering::SeqCst);
     let mut bytes = vec![0; 65_536];
     while let Ok(count @ 1..) = from.read(&mut bytes).await {
+        if lost.load(Ordering::SeqCst) != begun {
+            std::future::pending::<()>().await;
+        }
         tokio::time::sleep(delay).await;
         if to.write_all(&bytes[..count]).await.is_err() {
             return;
         }
     }
+}
+
+/// Settings that use a proxy instead of the server.
+fn through(settings: &Settings, near: u16) -> Settings {
+    let (start, rest) = settings.url.as_str().split_once("127.0.0.1:").unwrap();
+    let (_, end) = rest.split_once('/').unwrap();
+    Settings {
+        url: format!("{start}127.0.0.1:{near}/{end}").into(),
+        ..settings.clone()
+    }
+}
+
+fn port_of(settings: &Settings) -> u16 {
+    let (_, rest) = settings.url.as_str().split_once("127.0.0.1:").unwrap();
+    rest.split_once('/').unwrap().0.parse().unwrap()
+}
+
+/// A firewall that forgets its connections: they are open at both ends, and nothing passes. No call may wait for one after
+/// another.
+async fn connections_lost_in_silence_cost_no_read(kind: Kind) {
+    const CONNECTIONS: usize = 10;
+    let server = Server::start(kind);
+    let database = server.database();
+    let here = Settings {
+        tls: Tls::Plaintext,
+        ..server.network_settings("127.0.0.1", &database)
+    };
+    store::migrate(&here, false).await.unwrap();
+    let lost = Arc::new(AtomicU32::new(0));
+    let near = proxy(port_of(&here), Duration::from_millis(20), Arc::clone(&lost)).await;
+    let store = store::open(&through(&here, near)).await.unwrap();
+    store
+        .create(revision(&user("alice"), 1, 1), stamp())
+        .await
+        .unwrap();
+    for _ in 0..3 {
+        let reads = (0..CONNECTIONS).map(|_| {
+            let store = Arc::clone(&store);
+            async move { store.record(&user("alice")).await }
+        });
+        for read in futures_util::future::join_all(reads).await {
+            assert!(read.unwrap().is_some());
+        }
+        // Longer than a connection may be unused before it is tested.
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
+        lost.fetch_add(1, Ordering::SeqCst);
+        let read = tokio::time::timeout(DEADLINE, store.record(&user("alice"))).await;
+        assert!(read.expect("a read in time").unwrap().is_some());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_to_postgresql_that_are_lost_in_silence_cost_no_read() {
+    connections_lost_in_silence_cost_no_read(Kind::PostgreSql).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_to_mariadb_that_are_lost_in_silence_cost_no_read() {
+    connections_lost_in_silence_cost_no_read(Kind::MariaDb).await;
 }
 
 /// What is written every few seconds must be written in time there, too.
@@ -286,13 +369,8 @@ async fn last_uses_are_written_over_a_slow_network(kind: Kind) {
         ..server.network_settings("127.0.0.1", &database)
     };
     store::migrate(&here, false).await.unwrap();
-    let (start, rest) = here.url.as_str().split_once("127.0.0.1:").unwrap();
-    let (port, end) = rest.split_once('/').unwrap();
-    let near = distant_proxy(port.parse().unwrap(), Duration::from_millis(30)).await;
-    let there = Settings {
-        url: format!("{start}127.0.0.1:{near}/{end}").into(),
-        ..here.clone()
-    };
+    let near = distant_proxy(port_of(&here), Duration::from_millis(30)).await;
+    let there = through(&here, near);
     let store = store::open_tables(&there).await.unwrap();
     // As many as the broker writes at once, and a portion that is not full.
     let at = Timestamp::now();

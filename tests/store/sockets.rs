@@ -174,5 +174,8 @@ async fn a_user_of_the_server_who_does_not_exist_is_named() {
     };
     assert_eq!(missing.file_problems(), Vec::<String>::new());
     let refused = store::status(&missing).await.unwrap_err().to_string();
-    assert!(refused.contains("whether the server runs"), "{refused}");
+    assert!(
+        refused.contains("whether the database server runs"),
+        "{refused}"
+    );
 }

@@ -184,7 +184,12 @@ async fn a_database_that_was_swapped_is_not_used() {
             );
         }
         let error = store.ping().await.unwrap_err();
-        assert!(error.to_string().contains("put the file back"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .contains("put the original database file back"),
+            "{error}"
+        );
     }
 
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! Readers of this crate for the fuzz targets of `tests/fuzz-targets`. No program uses them.
+//! Gives the fuzz targets in `tests/fuzz-targets` access to parsers of this crate. Programs do not
+//! use this module.
 
 use std::convert::Infallible;
 
@@ -13,7 +14,8 @@ use super::{
     rpc::{clients, page},
 };
 
-/// Reads the key out of a request of the REST API whose body arrives in these pieces.
+/// Parses a request of the REST API and returns its user key. The body of the request arrives in
+/// `pieces`.
 pub async fn rest_body(content_type: &[u8], pieces: Vec<Vec<u8>>) -> Option<KeyMaterial> {
     let mut headers = HeaderMap::new();
     let value = HeaderValue::from_bytes(content_type).ok()?;
@@ -22,14 +24,14 @@ pub async fn rest_body(content_type: &[u8], pieces: Vec<Vec<u8>>) -> Option<KeyM
     body::key(&headers, Body::from_stream(pieces)).await.ok()
 }
 
-/// Reads a page token of user keys, and writes it again.
+/// Decodes a page token for user keys, and encodes it again.
 pub fn page_token_of_user_keys(token: &str) -> Option<String> {
     let position = page::decode(token).ok()?;
-    // No token and the beginning of the list are one position.
+    // An empty page token means the beginning of the list.
     Some(page::encode((!token.is_empty()).then_some(&position)))
 }
 
-/// Reads a page token of API clients, and writes it again.
+/// Decodes a page token for API clients, and encodes it again.
 pub fn page_token_of_clients(token: &str) -> Option<String> {
     let position = clients::position(token).ok()?;
     Some(clients::token((!token.is_empty()).then_some(&position)))

@@ -1,4 +1,5 @@
-//! The APIs of the broker: gRPC ([`rpc`]), and REST for Bitwarden clients ([`rest`]). Both call the `broker` crate.
+//! The APIs of the broker: gRPC ([`rpc`]), and REST for Bitwarden clients ([`rest`]). Both APIs call the `broker`
+//! crate.
 
 #[doc(hidden)]
 pub mod fuzzing;

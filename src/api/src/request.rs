@@ -1,8 +1,8 @@
-//! Runs one call. The call takes one of the places of its connection, ends at its deadline, and runs in a separate task. Its span
-//! adds the call id to every log line.
+//! Runs one call in a separate task, until its deadline. Each connection has a limited number of places for concurrent calls, and
+//! a call takes one of these places. The tracing span of a call adds the call id to every log line.
 //!
-//! Because of the separate task, a call still writes its audit entry if its caller disconnects or its deadline passes. The call
-//! keeps its place until then, so a caller cannot exceed its concurrent calls by disconnecting.
+//! Because a call runs in a separate task, it writes its audit entry even if the caller cancels the call or the deadline passes.
+//! A call keeps its place until its task has ended, so a caller cannot exceed the limit of concurrent calls by cancelling calls.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -25,7 +25,7 @@ use keybroker_core::{
 pub(crate) enum Unanswered {
     /// The call did not begin, and has no audit entry yet.
     NotBegun(Error),
-    /// The call began. Its audit entry is or will be in the log.
+    /// The call began, and its handler has written the audit entry or will write it.
     Ended(Error),
 }
 
@@ -49,7 +49,7 @@ pub(crate) async fn run(
     let deadline = deadline.instant();
     let place = Arc::clone(places).acquire_owned();
     let place = tokio::time::timeout_at(deadline.into(), place).await;
-    // A call whose deadline has passed does not begin, even if a place was free.
+    // A call whose deadline has passed does not begin, even if the connection has a free place.
     let Some(place) = place.ok().filter(|_| Instant::now() < deadline) else {
         let error = Error::new(
             Reason::Deadline,
@@ -59,7 +59,8 @@ pub(crate) async fn run(
     };
     let running = async move {
         let response = work.await;
-        // The call keeps its place until the answer is sent. Otherwise its connection would look idle and could be closed.
+        // The call keeps its place until the answer is sent, because the connection would otherwise look idle and could be
+        // closed.
         response.map(|body| held(body, place))
     };
     let task = calls.spawn(running.in_current_span());
@@ -77,7 +78,7 @@ pub(crate) async fn run(
     }
 }
 
-/// A body that keeps a value until the body was sent or dropped.
+/// Returns a body that keeps `what` until the body is sent or dropped.
 fn held(body: Body, what: impl Send + 'static) -> Body {
     Body::new(body.map_frame(move |frame| {
         let _ = &what;

@@ -1,16 +1,13 @@
 //! The REST API, which implements the Key Connector interface of Bitwarden clients. The API parses requests, calls the
 //! broker, and converts answers and errors.
 //!
-//! | Request | Answer |
-//! |---|---|
-//! | `GET /user-keys` | the key of the access token's user |
-//! | `POST /user-keys` | 200 if the key was stored; an existing key is never replaced |
-//! | `PUT /user-keys` | 200 if the key was stored; an existing key is replaced |
-//! | `GET /alive`, `/now`, `/health` | the time, and whether keys can be released; no credential is needed |
+//! `GET /user-keys` returns the key of the access token's user. `POST /user-keys` stores a key and never replaces an
+//! existing key. `PUT /user-keys` stores a key and replaces an existing key. `GET /alive` and `GET /now` return the time,
+//! and `GET /health` returns whether the broker can release keys; these three requests need no credential.
 //!
 //! Clients log their user out after an error, and treat every status except 200 as an error. The API therefore retries
-//! during short outages of token, store and audit log, and returns 404 only if the user has no key. The user is the
-//! subject of the credential; a request cannot select another user.
+//! calls to the broker during short outages of the token, the store or the audit log, and returns 404 only if the user
+//! has no key. The user is the subject of the credential; a request cannot select another user.
 //!
 //! Mitigation: M21 of `THREAT_MODEL.md`.
 
@@ -33,7 +30,7 @@ mod user_keys;
 
 pub use settings::Settings;
 
-/// The shared parts that calls need.
+/// The state that all calls of the REST API share.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The broker that handles every call.
@@ -42,7 +39,7 @@ pub struct Context {
     pub call_timeout_max: Duration,
     /// The calls in progress, including those whose callers have disconnected.
     pub calls: TaskTracker,
-    /// Places for requests that wait for a retry.
+    /// Limits the number of requests that wait for a retry.
     retries: Arc<Semaphore>,
 }
 

@@ -35,12 +35,12 @@ pub use middleware::Context;
 
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: usize = 64 * 1024;
-/// Longest message of a health check, in bytes. The message has the name of a service.
+/// Longest message of a health check, in bytes. A health check sends only the name of a service.
 pub const HEALTH_BYTES_MAX: usize = 1024;
 
-/// Name of the user-key service, also for health checks.
+/// Name of the user-key service, which health checks also use.
 pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
-/// Name of the admin API's service, also for health checks.
+/// Name of the admin API's service, which health checks also use.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 
 /// The services of a listener.
@@ -87,7 +87,7 @@ where
             let mut builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                // Descriptors for the details of errors.
+                // Clients decode the details of errors with these descriptors.
                 .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name(H::NAME);
             // Reflection lists only the services of this listener.
@@ -113,7 +113,8 @@ where
     ))
 }
 
-/// An authenticated call in progress. Only the middleware makes it, after authenticating the caller.
+/// An authenticated call in progress. Only the middleware creates an `AuthenticatedCall`, after it has
+/// authenticated the caller.
 #[derive(Clone, Debug)]
 struct AuthenticatedCall {
     principal: Arc<Principal>,
@@ -130,7 +131,7 @@ impl AuthenticatedCall {
         })
     }
 
-    /// Returns the parsed request. A refusal gets an audit entry.
+    /// Returns the parsed request. If the request cannot be parsed, the broker writes an audit entry.
     async fn parsed<T>(
         &self,
         broker: &Broker,

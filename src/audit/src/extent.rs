@@ -1,7 +1,8 @@
-//! The numbers of a log's segments and their total size, in a form that is short enough for a state file.
+//! The extents of a log: the numbers of its segments and their total size, in a form that is short enough for a state
+//! file.
 //!
-//! The start compares them with the directory. The comparison detects a segment that was removed or truncated while the
-//! broker was stopped.
+//! When the broker starts, it compares the stored extents with the log's directory. The comparison detects a segment
+//! that was removed or truncated while the broker was stopped.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -24,8 +25,8 @@ pub(super) struct Extent {
     pub(super) bytes: u64,
 }
 
-/// Computes the extents of a log from the durable bytes of each segment. A segment without durable bytes may be created
-/// again and is ignored. If a log has too many gaps, only the newest extents are kept.
+/// Computes the extents of a log from the durable bytes of each segment. A segment without durable bytes is ignored,
+/// because the writer may create it again. If a log has too many gaps, only the newest extents are kept.
 pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::new();
     for (number, bytes) in segments.filter(|(_, bytes)| *bytes > 0) {
@@ -45,8 +46,8 @@ pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent>
     extents.split_off(surplus)
 }
 
-/// Returns what is missing from a stored extent. Segments may have been added since then, and the last segment may have
-/// grown.
+/// Returns a description of the segments and bytes that are missing from a stored extent. Since the extent was stored,
+/// segments may have been added, and the last segment may have grown.
 pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<String> {
     let mut bytes = 0_u64;
     let mut next = extent.first;
@@ -62,7 +63,7 @@ pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<
     }
     (bytes < extent.bytes).then(|| {
         format!(
-            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, but {} were written",
+            "segments {:08}.jsonl to {:08}.jsonl have {bytes} bytes, but {} bytes were written",
             extent.first, extent.last, extent.bytes
         )
     })

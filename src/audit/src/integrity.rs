@@ -1,5 +1,5 @@
-//! Checks whether the files of a log are still those that this process wrote. The directory, `log-id`, `lock` and every
-//! segment are compared by device, inode and length.
+//! Checks whether the files of a log are still the files that this process wrote. The directory, `log-id`, `lock` and
+//! every segment are compared by device, inode and length.
 //!
 //! Not detected: bytes inside a file that are replaced without changing its length.
 //!
@@ -17,7 +17,7 @@ use super::{
     segment::{self, FileId, LOCK, LOG_ID},
 };
 
-/// The identity and length of a file after this process last wrote it.
+/// The identity and the length that a file had after this process last wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Written {
     pub(super) id: FileId,
@@ -38,7 +38,7 @@ impl Written {
 pub(super) struct Files {
     directory: PathBuf,
     own: FileId,
-    /// The file system of the parent directory. A change means that a volume was mounted or unmounted.
+    /// The file system of the parent directory. If this device number changes, a volume was mounted or unmounted.
     parent_device: u64,
     log_id: Written,
     lock: FileId,
@@ -46,7 +46,7 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Reads the current state of the files. The process must hold the lock, and nothing must be being written.
+    /// Reads the current state of the files. The caller must hold the lock of the log, and no write may be in progress.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let read = || -> io::Result<Self> {
             Ok(Self {
@@ -67,7 +67,7 @@ impl Files {
         Ok(files)
     }
 
-    /// Returns the number and length of every segment, as this process left it.
+    /// Returns the number of every segment, and the length that the segment had after this process last wrote it.
     pub(super) fn lengths(&self) -> impl Iterator<Item = (u64, u64)> {
         self.segments
             .iter()
@@ -92,8 +92,8 @@ impl Files {
     }
 
     /// Checks the newest segment, before and after each group of entries. The check is a single system call, because a
-    /// group costs little more than its sync. Since the path contains the directory, the check also detects a directory
-    /// that was moved or replaced. [`Files::check_all`] checks the other files.
+    /// slower check would delay each group of entries. The path of the segment contains the directory, so the check
+    /// also detects a directory that was moved or replaced. [`Files::check_all`] checks the other files.
     pub(super) fn check_newest(&self, number: u64) -> Result<(), Error> {
         self.check_segment(number)
             .or_else(|error| self.check_directory().and(Err(error)))
@@ -139,7 +139,8 @@ impl Files {
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
     }
 
-    /// Checks the identity of a segment, but allows additional bytes: those of a failed write are removed afterwards.
+    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed write
+    /// after this check.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());
@@ -161,7 +162,10 @@ impl Files {
         }
         let bytes = meta.len();
         if bytes != written.bytes {
-            let what = format!("has {bytes} bytes, but {} were written", written.bytes);
+            let what = format!(
+                "has {bytes} bytes, but {} bytes were written",
+                written.bytes
+            );
             return Err(tampered(&path, &what));
         }
         Ok(())
@@ -175,8 +179,8 @@ impl Files {
         }
     }
 
-    /// Reads the metadata of a file. A missing file was removed by another process; other errors come from the file
-    /// system.
+    /// Reads the metadata of a file. If the file is missing, another process has removed it; all other errors come from
+    /// the file system.
     fn look(path: &Path) -> Result<Metadata, Error> {
         fs::symlink_metadata(path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {

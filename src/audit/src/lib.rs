@@ -1,9 +1,9 @@
 //! The audit log. Each decision leaves one durable entry, which is written before the answer is sent.
 //!
 //! A log is a directory under an exclusive lock, with append-only segments of mode 0600. Each line is one RFC 8785
-//! (canonical JSON) object with integers only, and ends with LF. The entries have a `log_id` and sequence numbers
-//! without gaps. One thread writes and syncs entries in groups. An entry that cannot be made durable within
-//! [`APPEND_TIMEOUT`] is an error, and its caller must refuse the request (fail closed).
+//! (canonical JSON) object with integers only, and ends with LF. All entries of a log have the same `log_id`, and their
+//! sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot be made durable
+//! within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
 
 use std::{borrow::Cow, path::PathBuf, time::Duration};
 
@@ -43,8 +43,8 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The parent directory, of mode 0700. `serve` writes to the directory `audit.instance` below it, and each run of a
-    /// changing command writes to `cli-…/`.
+    /// The parent directory, of mode 0700. `serve` writes to the subdirectory with the name `audit.instance`, and each
+    /// run of a changing command writes to a subdirectory `cli-…/`.
     pub directory: PathBuf,
     /// Name of this instance's log below the directory: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "default_instance")]
@@ -55,7 +55,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Opens the log of this name. Creates its directory, and the directory above it if its parent exists.
+    /// Opens the log with this name. Creates the log's directory, and also the audit directory above the log's
+    /// directory if the parent of the audit directory exists.
     pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         segment::note_open_directory(&self.directory);
@@ -63,8 +64,8 @@ impl Settings {
     }
 
     /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps facts about the log in the state
-    /// directory. The function refuses a log that is missing, that ends before the last durable entry, or whose
-    /// tampering no operator has acknowledged.
+    /// directory. The function refuses a log that is missing, a log that ends before the last durable entry, and a log
+    /// with tampering that no operator has acknowledged.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         segment::note_open_directory(&self.directory);
@@ -76,7 +77,8 @@ impl Settings {
     }
 
     /// Examines the files of this instance's log without opening it, because a broker may be using it. Like
-    /// [`Settings::open_instance`], refuses a log that is missing or whose tampering no operator has acknowledged.
+    /// [`Settings::open_instance`], refuses a log that is missing or that has tampering which no operator has
+    /// acknowledged.
     pub fn examine_instance(&self) -> Result<ClosedLog, Error> {
         ClosedLog::examine(self.directory.join(&self.instance), self.memory())
     }
@@ -86,8 +88,8 @@ impl Settings {
         self.memory().tampering()
     }
 
-    /// Acknowledges detected tampering on behalf of an operator. A running broker processes this within a second, a
-    /// stopped one at its next start.
+    /// Acknowledges detected tampering on behalf of an operator. A running broker processes the acknowledgement within
+    /// a second, and a stopped broker at its next start.
     pub fn acknowledge_tampering(
         &self,
         tampering: &Tampering,
@@ -102,8 +104,8 @@ impl Settings {
     }
 
     /// Requests the removal of the oldest segments up to number `through`, on behalf of an operator. The newest segment
-    /// always stays. A running broker removes them within a second, a stopped one at its next start. An entry records
-    /// the removal.
+    /// is never removed. A running broker removes the segments within a second, and a stopped broker at its next start.
+    /// An audit entry records the removal.
     pub fn request_removal(&self, through: u64, principal: &str) -> Result<(), Error> {
         let principal = principal.to_owned();
         let removal = memory::Removal { principal, through };
@@ -129,7 +131,7 @@ impl Settings {
             mark => verify::verify_to(&directory, mark?)?,
         };
         if let Some(tampering) = memory.tampering()? {
-            let what = format!("found while the broker served: {}", tampering.finding);
+            let what = format!("found while the broker was running: {}", tampering.finding);
             report.problems.push(what);
         }
         Ok(report)
@@ -169,18 +171,20 @@ pub enum EntryKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// The action was done. In an intent, it is about to be done.
+    /// The action was done. In an intent, this result means that the action is about to be done.
     Ok,
-    /// Policy or authentication refused it.
+    /// Policy or authentication refused the action.
     Denied,
     /// The action failed, and nothing was released or changed.
     Failed,
-    /// The action may have been done, completely or in part. For a recovered intent, the log's owner can no longer find
-    /// out. For a command that failed in the middle, the count is the smallest number of completed changes.
+    /// The action may have been done, completely or in part. In the outcome of a recovered intent, this result means
+    /// that the outcome can no longer be determined. In the entry of a command that failed after its first changes, the
+    /// count is the smallest possible number of completed changes.
     Unknown,
 }
 
-/// One entry, before the log adds `log_id`, sequence and time. The line contains no absent fields.
+/// One entry, before the log adds `log_id`, sequence number and time. A field that is `None` is left out of the entry's
+/// line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The kind of the entry.
@@ -211,21 +215,21 @@ pub struct Entry {
     pub call_id: Option<CallId>,
     /// The client's request id.
     pub request_id: Option<RequestId>,
-    /// The exact cause, if a reason has several causes.
+    /// The exact cause, if the reason can have several causes.
     pub cause: Option<Cow<'static, str>>,
     /// The address from which the connection came.
     pub peer: Option<String>,
-    /// Number of events that this entry stands for, if more than one.
+    /// Number of events that this entry represents, if it represents more than one event.
     pub count: Option<u64>,
-    /// Number of bytes of the log's own files that this entry concerns.
+    /// Number of bytes of the audit log that this entry concerns.
     pub bytes: Option<u64>,
     /// The API client that was created or changed.
     pub client: Option<ClientId>,
-    /// The grant of that API client.
+    /// The grant of the API client that was created or changed.
     pub grant: Option<String>,
     /// The identity of the database that is used with the log.
     pub store: Option<String>,
-    /// The risks of the token that its settings accept.
+    /// The risks that the token's settings accept.
     pub risks: Option<String>,
 }
 
@@ -306,7 +310,7 @@ enum Class {
     InUse,
     Slow,
     Tampered,
-    /// Tampering was found and the log is latched. The text contains the remedy.
+    /// Tampering was found and the log is latched. The text of the error contains the remedy.
     Latched,
 }
 
@@ -318,7 +322,7 @@ impl Error {
         }
     }
 
-    /// Returns an error about a log file that is not the one that was written.
+    /// Returns an error about a file of the log that another process has changed, replaced or removed.
     fn tampered(finding: impl Into<String>) -> Self {
         Self {
             text: finding.into(),
@@ -334,15 +338,15 @@ impl Error {
         &self.text
     }
 
-    /// Adds the remedy to the error: only an operator can end this state.
+    /// Adds the remedy to the error: an operator must acknowledge the tampering.
     fn latched(self) -> Self {
         if self.class == Class::Latched {
             return self;
         }
         Self {
             text: format!(
-                "{}; nothing is released or changed until an operator runs `keybroker audit acknowledge`. Keep the directory \
-                 unchanged for the auditors",
+                "{}; no key is released or changed until an operator runs `keybroker audit acknowledge`. Keep the \
+                 directory of the audit log unchanged for the auditors",
                 self.text
             ),
             class: Class::Latched,

@@ -1,5 +1,5 @@
-//! The encoding of one entry as one line of RFC 8785 canonical JSON. Names are ASCII and sorted, numbers are integers,
-//! and the escapes of `serde_json` are the canonical ones.
+//! The encoding of one entry as one line of RFC 8785 canonical JSON. Field names are ASCII and sorted, numbers are
+//! integers, and the escapes of `serde_json` are the canonical escapes.
 
 use std::io::Write as _;
 
@@ -13,7 +13,7 @@ use keybroker_core::{
 
 use super::{Entry, EntryKind, OpenIntent, Outcome};
 
-/// The values that the log adds to an entry.
+/// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'a> {
     pub(super) log_id: &'a str,
@@ -21,7 +21,8 @@ pub(super) struct Place<'a> {
     pub(super) at: Timestamp,
 }
 
-/// Appends the line with its LF. Fields are written in the order of their names, which is the canonical order.
+/// Appends the line of an entry and an LF to `line`. Fields are written in the order of their names, which is the
+/// canonical order.
 pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
     object.text("action", Some(&entry.action));
@@ -52,7 +53,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.end();
 }
 
-/// A JSON object that is being written. Names are ASCII words and need no escape.
+/// A JSON object that is being written. Field names are ASCII words and need no escape.
 struct Object<'a> {
     line: &'a mut Vec<u8>,
     separator: u8,
@@ -74,7 +75,7 @@ impl<'a> Object<'a> {
         self.line.extend(b"\":");
     }
 
-    /// Writes a text of a caller. The escapes of `serde_json` are those of RFC 8785.
+    /// Writes a text that a caller may have chosen. The escapes of `serde_json` are the escapes that RFC 8785 requires.
     fn text(&mut self, name: &str, value: Option<&str>) {
         if let Some(value) = value {
             self.name(name);
@@ -118,10 +119,11 @@ pub(super) struct Parsed {
     fields: Value,
 }
 
-/// Parses a line without its LF. Returns `None` unless every byte is canonical.
+/// Parses a line without its LF. Returns `None` if any byte of the line is not canonical.
 pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
     let fields: Value = serde_json::from_slice(line).ok()?;
-    // Duplicate names, spaces and other escapes survive parsing, but not serialising again.
+    // The parser accepts duplicate names, spaces and other escapes, but they are lost when the object is serialised
+    // again.
     if fields.to_string().as_bytes() != line {
         return None;
     }
@@ -140,7 +142,7 @@ pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
 }
 
 impl Parsed {
-    /// Returns the intent in this line; `None` for a line of another kind.
+    /// Returns the intent in this line, or `None` if the line contains an entry of another kind.
     pub(super) fn intent(&self) -> Option<OpenIntent> {
         if self.kind != kind_name(EntryKind::Intent) {
             return None;

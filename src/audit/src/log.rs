@@ -21,10 +21,11 @@ use super::{
     writer::{self, Command, Waiting, Writer},
 };
 
-/// Largest number of entries that wait for the writer. Further entries are refused immediately.
+/// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
-/// The audit log of one instance. Clones share it. Dropping the last clone, or [`AuditLog::close`], ends the writer.
+/// The audit log of one instance. Clones share it. The writer ends when the last clone is dropped, or after
+/// [`AuditLog::close`].
 #[derive(Clone)]
 pub struct AuditLog(Arc<Inner>);
 
@@ -32,12 +33,12 @@ struct Inner {
     directory: PathBuf,
     /// The id at the time when the log was opened.
     log_id: String,
-    /// The facts about this log in the state directory; absent for the log of a command.
+    /// The facts about this log in the state directory; `None` for the log of a command.
     memory: Option<Memory>,
     is_binding_required: bool,
     commands: Sender<Command>,
     shared: Arc<Shared>,
-    /// Disconnected when the writer's thread has ended.
+    /// A channel that is disconnected when the writer's thread has ended.
     ended: Receiver<()>,
     /// The newest changes in the log when it was opened.
     changes: Vec<Change>,
@@ -53,7 +54,7 @@ impl fmt::Debug for AuditLog {
 
 impl AuditLog {
     /// Opens the log in a directory, and creates the directory if its parent exists. Returns the intents without an
-    /// outcome. A torn tail is set aside, and an entry records that.
+    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records this.
     pub fn open(
         directory: &Path,
         segment_bytes_max: u64,
@@ -80,8 +81,8 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
-        // Written before the log exists, so that after an interrupted start a new log is not mistaken for one of an
-        // earlier release.
+        // This fact is written before the log exists. Therefore, after an interrupted start, a new log is not mistaken
+        // for the log of an earlier release.
         if let Some(memory) = memory
             && acknowledgement.is_none()
             && !directory.join(segment::LOG_ID).exists()
@@ -164,14 +165,15 @@ impl AuditLog {
         &self.0.log_id
     }
 
-    /// Whether the database must know this log, if it was used with other logs of this instance. The database need not
-    /// know a log of an earlier release until [`AuditLog::require_binding`] is called, or a log whose tampering an
-    /// operator has acknowledged.
+    /// Whether the database must know this log, if the database was used with other logs of this instance. There are
+    /// two kinds of logs that the database need not know: a log of an earlier release until
+    /// [`AuditLog::require_binding`] is called, and a log with tampering that an operator has acknowledged.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
 
-    /// Records that the database knows this log. From now on, [`AuditLog::is_binding_required`] is true.
+    /// Records that the database knows this log. At the next start of the broker, [`AuditLog::is_binding_required`] is
+    /// true.
     pub fn require_binding(&self) -> Result<(), Error> {
         match &self.0.memory {
             Some(memory) => memory.require_binding(),
@@ -179,8 +181,8 @@ impl AuditLog {
         }
     }
 
-    /// Latches the log as one that replaced another log, until an operator acknowledges that. Returns the error for the
-    /// caller.
+    /// Latches the log until an operator acknowledges the finding, because the log has replaced a log that the database
+    /// knows. Returns the error for the caller.
     pub fn refuse_unknown(&self) -> Error {
         let finding = unknown_to_database(&self.0.directory);
         match &self.0.memory {
@@ -194,10 +196,10 @@ impl AuditLog {
         &self.0.changes
     }
 
-    /// Makes an entry durable and returns its sequence number. Otherwise, returns an error within [`APPEND_TIMEOUT`],
-    /// or immediately while the disk hangs. The entry may still appear in the log after an error, so the log can
-    /// contain more than what happened, but never less. A `recovered` entry for an intent that is not open is
-    /// unnecessary and is not written.
+    /// Makes an entry durable and returns its sequence number. If the entry does not become durable, returns an error
+    /// within [`APPEND_TIMEOUT`], or immediately while the disk hangs. After an error, the entry may still appear in
+    /// the log. Therefore the log can contain actions that did not happen, but every action that happened is in the
+    /// log. A `recovered` entry for an intent that is not open is unnecessary and is not written.
     pub async fn append(&self, entry: Entry) -> Result<u64, Error> {
         Self::written(self.send(entry, Command::Append)?).await
     }
@@ -216,7 +218,7 @@ impl AuditLog {
         }
     }
 
-    /// Does the same as [`AuditLog::append`], for code that is not async.
+    /// Makes an entry durable as [`AuditLog::append`] does, for code that is not async.
     pub fn append_blocking(&self, entry: Entry) -> Result<u64, Error> {
         let done = self.send(entry, Command::Append)?;
         done.blocking_recv().map_err(|_| stopped())?
@@ -247,8 +249,8 @@ impl AuditLog {
         last_lines(&self.0.directory, limit, Some(self.0.shared.durable()))
     }
 
-    /// Writes the queued entries and a closing entry, and waits for them for at most [`CLOSE_TIMEOUT`]. The next start
-    /// completes what was interrupted.
+    /// Writes the queued entries and a closing entry, and waits for them for at most [`CLOSE_TIMEOUT`]. If the closing
+    /// is interrupted, the next start completes the log.
     pub fn close(self) {
         let until = Instant::now() + CLOSE_TIMEOUT;
         let asked = self.0.commands.send_deadline(Command::Close, until).is_ok();
@@ -273,7 +275,8 @@ pub struct ClosedLog {
 
 impl ClosedLog {
     pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
-        // An acknowledgement accepts a log that the database does not know. Opening the log has the same effect.
+        // An operator's acknowledgement also accepts a log that the database does not know, here and when the broker
+        // opens the log.
         let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
         let id = segment::existing_log_id(&directory)?;
         let is_binding_required =
@@ -286,7 +289,7 @@ impl ClosedLog {
         })
     }
 
-    /// The id of the log. Absent before the first start of the instance.
+    /// The id of the log, or `None` before the first start of the broker instance.
     pub fn id(&self) -> Option<&str> {
         self.id.as_deref()
     }
@@ -296,7 +299,7 @@ impl ClosedLog {
         self.is_binding_required
     }
 
-    /// Does the same as [`AuditLog::refuse_unknown`].
+    /// Latches the log as [`AuditLog::refuse_unknown`] does.
     pub fn refuse_unknown(&self) -> Error {
         found_at_start(&self.memory, unknown_to_database(&self.directory))
     }
@@ -304,15 +307,15 @@ impl ClosedLog {
 
 fn unknown_to_database(directory: &Path) -> String {
     format!(
-        "the log in {} is new, but the database was used with other logs of this instance. If this is another host or replica, give \
-         the instance a unique name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, and start \
-         again. Otherwise the log was replaced, lost or moved while the broker was stopped",
+        "the log in {} is new, but the database was used with other logs of this instance. If this host or replica is \
+         new, give it a unique instance name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, \
+         and start again. If it is not new, its log was replaced, lost or moved while the broker was stopped",
         directory.display()
     )
 }
 
-/// Returns the operator's acknowledgement of earlier tampering. Fails if tampering was found and not acknowledged, or
-/// if the directory is missing although it had entries.
+/// Returns the operator's acknowledgement of earlier tampering. Returns an error if tampering was found and not
+/// acknowledged, or if the log's directory is missing although it contained entries.
 fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowledgement>, Error> {
     let acknowledgement = memory.acknowledgement()?;
     if acknowledgement.is_some() {
@@ -339,8 +342,8 @@ fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
 }
 
 /// Compares the directory with the last entry that is known to be durable, and with the segments that existed. After an
-/// acknowledgement, entries may be missing. The sequence then continues after the missing entries, so that the gap
-/// stays visible.
+/// operator acknowledged tampering, entries may be missing. In this case, the sequence continues after the missing
+/// entries, so that the gap stays visible.
 fn compare_with_mark(
     memory: &Memory,
     log_id: &str,
@@ -349,7 +352,7 @@ fn compare_with_mark(
     is_acknowledged: bool,
 ) -> Result<(), Error> {
     if is_acknowledged {
-        // A damaged mark may have been the acknowledged finding.
+        // The mark is not used if it is damaged, because the damaged mark may be the tampering that was acknowledged.
         if let Ok(Some(mark)) = memory.mark()
             && mark.log_id == log_id
         {
@@ -387,9 +390,9 @@ fn compare_with_mark(
 
 fn found_at_start(memory: &Memory, finding: String) -> Error {
     let error = Error::tampered(finding);
-    // If the finding cannot be stored, the next start finds it again.
+    // If the finding cannot be stored, the next start detects the tampering again.
     if let Err(unwritten) = memory.set_tampering(error.finding()) {
-        tracing::warn!(error = %unwritten, "cannot store the finding of tampering");
+        tracing::warn!(error = %unwritten, "cannot store the finding that the audit log was tampered with");
     }
     error.latched()
 }
@@ -400,6 +403,6 @@ fn stopped() -> Error {
 
 fn full() -> Error {
     Error::new(format!(
-        "{QUEUE_MAX} entries are waiting already; check the disk"
+        "{QUEUE_MAX} audit entries are already waiting to be written; check the disk"
     ))
 }

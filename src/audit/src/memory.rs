@@ -1,8 +1,8 @@
-//! The facts that an instance keeps about its log outside the log's directory: how far the log is durable, which
-//! segments it has, and whether its files were tampered with. The facts are in the state directory, so that the broker
-//! does not forget them after a restart or with a new log directory.
+//! The facts that a broker instance keeps about its log outside the log's directory: how far the log is durable, which
+//! segments it has, and whether its files were tampered with. The facts are in the state directory, so that they are
+//! kept after a restart and if the log's directory is replaced.
 //!
-//! A damaged fact is treated as tampering, so that `keybroker audit acknowledge` also resolves it.
+//! A damaged fact is treated as tampering, so that an operator can use `keybroker audit acknowledge` in this case, too.
 //!
 //! Not protected: a process that can write to the state directory can change these facts.
 //!
@@ -18,30 +18,33 @@ use keybroker_core::{
 
 use super::{Error, extent::Extent};
 
-/// The facts of one instance's log.
+/// The stored facts about the log of one broker instance.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     state: StateDirectory,
     instance: String,
 }
 
-/// How far the log is durable. The mark may lag behind by a second, but is never ahead.
+/// The mark of a log: the last entry that is known to be durable. The mark may be one second older than the log, but is
+/// never ahead of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Mark {
     pub(super) log_id: String,
     /// Sequence number of the last entry.
     pub(super) sequence: u64,
-    /// The segments that existed. Empty in a mark of an earlier release, which did not store them.
+    /// The segments that existed when the mark was stored. The list is empty in a mark of an earlier release, which did
+    /// not store the segments.
     #[serde(default)]
     pub(super) segments: Vec<Extent>,
 }
 
-/// The fact that the log's files were tampered with. Nothing is written to the log until an operator acknowledges it.
+/// The fact that the log's files were tampered with. Nothing is written to the log until an operator acknowledges the
+/// tampering.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tampering {
     /// The finding.
     pub finding: String,
-    /// When it was found, in UTC microseconds since 1970.
+    /// When the tampering was found, in microseconds since 1970 (UTC).
     pub found_us: i64,
 }
 
@@ -86,7 +89,8 @@ impl Memory {
         self.write(MARK, mark)
     }
 
-    /// Returns tampering that no operator has acknowledged. A damaged file is treated as evidence of tampering.
+    /// Returns tampering that no operator has acknowledged. If the stored fact is damaged, this is treated as
+    /// tampering.
     pub(super) fn tampering(&self) -> Result<Option<Tampering>, Error> {
         match self.state.read_json(&self.name(TAMPERING)) {
             Err(error) if error.is_damaged() => Ok(Some(Tampering {
@@ -105,8 +109,8 @@ impl Memory {
         self.write(TAMPERING, &tampering)
     }
 
-    /// Returns the acknowledgement of the stored tampering. An acknowledgement of another finding, or a damaged one, is
-    /// ignored. The next acknowledgement replaces it.
+    /// Returns the acknowledgement of the stored tampering. An acknowledgement that is damaged or belongs to another
+    /// finding is ignored. The operator's next acknowledgement replaces an ignored acknowledgement.
     pub(super) fn acknowledgement(&self) -> Result<Option<Acknowledgement>, Error> {
         let Some(tampering) = self.tampering()? else {
             return Ok(None);
@@ -127,7 +131,8 @@ impl Memory {
         self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
-    /// Whether the database must know the log, because a release with this check created the log or recorded it there.
+    /// Whether the database must know the log, because a release that makes this check has created the log or recorded
+    /// it in the database.
     pub(super) fn is_binding_required(&self) -> Result<bool, Error> {
         match self.state.read(&self.name(BINDING)) {
             Ok(fact) => Ok(fact.is_some()),
@@ -142,15 +147,16 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after its acknowledgement has taken effect. Removing them also accepts a log
-    /// that the database does not know.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. This removal also
+    /// has the effect that a log is accepted which the database does not know.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;
         self.remove(TAMPERING)
     }
 
-    /// Returns the request to remove segments that has not been carried out yet. A damaged request is ignored.
+    /// Returns the request to remove segments that has not been carried out yet. A request that cannot be parsed is
+    /// ignored.
     pub(super) fn removal(&self) -> Result<Option<Removal>, Error> {
         match self.state.read_json(&self.name(REMOVAL)) {
             Err(error) if error.is_damaged() => Ok(None),

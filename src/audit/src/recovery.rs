@@ -1,9 +1,10 @@
-//! The state that an earlier run left in a log: its end, its open intents, and a tail that a crash has torn.
+//! The state in which an earlier run left a log: the end of the log, its open intents, and a torn tail after a crash.
 //!
-//! A crash tears only the group of entries that was being written, at the very end. All other unreadable bytes are
-//! damage. The broker does not append to a damaged log, because that would hide the damage: setting bytes aside leaves
-//! the sequence without a gap. A loss of power can leave a hole inside the last group, which looks the same as a manual
-//! edit. Such a hole is therefore treated as damage, and an operator decides.
+//! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes are
+//! damage by another cause. The broker does not append to a damaged log, because this would hide the damage: if the
+//! unreadable bytes were moved to another file, the sequence would have no gap. A loss of power can leave a hole inside
+//! the last group, which looks the same as a manual edit. Therefore a hole in the last group is treated as damage, and
+//! an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -24,14 +25,14 @@ use super::{
 
 /// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
-/// Length of the period before the end of the log whose changes the state directory may lack, in microseconds. The
-/// period is one minute, although the state directory is at most one second behind.
+/// Length of the period before the end of the log, in microseconds: the changes in this period may be missing in the
+/// state directory. One minute is a safe value, because the state directory is at most one second older than the log.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
-/// Largest size of one torn group, with a generous size for each line.
+/// Largest size of one torn group, in bytes. The value assumes a generous size for each line.
 const TORN_BYTES_MAX: u64 = 4 * 1024 * GROUP_MAX;
 
-/// Returns the intents of a log that have no outcome. Writes nothing and takes no lock.
+/// Returns the intents of a log that have no outcome. This function writes nothing and takes no lock.
 pub fn open_intents(directory: &Path) -> Result<Vec<OpenIntent>, Error> {
     Ok(Found::read(directory)?.open.into_values().collect())
 }
@@ -39,11 +40,11 @@ pub fn open_intents(directory: &Path) -> Result<Vec<OpenIntent>, Error> {
 /// The content of a log.
 #[derive(Debug, Default)]
 pub(super) struct Found {
-    /// Number of the newest segment; absent in a new log.
+    /// Number of the newest segment; `None` in a new log.
     pub(super) newest: Option<u64>,
     /// Number of bytes in the newest segment up to the end of its last valid line.
     pub(super) good_bytes: u64,
-    /// Number of bytes after that: the torn tail.
+    /// Number of bytes of the torn tail: the bytes after the last valid line.
     pub(super) torn_bytes: u64,
     /// Sequence number of the last entry.
     pub(super) last_sequence: u64,
@@ -55,7 +56,8 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Reads from the newest segment that began without open intents. An intent without an outcome cannot be older.
+    /// Reads all segments from the newest segment that began without open intents. Older segments cannot contain an
+    /// intent without an outcome.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {
@@ -95,7 +97,7 @@ impl Found {
             return Ok(());
         }
         let mut older = Self::default();
-        // `audit verify` reports damage in this segment.
+        // Damage in this older segment is ignored here; `audit verify` reports it.
         segment::lines(&segment::segment_path(directory, number), |line: Line| {
             if let Some(entry) = line.entry {
                 older.track(&entry);
@@ -128,9 +130,9 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, but not in the way that a crash of the broker causes: it was changed, or the \
-                 machine lost power while the disk wrote in another order; keep the log for the auditors and start \
-                 a new one with another `audit.instance`",
+                "{} is damaged at byte {good}, and a crash of the broker does not cause such damage: someone changed the \
+                 file, or the machine lost power while the disk wrote blocks out of order; keep the log for the auditors \
+                 and start a new log with another `audit.instance`",
                 path.display()
             )));
         }
@@ -157,7 +159,7 @@ impl Found {
         }
     }
 
-    /// Copies a torn tail into a separate file. The writer then truncates the segment.
+    /// Copies a torn tail into a separate file. After this copy, the writer truncates the segment.
     pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
         let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
             return Ok(());
@@ -172,7 +174,10 @@ impl Found {
             .map_err(|error| Error::new(format!("cannot read {}: {error}", from.display())))?;
         let name = format!("torn-{number:08}-{}.bin", Timestamp::now().micros());
         let path = directory.join(name);
-        tracing::warn!(file = %path.display(), bytes = self.torn_bytes, "a torn tail of the audit log was set aside");
+        tracing::warn!(
+            file = %path.display(), bytes = self.torn_bytes,
+            "the audit log ended with an incomplete line, which was moved to a separate file"
+        );
         segment::write_new(&path, &tail)?;
         segment::sync_directory(directory)
     }

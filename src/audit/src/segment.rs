@@ -23,7 +23,7 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");
 /// Name of the file whose lock makes a process the only writer.
 pub(super) const LOCK: &str = "lock";
-/// The explanation when no log exists.
+/// The explanation in the error for a log that does not exist.
 pub(super) const BEGINS: &str = "a broker begins its audit log at its first start";
 /// Name of the file with the id of the log.
 pub(super) const LOG_ID: &str = "log-id";
@@ -32,7 +32,8 @@ fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) ->
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
-/// Builds an error from one of the operating system. The remedy depends on the kind of error, or is `otherwise`.
+/// Builds an error from an error of the operating system. The remedy depends on the kind of error; `otherwise` is the
+/// remedy for all other kinds.
 fn fail_io(what: &str, path: &Path, error: &io::Error, otherwise: &str) -> Error {
     let known = remedy(path, error);
     fail(what, path, error, known.as_deref().unwrap_or(otherwise))
@@ -44,7 +45,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         Ok(()) => sync_directory(path.parent().unwrap_or(Path::new(".")))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            let remedy = "create its parent directory and give it to the user that runs keybroker";
+            let remedy = "create the parent directory, owned by the user that runs keybroker";
             return Err(fail_io("cannot make the directory", path, &error, remedy));
         }
     }
@@ -64,7 +65,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     }
     if !meta.is_dir() {
         let remedy = format!(
-            "set `[audit] directory` to a directory that is owned by user {ours} with mode 0700"
+            "set `[audit] directory` to a directory that belongs to user {ours} and has mode 0700"
         );
         return Err(fail(
             "will not write into",
@@ -94,7 +95,7 @@ pub(super) fn note_open_directory(path: &Path) {
     }
 }
 
-/// Takes the lock that makes this process the only writer. The lock is held while the file is open.
+/// Takes the lock that makes this process the only writer. The lock is held until the returned file is closed.
 pub(super) fn lock(directory: &Path) -> Result<File, Error> {
     let path = directory.join(LOCK);
     let mut file = OpenOptions::new()
@@ -111,8 +112,8 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
         return Err(Error {
             class: Class::InUse,
             text: format!(
-                "{} is in use by process {}: another keybroker writes this log; stop it, or give this \
-             one another `audit.instance`",
+                "{} is in use by process {}: another keybroker process writes this audit log; stop that process, or set \
+                 another `audit.instance` for this one",
                 directory.display(),
                 holder.trim()
             ),
@@ -132,7 +133,8 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     }
     let path = directory.join(LOG_ID);
     if path.exists() {
-        // A previous start crashed after it created the file and before it wrote the id. No entry can refer to it yet.
+        // A previous start crashed after it created the file and before it wrote the id of the log. No entry can refer
+        // to this file yet.
         remove(&path)?;
     }
     let mut bytes = [0; 16];
@@ -147,9 +149,9 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
 /// Returns the id of an existing log.
 pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error> {
     let path = directory.join(LOG_ID);
-    // A FIFO in its place would otherwise block the start.
+    // The type of the file is checked first, because a FIFO with this name would block the start of the broker.
     if fs::symlink_metadata(&path).is_ok_and(|meta| !meta.is_file()) {
-        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
             "cannot read",
             &path,
@@ -161,7 +163,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         Ok(text) if text.trim().len() == 32 => return Ok(Some(text.trim().to_owned())),
         Ok(text) if text.is_empty() && segments(directory)?.is_empty() => return Ok(None),
         Ok(_) => {
-            let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+            let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
             return Err(fail(
                 "invalid log id in",
                 &path,
@@ -180,9 +182,9 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         }
     }
     if directory.exists() && !segments(directory)?.is_empty() {
-        let remedy = "the log was tampered with; keep it for the auditors and start a new one";
+        let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "there are segments without the file",
+            "the audit log has segments, but not the file",
             &path,
             "it is missing",
             remedy,
@@ -191,7 +193,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     Ok(None)
 }
 
-/// Writes a new file and syncs it. An incomplete file is removed.
+/// Writes a new file and syncs it. If a write fails, the incomplete file is removed.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = create(path)?;
     file.write_all(bytes)
@@ -202,7 +204,7 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         })
 }
 
-/// Creates a new file. The caller syncs the directory.
+/// Creates a new file. The caller must sync the directory.
 pub(super) fn create(path: &Path) -> Result<File, Error> {
     OpenOptions::new()
         .append(true)
@@ -225,7 +227,7 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Truncates a segment to its first `bytes`.
+/// Truncates a segment to its first `bytes` bytes.
 pub(super) fn cut_back(path: &Path, bytes: u64) -> Result<(), Error> {
     let cut = || -> io::Result<()> {
         let file = OpenOptions::new().write(true).open(path)?;
@@ -273,7 +275,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
         .filter_map(|entry| {
             let name = entry.file_name();
             let number = name.to_str()?.strip_suffix(".jsonl")?.parse().ok()?;
-            // A file with another spelling of a number, or with an unreachable number, is not a segment.
+            // A file is not a segment if its number is spelled in another way or is too large to be reached.
             let ours = number <= NUMBER_MAX && name == *segment_name(number);
             ours.then_some(number)
         })
@@ -298,17 +300,17 @@ impl FileId {
     }
 }
 
-/// Lines that are longer than this are damage. The log writes much shorter lines.
+/// A line that is longer than this number of bytes is damage, because the log writes much shorter lines.
 pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A line of a segment, or unreadable bytes in place of a line.
 #[derive(Debug)]
 pub(super) struct Line {
-    /// The offset of its first byte.
+    /// The offset of the first byte of the line in the file.
     pub(super) at: u64,
     /// The length of the line in bytes, including the LF.
     pub(super) bytes: u64,
-    /// Absent unless the line is complete and canonical.
+    /// The entry in the line; `None` if the line is not complete and canonical.
     pub(super) entry: Option<Parsed>,
 }
 

@@ -1,5 +1,5 @@
-//! The writer's state, which the handles of a log read directly: the writer's thread may hang in the disk, so they
-//! cannot ask it.
+//! The writer's state. The handles of a log read this state directly and do not ask the writer's thread, because the
+//! thread may wait for a hanging disk.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -15,7 +15,7 @@ pub(super) struct Shared(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why nothing can be written, according to the last attempt.
+    /// Why nothing can be written; `None` if the last attempt to write succeeded.
     down: Option<Error>,
     /// When the writer's unfinished request to the disk began.
     busy_since: Option<Instant>,
@@ -29,7 +29,7 @@ struct State {
 pub(super) struct Durable {
     /// The newest segment.
     pub(super) segment: u64,
-    /// Number of durable bytes in this segment.
+    /// Number of durable bytes in the newest segment.
     pub(super) bytes: u64,
 }
 
@@ -66,7 +66,7 @@ impl Shared {
         if let Some(error) = &cause
             && state.down.is_none()
         {
-            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "no key is released or changed until the audit log is writable");
         }
         state.down = cause;
         measure(&state);
@@ -80,7 +80,7 @@ impl Shared {
         self.moving()
     }
 
-    /// Returns an error while a request to the disk takes longer than a call waits for an entry.
+    /// Returns an error while a request to the disk takes longer than the time for which a call waits for its entry.
     pub(super) fn moving(&self) -> Result<(), Error> {
         let mut state = self.state();
         if !state.hangs() {
@@ -91,7 +91,7 @@ impl Shared {
             APPEND_TIMEOUT.as_millis()
         ));
         if !std::mem::replace(&mut state.stall_reported, true) {
-            keybroker_core::alert!(AuditLog, %error, "nothing is released or changed until the audit log is writable");
+            keybroker_core::alert!(AuditLog, %error, "no key is released or changed until the audit log is writable");
         }
         measure(&state);
         Err(error)
@@ -109,11 +109,11 @@ fn measure(state: &State) {
     metrics::AUDIT_WRITABLE.set_flag(state.down.is_none() && !state.hangs());
 }
 
-/// The error for an entry that did not become durable in time. The entry may still become durable later.
+/// The error for an entry that did not become durable in time. After this error, the entry may still become durable.
 pub(super) fn slow() -> Error {
     Error {
         text: format!(
-            "no entry became durable within {} ms; check the disk",
+            "no audit entry became durable within {} ms; check the disk",
             APPEND_TIMEOUT.as_millis()
         ),
         class: Class::Slow,

@@ -1,4 +1,5 @@
-//! Reads the last lines of a log from its end. The cost does not depend on the length of the log.
+//! Reads the last lines of a log from its end. The cost of reading the last lines does not depend on the length of the
+//! log.
 
 use std::{collections::VecDeque, fs::File, os::unix::fs::FileExt as _, path::Path};
 
@@ -10,14 +11,14 @@ use super::{
 
 const BLOCK_BYTES: u64 = 64 * 1024;
 
-/// Returns the last lines of the log in a directory, oldest first, without their LF. A line that is being written is
-/// omitted.
+/// Returns the last lines of the log in a directory, oldest first, without their LF. A line that the writer has not
+/// completed is omitted.
 pub fn tail(directory: &Path, limit: usize) -> Result<Vec<String>, Error> {
     last_lines(directory, limit, None)
 }
 
-/// Returns the last lines that pass a test, oldest first, without their LF. Reads from the newest segment backwards
-/// until it has enough lines.
+/// Returns the last lines that pass a test, oldest first, without their LF. Reads the segments backwards, beginning
+/// with the newest segment, until enough lines are found.
 pub fn tail_matching(
     directory: &Path,
     limit: usize,
@@ -45,7 +46,7 @@ pub fn tail_matching(
     Ok(lines.into())
 }
 
-/// Returns the last lines up to `durable`. Later bytes may still be removed.
+/// Returns the last lines up to the position `durable`. The bytes after this position may still be removed.
 pub(super) fn last_lines(
     directory: &Path,
     limit: usize,
@@ -74,11 +75,11 @@ fn of_segment(path: &Path, limit: usize, end: Option<u64>) -> std::io::Result<Ve
     let file = File::open(path)?;
     let length = file.metadata()?.len();
     let end = end.map_or(length, |end| end.min(length));
-    // A damaged file may contain no line end at all.
+    // The search has a limit, because a damaged file may contain no LF at all.
     let wanted = u64::try_from(limit).unwrap_or(u64::MAX);
     let least = end.saturating_sub(LINE_BYTES_MAX.saturating_mul(wanted.saturating_add(1)));
     let (mut blocks, mut start, mut found) = (Vec::new(), end, 0);
-    // Needs one LF more than lines: the one before the first line.
+    // The loop needs one LF more than lines, because an LF ends the line before the first line.
     while start > least && found <= limit {
         let bytes = BLOCK_BYTES.min(start);
         start -= bytes;

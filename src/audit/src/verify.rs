@@ -4,8 +4,9 @@
 //! The log of an instance is also compared with the last entry that the instance knows to be durable. The comparison
 //! detects lines that were removed from the end of the log, up to the last second before the broker stopped.
 //!
-//! Not detected: a value that was replaced by another valid one, and a log that was completely rewritten by an attacker
-//! who can write its files and the state directory. Signed checkpoints would detect both, but are not implemented yet.
+//! Not detected: a value that was replaced by another valid value, and a log that was completely rewritten by an
+//! attacker who can write to the log's files and the state directory. Signed checkpoints would detect these changes,
+//! but are not implemented yet.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -41,7 +42,7 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// Largest number of problems in a report. A log that is damaged everywhere needs no longer list.
+/// Largest number of problems in a report. For a log with more problems, a longer list would be of no use.
 const PROBLEMS_MAX: usize = 100;
 
 /// Verifies all segments of a log.
@@ -49,7 +50,7 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
     verify_to(directory, None)
 }
 
-/// Verifies all segments of a log, which must reach the entry of the mark.
+/// Verifies all segments of a log, and that the log reaches the entry in the mark.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
     let path = directory.join(segment::LOG_ID);
     let log_id = fs::read_to_string(&path).map_err(|error| {
@@ -89,10 +90,13 @@ pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, 
                 readable = true;
                 check.entry(entry);
             }
-            // One problem for all bytes up to the next valid line.
+            // All bytes up to the next valid line are reported as one problem.
             None if readable => {
                 readable = false;
-                let what = format!("no canonical entry begins at byte {}", line.at);
+                let what = format!(
+                    "no audit entry in canonical form begins at byte {}",
+                    line.at
+                );
                 check.problem(&what);
             }
             None => {}
@@ -153,8 +157,8 @@ impl Check<'_> {
         }
     }
 
-    /// Checks the beginning: a log begins with its first entry, or after segments whose removal by an operator is
-    /// recorded.
+    /// Checks the beginning of a log: the log must begin with the first entry, or after segments whose removal by an
+    /// operator is recorded.
     fn beginning(&mut self, directory: &Path, first: Option<u64>) {
         let (Some(number), Some(sequence)) = (first, self.begins_at) else {
             return;

@@ -1,13 +1,14 @@
 //! The only thread that writes a log. The thread takes the queued entries, writes them together, syncs once, and only
-//! then answers. While one sync runs, the next group collects in the queue. An entry that is in no hurry begins its group with
-//! a short pause, in which more entries collect: each sync costs processor time, and a local token needs the same processors.
+//! then answers the callers. During a sync, the entries of the next group collect in the queue. If the first entry of a
+//! group may wait, the thread first sleeps for a short time, in which more entries collect: each sync costs processor
+//! time, and a token on the same machine needs the same processors.
 //!
 //! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
-//! reports the loss once and then treats the file as clean. Therefore the segment is truncated to its durable length
-//! and a new segment is begun.
+//! reports the loss once and then treats the file as clean. Therefore, after a failure, the segment is truncated to its
+//! durable length and a new segment is begun.
 //!
-//! If another process removed, replaced, truncated or added files, that is not a disk failure. The log is latched, and
-//! nothing is written until an operator acknowledges the finding.
+//! If another process has removed, replaced, truncated or added files, the cause is tampering and not a disk failure.
+//! In this case, the log is latched, and nothing is written until an operator acknowledges the finding.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -58,7 +59,7 @@ const MARK: &str = "mark";
 const REMOVAL: &str = "removal";
 const ACKNOWLEDGEMENT: &str = "acknowledgement";
 
-/// An entry, with the channel that tells its caller that it is durable.
+/// An entry, and the channel that tells the caller that the entry is durable.
 pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
@@ -73,25 +74,25 @@ pub(super) struct Writer {
     log_id: String,
     pub(super) segment_bytes_max: u64,
     shared: Arc<Shared>,
-    /// Holds the lock; absent while the lock is taken again.
+    /// The file that holds the lock of the log; `None` while the lock is taken again.
     lock: Option<File>,
-    /// Every file of the log, as this process left it.
+    /// Every file of the log, in the state in which this process last wrote it.
     files: Files,
-    /// The facts in the state directory; absent for the log of a command.
+    /// The facts in the state directory; `None` for the log of a command.
     memory: Option<Memory>,
     /// The sequence number in the last stored mark.
     marked: u64,
     /// When the files were last checked.
     compared: Instant,
-    /// The detected tampering. Nothing is written while this is set.
+    /// The detected tampering. While this field is set, nothing is written to the log.
     latched: Option<Error>,
-    /// The finding in the form for the state directory.
+    /// The description of the tampering that is stored in the state directory.
     finding: String,
-    /// The last logged message of each subject, so that a repeated failure is logged once.
+    /// The last logged message about each subject, so that a repeated failure is logged only once.
     complaints: HashMap<&'static str, String>,
-    /// The open segment; absent after a failure.
+    /// The open segment; `None` after a failure.
     current: Option<Current>,
-    /// The newest segment, whether open or not; absent in a new log.
+    /// The newest segment, which may be open or closed; `None` in a new log.
     newest: Option<Newest>,
     /// Sequence number of the next entry.
     sequence: u64,
@@ -159,7 +160,7 @@ impl Writer {
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
-            // In this order, because `zip` would otherwise take one command more than the loop handles.
+            // The range comes first, because `zip` would otherwise take one command more than the loop handles.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
                     Command::Append(waiting) | Command::AppendUnhurried(waiting) => {
@@ -169,7 +170,7 @@ impl Writer {
                 }
             }
             self.commit(group);
-            // A busy log has no idle time in which the probe would run.
+            // A busy log has no idle time in which the probe could run, so the probe runs here.
             if self.compared.elapsed() >= PROBE_INTERVAL {
                 self.probe();
             }
@@ -186,7 +187,8 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // A caller that stopped waiting has refused its call, so no entry must record that the action was done.
+        // A caller that stopped waiting has refused its call. Therefore no entry may record that the action of this
+        // call was done.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
         if group.is_empty() {
@@ -204,15 +206,15 @@ impl Writer {
             .handle()
             .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
-            // A receiver that was dropped meanwhile has refused its call. The log may then contain more than what
-            // happened, but never less.
+            // If the receiver was dropped in the meantime, the caller has refused its call. Therefore the log may
+            // contain an action that did not happen, but every action that happened is in the log.
             let _gone = done.send(result.clone().map(|()| position));
         }
         self.rotate_if_full();
     }
 
-    /// Drops `recovered` entries without an open intent: an intent whose caller stopped waiting may not have been
-    /// written.
+    /// Drops each `recovered` entry for which there is no open intent. If the caller of an intent stopped waiting, the
+    /// intent may not have been written.
     fn without_moot(&self, group: Vec<Waiting>) -> Vec<Waiting> {
         let mut needed = Vec::with_capacity(group.len());
         for (entry, done) in group {
@@ -247,7 +249,7 @@ impl Writer {
         if self.latched.is_some() {
             return;
         }
-        // Stores the durable end of the log, so that a later check detects its loss.
+        // The mark is stored, so that a later check detects if durable entries were lost.
         self.remember();
         let latched = error.clone().latched();
         keybroker_core::alert!(AuditTampered, error = %latched, "the files of the audit log were tampered with");
@@ -257,8 +259,8 @@ impl Writer {
         self.remember_tampering();
     }
 
-    /// Stores the finding in the state directory, for the next start and for the operator's command. If storing fails,
-    /// or if the stored finding has disappeared, a later probe stores it again: the directory may be on a volume that
+    /// Stores the finding in the state directory, for the next start and for the operator's command. If the finding
+    /// cannot be stored or has disappeared, a later probe stores it again: the state directory may be on a volume that
     /// was unmounted and mounted again.
     fn remember_tampering(&mut self) {
         let Some(memory) = &self.memory else { return };
@@ -269,13 +271,13 @@ impl Writer {
         match remembered {
             Ok(()) => {}
             Err(error) if self.is_news("tampering", &error) => {
-                tracing::warn!(%error, "cannot store the finding of tampering in the state directory; trying again");
+                tracing::warn!(%error, "the audit log was tampered with, and this finding cannot be stored in the state directory; trying again");
             }
             Err(_) => {}
         }
     }
 
-    /// Whether the error differs from the last one of this subject.
+    /// Whether the error differs from the last error about this subject.
     fn is_news(&mut self, subject: &'static str, error: &Error) -> bool {
         let text = error.to_string();
         let is_news = self.complaints.get(subject) != Some(&text);
@@ -306,7 +308,8 @@ impl Writer {
             ))
         };
         self.shared.busy();
-        // Checked before the write: after it, a truncated segment could have the expected length again.
+        // The segment is checked before the write, because a truncated segment could have the expected length again
+        // after the write.
         self.files.check_newest(newest.number)?;
         current.file.write_all(&bytes).map_err(failed)?;
         current.file.sync_data().map_err(failed)?;
@@ -343,7 +346,7 @@ impl Writer {
         }
     }
 
-    /// Opens a new segment if none is open: at the start, after a failure, or when the last one is full.
+    /// Opens a new segment if no segment is open: at the start, after a failure, or when the last segment is full.
     pub(super) fn ensure_open(&mut self) -> Result<(), Error> {
         if let Some(latched) = &self.latched {
             return Err(latched.clone());
@@ -365,7 +368,8 @@ impl Writer {
         self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
-        // Set before anything else can fail, so that the next attempt reuses this file and creates no second one.
+        // This field is set before anything else can fail, so that the next attempt uses this file again and creates no
+        // second file.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,
@@ -382,8 +386,8 @@ impl Writer {
     }
 
     /// Truncates the newest segment to its durable bytes, so that no torn line remains in the middle of the log.
-    /// Returns the number of the next segment. A segment without durable bytes is replaced, because on a full disk each
-    /// attempt would otherwise leave an empty segment.
+    /// Returns the number of the next segment. If the newest segment has no durable bytes, its number is used again: on
+    /// a full disk, each attempt would otherwise leave an empty segment.
     fn clear_newest(&mut self) -> Result<u64, Error> {
         let Some(newest) = &self.newest else {
             return Ok(1);
@@ -400,8 +404,9 @@ impl Writer {
         Ok(newest.number)
     }
 
-    /// Closes a full segment when no intent is open, so that recovery reads no further back than the first segment that
-    /// began without one. At twice its size, the segment is closed even if intents are open.
+    /// Closes a full segment if no intent is open. Therefore the recovery reads only the segments since the newest
+    /// segment that began without an open intent. If the segment reaches twice the maximum size, it is closed even if
+    /// intents are open.
     fn rotate_if_full(&mut self) {
         let bytes = self
             .newest
@@ -439,7 +444,8 @@ impl Writer {
         self.try_removal();
     }
 
-    /// Stores the mark of the last entry. If storing fails, a later probe does it, because the mark may lag behind.
+    /// Stores the mark of the last entry. If the mark cannot be stored, a later probe stores it; until then, the mark
+    /// may be older than the log.
     fn remember(&mut self) {
         let sequence = self.sequence - 1;
         let Some(memory) = &self.memory else { return };
@@ -453,7 +459,7 @@ impl Writer {
                 self.complaints.remove(MARK);
             }
             Err(error) if self.is_news(MARK, &error) => {
-                tracing::warn!(%error, "cannot store the end of the audit log in the state directory; trying again");
+                tracing::warn!(%error, "cannot store the position of the last audit entry in the state directory; trying again");
             }
             Err(_) => {}
         }
@@ -467,8 +473,8 @@ impl Writer {
         }
     }
 
-    /// Carries out an operator's request to remove old segments. Waits until no intent is open, because recovery then
-    /// reads no segment older than the current one.
+    /// Carries out an operator's request to remove old segments. The removal waits until no intent is open, because a
+    /// recovery needs the segments since the oldest open intent.
     pub(super) fn try_removal(&mut self) {
         let Some(memory) = self.memory.clone() else {
             return;
@@ -487,20 +493,20 @@ impl Writer {
             return;
         }
         let removed = self.remove_segments(&memory, &removal);
-        // A failed request is withdrawn. The operator's command reports which segments remain.
+        // The operator's request is removed even if it failed. The operator's command reports which segments remain.
         let finished = removed.and_then(|()| memory.forget_removal());
         if let Err(error) = finished
             && self.is_news(REMOVAL, &error)
         {
             tracing::error!(%error, "cannot remove old audit segments; repair the cause and run the command again");
             if let Err(error) = memory.forget_removal() {
-                tracing::warn!(%error, "cannot withdraw the request to remove audit segments");
+                tracing::warn!(%error, "cannot delete the failed request to remove audit segments");
             }
         }
     }
 
-    /// First writes the entry, then a mark without the segments, then removes the files. In this order, an interruption
-    /// does not look like tampering.
+    /// Writes the audit entry, then stores a mark without the segments, then removes the files. Because of this order,
+    /// an interruption does not look like tampering.
     fn remove_segments(&mut self, memory: &Memory, removal: &Removal) -> Result<(), Error> {
         let newest = self.newest.as_ref().map_or(0, |newest| newest.number);
         let is_old = |number: u64| number <= removal.through && number < newest;
@@ -540,7 +546,7 @@ impl Writer {
             Ok(None) => return,
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::warn!(%error, "cannot read the acknowledgement of tampering");
+                    tracing::warn!(%error, "cannot read the operator's acknowledgement that the audit log was tampered with");
                 }
                 return;
             }
@@ -555,7 +561,11 @@ impl Writer {
             }
             Err(error) => {
                 if self.is_news(ACKNOWLEDGEMENT, &error) {
-                    tracing::error!(%error, "an operator acknowledged the tampering, but the audit log cannot continue yet");
+                    tracing::error!(
+                        %error,
+                        "an operator acknowledged the tampering with the audit log, but the audit log cannot continue \
+                         yet"
+                    );
                 }
                 self.current = None;
                 let latched = error.latched();
@@ -565,10 +575,10 @@ impl Writer {
         }
     }
 
-    /// Reads the directory again as at a start. Missing entries leave a gap in the sequence.
+    /// Reads the log's directory again, as at a start of the broker. If entries are missing, the sequence has a gap.
     fn go_on_after_tampering(&mut self, memory: &Memory, principal: &str) -> Result<(), Error> {
         segment::prepare_directory(&self.directory)?;
-        // The current lock is on a file that may have been removed.
+        // The lock is taken again, because the locked file may have been removed.
         self.lock = None;
         self.lock = Some(segment::lock(&self.directory)?);
         let log_id = segment::log_id(&self.directory)?;

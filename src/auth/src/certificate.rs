@@ -15,26 +15,28 @@ const MICROS_PER_SECOND: i64 = 1_000_000;
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     /// The certificate does not parse.
-    #[error("the client certificate does not parse")]
+    #[error("the client certificate cannot be parsed")]
     Malformed(#[source] nom::Err<X509Error>),
     /// The subject alternative names do not parse, or the extension occurs twice.
-    #[error("the client certificate's SAN does not parse")]
+    #[error("the client certificate's SAN cannot be parsed")]
     Names(#[source] X509Error),
-    /// The certificate has further URIs beside its SPIFFE id, which must be the only one.
-    #[error("the client certificate must have no other URI than its SPIFFE id, but has {0:?}")]
+    /// The certificate has other URIs in addition to its SPIFFE id, which must be the only URI.
+    #[error(
+        "a client certificate with a SPIFFE id must have no other URI, but this certificate has {0:?}"
+    )]
     SeveralUris(Vec<String>),
-    /// The SPIFFE id is not valid. The source completes the sentence.
+    /// The SPIFFE id is not valid. The source of this error completes the sentence of the message.
     #[error("the client certificate's SPIFFE id {id:?} {problem}")]
     Id {
-        /// The id in the certificate.
+        /// The SPIFFE id in the certificate.
         id: String,
-        /// The problem of the id.
+        /// The reason why the SPIFFE id is not valid.
         #[source]
         problem: spiffe::IdError,
     },
     /// The listener does not accept the trust domain of the SPIFFE id.
     #[error(
-        "the SPIFFE id of the client certificate is of the trust domain {found:?}; this listener accepts {accepted:?}"
+        "the SPIFFE id of the client certificate is in the trust domain {found:?}, but this listener accepts only {accepted:?}"
     )]
     TrustDomain {
         /// The trust domain of the id.
@@ -48,7 +50,7 @@ pub enum CertificateError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
     sans: BTreeSet<String>,
-    /// The trust domain of the SPIFFE id, if the certificate has one.
+    /// The trust domain of the SPIFFE id, if the certificate has a SPIFFE id.
     trust_domain: Option<String>,
     /// The end of the certificate's validity.
     until: Timestamp,
@@ -85,8 +87,8 @@ impl PeerCertificate {
         &self.sans
     }
 
-    /// Checks the trust domain against those that a listener accepts. The check passes if the certificate has no SPIFFE
-    /// id or if the listener does not restrict trust domains.
+    /// Checks that a listener accepts the trust domain. The check passes if the certificate has no SPIFFE id or if the
+    /// listener does not restrict trust domains.
     pub fn check_trust_domain(&self, accepted: &BTreeSet<String>) -> Result<(), CertificateError> {
         match &self.trust_domain {
             Some(domain) if !accepted.is_empty() && !accepted.contains(domain) => {
@@ -115,7 +117,7 @@ impl PeerCertificate {
 }
 
 /// Returns the trust domain of the SPIFFE id, if there is one. A certificate with a SPIFFE id must have no other URI
-/// (X509-SVID section 2), because different software could then choose different ones.
+/// (X509-SVID section 2). If there were two URIs, different programs could use different URIs.
 fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, CertificateError> {
     let uris: Vec<&str> = names
         .iter()

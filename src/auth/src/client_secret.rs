@@ -1,18 +1,20 @@
-//! Verifies the secrets of API clients with Argon2id (RFC 9106). Because Argon2id costs memory and time on purpose, it
-//! runs outside the async threads and under a limit of its own. An unknown id, a revoked client and a wrong secret cost
-//! the same and get the same answer.
+//! Verifies the secrets of API clients with Argon2id (RFC 9106). Argon2id deliberately costs much memory and time.
+//! Therefore Argon2id runs outside the async threads and has a limit of its own. An unknown id, a revoked API client
+//! and a wrong secret cost the same time and get the same answer.
 //!
-//! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2 nor a
-//! look-up. When any client is changed through this broker, all remembered secrets are forgotten. A change through
-//! another broker takes effect after the minute.
+//! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2id nor a
+//! look-up of the API client. When any API client is changed through this broker, all remembered secrets are forgotten.
+//! A change through another broker takes effect after at most one minute.
 //!
 //! For a day after a secret was last used, the broker also remembers which stored hash the secret matched. After the
-//! minute it looks the client up again. If the client still has this hash, and the secret is not revoked or expired,
-//! the secret is accepted without another Argon2 trial. Therefore any number of wrong secrets does not delay a client
-//! that this broker knows: the client waits for no turn, and the failure limit does not apply to it. Secrets that were
-//! not accepted before wait for a turn in `turns`. Concurrent calls with the same secret share one trial.
+//! first minute, the broker looks the API client up again. If the API client still has this hash, and the secret is not
+//! revoked or expired, the secret is accepted without another Argon2id trial. Therefore wrong secrets from other
+//! callers do not delay an API client that this broker knows: it waits for no turn, and the authentication failure
+//! limit does not apply to it. Secrets that were not accepted before wait for a turn in `turns`. Concurrent calls with
+//! the same secret share one trial.
 //!
-//! Not promised: that hashes with older parameters take as long to verify as current ones.
+//! Not guaranteed: hashes with older parameters may take less or more time to verify than hashes with the current
+//! parameters.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -46,15 +48,15 @@ use turns::{Lane, Turns};
 const REMEMBERED: Duration = Duration::from_mins(1);
 /// Largest number of accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
-/// How long after its last use the broker remembers which stored hash a secret matched.
+/// Time for which the broker remembers which stored hash a secret matched, counted from the last use of the secret.
 const PROVEN: Duration = Duration::from_hours(24);
 /// Largest number of secrets whose matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
 /// Largest number of secrets that are tried at the same time.
 const TRIALS_MAX: u64 = 10_000;
-/// Longest wait of a call for its turn.
+/// Longest time for which a call waits for its turn to run Argon2id.
 const TURN_WAIT_MAX: Duration = Duration::from_secs(2);
-/// The delay for a caller that waited too long.
+/// The delay before a retry for a caller that waited too long.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The `[client_credentials]` section.
@@ -74,8 +76,8 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            // Empty by default. An administrator who could grant `enrol` could replace a user's key with a known one.
-            // An administrator who could grant `auditor` could read the actions of all tenants.
+            // Empty by default. An administrator who could grant `enrol` could replace a user's key with a key that the
+            // administrator knows. An administrator who could grant `auditor` could read the actions of all tenants.
             grantable_roles: BTreeSet::new(),
             argon2_memory_kib: 19_456,
             argon2_iterations: 2,
@@ -84,8 +86,8 @@ impl Default for Settings {
     }
 }
 
-/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory in KiB, and passes.
-/// All pairs are equally strong.
+/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory in KiB, and number
+/// of passes. All pairs of parameters are equally strong.
 const FLOOR: [(u32, u32); 5] = [
     (47_104, 1),
     (19_456, 2),
@@ -98,7 +100,7 @@ const ITERATIONS_MAX: u32 = 16;
 const PARALLELISM_MAX: u32 = 16;
 
 impl Settings {
-    /// Returns the problem of the parameters.
+    /// Returns the reason why the parameters of Argon2id are not accepted, or `None` if they are accepted.
     pub fn problem(&self) -> Option<String> {
         let (memory, iterations) = (self.argon2_memory_kib, self.argon2_iterations);
         if !FLOOR
@@ -106,8 +108,8 @@ impl Settings {
             .any(|(kib, passes)| memory >= *kib && iterations >= *passes)
         {
             return Some(format!(
-                "[client_credentials]: {memory} KiB and {iterations} iterations are below the minimum that OWASP recommends; \
-                 19456 KiB and 2 iterations are enough"
+                "[client_credentials]: {memory} KiB and {iterations} iterations of Argon2 are below the minimum that \
+                 OWASP recommends; 19456 KiB and 2 iterations are enough"
             ));
         }
         let is_too_much = memory > MEMORY_KIB_MAX
@@ -145,7 +147,7 @@ impl Settings {
         Argon2::from(self.params())
     }
 
-    /// Whether a hash was made with weaker parameters than the current ones.
+    /// Whether a hash was made with parameters that are weaker than the current parameters.
     fn is_weaker(&self, hash: &PasswordHash) -> bool {
         argon2::Params::try_from(hash).is_ok_and(|made| {
             made.m_cost() < self.argon2_memory_kib || made.t_cost() < self.argon2_iterations
@@ -153,19 +155,20 @@ impl Settings {
     }
 }
 
-/// The directory of API clients. The broker implements this trait and verifies the clients' documents on the token.
+/// The directory of API clients. The broker implements this trait and verifies the rows of the API clients with the
+/// token.
 #[async_trait]
 pub trait Directory: Send + Sync + fmt::Debug + 'static {
-    /// Returns a client. `None` if it does not exist.
+    /// Returns an API client, or `None` if the API client does not exist.
     async fn client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error>;
 
     /// Returns a number that changes with each change of any client through this broker.
     fn generation(&self) -> u64;
 
-    /// Notes that a secret was accepted.
+    /// Notes that a secret was accepted, with the current time.
     fn note_use(&self, id: ClientId, secret: u32);
 
-    /// Replaces the weak hash of an accepted secret with this stronger one.
+    /// Replaces the weak hash of an accepted secret with this stronger hash.
     fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
 }
 
@@ -173,22 +176,22 @@ pub trait Directory: Send + Sync + fmt::Debug + 'static {
 pub struct Secrets {
     settings: Settings,
     directory: Arc<dyn Directory>,
-    /// Accepted secrets, under a key of this process, so that its memory contains no hash that a guess can be checked
-    /// against.
+    /// The accepted secrets, as HMACs under a random key of this process. Therefore the memory contains no unkeyed hash
+    /// with which an attacker could check guesses.
     remembered: Cache<Tag, Known>,
-    /// The stored hashes that secrets matched, under the same key.
+    /// The stored hashes that secrets matched. The key of the cache is the HMAC of a client id and a secret.
     proven: Cache<Tag, Proof>,
-    /// The running trials, by the same key and the generation of the directory.
+    /// The running trials, by the HMAC of id and secret and the generation of the directory.
     trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
     turns: Turns,
-    /// A hash that no secret matches.
+    /// A hash that no secret matches. This hash fills the list of hashes up to the fixed length of the list.
     dummy: Arc<str>,
 }
 
 /// The HMAC of a client id and a secret, under a key of this process.
 type Tag = [u8; 32];
-/// A single answer for all concurrent calls with the same secret.
+/// A trial, which gives one answer to all concurrent calls with the same secret.
 type Trial = OnceCell<Result<Known, Error>>;
 
 #[derive(Clone)]
@@ -214,11 +217,11 @@ struct Match {
     better: Option<String>,
 }
 
-/// The fact that Argon2id has matched a secret with these stored hashes. The secret needs no trial while its client has
-/// one of them.
+/// The fact that Argon2id has matched a secret with these stored hashes. A secret needs no trial while its API client
+/// has one of these hashes.
 #[derive(Clone, Debug)]
 struct Proof {
-    /// SHA-256 of the matched hash, and of the stronger one that may have replaced it.
+    /// SHA-256 of the matched hash, and of the stronger hash that may have replaced the matched hash.
     hashes: [[u8; 32]; 2],
     number: u32,
 }
@@ -235,8 +238,8 @@ impl Proof {
         })
     }
 
-    /// Returns the number of the valid secret that this proof applies to. A hash with weak parameters gets a trial,
-    /// which replaces it.
+    /// Returns the number of the valid secret that this proof applies to. If the hash has weak parameters, returns
+    /// `None`: the following trial replaces the hash with a stronger one.
     fn holds(&self, credential: &ClientCredential, settings: &Settings) -> Option<u32> {
         let mut live = credential.document.live_secrets(Timestamp::now());
         let secret = live.find(|secret| secret.number == self.number)?;
@@ -274,14 +277,14 @@ impl Secrets {
                 .build(),
             trials: Cache::new(TRIALS_MAX),
             key,
-            // Half of the cores, so that other calls continue.
+            // Trials use at most half of the cores, so that other calls continue.
             turns: Turns::new(cores.div_ceil(2)),
             dummy: dummy.into(),
         })
     }
 
-    /// Verifies a secret and returns its client's principal. `budget` is asked before a costly trial, unless the secret
-    /// was accepted recently. An error of `budget` is the answer.
+    /// Verifies a secret and returns the principal of its API client. `budget` is called before a costly trial, unless
+    /// the secret was accepted recently. If `budget` returns an error, this function returns the error.
     pub async fn verify<T: Send>(
         &self,
         id: &str,
@@ -294,7 +297,7 @@ impl Secrets {
             known
         } else {
             let is_proven = self.proven.contains_key(&tag);
-            // Held until the trial has ended.
+            // The turn is held until the trial has ended.
             let _turn = (!is_proven).then(budget).transpose()?;
             self.shared_trial(id, secret, tag, generation).await?
         };
@@ -317,7 +320,8 @@ impl Secrets {
         tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // The key includes the generation: a call that arrives after a change must not get an answer from before it.
+        // The key of the cache includes the generation, because a call that arrives after a change must not get an
+        // answer from before the change.
         let trial = self
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));
@@ -344,7 +348,7 @@ impl Secrets {
         let id = ClientId::from_hex(id);
         let proof = self.proven.get(&tag);
         let credential;
-        // Held until the trial has ended. Only trials for existing clients hold a place.
+        // The place is held until the trial has ended. Only trials for existing API clients hold a place.
         let _place;
         match (id, &proof) {
             (None, _) => credential = None,
@@ -353,7 +357,8 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // Taken before the database and the token are asked, because their capacity is limited too.
+                // The place is taken before the database and the token are asked, because the capacity of the database
+                // and of the token is limited, too.
                 let place = self.turns.place(id).ok_or_else(overloaded)?;
                 let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
                 credential = self.directory.client(id).await?;
@@ -363,7 +368,7 @@ impl Secrets {
         if let (Some(proof), Some(credential)) = (&proof, &credential)
             && let Some(number) = proof.holds(credential, &self.settings)
         {
-            // Inserted again, so that the day starts at the last use.
+            // The proof is inserted again, so that the day starts at the last use.
             self.proven.insert(tag, proof.clone());
             let matched = Match {
                 number,
@@ -439,11 +444,12 @@ impl Secrets {
 
 fn overloaded() -> Error {
     metrics::CLIENT_SECRETS_REFUSED.increment();
-    let detail = "too many client secrets are being verified";
+    let detail = "too many client secrets are being verified at the moment";
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// The hashes with which a secret is compared. Every id has the same number of hashes.
+/// The hashes with which a secret is compared. The number of hashes is the same for every id, so that the duration does
+/// not show whether an API client exists.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {

@@ -1,4 +1,4 @@
-//! Readers of this crate for the fuzz targets of `tests/fuzz-targets`. No program uses them.
+//! Gives the fuzz targets of `tests/fuzz-targets` access to parsers of this crate. No program uses this module.
 
 use serde_json::{Map, Value};
 
@@ -11,8 +11,8 @@ use super::{
     token::claims,
 };
 
-/// Reads a key set in JSON, and looks up a key for every algorithm. Returns the number of keys; `None` if the set is
-/// refused.
+/// Reads a key set in JSON, and looks up a key for every algorithm. Returns the number of keys, or `None` if the key
+/// set is refused.
 pub fn key_set(json: &[u8]) -> Option<usize> {
     Some(keys(&KeySet::parse_jwks(json).ok()?))
 }
@@ -44,7 +44,7 @@ pub fn claims(settings: &Settings, json: &[u8], now: Timestamp) -> Option<Identi
     Some(identity)
 }
 
-/// Reads an `authorization` header. Returns the access token, or id and secret.
+/// Reads an `authorization` header. Returns the access token, or the id and the secret of an API client.
 pub fn authorization(value: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
     match header::read(&[value]).ok()? {
         Presented::Bearer(token) => Some((token.to_vec(), Vec::new())),

@@ -6,13 +6,13 @@ use zeroize::Zeroizing;
 /// Longest base64 form of `id:secret`, in bytes.
 const BASIC_BYTES_MAX: usize = 512;
 
-/// The scheme of API clients.
+/// The name of the authentication scheme of API clients.
 pub(super) const BASIC: &[u8] = b"basic";
 
 /// The credential of a call.
 pub(super) enum Presented<'a> {
-    /// An access token (RFC 6750) of any length. The verifier checks the limit on the length and counts tokens that
-    /// exceed it.
+    /// An access token (RFC 6750) of any length. The verifier checks the length of an access token and counts access
+    /// tokens that are too long.
     Bearer(&'a [u8]),
     /// The id and secret of an API client (RFC 7617).
     Basic {
@@ -22,7 +22,7 @@ pub(super) enum Presented<'a> {
 }
 
 /// Reads the credential of a call, which must have exactly one `authorization` header: a proxy in front of the broker
-/// might check one of two headers while the broker uses the other one.
+/// might check one of two headers while the broker uses the other header.
 pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static str> {
     let [value] = values else {
         return Err("the call has several `authorization` headers");
@@ -41,7 +41,7 @@ pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static st
     } else if scheme.eq_ignore_ascii_case(BASIC) {
         basic(rest)
     } else {
-        Err("the scheme of the `authorization` header is not Bearer or Basic")
+        Err("the scheme of the `authorization` header is neither Bearer nor Basic")
     }
 }
 

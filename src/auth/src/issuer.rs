@@ -1,7 +1,7 @@
 //! The `[[issuer]]` sections: which issuers are trusted, which keys verify their access tokens, and what the access
 //! tokens must contain.
 //!
-//! All rules about access tokens come from these settings. No rule is ever taken from an access token.
+//! All rules about access tokens come from these settings. No rule is taken from an access token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -22,7 +22,7 @@ mod check;
 
 pub use check::problems;
 
-/// A signature algorithm. All of them are asymmetric: with a shared secret, the verifier could also sign.
+/// A signature algorithm. All algorithms are asymmetric, because with a shared secret the verifier could also sign.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names of RFC 7518 and RFC 8037")]
 pub enum Algorithm {
@@ -66,7 +66,7 @@ impl Algorithm {
         }
     }
 
-    /// Parses the name in the header of an access token.
+    /// Parses the name of an algorithm in the header of an access token.
     pub(super) fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.as_str() == text)
     }
@@ -76,13 +76,13 @@ impl Algorithm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Subject {
-    /// A GUID. The user is its lower-case form with hyphens.
+    /// A GUID. The name of the user is the GUID in lower case with hyphens.
     Guid,
-    /// Any text that is a valid user.
+    /// Any text that is a valid user name.
     Text,
 }
 
-/// A set of values for settings that the configuration does not set.
+/// A profile: a set of values that are used for settings which the configuration does not contain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
@@ -90,7 +90,7 @@ pub enum Profile {
     Bitwarden,
 }
 
-/// One `[[issuer]]` of the configuration, after profile and defaults were applied.
+/// One `[[issuer]]` section of the configuration, after its profile and the defaults were applied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Written")]
 pub struct Settings {
@@ -126,33 +126,34 @@ pub struct Settings {
     pub token_lifetime_max_minutes: u32,
     /// The algorithms with which access tokens may be signed.
     pub algorithms: BTreeSet<Algorithm>,
-    /// Largest accepted difference between the clocks of provider and broker.
+    /// Largest accepted difference between the clock of the provider and the clock of the broker, in seconds.
     pub leeway_s: u32,
-    /// `aud` must contain one of these. If empty, `aud` is not checked.
+    /// The accepted audiences: `aud` must contain one of them. If this list is empty, `aud` is not checked.
     pub audience: BTreeSet<String>,
-    /// `typ` of the header must be one of these. If empty, `typ` is not checked.
+    /// The accepted types: `typ` in the header must be one of them. If this list is empty, `typ` is not checked.
     pub token_types: BTreeSet<String>,
-    /// `scope` or `scp` must contain all of these.
+    /// The required scopes: `scope` or `scp` must contain all of them.
     pub required_scopes: BTreeSet<String>,
-    /// Each claim must have one of its values. A claim without listed values must be present.
+    /// The claims that an access token must have, each with its permitted values. A claim without listed values must
+    /// only be present.
     pub required_claims: BTreeMap<String, BTreeSet<String>>,
     /// The form of `sub`.
     pub subject: Subject,
     /// Whether the holders of the access tokens are users or services.
     pub kind: Kind,
-    /// The tenant whose records the holders reach.
+    /// The tenant whose records the holders of the access tokens can reach.
     pub tenant: Tenant,
-    /// Whether another issuer may identify the same users.
+    /// Whether another issuer may also identify the users that this issuer identifies.
     pub shared_users: bool,
-    /// For services: their roles.
+    /// The roles of the services, if the holders are services.
     pub roles: BTreeSet<Role>,
-    /// For services with the role `release`: the users whose keys they may release.
+    /// The users whose keys the services may release, if the services have the role `release`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// For services with the role `release`: the names of the keys that they may release.
+    /// The names of the keys that the services may release, if the services have the role `release`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
-    /// The claims that policies can use, each with its name there.
+    /// The claims that policies can use, each with the name that it has in policies.
     pub attributes: BTreeMap<String, String>,
     /// The claims that contain organisations.
     pub organisation_claims: BTreeSet<String>,
@@ -252,8 +253,8 @@ struct Presets {
 }
 
 impl Profile {
-    /// The values for access tokens of a login by password, passkey or single sign-on, and of a user's API key. Access
-    /// tokens of other clients do not match them.
+    /// Returns the values for access tokens of a login by password, passkey or single sign-on, and of a user's API key.
+    /// Access tokens that a Bitwarden server issues for other purposes do not match these values.
     fn presets(self) -> Presets {
         match self {
             Self::Bitwarden => Presets {
@@ -327,7 +328,7 @@ impl From<Written> for Settings {
 }
 
 impl Settings {
-    /// The source of the keys. The default is the discovery document below the issuer.
+    /// Returns the source of the issuer's keys. The default is the discovery document below the URL of the issuer.
     pub(super) fn key_source(&self) -> KeySource {
         if let Some(path) = &self.pem_file {
             return KeySource::Pem(path.clone());
@@ -344,7 +345,7 @@ impl Settings {
         }))
     }
 
-    /// The grant for services of this issuer.
+    /// Returns the grant for services of this issuer.
     pub(super) fn grant(&self) -> Grant {
         Grant {
             tenant: self.tenant.clone(),
@@ -355,7 +356,7 @@ impl Settings {
     }
 }
 
-/// Returns the problem of a URL from which keys are to be fetched.
+/// Returns the reason why keys must not be fetched from a URL, or `None` if they may be fetched.
 pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
         return Some("is not a URL");

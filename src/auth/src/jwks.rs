@@ -37,10 +37,10 @@ pub(super) use keys::{Keys, Newer, Pace};
 
 /// Longest key set and discovery document, in bytes.
 pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
-/// Largest number of keys in a set. Providers publish two or three.
+/// Largest number of keys in a key set. Providers usually publish two or three keys.
 const KEYS_MAX: usize = 64;
-/// Accepted lengths of an RSA modulus, in bits: shorter ones can be factored, and the verifying library refuses longer
-/// ones.
+/// Accepted lengths of an RSA modulus, in bits. A shorter modulus can be factored, and the verifying library refuses a
+/// longer modulus.
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
 /// Smallest public exponent (FIPS 186-5 section 5.1).
 const EXPONENT_MIN: u32 = 65_537;
@@ -54,7 +54,8 @@ const WITHOUT_NAME: &str = "(key without `kid`)";
 const SHOWN_CHARS_MAX: usize = 100;
 /// Longest text about a key or a provider's answer that is written to the log, in characters.
 const PROBLEM_CHARS_MAX: usize = 200;
-/// Largest number of refused keys of a set that the log lists by name. The provider decides how many there are.
+/// Largest number of refused keys of a set that the log lists by name. The number of refused keys has a limit in the
+/// log, because the provider decides how many keys there are.
 const REFUSED_NAMED_MAX: usize = KEYS_MAX;
 
 const RSA: [Algorithm; 6] = [
@@ -66,7 +67,7 @@ const RSA: [Algorithm; 6] = [
     Algorithm::PS512,
 ];
 
-/// The keys of one issuer at one time.
+/// A key set: the keys that an issuer has at one time.
 #[derive(Debug)]
 pub(super) struct KeySet {
     keys: Vec<Key>,
@@ -91,8 +92,8 @@ struct Thumbprints {
     sha256: Option<String>,
 }
 
-/// The references to a key in the header of an access token. These references choose the keys to try; the signature
-/// decides.
+/// The references to a key in the header of an access token. These references only choose the keys to try; the
+/// signature decides which key is right.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.
@@ -111,12 +112,12 @@ enum Unused {
     Bad(KeyError),
 }
 
-/// Why a set has no key for an access token.
+/// Why a key set has no key for an access token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoKey {
-    /// No key matches. A newer set may contain it.
+    /// No key matches. A newer key set may contain a matching key.
     Unknown,
-    /// The access token refers to no key, and more keys match than are tried.
+    /// The access token has no `kid`, and more than [`TRIES_MAX`] keys match.
     TooMany,
     /// The key is for another algorithm.
     OtherAlgorithm,
@@ -167,7 +168,10 @@ impl KeySet {
             }
         }
         if !left_out.is_empty() {
-            tracing::debug!(?left_out, "the key set has keys for other purposes");
+            tracing::debug!(
+                ?left_out,
+                "the key set contains keys that do not verify access tokens; these keys are ignored"
+            );
         }
         Self::of(keys, refused, left_out, bytes)
     }
@@ -226,12 +230,12 @@ impl KeySet {
         })
     }
 
-    /// Identifies the content of the set.
+    /// Returns the SHA-256 of the bytes from which the set was read.
     pub(super) fn digest(&self) -> &[u8; 32] {
         &self.digest
     }
 
-    /// The names of the keys, for the log.
+    /// Returns the names of the keys, for the log.
     pub(super) fn names(&self) -> Vec<String> {
         let names = self.keys.iter().map(|key| key.kid.as_deref());
         names
@@ -239,7 +243,7 @@ impl KeySet {
             .collect()
     }
 
-    /// The key ids of its keys.
+    /// Returns the key ids of the keys in this set.
     pub(super) fn kids(&self) -> impl Iterator<Item = &str> {
         self.keys.iter().filter_map(|key| key.kid.as_deref())
     }
@@ -254,8 +258,8 @@ impl KeySet {
         &self.refused[..self.refused.len().min(REFUSED_NAMED_MAX)]
     }
 
-    /// Returns the keys to try for a token: those that its header refers to, or if it refers to none, those that match
-    /// its algorithm.
+    /// Returns the keys to try for an access token: the keys that its header refers to or, if the header does not refer
+    /// to a key, all keys. Only keys that match the algorithm are returned.
     pub(super) fn find(
         &self,
         named: Named<'_>,
@@ -279,15 +283,15 @@ impl KeySet {
         if found.is_empty() {
             return Err(NoKey::OtherAlgorithm);
         }
-        // A set without names is a file that an operator chose, so all of its keys are tried.
+        // A key set without `kid`s is a file that an operator chose, so all of its keys are tried.
         if named.kid.is_none() && !are_unnamed && found.len() > TRIES_MAX {
             return Err(NoKey::TooMany);
         }
         Ok(found)
     }
 
-    /// Returns the keys whose certificate the access token refers to. Returns all keys if it refers to none, or if the
-    /// set has no certificates.
+    /// Returns the keys whose certificate the access token refers to. Returns all keys if the access token does not
+    /// refer to a certificate, or if the key set has no certificates.
     fn with_thumbprint(&self, named: Named<'_>) -> Vec<&Key> {
         let pairs = |key: &Key| {
             let Thumbprints { sha1, sha256 } = &key.thumbprints;
@@ -457,12 +461,13 @@ fn shown(text: &str) -> String {
     format!("{:?}", plain(text, SHOWN_CHARS_MAX))
 }
 
-/// Shortens a problem for the log. Parsers repeat the text that they do not understand, which a provider can make long.
+/// Shortens a problem for the log. The text is shortened because the message of a parser repeats the text that the
+/// parser does not understand, and a provider can make this text long.
 fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }
 
-/// Returns the first characters of a text in printable ASCII, which escaping cannot make longer.
+/// Returns the first characters of a text in printable ASCII. An escape cannot make this text longer.
 fn plain(text: &str, chars_max: usize) -> String {
     let printable = |c: char| {
         if c.is_ascii() && !c.is_ascii_control() {

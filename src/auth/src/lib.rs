@@ -1,8 +1,9 @@
 //! Authentication: turns a verified credential into a [`Principal`].
 //!
 //! For a client certificate, which the TLS handshake has verified, the SAN URIs and DNS names are looked up in the
-//! configured principals. Exactly one principal must match: a certificate that matches none or several is refused with
-//! the same answer. If a call has an `authorization` header, the broker uses the header and ignores the certificate.
+//! configured principals. Exactly one principal must match: a certificate that matches no principal and a certificate
+//! that matches several principals are refused with the same answer. If a call has an `authorization` header, the
+//! broker uses the header and ignores the certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
@@ -49,10 +50,10 @@ pub struct Settings {
     pub tenant: Tenant,
     /// The roles of the caller.
     pub roles: BTreeSet<Role>,
-    /// With the role `release`: the users whose keys the caller may release.
+    /// The users whose keys the caller may release, if the caller has the role `release`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// With the role `release`: the names of the keys that the caller may release.
+    /// The names of the keys that the caller may release, if the caller has the role `release`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
 }
@@ -162,7 +163,7 @@ impl Authenticator {
         })
     }
 
-    /// Returns this authenticator, extended to accept access tokens.
+    /// Returns an authenticator that also accepts access tokens.
     #[must_use]
     pub fn with_tokens(self, tokens: Arc<Tokens>) -> Self {
         Self {
@@ -171,7 +172,7 @@ impl Authenticator {
         }
     }
 
-    /// Returns this authenticator, extended to accept API clients.
+    /// Returns an authenticator that also accepts API clients.
     #[must_use]
     pub fn with_secrets(self, secrets: Secrets) -> Self {
         Self {
@@ -185,7 +186,8 @@ impl Authenticator {
         let Some(peer) = peer else {
             return refuse("the call has no client certificate and no `authorization` header");
         };
-        // Checked again for each call: a resumed or long-lived connection was verified only when it began.
+        // The expiry is checked for each call, because the certificate of a resumed or long-lived connection was
+        // verified only when the connection began.
         if peer.remaining().is_zero() {
             return refuse("the client certificate has expired");
         }
@@ -213,8 +215,8 @@ impl Authenticator {
         Ok(Arc::new(Principal::authenticated(identity)))
     }
 
-    /// Returns the principal that the `authorization` headers of a call identify. Called only if there is such a
-    /// header. `budget` is asked before a costly check; if it returns an error, that is the answer.
+    /// Returns the principal that the `authorization` headers of a call identify. The call must have an `authorization`
+    /// header. `budget` is called before a costly check; if `budget` returns an error, this function returns the error.
     pub async fn authenticate<T: Send>(
         &self,
         headers: &[&[u8]],
@@ -223,11 +225,11 @@ impl Authenticator {
         match header::read(headers) {
             Ok(Presented::Bearer(token)) => match &self.tokens {
                 Some(tokens) => tokens.verify(token).await,
-                None => refuse("the call has a bearer token, but no [[issuer]] is configured"),
+                None => refuse("the call has an access token, but no [[issuer]] is configured"),
             },
             Ok(Presented::Basic { id, secret }) => match &self.secrets {
                 Some(secrets) => secrets.verify(&id, secret, budget).await,
-                None => refuse("the call has a client secret, but API clients are not set up"),
+                None => refuse("the call has a client secret, but API clients are not configured"),
             },
             Err(malformed) => refuse(malformed),
         }

@@ -1,7 +1,7 @@
 //! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
 //!
-//! Ids are compared bytewise, so an id must have exactly one spelling. A spelling that other software might treat as
-//! the same id is refused.
+//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
+//! spelling as the same id, this spelling is refused.
 //!
 //! Mitigation: M2 of `THREAT_MODEL.md`.
 
@@ -11,22 +11,22 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is not a SPIFFE id. The message continues a sentence whose subject is the text.
+/// Why a text is not a SPIFFE id. The message has no subject: the caller puts the text before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
     /// The id is too long.
     #[error("has more than {ID_BYTES_MAX} bytes")]
     Length,
-    /// The scheme is different or contains capital letters.
+    /// The scheme is not `spiffe`, or contains capital letters.
     #[error("does not begin with {SCHEME:?}, in lower case")]
     Scheme,
-    /// The id is that of a trust domain.
+    /// The id identifies a trust domain and not a workload.
     #[error("has no path, so it identifies a trust domain and not a workload")]
     NoPath,
     /// A segment of the path is empty.
     #[error("has an empty path, a double slash or a slash at its end")]
     EmptySegment,
-    /// A segment of the path refers to another segment.
+    /// A segment of the path is `.` or `..`, which refers to another segment.
     #[error("has a `.` or `..` in its path")]
     DotSegment,
     /// The path contains a character that is not allowed.
@@ -37,7 +37,7 @@ pub enum IdError {
     TrustDomain,
 }
 
-/// Whether a URI has the scheme of SPIFFE ids, even if it is not a valid one.
+/// Whether a URI has the scheme of SPIFFE ids. The URI need not be a valid SPIFFE id.
 pub fn is_claimed(uri: &str) -> bool {
     let scheme = uri.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe"))
@@ -72,7 +72,7 @@ pub fn trust_domain(id: &str) -> Result<&str, IdError> {
     Ok(domain)
 }
 
-/// Checks a trust domain, which has no port, no user and no capital letters.
+/// Checks a trust domain. A trust domain must not contain a port, a user or capital letters.
 pub fn check_trust_domain(domain: &str) -> Result<(), IdError> {
     let is_good = (1..=TRUST_DOMAIN_BYTES_MAX).contains(&domain.len())
         && domain

@@ -1,9 +1,9 @@
 //! Bearer tokens (RFC 7519, RFC 9068). The configuration decides what an access token must contain; the access token
 //! only says who its holder is.
 //!
-//! Only `iss` is read before the signature is verified, to choose the configuration. With a forged `iss` the signature
-//! does not verify. The header's `alg` is compared with the algorithms of the issuer and of the key, and chooses
-//! nothing. An access token that brings a key, or the address of one, is refused.
+//! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is forged, the signature
+//! does not verify. The header's `alg` must be an algorithm of both the issuer and the key, and chooses nothing. An
+//! access token that contains a key, or the address of a key, is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -35,8 +35,8 @@ mod tests;
 use parts::Parts;
 use refusal::{Cause, Refusal, shown};
 
-/// Longest accepted access token unless the configuration sets another limit, in bytes. Providers list each group or
-/// organisation of a user in it: 180 organisations make 9 to 11 KB.
+/// Default limit for the length of an access token, in bytes. Providers list each group or organisation of a user in
+/// the access token. With 180 organisations, an access token has 9 to 11 KB.
 pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
 /// Total size of the verified access tokens that are remembered, in bytes.
 const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
@@ -53,7 +53,7 @@ pub struct Tokens {
     issuers: Vec<Arc<Issuer>>,
     /// The index of each issuer by its `iss`.
     by_name: HashMap<String, usize>,
-    /// The verified access tokens by their SHA-256.
+    /// The verified access tokens. The key of the cache is the SHA-256 of an access token.
     verified: Cache<[u8; 32], Verified>,
     token_bytes_max: usize,
 }
@@ -68,14 +68,14 @@ struct Issuer {
 #[derive(Clone, Debug)]
 struct Verified {
     principal: Arc<Principal>,
-    /// Length of the access token, an upper bound for the size of its claims.
+    /// Length of the access token in bytes, which is an upper bound for the size of its claims.
     bytes: usize,
     issuer: usize,
     /// Digest of the key set that verified the access token.
     set: [u8; 32],
     /// The end of the access token's validity, as a time of day.
     until: Timestamp,
-    /// When it was verified, on the monotonic clock.
+    /// When the access token was verified, on the monotonic clock.
     since: Instant,
 }
 
@@ -96,7 +96,8 @@ pub enum IssuerError {
 }
 
 impl Tokens {
-    /// Creates a verifier. The issuers must be valid individually and in combination. The providers may be unavailable.
+    /// Creates a verifier. The settings of the issuers must be valid individually and in combination. The providers may
+    /// be unavailable at this time.
     pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }
@@ -137,7 +138,7 @@ impl Tokens {
         })
     }
 
-    /// Returns this verifier with another limit for the length of an access token.
+    /// Sets the largest accepted length of an access token, in bytes.
     #[must_use]
     pub fn with_token_bytes_max(self, token_bytes_max: usize) -> Self {
         Self {
@@ -146,16 +147,16 @@ impl Tokens {
         }
     }
 
-    /// Keeps the key sets fresh until `stop`.
+    /// Refreshes the key sets regularly until `stop`.
     pub async fn refresh(self: Arc<Self>, stop: CancellationToken) {
         let issuers = self.issuers.iter();
         let refreshing = issuers.map(|issuer| Arc::clone(&issuer.keys).refresh(stop.clone()));
         futures_util::future::join_all(refreshing).await;
     }
 
-    /// Waits until every provider was asked for its keys once, with or without success, or until `limit` has passed.
-    /// Without this wait, the broker would refuse valid access tokens right after its start, and some clients then end
-    /// their session.
+    /// Waits until every provider was asked for its keys once, with or without success, or until `limit` has passed. If
+    /// the broker did not wait, it would refuse valid access tokens right after its start, and some client programs log
+    /// the user out after such a refusal.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
         let is_open = |issuer: &Arc<Issuer>| {
@@ -167,7 +168,7 @@ impl Tokens {
     }
 
     /// Returns the principal that an access token identifies. The log contains the reason of a refusal; the caller does
-    /// not learn it.
+    /// not learn the reason.
     pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
         let mut name = "";
         self.find(token, &mut name).await.map_err(|refusal| {
@@ -181,15 +182,18 @@ impl Tokens {
                 .with([issuer.to_owned(), refusal.cause.as_str().to_owned()])
                 .increment(1);
             let detail = if name.is_empty() {
-                format!("token refused: {}", refusal.detail)
+                format!("access token refused: {}", refusal.detail)
             } else {
-                format!("token of the issuer {name:?} refused: {}", refusal.detail)
+                format!(
+                    "access token of the issuer {name:?} refused: {}",
+                    refusal.detail
+                )
             };
             refusal.error(detail)
         })
     }
 
-    /// Verifies an access token. Sets `name` to the name of its issuer as soon as that is known.
+    /// Verifies an access token. Sets `name` to the name of the issuer as soon as the issuer is known.
     async fn find<'a>(
         &'a self,
         token: &[u8],
@@ -218,15 +222,15 @@ impl Tokens {
         let (claims, is_expired, set) = issuer.verify(token, &parts).await?;
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
-            // The expiry is reported last: an access token is called renewable only if a renewed access token of the
-            // same kind would be accepted.
+            // The expiry is checked last: the error says that an access token is renewable only if a renewed access
+            // token of the same kind would be accepted.
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
                 format!(": it was {exp}, {age} s ago")
             });
             return Err(Cause::Expired.because(format!(
-                "its `exp` has passed by more than {} s{ended}; its holder needs a new one",
+                "its `exp` has passed by more than {} s{ended}; its holder needs a new access token",
                 issuer.settings.leeway_s
             )));
         }
@@ -272,7 +276,8 @@ impl Issuer {
         let set = self.keys.current();
         let mut set = set.map_err(|error| Cause::NoKeys.because(error.to_string()))?;
         let mut outcome = self.verify_with(&set, token, named, algorithm);
-        // The provider may have a newer key. If the access token has no `kid`, only the failed signature can show that.
+        // The provider may have a newer key. If the access token has no `kid`, only the failed signature can show that
+        // a newer key is needed.
         let may_be_newer = match &outcome {
             Err(refusal) => match refusal.cause {
                 Cause::KeyId | Cause::ManyKeys => true,
@@ -289,14 +294,16 @@ impl Issuer {
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
-                // Without `iat` or `kid`, the age of the key is unknown. The provider's answer then decides.
+                // If the access token has no `iat` or no `kid`, the age of its key is unknown. If the age is unknown,
+                // the provider's answer decides.
                 Newer::SameCopy(wait) => {
                     (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }
                 Newer::Same => None,
             };
-            // The access token is rejected only if no newer key can verify it. Otherwise a caller with invented key ids could
-            // cause valid access tokens to be rejected after a key rotation.
+            // The access token is rejected only if no newer key can verify it. If there may be a newer key, the outcome stays
+            // undecided, because a caller with invented key ids could otherwise cause valid access tokens to be rejected
+            // after a key rotation.
             if let Some(wait) = wait
                 && !self.is_hopeless(parts, named)
             {
@@ -334,16 +341,16 @@ impl Issuer {
                     set.names()
                 ),
                 None => format!(
-                    "its `x5t` or `x5t#S256` is of no certificate of the keys {:?}",
+                    "its `x5t` or `x5t#S256` is not the thumbprint of a certificate of the keys {:?}",
                     set.names()
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "it has no `kid`, and more keys fit its `alg` than are tried: {:?}",
+                "it has no `kid`, and too many keys fit its `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
-                "its `alg` is {}, which is not what the key is for",
+                "its `alg` is {}, which is not the algorithm of its key",
                 algorithm.as_str()
             )),
         })?;
@@ -364,8 +371,8 @@ impl Issuer {
         Err(refused)
     }
 
-    /// Checks everything except the expiry. The library reports an expired access token before it checks `nbf`, `iss`
-    /// and `aud`.
+    /// Checks everything except the expiry. This function is needed because the library reports an expired access token
+    /// before it checks `nbf`, `iss` and `aud`.
     fn verify_expired(
         &self,
         token: &[u8],
@@ -400,17 +407,17 @@ impl Issuer {
         let leeway = self.settings.leeway_s;
         match error.kind() {
             ErrorKind::InvalidSignature => Cause::Signature.because(
-                "its signature does not verify: it was changed, or signed with another key of the same name",
+                "its signature does not verify: the access token was changed, or signed with another key of the same name",
             ),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
-                "its `nbf` is more than {leeway} s ahead: look at both clocks"
+                "its `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
             )),
             ErrorKind::InvalidAudience => Cause::Audience.because(format!(
                 "its `aud` holds none of {:?}",
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("it has no `{claim}`, or one of the wrong type"))
+                Cause::Claim.because(format!("it has no `{claim}` claim, or the claim has the wrong type"))
             }
             ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),

@@ -6,21 +6,22 @@ use zeroize::Zeroizing;
 
 use super::Error;
 
-/// Longest e-mail address, in bytes: the length of the server's column.
+/// Longest e-mail address, in bytes, as in the database of Bitwarden's server.
 const EMAIL_BYTES_MAX: usize = 256;
-/// Longest password, in bytes. Clients have no maximum; this one prevents a wrong file from being used as a password.
+/// Longest password, in bytes. Clients have no maximum; the maximum of this crate prevents a wrong file from being used
+/// as a password.
 pub const PASSWORD_BYTES_MAX: usize = 4_096;
-/// JavaScript's `trim` removes this character, but Rust's does not.
+/// JavaScript's `trim` removes this character, but Rust's `trim` does not.
 const BYTE_ORDER_MARK: char = '\u{feff}';
-/// Rust's `trim` removes this character, but JavaScript's does not.
+/// Rust's `trim` removes this character, but JavaScript's `trim` does not.
 const NEXT_LINE: char = '\u{85}';
 
-/// An e-mail address in the form in which it is the salt of a master key: trimmed and in lower case, as in all clients.
+/// An e-mail address, normalised as the salt of a master key: trimmed and in lower case, as in all clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Email(String);
 
 impl Email {
-    /// Normalises an address. Fails if nothing is left.
+    /// Normalises an e-mail address. Fails if the result is empty, too long or has control characters.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let is_space = |c: char| (c.is_whitespace() && c != NEXT_LINE) || c == BYTE_ORDER_MARK;
         let email = text.trim_matches(is_space).to_lowercase();

@@ -1,5 +1,5 @@
-//! AES-256-CBC and its MAC. All failures return the same error: a caller that could tell a padding failure from a MAC
-//! failure would be an oracle.
+//! AES-256-CBC and its MAC. All failures return the same error, because an attacker could use different errors for
+//! the padding and the MAC as an oracle.
 
 use aws_lc_rs::{
     cipher::{
@@ -35,12 +35,12 @@ pub(super) fn decrypt(key: &[u8], iv: &Iv, ciphertext: &[u8]) -> Result<Zeroizin
     open().map_err(|_| Error::Decrypt)
 }
 
-/// Encrypts under a new random IV.
+/// Encrypts with a new random IV.
 pub(super) fn encrypt(key: &[u8], plain: &[u8]) -> Result<(Iv, Vec<u8>), Error> {
     let mut iv = [0; BLOCK_BYTES];
     rand::fill(&mut iv).map_err(|_| Error::System("random bytes"))?;
-    // Allocated with its final capacity: a vector that grows for the padding would leave a copy of the plain text in
-    // freed memory.
+    // The full capacity is allocated first, because a vector that grows for the padding would leave a copy of the
+    // plain text in freed memory.
     let mut buffer = Vec::with_capacity(plain.len() + BLOCK_BYTES);
     buffer.extend_from_slice(plain);
     let seal = |buffer: &mut Vec<u8>| -> Result<(), Unspecified> {
@@ -63,7 +63,7 @@ pub(super) fn mac(key: &[u8], iv: &Iv, ciphertext: &[u8]) -> Mac {
     tag.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
-/// Verifies the MAC in constant time. Called before anything is decrypted.
+/// Verifies the MAC in constant time. Callers verify the MAC before they decrypt anything.
 pub(super) fn verify(key: &[u8], iv: &Iv, ciphertext: &[u8], mac: &Mac) -> Result<(), Error> {
     let key = hmac::Key::new(hmac::HMAC_SHA256, key);
     let message = [iv.as_slice(), ciphertext].concat();

@@ -18,7 +18,7 @@ pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 /// An encrypted text, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC without a MAC. Old accounts contain it; this crate never writes it.
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain texts of this type; this crate never writes them.
     Aes256Cbc {
         /// 16 bytes.
         iv: Iv,
@@ -42,8 +42,8 @@ pub enum EncString {
 }
 
 impl EncString {
-    /// Parses an encrypted text strictly: canonical base64 with padding, and nothing before or after it. So each value
-    /// has exactly one text.
+    /// Parses an encrypted text strictly: canonical base64 with padding, and nothing before or after it. Therefore,
+    /// each encrypted value has exactly one accepted text form.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));
@@ -70,10 +70,10 @@ impl EncString {
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
             ("0" | "2" | "4", _) => Err(Error::Form(
-                "it does not have the number of parts of its type",
+                "it does not have the number of parts that its type requires",
             )),
             ("1" | "3" | "5" | "6" | "7", _) => Err(Error::Type(number.parse().unwrap_or(0))),
-            _ => Err(Error::Form("its type does not exist")),
+            _ => Err(Error::Form("its type is unknown")),
         }
     }
 
@@ -83,7 +83,7 @@ impl EncString {
             ciphertext,
             mac,
         };
-        // A text that this crate writes must be one that it can read.
+        // This crate must be able to read every text that it writes.
         if made.to_string().len() > ENC_STRING_BYTES_MAX {
             return Err(Error::TooLong);
         }

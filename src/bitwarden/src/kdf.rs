@@ -10,7 +10,8 @@ use super::{Error, MASTER_KEY_BYTES, MasterKey, Password, keys::pbkdf2_sha256};
 /// parallelism of Argon2id.
 const OFFERED_ITERATIONS_MAX: u32 = 2_000_000;
 const OFFERED_ARGON2ID_MAX: [u32; 3] = [10, 1_024, 16];
-/// The largest values that this crate computes, for accounts with more: about a minute, and 4 GiB.
+/// The largest values that this crate accepts for existing accounts. With these values, a derivation takes about a
+/// minute, or 4 GiB of memory.
 const ITERATIONS_MAX: u32 = 100_000_000;
 const ARGON2ID_MAX: [u32; 3] = [100, 4_096, 255];
 
@@ -38,7 +39,7 @@ impl Kdf {
     pub const PBKDF2_RECOMMENDED: Self = Self::Pbkdf2 {
         iterations: 600_000,
     };
-    /// The documented default of Argon2id.
+    /// The default parameters of Argon2id in Bitwarden's documentation.
     pub const ARGON2ID_RECOMMENDED: Self = Self::Argon2id {
         iterations: 3,
         memory_mib: 64,
@@ -52,7 +53,7 @@ impl Kdf {
         self.check_up_to(ITERATIONS_MAX, ARGON2ID_MAX)
     }
 
-    /// Checks the parameters for a new account. Only those that clients offer are accepted.
+    /// Checks the parameters for a new account. Only parameters that clients offer are accepted.
     pub fn check_new(self) -> Result<(), Error> {
         self.check_up_to(OFFERED_ITERATIONS_MAX, OFFERED_ARGON2ID_MAX)
     }
@@ -87,22 +88,22 @@ impl Kdf {
         }
     }
 
-    /// A warning about weak parameters, or about stronger ones than clients offer; `None` if the parameters are good.
-    /// The default of 2026, 32 MiB and 6 iterations, costs as much as 64 MiB and 3 iterations.
+    /// A warning about parameters that are weak or stronger than clients offer; `None` if the parameters are good. The
+    /// Argon2id default of 2026 (32 MiB, 6 iterations) requires as much work as 64 MiB and 3 iterations.
     pub fn warning(self) -> Option<&'static str> {
         if self.check().is_ok() && self.check_new().is_err() {
             return Some(match self {
                 Self::Pbkdf2 { .. } => {
-                    "more than the 2,000,000 iterations of PBKDF2 that clients offer"
+                    "PBKDF2 has more than the 2,000,000 iterations that Bitwarden clients offer"
                 }
                 Self::Argon2id { .. } => {
-                    "more than the 10 iterations, 1,024 MiB and parallelism 16 of Argon2id that clients offer"
+                    "Argon2id has more than the 10 iterations, 1,024 MiB and parallelism 16 that Bitwarden clients offer"
                 }
             });
         }
         match self {
             Self::Pbkdf2 { iterations } => (iterations < 600_000)
-                .then_some("fewer than the 600,000 iterations of PBKDF2 that are recommended"),
+                .then_some("PBKDF2 has fewer than the recommended 600,000 iterations"),
             Self::Argon2id {
                 iterations,
                 memory_mib,
@@ -111,13 +112,13 @@ impl Kdf {
                 let enough =
                     (memory_mib >= 64 && iterations >= 3) || (memory_mib >= 32 && iterations >= 6);
                 (!enough || parallelism < 4).then_some(
-                    "less than the 64 MiB, 3 iterations and parallelism 4 of Argon2id that are recommended",
+                    "Argon2id has less than the recommended 64 MiB, 3 iterations and parallelism 4",
                 )
             }
         }
     }
 
-    /// Derives the master key of an account. The salt is the e-mail address, unless the server sends another one.
+    /// Derives the master key of an account. The salt is the e-mail address, unless the server sends another salt.
     pub fn master_key(
         self,
         password: &Password,
@@ -135,7 +136,8 @@ impl Kdf {
                 memory_mib,
                 parallelism,
             } => {
-                // The address may be shorter than the shortest salt of Argon2, but its hash is not.
+                // The hash of the e-mail address is the salt, because the address itself may be shorter than Argon2
+                // permits.
                 let salt = digest::digest(&digest::SHA256, salt.as_ref().as_bytes());
                 let mut params = ParamsBuilder::new();
                 params

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher};
 
-/// 32 bytes for AES-256 and 32 bytes for HMAC-SHA256.
+/// Length of a symmetric key: 32 bytes for AES-256 and 32 bytes for HMAC-SHA256.
 const SYMMETRIC_KEY_BYTES: usize = 64;
 const HALF: usize = SYMMETRIC_KEY_BYTES / 2;
 /// Iterations of the hash for the login.
@@ -20,8 +20,8 @@ const AUTHENTICATION_ITERATIONS: u32 = 1;
 /// Iterations of the hash with which a client checks the password offline.
 const LOCAL_ITERATIONS: u32 = 2;
 
-/// The key that wraps a user key. The key is derived from a password, or random for a user who never had a password. A
-/// Key Connector stores this key and returns it to the user.
+/// The key that wraps a user key. A master key is derived from a password, or is random for a user who never had a
+/// password. A Key Connector stores the master key and returns it to the user.
 pub struct MasterKey(Zeroizing<Vec<u8>>);
 
 impl MasterKey {
@@ -47,8 +47,8 @@ impl MasterKey {
         self.0.ct_eq(&other.0).into()
     }
 
-    /// The hash that a client sends to log in, in base64. A person who has it can log in unless a second factor is
-    /// required.
+    /// The hash that a client sends to log in, in base64. A person who has this hash can log in unless a second factor
+    /// is required.
     pub fn authentication_hash(&self, password: &Password) -> Zeroizing<String> {
         self.hash(password, AUTHENTICATION_ITERATIONS)
     }
@@ -64,8 +64,8 @@ impl MasterKey {
         Zeroizing::new(Base64::encode_string(hash.as_ref()))
     }
 
-    /// Derives 64 bytes by HKDF-Expand without the Extract step, because the key is already uniform (RFC 5869 section
-    /// 3.3).
+    /// Derives 64 bytes by HKDF-Expand without the Extract step, because the master key is already uniform (RFC 5869
+    /// section 3.3).
     pub fn stretch(&self) -> Result<SymmetricKey, Error> {
         let prk = Prk::new_less_safe(HKDF_SHA256, &self.0);
         let mut stretched = Zeroizing::new(vec![0; SYMMETRIC_KEY_BYTES]);
@@ -75,9 +75,9 @@ impl MasterKey {
         SymmetricKey::from_bytes(stretched)
     }
 
-    /// Decrypts a wrapped user key and returns its bytes, because [`SymmetricKey`] cannot hold the user key of a new
-    /// account. Type 0 of old accounts is encrypted directly with the master key. Type 0 has no MAC, so the length is
-    /// the only sign that the master key was right.
+    /// Decrypts a wrapped user key. The result is bytes, because [`SymmetricKey`] cannot hold the user key of a new
+    /// account. In an old account, the user key has type 0 and is encrypted directly with the master key. Type 0 has
+    /// no MAC, so only the length of the result shows whether the master key was right.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {
@@ -146,8 +146,8 @@ impl SymmetricKey {
         &self.0
     }
 
-    /// Decrypts a text whose type matches this kind of key. An authenticated text is never decrypted without checking
-    /// its MAC.
+    /// Decrypts a text whose type matches this kind of key. The MAC of an authenticated text is checked before the
+    /// text is decrypted.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match (encrypted, self.halves()) {
             (EncString::Aes256Cbc { iv, ciphertext }, None) => {
@@ -168,7 +168,7 @@ impl SymmetricKey {
         }
     }
 
-    /// Encrypts as type 2, which needs a key of 64 bytes.
+    /// Encrypts data as type 2, which needs a key of 64 bytes.
     pub fn encrypt(&self, plain: &[u8]) -> Result<EncString, Error> {
         let Some((encryption, authentication)) = self.halves() else {
             return Err(Error::KeyKind(2));

@@ -10,9 +10,9 @@
 //!
 //! The broker itself uses none of these operations. For the broker, a master key is 32 arbitrary bytes.
 //!
-//! Not protected: type 0 is not authenticated, so a changed text of this type may decrypt to a wrong value. The crate
-//! reads it for old accounts and never writes it. Keys of type 7 (COSE) are handled as bytes; the crate cannot decrypt
-//! with them.
+//! Not protected: type 0 is not authenticated, so a changed text of this type may decrypt to a wrong value. This crate
+//! reads texts of type 0 for old accounts and never writes them. Keys of type 7 (COSE) are handled as bytes; the crate
+//! cannot decrypt with them.
 
 mod account;
 mod cipher;
@@ -72,19 +72,20 @@ pub enum Error {
     /// This crate does not read this type of `EncString`.
     #[error("encrypted text of type {0}: only the types 0, 2 and 4 are supported")]
     Type(u8),
-    /// The type does not belong to this kind of key.
-    #[error("an encrypted text of type {0} is not for this kind of key")]
+    /// This kind of key cannot be used with this type of `EncString`.
+    #[error("an encrypted text of type {0} cannot be decrypted with this kind of key")]
     KeyKind(u8),
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
     KeyPair,
-    /// MAC, padding or OAEP failed. The error does not say which, so that it cannot serve as an oracle.
+    /// The MAC, the padding or OAEP is wrong. The error does not say which of them, so that an attacker cannot use the
+    /// error as an oracle.
     #[error("the key is wrong, or the encrypted text was changed")]
     Decrypt,
     /// The plain text is too long for the type of encrypted text.
-    #[error("too long to be encrypted")]
+    #[error("the plain text is too long to be encrypted")]
     TooLong,
-    /// The system has no memory or no random bytes.
+    /// The system cannot provide memory or random bytes.
     #[error("the system did not provide {0}")]
     System(&'static str),
 }

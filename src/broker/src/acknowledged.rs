@@ -1,10 +1,11 @@
 //! What this instance remembers about its database: the identity of the database, and the newest changes that the
-//! broker acknowledged. Each of these changes left a mark in the database. If the identity differs or one of the marks
-//! is missing, the database is another one, or an earlier state of the same one. The broker then releases and changes
-//! nothing until an operator accepts the database.
+//! broker acknowledged. Each acknowledged change left a mark in the database. If the identity differs or one of the
+//! marks is missing, the broker uses another database, or an earlier state of its database. In this case, the broker
+//! releases and changes nothing until an operator accepts the database.
 //!
-//! The state directory holds these facts and is at most one second behind. The changes that a broker acknowledged in
-//! the last second before it was killed are read from its audit log. Each instance checks only its own changes.
+//! The broker stores these facts in the state directory at most one second after they change. The changes that a broker
+//! acknowledged in the last second before it was killed are read from its audit log. Each broker instance checks only
+//! the marks of its own changes.
 
 use std::{
     collections::VecDeque,
@@ -32,18 +33,18 @@ use super::Broker;
 const LEGACY_FACT: &str = "acknowledged";
 /// The delay after which a refused caller may retry, so that an operator can act in the meantime.
 const RETRY: Duration = Duration::from_secs(1);
-/// A margin for clock differences: marks are purged after the retention period, which another machine's clock may
-/// measure.
+/// A margin for clock differences, because another machine may decide by its own clock when the retention period ends
+/// and a mark is purged.
 const CLOCKS_APART: Duration = Duration::from_hours(1);
 
-/// The facts as they are stored in the state directory.
+/// The facts in the form in which the state directory stores them.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database, after it was first read.
+    /// The identity of the database; `None` until it was read for the first time.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,
-    /// When an operator last accepted a database. Earlier changes in the audit log are ignored.
+    /// When an operator last accepted a database. Changes in the audit log that are older than this time are ignored.
     #[serde(default)]
     accepted_us: i64,
 }
@@ -54,7 +55,8 @@ struct KeptChange {
     at_us: i64,
 }
 
-/// The stored facts in the form of this release, or in that of the previous release, which remembered a single change.
+/// The stored facts in the form of this release, or in the form of the previous release, which remembered only one
+/// change.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Fact {
@@ -62,7 +64,7 @@ enum Fact {
     Before(KeptChange),
 }
 
-/// The facts as the running broker keeps them.
+/// The facts in the form in which the running broker keeps them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     store: Option<StoreId>,
@@ -76,7 +78,7 @@ struct Known {
 enum Mismatch {
     /// The database has another identity, or none.
     OtherStore,
-    /// The database lacks the mark of an acknowledged change.
+    /// The database does not contain the mark of an acknowledged change.
     NoMark,
 }
 
@@ -84,7 +86,7 @@ impl Mismatch {
     const fn text(self) -> &'static str {
         match self {
             Self::OtherStore => {
-                "this is not the database that the broker used before: its identity differs"
+                "the broker used another database before: the identity of this database differs"
             }
             Self::NoMark => {
                 "the database lacks an acknowledged change: it is an earlier state of this database"
@@ -96,13 +98,14 @@ impl Mismatch {
 #[derive(Debug)]
 pub(super) struct Acknowledged {
     known: Mutex<Known>,
-    /// Whether the state directory lacks some of the known facts.
+    /// Whether some of the known facts are not stored in the state directory yet.
     is_changed: AtomicBool,
     /// Why the database is refused; `None` when it is accepted.
     mismatch: Mutex<Option<Mismatch>>,
     retention: Duration,
     state: StateDirectory,
-    /// Name of the state file, which contains the instance, because two brokers may share the directory.
+    /// Name of the state file. The name contains the broker instance, because two brokers may share the state
+    /// directory.
     fact: String,
 }
 
@@ -110,7 +113,7 @@ fn fact_of(instance: &str) -> String {
     format!("acknowledged-{instance}")
 }
 
-/// Reads the stored facts of an instance, including those that the previous release wrote.
+/// Reads the stored facts of an instance, including facts that the previous release wrote.
 fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::Error> {
     let found = match state.read_json::<Fact>(fact)? {
         None => state.read_json::<Fact>(LEGACY_FACT)?,
@@ -122,18 +125,18 @@ fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::
 /// The result of [`accept_restored`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Acceptance {
-    /// The database is the one that the broker knows. Nothing had to be accepted, and nothing was forgotten.
+    /// The broker already knows the database, so there was nothing to accept.
     AlreadyKnown,
     /// The database was accepted.
     Accepted {
-        /// The call id of the newest forgotten change, if any change was remembered.
+        /// The call id of the newest change that the broker no longer remembers, if it remembered a change.
         forgotten: Option<String>,
     },
 }
 
-/// Accepts the database as it is, unless it is the one that the broker already knows. Accepting makes the broker forget
-/// the previous identity and the acknowledged changes. A damaged state file is replaced. Fails when the state directory
-/// cannot be used, or when the database does not answer.
+/// Accepts the database in its current state, unless the broker already knows the database. After the acceptance, the
+/// broker no longer remembers the previous identity of the database and the acknowledged changes. A damaged state file
+/// is replaced. Returns an error if the state directory cannot be used, or if the database does not answer.
 pub async fn accept_restored(
     state: &StateDirectory,
     instance: &str,
@@ -191,7 +194,7 @@ impl From<&Known> for Kept {
 }
 
 impl Known {
-    /// Parses the stored facts. `None` when an id does not parse.
+    /// Parses the stored facts. Returns `None` if an id cannot be parsed.
     fn read(kept: &Kept) -> Option<Self> {
         let store = match &kept.store {
             Some(id) => Some(StoreId::from_hex(id)?),
@@ -240,7 +243,7 @@ impl Acknowledged {
         *self.mismatch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the known identity, and those of the newest changes whose marks cannot have been purged yet.
+    /// Returns the known identity of the database, and the newest changes whose marks cannot have been purged yet.
     fn expected(&self) -> (Option<StoreId>, Vec<CallId>) {
         let kept = self.retention.saturating_sub(CLOCKS_APART).as_micros();
         let kept = i128::try_from(kept).unwrap_or(i128::MAX);
@@ -269,7 +272,7 @@ impl Acknowledged {
             self.is_changed.store(true, Ordering::Release);
             tracing::warn!(
                 error = chain(&error),
-                "cannot store the newest acknowledged changes; they are kept in memory"
+                "cannot store the newest acknowledged changes in the state directory; the broker keeps these changes in memory"
             );
         }
     }
@@ -285,8 +288,8 @@ impl Acknowledged {
         Ok(Some(known))
     }
 
-    /// Loads the facts of the previous run. If that run was killed, its audit log contains newer changes than the state
-    /// file.
+    /// Loads the facts of the previous run. If the previous run was killed, the audit log contains newer changes than
+    /// the state file.
     fn take_over(&self, logged: &[Change]) -> Result<(), Error> {
         let mut known = self.kept()?.unwrap_or_default();
         let accepted = known.accepted;
@@ -313,7 +316,7 @@ impl Acknowledged {
         };
         let mut known = self.known();
         if kept.accepted > known.accepted {
-            tracing::warn!("an operator accepted the database as it is");
+            tracing::warn!("an operator accepted the database in its current state");
             *known = kept;
         }
     }
@@ -338,7 +341,7 @@ impl From<Unusable> for Error {
 }
 
 impl Broker {
-    /// Loads what the previous run acknowledged, and checks the database for it.
+    /// Loads the changes that the previous run acknowledged, and checks that the database contains their marks.
     pub(super) async fn take_over_acknowledged(&self) -> Result<(), Error> {
         self.acknowledged.take_over(self.audit.changes_before())?;
         self.check_store_identity().await;
@@ -346,7 +349,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Notes a committed change. Returns an error when the change was committed to another database than the one that
+    /// Notes a committed change. Returns an error if the change was committed to a database that is not the one that
     /// this broker knows.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
         if matches!(self.compare_store().await, Ok(Some(_))) {
@@ -357,7 +360,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Fails while the database is not the one that this broker knows.
+    /// Returns an error while the database is not the database that this broker knows.
     pub(super) fn check_acknowledged(&self) -> Result<(), Error> {
         match self.acknowledged.mismatch() {
             None => Ok(()),
@@ -371,7 +374,7 @@ impl Broker {
         self.acknowledged.keep();
     }
 
-    /// Compares the database with the known facts. Fails when the database does not answer.
+    /// Compares the database with the known facts. Returns an error if the database does not answer.
     async fn compare_store(&self) -> Result<Option<Mismatch>, keybroker_store::Error> {
         let (store, changes) = self.acknowledged.expected();
         let evidence = self.store.evidence(&changes).await?;
@@ -390,19 +393,19 @@ impl Broker {
         Ok(None)
     }
 
-    /// Checks that the database is the one that this broker knows.
+    /// Checks that the database is the database that this broker knows.
     pub(super) async fn check_store_identity(&self) {
         let acknowledged = &self.acknowledged;
         let before = acknowledged.mismatch();
         if before.is_some() {
             acknowledged.take_over_acceptance();
         }
-        // Without an answer from the database, the previous result stays valid.
+        // If the database does not answer, the previous result stays valid.
         let Ok(mismatch) = self.compare_store().await else {
             return;
         };
         if mismatch.is_some() {
-            // Stored now, so that the operator's command reads the current facts.
+            // The facts are stored now, so that the operator's command reads the current facts.
             acknowledged.keep();
         }
         *acknowledged
@@ -413,10 +416,11 @@ impl Broker {
             Some(mismatch) if before.is_none() => keybroker_core::alert!(
                 StoreRestored,
                 cause = mismatch.text(),
-                "the database is not the one that this broker knows; nothing is released or changed until the right one \
-                 returns, or `keybroker store accept-restored` accepts this one"
+                "this is another database, or an earlier state of the database that this broker used; no key is released \
+                 or changed until the right database is back, or an operator accepts the current database with \
+                 `keybroker store accept-restored`"
             ),
-            None if before.is_some() => tracing::warn!("the database is accepted again"),
+            None if before.is_some() => tracing::warn!("the broker accepts the database again"),
             _ => {}
         }
     }

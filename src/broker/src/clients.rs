@@ -1,9 +1,9 @@
-//! API clients. Administrators create, rotate, list and revoke them. Authentication uses a client only after the token
-//! has verified its stored row.
+//! API clients. Administrators create, list and revoke API clients, and give them new secrets. An API client is
+//! authenticated only after the token has verified the client's stored row.
 //!
 //! An administrator can give an API client only roles that the configuration allows to be granted at run time, and only
-//! in the administrator's own tenant. Unless the configuration allows it, no administrator can create a client that
-//! releases keys.
+//! in the administrator's own tenant. An administrator can create an API client that releases keys only if the
+//! configuration allows this.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -34,7 +34,7 @@ use known::{PageVerifier, Verified, Wanted, document_of};
 pub struct ClientRules {
     /// Roles that an administrator may grant.
     pub grantable_roles: BTreeSet<Role>,
-    /// Hashes a secret. The hash function takes time and memory on purpose.
+    /// Hashes a secret. The hash function deliberately takes much time and memory.
     pub hash: Hash,
 }
 
@@ -56,31 +56,31 @@ pub struct NewClient {
     pub label: String,
     /// The roles that the client gets.
     pub roles: BTreeSet<Role>,
-    /// With the role `release`: the users whose keys the client may release.
+    /// The users whose keys the API client may release, if it gets the role `release`.
     pub users: Option<Reach<UserId>>,
-    /// With the role `release`: the names of the keys that the client may release.
+    /// The names of the keys that the API client may release, if it gets the role `release`.
     pub key_names: Option<Reach<KeyName>>,
-    /// When its first secret expires.
+    /// When the first secret of the API client expires.
     pub expires: Option<Timestamp>,
 }
 
 /// An API client as administrators and auditors see it.
 #[derive(Clone, Debug)]
 pub struct ClientView {
-    /// The id that it sends with its secret.
+    /// The id that the API client sends with its secret.
     pub id: ClientId,
     /// The stored settings and secrets of the client.
     pub document: Document,
     /// When each secret was last accepted, by the secret's number.
     pub uses: Vec<(u32, Timestamp)>,
-    /// Whether the token verified the row's MAC for this answer. `false` when the token was unavailable.
+    /// Whether the token verified the row's MAC for this answer. The value is `false` if the token was unavailable.
     pub is_verified: bool,
 }
 
-/// A new secret, for the only answer that contains it.
+/// A new secret of an API client. No later answer contains this secret.
 #[derive(Debug)]
 pub struct CreatedSecret {
-    /// The API client of the secret.
+    /// The API client to which the secret belongs.
     pub client: ClientView,
     /// The number of the secret.
     pub number: u32,
@@ -91,10 +91,9 @@ pub struct CreatedSecret {
 /// One page of API clients.
 #[derive(Clone, Debug)]
 pub struct ClientPage {
-    /// The clients, ordered by id. A damaged row is listed with the fields that can be read, and regardless of its
-    /// tenant.
+    /// The clients, ordered by id. A damaged row is listed for every tenant, with the fields that can be read.
     pub rows: Vec<PageRow<ClientView, DamagedClient, ClientId>>,
-    /// The position of the next page; absent on the last one.
+    /// The position of the next page; `None` on the last page.
     pub next: Option<Position<ClientId>>,
 }
 
@@ -138,7 +137,7 @@ impl Broker {
         .await
     }
 
-    /// Adds a secret to an API client. The client then has two valid secrets until the old one is revoked.
+    /// Adds a secret to an API client. The API client then has two valid secrets, until the old secret is revoked.
     pub async fn add_client_secret(
         self: &Arc<Self>,
         principal: &Principal,
@@ -159,19 +158,21 @@ impl Broker {
                     .own_client(&principal, &call, id, Wanted::InForce)
                     .await?;
                 if credential.document.revoked.is_some() {
-                    let what = "the id of a client that is not revoked; create another client";
+                    let what = "the id of an API client that is not revoked; create another API client";
                     return Err(Error::violation("id", what));
                 }
                 broker.check_grantable(&credential.document)?;
                 let now = Timestamp::now();
                 if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
-                    let what = "the id of a client with fewer than two valid secrets; revoke one first";
+                    let what = "the id of an API client with fewer than two valid secrets; revoke one of its secrets first";
                     return Err(Error::violation("id", what));
                 }
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
                 if !credential.document.may_grow() {
-                    let what = "the id of a client with room for a secret: the users, key names and secrets of this client are too long; create another client";
+                    let what =
+                        "the id of an API client that has room for another secret: the users, key names and secrets of \
+                         this API client are too long; create another API client";
                     return Err(Error::violation("id", what));
                 }
                 Ok((broker.next_row(credential).await?, secret))
@@ -206,7 +207,7 @@ impl Broker {
                 } = change;
                 draft.client(id);
                 let prepared = async {
-                    // If only a secret is revoked, the client can still authenticate, so its row must be valid.
+                    // If only a secret is revoked, the API client can still authenticate, so its row must be valid.
                     let wanted = secret.map_or(Wanted::ToEnd, |_| Wanted::InForce);
                     let mut credential = broker.own_client(&principal, &call, id, wanted).await?;
                     revoke(&mut credential.document, secret)?;
@@ -254,8 +255,8 @@ impl Broker {
         .await
     }
 
-    /// Returns one page of API clients: those of an administrator's own tenant, or for an auditor those of all tenants.
-    /// While the token is available, it verifies the MAC of each row.
+    /// Returns one page of API clients. An administrator gets the API clients of the administrator's own tenant, and an
+    /// auditor gets the API clients of all tenants. While the token is available, it verifies the MAC of each row.
     pub async fn clients(
         &self,
         principal: &Principal,
@@ -387,7 +388,7 @@ impl Broker {
         let (secret, phc) = self.fresh_secret().await?;
         document.add_secret(phc, now, new.expires);
         if !document.may_grow() {
-            let what = "shorter in total: users and key names together may take 24 KiB";
+            let what = "shorter: users and key names together may take at most 24 KiB";
             return Err(Error::violation("users", what));
         }
         let credential = ClientCredential {
@@ -424,7 +425,7 @@ fn created(id: ClientId, document: Document, secret: PlainSecret) -> CreatedSecr
     }
 }
 
-/// Revokes a client or one of its secrets permanently. Revoking it again changes nothing and is not an error.
+/// Revokes an API client or one of its secrets permanently. A second revocation changes nothing and is not an error.
 fn revoke(document: &mut Document, secret: Option<u32>) -> Result<(), Error> {
     let now = Some(Timestamp::now());
     let Some(number) = secret else {

@@ -1,5 +1,5 @@
-//! The common part of changes to user keys and API clients: a task that no caller can stop, and the order of intent,
-//! commit and outcome.
+//! The common part of changes to user keys and API clients. A change runs in a task that no caller can stop, and writes
+//! its intent before the commit and its outcome after the commit.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
@@ -21,8 +21,9 @@ use super::{
     observed,
 };
 
-/// The store's definite answer about a change: made or not made. The intent stays open until [`Broker::close_intent`].
-#[must_use = "the intent stays open until its outcome is recorded"]
+/// The definite answer of the store about a change: the change was made, or it was not made. The intent stays open
+/// until [`Broker::close_intent`].
+#[must_use = "an intent stays open until its outcome is recorded"]
 pub(super) struct Settled<T> {
     pub(super) intent: OpenIntent,
     /// The store's answer.
@@ -44,9 +45,9 @@ impl Broker {
         }
     }
 
-    /// Makes the intent durable, commits the change, and adds it to the changes by which the broker recognises its
-    /// database. Returns an error when the change was not begun, and also when its outcome is unknown. In the second
-    /// case `maintain` asks the store until the outcome is known.
+    /// Makes the intent durable, commits the change, and adds the change to the list of changes by which the broker
+    /// recognises its database. Returns an error if the change was not begun, or if its outcome is unknown. If the
+    /// outcome is unknown, `maintain` asks the store until it is known.
     pub(super) async fn commit_with_intent<T>(
         &self,
         draft: &Draft,
@@ -70,8 +71,8 @@ impl Broker {
         Ok(Settled { intent, result })
     }
 
-    /// Makes the outcome durable and returns the result. If the outcome cannot be recorded, `maintain` closes the
-    /// intent later.
+    /// Makes the outcome durable and returns the result. If the outcome cannot be recorded now, `maintain` records it
+    /// later.
     pub(super) async fn close_intent<T>(
         &self,
         intent: OpenIntent,

@@ -1,5 +1,5 @@
-//! The control plane: wrapping keys, token state and audit log. No function of this module can
-//! release a user key.
+//! The functions of the control plane: wrapping keys, token state and audit log. No function of this module can release
+//! a user key.
 
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -18,7 +18,7 @@ use super::{
     registry::{Registry, token_key},
 };
 
-/// One registered wrapping key, with what the token reports about it.
+/// One registered wrapping key, with the public key and the algorithm that the token reports.
 #[derive(Clone, Debug)]
 pub struct WrappingKeyView {
     /// The id of the wrapping key.
@@ -33,8 +33,7 @@ pub struct WrappingKeyView {
     pub registered: Timestamp,
     /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
-    /// The public key on the token. Absent for a destroyed key, and until the first worker is
-    /// ready.
+    /// The public key on the token. The value is `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,
 }
 
@@ -99,7 +98,7 @@ impl Broker {
     ) -> Result<Vec<String>, Error> {
         let audit = self.audit.clone();
         self.read_async(principal, call, Action::ReadAudit, async move {
-            // Reading files blocks, so it must not run on an async thread.
+            // A read of a file blocks the thread, so the files must not be read on an async thread.
             match tokio::task::spawn_blocking(move || audit.tail(limit)).await {
                 Ok(entries) => entries.map_err(Error::from),
                 Err(source) => Err(TaskFailed::of("reading the audit log", source)),

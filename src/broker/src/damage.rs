@@ -1,9 +1,10 @@
-//! Alerts about damaged rows that were found while listing.
+//! Alerts about damaged rows that were found when a list was read.
 
 use keybroker_core::{call::Call, metrics, principal::Action};
 use keybroker_store::{DamagedClient, DamagedRecord};
 
-/// Largest number of rows of one page that are logged individually. The total is always logged.
+/// Largest number of damaged rows of one page that are logged individually. The total number of damaged rows is always
+/// logged.
 const LOGGED_MAX: usize = 20;
 
 /// Raises an alert about the damaged records of a page.
@@ -57,5 +58,5 @@ fn report<'a, D: 'a>(
     metrics::RECORDS_DAMAGED
         .with::<&str>([])
         .increment(u64::try_from(total).unwrap_or(u64::MAX));
-    tracing::warn!(call_id = %call.id, table, total, "a page of a list has damaged rows");
+    tracing::warn!(call_id = %call.id, table, total, "a page of a list contains damaged rows");
 }

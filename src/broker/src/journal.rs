@@ -14,8 +14,8 @@ use keybroker_policy::{KeyPermit, Resource};
 
 use super::{Broker, overload::is_overload};
 
-/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates it, from a result
-/// and the draft of its entry. Therefore the entry of one release cannot stand for another release.
+/// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates this value, from a
+/// result and the draft of its entry. Therefore the entry of one release cannot stand for another release.
 #[derive(Debug)]
 pub(super) struct Recorded<T>(T);
 
@@ -29,7 +29,7 @@ impl<T> Recorded<T> {
     }
 }
 
-/// An unfinished entry with the facts of its decision that are known so far.
+/// An unfinished audit entry, with the facts about its decision that are known so far.
 #[derive(Clone, Debug)]
 pub(super) struct Draft(Entry);
 
@@ -113,7 +113,7 @@ impl Draft {
 
 impl Broker {
     /// Makes the intent of a mutation durable. If the audit log is too slow, the caller is refused, but the intent may
-    /// still be written. `maintain` then closes it.
+    /// still be written. In this case, `maintain` later records the outcome of the intent.
     pub(super) async fn record_intent(
         &self,
         draft: &Draft,
@@ -155,8 +155,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Makes the entry of a refusal or failure durable. Overload refusals are counted instead, and recorded once a
-    /// second.
+    /// Makes the entry of a refusal or failure durable. Refusals because of overload are only counted, and the counts
+    /// are recorded once a second.
     pub(super) async fn record_failure(
         &self,
         mut draft: Draft,
@@ -174,7 +174,7 @@ impl Broker {
         {
             tracing::warn!(
                 principal,
-                "too many rejected envelopes from one principal; its calls are refused for a while"
+                "too many envelopes of one principal were rejected; the broker refuses this principal's calls for a while"
             );
         }
         draft.0.outcome = if error.reason() == Reason::Policy {
@@ -187,8 +187,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Records the result of a decision and returns it. If the entry cannot be written, the audit log's error is
-    /// returned instead, because there must be no answer without an entry.
+    /// Records the result of a decision and returns it. If the audit entry cannot be written, returns the error of the
+    /// audit log instead, because there must be no answer without an audit entry.
     pub(super) async fn conclude<T>(
         &self,
         draft: Draft,

@@ -4,12 +4,12 @@
 //! authenticate -> Principal -> policy -> record from SQL -> token job: MAC, then RSA -> audit entry durable -> answer
 //! ```
 //!
-//! Every API calls a method of [`Broker`], which takes the [`Principal`] first. Types enforce the order of the steps,
-//! so that no code path can leave one out:
+//! Every API calls a method of [`Broker`], which takes the [`Principal`] first. The types enforce the order of the
+//! steps, so that no code path can leave out a step:
 //!
-//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates one.
-//! - A [`Released`] key is made from a `Recorded` one. Only `journal` creates it, from the key and the key's own entry,
-//!   after the audit log has synced that entry.
+//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates this permit.
+//! - A [`Released`] key is made only from a `Recorded` key. Only `journal` creates a `Recorded` key, from a key and its
+//!   audit entry, after the audit log has synced this entry.
 //!
 //! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. A
 //! mutation runs in a separate task, so that a caller that ends its call cannot stop it between the two entries.
@@ -83,12 +83,12 @@ use refusals::Refusals;
 use registry::Registry;
 use uses::Uses;
 
-/// Identifies a key by user and key name within the principal's tenant.
+/// Identifies a user key within the principal's tenant by its user and its key name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserKeyRef {
     /// The user.
     pub user: UserId,
-    /// The name that tells several keys of the user apart.
+    /// The key name, which distinguishes several keys of one user.
     pub name: KeyName,
 }
 
@@ -133,21 +133,22 @@ pub struct Parts {
     pub retention: Duration,
     /// Limits on what is stored for one user.
     pub capacity: Capacity,
-    /// Risks of the token that its settings accept, for the health details. Each risk is a sentence without a full
-    /// stop.
+    /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
+    /// without a full stop.
     pub accepted_risks: Vec<String>,
 }
 
-/// Limits on what is stored for one user. Each concurrent call can exceed a limit by one.
+/// Limits on the data that is stored for one user. If several calls run concurrently, each of them can exceed a limit
+/// by one.
 #[derive(Clone, Copy, Debug)]
 pub struct Capacity {
-    /// Largest number of revisions of a record, including superseded ones: `store.revisions_max`.
+    /// Largest number of revisions of a record, including superseded revisions: `store.revisions_max`.
     pub revisions_max: u32,
-    /// Largest number of keys of a user, including deleted ones: `store.keys_per_user_max`.
+    /// Largest number of keys of a user, including deleted keys: `store.keys_per_user_max`.
     pub keys_per_user_max: u32,
 }
 
-/// The use cases over one store, one token and one audit log.
+/// The use cases of a broker with one store, one token and one audit log.
 #[derive(Debug)]
 pub struct Broker {
     policy: Arc<Policy>,
@@ -155,10 +156,10 @@ pub struct Broker {
     store: Arc<dyn Store>,
     token: Arc<dyn Token>,
     limits: Arc<Limits>,
-    /// Absent until the token has verified the MAC of every row. While it is absent, the broker wraps and unwraps
-    /// nothing.
+    /// The verified registry, or `None` until the token has verified the MAC of every row. Without a verified registry,
+    /// the broker wraps and unwraps nothing.
     registry: ArcSwapOption<Registry>,
-    /// Held while the registry is updated.
+    /// A lock that is held while the registry is updated.
     registry_refresh: tokio::sync::Mutex<()>,
     /// The problem of the registry at its last check.
     registry_complaint: Mutex<Option<String>>,
@@ -170,12 +171,12 @@ pub struct Broker {
     acknowledged: Acknowledged,
     capacity: Capacity,
     accepted_risks: Vec<String>,
-    /// Grows with each change of an API client that this broker makes.
+    /// A number that grows with each change of an API client that this broker makes.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
     /// The running mutations. A mutation can run longer than the call that started it.
     mutations: TaskTracker,
-    /// Intents whose outcome is unknown: the store has not yet said whether it committed the change.
+    /// Intents whose outcome is unknown, because the store has not answered whether it committed the change.
     unresolved: Mutex<Vec<OpenIntent>>,
 }
 
@@ -212,7 +213,7 @@ impl Broker {
     }
 
     /// Waits until every running mutation has its outcome on disk. Afterwards, writes the counted refusals and the
-    /// times of last use. Called after the listeners are closed.
+    /// times of last use. The listeners must be closed before this call.
     pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
@@ -221,7 +222,7 @@ impl Broker {
         {
             tracing::error!(
                 mutations = self.mutations.len(),
-                "mutations still under way at the end of the drain; the next start resolves their intents"
+                "mutations were still in progress at the end of the drain; the next start resolves their intents"
             );
         }
         self.flush_refusals().await;
@@ -235,12 +236,13 @@ impl Broker {
             .await
             .is_err()
         {
-            tracing::warn!("the last uses of some records were not written");
+            tracing::warn!("the times of last use of some records were not written");
         }
     }
 
-    /// Records that a call of an authenticated principal ended in the API, because it did not parse or waited too long.
-    /// Returns the error that the caller gets: the given one, or that of the audit log if the entry cannot be written.
+    /// Records that a call of an authenticated principal did not reach its use case, because the request could not be
+    /// parsed or waited too long. Returns the error for the caller: the given error, or the error of the audit log if
+    /// the audit entry cannot be written.
     pub async fn unserved(
         &self,
         principal: &Principal,
@@ -263,9 +265,9 @@ impl Broker {
         error
     }
 
-    /// Checks whether a principal may perform an action on at least one of the keys. A batch uses it before each of its
-    /// items is decided separately. A principal that is permitted none of them gets a single refusal with a single
-    /// entry.
+    /// Checks whether a principal may perform an action on at least one of the keys. A batch is checked in this way
+    /// before each of its items is decided separately. If the principal may use none of the keys, the whole batch gets
+    /// one refusal and one audit entry.
     pub async fn admit(
         &self,
         principal: &Principal,
@@ -274,7 +276,7 @@ impl Broker {
         keys: &[UserKeyRef],
     ) -> Result<(), Error> {
         let started = Instant::now();
-        // The middleware has already counted the call as one.
+        // The middleware has already counted the batch as one call.
         if let Err(over) = self
             .limits
             .take_calls(principal, keys.len().saturating_sub(1))
@@ -288,7 +290,7 @@ impl Broker {
                 Err(denied) => refusal = refusal.or(Some(denied)),
             }
         }
-        // An empty list needs no decision, because nothing is released.
+        // An empty list of keys needs no decision, because nothing is released.
         let Some(denied) = refusal else { return Ok(()) };
         let draft = journal::Draft::new(principal, call, action);
         let refused = Err(self.refuse(draft, &denied).await);
@@ -313,8 +315,8 @@ impl Broker {
         }
     }
 
-    /// Asks policy for a permit on one user key, and records a denial. The later steps take the address from the
-    /// permit.
+    /// Asks policy for a permit on one user key, and records a denial. The steps after the policy take the address of
+    /// the key from the permit.
     async fn permit_key(
         &self,
         principal: &Principal,
@@ -349,7 +351,8 @@ impl Broker {
         })
     }
 
-    /// Records a denial. If the entry cannot be written, returns the error of the audit log instead.
+    /// Records a denial and returns the error for the caller. If the audit entry cannot be written, returns the error
+    /// of the audit log.
     async fn refuse(&self, mut draft: journal::Draft, denied: &Denied) -> Error {
         draft.policy(denied.policy());
         let error = Error::new(Reason::Policy, format!("denied by {}", denied.policy()));
@@ -360,7 +363,7 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        // A database other than the known one is detected at the start, before the first probe.
+        // A database that the broker does not know is detected at the start, before the first probe.
         self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }
@@ -375,8 +378,8 @@ async fn observed<T>(
     let (result, outside) = outside_time::measured(work).await;
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
-        // Measured for a release only, which does exactly one job on the token. The rest of its time is spent in the
-        // broker.
+        // Only a release is measured, because it runs exactly one job on the token. The rest of the call's time is
+        // spent in the broker.
         metrics::CALL_OVERHEAD
             .handle()
             .record(total.saturating_sub(outside));
@@ -404,7 +407,7 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
         Reason::Bug => {
             keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
-        // Overload refusals are counted instead: one line per second reports them.
+        // Refusals because of overload are only counted, and one line per second reports the counts.
         Reason::QueueFull => {
             tracing::debug!(call_id = %call.id, action = %action, error = %error, "call refused");
         }
@@ -412,7 +415,8 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
     }
 }
 
-/// Returns the caller as the token's queue sees it. The jobs of each principal wait in a queue of their own.
+/// Returns the identity of a caller for the queue of the token. The jobs of each principal wait in a queue of their
+/// own.
 fn caller(principal: &Principal, call: &Call) -> Caller {
     Caller::principal(principal.name(), call.deadline)
 }
@@ -426,14 +430,14 @@ where
         Ok(result) => result.map_err(Error::from),
         Err(_) => Err(Error::new(
             Reason::Deadline,
-            "deadline passed while waiting for the store or the token",
+            "the deadline passed while the call waited for the store or the token",
         )),
     }
 }
 
 /// A task of the broker panicked or was cancelled.
 #[derive(Debug, thiserror::Error)]
-#[error("the task of {work} failed")]
+#[error("the task for {work} failed")]
 struct TaskFailed {
     work: &'static str,
     source: tokio::task::JoinError,
@@ -445,5 +449,5 @@ impl TaskFailed {
     }
 }
 
-/// How long a caller should wait for a broker that is starting.
+/// How long a caller should wait before a retry if the broker is starting.
 const START_RETRY: Duration = Duration::from_secs(1);

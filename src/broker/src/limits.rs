@@ -3,8 +3,8 @@
 //! is dropped when it no longer affects a decision.
 //!
 //! When an address reaches the authentication failure limit, the broker refuses its invalid credentials, and does not
-//! check credentials that are costly to check. The broker still accepts a valid credential of a known caller, so that
-//! no caller can lock out another one at the same address.
+//! check its credentials that are costly to check. The broker still accepts a valid credential of a known caller, so
+//! that no caller can lock out another caller at the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -72,20 +72,21 @@ impl Default for Settings {
 
 /// The highest rate that can be set.
 pub const RATE_MAX: u32 = 60_000_000;
-/// Largest number of users that are counted for an alert.
+/// Largest value of the setting for the number of users of one service before an alert is raised.
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
-/// Largest number of replacements of one record that are counted for an alert.
+/// Largest value of the setting for the number of replacements of one record before an alert is raised.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
 /// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
-/// Idle time after which an entry is dropped. A bucket is full again after one minute, so nothing is lost.
+/// Idle time after which a caller's bucket is dropped. A bucket is full again after one minute, so no information is
+/// lost.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
 /// Largest number of credentials of one address that are checked concurrently, for credentials that are costly to
 /// check.
 const TURNS_MAX: usize = 8;
-/// The delay after which a caller may retry when all these checks are in use.
+/// The delay after which a caller may retry if its address already runs the largest number of costly checks.
 const TURN_RETRY: Duration = Duration::from_millis(500);
 
 /// The state of the limits of all callers.
@@ -123,8 +124,8 @@ impl Limits {
         })
     }
 
-    /// Whether the limits allow a log line that an unauthenticated caller at this address causes. A line that is not
-    /// allowed is counted.
+    /// Whether the limits allow a log line that an unauthenticated caller at this address causes. A line that exceeds
+    /// the limits is counted as suppressed.
     pub fn may_log(&self, address: IpAddr) -> bool {
         let network = Network::of(address);
         let may =
@@ -141,7 +142,7 @@ impl Limits {
         self.suppressed.swap(0, Ordering::Relaxed)
     }
 
-    /// Takes `count` calls from a principal's rate. If too few are left, the error contains the delay.
+    /// Takes `count` calls from a principal's rate. If too few calls are left, the error contains the time to wait.
     pub fn take_calls(&self, principal: &Principal, count: usize) -> Result<(), Error> {
         let buckets = match principal.kind() {
             Kind::User => &self.users,
@@ -152,32 +153,34 @@ impl Limits {
             return Err(used_up(wait));
         }
         buckets.take(principal.name(), count).map_err(|wait| {
-            let detail = format!("{} is over its rate", principal.name());
+            let detail = format!("{} has exceeded its rate limit", principal.name());
             Error::new(Reason::Rate, detail).retry_after(wait)
         })
     }
 
-    /// Fails while an address has reached the failure limit. The error contains the delay. Until then, costly
-    /// credentials of this address are not checked.
+    /// Returns an error while an address has reached the authentication failure limit. The error contains the time
+    /// until the next permitted attempt. During this time, credentials of this address that are costly to check are not
+    /// checked.
     pub fn check_address(&self, address: IpAddr) -> Result<(), Error> {
         let closed = self.failed_credentials.empty_for(&network(address));
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
-    /// Takes one of the concurrent checks for a credential that is costly to check. Each address has only a few such
-    /// checks, so that one address cannot block all others.
+    /// Reserves a concurrent check of a credential that is costly to check. Each address may run only a few of these
+    /// checks at a time, so that one address cannot block all others.
     pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
         let turns = self
             .turns
             .get_with(network(address), || Arc::new(Semaphore::new(TURNS_MAX)));
         turns.try_acquire_owned().map_err(|_| {
             let detail =
-                format!("more than {TURNS_MAX} client secrets of one address are being checked");
+                format!("more than {TURNS_MAX} client secrets from one address are being verified");
             Error::new(Reason::Rate, detail).retry_after(TURN_RETRY)
         })
     }
 
-    /// Counts a failed credential of an address. Returns an error when the address has reached its limit.
+    /// Counts a failed credential of an address. Returns an error if the address has reached the authentication failure
+    /// limit.
     pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
         let taken = self.failed_credentials.take(&network(address), 1);
         taken.map_err(used_up)
@@ -189,14 +192,15 @@ impl Limits {
         taken.map_err(used_up)
     }
 
-    /// Notes that a service released a key of a user. Returns `true` when the service exceeds the number of users per
-    /// hour and no alert about it was raised within the last hour.
+    /// Notes that a service released a key of a user. Returns `true` if the service exceeds the number of users per
+    /// hour and no alert about the service was raised within the last hour.
     pub fn note_release(&self, principal: &Principal, user: &str) -> bool {
         principal.kind() == Kind::Service && self.releases.note(principal.name(), user)
     }
 
-    /// Returns the revision whose time shows whether a record was replaced too often: that is so if this revision was
-    /// written within the hour before the current one. `None` if the record has too few revisions in total.
+    /// Returns the revision whose time shows whether a record was replaced too often. If this revision was written
+    /// within the hour before the current revision, there were too many replacements. Returns `None` if the record has
+    /// too few revisions in total.
     pub fn telling_revision(&self, current: Revision) -> Option<Revision> {
         self.replacements.telling_revision(current)
     }
@@ -208,7 +212,11 @@ impl Limits {
 }
 
 fn used_up(wait: Duration) -> Error {
-    Error::new(Reason::FailureBudget, "the failure limit is reached").retry_after(wait)
+    Error::new(
+        Reason::FailureBudget,
+        "the limit of failed attempts is reached",
+    )
+    .retry_after(wait)
 }
 
 /// A network of callers, by which refusals are counted and logged: an IPv4 /24 or an IPv6 /64.
@@ -235,8 +243,8 @@ impl fmt::Display for Network {
     }
 }
 
-/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. With
-/// [`shortened`] a line has at most about 600 bytes, so an hour adds less than 5 MB to the log.
+/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. [`shortened`]
+/// limits a line to about 600 bytes, so these lines add less than 5 MB per hour to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 
@@ -277,7 +285,7 @@ struct Buckets<K> {
 #[derive(Debug)]
 struct Bucket {
     limiter: DefaultDirectRateLimiter,
-    /// The end of the last reported wait, until which the bucket is empty.
+    /// The time until which the bucket is empty, according to the last wait that was reported.
     empty_until: Mutex<Option<Instant>>,
 }
 
@@ -301,8 +309,8 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
         }
     }
 
-    /// Takes `count` calls together, or none and returns how long to wait. A count above the bucket's capacity takes
-    /// the whole bucket.
+    /// Takes `count` calls from a bucket. If the bucket does not contain so many, takes none and returns how long to
+    /// wait. If `count` is above the capacity of the bucket, takes the whole bucket.
     fn take<Q>(&self, who: &Q, count: usize) -> Result<(), Duration>
     where
         Q: Hash + Eq + ToOwned<Owned = K> + ?Sized,
@@ -318,7 +326,7 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
                 empty_until: Mutex::default(),
             })
         });
-        // The outer error means that `count` exceeds the capacity, which the lines above prevent.
+        // The outer error would mean that `count` exceeds the capacity; the lines above prevent this case.
         let Ok(Err(not_until)) = bucket.limiter.check_n(count) else {
             return Ok(());
         };
@@ -327,7 +335,8 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
         Err(wait)
     }
 
-    /// Returns how long the bucket is still empty, from the last reported wait. Takes nothing.
+    /// Returns how long the bucket will still be empty, according to the last wait that was reported. Takes no call
+    /// from the bucket.
     fn empty_for<Q>(&self, who: &Q) -> Option<Duration>
     where
         Q: Hash + Eq + ?Sized,

@@ -1,5 +1,5 @@
-//! The broker's regular work and its health. The regular work probes the store, resolves intents without an outcome,
-//! writes counted refusals and deletes old request ids.
+//! The broker's regular work and its health. The broker's regular work probes the store, resolves intents without an
+//! outcome, writes counted refusals and deletes old request ids.
 
 use std::{
     sync::{Arc, MutexGuard, PoisonError, atomic::Ordering},
@@ -43,7 +43,7 @@ enum Resolved {
     Yes,
     /// A transaction that has not ended may still commit the change.
     UnderWay,
-    /// The store or the audit log is unavailable. The other intents would only wait for the same failure.
+    /// The store or the audit log is unavailable. No other intent is tried now, because the attempt would fail too.
     Unavailable,
 }
 
@@ -67,12 +67,14 @@ impl Broker {
         let token = self.token.state();
         match token.serving {
             Serving::Up if self.registry.load().is_some() => {}
-            Serving::Up => problems.push("token: the registry is not verified".to_owned()),
+            Serving::Up => {
+                problems.push("token: the registry of wrapping keys is not verified".to_owned());
+            }
             Serving::Down(cause) => problems.push(format!("token: unavailable: {cause}")),
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
         let user_keys = problems.is_empty();
-        // The notes below do not stop the token from serving.
+        // The token is usable in spite of the notes that follow.
         let risks = self.accepted_risks.iter().cloned();
         let notes = token.note.into_iter().chain(risks);
         problems.extend(notes.map(|note| format!("token: {note}")));
@@ -88,7 +90,7 @@ impl Broker {
         self.registry.load().is_some()
     }
 
-    /// Runs the regular work until `stop`. Call it once per process.
+    /// Runs the regular work until `stop`. Call this function only once per process.
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
         tokio::join!(
             self.maintain_store(&stop),
@@ -98,7 +100,8 @@ impl Broker {
         );
     }
 
-    /// Resolves intents in a loop of its own: waiting for a transaction that may still be running takes seconds.
+    /// Resolves intents in a loop of its own, because the wait for a transaction that may still be running takes
+    /// seconds.
     async fn resolve_regularly(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         while ticks.next().await {
@@ -109,7 +112,7 @@ impl Broker {
         }
     }
 
-    /// Writes counts in a loop of its own: a hanging database must not delay them by more than a second.
+    /// Writes counts in a loop of its own, because a hanging database must not delay the counts by more than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
@@ -140,8 +143,8 @@ impl Broker {
         }
     }
 
-    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible. Fails
-    /// when the facts that this instance keeps about its database cannot be read.
+    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible.
+    /// Returns an error if the facts that this instance keeps about its database cannot be read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -152,7 +155,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Leaves an intent to the next tick, because its outcome could not be learned or recorded.
+    /// Leaves an intent to the next tick, because its outcome could not be determined or recorded.
     pub(super) fn resolve_later(&self, intent: OpenIntent) {
         self.unresolved().push(intent);
     }
@@ -166,11 +169,12 @@ impl Broker {
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Other tasks only append to the list meanwhile, so the first intent did not change.
+            // Other tasks only append intents to the list, so the first intent of the list is still the resolved
+            // intent.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}
-                // The outcome of the other intents may be known already.
+                // This intent is tried again after the other intents, whose outcome may be known already.
                 Resolved::UnderWay => unresolved.push(intent),
                 Resolved::Unavailable => {
                     unresolved.insert(0, intent);
@@ -191,7 +195,7 @@ impl Broker {
         let committed = match self.store.committed_by(open.call).await {
             Ok(committed) => committed,
             Err(error) => {
-                tracing::warn!(call_id = %open.call, %error, "cannot resolve an open intent yet");
+                tracing::warn!(call_id = %open.call, %error, "cannot resolve an open intent; the broker tries again later");
                 return match error {
                     store::Error::Down(_) | store::Error::Busy(_) => Resolved::Unavailable,
                     _ => Resolved::UnderWay,
@@ -204,7 +208,10 @@ impl Broker {
             Outcome::Failed
         };
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
-            tracing::warn!(call_id = %open.call, %error, "cannot record the outcome of an open intent yet");
+            tracing::warn!(
+                call_id = %open.call, %error,
+                "cannot record the outcome of an open intent; the broker tries again later"
+            );
             return Resolved::Unavailable;
         }
         tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
@@ -249,7 +256,7 @@ impl Broker {
             .registry_complaint
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        // Reports a new complaint once instead of every second.
+        // Logs a new problem once, and not every second.
         if complaint != *last
             && let Some(error) = &complaint
         {
@@ -265,7 +272,9 @@ impl Broker {
         let before = Timestamp::from_micros(Timestamp::now().micros() - REQUEST_KEPT_US);
         match self.store.forget_requests(before).await {
             Ok(count) => tracing::debug!(count, "deleted old request ids"),
-            Err(error) => tracing::warn!(%error, "cannot delete old request ids yet"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot delete old request ids; the broker tries again later");
+            }
         }
     }
 }

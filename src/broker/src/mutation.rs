@@ -46,7 +46,7 @@ impl Broker {
         self.mutate(principal, call, key, change, request).await
     }
 
-    /// Stores new key material as the next revision, if `expected` is the current one.
+    /// Stores new key material as the next revision, if `expected` is the current revision.
     pub async fn replace(
         self: &Arc<Self>,
         principal: &Principal,
@@ -73,7 +73,7 @@ impl Broker {
         self.mutate(principal, call, key, change, request).await
     }
 
-    /// Makes a deleted record active again. Returns `KEY_EXISTS` for an active one.
+    /// Makes a deleted record active again. Returns `KEY_EXISTS` if the record is active.
     pub async fn undelete(
         self: &Arc<Self>,
         principal: &Principal,
@@ -85,7 +85,7 @@ impl Broker {
             .await
     }
 
-    /// Makes the material of an earlier revision current again, as a new revision.
+    /// Stores the user key of an earlier revision as a new revision, which becomes the current revision.
     pub async fn restore(
         self: &Arc<Self>,
         principal: &Principal,
@@ -263,8 +263,8 @@ impl Broker {
     }
 
     /// Raises an alert about a record that is replaced unusually often: another person may be using the caller's
-    /// credential, or a failing program may be retrying. The check refuses nothing. The change is already committed, so
-    /// a failure of the check does not fail it.
+    /// credential, or a failing program may be retrying. The check refuses nothing. If the check fails, the call still
+    /// succeeds, because the change is already committed.
     async fn watch_replacements(&self, mutation: &Mutation, info: &RecordInfo) {
         let Some(telling) = self.limits.telling_revision(info.revision) else {
             return;
@@ -275,12 +275,15 @@ impl Broker {
         // The change is committed, so its answer must not wait for a hanging database.
         let read = tokio::time::timeout(WATCH_TIMEOUT, self.store.revision(info.id, telling));
         let Ok(read) = read.await else {
-            tracing::warn!(call_id = %call.id, "the database was too slow to count the replacements of a record");
+            tracing::warn!(
+                call_id = %call.id,
+                "the database did not answer in time, so the replacements of a record were not counted"
+            );
             return;
         };
         let then = match read {
             Ok(Some(stored)) => stored.created,
-            // Only the purge removes revisions, long after they were superseded.
+            // The revision no longer exists. Only the purge removes revisions, long after they were superseded.
             Ok(None) => return,
             Err(error) => {
                 tracing::warn!(call_id = %call.id, %error, "cannot count the replacements of a record");
@@ -298,13 +301,13 @@ impl Broker {
         let record = Some((info.id, info.revision));
         let action = "alarm.frequent_replacement";
         if let Err(error) = self.record_alert(principal, call, action, record).await {
-            tracing::error!(%error, "no audit entry was written for the alert");
+            tracing::error!(%error, "cannot write the audit entry of an alert");
         }
     }
 
-    /// Looks again for an earlier call with the same request id, after an error that a concurrent change of the record
-    /// can cause. The earlier call may have been committed after this call looked for it. This call is then a retry,
-    /// and gets the answer of the earlier call.
+    /// Looks a second time for an earlier call with the same request id, after an error that a concurrent change of the
+    /// record can cause. The earlier call may have been committed after the first look. If there was an earlier call,
+    /// this call is a retry and gets the answer of the earlier call.
     async fn earlier_after(
         &self,
         mutation: &Mutation,
@@ -333,7 +336,7 @@ impl Broker {
         }
     }
 
-    /// Returns the answer of an earlier call with the same request id, and records that.
+    /// Returns the answer of an earlier call with the same request id, and records the retry in the audit log.
     async fn replay(&self, mut draft: Draft, info: RecordInfo) -> Result<RecordInfo, Error> {
         draft.record(info.id, info.revision);
         draft.wrapping_key(info.wrapping_key);
@@ -343,8 +346,8 @@ impl Broker {
     }
 }
 
-/// The state of the record changed between the check and the commit. Returns the error that the check would have
-/// returned after that change.
+/// Converts the error of a commit. If another change of the record came between the check and the commit, returns the
+/// error that the check would have returned after this other change.
 fn from_commit(error: store::Error, change: &Change) -> Error {
     match (&error, change) {
         (store::Error::State, Change::Undelete) => {

@@ -1,6 +1,6 @@
-//! Calls that were refused because the token or the database cannot do the work in time. An overload causes too many
-//! refusals for one entry and one log line each. The refusals are therefore counted for each principal and action, and
-//! recorded once a second. A refused call released and changed nothing.
+//! Calls that were refused because the token or the database cannot do the work in time. An overload causes so many
+//! refusals that they cannot each have an audit entry and a log line. Therefore the refusals are counted for each
+//! principal and action, and the counts are recorded once a second. A refused call released and changed nothing.
 //!
 //! A broker that is killed loses the counts of the last second.
 //!
@@ -23,12 +23,12 @@ use keybroker_core::{
 
 use super::{Broker, caller};
 
-/// Largest number of pairs of principal and action that are counted separately within a second. Further principals
-/// share one entry for each action. An entry has about 300 bytes, so an hour of overload by many principals adds less
-/// than 80 MB to the audit log.
+/// Largest number of pairs of principal and action that are counted separately within a second. Principals beyond this
+/// number share one audit entry for each action. An audit entry has about 300 bytes, so an hour of overload by many
+/// principals adds less than 80 MB to the audit log.
 const CALLERS_MAX: usize = 64;
 
-/// The principal and action of refused calls. The principal is absent in the shared count.
+/// The principal and action of refused calls. The principal is `None` in the count that several principals share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     principal: Option<(String, Tenant)>,
@@ -42,7 +42,7 @@ pub(super) struct Overload(Mutex<HashMap<Refused, Count>>);
 #[derive(Debug)]
 struct Count {
     calls: u64,
-    /// The reason for refusing the first of these calls.
+    /// The reason why the first of the counted calls was refused.
     cause: String,
 }
 
@@ -82,8 +82,8 @@ pub(super) fn is_overload(error: &Error) -> bool {
 }
 
 impl Broker {
-    /// Refuses a call that the token certainly cannot serve in time. Runs before policy and store are asked, so that a
-    /// refusal costs little.
+    /// Refuses a call that the token certainly cannot serve in time. This check comes before the policy and the store,
+    /// so that a refusal costs little.
     pub(super) fn check_admission(
         &self,
         principal: &Principal,

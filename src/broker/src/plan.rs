@@ -28,7 +28,7 @@ pub(super) enum Commit {
 }
 
 impl Commit {
-    /// Adds record and wrapping key to the audit entry.
+    /// Adds the record and the wrapping key to the audit entry.
     pub(super) fn describe(&self, draft: &mut Draft) {
         match self {
             Self::Create(new) | Self::Supersede(new, _) => {
@@ -41,7 +41,8 @@ impl Commit {
         }
     }
 
-    /// Returns the record as it will be after this change, if it commits at `at` and no other change comes first.
+    /// Returns the record as it will be after this change, if the change is committed at the time `at` and no other
+    /// change comes first.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
             Self::Create(new) => new.record_info(at),
@@ -156,7 +157,8 @@ impl Broker {
     }
 
     /// Refuses a new revision of a record that already has as many revisions as may be stored. Old revisions are not
-    /// removed to make room: a caller could otherwise end their retention period by replacing the key repeatedly.
+    /// removed to make room, because a caller could then end the retention period of old revisions by replacing the key
+    /// repeatedly.
     async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
         let most = self.capacity.revisions_max;
         // The number of the current revision is an upper bound of the number of stored revisions.
@@ -194,7 +196,7 @@ impl Broker {
         Ok(new_revision(address, record, revision, &envelope))
     }
 
-    /// Makes a new revision from the wrapped bytes of an earlier one. The token verifies the MAC of the earlier
+    /// Makes a new revision from the wrapped bytes of an earlier revision. The token verifies the MAC of the earlier
     /// revision before it makes the new MAC; the RSA key is not used.
     async fn rebind(
         &self,
@@ -211,7 +213,12 @@ impl Broker {
         }
         let stored = within(call, self.store.revision(info.id, earlier))
             .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "the record has no such revision"))?;
+            .ok_or_else(|| {
+                Error::new(
+                    Reason::KeyNotFound,
+                    "the record does not have this revision",
+                )
+            })?;
         let envelope = self.readable_envelope(&stored.envelope).await?;
         let context = |revision| Context::Record {
             address: &info.address,
@@ -231,7 +238,10 @@ fn check_revision(info: &RecordInfo, expected: Revision) -> Result<(), Error> {
     if info.revision == expected {
         Ok(())
     } else {
-        let detail = format!("expected {expected}, current is {}", info.revision);
+        let detail = format!(
+            "the call expects revision {expected}, but the current revision is {}",
+            info.revision
+        );
         Err(Error::new(Reason::Revision, detail))
     }
 }

@@ -1,4 +1,4 @@
-//! Reads the metadata of one record or of a page of records. No key material is touched.
+//! Reads the metadata of one record or of a page of records. No function of this module reads key material.
 
 use std::collections::HashMap;
 
@@ -16,9 +16,9 @@ use super::{Broker, UserKeyRef, damage, journal::Draft, observed, within};
 /// The filter and position of a list within the principal's tenant.
 #[derive(Clone, Debug)]
 pub struct ListRequest {
-    /// Lists only this user's records, if set.
+    /// If set, only the records of this user are listed.
     pub user: Option<UserId>,
-    /// Whether deleted records are listed as well as active ones.
+    /// Whether deleted records are listed in addition to active records.
     pub deleted: bool,
     /// The position at which the previous page ended.
     pub from: Position<(UserId, KeyName)>,
@@ -31,16 +31,16 @@ pub struct ListRequest {
 pub struct RecordView {
     /// The stored metadata.
     pub info: RecordInfo,
-    /// When its key was last released, if that was stored.
+    /// When the key of this record was last released, if the time was stored.
     pub used: Option<Timestamp>,
 }
 
 /// A row of a page.
 #[derive(Clone, Debug)]
 pub struct PageRow<T, D, K> {
-    /// What the row says, or what is wrong with it.
+    /// The content of the row, or a description of the damage.
     pub content: Result<T, D>,
-    /// Where a page after this row begins.
+    /// The position at which a page begins that follows this row.
     pub end: Position<K>,
 }
 
@@ -49,7 +49,7 @@ pub struct PageRow<T, D, K> {
 pub struct ListPage {
     /// The records. A damaged record is listed with the fields that can be read.
     pub rows: Vec<PageRow<RecordView, DamagedRecord, (UserId, KeyName)>>,
-    /// The position of the next page; absent at the end.
+    /// The position of the next page; `None` on the last page.
     pub next: Option<Position<(UserId, KeyName)>>,
 }
 
@@ -144,7 +144,8 @@ impl Broker {
         Ok(ListPage { rows, next })
     }
 
-    /// Reads when each record was last released. A failure is logged and does not fail the call.
+    /// Reads when each record was last released. If the times cannot be read, the failure is logged, and the call still
+    /// succeeds.
     async fn uses_of(
         &self,
         call: &Call,
@@ -154,7 +155,7 @@ impl Broker {
         match within(call, self.store.last_uses(&ids)).await {
             Ok(uses) => uses,
             Err(error) => {
-                tracing::warn!(call_id = %call.id, %error, "cannot read when records were last used");
+                tracing::warn!(call_id = %call.id, %error, "cannot read the times of last use of records");
                 HashMap::new()
             }
         }

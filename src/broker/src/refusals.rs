@@ -1,8 +1,8 @@
 //! Refusals before authentication, which are counted per network and minute, so that an unauthenticated caller cannot
 //! fill the audit log or the log, no matter how many addresses it uses.
 //!
-//! Counts are written to the audit log once a minute. In the meantime the state directory holds them and is at most one
-//! second behind, so that a broker that is killed loses only that second.
+//! Counts are written to the audit log once a minute. Until then, the counts are also stored in the state directory
+//! once a second, so that a broker that is killed loses the counts of only one second.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -30,8 +30,9 @@ use keybroker_core::{
 
 use super::Broker;
 
-/// Largest number of networks that are counted separately within a minute. Further networks share one entry for each
-/// reason. An entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit log.
+/// Largest number of networks that are counted separately within a minute. Networks beyond this number share one audit
+/// entry for each reason. An audit entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit
+/// log.
 const NETWORKS_MAX: usize = 256;
 /// The name of the state file in the previous release, which did not contain the instance.
 const LEGACY_FACT: &str = "refusals";
@@ -42,7 +43,7 @@ type Counts = HashMap<(Option<Network>, Refused), u64>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     reason: Reason,
-    /// Why the handshake failed; absent for a refused call.
+    /// Why the handshake failed; `None` for a refused call.
     cause: Option<&'static str>,
 }
 
@@ -52,14 +53,15 @@ pub(super) struct Refusals {
     /// Whether the counts changed since they were last stored.
     is_changed: AtomicBool,
     state: StateDirectory,
-    /// Name of the state file, which contains the instance, because two brokers may share the directory.
+    /// Name of the state file. The name contains the broker instance, because two brokers may share the state
+    /// directory.
     fact: String,
 }
 
 /// One count as it is stored in the state directory.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
-    /// Absent in the shared count.
+    /// The network; `None` for the count that several networks share.
     network: Option<Network>,
     reason: String,
     /// The previous release stored no causes.
@@ -113,7 +115,11 @@ impl Refusals {
             .collect();
         if let Err(error) = self.state.write_json(&self.fact, &kept) {
             let error = chain(&error);
-            tracing::warn!(%error, "cannot store the counted refusals; they are kept in memory until the next audit entry");
+            tracing::warn!(
+                %error,
+                "cannot store the counted refusals in the state directory; the broker keeps the counts in memory until \
+                 the next audit entry"
+            );
         }
     }
 
@@ -130,12 +136,16 @@ impl Refusals {
                 }
             }
         }
-        // Stored before the old file is removed: a process that is killed in between counts the refusals twice, but
-        // loses none.
+        // The counts are stored before the old file is removed. If the process is killed between these two steps, the
+        // refusals are counted twice, but none is lost.
         self.keep();
         if let Err(error) = self.state.remove(LEGACY_FACT) {
             let error = chain(&error);
-            tracing::warn!(%error, "cannot remove the counts of the previous release; the next start counts them again");
+            tracing::warn!(
+                %error,
+                "cannot remove the file with the refusals that the previous release counted; the next start counts these \
+                 refusals again"
+            );
         }
     }
 
@@ -218,8 +228,9 @@ impl Broker {
         self.refusals.take_over();
     }
 
-    /// Writes one entry per network, reason and cause. Counts that cannot be written are kept. All entries are appended
-    /// concurrently, so that a hanging disk causes one wait in total instead of one per entry.
+    /// Writes one audit entry for each network, reason and cause. Counts that cannot be written are kept for the next
+    /// attempt. All entries are appended concurrently, so that a hanging disk causes only one wait in total and not one
+    /// wait for each entry.
     pub(super) async fn flush_refusals(self: &std::sync::Arc<Self>) {
         let counted = self.refusals.take();
         if !counted.is_empty() {
@@ -242,8 +253,8 @@ impl Broker {
                 }),
         )
         .await;
-        // Stored before further refusals are counted, so that the next run does not count again what is in the audit
-        // log.
+        // The counts are stored before further refusals are counted, so that the next run does not count the refusals
+        // again that are already in the audit log.
         self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();
         if suppressed > 0 {

@@ -15,19 +15,20 @@ use keybroker_store::RegistryRow;
 
 use super::{Broker, START_RETRY};
 
-/// Time limit for verifying a few rows on the token, once a second.
+/// Time limit for the verification of a few rows with the token, which happens once a second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The verified rows of the registry.
 #[derive(Debug)]
 pub(super) struct Registry {
     rows: Vec<RegistryRow>,
-    /// Keys that were registered after this broker started, so that its workers have not checked them on the token.
+    /// Keys that were registered after this broker started. The workers of this broker have not checked these keys on
+    /// the token.
     unproved: Vec<RegistryRow>,
 }
 
 impl Registry {
-    /// The key that wraps new envelopes: the active key that was activated last.
+    /// Returns the wrapping key for new envelopes: the active wrapping key that was activated last.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
@@ -37,8 +38,8 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key is active"))
     }
 
-    /// The integrity key that authenticates request ids: that of the active wrapping key, or if none is active, that of
-    /// the newest key that may still unwrap.
+    /// Returns the wrapping key whose integrity key authenticates request ids: the active wrapping key or, if no
+    /// wrapping key is active, the newest wrapping key that may still unwrap.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Error> {
         self.rows
             .iter()
@@ -48,7 +49,7 @@ impl Registry {
             .ok_or_else(|| Error::new(Reason::KeyState, "no wrapping key may be used"))
     }
 
-    /// Checks that envelopes under this key may be unwrapped or get a new MAC.
+    /// Checks that envelopes under this wrapping key may be unwrapped, and may get a new MAC.
     pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
         if self.unproved.iter().any(|row| row.id == id) {
             let detail = format!(
@@ -79,7 +80,7 @@ impl Registry {
         mine == rows.len() && rows.iter().all(is_mine)
     }
 
-    /// Whether the key is registered, including keys that were not verified yet.
+    /// Whether the wrapping key is registered, even if it is not verified yet.
     pub(super) fn knows(&self, id: WrappingKeyId) -> bool {
         self.rows
             .iter()
@@ -98,8 +99,8 @@ impl Registry {
 
 impl Broker {
     /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, and
-    /// the fingerprint of every key. A difference is reported and never repaired. Until this function succeeds, nothing
-    /// is wrapped or unwrapped.
+    /// the fingerprint of every key. A difference between the registry and the token is reported and never repaired.
+    /// Until this function succeeds, the broker wraps and unwraps nothing.
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let rows = self.store.registry().await?;
         let state = self.token.state();
@@ -112,9 +113,9 @@ impl Broker {
         for row in rows.iter().filter(|row| row.backup_confirmed.is_none()) {
             tracing::warn!(
                 wrapping_key = %row.id,
-                "no backup of the token is confirmed for this wrapping key: if the token is \
-                 lost, every user key wrapped under it is lost; back the token up, test the restore, then \
-                 run `keybroker token backup-confirmed`"
+                "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
+                 wrapped under this wrapping key is lost; back the token up, test the restore, then run `keybroker token \
+                 backup-confirmed`"
             );
         }
         self.registry.store(Some(Arc::new(Registry {
@@ -125,7 +126,8 @@ impl Broker {
     }
 
     /// Loads the changes that another process made to the registry, after the token has verified them. A row that does
-    /// not verify, or that would undo a later change, is an error. The registry that was verified before stays in use.
+    /// not verify, or that would undo a later change, is an error. After an error, the registry that was verified last
+    /// stays in use.
     pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
         // Refreshes run one at a time, so that older rows never replace newer ones.
         let _turn = self.registry_refresh.lock().await;
@@ -174,10 +176,10 @@ impl Broker {
     ) -> Result<(), Error> {
         let found = token_key(&state.keys, row.id);
         if row.state == WrappingKeyState::Destroyed && found.is_none() {
-            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and such a key
-            // is never used. If a row becomes `destroyed` while the broker runs, it is verified like any other row, because
-            // the workers know the key. After the next start it has the effect of a deleted row: records under the key are
-            // refused.
+            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and a
+            // destroyed key is never used. If a row becomes `destroyed` while the broker runs, the row is verified like any
+            // other row, because the workers still have the key. After the next start, the row has the effect of a deleted
+            // row: records under the key are refused.
             return Ok(());
         }
         let untrusted = |what: String| {
@@ -194,7 +196,7 @@ impl Broker {
         let key = found.ok_or_else(|| untrusted("the key is not on the token".to_owned()))?;
         if key.fingerprint != row.fingerprint {
             return Err(untrusted(format!(
-                "public key {} on the token, {} in the registry",
+                "the public key is {} on the token, but {} in the registry",
                 key.fingerprint, row.fingerprint
             )));
         }
@@ -217,7 +219,7 @@ impl Broker {
         }
     }
 
-    /// Returns the verified registry, or the reason why none is verified yet.
+    /// Returns the verified registry, or the reason why the registry is not verified yet.
     pub(super) fn registry(&self) -> Result<Arc<Registry>, Error> {
         if let Some(registry) = self.registry.load_full() {
             return Ok(registry);
@@ -231,8 +233,8 @@ impl Broker {
     }
 }
 
-/// Rejects an older row of the key that is put back. The MAC of an older row is valid too, so without this check the
-/// row would restore a former state of the key.
+/// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is valid too, so the MAC
+/// alone would allow an attacker to restore a former state of the key.
 fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Error> {
     let went_back = after.sequence < before.sequence;
     let without_a_number = after.sequence == before.sequence && after.state != before.state;
@@ -240,7 +242,7 @@ fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), Erro
         return Ok(());
     }
     let detail = format!(
-        "registry row of wrapping key {}: number {} ({}) came after number {} ({})",
+        "registry row of wrapping key {}: the row has number {} ({}), but the last verified row had number {} ({})",
         after.id,
         after.sequence,
         after.state.as_str(),

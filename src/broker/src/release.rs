@@ -1,4 +1,4 @@
-//! Releases a user key in plain.
+//! Releases a user key in plaintext.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
@@ -27,7 +27,7 @@ pub struct Released {
 }
 
 impl Released {
-    /// Takes a key whose own release is recorded.
+    /// Makes a released key from an unwrapped key whose release is recorded.
     fn new(unwrapped: Recorded<Unwrapped>) -> Self {
         let Unwrapped {
             material, revision, ..
@@ -61,7 +61,7 @@ impl Recorded<Unwrapped> {
 }
 
 impl Broker {
-    /// Releases a user key in plain, in this order: policy, record, one token job, audit entry, answer.
+    /// Releases a user key in plaintext, in this order: policy, record, one token job, audit entry, answer.
     pub async fn unwrap(
         &self,
         principal: &Principal,
@@ -89,7 +89,7 @@ impl Broker {
 
     /// Raises an alert about a service that releases the keys of unusually many users: another person may be using its
     /// credential. The alert is raised at most once an hour and also written to the audit log. The release itself was
-    /// permitted and has its own entry.
+    /// permitted and has its own audit entry.
     async fn alert_of_bulk_release(&self, principal: &Principal, call: &Call) {
         keybroker_core::alert!(
             BulkRelease, call_id = %call.id, %principal,
@@ -99,7 +99,7 @@ impl Broker {
             .record_alert(principal, call, "alarm.bulk_release", None)
             .await
         {
-            tracing::error!(%error, "no audit entry was written for the alert");
+            tracing::error!(%error, "cannot write the audit entry of an alert");
         }
     }
 
@@ -165,7 +165,7 @@ impl Broker {
         let envelope =
             Envelope::parse(bytes).map_err(|error| Error::caused(Reason::RecordDamaged, error))?;
         if envelope.kind() != Kind::Record {
-            let detail = "the stored envelope is not that of a user key";
+            let detail = "the stored envelope is not the envelope of a user key";
             return Err(Error::new(Reason::RecordDamaged, detail));
         }
         let key = envelope.wrapping_key();

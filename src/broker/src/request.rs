@@ -1,5 +1,5 @@
-//! Request ids: a retry of a mutation gets the answer of the first attempt. A request id that is used again with other
-//! content is refused.
+//! Request ids: a retry of a mutation gets the answer of the first attempt. If a request id is used again with other
+//! content, the mutation is refused.
 //!
 //! Mitigation: M12 of `THREAT_MODEL.md`.
 
@@ -47,7 +47,7 @@ impl Broker {
         })
     }
 
-    /// Adds to a stamp the result that the mutation will have, with its MAC.
+    /// Adds the future result of the mutation and the MAC of this result to a stamp.
     pub(super) async fn with_result(
         &self,
         token: &hsm::Caller,
@@ -63,8 +63,8 @@ impl Broker {
         })
     }
 
-    /// Fails when the stored answer to a request id was altered. A row that was written before schema version 4 has no
-    /// MAC and passes.
+    /// Returns an error if the stored answer to a request id was altered. A row that was written before schema version
+    /// 4 has no MAC and is accepted.
     async fn verify_result(
         &self,
         token: &hsm::Caller,
@@ -109,7 +109,8 @@ impl Broker {
         let same = if earlier.key == stamp.key {
             bool::from(earlier.content.ct_eq(&stamp.content))
         } else {
-            // The wrapping key was rotated since then, so only the earlier integrity key can verify the MAC.
+            // The wrapping key was rotated after the first attempt, so only the earlier integrity key can verify the
+            // MAC.
             let message = content(key, change);
             let job = self
                 .token

@@ -16,8 +16,8 @@ use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 
 use super::{Broker, ticks::Ticks};
 
-/// Largest number of records that are noted. While the database is unavailable or slow, notes for further records are
-/// lost.
+/// Largest number of records whose last release is noted in memory. While the database is unavailable or slow, notes
+/// for records beyond this number are lost.
 const NOTED_MAX: usize = 65_536;
 /// Number of notes per transaction.
 const WRITTEN_AT_ONCE: usize = 500;
@@ -71,14 +71,15 @@ impl Broker {
         }
     }
 
-    /// Writes the notes in at most `transactions_max` transactions. The rest stays for the next call.
+    /// Writes the notes in at most `transactions_max` transactions. Notes that are not written are kept for the next
+    /// call.
     pub(super) async fn flush_uses(&self, transactions_max: usize) {
         let uses = self.uses.take();
         let mut portions = uses.chunks(WRITTEN_AT_ONCE);
         let mut written = 0;
         for portion in portions.by_ref().take(transactions_max) {
             if let Err(error) = self.store.note_uses(portion).await {
-                // Reports the failure once instead of every few seconds.
+                // A failure is logged once, and not every few seconds.
                 if !self.uses.failing.swap(true, Ordering::Relaxed) {
                     tracing::warn!(%error, "cannot write the times of last use; trying again");
                 }
@@ -86,7 +87,7 @@ impl Broker {
             }
             written += portion.len();
             if self.uses.failing.swap(false, Ordering::Relaxed) {
-                tracing::info!("the times of last use are written again");
+                tracing::info!("the broker can write the times of last use again");
             }
         }
         for (record, at) in uses.into_iter().skip(written) {

@@ -75,11 +75,11 @@ enum Target {
     Channel(Channel),
 }
 
-/// Builds a [`Client`]. [`Client::builder`] and [`Client::builder_with_channel`] return it.
+/// Builds a [`Client`]. [`Client::builder`] and [`Client::builder_with_channel`] create a builder.
 ///
-/// For an endpoint, `ca_file` or `ca_pem` is required. If several of `bearer_token`, `bearer_token_provider` and
-/// `api_client` are set, the last one is used. Each of them replaces the client certificate, because the broker ignores
-/// the certificate of a call with an `authorization` header.
+/// A client of an endpoint needs `ca_file` or `ca_pem`. If several of `bearer_token`, `bearer_token_provider` and
+/// `api_client` are set, the credential that was set last is used. An access token or an API client replaces the
+/// client certificate, because the broker ignores the certificate of a call with an `authorization` header.
 #[must_use = "a builder does nothing before `build`"]
 pub struct ClientBuilder {
     target: Target,
@@ -140,7 +140,8 @@ impl ClientBuilder {
         self
     }
 
-    /// Authenticates with a client certificate: PEM files with the chain, leaf first, and with its private key.
+    /// Authenticates with a client certificate. One PEM file contains the certificate chain, leaf first, and the other
+    /// PEM file contains the private key.
     pub fn identity_files(mut self, certificate: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
         self.identity = Some(Pair {
             certificate: Pem::file(certificate),
@@ -149,7 +150,8 @@ impl ClientBuilder {
         self
     }
 
-    /// Authenticates with a client certificate: the chain, leaf first, and its private key, both in PEM form.
+    /// Authenticates with a client certificate. The certificate chain, leaf first, and the private key are in PEM
+    /// form.
     pub fn identity_pem(
         mut self,
         certificate: impl Into<Vec<u8>>,
@@ -168,7 +170,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Authenticates each call with an access token that never changes. For tokens that expire, use
+    /// Authenticates each call with an access token that never changes. For access tokens that expire, use
     /// [`bearer_token_provider`](Self::bearer_token_provider).
     pub fn bearer_token(mut self, token: BearerToken) -> Self {
         self.authorization = Authorization::Bearer(token);
@@ -177,9 +179,9 @@ impl ClientBuilder {
 
     /// Authenticates each call with an access token from `provider`.
     ///
-    /// The provider runs before every attempt, within the call's deadline. The provider should cache the token and
-    /// renew it before it expires. If the provider fails, the call is not sent: it fails with
-    /// [`ErrorKind::Credential`](crate::ErrorKind::Credential), and the provider's error is its source.
+    /// The provider runs before every attempt, within the call's deadline. The provider should cache the access token
+    /// and renew it before the expiry. If the provider fails, the call is not sent. The error then has the kind
+    /// [`ErrorKind::Credential`](crate::ErrorKind::Credential) and the provider's error as its source.
     pub fn bearer_token_provider<P, F>(mut self, provider: P) -> Self
     where
         P: Fn() -> F + Send + Sync + 'static,
@@ -195,7 +197,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Sets the deadline of each call, which includes all attempts and pauses. Default 10 s.
+    /// Sets the deadline of each call, which includes all attempts and pauses. The default is 10 s.
     /// [`Read::deadline`](crate::Read::deadline) and [`Change::deadline`](crate::Change::deadline) set the deadline of
     /// a single call. The broker shortens a deadline that is longer than its `call_timeout_max`.
     pub fn deadline(mut self, deadline: Duration) -> Self {
@@ -218,11 +220,11 @@ impl ClientBuilder {
     /// Builds the client and reads its files. [`Client::connect`] or the first call opens the connection. A lost
     /// connection is opened again.
     ///
-    /// Must be called within a tokio runtime.
+    /// This method must be called within a tokio runtime.
     ///
     /// # Errors
-    /// If the endpoint is not an `https` URL, no CA is set, a file cannot be read, or a certificate, key or credential
-    /// cannot be used.
+    /// Returns an error if the endpoint is not an `https` URL, no CA is set, a file cannot be read, or a certificate,
+    /// private key or credential cannot be used.
     pub fn build(self) -> Result<Client, BuildError> {
         let credential = match &self.authorization {
             Authorization::ApiClient(id, secret) => Credential::api_client(*id, secret)?,

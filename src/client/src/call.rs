@@ -24,10 +24,10 @@ use crate::{
     retry::{Bucket, Retries, RetryPolicy, Verdict},
 };
 
-/// A boxed future: what [`IntoFuture`] returns for [`Read`], [`Change`] and [`NonIdempotent`].
+/// The boxed future that [`IntoFuture`] returns for [`Read`], [`Change`] and [`NonIdempotent`].
 pub type CallFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'a>>;
 
-/// The limit of a deadline. A longer one is shortened to it, so that time arithmetic cannot overflow.
+/// The longest deadline. A longer deadline is shortened to this value, so that time arithmetic cannot overflow.
 const DEADLINE_MAX: Duration = Duration::from_hours(24);
 
 type AttemptFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, AttemptError>> + Send + 'a>>;
@@ -104,7 +104,7 @@ pub(crate) struct Attempt {
 }
 
 impl Attempt {
-    /// Adds deadline and credential to a message.
+    /// Adds the deadline and the credential to a message.
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(self.timeout);
@@ -121,13 +121,14 @@ impl Attempt {
 enum Safety {
     /// The call changes nothing, so it may be repeated.
     Read,
-    /// A change that carries this request id, so it may be repeated.
+    /// The call is a change that carries this request id, so it may be repeated.
     Identified(RequestId),
-    /// A change without a request id. The broker cannot recognise a repetition, so it is never repeated.
+    /// The call is a change without a request id. The broker cannot recognise a repetition, so the call is never
+    /// repeated.
     Unidentified,
 }
 
-/// A call, before it is awaited.
+/// A call that has not been awaited yet.
 struct Call<'a, T> {
     shared: &'a Shared,
     safety: Safety,
@@ -176,7 +177,7 @@ impl<'a, T: Send + 'a> Call<'a, T> {
                 self.shared.link.timed_out(began);
             }
             // Once the answer to one attempt is lost, the outcome is unknown: a refusal of a later attempt says nothing
-            // about the earlier one.
+            // about the earlier attempt.
             outcome_unknown |= failed.outcome_unknown && made > 0 && self.safety != Safety::Read;
             if self.safety == Safety::Unidentified {
                 failed.verdict = Verdict::Permanent;
@@ -226,10 +227,11 @@ impl<'a, T: Send + 'a> Call<'a, T> {
     }
 }
 
-/// A call that changes nothing. Set its deadline if it differs from the client's, then await it.
+/// A call that changes nothing. Await the call to make it. [`deadline`](Self::deadline) sets another deadline than the
+/// client's.
 ///
-/// If the call releases a key, each attempt that reaches the broker leaves an audit entry.
-#[must_use = "a call is not made before it is awaited"]
+/// If the call releases a key, the broker writes an audit entry for each attempt that reaches the broker.
+#[must_use = "a call is made only when it is awaited"]
 pub struct Read<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Read<'a, T> {
@@ -244,14 +246,13 @@ impl<'a, T: Send + 'a> Read<'a, T> {
     }
 }
 
-/// A change that the broker recognises by its request id when it is repeated. Set the values that differ from the
-/// default, then await it.
+/// A change with a request id, by which the broker recognises a repetition. Await the change to make it.
 ///
 /// The library chooses a new request id unless you set one with [`request_id`](Self::request_id). All attempts of the
-/// call carry the same id. A program that must finish a change after a restart does three things: it chooses the id
-/// with [`new_request_id`], it stores the id together with the planned change, and after the restart it repeats the
-/// call with the same id and content within 24 hours.
-#[must_use = "a call is not made before it is awaited"]
+/// call carry the same request id. A program that must finish a change after a restart chooses the request id with
+/// [`new_request_id`], and stores this id together with the planned change. After the restart, the program repeats the
+/// call with the same request id and content within 24 hours.
+#[must_use = "a call is made only when it is awaited"]
 pub struct Change<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Change<'a, T> {
@@ -274,9 +275,9 @@ impl<'a, T: Send + 'a> Change<'a, T> {
 }
 
 /// A change that has no request id in the protocol, so the broker would treat a repetition as another change. The
-/// library sends it once. After an error with [`outcome_unknown`](Error::outcome_unknown), find out what happened
-/// before you make the call again.
-#[must_use = "a call is not made before it is awaited"]
+/// library makes only one attempt. After an error with [`outcome_unknown`](Error::outcome_unknown), find out whether
+/// the change was made before you make the call again.
+#[must_use = "a call is made only when it is awaited"]
 pub struct NonIdempotent<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
@@ -330,10 +331,10 @@ pub fn new_request_id() -> RequestId {
     parsed.expect("a random UUID has its version bits set, so it is not nil")
 }
 
-/// Parses a request id, for example one that the program stored earlier.
+/// Parses a request id, for example a request id that the program stored earlier.
 ///
 /// # Errors
-/// If the text is not a UUID, or is the nil UUID.
+/// Returns an error if the text is not a UUID, or is the nil UUID.
 pub fn parse_request_id(text: &str) -> Result<RequestId, InvalidField> {
     let parsed = RequestId::parse(text).ok().flatten();
     parsed.ok_or(InvalidField::REQUEST_ID)

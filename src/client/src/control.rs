@@ -1,7 +1,8 @@
-//! The control plane: wrapping keys, the token, the audit log and API clients. For administrators and auditors.
+//! Calls of the admin API, for administrators and auditors. The calls are about wrapping keys, the token, the audit
+//! log and API clients.
 //!
-//! Answers are the messages of the protocol. Only the answer with a new secret of an API client contains a secret, and
-//! the client moves that secret into a [`ClientSecret`].
+//! The calls return the messages of the protocol. Only `create_client_credential` and `add_client_secret` return a
+//! secret, in a [`ClientSecret`].
 
 use keybroker_core::key::{ClientId, WrappingKeyId};
 use keybroker_proto::{self as proto, control_service_client::ControlServiceClient};
@@ -14,19 +15,19 @@ use crate::{
     error::AttemptError,
 };
 
-/// A new secret of an API client. The broker never shows it again.
+/// A new secret of an API client. The broker never shows the secret again.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct IssuedSecret {
-    /// The API client as it is now.
+    /// The API client after the change.
     pub client_credential: proto::ClientCredential,
-    /// The number of the secret, for example to revoke it.
+    /// The number of the secret, which identifies the secret when it is revoked.
     pub secret_number: u32,
     /// The secret.
     pub secret: ClientSecret,
 }
 
-/// Calls of the control plane. All of them fail with an [`Error`](crate::Error).
+/// Calls of the admin API. A failed call returns an [`Error`](crate::Error).
 impl Client {
     /// Lists the registered wrapping keys in the order in which they were registered or last changed their state.
     pub fn list_wrapping_keys(&self) -> Read<'_, Vec<proto::WrappingKey>> {
@@ -69,7 +70,7 @@ impl Client {
         })
     }
 
-    /// Lists the API clients of the caller's tenant, including revoked ones.
+    /// Lists the API clients of the caller's tenant, including revoked API clients.
     pub fn list_client_credentials(
         &self,
         list: proto::ListClientCredentialsRequest,
@@ -98,8 +99,8 @@ impl Client {
         })
     }
 
-    /// Creates a further secret of an API client; the existing secrets stay valid. The new one expires at
-    /// `expire_time`, if that is set.
+    /// Creates a further secret of an API client; the existing secrets stay valid. If `expire_time` is set, the new
+    /// secret expires at that time.
     pub fn add_client_secret(
         &self,
         id: ClientId,
@@ -145,7 +146,7 @@ fn issued(
     secret_number: u32,
     secret: String,
 ) -> Result<IssuedSecret, AttemptError> {
-    // Taken first, so that the secret is overwritten even if the rest of the answer is invalid.
+    // The secret is taken first, so that it is overwritten even if the rest of the answer is invalid.
     let secret = ClientSecret::new(secret);
     Ok(IssuedSecret {
         client_credential: client_credential

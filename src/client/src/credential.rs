@@ -1,5 +1,5 @@
-//! Credentials that a call carries in its `authorization` header. A call without the header authenticates by client
-//! certificate.
+//! Credentials that a call carries in its `authorization` header. A call without this header authenticates with the
+//! client certificate.
 
 use std::{fmt, pin::Pin, sync::Arc};
 
@@ -46,7 +46,7 @@ secret_text!(
 
 type Provided = Pin<Box<dyn Future<Output = Result<BearerToken, BoxError>> + Send>>;
 
-/// Where the `authorization` header of an attempt comes from.
+/// The source of the `authorization` header of an attempt.
 #[derive(Clone)]
 pub(crate) enum Credential {
     Certificate,

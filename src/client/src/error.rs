@@ -1,4 +1,4 @@
-//! The errors of this library: those of building a client and those of calls.
+//! The errors of this library: [`BuildError`] when a client is built, and [`Error`] for calls.
 
 use std::{borrow::Cow, error::Error as StdError, fmt, path::PathBuf, time::Duration};
 
@@ -15,13 +15,14 @@ use crate::retry::Verdict;
 const DOMAIN: &str = "keybroker.v1";
 /// Name of the call id in the metadata of `google.rpc.ErrorInfo`.
 const CALL_ID: &str = "call_id";
-/// Metadata of `google.rpc.ErrorInfo` when the broker does not know whether the change was made.
+/// Name of the outcome in the metadata of `google.rpc.ErrorInfo`. The value is `unknown` if the broker does not know
+/// whether the change was made.
 const OUTCOME: &str = "outcome";
 const UNKNOWN: &str = "unknown";
 /// tonic reports an expired deadline as `CANCELLED` with this text.
 const TONIC_DEADLINE: &str = "Timeout expired";
 
-/// Any error that another crate's code returns to this one.
+/// An error of any type that another crate returns to this crate.
 pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 
 /// Why a client cannot be built. Nothing has been sent.
@@ -33,7 +34,7 @@ pub enum BuildError {
     Endpoint {
         /// The endpoint as given.
         endpoint: String,
-        /// What is wrong with it.
+        /// The problem with the endpoint.
         problem: String,
     },
     /// No CA certificate was given. The library does not use the CAs of the operating system.
@@ -48,14 +49,14 @@ pub enum BuildError {
         #[source]
         source: std::io::Error,
     },
-    /// The CA certificate, client certificate or private key cannot be used together, or is not PEM.
+    /// The CA certificate, the client certificate or the private key is not PEM, or they cannot be used together.
     #[error("cannot use the CA certificate, client certificate or private key")]
     Tls {
         /// The TLS library's error.
         #[source]
         source: tonic::transport::Error,
     },
-    /// A bearer token or client secret contains a character that an HTTP header cannot carry.
+    /// An access token or the secret of an API client contains a character that an HTTP header cannot carry.
     #[error("the {0} contains a character that an HTTP header cannot carry")]
     Credential(&'static str),
 }
@@ -74,12 +75,12 @@ impl InvalidField {
         requirement: Cow::Borrowed("a UUID that is not nil"),
     };
 
-    /// The field, as the protocol names it.
+    /// The name of the field in the protocol.
     pub fn field(&self) -> &'static str {
         self.field
     }
 
-    /// What the field must be.
+    /// The requirement that the field does not meet.
     pub fn requirement(&self) -> &str {
         &self.requirement
     }
@@ -107,21 +108,21 @@ pub enum ErrorKind {
     DeadlineExceeded,
     /// The connection could not be made, or ended during the call.
     ///
-    /// With TLS 1.3, the first call of a client whose certificate the broker does not accept also fails with this kind.
+    /// If the broker does not accept the client certificate, the first call over TLS 1.3 also fails with this kind.
     Connection,
     /// The response has no reason, so it does not come from a broker's API. Possible senders are a proxy, another
-    /// service, or a listener without this API.
+    /// service, or a listener that does not serve the called API.
     UnexpectedResponse,
-    /// The provider of bearer tokens failed. See [`std::error::Error::source`].
+    /// The provider of access tokens failed. See [`std::error::Error::source`].
     Credential,
-    /// The response lacks a required field, or has one that is out of range.
+    /// The response lacks a required field, or a field of the response is out of range.
     InvalidResponse,
 }
 
 /// A failed call.
+///
 /// `Display` describes what happened. The [source](std::error::Error::source) is the error of the layer below, such as
 /// a [`tonic::Status`].
-/// [`tonic::Status`].
 pub struct Error {
     pub(crate) kind: ErrorKind,
     pub(crate) refusal: Option<Box<Refusal>>,
@@ -138,26 +139,27 @@ impl Error {
         self.kind
     }
 
-    /// The broker's reason. `None` if the broker sent no reason, or one that this release does not know;
-    /// [`Refusal::reason_name`] returns such a reason as text.
+    /// The broker's reason. `None` if the broker sent no reason, or a reason that this release does not know.
+    /// [`Refusal::reason_name`] returns an unknown reason as text.
     pub fn reason(&self) -> Option<Reason> {
         self.refusal.as_ref()?.reason()
     }
 
-    /// Everything that the broker said about its refusal. Set for [`ErrorKind::Refused`], and for
-    /// [`ErrorKind::DeadlineExceeded`] if the broker itself reported the deadline.
+    /// The details of the broker's refusal. Every error of the kind [`ErrorKind::Refused`] has a refusal. An error of
+    /// the kind [`ErrorKind::DeadlineExceeded`] has a refusal only if the broker itself reported the deadline.
     pub fn refusal(&self) -> Option<&Refusal> {
         self.refusal.as_deref()
     }
 
-    /// The gRPC status of the last attempt, with its code, its message and details of other domains. `None` if no
-    /// status exists: the client's own timer ended the call, [`Client::connect`](crate::Client::connect) could not
-    /// connect, or a credential or response was invalid.
+    /// The gRPC status of the last attempt, with its code, message and details. `None` if no status exists: the
+    /// client's own timer ended the call, [`Client::connect`](crate::Client::connect) could not connect, the provider
+    /// of access tokens failed, or a response was invalid.
     pub fn status(&self) -> Option<&Status> {
         self.source.as_deref()?.downcast_ref()
     }
 
-    /// The number of attempts that were made; 0 if the credential provider failed.
+    /// The number of attempts that were made. An attempt for which the provider of access tokens failed does not
+    /// count.
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
@@ -169,7 +171,7 @@ impl Error {
     }
 
     /// Whether the same call may succeed later: the broker's reason says so, or the connection failed. Repeat a change
-    /// only with its [request id](Self::request_id). The client has already repeated such a call as its
+    /// only with its [request id](Self::request_id). The library has already repeated the call as often as the
     /// [`RetryPolicy`](crate::RetryPolicy) allows.
     pub fn is_transient(&self) -> bool {
         match &self.refusal {
@@ -181,16 +183,17 @@ impl Error {
     /// Whether the call is a change that may or may not have been made. Either an attempt got no answer, or the broker
     /// answered that it does not know the outcome because its database or audit log failed meanwhile.
     ///
-    /// To find out, make the same call with the same content and [request id](Self::request_id) within 24 hours. The
-    /// broker then returns the answer of the first call. If the first call did not take effect, it takes effect now. A
-    /// change of API clients has no request id; list the API clients instead.
+    /// To find out whether the change was made, repeat the call with the same content and [request
+    /// id](Self::request_id) within 24 hours. If the first call took effect, the broker returns its answer again. If
+    /// the first call did not take effect, the repeated call takes effect. A change of API clients has no request id;
+    /// list the API clients instead.
     pub fn outcome_unknown(&self) -> bool {
         self.outcome_unknown
     }
 }
 
-/// Classifies the status of a call with the generated stubs of [`proto`](crate::proto). The status is treated as that
-/// of the only attempt of a change.
+/// Classifies the status of a call with the generated stubs of [`proto`](crate::proto). The status is treated as the
+/// result of the only attempt of a change.
 impl From<Status> for Error {
     fn from(status: Status) -> Self {
         let failed = Classified::of(status.into());
@@ -222,7 +225,7 @@ impl fmt::Display for Error {
                     "the response does not come from a Keybroker broker; check the endpoint",
                 )?;
             }
-            (ErrorKind::Credential, _) => f.write_str("the provider of bearer tokens failed")?,
+            (ErrorKind::Credential, _) => f.write_str("the provider of access tokens failed")?,
             (ErrorKind::InvalidResponse, _) => {
                 write!(f, "the broker's response is not valid: {}", self.detail)?;
             }
@@ -263,7 +266,7 @@ impl StdError for Error {
 pub struct FieldViolation {
     /// Path of the field in the request message, such as `key_material`.
     pub field: String,
-    /// What the field must be.
+    /// The requirement that the field does not meet.
     pub description: String,
 }
 
@@ -286,7 +289,7 @@ impl Refusal {
             .find(|reason| reason.as_str() == self.reason_name)
     }
 
-    /// The reason as the broker named it, such as `KEY_NOT_FOUND`. Later brokers may have more reasons.
+    /// The reason as the broker named it, such as `KEY_NOT_FOUND`. Later releases of the broker may have more reasons.
     pub fn reason_name(&self) -> &str {
         &self.reason_name
     }
@@ -306,7 +309,7 @@ impl Refusal {
         self.retry_delay
     }
 
-    /// The id of the call in the broker's log and audit log. Report it when you ask the operator for help.
+    /// The id of the call in the broker's log and audit log. Report this id when you ask the operator for help.
     pub fn call_id(&self) -> Option<CallId> {
         self.call_id
     }
@@ -345,7 +348,7 @@ impl Refusal {
         })
     }
 
-    /// Whether the same call may succeed later, as `docs/errors.md` defines it.
+    /// Whether the same call may succeed later, as `docs/errors.md` states for each reason.
     pub fn is_transient(&self) -> bool {
         matches!(
             self.reason(),
@@ -377,11 +380,11 @@ impl fmt::Display for Refusal {
 pub(crate) enum AttemptError {
     /// The call returned a gRPC status.
     Status(Box<Status>),
-    /// The answer lacks a required field, or has an invalid one.
+    /// The answer lacks a required field, or a field of the answer is invalid.
     Invalid(&'static str),
     /// The client's own timer fired.
     TimedOut,
-    /// The provider of bearer tokens failed.
+    /// The provider of access tokens failed.
     Credential(BoxError),
 }
 
@@ -430,7 +433,8 @@ impl Classified {
         };
         let is_deadline = refusal.reason() == Some(Reason::Deadline);
         Self {
-            // The client's own timer and the broker's may fire in any order, so both give the same kind.
+            // The client's own timer or the broker's timer may fire first, so both timers lead to the same kind of
+            // error.
             kind: if is_deadline {
                 ErrorKind::DeadlineExceeded
             } else {
@@ -450,19 +454,19 @@ impl Classified {
         }
     }
 
-    /// Classifies a failure of the connection, or an answer of something between the client and the broker.
+    /// Classifies a failure of the connection, or an answer that does not come from the broker's API, such as the
+    /// answer of a proxy.
     fn without_reason(status: Status) -> Self {
         let is_local = status.source().is_some();
         let (kind, verdict) = match status.code() {
-            // tonic reports the client's own deadline in this way.
+            // tonic reports the client's own expired deadline with this code and text.
             Code::Cancelled if status.message().contains(TONIC_DEADLINE) => {
                 (ErrorKind::DeadlineExceeded, Verdict::Permanent)
             }
             Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
-            // A status with these codes and without a reason never comes from the broker. UNAVAILABLE also comes from
-            // proxies.
+            // The APIs of the broker send UNAVAILABLE and CANCELLED only with a reason. Proxies also send UNAVAILABLE.
             Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, Verdict::Disconnected),
-            // tonic itself makes such a status on this side, for example "h2 protocol error".
+            // tonic itself makes a status that has a source, for example "h2 protocol error".
             Code::Internal | Code::Unknown if is_local => {
                 (ErrorKind::Connection, Verdict::Disconnected)
             }

@@ -16,7 +16,7 @@ use crate::{Client, call::Read, error::AttemptError};
 pub enum Service {
     /// Enrols and releases user keys.
     UserKeys,
-    /// The control plane.
+    /// The admin API.
     Control,
 }
 
@@ -24,7 +24,7 @@ impl Service {
     /// All services.
     pub const ALL: [Self; 2] = [Self::UserKeys, Self::Control];
 
-    /// The full name of the protocol, such as `keybroker.v1.UserKeyService`.
+    /// The full name of the service in the protocol, such as `keybroker.v1.UserKeyService`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::UserKeys => proto::user_key_service_server::SERVICE_NAME,
@@ -48,7 +48,7 @@ pub enum ServiceHealth {
 }
 
 impl ServiceHealth {
-    /// The name in the protocol, such as `NOT_SERVING`.
+    /// The name of the state in the protocol, such as `NOT_SERVING`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Serving => "SERVING",
@@ -76,10 +76,10 @@ impl From<ServingStatus> for ServiceHealth {
     }
 }
 
-/// Calls for the health of the services, which need no role. All of them fail with an [`Error`](crate::Error).
+/// Health checks of the services, for which a caller needs no role. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Returns whether a service of the broker can do its work. Every gRPC listener answers this call, including those
-    /// that do not serve the service. A service that cannot do its work is an `Ok` result with
+    /// Returns whether a service of the broker can do its work. Every gRPC listener answers this call, including a
+    /// listener that does not serve the service. For a service that cannot do its work, the result is `Ok` with
     /// [`ServiceHealth::NotServing`].
     pub fn check_health(&self, service: Service) -> Read<'_, ServiceHealth> {
         Read::new(self.shared(), move |attempt| async move {

@@ -1,7 +1,7 @@
 //! A gRPC client for Keybroker, which keeps users' keys wrapped under a key in an HSM.
 //!
-//! To the generated stubs of [`keybroker_proto`], this library adds the parts that every program needs: TLS,
-//! credentials, a deadline on every call, retries that are safe, and errors that a program can act on.
+//! This library extends the generated stubs of [`keybroker_proto`] with the parts that every program needs: TLS,
+//! credentials, a deadline on every call, safe retries, and errors that a program can act on.
 //!
 //! ```no_run
 //! use std::{error::Error, time::Duration};
@@ -25,7 +25,7 @@
 //!         Err(error) => return Err(error.into()),
 //!     }
 //!
-//!     // Release, with its own deadline.
+//!     // Release the key, with a deadline for this call only.
 //!     let released = client
 //!         .unwrap_user_key(&key)
 //!         .deadline(Duration::from_secs(2))
@@ -43,45 +43,39 @@
 //!
 //! # Deadlines and retries
 //!
-//! Every call has a deadline: 10 s, unless the client or the call sets another one. The deadline covers the connection,
-//! all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
+//! Every call has a deadline: 10 s, unless the client or the call sets another deadline. The deadline covers the
+//! connection, all attempts and the pauses between them. Each attempt sends the remaining time to the broker.
 //!
-//! [`RetryPolicy`] describes the retries. In short:
-//!
-//! - [Reads](Read) are repeated.
-//! - [Changes](Change) are repeated under their request id. Changes without a request id ([`NonIdempotent`]) are never
-//!   repeated.
-//! - A call is repeated if the broker's reason is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`,
-//!   `IDENTITY_DOWN` or `DEADLINE`, or if the connection failed. Any other error would occur again.
-//! - A pause is never shorter than the broker's `RetryInfo`.
-//! - A [`RetryBudget`] limits the retries of all calls of the client together.
+//! [`RetryPolicy`] describes the retries. The library repeats [reads](Read), and [changes](Change) with their request id.
+//! The library never repeats a change without a request id ([`NonIdempotent`]). A call is repeated if the broker's reason
+//! is `QUEUE_FULL`, `RATE`, `TOKEN_DOWN`, `STORE_DOWN`, `AUDIT_DOWN`, `IDENTITY_DOWN` or `DEADLINE`, or if the connection
+//! failed. After any other error, a repeated call would fail again. A pause is never shorter than the delay in the broker's
+//! `RetryInfo`. A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
-//! connection when the old one is lost, or when a call ran into its deadline and the connection carried no answer at
-//! all in that time. [`Client::connect`] opens the connection before the first call, and
+//! connection when the existing connection is lost, or when a call reached its deadline and the connection carried no
+//! answer during the call. [`Client::connect`] opens the connection before the first call, and
 //! [`Client::with_separate_connection`] returns a client with another connection.
 //!
 //! # Errors
 //!
-//! A failed call returns an [`Error`], which contains:
-//!
-//! - its [kind](Error::kind) and the broker's [reason](Error::reason)
-//! - the [fields](Refusal::violations) that the broker did not accept
-//! - the [delay](Refusal::retry_delay) that the broker asks for
-//! - the [call id](Refusal::call_id), which finds the call in the broker's log
-//! - after a change: [whether the change may have been made](Error::outcome_unknown) although the call failed
-//! - the raw [gRPC status](Error::status), whose types [`Status`] and [`Code`] are those of [`tonic`].
+//! A failed call returns an [`Error`]. [`Error::kind`] and [`Error::reason`] say why the call failed, and
+//! [`Error::outcome_unknown`] says whether a change may have been made although the call failed. If the broker refused
+//! the call, [`Error::refusal`] has the [fields](Refusal::violations) that the broker did not accept, the
+//! [delay](Refusal::retry_delay) that the broker asks for, and the [call id](Refusal::call_id) that identifies the call
+//! in the broker's log. [`Error::status`] returns the gRPC status; its types [`Status`] and [`Code`] are the types of
+//! [`tonic`].
 //!
 //! # Secrets in memory
 //!
 //! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
-//! output is redacted. The library also overwrites the key material of a request message after it was encoded.
+//! output is redacted. The library also overwrites the key material of a request message after the message was encoded.
 //!
-//! The libraries below this one make copies that are not overwritten: the encoded message in tonic's buffer, the HTTP/2
-//! frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the `authorization`
-//! header. The copies stay in freed memory until that memory is used again. A memory dump or swap of your process can
-//! therefore contain keys that were released to it. Turn off core dumps and swap where that matters.
-//! keys that it released; turn off core dumps and swap where that matters.
+//! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer, the
+//! HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
+//! `authorization` header. The copies stay in freed memory until the memory is used for other data. A memory dump or swap
+//! of your process can therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach
+//! a disk.
 
 use std::sync::Arc;
 
@@ -118,38 +112,41 @@ pub use user_keys::{
     DamagedUserKey, ListUserKeys, ReleasedKey, UserKey, UserKeyPage, UserKeyRef, UserKeyState,
 };
 
-/// A client of one broker. Clones are cheap; they share its connection and its retry budget.
+/// A client of one broker. Clones are cheap and share the connection and the retry budget of the client.
 #[derive(Clone, Debug)]
 pub struct Client(Arc<call::Shared>);
 
 impl Client {
-    /// Sets up a client of the broker at `endpoint`, which has the form `https://host:port`.
+    /// Returns a builder for a client of the broker at `endpoint`, which has the form `https://host:port`.
     pub fn builder(endpoint: impl Into<String>) -> ClientBuilder {
         ClientBuilder::to_endpoint(endpoint.into())
     }
 
-    /// Sets up a client over a channel of your own, for a transport that [`builder`](Self::builder) does not support.
-    /// The builder's settings for CA, identity, server name and connection timeout have no effect on such a client.
+    /// Returns a builder for a client over a channel of your own, for a transport that [`builder`](Self::builder) does not
+    /// support. The builder's settings for CA, identity, server name and connection timeout have no effect on a client with
+    /// a channel of your own.
     ///
-    /// **The channel must authenticate the broker and encrypt**: released keys and credentials travel over it in clear.
+    /// **The channel must authenticate the broker and encrypt the traffic**: this library does not encrypt the keys and
+    /// credentials that it sends over the channel.
     pub fn builder_with_channel(channel: tonic::transport::Channel) -> ClientBuilder {
         ClientBuilder::with_channel(channel)
     }
 
-    /// Connects now, in one attempt within the client's deadline. Use it to find out before the first call that a
-    /// broker cannot be reached. Calls connect without it. For a client over a channel of your own, it does nothing.
+    /// Connects now, in one attempt within the client's deadline. Use this method to find out before the first call whether
+    /// the broker can be reached. If you do not use this method, the first call opens the connection. For a client over a
+    /// channel of your own, this method does nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Connection`] with the cause as its [source](std::error::Error::source), or
-    /// [`ErrorKind::DeadlineExceeded`].
+    /// Returns an error of the kind [`ErrorKind::Connection`], with the cause as its [source](std::error::Error::source),
+    /// or of the kind [`ErrorKind::DeadlineExceeded`].
     pub async fn connect(&self) -> Result<(), Error> {
         self.0.connect().await
     }
 
-    /// Returns a client with the same settings and with its own connection and retry budget, for programs that need
-    /// more than one connection. A channel of your own is shared, not opened again.
+    /// Returns a client with the same settings and with its own connection and retry budget, for programs that need more
+    /// than one connection. If this client uses a channel of your own, both clients share the channel.
     ///
-    /// Must be called within a tokio runtime.
+    /// This method must be called within a tokio runtime.
     #[must_use]
     pub fn with_separate_connection(&self) -> Self {
         Self::new(self.0.separate())

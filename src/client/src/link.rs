@@ -1,7 +1,8 @@
-//! The connection of a client, and when it is replaced.
+//! Holds the connection of a client, and decides when to replace it.
 //!
-//! When a peer stops answering or its host disappears, all later calls would wait until the HTTP/2 pings or TCP give
-//! up. Therefore a new channel replaces one that carried no answer at all during a call that ran into its deadline.
+//! When a peer stops answering or its host disappears, all later calls would wait until an HTTP/2 ping or TCP times
+//! out. Therefore a new channel replaces the old channel if a call reached its deadline and the old channel carried no
+//! answer during the call.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -12,12 +13,12 @@ use tonic::transport::{Channel, Endpoint, Error};
 
 use crate::pace::PacedConnector;
 
-/// A channel, with everything needed to make another one.
+/// A channel, and the settings for making a new channel.
 #[derive(Debug)]
 pub(crate) struct Link {
     /// `None` for a channel that the caller made.
     endpoint: Option<Endpoint>,
-    /// Shared by all channels of the client.
+    /// The connector that all channels of the client share.
     connector: PacedConnector,
     state: Mutex<State>,
 }
@@ -53,7 +54,8 @@ impl Link {
         }
     }
 
-    /// Returns a link to the same endpoint with another connection. A channel that the caller made is shared.
+    /// Returns a link to the same endpoint with another connection. If the caller made the channel, both links share
+    /// the channel.
     pub(crate) fn separate(&self) -> Self {
         match &self.endpoint {
             Some(endpoint) => Self::to(endpoint.clone()),
@@ -78,13 +80,13 @@ impl Link {
         self.state().channel.clone()
     }
 
-    /// Records that an attempt was answered; a refusal is an answer.
+    /// Records that an attempt was answered; a refusal is an answer, too.
     pub(crate) fn answered(&self) {
         self.state().answered = Some(Instant::now());
     }
 
     /// Records that an attempt, which began at `began`, got no answer before its deadline. When many attempts time out
-    /// together, only the first replaces the channel.
+    /// together, only the first of them replaces the channel.
     pub(crate) fn timed_out(&self, began: Instant) {
         let Some(endpoint) = &self.endpoint else {
             return;

@@ -1,8 +1,8 @@
 //! A connector that limits the rate of new TCP connections.
 //!
-//! In TLS 1.3 a server that rejects a client certificate says so only after the handshake. tonic sees a connection that
-//! was made and then closed, and opens the next one without a pause. Without a limit, one call would cost the broker
-//! hundreds of handshakes.
+//! In TLS 1.3, a server rejects a client certificate only after the handshake. The library tonic then sees a connection
+//! that was made and closed, and opens the next connection without a pause. Without a limit, one call would cost the
+//! broker hundreds of handshakes.
 
 use std::{
     collections::VecDeque,
@@ -33,7 +33,7 @@ pub struct PacedConnector {
 }
 
 impl PacedConnector {
-    /// Uses up one connection of the limit, or fails if none is left.
+    /// Counts one connection towards the limit, or fails if the limit is reached.
     fn take(&self, now: Instant) -> io::Result<()> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         while made

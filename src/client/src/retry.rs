@@ -1,14 +1,15 @@
-//! The retry policy: which failed attempts are repeated, when, and how often. This module only decides; its caller
-//! waits.
+//! The retry policy: which failed attempts are repeated, when, and how often. This module only decides about retries;
+//! the caller of the module waits.
 
 use std::time::{Duration, Instant};
 
 /// The jitter: each pause is multiplied by a random factor from 0.5 to 1.5, as `docs/errors.md` asks.
 const JITTER_LOW: f64 = 0.5;
 const JITTER_SPAN: f64 = 1.0;
-/// The jitter of a delay that the broker asks for. The delay is never shortened, only prolonged by up to this share.
+/// The jitter of a delay that the broker asks for. A delay that the broker asks for is never shortened, only prolonged
+/// by up to this share.
 const DELAY_SPAN: f64 = 0.2;
-/// One whole retry, because the bucket counts in thousandths of a retry.
+/// One retry in the unit of the bucket, which counts thousandths of a retry.
 const MILLI: u64 = 1_000;
 
 /// How often and how fast a client repeats a failed attempt.
@@ -22,12 +23,12 @@ const MILLI: u64 = 1_000;
 /// of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts per call, the first one included. 1 means no retries; 0 counts as 1. Default 14.
+    /// Maximum number of attempts per call, including the first attempt. 1 means no retries; 0 counts as 1. Default 14.
     pub max_attempts: u32,
-    /// Attempts per call that may fail because of the connection; the call then fails with the last of these errors.
-    /// The value has no effect above `max_attempts`. The default of 14 outlasts the restart of a broker. Use 3 for an
-    /// interactive program: a broker that does not accept a client certificate also closes the connection, and the
-    /// person should not wait for 14 attempts. 0 counts as 1.
+    /// Maximum number of attempts per call that may fail because of the connection. When this maximum is reached, the
+    /// call fails with the last connection error. A value above `max_attempts` has no effect. The default of 14
+    /// attempts outlasts the restart of a broker. Use 3 for an interactive program: a broker that does not accept a
+    /// client certificate also closes the connection, and the person should not wait for 14 attempts. 0 counts as 1.
     pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,
@@ -50,8 +51,8 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// Returns a policy that never repeats an attempt. Use it for a load generator that counts every refusal, or when
-    /// your program has its own retry layer.
+    /// Returns a policy that never repeats an attempt. Use this policy for a load generator that counts every refusal,
+    /// or when your program has its own retry layer.
     #[must_use]
     pub fn never() -> Self {
         Self {
@@ -72,15 +73,16 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// Each retry takes one from the bucket. The bucket fills over time, and by a fifth of a retry with each call that
-/// succeeds. While it is empty, a failed call is not repeated and returns its error.
+/// The bucket contains a number of retries, and each retry takes one of them. The bucket fills over time, and by a
+/// fifth of a retry with each call that succeeds. While the bucket is empty, a failed call is not repeated and returns
+/// its error.
 ///
-/// A call that waits for a restart of about one second needs five to six retries. The default of 100 is therefore
-/// enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of concurrent calls if
-/// all of them must outlast a restart.
+/// A call that waits for a restart of about one second needs five to six retries. The default capacity of 100 retries
+/// is therefore enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of
+/// concurrent calls if all of them must outlast a restart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
-    /// Retries that the full bucket holds; it starts full. Default 100.
+    /// Number of retries in the full bucket; the bucket starts full. Default 100.
     pub capacity: u32,
     /// Retries added per second. Default 10.
     pub per_second: u32,
@@ -98,7 +100,7 @@ impl Default for RetryBudget {
 /// Whether an attempt may be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The same attempt would fail in the same way, or repeating it is not safe.
+    /// A repeated attempt would fail in the same way, or is not safe.
     Permanent,
     /// The connection failed. The attempt may succeed on the next connection.
     Disconnected,
@@ -126,7 +128,7 @@ impl Bucket {
         }
     }
 
-    /// Adds the share of a call that succeeded.
+    /// Adds a fifth of a retry for a call that succeeded.
     pub(crate) fn deposit(&mut self) {
         self.add(MILLI / 5);
     }
@@ -173,8 +175,8 @@ impl Retries {
         }
     }
 
-    /// Returns the pause before the next attempt, or `None` when the call must not be repeated. `random` is uniform
-    /// over all values; `remaining` is the time until the deadline.
+    /// Returns the pause before the next attempt, or `None` when the call must not be repeated. `random` is a random
+    /// number from the whole range of its type; `remaining` is the time until the deadline.
     pub(crate) fn after_failure(
         &mut self,
         verdict: Verdict,
@@ -203,12 +205,13 @@ impl Retries {
         let own = scaled(backoff, JITTER_LOW + JITTER_SPAN * random);
         let asked = scaled(delay.unwrap_or_default(), 1.0 + DELAY_SPAN * random);
         let pause = own.max(asked);
-        // The budget is asked last, so that it is only charged for a retry that takes place.
+        // The budget is checked last, so that it is only charged for a retry that takes place.
         (pause < remaining && bucket.withdraw(now)).then_some(pause)
     }
 }
 
-/// Multiplies a duration. A product that does not fit becomes the longest duration: a server may ask for any delay.
+/// Multiplies a duration. A product that is too large becomes the longest duration, because a server may ask for any
+/// delay.
 fn scaled(duration: Duration, factor: f64) -> Duration {
     Duration::try_from_secs_f64(duration.as_secs_f64() * factor).unwrap_or(Duration::MAX)
 }

@@ -1,7 +1,8 @@
 //! A gRPC codec that overwrites the key material of a request after encoding it.
 //!
-//! prost drops a message without overwriting it. This codec overwrites the key material when the message was encoded,
-//! or when it is dropped unsent. The documentation of the crate lists the copies that this codec cannot reach.
+//! prost drops a message without overwriting it. This codec overwrites the key material after the message was
+//! encoded, or when an unsent message is dropped. The documentation of the crate lists the copies that this codec
+//! cannot reach.
 
 use keybroker_proto as proto;
 use prost::Message;
@@ -41,7 +42,7 @@ impl<M: Wipe> Drop for Sensitive<M> {
     }
 }
 
-/// Makes a unary call whose request is overwritten afterwards.
+/// Makes a unary call and overwrites the secrets of its request.
 pub(crate) async fn unary<M, R>(
     channel: Channel,
     request: Request<Sensitive<M>>,

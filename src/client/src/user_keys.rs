@@ -1,4 +1,4 @@
-//! The user-key service: enrol, release, replace, look up, list, delete.
+//! Calls of the user-key service, which enrol, release, replace, look up, list and delete user keys.
 
 use std::fmt;
 
@@ -27,17 +27,17 @@ const REPLACE: &str = "/keybroker.v1.UserKeyService/ReplaceUserKey";
 /// Identifies a key by user and key name. The tenant follows from the caller's credential.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserKeyRef {
-    /// Whose key it is: 1 to 255 bytes of UTF-8 without control characters, compared bytewise.
+    /// The user that the key belongs to: 1 to 255 bytes of UTF-8 without control characters, compared bytewise.
     pub user: UserId,
-    /// Which of the user's keys: 1 to 64 bytes of `[a-z0-9._-]`.
+    /// The name that distinguishes several keys of one user: 1 to 64 bytes of `[a-z0-9._-]`.
     pub key_name: KeyName,
 }
 
 impl UserKeyRef {
-    /// Parses user and key name.
+    /// Parses a user and a key name.
     ///
     /// # Errors
-    /// If one of them breaks its limits.
+    /// Returns an error if the user or the key name is not valid.
     pub fn parse(user: &str, key_name: &str) -> Result<Self, InvalidField> {
         Ok(Self {
             user: UserId::parse(user)?,
@@ -56,7 +56,7 @@ impl fmt::Display for UserKeyRef {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum UserKeyState {
-    /// It can be unwrapped.
+    /// The record can be unwrapped.
     Active,
     /// The record keeps its name and can be undeleted, but cannot be unwrapped.
     Deleted,
@@ -70,7 +70,7 @@ pub enum UserKeyState {
 pub struct UserKey {
     /// User and key name.
     pub key: UserKeyRef,
-    /// Identity of the record, new at every create.
+    /// Id of the record. Every record that is created gets a new id.
     pub record_id: RecordId,
     /// Whether the record can be unwrapped.
     pub state: UserKeyState,
@@ -84,8 +84,9 @@ pub struct UserKey {
     pub update_time: Timestamp,
     /// When the record was deleted; `None` while it is active.
     pub delete_time: Option<Timestamp>,
-    /// When the key was last released. The time is stored with a delay of a few seconds and is not guaranteed. Only
-    /// [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys) return it.
+    /// When the key was last released. The broker stores the time of a release with a delay of a few seconds, and may
+    /// lose this time. Only [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys)
+    /// return this time.
     pub last_use_time: Option<Timestamp>,
 }
 
@@ -93,7 +94,8 @@ pub struct UserKey {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct ReleasedKey {
-    /// The key in clear, 1 to 190 bytes. Overwritten when dropped, redacted in `Debug` output.
+    /// The unwrapped user key, 1 to 190 bytes. The memory of the key is overwritten when the value is dropped, and
+    /// `Debug` output is redacted.
     pub key_material: KeyMaterial,
     /// The revision that was released.
     pub revision: Revision,
@@ -102,13 +104,13 @@ pub struct ReleasedKey {
 /// The filter and the page size of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ListUserKeys {
-    /// Lists only this user's records; `None` lists those of all users.
+    /// Lists only this user's records; `None` lists the records of all users.
     pub user: Option<UserId>,
-    /// Whether deleted records are listed as well as active ones.
+    /// Whether the list contains deleted records in addition to active records.
     pub show_deleted: bool,
     /// Records per page, 1 to 1,000; 0 means 100.
     pub page_size: u32,
-    /// [`UserKeyPage::next_page_token`] of the page before; empty for the first page.
+    /// [`UserKeyPage::next_page_token`] of the previous page; empty for the first page.
     pub page_token: String,
 }
 
@@ -116,17 +118,17 @@ pub struct ListUserKeys {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DamagedUserKey {
-    /// Whose key it is; `None` when that cannot be read.
+    /// The user that the key belongs to; `None` if the user cannot be read.
     pub user: Option<UserId>,
-    /// Which of the user's keys; `None` when that cannot be read.
+    /// The key name; `None` if the key name cannot be read.
     pub key_name: Option<KeyName>,
-    /// Identity of the record; `None` when that cannot be read.
+    /// Id of the record; `None` if the id cannot be read.
     pub record_id: Option<RecordId>,
-    /// The problem as the API names it: `unreadable` or `set-back`.
+    /// The name of the problem in the API: `unreadable` or `set-back`.
     pub problem: String,
 }
 
-/// One page of a list, ordered by user, then key name, bytewise.
+/// One page of a list of records, which is ordered by user and then by key name, both compared bytewise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct UserKeyPage {
@@ -134,13 +136,13 @@ pub struct UserKeyPage {
     pub user_keys: Vec<UserKey>,
     /// Damaged records of this page, which are not in `user_keys`.
     pub damaged: Vec<DamagedUserKey>,
-    /// The token that requests the next page; `None` at the end.
+    /// The page token that requests the next page; `None` on the last page.
     pub next_page_token: Option<String>,
 }
 
-/// Calls of the user-key service. All of them fail with an [`Error`](crate::Error).
+/// Calls of the user-key service. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Releases a key in clear. The unwrap happens on the broker's token.
+    /// Releases a user key. The broker's token unwraps the key.
     pub fn unwrap_user_key<'a>(&'a self, key: &'a UserKeyRef) -> Read<'a, ReleasedKey> {
         Read::new(self.shared(), move |attempt| async move {
             let request = attempt.request(item(key));
@@ -155,8 +157,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The library repeats the call only if it fails as a whole. Single items are not repeated. Request a refused item
-    /// again if its refusal [is transient](Refusal::is_transient).
+    /// The library repeats the call only if the whole call fails. The library does not repeat single items of a batch.
+    /// Request a refused item again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],
@@ -167,14 +169,17 @@ impl Client {
             let answer = service(&attempt).batch_unwrap_user_keys(request).await?;
             let results = answer.into_inner().results;
             if results.len() != keys.len() {
-                return Err(AttemptError::Invalid("not one result per item"));
+                return Err(AttemptError::Invalid(
+                    "the number of results differs from the number of items",
+                ));
             }
             results.into_iter().map(item_result).collect()
         })
     }
 
-    /// Enrols a key: the broker wraps and stores it. The call never overwrites a record. If an active or deleted record
-    /// of that name exists, the reason is [`KeyExists`](keybroker_core::error::Reason::KeyExists).
+    /// Enrols a key: the broker wraps and stores it. The call never overwrites a record. If the user has an active or
+    /// deleted record with this key name, the call fails with the reason
+    /// [`KeyExists`](keybroker_core::error::Reason::KeyExists).
     pub fn create_user_key<'a>(
         &'a self,
         key: &'a UserKeyRef,
@@ -194,8 +199,8 @@ impl Client {
         })
     }
 
-    /// Stores new key material as the next revision. If `expected_revision` is not the current one, the reason is
-    /// [`Revision`](keybroker_core::error::Reason::Revision).
+    /// Stores new key material as the next revision. If `expected_revision` is not the current revision, the call fails
+    /// with the reason [`Revision`](keybroker_core::error::Reason::Revision).
     pub fn replace_user_key<'a>(
         &'a self,
         key: &'a UserKeyRef,
@@ -217,7 +222,7 @@ impl Client {
         })
     }
 
-    /// Returns what the broker knows about a record, active or deleted, without touching key material.
+    /// Returns the metadata of an active or deleted record. The broker does not unwrap the key.
     pub fn get_user_key<'a>(&'a self, key: &'a UserKeyRef) -> Read<'a, UserKey> {
         Read::new(self.shared(), move |attempt| async move {
             let request = attempt.request(proto::GetUserKeyRequest {
@@ -327,11 +332,11 @@ fn item(key: &UserKeyRef) -> proto::UnwrapUserKeyRequest {
 }
 
 fn released(answer: proto::UnwrapUserKeyResponse) -> Result<ReleasedKey, AttemptError> {
-    // Taken first, so that the material is overwritten even if the rest of the answer is invalid.
+    // The key material is taken first, so that it is overwritten even if the rest of the answer is invalid.
     let key_material = KeyMaterial::new(answer.key_material);
     Ok(ReleasedKey {
         key_material: key_material
-            .map_err(|_| AttemptError::Invalid("key_material has not 1 to 190 bytes"))?,
+            .map_err(|_| AttemptError::Invalid("key_material does not have 1 to 190 bytes"))?,
         revision: revision(answer.revision)?,
     })
 }
@@ -342,7 +347,7 @@ fn item_result(
     match result.result {
         Some(ItemResult::Released(answer)) => released(answer).map(Ok),
         Some(ItemResult::Error(error)) => Ok(Err(Refusal::of_item(error.reason, error.message))),
-        None => Err(AttemptError::Invalid("an item has no result")),
+        None => Err(AttemptError::Invalid("the result of an item is absent")),
     }
 }
 
@@ -357,11 +362,12 @@ fn record(record: Option<proto::UserKey>) -> Result<UserKey, AttemptError> {
         key: UserKeyRef::parse(&record.user, &record.key_name)
             .map_err(|_| AttemptError::Invalid("user or key_name is empty or too long"))?,
         record_id: RecordId::from_slice(&record.record_id)
-            .ok_or(AttemptError::Invalid("record_id has not 16 bytes"))?,
+            .ok_or(AttemptError::Invalid("record_id does not have 16 bytes"))?,
         state,
         revision: revision(record.revision)?,
-        wrapping_key_id: WrappingKeyId::from_slice(&record.wrapping_key_id)
-            .ok_or(AttemptError::Invalid("wrapping_key_id has not 16 bytes"))?,
+        wrapping_key_id: WrappingKeyId::from_slice(&record.wrapping_key_id).ok_or(
+            AttemptError::Invalid("wrapping_key_id does not have 16 bytes"),
+        )?,
         create_time: timestamp(record.create_time)
             .ok_or(AttemptError::Invalid("create_time is absent"))?,
         update_time: timestamp(record.update_time)
@@ -375,7 +381,8 @@ fn revision(number: u64) -> Result<Revision, AttemptError> {
     Revision::new(number).ok_or(AttemptError::Invalid("revision is out of range"))
 }
 
-/// Converts a time. A server may send any value; one outside the range becomes the earliest or latest possible time.
+/// Converts a time. A server may send any value; a value outside the range becomes the earliest or latest possible
+/// time.
 fn timestamp(at: Option<WireTimestamp>) -> Option<Timestamp> {
     let at = at?;
     let micros = at.seconds.saturating_mul(1_000_000);

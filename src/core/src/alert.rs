@@ -1,20 +1,21 @@
-//! Alerts: conditions that a person has to look at. The list in this module is the only one. `docs/operations.md` has a section
-//! for each alert, and a test compares the two.
+//! Alerts: conditions that a person has to look at. This module has the only list of alerts. `docs/operations.md` has a section
+//! for each alert, and a test compares the sections with this list.
 //!
 //! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
 //! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
 
-/// The macro uses this path, because it expands in crates that may not depend on `tracing`.
+/// The macro `alert!` uses this path, because the macro expands in crates that may not depend on `tracing`.
 #[doc(hidden)]
 pub use tracing;
 
-/// How soon a person has to look.
+/// How soon a person has to look at an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// Immediately: keys are not released or may soon not be, or another program may have changed the token, the registry,
-    /// the audit log or the database as a whole.
+    /// A person has to look immediately. User keys are not released or may soon not be released, or another program may have
+    /// changed the token, the registry, the audit log or the database as a whole.
     Critical,
-    /// Soon: the broker serves, but a part of it does not work, a limit is near, or one caller is affected.
+    /// A person has to look soon. The broker answers calls, but a part of the broker does not work, a limit is near, or one
+    /// caller is affected.
     Warning,
 }
 
@@ -47,7 +48,7 @@ macro_rules! alerts {
                 }
             }
 
-            /// How soon a person has to look.
+            /// How soon a person has to look at an alert.
             pub const fn severity(self) -> Severity {
                 match self {
                     $(Self::$alert => Severity::$severity,)*
@@ -67,27 +68,29 @@ macro_rules! alerts {
 alerts! {
     TokenDown = "token-down", Critical, "No worker can use the token.";
     TokenUntrusted = "token-untrusted", Critical, "The token answers but is not in the required state.";
-    PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no login is made with it.";
+    PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no further login is made with this PIN.";
     TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
     FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
-    ClientDamaged = "client-damaged", Warning, "The row of an API client does not verify.";
-    Registry = "registry", Critical, "The rows of the wrapping keys and the token disagree.";
-    RecordDamaged = "record-damaged", Warning, "A stored row does not verify or does not parse.";
-    StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while it was open.";
-    StoreRestored = "store-restored", Critical, "The database is not the one that this broker knows.";
+    ClientDamaged = "client-damaged", Warning, "The row of an API client is damaged.";
+    Registry = "registry", Critical, "The registry of wrapping keys and the token disagree.";
+    RecordDamaged = "record-damaged", Warning, "A stored row cannot be parsed, or its MAC does not verify.";
+    StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while the database was open.";
+    StoreRestored =
+        "store-restored", Critical, "The database was replaced by another database, or by an earlier state of itself.";
     AuditLog = "audit-log", Critical, "The audit log cannot be written.";
     AuditTampered = "audit-tampered", Critical, "Another process changed the files of the audit log.";
-    TlsReload = "tls-reload", Warning, "New TLS files are refused; the old ones stay in use.";
-    ClientCrl = "client-crl", Warning, "A list of revoked client certificates was refused, is missing, has expired, ends soon, or could not be stored.";
+    TlsReload = "tls-reload", Warning, "New TLS files are refused; the old files stay in use.";
+    ClientCrl =
+        "client-crl", Warning, "A revocation list for client certificates was refused, is missing, has expired, expires soon, or could not be stored.";
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
-    PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier ones stay in force.";
+    PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier policies stay in force.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";
-    Bug = "bug", Warning, "A fault of the broker itself.";
+    Bug = "bug", Warning, "An internal error of the broker.";
 }
 
-/// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. After `raise`,
-/// the name is an expression.
+/// Raises an [`Alert`]. The arguments are the name of the alert, then fields and text as for `tracing::error!`. In the form
+/// `alert!(raise …)`, the first argument is an expression of type [`Alert`] instead of a name.
 ///
 /// ```
 /// keybroker_core::alert!(TokenDown, cause = "C_Login hangs", "the token does not serve");

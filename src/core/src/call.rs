@@ -1,4 +1,4 @@
-//! One call to the broker: its identity in the log, its deadline and its time.
+//! The properties of a call to the broker, such as its id and its deadline, and the type for points in time.
 
 use std::{
     fmt,
@@ -14,11 +14,11 @@ pub mod caller;
 pub mod in_progress;
 pub mod outside_time;
 
-/// A random duration between `least` and `least + width`. Callers that were refused at the same time thus retry at different
-/// times.
+/// A random duration between `least` and `least + width`. Therefore, callers that were refused at the same time retry at
+/// different times.
 pub fn spread(least: Duration, width: Duration) -> Duration {
     let mut bytes = [0; 2];
-    // Without random bytes all callers get the same duration, which is no reason to fail.
+    // If the system returns no random bytes, all callers get the same duration, and the function does not fail.
     let share = match aws_lc_rs::rand::fill(&mut bytes) {
         Ok(()) => u32::from(u16::from_le_bytes(bytes)),
         Err(_) => 0,
@@ -26,7 +26,7 @@ pub fn spread(least: Duration, width: Duration) -> Duration {
     least + width / u32::from(u16::MAX) * share
 }
 
-/// The id that the server gives to every call. Logs, the audit log and errors contain it.
+/// The id that the server gives to every call. The log, the audit log and errors contain the call id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CallId(Uuid);
 
@@ -36,7 +36,7 @@ impl CallId {
         Self(Uuid::now_v7())
     }
 
-    /// Parses the text form, as in the audit log.
+    /// Parses a call id in the text form that the audit log uses.
     pub fn parse(text: &str) -> Option<Self> {
         Uuid::try_parse(text).ok().map(Self)
     }
@@ -46,7 +46,7 @@ impl CallId {
         self.0.as_bytes()
     }
 
-    /// Reads an id from 16 bytes.
+    /// Reads a call id from 16 bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Uuid::from_slice(bytes).ok().map(Self)
     }
@@ -58,7 +58,8 @@ impl fmt::Display for CallId {
     }
 }
 
-/// An id that the client chooses, so that it can retry a mutation safely.
+/// An id that the client chooses for a mutation. If the client sends the mutation again with this id, the mutation takes effect
+/// only once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(Uuid);
 
@@ -77,7 +78,7 @@ impl RequestId {
         }
     }
 
-    /// Reads an id from its 16 bytes, as stored.
+    /// Reads a request id from the 16 stored bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Uuid::from_slice(bytes).ok().map(Self)
     }
@@ -99,12 +100,12 @@ impl fmt::Display for RequestId {
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// A deadline that is this long from now.
+    /// A deadline that passes after this duration.
     pub fn after(duration: Duration) -> Self {
         Self(Instant::now() + duration)
     }
 
-    /// A deadline at a moment.
+    /// A deadline that passes at this instant.
     pub fn at(instant: Instant) -> Self {
         Self(instant)
     }
@@ -129,14 +130,14 @@ impl Deadline {
     }
 }
 
-/// The properties of a call that every use case receives.
+/// The properties of a call that every operation of the broker needs.
 #[derive(Clone, Debug)]
 pub struct Call {
-    /// The id that the server made.
+    /// The call id that the server created.
     pub id: CallId,
     /// Where the connection comes from, `address:port`, or `local` for the command line.
     pub peer: String,
-    /// When the answer is due.
+    /// When the call must be answered.
     pub deadline: Deadline,
 }
 
@@ -157,8 +158,8 @@ impl Call {
 pub struct Timestamp(i64);
 
 impl Timestamp {
-    /// The time of the system clock. If the clock is before 1970, the result is 1970; if it is after the year 294246, the
-    /// result is that year.
+    /// The time of the system clock. If the clock shows a time before 1970 or after the year 294246, the result is the nearer of
+    /// these limits.
     pub fn now() -> Self {
         let since = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -178,7 +179,7 @@ impl Timestamp {
 }
 
 impl fmt::Display for Timestamp {
-    /// Writes RFC 3339 with microseconds, in UTC.
+    /// Writes the time in UTC with microseconds, in the format of RFC 3339.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nanos = i128::from(self.0) * 1_000;
         let text = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)

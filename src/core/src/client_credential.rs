@@ -1,7 +1,7 @@
 //! API clients: services that have no certificate and no access token, and authenticate with an id and a secret.
 //!
-//! An API client is a document that is stored in SQL under a MAC of the token. A person who can write to the database can
-//! therefore not make a client that releases keys, or give a client another secret or role.
+//! The store keeps each API client as a document with a MAC under the integrity key. Therefore, a person who can write to the
+//! database cannot create a client that releases user keys, or give a client another secret or role.
 //!
 //! The MAC does not prevent a rollback: an older document of the same client still verifies. If a client must never become
 //! valid again, set an expiry for its secrets or limit its roles.
@@ -18,8 +18,8 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes: the size of its column. The limit applies to changes that only shorten a document or revoke
-/// a secret.
+/// Longest document, in bytes: the size of the database column. This limit applies to changes that add no secret, such as a
+/// revocation.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
 /// Longest document of a client that is created or gets a new secret. The difference to [`DOCUMENT_BYTES_MAX`] is reserved
 /// for changes that must never be refused: the dates of revocations, and stronger hashes.
@@ -46,13 +46,13 @@ pub struct ClientCredential {
     pub document: Document,
 }
 
-/// The document of an API client, without its id.
+/// The stored properties of an API client, except its id and revision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
     /// A description for people.
     pub label: String,
-    /// Whose records it can reach.
+    /// The tenant whose records the client can access.
     pub tenant: Tenant,
     /// Its roles.
     pub roles: BTreeSet<Role>,
@@ -72,7 +72,7 @@ pub struct Document {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Secret {
-    /// Starts at 1. A number is never used again.
+    /// Starts at 1. The number of a secret is never reused for its client.
     pub number: u32,
     /// The Argon2id hash, as a PHC string.
     pub phc: String,
@@ -84,7 +84,7 @@ pub struct Secret {
     pub revoked: Option<Timestamp>,
 }
 
-/// Omits the hash, because secrets can be guessed against it.
+/// Omits the hash, because a reader of the hash could test guesses of the secret.
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Secret")
@@ -96,7 +96,7 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
-    /// Whether the secret is accepted at a moment.
+    /// Whether the secret is accepted at the given time.
     pub fn is_live(&self, now: Timestamp) -> bool {
         self.revoked.is_none() && self.expires.is_none_or(|expires| now < expires)
     }
@@ -136,7 +136,7 @@ impl Document {
         format!("roles={roles} users={users} key_names={names} live_secrets={live}")
     }
 
-    /// The secrets that are accepted at that moment. A revoked client has none.
+    /// The secrets that are accepted at the given time. A revoked client has no accepted secrets.
     pub fn live_secrets(&self, now: Timestamp) -> impl Iterator<Item = &Secret> {
         let is_revoked = self.revoked.is_some();
         self.secrets
@@ -183,8 +183,8 @@ impl Document {
     }
 }
 
-/// SHA-256 of a document. The MAC of an API client covers the digest, because a document may be longer than the input that
-/// a token accepts.
+/// SHA-256 of a document. The MAC of an API client covers this digest instead of the document, because a document may be longer
+/// than the input that a token accepts.
 pub fn digest_of(document: &[u8]) -> [u8; 32] {
     let digest = digest::digest(&digest::SHA256, document);
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")

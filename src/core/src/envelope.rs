@@ -1,6 +1,6 @@
 //! The envelope: the versioned bytes of one wrapped user key, and the message that its MAC covers.
 //!
-//! Format 1, all integers big-endian:
+//! Format 1 has these fields; all integers are big-endian:
 //!
 //! | offset | length | what |
 //! |---|---|---|
@@ -10,14 +10,14 @@
 //! | 3 | 16 | wrapping key id (`CKA_ID`) |
 //! | 19 | 2 | length of the wrapped bytes, 256 to 512 |
 //! | 21 | n | wrapped bytes |
-//! | 21 + n | 32 | MAC: HMAC-SHA-256 by the token's integrity key over [`Envelope::mac_message`] |
+//! | 21 + n | 32 | MAC: HMAC-SHA-256 under the integrity key over [`Envelope::mac_message`] |
 //!
 //! The MAC protects against these changes: a row is moved to another tenant, user, key name, record or revision; a row
-//! is forged with the public key alone; a row is altered. The token refuses a changed row before the RSA key is used.
+//! is forged with the public key alone; a row is altered. A changed row is refused before the RSA key is used.
 //!
-//! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback to a row
-//! that was valid before for the same record and revision number. A comparison of the store with the audit log finds
-//! both.
+//! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback: an earlier
+//! row of the same record and revision number still verifies. A comparison of the store with the audit log finds
+//! deletions and rollbacks.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
 
@@ -31,7 +31,7 @@ mod tests;
 
 use mac::MacMessage;
 
-/// The only format version that is written.
+/// The only format version that this release writes.
 pub const FORMAT_VERSION: u8 = 1;
 /// Length of an HMAC-SHA-256, in bytes.
 pub const MAC_BYTES: usize = 32;
@@ -39,24 +39,25 @@ pub const MAC_BYTES: usize = 32;
 pub const WRAPPED_BYTES_MIN: usize = 256;
 /// Longest wrapped key: the modulus of RSA-4096, in bytes.
 pub const WRAPPED_BYTES_MAX: usize = 512;
-/// Longest context that a client may bind its own envelope to, in bytes.
+/// Longest context to which a client may bind its own envelope, in bytes.
 pub const CLIENT_CONTEXT_BYTES_MAX: usize = 1_024;
 
 const HEADER_BYTES: usize = 3 + ID_BYTES + 2;
 /// Longest envelope, in bytes.
 pub const ENVELOPE_BYTES_MAX: usize = HEADER_BYTES + WRAPPED_BYTES_MAX + MAC_BYTES;
 
-/// A MAC made by the token.
+/// A MAC under an integrity key.
 pub type Mac = [u8; MAC_BYTES];
 
-/// How key material was wrapped. The number is stored in every envelope and is never reused.
+/// How key material was wrapped. Every envelope contains the number of its algorithm, and a number is never reused for
+/// another algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. The algorithm needs the operator's permission, and is for
-    /// tokens that support nothing else. The collision attacks on SHA-1 do not apply to OAEP, but no new design should
-    /// start with it.
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. This algorithm needs the operator's permission, and is for
+    /// tokens that support OAEP with no other hash. The collision attacks on SHA-1 do not apply to OAEP, but no new
+    /// design should use SHA-1.
     RsaOaepSha1,
 }
 
@@ -69,7 +70,7 @@ impl Algorithm {
         }
     }
 
-    /// From the number in the envelope.
+    /// Returns the algorithm with this number.
     pub const fn from_number(number: u8) -> Option<Self> {
         match number {
             1 => Some(Self::RsaOaepSha256),
@@ -78,7 +79,7 @@ impl Algorithm {
         }
     }
 
-    /// Name as shown to people.
+    /// The name for people, such as `RSA-OAEP-SHA-256`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::RsaOaepSha256 => "RSA-OAEP-SHA-256",
@@ -94,13 +95,13 @@ pub enum Context<'a> {
     Record {
         /// Tenant, user and key name.
         address: &'a KeyAddress,
-        /// The record; its id is new at every create.
+        /// The id of the record; each create uses a new id.
         record_id: RecordId,
         /// The revision.
         revision: Revision,
     },
-    /// An envelope that a client stores itself. This kind of envelope is reserved: the format already prevents that it
-    /// verifies as a record.
+    /// An envelope that a client stores itself. This kind of envelope is reserved for later releases. The MAC of a
+    /// client's envelope never verifies for a record.
     Client {
         /// The client's tenant.
         tenant: &'a Tenant,
@@ -123,7 +124,7 @@ impl Context<'_> {
 pub struct ClientContext(Vec<u8>);
 
 impl ClientContext {
-    /// From at most 1,024 bytes.
+    /// Creates a context from at most 1,024 bytes.
     pub fn new(bytes: Vec<u8>) -> Option<Self> {
         (bytes.len() <= CLIENT_CONTEXT_BYTES_MAX).then_some(Self(bytes))
     }
@@ -155,7 +156,7 @@ impl Kind {
 /// Why bytes are not an envelope. The cause is logged, and is not returned to callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
-    /// Fewer bytes than the fields need.
+    /// The bytes end before the last field of the envelope.
     #[error("the envelope is truncated")]
     Truncated,
     /// A format version that this release does not know.
@@ -208,12 +209,12 @@ impl Unsealed {
         })
     }
 
-    /// The bytes that the token's integrity key authenticates.
+    /// The message that the MAC of the envelope covers.
     pub fn mac_message(&self, context: &Context<'_>) -> MacMessage {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// Adds the MAC that the token made over [`Self::mac_message`] of the same context.
+    /// Adds the MAC over the result of [`Self::mac_message`] for this context.
     pub fn seal(self, context: &Context<'_>, mac: Mac) -> Envelope {
         Envelope {
             kind: context.kind(),
@@ -226,7 +227,7 @@ impl Unsealed {
 }
 
 impl Envelope {
-    /// Reads an envelope. Does not verify its MAC.
+    /// Reads an envelope; does not verify its MAC.
     pub fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
         let mut rest = bytes;
         match take_byte(&mut rest)? {
@@ -279,12 +280,12 @@ impl Envelope {
         self.algorithm
     }
 
-    /// The key under which the user key is wrapped.
+    /// The id of the wrapping key under which the user key is wrapped.
     pub fn wrapping_key(&self) -> WrappingKeyId {
         self.wrapping_key
     }
 
-    /// The wrapped bytes, which are as long as the modulus.
+    /// The wrapped bytes, which are as long as the modulus of the RSA key.
     pub fn wrapped(&self) -> &[u8] {
         &self.wrapped
     }
@@ -300,7 +301,7 @@ impl Envelope {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// The same wrapped bytes without the MAC, for another context.
+    /// The wrapped bytes of this envelope without its MAC, for a MAC over another context.
     pub fn to_unsealed(&self) -> Unsealed {
         Unsealed {
             algorithm: self.algorithm,

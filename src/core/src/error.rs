@@ -1,39 +1,39 @@
-//! The domain error, and the frozen list of reasons that a caller can receive.
+//! The error type of the broker, and the frozen list of reasons that a caller can receive.
 //!
 //! Every layer has its own error type, and converts it into [`Error`] at its boundary. A caller receives the [`Reason`], its
 //! fixed text, violations and a retry delay. The `detail` is only for the log and never leaves the broker.
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-/// Why a call failed, as far as the caller may know. The list is frozen: `docs/errors.md` documents each reason, and a test
-/// of the wire contract fails when one is renamed.
+/// Why a call failed, as far as the caller may know. The list of reasons is frozen: `docs/errors.md` documents each reason, and a
+/// test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
-    /// The request is malformed; violations name the fields.
+    /// The request is malformed; the violations name the invalid fields.
     Request,
     /// The request id was used before with other content.
     RequestIdReused,
-    /// No credential, or one that is not accepted.
+    /// The call has no credential, or its credential is not accepted.
     Credential,
-    /// No policy permits the call, or one forbids it. The answer does not show whether the key exists.
+    /// No policy permits the call, or a policy forbids it. The answer does not show whether the user key exists.
     Policy,
-    /// There is no such record or wrapping key.
+    /// The record or the wrapping key does not exist.
     KeyNotFound,
-    /// A record of that name exists, active or deleted.
+    /// A record with this name already exists, active or deleted.
     KeyExists,
-    /// The expected revision is not the current one.
+    /// The current revision is not the revision that the caller expects.
     Revision,
-    /// A stored envelope does not parse or verify.
+    /// A stored envelope cannot be parsed, or its MAC does not verify.
     RecordDamaged,
-    /// An envelope that the caller sent is not accepted. The answer is the same for all causes.
+    /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of this rejection.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
-    /// A limit of the store is reached: revisions of a record, or keys of a user.
+    /// A limit of the store is reached: the number of revisions of a record, or of user keys of one user.
     Limit,
-    /// The queue of the token is full, or the database is busy.
+    /// The queue for the token is full, or the database is busy.
     QueueFull,
-    /// The caller's rate limit is used up.
+    /// The caller has reached its rate limit.
     Rate,
     /// The authentication failure limit, or the limit of rejected envelopes, is reached.
     FailureBudget,
@@ -43,13 +43,13 @@ pub enum Reason {
     StoreDown,
     /// The audit log cannot be written.
     AuditDown,
-    /// The identity provider is unavailable, and its keys are not known.
+    /// The identity provider is unavailable, and its public keys are not known.
     IdentityDown,
     /// The token answers but must not be used: an attribute, the self-test or the PIN is wrong.
     TokenUntrusted,
-    /// The deadline passed, or cannot be met.
+    /// The deadline has passed, or the broker cannot meet it.
     Deadline,
-    /// The broker is at fault.
+    /// A defect of the broker made the call fail.
     Bug,
 }
 
@@ -111,23 +111,23 @@ impl Reason {
         Self::ALL.into_iter().find(|reason| reason.as_str() == name)
     }
 
-    /// The fixed text that a caller receives. The text has no internal details.
+    /// The fixed text that a caller receives. The fixed text has no internal details.
     pub const fn text(self) -> &'static str {
         match self {
             Self::Request => "the request is malformed",
             Self::RequestIdReused => "this request id was used before with other content",
             Self::Credential => "no accepted credential",
             Self::Policy => "not permitted",
-            Self::KeyNotFound => "there is no such key",
-            Self::KeyExists => "a key of that name exists",
-            Self::Revision => "the expected revision is not the current one",
+            Self::KeyNotFound => "the key does not exist",
+            Self::KeyExists => "a key with this name already exists",
+            Self::Revision => "the expected revision is not the current revision",
             Self::RecordDamaged => "the stored record is damaged; the operator has been alerted",
             Self::EnvelopeRejected => "the envelope is not accepted",
-            Self::KeyState => "the state of the key forbids this",
+            Self::KeyState => "the state of the key forbids the operation",
             Self::Limit => "the limit of stored revisions or keys is reached",
             Self::QueueFull => "the token or the database is busy; try again after the given delay",
             Self::Rate => "too many requests; try again after the given delay",
-            Self::FailureBudget => "too many failures; try again after the given delay",
+            Self::FailureBudget => "too many failed attempts; try again after the given delay",
             Self::TokenDown => "the token is unavailable; try again after the given delay",
             Self::StoreDown => "the store is unavailable; try again after the given delay",
             Self::AuditDown => "the audit log is unavailable; try again after the given delay",
@@ -147,10 +147,10 @@ impl fmt::Display for Reason {
     }
 }
 
-/// A field of a request that breaks its limits. A violation contains no bytes of the caller.
+/// An invalid field of a request. A violation contains no bytes that the caller sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Field path in the request, as in the proto.
+    /// Path of the field in the request, with the names in the protobuf definition.
     pub field: &'static str,
     /// What the field must be.
     pub description: Cow<'static, str>,
@@ -184,7 +184,7 @@ impl Error {
         }
     }
 
-    /// An error with a reason and another error as its cause. The detail for the log is the text of that error and of its own
+    /// An error with a reason and another error as its cause. The detail for the log is the text of the cause and of all further
     /// causes.
     pub fn caused(reason: Reason, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         let detail = chain(&cause);
@@ -213,7 +213,7 @@ impl Error {
         }
     }
 
-    /// Marks the error as caused by a valid credential that has expired, so that its holder has to renew it.
+    /// Marks the error as caused by a credential that has expired but is otherwise valid, so that its holder has to renew it.
     #[must_use]
     pub fn renewable(self) -> Self {
         Self {
@@ -222,7 +222,8 @@ impl Error {
         }
     }
 
-    /// Counts the error as a failed attempt although the credential was not rejected, because its check was costly.
+    /// Counts the error as a failed attempt although the credential was not rejected, because the check of the credential was
+    /// costly.
     #[must_use]
     pub fn failed_attempt(self) -> Self {
         Self {
@@ -245,8 +246,8 @@ impl Error {
         self.is_outcome_unknown
     }
 
-    /// Whether the credential was valid and has expired. The refusal of an expired credential is no attack and is not counted
-    /// as a failure.
+    /// Whether the credential has expired but is otherwise valid. An expired credential is not a sign of an attack, so its
+    /// refusal is not counted as a failed attempt.
     pub fn is_renewable(&self) -> bool {
         self.is_renewable
     }
@@ -292,7 +293,8 @@ impl std::error::Error for Error {
 
 /// The text of an error with its causes, outermost first: `cannot read /x: permission denied`.
 ///
-/// Many errors print their cause themselves. Therefore a cause is left out if the text before it already contains it.
+/// The text of many errors already contains the text of the cause. Therefore, the function leaves out a cause whose text is
+/// already part of the result.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -306,8 +308,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The text of the causes of an error, without its own text. If the error has no cause, its own text is returned. Use the
-/// function for errors of libraries whose outermost text says only that a request failed.
+/// The text of the causes of an error, without the text of the error itself. If the error has no cause, the function returns the
+/// text of the error. Use this function for errors of libraries whose outermost text says only that a request failed.
 pub fn causes(error: &dyn std::error::Error) -> String {
     chain(error.source().unwrap_or(error))
 }

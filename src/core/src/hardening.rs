@@ -11,15 +11,16 @@ use rustix::{
 /// The kernel refused to protect the memory of this process.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A core dump of this process could be written.
+    /// Core dumps cannot be disabled, so a core dump of this process could be written.
     #[error("core dumps cannot be disabled")]
     CoreDumps(#[source] Errno),
-    /// Another process of the same user could read its memory.
+    /// Another process of the same user could read the memory of this process.
     #[error("the process cannot be made unreadable for other processes of its user")]
     Dumpable(#[source] Errno),
 }
 
-/// Hardens this process. Returns an error if the kernel refuses, because a core dump would contain key material.
+/// Hardens this process. Returns an error if the kernel refuses, because a core dump or another process could then
+/// obtain key material.
 pub fn harden() -> Result<(), Error> {
     let none = Rlimit {
         current: Some(0),

@@ -11,7 +11,7 @@ use crate::error::Error;
 pub const NAME_BYTES_MAX: usize = 64;
 /// Longest user id, in bytes of UTF-8.
 pub const USER_BYTES_MAX: usize = 255;
-/// Length of a record id and of a `CKA_ID`, in bytes.
+/// Length of the id of a record, an API client or a wrapping key, in bytes.
 pub const ID_BYTES: usize = 16;
 
 fn is_name(text: &str) -> bool {
@@ -21,16 +21,17 @@ fn is_name(text: &str) -> bool {
             .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
 }
 
-/// The owner of a set of records. A tenant comes from the principal, never from a request. 1 to 64 bytes of `[a-z0-9._-]`.
+/// The owner of a set of records. A tenant has 1 to 64 bytes of `[a-z0-9._-]`. The tenant of a call comes from the principal,
+/// never from the request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Tenant(String);
 
-/// The name of one of a user's keys. 1 to 64 bytes of `[a-z0-9._-]`.
+/// The name of a user key, with 1 to 64 bytes of `[a-z0-9._-]`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyName(String);
 
-/// A user id, compared byte by byte. 1 to 255 bytes of UTF-8 without control characters.
+/// A user id, with 1 to 255 bytes of UTF-8 and no control characters. User ids are compared byte by byte.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserId(String);
 
@@ -135,9 +136,9 @@ as_text!(Tenant, KeyName, UserId);
 pub struct KeyAddress {
     /// Owner of the record.
     pub tenant: Tenant,
-    /// The user to whom the key belongs.
+    /// The user to whom the user key belongs.
     pub user: UserId,
-    /// The name that distinguishes the keys of one user.
+    /// The name that distinguishes the user keys of one user.
     pub name: KeyName,
 }
 
@@ -190,7 +191,7 @@ id!(
     RecordId
 );
 id!(
-    /// The id of an API client. The client sends it with its secret.
+    /// The id of an API client, which the client sends with its secret.
     ClientId
 );
 impl ClientId {
@@ -201,8 +202,8 @@ impl ClientId {
 }
 
 id!(
-    /// The id of a wrapping key and its integrity key. The `CKA_ID` of both objects on the token is this id, unless
-    /// [`ObjectIds`] contains other values.
+    /// The id of a wrapping key and its integrity key. The RSA key and the integrity key on the token have this id as `CKA_ID`,
+    /// unless [`ObjectIds`] contains other values.
     WrappingKeyId
 );
 
@@ -255,18 +256,20 @@ impl fmt::Debug for ObjectId {
 /// Where an integrity key is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IntegrityPlace {
-    /// On the token, under the id of its wrapping key, or as [`ObjectIds::private`] says.
+    /// The integrity key is on the token, with the same `CKA_ID` as the RSA private key.
     #[default]
     Token,
-    /// On the token, under a `CKA_ID` of its own.
+    /// The integrity key is on the token, with this separate `CKA_ID`.
     Object(ObjectId),
-    /// In the memory of the workers, which unwrap it from a file: for tokens without keys for HMAC.
+    /// The integrity key is in the memory of the workers, which unwrap it from a file. This place is for tokens that do not
+    /// support HMAC keys.
     Worker,
 }
 
 impl IntegrityPlace {
-    /// What stands for [`IntegrityPlace::Worker`] where a `CKA_ID` is stored and sent. An object cannot be registered under it, and a
-    /// release that does not know it looks for such an object and refuses the key.
+    /// These bytes stand for [`IntegrityPlace::Worker`] where a `CKA_ID` is stored and sent. No object can be registered with
+    /// these bytes as its `CKA_ID`. A release that does not know these bytes finds no object with this `CKA_ID` and refuses the
+    /// wrapping key.
     const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
 
     /// As stored and sent.
@@ -278,7 +281,7 @@ impl IntegrityPlace {
         }
     }
 
-    /// From bytes as stored and sent. None if they are too many.
+    /// Reads a place from the bytes that are stored and sent. Returns `None` if there are too many bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [] => Some(Self::Token),
@@ -288,7 +291,8 @@ impl IntegrityPlace {
     }
 }
 
-/// Where the two parts of a wrapping key are: the `CKA_ID` of an object where that is not the id of the wrapping key.
+/// The places of the RSA private key and the integrity key. By default, the `CKA_ID` of the RSA private key and of the integrity
+/// key is the id of the wrapping key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObjectIds {
     /// The `CKA_ID` of the RSA private key.
@@ -298,8 +302,8 @@ pub struct ObjectIds {
 }
 
 impl ObjectIds {
-    /// Reads two byte strings as stored and sent. An empty string stands for the id of the wrapping key. Returns `None` if one
-    /// is too long.
+    /// Reads two byte strings as stored and sent. An empty string stands for the id of the wrapping key. Returns `None` if a byte
+    /// string is too long.
     pub fn from_slices(private: &[u8], integrity: &[u8]) -> Option<Self> {
         let private = match private {
             [] => None,
@@ -316,7 +320,7 @@ impl ObjectIds {
         self.private.clone().unwrap_or_else(|| id.into())
     }
 
-    /// The `CKA_ID` of the integrity key; absent for one that is in the memory of the workers.
+    /// The `CKA_ID` of the integrity key; absent if the integrity key is in the memory of the workers.
     pub fn integrity_object(&self, id: WrappingKeyId) -> Option<ObjectId> {
         match &self.integrity {
             IntegrityPlace::Token => Some(self.private_object(id)),
@@ -354,7 +358,7 @@ impl Revision {
         self.0
     }
 
-    /// The next revision. A record cannot reach the maximum: the hardware fails before 2^63 replacements.
+    /// The next revision. A record cannot reach the highest revision: the hardware fails before 2^63 replacements.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -389,7 +393,7 @@ impl fmt::Debug for Fingerprint {
 pub enum Purpose {
     /// `CKA_DECRYPT`: user keys are released in plain text.
     Plain,
-    /// `CKA_UNWRAP`: user keys are released encrypted to a recipient. Reserved.
+    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. Reserved.
     Sealed,
 }
 
@@ -414,15 +418,15 @@ impl Purpose {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WrappingKeyState {
-    /// The key may wrap and unwrap.
+    /// The wrapping key may wrap and unwrap.
     Active,
-    /// The key may temporarily neither wrap nor unwrap.
+    /// The wrapping key may temporarily neither wrap nor unwrap.
     Suspended,
-    /// The key may unwrap, but no longer wrap.
+    /// The wrapping key may unwrap, but no longer wrap.
     Deactivated,
-    /// The key may neither wrap nor unwrap, because others may know its private half.
+    /// The wrapping key may neither wrap nor unwrap, because others may know its private half.
     Compromised,
-    /// The key is no longer on any token.
+    /// The wrapping key is no longer on any token.
     Destroyed,
 }
 
@@ -451,12 +455,12 @@ impl WrappingKeyState {
         Self::ALL.into_iter().find(|state| state.as_str() == text)
     }
 
-    /// Whether the key may wrap new key material.
+    /// Whether the wrapping key may wrap new key material.
     pub const fn may_wrap(self) -> bool {
         matches!(self, Self::Active)
     }
 
-    /// Whether the key may unwrap stored envelopes.
+    /// Whether the wrapping key may unwrap stored envelopes.
     pub const fn may_unwrap(self) -> bool {
         matches!(self, Self::Active | Self::Deactivated)
     }

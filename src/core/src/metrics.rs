@@ -2,7 +2,7 @@
 //! compares the list with this module.
 //!
 //! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, and no unit in a label. A
-//! counter exists with 0 from the start for each label value that is known in advance, so that a rate includes the first event.
+//! counter starts at 0 for each label value that is known in advance, so that a rate includes the first event.
 
 use metrics::{
     Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle, Key,
@@ -16,7 +16,7 @@ const SECONDS: &[f64] = &[
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     10.0, 30.0,
 ];
-/// Buckets for the number of entries in one group.
+/// Buckets for the number of audit entries that became durable together.
 const ENTRIES: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
 ];
@@ -150,12 +150,12 @@ impl<const N: usize> Declared<N> {
     }
 }
 
-/// A number of events since the start.
+/// The number of events since the start of the process.
 #[derive(Debug)]
 pub struct Counter<const N: usize>(Declared<N>);
 
 impl<const N: usize> Counter<N> {
-    /// The series with these label values, in the order of the declaration.
+    /// The series with these label values, which are in the order of the declared labels.
     pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> CounterHandle {
         let key = self.0.key(values);
         with_recorder(|recorder| recorder.register_counter(&key, &METADATA))
@@ -174,7 +174,7 @@ impl Counter<0> {
 pub struct Gauge<const N: usize>(Declared<N>);
 
 impl<const N: usize> Gauge<N> {
-    /// The series with these label values, in the order of the declaration.
+    /// The series with these label values, which are in the order of the declared labels.
     pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> GaugeHandle {
         let key = self.0.key(values);
         with_recorder(|recorder| recorder.register_gauge(&key, &METADATA))
@@ -187,12 +187,12 @@ impl Gauge<0> {
         self.with::<&str>([])
     }
 
-    /// Sets the value to 1 or 0.
+    /// Sets the gauge to 1 or 0.
     pub fn set_flag(&self, is_set: bool) {
         self.handle().set(f64::from(u8::from(is_set)));
     }
 
-    /// Sets the value to a count.
+    /// Sets the gauge to a count.
     pub fn set_count(&self, count: usize) {
         self.handle().set(to_float(count));
     }
@@ -211,7 +211,7 @@ pub struct Histogram<const N: usize> {
 }
 
 impl<const N: usize> Histogram<N> {
-    /// The series with these label values, in the order of the declaration.
+    /// The series with these label values, which are in the order of the declared labels.
     pub fn with<V: Into<SharedString>>(&self, values: [V; N]) -> HistogramHandle {
         let key = self.declared.key(values);
         with_recorder(|recorder| recorder.register_histogram(&key, &METADATA))
@@ -239,7 +239,8 @@ pub trait Metric: Sync {
     fn kind(&self) -> &'static str;
     /// Name, help and labels.
     fn declaration(&self) -> Declaration<'_>;
-    /// Describes the metric to the recorder. For a counter, it also creates the series that are known in advance.
+    /// Describes the metric to the recorder. For a counter, the function also creates the series whose label values are known in
+    /// advance.
     fn register(&self);
 
     /// Upper bounds of the buckets of a histogram.
@@ -247,7 +248,7 @@ pub trait Metric: Sync {
         None
     }
 
-    /// Name, as a collector sees it.
+    /// The name that a metrics collector sees.
     fn name(&self) -> &'static str {
         self.declaration().name
     }
@@ -322,7 +323,7 @@ impl<const N: usize> Metric for Histogram<N> {
     }
 }
 
-/// Counts an alert. If the alert has a counter of its own, that counter is incremented, too.
+/// Counts an alert. If the alert has a separate counter, this counter is incremented, too.
 pub fn count_alert(alert: Alert) {
     ALERTS.with([alert.name()]).increment(1);
     match alert {
@@ -385,19 +386,22 @@ declare! {
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
         BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
-        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Stored rows that were found damaged by a call.";
+        RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
         REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests waited for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
-        CLIENT_SECRETS_REFUSED = "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many were being verified.";
+        CLIENT_SECRETS_REFUSED =
+            "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
         ISSUER_FETCH_FAILURES = "keybroker_issuer_fetch_failures_total" [ISSUER] "Failed attempts to renew the key set of an issuer.";
         POLICY_ERRORS = "keybroker_policy_errors_total" [POLICY] "Policies that could not be evaluated for a call.";
         POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were refused.";
-        AUDIT_TAMPERING = "keybroker_audit_tampering_total" [] "Times that the broker found the files of the audit log changed by another process.";
-        LAST_USES_DROPPED = "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many waited to be stored.";
-        LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Log lines about unauthenticated callers that were left out.";
+        AUDIT_TAMPERING =
+            "keybroker_audit_tampering_total" [] "Times that the broker found that another process had changed the files of the audit log.";
+        LAST_USES_DROPPED =
+            "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many times of last use waited to be stored.";
+        LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Suppressed log lines about unauthenticated callers.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
         CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
         ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Failed attempts to accept a connection.";
@@ -410,11 +414,13 @@ declare! {
     }
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
-        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls that have begun and not ended.";
+        CALLS_IN_PROGRESS = "keybroker_calls_in_progress" [] "Calls in progress.";
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
         CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
-        CLIENT_CRL_EXPIRY = "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first revocation list of a listener ends, in seconds since 1970.";
-        CLIENT_CRL_PROBLEMS = "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; their accepted predecessors stay in use until they end.";
+        CLIENT_CRL_EXPIRY =
+            "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first of a listener's revocation lists expires, in seconds since 1970.";
+        CLIENT_CRL_PROBLEMS =
+            "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; the lists that were accepted before stay in use until they expire.";
         ISSUER_KEYS_AGE = "keybroker_issuer_keys_age_seconds" [ISSUER] "Time since the key set of an issuer was fetched.";
         ISSUER_REFUSED_KEYS = "keybroker_issuer_refused_keys" [ISSUER] "Weak or malformed keys in the key set of an issuer.";
         POLICIES = "keybroker_policies" [EFFECT] "Policies in force.";
@@ -429,9 +435,10 @@ declare! {
     }
     histograms {
         CALL_DURATION = "keybroker_call_duration_seconds" [ACTION] SECONDS "Time from the start of a call to its outcome.";
-        CALL_OVERHEAD = "keybroker_call_overhead_seconds" [] SECONDS "Time of an unwrap in the broker, without the queue and the token.";
+        CALL_OVERHEAD =
+            "keybroker_call_overhead_seconds" [] SECONDS "Time that the broker takes for an unwrap, without the time in the queue and on the token.";
         TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [] SECONDS "Time that jobs waited for a session of the token.";
-        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time of jobs on the token.";
+        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time that the token takes for a job.";
         AUDIT_GROUP_ENTRIES = "keybroker_audit_group_entries" [] ENTRIES "Audit entries that became durable together.";
     }
 }

@@ -1,5 +1,5 @@
-//! Reads PEM files (RFC 7468) completely or not at all. Only for a file of revocation lists ([`revocation_lists`]), the readable
-//! blocks are used and the others are reported.
+//! Reads PEM files (RFC 7468) completely or not at all. Only a file of revocation lists is an exception: [`revocation_lists`]
+//! returns its readable blocks and reports the others.
 //!
 //! A PEM parser usually skips text that it does not understand. In a file that decides who is trusted, a skipped block is a
 //! certificate authority, an intermediate certificate or a key that is missing without an error. Therefore this module splits the
@@ -30,27 +30,29 @@ const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 /// First byte of a DER structure: SEQUENCE.
 const DER_SEQUENCE: u8 = 0x30;
 const LABEL_BYTES_MAX: usize = 64;
-/// Highest number of unreadable parts of a file of revocation lists. After this number, the rest of the file is ignored.
+/// Highest number of unreadable parts of a file of revocation lists. After this number of unreadable parts, the rest of the file
+/// is ignored.
 pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
 /// Characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
-/// Blocks that may precede a key or chain, and are ignored. `openssl ecparam -genkey` writes a block of parameters.
+/// Labels of the blocks that may precede a key or a certificate chain, and are ignored. For example, `openssl ecparam -genkey`
+/// writes a block of parameters before the key.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
-/// Why a file was refused. The text is a clause that follows the name of the file.
+/// Why a file was refused. The text of the error is a clause that follows the name of the file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Binary DER.
     #[error(
-        "it is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key `openssl pkey`, for \
-         a revocation list `openssl crl`)"
+        "the file is DER and not PEM; convert it with `openssl x509 -inform der -in FILE -out FILE.pem` (for a key \
+         `openssl pkey`, for a revocation list `openssl crl`)"
     )]
     Der,
     /// The file is UTF-16, as some editors write it.
-    #[error("it is UTF-16; save it as UTF-8 or ASCII")]
+    #[error("the file is UTF-16; save it as UTF-8 or ASCII")]
     Utf16,
-    /// A line that looks like the first line of a block but is malformed.
+    /// A line that looks like a BEGIN or END line but is malformed.
     #[error(
         "line {0} looks like a BEGIN or END line but is malformed; it must be `-----BEGIN LABEL-----`"
     )]
@@ -60,9 +62,9 @@ pub enum Error {
         "the block {label} that begins in line {line} has no END line of the same label; the file is truncated or damaged"
     )]
     Unclosed {
-        /// Of the BEGIN line.
+        /// The number of the BEGIN line.
         line: usize,
-        /// Between `BEGIN` and the dashes.
+        /// The label in the BEGIN line.
         label: String,
     },
     /// An END line without a BEGIN line.
@@ -71,38 +73,40 @@ pub enum Error {
     /// The content of a block is not base64.
     #[error("the block {label} that begins in line {line} cannot be decoded: {source}")]
     Undecodable {
-        /// Of the BEGIN line.
+        /// The number of the BEGIN line.
         line: usize,
-        /// Between `BEGIN` and the dashes.
+        /// The label in the BEGIN line.
         label: String,
         /// What the parser says.
         #[source]
         source: Box<pem::Error>,
     },
-    /// A private key under a passphrase.
+    /// A private key that is encrypted with a passphrase.
     #[error(
-        "the private key that begins in line {0} is encrypted, and keybroker has no passphrase for it; decrypt it with \
-         `openssl pkey -in FILE -out key.pem`, and restrict the mode of the result"
+        "the private key that begins in line {0} is encrypted, and keybroker cannot ask for a passphrase; decrypt the \
+         private key with `openssl pkey -in FILE -out key.pem`, and restrict the mode of key.pem"
     )]
     Encrypted(usize),
     /// A block of a kind that is not permitted in this file.
     #[error("line {line} begins a block {label}; {remedy}")]
     Unexpected {
-        /// Of the BEGIN line.
+        /// The number of the BEGIN line.
         line: usize,
-        /// Between `BEGIN` and the dashes.
+        /// The label in the BEGIN line.
         label: String,
-        /// What to do about it.
+        /// The remedy, as a clause.
         remedy: &'static str,
     },
     /// The file contains no block of the required kind.
     #[error("it contains no {0} in PEM")]
     Nothing(&'static str),
     /// The file contains several private keys, but only one is used.
-    #[error("it contains {0} private keys; keep the one that belongs to the certificate")]
+    #[error(
+        "it contains {0} private keys; keep only the private key that belongs to the certificate"
+    )]
     Keys(usize),
-    /// The file has so many unreadable parts that the rest of it is ignored.
-    #[error("more than {0} parts of it cannot be read; the rest is ignored")]
+    /// The file has so many unreadable parts that the rest of the file is ignored.
+    #[error("more than {0} parts of the file cannot be read; the rest of the file is ignored")]
     TooDamaged(usize),
 }
 
@@ -111,7 +115,7 @@ pub enum Error {
 pub enum Place {
     /// The part is the block with this number.
     Block(usize),
-    /// The part is the text after this block and before the next one.
+    /// The part is the text between the block with this number and the next block.
     After(usize),
     /// The part is the text before the first block, or a whole file without a block.
     Beginning,
@@ -127,13 +131,13 @@ impl fmt::Display for Place {
     }
 }
 
-/// An unreadable part of a file. The text is a clause that follows the name of the file.
+/// An unreadable part of a file. The text of the error is a clause that follows the name of the file.
 #[derive(Debug, thiserror::Error)]
 #[error("{place}")]
 pub struct DamagedBlock {
     /// Where it is.
     pub place: Place,
-    /// What is wrong with it.
+    /// What is wrong with the part.
     #[source]
     pub source: Error,
 }
@@ -195,25 +199,27 @@ impl Block {
 fn remedy(label: &str) -> &'static str {
     match label {
         "TRUSTED CERTIFICATE" => {
-            "it is OpenSSL's own format; write a plain certificate with `openssl x509 -in FILE -out FILE.pem`"
+            "the block is in OpenSSL's own format; write a plain certificate with `openssl x509 -in FILE -out FILE.pem`"
         }
-        "X509 CERTIFICATE" => "write CERTIFICATE instead in its BEGIN and END lines",
+        "X509 CERTIFICATE" => "write CERTIFICATE instead of this label in the BEGIN and END lines",
         "RSA PUBLIC KEY" => {
-            "it is PKCS #1; convert it with `openssl rsa -RSAPublicKey_in -in FILE -pubout -out FILE.pem`"
+            "the block is in PKCS #1 format; convert it with `openssl rsa -RSAPublicKey_in -in FILE -pubout -out FILE.pem`"
         }
-        "OPENSSH PRIVATE KEY" => "convert it with `ssh-keygen -p -m PKCS8 -f FILE`",
+        "OPENSSH PRIVATE KEY" => "convert the private key with `ssh-keygen -p -m PKCS8 -f FILE`",
         "PKCS7" | "CMS" => {
-            "write its certificates with `openssl pkcs7 -print_certs -in FILE -out FILE.pem`"
+            "write the certificates of the block with `openssl pkcs7 -print_certs -in FILE -out FILE.pem`"
         }
         "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => {
-            "it is a request; use the certificate that the authority issued for it"
+            "the block is a certificate request; use the certificate that the CA issued for this request"
         }
-        "X509 CRL" => "put a revocation list into the file of its own setting",
-        "CERTIFICATE" => "a certificate does not belong in this file; remove it",
+        "X509 CRL" => {
+            "the block is a revocation list; put it into the file that the setting for revocation lists names"
+        }
+        "CERTIFICATE" => "a certificate does not belong in this file; remove the certificate",
         _ if label.ends_with("PRIVATE KEY") => {
-            "a private key does not belong in this file; remove it, and replace the key if others may have read it"
+            "a private key does not belong in this file; remove the private key, and replace it if other users may have read it"
         }
-        _ => "it does not belong in this file; remove it",
+        _ => "the block does not belong in this file; remove the block",
     }
 }
 
@@ -243,7 +249,7 @@ pub fn chain(bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     not_empty(found, "certificate")
 }
 
-/// The only private key of a file. The file may also contain its certificates.
+/// The only private key of a file. The file may also contain the certificates of this key.
 pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     let mut found = Vec::new();
     for block in blocks(bytes)? {
@@ -263,9 +269,9 @@ pub fn private_key(bytes: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     }
 }
 
-/// The revocation lists of a file that contains nothing else. For each other part of the file, the result has the reason why the
-/// part is no list. A file without any list is accepted. The file comes from other machines and may be damaged, and one damaged
-/// block must not prevent the use of the lists of all other authorities.
+/// The revocation lists of a file that should contain nothing else. For each other part of the file, the result has the reason
+/// why the part is not a revocation list. A file that contains no revocation list is accepted. A file of revocation lists comes
+/// from other machines and may be damaged. One damaged block must not prevent the use of the lists of all other authorities.
 ///
 /// After [`DAMAGED_BLOCKS_MAX`] unreadable parts, the last entry reports that the rest of the file is ignored.
 pub fn revocation_lists(
@@ -294,7 +300,7 @@ pub fn revocation_lists(
     found
 }
 
-/// Writes certificates in the simplest form, for a library that reads PEM itself.
+/// Writes certificates in the simplest PEM form, for a library that has its own PEM parser.
 pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
     let mut text = String::new();
     for certificate in certificates {
@@ -309,7 +315,7 @@ pub fn encode(certificates: &[CertificateDer<'_>]) -> String {
     text
 }
 
-/// Writes a private key in the simplest form, for a library that reads PEM itself.
+/// Writes a private key in the simplest PEM form, for a library that has its own PEM parser.
 pub fn encode_key(key: &PrivateKeyDer<'_>) -> Zeroizing<String> {
     let label = match key {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
@@ -345,7 +351,7 @@ pub fn blocks(bytes: &[u8]) -> Result<Vec<Block>, Error> {
     Scan::new(bytes).collect()
 }
 
-/// Reads a file block by block. After a block that cannot be read it continues with the next BEGIN line.
+/// Reads a file block by block. After a block that cannot be read, the scan continues with the next BEGIN line.
 struct Scan<'a> {
     text: &'a [u8],
     /// The position at which the search for the next block begins; absent at the end of the file.
@@ -356,7 +362,7 @@ struct Scan<'a> {
     blocks: usize,
     /// The place of the part that was read last.
     place: Place,
-    /// The last position whose line was computed, and its line.
+    /// The last position whose line number was computed, and this line number.
     counted: (usize, usize),
 }
 
@@ -380,7 +386,8 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// The line of a position. Counting continues from the last position, so that a file with many blocks is counted only once.
+    /// The line number of a position. The count continues from the last position, so that the lines of a file are counted only
+    /// once.
     fn line(&mut self, at: usize) -> usize {
         let (from, line) = match self.counted {
             (from, line) if from <= at => (from, line),
@@ -393,7 +400,7 @@ impl<'a> Scan<'a> {
 
     /// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
     fn check_between(&mut self, from: usize, to: usize) -> Result<(), Error> {
-        // The dash before the text is of the END line of a block. A BEGIN or END that follows it lacks dashes.
+        // Include the last dash of the END line before the text: a `BEGIN` or `END` directly after this dash has too few dashes.
         let before = from.saturating_sub(1);
         let between = &self.text[before..to];
         if let Some(offset) = find_marker(between, b"BEGIN ") {
@@ -466,7 +473,7 @@ fn label(bytes: &[u8]) -> Option<String> {
     String::from_utf8(bytes.to_vec()).ok()
 }
 
-/// The position of a word that follows a hyphen, or a dash of a word processor.
+/// The position of a word that follows a hyphen or one of the dashes that word processors insert.
 fn find_marker(text: &[u8], word: &[u8]) -> Option<usize> {
     text.windows(word.len()).enumerate().find_map(|(at, part)| {
         let mut before = text[..at].iter().rev().filter(|byte| **byte != b' ');
@@ -490,7 +497,7 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
             der: Zeroizing::default(),
         });
     };
-    // The body may have lines of any length, and spaces instead of line ends.
+    // The body of a block may have lines of any length, and spaces instead of line ends.
     let mut plain = Zeroizing::new(Vec::with_capacity(body.len() + 2 * LABEL_BYTES_MAX + 64));
     for part in [BEGIN, label.as_bytes(), DASHES, b"\n"] {
         plain.extend_from_slice(part);
@@ -514,7 +521,7 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
     }
 }
 
-/// Whether a file is in DER. Text before the first block of a PEM file may begin with the same byte.
+/// Whether a file is in DER. A PEM file may begin with text whose first byte is that of DER.
 pub fn is_der(bytes: &[u8]) -> bool {
     bytes.first() == Some(&DER_SEQUENCE) && find(bytes, BEGIN).is_none()
 }

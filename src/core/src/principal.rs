@@ -14,20 +14,21 @@ use crate::{
     key::{KeyName, Tenant, UserId},
 };
 
-/// The highest rights of a principal. Roles that release keys and roles that administer exclude each other: see
-/// [`Role::conflicts_with`].
+/// A named set of actions that a principal may be given. Roles that release keys and roles that administer exclude each
+/// other: see [`Role::conflicts_with`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Unwraps user keys, reads their metadata. Does not enrol, delete or administer.
+    /// Permits the release of user keys and reading their metadata, but no enrolment, deletion or administration.
     Release,
-    /// Creates and replaces user keys, reads their metadata. Does not unwrap.
+    /// Permits the creation and replacement of user keys and reading their metadata, but no release.
     Enrol,
-    /// Deletes, undeletes and restores user keys, reads their metadata. Does not unwrap.
+    /// Permits deletion, undeletion and restoration of user keys and reading their metadata, but no release.
     Lifecycle,
-    /// Reads wrapping keys and token state. Touches no user key, not even its metadata.
+    /// Permits reading wrapping keys and token state and managing API clients, but no access to user keys or their
+    /// metadata.
     Admin,
-    /// Reads the audit log, wrapping keys, token state and metadata of user keys. Changes nothing.
+    /// Permits reading the audit log, wrapping keys, token state and metadata of user keys, but no changes.
     Auditor,
 }
 
@@ -52,8 +53,8 @@ impl Role {
         }
     }
 
-    /// Whether the roles exclude each other. Administrators and auditors of the broker must not be able to obtain keys
-    /// (separation of duties).
+    /// Whether the roles exclude each other. Administrators and auditors of the broker must not be able to obtain user
+    /// keys (separation of duties).
     pub fn conflicts_with(self, other: Self) -> bool {
         let pair = [self, other];
         pair.contains(&Self::Release)
@@ -67,7 +68,7 @@ impl Role {
 pub enum Kind {
     /// A person. A user has no role, and can use only its own keys.
     User,
-    /// A program or an operator. The roles of a service decide what it may do.
+    /// A program or an operator. The roles of a service limit what the service may do.
     Service,
 }
 
@@ -76,14 +77,14 @@ pub enum Kind {
 pub enum Credential {
     /// The client certificate of the connection.
     Certificate,
-    /// A bearer token of an OpenID provider.
+    /// An access token of an OpenID provider.
     Token,
     /// The secret of an API client.
     ClientSecret,
 }
 
 impl Credential {
-    /// Name in policy and metrics.
+    /// Name in policies and in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Certificate => "certificate",
@@ -96,14 +97,14 @@ impl Credential {
 /// The users or key names that a service may release: all, or those listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach<T: Ord> {
-    /// Any user or key name can be released; in the configuration `["*"]`.
+    /// All users or all key names; in the configuration `["*"]`.
     All,
-    /// Only the listed ones can be released.
+    /// Only the listed users or key names.
     Only(BTreeSet<T>),
 }
 
 impl<T: Ord> Reach<T> {
-    /// Whether this user or key name can be released.
+    /// Whether the service may release keys of this user or with this key name.
     pub fn contains(&self, one: &T) -> bool {
         match self {
             Self::All => true,
@@ -157,7 +158,7 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Describes what is wrong with the grant. The sentence follows the name of the service.
+    /// Describes what is wrong with the grant, in a clause that follows the name of the service.
     pub fn problem(&self) -> Option<String> {
         if self.roles.is_empty() {
             return Some("has no role, so it could do nothing".to_owned());
@@ -178,7 +179,8 @@ impl Grant {
         let is_limited = self.users.is_some() || self.key_names.is_some();
         if self.roles.contains(&Role::Release) && !is_limited {
             return Some(
-                "has the role `release` without a limit: set `users` or `key_names` to what it may release, or to [\"*\"] for all"
+                "has the role `release` without a limit: set `users` or `key_names` to the users or key names that it \
+                 may release, or to [\"*\"] for all"
                     .to_owned(),
             );
         }
@@ -204,7 +206,7 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     })
 }
 
-/// The attributes of a credential's holder other than the name. Policies of operators can use them.
+/// The attributes of a credential's holder other than the name. The policies of operators can use these attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own values).
@@ -213,7 +215,7 @@ pub struct Claims {
     pub acr: Option<String>,
     /// When the user authenticated.
     pub authenticated: Option<Timestamp>,
-    /// The device that the credential is for.
+    /// The device for which the credential was issued.
     pub device: Option<String>,
     /// Organisations of the user.
     pub organisations: BTreeSet<String>,
@@ -226,7 +228,7 @@ pub struct Claims {
 /// Everything that a verified credential states about its holder. Only the crate `auth` creates an identity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// A stable name that differs between the holders of all credentials: `URI:spiffe://…`, `DNS:…`,
+    /// A stable name that is unique among the holders of all credentials: `URI:spiffe://…`, `DNS:…`,
     /// `token:<issuer>:<subject>`, `client:<id>`. At most [`NAME_BYTES_MAX`] bytes.
     pub name: String,
     /// The kind of credential that authenticated the principal.
@@ -243,20 +245,20 @@ pub struct Identity {
     pub key_names: Reach<KeyName>,
     /// The user id under which the keys of a user are stored; absent for a service.
     pub subject: Option<UserId>,
-    /// Attributes for policies of operators.
+    /// Attributes that the policies of operators can use.
     pub claims: Claims,
 }
 
 /// Longest name of a principal, in bytes.
 pub const NAME_BYTES_MAX: usize = 2_048;
 
-/// An authenticated caller. Only the crate `auth` creates one, from a credential.
+/// An authenticated caller. Only the crate `auth` creates a principal, from a verified credential.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal(Identity);
 
 impl Principal {
-    /// Creates a principal after its credential was verified. Only the crate `auth` may call this; `tests/layers.rs`
-    /// refuses any other caller.
+    /// Creates a principal after its credential was verified. Only the crate `auth` may call this function; the test in
+    /// `tests/layers.rs` fails for a call in another crate.
     pub fn authenticated(identity: Identity) -> Self {
         debug_assert!(identity.name.len() <= NAME_BYTES_MAX);
         Self(identity)
@@ -267,7 +269,7 @@ impl Principal {
         &self.0
     }
 
-    /// The stable name, such as a SPIFFE id.
+    /// The stable name of the principal, such as a SPIFFE id.
     pub fn name(&self) -> &str {
         &self.0.name
     }
@@ -282,7 +284,7 @@ impl Principal {
         &self.0.tenant
     }
 
-    /// Whether it has the role.
+    /// Whether the principal has the role.
     pub fn has(&self, role: Role) -> bool {
         self.0.roles.contains(&role)
     }
@@ -302,21 +304,21 @@ impl fmt::Display for Principal {
 /// What a caller asks the broker to do. Each action has one name in policies, in the audit log and in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
-    /// Store a new user key. Does not imply reading one.
+    /// Store a new user key, without the right to read a user key.
     Create,
-    /// Release a user key. Does not imply any change.
+    /// Release a user key, without the right to change it.
     Unwrap,
-    /// Store the next revision. Does not imply create.
+    /// Store the next revision of a user key, without the right to create a user key.
     Replace,
-    /// Read one record's metadata. Does not imply unwrap.
+    /// Read the metadata of one record, without the right to release its user key.
     Get,
-    /// Read many records' metadata. Does not imply unwrap.
+    /// Read the metadata of many records, without the right to release their user keys.
     List,
-    /// Delete a record. Does not imply undelete.
+    /// Delete a record, without the right to undelete a record.
     Delete,
-    /// Undelete a record. Does not imply delete.
+    /// Undelete a record, without the right to delete a record.
     Undelete,
-    /// Make an earlier revision current. Does not imply replace or unwrap.
+    /// Make an earlier revision current, without the right to replace or release the user key.
     Restore,
     /// Read wrapping keys and their states.
     ReadWrappingKeys,
@@ -324,11 +326,11 @@ pub enum Action {
     ReadToken,
     /// Read the audit log.
     ReadAudit,
-    /// Create an API client, or a secret for one. Does not imply the use of the client.
+    /// Create an API client or a secret of an API client, without the right to act as this client.
     CreateClient,
     /// Revoke an API client or one of its secrets.
     RevokeClient,
-    /// Read the stored data of API clients. Does not imply a change.
+    /// Read the stored data of API clients, without the right to change them.
     ListClients,
 }
 
@@ -351,7 +353,7 @@ impl Action {
         Self::ListClients,
     ];
 
-    /// Name in policy, audit and metrics.
+    /// Name in policies, in the audit log and in metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Create => "user_key.create",

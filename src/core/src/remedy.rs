@@ -46,7 +46,8 @@ pub fn with_remedy(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// The error with its remedy, as an error of the same kind. Use it for a source error whose text is shown last.
+/// The error with its remedy, as an error of the same kind. Use this function for a source error whose text is shown
+/// last.
 pub fn explained(path: &Path, error: io::Error) -> io::Error {
     match remedy(path, &error) {
         Some(remedy) => io::Error::new(error.kind(), format!("{error}; {remedy}")),

@@ -1,5 +1,5 @@
-//! Small facts that one broker instance remembers across restarts, such as a PIN that the token rejected. Each fact is a file of
-//! mode 0600 in the directory `state` below the audit directory. A change replaces the whole file.
+//! Small facts that one broker instance remembers across restarts, such as that the token rejected the PIN. Each fact is a file
+//! of mode 0600 in the directory `state` below the audit directory. A change of a fact replaces the whole file.
 //!
 //! The directory belongs to one instance: two instances with the same directory would overwrite each other's facts.
 
@@ -17,7 +17,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::remedy::explained;
 
-/// Name of the directory below the audit directory.
+/// Name of the state directory, which is below the audit directory.
 pub const DIRECTORY: &str = "state";
 /// Longest fact, in bytes.
 const FACT_BYTES_MAX: u64 = 64 * 1024;
@@ -87,13 +87,13 @@ impl StateDirectory {
         &self.path
     }
 
-    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the directory belongs to another user, is
-    /// accessible to others, is not a regular file, or is longer than 64 KiB.
+    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the directory belongs to another user or
+    /// is accessible to others, or if the file is not a regular file or is longer than 64 KiB.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.read_up_to(name, FACT_BYTES_MAX)
     }
 
-    /// Reads a fact of at most `bytes_max` bytes, which may exceed the usual limit.
+    /// Reads a fact, with the limit `bytes_max` instead of 64 KiB.
     pub fn read_up_to(&self, name: &str, bytes_max: u64) -> Result<Option<Vec<u8>>, Error> {
         let path = self.path.join(name);
         match self.read_file(&path, bytes_max) {
@@ -103,15 +103,15 @@ impl StateDirectory {
         }
     }
 
-    /// Replaces a fact. After the function returns, the new fact survives a power failure. A crash before the return leaves the
-    /// old or the new fact.
+    /// Replaces a fact. After the function returns, the new fact survives a power failure. After a crash before the return, the
+    /// file contains the old or the new fact.
     ///
-    /// Fails for a fact of more than 64 KiB, because it could not be read again.
+    /// Fails for a fact of more than 64 KiB, because [`StateDirectory::read`] would refuse the fact.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         self.write_up_to(name, bytes, FACT_BYTES_MAX)
     }
 
-    /// Replaces a fact of at most `bytes_max` bytes, which may exceed the usual limit.
+    /// Replaces a fact, with the limit `bytes_max` instead of 64 KiB.
     pub fn write_up_to(&self, name: &str, bytes: &[u8], bytes_max: u64) -> Result<(), Error> {
         let path = self.path.join(name);
         self.write_file(&path, bytes, bytes_max)
@@ -178,7 +178,7 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock that other processes respect, so that a fact can be read and then replaced. Waits at most `timeout`.
+    /// Takes a lock between processes, so that a process can read a fact and then replace it. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)
@@ -211,7 +211,7 @@ impl StateDirectory {
         }
     }
 
-    /// Creates the directory and, if it is missing, its parent, like the audit log.
+    /// Creates the state directory and, if necessary, the audit directory above it.
     fn prepare(&self) -> io::Result<()> {
         if let Some(parent) = self.path.parent() {
             make(parent)?;
@@ -230,7 +230,7 @@ impl StateDirectory {
 
     fn read_file(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         check(&fs::metadata(&self.path)?)?;
-        // `NONBLOCK` prevents that a FIFO in place of the file blocks the open.
+        // With `NONBLOCK`, the open does not block if the path leads to a FIFO.
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = OpenOptions::new()
             .read(true)
@@ -254,12 +254,12 @@ impl StateDirectory {
         if u64::try_from(bytes.len()).is_ok_and(|length| length > bytes_max) {
             let kib = bytes_max / 1024;
             return Err(io::Error::other(format!(
-                "the fact is longer than {kib} KiB"
+                "the content of the state file is longer than {kib} KiB"
             )));
         }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
-        // Remove the file of an earlier process with this id that was killed during a write.
+        // Remove the temporary file that an earlier process with this process id left if it was killed during a write.
         fs::remove_file(&unfinished).ok();
         let mut file = OpenOptions::new()
             .write(true)
@@ -289,7 +289,7 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
     let what = if meta.is_dir() { "directory" } else { "file" };
     let remedy = if meta.uid() == ours {
         let mode = if meta.is_dir() { "0700" } else { "0600" };
-        format!("others can use the {what}; set its mode to {mode}")
+        format!("other users can use the {what}; set the mode of the {what} to {mode}")
     } else {
         format!(
             "the {what} belongs to user {}, and this process runs as user {ours}; run the command as user {}",

@@ -3,32 +3,33 @@
 //!
 //! A file is accepted only if no other user can change or replace it. The path is resolved from the root directory, one component
 //! at a time, through descriptors. Symbolic links are followed by this module and not by the kernel. Therefore every directory on
-//! the way is examined, and nothing can be exchanged between the examination and the use:
+//! the way is examined, and nothing can be exchanged between the examination and the use. These rules apply:
 //!
-//! - Each directory belongs to root or to this user, and neither its group nor others can write to it. Two kinds of directory
-//!   that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts), other users
-//!   cannot rename or remove entries of root or of this user, so only such entries are followed, and a file with several hard
-//!   links is refused. In a read-only mount of a container, no process that sees the mount can change anything.
+//! - Each directory belongs to root or to the user of this process, and neither its group nor others can write to it. Two kinds
+//!   of directory that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts),
+//!   other users cannot rename or remove entries of root or of the user of this process, so only such entries are followed, and a
+//!   file with several hard links is refused. In a read-only mount of a container, no process that sees the mount can change
+//!   anything.
 //!
-//! - The file is a regular file. A FIFO, a device or a socket is refused with its kind. The file is opened without blocking, so
-//!   that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
+//! - The file is a regular file. A FIFO, a device or a socket is refused, and the error says what the file is. The file is opened
+//!   without blocking, so that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
 //!
-//! - The file belongs to root or to this user, and neither its group nor others can write to it. A secret cannot be read by
-//!   others. If a secret belongs to root, its group may read it, because root chose the group (systemd credentials, Kubernetes
-//!   Secrets with `fsGroup`).
+//! - The file belongs to root or to the user of this process, and neither its group nor others can write to it. Others cannot
+//!   read a file that contains a secret. If a secret belongs to root, its group may read it, because root chose the group
+//!   (systemd credentials, Kubernetes Secrets with `fsGroup`).
 //!
-//! A read-only mount is accepted as protection only in a container, and only if it is another file system than that of the root
-//! directory. Where systemd runs, a read-only mount is not accepted. Settings such as `ProtectSystem=strict` show a service the
-//! host's file systems read-only, while other users of the host can still write to them. The front tells its workers whether
+//! A read-only mount is accepted as protection only in a container, and only if its file system is not that of the root
+//! directory. Where systemd runs, a read-only mount is not accepted. With settings such as `ProtectSystem=strict`, a service sees
+//! the host's file systems read-only, while other users of the host can still write to them. The front tells its workers whether
 //! read-only mounts are accepted.
 //!
 //! A FUSE mount is never accepted as read-only, because the process that serves it decides about content and owners. A FUSE mount
 //! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the
 //! directory.
 //!
-//! The same rule applies to the socket of another program, with the users of that program as further owners ([`check_socket`]).
-//! The rule also applies to the directories above a file that this process writes, but there a group may have the write
-//! permission ([`check_above`]).
+//! The path of another program's socket must also meet the rules of this module, but the users of that program are also accepted
+//! as owners ([`check_socket`]). The directories above a file that this process writes must also meet the rules of this module,
+//! but their groups may have the write permission ([`check_above`]).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -66,15 +67,16 @@ const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
 const ROOT: u32 = 0;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
-/// Largest buffer that is reserved before the length of a file is known.
+/// Smallest buffer that is reserved for a file, in bytes, unless the limit of the caller is smaller.
 const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
-/// Whether a path is absolute or refers to a systemd credential. A service has no useful working directory.
+/// Whether a path is absolute or refers to a systemd credential. Other paths are refused, because a service has no useful working
+/// directory.
 pub fn is_absolute(path: &Path) -> bool {
     path.is_absolute() || path.starts_with(CREDENTIALS_DIRECTORY)
 }
 
-/// The text of the error for a path of the configuration that is not absolute.
+/// The error text for a path in the configuration that is not absolute.
 pub fn not_absolute(path: &Path) -> String {
     let tilde = if path.starts_with("~") {
         "; `~` is not expanded"
@@ -103,14 +105,15 @@ pub fn expand(path: &Path) -> Result<PathBuf, Error> {
     }
 }
 
-/// Opens a file for reading after every check.
+/// Checks a file and the directories above it, and opens the file for reading.
 pub fn open(path: &Path, purpose: Purpose) -> Result<File, Error> {
     let expanded = expand(path)?;
     let walk = Walk::new(&expanded, purpose);
     walk.open_file().map(|(file, _)| file)
 }
 
-/// Reads a whole file of at most `bytes_max` bytes after every check. The bytes are overwritten when they are dropped.
+/// Checks a file and the directories above it, and reads the whole file of at most `bytes_max` bytes. The bytes are overwritten
+/// when they are dropped.
 pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Error> {
     let expanded = expand(path)?;
     let walk = Walk::new(&expanded, purpose);
@@ -141,7 +144,7 @@ pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<V
     Ok(bytes)
 }
 
-/// Checks a directory whose entries affect trust or configuration. Returns the path with credentials expanded.
+/// Checks a directory whose entries affect trust or configuration. Returns the path with `$CREDENTIALS_DIRECTORY` replaced.
 pub fn check_directory(path: &Path, purpose: Purpose) -> Result<PathBuf, Error> {
     let expanded = expand(path)?;
     Walk::new(&expanded, purpose).check_directory()?;
@@ -164,9 +167,9 @@ pub fn check_if_present(path: &Path, purpose: Purpose) -> Result<(), Error> {
     }
 }
 
-/// Checks the directories above a file or directory that this process writes. The rule is that of [`check_directory`], but the
-/// groups of the directories may write to them, as to `/var/log` of some distributions. The owner of `path` is also trusted,
-/// because root runs commands on files of the service's user. If a path does not exist yet, its existing part is checked.
+/// Checks the directories above a file or directory that this process writes. The rules of [`check_directory`] apply, but the
+/// group of a directory may write to it, as in `/var/log` of some distributions. The owner of `path` is also trusted, because
+/// root runs commands on files of the service's user. If a path does not exist yet, its existing part is checked.
 pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
     let owner = std::fs::metadata(path).ok().map(|meta| User {
         id: meta.uid(),
@@ -186,14 +189,14 @@ pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
 /// Properties of the path of a socket that passed [`check_socket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketPlace {
-    /// Whether a directory on the way is sticky and writable by others. Every user can then create another socket after this one
-    /// is removed.
+    /// Whether a directory on the way is sticky and writable by others. In a sticky directory, every user can create another
+    /// socket after the first socket is removed.
     pub is_shared: bool,
 }
 
 /// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users`
-/// are the users of that program. Files and directories of these users are trusted like those of root, and their own groups may
-/// write to directories on the way (`/run/postgresql` of Debian has mode 2775).
+/// are the users of the program that listens. Files and directories of these users are trusted like those of root, and their own
+/// groups may write to directories on the way (`/run/postgresql` of Debian has mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
@@ -213,7 +216,8 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group that can read a file, if its group can read it and others cannot. `None` also if the group is unknown.
+/// The group of a file that its group can read and others cannot read. Returns `None` if the group cannot read the file, if
+/// others can read it, or if its mode is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

@@ -1,4 +1,5 @@
-//! Tokens and keys for one-shot commands: the command's end of an admin worker, which holds the vendor's module.
+//! The command's side of an admin worker. A one-shot command uses this module to administer tokens and keys; the admin
+//! worker holds the vendor's module.
 //!
 //! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
 //! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
@@ -45,8 +46,8 @@ pub use wrapper::Wrapper;
 const WORKER: &str = "token-admin-worker";
 /// Shortest timeout for a call that makes a key or initialises a token. Some devices take minutes.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// Longest time for a worker to end after its socket was closed, longer than the time that the worker gives to the
-/// module.
+/// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
+/// time.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 /// Number of keys in one message, far below the longest frame.
 const KEYS_PER_FRAME: usize = 64;
@@ -61,7 +62,7 @@ pub enum AdminError {
     /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// No PIN was given, or the token rejected it.
+    /// No PIN was given, or the token rejected the PIN.
     #[error("{0}")]
     Pin(String),
     /// A key, an attribute or a MAC differs from what is required.
@@ -70,7 +71,7 @@ pub enum AdminError {
     /// The PIN cannot be read.
     #[error(transparent)]
     PinSource(#[from] PinError),
-    /// Other users can change a file that the module's environment refers to.
+    /// A user other than root and the user of this process can change a file that the module's environment refers to.
     #[error(transparent)]
     Environment(#[from] PathError),
     /// The public key of a key on the token cannot be used.
@@ -105,7 +106,8 @@ pub struct Listed {
     pub initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub pin_state: String,
-    /// The supported modulus lengths of RSA-OAEP, in bits. Absent when the token does not list the mechanism.
+    /// The supported modulus lengths of RSA-OAEP, in bits. The value is `None` if the token does not list the
+    /// mechanism.
     pub oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the token lists HMAC with SHA-256.
     pub sha256_hmac: bool,
@@ -113,12 +115,12 @@ pub struct Listed {
     pub is_chosen: bool,
 }
 
-/// A key on the token, with the results of attribute check and self-test.
+/// A key on the token, with the results of its attribute check and its self-test.
 #[derive(Clone, Debug)]
 pub struct CheckedKey {
     /// The id of the key.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// The `CKA_ID` of the key's objects on the token.
     pub objects: ObjectIds,
     /// Fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -126,25 +128,25 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// The algorithm that the capability probe chose. Absent when the key was rejected.
+    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
     pub algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub integrity: Vec<Finding>,
-    /// Why the key must not be used. Absent when the key passed all checks.
+    /// Why the key must not be used. The value is `None` if the key passed all checks.
     pub problem: Option<String>,
-    /// Names of the negative tests that the token cannot run.
+    /// Names of the negative tests that cannot be run on this token.
     pub not_tried: Vec<String>,
-    /// The content of the file of an integrity key that was made in the memory of the worker. The content must be
-    /// stored, because otherwise the key is lost when the worker ends.
+    /// The content of the integrity key's file, if the integrity key was made in the memory of the worker. The caller
+    /// must store the content: no other copy of the integrity key exists after the worker has ended.
     pub integrity_key_file: Option<String>,
 }
 
-/// The result for one attribute.
+/// The result of the attribute check for one attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Name in the standard, such as `CKA_SENSITIVE`.
+    /// The name of the attribute in the standard, such as `CKA_SENSITIVE`.
     pub attribute: String,
     /// The value that was found and the value that is required.
     pub verdict: String,
@@ -165,8 +167,8 @@ pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, A
 }
 
 /// Initialises a token with a label and sets its user PIN. An initialised token is erased only if its serial number is
-/// given, and everything on it is then lost permanently. The record of rejected PINs of this token is cleared. Returns
-/// the token and a note for the operator, if there is one.
+/// given, and everything on it is then lost permanently. The PINs of this token are removed from the record of PINs.
+/// Returns the token and a note for the operator, if there is one.
 pub fn init_token(
     program: &Path,
     settings: &Settings,
@@ -203,9 +205,9 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Logs in if the record of PINs in the state directory allows it. With `write`, the session is read-write, so that
-    /// keys can be made. `program` is the running binary, which also contains the worker. If several tokens match the
-    /// settings, the token with one of the serial numbers of the registry is used.
+    /// Logs in if the record of PINs in the state directory allows the login. If `write` is true, the session is
+    /// read-write, so that keys can be made. `program` is the running binary, which also contains the worker. If
+    /// several tokens match the settings, the token with one of the serial numbers of the registry is used.
     pub fn open(
         program: &Path,
         settings: &Settings,
@@ -252,8 +254,8 @@ impl Admin {
         self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the worker the `CKA_ID` of each key's objects. For other keys, the worker looks for objects as `key
-    /// generate` makes them.
+    /// Tells the worker the `CKA_ID` of each key's objects. If the worker does not know the `CKA_ID` of a key's
+    /// objects, it looks for the `CKA_ID` that `key generate` sets.
     pub fn know<'a>(
         &self,
         keys: impl IntoIterator<Item = (WrappingKeyId, &'a ObjectIds)>,
@@ -295,8 +297,8 @@ impl Admin {
         }
     }
 
-    /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. The keys
-    /// stay on the token even if a check fails. This function registers nothing.
+    /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. If a
+    /// check fails, the worker removes the keys from the token. This function does not add the key to the registry.
     pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         let job = Job::GenerateKey(GenerateKey { modulus_bits });
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
@@ -310,7 +312,8 @@ impl Admin {
         self.check_key(id, false)
     }
 
-    /// Makes an integrity key in the memory of the worker for an RSA key without one, and checks both keys.
+    /// Makes an integrity key in the memory of the worker for an RSA key that has no integrity key, and checks both
+    /// keys.
     pub fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,
@@ -333,7 +336,7 @@ impl Admin {
         }
     }
 
-    /// Makes a MAC with the integrity key of this id.
+    /// Makes a MAC with the integrity key of this wrapping key.
     pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
         let job = Job::Mac(wire::Mac {
             key_id: id.as_bytes().to_vec(),
@@ -345,7 +348,7 @@ impl Admin {
         }
     }
 
-    /// Whether a MAC verifies. The worker finds each key once and then keeps its handle.
+    /// Whether a MAC verifies. The worker searches for each integrity key once and then keeps the key's handle.
     pub fn verify(
         &self,
         id: WrappingKeyId,
@@ -384,8 +387,8 @@ impl Admin {
         }
     }
 
-    /// Tests the abilities of the token. With `write`, also makes keys on the token for a short time and removes them.
-    /// The login ends afterwards.
+    /// Tests the abilities of the token. If `write` is true, the worker also makes keys that stay on the token for a
+    /// short time, and removes them. The login ends afterwards.
     pub fn report(&self, pin: &PinSource, write: bool, serial: bool) -> Result<Report, AdminError> {
         let job = Job::MakeReport(MakeReport {
             pin: Some(pin.to_wire()?),
@@ -452,7 +455,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
     })
 }
 
-/// An admin worker: its process and the command's end of the socket. Dropping it ends the process.
+/// An admin worker: its process and the command's end of the socket. When this value is dropped, the process ends.
 #[derive(Debug)]
 struct Worker {
     child: Child,
@@ -463,7 +466,7 @@ struct Worker {
     call_timeout: Duration,
     /// The function of the module that the worker called last.
     calling: Option<String>,
-    /// Why the worker can no longer be used.
+    /// The reason why the worker can no longer be used; `None` while it can be used.
     lost: Option<String>,
 }
 
@@ -473,8 +476,8 @@ impl Worker {
         let (mut command, stream) =
             process::command(program, settings, WORKER).map_err(AdminError::Start)?;
         let child = command.spawn().map_err(AdminError::Start)?;
-        // `command` still holds the worker's end of the socket. If this end stayed open, the command would not notice
-        // the end of the worker.
+        // `command` still holds the worker's end of the socket. As long as this end is open in this process, the end of
+        // the worker is not noticed.
         drop(command);
         Ok(Self {
             child,
@@ -488,8 +491,8 @@ impl Worker {
         })
     }
 
-    /// Sends a job and waits for its answer. Each call of the module may take the configured timeout, or `least` if
-    /// that is longer.
+    /// Sends a job and waits for its answer. Each call of the module may take as long as the configured timeout or
+    /// `least`, whichever is longer.
     fn ask(&mut self, job: Job, least: Duration) -> Result<Outcome, AdminError> {
         if let Some(lost) = &self.lost {
             return Err(AdminError::Token(lost.clone()));
@@ -547,7 +550,7 @@ impl Worker {
         }
     }
 
-    /// Explains a missing answer in a message.
+    /// Returns a message that explains why the worker did not answer.
     fn explain(&mut self, error: &io::Error, timeout: Duration) -> String {
         let place = process::describe_call(self.calling.as_deref(), &self.module);
         match error.kind() {
@@ -582,8 +585,8 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// Lets the worker close its sessions. If the module hangs, the worker ends itself. SIGKILL comes last, because in
-    /// the middle of a login it can damage a SoftHSM token.
+    /// Gives the worker time to close its sessions. If the module hangs, the worker ends itself. SIGKILL is sent only
+    /// if the worker does not end, because SIGKILL in the middle of a login can damage a SoftHSM token.
     fn drop(&mut self) {
         let _already_closed = self.stream.shutdown(std::net::Shutdown::Write);
         if self.wait(EXIT_TIMEOUT).is_none() {

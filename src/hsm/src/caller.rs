@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use keybroker_core::call::Deadline;
 
-/// The caller of a job, and the deadline until which the result is useful. Jobs of different principals wait in
-/// separate queues.
+/// The caller of a job, and the deadline until which the result is useful. The jobs of each principal wait in a queue
+/// of their own.
 #[derive(Clone, Debug)]
 pub struct Caller {
     lane: Lane,
@@ -21,8 +21,8 @@ impl Caller {
         }
     }
 
-    /// The broker itself, for work that is not part of a call. Background work gets a small share of the token, no
-    /// matter how many callers wait.
+    /// The caller is the broker itself, for work that is not part of a call. Background work gets a small share of the
+    /// token's time, no matter how many callers wait.
     pub fn background(deadline: Deadline) -> Self {
         Self {
             lane: Lane::Background,
@@ -34,7 +34,7 @@ impl Caller {
         &self.lane
     }
 
-    /// The deadline of the result.
+    /// The deadline until which the result is useful.
     pub fn deadline(&self) -> Deadline {
         self.deadline
     }

@@ -10,7 +10,7 @@ use keybroker_worker_protocol::Work;
 
 use crate::{Error, caller::Caller};
 
-/// Bytes from the token: a MAC, key material, or nothing.
+/// The bytes that the token returned: a MAC, key material, or no bytes.
 pub(super) type Output = Zeroizing<Vec<u8>>;
 
 /// A job with everything needed to run it and to answer its caller.

@@ -3,10 +3,10 @@
 //! The vendor's module never shares a process with the network. [`Supervisor`] starts worker processes. A worker loads
 //! the module, logs in once and serves a closed set of jobs over a socket pair. [`Supervisor`] replaces a worker that
 //! crashes, hangs or loses its token. The crate `pkcs11` contains the worker, and this crate does not depend on it: the
-//! parts that both sides share are in `worker-protocol`. Mechanisms, attributes, handles and return codes stay in the
-//! worker. This crate sees a failure as an [`Error`] class with a text for the log.
+//! parts that both sides share are in `worker-protocol`. Only the worker uses PKCS#11 mechanisms, attributes, handles
+//! and return codes. This crate sees a failure as an [`Error`] class with a text for the log.
 //!
-//! Not protected: an attacker who runs code as the user of the worker is not isolated from it.
+//! Not protected: an attacker who runs code as the operating-system user of the worker is not isolated from the worker.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -36,7 +36,7 @@ pub use supervisor::{StartupError, Supervisor};
 /// verified.
 #[async_trait]
 pub trait Token: Send + Sync + fmt::Debug + 'static {
-    /// Wraps key material. The public-key operation runs in software, the MAC is made on the token.
+    /// Wraps key material. The public-key operation runs in software, and the token makes the MAC.
     async fn wrap(
         &self,
         key: WrappingKeyId,
@@ -45,7 +45,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Verifies the MAC over context and wrapped bytes, then decrypts. Both steps are one job on the token.
+    /// Verifies the MAC over context and wrapped bytes, then decrypts. The verification and the decryption are one job
+    /// on the token.
     async fn unwrap(
         &self,
         envelope: &Envelope,
@@ -53,7 +54,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<KeyMaterial, Error>;
 
-    /// Verifies the MAC for the old context and makes a MAC for the new one. The RSA key is not used.
+    /// Verifies the MAC for the old context and makes a MAC for the new context. The RSA key is not used.
     async fn rebind(
         &self,
         envelope: &Envelope,
@@ -62,7 +63,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Makes a MAC with the integrity key of this id.
+    /// Makes a MAC with the integrity key of this wrapping key.
     async fn mac(
         &self,
         key: WrappingKeyId,
@@ -79,14 +80,14 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<(), Error>;
 
-    /// Returns [`Error::QueueFull`] if any job of this caller would certainly be refused. The broker asks this before
-    /// policy and store, so that a refusal costs little.
+    /// Returns [`Error::QueueFull`] if any job of this caller would certainly be refused. The broker calls this
+    /// function before it asks the policy and the store, so that a refusal costs little.
     fn check_admission(&self, caller: &Caller) -> Result<(), Error>;
 
     /// Whether jobs wait for a free session.
     fn is_saturated(&self) -> bool;
 
-    /// The last known state. Never waits for the token.
+    /// The last known state. This function never waits for the token.
     fn state(&self) -> TokenState;
 }
 
@@ -95,10 +96,10 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
 pub struct TokenState {
     /// Whether the token serves.
     pub serving: Serving,
-    /// A problem that an administrator must know although the token still serves, such as a latched PIN. When the last
-    /// worker is lost, this problem ends the service.
+    /// A problem that an administrator must know although the token is still usable, such as a latched PIN. After the
+    /// last worker is lost, this problem prevents the start of a new worker.
     pub note: Option<String>,
-    /// The token information. Absent until the first worker is ready.
+    /// The token information. The value is `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
     /// The keys that the last started worker found on the token.
     pub keys: Arc<[TokenKey]>,
@@ -113,17 +114,17 @@ pub struct TokenState {
 /// Whether the token serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
-    /// At least one worker is ready and its self-test passes. Also the state for up to five seconds after the last
-    /// worker was lost, while the next one starts: calls wait for it within their deadlines.
+    /// At least one worker is ready and its self-test passes. The state is also `Up` for up to five seconds after the
+    /// last worker was lost, while the next worker starts. Until their deadlines, calls wait for the next worker.
     Up,
-    /// No worker is ready, and the supervisor keeps starting one. Contains the cause, for the log and for
-    /// administrators.
+    /// No worker is ready, and the supervisor repeatedly tries to start a worker. The value is the cause, for the log
+    /// and for administrators.
     Down(String),
-    /// Attributes, self-test, keys or PIN are wrong. Contains the cause.
+    /// The attributes, the self-test, the keys or the PIN are wrong. The value is the cause.
     Untrusted(String),
 }
 
-/// A wrapping key as found on the token and accepted by the attribute check.
+/// A wrapping key that was found on the token and passed the attribute check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenKey {
     /// The id of the key.
@@ -151,18 +152,21 @@ pub struct WorkerInfo {
     pub generation: u64,
 }
 
-/// The class of a token failure, as far as its caller can react to it. PKCS#11 return codes never leave the worker.
+/// The class of a token failure. There is a class for each different reaction of the caller. PKCS#11 return codes never
+/// leave the worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// A MAC does not verify: the bytes differ from those that were stored for this context.
+    /// A MAC does not verify: the bytes differ from the bytes that were stored for this context.
     #[error("the MAC does not verify")]
     MacRefused,
     /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged
     /// when the MAC was made.
-    #[error("unwrap failed although the MAC verified and the self-test passes: {0}")]
+    #[error(
+        "unwrap failed, although the MAC of the envelope is valid and the self-test passes: {0}"
+    )]
     Damaged(String),
     /// The deadline passed before a token call began, or before its result arrived.
-    #[error("deadline passed before the token answered")]
+    #[error("the deadline passed before the token answered")]
     Deadline,
     /// The token cannot do the work before the deadline, or the queue is full.
     #[error("the token cannot do the work in time")]
@@ -175,7 +179,7 @@ pub enum Error {
     Down {
         /// The cause, for the log.
         cause: String,
-        /// The time until a worker is expected to be ready.
+        /// The expected time until a worker is ready.
         retry_after: Duration,
     },
     /// The token must not be used.

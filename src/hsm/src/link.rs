@@ -30,18 +30,18 @@ use crate::{job::Job, process};
 /// A worker is treated as hanging when it has not answered a job this long after the job's deadline.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
 
-/// One worker, seen from the front.
+/// The front's data about one worker, and its connection to the worker.
 pub(super) struct Link {
     generation: u64,
     pid: u32,
     sessions: usize,
     stream: UnixStream,
-    /// Number of jobs in `held` except self-tests. Can be read without the lock.
+    /// Number of jobs in `held` except self-tests. This number can be read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
     flush: Notify,
-    /// Cancelled when the worker must end now. `State` then holds the cause.
+    /// A cancellation signal: it is cancelled when the worker must end now, and `State` contains the cause.
     ended: CancellationToken,
 }
 
@@ -62,13 +62,13 @@ impl fmt::Debug for Link {
     }
 }
 
-/// Starts a worker process. Returns it with the front's end of its socket.
+/// Starts a worker process. Returns the process with the front's end of its socket.
 pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
     let (command, ours) = process::command(program, settings, "token-worker")?;
     ours.set_nonblocking(true)?;
     let child = Command::from(command)
-        // Dropping the handle must not kill the process: it may be inside `C_Login`, where SIGKILL can damage a SoftHSM
-        // token.
+        // When the handle is dropped, the process must not be killed: it may be inside `C_Login`, where SIGKILL can
+        // damage a SoftHSM token.
         .spawn()?;
     Ok((child, UnixStream::from_std(ours)?))
 }
@@ -112,8 +112,8 @@ impl Link {
         self.in_flight() < self.sessions && !self.ended.is_cancelled()
     }
 
-    /// Sends a job directly, without another task in between. The socket buffer has room for many times the jobs that a
-    /// worker may hold.
+    /// Sends a job to the worker directly, not through another task. The socket buffer has room for many times the jobs
+    /// that a worker may hold.
     pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         if !job.work.is_self_test() {
@@ -140,7 +140,7 @@ impl Link {
                 Err(error) => {
                     state
                         .cause
-                        .get_or_insert(format!("its socket failed: {error}"));
+                        .get_or_insert(format!("the socket of the worker failed: {error}"));
                     self.ended.cancel();
                     return;
                 }
@@ -161,30 +161,33 @@ impl Link {
         }
     }
 
-    /// Reads replies and passes each to `take` with its job. Ends when the socket ends or a reply is invalid, and
-    /// returns the reason.
+    /// Reads replies and passes each to `take` with its job. Returns the reason when the socket is closed or a reply is
+    /// invalid.
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
         let mut inbox = Inbox::default();
         loop {
             if let Err(error) = self.stream.readable().await {
-                return format!("its socket failed: {error}");
+                return format!("the socket of the worker failed: {error}");
             }
             match self.stream.try_read(inbox.room()) {
-                Ok(0) => return "its process ended".to_owned(),
+                Ok(0) => return "the worker process ended".to_owned(),
                 Ok(count) => inbox.received(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return format!("its socket failed: {error}"),
+                Err(error) => return format!("the socket of the worker failed: {error}"),
             }
             loop {
                 match inbox.take::<Reply>() {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
-                            return format!("it answered job {} that it does not hold", reply.id);
+                            return format!(
+                                "the worker answered job {}, which it was not given",
+                                reply.id
+                            );
                         };
                         take(job, reply);
                     }
                     Ok(None) => break,
-                    Err(error) => return format!("it sent an invalid message: {error}"),
+                    Err(error) => return format!("the worker sent an invalid message: {error}"),
                 }
             }
         }
@@ -210,8 +213,8 @@ impl Link {
         self.state().cause.clone().unwrap_or_default()
     }
 
-    /// Whether the worker holds a job that is long past its deadline. The caller of that job already has an answer, but
-    /// the thread that runs it hangs.
+    /// Whether the worker holds a job that is long past its deadline. The caller of this job already has an answer, but
+    /// the session thread that runs the job hangs.
     pub(super) fn is_wedged(&self) -> bool {
         let now = Instant::now();
         self.state()
@@ -226,7 +229,7 @@ impl Link {
         self.state().held.drain().map(|(_, job)| job).collect()
     }
 
-    /// Closes the sending half of the socket. The worker then finishes its jobs and ends.
+    /// Closes the sending half of the socket. A worker whose socket is closed finishes its jobs and ends.
     pub(super) fn close(&self) {
         close(&self.stream);
     }
@@ -251,8 +254,8 @@ pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStat
     None
 }
 
-/// Sends the setup and reads the reply, before the worker serves jobs. In the meantime `calling` is set to each
-/// function of the module that the worker calls.
+/// Sends the setup and reads the reply, before the worker serves jobs. While this function waits, it sets `calling` to
+/// each function of the module that the worker calls.
 pub(super) async fn exchange(
     stream: &UnixStream,
     request: &Request,

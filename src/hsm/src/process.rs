@@ -15,10 +15,11 @@ use std::{
 
 use keybroker_worker_protocol::Settings;
 
-/// Prepares a worker process. `worker` is the hidden command that runs it. Returns the command with the front's end of
-/// the socket; the worker's end is its standard input.
+/// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command with the front's
+/// end of the socket; the worker's end is its standard input.
 ///
-/// The environment contains exactly `[token.environment]`, for the workers of `serve` as well as for those of commands.
+/// The environment of every worker contains exactly the variables of `[token.environment]`, both for `serve` and for
+/// commands.
 pub(crate) fn command(
     program: &Path,
     settings: &Settings,
@@ -33,12 +34,13 @@ pub(crate) fn command(
         .envs(&settings.environment)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
-        // A separate process group, so that Ctrl-C at a terminal reaches only the front.
+        // The worker gets a separate process group, so that Ctrl-C at a terminal reaches only the front.
         .process_group(0);
     Ok((command, ours))
 }
 
-/// The signals that usually end a process: those of defects, and those that people and the kernel send.
+/// The names of the signals that usually end a process: the signals of defects, and the signals that people and the
+/// kernel send.
 const SIGNALS: [(i32, &str); 10] = [
     (3, "SIGQUIT"),
     (4, "SIGILL"),
@@ -66,7 +68,7 @@ pub(crate) fn describe_end(status: ExitStatus) -> String {
     }
 }
 
-/// Describes where the module was: in the function that the worker called last, if it reported one.
+/// Describes in a message which function of the module the worker called last, if the worker reported a function.
 pub(crate) fn describe_call(calling: Option<&str>, module: &Path) -> String {
     match calling {
         Some("dlopen") => format!("while it loaded {}", module.display()),

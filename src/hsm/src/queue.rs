@@ -1,5 +1,5 @@
-//! The queue of jobs that wait for a session, and the workers that take them. There is one bounded queue in the front,
-//! where fairness and waiting times are known. A worker holds at most one job per session thread.
+//! The queue of jobs that wait for a session, and the workers that take them. The front has only one queue. The queue
+//! is bounded, and decides about fairness and waiting times. A worker holds at most one job per session thread.
 //!
 //! A job that cannot be done in time is refused when it arrives, so that the token works only for callers who still
 //! wait. Principals take turns ([`backlogs`]). The duration of a job is estimated for each key ([`estimate`]).
@@ -29,7 +29,7 @@ use estimate::{Estimate, Estimates, Kind};
 mod backlogs;
 mod estimate;
 
-/// The shortest delay of a retry hint.
+/// The shortest delay before a retry that an error contains.
 const RETRY_MIN: Duration = Duration::from_millis(10);
 /// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
@@ -80,7 +80,7 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a job, and gives it to a free session immediately if there is one. Refuses a job that cannot be done in
+    /// Adds a job. If a session is free, the session gets the job immediately. Refuses a job that cannot be done in
     /// time.
     pub(super) fn push(&self, job: Job) -> Result<(), Error> {
         let now = Instant::now();
@@ -96,16 +96,16 @@ impl Queue {
         Ok(())
     }
 
-    /// Refuses a caller whose jobs would certainly be refused, whatever their key. Looks only at the queue, so it is
-    /// cheap.
+    /// Refuses a caller whose jobs would certainly be refused, whatever key they use. This check reads only the state
+    /// of the queue, so it is cheap.
     pub(super) fn check_admission(&self, caller: &Caller) -> Result<(), Error> {
         let state = self.state();
         let least = state.estimates.least();
         state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
     }
 
-    /// Adds a job again whose session or worker was lost. The job becomes the next one of its principal, because it
-    /// already waited for its turn.
+    /// Adds a job again after its session or its worker was lost. The job becomes the next job of its principal,
+    /// because it has already waited for its turn.
     pub(super) fn push_again(&self, job: Job) {
         let mut state = self.state();
         let cost = state.estimates.of(Kind::of(&job.work)).mean;
@@ -132,7 +132,7 @@ impl Queue {
         state.dispatch();
     }
 
-    /// Removes a worker. Returns whether the queue had it.
+    /// Removes a worker. Returns whether the worker was in the queue.
     pub(super) fn remove(&self, generation: u64) -> bool {
         let links = &mut self.state().links;
         let before = links.len();
@@ -165,7 +165,8 @@ impl State {
     fn dispatch(&mut self) {
         let quantum = self.estimates.most();
         while !self.waiting.is_empty() {
-            // Prefers the worker with the fewest jobs, so that no process is idle while another has two jobs.
+            // The worker with the fewest jobs gets the job, so that no worker is idle while another worker has two
+            // jobs.
             let Some(link) = self
                 .links
                 .iter()
@@ -202,8 +203,8 @@ impl State {
         }
     }
 
-    /// Refuses a job that would be too late with the current queue. A job that a free session takes immediately is
-    /// always accepted, because its time shows how long the token takes now.
+    /// Refuses a job that would be too late behind the jobs that already wait. A job that a free session takes
+    /// immediately is always accepted, because its duration shows how fast the token is now.
     fn check_in_time(
         &self,
         lane: &Lane,
@@ -217,8 +218,8 @@ impl State {
         if deadline.remaining().is_zero() {
             return Err(Error::Deadline);
         }
-        // Without a worker, nothing is known about the token, and a replacement is starting. Background work has a
-        // fixed share, so it is not refused.
+        // If there is no worker, nothing is known about the speed of the token, and a replacement worker is starting.
+        // Background work has a fixed share of the token's time, so it is not refused.
         if sessions == 0
             || *lane == Lane::Background
             || (busy < sessions && self.waiting.is_empty())
@@ -268,8 +269,8 @@ impl State {
     }
 }
 
-/// An error with a retry hint. The hint is random within a range, so that callers that were refused together do not
-/// return together.
+/// Returns an error with the delay before a retry. The delay is random within a range, so that callers that were
+/// refused at the same time do not all retry at the same time.
 fn refusal(wait: Duration) -> Error {
     let wait = wait.max(RETRY_MIN);
     Error::QueueFull {

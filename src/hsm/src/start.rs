@@ -1,4 +1,4 @@
-//! Starting one worker: its process, its setup, and the comparison of the keys on the token with the expected ones.
+//! Starts one worker: starts the process, sends the setup, and compares the keys on the token with the expected keys.
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
@@ -37,28 +37,28 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Whether this is the result of a worker rather than the initial value.
+    /// Whether a worker has found this token and these keys; `false` for the initial value.
     pub(super) fn known(&self) -> bool {
         !self.info.serial.is_empty() || !self.info.label.is_empty()
     }
 }
 
-/// The failure of a worker to become ready.
+/// A failure that prevented a worker from becoming ready.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
-    /// The class that the worker reported; absent when the worker failed before it could report.
+    /// The class that the worker reported; `None` if the worker failed before it could report a class.
     pub(super) class: Option<FailureClass>,
     pub(super) detail: String,
 }
 
-/// The reason why a worker did not become ready, as the state machine distinguishes it.
+/// The reason why a worker did not become ready. The state machine treats each reason in its own way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
-    /// The process ended, hung or could not be started, which says nothing about the token.
+    /// The process ended, hung or could not be started; this failure does not show a problem of the token.
     Crashed,
     /// The token has no free session.
     Busy,
-    /// The token is unavailable, or the configuration does not match it.
+    /// The token is unavailable, or the configuration does not match the token.
     Unavailable,
     /// A login failed with a code that does not concern the PIN.
     Login,
@@ -91,7 +91,7 @@ impl Failure {
         }
     }
 
-    /// A failure about which the worker reported nothing.
+    /// Makes a failure that the worker did not report itself.
     fn crashed(detail: impl Into<String>) -> Self {
         Self {
             class: None,
@@ -99,17 +99,16 @@ impl Failure {
         }
     }
 
-    /// The reason of the failure, as the state machine distinguishes it. `first` is true for the first attempt of this
-    /// process.
+    /// Returns the reason of the failure for the state machine. `first` is true for the first attempt of this process.
     pub(super) fn why(&self, first: bool) -> NotReady {
         self.class
             .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
     }
 }
 
-/// Starts a worker and waits until it is ready. If the worker fails, or the broker stops meanwhile, the worker is told
-/// to end, and it has ended when this function returns. The worker gets time to end before it is killed, because it may
-/// be in the middle of its login.
+/// Starts a worker and waits until it is ready. If the worker fails or the broker stops before the worker is ready,
+/// this function tells the worker to end and waits until it has ended. The worker gets time to end before it is killed,
+/// because it may be in the middle of its login.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
@@ -225,7 +224,7 @@ fn setup(
     })
 }
 
-/// Compares the keys that a worker found with those that must be on the token.
+/// Compares the keys that a worker found with the keys that must be on the token.
 fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     let untrusted = |what: String| Failure::new(FailureClass::Untrusted, what);
     let mut keys = Vec::new();

@@ -1,6 +1,6 @@
-//! Keeps the workers running: starts them one after another, runs a self-test on each every second, and replaces a
-//! worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module carries
-//! it out.
+//! Keeps the workers running: starts them one after another, runs a self-test on each worker every second, and replaces
+//! a worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module
+//! carries out the decisions.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -47,12 +47,12 @@ const TICK: Duration = Duration::from_millis(250);
 /// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
 
-/// The reason why the first start failed, if waiting cannot help.
+/// The reason why the first start failed, if only an administrator can repair it.
 #[derive(Clone, Debug)]
 pub struct StartupError {
-    /// What happened, what it means and what to do.
+    /// A message that says what happened, what it means and what an administrator has to do.
     pub message: String,
-    /// Whether a key or an attribute is wrong. Otherwise the configuration is wrong.
+    /// Whether a key or an attribute is wrong. The value is `false` if the configuration is wrong.
     pub untrusted: bool,
 }
 
@@ -64,12 +64,13 @@ pub struct Supervisor {
     program: PathBuf,
     state: StateDirectory,
     queue: Queue,
-    /// The keys and the token as the last started worker found them.
+    /// The token and its keys, in the state in which the last started worker found them.
     found: ArcSwap<start::Found>,
     serving: watch::Sender<Serving>,
-    /// Held while the workers in the queue or `serving` change, because each depends on the other.
+    /// The lock is held during a change of the workers in the queue or of `serving`, because these two depend on each
+    /// other.
     machine: Mutex<Decider>,
-    /// Notified when the machine wants a worker to be started.
+    /// Notified when the state machine decides that a worker must be started.
     start: Notify,
     settled: watch::Sender<bool>,
     startup_error: Mutex<Option<StartupError>>,
@@ -79,7 +80,7 @@ pub struct Supervisor {
     tasks: TaskTracker,
 }
 
-/// The machine with its clock and its alerts.
+/// The state machine with its clock and its alerts.
 #[derive(Debug)]
 struct Decider {
     machine: Machine,
@@ -96,7 +97,7 @@ impl Decider {
         }
     }
 
-    /// The error that callers get in this state; `None` when they are served.
+    /// Returns the error for callers in this state, or `None` if calls are served in this state.
     fn refusal(&self, serving: &Serving) -> Option<Error> {
         match serving {
             Serving::Up => None,
@@ -107,8 +108,8 @@ impl Decider {
 }
 
 impl Supervisor {
-    /// Starts in the background on the current runtime and returns immediately. `keys` are the keys that must be on the
-    /// token.
+    /// Starts the supervisor in the background on the current runtime and returns immediately. `keys` are the keys that
+    /// must be on the token.
     pub fn start(
         settings: Settings,
         keys: Vec<ExpectedKey>,
@@ -150,10 +151,10 @@ impl Supervisor {
         })
     }
 
-    /// Waits until the first attempt to start the workers has ended. Returns the state that it led to.
+    /// Waits until the first attempt to start the workers has ended. Returns the state after this attempt.
     pub async fn settled(&self) -> Serving {
         let mut settled = self.settled.subscribe();
-        // This object holds the sender, so the wait cannot fail.
+        // The supervisor holds the sender of this channel, so the wait cannot fail.
         let waited = settled.wait_for(|settled| *settled).await.is_ok();
         debug_assert!(waited);
         self.serving.borrow().clone()
@@ -174,7 +175,7 @@ impl Supervisor {
             self.apply(&mut decider, Event::Stop);
             self.serving
                 .send_replace(Serving::Down(STOPPING.to_owned()));
-            tracing::info!("accepting no more token jobs");
+            tracing::info!("the broker accepts no more token jobs");
             if !self.queue.has_links() {
                 self.queue.fail_all(&decider.down(STOPPING));
             }
@@ -200,8 +201,8 @@ impl Supervisor {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                // Runs in a separate task, so that this loop keeps ticking meanwhile. The machine requests only one
-                // start at a time.
+                // A worker is started in a separate task, so that this loop continues to tick. The state machine
+                // requests only one start at a time.
                 () = self.start.notified() => {
                     let start = Arc::clone(&self).start_worker();
                     self.tasks.spawn(start);
@@ -230,8 +231,8 @@ impl Supervisor {
             Err(failure) => self.note_failed_start(failure),
         }
         self.publish_metrics();
-        // The token serves with one worker, even if the next one does not start: a token may allow fewer sessions than
-        // configured.
+        // One worker is enough for the token to be usable, even if the next worker does not start: a token may allow
+        // fewer sessions than the configuration demands.
         if failed || self.decider().machine.is_full() {
             self.settled.send_replace(true);
         }
@@ -284,7 +285,8 @@ impl Supervisor {
         self.apply(&mut decider, Event::Ready);
     }
 
-    /// Gives a worker no more jobs. Only the first cause is reported.
+    /// Gives no more jobs to a worker that is lost. If a worker is lost for several causes, only the first cause is
+    /// reported.
     fn dismiss(&self, link: &Link, loss: Loss, cause: &str) {
         let mut decider = self.decider();
         if self.queue.remove(link.generation()) {
@@ -292,7 +294,7 @@ impl Supervisor {
         }
     }
 
-    /// Carries out the machine's decisions.
+    /// Passes an event to the state machine and carries out its decisions.
     fn apply(&self, decider: &mut Decider, event: Event) {
         let now = decider.epoch.elapsed();
         for action in decider.machine.on(now, event) {
@@ -328,8 +330,8 @@ impl Supervisor {
     }
 
     /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because a job changes
-    /// nothing on the token. A job that was already lost with `losses_max` workers may be the reason for the losses,
-    /// and fails.
+    /// nothing on the token. If a job was already lost with `losses_max` workers, the job fails, because it may be the
+    /// reason why these workers were lost.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());

@@ -14,20 +14,20 @@ use keybroker_core::call::Timestamp;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// Longest time before the end of a certificate at which a warning begins, in days.
+/// Longest time between the first warning and the expiry of a certificate, in days.
 const WARN_DAYS_MAX: i64 = 30;
-/// The warning begins when a fifth of the validity remains, if this time is shorter. Automatic renewal usually takes
-/// place when a third or a half remains.
+/// The warning begins when a fifth of the validity remains, if this time is less than `WARN_DAYS_MAX`. Automatic
+/// renewal usually takes place when a third or a half of the validity remains.
 const WARN_PART: i64 = 5;
 
 /// Why a certificate cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The data is not an X.509 certificate.
-    #[error("the certificate does not parse")]
+    #[error("the certificate cannot be parsed")]
     Certificate(#[source] x509_parser::nom::Err<X509Error>),
     /// An extension is malformed or present twice.
-    #[error("an extension of the certificate does not parse")]
+    #[error("an extension of the certificate cannot be parsed")]
     Extension(#[source] X509Error),
 }
 
@@ -137,7 +137,7 @@ impl Facts {
         let names = names.map_or(&[][..], |names| &names.value.general_names);
         let is_authority = match constraints {
             Some(constraints) => Some(constraints.value.ca),
-            // Only version 3 has extensions.
+            // Only X.509 version 3 has extensions.
             None => (certificate.version.0 >= 2).then_some(false),
         };
         let purpose = |is: fn(&ExtendedKeyUsage<'_>) -> bool| {

@@ -17,6 +17,7 @@ use keybroker_worker_protocol::check_environment;
 
 mod audit;
 mod bench;
+mod bench_report;
 mod bitwarden;
 mod change;
 mod client;
@@ -46,8 +47,8 @@ use output::{Format, Output};
 const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
-/// The executable of this process, for starting workers. The link refers to the running file even after an upgrade replaced the
-/// file at its path, so workers always have the version of this process.
+/// The executable of this process, from which workers are started. The link refers to the running executable even after an
+/// upgrade has replaced the file at its path, so workers always have the version of this process.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.
@@ -83,7 +84,7 @@ enum Command {
     /// Check and explain policies
     #[command(subcommand)]
     Policy(policy::Command),
-    /// Verify, show and maintain the audit log; a broker need not run
+    /// Verify, show and maintain the audit log, with or without a running broker
     #[command(subcommand)]
     Audit(audit::Command),
     /// Call a running broker
@@ -93,8 +94,10 @@ enum Command {
     /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
-    /// Measure the throughput of the token alone and of the broker, in one run
-    Bench(bench::Arguments),
+    /// Measure the broker on the configured token under one of several kinds of load
+    Bench(Box<bench::Arguments>),
+    /// Draw charts and write tables from the JSON files of `bench`
+    BenchReport(bench_report::Arguments),
     /// Check the local broker's health (for container health checks)
     Probe(probe::Arguments),
     /// Print the completion script for a shell
@@ -166,7 +169,7 @@ pub fn main() -> ExitCode {
     if let Err(error) = hardening::harden() {
         return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
-    // If two crypto providers are linked into the process, rustls panics at its first use unless one is installed.
+    // If two crypto providers are linked into the process, rustls panics at its first use unless one of them is installed.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
     telemetry::init_logs(is_service, if is_service { "info" } else { COMMAND_LOG });
@@ -192,7 +195,7 @@ fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failu
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         let what = "internal error in keybroker; the line above shows the source location";
         Err(Failure::new(Exit::Internal, what)
-            .hint("report the error with that line and the output of `keybroker --version`"))
+            .hint("report the error with the line that shows the source location, and with the output of `keybroker --version`"))
     })
 }
 
@@ -209,6 +212,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
+        Command::BenchReport(arguments) => bench_report::run(&arguments, context),
         Command::Probe(arguments) => probe::run(&arguments, context),
         Command::Completions(arguments) => manual::completions(&arguments, context),
         Command::Man(arguments) => manual::manual(&arguments, context),

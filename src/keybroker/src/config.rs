@@ -44,7 +44,7 @@ const CONFIGURATION: Purpose = Purpose::trust(
 pub struct FileReport {
     /// The problems, each with its remedy.
     pub problems: Vec<String>,
-    /// Remarks that are not problems, such as the content of PEM files, and secrets that a group can read.
+    /// Remarks that are not problems, for example about the content of PEM files or about secrets that a group can read.
     pub notes: Vec<String>,
 }
 
@@ -144,19 +144,19 @@ impl LoadError {
 #[error("{text}")]
 pub struct ParseError {
     text: String,
-    /// Advice on what to write instead, if there is one.
+    /// Advice on what to write instead of the invalid text; `None` if there is no advice.
     hint: Option<String>,
 }
 
 impl ParseError {
-    /// Advice on what to write instead, if there is one.
+    /// Advice on what to write instead of the invalid text; `None` if there is no advice.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 }
 
 impl Config {
-    /// Reads a file. If the environment sets the name of the instance, this name replaces the one in the file.
+    /// Reads a file. If the environment sets the name of the instance, this name replaces the name in the file.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(LoadError::File)?;
         if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
@@ -175,7 +175,7 @@ impl Config {
             source,
         })?;
         if let Some(instance) = env::var_os(INSTANCE_VARIABLE) {
-            // A name that is not UTF-8 is reported with the other problems.
+            // An instance name that is not UTF-8 is reported with the other problems of the configuration.
             config.audit.instance = instance.to_string_lossy().into_owned();
         }
         Ok(config)

@@ -3,7 +3,7 @@
 //!
 //! This crate is the program: configuration ([`config`]), listeners ([`server`]), commands ([`cli`]), logs and metrics
 //! ([`telemetry`]). The `broker` crate releases keys. A release has these steps: authenticate the caller, evaluate the policies,
-//! read the record, verify the MAC and decrypt on the token, write a durable audit entry, and send the answer.
+//! read the record, verify the row MAC, decrypt the user key on the token, write a durable audit entry, and send the answer.
 
 mod certificate;
 pub mod cli;

@@ -1,5 +1,5 @@
 //! Writes output files that contain no secrets. In a directory such as `/tmp`, another user could create a symbolic link with the
-//! name of the output file. If root wrote through the link, it would overwrite any file.
+//! name of the output file. If root wrote through this link, any file could be overwritten.
 
 use std::{
     ffi::OsString,
@@ -32,8 +32,12 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     let refused = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
-        Ok(meta) if !meta.is_file() => "it exists and is not a regular file; choose another file",
-        Ok(meta) if !is_ours(&meta) => "it exists and belongs to another user; choose another file",
+        Ok(meta) if !meta.is_file() => {
+            "the path exists and is not a regular file; choose another file"
+        }
+        Ok(meta) if !is_ours(&meta) => {
+            "the file exists and belongs to another user; choose another file"
+        }
         Ok(_) => return Ok(()),
     };
     Err(io::Error::other(refused))

@@ -88,17 +88,18 @@ pub struct TlsSettings {
     pub key_file: PathBuf,
     /// CA certificates that client certificates must chain to.
     pub client_ca_file: Option<PathBuf>,
-    /// Revocation lists of these CAs. Without this file, certificates are not checked for revocation.
+    /// Revocation lists of the CAs in `client_ca_file`. If this file is not set, client certificates are not checked for
+    /// revocation.
     pub client_crl_file: Option<PathBuf>,
-    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. The certificates only verify
-    /// these lists and are not trust anchors.
+    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. The certificates in this
+    /// file only verify revocation lists and are not trust anchors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_crl_issuers_file: Option<PathBuf>,
-    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If false, a certificate without
+    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If the value is false, a certificate without
     /// `extendedKeyUsage` is accepted, too.
     #[serde(default = "default_client_auth_usage_required")]
     pub client_auth_usage_required: bool,
-    /// Trust domains of accepted SPIFFE ids. If empty, every trust domain is accepted.
+    /// Trust domains of accepted SPIFFE ids. If this set is empty, every trust domain is accepted.
     #[serde(default)]
     pub trust_domains: BTreeSet<String>,
 }
@@ -118,21 +119,21 @@ pub struct ListenerSettings {
     pub apis: Vec<Api>,
     /// TLS settings; required unless `plaintext` is set.
     pub tls: Option<TlsSettings>,
-    /// HTTP without TLS, for a proxy that terminates TLS.
+    /// Allows HTTP without TLS, for a listener behind a proxy that terminates TLS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plaintext: Option<Plaintext>,
     /// Whether the listener requests client certificates.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
     /// Networks of load balancers and proxies. Connections from these networks carry calls of many clients. Only the limits for
-    /// all connections together apply to them, and not the limits for one network or one principal.
+    /// all connections together apply to these connections, and not the limits for one network or one principal.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }
 
 impl ListenerSettings {
-    /// Reads the TLS files like `serve`, and returns their contents; `None` for a listener without TLS. The error has the file
-    /// and the remedy.
+    /// Reads the TLS files as `serve` does, and returns their contents; `None` for a listener without TLS. The error message
+    /// contains the file and the remedy.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
@@ -149,7 +150,7 @@ impl ListenerSettings {
     }
 }
 
-/// The `[status]` section: plain HTTP for probes and metrics.
+/// The `[status]` section: the listener that serves probes and metrics over plain HTTP.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StatusSettings {
@@ -166,9 +167,9 @@ pub struct StatusSettings {
 pub struct RemoteStatusSettings {
     /// Address and port.
     pub address: SocketAddr,
-    /// TLS. With `client_ca_file`, a client certificate is required.
+    /// TLS settings. If `client_ca_file` is set, clients must present a certificate.
     pub tls: Option<TlsSettings>,
-    /// HTTP without TLS; only the value `any` is accepted here.
+    /// Allows HTTP without TLS; the only accepted value is `any`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plaintext: Option<Plaintext>,
 }
@@ -187,7 +188,7 @@ impl RemoteStatusSettings {
         }
     }
 
-    /// Reads the TLS files like `serve`, and returns their contents; `None` without TLS.
+    /// Reads the TLS files of the remote status listener as `serve` does, and returns their contents; `None` without TLS.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
@@ -218,7 +219,7 @@ pub struct Limits {
     /// Maximum number of bytes of gRPC messages in progress on all connections together. The first 4 KiB of each message do not
     /// count.
     pub message_bytes_max: usize,
-    /// Deadline of a call without a deadline of its own, and the longest accepted deadline.
+    /// Longest time for a call, and the time limit of a call that sets no deadline.
     pub call_timeout_max_ms: u64,
     /// Age at which a connection receives GOAWAY.
     pub connection_age_max_ms: u64,

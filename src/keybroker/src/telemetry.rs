@@ -16,8 +16,8 @@ pub fn init_logs(json: bool, default_filter: &str) {
         EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default_filter));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        // A failure to write the log (disk full, pipe closed) must not end a call. By default the library reports such
-        // a failure on standard error, and panics if standard error is the log.
+        // A failure to write the log (disk full, pipe closed) must not end a call. By default, the tracing library
+        // reports a failed write on standard error, and panics if standard error is the log.
         .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let set = if json {

@@ -16,24 +16,26 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM, CK_MECHANISM_TYPE,
-    CK_SLOT_ID, CK_TOKEN_INFO, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK,
+    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM,
+    CK_RSA_AES_KEY_WRAP_PARAMS, CK_RSA_PKCS_OAEP_PARAMS, CK_SLOT_ID, CK_TOKEN_INFO, CK_TRUE,
+    CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK, CKG_MGF1_SHA1, CKM_AES_KEY_WRAP_KWP,
+    CKM_AES_KEY_WRAP_PKCS7, CKM_RSA_AES_KEY_WRAP, CKM_SHA_1, CKZ_DATA_SPECIFIED,
 };
 
-use crate::TokenInfo;
+use crate::{TokenInfo, WrapMechanism};
 
-/// Length in bytes of the first buffer for an attribute without a fixed length. The modulus of the longest key fits,
-/// and so does a list of 128 mechanisms.
+/// Length in bytes of the first buffer for an attribute without a fixed length. The modulus of the longest key and a
+/// list of 128 mechanisms fit into this buffer.
 const FIRST_BUFFER: usize = 1024;
-/// Length of the second and last buffer.
+/// Length in bytes of the second and last buffer for an attribute without a fixed length.
 const LAST_BUFFER: usize = 64 * 1024;
 
-/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits.
+/// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits into this buffer.
 const WRAPPED_BUFFER: usize = 16 * 1024;
 
 /// Largest number of attempts to read the list of slots while their number grows.
 const SLOT_LIST_TRIES: usize = 4;
-/// Largest number of slots that is accepted from a module. No real module has nearly as many, and a larger number would
+/// Largest number of slots that is accepted from a module. Real modules have far fewer slots, and a larger number would
 /// only waste memory.
 const SLOTS_MAX: usize = 65_536;
 
@@ -54,7 +56,7 @@ impl fmt::Debug for Functions {
 }
 
 /// The arguments of `C_Initialize` with the extension of NSS: `pReserved` is the string, followed by a field that must
-/// be NULL. Other modules do not read beyond the fields of the standard.
+/// be NULL. Modules other than NSS read only the fields of the standard.
 #[repr(C)]
 struct InitializeArguments {
     standard: CK_C_INITIALIZE_ARGS,
@@ -76,8 +78,8 @@ impl Functions {
         if list.is_null() {
             return Err(Error::NullFunctionPointer);
         }
-        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the module's list. The list does
-        // not change.
+        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the module's list. The module
+        // does not change its function list.
         let list = unsafe { *list };
         Ok(Self(Arc::new(Loaded {
             list,
@@ -95,25 +97,26 @@ impl Functions {
                 LockMutex: None,
                 UnlockMutex: None,
                 flags: CKF_OS_LOCKING_OK,
-                // Never freed, because the standard does not say how long the module may use the string. One string per
-                // process is leaked.
+                // The string is never freed, because the standard does not say how long the module may use it. Each
+                // process leaks at most one string.
                 pReserved: reserved.map_or(ptr::null_mut(), CString::into_raw).cast(),
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as long as
-        // the process.
+        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as
+        // long as the process.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }
 
-    /// Whether the call of `C_Initialize` in another function list has also initialised this one.
+    /// Whether the call of `C_Initialize` in another function list has also initialised this function list.
     pub(crate) fn are_initialized(&self) -> bool {
         let Some(function) = self.0.list.C_GetInfo else {
             return true;
         };
         let mut info = CK_INFO::default();
-        // SAFETY: the argument points to a structure of the standard that the function may write. It is plain data: any bytes are good.
+        // SAFETY: the argument points to a structure of the standard that the function may write. The structure is plain data,
+        // for which all bytes are valid.
         let code = unsafe { function(&raw mut info) };
         !matches!(Rv::from(code), Rv::Error(RvError::CryptokiNotInitialized))
     }
@@ -158,8 +161,8 @@ impl Functions {
         self.slot_list(&mut [])
     }
 
-    /// Fills the buffer with the slots that have a token, and returns their number. With an empty buffer, the module is
-    /// asked only for the number.
+    /// Fills the buffer with the slots that have a token, and returns their number. If the buffer is empty, the module
+    /// is asked only for the number of slots.
     fn slot_list(&self, ids: &mut [CK_SLOT_ID]) -> Result<usize> {
         let function = self
             .0
@@ -187,7 +190,8 @@ impl Functions {
             .C_GetTokenInfo
             .ok_or(Error::NullFunctionPointer)?;
         let mut info = CK_TOKEN_INFO::default();
-        // SAFETY: the argument points to a structure of the standard that the function may write. It is plain data: any bytes are good.
+        // SAFETY: the argument points to a structure of the standard that the function may write. The structure is plain data,
+        // for which all bytes are valid.
         let code = unsafe { function(slot.id(), &raw mut info) };
         Rv::from(code).into_result(Function::GetTokenInfo)?;
         Ok(info.into())
@@ -228,8 +232,8 @@ impl Functions {
             ulValueLen: CK_ULONG::try_from(buffer.len())?,
         };
         // SAFETY: the argument points to one attribute, which contains the address of a buffer that the function may
-        // write, and its length. Both live until the function returns. The handles are numbers, which the module
-        // checks.
+        // write, and its length. The attribute and the buffer live until the function returns. The handles are numbers,
+        // which the module checks.
         let code = unsafe { function(session.handle(), object.handle(), &raw mut attribute, 1) };
         let code = Rv::from(code);
         let is_withheld = matches!(
@@ -246,12 +250,13 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that withholds a value may leave the length unchanged. If it wrote bytes nevertheless, they may be the
-        // value.
+        // A token that withholds a value may leave the length unchanged. If the token wrote bytes although it withholds
+        // the value, these bytes may be the value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
-        // The buffer is still alive, and the length was checked against it. `cryptoki` reads the value from the buffer.
+        // The buffer is still alive, and the length of the value was checked against the length of the buffer.
+        // `cryptoki` reads the value from the buffer.
         attribute.pValue = buffer.as_mut_ptr().cast();
         let attribute = Attribute::try_from(attribute)?;
         Ok(Some(if is_withheld {
@@ -261,24 +266,45 @@ impl Functions {
         }))
     }
 
-    /// Wraps a key (`C_WrapKey`) with a mechanism that has no parameter.
+    /// Wraps a key (`C_WrapKey`) with a mechanism.
     pub(crate) fn wrap_key(
         &self,
         session: &Session,
-        mechanism: CK_MECHANISM_TYPE,
+        mechanism: WrapMechanism,
         wrapping: ObjectHandle,
         key: ObjectHandle,
     ) -> Result<Vec<u8>> {
         let function = self.0.list.C_WrapKey.ok_or(Error::NullFunctionPointer)?;
-        let mut mechanism = CK_MECHANISM {
+        let mut oaep = CK_RSA_PKCS_OAEP_PARAMS {
+            hashAlg: CKM_SHA_1,
+            mgf: CKG_MGF1_SHA1,
+            source: CKZ_DATA_SPECIFIED,
+            pSourceData: ptr::null_mut(),
+            ulSourceDataLen: 0,
+        };
+        let mut rsa_aes = CK_RSA_AES_KEY_WRAP_PARAMS {
+            ulAESKeyBits: 256,
+            pOAEPParams: &raw mut oaep,
+        };
+        let without_parameter = |mechanism| CK_MECHANISM {
             mechanism,
             pParameter: ptr::null_mut(),
             ulParameterLen: 0,
         };
+        let mut mechanism = match mechanism {
+            WrapMechanism::AesKeyWrapKwp => without_parameter(CKM_AES_KEY_WRAP_KWP),
+            WrapMechanism::AesKeyWrapPkcs7 => without_parameter(CKM_AES_KEY_WRAP_PKCS7),
+            WrapMechanism::RsaAesKeyWrap => CK_MECHANISM {
+                mechanism: CKM_RSA_AES_KEY_WRAP,
+                pParameter: (&raw mut rsa_aes).cast(),
+                ulParameterLen: CK_ULONG::try_from(size_of_val(&rsa_aes))?,
+            },
+        };
         let mut wrapped = vec![0_u8; WRAPPED_BUFFER];
         let mut length = CK_ULONG::try_from(wrapped.len())?;
-        // SAFETY: the mechanism has no parameter. The buffer has room for `length` bytes. The mechanism, the buffer and
-        // `length` live until the function returns. The handles are numbers, which the module checks.
+        // SAFETY: the mechanism has no parameter, or that of the standard. The buffer has room for `length` bytes. The
+        // mechanism, its parameter, the buffer and `length` live until the function returns. The handles are numbers,
+        // which the module checks.
         let code = unsafe {
             function(
                 session.handle(),
@@ -292,7 +318,7 @@ impl Functions {
         Rv::from(code).into_result(Function::WrapKey)?;
         let length = usize::try_from(length)?;
         if length > wrapped.len() {
-            return Err(Error::InvalidValue);
+            return Err(Error::Pkcs11(RvError::BufferTooSmall, Function::WrapKey));
         }
         wrapped.truncate(length);
         Ok(wrapped)
@@ -304,6 +330,7 @@ impl Functions {
 pub(crate) enum Value {
     /// The value of the attribute.
     Given(Attribute),
-    /// Bytes that the token wrote although it answered that it withholds the attribute, or that the object lacks it.
+    /// Bytes that the token wrote although it answered that it withholds the attribute, or that the object does not
+    /// have the attribute.
     Leaked(Attribute),
 }

@@ -3,21 +3,22 @@
 //! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add five calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
-//!   more room than before. The remote client of p11-kit does so if its server has no token. This crate repeats the
-//!   call only a few times, and reads no list if the number of slots is 0.
-//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if it is not a
-//!   valid time. opencryptoki before 3.11 returns `21:38:18`. This crate returns the time as text, which the broker
-//!   does not need.
+//!   more room than before. The remote client of p11-kit returns `CKR_BUFFER_TOO_SMALL` in this way if its server has
+//!   no token. This crate repeats the call only a few times, and reads no list if the number of slots is 0.
+//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if the text is
+//!   not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text, and the
+//!   broker does not use it.
 //! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
 //!   passes a buffer in the first call.
-//! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires it.
-//! - `C_WrapKey` with two mechanisms that `cryptoki` 0.12 does not have ([`AesKeyWrap`]).
+//! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
+//! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
-//! dynamic loader returns the same library the second time. The client module of p11-kit, however, makes a new
-//! connection with its own sessions for each function list. With such a module, `cryptoki` makes these calls too. A
-//! separate connection is then opened only to find out whether there is a slot with a token.
+//! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
+//! p11-kit, however, makes a new connection with its own sessions for each function list. With a module of this kind,
+//! `cryptoki` makes the first four calls, too, and the fifth call is not made. This crate then opens a connection of
+//! its own only to find out whether there is a slot with a token.
 
 mod calls;
 mod token_info;
@@ -32,7 +33,6 @@ use cryptoki::{
 };
 
 use calls::{Functions, Value};
-use cryptoki_sys::{CK_MECHANISM_TYPE, CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PKCS7};
 pub use token_info::TokenInfo;
 
 /// A PKCS#11 module of this process.
@@ -45,7 +45,7 @@ pub struct Module {
 }
 
 impl Module {
-    /// Loads the library at this path. The caller must have checked that other users cannot replace it.
+    /// Loads the library at this path. The caller must have checked that other users cannot replace the library file.
     pub fn load(path: &Path) -> Result<Self> {
         Ok(Self {
             cryptoki: Pkcs11::new(path)?,
@@ -55,7 +55,7 @@ impl Module {
     }
 
     /// Calls `C_Initialize` with locking by the operating system: without locking, SoftHSM crashes as soon as two
-    /// threads use it. The string becomes `pReserved`. Modules that expect none refuse it.
+    /// threads use it. The string becomes `pReserved`. Modules that expect no string refuse a string.
     pub fn initialize(&mut self, reserved: Option<CString>) -> Result<()> {
         if let Some(text) = reserved {
             return self.functions.initialize(Some(text));
@@ -116,22 +116,16 @@ impl Deref for Module {
     }
 }
 
-/// The mechanisms that wrap a key under an AES key without a parameter, and that `cryptoki` 0.12 does not have.
+/// The mechanisms of `C_WrapKey` that `cryptoki` 0.12 does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AesKeyWrap {
+pub enum WrapMechanism {
     /// `CKM_AES_KEY_WRAP_KWP` of PKCS #11 3.0: AES key wrap with padding (RFC 5649).
-    Kwp,
+    AesKeyWrapKwp,
     /// `CKM_AES_KEY_WRAP_PKCS7` of PKCS #11 3.0: AES key wrap (RFC 3394) after PKCS #7 padding.
-    Pkcs7,
-}
-
-impl AesKeyWrap {
-    const fn mechanism(self) -> CK_MECHANISM_TYPE {
-        match self {
-            Self::Kwp => CKM_AES_KEY_WRAP_KWP,
-            Self::Pkcs7 => CKM_AES_KEY_WRAP_PKCS7,
-        }
-    }
+    AesKeyWrapPkcs7,
+    /// `CKM_RSA_AES_KEY_WRAP`: AES key wrap with padding under a new AES-256 key, which is encrypted under an RSA public
+    /// key with OAEP and SHA-1.
+    RsaAesKeyWrap,
 }
 
 /// A session of a [`Module`]. Dropping the value closes the session.
@@ -142,8 +136,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Reads one attribute (`C_GetAttributeValue`). `None` if the object does not have the attribute or does not reveal
-    /// it.
+    /// Reads one attribute (`C_GetAttributeValue`). Returns `None` if the object does not have the attribute or the
+    /// token does not reveal its value.
     pub fn attribute(
         &self,
         object: ObjectHandle,
@@ -188,16 +182,16 @@ impl Session {
         Ok(read.into_iter().next())
     }
 
-    /// Wraps a key under an AES key (`C_WrapKey`). `None` if this crate cannot call the module with the session,
+    /// Wraps a key under another key (`C_WrapKey`). `None` if this crate cannot call the module with the session,
     /// because each function list of the module has its own sessions.
-    pub fn wrap_key_under_aes(
+    pub fn wrap_key_with(
         &self,
-        mechanism: AesKeyWrap,
+        mechanism: WrapMechanism,
         wrapping: ObjectHandle,
         key: ObjectHandle,
     ) -> Option<Result<Vec<u8>>> {
         let functions = self.functions.as_ref()?;
-        Some(functions.wrap_key(&self.cryptoki, mechanism.mechanism(), wrapping, key))
+        Some(functions.wrap_key(&self.cryptoki, mechanism, wrapping, key))
     }
 }
 

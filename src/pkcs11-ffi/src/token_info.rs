@@ -91,7 +91,7 @@ fn text(padded: &[u8]) -> String {
     text.trim_end_matches(' ').to_owned()
 }
 
-/// Returns a count, unless the token reports none.
+/// Returns a count, or `None` if the token does not report the count.
 fn count(number: CK_ULONG) -> Option<u64> {
     (number != CK_UNAVAILABLE_INFORMATION).then_some(number)
 }

@@ -38,13 +38,13 @@ pub(crate) use verifier::Verifier;
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
-/// Returns the negative tests that are run only with keys for a session.
+/// Returns the negative tests that are run only with keys that end with the session.
 fn tests_that_change_a_key() -> Vec<&'static str> {
     let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
     tests.map(|test| test.name).collect()
 }
 
-/// Describes the settings with which a token makes the keys that it refused, and the risks of these settings.
+/// Describes the settings with which the token would make the keys that it refused, and the risks of these settings.
 fn helped_by_settings(
     refusal: &Refusal,
     integrity_key: IntegrityKey,
@@ -57,7 +57,7 @@ fn helped_by_settings(
     let mut help = Vec::new();
     if integrity_key != settings.integrity_key {
         help.push(format!(
-            "It makes an integrity key of another kind: set `integrity_key = \"{}\"` in [token]",
+            "The token makes an integrity key of another kind: set `integrity_key = \"{}\"` in [token]",
             integrity_key.as_str()
         ));
     }
@@ -70,7 +70,7 @@ fn helped_by_settings(
             attribute_check::exceptions_in_use(&settings.attribute_exceptions).collect();
         all.extend(attributes);
         help.push(format!(
-            "It refuses {} in templates. If it does not support that, {}",
+            "The token refuses {0} in templates. If the token does not support {0}, {1}",
             listed_names(&names),
             attribute_check::accept(&all)
         ));
@@ -90,7 +90,7 @@ fn listed_names(names: &[&str]) -> String {
     }
 }
 
-/// Suggests the other kinds of integrity keys, for a token that makes none for a session.
+/// Suggests the other kinds of integrity keys, for a token that refused the configured kind.
 fn other_kinds(making: Making) -> String {
     let Making::IntegrityKey(kind) = making else {
         return String::new();
@@ -100,8 +100,9 @@ fn other_kinds(making: Making) -> String {
         .map(|other| format!("\"{}\"", other.setting().as_str()))
         .collect();
     format!(
-        ". If its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If it has no such keys at all, \
-         `integrity_key = \"worker\"` keeps the integrity key outside the token, which protects rows less: docs/tokens.md says how",
+        ". If the token's keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If the token \
+         has no keys for HMAC-SHA-256 at all, set `integrity_key = \"worker\"`: the integrity key is then outside the \
+         token, which protects rows less (docs/tokens.md)",
         others.join(" or ")
     )
 }
@@ -115,7 +116,7 @@ pub(crate) enum AdminError {
     /// The module does not load, or shows no matching token. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
-    /// A PIN is missing or was rejected: that of the user, or that of the security officer when a token is initialised.
+    /// The user PIN or, when a token is initialised, the security officer's PIN is missing or was rejected.
     #[error("{0}")]
     Pin(String),
     /// The new user PIN does not match the limits of the token.
@@ -132,7 +133,7 @@ impl From<Fault> for AdminError {
             Class::Pin => Self::Pin(fault.detail),
             Class::NoToken => Self::NoToken(fault.detail),
             Class::Login => Self::Token(format!(
-                "{}. This login used up an attempt; run the command again when the token works",
+                "{}. This login used up one login attempt; run the command again when the token works",
                 fault.detail
             )),
             Class::Untrusted | Class::KeyMissing | Class::Input => Self::Untrusted(fault.detail),
@@ -152,7 +153,7 @@ pub(crate) struct Listed {
     pub(crate) initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub(crate) pin_state: &'static str,
-    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; absent when the slot does not list the mechanism.
+    /// The modulus lengths of `CKM_RSA_PKCS_OAEP`, in bits; `None` if the slot does not list the mechanism.
     pub(crate) oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the slot lists `CKM_SHA256_HMAC`.
     pub(crate) sha256_hmac: bool,
@@ -161,7 +162,7 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
-    /// Describes a token that is open. The command needs only its names.
+    /// Describes a token that is open. The command needs only the token's names.
     pub(crate) fn of(info: &TokenInfo) -> Self {
         Self {
             slot: 0,
@@ -175,35 +176,35 @@ impl Listed {
     }
 }
 
-/// A key on the token, with the results of attribute check and self-test.
+/// A key on the token, with the results of its attribute check and its self-test.
 #[derive(Clone, Debug)]
 pub(crate) struct CheckedKey {
     /// The id of the key.
     pub(crate) id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// The `CKA_ID` of the key's objects on the token.
     pub(crate) objects: ObjectIds,
     /// DER SubjectPublicKeyInfo.
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
     pub(crate) modulus_bits: usize,
-    /// The algorithm that the capability probe chose. Absent when the key was rejected.
+    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
     pub(crate) algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub(crate) integrity_key: Vec<Finding>,
-    /// Why the key must not be used. Absent when the key passed all checks.
+    /// Why the key must not be used. The value is `None` if the key passed all checks.
     pub(crate) problem: Option<String>,
-    /// Negative tests that the token cannot run.
+    /// The negative tests that cannot be run on this token.
     pub(crate) not_tried: Vec<&'static str>,
-    /// The content of the file of an integrity key that was made in the memory of this process.
+    /// The content of the integrity key's file, if the integrity key was made in the memory of this process.
     pub(crate) integrity_key_file: Option<String>,
 }
 
 /// Lists all slots with a token, initialised or not. Needs no PIN.
 pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let module = module::load(settings)?;
-    // Without valid settings the list still works, because it helps to find the right settings.
+    // Tokens are also listed if the settings are not valid, because the list helps to find the right settings.
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
@@ -236,7 +237,7 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
     Ok(listed)
 }
 
-/// Returns the information of a slot about a mechanism. `None` if the slot does not list it.
+/// Returns the information of a slot about a mechanism, or `None` if the slot does not list the mechanism.
 fn mechanism(module: &Module, slot: Slot, kind: MechanismType) -> Option<MechanismInfo> {
     calling::next("C_GetMechanismInfo");
     module.get_mechanism_info(slot, kind).ok()
@@ -263,7 +264,7 @@ pub(crate) fn init_token(
         None => blank_slot(&module, label)?,
         Some(serial) => slot_to_erase(&module, serial, label)?,
     };
-    // All checks come first, so that nothing is erased before a refusal.
+    // All checks are made before the token is initialised, so that a refused command erases nothing.
     let token_info = module.get_token_info(slot).map_err(Fault::from)?;
     if let Some(problem) = pin_problem("security officer's PIN", so_pin, &token_info) {
         return Err(AdminError::Pin(problem));
@@ -328,14 +329,14 @@ fn takes(info: &PkcsTokenInfo) -> String {
     )
 }
 
-/// Checks that the token can return the label unchanged, so that the token is found by it.
+/// Checks that the token can return the label unchanged, because commands find the token by its label.
 fn check_label(label: &str) -> Result<(), AdminError> {
     let problem = if label.is_empty() || label.chars().any(char::is_control) {
         "must have 1 to 32 bytes and no control characters"
     } else if label.len() > LABEL_BYTES {
         "is longer than 32 bytes of UTF-8"
     } else if label != label.trim() {
-        "begins or ends with a blank, which tokens cannot tell from padding"
+        "begins or ends with a blank, which tokens cannot distinguish from padding"
     } else {
         return Ok(());
     };
@@ -393,8 +394,7 @@ fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
     }
     blank.ok_or_else(|| {
         AdminError::NoToken(
-            "every token of this module is initialised, and none is erased without \
-             --erase-serial"
+            "every token of this module is initialised, and keybroker erases an initialised token only with --erase-serial"
                 .to_owned(),
         )
     })
@@ -425,7 +425,7 @@ fn slot_to_erase(module: &Module, serial: &str, label: &str) -> Result<Slot, Adm
 pub(crate) struct Admin {
     settings: Settings,
     token: OpenToken,
-    /// The `CKA_ID` of the objects of keys, as far as the command has sent them.
+    /// The `CKA_ID` of each key's objects, for the keys that the command has sent.
     known: HashMap<WrappingKeyId, ObjectIds>,
     /// Integrity keys that were made in, or unwrapped into, the memory of this process.
     secrets: RefCell<HashMap<WrappingKeyId, WorkerKey>>,
@@ -444,7 +444,7 @@ impl Admin {
     }
 
     /// Logs in if the record of PINs allows the login. The session is read-write if keys are to be made. If several
-    /// tokens match the settings, the token with one of the serial numbers is used.
+    /// tokens match the settings, the token with one of the registry's serial numbers is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,
@@ -471,7 +471,7 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// A key that the command did not name is where `key generate` makes keys.
+    /// If the command did not send the `CKA_ID` of a key's objects, returns the place where `key generate` makes keys.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -487,7 +487,7 @@ impl Admin {
         }
     }
 
-    /// A key with its integrity key.
+    /// Finds a wrapping key and its integrity key.
     fn pair(&self, id: WrappingKeyId) -> Result<KeyPair, Fault> {
         let pair = keys::find(&self.token.anchor, &self.place(id))?;
         let pair = self.token.with_integrity_key(&self.settings, pair)?;
@@ -502,7 +502,7 @@ impl Admin {
         }
     }
 
-    /// Opens a session with the handles of keys.
+    /// Opens a session and finds the handles of these keys.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         let places = ids
             .iter()
@@ -516,7 +516,7 @@ impl Admin {
         &self.token.info
     }
 
-    /// Whether the token answered the login with the code that another process is already logged in.
+    /// Whether the token answered the login with the code for "another process is already logged in".
     pub(crate) fn is_login_of_another(&self) -> bool {
         self.token.is_login_of_another
     }
@@ -526,13 +526,15 @@ impl Admin {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its integrity key, reads back every attribute and proves both. A key that does not pass
-    /// is removed again. This function registers nothing.
+    /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. A
+    /// key that fails one of these checks is removed from the token. This function does not add the key to the
+    /// registry.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
-                "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, which this command does not \
-                 make. Make the keys with the vendor's tool and register them with `keybroker key register`"
+                "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, but this command \
+                 does not make such keys. Make the keys with the vendor's tool, and register them with `keybroker key \
+                 register`"
                     .to_owned(),
             ));
         }
@@ -560,7 +562,7 @@ impl Admin {
             Err(error) => error.to_string(),
         };
         let end = match made.remove(session) {
-            Ok(()) => "The key was removed again".to_owned(),
+            Ok(()) => "The key was removed from the token".to_owned(),
             Err(left) => left.to_string(),
         };
         Err(AdminError::Untrusted(format!(
@@ -569,9 +571,9 @@ impl Admin {
         )))
     }
 
-    /// Checks with keys that end with the session whether the token can do what is needed and refuses what it must
-    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys for a session,
-    /// these are the tests that change a key.
+    /// Makes keys that end with the session, to check that the token can do what is needed and refuses what it must
+    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys that end with
+    /// the session, these are the tests that change a key.
     fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);
@@ -607,21 +609,21 @@ impl Admin {
                 Subject::Throwaway,
             )
         });
-        // The keys end with the session at the latest.
+        // If the removal fails, the keys end with the session.
         let _removed = made.remove(session);
         match tried {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
                 Err(AdminError::Untrusted(format!("{fault}. No key was made")))
             }
             Err(fault) => {
-                tracing::warn!(%fault, "the tests with keys for a session ended with an error");
+                tracing::warn!(%fault, "the tests with session keys ended with an error");
                 Ok(tests_that_change_a_key())
             }
             Ok(not_made) => Ok(not_made),
         }
     }
 
-    /// Adds the cause to a refusal, as far as it can be found out.
+    /// Adds the cause to a refusal, if the cause can be determined.
     fn explained(&self, refusal: Refusal) -> AdminError {
         let Some(making) = refusal.making else {
             return refusal.fault.into();
@@ -633,20 +635,23 @@ impl Admin {
                 attributes,
             } => helped_by_settings(&refusal, integrity_key, &attributes, &self.settings),
             Cause::NotTheTemplate => AdminError::Token(format!(
-                "the token did not make {making}: {}. It makes the same key for a session, so the template is not the cause: the token \
-                 may be full or write-protected. If it is full, remove objects that nothing uses with the vendor's tool. No key was made",
+                "the token did not make {making}: {}. The token makes the same key as a session key, so the template is \
+                 not the cause: the token may be full or write-protected. If the token is full, remove unused objects \
+                 with the vendor's tool. No key was made",
                 refusal.fault
             )),
             Cause::Unknown => AdminError::Token(format!(
-                "the token did not make {making}: {}. It makes no such key for a session either, so the refused attribute cannot \
-                 be found by trying; the token's manual lists the supported attributes and mechanisms{}. No key was made",
+                "the token did not make {making}: {}. The token does not make this key as a session key either, so \
+                 keybroker cannot find out which attribute the token refuses; the token's manual lists the supported \
+                 attributes and mechanisms{}. No key was made",
                 refusal.fault,
                 other_kinds(making)
             )),
         }
     }
 
-    /// Returns the key. If its integrity key was made in the memory of this process, the content of its file is added.
+    /// Returns the key. If the integrity key was made in the memory of this process, adds the content of the integrity
+    /// key's file.
     fn with_integrity_key_file(&self, checked: CheckedKey) -> Result<CheckedKey, AdminError> {
         let (IntegrityPlace::Worker, Some(algorithm)) =
             (&checked.objects.integrity, checked.algorithm)
@@ -656,7 +661,7 @@ impl Admin {
         let pair = self.pair(checked.id)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let secret = self.place(checked.id).secret.ok_or_else(|| {
-            AdminError::Untrusted(format!("the integrity key of {} is gone", checked.id))
+            AdminError::Untrusted(format!("the integrity key of {} is missing", checked.id))
         })?;
         let wrapped = secret.wrap(checked.id, &public.spki, algorithm)?;
         Ok(CheckedKey {
@@ -665,7 +670,8 @@ impl Admin {
         })
     }
 
-    /// Makes an integrity key in the memory of this process for an RSA key without one, and checks both keys.
+    /// Makes an integrity key in the memory of this process for an RSA key that has no integrity key, and checks both
+    /// keys.
     pub(crate) fn check_with_new_integrity_key(
         &self,
         id: WrappingKeyId,
@@ -673,15 +679,16 @@ impl Admin {
         let place = self.place(id);
         if place.objects.integrity != IntegrityPlace::Worker {
             return Err(AdminError::Untrusted(format!(
-                "the integrity key of {id} is not one for the memory of the workers"
+                "the integrity key of {id} is not of the kind that workers unwrap into their memory"
             )));
         }
-        // A wrapping key whose registry row is lost keeps the integrity key that its records were made with.
+        // If the registry row of a wrapping key is lost, the records of this wrapping key still need its old integrity
+        // key.
         if let Some(object) = keys::integrity_key_on_token(&self.token.anchor, &place)? {
             return Err(AdminError::Untrusted(format!(
-                "the token has a secret key with the CKA_ID {object}, which may be the integrity key of {id}, so no other one was made; \
-                 register it with `keybroker key register ID --integrity-id {object}`, or remove it with the vendor's tool if it is \
-                 not used"
+                "the token has a secret key with the CKA_ID {object}, which may be the integrity key of {id}, so no \
+                 other integrity key was made; register the secret key with `keybroker key register ID --integrity-id \
+                 {object}`, or remove it with the vendor's tool if it is not used"
             )));
         }
         self.keep_secret(&Place {
@@ -720,7 +727,7 @@ impl Admin {
         })
     }
 
-    /// Makes a MAC with the integrity key of this id.
+    /// Makes a MAC with the integrity key of this wrapping key.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = self.pair(id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)

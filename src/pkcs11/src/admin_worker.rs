@@ -1,8 +1,8 @@
 //! The admin worker: the process that holds the vendor's module for a one-shot command such as `keybroker key generate`.
 //!
-//! The command sends one request at a time over a socket pair and gets one answer to each. The worker ends when the
-//! socket ends. If the module crashes or hangs, that affects this process and not the command, which has the network
-//! and the database.
+//! The command sends one request at a time over a socket pair and receives one answer to each request. The worker ends
+//! when the command closes the socket. A crash or a hang of the module affects only this process, and not the command,
+//! which uses the network and the database.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -61,7 +61,7 @@ fn serve() -> io::Result<()> {
     let reported = Arc::clone(&replies);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // If the command has ended, the end of the socket ends this process.
+        // A failed report is ignored: if the command has ended, the socket is closed, and this process ends too.
         let _sent = lock(&reported).send(calling);
     });
     let mut inbox = Inbox::default();
@@ -112,10 +112,10 @@ fn failure(error: &AdminError) -> Outcome {
     })
 }
 
-/// The state between two requests.
+/// The state that the admin worker keeps between two requests.
 #[derive(Default)]
 struct State {
-    // Declared before the token, so that its session is closed first.
+    // The verifier is declared before the token, so that the verifier's session is closed first.
     verifier: Option<Verifier>,
     token: Option<Admin>,
 }
@@ -177,7 +177,7 @@ impl State {
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
     }
 
-    /// Records where the objects of keys are. Keys that were found before are searched again.
+    /// Records where the objects of keys are. The handles of keys that were found earlier are discarded.
     fn know(&mut self, job: &KnowKeys) -> Result<Outcome, AdminError> {
         self.verifier = None;
         let token = self
@@ -196,7 +196,7 @@ impl State {
         ))
     }
 
-    /// Verifies a MAC. Finds each key once, at its first MAC.
+    /// Verifies a MAC. Each integrity key is searched for once, at the first MAC under this key.
     fn verify(&mut self, id: &[u8], message: &[u8], mac: &[u8]) -> Result<Outcome, AdminError> {
         let id = key_id(id)?;
         let admin = self
@@ -257,7 +257,7 @@ fn read(source: Option<&PinSource>) -> Result<Option<Pin>, AdminError> {
         .map_err(|error| AdminError::Pin(error.to_string()))
 }
 
-/// Adds the file of a rejected PIN to the error.
+/// Adds the path of the PIN file to the error about a rejected PIN.
 fn of_pin(error: AdminError, source: Option<&PinSource>) -> AdminError {
     match (error, source.and_then(|source| source.source.as_ref())) {
         (AdminError::Pin(detail), Some(Source::File(path))) => {

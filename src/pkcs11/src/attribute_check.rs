@@ -2,7 +2,8 @@
 //! token individually.
 //!
 //! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose per key prevents the wrap/decrypt
-//! attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, which keeps it that way.
+//! attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of a key cannot
+//! be changed.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -56,7 +57,7 @@ impl Mechanism {
 pub enum Found {
     /// The attribute has the required value.
     AsExpected,
-    /// The attribute has another value.
+    /// The attribute has a value that is not the required value.
     Wrong,
     /// The attribute is absent or cannot be read, and an exception in the configuration accepts that.
     Excepted,
@@ -69,7 +70,7 @@ pub enum Found {
 /// The result for one attribute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Name in the standard, such as `CKA_SENSITIVE`.
+    /// The name of the attribute in the standard, such as `CKA_SENSITIVE`.
     pub attribute: &'static str,
     /// The required value.
     pub expected: Expected,
@@ -89,8 +90,8 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is absent and excepted, should be",
-            Found::ImpliedByType => "is absent, and the type of the key implies",
+            Found::Excepted => "is absent, which an exception accepts, and should be",
+            Found::ImpliedByType => "is absent, but the type of the key implies",
             Found::Missing => "is absent, must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
@@ -118,7 +119,7 @@ pub(super) type Rule = (&'static str, AttributeType, Expected);
 const TRUE: Expected = Expected::Flag(true);
 const FALSE: Expected = Expected::Flag(false);
 
-/// The rules for every key: it is a secret that was made on the token, stays there and does not change.
+/// The rules for every key: a key is a secret that was made on the token, stays there and does not change.
 const EVERY_KEY: [Rule; 9] = [
     ("CKA_TOKEN", AttributeType::Token, TRUE),
     ("CKA_PRIVATE", AttributeType::Private, TRUE),
@@ -135,10 +136,10 @@ const EVERY_KEY: [Rule; 9] = [
     ("CKA_COPYABLE", AttributeType::Copyable, FALSE),
 ];
 
-/// The risk that `access_control = "outside-pkcs11"` accepts, as a sentence without a full stop.
+/// The risk of `access_control = "outside-pkcs11"`, as a sentence without a full stop.
 pub const ACCESS_OUTSIDE_PKCS11: &str = "every program that has the vendor's credentials can use the keys, because the token demands no login";
 
-/// The risk that `integrity_key = "worker"` accepts, as a sentence without a full stop.
+/// The risk of `integrity_key = "worker"`, as a sentence without a full stop.
 pub const INTEGRITY_KEY_IN_WORKER: &str = "a person who reads the memory of a worker, decrypts the file with the token and its PIN, or \
      changes both the file and the configuration can forge rows, also later and without the token; the rows stay protected against a \
      thief or a writer of the database";
@@ -154,7 +155,7 @@ pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
         .collect()
 }
 
-/// The rules for an RSA private key of purpose *plain*.
+/// The rules for an RSA private key, which may only decrypt.
 pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
     ("CKA_DECRYPT", AttributeType::Decrypt, TRUE),
     ("CKA_SIGN", AttributeType::Sign, FALSE),
@@ -181,7 +182,7 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
         "CKA_VALUE_LEN",
         AttributeType::ValueLen,
         // The length of the hash function's output (NIST SP 800-107, section 5.3.4). A person who has the database could
-        // find a shorter key by trying all values.
+        // find a shorter integrity key by trying all values.
         Expected::AtLeastBytes(32),
     ),
     (
@@ -191,8 +192,8 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ),
 ]);
 
-/// Combines [`EVERY_KEY`] with the rules of one kind of key. `N` must be the total number; other numbers do not
-/// compile.
+/// Combines [`EVERY_KEY`] with the rules of one kind of key. `N` must be the total number of rules; with another
+/// number, the code does not compile.
 const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; OWN]) -> [Rule; N] {
     assert!(EVERY_KEY.len() + OWN == N, "the number of rules");
     let mut rules = [EVERY_KEY[0]; N];
@@ -215,7 +216,7 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
 pub struct Exception {
     /// The attribute's name in the standard.
     pub attribute: &'static str,
-    /// What a holder of the user PIN can do with the keys without this attribute, in one sentence.
+    /// What a holder of the user PIN can do with a key that does not have this attribute, in one sentence.
     pub gives_away: &'static str,
 }
 
@@ -247,15 +248,16 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_SIGN",
-        "a holder of the user PIN may sign with the wrapping key; of the integrity key nothing, because it must sign",
+        "a holder of the user PIN may sign with the wrapping key; for the integrity key there is no risk, because an \
+         integrity key must sign",
     ),
     exception(
         "CKA_SIGN_RECOVER",
-        "a holder of the user PIN may make signatures with the wrapping key that hold the signed data",
+        "a holder of the user PIN may use the wrapping key to make signatures that contain the signed data",
     ),
     exception(
         "CKA_VERIFY",
-        "nothing: the integrity key must verify, and the self-test shows that it does",
+        "there is no risk: the integrity key must verify, and the self-test shows that the integrity key verifies",
     ),
     exception(
         "CKA_ENCRYPT",
@@ -263,7 +265,8 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DECRYPT",
-        "a holder of the user PIN may decrypt with the integrity key; of the wrapping key nothing, because it must decrypt",
+        "a holder of the user PIN may decrypt with the integrity key; for the wrapping key there is no risk, because a \
+         wrapping key must decrypt",
     ),
     exception(
         "CKA_WRAP",
@@ -275,7 +278,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_DERIVE",
-        "a holder of the user PIN may derive keys from the integrity key that are as long as it, and use them",
+        "a holder of the user PIN may derive other keys of the same length from the integrity key, and use the derived keys",
     ),
 ];
 
@@ -287,8 +290,8 @@ pub fn is_checked(attribute: &str) -> bool {
         .any(|(name, ..)| *name == attribute)
 }
 
-/// Returns the exceptions in the settings, each with its risk. The configuration refuses names that are not in this
-/// list.
+/// Returns the exceptions in the settings, each with its risk. The check of the configuration refuses names that are
+/// not in `EXCEPTIONS`.
 pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
     EXCEPTIONS
         .iter()
@@ -296,7 +299,7 @@ pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
         .filter(|exception| names.iter().any(|name| name == exception.attribute))
 }
 
-/// Returns the exception for an attribute, if it may be excepted.
+/// Returns the exception for an attribute, if the attribute may be excepted.
 pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
     let (name, ..) = RSA_PRIVATE
         .iter()
@@ -346,8 +349,9 @@ pub(super) fn inspect(
 }
 
 /// Whether the key type implies the required mechanism. A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11
-/// v3.0, section 2.20.8), so tokens with such keys need no list of allowed mechanisms. Some of them do not return the
-/// length either, because their tools make such keys in one length only (32 bytes, or the 64 bytes of a block).
+/// v3.0, section 2.20.8), so tokens with such keys need no list of allowed mechanisms. Some of these tokens do not
+/// return the length of the key either, because their tools make such keys in one length only (32 bytes, or the 64
+/// bytes of a block).
 fn is_implied_by_type(
     session: &Session,
     object: ObjectHandle,
@@ -368,8 +372,8 @@ fn is_implied_by_type(
     ))
 }
 
-/// Whether a failed read means that the token returned a value that cannot be the expected one, because `cryptoki` does
-/// not know it. An example is a vendor's mechanism in a list.
+/// Whether a failed read means that the token returned a value that `cryptoki` does not know, for example a vendor's
+/// mechanism in a list. Such a value is never the required value.
 fn is_another_value(error: &Error) -> bool {
     matches!(
         error,
@@ -377,13 +381,13 @@ fn is_another_value(error: &Error) -> bool {
     )
 }
 
-/// Adds to a failed read the setting that helps if the token does not support the attribute.
+/// Adds a hint to the error of a failed read: the setting for a token that does not support the attribute.
 fn unreadable(fault: Fault, name: &str, kind: AttributeType) -> Fault {
     let is_about_it = is_about_the_attribute(&fault);
     let fault = fault.about(name);
     match exceptable(kind) {
         Some(exception) if is_about_it => fault.with(&format!(
-            "if the token cannot express it, {}",
+            "if the token does not support this attribute, {}",
             accept(&[exception])
         )),
         _ => fault,
@@ -399,7 +403,7 @@ fn is_about_the_attribute(fault: &Fault) -> bool {
 }
 
 /// Whether the findings show a key that was made elsewhere and then imported: it was not made on the token, and was
-/// once extractable or readable. An imported key never protects records.
+/// once extractable or readable. The broker never uses an imported key.
 pub(super) fn is_imported(findings: &[Finding]) -> bool {
     let lacks = |name| {
         findings
@@ -409,7 +413,7 @@ pub(super) fn is_imported(findings: &[Finding]) -> bool {
     lacks("CKA_LOCAL") && (lacks("CKA_NEVER_EXTRACTABLE") || lacks("CKA_ALWAYS_SENSITIVE"))
 }
 
-/// Refuses a key if any finding does not pass. The error lists all such findings.
+/// Refuses a key if any finding does not pass. The error lists all findings that do not pass.
 pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     let wrong: Vec<&Finding> = findings
         .iter()
@@ -423,8 +427,9 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "{what} was imported: {}. It has been outside the token, so copies of it may exist, and it must never protect \
-                 user keys. No setting accepts that; make a key on the token with `keybroker key generate` or with the vendor's tool",
+                "{what} was imported: {}. The key has been outside the token, so copies of the key may exist, and it \
+                 must never protect user keys. No setting accepts an imported key; make a key on the token with \
+                 `keybroker key generate` or with the vendor's tool",
                 named.join("; ")
             ),
         ));
@@ -439,7 +444,7 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     ))
 }
 
-/// Returns the setting that would help, if there is one.
+/// Returns a hint: the setting with which the key would be accepted, or what else to do.
 fn remedy(wrong: &[&Finding]) -> String {
     if let [finding] = wrong
         && finding.attribute == "CKA_PRIVATE"
@@ -455,7 +460,7 @@ fn remedy(wrong: &[&Finding]) -> String {
             ),
         };
     }
-    // An exception permits that an attribute is absent, but no other value.
+    // An exception permits an absent attribute, but not an attribute with a wrong value.
     let helps: Vec<Exception> = wrong
         .iter()
         .filter(|finding| finding.found == Found::Missing)
@@ -467,11 +472,11 @@ fn remedy(wrong: &[&Finding]) -> String {
         })
         .collect();
     if helps.len() < wrong.len() {
-        return "No setting accepts that; make another key with `keybroker key generate`"
+        return "No setting accepts these attributes; make another key with `keybroker key generate`"
             .to_owned();
     }
     format!(
-        "Make another key with `keybroker key generate`; or, if the token cannot express them, {}",
+        "Make another key with `keybroker key generate`. If the token does not support these attributes, {}",
         accept(&helps)
     )
 }
@@ -493,8 +498,8 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
     )
 }
 
-/// Reads one attribute. Returns `None` if the token does not have it. An empty list of mechanisms means that the
-/// mechanisms are not restricted: some tokens return it instead of an absent attribute.
+/// Reads one attribute. Returns `None` if the token does not have the attribute. An empty list of mechanisms means that
+/// the mechanisms are not restricted: some tokens return an empty list although they do not have the attribute.
 pub(super) fn read(
     session: &Session,
     object: ObjectHandle,

@@ -12,7 +12,8 @@ type Report = Box<dyn FnMut(&'static str) + Send>;
 static IS_REPORTED: AtomicBool = AtomicBool::new(false);
 static REPORT: Mutex<Option<Report>> = Mutex::new(None);
 
-/// Reports all further calls to `report`. Consecutive calls of the same function are reported once.
+/// Passes the function name of every further PKCS#11 call to `report`. Consecutive calls of the same function are
+/// reported once.
 pub(crate) fn report_to(mut report: impl FnMut(&'static str) + Send + 'static) {
     let mut last = "";
     *REPORT.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(move |function| {

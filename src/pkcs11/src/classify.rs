@@ -1,8 +1,8 @@
 //! The table that classifies return codes by their consequence for the job, the session and the worker.
 //!
 //! The same code means different things on different tokens. `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
-//! ciphertext, but also to a token that was removed. `CKR_DEVICE_ERROR` is the answer of NSS to a wrong MAC. These
-//! codes are ambiguous, and a known-answer operation decides instead of the code.
+//! ciphertext, but also to a token that was removed. `CKR_DEVICE_ERROR` is the answer of NSS to a wrong MAC. If a code
+//! is ambiguous, the result of a self-test decides instead of the code.
 
 use std::fmt;
 
@@ -13,9 +13,9 @@ use cryptoki::error::{Error, RvError};
 pub(super) enum Class {
     /// The input is wrong, and the session can be used again.
     Input,
-    /// The session or its handles are lost. A new session may help.
+    /// The session or its handles are lost. The job may succeed in a new session.
     SessionLost,
-    /// The token or the module is lost. Only a new worker helps.
+    /// The token or the module is lost. Only a new worker can use the token again.
     TokenLost,
     /// The code is ambiguous, and the self-test decides.
     Ambiguous,
@@ -31,9 +31,9 @@ pub(super) enum Class {
     /// The module does not load, or shows no matching token. The module's environment may be incomplete. This class
     /// comes from the search for a token, never from a return code.
     NoToken,
-    /// A registered key is not found. At the first start, an administrator has to act. Later, a token that is
-    /// unavailable or has lost its login looks the same. This class comes from the search for keys, never from a return
-    /// code.
+    /// A registered key is not found. If a key is not found at the first start, an administrator has to act. Later, the
+    /// cause can also be a token that is unavailable or has lost its login. This class comes from the search for keys,
+    /// never from a return code.
     KeyMissing,
     /// An object on the token has a property that is not allowed. This class comes from the checks, never from a return
     /// code.
@@ -55,7 +55,7 @@ impl Fault {
         }
     }
 
-    /// Adds a further sentence to the failure.
+    /// Adds a sentence to the text of the failure.
     pub(super) fn with(self, sentence: &str) -> Self {
         Self {
             class: self.class,
@@ -63,7 +63,7 @@ impl Fault {
         }
     }
 
-    /// Adds the subject of the failure in front of its text.
+    /// Puts the subject of the failure in front of the failure's text.
     pub(super) fn about(self, what: &str) -> Self {
         Self {
             class: self.class,
@@ -134,8 +134,8 @@ pub(super) fn classify(code: RvError) -> Class {
         | Rv::MechanismInvalid
         | Rv::MechanismParamInvalid
         | Rv::FunctionNotSupported => Class::Configuration,
-        // All other codes, such as general-error, function-failed, device-error and arguments-bad, and codes that are
-        // not in the standard.
+        // All other codes are ambiguous: general-error, function-failed, device-error, arguments-bad, and also codes
+        // that are not in the standard.
         _ => Class::Ambiguous,
     }
 }

@@ -1,8 +1,8 @@
-//! A reader of this crate for the fuzz targets of `tests/fuzz-targets`. No program uses it.
+//! Gives the fuzz targets of `tests/fuzz-targets` access to a parser of this crate. No program uses this module.
 
 use super::select::Selector;
 
-/// Reads `token.uri`. Returns label, serial number, manufacturer and model.
+/// Reads `token.uri`. Returns the label, serial number, manufacturer and model in the URI.
 pub fn token_uri(uri: &str) -> Option<[Option<String>; 4]> {
     let selector = Selector::from_uri(uri).ok()?;
     Some(selector.parts().map(|part| part.map(str::to_owned)))

@@ -1,5 +1,5 @@
-//! Keys on the token, which are made with every usage flag set, must be found exactly once, are checked attribute by
-//! attribute, and are proved by use.
+//! Makes, finds and checks the keys on the token. A new key gets a value for every usage flag. Each key must be found
+//! exactly once, and must pass the attribute check and the self-test.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -36,8 +36,8 @@ pub(super) use templates::{
     public_template,
 };
 
-/// Prefix for deriving the `CKA_ID` of an integrity key, on a token that does not allow it to have the `CKA_ID` of its
-/// wrapping key.
+/// Prefix for deriving the `CKA_ID` of an integrity key, on a token that does not allow the integrity key to have the
+/// `CKA_ID` of its wrapping key.
 const OWN_ID_DOMAIN: &[u8] = b"keybroker/integrity-key-id/v1";
 
 /// A wrapping key to find, with the `CKA_ID` of its objects.
@@ -107,21 +107,21 @@ pub(super) fn writing_session(module: &Module, slot: Slot) -> Result<Session, Fa
     module.open_rw_session(slot).map_err(no_session)
 }
 
-/// Adds the settings that help if a token has no free session.
+/// Adds a hint to the error of a token that has no free session: the settings that reduce the number of sessions.
 fn no_session(error: Error) -> Fault {
     let is_full = matches!(error, Error::Pkcs11(RvError::SessionCount, _));
     let fault = Fault::from(error);
     if is_full {
         fault.with(
-            "the token has no free session; each worker opens at least one session more than `sessions_per_worker`: lower that \
-             setting or `workers` in [token]",
+            "the token has no free session; each worker opens at least one session more than `sessions_per_worker`: \
+             reduce `sessions_per_worker` or `workers` in [token]",
         )
     } else {
         fault
     }
 }
 
-/// One session with the handles of the keys, which one thread owns for its whole life.
+/// One session with the handles of the keys. One thread owns the session from its opening to its end.
 #[derive(Debug)]
 pub(super) struct KeySession {
     pub(super) session: Session,
@@ -129,8 +129,8 @@ pub(super) struct KeySession {
 }
 
 impl KeySession {
-    /// Opens a session and finds the keys again. Handles end with the sessions of a login, and an old handle may refer
-    /// to another object.
+    /// Opens a session and finds the keys again. A handle is valid until the sessions of its login end; an old handle
+    /// may refer to another object.
     pub(super) fn open(module: &Module, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = keys
@@ -156,7 +156,8 @@ impl KeyPair {
 }
 
 /// Returns the `CKA_ID` of an integrity key on a token that does not allow the key to have the `CKA_ID` of its wrapping
-/// key. The value is derived, so that the key can be found before it is registered.
+/// key. The `CKA_ID` is derived from the wrapping key's id, so that the integrity key can be found before it is
+/// registered.
 fn own_integrity_id(id: WrappingKeyId) -> ObjectId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(OWN_ID_DOMAIN);
@@ -205,7 +206,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
     Err(missing(key, "integrity key", &candidates[0]))
 }
 
-/// The `CKA_ID`s that an integrity key has on the token if none is named.
+/// The `CKA_ID`s that an integrity key may have on the token, if the registry does not name one.
 fn integrity_ids(key: &Place) -> [ObjectId; 2] {
     let private = key.objects.private.clone();
     [
@@ -242,7 +243,7 @@ fn missing(key: &Place, what: &str, object: &ObjectId) -> Fault {
     )
 }
 
-/// Finds an object. Searches for a second one, because the token would decide which of two objects with the same id is
+/// Finds an object. Also searches for a second object with this id, because the token would decide which of the two is
 /// used.
 fn find_one(
     session: &Session,
@@ -265,8 +266,8 @@ fn find_one(
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token holds more than one {what} with CKA_ID {id}; find out where the other came \
-                 from before you remove either"
+                "the token holds more than one {what} with CKA_ID {id}; find out where these objects came from before \
+                 you remove one of them"
             ),
         ));
     }
@@ -277,7 +278,7 @@ fn find_one(
 #[derive(Clone, Debug)]
 pub(super) struct Verdict {
     pub(super) private: Vec<Finding>,
-    /// Empty if the integrity key is not an object on the token.
+    /// The results for the integrity key; empty if the integrity key is not an object on the token.
     pub(super) integrity_key: Vec<Finding>,
 }
 
@@ -359,12 +360,12 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     Ok(ids)
 }
 
-/// The id of keys that end with their session, which need no id of their own.
+/// The id of all keys that end with their session; such keys need no unique id.
 pub(super) fn no_id() -> WrappingKeyId {
     WrappingKeyId::from_bytes([0; ID_BYTES])
 }
 
-/// Combines two keys of a session that were made separately.
+/// Combines an RSA key and an integrity key of one session that were made separately.
 pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),

@@ -2,8 +2,8 @@
 //!
 //! [`worker`] is the token worker: the process that `serve` starts, which holds the vendor's module and serves a closed
 //! set of jobs. [`admin_worker`] is the process that a one-shot command starts to administer tokens and keys (`admin`).
-//! Both open a token in the same way (`open`): they load the module, select the token, log in once if the record of
-//! PINs allows it, find the keys, check their attributes and run the self-test.
+//! Both processes open a token in the same way (`open`): they load the module, select the token, log in once if the
+//! record of PINs allows it, find the keys, check their attributes and run the self-test.
 
 mod admin;
 pub mod admin_worker;

@@ -1,8 +1,10 @@
-//! The rules for giving a PIN to a token, and for interpreting the answer. The rules use no token, file or clock.
+//! The rules that decide whether a PIN is sent to a token, and how the token's answer is interpreted. These functions
+//! use no token, file or clock.
 //!
-//! Tokens count wrong PINs and lock after a few. Modules have many answers to a wrong PIN, and give the same answers
-//! while a device restarts. Therefore a code decides alone only if it concerns the PIN. Otherwise the history of this
-//! PIN on this token decides, together with the counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
+//! A token counts wrong PINs and locks after a few of them. Modules return many different codes for a wrong PIN, and
+//! some return the same codes while a device restarts. Therefore a return code decides alone only if it concerns the
+//! PIN. For other codes, the history of this PIN on this token decides, together with the counter flags of
+//! `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -17,7 +19,7 @@ const UNPROVEN_TRIES_MAX: u32 = 2;
 /// The flags of a token's counter of wrong user PINs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Counter {
-    /// `CKF_USER_PIN_COUNT_LOW`: the token was given a wrong PIN since the last login.
+    /// `CKF_USER_PIN_COUNT_LOW`: the token has received a wrong PIN since the last successful login.
     #[serde(default)]
     pub(super) low: bool,
     /// `CKF_USER_PIN_FINAL_TRY`: one more wrong PIN locks the token.
@@ -37,7 +39,7 @@ impl Counter {
         }
     }
 
-    /// Describes the remaining attempts according to the token, as an addition to a message.
+    /// Describes how many attempts the token still allows, as an addition to a message.
     pub(super) fn describe(self) -> &'static str {
         if self.locked {
             "; the user PIN is locked now"
@@ -58,21 +60,22 @@ impl Counter {
     }
 }
 
-/// The history of one PIN on one token. Absent for a PIN that the token was never given.
+/// The history of one PIN on one token. A PIN that was never sent to the token has no standing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "standing", rename_all = "kebab-case")]
 pub(super) enum Standing {
-    /// The token was given the PIN, and neither accepted nor rejected it. This state is also recorded before the first
-    /// login, so that a process that is killed during the login has used up an attempt.
+    /// The PIN was sent to the token, and the token neither accepted nor rejected it. This state is also recorded
+    /// before the first login, so that the attempt counts even if the process is killed during the login.
     Unproven {
-        /// Number of logins so far.
+        /// Number of logins with this PIN so far.
         tries: u32,
-        /// The counter before the first of them.
+        /// The token's counter of wrong PINs before the first login that `tries` counts.
         counter: Counter,
     },
     /// The PIN was accepted by this token before.
     Proven {
-        /// The counter before the first login that has failed since then; absent when none has failed.
+        /// The token's counter before the first login that failed after the PIN was accepted; `None` if no login has
+        /// failed.
         failing_since: Option<Counter>,
     },
     /// The PIN was rejected and is not used on this token again.
@@ -85,7 +88,7 @@ pub(super) enum Standing {
 /// Whether a login is allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// Log in. If the standing is present, it is recorded before the login.
+    /// Log in. If a standing is given, record this standing before the login.
     Login(Option<Standing>),
     /// Do not log in.
     Refuse(Refusal),
@@ -98,7 +101,7 @@ pub(super) enum Refusal {
     Locked,
     /// One more wrong PIN would lock the token.
     FinalTry,
-    /// The token has counted a wrong PIN since a login failed.
+    /// A login failed, and the token's counter shows that the token has counted a wrong PIN since then.
     CounterRose,
     /// The PIN has never been accepted, and has used up the attempts of an unproven PIN.
     Unproven,
@@ -111,7 +114,7 @@ pub(super) enum Refusal {
 pub(super) enum Answer {
     /// The PIN was accepted.
     Accepted,
-    /// The code proves that the PIN was not checked, so that nothing was counted.
+    /// The code proves that the PIN was not checked; therefore the token counted no wrong PIN.
     NotChecked,
     /// The code says that the PIN was rejected.
     Rejected,
@@ -192,8 +195,8 @@ pub(super) fn decide(
     }
 }
 
-/// Returns the standing after a login. `was` is the standing before [`decide`], and `begun` is the standing that it
-/// recorded. `after` is absent when the token no longer answers.
+/// Returns the standing after a login. `was` is the standing before [`decide`], and `begun` is the standing that was
+/// recorded before the login. `after` is `None` if the token no longer answers.
 pub(super) fn conclude(
     was: Option<&Standing>,
     begun: Option<&Standing>,

@@ -1,8 +1,9 @@
-//! Integrity keys: objects on the token or, for tokens without keys for HMAC, secrets in the memory of this process, which are
-//! unwrapped from a file on the token.
+//! Integrity keys. An integrity key is an object on the token. For a token without keys for HMAC, the integrity key is a
+//! secret in the memory of this process; the token unwraps this secret from a file.
 //!
-//! A key in memory protects the rows against a thief or a writer of the database. It does not protect them against a person who can
-//! read the memory of a worker. The memory is not locked, so it can be swapped out; it is overwritten when it is freed.
+//! An integrity key in memory protects the rows against a person who steals or changes the database. An integrity key in memory
+//! does not protect the rows against a person who can read the memory of a worker. The memory is not locked, so it can be swapped
+//! out; it is overwritten when it is freed.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -25,8 +26,8 @@ use crate::classify::{Class, Fault};
 
 /// Length of a key in bytes, equal to the output of the HMAC's hash (RFC 2104 section 3).
 const KEY_BYTES: usize = 32;
-/// Prefix of the plaintext in a file. With it, a wrapped user key cannot be used as an integrity key. The prefix is
-/// followed by the id of the wrapping key and the integrity key.
+/// Prefix of the plaintext of an integrity key's file. Because of this prefix, a wrapped user key cannot be used as an
+/// integrity key. The prefix is followed by the id of the wrapping key and the bytes of the integrity key.
 const DOMAIN: &[u8] = b"keybroker/integrity-key/v1";
 const PLAINTEXT_BYTES: usize = DOMAIN.len() + ID_BYTES + KEY_BYTES;
 
@@ -35,7 +36,7 @@ const PLAINTEXT_BYTES: usize = DOMAIN.len() + ID_BYTES + KEY_BYTES;
 pub(super) enum MacKey {
     /// An object on the token.
     OnToken(ObjectHandle),
-    /// A secret in the memory of this process. `None` until the secret is unwrapped.
+    /// A secret in the memory of this process, or `None` until the secret is unwrapped.
     InWorker(Option<WorkerKey>),
 }
 
@@ -63,8 +64,9 @@ impl From<ObjectHandle> for MacKey {
     }
 }
 
-/// A key for HMAC-SHA-256 in the memory of this process. The bytes are overwritten when the last user drops them.
-/// The library that makes the MACs leaves states of the key on the stack, which are as useful to an attacker as the key.
+/// A key for HMAC-SHA-256 in the memory of this process. The bytes of the key are overwritten when the last copy of this
+/// value is dropped. The library that makes the MACs leaves internal states on the stack; they are as useful to an
+/// attacker as the key itself.
 #[derive(Clone)]
 pub(super) struct WorkerKey(Arc<Zeroizing<[u8; KEY_BYTES]>>);
 
@@ -90,7 +92,8 @@ impl WorkerKey {
         })
     }
 
-    /// From what the token decrypts. None if it is not the integrity key of this wrapping key.
+    /// Reads an integrity key from the plaintext that the token decrypted. Returns `None` if the plaintext is not the
+    /// integrity key of this wrapping key.
     pub(super) fn from_plaintext(plaintext: &[u8], id: WrappingKeyId) -> Option<Self> {
         let key = plaintext
             .strip_prefix(DOMAIN)?
@@ -117,12 +120,12 @@ impl WorkerKey {
         mac
     }
 
-    /// Returns whether a MAC is right. The comparison takes constant time. A MAC of another length is wrong.
+    /// Returns whether a MAC is right. The comparison takes constant time. A MAC with a wrong length is not accepted.
     pub(super) fn verifies(&self, message: &[u8], mac: &[u8]) -> bool {
         hmac::verify(&self.hmac(), message, mac).is_ok()
     }
 
-    /// Wraps the key under the public key of its wrapping key, in software, for the file.
+    /// Wraps the integrity key for its file, in software, under the public key of its wrapping key.
     pub(super) fn wrap(
         &self,
         id: WrappingKeyId,

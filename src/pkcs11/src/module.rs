@@ -24,7 +24,7 @@ pub(super) fn load(settings: &Settings) -> Result<Module, Fault> {
     load_timed(settings).map(|(module, _)| module)
 }
 
-/// Loads and initialises the configured module. Also returns the duration of `C_Initialize`.
+/// Loads and initialises the configured module. Returns the module and the duration of `C_Initialize`.
 pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Fault> {
     let path = settings.module.as_path();
     let shown = path.display();
@@ -53,8 +53,7 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
     calling::next("C_Initialize");
     let began = Instant::now();
     match module.initialize(reserved) {
-        // Another part of this process has already initialised the module, which has one state per
-        // process.
+        // Another part of this process has already initialised the module. A module has only one state per process.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {
             Ok((module, began.elapsed()))
         }
@@ -85,7 +84,7 @@ fn arguments_hint(settings: &Settings) -> &'static str {
     if settings.initialize_string.is_some() {
         "the module expects another string, or none, in `token.initialize_string`"
     } else {
-        "some modules (NSS) need a string in `token.initialize_string`; its form is in the vendor's manual"
+        "some modules (NSS) need a string in `token.initialize_string`; the vendor's manual describes this string"
     }
 }
 

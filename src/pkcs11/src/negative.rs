@@ -1,9 +1,9 @@
-//! Negative tests try operations that must fail with a key. The attribute check relies on the attributes that the token
-//! reports; these tests do not. If the token performs one of the operations, the test fails: the token is not used, and
-//! the message contains the name of the test.
+//! A negative test tries an operation that must fail with a key. The attribute check relies on the attributes that the
+//! token reports; negative tests do not. If the token performs the operation, the test fails: the token is not used,
+//! and the message contains the name of the test.
 //!
-//! A failed test that an exception in the configuration accepts is reported, and the token is still used. No exception
-//! accepts a key that can be read, wrapped, or copied with weaker attributes.
+//! If an exception in the configuration accepts a failed test, the failure is reported, but the token is still used. No
+//! exception accepts a key that can be read, wrapped, or copied with weaker attributes.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -13,7 +13,7 @@ use cryptoki::{
     mechanism::Mechanism,
     object::{Attribute, AttributeType, ObjectHandle},
 };
-use keybroker_pkcs11_ffi::{AesKeyWrap, Session};
+use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 
 use crate::{
     classify::{Class, Fault, classify},
@@ -27,16 +27,16 @@ pub(crate) mod survey;
 use attempts::{
     Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives, oaep_sha1,
     of_a_part, readable, readable_template, sets, signs, unwraps, verifies, with_known_data, wraps,
-    wraps_under_rsa, wraps_with, wraps_with_gcm,
+    wraps_under_rsa, wraps_with, wraps_with_gcm, wraps_with_rsa_aes,
 };
 
-/// The value does not matter, because nothing is ever unwrapped.
+/// The value of the IV does not matter, because the wrapped key is never unwrapped.
 const IV: [u8; 16] = [0; 16];
 
 /// The keys that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// Keys that protect records. Only tests that change nothing are run on them.
+    /// Keys that protect records. Only tests that change nothing are run on these keys.
     InUse,
     /// Keys that were made for testing and end with the session.
     Throwaway,
@@ -49,15 +49,16 @@ pub struct NegativeTest {
     pub name: &'static str,
     /// What the success of the operation means, as a sentence without a full stop.
     pub meaning: &'static str,
-    /// The exception that accepts the operation.
+    /// The attribute exception that accepts a failure of this test.
     pub accepted_by: Option<&'static str>,
     /// Whether the operation changes a key if it succeeds. A test that may change a key is run only on keys that were
     /// made for testing.
     pub changes_the_key: bool,
-    /// Whether the test needs an integrity key that is an object on the token. Without such a key, the test is not run.
+    /// Whether the test needs an integrity key that is an object on the token. If the integrity key is not on the
+    /// token, the test is not run.
     needs_integrity_object: bool,
-    /// Whether `token.spared_tests` may contain the test. The tests whether a key can be read, wrapped or copied with
-    /// weaker attributes are always run.
+    /// Whether `token.spared_tests` may contain the test. The tests that try to read a key, to wrap it, or to copy it
+    /// with weaker attributes are always run.
     pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
 }
@@ -68,22 +69,22 @@ impl std::fmt::Debug for NegativeTest {
     }
 }
 
-/// The result of a test, if the token did not end it with a return code.
+/// The result of a test in which no call failed with a return code.
 #[derive(Debug)]
 enum Done {
     /// The forbidden operation succeeded.
     It,
-    /// The forbidden operation succeeded, and the object that it made was not removed.
+    /// The forbidden operation succeeded, and the object that the operation made could not be removed.
     Kept(Fault),
-    /// The operation had no relevant effect.
+    /// The operation had no effect that an attacker can use, or the token does not offer the operation for any key.
     Nothing,
-    /// The token cannot run the test, because it performs the operation with no other key either.
+    /// The test cannot be run, because the token does not perform the operation with any other key either.
     NotMade,
 }
 
 /// The objects that a test uses.
 struct Subjects<'a> {
-    /// A session for this test only.
+    /// A session that only this test uses.
     session: &'a Session,
     pair: &'a KeyPair,
     self_test: &'a SelfTest,
@@ -93,7 +94,7 @@ struct Subjects<'a> {
 }
 
 impl Subjects<'_> {
-    /// The integrity key as an object.
+    /// Returns the handle of the integrity key.
     fn integrity(&self) -> ObjectHandle {
         let object = self.pair.integrity_key.object();
         object.expect("a test that needs it is run only if there is one")
@@ -137,12 +138,12 @@ pub const TESTS: &[NegativeTest] = &[
     never(
         "wrap-private-aes-kw-pkcs7",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_PKCS7",
-        |on| wraps_with(on, AesKeyWrap::Pkcs7, on.pair.private),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapPkcs7, on.pair.private),
     ),
     never(
         "wrap-private-aes-kwp",
         "the RSA private key can be wrapped with CKM_AES_KEY_WRAP_KWP",
-        |on| wraps_with(on, AesKeyWrap::Kwp, on.pair.private),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapKwp, on.pair.private),
     ),
     never(
         "wrap-private-aes-cbc",
@@ -153,6 +154,11 @@ pub const TESTS: &[NegativeTest] = &[
         "wrap-private-aes-gcm",
         "the RSA private key can be wrapped with CKM_AES_GCM",
         |on| wraps_with_gcm(on, on.pair.private),
+    ),
+    never(
+        "wrap-private-rsa-aes",
+        "the RSA private key can be wrapped under any RSA public key with CKM_RSA_AES_KEY_WRAP",
+        |on| wraps_with_rsa_aes(on, on.pair.private),
     ),
     on_object(never(
         "wrap-integrity-aes-kw",
@@ -167,12 +173,12 @@ pub const TESTS: &[NegativeTest] = &[
     on_object(never(
         "wrap-integrity-aes-kw-pkcs7",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_PKCS7",
-        |on| wraps_with(on, AesKeyWrap::Pkcs7, on.integrity()),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapPkcs7, on.integrity()),
     )),
     on_object(never(
         "wrap-integrity-aes-kwp",
         "the integrity key can be wrapped with CKM_AES_KEY_WRAP_KWP",
-        |on| wraps_with(on, AesKeyWrap::Kwp, on.integrity()),
+        |on| wraps_with(on, WrapMechanism::AesKeyWrapKwp, on.integrity()),
     )),
     on_object(never(
         "wrap-integrity-aes-cbc",
@@ -205,8 +211,13 @@ pub const TESTS: &[NegativeTest] = &[
         |on| wraps_under_rsa(on, &Mechanism::RsaPkcs),
     )),
     on_object(never(
+        "wrap-integrity-rsa-aes",
+        "the integrity key can be wrapped under any RSA public key with CKM_RSA_AES_KEY_WRAP",
+        |on| wraps_with_rsa_aes(on, on.integrity()),
+    )),
+    on_object(never(
         "derive-integrity-part",
-        "a separate key can be derived from a part of the integrity key, and it is short enough to be guessed",
+        "a separate key can be derived from a part of the integrity key, and the derived key is short enough to be guessed",
         |on| derives(on, &of_a_part(), on.integrity(), PART_BYTES, &[]),
     )),
     on_object(never(
@@ -329,7 +340,8 @@ pub const TESTS: &[NegativeTest] = &[
     input(
         "decrypt-truncated",
         "a ciphertext that is cut short decrypts",
-        // Truncated at the end: without a leading zero byte it would be the same number, which some tokens accept.
+        // The ciphertext is truncated at its end. If only a leading zero byte were removed, the ciphertext would be the
+        // same number, which some tokens accept.
         |on| {
             let wrapped = on.self_test.wrapped();
             decrypts_oaep(on, &wrapped[..wrapped.len() - 1])
@@ -385,7 +397,7 @@ const fn on_object(test: NegativeTest) -> NegativeTest {
     }
 }
 
-/// A test of invalid input that the token must reject.
+/// Makes a test that sends invalid input, which the token must reject.
 const fn input(
     name: &'static str,
     meaning: &'static str,
@@ -424,18 +436,18 @@ const fn changes(
 /// The settings for the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// The attribute exceptions. A risk that they accept is reported, but the token is still used.
+    /// The attribute exceptions. If an exception accepts a risk, the risk is reported, but the token is still used.
     pub(super) exceptions: &'a [String],
     /// The names of the tests that are not run.
     pub(super) spared: &'a [String],
 }
 
-/// The findings that are no reason to refuse the token.
+/// The results of the negative tests that are no reason to refuse the token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Report {
     /// The meanings of failed tests that an exception accepts.
     pub(super) given_away: Vec<&'static str>,
-    /// The names of the tests that the token cannot run.
+    /// The names of the tests that cannot be run on this token.
     pub(super) not_made: Vec<&'static str>,
 }
 
@@ -465,7 +477,7 @@ pub(super) fn run(
                 Ok(Done::Nothing) => {}
                 Ok(Done::NotMade) => report.not_made.push(test.name),
                 Ok(Done::Kept(fault)) => {
-                    let left = "the object that the test made was not removed; find and remove it with the vendor's tool";
+                    let left = "the object that a negative test made was not removed; find and remove it with the vendor's tool";
                     return Err(succeeded(test, pair).with(&format!("{left} ({fault})")));
                 }
                 Ok(Done::It) if is_accepted(test, terms) => report.given_away.push(test.meaning),
@@ -479,8 +491,8 @@ pub(super) fn run(
     Ok(report)
 }
 
-/// Runs the wanted tests that apply to the key, and passes each result on with the session of the test. A failed session or an
-/// error of `take` ends the run.
+/// Runs the wanted tests that apply to the key, and passes each result with the session of the test to `take`. The run ends if
+/// a session cannot be opened or `take` returns an error.
 fn for_each_wanted(
     open: impl Fn() -> Result<KeySession, Fault>,
     pair: &KeyPair,
@@ -514,7 +526,7 @@ fn is_accepted(test: &NegativeTest, terms: Terms<'_>) -> bool {
         .is_some_and(|exception| terms.exceptions.iter().any(|name| name == exception))
 }
 
-/// Makes a ciphertext in software. `None` if the library does not support this key.
+/// Makes a ciphertext in software. Returns `None` if the library does not support this public key.
 fn pkcs1_ciphertext(public: &PublicSide, self_test: &SelfTest) -> Option<Vec<u8>> {
     let key = PublicEncryptingKey::from_der(&public.spki).ok()?;
     let key = Pkcs1PublicEncryptingKey::new(key).ok()?;
@@ -527,19 +539,20 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     let NegativeTest { name, meaning, .. } = test;
     let way_out = test.accepted_by.map_or_else(String::new, |exception| {
         format!(
-            ". If the token cannot prevent it, `attribute_exceptions = [\"{exception}\"]` in [token] accepts it"
+            ". If the token cannot prevent this, set `attribute_exceptions = [\"{exception}\"]` in [token] to accept the risk"
         )
     });
     Fault::new(
         Class::Untrusted,
         format!(
-            "key {} must not be used: {meaning}, although its attributes forbid it (test `{name}`){way_out}",
+            "key {} must not be used: {meaning}, although the attributes of the key forbid this (test `{name}`){way_out}",
             pair.id
         ),
     )
 }
 
-/// Any code is a refusal, except for codes that say that the token or the session cannot do anything at this time.
+/// Whether a code is a refusal. Every code is a refusal, except for codes that mean that the token or the session
+/// cannot do anything at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

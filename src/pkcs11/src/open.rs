@@ -37,9 +37,10 @@ pub(super) struct OpenToken {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Keeps the login: the token ends it when the last session of the process is closed.
+    /// A session that keeps the login: the token ends a login when the last session of the process is closed.
     pub(super) anchor: Session,
-    /// Whether the token reported that another process had already logged in, and this process uses that login.
+    /// Whether this process uses the login of another process: the token reported that the other process had already
+    /// logged in.
     pub(super) is_login_of_another: bool,
     pub(super) times: Times,
 }
@@ -55,11 +56,11 @@ pub(super) struct Times {
 /// A key that passed the attribute check and the self-test.
 #[derive(Clone, Debug)]
 pub(super) struct ProvedKey {
-    /// The `CKA_ID` of its objects.
+    /// The `CKA_ID` of the key's objects.
     pub(super) place: Place,
     pub(super) public: PublicSide,
     pub(super) self_test: SelfTest,
-    /// The negative tests that the token cannot run.
+    /// The negative tests that cannot be run on this token.
     pub(super) not_tried: Vec<&'static str>,
 }
 
@@ -81,8 +82,9 @@ impl OpenToken {
         )
     }
 
-    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN, no
-    /// login is made. If several tokens match the settings, the token with one of the serial numbers is chosen.
+    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. If there is no
+    /// PIN, no login is made. If several tokens match the settings, the token with one of the registry's serial numbers
+    /// is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,
@@ -169,18 +171,19 @@ impl OpenToken {
         let recorded = login.set(now.clone());
         drop(login);
         let Some(error) = error else {
-            // The login itself succeeded. If the PIN was unproven, the next login has one attempt less.
+            // The login itself succeeded. If the PIN was unproven, the record therefore still counts this login as a
+            // used attempt.
             if let Err(error) = recorded {
                 tracing::warn!(%error, "cannot record that the PIN was accepted");
             }
             return Ok((false, took));
         };
-        // On a token where a login covers several processes, another process has logged in before. The PIN was not
-        // checked. The attribute check and the self-test decide whether this login can be used.
+        // On some tokens, a login applies to several processes, and another process has already logged in. The token
+        // did not check the PIN. The attribute check and the self-test decide whether this login can be used.
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
-                "another process is already logged in to the token; using its login"
+                "another process is already logged in to the token; this process shares that login"
             );
             return Ok((true, took));
         }
@@ -188,7 +191,8 @@ impl OpenToken {
         Err(self.failed_login(&error, answer, now.as_ref(), after))
     }
 
-    /// Adds an explanation to a failure after the login, if a login of another process may be the cause.
+    /// Adds an explanation to a failure that occurred after the login, if the login of another process may be the
+    /// cause.
     pub(super) fn explained(&self, fault: Fault) -> Fault {
         let may_be_the_login = matches!(
             fault.class,
@@ -198,8 +202,8 @@ impl OpenToken {
             return fault;
         }
         fault.with(
-            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among processes, \
-             set `workers = 1` in [token], and stop `serve` before other commands",
+            "another process is logged in to this token (USER_ALREADY_LOGGED_IN): if the token shares one login among \
+             processes, set `workers = 1` in [token], and stop `serve` before you run other commands",
         )
     }
 
@@ -208,7 +212,8 @@ impl OpenToken {
         Ok(Counter::of(&self.module.get_token_info(self.slot)?))
     }
 
-    /// Classifies a failed login. `after` is the token's counter of wrong PINs; absent when the token does not answer.
+    /// Classifies a failed login. `after` is the token's counter of wrong PINs after the login, or `None` if the token
+    /// does not answer.
     fn failed_login(
         &self,
         error: &Error,
@@ -224,8 +229,9 @@ impl OpenToken {
         ) {
             let serial = &self.info.serial;
             return fault.about(&token).with(&format!(
-                "the token has no user PIN, because its initialisation was not completed. Set one with the vendor's tool, or erase the \
-                 token with `keybroker token init --erase-serial {serial}` if it holds no keys"
+                "the token has no user PIN, because its initialisation was not completed. Set a user PIN with the \
+                 vendor's tool or, if the token holds no keys, erase the token with `keybroker token init --erase-serial \
+                 {serial}`"
             ));
         }
         if answer == Answer::NotChecked {
@@ -247,14 +253,14 @@ impl OpenToken {
             _ => Fault::new(
                 Class::Login,
                 format!(
-                    "{token} failed the login with a code that does not concern the PIN: {fault}"
+                    "{token}: the login failed with a code that does not concern the PIN: {fault}"
                 ),
             ),
         }
     }
 
-    /// Finds a key, compares it with the registry, checks its attributes and runs a self-test. If its integrity key is
-    /// not on the token, unwraps the integrity key before the self-test.
+    /// Finds a wrapping key, compares it with the registry, checks its attributes and runs its self-test. If the
+    /// integrity key is not on the token, unwraps the integrity key before the self-test.
     pub(super) fn prove(
         &self,
         settings: &Settings,
@@ -268,8 +274,8 @@ impl OpenToken {
             return Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "wrapping key {} on the token has the public key {}, the registry says {fingerprint}: this is another key under \
-                     the same CKA_ID",
+                    "wrapping key {} on the token has the public key {}, but the registry has the public key \
+                     {fingerprint}: the token has another key under the same CKA_ID",
                     pair.id, public.fingerprint
                 ),
             ));
@@ -286,7 +292,7 @@ impl OpenToken {
         })
     }
 
-    /// Returns the same key. If its integrity key is not on the token, the integrity key is unwrapped.
+    /// Returns the key pair. If the integrity key is not on the token, unwraps the integrity key from its file.
     pub(super) fn with_integrity_key(
         &self,
         settings: &Settings,
@@ -313,8 +319,8 @@ impl OpenToken {
         operation::probe(open, key.id, public, allow_oaep_sha1)
     }
 
-    /// Runs the negative tests, and logs the risk of each exception. Returns the names of the tests that this token
-    /// cannot run.
+    /// Runs the negative tests, and logs the risk of each exception. Returns the names of the tests that cannot be run
+    /// on this token.
     pub(super) fn try_what_must_fail(
         &self,
         settings: &Settings,
@@ -369,14 +375,14 @@ fn require_no_login(
     ))
 }
 
-/// Refuses a token that only the registry selected. Otherwise a person who can write to the database could choose which
-/// token is given the PIN.
+/// Refuses a token if several tokens match the settings and only the registry tells them apart: a person who can write
+/// to the database must not be able to choose the token that is given the PIN.
 fn unproven_twin(info: &TokenInfo) -> Fault {
     Fault::new(
         Class::Configuration,
         format!(
-            "more than one token matches the settings. The registry contains {}, but no login to it with this PIN is recorded, so no login \
-             was tried. If this is the right token, choose it by `token.serial`",
+            "more than one token matches the settings. The registry contains {}, but there is no record of an earlier login to this token \
+             with this PIN, so no login was tried. If this is the right token, set `token.serial` to its serial number",
             named(info)
         ),
     )
@@ -399,7 +405,7 @@ fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), F
     ))
 }
 
-/// Converts the PIN for the module.
+/// Converts the PIN to the type of the PKCS#11 library.
 pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
     AuthPin::new(pin.expose().into())
 }
@@ -436,8 +442,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
              {ONCE}"
         ),
         Refusal::Unproven => format!(
-            "{token}: this PIN has never logged in, and two logins failed or were interrupted; no further login is tried. \
-             Repair the cause, then run `keybroker token retry-pin`"
+            "{token}: no login with this PIN has ever succeeded, and two logins failed or were interrupted; no further \
+             login is tried. Repair the cause, then run `keybroker token retry-pin`"
         ),
         Refusal::Rejected(answer) => {
             format!("{token} rejected this PIN before ({answer}); no login was tried. {ONCE}")
@@ -447,8 +453,8 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
 }
 
 impl From<RecordError> for Fault {
-    /// Without the record, a wrong PIN could be used repeatedly. The class allows retries, because a full disk or a
-    /// busy lock is temporary.
+    /// The login is refused, because a wrong PIN could be used repeatedly without the record of PINs. The failure class
+    /// allows retries, because a full disk or a busy lock is temporary.
     fn from(error: RecordError) -> Self {
         let mut detail = error.to_string();
         let mut cause = std::error::Error::source(&error);

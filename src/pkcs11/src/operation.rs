@@ -51,7 +51,8 @@ pub(super) fn decrypt(
     Ok(Zeroizing::new(plaintext))
 }
 
-/// Makes a MAC: with `C_Sign` if the integrity key is on the token, otherwise in this process.
+/// Makes a MAC. The token makes the MAC with `C_Sign` if the integrity key is on the token; otherwise, this process
+/// makes the MAC.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
     match &pair.integrity_key {
         MacKey::OnToken(object) => mac_with(session, *object, message),
@@ -82,9 +83,9 @@ pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> 
     })
 }
 
-/// Verifies a MAC with `C_Verify`. On a token without this function, uses `C_Sign` and compares in constant time. An
-/// integrity key that is not on the token is used in this process. The error for a wrong MAC is [`Class::Input`] or, on
-/// some tokens, [`Class::Ambiguous`].
+/// Verifies a MAC with `C_Verify`. If the token does not have `C_Verify`, makes the MAC with `C_Sign` and compares the
+/// MACs in constant time. If the integrity key is not on the token, this process verifies the MAC. The error for a
+/// wrong MAC is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
     pair: &KeyPair,
@@ -121,7 +122,7 @@ pub(super) fn verify(
 }
 
 /// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` from `C_Verify` itself
-/// say that the MAC is wrong (PKCS#11 2.40, section 5.12). After any other code, the self-test decides.
+/// say that the MAC is wrong (PKCS#11 2.40, section 5.12). If `C_Verify` returns another code, the self-test decides.
 fn verify_fault(error: Error) -> Fault {
     let states_it = matches!(
         error,
@@ -138,7 +139,7 @@ fn verify_fault(error: Error) -> Fault {
     }
 }
 
-/// Reclassifies a code that only rejects an input, because such a code says nothing about the MAC.
+/// Changes the class of a code that rejects an input to "ambiguous", because the code says nothing about the MAC.
 fn not_about_the_mac(fault: Fault) -> Fault {
     let class = match fault.class {
         Class::Input => Class::Ambiguous,
@@ -200,7 +201,7 @@ impl SelfTest {
         Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token failed the self-test of key {}: it decrypted to another plaintext",
+                "the token failed the self-test of key {}: the token decrypted the known ciphertext to another plaintext",
                 pair.id
             ),
         ))
@@ -217,7 +218,8 @@ impl SelfTest {
         verify(session, pair, &self.plaintext, &mac)
     }
 
-    /// A token without HMAC cannot be used. The message names HMAC and no other function as the cause.
+    /// Checks that the token can make and verify a MAC. A token that cannot do HMAC is refused with a message that
+    /// names HMAC as the cause.
     fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let made = self.makes_a_mac(session, pair);
         made.map_err(|fault| {
@@ -227,8 +229,9 @@ impl SelfTest {
             Fault::new(
                 fault.class,
                 format!(
-                    "the token does not do HMAC-SHA-256 with integrity key {} ({fault}), without which rows of the database cannot be \
-                     told from forged ones; if its keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token]",
+                    "the token does not support HMAC-SHA-256 with integrity key {} ({fault}), and without HMAC-SHA-256 \
+                     the broker cannot detect forged rows in the database; if the token's keys for HMAC-SHA-256 are of \
+                     another kind, set `integrity_key` in [token]",
                     pair.id
                 ),
             )
@@ -246,8 +249,8 @@ impl SelfTest {
             Ok(()) => Err(Fault::new(
                 Class::Untrusted,
                 format!(
-                    "the token accepts a wrong MAC of integrity key {}: it protects nothing, and must \
-                     not be used",
+                    "the token accepts a wrong MAC of integrity key {}: MACs of this token protect nothing, and the \
+                     token must not be used",
                     pair.id
                 ),
             )),
@@ -255,9 +258,9 @@ impl SelfTest {
     }
 }
 
-/// Finds out by trying what the token can do with a key: OAEP with SHA-256, or with SHA-1 if the operator allows that.
-/// Also checks that the token rejects a wrong MAC. `open` returns a new session for each attempt, because some tokens
-/// leave a failed operation active in its session.
+/// Checks whether the token can use a key for OAEP with SHA-256, or with SHA-1 if the operator allows SHA-1. Also
+/// checks that the token rejects a wrong MAC. `open` returns a new session for each attempt, because some tokens leave
+/// a failed operation active in its session.
 pub(super) fn probe(
     open: impl Fn() -> Result<KeySession, Fault>,
     id: WrappingKeyId,
@@ -277,7 +280,7 @@ pub(super) fn probe(
     let self_test = choose(attempt, allow_oaep_sha1)?;
     let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
     authenticates().or_else(|fault| match fault.class {
-        // The token may have been busy only for a moment.
+        // The token may have been busy for a moment, so the operation is tried once more.
         Class::Ambiguous => authenticates(),
         _ => Err(fault),
     })?;
@@ -285,7 +288,7 @@ pub(super) fn probe(
     Ok(self_test)
 }
 
-/// Returns whether this error may mean that the token cannot do the operation at all.
+/// Returns whether this error can mean that the token does not support the operation.
 fn is_refusal(fault: &Fault) -> bool {
     matches!(
         fault.class,
@@ -293,8 +296,8 @@ fn is_refusal(fault: &Fault) -> bool {
     )
 }
 
-/// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice: a transient error
-/// must not choose the weaker one.
+/// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice, because a
+/// transient error must not lead to the weaker hash function.
 fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,
     allow_oaep_sha1: bool,

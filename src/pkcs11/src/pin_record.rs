@@ -1,11 +1,12 @@
-//! The record of PINs that tokens were given, kept in the state directory across processes and restarts.
+//! The record of the PINs that were sent to tokens. The record is kept in the state directory, so that it is not lost
+//! when a process ends.
 //!
-//! A PIN is recognised by its content, as a salted Argon2id hash for each serial number: a touched file or a refreshed
-//! Secret contains the same PIN. The process that has read the PIN, a worker or a command, does the comparison. The
-//! front never holds the PIN.
+//! For each serial number, the record contains a salted Argon2id hash of the PIN. A PIN is recognised by this hash and
+//! not by its file, because a new version of a file or of a Kubernetes Secret can contain the old PIN. The process that
+//! has read the PIN compares it with the hash; this process is a worker or a command, never the front.
 //!
-//! Not protected: a person who can read the state directory can try all short PINs against a hash. The directory is as
-//! confidential as the PIN file.
+//! Not protected: a person who can read the state directory can try all short PINs against a hash. The state directory
+//! is as confidential as the PIN file.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -21,18 +22,18 @@ use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
-/// Longest wait for another process to release the lock, longer than a login on a slow device.
+/// Longest wait for another process to release the lock. A login on a slow device takes less time.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Version of the record's format.
 const FORMAT: u32 = 1;
-/// Largest numbers of PINs per token and of tokens in the record. Of the PINs, the oldest is removed first; of the
-/// tokens, the first by serial number.
+/// Largest numbers of PINs per token and of tokens in the record. If there are too many PINs, the oldest PIN is
+/// removed; if there are too many tokens, the token with the lowest serial number is removed.
 const PINS_MAX: usize = 8;
 const TOKENS_MAX: usize = 16;
 const SALT_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
-/// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. The start of a worker waits for
-/// one hash.
+/// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker computes one hash
+/// during its start.
 const MEMORY_KIB: u32 = 19_456;
 const ITERATIONS: u32 = 2;
 
@@ -52,7 +53,7 @@ pub enum RecordError {
         "the record of PINs ({FACT} in the state directory) has format {0}, which a later release wrote"
     )]
     Format(u32),
-    /// No random salt is available, or no memory for the hash.
+    /// There is no random salt, or not enough memory for the hash.
     #[error("cannot compute the hash of the PIN: {0}")]
     Hash(&'static str),
 }
@@ -88,7 +89,7 @@ impl Fact {
 /// The PINs of one token, oldest first.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct TokenPins {
-    /// The salt in hexadecimal digits, whose bytes are used directly.
+    /// The salt in hexadecimal digits. Argon2id gets the digits and not the decoded bytes.
     salt: String,
     pins: Vec<KnownPin>,
 }
@@ -107,8 +108,8 @@ impl PinRecord {
         Self { state }
     }
 
-    /// Records the operator's permission to use rejected PINs once more. With `allow_final_try`, this includes a token
-    /// that reports that one more wrong PIN locks it. Returns the number of PINs that are affected.
+    /// Records the operator's permission to use rejected PINs once more. With `allow_final_try`, the permission also
+    /// applies to a token that one more wrong PIN would lock. Returns the number of PINs that may be used again.
     pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         // A damaged record is replaced.
@@ -134,7 +135,7 @@ impl PinRecord {
         Ok(forgotten)
     }
 
-    /// Removes the PINs of a token that was initialised, because it has a new PIN.
+    /// Removes the PINs of a token that was initialised, because the token has a new PIN.
     pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -144,8 +145,8 @@ impl PinRecord {
         self.write(&fact)
     }
 
-    /// Begins a login with a PIN on the token with this serial number. Until the result is dropped, no other process of
-    /// this instance logs in.
+    /// Begins a login with a PIN on the token with this serial number. No other process of this broker instance logs in
+    /// until the returned value is dropped.
     pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
         let lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -187,7 +188,7 @@ impl PinRecord {
     }
 }
 
-/// A login that has begun.
+/// A login that has begun and has no result yet.
 pub(super) struct Login<'a> {
     record: &'a PinRecord,
     fact: Fact,
@@ -217,7 +218,7 @@ impl Login<'_> {
         self.fact.final_try_allowed
     }
 
-    /// Records a standing if it has changed, and ends the permission for the last attempt.
+    /// Records a standing if it has changed, and removes the operator's permission to use the token's last attempt.
     pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
         if self.standing() == standing.as_ref() && !self.fact.final_try_allowed {
             return Ok(());
@@ -246,7 +247,7 @@ impl Login<'_> {
 
 fn hash(pin: &Pin, salt: &str) -> Result<String, RecordError> {
     let params = Params::new(MEMORY_KIB, ITERATIONS, 1, Some(HASH_BYTES))
-        .map_err(|_| RecordError::Hash("the parameters do not fit"))?;
+        .map_err(|_| RecordError::Hash("the Argon2 parameters are not valid"))?;
     let mut hash = [0; HASH_BYTES];
     Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
         .hash_password_into(pin.expose().as_bytes(), salt.as_bytes(), &mut hash)

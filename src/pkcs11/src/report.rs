@@ -46,7 +46,7 @@ pub(crate) use rates::{Counted, waits_of_this_thread};
 const SESSIONS_MAX: usize = 64;
 const MODULUS_BITS: u32 = 2_048;
 const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
-/// Number of digits of a time: `YYYYMMDDhhmmss00`.
+/// Number of digits of a time in the form `YYYYMMDDhhmmss00`.
 const CLOCK_DIGITS: usize = 16;
 
 /// The operator's permissions.
@@ -123,7 +123,8 @@ fn name_of(attribute: &Attribute) -> String {
     attribute.attribute_type().to_string()
 }
 
-/// Returns the code of a failure without the function, because the name of the test already says that.
+/// Returns the return code of a failure, without the name of the function, because the name of the test already says
+/// which function failed.
 fn code(error: &Error) -> String {
     match error {
         Error::Pkcs11(code, _) => format!("{code:?}"),
@@ -143,7 +144,7 @@ fn told(name: impl Into<String>, result: impl Into<String>) -> Answer {
     }
 }
 
-/// Keys of a session that have all attributes that the token accepts.
+/// Keys that end with their session and have all attributes that the token accepts.
 struct Probe {
     pair: KeyPair,
     public: PublicSide,
@@ -361,7 +362,7 @@ fn after_logout(
         "private keys seen after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
     ));
-    // The report does not use a PIN that the token has not already accepted from this process.
+    // The report logs in again only with a PIN that the token has already accepted from this process.
     let (Some(pin), Some(probe), false) = (pin, probe, token.is_login_of_another) else {
         return;
     };
@@ -385,17 +386,19 @@ fn after_logout(
         }
         used => answer(OLD_HANDLE, &used),
     });
-    // The login ends with the process at the latest.
+    // If the logout fails, the login ends with the process.
     let _ended = token.anchor.logout();
 }
 
-/// A key of a session, and the attributes that the token refused in its template, each with the return code.
+/// A key that ends with its session, and the attributes that the token refused in the key's template, each with the
+/// return code.
 struct Made {
     object: ObjectHandle,
     refused: Vec<(String, String)>,
 }
 
-/// Makes a key with all attributes that the token accepts. Finds the refused attributes one by one.
+/// Makes a key with all attributes that the token accepts. If the token refuses the template, tries the attributes one
+/// by one.
 fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     if let Ok(object) = kind.make(session, MODULUS_BITS, &[]) {
         return Ok(Made {
@@ -422,7 +425,7 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
 }
 
 /// Returns the first kind of integrity key that the token makes, beginning with the kind of the settings. If the token
-/// makes none and the settings permit it, returns a key in the memory of this process.
+/// makes no integrity key and the settings permit it, returns a key in the memory of this process.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
@@ -454,7 +457,7 @@ fn integrity_key(
     Ok(None)
 }
 
-/// Tests the token's handling of each attribute of a template. Returns the key.
+/// Tests how the token handles each attribute of a template. Returns the key that was made.
 fn templates(
     session: &Session,
     kind: Kind,
@@ -502,7 +505,7 @@ fn shown(read: &Result<Option<Attribute>, Error>, asked: &Attribute) -> String {
     }
 }
 
-/// Checks one rule. Records whether an exception is needed, or a reason why the token cannot be used.
+/// Checks one rule. Records the exception that the attribute needs, or the reason why the token cannot be used.
 fn check_attribute(
     session: &Session,
     object: ObjectHandle,
@@ -511,7 +514,7 @@ fn check_attribute(
     findings: &mut Findings,
 ) {
     let (name, attribute_type, _) = rule;
-    // The key is made for the session, so `CKA_TOKEN` is not checked.
+    // The key ends with the session, so `CKA_TOKEN` is not checked.
     if *attribute_type == AttributeType::Token || findings.exceptions.iter().any(|it| it == name) {
         return;
     }
@@ -535,7 +538,7 @@ fn check_attribute(
 
 fn destroy(session: &Session, object: ObjectHandle) {
     calling::next("C_DestroyObject");
-    // The object ends with the session at the latest.
+    // If the removal fails, the object ends with the session.
     let _destroyed = session.destroy_object(object);
 }
 
@@ -675,7 +678,7 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
     let file = settings.module.file_name().unwrap_or_default();
     let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
-    // The content may contain names and passwords, and reports are published.
+    // The content of the string is left out, because it may contain names and passwords, and reports are published.
     lines.extend(
         settings
             .initialize_string

@@ -48,7 +48,7 @@ pub(super) enum SelectorError {
     Encoding(String),
 }
 
-/// The properties that a token must have. Absent fields match every token.
+/// The properties that a token must have. A field that is `None` matches every token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Selector {
     label: Option<String>,
@@ -58,7 +58,7 @@ pub(super) struct Selector {
 }
 
 impl Selector {
-    /// Builds a selector from the settings, which must contain exactly one of the three.
+    /// Builds a selector from the settings, which must contain exactly one of `label`, `serial` and `uri`.
     pub(super) fn from_settings(settings: &Settings) -> Result<Self, SelectorError> {
         match (&settings.label, &settings.serial, &settings.uri) {
             (Some(label), None, None) => Ok(Self {
@@ -75,7 +75,7 @@ impl Selector {
         }
     }
 
-    /// Builds a selector from an RFC 7512 URI with path attributes of a token only.
+    /// Builds a selector from an RFC 7512 URI. The URI may contain only the path attributes of a token.
     pub(super) fn from_uri(uri: &str) -> Result<Self, SelectorError> {
         // The scheme is not case-sensitive (RFC 3986 section 3.1).
         let (scheme, path) = uri.split_once(':').ok_or(SelectorError::Scheme)?;
@@ -119,7 +119,7 @@ impl Selector {
             && same(&self.model, info.model())
     }
 
-    /// Label, serial number, manufacturer and model, as far as they matter.
+    /// The required label, serial number, manufacturer and model; `None` where any value matches.
     pub(super) fn parts(&self) -> [Option<&str>; 4] {
         [&self.label, &self.serial, &self.manufacturer, &self.model].map(Option::as_deref)
     }
@@ -162,18 +162,19 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
 pub(super) struct Selected {
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Whether other tokens match the settings too, so that the registry's serial number selected this one.
+    /// Whether other tokens match the settings too, so that a serial number in the registry selected this token.
     pub(super) is_one_of_several: bool,
 }
 
-/// How the serial numbers of the registry affect the choice of a token. An empty list has no effect.
+/// How the serial numbers in the registry affect the choice of a token. If the registry contains no serial numbers, it
+/// does not affect the choice.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
-    /// For `serve`: only a token with one of the serial numbers is chosen. Another token with the same label may belong
-    /// to another user, who would learn the PIN.
+    /// For `serve`: only a token with one of the registry's serial numbers is chosen. Another token with the same label
+    /// may belong to another user, who would learn the PIN.
     Required(&'a [&'a str]),
-    /// For commands: the serial numbers are used only if several tokens match. Some commands are for a clone, or for a
-    /// token without registered keys.
+    /// For commands: the registry's serial numbers are used only if several tokens match. Some commands are used with a
+    /// clone of the registered token, or with a token that has no registered keys.
     Preferred(&'a [&'a str]),
 }
 
@@ -188,7 +189,7 @@ impl Registered<'_> {
     }
 }
 
-/// Finds the only initialised token that matches. If there is none, searches again for a while.
+/// Finds the only initialised token that matches. If no token matches, searches again for a while.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
@@ -218,8 +219,9 @@ fn find_now(
         return Err(Fault::new(
             Class::NoToken,
             format!(
-                "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete (SoftHSM: \
-                 SOFTHSM2_CONF)? List tokens with `keybroker token list`, or create one with `keybroker token init`"
+                "no token with {wanted}: the module shows no initialised token at all. Is [token.environment] complete \
+                 (SoftHSM: SOFTHSM2_CONF)? List tokens with `keybroker token list`, or create a token with `keybroker \
+                 token init`"
             ),
         ));
     }
@@ -245,9 +247,9 @@ fn find_now(
         [] => Err(Fault::new(
             Class::NoToken,
             format!(
-                "the registry contains the token with the serial number {}, but the settings match only {}, so no login was tried. \
-                 Connect the registered token and choose it by `token.serial`. If the connected token is its clone, run \
-                 `keybroker key register ID` with it",
+                "the registry contains the token with the serial number {}, but the settings match only {}, so no login \
+                 was tried. Connect the registered token and set `token.serial` to its serial number. If the connected token is a \
+                 clone of the registered token, run `keybroker key register ID` with the connected token",
                 quoted(serials.iter().copied()),
                 quoted(
                     fitting
@@ -259,7 +261,7 @@ fn find_now(
         several => Err(Fault::new(
             Class::Configuration,
             format!(
-                "more than one token with {wanted}, with the serial numbers {}: choose one by `token.serial`",
+                "more than one token with {wanted}, with the serial numbers {}: choose one of these tokens by `token.serial`",
                 quoted(
                     several
                         .iter()
@@ -279,8 +281,8 @@ fn no_token(wanted: &str, tokens: &[(Slot, keybroker_pkcs11_ffi::TokenInfo)]) ->
     Fault::new(
         Class::NoToken,
         format!(
-            "no token with {wanted}; {} initialised token(s) seen: {}. List tokens with `keybroker token \
-             list`, create one with `keybroker token init`",
+            "no token with {wanted}; the module shows {} initialised token(s): {}. List tokens with `keybroker token \
+             list`, or create a token with `keybroker token init`",
             tokens.len(),
             tokens
                 .iter()

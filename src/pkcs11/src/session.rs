@@ -62,7 +62,7 @@ enum Stop {
     /// The session was lost before the job had an effect. The job may be repeated once on another session.
     SessionLost(Fault),
     /// The token refused the job, although the self-test passes. The token may have been busy for a moment, so the job
-    /// is repeated once. If the token refuses it again, the job has failed.
+    /// is repeated once. If the token refuses the job again, the job has failed.
     Doubted(wire::Failure),
 }
 
@@ -74,7 +74,7 @@ impl SessionThread {
         }
     }
 
-    /// Runs a job. Returns its outcome and the time in the module.
+    /// Runs a job. Returns the outcome and the time that the job spent in the module.
     pub(super) fn run(&mut self, work: &Work) -> (Outcome, Duration) {
         let started = Instant::now();
         let outcome = match work.job() {
@@ -87,7 +87,7 @@ impl SessionThread {
         (outcome, started.elapsed())
     }
 
-    /// Runs a job with at most one more attempt for each of the two causes.
+    /// Runs a job. Repeats the job at most once after a lost session, and at most once after a refusal by the token.
     fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
         let (mut lost, mut doubted) = (false, None);
         loop {
@@ -114,7 +114,7 @@ impl SessionThread {
     }
 
     fn attempt(&mut self, job: &Job, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
-        // Opening a session is a token call too.
+        // To open a session is a call to the token too, so the deadline is checked before it.
         check_deadline(deadline)?;
         if self.current.is_none() {
             let session = self
@@ -153,7 +153,7 @@ impl SessionThread {
         let (session, pair) = self.session(key)?;
         let made = operation::mac(&session.session, pair, message);
         made.map(|mac| Zeroizing::new(mac.to_vec()))
-            // No input of a caller can make a MAC fail, so the token is busy.
+            // No input of a caller can make the computation of a MAC fail, so the failure means that the token is busy.
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
     }
 
@@ -178,8 +178,8 @@ impl SessionThread {
         check_deadline(deadline)?;
         let (session, pair) = self.session(&job.key_id)?;
         let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
-        // After a valid MAC, the failure is never the caller's fault. The self-test tells a damaged row from a faulty
-        // token.
+        // The MAC was valid, so the caller did not cause the failure. The self-test shows whether the row is damaged or
+        // the token is faulty.
         decrypted.map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
     }
 
@@ -190,7 +190,10 @@ impl SessionThread {
         let pair = WrappingKeyId::from_slice(key)
             .and_then(|id| session.pair(id))
             .ok_or_else(|| {
-                Stop::failed(FailureClass::UnknownKey, "the key was not in the setup")
+                Stop::failed(
+                    FailureClass::UnknownKey,
+                    "the key was not in the setup of the worker",
+                )
             })?;
         Ok((session, pair))
     }
@@ -199,7 +202,7 @@ impl SessionThread {
     /// although its self-test passes.
     fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
         if fault.class == Class::Input && refusal == FailureClass::MacRefused {
-            // For a MAC, these codes are not ambiguous.
+            // For the verification of a MAC, the codes of this class are not ambiguous.
             return Stop::failed(refusal, fault.to_string());
         }
         self.current = None;
@@ -245,7 +248,7 @@ impl SessionThread {
         Ok(())
     }
 
-    /// Tests one key per call, in turn, so that a self-test takes no longer on a token with many keys.
+    /// Each call tests the next key in turn, so that a self-test takes no longer on a token with many keys.
     fn self_test(&mut self, deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
         let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
@@ -267,7 +270,7 @@ impl SessionThread {
             | Class::Untrusted
             | Class::Pin
             | Class::Login => Err(Stop::from_self_test(&fault)),
-            // An error of these classes may be temporary and is no reason to replace the worker. A test in another
+            // An error of these classes may be temporary and is no reason to replace the worker. A self-test in another
             // session decides.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
@@ -291,7 +294,7 @@ fn check_deadline(deadline: u64) -> Result<(), Stop> {
     } else {
         Err(Stop::failed(
             FailureClass::Deadline,
-            "deadline passed before the token call",
+            "the deadline passed before the call of the token",
         ))
     }
 }
@@ -301,8 +304,8 @@ impl Stop {
         Self::Failed(failure(class, detail))
     }
 
-    /// If a session cannot be opened or lacks a key, the token is lost: a module shows a token that was removed, or
-    /// that dropped the login, as a token without keys.
+    /// If a session cannot be opened or a key is not found, the token counts as lost: after a token was removed or has
+    /// ended the login, the module shows a token without keys.
     fn from_open(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
@@ -312,7 +315,7 @@ impl Stop {
         Self::failed(class, fault.to_string())
     }
 
-    /// A wrong answer is worse than no answer: such a token must not be used.
+    /// A wrong answer is worse than no answer: a token that gives wrong answers must not be used.
     fn from_self_test(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,

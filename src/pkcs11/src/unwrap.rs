@@ -13,7 +13,8 @@ use crate::{
     operation,
 };
 
-/// Reads the file of a key, if the configuration has its digest, and unwraps it on the token.
+/// Reads the file of an integrity key, if the configuration has the digest of the file, and unwraps the integrity key
+/// on the token.
 pub(super) fn integrity_key(
     session: &Session,
     pair: &KeyPair,
@@ -24,8 +25,8 @@ pub(super) fn integrity_key(
         return Err(Fault::new(
             Class::Configuration,
             format!(
-                "the integrity key of {} is wrapped by RSA-OAEP with SHA-1; if that is what you want, say \
-                 `allow_oaep_sha1 = true` in [token]",
+                "the integrity key of {} is wrapped by RSA-OAEP with SHA-1; to accept SHA-1, set `allow_oaep_sha1 = \
+                 true` in [token]",
                 pair.id
             ),
         ));
@@ -41,7 +42,7 @@ pub(super) fn integrity_key(
         Fault::new(
             Class::Untrusted,
             format!(
-                "what the token unwraps from the file of wrapping key {} is not its integrity key",
+                "the file of wrapping key {} does not contain the integrity key of this wrapping key",
                 pair.id
             ),
         )

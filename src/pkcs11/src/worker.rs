@@ -1,12 +1,13 @@
 //! The token worker: the process that holds the vendor's module, and nothing else.
 //!
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
-//! sessions one after another, proves every key, reports that, and serves jobs until its socket ends. The worker
-//! ignores SIGINT and SIGTERM: the front decides when the worker ends, by closing the socket, so that running jobs are
-//! finished during a drain.
+//! sessions one after another, checks every key, reports the result, and serves jobs until its socket is closed. The
+//! worker ignores SIGINT and SIGTERM, so that running jobs are finished during a drain: the worker ends when the front
+//! closes the socket.
 //!
 //! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
-//! threads are joined first. If a thread does not return, the worker kills itself, which runs no clean-up code.
+//! worker waits for its threads before it ends. If a thread does not return, the worker kills itself with SIGKILL,
+//! which runs no clean-up code.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -50,7 +51,7 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// Longest time for the module to open the token, longer than the front waits.
+/// Longest time for the module to open the token. The front waits for a shorter time.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Runs the hidden command `keybroker token-worker`.
@@ -83,7 +84,7 @@ fn serve() -> io::Result<()> {
     let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // If the front has ended, the end of the socket ends this process.
+        // A failed report is ignored: if the front has ended, the socket is closed, and this process ends too.
         let _sent = progress.send(0, calling, Duration::ZERO);
     });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
@@ -111,8 +112,8 @@ fn serve() -> io::Result<()> {
     ended
 }
 
-/// Replaces the default action of both signals, which would end the process. The returned values keep the handlers
-/// installed; nothing reads the signals.
+/// Replaces the default action of SIGINT and SIGTERM, which would end the process. The returned values keep the
+/// handlers installed; nothing reads the signals.
 pub(crate) fn ignore_signals()
 -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
     use tokio::signal::unix::{SignalKind, signal};
@@ -128,8 +129,8 @@ pub(crate) fn ignore_signals()
     Ok((runtime, signals))
 }
 
-/// Ends this process if the module hangs while it opens the token. The front would do that too, but it may have ended.
-/// Dropping the returned value ends the limit.
+/// Ends this process if the module hangs while it opens the token. The front would end this process too, but the front
+/// may itself have ended. The limit applies until the returned value is dropped.
 fn limit_opening() -> Sender<()> {
     let (opened, is_open) = crossbeam_channel::bounded(0);
     thread::spawn(move || {
@@ -140,15 +141,16 @@ fn limit_opening() -> Sender<()> {
     opened
 }
 
-/// Ends this process without running clean-up code, which crashes in most modules while threads are inside.
+/// Ends this process without running clean-up code. The clean-up code of most modules crashes while threads are inside
+/// the module.
 fn kill_ourselves() {
     let ourselves = rustix::process::getpid();
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
-/// Ends this process a few seconds after the front has closed its end of the socket or has ended, whatever this process
-/// is doing. A process that hangs in the module, or before it reads the socket, would otherwise keep the token's
-/// sessions from the next front.
+/// Ends this process a few seconds after the front has closed its end of the socket or has ended, even if this process
+/// hangs in the module or does not read the socket yet. If this process did not end, the next front could not use the
+/// token's sessions that this process holds.
 ///
 /// The function watches the socket instead of using the parent-death signal, because Linux sends that signal when the
 /// *thread* that started this process ends. The function also checks the parent, in case another process holds a copy
@@ -219,7 +221,8 @@ fn open(
         keys,
         turn: AtomicUsize::new(0),
     });
-    // Opened one after another, so that a token that refuses the second session is not asked for a third.
+    // The sessions are opened one after another, so that a token that refuses the second session is not asked for a
+    // third session.
     let mut open = Vec::with_capacity(sessions);
     for _ in 0..sessions {
         open.push(SessionThread::new(
@@ -248,7 +251,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     }
 }
 
-/// Translates a class for the front.
+/// Translates a failure class into the class that is reported to the front.
 fn startup_class(class: Class) -> FailureClass {
     match class {
         Class::Pin => FailureClass::Pin,
@@ -257,7 +260,8 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // A rejected input is that of the worker's own self-test, so the failure may be temporary.
+        // If the token rejects an input at this time, the input is that of the worker's own self-test, so the failure
+        // may be temporary.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }
@@ -307,15 +311,15 @@ fn start(
                 .name(format!("session-{number}"))
                 .spawn(move || {
                     let result = work(&mut session, &input, &mut replies);
-                    // Only the first result is read, but the channel has room for all.
+                    // Only the first result is read, but the channel has room for all results.
                     let _heard = ended.send(result);
                 })
         })
         .collect()
 }
 
-/// Takes jobs from the socket in turn with the other session threads. No other thread is between the socket and the
-/// session that does the work.
+/// Takes jobs from the socket in turn with the other session threads. The thread that reads a job from the socket also
+/// runs this job on its own session.
 fn work(
     session: &mut SessionThread,
     input: &Mutex<Input>,
@@ -373,7 +377,7 @@ impl Replies {
     }
 }
 
-/// Waits for the session threads. If they take too long, the process kills itself.
+/// Waits for the session threads. If the threads take too long, the process kills itself.
 fn join(threads: Vec<JoinHandle<()>>) {
     let until = Instant::now() + JOIN_TIMEOUT;
     while threads.iter().any(|thread| !thread.is_finished()) {

@@ -1,4 +1,5 @@
-//! The decision: all policies that can apply are evaluated. Any forbid denies; otherwise any permit allows.
+//! Makes a decision: the engine evaluates all policies that can apply. If a forbid applies, the action is denied. If no
+//! forbid and at least one permit applies, the action is allowed.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -68,7 +69,7 @@ pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
     verdict(set, &response)
 }
 
-/// The same decision, made with all policies and all attributes.
+/// Makes the decision of [`evaluate`] with all policies and all attributes.
 #[cfg(test)]
 pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     let asked = VOCABULARY
@@ -80,9 +81,10 @@ pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     )
 }
 
-/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing attribute. For a
-/// permit this is right, because it allows nothing. A forbid that is ignored would allow what it is meant to deny, to a
-/// caller who finds the input that breaks it. Therefore a forbid that cannot be evaluated denies.
+/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing attribute. It is
+/// safe to ignore a permit, because an ignored permit allows nothing. It is not safe to ignore a forbid: a caller who
+/// finds an input that cannot be evaluated could do what the forbid is meant to deny. Therefore, a forbid that cannot
+/// be evaluated denies the action.
 fn verdict(set: &Set, response: &Response) -> Verdict {
     let errors: Vec<(&Known, String)> = response
         .diagnostics()

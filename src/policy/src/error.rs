@@ -1,7 +1,7 @@
-//! The error when Cedar refuses a question or the parts of a policy. Policies and questions were checked before, so
-//! each such error is a defect of this crate. One error type with the cause for the log is therefore enough.
+//! The error that occurs if Cedar refuses a question or the parts of a policy. This crate checks policies and questions
+//! first, so each such error is a defect of this crate. Therefore, one error type with the cause for the log is enough.
 
-/// A failed call of Cedar.
+/// A failed call to Cedar.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action}")]
 pub(crate) struct Error {
@@ -10,7 +10,7 @@ pub(crate) struct Error {
 }
 
 impl Error {
-    /// Adds the context to a cause: the failed action as an infinitive.
+    /// Adds the failed action to a cause, as an infinitive.
     pub(crate) fn on<E>(action: &'static str) -> impl Fn(E) -> Self
     where
         E: std::error::Error + Send + Sync + 'static,

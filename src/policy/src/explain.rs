@@ -22,7 +22,7 @@ use super::{
 pub struct Explanation {
     /// The decision.
     pub verdict: Verdict,
-    /// All policies in force, in their order. Empty if a rule in the code made the decision.
+    /// All policies in force, in their order. This list is empty if a rule in the code made the decision.
     pub policies: Vec<PolicyView>,
 }
 
@@ -33,7 +33,7 @@ pub struct PolicyView {
     pub id: Arc<str>,
     /// "permit" or "forbid".
     pub effect: &'static str,
-    /// The name of the file.
+    /// The name of the policy file.
     pub file: Arc<str>,
     /// Whether the policy's scope includes the action.
     pub is_about: bool,
@@ -119,7 +119,7 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
     for clause in clauses {
         let is_when = clause["kind"] == "when";
         let joint = if is_when { "&&" } else { "||" };
-        // The parts are evaluated in their order, because a later part may be valid only if an earlier one is true.
+        // The parts are evaluated in their order, because a later part may be valid only if an earlier part is true.
         for part in parts(&clause["body"], joint) {
             let (answer, text) = ask_condition(asked, part)?;
             if is_when && !matches!(answer, Answer::Yes) {
@@ -143,7 +143,7 @@ fn ask_part(asked: &Asked, policy: &Policy, part: &str) -> Result<Answer, Error>
     ask(asked, from_json(bare)?)
 }
 
-/// Evaluates one condition. Returns the result and the text of the condition.
+/// Evaluates one condition, and returns the result with the text of the condition.
 fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), Error> {
     let mut bare = bare();
     bare["conditions"] = json!([{ "kind": "when", "body": condition }]);
@@ -170,7 +170,7 @@ fn bare() -> Value {
 
 fn from_json(json: Value) -> Result<Policy, Error> {
     Policy::from_json(Some(PolicyId::new("part")), json)
-        .map_err(Error::on("read a part of a policy"))
+        .map_err(Error::on("parse a part of a policy"))
 }
 
 /// Splits an expression such as `a && b && c` into its operands, from left to right.

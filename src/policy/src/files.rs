@@ -1,4 +1,4 @@
-//! Finds, checks and reads the operator's policy files, within limits.
+//! Finds, checks and reads the operator's policy files, and enforces limits on their number and length.
 
 use std::{fs, mem, path::Path, string::FromUtf8Error};
 
@@ -25,7 +25,7 @@ const IGNORED_MAX: usize = 8;
 const SUFFIX: &str = ".cedar";
 const POLICIES: Purpose = Purpose::trust("other users could decide who obtains keys");
 
-/// Reads the operator's files, sorted by name. Returns none if no directory is configured.
+/// Reads the operator's files, sorted by name. Returns no files if no directory is configured.
 pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     let Some(directory) = &settings.directory else {
         return Ok(Vec::new());
@@ -44,7 +44,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     for entry in fs::read_dir(directory).map_err(unreadable)? {
         let name = entry.map_err(unreadable)?.file_name();
         let name = name.to_string_lossy();
-        // Hidden files belong to an editor, or are links inside a mounted ConfigMap.
+        // Hidden files are temporary files of an editor, or links inside a mounted ConfigMap.
         if !name.starts_with('.') && name.ends_with(SUFFIX) {
             names.push(name.into_owned());
         }
@@ -87,7 +87,7 @@ pub(super) fn ignored(settings: &Settings) -> Vec<String> {
     ignored
 }
 
-/// Returns the SHA-256 over all names and contents.
+/// Returns the SHA-256 over the names and contents of all files.
 pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     let mut context = digest::Context::new(&digest::SHA256);
     for part in sources.iter().flat_map(|one| [&one.name, &one.text]) {

@@ -1,11 +1,12 @@
-//! Policy decisions: this crate alone decides what a principal may do. Without a permit, an action is denied.
+//! Policy decisions: this crate alone decides what a principal may do. An action is denied unless a policy permits it.
 //!
-//! The rules are Cedar policies: those that come with the broker (`default.cedar`) and those of the operator. All of
-//! them are validated against one schema before they are used. Two rules are in the code, so that no file can change
-//! them: a principal with conflicting roles may do nothing, and no principal reaches the keys of another tenant.
+//! The rules are Cedar policies: those that come with the broker (`default.cedar`) and those of the operator. All these
+//! policies are validated against one schema before the broker uses them. Two rules are in the code, so that no file
+//! can change them: a principal with conflicting roles may do nothing, and no principal has access to the keys of
+//! another tenant.
 //!
-//! The policies are always loaded and replaced as a whole. An invalid file at the start stops the start. An invalid
-//! file at a later reload leaves the current policies in force.
+//! The policies are always loaded and replaced as a whole. If a file is invalid at the start, the broker does not
+//! start. If a file is invalid at a later reload, the current policies stay in force.
 //!
 //! Mitigation: M4 of `THREAT_MODEL.md`.
 
@@ -45,13 +46,13 @@ pub use set::{NamedPrincipal, Summary};
 
 use set::Set;
 
-/// The name of the decision when no policy permits the action.
+/// The name of the decision if no policy permits the action.
 const DEFAULT_DENY: &str = "default-deny";
 /// The name of the rule against conflicting roles.
 const SEPARATION_OF_DUTIES: &str = "separation-of-duties";
 /// The name of the rule against keys of other tenants.
 const OWN_TENANT: &str = "own-tenant";
-/// The name of the decision when Cedar could not be asked.
+/// The name of the decision if Cedar cannot evaluate the question.
 const UNASKED: &str = "unasked";
 /// Names that an operator's policy must not have, because they have another meaning in the audit log.
 const RESERVED: [&str; 4] = [DEFAULT_DENY, SEPARATION_OF_DUTIES, OWN_TENANT, UNASKED];
@@ -60,7 +61,7 @@ const RESERVED: [&str; 4] = [DEFAULT_DENY, SEPARATION_OF_DUTIES, OWN_TENANT, UNA
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Whether the broker's own permits are in force. The broker's own forbids always are.
+    /// Whether the broker's own permits are in force. The broker's own forbids are always in force.
     pub defaults: bool,
     /// The directory with the operator's policies, `*.cedar`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,7 +78,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Returns a problem of this section, without reading the policies.
+    /// Returns a problem of this section of the configuration, without reading the policies.
     pub fn problem(&self) -> Option<String> {
         let directory = self.directory.as_deref();
         match directory {
@@ -108,8 +109,8 @@ impl Settings {
         files::ignored(self).into_iter().map(remark).collect()
     }
 
-    /// Returns the principals that the operator's policies refer to by name, each with its policy. Does not check
-    /// whether they exist.
+    /// Returns the principals that the operator's policies refer to by name, each with its policy. The function does
+    /// not check whether these principals exist.
     pub fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
         Set::load(self)?.named_principals()
     }
@@ -122,9 +123,9 @@ pub enum Resource<'a> {
     UserKey {
         /// The tenant of the record.
         tenant: &'a Tenant,
-        /// The user of the key.
+        /// The user to whom the user key belongs.
         user: &'a UserId,
-        /// The name that tells several keys of the user apart.
+        /// The name that distinguishes the user keys of one user.
         name: &'a KeyName,
     },
     /// The records of one user, or of the whole tenant.
@@ -171,12 +172,12 @@ pub struct Question<'a> {
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
-    /// The call that contains the action.
+    /// The call that requests the action.
     pub call: &'a Call,
 }
 
 /// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an explanation can use
-/// an invented identity. A [`Permit`] needs a [`Question`].
+/// an invented identity. Only the answer to a [`Question`] can be a [`Permit`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
@@ -191,7 +192,7 @@ pub struct Case<'a> {
     pub at: Timestamp,
 }
 
-/// Proof that policy allowed an action. Only [`Policy::decide`] creates one.
+/// Proof that a policy allowed an action. Only [`Policy::decide`] creates one.
 #[derive(Debug)]
 pub struct Permit {
     policy: Arc<str>,
@@ -204,8 +205,9 @@ impl Permit {
     }
 }
 
-/// Proof that policy allowed an action on one user key. Only [`Policy::decide_key`] creates one. The following read or
-/// change takes the address only from this proof, so that a permit for one record cannot be used for another.
+/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one. The read or change
+/// that follows takes the address only from this proof, so that a permit for one record cannot be used for another
+/// record.
 #[derive(Debug)]
 pub struct KeyPermit {
     policy: Arc<str>,
@@ -224,7 +226,7 @@ impl KeyPermit {
         self.action
     }
 
-    /// The address for which it was allowed.
+    /// The address for which the action was allowed.
     pub fn address(&self) -> &KeyAddress {
         &self.address
     }
@@ -256,14 +258,14 @@ pub struct Policy {
 struct Watch {
     /// The problem that was reported last, so that it is reported once instead of every second.
     refused: Option<String>,
-    /// Digest of new content that was found once.
+    /// Digest of new content that the last check found for the first time.
     seen: Option<[u8; 32]>,
-    /// Digest of content that was validated, so that it is not parsed again every second.
+    /// Digest of the content that was validated last, so that the same content is not parsed again every second.
     checked: Option<[u8; 32]>,
 }
 
 impl Policy {
-    /// Loads the policies. Fails if there is any problem.
+    /// Loads the policies; fails if any policy or file has a problem.
     pub fn load(settings: &Settings) -> Result<Arc<Self>, Problems> {
         let set = Set::load(settings)?;
         set.report();
@@ -276,8 +278,8 @@ impl Policy {
 
     /// Decides whether an action is allowed.
     pub fn decide(&self, question: &Question<'_>) -> Result<Permit, Denied> {
-        // The APIs set the address of every caller. If the address is missing, the action is denied instead of being
-        // decided for an invented address.
+        // The APIs set the address of every caller. If the address is missing, the action is denied, because a decision
+        // for an invented address could be wrong.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
             keybroker_core::alert!(Bug, call_id = %question.call.id, "a call has no peer address");
             return Err(Denied {
@@ -331,7 +333,7 @@ impl Policy {
         })
     }
 
-    /// Returns the decision for a case, which can only be displayed because it is not a permit.
+    /// Returns the decision for a case. This decision is only for display, because it is not a [`Permit`].
     pub fn evaluate(&self, case: &Case<'_>) -> Verdict {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
@@ -348,9 +350,9 @@ impl Policy {
         }
     }
 
-    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. A change that was not
-    /// announced by a signal is loaded after two checks have found the same content: an editor that writes in place
-    /// leaves an empty or incomplete file for a moment, which may be valid but lack the forbids.
+    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. A change that no
+    /// signal announced is loaded after two checks have found the same content. An editor that writes in place leaves
+    /// an empty or incomplete file for a moment, and an incomplete file may be valid but lack the forbids.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {
@@ -374,7 +376,7 @@ impl Policy {
             Err(problems) => {
                 let error = problems.to_string();
                 if watch.refused.as_ref() != Some(&error) {
-                    keybroker_core::alert!(PolicyReload, %error, "policies rejected; the previous ones stay in force");
+                    keybroker_core::alert!(PolicyReload, %error, "policies rejected; the previous policies stay in force");
                     watch.refused = Some(error);
                 }
             }
@@ -402,26 +404,27 @@ impl Policy {
 
 /// The result of a check of the files.
 enum Look {
-    /// The files are those in force.
+    /// The files are the same as those in force.
     Same,
-    /// The files have changed and are checked again later, or were rejected before.
+    /// The files have changed, and are checked again later or were already rejected.
     Waiting,
     New(Box<Set>),
 }
 
 /// The rules in the code, which apply regardless of the policies.
 fn floor(case: &Case<'_>) -> Option<Verdict> {
-    // The configuration already refuses such a principal. This check also covers every other way to create a principal.
+    // The configuration already refuses a principal with conflicting roles. This check also covers every other way to
+    // create a principal.
     if conflict(&case.identity.roles).is_some() {
         return Some(Verdict::denied(SEPARATION_OF_DUTIES));
     }
-    // A policy is validated for the kind of resource that the schema allows for the action. For another kind its result
-    // would be undefined.
+    // A policy is validated for the kind of resource that the schema allows for the action. For another kind of
+    // resource, the result of the policy would be undefined.
     if !case.resource.suits(case.action) {
         return Some(Verdict::denied(UNASKED));
     }
-    // The broker takes the tenant from the principal. This check also covers a resource whose tenant comes from
-    // elsewhere.
+    // The broker takes the tenant of a resource from the principal. This check also covers a resource whose tenant has
+    // another source.
     match case.resource.tenant() {
         Some(tenant) if *tenant != case.identity.tenant => Some(Verdict::denied(OWN_TENANT)),
         _ => None,

@@ -1,4 +1,4 @@
-//! Problems of policies, with their place in a file.
+//! Problems of policies, each with its place in a file.
 
 use std::fmt;
 
@@ -38,7 +38,7 @@ impl Problem {
         }
     }
 
-    /// Converts an error of Cedar about a file.
+    /// Converts an error that Cedar reports about a file.
     pub(super) fn from_cedar(source: &Source, error: &DetailedError) -> Self {
         let help = error.help.as_ref();
         let help = help.map_or_else(String::new, |help| format!("; {help}"));

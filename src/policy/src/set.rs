@@ -61,21 +61,21 @@ pub struct NamedPrincipal {
 /// The properties of a policy apart from its text.
 #[derive(Clone, Debug)]
 pub(super) struct Known {
-    /// The position among all policies. If several policies lead to a decision, the first one is shown.
+    /// The position among all policies. If several policies lead to a decision, the first of them is shown.
     pub(super) place: usize,
     pub(super) effect: Effect,
     pub(super) id: Arc<str>,
-    /// The name of its file.
+    /// The name of the policy's file.
     pub(super) origin: Arc<str>,
 }
 
-/// The policies that can apply to one action and kind of principal. Each policy costs about a microsecond and each
-/// attribute about half a microsecond. Therefore only these policies are evaluated, and only with the attributes that
-/// they use.
+/// The policies that can apply to one action and kind of principal. Each policy takes about one microsecond, and each
+/// attribute takes about half a microsecond. Therefore, a decision evaluates only the policies that can apply, and only
+/// with the attributes that these policies use.
 #[derive(Debug, Default)]
 pub(super) struct Slice {
     pub(super) policies: PolicySet,
-    /// All words of these policies, which include all attributes and operators that they use.
+    /// All words of these policies, which include all attributes and operators that the policies use.
     pub(super) words: HashSet<String>,
     /// The decisions that these policies made, as far as they may be kept.
     pub(super) kept: Kept,
@@ -101,7 +101,7 @@ impl Set {
         Self::build(settings, &files::read(settings)?)
     }
 
-    /// Builds a set from the shipped policies and those of the sources.
+    /// Builds a set from the shipped policies and the policies of the sources.
     pub(super) fn build(settings: &Settings, sources: &[Source]) -> Result<Self, Problems> {
         let mut set = Self {
             policies: PolicySet::new(),
@@ -128,7 +128,8 @@ impl Set {
         let count: usize = set.files.iter().map(|(_, count)| count).sum();
         if count > POLICIES_MAX {
             problems.push(Problem::of(format!(
-                "the files contain {count} policies; at most {POLICIES_MAX} are allowed, because each can be evaluated for each call"
+                "the files contain {count} policies; at most {POLICIES_MAX} policies are allowed, because each policy \
+                 can be evaluated for each call"
             )));
         }
         problems.extend(set.validate(sources));
@@ -201,8 +202,8 @@ impl Set {
         }
     }
 
-    /// Validates all policies. Cedar's warnings are problems too: a forbid that can never apply is a mistake that would
-    /// remain unnoticed.
+    /// Validates all policies. Cedar's warnings are problems, too. For example, a forbid that can never apply is a
+    /// mistake that would remain unnoticed.
     fn validate(&self, sources: &[Source]) -> Vec<Problem> {
         let validator = Validator::new(VOCABULARY.schema.clone());
         let result = validator.validate(&self.policies, ValidationMode::Strict);
@@ -228,7 +229,7 @@ impl Set {
             }
         };
         let mut problems: Vec<Problem> = errors.chain(warnings).map(problem).collect();
-        // Cedar reports a mistake once for each action of the policy, in no particular order.
+        // Cedar reports a mistake several times, once for each action of the policy, in no particular order.
         problems.sort();
         problems.dedup_by(|one, other| (&one.file, one.place) == (&other.file, other.place));
         problems
@@ -254,7 +255,9 @@ impl Set {
             for case in cases {
                 let slice = self.slices.entry(case).or_default();
                 let added = slice.policies.add(policy.clone());
-                added.map_err(Error::on("sort a policy by what it is about"))?;
+                added.map_err(Error::on(
+                    "sort a policy by the principals, actions and resources of its scope",
+                ))?;
                 slice.words.extend(words.iter().cloned());
                 slice.kept.admit(&json);
             }
@@ -262,7 +265,7 @@ impl Set {
         Ok(())
     }
 
-    /// Treats the disappearance of a file whose policies are in force as an accident.
+    /// Returns an error if a file whose policies are in force no longer exists, because its removal may be an accident.
     pub(super) fn check_none_is_gone(&self, sources: &[Source]) -> Result<(), Problems> {
         let there: HashSet<&str> = sources.iter().map(|source| source.name.as_str()).collect();
         let gone = self
@@ -272,8 +275,8 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is missing, but {count} of the policies in force come from it; restore it. To withdraw its policies, \
-                     first replace it with an empty file, or restart the broker"
+                    "is missing, but {count} of the policies in force come from this file; restore the file. To withdraw \
+                     its policies, first replace the file with an empty file, or restart the broker"
                 );
                 Problem::in_file(name, what)
             })

@@ -1,14 +1,14 @@
 //! Limits for a policy text before it is parsed: nesting depth and number of operators.
 //!
 //! Cedar's parser and validator, and the code that clones or drops their results, use recursion without a limit. A file
-//! with very deep nesting would exhaust the stack and end the process, even in a reload. With these limits, it is an
-//! ordinary problem of the file.
+//! with very deep nesting would exhaust the stack and end the process, even in a reload. With these limits, deep
+//! nesting is an ordinary problem of the file.
 
 /// Deepest nesting of brackets.
 const DEPTH_MAX: usize = 32;
 /// Largest number of operator characters in one policy. Each character may add a level to the syntax tree.
 const OPERATORS_MAX: usize = 1_000;
-/// One `if` adds as many levels to the tree as this many operator characters.
+/// One `if` adds as many levels to the syntax tree as this number of operator characters.
 const IF_WEIGHT: usize = 4;
 
 /// Returns the first problem of a text, with its byte offset.
@@ -37,7 +37,10 @@ pub(super) fn problem(text: &str) -> Option<(usize, String)> {
             _ => shape.take(c),
         }
         if shape.depth > DEPTH_MAX {
-            return Some((offset, format!("brackets nest deeper than {DEPTH_MAX}")));
+            return Some((
+                offset,
+                format!("brackets are nested more than {DEPTH_MAX} levels deep"),
+            ));
         }
         if shape.operators > OPERATORS_MAX {
             let what = format!(
@@ -59,14 +62,15 @@ impl Shape {
     fn take(&mut self, c: char) {
         match c {
             '[' => {
-                // `a["b"]["c"]` is a chain too.
+                // `a["b"]["c"]` is also a chain of operators.
                 self.depth += 1;
                 self.operators += 1;
             }
             '(' | '{' => self.depth += 1,
             ')' | ']' | '}' => self.depth = self.depth.saturating_sub(1),
             '&' | '|' | '+' | '-' | '*' | '.' | '!' | '<' | '>' | '=' => self.operators += 1,
-            // After an unclosed bracket, a semicolon does not end the policy. The parser reports the bracket.
+            // After an unclosed bracket, a semicolon does not end the policy. The parser then reports the unclosed
+            // bracket.
             ';' if self.depth == 0 => self.operators = 0,
             _ => {}
         }

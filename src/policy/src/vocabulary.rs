@@ -1,7 +1,7 @@
 //! Translates the broker's terms into Cedar entities, actions and context.
 //!
-//! Everything that is built here must conform to the schema, because the policies were validated against it. The broker
-//! does not check this for each call. A test checks it with cases of every kind.
+//! Every question that is built here must conform to the schema, because the policies were validated against this
+//! schema. The broker does not check each question against the schema. Instead, a test checks questions of every kind.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,12 +24,12 @@ use super::{Case, Resource, error::Error};
 
 pub(super) const SCHEMA: &str = include_str!("schema.cedarschema");
 const MICROS_PER_SECOND: i64 = 1_000_000;
-/// The value of `release`: the form in which a key is released.
+/// The value of `release`: the form in which a user key is released.
 const PLAIN: &str = "plain";
 
 pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
 
-/// The parts that are the same for every question.
+/// The parts that all questions have in common.
 pub(super) struct Vocabulary {
     pub(super) schema: Schema,
     user: EntityTypeName,
@@ -65,7 +65,8 @@ impl Wanted<'_> {
         }
     }
 
-    /// Operators choose the names of tags, and a policy may compute them. All tags are passed if any policy uses tags.
+    /// Operators choose the names of tags, and a policy may compute these names. Therefore, all tags are passed if any
+    /// policy uses tags.
     fn tags(self) -> bool {
         self.has("getTag") || self.has("hasTag")
     }
@@ -98,7 +99,7 @@ impl<'a> Attributes<'a> {
     }
 }
 
-/// A question in the form of Cedar.
+/// A question in the form that Cedar requires.
 pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) entities: Entities,
@@ -156,7 +157,8 @@ impl Vocabulary {
         Some((*action, kind))
     }
 
-    /// Builds a question for Cedar. With a schema, fails if the question does not conform to it.
+    /// Builds a question for Cedar. If `schema` is present, the function fails if the question does not conform to the
+    /// schema.
     pub(super) fn ask(
         &self,
         case: &Case<'_>,
@@ -177,11 +179,11 @@ impl Vocabulary {
             context,
             schema,
         )
-        .map_err(Error::on("make the question"))?;
+        .map_err(Error::on("make the request to Cedar"))?;
         let entities = action.entities.clone();
         let entities = entities
             .add_entities([principal, resource], schema)
-            .map_err(Error::on("make the entities of the question"))?;
+            .map_err(Error::on("make the entities of the request to Cedar"))?;
         Ok(Asked { request, entities })
     }
 
@@ -253,7 +255,7 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     attributes.add("organisations", || texts(&claims.organisations));
     attributes.add("granted", || Value::new_bool(is_granted(case)));
     // A socket for both address families reports IPv4 addresses in IPv6 form, which Cedar does not recognise as IPv4.
-    // The conversion makes rules about IPv4 addresses apply to them.
+    // Because of the conversion, rules about IPv4 addresses apply to these addresses.
     attributes.add("peer", || {
         Value::new_ip(case.peer.to_canonical().to_string())
     });
@@ -264,8 +266,8 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }
 
-/// Whether the grant of a service covers the resource. The broker checks this instead of a policy, because the grant
-/// may list thousands of users, and passing them to Cedar would cost too much for every call.
+/// Whether the grant of a service covers the resource. The broker itself checks the grant, because a grant may list
+/// thousands of users, and it would take too long to pass these users to Cedar for every call.
 pub(super) fn is_granted(case: &Case<'_>) -> bool {
     let Identity {
         kind,
@@ -278,7 +280,7 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
     }
     match case.resource {
         Resource::UserKey { user, name, .. } => users.contains(user) && key_names.contains(name),
-        // A list shows every key name, and if it is not limited to a user, every user.
+        // A list of records shows every key name. A list that is not limited to one user also shows every user.
         Resource::UserKeys { user, .. } => {
             *key_names == Reach::All
                 && user.map_or(*users == Reach::All, |user| users.contains(user))

@@ -1,9 +1,10 @@
-//! The messages and gRPC stubs of the Keybroker API (`keybroker.v1`), generated from `proto/keybroker/v1` and committed.
+//! The messages and gRPC stubs of the Keybroker API (`keybroker.v1`). The code is generated from `proto/keybroker/v1`
+//! and committed to the repository.
 //!
 //! The `Debug` output of a message that carries key material or another secret is redacted. Most programs use the
 //! `keybroker-client` crate instead of the stubs.
 
-// Generated code follows the generator's style, not ours.
+// Generated code follows the style of the generator.
 #![allow(
     missing_docs,
     missing_debug_implementations,

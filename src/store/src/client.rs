@@ -16,8 +16,8 @@ pub struct ClientRow {
     pub revision: u64,
     /// The document as bytes that are not parsed yet.
     pub document: Vec<u8>,
-    /// A MAC by an integrity key over all fields above, so that a writer of the database cannot give a client
-    /// another secret or another role.
+    /// A MAC by an integrity key over the id, the revision and the document, so that a person who can write to the
+    /// database cannot give a client another secret or another role.
     pub mac: Mac,
     /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,

@@ -32,10 +32,10 @@ macro_rules! tables {
 
         impl Table {
             /// All tables, in the order in which a copy fills them. Each table comes after the tables to which its rows
-            /// refer. The registry is last, because no broker serves from a database without it.
+            /// refer. The registry is last, because no broker serves from a database without a registry.
             pub const ALL: [Self; [$(Self::$table),+].len()] = [$(Self::$table),+];
 
-            /// The name in the database.
+            /// The name of the table in the database.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$table => stringify!($name),)+
@@ -93,12 +93,12 @@ tables! {
         record_id: Bytes, revision: Integer;
         envelope: Bytes, wrapping_key_id: Bytes, created_us: Integer,
     }
-    /// The marks of changes. After a crash they show whether a mutation was committed.
+    /// The marks of changes, which show after a crash whether a mutation was committed.
     Changes = changes {
         call_id: Bytes;
         record_id: Bytes, changed_us: Integer,
     }
-    /// Request ids, each with the record as the mutation left it.
+    /// Request ids, each with the record as it was after the mutation.
     Requests = requests {
         tenant: Text, principal: Text, request_id: Bytes;
         content_mac: Bytes, key_id: Bytes, record_id: Bytes, user: Text, key_name: Text, state: Text,
@@ -116,7 +116,7 @@ tables! {
         revision: Integer, document: Bytes, mac: Bytes, key_id: Bytes, created_us: Integer,
         updated_us: Integer,
     }
-    /// When their secrets were last accepted.
+    /// When the secrets of API clients were last accepted.
     ClientUses = client_uses {
         client_id: Bytes, secret_number: Integer;
         used_us: Integer,
@@ -137,7 +137,7 @@ impl Table {
     }
 }
 
-/// The names below each table begin with the name of the table.
+/// The name of each statement begins with the name of its table.
 impl<T: Named> Named for PerTable<T> {
     fn names_below(&self, _name: &str, names: &mut Vec<(&'static str, String)>) {
         for table in Table::ALL {

@@ -28,8 +28,8 @@ pub const REQUEST_KEPT_US: i64 = 24 * 3_600 * 1_000_000;
 /// Highest number of records per page.
 pub const PAGE_SIZE_MAX: u32 = 1_000;
 
-/// The store in domain terms. Every call with more than one statement runs in a separate task, so that a caller that ends its
-/// call cannot leave a transaction unfinished (cancel safety).
+/// The operations of the store. Each function that sends more than one statement runs in a separate task, so that a caller that
+/// stops waiting cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Succeeds if the store can be read and written.
@@ -45,19 +45,20 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         revision: Revision,
     ) -> Result<Option<StoredRevision>, Error>;
 
-    /// Inserts a record at [`Revision::FIRST`]. Returns [`Error::Exists`] if a record has the address, including a deleted one.
+    /// Inserts a record at [`Revision::FIRST`]. Returns [`Error::Exists`] if an active or deleted record has the address.
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
-    /// Inserts many records in one transaction: all of them or, if an address is taken ([`Error::Exists`]), none. The records
-    /// have no mark of a call. Use this to fill a database, not for a mutation with an intent.
+    /// Inserts all records in one transaction. If an address is taken, the function inserts no record and returns
+    /// [`Error::Exists`]. The function stores no marks of calls. Use this function to fill a database, not for a mutation that
+    /// has an intent in the audit log.
     async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error>;
 
-    /// Makes `new` the current revision of an active record: a replace, or the restore of an earlier revision. Returns
-    /// [`Error::Revision`] unless `new.revision` is the successor of the current one.
+    /// Makes `new` the current revision of an active record, to replace the user key or to restore an earlier revision. Returns
+    /// [`Error::Revision`] unless `new.revision` is the successor of the current revision.
     async fn supersede(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
     /// Marks an active record at the expected revision as deleted. Returns [`Error::Revision`] if the record has another
-    /// revision, and [`Error::State`] if it is already deleted.
+    /// revision, and [`Error::State`] if the record is already deleted.
     async fn delete(
         &self,
         record: RecordId,
@@ -65,7 +66,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         stamp: Stamp,
     ) -> Result<RecordInfo, Error>;
 
-    /// Makes a deleted record active. Returns [`Error::State`] if it is already active.
+    /// Makes a deleted record active. Returns [`Error::State`] if the record is already active.
     async fn undelete(&self, record: RecordId, stamp: Stamp) -> Result<RecordInfo, Error>;
 
     /// The number of records of a user, including deleted ones, counted up to `most`.
@@ -89,8 +90,8 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
     /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left their mark
-    /// in it. The call is a plain read: it does not wait for transactions, and does not include a change that is still in
-    /// progress.
+    /// in the database. The function is a plain read: it does not wait for transactions, and does not count a change that is
+    /// still in progress.
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
     /// Whether the database was used with this audit log of an instance.
@@ -100,11 +101,11 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     async fn add_audit_log(&self, instance: &str, log_id: &str, at: Timestamp)
     -> Result<(), Error>;
 
-    /// Forgets request ids that are older than 24 hours, and returns their number.
+    /// Removes the request ids that were used before this time, and returns their number.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;
 
-    /// Stores when records were last released, in a separate table, because no read rewrites the row of a record. A later stored
-    /// time stays.
+    /// Stores when records were last released, in a separate table, because a read must not rewrite the row of a record. A stored
+    /// time that is later is kept.
     async fn note_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error>;
 
     /// The known times when records were last released. A row that cannot be decoded is left out and raises an alert.
@@ -116,13 +117,13 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Adds a registry row. Returns [`Error::Exists`] if the id is already registered.
     async fn register(&self, row: &RegistryRow) -> Result<(), Error>;
 
-    /// Replaces a registry row if its MAC is still `expected`. Otherwise returns [`Error::Conflict`].
+    /// Replaces a registry row if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;
 
     /// An API client.
     async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error>;
 
-    /// API clients from a position on, ordered bytewise by id; at most `limit`, which is 1 to [`PAGE_SIZE_MAX`]. A row that
+    /// At most `limit` API clients from a position on, ordered bytewise by id. The limit is 1 to [`PAGE_SIZE_MAX`]. A row that
     /// cannot be decoded is listed as damaged and does not end the page.
     async fn clients(
         &self,
@@ -130,19 +131,19 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         limit: u32,
     ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error>;
 
-    /// Adds an API client, with the mark of the call. Returns [`Error::Exists`] if the id is taken.
+    /// Adds an API client, and stores the mark of the call. Returns [`Error::Exists`] if the id is taken.
     async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error>;
 
-    /// Replaces the document of an API client, with the mark of the call if there is one. The stored time of creation stays.
-    /// Returns [`Error::Conflict`] unless the stored revision is the one before `row.revision`.
+    /// Replaces the document of an API client, and stores the mark of the call if `call` is present. The stored time of creation
+    /// does not change. Returns [`Error::Conflict`] unless `row.revision` is the successor of the stored revision.
     async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error>;
 
-    /// Stores when secrets of clients were last accepted, by number, in a separate table, because no read rewrites a document. A
-    /// later stored time stays.
+    /// Stores when secrets of API clients were last accepted. The second element of each tuple is the number of the secret. The
+    /// times are in a separate table, because a read must not rewrite a document. A stored time that is later is kept.
     async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error>;
 
-    /// The known times when the secrets of a client were last accepted, by number. A row that cannot be decoded is left out and
-    /// raises an alert.
+    /// The numbers of the secrets of a client, each with the time when the secret was last accepted, as far as known. A row that
+    /// cannot be decoded is left out and raises an alert.
     async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error>;
 
     /// Closes every connection. Later calls fail.

@@ -1,9 +1,10 @@
-//! Copies a database into another one, of any engine, row by row and byte for byte.
+//! Copies a database into another database of the same or of another engine, row by row and byte for byte.
 //!
-//! Both databases are read side by side in the order of their keys, which is the same on every engine. Therefore an interrupted
-//! copy can continue, and other rows in the target are detected. The same reading shows at the end that both databases are equal,
-//! which also shows that the source was not changed during the copy. A row that was read early may change while the rest is read.
-//! Every change leaves a mark, so the marks are read once more ([`Copy::look_again`]).
+//! Both databases are read side by side in the order of their keys, which is the same on every engine. Therefore, an interrupted
+//! copy can continue, and rows that only the target has are detected. After the copy, both databases are read again in the same
+//! order. This second reading shows that the databases are equal, and that the source was not changed during the copy. A row may
+//! still change after the second reading has passed it. Every change of a record leaves a mark, so the marks are read once more
+//! at the end ([`Copy::look_again`]).
 
 use std::{cmp::Ordering, sync::Arc};
 
@@ -17,39 +18,39 @@ use super::{
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CopyError {
     /// The source database failed.
-    #[error("the database to copy from: {0}")]
+    #[error("the source database: {0}")]
     Source(#[source] Error),
     /// The target database failed.
-    #[error("the database to copy to: {0}")]
+    #[error("the destination database: {0}")]
     Target(#[source] Error),
     /// The target has a row that the source does not have.
-    #[error("the database to copy to has a row that the source does not have: {0}")]
+    #[error("the destination database has a row that the source database does not have: {0}")]
     Extra(String),
     /// Both databases have a row with this key, and the rows differ.
     #[error("a row differs: {0}")]
     Differs(String),
     /// The target does not have a row of the source although everything was copied.
-    #[error("the database to copy from has a row that the target does not have: {0}")]
+    #[error("the source database has a row that the destination database does not have: {0}")]
     Missing(String),
 }
 
 /// What to do with rows that the target does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
-    /// The rows are ignored, as before a copy that continues.
+    /// Missing rows are ignored, in order to check the target before a copy continues.
     Ignore,
     /// The rows are added.
     Add,
-    /// The rows are an error, as after a copy.
+    /// Missing rows are an error, in order to check the target after a copy.
     Refuse,
 }
 
 /// A source and a target database.
 #[derive(Clone, Debug)]
 pub struct Copy {
-    /// The source of the rows.
+    /// The database from which rows are copied.
     pub from: Arc<dyn Tables>,
-    /// The target of the rows.
+    /// The database to which rows are copied.
     pub to: Arc<dyn Tables>,
     /// Rows that were added.
     pub added: Arc<Tally>,
@@ -118,7 +119,7 @@ impl Copy {
     }
 
     /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The registry
-    /// and the API clients can change without a mark, so they are compared again.
+    /// and the API clients can change without a mark, so these tables are compared again.
     pub async fn look_again(&self) -> Result<(), CopyError> {
         for table in [Table::Changes, Table::Clients, Table::WrappingKeys] {
             self.walk(table, Lacking::Refuse, || {}).await?;
@@ -146,7 +147,7 @@ impl Copy {
         }
         waiting.clear();
         added.map_err(|error| match error {
-            // A row with the same key would have been found by the comparison, so another unique value conflicts.
+            // The comparison would have found a row with the same key, so the conflict is in another unique value.
             Error::Exists => CopyError::Extra(format!(
                 "{}, which conflicts with a row to be added",
                 table.name()

@@ -3,27 +3,28 @@
 
 use super::columns::{Column, Kind, Table};
 
-/// The differences of one engine's SQL from that of the others.
+/// The SQL of one engine, where it differs from the SQL of other engines.
 #[derive(Debug)]
 pub(super) struct Dialect {
     pub(super) placeholder: Placeholder,
     /// The quote around the name of a column that is a keyword on some engine.
     pub(super) quote: char,
-    /// Begins a transaction in which each statement sees everything that was committed before it.
+    /// Begins a transaction in which each statement sees everything that was committed before the statement began.
     pub(super) begin: &'static str,
     /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction locks the whole database.
     pub(super) lock: Option<&'static str>,
-    /// Ends an `INSERT` that inserts nothing if the row exists. Empty if the engine has no such form and reports the duplicate.
+    /// Ends an `INSERT` that inserts nothing if the row exists. The text is empty for an engine that has no such clause and
+    /// reports the duplicate.
     pub(super) unless_taken: &'static str,
     pub(super) upsert: Upsert,
     pub(super) limited_delete: LimitedDelete,
     /// Reads the server's time as `now_us`, in microseconds since 1970. `None` for a file.
     pub(super) clock: Option<&'static str>,
-    /// Finds a row if the table of migrations exists.
+    /// Returns a row if the table of migrations exists.
     pub(super) has_migrations: &'static str,
     /// Reads names and values of the settings that affect durability, as text.
     pub(super) durability: &'static str,
-    /// The columns of that query for name and value.
+    /// The columns of the query `durability` that contain the name and the value of a setting.
     pub(super) durability_columns: [&'static str; 2],
 }
 
@@ -36,7 +37,7 @@ pub(super) enum Placeholder {
     Dollar,
 }
 
-/// How a row is inserted, or its time is increased if the row exists.
+/// How a statement inserts a row, or increases the time of an existing row.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Upsert {
     /// `ON CONFLICT … DO UPDATE`; the statement may contain a row several times.
@@ -48,7 +49,7 @@ pub(super) enum Upsert {
     DuplicateKey,
 }
 
-/// How a bounded number of rows is deleted.
+/// How a statement deletes at most a given number of rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum LimitedDelete {
     /// `DELETE … LIMIT`
@@ -59,8 +60,8 @@ pub(super) enum LimitedDelete {
 
 impl Dialect {
     /// The text of a statement for this engine. In the statement, `?` marks the position of a value, and `"` surrounds the name
-    /// of a column that is a keyword. Neither character can be used literally. The text is kept until the process ends: there is
-    /// one for each statement and engine.
+    /// of a column that is a keyword. A statement cannot contain `?` or `"` with another meaning. Each text is kept until the
+    /// process ends; there is one text for each statement and engine.
     pub(super) fn text(&self, statement: &str) -> &'static str {
         let mut text = String::with_capacity(statement.len() + 64);
         let mut values = 0;
@@ -78,18 +79,18 @@ impl Dialect {
         text.leak()
     }
 
-    /// Inserts a row of all columns. A duplicate is an error.
+    /// Inserts a row with all columns. If a row with the same key exists, the statement fails.
     pub(super) fn insert(&self, table: Table) -> &'static str {
         self.text(&insert(table))
     }
 
-    /// Inserts a row of all columns. For a duplicate see [`Self::unless_taken`].
+    /// Inserts a row with all columns. If a row with the same key exists, [`Self::unless_taken`] determines the result.
     pub(super) fn insert_unless_taken(&self, table: Table) -> &'static str {
         self.text(&format!("{}{}", insert(table), self.unless_taken))
     }
 
-    /// Inserts this number of rows into a table whose only value is `used_us`. If a row with the same key exists, the later time
-    /// is kept. Equal rows may occur several times.
+    /// Inserts this number of rows into a table whose only column besides the key is `used_us`. If a row with the same key
+    /// exists, the later time is kept. The values may contain a row several times.
     pub(super) fn note_latest(&self, table: Table, rows: usize) -> &'static str {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let row = format!("({})", places(table.columns().len()));
@@ -118,7 +119,7 @@ impl Dialect {
         })
     }
 
-    /// Deletes rows that meet a condition. The last value is the highest number of rows.
+    /// Deletes rows that meet a condition. The last value of the statement is the highest number of rows to delete.
     pub(super) fn delete_some(&self, table: Table, condition: &str) -> &'static str {
         let (name, key) = (table.name(), names(table.key()));
         self.text(&match self.limited_delete {

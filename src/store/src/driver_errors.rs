@@ -1,5 +1,5 @@
-//! The meaning of the drivers' errors. Each engine has its own table, because each has its own error codes, and one code means
-//! different things on different engines.
+//! The meaning of the drivers' errors. Each engine has a separate table, because the engines have different error codes, and one
+//! code has different meanings on different engines.
 
 use sqlx::{
     error::{DatabaseError, ErrorKind},
@@ -20,7 +20,7 @@ const FULL_SERVER: &str = "free the database server's disk";
 pub(super) const POOLER_REMEDY: &str = "set `pool_mode = session` for this database in PgBouncer, or give the server itself in \
                                         `store.url`";
 
-/// SQLite's primary result codes for a damaged file (`SQLITE_CORRUPT`), and for a file that is no database.
+/// SQLite's primary result codes for a damaged file (`SQLITE_CORRUPT`), and for a file that is not a database.
 const SQLITE_DAMAGED: i64 = 11;
 const SQLITE_NOTADB: i64 = 26;
 /// `SQLITE_READONLY`, `SQLITE_IOERR`, `SQLITE_FULL`, `SQLITE_CANTOPEN`.
@@ -28,7 +28,7 @@ const SQLITE_READONLY: i64 = 8;
 const SQLITE_IOERR: i64 = 10;
 const SQLITE_FULL: i64 = 13;
 const SQLITE_CANTOPEN: i64 = 14;
-/// The low byte of an extended result code is the primary code.
+/// In SQLite, the low byte of an extended result code is the primary result code.
 const PRIMARY_CODE: i64 = 0xff;
 
 /// What an error of a driver means.
@@ -39,15 +39,15 @@ enum Meaning {
     FileDamaged,
     /// The server reports that its files are damaged.
     ServerDamaged,
-    /// The file is no database.
+    /// The file is not a database.
     NotDatabase,
     /// Another transaction won.
     Contended,
     /// Another connection may succeed.
     Disconnected,
-    /// The session is not the one for which the statement was prepared.
+    /// The session is not the session for which the statement was prepared.
     SharedSession,
-    /// Nothing can be read or written. Contains a remedy if one is known.
+    /// The database cannot be read or written. The value is a remedy, if a remedy is known.
     Down(Option<&'static str>),
 }
 
@@ -57,8 +57,8 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::ColumnDecode { index, .. } => {
                 return Self::Corrupt(Detail::caused(format!("column {index}"), error));
             }
-            // The pool times out only while a store is opened, when no connection is in use. Later the lease distinguishes a
-            // full pool from an outage.
+            // The pool times out only while a store is opened, when no connection is in use. In an open store, the code that
+            // lends connections distinguishes a full pool from an outage.
             sqlx::Error::PoolTimedOut => {
                 return Self::Disconnected(
                     "no connection in time: the database does not accept connections".into(),
@@ -68,19 +68,19 @@ impl From<sqlx::Error> for Error {
         };
         match meaning {
             Meaning::Contradiction => Self::Corrupt(
-                Detail::caused("rows that contradict each other", error)
+                Detail::caused("the database has rows that contradict each other", error)
                     .remedy("compare with a backup"),
             ),
             Meaning::FileDamaged => Self::Corrupt(
                 Detail::caused("the SQLite file is damaged", error)
-                    .remedy("restore a backup, as \"Restore\" in docs/operations.md says"),
+                    .remedy("restore a backup: see \"Restore\" in docs/operations.md"),
             ),
             Meaning::ServerDamaged => Self::Corrupt(
                 Detail::caused("the server reports", error).remedy("restore a backup"),
             ),
             Meaning::NotDatabase => Self::Schema(
-                Detail::caused("the file of the database is no SQLite database", error).remedy(
-                    "name another file in `store.url`, or restore a backup if it was overwritten",
+                Detail::caused("the file of the database is not a SQLite database", error).remedy(
+                    "set `store.url` to another file, or restore a backup if the database file was overwritten",
                 ),
             ),
             Meaning::Contended => Self::Contended(Detail::of(error)),
@@ -112,7 +112,7 @@ fn meaning(error: &sqlx::Error) -> Meaning {
 }
 
 fn of_database(error: &(dyn DatabaseError + 'static)) -> Meaning {
-    // The statements of the store never violate a constraint, so another program changed the rows. A retry does not help.
+    // The statements of the store never violate a constraint, so another program changed the rows, and a retry does not help.
     if !matches!(error.kind(), ErrorKind::Other) {
         return Meaning::Contradiction;
     }
@@ -133,16 +133,16 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         Some(SQLITE_DAMAGED) => Meaning::FileDamaged,
         Some(SQLITE_NOTADB) => Meaning::NotDatabase,
         Some(SQLITE_CANTOPEN) => Meaning::Down(Some(
-            "this user must have write access to the directory of the database, because SQLite creates files there even for \
-             reads; is the file system mounted read-only?",
+            "this user must have write access to the directory of the database, because SQLite creates files there even \
+             for reads; check whether the file system is mounted read-only",
         )),
         Some(SQLITE_READONLY) => {
             Meaning::Down(Some("check owner and mode of the file and its directory"))
         }
         Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
         Some(SQLITE_IOERR) => Meaning::Down(Some(
-            "if the file system of the database is full, free space, because SQLite needs some even for reads; otherwise look \
-             for errors of the disk in the kernel's log",
+            "if the file system of the database is full, free space, because SQLite needs free space even for reads; if \
+             it is not full, look for disk errors in the kernel's log",
         )),
         _ => Meaning::Down(None),
     }

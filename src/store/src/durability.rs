@@ -15,7 +15,7 @@ pub(super) const NAMES: [&str; 7] = [
     "sync_binlog",
 ];
 
-/// A setting that is weaker than acknowledged writes need.
+/// A setting that is too weak to protect acknowledged writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Weakness {
     pub(super) name: &'static str,
@@ -87,7 +87,7 @@ impl Found {
         let mut weak = Vec::new();
         self.expect(&mut weak, "fsync", "on", |v| v == "on");
         self.expect(&mut weak, "full_page_writes", "on", |v| v == "on");
-        // Without a synchronous standby, the weaker values still wait for the local disk.
+        // If there is no synchronous standby, the weaker values also wait for the local disk.
         let standbys = self.value("synchronous_standby_names").unwrap_or_default();
         self.expect(&mut weak, "synchronous_commit", "on or remote_apply", |v| {
             ["on", "remote_apply"].contains(&v)

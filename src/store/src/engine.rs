@@ -491,7 +491,9 @@ impl<'l, E: Engine> Lease<'l, E> {
             };
             Error::Busy(format!("{what}; {remedy}").into())
         } else {
-            Error::Disconnected(format!("{what}, and no call on them got an answer").into())
+            Error::Disconnected(
+                format!("{what}, and the database answered no call on these connections").into(),
+            )
         }
     }
 
@@ -572,7 +574,7 @@ const ALL_CHANGES_IN_USE: &str = "no connection in time: all connections for cha
 
 const MORE_CONNECTIONS: &str = "raise `store.connections_max` if the server has capacity left";
 
-const MORE_THAN_SQLITE: &str = "the number of connections to an SQLite database is fixed: make fewer concurrent calls, or move to a \
+const MORE_THAN_SQLITE: &str = "the number of connections to a SQLite database is fixed: make fewer concurrent calls, or move to a \
                                 database server with `keybroker store copy`";
 
 fn no_answer(limit: Duration) -> Error {

@@ -14,11 +14,10 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// An error of the driver or of the operating system, or another error of the store.
 type Cause = Arc<dyn StdError + Send + Sync>;
 
-/// What failed, the cause and the remedy. The text form contains all of them:
-/// `cannot open /x: permission denied; run the command as …`.
+/// What failed, the cause and the remedy, as in `cannot open /x: permission denied; run the command as …`.
 #[derive(Clone, Debug)]
 pub struct Detail {
-    /// Empty if the cause is sufficient.
+    /// What failed; empty if the text of the cause is sufficient.
     what: Cow<'static, str>,
     cause: Option<Cause>,
     remedy: Option<Cow<'static, str>>,
@@ -113,17 +112,17 @@ pub enum Error {
     /// The address or the id already exists.
     #[error("exists already")]
     Exists,
-    /// There is no such record.
+    /// The record does not exist.
     #[error("not found")]
     NotFound,
-    /// The current revision is not the expected one.
+    /// The current revision is not the expected revision.
     #[error("the current revision is {current}")]
     Revision {
         /// The current revision.
         current: Revision,
     },
-    /// The record is deleted. For undelete: the record is active.
-    #[error("the record's state forbids this")]
+    /// The record is deleted or, for an undelete, active.
+    #[error("the state of the record forbids the operation")]
     State,
     /// The registry row or the API client was changed after it was read.
     #[error("the row was changed after it was read")]
@@ -134,13 +133,13 @@ pub enum Error {
     /// A row cannot be decoded. The text contains table and column, but no stored bytes.
     #[error("the database holds damaged data: {0}")]
     Corrupt(#[source] Detail),
-    /// The schema is older or newer than this binary, or the settings do not describe a usable database.
+    /// The schema is older or newer than the schema of this binary, or the settings do not describe a usable database.
     #[error("{0}")]
     Schema(#[source] Detail),
     /// The database may lose writes that it acknowledged.
     #[error("{0}")]
     Durability(String),
-    /// The database undid this transaction in favour of another one. It may be repeated.
+    /// The database rolled back this transaction in favour of another transaction. The rolled-back transaction may be repeated.
     #[error("the database is busy: {0}")]
     Contended(#[source] Detail),
     /// Another process holds the lock of the database.
@@ -149,12 +148,12 @@ pub enum Error {
     /// The connection was lost while a change was committed, and the database could not be asked whether the change was made.
     #[error("the outcome of the change is not known: {0}")]
     OutcomeUnknown(#[source] Detail),
-    /// The connection was lost or refused, so another connection may succeed. Becomes [`Self::Down`] before it leaves the
-    /// store.
+    /// The connection was lost or refused, so another connection may succeed. The store converts this error into [`Self::Down`]
+    /// before it returns the error to a caller.
     #[error("connection lost: {0}")]
     Disconnected(#[source] Detail),
-    /// All connections are in use by calls that get answers. The database works, but has more work than its connections can
-    /// carry.
+    /// All connections are in use by calls that receive answers from the database. The database works, but the calls need more
+    /// connections than the pool has.
     #[error("the database is busy: {0}")]
     Busy(#[source] Detail),
     /// The database is unavailable, full, read-only or slow.
@@ -163,7 +162,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The error for callers of the store, which do not try another connection.
+    /// The error for callers of the store. A lost connection becomes [`Self::Down`], because callers do not try another
+    /// connection.
     pub(super) fn settled(self) -> Self {
         match self {
             Self::Disconnected(what) => Self::Down(what),
@@ -171,7 +171,7 @@ impl Error {
         }
     }
 
-    /// The damage of a stored row without the driver's message. Callers see this text in lists.
+    /// Describes the damage of a stored row, without the driver's message. Lists contain this text.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),
@@ -191,7 +191,7 @@ impl Error {
         false
     }
 
-    /// Whether the change may have been made although it failed with this error.
+    /// Whether a change may have been made although the store returned this error.
     pub fn has_unknown_outcome(&self) -> bool {
         matches!(self, Self::Down(_) | Self::OutcomeUnknown(_))
     }
@@ -203,7 +203,7 @@ impl From<Error> for error::Error {
             Error::Exists => Reason::KeyExists,
             Error::NotFound => Reason::KeyNotFound,
             Error::State => Reason::KeyState,
-            // A concurrent call holds the same request id. A retry will find its result.
+            // A concurrent call uses the same request id. A retry finds the result of the concurrent call.
             Error::Revision { .. } | Error::Conflict | Error::RequestIdTaken => Reason::Revision,
             Error::Corrupt(_) => Reason::RecordDamaged,
             Error::Busy(_) => Reason::QueueFull,

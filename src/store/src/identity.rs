@@ -1,6 +1,6 @@
 //! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores the identity next to
-//! its audit log, and so detects another database. A server's own identifier is not suitable: it changes legitimately,
-//! and SQLite has none.
+//! its audit log, in order to detect a different database. The identifier of a database server is not suitable: this
+//! identifier can change for legitimate reasons, and SQLite has no identifier.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ pub const CHANGES_MAX: usize = 16;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct StoreId([u8; 16]);
 
-/// Evidence that a database is the one that a broker knows.
+/// Evidence that a database is the database that a broker knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// The identity of the database; absent if its row was removed.
@@ -25,11 +25,11 @@ pub struct Evidence {
 /// Whether a database was used with an audit log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KnownLog {
-    /// The database was used with this log.
+    /// The database was used with this audit log.
     This,
-    /// The database was used only with other logs of the same instance.
+    /// The database was used only with other audit logs of the same instance.
     Another,
-    /// The database was used with no log of the instance.
+    /// The database was used with no audit log of the instance.
     None,
 }
 
@@ -38,7 +38,7 @@ impl StoreId {
         Self(*Uuid::new_v4().as_bytes())
     }
 
-    /// Reads the 32 hexadecimal digits.
+    /// Reads an identity from 32 hexadecimal digits.
     pub fn from_hex(text: &str) -> Option<Self> {
         let bytes = hex::decode(text).ok()?;
         Self::from_slice(&bytes)

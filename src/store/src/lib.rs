@@ -1,12 +1,12 @@
-//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait in domain terms.
+//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait.
 //!
-//! Guarantees, which the conformance suite tests on every engine:
+//! The store gives these guarantees, which the conformance suite tests on every engine:
 //!
 //! - An acknowledged write survives SIGKILL.
 //!
-//! - Create never overwrites a record, and a deleted record keeps its name.
+//! - A create never overwrites a record, and a deleted record keeps its name.
 //!
-//! - Replace is a compare-and-swap on the revision.
+//! - A replace is a compare-and-swap on the revision.
 //!
 //! - A read never rewrites a row.
 //!
@@ -71,20 +71,20 @@ use postgres::PostgreSql;
 use tables::Tables;
 use url::Target;
 
-/// Opens a database that has exactly the schema of this binary. A process that changes the database must hold the lock of
-/// [`lock`].
+/// Opens a database that has exactly the schema of this binary. A process that changes the database must hold the lock that
+/// [`lock`] returns.
 pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Own).await?)
 }
 
-/// Opens a database for a broker that serves. The schema may also be that of a later release, if its migrations say that this
-/// release can use it.
+/// Opens a database for a broker that serves. The database may also have the schema of a later release, if the migrations of that
+/// release declare that this release can use the schema.
 pub async fn open_to_serve(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Usable).await?)
 }
 
-/// Opens a database for a command that reads whole tables. No deadline of a call depends on the command, so its time limits are
-/// longer.
+/// Opens a database for a command that reads whole tables. The time limits are longer than those of a broker, because no call
+/// with a deadline waits for the command.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     open_whole(&settings.for_command(), Accepted::Own).await
 }
@@ -97,7 +97,7 @@ async fn open_whole(settings: &Settings, accepted: Accepted) -> Result<Arc<dyn T
     }
 }
 
-/// Migrates a database to the newest schema, or with `dry_run` reports the pending migrations.
+/// Migrates a database to the newest schema, or only reports the pending migrations if `dry_run` is true.
 pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationReport, Error> {
     match settings.target()? {
         Target::Sqlite(path) => {
@@ -110,8 +110,8 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
     }
 }
 
-/// Whether a database knows an audit log of an instance, regardless of its schema. A database that does not exist, or whose
-/// schema does not have the table yet, knows no audit log.
+/// Whether a database was used with an audit log of an instance. A database that does not exist, or whose schema does not have
+/// the table of audit logs yet, was used with no audit log.
 pub async fn known_audit_log(
     settings: &Settings,
     instance: &str,

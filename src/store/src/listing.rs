@@ -10,12 +10,12 @@ pub const SKIPPED_MAX: u32 = 100_000;
 
 /// The start of a page: after the row with this key, and after a number of further rows whose key could not be read.
 ///
-/// A page therefore advances past any number of damaged rows, up to [`SKIPPED_MAX`] consecutive ones.
+/// Therefore, a list can continue after damaged rows, of which at most [`SKIPPED_MAX`] may be consecutive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position<K> {
     /// Key of the last row with a readable key; `None` at the beginning.
     pub after: Option<K>,
-    /// The number of rows after it without a readable key.
+    /// The number of rows without a readable key that follow the row of `after`.
     pub skip: u32,
 }
 
@@ -46,7 +46,7 @@ impl<K> Position<K> {
         Err(Error::Corrupt(what.into()))
     }
 
-    /// Moves past one row. The key is `None` if it could not be read.
+    /// Moves past one row. `key` is `None` if the key of the row could not be read.
     pub fn advance(&mut self, key: Option<K>) {
         match key {
             Some(key) => *self = Some(key).into(),
@@ -60,9 +60,9 @@ impl<K> Position<K> {
 pub enum Damage {
     /// A column cannot be decoded, or the current revision is missing.
     Unreadable,
-    /// The row of the record has an earlier revision than the newest stored one.
+    /// The row of the record has an earlier revision than the newest stored revision.
     SetBack,
-    /// The MAC of the row does not verify, or the key that made it is not registered.
+    /// The MAC of the row does not verify, or the registry does not have the wrapping key of this MAC.
     MacRefused,
 }
 
@@ -82,9 +82,9 @@ impl Damage {
 pub struct DamagedRecord {
     /// Identity of the record.
     pub id: Option<RecordId>,
-    /// Whose it is.
+    /// The user of the record.
     pub user: Option<UserId>,
-    /// Which of the user's keys.
+    /// The name of the user key.
     pub name: Option<KeyName>,
     /// What is wrong.
     pub damage: Damage,

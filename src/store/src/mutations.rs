@@ -1,8 +1,9 @@
 //! Changes of records inside a transaction, with the same steps on every engine.
 //!
-//! The mark of the call is inserted first, and each statement is answered before the next one is sent. Once a mark is inserted,
-//! either the transaction of the call holds it until its end, or no further statement of that transaction was sent. Therefore a
-//! later insert of the same mark shows with certainty whether the call was committed ([`is_committed`]).
+//! A transaction inserts the mark of its call first, and sends each further statement only after the answer to the previous
+//! statement. Therefore, a transaction that has not inserted its mark has changed nothing and sent no commit. A later insert of
+//! the same mark waits for a transaction that has inserted the mark, and shows with certainty whether the call was committed
+//! ([`is_committed`]).
 
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -35,7 +36,8 @@ impl Change {
     }
 }
 
-/// Writes the mark, the change and the request id of a mutation. If the function returns an error, nothing was written.
+/// Writes the mark, the change and the request id of a mutation. If the function returns an error, the caller must roll back the
+/// transaction.
 pub(super) async fn apply(
     session: &mut impl Session,
     sql: &Statements,
@@ -58,7 +60,7 @@ pub(super) async fn apply(
     Ok(info)
 }
 
-/// Creates all records, without marks.
+/// Creates all records, without marks of calls.
 pub(super) async fn create_many(
     session: &mut impl Session,
     sql: &Statements,
@@ -181,8 +183,8 @@ async fn set_state(
     })
 }
 
-/// A record that cannot change before the transaction ends. One statement locks the record and the next one reads it, because a
-/// statement that waited for a lock sees the other tables as they were before the wait.
+/// Locks a record, so that it cannot change before the transaction ends. One statement locks the record, and the next statement
+/// reads the record, because a statement that waited for a lock sees the other tables as they were before the wait.
 async fn locked(
     session: &mut impl Session,
     sql: &Statements,
@@ -203,7 +205,7 @@ async fn insert_request(
     info: &RecordInfo,
 ) -> Result<(), Error> {
     let result_mac = match &request.result {
-        // Another change was committed in between.
+        // Another change was committed after the expected result was computed.
         Some((expected, _)) if expected != info => return Err(Error::Conflict),
         result => result.as_ref().map(|(_, mac)| *mac),
     };
@@ -225,14 +227,15 @@ async fn insert_request(
     }
 }
 
-/// Removes a record with all of its revisions, if it is deleted and was deleted before this time. Returns whether it was removed.
+/// Removes a record with all its revisions if the record was deleted before this time and is still deleted. Returns whether the
+/// function removed the record.
 pub(super) async fn purge(
     session: &mut impl Session,
     sql: &Statements,
     record: RecordId,
     deleted_before: Timestamp,
 ) -> Result<bool, Error> {
-    // The record may have become active after it was found.
+    // The record may have been undeleted after the purge found it.
     match locked(session, sql, record).await {
         Ok(current) if current.deleted.is_some_and(|at| at < deleted_before) => {}
         Ok(_) | Err(Error::NotFound | Error::Corrupt(_)) => return Ok(false),
@@ -246,9 +249,9 @@ pub(super) async fn purge(
     Ok(true)
 }
 
-/// Whether the mutation of a call was committed, with certainty. The insert waits for a transaction that has already inserted the
-/// mark. A transaction that has not inserted the mark has changed nothing, and no further statement of it was sent. The caller
-/// rolls back.
+/// Returns with certainty whether the mutation of a call was committed. The function inserts the mark of the call, and waits for
+/// a transaction that has already inserted this mark. A transaction that has not inserted the mark has changed nothing, and no
+/// commit of this transaction was sent. The caller must roll back.
 pub(super) async fn is_committed(
     session: &mut impl Session,
     sql: &Statements,
@@ -269,8 +272,8 @@ pub(super) async fn ensure_identity(
     Ok(())
 }
 
-/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. MySQL cannot
-/// without hiding other errors, and reports the duplicate.
+/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. On MySQL, an
+/// insert that skips a taken key would also hide other errors, so MySQL reports the duplicate key.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,
     statement: &'static str,
@@ -289,8 +292,8 @@ fn is_taken(error: &sqlx::Error) -> bool {
         .is_some_and(sqlx::error::DatabaseError::is_unique_violation)
 }
 
-/// Requires that a statement changed one row. The row was found under a lock, so any other number means that the database is
-/// damaged.
+/// Requires that a statement changed exactly one row. The transaction has locked this row, so any other number of changed rows
+/// means that the database is damaged.
 pub(super) fn expect_one(affected: u64) -> Result<(), Error> {
     if affected == 1 {
         Ok(())

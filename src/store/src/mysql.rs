@@ -1,4 +1,4 @@
-//! MySQL 8 and later, MariaDB 10.6 and later.
+//! Support for MySQL 8 and later, and for MariaDB 10.6 and later.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -22,10 +22,10 @@ use super::{
     url::{Place, Transport},
 };
 
-/// READ COMMITTED, which the session sets, with a locked row: see `postgres.rs`. The default, REPEATABLE READ, would lock gaps
-/// between rows, and would read old data after a wait.
+/// The session sets the isolation level READ COMMITTED, which is sufficient with a locked row: see `postgres.rs`. The default
+/// level, REPEATABLE READ, would lock gaps between rows, and would read old data after a wait.
 ///
-/// Inserts are plain, because `INSERT IGNORE` would also hide values that do not fit.
+/// The statements do not use `INSERT IGNORE`, because it would also hide values that do not fit.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
     quote: '`',
@@ -47,19 +47,20 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 
 const PORT: u16 = 3_306;
-/// The users of a server, according to the packages of the distributions.
+/// The users under which database servers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["mysql", "mariadb"];
-/// Older versions parse CHECK constraints but ignore them.
+/// Older versions of MySQL parse CHECK constraints but ignore them.
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
 
-/// A lock's name has at most 64 characters. MySQL 9 has no `MD5()`.
+/// In MySQL, the name of a lock has at most 64 characters. MySQL 9 has no `MD5()`.
 const LOCK_MIGRATIONS: &str =
     "SELECT GET_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)), 60) AS locked";
 const UNLOCK_MIGRATIONS: &str =
     "SELECT RELEASE_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)))";
 
-/// A broker without calls keeps its connections open with one probe per second. A shorter limit would close them between probes.
+/// A broker without calls keeps its connections open with one probe per second. A shorter limit on idle time would close idle
+/// connections between two probes.
 const IDLE_MIN_S: f64 = 10.0;
 
 #[derive(Debug)]
@@ -84,7 +85,7 @@ impl Server for MySqlOrMariaDb {
             .username(&place.user)
             .database(&place.database)
             .pipes_as_concat(false)
-            // The driver would log the whole statement on every call.
+            // By default, the driver logs the whole statement on every call.
             .disable_statement_logging();
         if let Some(password) = settings.password()? {
             options = options.password(&password);
@@ -112,7 +113,7 @@ impl Server for MySqlOrMariaDb {
     ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
         async move {
             let is_mariadb = version(connection).await?.is_mariadb;
-            // `SET` accepts no placeholders. The text contains only numbers of this program.
+            // `SET` accepts no placeholders. The only variable parts of the text are numbers that this program computes.
             let set = session_settings(limits, is_mariadb);
             sqlx::raw_sql(AssertSqlSafe(set))
                 .execute(&mut *connection)
@@ -148,8 +149,8 @@ impl Server for MySqlOrMariaDb {
         found.mysql()
     }
 
-    /// Uses a lock of its own, because the driver waits with a negative timeout, which MariaDB treats as an error. The lock ends
-    /// with the connection at the latest.
+    /// Uses a separate lock instead of the driver's lock, because the driver waits with a negative timeout, which MariaDB treats
+    /// as an error. The server releases the lock at the latest when the connection ends.
     fn migrate(connection: &mut MySqlConnection) -> BoxFuture<'_, Result<(), Error>> {
         async move {
             let locked = connection.rows(LOCK_MIGRATIONS, Vec::new()).await?;
@@ -168,11 +169,11 @@ impl Server for MySqlOrMariaDb {
     }
 }
 
-/// A migration that adds a column. MySQL has no form of this statement that can be repeated.
+/// A migration that adds a column. MySQL has no `ADD COLUMN` that does nothing if the column already exists.
 struct AddedColumn {
     /// Version of the migration.
     version: i64,
-    /// Finds the column if it exists.
+    /// Returns a row if the column exists.
     find: &'static str,
     /// Removes it.
     remove: &'static str,
@@ -185,9 +186,9 @@ const ADDED_COLUMNS: [AddedColumn; 1] = [AddedColumn {
     remove: "ALTER TABLE requests DROP COLUMN result_mac",
 }];
 
-/// Runs the migrations. Each statement of a migration is committed separately, so an interrupted migration left its mark and a
-/// part of its work. All statements can be repeated except those that add a column, so the migration starts again from its
-/// beginning.
+/// Runs the migrations. Each statement of a migration is committed separately, so an interrupted migration leaves its mark and a
+/// part of its changes. All statements of a migration can be repeated, except those that add a column. Therefore, the function
+/// removes the columns that an interrupted migration added, and runs the migration again from its beginning.
 async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     if !connection
         .rows(SQL.has_migrations, Vec::new())
@@ -213,16 +214,16 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| {
         Error::Schema(Detail::caused("migration failed", error).remedy(
-            "its completed steps are kept: repair the cause, then run `keybroker store migrate` again",
+            "the completed steps of the migration are kept: repair the cause, then run `keybroker store migrate` again",
         ))
     })
 }
 
 /// The settings of a session. A limit on idle time ends a transaction whose client or network failed. Without the limit on idle
-/// time, the locks would be held until TCP gives up, hours later. MySQL has a limit on idle time only for whole connections. A
-/// connection that was closed in the pool is detected before it is lent.
+/// time, the server would hold the locks until TCP detects the failure, hours later. MySQL has a limit on idle time only for
+/// whole connections. The pool detects a closed connection before it lends the connection.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
-    // The settings need whole seconds, and at least one.
+    // These settings need whole seconds, and at least one second.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
     let lock = seconds(limits.lock);
     let idle = seconds(limits.statement * 2);

@@ -1,4 +1,4 @@
-//! PostgreSQL 14 and later.
+//! Support for PostgreSQL 14 and later.
 
 use std::{
     env,
@@ -51,24 +51,25 @@ static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALE
 static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/postgres");
 
 const PORT: u16 = 5_432;
-/// The version, in the form of `server_version_num`.
+/// The oldest supported version, in the form of `server_version_num`.
 const OLDEST: i64 = 140_000;
 /// The file name of a PostgreSQL socket is this prefix and the port.
 const SOCKET_NAME: &str = ".s.PGSQL.";
-/// The users of a server and of a pooler in front of it, according to the packages of the distributions.
+/// The users under which database servers and their poolers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
 /// Environment variables that the driver reads and the program cannot reset: other authorities for the server's
 /// certificate, a client certificate, and settings of the session.
 const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
 
-/// The variables of the environment that would have an effect.
+/// Returns a problem for each of [`VARIABLES`] that is set in the environment.
 pub(super) fn environment_problems() -> Vec<String> {
     let is_set = |name: &&str| env::var_os(name).is_some();
     let complain = |name: &str| {
         format!(
-            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; remove it from \
-             keybroker's environment (in a systemd unit: `UnsetEnvironment={name}`), and set an authority in `ca_file`"
+            "[store]: the environment variable {name} is set, and would change the connection to PostgreSQL; remove it \
+             from keybroker's environment (in a systemd unit: `UnsetEnvironment={name}`), and set the CA certificate in \
+             `ca_file`"
         )
     };
     VARIABLES.into_iter().filter(is_set).map(complain).collect()
@@ -102,7 +103,7 @@ impl Server for PostgreSql {
             .database(&place.database)
             .application_name("keybroker")
             .extra_float_digits(None)
-            // The driver would log the whole statement on every call.
+            // By default, the driver logs the whole statement on every call.
             .disable_statement_logging()
             .password(
                 settings
@@ -184,9 +185,10 @@ impl Server for PostgreSql {
         .boxed()
     }
 
-    /// A setting of the first connection's session must be visible only to this connection, even while the second one has a
-    /// transaction. A pooler in transaction mode gives the most recently used session to that transaction. Other clients of
-    /// the pooler may take the session in between, so the check is repeated several times.
+    /// A setting of the first connection's session must be visible only to this connection, even while the second connection has
+    /// a transaction. A pooler in transaction mode gives the most recently used session to the transaction of the second
+    /// connection. Other clients of the pooler may take the session before this transaction begins, so the check is repeated
+    /// several times.
     fn check_pooler<'c>(
         first: &'c mut PgConnection,
         second: &'c mut PgConnection,
@@ -229,7 +231,7 @@ impl Server for PostgreSql {
                 .run_direct(None, connection, false)
                 .await
                 .map_err(|error| {
-                    let what = "migration failed, and its changes were undone";
+                    let what = "the migration failed, and its changes were undone";
                     Error::Schema(Detail::caused(what, error))
                 })
         }

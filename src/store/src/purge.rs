@@ -1,5 +1,4 @@
-//! Permanent removal of superseded revisions and deleted records after the retention time, and of the marks of mutations of
-//! that age.
+//! Permanent removal of superseded revisions, deleted records and marks of mutations that are older than the retention time.
 //!
 //! A purge reads the database once, in batches of short transactions. A purge can be stopped at any time and run again, and
 //! brokers may run at the same time.
@@ -28,14 +27,14 @@ pub struct Purge {
     before: Timestamp,
 }
 
-/// One batch of a purge. The records of a batch are purged in one transaction, its revisions in another.
+/// One batch of a purge. The records of a batch are purged in one transaction, and its revisions in another transaction.
 #[derive(Clone, Debug, Default)]
 pub struct Portion {
     /// Deleted records.
     pub records: Vec<Head>,
-    /// Superseded revisions of other records.
+    /// Superseded revisions of records that are not in this batch.
     pub revisions: Vec<Superseded>,
-    /// The number of rows that were examined to find them.
+    /// The number of rows that were examined for this batch.
     pub seen: u64,
 }
 
@@ -49,8 +48,8 @@ impl Purge {
         }
     }
 
-    /// The next batch, which may contain only the number of examined rows; `None` at the end. Rows that cannot be decoded are
-    /// not changed.
+    /// Returns the next batch, or `None` at the end. A batch may have nothing to purge and contain only the number of examined
+    /// rows. Rows that cannot be decoded are not changed.
     pub async fn next(&mut self) -> Result<Option<Portion>, Error> {
         let mut portion = Portion::default();
         let (mut seen, mut chosen) = (0, 0);
@@ -95,8 +94,8 @@ impl Purge {
             .collect())
     }
 
-    /// Purges the records of a batch, and returns the removed records. A record that became active in the meantime is not
-    /// removed.
+    /// Purges the records of a batch, and returns the removed records. A record that was undeleted after the batch was read is
+    /// not removed.
     pub async fn records(&self, portion: &Portion) -> Result<HashSet<RecordId>, Error> {
         if portion.records.is_empty() {
             return Ok(HashSet::new());
@@ -107,9 +106,9 @@ impl Purge {
     }
 }
 
-/// Removes the marks of mutations that were committed before this time, or with `dry_run` counts them. Marks are stored in
-/// the order of time, so the function ends at the first page without an old mark. A mark that cannot be decoded is not
-/// changed and raises an alert.
+/// Removes the marks of mutations that were committed before this time, or only counts these marks if `dry_run` is true. Marks
+/// are stored in the order of time, so the function ends at the first page without an old mark. A mark that cannot be decoded is
+/// not changed and raises an alert.
 pub async fn forget_changes(
     store: &dyn Tables,
     before: Timestamp,
@@ -131,7 +130,7 @@ pub async fn forget_changes(
             }
         }
         if old.is_empty() && has_damaged {
-            // If a page has only damaged marks, the next page may still have old ones.
+            // If a page has only damaged marks, the next page may still have old marks.
             continue;
         }
         if old.is_empty() {

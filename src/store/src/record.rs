@@ -18,7 +18,7 @@ pub enum RecordState {
 }
 
 impl RecordState {
-    /// The name in the database.
+    /// The name of the state in the database.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Active => "active",
@@ -40,7 +40,7 @@ pub struct RecordInfo {
     pub address: KeyAddress,
     /// Its identity.
     pub id: RecordId,
-    /// Whether it can be unwrapped.
+    /// Whether the record can be unwrapped.
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
@@ -50,7 +50,7 @@ pub struct RecordInfo {
     pub created: Timestamp,
     /// When it last changed.
     pub updated: Timestamp,
-    /// When it was deleted; absent for an active record.
+    /// When the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 
@@ -70,7 +70,7 @@ pub struct StoredRevision {
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
-    /// The wrapping key in the row.
+    /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
     /// When it was written.
     pub created: Timestamp,
@@ -81,9 +81,10 @@ pub struct StoredRevision {
 pub struct NewRevision {
     /// The address of the record.
     pub address: KeyAddress,
-    /// The id of the record, which is new at create.
+    /// The id of the record; each create uses a new id.
     pub record: RecordId,
-    /// [`Revision::FIRST`] at create, otherwise the successor of the revision that the caller expects to be current.
+    /// For a create, the revision is [`Revision::FIRST`]. For a change, the revision is the successor of the revision that the
+    /// caller expects to be current.
     pub revision: Revision,
     /// Envelope bytes.
     pub envelope: Vec<u8>,
@@ -107,27 +108,28 @@ impl NewRevision {
     }
 }
 
-/// The call, time and request id of a change. All three are written in the transaction of the mutation.
+/// The call, time and request id of a change, which are written in the transaction of the change.
 #[derive(Clone, Debug)]
 pub struct Stamp {
-    /// The call, for recovery after a crash.
+    /// The id of the call, for recovery after a crash.
     pub call: CallId,
     /// The moment of the change.
     pub at: Timestamp,
-    /// The client's request id, if it sent one.
+    /// The request id, if the client sent one.
     pub request: Option<RequestStamp>,
 }
 
-/// A request id with the proof of its content.
+/// A request id with the MAC over the content of the request.
 #[derive(Clone, Debug)]
 pub struct RequestStamp {
     /// The scope in which the request id is unique.
     pub scope: RequestScope,
-    /// On-token HMAC over action and content.
+    /// The MAC by the integrity key over the action and the content of the request.
     pub content: Mac,
-    /// The integrity key that made the HMAC.
+    /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
-    /// The expected result of the mutation, and the on-token HMAC over it. If the result would differ, nothing is changed.
+    /// The expected result of the mutation, and the MAC over this result. If the actual result would be different, nothing is
+    /// changed.
     pub result: Option<(RecordInfo, Mac)>,
 }
 
@@ -138,26 +140,26 @@ pub struct RequestScope {
     pub tenant: Tenant,
     /// Name of the principal.
     pub principal: String,
-    /// The id that the client chose.
+    /// The request id that the client chose.
     pub id: RequestId,
 }
 
-/// A request id that was used.
+/// A request id that was used, with the result of its mutation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestRecord {
-    /// On-token HMAC over action and content.
+    /// The MAC by the integrity key over the action and the content of the request.
     pub content: Mac,
-    /// The integrity key that made the HMAC.
+    /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
-    /// On-token HMAC over scope, content and result; absent in a row of a release before schema 4.
+    /// The MAC by the integrity key over scope, content and result; absent in a row that was written before schema 4.
     pub result_mac: Option<Mac>,
-    /// The record as the mutation left it. The first answer contained this state of the record, which later changes do not
-    /// affect.
+    /// The record as it was after the mutation, which is also the content of the first answer. Later changes of the record do not
+    /// affect this value.
     pub result: RecordInfo,
 }
 
-/// The message that the MAC of a stored answer must cover: the scope of the request id, the MAC over its content, and the
-/// answer.
+/// The message that the MAC of a stored answer must cover: the scope of the request id, the MAC over the content of the request,
+/// and the answer.
 pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
     let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
     MacMessage::request_result(&[
@@ -183,7 +185,7 @@ pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo)
 pub struct ListQuery {
     /// The tenant of the records.
     pub tenant: Tenant,
-    /// Lists only records of this user, if set.
+    /// The user whose records are listed; `None` for all users.
     pub user: Option<UserId>,
     /// Whether deleted records are included.
     pub deleted: bool,

@@ -15,25 +15,25 @@ use keybroker_core::{
 pub struct RegistryRow {
     /// Its id.
     pub id: WrappingKeyId,
-    /// The place of its parts on the token.
+    /// Where the objects of the wrapping key are.
     pub objects: ObjectIds,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// What the key is for.
+    /// The purpose of the wrapping key.
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,
     /// Serial number of the token that holds the key.
     pub token_serial: String,
-    /// A number that grows with each change of a state in the registry. The active key with the highest
-    /// number wraps.
+    /// A number that grows with each change of a state in the registry. The active wrapping key with the highest number
+    /// wraps new user keys.
     pub sequence: u64,
     /// When it was registered.
     pub registered: Timestamp,
-    /// When a backup of its token was confirmed.
+    /// When a backup of the token was confirmed.
     pub backup_confirmed: Option<Timestamp>,
-    /// A MAC over all fields above by the key's own integrity key, so that a writer of the database
-    /// cannot change `compromised` back to `active`.
+    /// A MAC over all fields above by the integrity key of this wrapping key, so that a person who can write to the
+    /// database cannot change `compromised` back to `active`.
     pub mac: Mac,
 }
 
@@ -43,7 +43,7 @@ impl RegistryRow {
         self.objects.private_object(self.id)
     }
 
-    /// `CKA_ID` of the integrity key; absent for one that is in the memory of the workers.
+    /// `CKA_ID` of the integrity key; absent if the integrity key is in the memory of the workers.
     pub fn integrity_object(&self) -> Option<ObjectId> {
         self.objects.integrity_object(self.id)
     }

@@ -1,5 +1,5 @@
 //! Converts rows into domain types and back, for every engine. Only this module knows which column belongs to which field. A
-//! value that cannot be decoded is an error that contains its table and column, never a panic or a missing record.
+//! value that cannot be decoded results in an error with its table and column, and never in a panic or a missing record.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -20,8 +20,8 @@ use super::{
     session::{Columns, Value},
 };
 
-/// A serial number has 16 bytes in PKCS#11, and each byte becomes at most three in a text. No token has a longer serial number,
-/// and no MAC covers a longer one.
+/// A serial number has 16 bytes in PKCS#11, and each byte becomes at most three bytes of text. No token has a longer serial
+/// number, and no MAC covers a longer serial number.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
 /// A row of the records.
@@ -31,7 +31,7 @@ pub struct Head {
     pub id: RecordId,
     /// The address of the record.
     pub address: KeyAddress,
-    /// Whether it can be unwrapped.
+    /// Whether the record can be unwrapped.
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
@@ -39,12 +39,12 @@ pub struct Head {
     pub created: Timestamp,
     /// When it last changed.
     pub updated: Timestamp,
-    /// When it was deleted; absent while active.
+    /// When the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 
 impl Head {
-    /// Whether the record was deleted before this time and still is.
+    /// Whether the record was deleted before this time and is still deleted.
     pub fn is_deleted_since(&self, before: Timestamp) -> bool {
         self.state == RecordState::Deleted && self.deleted.is_some_and(|at| at < before)
     }
@@ -59,7 +59,7 @@ pub struct RevisionRow {
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
-    /// The wrapping key in the row.
+    /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
     /// When it became current.
     pub created: Timestamp,
@@ -84,7 +84,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         format!("{}.{column}", self.table.name())
     }
 
-    /// A value, or a damage error with the error of the driver.
+    /// Returns the value, or [`Error::Corrupt`] with the error of the driver.
     fn value<T>(&self, column: &str, value: Result<T, sqlx::Error>) -> Result<T, Error> {
         value.map_err(|error| Error::Corrupt(Detail::caused(self.place(column), error)))
     }
@@ -102,7 +102,7 @@ impl<'r, R: Columns> Reader<'r, R> {
         self.value(column, self.row.text(column))
     }
 
-    /// A text value that must have a certain form.
+    /// Parses a text value that must have a certain form.
     fn parsed<T>(&self, column: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, Error> {
         parse(self.text(column)?).ok_or_else(|| self.corrupt(column))
     }
@@ -183,14 +183,14 @@ impl Head {
     }
 }
 
-/// A record at a known address with its current revision. The function does not check that the revision is the newest.
+/// A record at a known address with its current revision. The function does not check that the revision is the newest revision.
 fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
     let head = Reader::new(Table::Records, row).head(address)?;
     let wrapping_key = Reader::new(Table::Revisions, row).wrapping_key("wrapping_key_id")?;
     Ok(head.with_wrapping_key(wrapping_key))
 }
 
-/// Refuses a record that was set back: its row has another revision than the newest stored one. The earlier revision was valid
+/// Refuses a record that was set back: the revision in its row is not the newest stored revision. The earlier revision was valid
 /// once, and its MAC still verifies.
 fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = row
@@ -202,7 +202,8 @@ fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = newest.unwrap_or(0);
     let what = format!(
         "records.revision is {}, but the newest stored revision is {newest}; to repair the record, compare it with the \
-         audit log and a backup, and set `revision` of record {} to {newest} if that is what was acknowledged",
+         audit log and a backup, and set `revision` of record {} to {newest} if {newest} is the last acknowledged \
+         revision",
         info.revision, info.id
     );
     Err(Error::Corrupt(what.into()))
@@ -259,8 +260,8 @@ pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
     row.bytes("client_id").ok().and_then(ClientId::from_slice)
 }
 
-/// Decodes the rows of a table that contains only times of use. A damaged row is left out and raises an alert, so that it does
-/// not hide the others.
+/// Decodes the rows of a table that contains only times of use. A damaged row is left out and raises an alert, so that the other
+/// rows can be used.
 pub(super) fn readable<R, T>(
     table: Table,
     rows: &[R],
@@ -287,7 +288,7 @@ pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
     Ok(head)
 }
 
-/// A new row of [`Table::Records`], which is active.
+/// A new row of [`Table::Records`] for an active record.
 pub(super) fn new_record(new: &NewRevision, at: Timestamp) -> Vec<Value> {
     vec![
         new.record.into(),
@@ -376,7 +377,7 @@ pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord
         id: id.ok_or_else(|| row.corrupt("request_id"))?,
     };
     let head = row.head(row.address()?)?;
-    // Empty in a row of a release that did not write this MAC.
+    // The column is empty in a row of a release that did not write this MAC.
     let result_mac = match row.bytes("result_mac")? {
         [] => None,
         _ => Some(row.array("result_mac")?),
@@ -504,7 +505,7 @@ pub(super) fn registry_values(row: &RegistryRow) -> Vec<Value> {
     ]
 }
 
-/// A row of [`Table::Clients`]. The document is checked by its own parser.
+/// A row of [`Table::Clients`]. The function does not parse the document.
 pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
     let row = Reader::new(Table::Clients, row);
     let document = row.bytes("document")?;

@@ -21,9 +21,9 @@ pub struct Found {
     pub head: Option<Arc<Result<Head, Error>>>,
     /// The revision; absent for a record without revisions.
     pub revision: Option<Result<RevisionRow, Error>>,
-    /// Whether this is the first result for its record.
+    /// Whether this result is the first for its record.
     pub is_first: bool,
-    /// When a later revision became current, if one was found.
+    /// When a later revision became current; absent if no later revision was found.
     pub superseded: Option<Timestamp>,
 }
 
@@ -61,8 +61,8 @@ pub struct Superseded {
     pub revision: Revision,
 }
 
-/// Reads records and revisions side by side, in the order of the record ids. While a broker runs, a record that changes
-/// during the scan may be seen with one revision too few or too many. A record that does not change is seen as it is.
+/// Reads records and revisions side by side, in the order of the record ids. While a broker runs, a record that changes during
+/// the scan may be seen with one revision too few or too many. A record that does not change during the scan is seen correctly.
 #[derive(Debug)]
 pub struct Scan {
     store: Arc<dyn Tables>,
@@ -151,7 +151,8 @@ impl Scan {
     }
 }
 
-/// The first column of both tables. If it cannot be read, the row comes before all others.
+/// The record id of a row, which is the first column of both tables. A row whose record id cannot be read comes before all other
+/// rows.
 fn record_of(row: &Row) -> Value {
     match row.key().first() {
         Some(Some(id)) => id.clone(),
@@ -168,7 +169,7 @@ pub struct FoundClient {
     pub row: Result<ClientRow, Error>,
 }
 
-/// Reads the API clients in the order of their ids. A row is read as a whole, so a client that changes during the scan is
+/// Reads the API clients in the order of their ids. Each row is read as a whole, so an API client that changes during the scan is
 /// seen in its old or in its new state.
 #[derive(Debug)]
 pub struct ClientScan {
@@ -195,7 +196,7 @@ impl ClientScan {
     }
 }
 
-/// A row of a table that does not belong to records and API clients.
+/// A row of a table that contains neither records or revisions nor API clients.
 #[derive(Clone, Debug)]
 pub enum FoundOther {
     /// A request id and its stored answer.

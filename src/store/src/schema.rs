@@ -1,7 +1,7 @@
 //! The schema of a database, on any engine: its version, its pending migrations, and whether this release can use it.
 //!
-//! The name of a migration that only adds to the schema says which earlier schema's release can still serve:
-//! `0009_notes_usable_from_8.up.sql`. The database stores the name, so that a release can read it for later migrations.
+//! If a migration only adds to the schema, its name contains the earliest schema whose release can still use the database:
+//! `0009_notes_usable_from_8.up.sql`. The database stores the name, so that a release can read the names of later migrations.
 
 use std::cmp::Ordering;
 
@@ -16,7 +16,7 @@ use super::{
 /// The schema of a database and of this binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchemaStatus {
-    /// Version of the database; 0 if it has none.
+    /// Version of the database's schema; 0 if the database has no schema.
     pub current: i64,
     /// Newest version that this binary knows.
     pub newest: i64,
@@ -30,9 +30,10 @@ const USABLE_FROM: &str = " usable from ";
 /// The schemas that a caller accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Accepted {
-    /// Only the schema of this binary.
+    /// The caller accepts only the schema of this binary.
     Own,
-    /// Also a newer schema, if its migrations say that a release with this binary's schema can serve.
+    /// The caller also accepts a newer schema, if its migrations declare that a release with the schema of this binary can use
+    /// it.
     Usable,
 }
 
@@ -43,7 +44,7 @@ pub struct MigrationReport {
     pub before: i64,
     /// Version after.
     pub newest: i64,
-    /// The migrations between, in order.
+    /// The migrations between these versions, in order.
     pub pending: Vec<String>,
 }
 
@@ -52,10 +53,10 @@ pub(super) fn newest(migrator: &Migrator) -> i64 {
     migrator.iter().map(|m| m.version).max().unwrap_or(0)
 }
 
-/// The schema of a database; 0 if it has none. `known` is the newest version that this binary knows.
+/// The schema version of a database; 0 if the database has no schema. `known` is the newest version that this binary knows.
 ///
-/// An unfinished migration is not counted, because this release runs it again. An unfinished migration of a later release is
-/// counted: if each statement is committed separately, the migration may have changed data that this release reads.
+/// An unfinished migration is not counted, because this release runs the migration again. An unfinished migration of a later
+/// release is counted, because the migration may already have changed data that this release reads.
 pub(super) async fn current(
     session: &mut impl Session,
     sql: &Statements,
@@ -79,7 +80,8 @@ pub(super) async fn current(
 /// The first schema with the table of audit logs.
 const AUDIT_LOGS_SINCE: i64 = 6;
 
-/// Whether a database knows an audit log of an instance. A database with an older schema knows none.
+/// Whether a database was used with an audit log of an instance. A database with a schema before [`AUDIT_LOGS_SINCE`] has
+/// recorded no audit logs.
 pub(super) async fn known_audit_log(
     session: &mut impl Session,
     sql: &Statements,
@@ -110,8 +112,8 @@ pub(super) async fn require(
         Ordering::Equal => Ok(()),
         Ordering::Less => {
             let what = format!(
-                "the database has schema {current}, this release needs {newest}; back it up, then run \
-                 `keybroker store migrate`"
+                "the database has schema {current}, but this release needs schema {newest}; back up the database, then \
+                 run `keybroker store migrate`"
             );
             Err(Error::Schema(what.into()))
         }
@@ -119,7 +121,7 @@ pub(super) async fn require(
             tracing::warn!(
                 schema = current,
                 schema_of_this_release = newest,
-                "a later release migrated the database; this release can still serve from it, but finish the upgrade"
+                "a later release migrated the database; this release can still use the database, but finish the upgrade"
             );
             Ok(())
         }
@@ -129,8 +131,8 @@ pub(super) async fn require(
 
 fn too_new(current: i64, newest: i64) -> Error {
     let what = format!(
-        "the database has schema {current}, newer than the {newest} that this release knows; run the \
-         release that migrated it"
+        "the database has schema {current}, which is newer than schema {newest} of this release; run the release that \
+         migrated the database"
     );
     Error::Schema(what.into())
 }
@@ -173,13 +175,13 @@ pub(super) fn none(migrator: &Migrator) -> SchemaStatus {
     }
 }
 
-/// The lowest schema whose release can serve after a migration with this description.
+/// The earliest schema whose release can still use the database after a migration with this description.
 fn usable_from(description: &str) -> Option<i64> {
     let (_, number) = description.rsplit_once(USABLE_FROM)?;
     number.parse().ok()
 }
 
-/// The migrations from a schema to the newest one.
+/// The migrations from a schema to the newest schema.
 pub(super) fn plan(current: i64, migrator: &Migrator) -> Result<MigrationReport, Error> {
     let newest = newest(migrator);
     if current > newest {

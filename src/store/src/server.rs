@@ -1,4 +1,5 @@
-//! Databases on servers, for several instances. Connections are verified, prepared and checked before they transfer any data.
+//! Databases on servers, which several broker instances can use. Connections are verified, prepared and checked before they
+//! transfer any data.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -36,8 +37,8 @@ use super::{
 /// Time limit for the first connection and for migrations, for which no caller waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
-/// Limits the lifetime of a connection, so that connections move when a host name resolves to another server, and certificates
-/// and settings are checked again.
+/// Longest lifetime of a connection. A new connection uses the current address of the host name, and checks the server's
+/// certificate and settings again.
 const LIFETIME_MAX: Duration = Duration::from_mins(30);
 /// Additional time after the server's own limit on a statement, for a server that does not answer at all.
 const BEYOND_STATEMENT: Duration = Duration::from_secs(1);
@@ -49,11 +50,11 @@ type OptionsOf<S> = <ConnectionOf<S> as sqlx::Connection>::Options;
 pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
 
-    /// The name of the kind of server, for people.
+    /// The name of the database product, for messages.
     const NAME: &'static str;
     const DIALECT: &'static Dialect;
 
-    /// The statements in that dialect, built once.
+    /// The statements in the dialect of this server, which are built once.
     fn sql() -> &'static Statements;
 
     fn migrator() -> &'static Migrator;
@@ -107,7 +108,7 @@ impl Limits {
     }
 }
 
-/// Opens a database whose schema is accepted.
+/// Opens a database, and refuses a schema that the caller does not accept.
 pub(super) async fn open<S: Server>(
     settings: &Settings,
     place: &Place,
@@ -138,8 +139,8 @@ pub(super) async fn open<S: Server>(
     }))
 }
 
-/// Waits for the pool's first connection. The pool itself waits only as long as callers with deadlines do, but a server may be
-/// slow when everything starts at the same time.
+/// Waits for the pool's first connection. The pool itself waits only as long as a call waits for a connection, but a server may
+/// be slower while server and broker start at the same time.
 async fn fill<D: Database>(pool: &Pool<D>) -> Result<(), Error> {
     let until = Instant::now() + CONNECT_TIMEOUT;
     loop {
@@ -194,7 +195,8 @@ pub(super) async fn migrate<S: Server>(
     Ok(report)
 }
 
-/// Uses other limits, because a migration may take long, and waits for another instance that migrates.
+/// Runs the migrations with longer time limits, because a migration may take long and may have to wait for a migration by another
+/// instance.
 async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(), Error> {
     let limits = Limits {
         statement: Duration::from_hours(1),
@@ -204,7 +206,8 @@ async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(
     S::migrate(connection).await
 }
 
-/// Checks the local socket of the server, then connects. Also returns the socket if it must be checked again before later connections.
+/// Checks the local socket of the server, then connects. Also returns the socket if later connections must check the socket
+/// again.
 async fn connect<S: Server>(
     options: &OptionsOf<S>,
     settings: &Settings,
@@ -257,16 +260,16 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
             Some("28P01" | "28000") => {
                 "check the user in `store.url`, and `password_file` or `password_variable`"
             }
-            _ => "see the log of the server",
+            _ => "see the log of the database server",
         }
     } else if chain(&error).contains("certificate") {
-        // The driver passes the error of its TLS library on without a type of its own.
-        "the server's certificate does not verify: set `store.ca_file` to its authority, and use a host name of the \
-         certificate in `store.url`"
+        // The driver has no separate type for errors of its TLS library, so the text is searched.
+        "the server's certificate cannot be verified: set `store.ca_file` to the certificate of the CA that issued it, \
+         and use a host name from the server's certificate in `store.url`"
     } else if matches!(error, sqlx::Error::Tls(_)) {
         "enable TLS on the server; set `store.tls = \"plaintext\"` only on a network that no other machine can access"
     } else {
-        "check `store.url`, and whether the server runs"
+        "check `store.url`, and check whether the database server runs"
     };
     let is_damage = is_damage(&error);
     let detail = Detail::caused(format!("cannot use the {shown}"), error).remedy(remedy);
@@ -301,7 +304,8 @@ struct Connections {
 }
 
 impl Connections {
-    /// Half of the connections may be used for changes. There are at least two connections, so that one is always free for reads.
+    /// Changes may use half of the connections. There are at least two connections, so that at least one connection is always
+    /// free for reads.
     fn of(settings: &Settings) -> Self {
         let all = settings.connections_max.max(2);
         Self {
@@ -347,10 +351,10 @@ fn pool<S: Server>(
 /// A database on a server.
 struct OnServer<S: Server> {
     pool: Pool<S::Database>,
-    /// The socket, if another user could create one in its place while the server is stopped.
+    /// The socket, if another user could replace it while the server is stopped.
     socket: Option<Socket>,
-    /// Changes may wait for locks of other transactions. Changes use only a part of the connections, so that some are always free
-    /// for reads.
+    /// Limits the number of concurrent changes, so that some connections are always free for reads while changes wait for the
+    /// locks of other transactions.
     writes: Semaphore,
     acquire_timeout: Duration,
     time_limit: Duration,

@@ -32,8 +32,8 @@ impl fmt::Debug for Value {
     }
 }
 
-/// A connection that runs statements. Placeholders are in the engine's own form. Values are in the order of the statement's
-/// placeholders.
+/// A connection that runs statements. The placeholders in a statement have the form of the engine. Values are in the order of the
+/// statement's placeholders.
 pub(super) trait Session: Send {
     type Row: Columns + Send + 'static;
 
@@ -82,8 +82,8 @@ async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
     done
 }
 
-/// Implements the traits for an engine. `$text => $bound` is how a text is sent; `$self, $column => $read` is how a text is
-/// read.
+/// Implements `Session` and `Columns` for an engine. `$text => $bound` is how a text is sent; `$self, $column => $read` is how a
+/// text is read.
 macro_rules! engine {
     ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $column:ident => $read:expr) => {
         impl Session for $connection {

@@ -1,7 +1,7 @@
 //! The `[store]` section of the configuration: the database, its connection, and the required settings.
 //!
-//! The URL never contains a password. The password is read from a file or from the environment when a connection is made, and is
-//! in no field that is shown.
+//! The URL must not contain a password. The password is read from a file or from the environment when a connection is made, and
+//! no field that is shown contains it.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -31,10 +31,10 @@ use super::{
 
 /// Longest content of a password file.
 const PASSWORD_BYTES_MAX: usize = 4_096;
-/// Longest file of authorities, in bytes. The file of a Linux distribution has 0.3 MiB.
+/// Longest file of authorities, in bytes. The file of authorities of a Linux distribution has 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
-    Purpose::trust("other users could decide which database server is believed");
+    Purpose::trust("other users could decide which database server is trusted");
 
 #[derive(Debug, thiserror::Error)]
 #[error("`store.url` {0}")]
@@ -63,7 +63,7 @@ pub struct Settings {
     /// PEM file with the authorities that may have issued the server's certificate.
     #[serde(default)]
     pub ca_file: Option<PathBuf>,
-    /// Run pending migrations at start instead of refusing to start.
+    /// Whether the broker runs pending migrations at its start, instead of refusing to start.
     #[serde(default)]
     pub migrate_at_start: bool,
     /// Highest number of connections to a database server.
@@ -78,28 +78,29 @@ pub struct Settings {
     /// How long a statement waits for a lock that another transaction holds.
     #[serde(default = "defaults::lock_timeout_ms")]
     pub lock_timeout_ms: u64,
-    /// Number of days for which a superseded revision or a deleted record can be restored. `store purge` removes only older ones.
+    /// Number of days for which a superseded revision or a deleted record can be restored. `store purge` removes only older
+    /// revisions and records.
     #[serde(default = "defaults::retention_days")]
     pub retention_days: u32,
     /// Highest number of stored revisions of a record, including superseded ones.
     #[serde(default = "defaults::revisions_max")]
     pub revisions_max: u32,
-    /// Highest number of keys of a user, including deleted ones.
+    /// Highest number of user keys of one user, including deleted user keys.
     #[serde(default = "defaults::keys_per_user_max")]
     pub keys_per_user_max: u32,
-    /// Names of database settings that may be weaker than acknowledged writes need.
+    /// Names of database settings whose values are accepted although they may lose acknowledged writes.
     #[serde(default)]
     pub accept_weaker_durability: Vec<String>,
 }
 
-/// The protection of a network connection. A local socket needs no protection.
+/// The protection of a network connection. A local socket needs no TLS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tls {
     /// TLS with a verified certificate is required.
     #[default]
     Verify,
-    /// No TLS is used. Everyone on the network path can read and change everything except the envelopes.
+    /// No TLS is used. Everyone on the network path can read and change all data except the content of the envelopes.
     Plaintext,
 }
 
@@ -108,7 +109,7 @@ mod defaults {
         10
     }
 
-    /// Less than a second, so that an unavailable database is detected within a second.
+    /// The default is less than a second, so that an unavailable database is detected within a second.
     pub(super) fn acquire_timeout_ms() -> u64 {
         800
     }
@@ -157,7 +158,7 @@ impl fmt::Display for Url {
         let Some((scheme, rest)) = self.0.split_once("://") else {
             return f.write_str(&self.0);
         };
-        // Split at the last `@`, because a password can contain the character.
+        // Split at the last `@`, because a password can contain an `@`.
         match rest.rsplit_once('@') {
             Some((login, place)) if login.contains(':') => {
                 let user = login.split(':').next().unwrap_or("");
@@ -181,7 +182,7 @@ impl Serialize for Url {
 }
 
 impl Settings {
-    /// Settings for a database, with the defaults.
+    /// Settings for the database of `url`, with the default for every other setting.
     pub fn new(url: impl Into<Url>) -> Self {
         Self {
             url: url.into(),
@@ -289,7 +290,7 @@ impl Settings {
         );
         range("lock_timeout_ms", self.lock_timeout_ms, 100..=600_000);
         range("retention_days", self.retention_days.into(), 1..=36_500);
-        // A replaced key has two revisions.
+        // A user key that was replaced once has two revisions.
         range("revisions_max", self.revisions_max.into(), 2..=1_000_000);
         range(
             "keys_per_user_max",
@@ -329,7 +330,7 @@ impl Settings {
         problems
     }
 
-    /// The password. The password is read at each call and is not stored in a field.
+    /// The password. Each call of this function reads the password again, and no field stores it.
     pub(super) fn password(&self) -> Result<Option<Zeroizing<String>>, Error> {
         if let Some(path) = &self.password_file {
             return read_password(path).map(Some);
@@ -347,7 +348,7 @@ impl Settings {
         Ok(Some(Zeroizing::new(password)))
     }
 
-    /// The number of certificates in `ca_file`; `None` without a usable file.
+    /// The number of certificates in `ca_file`; `None` if there is no usable file.
     pub fn authorities_count(&self) -> Option<usize> {
         let pem = self.authorities().ok()??;
         pem::certificates(&pem)
@@ -355,7 +356,7 @@ impl Settings {
             .map(|certificates| certificates.len())
     }
 
-    /// The certificates of `ca_file` as PEM without other content. The file is read at each call.
+    /// The certificates of `ca_file` as PEM without other content. Each call of this function reads the file again.
     pub(super) fn authorities(&self) -> Result<Option<Vec<u8>>, Error> {
         let Some(path) = &self.ca_file else {
             return Ok(None);
@@ -368,7 +369,7 @@ impl Settings {
         })?;
         tracing::info!(
             file = %path.display(), certificates = certificates.len(),
-            "authorities of the database server read"
+            "the CA certificates for the database server were read"
         );
         Ok(Some(pem::encode(&certificates).into_bytes()))
     }
@@ -411,10 +412,10 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     };
     if text.starts_with('\u{feff}') {
         return refused(
-            "begins with a UTF-8 byte order mark, which is not part of a password; save it without one",
+            "begins with a UTF-8 byte order mark, which is not part of a password; save the file without a byte order mark",
         );
     }
-    // Editors end a file with a line break. A password never ends with one.
+    // Remove the line break with which editors end a file. A password never ends with a line break.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
     if text.is_empty() {

@@ -10,7 +10,8 @@ use keybroker_core::metrics;
 
 /// A statement is slow if it took longer than this time, including its wait for locks.
 const SLOW: Duration = Duration::from_secs(1);
-/// Shortest interval between two log lines about a statement. The line contains the number of omitted lines.
+/// Shortest interval between two log lines about one statement. Each log line contains the number of lines that were
+/// omitted since the previous log line.
 const INTERVAL: Duration = Duration::from_mins(1);
 
 static SEEN: LazyLock<Mutex<Seen>> = LazyLock::new(Mutex::default);
@@ -50,7 +51,7 @@ pub(super) fn learn(names: Vec<(&'static str, String)>) {
 struct Seen {
     /// The names, by statement.
     names: HashMap<&'static str, &'static str>,
-    /// For each name: the time of the last log line, and the number of omitted lines since.
+    /// For each name, the time of the last log line and the number of lines that were omitted since then.
     lines: HashMap<&'static str, (Instant, u64)>,
 }
 
@@ -64,7 +65,7 @@ impl Seen {
         }
     }
 
-    /// The number of omitted lines, if a line is to be written now.
+    /// Returns the number of omitted lines if a log line has to be written now.
     fn line(&mut self, name: &'static str, now: Instant) -> Option<u64> {
         match self.lines.get_mut(name) {
             Some((last, unlogged)) if now.saturating_duration_since(*last) < INTERVAL => {
@@ -80,7 +81,7 @@ impl Seen {
     }
 }
 
-/// Statements that have the names of their fields.
+/// A set of statements, each with the name of its field.
 pub(super) trait Named {
     fn names_below(&self, name: &str, names: &mut Vec<(&'static str, String)>);
 }

@@ -1,11 +1,12 @@
 //! Checks the local socket of a database server before anything is sent through it. The driver sends a password in clear text to
 //! a server that asks for it. Therefore a process of another user must not be able to listen in place of the server.
 //!
-//! The path must obey the rule of `trusted_file`, with the users of the database server as further owners. The process that
-//! listens must run as one of them, as this user or as root. In a sticky directory such as `/tmp`, another user can create a
-//! socket while the server is stopped, so there the path is checked again before each use of a connection.
+//! The path must meet the rules of `trusted_file`, but the users of the database server are also accepted as owners. The process
+//! that listens must run as one of these users, as the broker's user or as root. In a sticky directory such as `/tmp`, another
+//! user can create a socket while the server is stopped. Therefore, the path of a socket in a sticky directory is checked again
+//! before each use of a connection.
 //!
-//! One case is not protected: the server stops, and another user creates a socket in such a directory between the check and the
+//! One case is not protected: the server stops, and another user creates a socket in a sticky directory between the check and the
 //! driver's `connect`.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
@@ -18,7 +19,7 @@ use tokio::net::UnixStream;
 use super::{Error, error::Detail};
 
 const RISK: &str =
-    "other users could listen there in place of the database server, and receive its password";
+    "other users could listen on this socket, and would receive the password of the database";
 
 const OWNER_REMEDY: &str = "if the database server or its pooler runs as that user, name it in `store.socket_users`; otherwise correct `store.url`";
 
@@ -31,7 +32,7 @@ const NO_USER_REMEDY: &str = "no default user of a database server exists here, 
 pub(super) struct Socket {
     path: PathBuf,
     users: Vec<User>,
-    /// The remedy if another user owns the socket or a directory on the path, or listens.
+    /// The remedy if another user owns the socket or a directory on the path, or listens on the socket.
     owner_remedy: &'static str,
 }
 
@@ -74,7 +75,7 @@ impl Socket {
         )
     }
 
-    /// Checks the current path if it exists. A configuration is often checked before its database server runs.
+    /// Checks the path of the socket if it exists. A configuration is often checked before the database server runs.
     pub(super) fn check_if_present(&self) -> Result<(), Error> {
         match self.check() {
             Err(error) if !error.is_missing() => Err(refused(error)),
@@ -87,7 +88,8 @@ impl Socket {
         let place = self.check().map_err(|error| {
             if error.is_missing() {
                 Error::Down(
-                    Detail::of(error).remedy("check `store.url`, and whether the server runs"),
+                    Detail::of(error)
+                        .remedy("check `store.url`, and check whether the database server runs"),
                 )
             } else {
                 refused(error)
@@ -96,7 +98,7 @@ impl Socket {
         let shown = self.path.display();
         let unreachable = |error: std::io::Error| {
             let detail = Detail::caused(format!("cannot connect to {shown}"), error);
-            Error::Down(detail.remedy("check whether the server runs"))
+            Error::Down(detail.remedy("check whether the database server runs"))
         };
         let connection = UnixStream::connect(&self.path).await.map_err(unreachable)?;
         let listener = connection.peer_cred().map_err(unreachable)?.uid();

@@ -1,4 +1,4 @@
-//! SQLite: the embedded default, for one instance.
+//! SQLite, the embedded default database, which one broker instance can use.
 //!
 //! One connection writes, and several read. The database uses WAL with `synchronous = FULL`, so that an acknowledged
 //! commit survives a power loss (NORMAL may lose the last commits).
@@ -33,11 +33,11 @@ mod direct;
 pub(super) mod file;
 mod place;
 
-/// A transaction takes the write lock when it begins. A transaction that reads first and writes later would fail if
-/// another one wrote in between. No row has to be locked in addition.
+/// A transaction takes the write lock when it begins. A transaction that read before it took the lock would fail if
+/// another transaction wrote in between. Therefore, no transaction has to lock single rows.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
-    // SQLite treats a name in double quotes as a text if there is no such column.
+    // SQLite treats a name in double quotes as a text if no column has this name.
     quote: '`',
     begin: "BEGIN IMMEDIATE",
     lock: None,
@@ -57,7 +57,7 @@ const READERS: u32 = 4;
 /// receive the reason for the wait.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Far longer than any disk operation. A file has no server that could be unavailable.
+/// This limit is far longer than any disk operation. A file has no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.
@@ -65,7 +65,7 @@ const TIME_LIMIT: Duration = Duration::from_mins(1);
 struct SqliteFile {
     writer: SqlitePool,
     reader: SqlitePool,
-    /// One connection that is never lent. As long as it is open, SQLite neither removes nor creates a WAL.
+    /// One connection that is never lent. While this connection is open, SQLite neither removes nor creates a WAL.
     keeper: SqlitePool,
     /// Reads single records without a switch to the thread of a connection.
     direct: direct::Direct,
@@ -81,7 +81,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .pragma("trusted_schema", "OFF")
         .create_if_missing(false)
-        // The driver would log the whole statement on every call.
+        // By default, the driver logs the whole statement on every call.
         .disable_statement_logging()
 }
 
@@ -111,7 +111,7 @@ fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
         .connect_lazy_with(options(path).read_only(true))
 }
 
-/// Opens a database whose schema is accepted.
+/// Opens a database, and refuses a schema that the caller does not accept.
 pub(super) async fn open(
     path: &Path,
     settings: &Settings,
@@ -130,7 +130,7 @@ pub(super) async fn open(
     durability::announce(&weaknesses);
     let reader = reader(path, Arc::clone(&place));
     let direct = direct::Direct::open(path);
-    // Check that these connections opened the same file as the first one.
+    // Check that these connections opened the same file as the first connection.
     place.check()?;
     Ok(EngineStore::new(SqliteFile {
         writer,
@@ -175,7 +175,7 @@ impl Engine for SqliteFile {
         self.direct.close();
         self.reader.close().await;
         self.writer.close().await;
-        // The last connection that closes writes the WAL back.
+        // SQLite writes the WAL into the database file when the last connection closes.
         self.keeper.close().await;
     }
 }

@@ -1,5 +1,5 @@
-//! Every statement, in one form for all engines. A [`Dialect`] converts it into the text for one engine. `?` marks the position
-//! of a value. The values and their order are the same on each engine. Rows are read by the names of their columns.
+//! Every statement, in one form for all engines. A [`Dialect`] converts each statement into the text for one engine. `?` marks
+//! the position of a value. The values and their order are the same on each engine. Rows are read by the names of their columns.
 
 use super::{
     columns::{PerTable, Table},
@@ -31,7 +31,7 @@ named! {
 #[derive(Debug)]
 pub(super) struct Statements {
     pub(super) begin: &'static str,
-    /// Value: an empty call id. Changes nothing, and fails if nothing can be changed.
+    /// Value: an empty call id. The statement changes no row, and fails if the database cannot be changed.
     pub(super) probe: &'static str,
     /// Reads at most one row.
     pub(super) probe_read: &'static str,
@@ -40,22 +40,22 @@ pub(super) struct Statements {
     pub(super) record: &'static str,
     /// Values: record, revision. Returns the envelope, wrapping key and time.
     pub(super) revision: &'static str,
-    /// Values: tenant, after user, after user, after key name, 1 to include deleted ones, limit, rows to skip. Returns records
-    /// with their addresses.
+    /// Values: tenant, user to start after (twice), key name to start after, 1 to include deleted records, limit, rows to skip.
+    /// Returns records with their addresses.
     pub(super) page: &'static str,
-    /// Values: tenant, user, after key name, 1 to include deleted ones, limit, rows to skip. Returns records with their
-    /// addresses.
+    /// Values: tenant, user, key name to start after, 1 to include deleted records, limit, rows to skip. Returns records with
+    /// their addresses.
     pub(super) page_of_user: &'static str,
-    /// Values: tenant, principal, request id, used after. Returns the request.
+    /// Values: tenant, principal, request id, time after which the id was used. Returns the request.
     pub(super) request: &'static str,
     /// The registry, by sequence.
     pub(super) registry: &'static str,
 
-    /// Value: record. Locks it until the transaction ends. `None` if a transaction locks the whole database.
+    /// Value: record. Locks the record until the transaction ends. `None` if a transaction locks the whole database.
     pub(super) lock_record: Option<&'static str>,
     /// Value: record. Returns the record with its address.
     pub(super) record_by_id: &'static str,
-    /// Values: a row of the changes. Waits for a transaction that inserts the same call.
+    /// Values: a row of the changes. The statement waits for a transaction that inserts a row of the same call.
     pub(super) insert_change: &'static str,
     /// Values: calls, as many as [`CHANGES_MAX`]. Returns the identity of the database, and how many of the calls left a mark.
     /// Returns no row if the database has no identity.
@@ -64,33 +64,34 @@ pub(super) struct Statements {
     pub(super) insert_identity: &'static str,
     /// Value: identity.
     pub(super) update_identity: &'static str,
-    /// Values: log, instance. Returns how many logs the instance has, and how many of them are this log.
+    /// Values: log, instance. Returns how many audit logs the instance has, and how many of these are the given log.
     pub(super) audit_logs: &'static str,
-    /// Values: instance, log, at. If the instance already has the log, inserts nothing or reports the duplicate.
+    /// Values: instance, log, at. If the instance already has the log, the statement inserts nothing or fails with a duplicate
+    /// key.
     pub(super) insert_audit_log: &'static str,
     /// Values: tenant, user, limit. Returns the number of records, including deleted ones.
     pub(super) count_keys: &'static str,
     /// Values: record, limit. Returns the number of revisions.
     pub(super) count_revisions: &'static str,
-    /// A row of the revisions.
+    /// Values: a row of the revisions.
     pub(super) insert_revision: &'static str,
-    /// Values: revision, at, record, revision before.
+    /// Values: new revision, time of the change, record, current revision.
     pub(super) advance_record: &'static str,
-    /// Values: state, at, deleted, record.
+    /// Values: state, time of the change, time of the deletion, record.
     pub(super) set_state: &'static str,
-    /// Values: tenant, principal, request id, used until.
+    /// Values: tenant, principal, request id, time until which the id was used.
     pub(super) forget_request: &'static str,
     /// Values: used before, limit.
     pub(super) forget_requests: &'static str,
-    /// Values: all columns of the registry except the key, then key and MAC before.
+    /// Values: all columns of the registry except the key, then the key and the current MAC.
     pub(super) update_registry: &'static str,
 
     /// Value: client. Returns the whole row.
     pub(super) client: &'static str,
-    /// Values: revision, document, MAC, key, updated, client, revision before.
+    /// Values: new revision, document, MAC, key, time of the change, client, current revision.
     pub(super) update_client: &'static str,
 
-    /// Values: record, revision. Does not delete a current revision.
+    /// Values: record, revision. The statement does not delete a current revision.
     pub(super) delete_superseded: &'static str,
     /// Value: record.
     pub(super) delete_revisions: &'static str,
@@ -100,22 +101,22 @@ pub(super) struct Statements {
     pub(super) delete_change: &'static str,
     /// Value: record.
     pub(super) delete_use: &'static str,
-    /// Values: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. A row may occur several times. Changes nothing if a later
-    /// use is stored.
+    /// Values: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. The same row may occur several times. A stored time that is
+    /// later is kept.
     pub(super) note_uses: &'static str,
-    /// Values: records, as many as [`RECORDS_AT_ONCE`]. Returns the stored last uses.
+    /// Values: records, as many as [`RECORDS_AT_ONCE`]. Returns when these records were last released.
     pub(super) uses: &'static str,
-    /// Values: rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`]. A row may occur several times. Changes nothing if
-    /// a later use is stored.
+    /// Values: rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`]. The same row may occur several times. A stored
+    /// time that is later is kept.
     pub(super) note_client_uses: &'static str,
-    /// Value: client. Returns the uses of its secrets, ordered by number.
+    /// Value: client. Returns the uses of the client's secrets, ordered by the number of the secret.
     pub(super) uses_of_client: &'static str,
 
     pub(super) clock: Option<&'static str>,
     pub(super) has_migrations: &'static str,
     /// The newest completed migration, if there is one.
     pub(super) newest_migration: &'static str,
-    /// Value: version. Returns the completed migrations after it, with their descriptions.
+    /// Value: version. Returns the completed migrations after this version, with their descriptions.
     pub(super) later_migrations: &'static str,
     pub(super) durability: &'static str,
 
@@ -131,10 +132,10 @@ pub(super) struct OfTable {
     pub(super) count: &'static str,
     /// Returns the number of rows with NULL in a column of the key.
     pub(super) keyless: &'static str,
-    /// Values: the key to start after, whose first column occurs twice if there are several; limit; rows to skip. Returns all
-    /// columns.
+    /// Values: the key to start after, limit, rows to skip. If the key has several columns, the value of its first column occurs
+    /// twice. Returns all columns.
     pub(super) page: &'static str,
-    /// Values: all columns. If the row exists, inserts nothing or reports the duplicate: see
+    /// Values: all columns. If the row exists, the statement inserts nothing or fails with a duplicate key: see
     /// [`insert_unless_taken`](super::mutations::insert_unless_taken).
     pub(super) insert: &'static str,
 }
@@ -284,7 +285,8 @@ impl OfTable {
     fn of_engine(dialect: &Dialect, table: Table) -> Self {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let after = match table.key() {
-            // Not every engine uses an index for a comparison of several columns. All engines use one for a comparison of only the first column.
+            // Not every engine uses an index for a comparison of several columns. All engines use an index for a comparison of
+            // only the first column.
             [first, _, ..] => {
                 let places = places(table.key().len());
                 format!("{} >= ? AND ({key}) > ({places})", first.name)

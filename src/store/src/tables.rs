@@ -1,5 +1,5 @@
-//! The database as tables, for commands that process all of it. Rows are read in the order of their keys, page by page, so
-//! that memory use is bounded and an interrupted job can start again. A row that cannot be decoded is reported and not
+//! The database as tables, for commands that process the whole database. Rows are read in the order of their keys, page by page,
+//! so that memory use is bounded and an interrupted job can start again. A row that cannot be decoded is reported and not
 //! skipped.
 
 use std::fmt;
@@ -29,7 +29,7 @@ pub const PAGE_ROWS: usize = 500;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row {
     table: Table,
-    /// In the order of [`Table::columns`].
+    /// The values in the order of [`Table::columns`].
     values: Vec<Option<Value>>,
 }
 
@@ -91,7 +91,7 @@ impl Row {
         text
     }
 
-    /// All values, for writing. Returns an error if one of them could not be read.
+    /// All values, for writing. Returns an error if a value could not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
         all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
@@ -106,8 +106,7 @@ impl Row {
     }
 }
 
-/// Allows the same code to decode a row from any source. A value of another type than the requested one is treated as not
-/// found.
+/// Allows the same code to decode a row from any source. A value that does not have the requested type is treated as not found.
 impl Columns for Row {
     fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error> {
         match self.value(column)? {
@@ -141,20 +140,21 @@ impl Columns for Row {
 /// The operations that the commands for a whole database need in addition to [`Store`].
 #[async_trait]
 pub trait Tables: Store {
-    /// The current time of the server; `None` for a file.
+    /// The current time of the database server; `None` for a SQLite file.
     async fn clock(&self) -> Result<Option<Timestamp>, Error>;
 
     /// The number of rows of a table.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
-    /// The number of rows of all tables with NULL in a column of their key. No page and no call finds such rows.
+    /// The number of rows, in all tables, that have NULL in a column of the key. No page and no call finds rows with NULL in the
+    /// key.
     async fn keyless_rows(&self) -> Result<u64, Error>;
 
-    /// At most [`PAGE_ROWS`] rows in the order of their keys: those after a given row or, without one, the first ones. The
-    /// first `skip` of them are left out.
+    /// At most [`PAGE_ROWS`] rows of a table, in the order of their keys. The page begins after the row `after`, or at the first
+    /// row if `after` is `None`, and leaves out the first `skip` rows.
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
-    /// Adds rows as they are, all of them or none. Returns [`Error::Exists`] if one of them conflicts with an existing row.
+    /// Adds rows as they are, all of them or none. Returns [`Error::Exists`] if a new row conflicts with an existing row.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
 
     /// The stored data of a record, by its id.
@@ -166,7 +166,7 @@ pub trait Tables: Store {
         revisions: &[(RecordId, Revision)],
     ) -> Result<Vec<(RecordId, Revision)>, Error>;
 
-    /// Removes records with all of their revisions, if they are deleted and were deleted before this time. Returns the
+    /// Removes the records that were deleted before this time and are still deleted, with all their revisions. Returns the
     /// removed records.
     async fn purge_records(
         &self,
@@ -177,7 +177,7 @@ pub trait Tables: Store {
     /// Gives the database the identity of another database that was copied into it.
     async fn adopt_identity(&self, id: StoreId) -> Result<(), Error>;
 
-    /// Removes the marks of these calls, and returns how many existed.
+    /// Removes the marks of these calls, and returns how many marks existed.
     async fn forget_changes(&self, calls: &[CallId]) -> Result<u64, Error>;
 }
 
@@ -187,7 +187,8 @@ pub(super) struct Cursor {
     table: Table,
     page: std::vec::IntoIter<Row>,
     next: Option<Row>,
-    /// The last row with a readable key, and the number of rows after it. The next page begins after this position.
+    /// The last row with a readable key; `skip` is the number of rows that were read after this row. The next page begins after
+    /// these rows.
     last: Option<Row>,
     skip: u64,
     at_end: bool,

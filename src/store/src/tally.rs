@@ -1,8 +1,8 @@
-//! Counts the rows that a long job has changed so far, for the report if it fails in the middle.
+//! Counts the rows that a long job has changed so far, for the report if the job fails before its end.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Counts changes, regardless of how the job ends.
+/// Counts the changes of a job, even if the job fails.
 #[derive(Debug, Default)]
 pub struct Tally {
     begun: AtomicBool,
@@ -10,13 +10,12 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Call this before a change is tried. After this call, it is uncertain whether a change was
-    /// made.
+    /// Call this function before an attempt to change rows. After the function was called, rows may have been changed.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::Relaxed);
     }
 
-    /// Call this after rows were changed.
+    /// Call this function after rows were changed.
     pub fn add(&self, rows: usize) {
         let rows = u64::try_from(rows).unwrap_or(u64::MAX);
         self.rows.fetch_add(rows, Ordering::Relaxed);
@@ -27,7 +26,7 @@ impl Tally {
         self.rows.load(Ordering::Relaxed)
     }
 
-    /// The number of rows that are known to be changed; `None` before a change was tried.
+    /// The number of rows that are known to be changed; `None` before the first attempt to change rows.
     pub fn rows_if_begun(&self) -> Option<u64> {
         self.begun.load(Ordering::Relaxed).then(|| self.rows())
     }

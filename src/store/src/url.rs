@@ -1,5 +1,5 @@
-//! The URL of a database. The broker parses the URL and not the driver, because a driver's parameters include some
-//! that disable TLS.
+//! The URL of a database. The broker parses the URL instead of the driver, because some URL parameters of the drivers
+//! disable TLS.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -11,7 +11,8 @@ use std::{net::Ipv6Addr, path::PathBuf};
 pub(super) enum UrlError {
     #[error(
         "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
-         `mysql://user@host/database`; for a local socket without a host and with `?socket=` and its absolute path"
+         `mysql://user@host/database`; for a local socket, omit the host and append `?socket=` and the absolute path of \
+         the socket"
     )]
     Form,
     #[error("must be `sqlite:` and the absolute path of a file")]
@@ -85,13 +86,14 @@ pub(super) struct Place {
     pub(super) transport: Transport,
 }
 
-/// How a client connects to a server.
+/// How the broker connects to a database server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen
-    /// there.
+    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen on
+    /// it.
     Network { host: String, port: Option<u16> },
-    /// Over a socket in the file system: the directory for PostgreSQL, the socket itself for MySQL.
+    /// Over a socket in the file system. The path is that of the directory for PostgreSQL, and that of the socket for
+    /// MySQL.
     Socket(PathBuf),
 }
 
@@ -140,12 +142,12 @@ impl Place {
         Ok(place)
     }
 
-    /// Whether sent data stays inside the machine's kernel.
+    /// Whether data that is sent to the database stays inside the kernel of this machine.
     pub(super) fn is_local(&self) -> bool {
         matches!(self.transport, Transport::Socket(_))
     }
 
-    /// The location for people, without the user.
+    /// The location of the database for messages, without the user name.
     pub(super) fn shown(&self) -> String {
         match &self.transport {
             Transport::Network { host, .. } => format!("{} on {host}", self.database),
@@ -166,7 +168,8 @@ fn socket(query: &str) -> Result<Transport, UrlError> {
     }
 }
 
-/// The path of a file. Parameters, which other programs accept in this place, would become a part of the file name.
+/// Parses the path of a file. Parameters after the path, which other programs accept, would become a part of the file
+/// name.
 fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
         let encoded = if found == '?' { "%3F" } else { "%23" };

@@ -6,9 +6,9 @@ use std::io::{self, Read};
 use prost::Message;
 use zeroize::{Zeroize as _, Zeroizing};
 
-/// Longest frame, in bytes. The messages of both sides are far shorter.
+/// Longest frame, in bytes. The messages of front and worker are far shorter than this limit.
 const FRAME_BYTES_MAX: usize = 64 * 1024;
-/// Bytes of the length in front of each frame.
+/// Number of bytes of the length at the start of each frame.
 const PREFIX_BYTES: usize = 4;
 
 /// Initial capacity of an [`Outbox`] in bytes, enough for the usual number of waiting frames.
@@ -36,7 +36,7 @@ impl Outbox {
         let length = message.encoded_len();
         let needed = self.bytes.len() + PREFIX_BYTES + length;
         if needed > self.bytes.capacity() {
-            // A vector that grows on its own would leave a copy that is not overwritten.
+            // A vector that grows automatically would leave a copy that is not overwritten.
             let mut grown = Vec::with_capacity(needed * 2);
             grown.extend(&*self.bytes);
             self.bytes = Zeroizing::new(grown);
@@ -89,8 +89,7 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Returns the buffer for the next read, which is not empty if [`Inbox::take`] found no
-    /// message.
+    /// Returns the buffer for the next read. The buffer is not empty if [`Inbox::take`] found no message.
     pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -147,7 +146,7 @@ impl Inbox {
     }
 }
 
-/// Decodes the length in a prefix, if it is permitted.
+/// Decodes the length in a prefix. Returns an error if the frame would be too long.
 fn length(prefix: [u8; PREFIX_BYTES]) -> io::Result<usize> {
     usize::try_from(u32::from_be_bytes(prefix))
         .ok()

@@ -1,9 +1,9 @@
-//! Files with wrapped integrity keys, for tokens without keys for HMAC (`token.integrity_key = "worker"`).
+//! Files with wrapped integrity keys, for tokens that do not support HMAC keys (`token.integrity_key = "worker"`).
 //!
-//! A file holds an integrity key that is wrapped under the RSA key of its wrapping key. Anyone with the public key can
-//! wrap a key, so the ciphertext does not prove who made it. Therefore the SHA-256 of each file is in the
-//! configuration, and the file is never in the database. Otherwise a writer of the database could choose the key that
-//! verifies the rows.
+//! Each file contains the integrity key of one wrapping key, wrapped under the RSA key of this wrapping key. Anyone with the
+//! public key can wrap a key, so the ciphertext does not prove who created it. Therefore, the SHA-256 of each file is in the
+//! configuration, and the file is never in the database. A person who can write to the database cannot choose the integrity key
+//! that verifies the rows.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -31,7 +31,7 @@ use crate::Settings;
 const FORMAT: &str = "keybroker-integrity-key/1";
 /// Longest file, in bytes: the ciphertext of an RSA-4096 key has 1,024 hexadecimal digits.
 const BYTES_MAX: u64 = 4_096;
-/// Longest ciphertext, in bytes: RSA-4096.
+/// Longest ciphertext, in bytes: that of an RSA-4096 key.
 const CIPHERTEXT_BYTES_MAX: usize = 512;
 const EXTENSION: &str = "json";
 const INTEGRITY_KEY: Purpose = Purpose::secret("wrapped integrity key");
@@ -40,13 +40,13 @@ const DIRECTORY: Purpose = Purpose::trust("other users could replace the wrapped
 /// Why a wrapped integrity key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IntegrityFileError {
-    /// The configuration does not permit such keys.
+    /// The configuration does not permit integrity keys in the memory of the workers.
     #[error(
-        "the integrity key of wrapping key {0} is unwrapped into the memory of the workers, which the configuration does not permit; \
-         set `integrity_key = \"worker\"` in [token] if that is what you want"
+        "the integrity key of wrapping key {0} is unwrapped into the memory of the workers, which the configuration does \
+         not permit; to permit this, set `integrity_key = \"worker\"` in [token]"
     )]
     NotPermitted(WrappingKeyId),
-    /// There is no directory for the files.
+    /// The configuration has no directory for the files with integrity keys.
     #[error(
         "`integrity_key = \"worker\"` in [token] needs `integrity_key_directory`, the directory of the files with the wrapped \
          integrity keys"
@@ -66,20 +66,20 @@ pub enum IntegrityFileError {
     },
     /// The digest of the file differs from the configured digest.
     #[error(
-        "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. The person who \
-         chose its content could forge rows; restore the file from a backup, and find out who changed it",
+        "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. A person \
+         who chose the content of the file could forge rows; restore the file from a backup, and find out who changed it",
         path.display()
     )]
     Changed {
         /// The file.
         path: PathBuf,
     },
-    /// The file does not have the format.
+    /// The content of the file is not a wrapped integrity key.
     #[error("the wrapped integrity key {} cannot be read: {source}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong with the content.
         source: ContentError,
     },
     /// The file is missing, or other users can read or change it.
@@ -96,7 +96,7 @@ pub enum IntegrityFileError {
         /// Why.
         source: io::Error,
     },
-    /// This user cannot make files in the directory.
+    /// The user of this process cannot create files in the directory.
     #[error("[token] `integrity_key_directory`: this user cannot write to {}", path.display())]
     NotWritable {
         /// The directory.
@@ -115,7 +115,8 @@ pub enum IntegrityFileError {
 }
 
 impl IntegrityFileError {
-    /// Whether the file has another content than `keybroker` wrote. Every other error is about settings, owner, mode or storage.
+    /// Whether the content of the file is not what `keybroker` wrote. All other errors are about settings, owner, mode or
+    /// storage.
     pub fn is_about_content(&self) -> bool {
         matches!(self, Self::Changed { .. } | Self::Malformed { .. })
     }
@@ -124,19 +125,19 @@ impl IntegrityFileError {
 /// Why the content of a file is not a wrapped integrity key.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
-    /// The content is not the JSON object.
+    /// The content is not a JSON object with the required fields.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
-    /// The file has another format.
+    /// The value of `format` is not known.
     #[error("its format is not {FORMAT:?}")]
     Format,
-    /// `wrapping_key` has another form.
+    /// The value of `wrapping_key` is not a key id.
     #[error("`wrapping_key` is not a key id")]
     WrappingKey,
-    /// `algorithm` is not one of the algorithms.
+    /// The value of `algorithm` is not known.
     #[error("`algorithm` is not known")]
     Algorithm,
-    /// `ciphertext` has another form.
+    /// The value of `ciphertext` is not hexadecimal or does not have the required length.
     #[error("`ciphertext` is not hexadecimal, or has another length")]
     Ciphertext,
     /// The integrity key belongs to another wrapping key.
@@ -146,7 +147,7 @@ pub enum ContentError {
 
 fn describe_file(error: &trusted_file::Error) -> String {
     let remedy = if error.is_missing() {
-        "; without it no row can be verified: restore it from a backup"
+        "; without this file no row can be verified: restore the file from a backup"
     } else {
         ""
     };
@@ -156,7 +157,7 @@ fn describe_file(error: &trusted_file::Error) -> String {
 /// An integrity key as it is stored: wrapped under the RSA key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrappedIntegrityKey {
-    /// The wrapping key that it belongs to.
+    /// The wrapping key to which the integrity key belongs.
     pub wrapping_key: WrappingKeyId,
     /// How it is wrapped.
     pub algorithm: Algorithm,
@@ -210,7 +211,7 @@ impl WrappedIntegrityKey {
     }
 }
 
-/// The files, by the settings of `[token]`.
+/// The files with wrapped integrity keys, according to the settings in `[token]`.
 #[derive(Clone, Copy, Debug)]
 pub struct IntegrityFiles<'a> {
     directory: &'a Path,
@@ -224,7 +225,7 @@ impl<'a> IntegrityFiles<'a> {
         Self::permitted(settings)?.ok_or(IntegrityFileError::NotPermitted(id))
     }
 
-    /// Returns the files of a token. `None` if its settings do not permit integrity keys in the memory of the workers.
+    /// Returns the files of a token, or `None` if its settings do not permit integrity keys in the memory of the workers.
     pub fn permitted(settings: &'a Settings) -> Result<Option<Self>, IntegrityFileError> {
         if !settings.permits_integrity_key_in_worker() {
             return Ok(None);
@@ -241,13 +242,14 @@ impl<'a> IntegrityFiles<'a> {
         self.directory.join(format!("{id}.{EXTENSION}"))
     }
 
-    /// Checks that only this user can change the directory. Returns its path with `$CREDENTIALS_DIRECTORY` expanded.
+    /// Checks that no other user can change the directory. Returns the path of the directory with `$CREDENTIALS_DIRECTORY`
+    /// replaced.
     pub fn check_directory(&self) -> Result<PathBuf, IntegrityFileError> {
         trusted_file::check_directory(self.directory, DIRECTORY)
             .map_err(IntegrityFileError::Directory)
     }
 
-    /// Checks also that this user can make files in the directory.
+    /// Checks the directory, and checks that the user of this process can create files in it.
     pub fn check_writable(&self) -> Result<(), IntegrityFileError> {
         let path = self.check_directory()?;
         access(&path, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
@@ -264,7 +266,8 @@ impl<'a> IntegrityFiles<'a> {
         trusted_file::expand(&path).is_ok_and(|path| path.symlink_metadata().is_ok())
     }
 
-    /// Returns whether the configuration has the digest of the file of a wrapping key. Such a file was in use.
+    /// Returns whether the configuration has the digest of the file of a wrapping key. A file with a configured digest was in
+    /// use.
     pub fn is_pinned(&self, id: WrappingKeyId) -> bool {
         self.digests.contains_key(&id.to_string())
     }
@@ -294,9 +297,9 @@ impl<'a> IntegrityFiles<'a> {
         }
     }
 
-    /// Writes the file of a new key. When this function returns, the file survives a power failure. Never replaces a
-    /// file, because the file could be the only copy of the key that verifies the rows. Returns the path and the
-    /// SHA-256.
+    /// Writes the file of a new integrity key, and returns its path and its SHA-256. After this function returns, the file
+    /// survives a power failure. The function never replaces a file, because the file could be the only copy of the integrity key
+    /// that verifies the rows.
     pub fn create(
         &self,
         id: WrappingKeyId,
@@ -321,8 +324,8 @@ impl<'a> IntegrityFiles<'a> {
         Ok((path, sha256(text.as_bytes())))
     }
 
-    /// Returns all problems with the files: with the files whose digests are configured, and with files in the
-    /// directory without a configured digest.
+    /// Returns the problems of all files whose digests are configured, and of all files in the directory that have no configured
+    /// digest.
     pub fn problems(&self) -> Vec<IntegrityFileError> {
         let directory = match self.check_directory() {
             Ok(directory) => directory,
@@ -467,7 +470,10 @@ mod tests {
         fs::remove_file(fixture.files().path(ID)).unwrap();
         let refused = fixture.refusal();
         assert!(refused.contains(&ID.to_string()), "{refused}");
-        assert!(refused.contains("restore it from a backup"), "{refused}");
+        assert!(
+            refused.contains("restore the file from a backup"),
+            "{refused}"
+        );
     }
 
     #[test]

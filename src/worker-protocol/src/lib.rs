@@ -1,5 +1,5 @@
 //! The common parts of the front and its workers: the messages on their socket pair, the settings of a token, the PIN,
-//! and RSA-OAEP with the public key. This crate contains nothing of PKCS#11 and nothing about starting workers.
+//! and RSA-OAEP with the public key. This crate contains no code for PKCS#11 and no code that starts workers.
 
 pub mod frame;
 pub mod integrity_file;

@@ -16,7 +16,7 @@ use keybroker_core::{envelope::Algorithm, key::Fingerprint};
 /// Smallest and largest permitted modulus, in bits.
 pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
 
-/// Why a public key cannot be used or did not wrap.
+/// Why a public key cannot be used, or why it could not wrap.
 #[derive(Debug, thiserror::Error)]
 pub enum OaepError {
     /// The key is not an RSA key of a permitted size.
@@ -25,7 +25,7 @@ pub enum OaepError {
     /// The modulus has a length that is not permitted.
     #[error("a modulus of {0} bits; 2048 to 4096 are permitted")]
     Modulus(usize),
-    /// Modulus and exponent are not a valid key.
+    /// Modulus and exponent are not a valid RSA public key.
     #[error("not an RSA public key: {0}")]
     NoKey(#[from] rsa::Error),
     /// The key cannot be encoded.
@@ -56,7 +56,7 @@ impl WrapKey {
         self.algorithm
     }
 
-    /// The modulus length in bits. Every permitted length fits the type.
+    /// The modulus length in bits. Every permitted length fits into the return type.
     pub fn modulus_bits(&self) -> u32 {
         u32::try_from(self.key.key_size_bits()).unwrap_or(0)
     }

@@ -15,9 +15,9 @@ use keybroker_core::trusted_file::{self, Purpose};
 
 /// The environment variable with the path of SoftHSM's configuration file.
 const SOFTHSM_VARIABLE: &str = "SOFTHSM2_CONF";
-/// The configuration file that SoftHSM reads without the variable, as built by Debian.
+/// The configuration file that SoftHSM in Debian reads if the variable is not set.
 const SOFTHSM_DEFAULT: &str = "/etc/softhsm/softhsm2.conf";
-const MODULE: Purpose = Purpose::trust("other users could replace the code that is given the PIN");
+const MODULE: Purpose = Purpose::trust("other users could replace the code that receives the PIN");
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
@@ -32,7 +32,7 @@ pub enum PathError {
     NoModule {
         /// The configured path.
         path: PathBuf,
-        /// The error of opening it.
+        /// The error of the attempt to open the module.
         source: Box<trusted_file::Error>,
     },
     /// Other users can change the module.
@@ -57,11 +57,11 @@ pub enum PathError {
 }
 
 /// Refuses a module that does not exist, that other users could replace, or that is not a shared library for this
-/// machine. The check matters because the module gets the PIN.
+/// machine. The check matters because the module receives the PIN.
 pub fn check_module(path: &Path) -> Result<(), PathError> {
     let file = match trusted_file::open(path, MODULE) {
-        // The loader opens the path again later. Opening it again is not a race, because only root and this user can
-        // change the path's target.
+        // The loader opens the path again later. There is no race with the check, because only root and the user of
+        // this process can change the target of the path.
         Ok(file) => file,
         Err(source) if source.is_missing() => {
             let path = path.to_owned();
@@ -79,7 +79,8 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header up to `e_machine`, which is equal for 32 and 64 bits.
+/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the same for 32 and 64
+/// bits.
 const ELF_BYTES: usize = 20;
 /// Values of `e_machine` with the names of the machines.
 const MACHINES: [(u16, &str); 8] = [
@@ -100,7 +101,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF") {
         return Some("is not a shared library".to_owned());
     }
-    // In byte 5, the value 2 means big endian.
+    // In byte 5 of the ELF header, the value 2 means big endian.
     let pair = [header[18], header[19]];
     let machine = if header[5] == 2 {
         u16::from_be_bytes(pair)
@@ -110,7 +111,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     let ours = match std::env::consts::ARCH {
         "x86_64" => 62,
         "aarch64" => 183,
-        // On other machines, the dynamic linker decides.
+        // On other types of machine, only the dynamic linker checks the library.
         _ => return None,
     };
     let name = |number: u16| {
@@ -122,15 +123,15 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "is made for {}, and this machine is {}: install the module of this architecture",
+            "is made for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )
     })
 }
 
-/// Returns the problem of SoftHSM's configuration file. SoftHSM's own message contains neither the file nor the cause.
-/// `environment` is the environment of the module.
+/// Returns the problem of SoftHSM's configuration file, if there is a problem. SoftHSM's own message contains neither
+/// the file nor the cause. `environment` is the environment of the module.
 pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) -> Option<String> {
     let named = environment.get(SOFTHSM_VARIABLE);
     let is_softhsm = module
@@ -144,7 +145,7 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
         None if is_softhsm => (
             SOFTHSM_DEFAULT,
             format!(
-                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default"
+                "{SOFTHSM_VARIABLE} is not in [token.environment], so SoftHSM reads its default configuration file"
             ),
         ),
         None => return None,
@@ -191,8 +192,9 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
 }
 
 /// Refuses files and directories in `token.environment` that other users could change, such as the file of
-/// `SOFTHSM2_CONF`. Modules read from them where their keys are, or load further code. A value is checked if it is the
-/// absolute path of an existing file or directory, or a colon-separated list of such paths (`LD_LIBRARY_PATH`).
+/// `SOFTHSM2_CONF`. A module reads the location of its keys, or loads further code, from the files that its environment
+/// names. The value of a variable is checked if it is the absolute path of an existing file or directory, or a
+/// colon-separated list of such paths (`LD_LIBRARY_PATH`).
 pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);

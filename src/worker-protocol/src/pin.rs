@@ -21,12 +21,12 @@ const PIN_BYTES_MAX: usize = 255;
 const UTF8_MARK: &str = "\u{feff}";
 const PIN_FILE: Purpose = Purpose::secret("PIN");
 
-/// Why there is no PIN. No message contains any part of the PIN.
+/// Why a PIN cannot be read or is refused. No error message contains any part of the PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
     /// The text begins with a byte order mark, which some editors write.
     #[error(
-        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save it without one"
+        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
     )]
     ByteOrderMark,
     /// The text begins or ends with a space or a tab.
@@ -49,16 +49,16 @@ pub enum PinError {
     ControlCharacter,
     /// The text is longer than a PIN may be.
     #[error(
-        "it is longer than {PIN_BYTES_MAX} bytes, which no PIN is; check that this is the right file"
+        "it is longer than {PIN_BYTES_MAX} bytes, which is too long for a PIN; check that this is the right file"
     )]
     TooLong,
     /// The PIN cannot be read.
     #[error("{}", describe_read(.0))]
     Read(#[from] io::Error),
-    /// The file is readable for others than its owner.
+    /// The file is missing, or other users can read or change it.
     #[error("the PIN file: {0}")]
     File(#[from] trusted_file::Error),
-    /// One of the errors above, with its place.
+    /// Another error of this type, with the file or descriptor in which it occurred.
     #[error("{place}: {source}")]
     In {
         /// The file or descriptor.
@@ -114,8 +114,8 @@ impl Pin {
         Ok(Self(Zeroizing::new(pin.to_owned())))
     }
 
-    /// Reads a PIN from a file. The file must belong to this user and be readable for this user only, or belong to
-    /// root, who may let a group read it.
+    /// Reads a PIN from a file. The file must belong to the user of this process and be readable only for this user, or
+    /// it must belong to root, who may also let a group read it.
     pub fn from_file(path: &Path) -> Result<Self, PinError> {
         let path = resolve(path)?;
         let file = trusted_file::open(&path, PIN_FILE)?;
@@ -125,8 +125,8 @@ impl Pin {
         })
     }
 
-    /// Checks whether a PIN may be read from the file. Reads nothing from it, because a command leaves that to its
-    /// worker.
+    /// Checks whether a PIN may be read from the file. The function reads nothing from the file, because only the
+    /// worker of a command reads the PIN.
     pub fn check_file(path: &Path) -> Result<(), trusted_file::Error> {
         trusted_file::open(path, PIN_FILE).map(drop)
     }
@@ -141,7 +141,7 @@ impl Pin {
     }
 
     fn from_reader(reader: impl Read) -> Result<Self, PinError> {
-        // Allocated with its final capacity: a string that grows would leave copies that are not overwritten.
+        // Allocate the final capacity now: a string that grows would leave copies that are not overwritten.
         let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
         let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
         reader.take(limit).read_to_string(&mut text)?;
@@ -157,7 +157,7 @@ impl Pin {
 /// The source of a PIN for a worker.
 #[derive(Debug)]
 pub enum PinSource {
-    /// A file that the worker reads itself, so that the process that starts the worker does not hold the PIN.
+    /// A file that the worker reads itself, so that the process that starts the worker does not have the PIN.
     File(PathBuf),
     /// A PIN that a person typed, or that was read from a descriptor.
     Text(Pin),
@@ -166,7 +166,8 @@ pub enum PinSource {
 }
 
 impl PinSource {
-    /// Returns the form that is sent over the socket. The path is resolved here, because the worker has no environment.
+    /// Returns the form that is sent to the worker. The path is resolved here, because the worker does not have the
+    /// environment of this process.
     pub fn to_wire(&self) -> Result<wire::PinSource, PinError> {
         let source = match self {
             Self::File(path) => Some(Source::File(resolve(path)?.to_string_lossy().into_owned())),
@@ -178,7 +179,7 @@ impl PinSource {
 }
 
 impl wire::PinSource {
-    /// Reads the PIN from the text or the file. Absent for a token that is used without a login.
+    /// Reads the PIN from the text or the file. Returns `None` for a token that is used without a login.
     pub fn read(&self) -> Result<Option<Pin>, PinError> {
         match &self.source {
             Some(Source::File(path)) => Pin::from_file(Path::new(path)).map(Some),

@@ -1,5 +1,5 @@
-//! The report about a token, as `keybroker token report` publishes it. The worker creates it, and the command displays
-//! and compares it.
+//! The report about a token, as `keybroker token report` publishes it. A worker creates the report, and the command
+//! displays and compares it.
 
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +32,8 @@ pub struct Report {
     pub errors: Vec<Answer>,
     /// Tests with keys that stay on the token. Empty without `--write`.
     pub token_objects: Vec<Answer>,
-    /// Rates that were measured on a machine with other work, and are therefore not compared.
+    /// Rates, which are not compared with another report because the machine may have had other work during the
+    /// measurement.
     pub rates: Vec<Rate>,
     /// Whether the token's work uses CPU time of this machine; absent if that could not be measured.
     pub token_cpu_is_local: Option<bool>,
@@ -59,7 +60,7 @@ pub struct Verdict {
 pub enum Outcome {
     /// The token works without exceptions.
     Works,
-    /// The token works with the exceptions of the verdict.
+    /// The token works with the exceptions that the verdict lists.
     WorksWithExceptions,
     /// The token cannot be used.
     Refused,
@@ -72,7 +73,7 @@ pub struct Identity {
     pub module: String,
     /// SHA-256 of the module's file, in hexadecimal.
     pub module_sha256: String,
-    /// Length of the module's file.
+    /// Length of the module's file, in bytes.
     pub module_bytes: u64,
     /// Version of PKCS#11 that the module implements.
     pub cryptoki_version: String,
@@ -86,15 +87,16 @@ pub struct Identity {
     pub hardware_version: String,
     /// Version of the firmware.
     pub firmware_version: String,
-    /// Serial number, if it was asked for.
+    /// Serial number, if the user requested it.
     pub serial: Option<String>,
-    /// Whether the token has a serial number. Reports are published, and a digest of a short number would not hide it.
+    /// Whether the token has a serial number. The report contains no digest of the serial number, because reports are
+    /// published and a digest does not hide a short number.
     pub has_serial: bool,
     /// Whether another token of the module has the same label.
     pub label_is_shared: bool,
     /// Whether the texts of the token are padded with NUL instead of blanks.
     pub padded_with_nul: bool,
-    /// `none`, `valid`, or the text in place of a valid time.
+    /// The clock of the token: `none`, `valid`, or the text that the token returns instead of a valid time.
     pub clock: String,
     /// Flags of the token, in hexadecimal.
     pub flags: String,
@@ -119,13 +121,13 @@ pub struct Answer {
 pub struct Attribute {
     /// `RSA private key` or `integrity key`.
     pub object: String,
-    /// The attribute's name in the standard.
+    /// The attribute's name in the PKCS#11 standard.
     pub attribute: String,
     /// `accepted`, `ignored`, or the return code of the rejection.
     pub in_template: String,
     /// The attribute's value as the token returns it.
     pub read: String,
-    /// Whether the token answers a query for the attribute's length.
+    /// The token's answer to a query for the attribute's length.
     pub length_query: String,
 }
 
@@ -136,17 +138,17 @@ pub struct NegativeAnswer {
     pub name: String,
     /// The consequence if the token performs the function.
     pub meaning: String,
-    /// `refused`, `SUCCEEDED`, `not made` or `not answered`.
+    /// The result: `refused`, `SUCCEEDED`, `not made` or `not answered`.
     pub result: String,
     /// The return code, if there is one.
     pub code: Option<String>,
-    /// Whether the same session was usable afterwards.
+    /// Whether the session of the test was usable after the test.
     pub session_is_usable: bool,
 }
 
-/// The result of a token that did what it must refuse.
+/// The result of a negative test if the token performed the function that it must refuse.
 pub const SUCCEEDED: &str = "SUCCEEDED";
-/// The result of a function that works.
+/// The result of a positive test if the function works.
 pub const WORKS: &str = "works";
 
 /// A measurement.
@@ -154,13 +156,13 @@ pub const WORKS: &str = "works";
 pub struct Rate {
     /// What was measured.
     pub name: String,
-    /// Operations per second or milliseconds, according to the name.
+    /// The value, in operations per second or in milliseconds; the name contains the unit.
     pub value: f64,
 }
 
 impl Report {
-    /// Lists in which points this report is worse than an earlier one of the same token. Improvements are not listed. A
-    /// token that was refused before cannot be worse.
+    /// Lists the points in which this report is worse than an earlier report about the same token. Improvements are not
+    /// listed. If the earlier report refused the token, this report cannot be worse.
     pub fn worse_than(&self, expected: &Self) -> Vec<String> {
         let mut worse = Vec::new();
         let (now, then) = (&self.verdict, &expected.verdict);
@@ -183,7 +185,7 @@ impl Report {
             worse.push("OAEP works only with SHA-1".to_owned());
         }
         let mut compared = vec![(&self.positive, &expected.positive)];
-        // Without --write, the report has nothing about objects on the token.
+        // A report without `--write` has no tests with keys on the token.
         if !self.token_objects.is_empty() {
             compared.push((&self.token_objects, &expected.token_objects));
         }

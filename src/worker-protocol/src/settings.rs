@@ -25,8 +25,8 @@ pub enum IntegrityKey {
     Sha256Hmac,
     /// `CKK_SHA256_HMAC`, generated with the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`. For Entrust `nShield`.
     Nshield,
-    /// A key in the memory of the workers instead of an object on the token. A file holds the key, wrapped under the
-    /// RSA key. This kind is for tokens without keys for HMAC.
+    /// A key in the memory of the workers instead of an object on the token. A file contains the key, wrapped under the
+    /// RSA key. This kind is for tokens that do not support HMAC keys.
     Worker,
 }
 
@@ -55,14 +55,15 @@ impl IntegrityKey {
     }
 }
 
-/// What decides which program may use the keys.
+/// The access control that decides which programs may use the keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccessControl {
     /// The token enforces a login, because the keys have `CKA_PRIVATE=true`.
     #[default]
     Login,
-    /// Access control outside PKCS#11, such as the credentials of a cloud. The keys have `CKA_PRIVATE=false`.
+    /// Access is controlled outside PKCS#11, for example with the credentials of a cloud service. The keys have
+    /// `CKA_PRIVATE=false`.
     OutsidePkcs11,
 }
 
@@ -81,28 +82,28 @@ pub struct Settings {
     /// File with the user PIN, which only its owner may read. `$CREDENTIALS_DIRECTORY/` at the beginning stands for the
     /// directory of systemd credentials.
     pub pin_file: Option<PathBuf>,
-    /// Number of worker processes. Set `workers` to 1 if the token allows only one client.
+    /// Number of worker processes. Set `workers` to 1 if the token accepts only one process at a time.
     #[serde(default = "Settings::default_workers")]
     pub workers: usize,
     /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Largest number of waiting jobs. A further job is refused with `QUEUE_FULL`, or replaces a job of the principal
-    /// with the most waiting jobs.
+    /// Largest number of waiting jobs. If the queue is full, a further job is refused with `QUEUE_FULL`, or replaces a
+    /// job of the principal with the most waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
-    /// Weight of principals by name, when jobs of several principals wait. A principal with weight 4 gets four times
-    /// the share of one that is not listed.
+    /// Weights of principals, by name, which apply while jobs of several principals wait. A principal with weight 4
+    /// gets four times the share of a principal that is not listed.
     #[serde(default)]
     pub weights: BTreeMap<String, u32>,
     /// Longest time for one call of the module in a command, in milliseconds. Commands that generate a key or
-    /// initialise a token allow at least five minutes for that call.
+    /// initialise a token allow at least five minutes for this call.
     #[serde(default = "Settings::default_call_timeout_ms")]
     pub call_timeout_ms: u64,
     /// Allows RSA-OAEP with SHA-1 if the token supports no other hash.
     #[serde(default)]
     pub allow_oaep_sha1: bool,
-    /// What decides which program may use the keys.
+    /// The access control that decides which programs may use the keys.
     #[serde(default)]
     pub access_control: AccessControl,
     /// The kind of object of this token's integrity keys.
@@ -112,7 +113,8 @@ pub struct Settings {
     /// for each wrapping key.
     #[serde(default)]
     pub integrity_key_directory: Option<PathBuf>,
-    /// SHA-256 of each of these files, by the id of its wrapping key. Both are written as hexadecimal digits.
+    /// SHA-256 of each file in `integrity_key_directory`, by the id of its wrapping key. Ids and digests are written as
+    /// hexadecimal digits.
     #[serde(default)]
     pub integrity_key_digests: BTreeMap<String, String>,
     /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Excepted attributes are left out of
@@ -122,16 +124,16 @@ pub struct Settings {
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
     #[serde(default)]
     pub spared_tests: Vec<String>,
-    /// String for `C_Initialize` (`pReserved`). Some modules need one; most modules refuse it.
+    /// String for `C_Initialize` (`pReserved`). Some modules need this string; most modules refuse it.
     #[serde(default)]
     pub initialize_string: Option<String>,
-    /// The complete environment of a worker, such as `SOFTHSM2_CONF`. No other variables are passed.
+    /// All environment variables of a worker, such as `SOFTHSM2_CONF`. A worker has no other environment variables.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
 }
 
 impl Settings {
-    /// Whether the token is used without a login: it has no PIN, and its access is controlled outside PKCS#11.
+    /// Whether the token is used without a login: there is no PIN file, and access is controlled outside PKCS#11.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
     }
@@ -142,7 +144,7 @@ impl Settings {
     }
 
     /// Returns the path with `$CREDENTIALS_DIRECTORY` expanded. A path that cannot be expanded is returned unchanged,
-    /// so that the message names it.
+    /// so that the error message contains this path.
     fn resolved_integrity_key_directory(&self) -> Option<PathBuf> {
         let directory = self.integrity_key_directory.as_deref()?;
         Some(trusted_file::expand(directory).unwrap_or_else(|_| directory.to_owned()))
@@ -164,7 +166,8 @@ impl Settings {
         30_000
     }
 
-    /// Builds the setup that tells a worker which token to open. The caller sets sessions, PIN and keys.
+    /// Builds the setup that tells a worker which token to open. The caller must set the sessions, the PIN and the keys
+    /// of the setup.
     pub fn to_setup(&self, state_directory: &Path) -> Setup {
         Setup {
             module: self.module.to_string_lossy().into_owned(),
@@ -228,9 +231,9 @@ impl Settings {
 pub struct ExpectedKey {
     /// The id of the key.
     pub id: WrappingKeyId,
-    /// The `CKA_ID` of its objects on the token.
+    /// Where the objects of the wrapping key are.
     pub objects: ObjectIds,
-    /// Serial number of the token that holds it.
+    /// Serial number of the token that holds the key.
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -267,8 +270,8 @@ impl From<TokenIdentity> for TokenInfo {
     }
 }
 
-/// Removes the padding of a text in `CK_TOKEN_INFO`. The standard pads with blanks. Some modules pad with NUL, or end
-/// the text with one.
+/// Removes the padding of a text in `CK_TOKEN_INFO`. The PKCS#11 standard requires padding with blanks. Some modules
+/// pad with NUL, or end the text with a NUL.
 pub fn unpadded(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
     text.trim_end()

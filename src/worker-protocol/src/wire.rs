@@ -1,6 +1,6 @@
 //! The messages between front and worker, generated from `proto/keybroker/worker/v1`.
 
-// Generated code follows the generator's style, not ours.
+// The generated code does not follow the style of this project.
 #![allow(
     missing_docs,
     missing_debug_implementations,
@@ -16,14 +16,14 @@ use std::fmt;
 include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
 
 impl fmt::Debug for Mac {
-    /// Omits the message, because for a request id it contains key material.
+    /// Omits the message, because the message for a request id contains key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mac").finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for VerifyMac {
-    /// Omits the message, because for a request id it contains key material.
+    /// Omits the message, because the message for a request id contains key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VerifyMac").finish_non_exhaustive()
     }

@@ -35,7 +35,7 @@ impl Work {
         self.0.id
     }
 
-    /// The deadline in `CLOCK_MONOTONIC` nanoseconds. No token call starts after it.
+    /// The deadline in `CLOCK_MONOTONIC` nanoseconds. No token call starts after the deadline.
     pub fn deadline_ns(&self) -> u64 {
         self.0.deadline_ns
     }
@@ -45,7 +45,7 @@ impl Work {
         self.0.job.as_ref()
     }
 
-    /// Whether this is a self-test of the worker rather than a caller's job.
+    /// Whether the job is a self-test of the worker instead of a caller's job.
     pub fn is_self_test(&self) -> bool {
         matches!(self.0.job, Some(Job::SelfTest(_)))
     }

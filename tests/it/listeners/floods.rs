@@ -240,12 +240,9 @@ async fn one_principal_cannot_take_every_connection() {
     });
     assert!(watches.len() <= 6, "{}", watches.len());
     served(&Caller::of(&broker, "releaser")).await;
-    assert!(
-        broker
-            .site
-            .log()
-            .contains("connection refused because no place is free")
-    );
+    assert!(broker.site.log().contains(
+        "connection refused, because the limit of connections for callers of this kind is reached"
+    ));
 }
 
 /// A watch keeps no connection without a principal open.

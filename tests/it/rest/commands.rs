@@ -269,7 +269,10 @@ fn strong_accounts_open_with_a_warning_and_a_salt_takes_the_place_of_the_address
         "derive {account} --kdf argon2id --iterations 11 --memory-mib 16"
     ));
     assert_eq!(strong.code, Some(0), "{strong:#?}");
-    assert!(strong.stderr.contains("that clients offer"), "{strong:#?}");
+    assert!(
+        strong.stderr.contains("that Bitwarden clients offer"),
+        "{strong:#?}"
+    );
     // The salt that a server names: the address, written as it makes the key, or another text.
     let opened = format!("unlock {account} --protected-key-file protected --salt");
     desk.ok(&format!("{opened} {EMAIL}"));

@@ -326,7 +326,7 @@ async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
         .find(|line| line.contains("its `exp` has passed"));
     let line = line.unwrap_or_else(|| panic!("{log}"));
     assert!(
-        line.contains(" s ago; its holder needs a new one"),
+        line.contains(" s ago; its holder needs a new access token"),
         "{line}"
     );
     let (site, _) = rest.broker.stop();

@@ -17,10 +17,10 @@ use keybroker_core::{
 };
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
-/// Retry delay if the error has none.
+/// Retry delay of an answer, in seconds, if the error specifies none.
 const RETRY_SECONDS: u64 = 5;
 
-/// The status of a reason. The match is exhaustive, so that a new reason must have a status.
+/// Returns the HTTP status for a reason. The match is exhaustive, so that a new reason must have a status.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn status(reason: Reason) -> StatusCode {
     match reason {
@@ -29,7 +29,8 @@ const fn status(reason: Reason) -> StatusCode {
         }
         Reason::Credential => StatusCode::UNAUTHORIZED,
         Reason::Policy => StatusCode::FORBIDDEN,
-        // Clients treat 404 as a new user, so no other reason may have this status.
+        // A client that receives 404 treats the user as new, so `KeyNotFound` must be the only reason with this
+        // status.
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
         Reason::KeyExists | Reason::Limit => StatusCode::BAD_REQUEST,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
@@ -42,7 +43,8 @@ const fn status(reason: Reason) -> StatusCode {
         | Reason::KeyState
         | Reason::Deadline
         | Reason::Revision => StatusCode::SERVICE_UNAVAILABLE,
-        // Clients retry after 503, and a retry does not help in these cases.
+        // `RecordDamaged` and `Bug` do not have status 503, because clients retry after 503, and a retry would not
+        // help.
         Reason::RecordDamaged | Reason::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -52,7 +54,7 @@ pub(super) fn refusal(error: &Error, id: CallId) -> Response<Body> {
     refusal_as(status(error.reason()), error, id)
 }
 
-/// Like [`refusal`], with a status that HTTP defines for this error.
+/// Like [`refusal`], but with the HTTP status that the caller of this function selects.
 pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Response<Body> {
     let reason = error.reason();
     let violation = error.violations().first();
@@ -67,7 +69,7 @@ pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Respo
         "call_id": id.to_string(),
     });
     if error.is_outcome_unknown() {
-        // The same value as in the metadata of `ErrorInfo` in the gRPC API.
+        // The gRPC API uses the same name and value in the metadata of `ErrorInfo`.
         body["outcome"] = "unknown".into();
     }
     let mut response = json(status, &body);

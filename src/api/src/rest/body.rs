@@ -18,7 +18,7 @@ use keybroker_core::{
 
 /// Length of a user's key in a Key Connector, in bytes.
 pub(super) const KEY_BYTES: usize = 32;
-/// Longest body, in bytes. A client sends about sixty bytes.
+/// Longest accepted body of a request, in bytes. The body that Bitwarden clients send has about 60 bytes.
 const BODY_BYTES_MAX: usize = 4 * 1_024;
 /// Longest time for receiving a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -71,7 +71,7 @@ impl Malformed {
     }
 }
 
-/// Reads the key from a request. At most the permitted number of bytes is kept in memory.
+/// Reads the key from a request. At most `BODY_BYTES_MAX` bytes of the body are kept in memory.
 pub(crate) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
     let text = text(headers, &mut body).await;
     if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
@@ -130,7 +130,7 @@ async fn discard(body: &mut Body) {
         .await
         .is_err()
     {
-        tracing::debug!("the rest of a refused body did not arrive in time");
+        tracing::debug!("the rest of the refused request body did not arrive in time");
     }
 }
 
@@ -143,7 +143,8 @@ struct Fields {
 fn parse(text: &[u8]) -> Result<KeyMaterial, Malformed> {
     let fields: Fields = serde_json::from_slice(text).map_err(|_| Malformed::Json)?;
     let encoded = Zeroizing::new(fields.key);
-    // Clients always send padding, but accept a key without padding. This parser accepts both forms, too.
+    // Bitwarden clients always send padding, but accept a key without padding. Therefore this parser accepts a key
+    // with or without padding.
     let decoded = Base64::decode_vec(&encoded).or_else(|_| Base64Unpadded::decode_vec(&encoded));
     let mut key = decoded.map_err(|_| Malformed::Base64)?;
     if key.len() != KEY_BYTES {
@@ -153,7 +154,8 @@ fn parse(text: &[u8]) -> Result<KeyMaterial, Malformed> {
     KeyMaterial::new(key).map_err(|_| Malformed::Length)
 }
 
-/// Whether there is exactly one content type, `application/json` in UTF-8. Other parameters are ignored.
+/// Whether the headers contain exactly one content type, which is `application/json` in UTF-8. Parameters other than
+/// `charset` are ignored.
 fn is_json(headers: &HeaderMap) -> bool {
     let mut values = headers.get_all(header::CONTENT_TYPE).iter();
     let (Some(value), None) = (values.next(), values.next()) else {

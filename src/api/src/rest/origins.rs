@@ -1,6 +1,6 @@
-//! CORS: only pages of the configured origins may send requests; origins are compared as text. CORS does not protect
-//! keys, which require an access token. CORS prevents pages of other origins from sending requests in the browser of a
-//! user who has an access token.
+//! CORS: only pages of the configured origins may send requests; origins are compared as text. CORS is not what
+//! protects keys: every request for a key requires an access token. CORS prevents pages of other origins from sending
+//! requests in the browser of a user who has an access token.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ const REQUEST_HEADERS: [HeaderName; 12] = [
     HeaderName::from_static("is-prerelease"),
 ];
 
-/// Answers preflights and adds CORS headers; `None` if no origin is configured.
+/// Returns a layer that answers preflight requests and adds CORS headers, or `None` if no origin is configured.
 pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
     let origins: Vec<HeaderValue> = allowed
         .iter()
@@ -47,7 +47,8 @@ pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
 /// The origin that Safari sends for pages of its extensions.
 const FILES: &str = "file://";
 
-/// Whether a browser or an app could send this text as `origin`. Apps have their own schemes.
+/// Whether a browser or an app could send this text as `origin`. Apps use schemes of their own, such as
+/// `bw-desktop-file`.
 pub(super) fn is_origin(text: &str) -> bool {
     if text == FILES {
         return true;

@@ -1,4 +1,5 @@
-//! Requests that need no credential: the time, and whether the broker can release keys.
+//! Handles the requests that need no credential: `/alive` and `/now` return the time, and `/health` returns
+//! whether the broker can release keys.
 
 use axum::{
     body::Body,
@@ -16,7 +17,7 @@ use super::{Context, answer};
 
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
-/// `/alive` and `/now`: the time in UTC, as a JSON string.
+/// Answers `/alive` and `/now` with the time in UTC, as a JSON string.
 pub(super) async fn now(method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;
@@ -24,7 +25,8 @@ pub(super) async fn now(method: Method) -> Response<Body> {
     answer::json(StatusCode::OK, &json!(Timestamp::now().to_string()))
 }
 
-/// `/health`: whether token, store and audit log work, without details.
+/// Answers `/health`: the HTTP status shows whether the token, the store and the audit log work, without
+/// details.
 pub(super) async fn health(State(context): State<Context>, method: Method) -> Response<Body> {
     if let Some(refused) = unless_read(&method) {
         return refused;
@@ -40,7 +42,8 @@ pub(super) async fn health(State(context): State<Context>, method: Method) -> Re
     response
 }
 
-/// Any other path. The reason differs from that of a user without a key, so that a wrong URL can be recognised.
+/// Answers a request for any other path. The reason differs from the reason for a user without a key, so that
+/// an operator can recognise a wrong URL.
 pub(super) async fn nothing() -> Response<Body> {
     let error = Error::violation(
         "path",

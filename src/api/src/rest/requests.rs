@@ -1,4 +1,4 @@
-//! Handles requests to `/user-keys`: call id, caller, deadline and answer.
+//! Handles requests to `/user-keys`: assigns the call id, identifies the caller, sets the deadline and returns the answer.
 //!
 //! Mitigations: M3, M21 of `THREAT_MODEL.md`.
 
@@ -24,7 +24,7 @@ use crate::request::{self, Unanswered};
 
 use super::{Context, answer, body, probes, retry::Retry, user_keys::UserRequest};
 
-/// The key name of the Bitwarden key.
+/// The key name under which the broker stores a user's Bitwarden key.
 const KEY_NAME: &str = "bitwarden";
 
 /// Handles a request to `/user-keys`.
@@ -39,7 +39,7 @@ pub(super) async fn user_keys(State(context): State<Context>, request: Request) 
     response
 }
 
-/// The action of a method; `None` for an unsupported method.
+/// The action of an HTTP method; `None` for an unsupported method.
 fn action(method: &Method) -> Option<Action> {
     match *method {
         Method::GET => Some(Action::Unwrap),
@@ -142,8 +142,8 @@ impl Context {
 }
 
 impl UserRequest {
-    /// Refuses a body and writes an audit entry. Except for status 400, after which the whole body was read, the connection is
-    /// closed, because more of the body may follow.
+    /// Refuses a body and writes an audit entry. If the status is not 400, the connection is closed, because more of the body
+    /// may follow.
     async fn malformed(&self, action: Action, malformed: body::Malformed) -> Response<Body> {
         let (principal, call) = (&self.principal, &self.call);
         let error = malformed.error();
@@ -160,7 +160,8 @@ impl UserRequest {
     }
 }
 
-/// The only key that a caller can reach through this API. Services have no key here and must use gRPC.
+/// Returns the only user key that a caller can access through the REST API. A service has no key in the REST API and must use
+/// the gRPC API.
 fn own_key(principal: &Principal) -> Result<UserKeyRef, Error> {
     let Some(user) = principal.subject() else {
         let detail = format!("{principal} is a service, and only users have keys in the REST API");

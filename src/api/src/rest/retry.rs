@@ -1,4 +1,4 @@
-//! Retries during short outages, because a client would log its user out after an error.
+//! Retries calls during short outages, because a Bitwarden client logs its user out after an error.
 
 use std::{
     sync::Arc,
@@ -13,24 +13,24 @@ use keybroker_core::{
     metrics,
 };
 
-/// Longest time for all retries of one request. Clients and proxies wait for at least half a minute.
+/// Longest time for all retries of one request. Clients and proxies wait for an answer for at least half a minute.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
-/// Maximum number of retries of one request, for all its steps together.
+/// Maximum number of retries of one request, over all calls that the request needs.
 const REPETITIONS_MAX: u32 = 5;
 /// Time limit of one attempt. The next attempt may use another worker or another database connection.
 const TRY: Duration = Duration::from_secs(5);
-/// Maximum number of requests that wait for a retry. Further requests are answered without a retry. Each waiting request occupies
-/// a connection and the memory of its body.
+/// Maximum number of requests that wait for a retry at the same time. When this maximum is reached, further requests are answered
+/// without a retry. Each waiting request occupies a connection and the memory of its body.
 pub(super) const RETRIES_MAX: usize = 4_096;
-/// Pause before the first retry. The pause doubles before each further retry. All pauses together fill [`RETRY_TIME_MAX`].
+/// Pause before the first retry. The pause doubles before each further retry. The sum of all pauses is slightly less than
+/// [`RETRY_TIME_MAX`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// Minimum time for an attempt. No attempt begins with less time.
+/// Minimum time for an attempt; if less time is left, no attempt begins.
 const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 
-/// The remaining time for retries of one request, over all of its calls.
+/// The state of the retries of one request. A request may need several calls, which share the time and the number of retries.
 ///
-/// Every attempt of every step is a separate call in the audit log. If the result of a change is unknown, its mark must not
-/// belong to another change.
+/// Each attempt is a separate call in the audit log. An entry with an unknown outcome therefore belongs to exactly one change.
 pub(super) struct Retry {
     request: Call,
     until: Instant,
@@ -41,7 +41,7 @@ pub(super) struct Retry {
 }
 
 impl Retry {
-    /// Begins with a request, whose first call has the id of the request.
+    /// Prepares the retries of a request. The first call has the id of the request.
     pub(super) fn new(request: Call, places: Arc<Semaphore>) -> Self {
         let until = Instant::now() + RETRY_TIME_MAX;
         Self {
@@ -53,12 +53,12 @@ impl Retry {
         }
     }
 
-    /// The id of the last call, which determines the answer.
+    /// Returns the id of the last call. The result of the last call determines the answer to the request.
     pub(super) fn last(&self) -> CallId {
         self.last.unwrap_or(self.request.id)
     }
 
-    /// Repeats the call until a retry cannot change the answer or no time is left.
+    /// Makes a call, and repeats the call while its error is transient and a further retry is permitted.
     pub(super) async fn ask<T, F>(&mut self, mut attempt: impl FnMut(Call) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
@@ -69,7 +69,7 @@ impl Retry {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
-            // If an earlier attempt may have made the change, the outcome stays unknown regardless of later attempts.
+            // If an earlier attempt may have made the change, the outcome stays unknown even if a later attempt is refused.
             is_outcome_unknown |= error.is_outcome_unknown();
             if is_outcome_unknown {
                 error = error.outcome_unknown();
@@ -90,14 +90,17 @@ impl Retry {
         }
     }
 
-    /// The next call of the request.
+    /// Returns the next call that the request needs.
     fn next(&mut self) -> Call {
         let id = match self.last {
             None => self.request.id,
             Some(_) => CallId::fresh(),
         };
         if self.last.is_some() {
-            tracing::debug!(request = %self.request.id, call_id = %id, "another call of a request");
+            tracing::debug!(
+                request = %self.request.id, call_id = %id,
+                "the REST request makes another attempt with a new call id"
+            );
         }
         self.last = Some(id);
         let deadline = self.request.deadline.instant();
@@ -108,7 +111,8 @@ impl Retry {
         }
     }
 
-    /// The pause before the next attempt, which is at least the broker's retry delay; `None` if there is no further attempt.
+    /// Returns the pause before the next attempt, or `None` if no further attempt is permitted. After `QUEUE_FULL`, the pause is
+    /// at least the broker's retry delay, if enough time is left.
     fn pause(&mut self, error: &Error) -> Option<Duration> {
         if !is_transient(error.reason()) || self.repetitions == REPETITIONS_MAX {
             return None;
@@ -131,8 +135,8 @@ fn jittered(pause: Duration) -> Duration {
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
 }
 
-/// Whether a retry may succeed soon. A rate limit is not transient, because the caller has exceeded it. `DEADLINE` is transient,
-/// because it may be the time limit of one attempt.
+/// Whether a call that failed for this reason may succeed soon if it is repeated. A rate limit is not transient, because the
+/// caller has exceeded it. `DEADLINE` is transient, because it may be the time limit of one attempt.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn is_transient(reason: Reason) -> bool {
     match reason {

@@ -18,7 +18,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The problems of the section, each with its remedy.
+    /// Returns the problems of the `[rest]` section, each with its remedy.
     pub fn problems(&self) -> Vec<String> {
         let origins = self.allowed_origins.iter();
         let mut problems: Vec<String> = origins

@@ -20,7 +20,7 @@ use keybroker_core::{
 
 use super::{answer, body::KEY_BYTES, retry::Retry};
 
-/// Maximum number of rounds of reading and writing if other callers change the record in between.
+/// Maximum number of times that PUT reads and writes a record, if other callers change the record in the meantime.
 const ROUNDS_MAX: usize = 4;
 
 /// An authenticated request for the caller's own key.
@@ -32,15 +32,19 @@ pub(super) struct UserRequest {
 }
 
 impl UserRequest {
-    /// Releases the key, in base64.
+    /// Releases the caller's key, encoded in base64.
     pub(super) async fn get(&self, retry: &mut Retry) -> Result<Response<Body>, Error> {
         let released = retry
             .ask(|call| async move { self.broker.unwrap(&self.principal, &call, &self.key).await })
             .await?;
         let key = released.material().expose();
         if key.len() != KEY_BYTES {
-            // Another API accepts other lengths. Bitwarden clients would refuse such a key.
-            let detail = format!("the key named {} has {} bytes", self.key.name, key.len());
+            // The gRPC API accepts keys of other lengths, but Bitwarden clients would refuse them.
+            let detail = format!(
+                "the stored key {} has {} bytes, and a Key Connector returns only keys of 32 bytes",
+                self.key.name,
+                key.len()
+            );
             return Err(Error::new(Reason::KeyState, detail));
         }
         // The transport copies the bytes to buffers that this code cannot overwrite.
@@ -83,7 +87,8 @@ impl UserRequest {
             }
         }
         result.map_err(|error| match error.reason() {
-            // The record is deleted. A client must see an existing key and not a missing one.
+            // The record is deleted. The answer is that the key exists, because after 404 a client would treat the
+            // user as new.
             Reason::KeyNotFound => Error::new(Reason::KeyExists, error.detail()),
             _ => error,
         })?;
@@ -136,7 +141,7 @@ impl UserRequest {
     }
 }
 
-/// The current state of a key, for PUT.
+/// The state of a user's key when PUT reads it.
 enum Current {
     None,
     Deleted,

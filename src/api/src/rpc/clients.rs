@@ -29,9 +29,10 @@ const USERS_MAX: usize = 1_000;
 const KEY_NAMES_MAX: usize = 100;
 const ALL: &str = "*";
 
-/// Prefix of a page token, which differs from the prefix for user keys.
+/// Prefix of page tokens for API clients. Page tokens for user keys have another prefix.
 const TOKEN_PREFIX: &str = "c1";
-/// Prefix of a page token that also counts the following rows without a readable id.
+/// Prefix of page tokens that also contain a number of rows without a readable id, which the next page
+/// skips.
 const TOKEN_PREFIX_WITH_SKIP: &str = "c2";
 
 pub(super) async fn create(
@@ -146,7 +147,7 @@ fn roles(texts: &[String]) -> Result<BTreeSet<Role>, Error> {
         .ok_or_else(|| {
             Error::violation(
                 "roles",
-                "1 to 5 of release, enrol, lifecycle, admin and auditor",
+                "1 to 5 of the roles release, enrol, lifecycle, admin and auditor",
             )
         })
 }
@@ -222,11 +223,15 @@ pub(crate) fn position(token: &str) -> Result<Position<ClientId>, Error> {
         Some(Position { after, skip })
     };
     parse().ok_or_else(|| {
-        Error::violation("page_token", "empty or the token of the previous response")
+        Error::violation(
+            "page_token",
+            "empty or the `next_page_token` of the previous response",
+        )
     })
 }
 
-/// The message for a page of API clients. The longest document has half the length of a message.
+/// The message for a page of API clients. The document of an API client takes at most half of a message,
+/// so every page has at least one row.
 fn message(page: ClientPage, bytes_max: usize) -> proto::ListClientCredentialsResponse {
     let filled = page::fill(page.rows, page.next, bytes_max, client, damaged);
     proto::ListClientCredentialsResponse {
@@ -243,7 +248,8 @@ fn damaged(row: &DamagedClient) -> proto::DamagedClientCredential {
     }
 }
 
-/// Copies the secret for the answer. The transport copies it to buffers that this code cannot overwrite.
+/// Copies the secret for the answer. The transport copies the secret to buffers that this code cannot
+/// overwrite.
 fn with_secret(created: &CreatedSecret) -> (Option<proto::ClientCredential>, u32, String) {
     let secret = created.secret.expose().to_owned();
     (Some(client(&created.client)), created.number, secret)

@@ -137,7 +137,7 @@ impl ControlService for Control {
 
 /// Returns as many of the newest entries as fit into a message.
 fn newest_that_fit(mut entries: Vec<String>) -> Vec<String> {
-    // Each entry is preceded by a tag and a length.
+    // In the message, a tag and a length precede each entry.
     const OVERHEAD: usize = 6;
     let mut room = MESSAGE_BYTES_MAX;
     let fitting = entries
@@ -199,7 +199,7 @@ fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
     }
 }
 
-/// PEM of a SubjectPublicKeyInfo (RFC 7468 section 13).
+/// Returns a SubjectPublicKeyInfo as PEM (RFC 7468 section 13).
 fn pem(spki: &[u8]) -> String {
     let text = Base64::encode_string(spki);
     let mut pem = String::from("-----BEGIN PUBLIC KEY-----\n");

@@ -32,7 +32,7 @@ pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
     }
 }
 
-/// Parses a time before the year 10000; `None` if the message has no such time.
+/// Parses a time. Returns `None` for a time before the year 1970 or after the year 9999.
 pub(super) fn moment(at: &WireTimestamp) -> Option<Timestamp> {
     const SECONDS_END: i64 = 253_402_300_800;
     const NANOS_PER_SECOND: i32 = 1_000_000_000;

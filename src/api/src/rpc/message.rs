@@ -1,9 +1,9 @@
-//! Receives the whole message of a call before a service handles it. The same limit therefore applies to every route, including
-//! the routes of libraries.
+//! Receives the whole message of a call before a service handles the call. The same length limit therefore applies to every
+//! route, including the routes of libraries.
 //!
-//! The memory of all connections together is limited. A message takes a share of the total for every byte beyond a small free
-//! part. If no memory is left, the call is refused. The call does not wait, because connections that wait for each other could
-//! block forever.
+//! The memory for the messages of all connections together is limited. The first 4 KiB of each message do not count towards
+//! the limit, but every further byte does. If not enough memory is left, the call is refused. Calls do not wait for memory,
+//! because connections that wait for each other could block forever.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -23,11 +23,12 @@ use keybroker_core::{
 
 use super::{HEALTH_BYTES_MAX, MESSAGE_BYTES_MAX, method};
 
-/// Length of the prefix of a message, with a flag and the message's length (gRPC over HTTP/2).
+/// Length of the prefix of a message, in bytes. The prefix contains a flag and the message's length (gRPC over HTTP/2).
 const PREFIX_BYTES: usize = 5;
-/// Free part of each message. Calls for one user always fit into it, regardless of how many large batches are in progress.
+/// Number of bytes of each message that do not count towards the limit. Therefore, a call for a single user key can always
+/// be received, regardless of how many large batches are in progress.
 const FREE_BYTES: usize = 4 * 1_024;
-/// Retry delay of a refused call.
+/// Retry delay of a call that is refused because not enough memory is left.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Limits the bytes of messages in progress on all connections together.
@@ -40,7 +41,8 @@ impl Memory {
         Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
     }
 
-    /// Receives the message of a request. The caller must keep the returned share of memory as long as the request.
+    /// Receives the message of a request. The caller must keep the returned share of the memory until the request has been
+    /// handled.
     pub(super) async fn receive(
         &self,
         request: Request,
@@ -116,7 +118,7 @@ impl Memory {
     }
 }
 
-/// The length in the prefix of a message.
+/// The length that the prefix of a message states.
 fn declared(message: &[u8]) -> Option<usize> {
     let length = message.get(1..PREFIX_BYTES)?.try_into().ok()?;
     usize::try_from(u32::from_be_bytes(length)).ok()

@@ -1,4 +1,4 @@
-//! Properties of methods, by their paths.
+//! Determines properties of gRPC methods from their paths.
 
 use keybroker_core::principal::Action;
 
@@ -14,17 +14,18 @@ pub(super) fn is_watch(path: &str) -> bool {
     path == "/grpc.health.v1.Health/Watch"
 }
 
-/// Whether a client may send more than one message.
+/// Whether a client may send more than one message to a method.
 pub(super) fn takes_stream(path: &str) -> bool {
     path.starts_with("/grpc.reflection.")
 }
 
-/// Whether a method may send answers without an end. None of Keybroker's own methods does.
+/// Whether a method may send an unlimited number of answers. No method of `keybroker.v1` sends an
+/// unlimited number of answers.
 pub(super) fn is_stream(path: &str) -> bool {
     is_watch(path) || takes_stream(path)
 }
 
-/// The action of a method; `None` for an unknown method.
+/// The action of a gRPC method; `None` for an unknown method.
 pub(super) fn action(path: &str) -> Option<Action> {
     let (service, method) = path.strip_prefix('/')?.split_once('/')?;
     let action = match (service, method) {

@@ -34,16 +34,16 @@ const STATUS_HEADER: &str = "grpc-status";
 const MESSAGE_HEADER: &str = "grpc-message";
 const DETAILS_HEADER: &str = "grpc-status-details-bin";
 
-/// The shared parts that calls need.
+/// The state that all calls of the gRPC API share.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The broker that handles every call.
     pub broker: Arc<Broker>,
-    /// Deadline of a call without a deadline of its own, and the longest accepted deadline.
+    /// Longest time for a call, and the time limit of a call that sets no deadline.
     pub call_timeout_max: Duration,
     /// The calls in progress, including those whose callers have disconnected.
     pub calls: TaskTracker,
-    /// Stop signal for streams without an end.
+    /// The signal that ends open streams when the broker stops.
     pub stop: CancellationToken,
     /// Limits the memory of messages in progress.
     pub memory: Memory,
@@ -54,8 +54,8 @@ pub(super) fn wrap(routes: Router, context: Context) -> Router {
         let context = context.clone();
         async move { context.run(request, next).await }
     });
-    // The layer surrounds a single fallback route. With separate routes, axum would add a header only to the answers of known
-    // routes, which would reveal the routes to unauthenticated callers.
+    // The layer surrounds a single fallback route. With separate routes, unauthenticated callers could find out which routes
+    // exist, because axum would add a header only to the answers of known routes.
     Router::new().fallback_service(routes).layer(layer)
 }
 
@@ -68,8 +68,8 @@ impl Context {
                 id,
             );
         };
-        // Health checks are for load balancers, which have no principal. Every other method requires an authenticated caller, and
-        // other callers do not learn which methods exist.
+        // Health checks are for load balancers, which have no principal. All other methods require an authenticated caller, and
+        // unauthenticated callers do not learn which methods exist.
         let principal = match caller.principal() {
             Ok(principal) => Some(Arc::clone(principal)),
             Err(_) if method::is_health(request.uri().path()) => None,
@@ -148,7 +148,7 @@ impl Context {
         let _in_progress = CallInProgress::new();
         let path = request.uri().path().to_owned();
         let received = self.memory.receive(request, deadline.instant()).await;
-        // The share of memory is kept until there is an answer.
+        // The call keeps its share of the memory until there is an answer.
         let (mut request, _share) = match received {
             Ok(received) => received,
             Err(error) => {
@@ -166,7 +166,8 @@ impl Context {
             Own::No => response,
             Own::NoMethod => {
                 let text = format!(
-                    "this listener has no such method: the gRPC API and the admin API may have separate listeners (call {id})"
+                    "this listener does not serve the called method: the gRPC API and the admin API may have separate \
+                     listeners (call {id})"
                 );
                 Status::unimplemented(text).into_http()
             }
@@ -177,7 +178,7 @@ impl Context {
         }
     }
 
-    /// Refuses a call that reached no handler. If the caller has a principal, the refusal gets an audit entry.
+    /// Refuses a call that reached no handler. If the caller has a principal, the broker writes an audit entry for the refusal.
     async fn unserved(
         &self,
         entered: Option<&AuthenticatedCall>,
@@ -217,7 +218,8 @@ impl Own {
             Code::Internal | Code::InvalidArgument | Code::Unknown => {
                 Self::Malformed("a protobuf message of this method")
             }
-            // If tonic's status has a text, it is about an unsupported compression and lists the supported ones.
+            // If tonic's status `UNIMPLEMENTED` has a text, the cause is an unsupported compression, and the text lists the
+            // supported compressions.
             Code::Unimplemented if !headers.contains_key(MESSAGE_HEADER) => Self::NoMethod,
             _ => Self::No,
         }

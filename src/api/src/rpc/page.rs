@@ -14,9 +14,9 @@ use super::convert;
 
 /// Longest page token, in bytes.
 pub(super) const TOKEN_BYTES_MAX: usize = 1_024;
-/// Version of a page token with the last row of the page.
+/// Version of page tokens that contain only the key of the last row on the page.
 const VERSION: char = '1';
-/// Version of a page token that also counts the following rows without a readable key.
+/// Version of page tokens that also contain a number of rows without a readable key, which the next page skips.
 const VERSION_WITH_SKIP: char = '2';
 /// A separator that cannot occur in a user id, which has no control characters.
 const SEPARATOR: char = '\u{1f}';
@@ -146,7 +146,10 @@ pub(crate) fn decode(token: &str) -> Result<Position<(UserId, KeyName)>, Error> 
         Some(Position { after, skip })
     };
     parse().ok_or_else(|| {
-        Error::violation("page_token", "empty or the token of the previous response")
+        Error::violation(
+            "page_token",
+            "empty or the `next_page_token` of the previous response",
+        )
     })
 }
 

@@ -13,10 +13,10 @@ use keybroker_core::{
     error::{Error, Reason},
 };
 
-/// The `domain` of every `google.rpc.ErrorInfo`. The value must never change.
+/// The `domain` of every `google.rpc.ErrorInfo`, which must never change.
 pub(super) const DOMAIN: &str = "keybroker.v1";
 
-/// The code of a reason. The match is exhaustive, so that a new reason must have a code.
+/// Returns the gRPC code for a reason. The match is exhaustive, so that a new reason must have a code.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) const fn code(reason: Reason) -> Code {
     match reason {

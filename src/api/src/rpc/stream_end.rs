@@ -1,5 +1,5 @@
-//! Ends the streams of health watches and reflection clients when the broker stops. Otherwise the streams would not
-//! end.
+//! Ends the streams of health watches and reflection clients when the broker stops, because these streams do not
+//! end by themselves.
 
 use axum::body::Body;
 use futures_util::{StreamExt as _, stream};
@@ -8,7 +8,8 @@ use hyper::body::Frame;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// The body until `stop`, followed by the status `UNAVAILABLE`, so that the client tries another broker.
+/// Returns the body up to the signal `stop`, followed by the status `UNAVAILABLE`, so that the client tries
+/// another broker.
 pub(super) fn at_stop(body: Body, stop: CancellationToken) -> Body {
     let last = stream::iter(std::iter::once_with(|| {
         let mut trailers = http::HeaderMap::new();

@@ -7,19 +7,22 @@ use axum::http::HeaderMap;
 use keybroker_core::error::Error;
 
 const HEADER: &str = "grpc-timeout";
-/// Maximum number of digits (gRPC over HTTP/2).
+/// Maximum number of digits of a timeout (gRPC over HTTP/2).
 const DIGITS_MAX: usize = 8;
 
-/// Removes the caller's timeout from the headers and returns it. Otherwise tonic's own timer would return `CANCELLED`
-/// instead of `DEADLINE_EXCEEDED`.
+/// Removes the caller's timeout from the headers and returns it. If the `grpc-timeout` header remained, tonic's
+/// own timer would return `CANCELLED` instead of `DEADLINE_EXCEEDED`.
 pub(super) fn take(headers: &mut HeaderMap) -> Result<Option<Duration>, Error> {
     let Some(value) = headers.remove(HEADER) else {
         return Ok(None);
     };
     let parsed = value.to_str().ok().and_then(parse);
-    parsed
-        .map(Some)
-        .ok_or_else(|| Error::violation(HEADER, "at most eight digits and one of H M S m u n"))
+    parsed.map(Some).ok_or_else(|| {
+        Error::violation(
+            HEADER,
+            "one to eight digits, followed by a unit: H, M, S, m, u or n",
+        )
+    })
 }
 
 fn parse(text: &str) -> Option<Duration> {

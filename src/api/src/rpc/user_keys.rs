@@ -28,7 +28,8 @@ impl UserKeys {
         Self { broker }
     }
 
-    /// Returns the authenticated call and the parsed message. A refusal gets an audit entry.
+    /// Returns the authenticated call and the parsed message. If the message cannot be parsed, the
+    /// broker writes an audit entry.
     async fn enter<T, P>(
         &self,
         request: Request<T>,
@@ -59,7 +60,8 @@ impl UserKeys {
     }
 }
 
-/// Copies the key for the answer. The transport copies it to buffers that this code cannot overwrite.
+/// Copies the key for the answer. The transport copies the key to buffers that this code cannot
+/// overwrite.
 fn released_message(released: &Released) -> proto::UnwrapUserKeyResponse {
     proto::UnwrapUserKeyResponse {
         key_material: released.material().expose().to_vec(),
@@ -133,7 +135,8 @@ impl UserKeyService for UserKeys {
             .iter()
             .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
         let keys: Vec<_> = keys.collect();
-        // If the caller may unwrap none of the keys, there is one refusal and one audit entry.
+        // If the caller may unwrap none of the keys, the broker refuses the whole batch and writes
+        // a single audit entry.
         self.broker
             .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
             .await

@@ -1,9 +1,10 @@
-//! Decides which trial may run Argon2id next. A trial costs memory and time on purpose, so only a few run concurrently
-//! and the others wait.
+//! Decides which trial may run Argon2id next. A trial deliberately costs much memory and time. Therefore only a few
+//! trials run concurrently, and the other trials wait.
 //!
 //! There are three lanes, in this order: secrets that this broker accepted before, secrets for API clients that exist,
-//! and secrets for ids that do not exist. In the second lane the clients take turns, so that guesses at one client's
-//! secret delay only that client. Each lane is bounded, and a trial that finds its lane full is refused immediately.
+//! and secrets for ids that do not exist. In the second lane, the API clients take turns, so that guesses at the secret
+//! of one API client delay only this API client. Each lane is bounded, and a trial that finds its lane full is refused
+//! immediately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,11 +17,12 @@ use tokio::sync::oneshot;
 
 use keybroker_core::key::ClientId;
 
-/// Largest number of waiting trials in the lane of accepted secrets, and in that of unknown ids.
+/// Largest number of waiting trials in the lane of accepted secrets, and in the lane of unknown ids.
 const WAITING_MAX: usize = 64;
 /// Largest number of waiting trials for existing clients.
 const KNOWN_WAITING_MAX: usize = 1_024;
-/// Largest number of trials of one client's secrets, counted from the look-up of the client until the answer.
+/// Largest number of concurrent trials of one API client's secrets. A trial counts from the look-up of the API client
+/// until the answer.
 const CLIENT_MAX: usize = 16;
 /// Largest number of concurrent look-ups of API clients for secrets that were not accepted before.
 const LOOKUPS_MAX: usize = 256;
@@ -28,11 +30,11 @@ const LOOKUPS_MAX: usize = 256;
 /// The lane in which a trial waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
-    /// This broker accepted the secret before, and its stored hash has changed since then.
+    /// This broker accepted the secret before, but the stored hash of the secret has changed since then.
     Proven,
     /// The client exists.
     Known(ClientId),
-    /// The client does not exist, or has no valid secret.
+    /// The API client does not exist, or has no valid secret.
     Unknown,
 }
 
@@ -46,25 +48,25 @@ struct State {
     lookups: usize,
     proven: VecDeque<Waiting>,
     known: HashMap<ClientId, VecDeque<Waiting>>,
-    /// The clients of `known` in the order of their turns.
+    /// The API clients in `known`, in the order of their turns.
     order: VecDeque<ClientId>,
     unknown: VecDeque<Waiting>,
-    /// The number of trials of each client, from look-up to answer.
+    /// The number of trials of each API client that are between look-up and answer.
     places: HashMap<ClientId, usize>,
 }
 
 type Waiting = oneshot::Sender<Turn>;
 
-/// The right to run one trial. When it is dropped, the next waiting trial gets it.
+/// The right to run one trial. When this value is dropped, the next waiting trial gets the right.
 pub(super) struct Turn(Option<Turns>);
 
-/// One of a client's places. Dropping it frees the place.
+/// One of the places for trials of an API client's secrets. When this value is dropped, the place is free again.
 pub(super) struct Place {
     turns: Turns,
     client: ClientId,
 }
 
-/// One of the concurrent look-ups. Dropping it frees the look-up.
+/// The permission for one of the concurrent look-ups. When this value is dropped, another look-up may begin.
 pub(super) struct Lookup(Turns);
 
 impl fmt::Debug for Turns {
@@ -82,7 +84,7 @@ impl Turns {
         })))
     }
 
-    /// Takes a place for a trial of this client's secrets, unless all are taken.
+    /// Takes a place for a trial of this API client's secrets. Returns `None` if all places are taken.
     pub(super) fn place(&self, client: ClientId) -> Option<Place> {
         let mut state = self.state();
         let taken = state.places.entry(client).or_default();
@@ -97,7 +99,7 @@ impl Turns {
         })
     }
 
-    /// Takes a permission to look up a client, unless too many look-ups are running.
+    /// Takes a permission to look up an API client, unless too many look-ups are running.
     pub(super) fn lookup(&self) -> Option<Lookup> {
         let mut state = self.state();
         if state.lookups >= LOOKUPS_MAX {
@@ -136,8 +138,8 @@ impl Turns {
             drop(state);
             match next.send(Turn(Some(self.clone()))) {
                 Ok(()) => return,
-                // This trial has stopped waiting. The turn is taken out of its wrapper, so that dropping it does not
-                // pass it on twice.
+                // The caller of this trial has stopped waiting. The turn is taken out of its wrapper, because a dropped
+                // `Turn` would pass the turn on a second time.
                 Err(mut turn) => drop(turn.0.take()),
             }
         }
@@ -190,7 +192,7 @@ impl State {
         next.or_else(|| self.unknown.pop_front())
     }
 
-    /// Returns a trial of the next client, which then moves to the end of the order.
+    /// Returns a trial of the API client whose turn it is, and moves this API client to the end of the order.
     fn next_known(&mut self) -> Option<Waiting> {
         let client = self.order.pop_front()?;
         let queue = self.known.get_mut(&client)?;
@@ -204,7 +206,7 @@ impl State {
     }
 }
 
-/// Adds a trial if there is room. In a full queue, trials that have stopped waiting are removed first.
+/// Adds a trial if there is room. If the queue is full, trials whose callers have stopped waiting are removed first.
 fn push(queue: &mut VecDeque<Waiting>, waiting: Waiting) -> bool {
     if queue.len() >= WAITING_MAX {
         queue.retain(|waiting| !waiting.is_closed());

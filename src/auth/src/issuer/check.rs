@@ -1,4 +1,4 @@
-//! Checks the settings of issuers beyond their types and names.
+//! Checks the settings of issuers. These checks come after the checks of the settings' names and types.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
@@ -19,7 +19,8 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
         }
         if !seen.insert(&issuer.issuer) {
             problems.push(format!(
-                "issuer {:?}: another [[issuer]] has the same `issuer`; a token's `iss` must identify one of them",
+                "issuer {:?}: another [[issuer]] has the same `issuer`, but the `iss` claim of an access token must \
+                 identify exactly one [[issuer]]",
                 issuer.name
             ));
         }
@@ -30,8 +31,9 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
         for other in others.filter(|other| other.tenant == issuer.tenant) {
             if !(issuer.shared_users && other.shared_users) {
                 problems.push(format!(
-                    "issuers {:?} and {:?} both identify users of the tenant `{}`: each could issue a token for \
-                     any user of the other; set a different `tenant` in each, or `shared_users = true` in both",
+                    "issuers {:?} and {:?} both identify users of the tenant `{}`: each issuer could issue an access \
+                     token for any user of the other issuer; set a different `tenant` for each issuer, or `shared_users \
+                     = true` for both",
                     issuer.name, other.name, issuer.tenant
                 ));
             }
@@ -62,7 +64,7 @@ impl Settings {
         let issuer = &self.issuer;
         if issuer.is_empty() || issuer.len() > ISSUER_BYTES_MAX {
             problems.push(format!(
-                "`issuer` must be the `iss` of its tokens, 1 to {ISSUER_BYTES_MAX} bytes"
+                "`issuer` must be the `iss` claim of the issuer's access tokens, 1 to {ISSUER_BYTES_MAX} bytes"
             ));
         }
     }
@@ -76,7 +78,7 @@ impl Settings {
         ];
         if written.iter().filter(|is_written| **is_written).count() > 1 {
             problems.push(
-                "set at most one of `discovery_url`, `jwks_url`, `jwks_file` and `pem_file`, so that its keys \
+                "set at most one of `discovery_url`, `jwks_url`, `jwks_file` and `pem_file`, so that the issuer's keys \
                  have one source"
                     .to_owned(),
             );
@@ -99,7 +101,7 @@ impl Settings {
             KeySource::Set(_) | KeySource::Pem(_) => {
                 if self.ca_file.is_some() || self.allow_http {
                     problems.push(
-                        "its keys come from a file: remove `ca_file` and `allow_http`, which would do nothing"
+                        "the issuer's keys come from a file: remove `ca_file` and `allow_http`, which would have no effect"
                             .to_owned(),
                     );
                 }
@@ -140,19 +142,19 @@ impl Settings {
         }
     }
 
-    /// A provider issues access tokens for many applications. The settings must exclude access
-    /// tokens for other applications.
+    /// A provider issues access tokens for many applications. The settings of the issuer must exclude access tokens
+    /// that are meant for other applications.
     fn check_demands(&self, problems: &mut Vec<String>) {
         if self.algorithms.is_empty() {
-            problems.push("`algorithms` is empty, so no token could be verified".to_owned());
+            problems.push("`algorithms` is empty, so no access token could be verified".to_owned());
         }
         let is_anyones = self.audience.is_empty()
             && self.required_scopes.is_empty()
             && self.required_claims.is_empty();
         if is_anyones {
             problems.push(
-                "a token that the provider issued for any other application would be accepted: set `audience`, or if its tokens \
-                 have none, `required_scopes` or `required_claims`"
+                "an access token that the provider issued for any other application would be accepted: set `audience`. \
+                 If the provider's access tokens have no audience, set `required_scopes` or `required_claims`"
                     .to_owned(),
             );
         }
@@ -163,15 +165,15 @@ impl Settings {
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
-                    .map(|problem| format!("each of its services {problem}")),
+                    .map(|problem| format!("each service of this issuer {problem}")),
             ),
             Kind::User => {
                 let granted =
                     !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
                 if granted {
                     problems.push(
-                        "its tokens are for users, who have no role and reach only their own keys: remove `roles`, \
-                         `users` and `key_names`, or set `kind = \"service\"`"
+                        "the issuer's access tokens are for users, who have no role and reach only their own keys: \
+                         remove `roles`, `users` and `key_names`, or set `kind = \"service\"`"
                             .to_owned(),
                     );
                 }
@@ -269,7 +271,7 @@ audience = ["keybroker"]
             (
                 "audience",
                 "algorithms = []\naudience",
-                "no token could be verified",
+                "no access token could be verified",
             ),
             (
                 "audience",
@@ -285,7 +287,7 @@ audience = ["keybroker"]
             (
                 "audience",
                 "pem_file = \"/x\"\nca_file = \"/x\"\naudience",
-                "would do nothing",
+                "would have no effect",
             ),
             ("audience", "leeway_s = 301\naudience", "0 to 300"),
             ("audience", "refresh_minutes = 0\naudience", "1 to 1440"),
@@ -302,7 +304,7 @@ audience = ["keybroker"]
             (
                 "audience",
                 "roles = [\"enrol\"]\naudience",
-                "its tokens are for users",
+                "access tokens are for users",
             ),
             ("audience", "kind = \"service\"\naudience", "has no role"),
             (

@@ -1,13 +1,13 @@
-//! Key ids of earlier key sets. With them, an access token of a withdrawn key can be told from an access token of a new
-//! key that was not fetched yet.
+//! Key ids of earlier key sets. These key ids show whether an access token was signed with a withdrawn key, or with a
+//! new key that was not fetched yet.
 
 use aws_lc_rs::digest;
 use keybroker_core::call::Timestamp;
 
-/// Largest number of key ids that are remembered. Only the provider's key sets add to them.
+/// Largest number of key ids that are remembered. Only key ids from the provider's key sets are remembered.
 const WITHDRAWN_MAX: usize = 256;
 
-/// The SHA-256 of a key id. A key id itself can be of any length.
+/// The SHA-256 of a key id. The hash is stored because a key id can be of any length.
 type Name = [u8; 32];
 
 fn name_of(kid: &str) -> Name {
@@ -23,13 +23,13 @@ pub(super) struct Withdrawn(Vec<Former>);
 #[derive(Clone, Debug)]
 struct Former {
     name: Name,
-    /// When the last fetch began whose set contained the key.
+    /// The start of the last fetch whose key set contained the key.
     seen: Timestamp,
 }
 
 impl Withdrawn {
-    /// Returns the withdrawn keys after a change of sets. The keys `before` are those of the previous set, which was
-    /// last fetched at `seen`; `now` are those of the current one.
+    /// Returns the withdrawn keys after a change of sets. `before` contains the key ids of the previous set, which was
+    /// last fetched at `seen`; `now` contains the key ids of the current set.
     pub(super) fn after<'a>(
         &self,
         before: impl Iterator<Item = &'a str>,
@@ -47,8 +47,8 @@ impl Withdrawn {
         Self(former)
     }
 
-    /// When the last fetch began whose set contained this key. `None` if the current set contains it, or if no earlier
-    /// set did.
+    /// Returns the start of the last fetch whose key set contained this key. Returns `None` if the current set contains
+    /// the key, or if no earlier set contained it.
     pub(super) fn last_seen(&self, kid: &str) -> Option<Timestamp> {
         let name = name_of(kid);
         let found = self.0.iter().find(|former| former.name == name)?;

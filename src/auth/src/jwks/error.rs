@@ -15,13 +15,13 @@ use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS, SET_BYTES_MAX};
 /// Why a public key is not used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum KeyError {
-    #[error("RSA modulus of {0} bits; {min} to {max} are accepted", min = RSA_BITS.start(), max = RSA_BITS.end())]
+    #[error("RSA modulus of {0} bits; {min} to {max} bits are accepted", min = RSA_BITS.start(), max = RSA_BITS.end())]
     ModulusBits(usize),
     #[error("even RSA modulus")]
     EvenModulus,
     #[error("RSA modulus with the factor {0}")]
     Factor(u32),
-    #[error("RSA exponent {0}; {EXPONENT_MIN} is the least that is accepted")]
+    #[error("RSA exponent {0}, which is below the minimum {EXPONENT_MIN}")]
     SmallExponent(BigUint),
     #[error("RSA exponent that is even or longer than {EXPONENT_BITS_MAX} bits")]
     Exponent,
@@ -39,9 +39,9 @@ pub(super) enum KeyError {
     Ed25519SmallOrder,
     #[error("an Ed25519 key that is not in its canonical encoding")]
     Ed25519Encoding,
-    #[error("an Ed25519 key that does not parse")]
+    #[error("an Ed25519 key that cannot be parsed")]
     Ed25519(#[source] KeyRejected),
-    #[error("a public key of a type that is not supported for tokens")]
+    #[error("a public key of a type that is not supported for access tokens")]
     Type,
     #[error("it has no `{0}`")]
     Missing(&'static str),
@@ -64,22 +64,22 @@ pub enum SetError {
     #[error(transparent)]
     Pem(#[from] pem::Error),
     /// A public key in PEM does not parse.
-    #[error("a public key does not parse")]
+    #[error("a public key cannot be parsed")]
     PublicKey(#[source] nom::Err<X509Error>),
     /// A certificate in PEM does not parse.
-    #[error("a certificate does not parse")]
+    #[error("a certificate cannot be parsed")]
     Certificate(#[source] nom::Err<X509Error>),
     /// The file contains a private key, which must not be on this machine.
     #[error(
-        "it holds a private key, which can sign tokens for any user; remove it from this machine, and write the \
-         public key with `openssl pkey -in private.pem -pubout`"
+        "it contains a private key, which can sign access tokens for any user; remove the private key from this machine, \
+         and write the public key with `openssl pkey -in private.pem -pubout`"
     )]
     PrivateKey,
     /// No key of the set can be used.
-    #[error("it holds no public key that verifies signatures{0}")]
+    #[error("it contains no public key that verifies signatures{0}")]
     NoKey(LeftOut),
     /// The set has more keys than any provider needs.
-    #[error("it holds more than {KEYS_MAX} keys")]
+    #[error("it contains more than {KEYS_MAX} keys")]
     TooMany,
 }
 
@@ -88,7 +88,7 @@ pub enum SetError {
 pub struct LeftOut {
     /// Weak or malformed keys.
     pub(super) refused: Vec<String>,
-    /// Keys for other purposes than signatures.
+    /// The keys for purposes other than signatures.
     pub(super) other: Vec<String>,
 }
 
@@ -118,8 +118,8 @@ pub enum SourceError {
         /// The reason of the refusal.
         source: SetError,
     },
-    /// The operation does not match the issuer's source of keys: a file, or a URL.
-    #[error("internal error: its keys come from another kind of source")]
+    /// The operation is for keys from a URL, but the issuer's keys come from a file, or the other way round.
+    #[error("internal error: the issuer's keys come from another kind of source")]
     OtherSource,
     /// The CA file cannot be read.
     #[error("`ca_file`")]
@@ -129,7 +129,7 @@ pub enum SourceError {
     AuthorityPem {
         /// The file.
         path: String,
-        /// The problem of the file.
+        /// The problem of the CA file.
         source: pem::Error,
     },
     /// The HTTP client refuses a CA.
@@ -141,7 +141,9 @@ pub enum SourceError {
         source: reqwest::Error,
     },
     /// The HTTP client cannot be created.
-    #[error("cannot prepare to fetch its keys (if this machine has no public CAs, set `ca_file`)")]
+    #[error(
+        "cannot create the HTTP client that fetches the issuer's keys (if this machine has no public CAs, set `ca_file`)"
+    )]
     Client(#[source] reqwest::Error),
     /// The server did not answer in time.
     #[error("{url}: no answer in time")]
@@ -184,7 +186,7 @@ pub enum SourceError {
         url: String,
     },
     /// The discovery document does not parse.
-    #[error("{url}: it is not a discovery document")]
+    #[error("{url}: the answer is not a discovery document")]
     Discovery {
         /// The requested URL.
         url: String,
@@ -193,8 +195,9 @@ pub enum SourceError {
     },
     /// The discovery document is for another issuer.
     #[error(
-        "{url}: its `issuer` is {found:?}, and `issuer` of the configuration is {configured:?}; they must be equal byte for byte; \
-         if its tokens do have the configured issuer, set `jwks_url` to the URL of the key set"
+        "{url}: the discovery document has the `issuer` {found:?}, and the configuration has {configured:?}; both must \
+         be equal byte for byte. If the access tokens have the configured issuer, set `jwks_url` to the URL of the key \
+         set"
     )]
     OtherIssuer {
         /// The requested URL.
@@ -205,13 +208,13 @@ pub enum SourceError {
         configured: String,
     },
     /// The discovery document contains a URL from which keys must not be fetched.
-    #[error("{url}: its `jwks_uri` is {jwks_uri:?}, which {problem}")]
+    #[error("{url}: the discovery document has the `jwks_uri` {jwks_uri:?}, which {problem}")]
     KeysUrl {
         /// The requested URL.
         url: String,
         /// The URL of the key set.
         jwks_uri: String,
-        /// The problem of that URL.
+        /// The reason why keys must not be fetched from the URL.
         problem: &'static str,
     },
     /// The task that read the key set ended early.

@@ -1,6 +1,6 @@
 //! Fetches a key set over HTTP.
 //!
-//! Keys are fetched only from the configured URL, or from the URL in the issuer's discovery document. The client
+//! Keys are fetched only from the configured URL, or from the URL in the issuer's discovery document. The HTTP client
 //! follows no redirect, ignores proxies from the environment, and limits the size and time of an answer.
 
 use std::{path::Path, time::Duration};
@@ -16,9 +16,10 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError};
 
-/// Longest CA file, in bytes. The CA file of a Linux distribution has 0.3 MiB.
+/// Longest CA file, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
+const AUTHORITIES: Purpose =
+    Purpose::trust("other users could decide whose access tokens are accepted");
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for one request, from the connection to the last byte.
@@ -51,7 +52,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     tracing::info!(
         file = shown(),
         certificates = ders.len(),
-        "read the CAs for an issuer"
+        "read the CA certificates from `ca_file` of an issuer"
     );
     ders.iter()
         .map(|der| Certificate::from_der(der))
@@ -63,7 +64,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
 }
 
 impl Fetcher {
-    /// Creates a fetcher for an issuer whose keys are not in a file.
+    /// Creates a fetcher for an issuer whose keys come from a URL.
     pub(super) fn new(settings: &Settings) -> Result<Self, SourceError> {
         let mut builder = Client::builder()
             .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
@@ -86,7 +87,7 @@ impl Fetcher {
         })
     }
 
-    /// Fetches the key set, and before that the discovery document if it contains the URL of the key set.
+    /// Fetches the key set. If the URL of the key set is in a discovery document, fetches the discovery document first.
     pub(super) async fn fetch(&self) -> Result<KeySet, SourceError> {
         let url = match &self.source {
             KeySource::Discovery(url) => self.discover(url).await?,
@@ -94,7 +95,8 @@ impl Fetcher {
             KeySource::Set(_) | KeySource::Pem(_) => return Err(SourceError::OtherSource),
         };
         let bytes = self.get(&url).await?;
-        // Examining a set full of long RSA keys takes a large part of a second.
+        // The key set is parsed in a separate thread, because this takes a large part of a second for a set with many
+        // long RSA keys.
         let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
         let parsed = parsing.await.map_err(SourceError::Task)?;
         parsed.map_err(|source| SourceError::Set { place: url, source })
@@ -145,8 +147,8 @@ impl Fetcher {
     }
 }
 
-/// The error of a failed request. The HTTP client's own mention of the URL is removed, because the error already
-/// contains it.
+/// Returns the error of a failed request. Removes the URL from the HTTP client's error, because the returned error
+/// already contains the URL.
 fn failed(url: &str, source: reqwest::Error) -> SourceError {
     let (url, source) = (url.to_owned(), source.without_url());
     if source.is_timeout() {

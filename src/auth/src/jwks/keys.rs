@@ -1,5 +1,6 @@
-//! The current key set of an issuer. The set is refreshed in the background, fetched once more when an access token
-//! refers to a key that it lacks, and kept for a limited time while the provider is unavailable.
+//! The current key set of an issuer. The key set is refreshed in the background. The key set is fetched once more if an
+//! access token refers to a key that the set does not contain. While the provider is unavailable, the last key set is
+//! used for a limited time.
 
 use std::{
     sync::{Arc, Mutex as SyncMutex, PoisonError},
@@ -20,11 +21,11 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
-/// The purpose of key files: a person who controls a key in them can sign access tokens for every user.
-const KEYS: Purpose = Purpose::trust("other users could decide whose tokens are accepted");
+/// The purpose of key files. A person who controls a key in a key file can sign access tokens for every user.
+const KEYS: Purpose = Purpose::trust("other users could decide whose access tokens are accepted");
 
-/// Time after which every copy of a key set is up to date. Until then, caches and replicas between the provider and the
-/// broker may serve an older set.
+/// Time after which every copy of a key set is up to date. Before this time, caches and replicas between the provider
+/// and the broker may serve an older key set.
 const PUBLISHED_WITHIN: Duration = Duration::from_mins(5);
 
 /// The intervals and time limits of a key set.
@@ -35,11 +36,11 @@ pub(crate) struct Pace {
     pub(crate) refetch: Duration,
     /// Time between successful fetches.
     pub(crate) refresh: Duration,
-    /// Time to the next attempt after the first failure. The time doubles with each further failure.
+    /// Time between the first failed attempt and the next attempt. The time doubles with each further failure.
     pub(crate) retry_first: Duration,
-    /// Longest time to the next attempt after a failure.
+    /// Longest time between a failed attempt and the next attempt.
     pub(crate) retry_last: Duration,
-    /// How long a set is used after it was fetched.
+    /// How long a key set is used after it was fetched.
     pub(crate) keep: Duration,
     /// Interval at which key files are read and metrics are updated.
     pub(crate) look: Duration,
@@ -64,14 +65,14 @@ impl Pace {
 /// The result of looking for a newer key set.
 #[derive(Debug)]
 pub(crate) enum Newer {
-    /// A newer set is in use now.
+    /// A newer key set was fetched and is in use now.
     Set(Arc<KeySet>),
     /// The key file has not changed.
     Same,
-    /// The provider has just answered with the same set, which may be an outdated copy. The broker may ask again after
-    /// this time.
+    /// The provider has just answered with the key set that is already in use, but the answer may be an outdated copy.
+    /// The broker may ask the provider again after this time.
     SameCopy(Duration),
-    /// It is unknown whether the provider has a newer set. The broker may ask again after this time.
+    /// It is unknown whether the provider has a newer key set. The broker may ask the provider again after this time.
     Unknown(Duration),
 }
 
@@ -83,16 +84,17 @@ pub(crate) struct Keys {
     source: Source,
     current: ArcSwapOption<Held>,
     taking: SyncMutex<()>,
-    /// When the last fetch because of an unknown key began.
+    /// The start of the last fetch because of an unknown key.
     refetched: Arc<Mutex<Option<Instant>>>,
-    /// The error of the last attempt. Refusals show this error, and it is kept so that it is reported only once.
+    /// The error of the last attempt to fetch or read the key set. The error is kept so that refusals can show it, and
+    /// so that a repeated error is logged only once.
     problem: SyncMutex<Option<String>>,
 }
 
 #[derive(Debug)]
 struct Held {
     set: Arc<KeySet>,
-    /// When the last fetch that returned this set began.
+    /// The start of the last fetch that returned this key set.
     begun: Timestamp,
     since: Instant,
     withdrawn: Withdrawn,
@@ -105,7 +107,8 @@ enum Source {
 }
 
 impl Keys {
-    /// Creates the keys of an issuer. Key files are read immediately and must be valid; a provider may be unavailable.
+    /// Creates the keys of an issuer. A key file is read immediately and must be valid. A provider may be unavailable
+    /// at this time.
     pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, SourceError> {
         let keys = Self {
             name: settings.name.clone(),
@@ -127,7 +130,7 @@ impl Keys {
         Ok(keys)
     }
 
-    /// Returns the current set, unless there is none or it is too old.
+    /// Returns the current key set, or an error if there is no key set or it is too old.
     pub(crate) fn current(&self) -> Result<Arc<KeySet>, NoSet> {
         let held = self.current.load();
         let problem = || {
@@ -149,13 +152,13 @@ impl Keys {
         problem.clone()
     }
 
-    /// Whether the provider is known to have no key with this id. `issued_s` is the token's `iat`, in seconds since
-    /// 1970.
+    /// Whether the provider is known to have no key with this id. `issued_s` is the `iat` of the access token, in
+    /// seconds since 1970.
     ///
-    /// The key is absent only if the newest set does not have it. The set must also have been fetched late enough that it cannot be an older
-    /// copy from a cache: five minutes after the last set that had the key, or five minutes after the access token was
-    /// issued. Key ids that other callers used have no influence. Otherwise valid access tokens would be rejected when
-    /// the provider begins to use such a key.
+    /// The key is absent only if the newest key set does not contain it. The newest set must also have been fetched so late
+    /// that it cannot be an older copy from a cache: five minutes after the last set that contained the key, or five minutes
+    /// after the access token was issued. Key ids in the access tokens of other callers have no influence: a caller who invents
+    /// the id of a future key could otherwise cause valid access tokens to be rejected.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
@@ -172,9 +175,9 @@ impl Keys {
             || seen.is_some_and(|seen| is_up_to_date_at(seen.micros()))
     }
 
-    /// Fetches the set once more because `seen` lacks a key, unless the last such fetch was less than `refetch` ago.
-    /// Concurrent calls wait for the same fetch. Key files are read every two seconds anyway, so a key that they lack
-    /// does not exist.
+    /// Fetches the set once more because `seen` does not contain a key. Fetches nothing if the last fetch for this
+    /// reason was less than `refetch` ago. Concurrent calls wait for the same fetch. A key that is not in a key file
+    /// does not exist, because key files are read every two seconds.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {
@@ -193,8 +196,8 @@ impl Keys {
             };
         }
         *refetched = Some(Instant::now());
-        // The fetch runs in a separate task that holds the lock. A caller that disconnects must not cancel the fetch
-        // for which others wait, and must not cause them to be refused before it ends.
+        // The fetch runs in a separate task that holds the lock. If the caller that started the fetch disconnects, the
+        // fetch must continue, because other callers wait for its result.
         let keys = Arc::clone(self);
         let fetch = tokio::spawn(async move {
             let is_read = keys.update().await;
@@ -269,7 +272,7 @@ impl Keys {
     fn take(&self, set: KeySet, begun: Timestamp) {
         let _one_at_a_time = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         let previous = self.current.load();
-        // A slow answer to an earlier fetch may be an older set.
+        // The answer to an earlier fetch may arrive late and contain an older key set.
         if previous.as_ref().is_some_and(|held| held.begun > begun) {
             return;
         }
@@ -279,7 +282,8 @@ impl Keys {
         });
         let previous = previous.as_ref().map(|held| &held.set);
         let set = match previous {
-            // An unchanged set keeps its object, so that access tokens that were verified with it stay verified.
+            // If the key set has not changed, its object is kept, so that access tokens that were verified with the set
+            // stay verified.
             Some(previous) if previous.digest() == set.digest() => Arc::clone(previous),
             _ => {
                 tracing::info!(issuer = %self.name, keys = %set.names().join(", "), "key set taken over");
@@ -296,7 +300,7 @@ impl Keys {
         })));
         let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         if problem.take().is_some() {
-            tracing::info!(issuer = %self.name, "the key set can be had again");
+            tracing::info!(issuer = %self.name, "the issuer's key set is available again");
         }
     }
 
@@ -309,7 +313,7 @@ impl Keys {
         if !refused.is_empty() {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, ?refused, count,
-                "weak or malformed keys of the key set are refused; its other keys are in use"
+                "the issuer's key set has weak or malformed keys, which are refused; the other keys of the set are in use"
             );
         }
     }
@@ -326,12 +330,13 @@ impl Keys {
         if self.current.load().is_some() {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "key set not renewed; the last good one stays in use"
+                "the issuer's key set was not renewed; the last valid key set stays in use"
             );
         } else {
             keybroker_core::alert!(
                 IssuerKeys, issuer = %self.name, error = %new,
-                "no key set yet: its tokens are refused until there is one"
+                "the broker has no key set of the issuer yet; the issuer's access tokens are refused until the broker \
+                 has a key set"
             );
         }
         *problem = Some(new);

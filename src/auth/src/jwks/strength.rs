@@ -1,4 +1,4 @@
-//! Checks for public keys that prove nothing: anyone can forge their signatures, or they are not valid keys.
+//! Checks that detect useless public keys: keys for which anyone can forge signatures, and keys that are not valid.
 //!
 //! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (NIST curves), RFC 8032 (Ed25519),
 //! and Chalkias, Garillot and Nikolaenko 2020 (Ed25519 keys of small order). Not tested: whether an RSA modulus is
@@ -19,7 +19,7 @@ const UNCOMPRESSED: u8 = 4;
 /// The point at infinity (SEC 1 section 2.3.3).
 const INFINITY: [u8; 1] = [0];
 
-/// Checks modulus and exponent of an RSA key, both big-endian.
+/// Checks the modulus and the exponent of an RSA key; both numbers are big-endian.
 pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError> {
     let (modulus, exponent) = (
         BigUint::from_bytes_be(modulus),
@@ -45,11 +45,11 @@ pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError>
     }
 }
 
-/// Returns the smallest prime factor of an odd number, if that is below [`FACTOR_MIN`].
+/// Returns the smallest prime factor of an odd number, if the factor is below [`FACTOR_MIN`].
 fn small_factor(modulus: &BigUint) -> Option<u32> {
     let is_divisor = |number: &BigUint, divisor: u32| number % divisor == BigUint::from(0_u8);
-    // Tests three divisors with one division of the long number, which is the costly step. A divisor that is not prime
-    // has a smaller factor, which is found first.
+    // Each step tests three divisors with only one division of the long number, because this division is costly.
+    // Divisors that are not prime need no special treatment, because a smaller factor is found first.
     (3..FACTOR_MIN).step_by(6).find_map(|first| {
         let divisors = [first, first + 2, first + 4];
         let product: u64 = divisors.map(u64::from).into_iter().product();

@@ -15,7 +15,7 @@ use keybroker_core::{
 use super::refusal::{Cause, Refusal, shown};
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
-/// The claims that contain scopes: that of RFC 9068, and the one that some providers use instead.
+/// The claims that contain scopes: `scope` of RFC 9068, and `scp`, which some providers use instead.
 const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 
 type Said = Map<String, Value>;
@@ -71,7 +71,7 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     if issued.micros() > now.micros().saturating_add(leeway) {
         return Err(Cause::NotYetValid.because(format!(
-            "its `iat` is {issued}, more than {} s ahead: look at both clocks",
+            "its `iat` is {issued}, more than {} s in the future: check the clocks of the issuer and of this machine",
             settings.leeway_s
         )));
     }
@@ -79,7 +79,7 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
 }
 
 /// Checks the lifetime. A stolen access token can be used until it expires, so a provider's mistake must not lead to an
-/// access token that never expires. Without `iat`, the remaining lifetime is checked.
+/// access token that never expires. If there is no `iat`, the remaining lifetime is checked.
 fn check_lifetime(
     settings: &Settings,
     said: &Said,
@@ -92,7 +92,8 @@ fn check_lifetime(
         .saturating_sub(issued.unwrap_or(now).micros())
         / MICROS_PER_SECOND;
     let minutes = settings.token_lifetime_max_minutes;
-    // Without `iat`, the provider's clock is compared with the broker's, which may differ.
+    // If there is no `iat`, a time of the provider's clock is compared with the broker's clock, and the clocks may
+    // differ.
     let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
     if life <= i64::from(minutes) * 60 + leeway {
         return Ok(());
@@ -100,10 +101,10 @@ fn check_lifetime(
     let from = if issued.is_some() {
         "its `iat`"
     } else {
-        "now, as it has no `iat`"
+        "the current time (it has no `iat`)"
     };
     Err(Cause::Lifetime.because(format!(
-        "its `exp` is {life} s after {from}, and `token_lifetime_max_minutes` of the issuer is {minutes}"
+        "its `exp` is {life} s after {from}, but `token_lifetime_max_minutes` of the issuer is {minutes}"
     )))
 }
 
@@ -182,7 +183,8 @@ fn attributes(settings: &Settings, said: &Said) -> BTreeMap<String, BTreeSet<Str
         .collect()
 }
 
-/// The values of a claim that is a single value or a list. Values that are not a string, number or boolean are ignored.
+/// Returns the values of a claim, which may be a single value or a list. Values that are not a string, number or
+/// boolean are ignored.
 fn texts(value: Option<&Value>) -> BTreeSet<String> {
     let values = match value {
         None => &[],
@@ -202,8 +204,8 @@ fn text(said: &Said, claim: &str) -> Option<String> {
     texts(said.get(claim)).into_iter().next()
 }
 
-/// Reads a time in seconds since 1970. A fraction is cut off (RFC 7519 section 2). Some providers write the number as
-/// text.
+/// Reads a time in seconds since 1970. A fraction is cut off (RFC 7519 section 2). A number in a text is accepted,
+/// because some providers write the time as text.
 fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
     let seconds = match said.get(claim)? {
         Value::Number(number) => number.as_i64().or_else(|| {

@@ -10,7 +10,8 @@ use crate::{
 
 use super::refusal::{Cause, Refusal, shown};
 
-/// Header members that contain a key or its address. A key that comes with the access token proves nothing.
+/// The header members that contain a key or the address of a key. A key that comes with the access token proves
+/// nothing.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.
@@ -24,7 +25,7 @@ impl Parts {
         let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
         let [header, claims, _signature] = parts[..] else {
             return Err(Cause::Malformed.because(format!(
-                "it has {} parts instead of three, so it is not a signed token",
+                "it has {} parts instead of three, so it is not a signed JSON Web Token",
                 parts.len()
             )));
         };
@@ -44,23 +45,25 @@ impl Parts {
         })
     }
 
-    /// The claimed issuer, which is used only to choose the configuration.
+    /// Returns the issuer that the access token claims. The value is used only to choose the configuration of an
+    /// issuer.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
         issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))
     }
 
-    /// The claimed time of issue, in seconds since 1970.
+    /// Returns the time of issue that the access token claims, in seconds since 1970.
     pub(super) fn issued_s(&self) -> Option<i64> {
         self.claims.get("iat").and_then(Value::as_i64)
     }
 
-    /// Returns the algorithm, if the issuer may use it. Refuses headers with keys or with unknown extensions.
+    /// Returns the algorithm of the access token, if the issuer may use the algorithm. Refuses headers with keys or
+    /// with unknown extensions.
     pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
                 return Err(Cause::Header.because(format!(
-                    "its header has `{member}`: a key that comes with a token proves nothing"
+                    "its header has `{member}`: a key that an access token itself contains proves nothing"
                 )));
             }
         }
@@ -72,7 +75,7 @@ impl Parts {
         let algorithm = Algorithm::parse(name).filter(|one| settings.algorithms.contains(one));
         algorithm.ok_or_else(|| {
             Cause::Algorithm.because(format!(
-                "its `alg` is {}, and `algorithms` of the issuer are {:?}",
+                "its `alg` is {}, but `algorithms` of the issuer is {:?}",
                 shown(name),
                 settings.algorithms
             ))
@@ -96,18 +99,18 @@ impl Parts {
             return Ok(());
         }
         Err(Cause::Type.because(format!(
-            "its `typ` is {}, and `token_types` of the issuer are {:?}",
+            "its `typ` is {}, but `token_types` of the issuer is {:?}",
             shown(name),
             settings.token_types
         )))
     }
 
-    /// Returns the key that the header refers to.
+    /// Returns the references to a key in the header.
     pub(super) fn named_key(&self) -> Result<Named<'_>, Refusal> {
         let text = |member: &str| match self.header.get(member) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.as_str())),
-            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not text"))),
+            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not a string"))),
         };
         Ok(Named {
             kid: text("kid")?,

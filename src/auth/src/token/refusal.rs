@@ -1,4 +1,5 @@
-//! Why an access token is refused: a cause for the counter and a detail for the log. Neither contains the access token.
+//! Why an access token is refused: a cause for the counter and a detail for the log. Neither the cause nor the detail
+//! contains the access token.
 
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ const KEYS_RETRY: Duration = Duration::from_secs(2);
 /// Longest text of an access token that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 
-/// The causes of refusals, as they are counted.
+/// The causes of refusals. Each cause has a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
     /// The access token is longer than the limit.
@@ -18,15 +19,15 @@ pub(crate) enum Cause {
     Malformed,
     /// The `iss` is not configured.
     Issuer,
-    /// The `alg` is not allowed, or does not match the key.
+    /// The `alg` is not allowed for the issuer, or does not match the key.
     Algorithm,
     /// The header contains a key or asks for an unknown extension.
     Header,
-    /// The `typ` is not one of those that the issuer's configuration lists.
+    /// The `typ` is not one of the types in the issuer's configuration.
     Type,
-    /// No key has the `kid`.
+    /// No key of the issuer has the `kid` of the access token.
     KeyId,
-    /// The access token has no `kid`, and more keys match than are tried.
+    /// The access token has no `kid`, and more keys match than the broker tries.
     ManyKeys,
     /// The issuer's keys are not known.
     NoKeys,
@@ -34,7 +35,7 @@ pub(crate) enum Cause {
     Signature,
     /// `exp` has passed.
     Expired,
-    /// The access token is valid for longer than the issuer's access tokens may be.
+    /// The lifetime of the access token is longer than the issuer's configuration permits.
     Lifetime,
     /// `nbf` or `iat` is in the future.
     NotYetValid,
@@ -42,7 +43,7 @@ pub(crate) enum Cause {
     Audience,
     /// A scope is missing.
     Scope,
-    /// A claim is missing, or has none of the required values.
+    /// A required claim is missing, or has none of the permitted values.
     Claim,
     /// The `sub` is not a valid user.
     Subject,
@@ -58,7 +59,8 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
-    /// Marks the refusal as uncertain: a newer key of the issuer, which can be fetched after this time, may change it.
+    /// Marks the refusal as undecided: the issuer's keys can be fetched again after this time, and a newer key may
+    /// verify the access token.
     pub(super) fn undecided(self, wait: Duration) -> Self {
         if !self.may_change() {
             return self;
@@ -75,22 +77,23 @@ impl Refusal {
         }
     }
 
-    /// Whether another key set can change the outcome.
+    /// Whether another key set can change the result of the verification.
     fn may_change(&self) -> bool {
         matches!(self.cause, Cause::KeyId | Cause::Signature)
     }
 
     /// Returns the error for the caller, with this detail for the log. An access token that cannot be verified now is
-    /// not a rejected access token.
+    /// not reported as rejected.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
             // After a key rotation, every access token from a network may refer to a key that the broker has not
-            // fetched yet, so the attempt does not count as failed. An attacker can make such access tokens too, with
-            // an `iat` of now. They cost no signature check, and the limits on connections and on log lines apply.
+            // fetched yet, so the attempt does not count as failed. An attacker can also make access tokens with an
+            // unknown `kid` and a current `iat`. These access tokens cost no signature check, and the limits on
+            // connections and on log lines apply to the attacker.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }
-            // The signature was checked, so this attempt was costly.
+            // The signature was checked, so this attempt was costly and counts as failed.
             (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
                 .retry_after(whole_seconds(wait))
                 .failed_attempt(),
@@ -104,13 +107,13 @@ impl Refusal {
     }
 }
 
-/// Rounds up, because a retry that comes too early fails again.
+/// Rounds a delay up to whole seconds, because a retry that comes too early fails again.
 fn whole_seconds(wait: Duration) -> Duration {
     Duration::from_secs(wait.as_secs() + u64::from(wait.subsec_nanos() > 0))
 }
 
 impl Cause {
-    /// The label of the counter.
+    /// Returns the label of the cause's counter.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Oversized => "oversized",

@@ -1,4 +1,4 @@
-//! Changes of API clients, in the same order as for user keys: durable intent, commit, durable outcome, answer.
+//! Changes of API clients, in the same order as changes of user keys: durable intent, commit, durable outcome, answer.
 
 use std::sync::atomic::Ordering;
 
@@ -13,7 +13,7 @@ use keybroker_store as store;
 use keybroker_store::ClientRow;
 
 impl Broker {
-    /// Asks policy for a permit, and begins the entry.
+    /// Asks policy for a permit, and begins the audit entry of the change.
     pub(super) async fn begin_client(
         &self,
         principal: &Principal,
@@ -28,7 +28,7 @@ impl Broker {
         Ok(draft)
     }
 
-    /// Records the failure of a step that precedes the change.
+    /// If a step before the change failed, records the failure in the audit log.
     pub(super) async fn or_record<T>(
         &self,
         draft: &Draft,
@@ -68,8 +68,8 @@ impl Broker {
         let at = Timestamp::now();
         let change = async {
             let result = commit.await;
-            // The generation also grows when the outcome is unknown, because cached data of the client may be out of
-            // date.
+            // The generation also grows if the outcome of the change is unknown, because cached data of the API client
+            // may be out of date.
             self.clients_generation.fetch_add(1, Ordering::Release);
             result
         };

@@ -1,4 +1,5 @@
-//! Reads API clients from the store and verifies their rows on the token. Also makes the rows of changed clients.
+//! Reads API clients from the store and verifies their rows with the token. Also makes the new row of a changed API
+//! client.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -15,23 +16,25 @@ use keybroker_core::{
 use keybroker_hsm as hsm;
 use keybroker_store::ClientRow;
 
-/// Time limit for a MAC on the token that is not part of a call.
+/// Time limit for a MAC job of the token, if the job is not part of a call.
 const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The purpose for which an API client is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// To authenticate or change the client. The wrapping key of its MAC must be usable.
+    /// The API client is to be authenticated or changed. The state of the row's wrapping key must allow its use.
     InForce,
-    /// To revoke the client permanently, even when the wrapping key of its MAC must no longer be used: a revoked client
-    /// cannot authenticate, so an untrusted row gains nothing by it.
+    /// The API client is to be revoked permanently. This is possible even if the wrapping key of its row must no longer
+    /// be used. A row that cannot be verified is no risk in this case, because a revoked API client cannot
+    /// authenticate.
     ToEnd,
 }
 
-/// Longest time for which a page of a list waits for the token. The remaining rows are listed as unverified.
+/// Longest time for which a page of a list waits for the token. Rows that are not verified by then are listed as
+/// unverified.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Verifies the rows of one page on the token, until the token fails or the time is up.
+/// Verifies the rows of one page with the token, until the token fails or the time limit is reached.
 #[derive(Debug)]
 pub(super) struct PageVerifier {
     caller: hsm::Caller,
@@ -51,8 +54,8 @@ impl PageVerifier {
     }
 }
 
-/// Returns the caller for jobs about one API client. The jobs wait in the queue of that client, like the client's own
-/// calls.
+/// Returns the caller of token jobs that concern one API client. These jobs wait in the API client's own queue,
+/// together with the jobs of its calls.
 fn caller_about(id: ClientId) -> hsm::Caller {
     hsm::Caller::principal(id.principal_name(), Deadline::after(MAC_TIMEOUT))
 }
@@ -61,15 +64,16 @@ fn caller_about(id: ClientId) -> hsm::Caller {
 #[derive(Debug)]
 pub(super) enum Verified {
     Yes,
-    /// The MAC does not verify, or its key is not registered.
+    /// The MAC is wrong, or the wrapping key in the row is not registered.
     No(String),
-    /// The token or the registry is unavailable, or the state of the key forbids its use.
+    /// The MAC was not verified: the token or the registry is unavailable, or the state of the wrapping key forbids its
+    /// use.
     NotAsked,
 }
 
 impl Broker {
-    /// Verifies the MAC of a listed row. The list works without the token too, because an administrator needs it during
-    /// an outage.
+    /// Verifies the MAC of a listed row. The list also works if the token is unavailable, because an administrator
+    /// needs the list during an outage.
     pub(super) async fn verify_listed(
         &self,
         verifier: &mut PageVerifier,
@@ -103,7 +107,10 @@ impl Broker {
             Ok(()) => Verified::Yes,
             Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
             Err(error) => {
-                tracing::info!(%error, "the rows of a page are listed without a verified MAC");
+                tracing::info!(
+                    %error,
+                    "the token did not verify the MACs of some rows of a page, so the page shows these rows as unverified"
+                );
                 verifier.has_failed = true;
                 Verified::NotAsked
             }
@@ -121,7 +128,7 @@ impl Broker {
         wanted: Wanted,
         id: ClientId,
     ) -> Result<Option<ClientCredential>, Error> {
-        // An earlier state of the database may accept a client that was revoked since.
+        // After the restoration of an older database, the row of a revoked API client may be valid again.
         self.check_acknowledged()?;
         let Some(row) = self.store.client(id).await? else {
             return Ok(None);
@@ -129,7 +136,7 @@ impl Broker {
         let refused = |what: String| {
             keybroker_core::alert!(
                 ClientDamaged, client = %id, what,
-                "the stored row of an API client is not valid; the client is refused"
+                "the stored row of an API client is not valid; the broker refuses this API client"
             );
             Error::new(Reason::Credential, what)
         };
@@ -179,12 +186,13 @@ impl Broker {
         self.clients_generation.load(Ordering::Acquire)
     }
 
-    /// Notes that a secret was accepted.
+    /// Notes that a secret of an API client was accepted, with the current time.
     pub fn note_client_use(&self, id: ClientId, secret: u32) {
         self.client_uses.note(id, secret);
     }
 
-    /// Replaces the stored hash of a secret with a stronger one. Leaves the row unchanged if it was changed meanwhile.
+    /// Replaces the stored hash of a secret with a stronger hash. If another change of the row came first, leaves the
+    /// row unchanged.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;
         let known = credential.document.secrets.iter_mut();
@@ -215,8 +223,8 @@ impl Broker {
         wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        // A damaged client cannot authenticate and is told only that its credential is refused. The administrator of
-        // the client gets the cause.
+        // An API client whose row is damaged cannot authenticate, and learns only that its credential is refused. The
+        // administrator of the API client learns the cause.
         let damaged = |error: Error| match error.reason() {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,
@@ -235,7 +243,7 @@ impl Broker {
         let too_long = || {
             Error::new(
                 Reason::Bug,
-                "the document of an API client outgrew its column",
+                "the document of an API client is too long for its column",
             )
         };
         let bytes = credential.document.to_bytes().ok_or_else(too_long)?;
@@ -257,7 +265,7 @@ impl Broker {
 
 pub(super) fn document_of(row: &ClientRow) -> Result<Document, Error> {
     Document::from_bytes(&row.document).ok_or_else(|| {
-        let detail = format!("the document of API client {} does not parse", row.id);
+        let detail = format!("the document of API client {} cannot be parsed", row.id);
         Error::new(Reason::RecordDamaged, detail)
     })
 }

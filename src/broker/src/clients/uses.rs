@@ -1,5 +1,5 @@
-//! Records when secrets of API clients were last accepted. Notes are kept in memory and written in the background. If a
-//! note is lost, nothing else is affected.
+//! Records when secrets of API clients were last accepted. Notes are kept in memory, and a background task writes them
+//! to the database. If a note is lost, nothing else is affected.
 
 use std::{
     collections::HashMap,
@@ -9,7 +9,7 @@ use std::{
 use crate::Broker;
 use keybroker_core::{call::Timestamp, key::ClientId};
 
-/// Largest number of secrets that are noted.
+/// Largest number of secrets whose last use is noted in memory.
 const NOTED_MAX: usize = 10_000;
 
 #[derive(Debug, Default)]

@@ -10,13 +10,14 @@ use std::{
 use moka::sync::Cache;
 
 const WINDOW: Duration = Duration::from_hours(1);
-/// Removing old users visits every user, so it runs no more often than this.
+/// Shortest time between two removals of old users, because a removal visits every user.
 const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of services that are counted separately. Services come from the configuration and from API clients,
 /// so operators decide how many exist.
 const SERVICES_MAX: u64 = 1_000;
 
-/// Users are counted by hashes under a random key of this process. A collision only makes the count smaller.
+/// Users are counted by hashes under a random key of this process. If two users have the same hash, only the count is
+/// too small.
 pub(super) struct Releases {
     users_max: usize,
     hasher: RandomState,
@@ -25,7 +26,7 @@ pub(super) struct Releases {
 
 #[derive(Default)]
 struct Seen {
-    /// At most `users_max` hashes, each with the time of the last release.
+    /// At most `users_max` hashes of users, each with the time of the user's last release.
     users: HashMap<u64, Instant>,
     said: Option<Instant>,
     forgot: Option<Instant>,
@@ -51,8 +52,8 @@ impl Releases {
         }
     }
 
-    /// Returns `true` when the service exceeds the number of users per hour and no alert about it was raised within the
-    /// last hour.
+    /// Returns `true` if the service exceeds the number of users per hour and no alert about the service was raised
+    /// within the last hour.
     pub(super) fn note(&self, service: &str, user: &str) -> bool {
         self.note_at(service, user, Instant::now())
     }

@@ -6,16 +6,16 @@ use tokio::sync::Semaphore;
 
 use crate::{error::Error, principal::Principal};
 
-/// A peer and the result of its authentication. The APIs find it among the extensions of each request.
+/// A peer and the result of its authentication. The APIs find the caller among the extensions of each HTTP request.
 #[derive(Clone, Debug)]
 pub struct Caller {
     peer: SocketAddr,
     principal: Result<Arc<Principal>, Arc<Error>>,
-    /// Places for the calls of this connection.
+    /// Limits the concurrent calls of this connection.
     calls: Arc<Semaphore>,
     calls_max: usize,
-    /// Places for health checks and for health watches. Both are separate from calls, so that an open watch does not make the
-    /// connection busy.
+    /// Limits the concurrent health checks. Health checks and health watches do not count as calls, so that an open watch does
+    /// not make the connection busy.
     health_checks: Arc<Semaphore>,
     health_watches: Arc<Semaphore>,
 }
@@ -61,12 +61,12 @@ impl Caller {
         self.principal.as_ref()
     }
 
-    /// Places for the calls of the connection.
+    /// Limits the concurrent calls of the connection.
     pub fn calls(&self) -> &Arc<Semaphore> {
         &self.calls
     }
 
-    /// Places for the health checks of the connection.
+    /// Limits the concurrent health checks of the connection.
     pub fn health_checks(&self) -> &Arc<Semaphore> {
         &self.health_checks
     }
@@ -81,7 +81,7 @@ impl Caller {
         self.principal.is_ok()
     }
 
-    /// Whether no call of the connection is in progress. Health checks and watches are not counted.
+    /// Whether no call of the connection is in progress. Health checks and health watches do not count as calls.
     pub fn is_idle(&self) -> bool {
         self.calls.available_permits() == self.calls_max
     }

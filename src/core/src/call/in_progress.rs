@@ -2,7 +2,7 @@
 
 use crate::metrics::CALLS_IN_PROGRESS;
 
-/// Counts one call as in progress until it is dropped, also when the call panics.
+/// Counts one call as in progress until this value is dropped, even if the call panics.
 #[derive(Debug)]
 pub struct CallInProgress(());
 

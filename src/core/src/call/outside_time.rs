@@ -1,5 +1,5 @@
-//! The time that a call spends outside the broker: in the token's queue and in its module. The measurement
-//! subtracts it from the duration of the call, and the rest is the time that the broker adds.
+//! The time that a call spends outside the broker: in the queue for the token and in the vendor's module. The duration
+//! of the call minus this time is the time that the broker adds.
 
 use std::{cell::Cell, time::Duration};
 
@@ -7,7 +7,7 @@ tokio::task_local! {
     static OUTSIDE: Cell<Duration>;
 }
 
-/// Runs work, and returns the time outside the broker that [`note`] recorded for it.
+/// Runs the work, and returns its result with the time outside the broker that [`note`] recorded during the work.
 pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     let work = async {
         let result = work.await;
@@ -16,8 +16,8 @@ pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     OUTSIDE.scope(Cell::default(), work).await
 }
 
-/// Records that the work of this task spent this time outside the broker. Without a measurement, the
-/// function does nothing.
+/// Records that the current task spent this time outside the broker. The function does nothing if [`measured`] does not
+/// run the task's work.
 pub fn note(outside: Duration) {
     OUTSIDE
         .try_with(|total| total.set(total.get() + outside))

@@ -1,6 +1,6 @@
-//! The messages that an integrity key authenticates. Each use has its own domain string, so that a MAC for one use never
-//! verifies for another. The length of a variable field precedes the field, so that two different inputs never result in the
-//! same message.
+//! The messages that an integrity key authenticates. Each kind of message has its own domain string, so that a MAC for one kind
+//! never verifies for another kind. The length of a field of variable length precedes the field, so that two different inputs
+//! never result in the same message.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -15,19 +15,19 @@ use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
-/// For a row that contains the ids of the key's objects. A row of an earlier release does not contain them, and keeps its
-/// MAC.
+/// The domain of a registry row that contains object ids. A row that contains no object ids has the earlier domain, so that the
+/// MACs of earlier releases stay valid.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
 const REQUEST_RESULT_DOMAIN: &[u8] = b"keybroker/request-result/v1";
 
-/// Longest message, in bytes. An envelope with the longest context is shorter.
+/// Longest message, in bytes. The message for an envelope with the longest context is shorter than this limit.
 pub const MESSAGE_BYTES_MAX: usize = 2_048;
 
-/// Bytes that an integrity key authenticates. Only the functions of this module can create them, which keeps the domains
-/// separate. A message can contain key material (see [`MacMessage::request`]), so it is treated as a secret.
+/// Bytes that an integrity key authenticates. Only the functions of this module can create a message, so that each message begins
+/// with its domain. A message can contain key material (see [`MacMessage::request`]), so it is treated as a secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct MacMessage(Zeroizing<Vec<u8>>);
 
@@ -38,7 +38,7 @@ impl fmt::Debug for MacMessage {
 }
 
 impl MacMessage {
-    /// The bytes for the token.
+    /// The bytes that the MAC covers.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -97,8 +97,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. A digest
-    /// is used because a document may be longer than the input that a token accepts.
+    /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. The message
+    /// contains a digest of the document, because a document may be longer than the input that a token accepts.
     pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
         let mut message = Message::new(CLIENT_CREDENTIAL_DOMAIN);
         message.fixed(id.as_bytes());
@@ -136,21 +136,21 @@ impl MacMessage {
 pub struct RegistryFields<'a> {
     /// The id of the wrapping key.
     pub id: WrappingKeyId,
-    /// Where its objects are on the token.
+    /// Where the objects of the wrapping key are.
     pub objects: &'a ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
-    /// What the key is for.
+    /// The purpose of the wrapping key.
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,
     /// Serial number of the token that holds the key.
     pub token_serial: &'a str,
-    /// A number that grows with each change of any row.
+    /// A number that grows with each change of any registry row.
     pub sequence: u64,
-    /// When the key was registered, UTC microseconds.
+    /// When the key was registered, in UTC microseconds.
     pub registered_us: i64,
-    /// When a backup was confirmed, UTC microseconds; never 0.
+    /// When a backup of the key was confirmed, in UTC microseconds; never 0.
     pub backup_confirmed_us: Option<i64>,
 }
 
@@ -164,12 +164,12 @@ impl Message {
         message
     }
 
-    /// A field whose length is part of the format.
+    /// Adds a field whose length is fixed by the format.
     fn fixed(&mut self, bytes: &[u8]) {
         self.0.extend(bytes);
     }
 
-    /// A field of variable length.
+    /// Adds a field of variable length, after its length.
     fn sized(&mut self, bytes: &[u8]) {
         self.0.extend(length_u16(bytes.len()));
         self.0.extend(bytes);
@@ -184,7 +184,7 @@ impl Message {
     }
 }
 
-/// The length of a field. Every field has a maximum far below 65,536, which its type checks.
+/// The length of a field. The type of each field checks a maximum length, which is far below 65,536.
 pub(super) fn length_u16(length: usize) -> [u8; 2] {
     u16::try_from(length)
         .expect("every field has a maximum below 65,536")

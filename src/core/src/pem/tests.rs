@@ -102,10 +102,13 @@ fn what_does_not_belong_into_a_file_is_refused_with_the_remedy() {
     for (text, words) in [
         (renamed("TRUSTED CERTIFICATE"), "openssl x509 -in"),
         (renamed("X509 CERTIFICATE"), "write CERTIFICATE instead"),
-        (renamed("CERTIFICATE REQUEST"), "it is a request"),
+        (
+            renamed("CERTIFICATE REQUEST"),
+            "the block is a certificate request",
+        ),
         (renamed("X509 CRL"), "revocation list"),
         (renamed("PKCS7"), "openssl pkcs7"),
-        (renamed("SOMETHING ELSE"), "remove it"),
+        (renamed("SOMETHING ELSE"), "remove the block"),
         (private.clone(), "private key does not belong"),
     ] {
         for text in [text.clone(), format!("{a}{text}")] {

@@ -86,7 +86,7 @@ impl fmt::Display for Error {
             write!(f, "{path} is not trusted: ")?;
         }
         match &*self.problem {
-            // The component can be the absolute form of the same path.
+            // The component can be the absolute form of `path`.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
             }
@@ -98,7 +98,8 @@ impl fmt::Display for Error {
             ),
             Problem::NotRegular(kind) => write!(
                 f,
-                "{at} is {kind}, but must be a regular file; give the path of a regular file, or write the content to one"
+                "{at} is {kind}, but must be a regular file; give the path of a regular file, or write the content to a \
+                 regular file"
             ),
             Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
             Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
@@ -111,15 +112,15 @@ impl fmt::Display for Error {
             Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
             Problem::HardLinks => write!(
                 f,
-                "{at} has more than one hard link in a directory where other users can add one: {risk}; copy the file to another \
-                 directory"
+                "{at} has more than one hard link in a directory where other users can add hard links: {risk}; copy the \
+                 file to another directory"
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),
             Problem::Owner { what, owner } => {
                 if let Some(remedy) = self.purpose.owner_remedy() {
                     return write!(
                         f,
-                        "{what}{at} belongs to user {owner}, who is not trusted with it: {risk}; {remedy}"
+                        "{what}{at} belongs to user {owner}, who must not own it: {risk}; {remedy}"
                     );
                 }
                 write!(
@@ -171,14 +172,14 @@ impl Error {
         let secret = self.purpose.content();
         write!(
             f,
-            "{at} has mode {mode:04o} and belongs to user {owner}: others can read it; "
+            "{at} has mode {mode:04o} and belongs to user {owner}: other users can read it; "
         )?;
         if is_read_only {
-            // `chmod` fails in a read-only mount, so the mode has to be set at its source.
+            // `chmod` fails in a read-only mount, so the mode has to be set at the source of the mount.
             write!(
                 f,
-                "it is mounted read-only, so set the mode where it is mounted from (Kubernetes: `defaultMode: 0440` of the \
-                 volume and `fsGroup` of the pod; Compose: `mode: 0440` with `uid` and `gid` of the secret)"
+                "the file is mounted read-only, so set its mode at the source of the mount (Kubernetes: `defaultMode: \
+                 0440` of the volume and `fsGroup` of the pod; Compose: `mode: 0440` with `uid` and `gid` of the secret)"
             )?;
         } else {
             write!(f, "run `chmod 600 {at}`")?;

@@ -11,15 +11,15 @@ use rustix::fs::{FsWord, Stat, StatVfsMountFlags, fstatfs, fstatvfs, major, mino
 
 /// The file system type of every FUSE mount.
 const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
-/// Exists where systemd runs: `sd_booted(3)`.
+/// This directory exists only where systemd runs; see `sd_booted(3)`.
 const SYSTEMD: &str = "/run/systemd/system";
-/// systemd sets this variable for each service, even for a service that does not see `/run` of the host; `systemd.exec(5)`.
+/// systemd sets this variable for each service, even for a service that does not see `/run` of the host; see `systemd.exec(5)`.
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 pub(super) const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Whether an entry is in a file system that is mounted read-only into a container and is not that of the root directory. A FUSE
-/// file system is never unchangeable, because the process that serves it can change the content. If the mount cannot be examined,
-/// the entry is assumed to be changeable.
+/// Whether an entry is in a file system that is mounted read-only into a container and is not the file system of the root
+/// directory. A FUSE file system is never unchangeable, because the process that serves it can change the content. If the mount
+/// cannot be examined, the entry is assumed to be changeable.
 pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
@@ -33,14 +33,14 @@ static IGNORES_READ_ONLY_MOUNTS: AtomicBool = AtomicBool::new(false);
 /// Whether files in a read-only mount are exempt from the checks of owner and mode. Where systemd runs, files are not exempt,
 /// because other processes may have write access to the same file systems.
 pub fn read_only_mounts_count() -> bool {
-    // If the existence is unknown, assume that systemd runs, so that the ordinary rules apply.
+    // If the directory cannot be examined, assume that systemd runs, so that the ordinary rules apply.
     let is_beside_systemd =
         Path::new(SYSTEMD).try_exists().unwrap_or(true) || env::var_os(SERVICE_VARIABLE).is_some();
     !is_beside_systemd && !IGNORES_READ_ONLY_MOUNTS.load(Ordering::Relaxed)
 }
 
-/// Applies the ordinary rules in read-only mounts for the rest of this process. Call this in a process with a cleared
-/// environment, which cannot detect what its parent process knows.
+/// From now on, this process applies the ordinary rules in read-only mounts. Call this function in a process with a cleared
+/// environment if its parent process has detected systemd, because the process itself may be unable to detect systemd.
 pub fn ignore_read_only_mounts() {
     IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }
@@ -54,11 +54,11 @@ pub(super) fn is_fuse(fd: impl AsFd) -> bool {
 pub(super) enum FuseServer {
     /// virtiofs: the file system has the type of FUSE, but the host of this virtual machine serves it.
     Hypervisor,
-    /// The user who mounted it.
+    /// The user who mounted the file system.
     User(u32),
 }
 
-/// Who serves the FUSE file system of an entry. Absent if the mount table cannot be read or does not contain the user.
+/// Who serves the FUSE file system of an entry. Returns `None` if the mount table cannot be read or does not contain the user.
 pub(super) fn fuse_server(stat: &Stat) -> Option<FuseServer> {
     let mounts = std::fs::read_to_string(MOUNTS).ok()?;
     server_in(&mounts, (major(stat.st_dev), minor(stat.st_dev)))

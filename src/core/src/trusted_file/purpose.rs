@@ -6,20 +6,20 @@ pub struct Purpose(Kind);
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    /// Other users may read it.
+    /// Other users may read the file.
     Trust {
         /// What another user could do, as a clause that begins with `other users could`.
         risk: &'static str,
-        /// The remedy for a foreign owner, if it is not `chown`.
+        /// The remedy if the file belongs to another user; absent if the remedy is `chown`.
         owner_remedy: Option<&'static str>,
     },
-    /// Other users must not read it. The text describes the content, such as `PIN`.
+    /// Other users must not read the file. The text describes the content, such as `PIN`.
     Secret(&'static str),
 }
 
 impl Purpose {
-    /// A file that other users may read but not change. `risk` is a clause that says what they could do if they
-    /// changed it.
+    /// A file that other users may read but not change. `risk` is a clause that says what other users could do if they
+    /// changed the file.
     pub const fn trust(risk: &'static str) -> Self {
         Self(Kind::Trust {
             risk,

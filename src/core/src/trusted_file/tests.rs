@@ -125,7 +125,7 @@ fn only_root_may_let_a_group_read_a_secret() {
     refused(&path, SECRET, &path, "chmod 600");
     chown(&path, Some(OTHER_USER), None).unwrap();
     for (mode, words) in [
-        (0o440, "others can read it"),
+        (0o440, "other users can read it"),
         (0o400, "belongs to user 65534"),
     ] {
         set_mode(&path, mode);

@@ -1,25 +1,25 @@
-//! Users who are trusted with a path besides root and the user of this process.
+//! Users whose files and directories are trusted, in addition to those of root and of the user of this process.
 
 use std::path::Path;
 
 use super::{Error, Purpose, read};
 
-/// The users of this machine. A user of another directory service must be given by number.
+/// The file that lists the users of this machine. A user who is only in a directory service must be given by number.
 const USERS: &str = "/etc/passwd";
 const USERS_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// A user who is trusted with a path besides root and the user of this process.
+/// A user whose files and directories are trusted, in addition to those of root and of the user of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
     pub(super) id: u32,
-    /// The user's own group, which may write to a directory on the way; unknown without an entry in `/etc/passwd`.
+    /// The user's own group, which may write to a directory on the way; unknown if `/etc/passwd` has no entry for the user.
     pub(super) group: Option<u32>,
 }
 
 impl User {
     /// The user with this name or number. If `/etc/passwd` does not have the number, the user belongs to a container or a
-    /// directory service. The group is then unknown, because the group with this number has other members on this
-    /// machine.
+    /// directory service. The group of a user who is not in `/etc/passwd` is unknown, because the group with the same number can
+    /// have other members on this machine.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
         let purpose = Purpose::trust("other users could choose who is trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;

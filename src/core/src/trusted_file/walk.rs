@@ -43,7 +43,7 @@ pub(super) struct Directory {
 /// The end of a resolved path.
 pub(super) enum Target {
     Directory(Directory),
-    /// Anything except a directory or a symbolic link, with its name in its directory.
+    /// An entry that is neither a directory nor a symbolic link, with its directory and its name.
     Entry {
         above: Directory,
         name: OsString,
@@ -110,14 +110,14 @@ impl<'a> Walk<'a> {
                 at,
             } => (above, name, stat, at),
         };
-        // Check before the open, because opening a device can have side effects.
+        // Check the type of the file before the open, because opening a device can have side effects.
         self.require_regular(&stat, &at)?;
         let flags =
             OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let fd = openat(&above.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
         let stat = fstat(&fd).map_err(self.io(&at))?;
         self.require_regular(&stat, &at)?;
-        // If the kernel permits it, another user could create a hard link to a file of root under an unused name.
+        // If the kernel permits such links, another user could create a hard link to a file of root under an unused name.
         if !above.is_read_only
             && mode_of(&above.stat) & WRITABLE_BY_OTHERS != 0
             && stat.st_nlink > 1
@@ -300,8 +300,8 @@ impl<'a> Walk<'a> {
         Ok(Target::Directory(directory))
     }
 
-    /// Checks who can have created a link. In a sticky directory every user can. Elsewhere only the owner of the directory
-    /// can create a link, and this owner was already checked.
+    /// Checks who can have created a link. In a sticky directory, every user can create a link. In any other directory, only the
+    /// owner of the directory can create a link, and this owner was already checked.
     fn check_link(&self, above: &Directory, stat: &Stat, at: &Path) -> Result<(), Error> {
         if above.is_read_only || mode_of(&above.stat) & WRITABLE_BY_OTHERS == 0 {
             return Ok(());

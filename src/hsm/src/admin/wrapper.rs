@@ -18,7 +18,7 @@ pub struct Wrapper {
 }
 
 impl Admin {
-    /// Checks a key and prepares to wrap under it.
+    /// Checks a wrapping key and returns a wrapper for this key.
     pub fn into_wrapper(self, key: ExpectedKey) -> Result<Wrapper, AdminError> {
         self.know([(key.id, &key.objects)])?;
         let checked = self.check(key.id)?;
@@ -30,7 +30,7 @@ impl Admin {
             .filter(|_| checked.fingerprint == key.fingerprint);
         let Some(algorithm) = algorithm else {
             return Err(AdminError::Untrusted(format!(
-                "key {} on the token has the public key {}, but the registry has {}",
+                "key {} on the token has the public key {}, but the registry has the public key {}",
                 key.id, checked.fingerprint, key.fingerprint
             )));
         };

@@ -1,10 +1,11 @@
 //! The waiting jobs in one queue for each principal, and the order of their turns. The order is deficit round robin by
-//! cost (Shreedhar and Varghese, 1995): a principal with a thousand jobs delays another one by one job and not by a
-//! thousand.
+//! cost (Shreedhar and Varghese, 1995): a principal with a thousand jobs delays another principal by one job and not by
+//! a thousand.
 //!
 //! The oldest job of a principal normally comes first. When the jobs of a principal wait for so long that they are
-//! about to be late, the newest job comes first instead (adaptive LIFO). The exception is an oldest job that has waited
-//! for at least half of its remaining time: it still comes first. All functions take the current time as a parameter.
+//! about to be late, the newest job comes first instead (adaptive LIFO). There is one exception: an oldest job that has
+//! waited for at least half of its remaining time still comes first. All functions take the current time as a
+//! parameter.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -15,27 +16,28 @@ use crate::caller::Lane;
 
 use super::estimate::Estimate;
 
-/// At least one of this many jobs is a background job, while background jobs wait.
+/// While background jobs wait, at least one of this many jobs is a background job.
 const BACKGROUND_TURNS: u32 = 16;
-/// How long a queue must be late before its newest job comes first.
+/// How long the oldest job of a queue must always have been late before the newest job comes first.
 const STANDING_INTERVAL: Duration = Duration::from_millis(100);
 /// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
 const STANDING_PARTS: u32 = 4;
 
 /// The caution of a principal raises its expected wait, in thousandths. The caution grows by `CAUTION_STEP` when an
 /// accepted job turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. The caution
-/// corrects estimates that are too low because the token slows down or other principals arrive.
+/// corrects an expected wait that is too short because the token slows down or other principals arrive.
 ///
-/// The caution is never less than `CAUTION_MIN`. The wait is a sum of estimates, so its error grows with the wait. With
-/// a fixed margin, the jobs that wait longest would be late as soon as the estimate is some percent too low or a newer
-/// job is served before them. A queue that is an eighth shorter still has work for every session.
+/// The caution is never less than `CAUTION_MIN`. The wait is a sum of estimates, so its error grows with the wait.
+/// Therefore the margin is a part of the wait: with a fixed margin, the jobs with the longest wait would be late as
+/// soon as the estimate is a few percent too low or a newer job is served first. The margin makes the queue an eighth
+/// shorter, but the queue still has work for every session.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MIN: u32 = 125;
 const CAUTION_MAX: u32 = 1_000;
 
-/// The time that a call needs after the token has answered: to write the audit entry and to send the answer. The
-/// reserve is this part of the remaining time, but at most `ANSWER_MAX`.
+/// A call needs time after the token has answered, to write the audit entry and to send the answer. The time reserved
+/// for this is one part in `ANSWER_PARTS` of the remaining time, but at most `ANSWER_MAX`.
 const ANSWER_PARTS: u32 = 10;
 const ANSWER_MAX: Duration = Duration::from_millis(20);
 
@@ -44,11 +46,11 @@ const ANSWER_MAX: Duration = Duration::from_millis(20);
 pub(super) struct Load {
     /// Number of all sessions, at least 1.
     pub(super) sessions: u32,
-    /// The sessions that run a job.
+    /// Number of sessions that run a job now.
     pub(super) busy: u32,
 }
 
-/// Whether a job could still be done in time when its turn came.
+/// Whether a job could still be completed in time when its turn came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Served {
     InTime,
@@ -98,8 +100,8 @@ struct Costed<J> {
     cost: Duration,
 }
 
-/// Detects a queue that is late for a whole interval: each time a job was taken, the oldest job had used up more than a
-/// quarter of its time.
+/// Detects a queue that is late for a whole interval: each time a job was taken, the oldest job had waited for more
+/// than a quarter of the time between its arrival and its deadline.
 #[derive(Clone, Copy, Debug, Default)]
 struct Pressure {
     /// The time since which the oldest job was always late.
@@ -200,8 +202,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Records whether a job of this lane was in time when its turn came. The record is dropped when the lane becomes
-    /// empty.
+    /// Records whether a job of this lane was in time when its turn came. The caution of a lane is forgotten when the
+    /// lane becomes empty.
     pub(super) fn note(&mut self, lane: &Lane, served: Served) {
         if let Some(backlog) = self.waiting.get_mut(lane) {
             backlog.caution = match served {
@@ -211,7 +213,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Whether a new job of this lane can be done within the time that is left to it. If not, returns the expected wait.
+    /// Whether a new job of this lane can be completed before its deadline. If the job would be too late, returns the
+    /// expected wait.
     pub(super) fn check_in_time(
         &self,
         lane: &Lane,
@@ -223,7 +226,8 @@ impl<J: Waiting> Backlogs<J> {
         let under_way = job.mean * load.busy / 2;
         let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
         let wait_for = |work: Duration| self.cautious(lane, (work + under_way) / load.sessions);
-        // Most calls are in time even behind all waiting jobs. This quick check avoids looking at each lane.
+        // Most jobs would be in time even behind all waiting jobs. Therefore this quick check comes first and avoids a
+        // search through all lanes.
         if wait_for(self.cost) + needed <= left {
             return Ok(());
         }
@@ -235,8 +239,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Whether a job whose turn has come is not worth the token's time. The only waiting job is always tried, because its
-    /// time shows how long the token takes now.
+    /// Whether a job whose turn has come can no longer be completed in time, so that the token should not run it. If no
+    /// other job waits, a job is always tried, because its duration shows how fast the token is now.
     pub(super) fn is_too_late(&self, left: Duration, mean: Duration) -> bool {
         left < mean && !self.is_empty()
     }
@@ -247,15 +251,15 @@ impl<J: Waiting> Backlogs<J> {
         wait + wait / CAUTION_MAX * (CAUTION_MIN + caution)
     }
 
-    /// The work that the token does before a new job of this lane and cost, if every lane takes its turns.
+    /// Returns the work that the token does before it takes a new job of this lane with this cost, if every lane takes
+    /// its turns.
     pub(super) fn work_before(&self, lane: &Lane, cost: Duration) -> Duration {
         let own = self
             .waiting
             .get(lane)
             .map_or(Duration::ZERO, |own| own.cost);
         let others = self.cost.saturating_sub(own);
-        // While this lane does its own work and the new job, another lane does at most the same work per unit of
-        // weight.
+        // During the work of this lane and the new job, each other lane does at most the same work per unit of weight.
         let share = (own + cost) / self.weight(lane);
         if others <= share {
             return self.cost;
@@ -281,12 +285,13 @@ impl<J: Waiting> Backlogs<J> {
             let backlog = self.waiting.get_mut(&lane)?;
             if !backlog.has_turn {
                 backlog.has_turn = true;
-                // The limit keeps the credit bounded when a job took longer than its estimate.
+                // Unused credit is limited to the credit of one turn, so that a lane cannot collect credit over many
+                // turns.
                 backlog.credit = (backlog.credit + credit).min(credit * 2);
             }
             let next = backlog.next(now)?;
-            // The cost was estimated when the job arrived. A turn serves at least one job, even if the estimates have
-            // fallen since then.
+            // The cost of a job was estimated when the job arrived. A turn serves at least one job, even if the
+            // estimates are lower now.
             let next = backlog.jobs[next].cost.min(credit);
             if next <= backlog.credit {
                 backlog.credit -= next;
@@ -328,9 +333,9 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Makes room for a job of this lane. Among the lanes with several jobs, takes the newest job of the lane with the
-    /// most work per weight. Takes nothing if this lane has the most work, or if this lane would have at least as much
-    /// work with the new job.
+    /// Makes room for a job of this lane: removes the newest job of the lane with the most work per weight, of all
+    /// lanes with several jobs. Removes no job if this lane has the most work, or if this lane would have at least as
+    /// much work with the new job.
     pub(super) fn evict_for(&mut self, lane: &Lane, cost: Duration) -> Option<J> {
         let own = self
             .waiting

@@ -7,12 +7,12 @@ use keybroker_worker_protocol::{Work, wire::request::Job};
 
 /// The assumed cost of a job whose kind was not measured yet.
 const UNKNOWN: Duration = Duration::from_millis(1);
-/// The weights of a new value: one part of 16 in the average, one of 8 in the deviation. The deviation reacts twice as
-/// fast, as in RFC 6298.
+/// The weight of a new value is 1/16 in the average and 1/8 in the deviation. The deviation reacts twice as fast as the
+/// average (as in RFC 6298).
 const AVERAGE_PARTS: u32 = 16;
 const DEVIATION_PARTS: u32 = 8;
-/// Largest number of kinds of jobs that are measured separately. A registry has few keys; the kinds beyond the limit
-/// have the cost of an unknown job.
+/// Largest number of kinds of jobs that are measured separately. A registry has few keys. Kinds of jobs beyond the
+/// limit get the assumed cost of a kind that was not measured.
 const KEYS_MAX: usize = 1_024;
 
 /// The kind of a job: its key, and whether it uses the RSA key.
@@ -59,7 +59,7 @@ impl Estimate {
         self.mean = (self.mean * (AVERAGE_PARTS - 1) + spent) / AVERAGE_PARTS;
     }
 
-    /// A time that few jobs exceed.
+    /// Returns a time that only few jobs exceed.
     pub(super) fn upper(&self) -> Duration {
         self.mean + self.deviation * 2
     }
@@ -89,8 +89,8 @@ impl Estimates {
             })
     }
 
-    /// A lower bound over all kinds of jobs, in mean and in upper time. A job that is late with this estimate is late
-    /// with every other one.
+    /// Returns the lowest mean time and the lowest upper time of all kinds of jobs. A job that would be late with this
+    /// estimate would be late with every estimate.
     pub(super) fn least(&self) -> Estimate {
         let unknown = self.of(None);
         let known = || self.0.values().chain([&unknown]);

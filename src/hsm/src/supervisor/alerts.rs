@@ -1,5 +1,5 @@
-//! Repeated alerts: the first is logged immediately. Further ones within an interval are logged as one line with their
-//! count.
+//! Limits the log lines of repeated alerts. The first alert is logged immediately. Further alerts of the same kind
+//! within an interval are logged as one line with their number.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ struct Held {
 pub(super) struct Alerts(Vec<Held>);
 
 impl Alerts {
-    /// Returns the line to log now. `None` if the last line of this alert is less than an interval old.
+    /// Returns the line to log now, or `None` if the last line of this alert is less than an interval old.
     pub(super) fn raise(&mut self, now: Duration, alert: Alert, cause: String) -> Option<Line> {
         if let Some(held) = self.0.iter_mut().find(|held| held.alert == alert) {
             held.count += 1;
@@ -51,7 +51,8 @@ impl Alerts {
         })
     }
 
-    /// Returns the lines of intervals that have ended. If an alert was raised in its interval, another interval begins.
+    /// Returns the lines of intervals that have ended. If the alert was raised again during an interval, another
+    /// interval begins.
     pub(super) fn due(&mut self, now: Duration) -> Vec<Line> {
         let mut lines = Vec::new();
         self.0.retain_mut(|held| {

@@ -1,5 +1,6 @@
-//! The supervisor's decisions: when a worker is started, and what callers are told. The machine is pure: it receives
-//! events with their time and returns actions. `ARCHITECTURE.md` contains its table, and a test compares the two.
+//! The supervisor's decisions: when a worker is started, and which state is reported to callers. The state machine has
+//! no side effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of its
+//! states and events, and a test compares the table with the code.
 
 use std::time::Duration;
 
@@ -7,11 +8,12 @@ use keybroker_core::alert::Alert;
 
 use crate::{Serving, start::NotReady};
 
-/// A worker that ends within this time after it became ready is restarted after a pause, so that a crash loop does not
-/// turn into a login loop.
+/// A worker that ends within this time after it became ready is restarted only after a pause, so that repeated crashes
+/// do not cause many logins.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 const START_SPACING: Duration = Duration::from_millis(100);
-/// Longest time for which calls wait for a replacement worker. Most calls end sooner, at their own deadlines.
+/// Longest time for which calls wait for a replacement worker. Most calls end earlier, because they reach their own
+/// deadlines.
 const DUE_MAX: Duration = Duration::from_secs(5);
 /// Bounds of the pause between starts while the token is unavailable.
 const DOWN_MIN: Duration = Duration::from_millis(250);
@@ -19,18 +21,20 @@ const DOWN_MAX: Duration = Duration::from_secs(1);
 /// Bounds of the pause between starts while logins fail for reasons that do not concern the PIN.
 const LOGIN_MIN: Duration = Duration::from_secs(1);
 const LOGIN_MAX: Duration = Duration::from_secs(3);
-/// Number of consecutive failed logins (about five minutes) after which logins become rarer.
+/// Number of consecutive failed logins after which the pause between logins becomes longer (reached after about five
+/// minutes).
 const LOGINS_FREQUENT: u32 = 100;
 const LOGIN_SELDOM: Duration = Duration::from_secs(15);
-/// Pause between starts while the PIN is latched. A start with a latched PIN finds the token and compares the PIN with
-/// the record. The worker logs in only if the PIN or the token has changed, or after `keybroker token retry-pin`.
+/// Pause between starts while the PIN is latched. A worker that starts with a latched PIN finds the token and compares
+/// the PIN with the record of PINs. The worker logs in only if the PIN or the token has changed, or after `keybroker
+/// token retry-pin`.
 const LATCHED: Duration = Duration::from_secs(2);
 /// Pause between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);
-/// The assumed duration of a start before one was measured.
+/// The assumed duration of a worker's start, before a start was measured.
 const START_EXPECTED: Duration = Duration::from_millis(300);
 
-/// An event that the machine reacts to.
+/// An event to which the state machine reacts.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
     /// Time has passed.
@@ -71,7 +75,7 @@ enum Phase {
     Starting,
     /// At least one worker is ready.
     Up,
-    /// The last worker was just lost and its replacement is starting. Calls wait.
+    /// The last worker was just lost and its replacement is starting. Calls wait for the replacement worker.
     Due {
         since: Duration,
         cause: String,
@@ -81,7 +85,7 @@ enum Phase {
     Stopped,
 }
 
-/// The state machine. Times are measured from a fixed moment.
+/// The state machine. All times are durations since a fixed moment.
 #[derive(Debug)]
 pub(super) struct Machine {
     wanted: usize,
@@ -143,7 +147,7 @@ impl Machine {
             .max(START_SPACING)
     }
 
-    /// Processes an event. Returns the actions in the order in which to take them.
+    /// Processes an event. Returns the actions in the order in which they must be carried out.
     pub(super) fn on(&mut self, now: Duration, event: Event) -> Vec<Action> {
         let mut actions = Vec::new();
         if self.phase == Phase::Stopped {
@@ -206,7 +210,7 @@ impl Machine {
                 self.latched = Some(detail.clone());
                 actions.push(Action::Alert(Alert::PinLatched, detail.clone()));
             }
-            // A crash says nothing about the PIN, so the latch stays as it is.
+            // A crash says nothing about the PIN, so the PIN latch does not change.
             NotReady::Crashed => {}
             NotReady::Login => {
                 self.failed_logins += 1;

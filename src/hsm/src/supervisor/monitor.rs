@@ -1,4 +1,4 @@
-//! The worker monitor: accompanies one worker from its start to its end.
+//! The worker monitor: runs self-tests on one worker, handles its answers, and decides when the worker is lost.
 
 use std::{
     sync::Arc,
@@ -28,26 +28,26 @@ const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
 const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Failed self-tests in a row after which a worker is replaced.
 const SELF_TEST_FAILURES_MAX: u32 = 3;
-/// The pause before a job is repeated on a token that reported to be busy.
+/// The pause before a job is repeated after the token reported that it is busy.
 const BACK_OFF: Duration = Duration::from_millis(5);
 /// How often a job is given to another worker after the process of its worker has ended. A job that crashes the module
-/// ends one worker more than this. Callers cannot construct such a job: the RSA key is used only after the MAC has
-/// verified.
+/// therefore ends at most one worker more than this number. Callers cannot construct a job that crashes the RSA
+/// operation, because the RSA key is used only after the MAC has verified.
 const LOSSES_MAX_ENDED: u32 = 4;
-/// The limit for jobs of a worker that hung or lost its token. The limit is lower, because each loss of this kind costs
-/// the callers seconds.
+/// How often a job is given to another worker after its worker hung or lost its token. This limit is lower than
+/// `LOSSES_MAX_ENDED`, because callers wait for seconds after each loss of this kind.
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
-    /// Serves until the worker ends, is marked as lost, or the broker stops. Afterwards, answers the worker's jobs and
-    /// reaps its process.
+    /// Serves until the worker ends, is marked as lost, or the broker stops. Afterwards, answers or repeats the
+    /// worker's jobs and reaps the worker's process.
     pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
         let ended = tokio::select! {
             cause = reading => Some((cause, LOSSES_MAX_ENDED)),
             cause = link.given_up() => Some((cause, LOSSES_MAX_GIVEN_UP)),
             () = self.run_self_tests(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
-            () = link.keep_flushing() => Some(("its socket failed".to_owned(), LOSSES_MAX_ENDED)),
+            () = link.keep_flushing() => Some(("the socket of the worker failed".to_owned(), LOSSES_MAX_ENDED)),
             () = self.stop.cancelled() => None,
         };
         let Some((cause, losses_max)) = ended else {
@@ -75,7 +75,7 @@ impl Supervisor {
             Some(Outcome::Failure(failure)) => {
                 let class = failure.class();
                 let in_time = !job.caller.deadline().remaining().is_zero();
-                // A self-test is not repeated, because another worker would answer it in place of this one.
+                // A self-test is not repeated, because another worker could answer it in place of the tested worker.
                 if class == FailureClass::BackOff && in_time && !job.work.is_self_test() {
                     self.try_later(job);
                     return self.queue.dispatch();
@@ -94,7 +94,8 @@ impl Supervisor {
                     && job.losses < LOSSES_MAX_GIVEN_UP
                     && !job.work.is_self_test()
                 {
-                    // Another worker may still have the token. If none has, the state of the service answers the job.
+                    // Another worker may still have the token. If no worker has the token, the job fails with the error
+                    // for the state of the service.
                     link.give_up(failure.detail);
                     self.repeat(Job {
                         losses: job.losses + 1,
@@ -106,7 +107,7 @@ impl Supervisor {
                 Err(self.error_of(link, class, failure.detail))
             }
             Some(Outcome::Ready(_) | Outcome::Calling(_)) | None => {
-                link.give_up("it sent an unexpected reply");
+                link.give_up("the worker sent an unexpected reply");
                 Err(self.down("the worker sent an unexpected reply"))
             }
         };
@@ -118,7 +119,8 @@ impl Supervisor {
         self.queue.dispatch();
     }
 
-    /// Translates a failure for the caller, and marks the worker as lost if the failure concerns it.
+    /// Translates a failure into an error for the caller, and marks the worker as lost if the failure concerns the
+    /// worker.
     fn error_of(&self, link: &Link, class: FailureClass, detail: String) -> Error {
         match class {
             FailureClass::MacRefused => Error::MacRefused,
@@ -144,7 +146,8 @@ impl Supervisor {
         }
     }
 
-    /// Queues a job again. If no worker is ready or expected, the state of the service answers it.
+    /// Queues a job again. If no worker is ready or expected, the job fails with the error for the state of the
+    /// service.
     fn repeat(&self, job: Job) {
         self.queue.push_again(job);
         self.answer_without_workers();
@@ -164,7 +167,7 @@ impl Supervisor {
         loop {
             tokio::time::sleep(SELF_TEST_INTERVAL).await;
             if link.is_wedged() {
-                link.give_up("a job is stuck in the module long past its deadline");
+                link.give_up("a job is still in the PKCS#11 module long after its deadline");
                 return std::future::pending().await;
             }
             let (done, answer) = oneshot::channel();
@@ -183,19 +186,21 @@ impl Supervisor {
                     failures = 0;
                     self.note_self_test();
                 }
-                // For most causes, `error_of` has already marked the worker as lost.
+                // In most cases, `error_of` has already marked the worker as lost.
                 Ok(Ok(Answer {
                     result: Err(error), ..
                 })) => {
                     tracing::warn!(%error, pid = link.pid(), "self-test failed");
                     failures += 1;
                     if failures >= SELF_TEST_FAILURES_MAX {
-                        link.give_up(format!("its self-test failed {failures} times: {error}"));
+                        link.give_up(format!(
+                            "the worker's self-test failed {failures} times: {error}"
+                        ));
                     }
                 }
                 Ok(Err(_)) => return std::future::pending().await,
                 Err(_) => {
-                    link.give_up("its self-test was not answered in time");
+                    link.give_up("the worker did not answer a self-test in time");
                     return std::future::pending().await;
                 }
             }

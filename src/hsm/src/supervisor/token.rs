@@ -29,7 +29,7 @@ use super::Supervisor;
 impl Supervisor {
     /// Runs a job on any worker. Returns at the deadline at the latest, no matter what the worker does.
     async fn run_job(&self, work: request::Job, caller: &Caller) -> Result<Output, Error> {
-        // Created first: the job may hold key material, and `Work` overwrites it however this function ends.
+        // `Work` is created first, because it overwrites the key material in the job, no matter how this function ends.
         let work = Work::new(work);
         self.check_serving()?;
         let (done, answer) = oneshot::channel();
@@ -43,7 +43,7 @@ impl Supervisor {
             losses: 0,
             span: Span::current(),
         })?;
-        // The state may have changed between the check and the push.
+        // The state of the token may have changed after the check and before the job was added to the queue.
         self.answer_without_workers();
         match tokio::time::timeout_at(caller.deadline().instant().into(), answer).await {
             Ok(Ok(answer)) => {
@@ -55,7 +55,7 @@ impl Supervisor {
         }
     }
 
-    /// Fails immediately while the token is unavailable or must not be used.
+    /// Returns an error while the token is unavailable or must not be used.
     fn check_serving(&self) -> Result<(), Error> {
         let serving = self.serving.borrow().clone();
         match serving {
@@ -64,7 +64,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers the waiting jobs if no worker is ready or expected. Nothing else would answer them before their
+    /// Answers the waiting jobs if no worker is ready or expected, because otherwise these jobs would wait until their
     /// deadlines.
     pub(super) fn answer_without_workers(&self) {
         if !self.queue.has_links()

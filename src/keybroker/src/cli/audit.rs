@@ -1,4 +1,4 @@
-//! `keybroker audit`: reads and maintains the files of the audit log. A broker need not run.
+//! `keybroker audit`: reads and maintains the files of the audit log. The command needs no running broker.
 
 use std::{
     path::PathBuf,
@@ -30,15 +30,16 @@ pub(super) enum Command {
     },
     /// Acknowledge that the files of the audit log were tampered with, so that the broker continues
     ///
-    /// Investigate first, and copy the log directory for the auditors. The command prints the finding and records who
-    /// acknowledged it. A running broker writes the acknowledgement into the audit log and continues within a second. A stopped
-    /// broker does so at its next start. Missing entries stay visible as a gap in the sequence.
+    /// Before you run this command, find the cause and copy the log directory for the auditors. The command prints what the
+    /// broker found, and records who acknowledged the finding. A running broker writes the acknowledgement into the audit log and
+    /// continues within a second. A stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
+    /// a gap in the sequence numbers.
     Acknowledge,
     /// Remove the oldest segments of this instance's log, after they were copied to another machine
     ///
-    /// A running broker removes the segments within a second, a stopped broker at its next start. An audit entry records who
-    /// requested the removal. The newest segment is never removed. Do not delete segment files by hand: the broker would report
-    /// tampering.
+    /// A running broker removes the segments within a second. A stopped broker removes the segments at its next start. An audit
+    /// entry records who requested the removal of the segments. The newest segment is never removed. Do not delete segment files
+    /// by hand: the broker would report tampering.
     RemoveSegments {
         /// Number of the last segment to remove, as in its file name: 12 removes 00000012.jsonl and all earlier segments
         #[arg(long, value_name = "NUMBER")]

@@ -1,38 +1,86 @@
-//! `keybroker bench`: measures the bare token and the served broker in one run on one machine. Other load on the machine affects
-//! both measurements alike, so their ratio stays valid.
+//! `keybroker bench`: measures the broker under one of several kinds of load, on the configured token.
+//!
+//! `steady` also measures the bare token in the same run. Every scenario produces one [`Document`], which `--json` writes and
+//! `keybroker bench-report` turns into a chart and a table.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::Args;
-use keybroker_client::RetryPolicy;
-use serde_json::{Map, json};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{config::Config, output_file};
 
 use super::{
     Context, block_on,
-    client::connect::{self, Connection},
+    client::connect::Connection,
     exit::{Exit, Failure},
-    output::Field,
 };
 
 mod bare;
+mod callers;
+mod calls;
+mod connections;
 mod cpu;
+pub(super) mod document;
+mod fairness;
+mod issuer;
+mod latencies;
 mod load;
+mod machine;
+mod memory;
 mod metrics;
+mod open;
+mod open_loop;
+mod overload;
+mod preflight;
+mod rest;
+mod restart;
 mod seed;
 mod served;
+mod session;
+mod steady;
+mod storm;
+pub(super) mod table;
 mod users;
 
-use bare::Bare;
-use load::Measured;
-use metrics::Added;
-use served::Served;
+use document::{Document, Results};
 use users::Users;
+
+/// The kind of load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Scenario {
+    /// The bare token and the broker in one run; callers call again as soon as they have their answer
+    Steady,
+    /// Calls that start on a schedule and do not wait for earlier calls, at one or more rates
+    Open,
+    /// More calls than the broker can serve, with short and long deadlines
+    Overload,
+    /// One principal with few calls beside another principal whose callers never pause
+    Fairness,
+    /// Throughput of many active connections, and memory for each idle one
+    Connections,
+    /// Many members who fetch their keys over REST within a short time, each over a new connection
+    Storm,
+    /// Restarts of the broker while a client calls that follows the retry rule
+    Restart,
+}
+
+impl Scenario {
+    /// The name on the command line and in the JSON document.
+    pub(super) fn name(self) -> String {
+        self.to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default()
+    }
+}
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
+    /// Kind of load; docs/performance.md describes each scenario
+    #[arg(long, value_name = "NAME", default_value = "steady")]
+    scenario: Scenario,
     #[command(flatten)]
     connection: Connection,
     /// Process id of a running broker to measure; requires --endpoint [default: start a broker for the measurement]
@@ -41,13 +89,15 @@ pub(super) struct Arguments {
     /// Address of the running broker's status listener, if `status.address` has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
-    /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections)
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4_096))]
-    connections: u32,
-    /// Duration of the broker's measurement in seconds; the token is measured about as long, before and after it
+    /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections).
+    /// The scenario `connections` takes a list, and each caller then has its own connection [default: 64; `connections`: 1,64,1000]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    connections: Vec<u32>,
+    /// Seconds for which the broker is measured each time. `steady` also measures the token alone before and after the broker,
+    /// each time for about three quarters of these seconds. In `storm`, the members arrive within these seconds
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Warm-up before the served broker is measured, in seconds
+    /// Warm-up in seconds before the broker is measured
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
     /// Number of users whose keys are enrolled and released; users of an earlier run are reused
@@ -59,69 +109,209 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Maximum calls per second of all callers together [default: unlimited]
-    #[arg(long, value_name = "CALLS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    rate: Option<u32>,
-    /// Threads that measure the token alone [default: number of processors]
+    /// Calls per second of all callers together. `steady`: maximum [default: unlimited]; `open`: a list of rates [default: a
+    /// quarter, half, three quarters and nine tenths of the measured capacity]; `fairness`: calls of the principal with few calls
+    /// [default: 5]; `restart`: calls of the client [default: 100]
+    #[arg(
+        long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    rate: Vec<u32>,
+    /// Threads that measure the token alone (`steady`) [default: number of processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
+    /// Multiples of the measured capacity (`overload`) [default: 3,10]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100))]
+    times: Vec<u32>,
+    /// Deadlines of the calls in milliseconds (`overload`) [default: 200,1000,5000]
+    #[arg(
+        long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=600_000)
+    )]
+    deadlines_ms: Vec<u64>,
+    /// Numbers of callers that never pause (`fairness`) [default: 0,16,250,1000]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    callers: Vec<u32>,
+    /// PEM file with the certificate of the principal with few calls, which needs the role `release` (`fairness`)
+    #[arg(long, value_name = "FILE", requires = "light_key")]
+    light_cert: Option<PathBuf>,
+    /// PEM file with the private key of the certificate in --light-cert (`fairness`)
+    #[arg(long, value_name = "FILE", requires = "light_cert")]
+    light_key: Option<PathBuf>,
+    /// Idle connections for the measurement of memory (`connections`) [default: 1000]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    idle: Option<u32>,
+    /// Members that fetch their keys (`storm`) [default: 1000]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    members: Option<u32>,
+    /// Number of restarts (`restart`) [default: 1]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    restarts: Option<u32>,
+    /// Number that determines the random start times of calls (`open`, `overload`, `fairness`, `storm`, `restart`) [default: 1]
+    #[arg(long, value_name = "NUMBER")]
+    schedule_seed: Option<u64>,
     /// Also write the results to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Text to record in the JSON document, such as the name of the machine or the token's settings
+    #[arg(long, value_name = "TEXT")]
+    note: Option<String>,
+    /// Commit of the measured program to record in the JSON document
+    #[arg(long, value_name = "ID")]
+    commit: Option<String>,
+}
+
+impl Arguments {
+    /// Refuses options that the scenario would ignore, and lists where it takes one value.
+    fn check(&self) -> Result<(), Failure> {
+        use Scenario::{Connections, Fairness, Open, Overload, Restart, Steady, Storm};
+        let options: [(&str, bool, &[Scenario]); 14] = [
+            (
+                "--attach",
+                self.attach.is_some(),
+                &[Steady, Open, Overload, Fairness],
+            ),
+            (
+                "--connections",
+                !self.connections.is_empty(),
+                &[Steady, Open, Overload, Fairness, Connections, Restart],
+            ),
+            (
+                "--seed",
+                self.seed.is_some(),
+                &[Steady, Open, Overload, Fairness, Connections, Restart],
+            ),
+            (
+                "--rate",
+                !self.rate.is_empty(),
+                &[Steady, Open, Fairness, Restart],
+            ),
+            ("--token-threads", self.token_threads.is_some(), &[Steady]),
+            ("--times", !self.times.is_empty(), &[Overload]),
+            ("--deadlines-ms", !self.deadlines_ms.is_empty(), &[Overload]),
+            ("--callers", !self.callers.is_empty(), &[Fairness]),
+            ("--light-cert", self.light_cert.is_some(), &[Fairness]),
+            ("--light-key", self.light_key.is_some(), &[Fairness]),
+            ("--idle", self.idle.is_some(), &[Connections]),
+            ("--members", self.members.is_some(), &[Storm]),
+            ("--restarts", self.restarts.is_some(), &[Restart]),
+            (
+                "--schedule-seed",
+                self.schedule_seed.is_some(),
+                &[Open, Overload, Fairness, Storm, Restart],
+            ),
+        ];
+        let unused = options
+            .iter()
+            .find(|(_, is_given, scenarios)| *is_given && !scenarios.contains(&self.scenario));
+        let scenario = self.scenario.name();
+        if let Some((option, _, scenarios)) = unused {
+            let names: Vec<String> = scenarios.iter().map(|one| one.name()).collect();
+            let what = format!("--scenario {scenario} does not use {option}");
+            return Err(Failure::new(Exit::Usage, what)
+                .hint(format!("{option} applies to: {}", names.join(", "))));
+        }
+        let lists = [
+            ("--rate", self.rate.len(), Open),
+            ("--connections", self.connections.len(), Connections),
+        ];
+        for (option, count, scenario_with_list) in lists {
+            if count > 1 && self.scenario != scenario_with_list {
+                let what =
+                    format!("--scenario {scenario} takes one value for {option}, not {count}");
+                return Err(Failure::new(Exit::Usage, what));
+            }
+        }
+        if self.scenario == Fairness && self.light_cert.is_none() {
+            let what = "no certificate of a second principal specified";
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "pass --light-cert and --light-key: a client certificate of another [[principal]] with the role `release`",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The number of callers of a scenario that takes one number.
+    fn connections(&self) -> u32 {
+        self.connections.first().copied().unwrap_or(64)
+    }
+
+    fn warm_up(&self) -> Duration {
+        Duration::from_secs(self.warm_up)
+    }
+
+    fn duration(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+
+    fn schedule_seed(&self) -> u64 {
+        self.schedule_seed.unwrap_or(1)
+    }
+
+    fn users(&self) -> Users {
+        Users::new(self.seed.unwrap_or(self.users))
+    }
+}
+
+/// The list that was passed, or the default if none was.
+fn or_default<T: Copy>(list: &[T], default: &[T]) -> Vec<T> {
+    if list.is_empty() { default } else { list }.to_vec()
+}
+
+/// Everything that a scenario needs.
+struct Bench<'a> {
+    arguments: &'a Arguments,
+    context: &'a Context,
+    config: &'a Config,
+    token: bare::Facts,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
+    arguments.check()?;
     let config = context.config_for_token()?;
     arguments.connection.certificate()?;
-    let (key, rsa_bits) = bare::wrapping_key(&config)?;
-    let threads = arguments.token_threads.unwrap_or_else(processors);
+    preflight::check(arguments, &config)?;
+    let bench = Bench {
+        arguments,
+        context,
+        config: &config,
+        token: bare::facts(&config)?,
+    };
     if let Some(count) = arguments.seed {
         let tenant = seed::tenant(&arguments.connection, &config)?;
         seed::seed(context, &config, tenant, Users::new(count))?;
     }
-    // Half of the bare loop runs before the broker's measurement and half after it, so that other load on the machine affects
-    // both alike.
-    let measure_bare = || -> Result<[Bare; 2], Failure> {
-        context.output.note("measuring the bare token");
-        Ok([
-            bare::measure(context, &key, 1, arguments.seconds.div_ceil(4))?,
-            bare::measure(context, &key, threads, arguments.seconds.div_ceil(2))?,
-        ])
+    let clock = document::Clock::start();
+    let results = match arguments.scenario {
+        Scenario::Steady => steady::run(&bench)?,
+        Scenario::Open => block_on_until_interrupted(open::run(&bench))?,
+        Scenario::Overload => block_on_until_interrupted(overload::run(&bench))?,
+        Scenario::Fairness => block_on_until_interrupted(fairness::run(&bench))?,
+        Scenario::Connections => block_on_until_interrupted(connections::run(&bench))?,
+        Scenario::Storm => storm::run(&bench)?,
+        Scenario::Restart => block_on_until_interrupted(restart::run(&bench))?,
     };
-    let [single, bare] = measure_bare()?;
-    context.output.note("measuring the served broker");
-    let load = block_on(until_interrupted(measure_served(
-        arguments, context, &config,
-    )))??;
-    let [single_after, bare_after] = measure_bare()?;
-    let (single, bare) = (single.and(single_after), bare.and(bare_after));
-    let mut fields = vec![
-        ("rsa_bits", json!(rsa_bits)),
-        ("connections", json!(arguments.connections)),
-        ("users", json!(arguments.seed.unwrap_or(arguments.users))),
-        ("rate", json!(arguments.rate)),
-        ("tls_connections", json!(load.channels)),
-        ("token_threads", json!(threads)),
-    ];
-    fields.extend(figures(&single, &bare, &load));
+    finish(&bench, &clock, results)
+}
+
+/// Writes and shows the results. A failed call makes the command fail, but only afterwards.
+fn finish(bench: &Bench<'_>, clock: &document::Clock, results: Results) -> Result<(), Failure> {
+    let (arguments, output) = (bench.arguments, bench.context.output);
+    let failure = results.failure.clone();
+    let steady = (arguments.scenario == Scenario::Steady)
+        .then(|| results.rows.first().cloned())
+        .flatten();
+    let document = Document::new(bench, clock, results);
     if let Some(path) = &arguments.json {
-        write_json(path, &fields)?;
+        write_json(path, &document)?;
     }
-    context.output.fields(fields)?;
-    if !single.is_local() {
-        context.output.note(
-            "note: the token's work takes no CPU time on this machine, so `share` is null; compare `broker_ops_per_s` with \
-             `token_ops_per_s`",
-        );
+    match steady {
+        Some(fields) => output.fields(fields)?,
+        None if output.is_json() => output.json(&document.to_value())?,
+        None => output.text(&table::text(&document))?,
     }
-    if load.errors > 0 {
-        let what = format!(
-            "{} calls failed; the first: {}",
-            load.errors, load.first_error
-        );
-        return Err(Failure::new(Exit::Verification, what));
+    match failure {
+        Some(what) => Err(Failure::new(Exit::Verification, what)),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn processors() -> u32 {
@@ -129,49 +319,24 @@ fn processors() -> u32 {
     u32::try_from(number).unwrap_or(1)
 }
 
-async fn measure_served(
-    arguments: &Arguments,
-    context: &Context,
-    config: &Config,
-) -> Result<Measured, Failure> {
-    let broker = Served::start(arguments, context, config).await?;
-    // The client does not retry, so that every refusal is counted.
-    let builder = arguments.connection.client(&broker.endpoint)?;
-    let plan = load::Plan {
-        client: connect::build(builder.retry(RetryPolicy::never()))?,
-        endpoint: broker.endpoint.clone(),
-        connections: arguments.connections,
-        users: Users::new(arguments.seed.unwrap_or(arguments.users)),
-        enrolled: arguments.seed.is_some(),
-        rate: arguments.rate,
-        warm_up: Duration::from_secs(arguments.warm_up),
-        duration: Duration::from_secs(arguments.seconds),
-        front: broker.pid,
-        status: broker.status,
-    };
-    load::run(&plan, context.output).await
-}
-
-/// Stops the measurement at a signal, so that the broker that was started for it is stopped, too.
-async fn until_interrupted<T>(
+/// Stops the measurement at a signal, so that the command can also stop the broker that it started.
+fn block_on_until_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
     let internal = |error: std::io::Error| Failure::new(Exit::Internal, error.to_string());
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(internal)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(internal)?;
-    tokio::select! {
-        done = work => done,
-        _ = interrupt.recv() => Err(Failure::new(Exit::Interrupted, "interrupted; nothing was measured")),
-        _ = terminate.recv() => Err(Failure::new(Exit::Interrupted, "terminated; nothing was measured")),
-    }
+    block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(internal)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(internal)?;
+        tokio::select! {
+            done = work => done,
+            _ = interrupt.recv() => Err(Failure::new(Exit::Interrupted, "interrupted; nothing was measured")),
+            _ = terminate.recv() => Err(Failure::new(Exit::Interrupted, "terminated; nothing was measured")),
+        }
+    })?
 }
 
-fn write_json(path: &std::path::Path, fields: &[Field]) -> Result<(), Failure> {
-    let object: Map<_, _> = fields
-        .iter()
-        .map(|(name, value)| ((*name).to_owned(), value.clone()))
-        .collect();
-    let text = serde_json::to_string_pretty(&object).unwrap_or_default();
+fn write_json(path: &std::path::Path, document: &Document) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(&document.to_value()).unwrap_or_default();
     output_file::replace(path, &(text + "\n")).map_err(|error| {
         Failure::new(
             Exit::Usage,
@@ -183,126 +348,6 @@ fn write_json(path: &std::path::Path, fields: &[Field]) -> Result<(), Failure> {
     })
 }
 
-/// The results of both measurements, as output fields.
-fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
-    let token_cpu = bare.cpu_ms_per_op();
-    let operations = load.operations_f64();
-    let (front_cpu, worker_cpu) = (
-        load.front_cpu_ms / operations,
-        load.worker_cpu_ms / operations,
-    );
-    let broker_rate = operations / load.seconds;
-    let ms = |quantile: f64| {
-        let micros = u32::try_from(load.latency_us.value_at_quantile(quantile)).unwrap_or(u32::MAX);
-        f64::from(micros) / 1_000.0
-    };
-    let added = |figure: fn(&Added) -> Option<f64>| load.added.as_ref().and_then(figure);
-    [
-        ("token_ops_per_s", Some(bare.ops_per_s())),
-        ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
-        ("broker_ops_per_s", Some(broker_rate)),
-        // The broker's operations per CPU second, divided by those of the bare loop. If the token takes no CPU time, the quotient
-        // is meaningless.
-        (
-            "share",
-            single
-                .is_local()
-                .then_some(token_cpu / (front_cpu + worker_cpu)),
-        ),
-        (
-            "share_of_one_thread",
-            Some(broker_rate / single.ops_per_s()),
-        ),
-        ("p50_ms", Some(ms(0.5))),
-        ("p99_ms", Some(ms(0.99))),
-        ("p999_ms", Some(ms(0.999))),
-        ("added_mean_ms", added(Added::mean_ms)),
-        ("added_p50_ms", added(|added| added.quantile_ms(0.5))),
-        ("added_p99_ms", added(|added| added.quantile_ms(0.99))),
-        ("token_cpu_ms_per_op", Some(token_cpu)),
-        ("front_cpu_ms_per_op", Some(front_cpu)),
-        ("worker_cpu_ms_per_op", Some(worker_cpu)),
-        (
-            "broker_cpu_ms_per_op_beyond_token",
-            Some(front_cpu + worker_cpu - token_cpu),
-        ),
-        ("load_cpu_ms_per_op", Some(load.load_cpu_ms / operations)),
-        ("seconds", Some(load.seconds)),
-    ]
-    .into_iter()
-    .map(|(name, value)| (name, json!(value.map(round))))
-    .chain([
-        ("operations", json!(load.operations)),
-        ("errors", json!(load.errors)),
-        ("token_cpu_is_local", json!(single.is_local())),
-    ])
-    .collect()
-}
-
-/// Rounds to four decimal places. The measurement is less accurate than that.
-fn round(value: f64) -> f64 {
-    (value * 10_000.0).round() / 10_000.0
-}
-
-#[cfg(test)]
-mod tests {
-    use hdrhistogram::Histogram;
-
-    use super::*;
-
-    #[test]
-    fn the_figures_are_those_that_were_promised_and_the_share_is_one_of_cpu_time() {
-        let bare = Bare::new(1_000, 1.0, 500.0);
-        let single = Bare::new(600, 1.0, 500.0);
-        let load = Measured {
-            channels: 64,
-            operations: 800,
-            errors: 0,
-            first_error: String::new(),
-            seconds: 1.0,
-            latency_us: Histogram::new_with_bounds(1, 1_000, 3).unwrap(),
-            front_cpu_ms: 100.0,
-            worker_cpu_ms: 400.0,
-            load_cpu_ms: 80.0,
-            added: None,
-        };
-        let figures: Map<_, _> = figures(&single, &bare, &load)
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect();
-        let expected = [
-            ("token_ops_per_s", 1_000.0),
-            ("broker_ops_per_s", 800.0),
-            ("share", 0.8),
-            ("share_of_one_thread", 1.3333),
-            ("token_cpu_ms_per_op", 0.5),
-            ("front_cpu_ms_per_op", 0.125),
-            ("worker_cpu_ms_per_op", 0.5),
-            ("broker_cpu_ms_per_op_beyond_token", 0.125),
-            ("load_cpu_ms_per_op", 0.1),
-        ];
-        for (name, value) in expected {
-            assert_eq!(figures[name], json!(value), "{name}");
-        }
-        let remote = single.waiting(600);
-        let figures_of_remote = super::figures(&remote, &bare, &load);
-        let value = |name| {
-            let mut fields = figures_of_remote.iter();
-            fields.find(|field| field.0 == name).unwrap().1.clone()
-        };
-        assert_eq!(value("share"), json!(null));
-        assert_eq!(value("token_cpu_is_local"), json!(false));
-        for name in [
-            "p50_ms",
-            "p99_ms",
-            "p999_ms",
-            "errors",
-            "operations",
-            "added_mean_ms",
-            "added_p50_ms",
-            "added_p99_ms",
-        ] {
-            assert!(figures.contains_key(name), "{name}");
-        }
-    }
+fn internal(error: impl std::fmt::Display) -> Failure {
+    Failure::new(Exit::Internal, error.to_string())
 }

@@ -19,9 +19,9 @@ pub(super) enum Command {
     Derive(derive::Derive),
     /// Store a user's master key in the broker, as a client does during the migration
     Enrol(keys::Enrol),
-    /// Fetch a user's key from the broker; the access token identifies the user
+    /// Fetch a user's master key from the broker; the access token identifies the user
     Fetch(keys::Fetch),
-    /// Decrypt a protected user key, and optionally an item, with the key in the broker
+    /// Decrypt a protected user key, and optionally an item, with the master key that the broker stores
     Unlock(keys::Unlock),
     /// Protect a user key with the master key of another KDF; the user key itself does not change
     ChangeKdf(derive::ChangeKdf),

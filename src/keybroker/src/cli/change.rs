@@ -1,4 +1,5 @@
-//! Audits the changes that commands make, like the changes of the broker. Each command has a separate log.
+//! Writes audit entries for the changes that commands make, as the broker does for its own changes. Each run of a command has a
+//! separate audit log.
 
 use std::fs;
 
@@ -12,8 +13,8 @@ use super::{Context, exit::Failure, interrupt};
 /// Prefix of the name of a command's log; the call id follows.
 const LOG_PREFIX: &str = "cli-";
 
-/// Writes an intent, does the work, and writes the outcome. Without a durable intent the work is not done. If the work may have
-/// changed rows before it failed, `describe` sets the count of the entry.
+/// Writes an intent, does the work, and writes the outcome. If the intent cannot be made durable, the work is not done. If the
+/// work may have changed rows before it failed, `describe` sets the count of the entry.
 pub(super) fn audited<T>(
     context: &Context,
     config: &Config,
@@ -24,7 +25,7 @@ pub(super) fn audited<T>(
     audited_in_parts(context, config, action, describe, |_| work())
 }
 
-/// Like [`audited`], for work whose parts have their own entries.
+/// Like [`audited`], for work whose parts have separate audit entries.
 pub(super) fn audited_in_parts<T>(
     context: &Context,
     config: &Config,
@@ -59,14 +60,14 @@ pub(super) fn audited_in_parts<T>(
 }
 
 /// Closes the intents of commands that were killed before they wrote an outcome, because no other command opens their logs again.
-/// Only the token and the registry show whether such a change was made.
+/// Only the token and the registry show whether the change of a killed command was made.
 fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
     for name in logs_of_commands(settings) {
         match cut_short(settings, &name) {
             Ok(closed) => {
                 for intent in closed {
                     let action = intent.intent.action;
-                    // A purge has such an intent for each of its many parts.
+                    // A purge has a separate intent for each of its many parts, so these intents are not shown.
                     if ["user_key.purge", "user_key.purge_revision"].contains(&&*action) {
                         continue;
                     }
@@ -84,9 +85,11 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
 /// The hint after a command was killed or interrupted during an action.
 fn next_after(action: &str) -> &'static str {
     match action {
-        "store.copy" => "run the same command again: it continues the copy",
+        "store.copy" => "run the same command again to continue the copy",
         "store.migrate" => "run the same command again",
-        "bench.seed" => "the records that it wrote remain; run the command again to write the rest",
+        "bench.seed" => {
+            "the records that the command wrote remain; run the command again to write the rest"
+        }
         "store.purge" => {
             "the purged records cannot be restored; run the command again to purge the rest"
         }
@@ -100,20 +103,20 @@ fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
         let call = name.strip_prefix(LOG_PREFIX).and_then(CallId::parse);
         call.is_some() && *name != settings.instance
     };
-    // The directory does not exist before the first command.
+    // The audit directory does not exist before the first command or start.
     let entries = fs::read_dir(&settings.directory).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.filter(ours).collect()
 }
 
 fn cut_short(settings: &audit::Settings, name: &str) -> Result<Vec<OpenIntent>, audit::Error> {
-    // Read the log without a lock first, because opening it writes entries.
+    // Read the log without a lock first, because opening the log writes entries.
     if audit::open_intents(&settings.directory.join(name))?.is_empty() {
         return Ok(Vec::new());
     }
     let (log, open) = match settings.open(name) {
         Ok(opened) => opened,
-        // The command is still running.
+        // The command that writes this log is still running.
         Err(error) if error.in_use() => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };

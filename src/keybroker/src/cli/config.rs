@@ -21,8 +21,8 @@ use super::{
 pub(super) enum Command {
     /// Check the configuration, its files and the token, and report every problem
     ///
-    /// Loads the PKCS#11 module in a separate process and lists its tokens. Does not log in to the token. Connects to a
-    /// database server and checks its version, its schema and its session pooling.
+    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does not log in to a token. If the
+    /// database is on a server, the command connects to the server and checks its version, its schema and its session pooling.
     Check,
     /// Show the configuration with all defaults; secrets are in files and are not shown
     Show,
@@ -61,11 +61,11 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Examines a database server like `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
+/// Examines a database server as `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
 /// because a configuration is often checked before its database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // Problems of these settings are reported with the configuration and its files.
+    // Problems of the settings in `[store]` are reported with the configuration and its files.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
@@ -91,7 +91,7 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let settings = &config.token;
-    // Problems of the module and of the environment are reported with the files.
+    // Problems of the module and of the environment are reported with the files of the configuration.
     if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
     {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();
@@ -133,7 +133,7 @@ fn shown(token: &Listed) -> String {
     )
 }
 
-/// The token that the settings choose, or what the check says instead: problems, and a note.
+/// Returns the token that the settings select, or problems and a note if the settings do not select exactly one token.
 fn choose<'a>(
     listed: &'a [Listed],
     chosen: &[&'a Listed],
@@ -148,8 +148,8 @@ fn choose<'a>(
                 .map(shown)
                 .collect();
             if others.is_empty() {
-                let note = "[token]: the module loads but shows no initialised token; initialise one with `keybroker \
-                 token init`";
+                let note = "[token]: the module can be loaded, but shows no initialised token; initialise a token with \
+                     `keybroker token init`";
                 return Err((Vec::new(), Some(note.to_owned())));
             }
             let problem = format!(
@@ -163,7 +163,7 @@ fn choose<'a>(
     of_the_registry(several, config).ok_or_else(|| {
         let all: Vec<_> = several.iter().copied().map(shown).collect();
         let problem = format!(
-            "[token]: more than one token matches the settings: {}; select one with `serial`",
+            "[token]: more than one token matches the settings: {}; select one of these tokens with `serial`",
             all.join(" and ")
         );
         (vec![problem], None)
@@ -186,9 +186,13 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
         wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
-        "locked" => wrong("has a locked user PIN: unlock it with the security officer's PIN"),
+        "locked" => {
+            wrong("has a locked user PIN: unlock the user PIN with the security officer's PIN");
+        }
         "not set" => {
-            wrong("has no user PIN: set one with the vendor's tool, or initialise the token again");
+            wrong(
+                "has no user PIN: set the user PIN with the vendor's tool, or initialise the token again",
+            );
         }
         "final try" => wrong(
             "locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
@@ -197,7 +201,7 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
         _ => {}
     }
     let of_several = if chosen.len() > 1 {
-        ", which the registry selects from several,"
+        ", which the registry selects from several tokens,"
     } else {
         ""
     };

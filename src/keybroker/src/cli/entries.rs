@@ -1,4 +1,5 @@
-//! Formats audit entries for people: one block for each entry, no wider than a terminal. Programs use the JSON.
+//! Formats audit entries for people: one block for each entry, no wider than a terminal. Programs use the JSON
+//! output.
 
 use clap::Args;
 use serde_json::Value;
@@ -8,9 +9,10 @@ use keybroker_core::call::Timestamp;
 /// Maximum width of the output, in columns.
 pub(super) const WIDTH_MAX: usize = 100;
 
-/// Width of the action, so that the outcomes are aligned.
+/// Width of the column with the action, so that the outcomes are aligned.
 const ACTION_WIDTH: usize = 26;
-/// Fields that the first line of a block shows, and `log_id`, which is the same in every entry.
+/// Fields that a block does not show after its first line: the first line shows them, except `log_id`, which
+/// is the same in every entry.
 const SHOWN_FIRST: [&str; 5] = ["time_us", "action", "outcome", "reason", "log_id"];
 
 /// Filters for entries of an audit log.
@@ -59,7 +61,7 @@ impl Filter {
         .filter_map(|(name, value)| Some((name, value.as_deref()?)))
     }
 
-    /// Whether a line passes all filters. A line that is not JSON never passes.
+    /// Whether a line passes all filters. A line that is not JSON never passes a filter.
     pub(super) fn passes(&self, line: &str) -> bool {
         let Ok(entry) = serde_json::from_str::<Value>(line) else {
             return false;

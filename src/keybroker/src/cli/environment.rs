@@ -66,7 +66,7 @@ pub(super) fn hint(error: &AdminError, config: &Config) -> Option<String> {
         .flatten()
 }
 
-/// The hint about variables that are not passed on; `None` if there are none.
+/// The hint about variables that are not passed on; `None` if there are no such variables.
 pub(super) fn withheld(config: &Config) -> Option<String> {
     let set: Vec<String> = std::env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())
@@ -76,7 +76,7 @@ pub(super) fn withheld(config: &Config) -> Option<String> {
         return None;
     }
     Some(format!(
-        "these variables of the shell are not passed on to the module, neither here nor in `serve`: {}. If the module \
+        "neither this command nor `serve` passes these environment variables on to the PKCS#11 module: {}. If the module \
          needs them, add them to [token.environment]",
         names.join(", ")
     ))

@@ -1,4 +1,4 @@
-//! Exit codes and failures of commands. A failure has a message, and a hint about what to do next.
+//! Exit codes and failures of commands. A failure has a message, and may have a hint about what to do next.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use keybroker_core::error::Reason;
 pub enum Exit {
     /// An internal error of the program.
     Internal,
-    /// Invalid arguments. The argument parser uses the same code.
+    /// Invalid arguments. The argument parser also exits with this code.
     Usage,
     /// The configuration file is missing or invalid.
     Configuration,
@@ -89,7 +89,7 @@ impl Exit {
             Self::Token => {
                 "module or token: missing, not a PKCS#11 module, or not the configured token"
             }
-            Self::Pin => "PIN: missing, in a file that others can read, or rejected",
+            Self::Pin => "PIN: missing, in a file that other users can read, or rejected",
             Self::Untrusted => "a key, an attribute or the registry does not meet the requirements",
             Self::Store => "database",
             Self::Audit => "audit log",

@@ -1,5 +1,5 @@
-//! Handles Ctrl-C in a command: a message with the change that was in progress, and exit code 130. By default, a
-//! command that is changing a token or a database would end without a message.
+//! Handles Ctrl-C in a command: the command reports the change that was in progress, and ends with exit code 130. By
+//! default, a command that is changing a token or a database would end without a message.
 
 use std::{
     process,
@@ -29,7 +29,8 @@ struct UnderWay {
 /// Marks a change as in progress until the guard is dropped.
 pub(super) struct Guard(());
 
-/// Marks the beginning of a change. `action` is its name in the audit log, and `next` is the hint for an interruption.
+/// Marks the beginning of a change. `action` is the name of the change in the audit log, and `next` is the hint for an
+/// interruption.
 pub(super) fn begin(action: &'static str, next: &'static str) -> Guard {
     set(Some(UnderWay { action, next }));
     Guard(())

@@ -33,16 +33,16 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Generate a wrapping key and its integrity key on the token, test both and register them
+    /// Generate a wrapping key and its integrity key on the token, test both keys and register them
     ///
-    /// The private key can never be exported. Back up the token before the first user enrols, then run `keybroker
-    /// token backup-confirmed`. The broker must be stopped.
+    /// The private key can never be exported. Back up the token before the first user key is enrolled, then run `keybroker token
+    /// backup-confirmed`. Stop the broker before you run this command.
     Generate(Generate),
     /// Register a key that is already on the token
     ///
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
-    /// restored to a device with another serial number. A registered key keeps its state. The key must pass the checks of `token
-    /// check`. The broker must be stopped.
+    /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
+    /// checks of `token check`. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -82,7 +82,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
             let rows = rows.iter().map(fields).collect();
             context.output.list(
                 rows,
-                "no key is registered; create one with `keybroker key generate`",
+                "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
             )
         }
         Command::Show { id } => {
@@ -107,12 +107,12 @@ fn parse_id(text: &str) -> Result<WrappingKeyId, Failure> {
 
 fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
     let id = ObjectId::from_hex(text);
-    // The registry uses this value for an integrity key that is no object of the token.
+    // The registry uses this value for an integrity key that is not an object on the token.
     let id = id.filter(|id| id.as_bytes() != IntegrityPlace::Worker.as_bytes());
     id.ok_or_else(|| {
         Failure::new(
             Exit::Usage,
-            format!("{text:?} is not a CKA_ID: 1 to 255 bytes, two hexadecimal digits each"),
+            format!("{text:?} is not a CKA_ID of 1 to 255 bytes, written as two hexadecimal digits for each byte"),
         )
     })
 }
@@ -169,7 +169,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     show(context, &row, file.as_ref())
 }
 
-/// The files of integrity keys, if the settings permit them. Their directory must be ready before a key is made.
+/// The files of integrity keys, if the settings permit them. The directory of the integrity key files must be ready before a key
+/// is made.
 fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
     let Some(files) = IntegrityFiles::permitted(&config.token)? else {
         return Ok(None);
@@ -197,7 +198,7 @@ struct StoredKey {
 }
 
 impl StoredKey {
-    /// What the administrator must do, as a clause.
+    /// The instruction for the administrator, as a part of a sentence.
     fn instruction(&self) -> String {
         format!(
             "add `{} = \"{}\"` to [token.integrity_key_digests] in the configuration",
@@ -206,7 +207,7 @@ impl StoredKey {
     }
 }
 
-/// Writes the integrity key that was made with a key, if it is not on the token.
+/// Writes a new integrity key to a file, unless the integrity key is on the token.
 fn store_integrity_key(
     files: Option<IntegrityFiles<'_>>,
     key: &CheckedKey,
@@ -222,14 +223,15 @@ fn store_integrity_key(
     }))
 }
 
-/// Shows a row, with the file that was written for it.
+/// Shows a registry row, and the file of its integrity key if the command has written this file.
 fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Result<(), Failure> {
     let mut shown = fields(row);
     if let Some(file) = file {
         shown.push(("integrity_key_file", json!(file.path.display().to_string())));
         shown.push(("integrity_key_sha256", json!(file.sha256)));
         context.output.note(&format!(
-            "The integrity key is not on the token: it is wrapped in {}. Before the broker starts, {}. It refuses any other file.",
+            "The integrity key is not on the token: it is wrapped in {}. Before the broker starts, {}. The broker \
+             refuses any other file.",
             file.path.display(),
             file.instruction()
         ));
@@ -239,8 +241,9 @@ fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Resul
 
 fn warn_of_backup(context: &Context, config: &Config, row: &RegistryRow) {
     context.output.note(
-        "This key can never be exported. Back up the token before the first user enrols: if the token is lost, every \
-         vault under this key is lost. Then run `keybroker token backup-confirmed`.",
+        "This wrapping key can never be exported. Back up the token before the first user key is enrolled: if the token \
+         is lost, every user key that is wrapped under this wrapping key is lost. After the backup, run `keybroker token \
+         backup-confirmed`.",
     );
     note_file_in_backup(context, config, row);
 }
@@ -291,8 +294,8 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
 }
 
 /// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if it had another `CKA_ID` on another token.
-/// The id of an unregistered key is its `CKA_ID`, if that has the length of an id. Otherwise the id is derived from the public
-/// key, so that a key whose row is lost receives the same id again.
+/// The id of an unregistered key is its `CKA_ID`, if the `CKA_ID` has the length of an id. For a `CKA_ID` of another length, the
+/// id is derived from the public key, so that a key whose registry row is lost receives the same id again.
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -341,8 +344,8 @@ fn find(
     check_place(admin, files, wanted, &objects, registered.is_some())
 }
 
-/// Checks a key in this place. An RSA key whose integrity key is to be in the workers gets a new one, unless there is a file with it.
-/// A registered key never gets a new one: its rows have MACs by the one that it had.
+/// Checks an RSA key and its integrity key. If the integrity key belongs in the workers but has no file, the command makes a new
+/// integrity key. A registered key never gets a new integrity key, because its rows have MACs under the existing integrity key.
 fn check_place(
     admin: &Admin,
     files: Option<IntegrityFiles<'_>>,
@@ -355,7 +358,8 @@ fn check_place(
     let Some(files) = files else {
         return Ok(admin.check(id)?);
     };
-    // A file whose digest is configured was in use: it is restored if it is lost, and never replaced.
+    // The command never replaces an integrity key file whose digest is configured, because the file has been in use; an operator
+    // must restore such a file if it is lost.
     let is_pinned = files.is_pinned(id);
     if !is_pinned && !files.has(id) {
         files.check_writable()?;
@@ -367,7 +371,8 @@ fn check_place(
             return failure;
         }
         failure.hint(format!(
-            "no registered key uses {}: if an interrupted run left it, move it to another directory and run the command again",
+            "no registered key uses {}: if an interrupted command left this file, move the file to another directory and \
+             run the command again",
             files.path(id).display()
         ))
     })?;
@@ -411,7 +416,7 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
 }
 
 /// Refuses an integrity key that another wrapping key uses. With a shared integrity key, rows of a compromised wrapping key would
-/// also verify for the other, and destroying one wrapping key would affect both.
+/// also verify for the other wrapping key, and destroying one of the two wrapping keys would affect both.
 fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
     // An integrity key in the workers belongs to the wrapping key whose id is in its file.
     let Some(own) = key.objects.integrity_object(key.id) else {
@@ -435,8 +440,8 @@ fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result
     }
 }
 
-/// Makes the registry row of a registered key that is on another token now. The state is kept, because a copy of a compromised
-/// key is compromised, too.
+/// Makes the registry row of a registered key that is on another token now. The new row keeps the state of the key, because a
+/// copy of a compromised key is compromised, too.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
     if old.fingerprint != key.fingerprint {

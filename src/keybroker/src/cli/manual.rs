@@ -1,4 +1,5 @@
-//! `keybroker completions` and `keybroker man`: generated from the command definitions, so the two always agree.
+//! `keybroker completions` and `keybroker man`, whose output is generated from the command definitions and
+//! therefore always agrees with the commands.
 
 use std::{
     fs, io,

@@ -26,7 +26,7 @@ pub(super) struct Output {
     format: Format,
 }
 
-/// A name and a value of a result.
+/// The name and the value of one part of a result.
 pub(super) type Field = (&'static str, Value);
 
 impl Output {
@@ -38,7 +38,7 @@ impl Output {
         self.format == Format::Json
     }
 
-    /// An object, with one line for each field.
+    /// Writes an object, with one line for each field.
     pub(super) fn fields(self, fields: Vec<Field>) -> Result<(), Failure> {
         if self.is_json() {
             let object: Map<_, _> = fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
@@ -47,7 +47,7 @@ impl Output {
         self.text(&block(&fields))
     }
 
-    /// A list of objects that have the same fields.
+    /// Writes a list of objects that have the same fields.
     pub(super) fn list(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
         if self.is_json() {
             let objects = rows
@@ -62,8 +62,8 @@ impl Output {
         self.text(&list(&rows))
     }
 
-    /// A list of objects in groups. A table has a heading for each value of the first field and the other fields below it. JSON
-    /// has the list without groups.
+    /// Writes a list of objects in groups. A table has a heading for each value of the first field, and the other fields below
+    /// the heading. JSON output has the list without groups.
     pub(super) fn groups(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
         if self.is_json() || rows.is_empty() {
             return self.list(rows, when_empty);
@@ -81,13 +81,13 @@ impl Output {
         self.text(&groups.join("\n\n"))
     }
 
-    /// A JSON value, in either format.
+    /// Writes a JSON value, regardless of the selected format.
     pub(super) fn json(self, value: &Value) -> Result<(), Failure> {
         let text = serde_json::to_string_pretty(value).unwrap_or_default();
         self.text(&text)
     }
 
-    /// Lines of an audit log: formatted for people, or as one JSON array.
+    /// Writes lines of an audit log, either formatted for people or as one JSON array.
     pub(super) fn entries(self, lines: &[String]) -> Result<(), Failure> {
         if !self.is_json() {
             return match lines {
@@ -107,7 +107,7 @@ impl Output {
         self.json(&Value::Array(parsed))
     }
 
-    /// One sentence. In JSON, the sentence is the value of a field with this name.
+    /// Writes one sentence. In JSON output, the sentence is the value of the field `name`.
     pub(super) fn sentence(self, name: &'static str, text: &str) -> Result<(), Failure> {
         if self.is_json() {
             return self.fields(vec![(name, json!(text))]);
@@ -115,12 +115,12 @@ impl Output {
         self.text(text)
     }
 
-    /// A text, followed by a line end.
+    /// Writes a text, followed by a line end.
     pub(super) fn text(self, text: &str) -> Result<(), Failure> {
         self.bytes(format!("{text}\n").as_bytes())
     }
 
-    /// Unchanged bytes, in either format. A closed pipe is not an error.
+    /// Writes bytes unchanged, regardless of the selected format. A closed pipe is not an error.
     #[expect(clippy::unused_self, reason = "all output goes through an `Output`")]
     pub(super) fn bytes(self, bytes: &[u8]) -> Result<(), Failure> {
         let mut stdout = io::stdout().lock();
@@ -159,7 +159,7 @@ impl Output {
     }
 }
 
-/// Writes a line to standard error. A failure to do so cannot be reported anywhere.
+/// Writes a line to standard error. A failed write cannot be reported anywhere.
 fn complain(text: &str) {
     let mut stderr = io::stderr().lock();
     if writeln!(stderr, "{text}").is_err() {
@@ -194,22 +194,39 @@ fn table(rows: &[Vec<Field>]) -> String {
             .map(cell)
             .collect()
     };
+    let headings = rows
+        .first()
+        .map(|row| cells(row, |(name, _)| (*name).to_owned()));
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| cells(row, |(_, value)| plain(value)))
+        .collect();
+    aligned(headings, &rows)
+}
+
+/// Formats texts as a table with these headings.
+pub(super) fn text_table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let headings = headings.iter().map(ToString::to_string).collect();
+    aligned(Some(headings), rows)
+}
+
+fn aligned(headings: Option<Vec<String>>, rows: &[Vec<String>]) -> String {
     let mut table = Table::new();
     table
         .load_style(presets::NOTHING)
         .set_content_arrangement(ContentArrangement::Disabled);
-    for row in rows.iter().take(1) {
-        table.set_header(cells(row, |(name, _)| (*name).to_owned()));
+    if let Some(headings) = headings {
+        table.set_header(headings);
     }
     for row in rows {
-        table.add_row(cells(row, |(_, value)| plain(value)));
+        table.add_row(row);
     }
     let text = table.to_string();
     let lines: Vec<&str> = text.lines().map(str::trim_end).collect();
     lines.join("\n")
 }
 
-/// An object, with one line for each field.
+/// Formats an object, with one line for each field.
 fn block(fields: &[Field]) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines: Vec<String> = fields

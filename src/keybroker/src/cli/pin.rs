@@ -1,4 +1,4 @@
-//! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never an argument.
+//! The sources of a PIN for a command: a file, a descriptor or a prompt. A PIN is never a command-line argument.
 
 use std::{
     collections::BTreeSet,
@@ -69,14 +69,14 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance, with the record of rejected PINs, which commands and the workers of `serve`
-/// share.
+/// The state directory of this instance. Commands and the workers of `serve` share the record of rejected PINs in the state
+/// directory.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }
 
 /// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it. If several tokens match the
-/// settings, the command uses the token whose serial number is in the registry, like `serve`.
+/// settings, the command uses the token whose serial number is in the registry, as `serve` does.
 pub(super) fn log_in(
     config: &Config,
     pin: &PinSource,
@@ -97,8 +97,8 @@ pub(super) fn serials(registry: &[RegistryRow]) -> Vec<&str> {
     held.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// Checks a PIN file of an option. The message has the option, to distinguish the file from the one in the
-/// configuration.
+/// Checks a PIN file that an option names. The error message contains the option, so that a person can distinguish this file
+/// from the PIN file of the configuration.
 fn check_option(option: &str, file: Option<&Path>) -> Result<(), Failure> {
     let checked = file.map_or(Ok(()), Pin::check_file);
     checked.map_err(|error| Failure::new(Exit::Pin, format!("{option}: {error}")))

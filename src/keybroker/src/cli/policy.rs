@@ -28,8 +28,8 @@ pub(super) enum Command {
 /// Options that select the policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Use the policies in this directory instead of `policy.directory`. A configuration is optional; if there is one, the
-    /// command also checks that it defines the principals in the policies
+    /// Use the policies in this directory instead of `policy.directory`. With this option the command needs no configuration. If
+    /// there is a configuration, the command also checks that the configuration defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
     /// Leave out the default permits of the broker; requires --directory
@@ -79,7 +79,7 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
         Err(Problems(problems)) => problems,
     };
     let shown = settings.directory.as_deref();
-    // For people, the error message includes a single problem. For programs, the list has all problems.
+    // For people, the error message itself describes a single problem. Programs always get a list of all problems.
     if problems.len() > 1 || context.output.is_json() {
         let rows = problems.iter().map(row).collect();
         context.output.list(rows, "")?;
@@ -87,8 +87,8 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
     Err(refused(shown, &problems))
 }
 
-/// Remarks about principals in the policies that the configuration does not define. `None` if the policies are those of
-/// `--directory` and there is no configuration to compare them with.
+/// Remarks about principals in the policies that the configuration does not define. `None` if `--directory` selects the
+/// policies and there is no configuration to compare them with.
 fn unknown_principals(
     source: &Source,
     settings: &Settings,

@@ -1,4 +1,5 @@
-//! Reads passwords, access tokens and keys from files, descriptors or a prompt. A secret is never an argument.
+//! Reads passwords, access tokens and keys from files, descriptors or a prompt. A secret is never a command-line
+//! argument.
 
 use std::{
     fs::File,
@@ -14,8 +15,8 @@ use keybroker_core::trusted_file::{self, Purpose};
 
 use super::exit::{Exit, Failure};
 
-/// Longest secret in bytes, which is the longest access token that the broker accepts.
-const LINE_BYTES_MAX: usize = 8 * 1_024;
+/// Longest secret that a command reads from a file or descriptor, in bytes.
+const LINE_BYTES_MAX: usize = 32 * 1_024;
 
 /// The source of a secret.
 pub(super) struct Source<'a> {
@@ -42,7 +43,9 @@ impl Source<'_> {
         match String::from_utf8(mem::take(&mut bytes)) {
             Ok(text) if text.starts_with('\u{feff}') => {
                 drop(Zeroizing::new(text));
-                Err(self.refuse("begins with a UTF-8 byte order mark; save it without one"))
+                Err(self.refuse(
+                    "begins with a UTF-8 byte order mark; save the file without a byte order mark",
+                ))
             }
             Ok(text) if text.contains(['\n', '\r']) => {
                 drop(Zeroizing::new(text));

@@ -21,7 +21,7 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));
     }
-    // Policies that cannot be loaded fail later, in `server::run`.
+    // If the policies cannot be loaded, `server::run` fails later.
     for remark in config.unknown_principals().into_iter().flatten() {
         tracing::warn!(%remark, "a policy refers to a principal that the configuration does not define");
     }

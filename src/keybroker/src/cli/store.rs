@@ -30,20 +30,21 @@ pub(super) enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Show the schema version of the database and that of this release
+    /// Show the schema version of the database and the schema version of this release
     Status,
     /// Check every row of the database, and verify the row's MAC with the token
     ///
-    /// The command changes nothing and can run while a broker serves. The command fails with exit code 12 if a row is bad.
+    /// The command changes nothing and can run while a broker serves. The command fails with exit code 12 if a row is damaged.
     Check(UserPin),
     /// Copy all rows into another database of any engine, and verify the copy
     ///
-    /// Stop every broker that uses one of the two databases first. If the copy is interrupted, run the command again.
+    /// Before you run this command, stop every broker that uses either database. If the copy is interrupted, run the command
+    /// again.
     Copy(Box<copy::Arguments>),
-    /// Accept the database as it is, for example after a backup was restored
+    /// Accept the database in its current state, for example after a backup was restored
     ///
-    /// The broker keeps a record of the changes that it acknowledged, and refuses a database without them. Run this command only
-    /// if the restore was intended.
+    /// The broker records the changes that it acknowledged, and refuses a database that lacks one of these changes. Run this
+    /// command only if the restore was intended.
     AcceptRestored,
     /// Permanently remove records and revisions that were deleted or superseded more than `store.retention_days` ago
     Purge(purge::Arguments),
@@ -108,7 +109,7 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Accepts the database in its current state. A running broker continues within a second.
+/// Accepts the database in its current state. A running broker that refused the database continues within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);
@@ -142,7 +143,7 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Locks the database for this process, if it is a file. The hint is shown if another process holds the lock.
+/// Locks the database for this process, if the database is a file. The hint is shown if another process holds the lock.
 fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);

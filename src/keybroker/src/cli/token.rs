@@ -34,18 +34,19 @@ pub(super) enum Command {
     Init(Init),
     /// Check the token and every registered key: attributes, self-test, negative tests and registry
     Check(UserPin),
-    /// Report which operations the token supports, and which forbidden ones it permits
+    /// Report which operations the token supports, and which forbidden operations the token permits
     ///
-    /// The report can be published and compared. The command runs in a separate process and uses session keys, which the token
-    /// discards at the end. Run it only while no broker uses the token, because it puts load on the token and ends with
-    /// `C_Logout`.
+    /// You can publish the report, and compare a token with a published report (`--expect`). The command runs in a separate
+    /// process and uses session keys, which the token discards at the end. Run this command only while no broker uses the token,
+    /// because the command puts load on the token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; also while `serve` runs
+    /// Allow one more login with a PIN that the token rejected; you need not stop the broker
     ///
-    /// The state directory has a record of each rejected PIN. No command and no worker tries a recorded PIN again with the same
-    /// token. Run this command if the PIN is correct now, because the token was unlocked or its PIN was changed.
+    /// Keybroker records a hash of each rejected PIN in the state directory. Until you run this command, commands and workers do
+    /// not send a rejected PIN to the same token again. Run this command if the rejected PIN is correct now, because the token was unlocked
+    /// or the PIN of the token was changed.
     RetryPin(RetryPin),
-    /// Record that the token was backed up and that the restore was tested, for every key on the token
+    /// Record, for every registered key of the token, that the token was backed up and the restore was tested
     BackupConfirmed(UserPin),
 }
 
@@ -119,7 +120,7 @@ fn list(context: &Context) -> Result<(), Failure> {
 }
 
 /// Allows one more login. The command needs no module and no PIN, so it works while `serve` runs. The next worker reads the
-/// record.
+/// record of rejected PINs before its login.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let record = PinRecord::new(pin::state(&config));
@@ -204,7 +205,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         problems.extend(checked.problem.clone());
         note_tests_not_made(context, &checked);
         match row {
-            // Without its integrity key there is nothing to compare the row's MAC with, and the problem says why.
+            // The MAC of the row cannot be checked without the integrity key, and the reported problem says why this key is
+            // missing.
             Some(_) if checked.problem.is_some() && is_in_worker(&checked) => {}
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None if checked.problem.is_some() => {}
@@ -239,7 +241,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     if !has_keys && problems.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "there is no wrapping key to check; create one with `keybroker key generate`",
+            "there is no wrapping key to check; create a wrapping key with `keybroker key generate`",
         ));
     }
     if problems.is_empty() {
@@ -253,7 +255,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// Whether a key that is not registered would have its integrity key in the workers, and has none: there is nothing to check then.
+/// Whether an unregistered wrapping key has no integrity key in the workers yet, so that there is nothing to check.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
     let lacks = IntegrityFiles::of(&config.token, id)
         .is_ok_and(|files| !files.is_pinned(id) && !files.has(id));
@@ -273,12 +275,12 @@ fn warn_of_missing_backup(context: &Context, id: WrappingKeyId) {
     ));
 }
 
-/// Whether the integrity key of a key is no object of the token.
+/// Whether the integrity key of a wrapping key is in the workers and not on the token.
 fn is_in_worker(key: &CheckedKey) -> bool {
     key.objects.integrity == IntegrityPlace::Worker
 }
 
-/// A row on an integrity key that is no object of the token.
+/// The output row for an integrity key that is in the workers and not on the token.
 fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::output::Field> {
     let files = IntegrityFiles::of(&config.token, key.id);
     let path = files.map_or_else(
@@ -292,15 +294,15 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
         (
             "verdict",
             json!(format!(
-                "is not on the token: the workers unwrap it from {path}"
+                "is not on the token: the workers unwrap the integrity key from {path}"
             )),
         ),
         ("passes", json!(key.problem.is_none())),
     ]
 }
 
-/// The keys to check: those on the token and those in the registry. An unregistered key is checked only if its `CKA_ID` has the
-/// length of an id, like the keys of `key generate`. Other keys may belong to other programs.
+/// The keys to check: the keys on the token and the keys in the registry. An unregistered key is checked only if its `CKA_ID`
+/// has the length of an id, like the keys of `key generate`. Other keys may belong to other programs.
 fn to_check(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -344,7 +346,7 @@ fn findings(
     findings
         .iter()
         .map(|finding| {
-            // The verdict begins with the name of the attribute, which has a column of its own here.
+            // The verdict begins with the name of the attribute, but this table shows the name in a separate column.
             let name = format!("{} ", finding.attribute);
             let found = finding.verdict.strip_prefix(&name);
             let found = found.unwrap_or(&finding.verdict);
@@ -368,14 +370,14 @@ pub(super) fn compare(
     let mut problems = Vec::new();
     if row.fingerprint != key.fingerprint {
         problems.push(format!(
-            "key {}: public key {} on the token, {} in the registry",
+            "key {}: the public key is {} on the token, but {} in the registry",
             row.id, key.fingerprint, row.fingerprint
         ));
     }
     if unpadded(&row.token_serial) != admin.info().serial {
         problems.push(format!(
-            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is its \
-             restored backup, run `keybroker key register {}`",
+            "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is the \
+             restored backup of the registered token, run `keybroker key register {}`",
             row.id,
             row.token_serial,
             admin.info().serial,
@@ -458,20 +460,21 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     )
 }
 
-/// Names the file that a backup must hold besides token and database.
+/// Writes a note about the file that a backup must contain in addition to the token and the database.
 pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &RegistryRow) {
     if row.objects.integrity != IntegrityPlace::Worker {
         return;
     }
     if let Ok(files) = IntegrityFiles::of(&config.token, row.id) {
         context.output.note(&format!(
-            "The backup must also hold {} and the configuration, which has its digest: without the file no row can be verified.",
+            "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
+             no row can be verified.",
             files.path(row.id).display()
         ));
     }
 }
 
-/// Notes which negative tests were not made, because their results are unknown.
+/// Writes a note about the negative tests that were not made, because their results are unknown.
 pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
     if checked.not_tried.is_empty() {
         return;

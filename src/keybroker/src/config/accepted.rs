@@ -15,7 +15,7 @@ pub(crate) struct AcceptedRisk {
     pub(crate) setting: &'static str,
     /// What the setting accepts, as a sentence without a full stop.
     pub(crate) what: String,
-    /// The risk; `None` if the sentence already describes it.
+    /// The risk; `None` if `what` already describes the risk.
     pub(crate) gives_away: Option<&'static str>,
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
     risks
 }
 
-/// Names the permitted files with their digests, so that a changed digest is in the audit log.
+/// Describes the permitted files with their digests, so that the audit log shows a changed digest.
 fn integrity_keys_in_workers(token: &hsm::Settings) -> String {
     let what = "integrity keys are in the memory of the workers";
     let digests = &token.integrity_key_digests;

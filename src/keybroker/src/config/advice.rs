@@ -75,7 +75,7 @@ pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String
 }
 
 fn in_quotes(setting: &str, value: &str) -> String {
-    format!("write it in quotes: `{setting} = \"{value}\"`")
+    format!("write the value in quotes: `{setting} = \"{value}\"`")
 }
 
 /// Advice on a repeatable section that was written in single brackets.
@@ -101,7 +101,7 @@ fn socket_address(written: &str) -> String {
     let example = "write an IP address and a port, such as \"127.0.0.1:8443\"; an IPv6 address needs brackets, such as \
      \"[::1]:8443\"";
     if written.contains(|c: char| c.is_ascii_alphabetic() && !c.is_ascii_hexdigit()) {
-        format!("{example}. Host names are not resolved here; for `localhost`, write 127.0.0.1")
+        format!("{example}. A host name is not accepted; for `localhost`, write 127.0.0.1")
     } else {
         example.to_owned()
     }

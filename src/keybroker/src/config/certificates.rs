@@ -1,6 +1,6 @@
 //! Examines the certificates of the configuration: whether clients will accept the server's certificate, and whether CA
-//! certificates may issue others. The TLS setup itself reports files that do not parse and keys that do not belong to their
-//! certificate.
+//! certificates may issue other certificates. The TLS setup itself reports files that do not parse and keys that do not
+//! belong to their certificate.
 
 use std::path::Path;
 
@@ -84,7 +84,8 @@ fn examine_file(
     }
 }
 
-/// The number of the server's certificate in a chain that begins with its issuer. Some programs write chains in this order.
+/// The position of the server's certificate in a chain that begins with the issuer's certificate. Some programs write the
+/// issuer's certificate first.
 fn server_behind_issuer(certificates: &[Result<Facts, certificate::Error>]) -> Option<usize> {
     let is_authority = |facts: &Result<Facts, _>| {
         facts
@@ -107,7 +108,7 @@ struct Found {
     notes: Vec<String>,
 }
 
-/// A check of one certificate. The number is its position in the file, starting at 1.
+/// A check of one certificate. The number is the position of the certificate in the file, starting at 1.
 type Check = fn(&Facts, usize, &mut Found);
 
 fn read(path: &Path, purpose: Purpose) -> Option<Vec<Result<Facts, certificate::Error>>> {
@@ -131,7 +132,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     if facts.hosts.is_empty() {
         found.problems.push(format!(
             "{:?} has no DNS name and no IP address among its subject alternative names, and clients ignore the common \
-             name; issue it with the names that clients use, such as `subjectAltName = DNS:keys.example.org`",
+             name; issue a certificate with the names that clients use, such as `subjectAltName = DNS:keys.example.org`",
             facts.subject
         ));
     }
@@ -143,7 +144,8 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     }
     if !facts.allows(Usage::Handshake) {
         found.problems.push(
-            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue it with digitalSignature".to_owned(),
+            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue a certificate with \
+             digitalSignature".to_owned(),
         );
     }
     if facts.is_authority == Some(true) {
@@ -164,7 +166,8 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
 
 fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     if facts.is_self_issued && facts.is_authority == Some(false) {
-        // A pinned certificate of a single peer works, but only for this peer.
+        // A certificate that is not a CA certificate can be configured, but the broker then accepts only the peer with
+        // this certificate.
         found.notes.push(format!(
             "{:?} is not a CA certificate (CA:FALSE): only a peer that presents exactly this certificate is accepted",
             facts.subject

@@ -19,9 +19,12 @@ use super::{Config, INSTANCE_VARIABLE};
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
+/// Maximum number of integrity keys in the memory of the workers. One entry of the audit log contains all their digests.
+const INTEGRITY_KEYS_MAX: usize = 100;
 
 impl Config {
-    /// All problems, each with its remedy. The list is empty if the broker can serve with this configuration.
+    /// All problems of the configuration, each with its remedy. The list is empty if the broker can serve with this
+    /// configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         self.check_selection(&mut problems);
@@ -30,8 +33,8 @@ impl Config {
         problems
     }
 
-    /// The problems that matter to every command. Some settings may still be missing: a token can be initialised, and keys made
-    /// on it, before there is a PIN file, a certificate or a principal.
+    /// The problems that matter to every command. Some settings may still be missing, because an operator can initialise a token
+    /// and make keys on it before the PIN file, certificates and principals exist.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
         self.check_token(&mut problems);
@@ -61,7 +64,7 @@ impl Config {
         }
         if token.pin_file.is_none() && !token.is_without_login() {
             problems.push(
-                "[token]: set `pin_file` to a file with the user PIN that only this user can read"
+                "[token]: set `pin_file` to a file that contains the user PIN and that only this user can read"
                     .to_owned(),
             );
         }
@@ -121,8 +124,8 @@ impl Config {
             match NEGATIVE_TESTS.iter().find(|known| known.name == test) {
                 Some(known) if known.can_be_spared => {}
                 Some(_) => problems.push(format!(
-                    "[token]: `spared_tests` has {test:?}, which cannot be spared: this test shows that the keys \
-                     cannot leave the token"
+                    "[token]: `spared_tests` has {test:?}, which cannot be omitted: this test shows that the keys cannot \
+                     leave the token"
                 )),
                 None => problems.push(format!(
                     "[token]: `spared_tests` has {test:?}, which is not a negative test; docs/tokens.md lists the \
@@ -140,8 +143,8 @@ impl Config {
                 token.integrity_key_directory.is_some() || !token.integrity_key_digests.is_empty();
             return is_set
                 .then(|| {
-                    "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \"worker\"`, which is not \
-                     set; set it, or remove them"
+                    "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \
+                     \"worker\"`, which is not set; set `integrity_key`, or remove the other two settings"
                         .to_owned()
                 })
                 .into_iter()
@@ -156,8 +159,13 @@ impl Config {
             )),
             Some(_) => {}
         }
+        if token.integrity_key_digests.len() > INTEGRITY_KEYS_MAX {
+            problems.push(format!(
+                "[token.integrity_key_digests] has more than {INTEGRITY_KEYS_MAX} entries"
+            ));
+        }
         for (id, digest) in &token.integrity_key_digests {
-            // The comparison is of text, because an id in capital letters would match no file.
+            // The texts of the ids are compared, because an id in capital letters would match no file.
             let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
             if !is_id {
                 problems.push(format!(
@@ -174,8 +182,8 @@ impl Config {
         problems
     }
 
-    /// Names and values that cannot be in an environment. With an invalid variable, a command that restarts itself with the
-    /// module's environment would restart forever.
+    /// Returns the problems of names and values that an environment cannot contain. With an invalid variable, a command that
+    /// restarts itself with the module's environment would restart forever.
     fn environment_problems(&self) -> Vec<String> {
         let is_bad = |name: &str, value: &str| {
             name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
@@ -411,8 +419,8 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
             "[[listener]] {address}: `plaintext` and [listener.tls] are mutually exclusive"
         )),
         (None, None) => problems.push(format!(
-            "[[listener]] {address}: there is no [listener.tls]; set it, or `plaintext = \"loopback\"` for a REST-only \
-             listener behind a proxy that terminates TLS"
+            "[[listener]] {address}: there is no [listener.tls]; set [listener.tls], or set `plaintext = \"loopback\"` \
+             for a REST-only listener behind a proxy that terminates TLS"
         )),
         (Some(tls), None) => {
             let name = format!("[[listener]] {address}");
@@ -452,8 +460,8 @@ fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>
             "{name}: `plaintext` and [status.remote.tls] are mutually exclusive"
         )),
         (None, None | Some(Plaintext::Loopback)) => problems.push(format!(
-            "{name}: there is no [status.remote.tls]; set it, or set `plaintext = \"any\"` to let everyone who can \
-             reach the address read metrics and health"
+            "{name}: there is no [status.remote.tls]; set [status.remote.tls], or set `plaintext = \"any\"` to let \
+             everyone who can reach the address read metrics and health"
         )),
         (None, Some(Plaintext::Any)) => {}
         (Some(tls), None) => {
@@ -475,8 +483,8 @@ fn check_listener_tls(
 ) {
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
-            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without it \
-             no client could be authenticated"
+            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without \
+             `client_ca_file`, no client certificate could be verified"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();

@@ -18,11 +18,11 @@ use keybroker_worker_protocol::{
 use super::{Config, FileReport, certificates};
 
 impl Config {
-    /// Examines the files. The command reads them like `serve` does, and changes nothing.
+    /// Examines the files of the configuration. The command reads the files as `serve` does, and changes nothing.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        // A relative path was reported with the settings.
+        // A relative path is reported with the settings.
         if self.token.module.is_absolute() {
             let module = check_module(&self.token.module);
             problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
@@ -46,13 +46,13 @@ impl Config {
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
         }
-        // Policies that cannot be loaded are reported above.
+        // The code above reports policies that cannot be loaded.
         report
             .notes
             .extend(self.unknown_principals().into_iter().flatten());
         report.notes.extend(self.policy.ignored_files());
         let problems = &mut report.problems;
-        // Other problems of the issuers were reported with the settings.
+        // Other problems of the issuers are reported with the settings.
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
         }
@@ -95,7 +95,8 @@ impl Config {
         report
     }
 
-    /// What is wrong with the files of integrity keys. What is wrong with their settings is reported with the settings.
+    /// Returns the problems of integrity key files. Problems of the settings for these files are reported with the
+    /// other settings.
     fn integrity_file_problems(&self) -> Vec<String> {
         let is_set_well = self.integrity_key_problems().is_empty();
         match IntegrityFiles::permitted(&self.token) {
@@ -122,7 +123,8 @@ impl Config {
         }
     }
 
-    /// Notes about secrets that a group can read. A broker that runs as root does not need such a group.
+    /// Notes about secrets that a group can read. A broker that runs as root does not need a group that can read its
+    /// secrets.
     fn secrets_of_groups(&self) -> Vec<String> {
         let keys = self
             .listeners
@@ -231,7 +233,7 @@ fn check_database(path: &Path) -> Result<(), Unusable> {
     })
 }
 
-/// Checks the audit directory. The broker creates it if only this directory is missing.
+/// Checks the audit directory. The broker creates the audit directory if the parent directory exists.
 fn check_audit(directory: &Path) -> Result<(), Unusable> {
     let setting = "[audit] `directory`";
     if !directory.exists() {

@@ -21,7 +21,7 @@ impl Config {
     fn is_known(&self, named: &NamedPrincipal) -> bool {
         let name = named.name.as_str();
         if let Some(id) = name.strip_prefix("client:") {
-            // API clients are in the database.
+            // API clients are in the database and not in the configuration.
             return named.kind == Kind::Service && ClientId::from_hex(id).is_some();
         }
         if let Some(rest) = name.strip_prefix("token:") {
@@ -53,8 +53,8 @@ impl Config {
             .max_by(|(one, _), (other, _)| one.total_cmp(other));
         let advice = match nearest {
             Some((_, san)) if kind == "Service" => format!("did you mean {san:?}?"),
-            _ => "a name is the `san` of a [[principal]], `client:ID`, or `token:ISSUER:SUBJECT` with an [[issuer]] of \
-             this kind"
+            _ => "the name of a principal is the `san` of a [[principal]], `client:ID` for an API client, or \
+                  `token:ISSUER:SUBJECT` for an [[issuer]] of this kind"
                 .to_owned(),
         };
         format!(

@@ -79,7 +79,8 @@ impl Apis<'_> {
     }
 }
 
-/// Routes requests with a gRPC content type to gRPC and all others to REST.
+/// Routes requests with a gRPC content type to the gRPC API, and all other requests to the REST
+/// API.
 fn side_by_side(rest: Router, grpc: Router) -> Router {
     let choose = move |request: Request| {
         let router = if is_grpc(&request) { &grpc } else { &rest };

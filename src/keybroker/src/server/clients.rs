@@ -1,4 +1,5 @@
-//! Connects authentication to the broker's API clients, so that neither crate depends on the other.
+//! Connects the `auth` crate to the broker's API clients, so that the `auth` crate and the `broker`
+//! crate do not depend on each other.
 
 use std::sync::Arc;
 

@@ -32,25 +32,26 @@ use super::{
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Minimum for the longest accepted head of a request, in bytes.
+/// Minimum value of the limit for the head of a request, in bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
 /// HTTP/2 flow-control windows for clients with an accepted certificate, in bytes: for one call and for all calls of a
 /// connection. A whole message fits into the window of a call.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
-/// The window of one call for every other client. Windows are set before a call can authenticate. A longer message needs a few
-/// more round trips.
+/// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes. HTTP/2 windows are set before
+/// a call can authenticate. A message that is longer than the window needs a few more round trips.
 const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
 /// The smallest connection window of HTTP/2 (RFC 9113 section 6.9.2).
 const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
 /// Maximum number of buffered bytes of answers for a client that does not read them.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// Interval for checking a connection after GOAWAY. A client ignores GOAWAY if the connection stays open without calls.
+/// Interval for checking whether a connection has calls after GOAWAY. If a connection without calls stays open after GOAWAY, the
+/// client ignores GOAWAY, and the broker closes the connection.
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Size of the HTTP/1.1 read buffer, in bytes.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
-/// Longest time that a proxy may keep a connection without a request.
+/// Longest time that a proxy's connection may stay open without a request.
 const PROXY_IDLE: Duration = Duration::from_mins(2);
 
 /// Longest time of a connection without an authenticated principal.
@@ -61,7 +62,7 @@ const CREDENTIAL_IDLE: Duration = Duration::from_mins(1);
 /// An accepted connection.
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
-    /// The network whose limit the connection counts towards without a principal; `None` for a trusted proxy.
+    /// The network whose limit applies to the connection while it has no principal; `None` for a trusted proxy.
     pub(super) network: Option<IpAddr>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
@@ -82,7 +83,7 @@ impl Connection {
         let timeout = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
         let config = Arc::clone(&accepting.config);
         let established = tokio::select! {
-            // No call can be in progress yet.
+            // During the handshake, no call can be in progress.
             () = self.shared.stop.cancelled() => return,
             () = waiting.closed() => return self.refuse(&Refused::Displaced),
             established = handshake::complete(stream, config, timeout) => established,
@@ -103,7 +104,8 @@ impl Connection {
         {
             tracing::warn!(
                 peer = %self.peer, left_out,
-                "too many handshakes in progress; each new one closes the oldest of the network that has the most"
+                "too many handshakes in progress; each new handshake ends the oldest handshake of the network that has \
+                 the most handshakes"
             );
         }
         waiting
@@ -144,7 +146,7 @@ impl Connection {
         let Some(client) = self.place(established.leaf()) else {
             return;
         };
-        // From here on, the connection has a place of its own.
+        // The connection now has one of the places for established connections.
         drop(waiting);
         let service = TowerToHyperService::new(self.service(&client));
         match established {
@@ -164,8 +166,8 @@ impl Connection {
         }
     }
 
-    /// Longest accepted head of a request, in bytes. An access token up to twice the limit is received, so that its refusal is
-    /// logged with its length.
+    /// Longest accepted head of a request, in bytes. A request whose access token has up to twice the permitted length is
+    /// received, so that the broker can log the length with the refusal.
     fn head_bytes_max(&self) -> usize {
         let tokens = self.shared.limits.access_token_bytes_max.saturating_mul(2);
         tokens.max(HEADER_BYTES_MIN)
@@ -179,7 +181,7 @@ impl Connection {
         http
     }
 
-    /// Configures HTTP/2, which sets its limits before the first call. A client with an accepted certificate has larger limits
+    /// Configures HTTP/2, whose limits are set before the first call. A client with an accepted certificate has larger limits
     /// than every other client.
     fn http2(&self, client: &Client) -> hyper::server::conn::http2::Builder<TokioExecutor> {
         let limits = &self.shared.limits;
@@ -227,7 +229,7 @@ impl Connection {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
-        // Only the handshake checks the certificate's dates, so the connection must end with the certificate.
+        // Only the handshake checks the certificate's dates, so the connection must end when the certificate expires.
         let valid = client.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
         let unauthenticated = async {
@@ -271,7 +273,7 @@ impl Connection {
                 if let Some(left_out) = self.shared.refusals.count() {
                     tracing::warn!(
                         peer = %self.peer, cause = full.cause(), left_out,
-                        "connection refused because no place is free"
+                        "connection refused, because the limit of connections for callers of this kind is reached"
                     );
                 }
             })
@@ -309,7 +311,8 @@ impl Connection {
         let places = &self.shared.places;
         let authentication = match caller.principal() {
             Ok(principal) => Authentication::done(places, principal)?,
-            // The certificate is not accepted although its CA is. A credential in a call cannot replace it.
+            // The certificate is not accepted although its CA is trusted. A credential in a call cannot replace this
+            // certificate.
             Err(_) if leaf.is_some() && certificate.is_none() => {
                 Authentication::pending(places, self.network)?.without_credentials()
             }
@@ -370,7 +373,7 @@ async fn unused(caller: &Caller, while_looking: Duration) {
     }
 }
 
-/// Counts an open connection. The count decreases even if its task panics.
+/// Counts an open connection. The count decreases even if the task of the connection panics.
 struct Open;
 
 impl Open {

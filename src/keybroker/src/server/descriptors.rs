@@ -1,5 +1,5 @@
 //! Limits connections by the number of file descriptors. The store, the audit log and the token need descriptors, too,
-//! and unauthenticated peers must not be able to use all of them.
+//! and unauthenticated peers must not be able to use all descriptors.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -25,7 +25,8 @@ pub(super) fn connections(wanted: usize) -> usize {
             wanted,
             possible = room,
             descriptors,
-            "fewer connections than `connections_max`: raise the limit of file descriptors (LimitNOFILE=, ulimit -n)"
+            "the limit of file descriptors allows fewer connections than `connections_max`: raise the limit \
+             (LimitNOFILE=, ulimit -n)"
         );
     }
     wanted.min(room)

@@ -6,7 +6,8 @@ use arc_swap::ArcSwap;
 
 use keybroker_broker::{Broker, Health};
 
-/// The current problems of these files, which are part of the broker's health. The text is empty if there are none.
+/// The current problems of the files that the broker reads again, as a part of the broker's health. The text is
+/// empty if there are no problems.
 #[derive(Debug, Default)]
 pub(super) struct FileProblems(ArcSwap<String>);
 
@@ -17,7 +18,7 @@ impl FileProblems {
         }
     }
 
-    /// The health of the broker, with these problems in its detail.
+    /// The health of the broker, with the problems of files in its detail.
     pub(super) fn health(&self, broker: &Broker) -> Health {
         let mut health = broker.health();
         let problems = self.0.load();

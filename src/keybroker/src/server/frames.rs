@@ -1,17 +1,19 @@
 //! Inspects the frames of an HTTP/2 connection, between TLS and the HTTP/2 library. This module limits stream resets and
 //! overwrites buffers of the library.
 //!
-//! Stream resets: the HTTP/2 library has one limit for the whole connection, on resets that arrive before it has accepted the
-//! stream. A limit low enough to stop rapid-reset attacks (CVE-2023-44487) would also close connections of legitimate clients
-//! whose calls expire while the broker process is paused. The library's limit is therefore high, and this module limits the rate.
+//! Stream resets: the HTTP/2 library has one limit for the whole connection, on resets that arrive before the library has
+//! accepted the stream. A limit low enough to stop rapid-reset attacks (CVE-2023-44487) would also close connections of
+//! legitimate clients whose calls expire while the broker process is paused. The library's limit is therefore high, and this
+//! module limits the rate of resets.
 //!
 //! Buffers: the library keeps the last frames that it read and wrote, including user keys, until other frames replace them. After
 //! a short silence on the connection, this module passes two kinds of frames to the library:
 //!
-//! - frames of an unknown type, filled with zeros. The library must ignore them (RFC 9113 section 5.5), and they overwrite its
-//!   read buffer.
-//! - PING frames, which the library must answer (section 6.7). The answers overwrite its write buffer, and this module drops
-//!   them.
+//! - Frames of an unknown type, filled with zeros, overwrite the library's read buffer. The library must ignore frames of an
+//!   unknown type (RFC 9113 section 5.5).
+//!
+//! - PING frames make the library write answers (RFC 9113 section 6.7). The answers overwrite the library's write buffer, and
+//!   this module drops the answers.
 //!
 //! The inserted frames do not come from the network and are not sent to it.
 //!
@@ -36,7 +38,7 @@ use uuid::Uuid;
 
 use keybroker_core::metrics;
 
-/// Time without confidential frames after which a connection is silent.
+/// Time without confidential frames after which a connection counts as silent.
 const SILENCE: Duration = Duration::from_millis(250);
 /// Header of a frame of an unknown type on stream 0, with a payload of 1,015 bytes. With its header, the frame has 1 KiB.
 const FILLER_HEADER: [u8; 9] = [0, 0x03, 0xf7, 0xfa, 0, 0, 0, 0, 0];
@@ -49,7 +51,7 @@ const PONG_HEADER: [u8; 9] = [0, 0, 8, 6, 1, 0, 0, 0, 0];
 /// Capacity of the library's write buffer.
 const WRITE_BUFFER_BYTES: usize = 16 * 1_024;
 
-/// Permitted resets: a burst, and a number for each second.
+/// Permitted stream resets: a burst, and a number of resets per second.
 const UNAUTHENTICATED: Rate = Rate {
     burst: 64.0,
     per_second: 8.0,
@@ -58,7 +60,7 @@ const AUTHENTICATED: Rate = Rate {
     burst: 1_024.0,
     per_second: 256.0,
 };
-/// The library's own limit, which is above both bursts.
+/// The library's own limit on stream resets, which is higher than the permitted bursts.
 pub(super) const LIBRARY_RESETS_MAX: usize = 2_048;
 
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +144,7 @@ impl Frames {
         seen
     }
 
-    /// The number of these bytes that belong to the first frame.
+    /// The number of leading bytes that belong to the first frame.
     fn rest_of_frame(&self, bytes: &[u8]) -> usize {
         if self.payload > 0 {
             return self.payload.min(bytes.len());
@@ -177,7 +179,7 @@ pub(super) struct Watched<I> {
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
-    /// The timer for the silence, which lives as long as the connection.
+    /// The timer for the silence, which exists as long as the connection.
     silence: Pin<Box<Sleep>>,
     /// Whether confidential frames were read or written since the buffers were overwritten.
     is_dirty: bool,
@@ -199,7 +201,7 @@ struct Filler {
 
 impl Filler {
     fn new() -> Self {
-        // The payload is random, so that the PING frames of a client are not confused with the inserted ones.
+        // The payload is random, so that the PING frames of a client are not confused with the inserted PING frames.
         let payload = Uuid::new_v4();
         let frame = |header: [u8; 9]| {
             let mut frame = [0; PING_BYTES];
@@ -316,7 +318,7 @@ impl<I> Watched<I> {
             return Ok(());
         }
         metrics::CONNECTIONS_REFUSED.with(["resets"]).increment(1);
-        Err(io::Error::other("the client resets too many streams"))
+        Err(io::Error::other("the client reset too many HTTP/2 streams"))
     }
 }
 

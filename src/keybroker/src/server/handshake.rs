@@ -1,5 +1,6 @@
 //! The steps on a connection before the first call: the TLS handshake, then the first bytes of HTTP/2. A single timeout covers
-//! both steps, so that a silent peer cannot occupy a place. With HTTP/1.1, the head of a request has a separate timeout.
+//! the TLS handshake and the first bytes of HTTP/2, so that a silent peer cannot keep its connection open. With HTTP/1.1, the
+//! head of a request has a separate timeout.
 
 use std::{
     io,
@@ -40,7 +41,7 @@ pub(super) enum Refused {
     /// The peer closed the connection.
     #[error("closed by the peer")]
     Closed,
-    /// The connection was closed to make room for a newer one.
+    /// The connection was closed to make room for a newer connection.
     #[error("too many handshakes in progress")]
     Displaced,
 }
@@ -79,7 +80,8 @@ fn tls_cause(error: &io::Error) -> &'static str {
     let Some(error) = error.get_ref().and_then(|it| it.downcast_ref::<Error>()) else {
         return "closed";
     };
-    // Causes have separate names if an operator would handle them differently. Every other error is a fault of the client.
+    // Causes have separate names if an operator would handle them differently. Every error without a separate name is a fault of
+    // the client.
     if let Error::InvalidCertificate(why) = error {
         return certificate_cause(why);
     }

@@ -63,7 +63,7 @@ impl Identifier {
         next.run(request).await
     }
 
-    /// The caller of a call, if it differs from the caller of the connection.
+    /// The caller of a call, if the call's credential identifies another caller than the connection.
     async fn identify(
         &self,
         caller: &Caller,

@@ -1,5 +1,6 @@
-//! The accept loop, which limits the number of connections and serves each in a separate task. The loop replaces tonic's server,
-//! which has no limit on connections, no grace period after the maximum age, and no time limit for its graceful shutdown.
+//! The accept loop, which limits the number of connections and serves each connection in a separate task. The loop replaces
+//! tonic's server, which has no limit on connections, no grace period after the maximum age, and no time limit for its graceful
+//! shutdown.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
@@ -21,7 +22,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: TcpListener,
-    /// `None` only if the configuration sets `plaintext`.
+    /// The TLS settings; `None` only if the configuration sets `plaintext`.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
     /// Networks of proxies and load balancers, whose connections carry calls of many clients.
@@ -29,7 +30,8 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Accepts connections until the stop signal. Dropping the socket then refuses new connections.
+    /// Accepts connections until the stop signal. At the stop signal, the socket is closed, and the system refuses new
+    /// connections.
     pub(super) async fn accept(self, shared: Shared) {
         let failures = LogLimit::default();
         let full = LogLimit::default();
@@ -47,7 +49,10 @@ impl Listener {
                 Err(error) => {
                     metrics::ACCEPT_FAILURES.increment();
                     if let Some(left_out) = failures.count() {
-                        tracing::warn!(%error, left_out, "accept failed; connections wait in the kernel's queue");
+                        tracing::warn!(
+                            %error, left_out,
+                            "cannot accept a connection; new connections wait in the kernel's queue"
+                        );
                     }
                     time::sleep(ACCEPT_PAUSE).await;
                     continue;
@@ -73,14 +78,15 @@ impl Listener {
     }
 }
 
-/// Reports that the limit of connections is reached. The next connection waits in the kernel's queue until one ends.
+/// Reports that the limit of connections is reached. The next connection waits in the kernel's queue until an open connection
+/// ends.
 fn note_full(limits: &Limits, full: &LogLimit) {
     metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {
         tracing::warn!(
             connections_max = limits.connections_max,
             left_out,
-            "the limit of connections is reached; new connections wait until one ends"
+            "the limit of connections is reached; a new connection waits until another connection ends"
         );
     }
 }

@@ -1,5 +1,5 @@
-//! A rate limit for log lines about events that a flood can cause many times a second. Each interval has one line,
-//! which includes the number of suppressed events.
+//! A rate limit for log lines about events that a flood can cause many times a second. At most one line is logged
+//! in each interval; the line includes the number of suppressed events.
 
 use std::{
     sync::{Mutex, PoisonError},

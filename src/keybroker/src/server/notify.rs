@@ -1,5 +1,5 @@
-//! Notifies the service manager, if there is one (`sd_notify`), of the states ready, reloading and stopping, and feeds its
-//! watchdog.
+//! Notifies the service manager, if there is one (`sd_notify`), of the states ready, reloading and stopping, and sends watchdog
+//! notifications to it.
 //!
 //! Before each watchdog notification the process requests `/livez` from itself over a socket pair, which no other process can
 //! reach. An answer shows that the runtime schedules tasks, polls sockets and serves HTTP. A local user cannot stop the
@@ -22,10 +22,10 @@ use super::status;
 
 const PROBE: &[u8] = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const ALIVE: &[u8] = b"HTTP/1.1 200 ";
-/// Number of watchdog notifications within the manager's timeout. Two of them may be late.
+/// Number of watchdog notifications within the service manager's timeout, so that two notifications may be late.
 const PINGS_PER_TIMEOUT: u32 = 3;
 
-/// The notifications of a broker that serves. Dropping this ends the watchdog notifications.
+/// The notifications of a broker that serves. When this value is dropped, the watchdog notifications end.
 #[derive(Debug)]
 pub(super) struct Manager {
     stopping: CancellationToken,
@@ -33,8 +33,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Notifies that the listeners accept connections. From now on the watchdog is notified while `probes` answers, if the
-    /// manager has a watchdog.
+    /// Notifies that the listeners accept connections. If the service manager has a watchdog, the broker notifies the watchdog
+    /// while `probes` answers.
     pub(super) fn serving(probes: Router) -> Self {
         say(&[NotifyState::Ready]);
         let stopping = CancellationToken::new();
@@ -45,7 +45,7 @@ impl Manager {
         Self { stopping, pings }
     }
 
-    /// Notifies that the drain begins. From now on the watchdog notifications show only that the runtime schedules tasks.
+    /// Notifies that the drain begins. During the drain, the watchdog notifications show only that the runtime schedules tasks.
     pub(super) fn stopping(&self) {
         self.stopping.cancel();
         say(&[NotifyState::Stopping, NotifyState::Status("draining")]);
@@ -110,7 +110,7 @@ async fn ping(probes: Router, interval: Duration, stopping: CancellationToken) {
     }
 }
 
-/// Requests `/livez` over a socket pair. A separate task serves the other end, like for every connection.
+/// Requests `/livez` over a socket pair. A separate task serves the other end of the socket pair, as for every connection.
 async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
     let (mut stream, served) = UnixStream::pair()?;
     let serving = tokio::spawn(status::answer(served, probes.clone()));
@@ -121,7 +121,9 @@ async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
         if answer == ALIVE {
             Ok(())
         } else {
-            Err(io::Error::other("the status is not 200"))
+            Err(io::Error::other(
+                "the status of the answer from /livez is not 200",
+            ))
         }
     })
     .await;

@@ -81,7 +81,8 @@ pub(super) async fn bind_status(
     })
 }
 
-/// Opens the audit log on a blocking thread, because opening reads and synchronises files and waits for its first entry.
+/// Opens the audit log on a blocking thread, because this operation reads and synchronises files and waits until the first entry
+/// is written.
 pub(super) async fn open_audit(
     settings: audit::Settings,
 ) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
@@ -107,7 +108,8 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start && cut_short.is_empty() {
         return Ok(());
     }
-    // A newer schema is not an error here. Opening the database decides whether this release supports it.
+    // A schema that is newer than this release is not an error at this point. When the database is opened, the store decides
+    // whether this release supports a newer schema.
     let status = store::status(settings).await?;
     let pending = status.current < status.newest;
     for intent in cut_short {
@@ -147,7 +149,7 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-/// Locks and opens the database, and compares the audit logs that it has recorded with the log of this instance.
+/// Locks and opens the database, and compares the audit logs that the database has recorded with the log of this instance.
 pub(super) async fn open_store(
     config: &Config,
     audit: &AuditLog,
@@ -158,9 +160,10 @@ pub(super) async fn open_store(
     Ok((lock, store))
 }
 
-/// Records the audit log of this instance in the database. Fails if the database has other logs of this instance but not this
-/// one, because then the log was replaced. The first log of an instance is recorded without a message. If an operator
-/// acknowledged the log or an earlier release made it, the log is recorded, with a warning if there are others.
+/// Records the audit log of this instance in the database. Fails if the database has recorded other logs of this instance but not
+/// the current log, because the log was then replaced. The first audit log of an instance is recorded without a message. If an
+/// operator acknowledged the log or an earlier release made it, the log is recorded, with a warning if the database has recorded
+/// other logs.
 async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {
         KnownLog::This => {}
@@ -172,15 +175,15 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                 tracing::warn!(
                     instance,
                     log = audit.id(),
-                    "the database already has other audit logs of this instance; this one is added, because an \
-                     operator acknowledged it or an earlier release made it. If this is unexpected, find out who \
-                     replaced the log"
+                    "the database already lists other audit logs of this instance; the current audit log is added to the \
+                     list, because an operator acknowledged it or an earlier release made it. If this is unexpected, \
+                     find out who replaced the log"
                 );
             }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
             if let Err(error) = added.await {
-                // A temporarily read-only database must not prevent releases.
-                tracing::warn!(%error, "the audit log is not recorded in the database; the next start tries again");
+                // A temporarily read-only database must not prevent the release of keys.
+                tracing::warn!(%error, "cannot record the audit log in the database; the next start tries again");
                 return Ok(());
             }
             let mut bound = Entry::new(EntryKind::System, "log.store_bound", Outcome::Ok);
@@ -194,8 +197,8 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
 /// File in the state directory with the risks that were accepted at the last start.
 const ACCEPTED_RISKS: &str = "accepted-risks";
 
-/// Logs the risks of the token that the settings accept, and records them in the audit log if they differ from those of the last
-/// start. Returns the risks as sentences.
+/// Logs the risks of the token that the settings accept, and records them in the audit log if they differ from the risks at the
+/// last start. Returns the risks as sentences.
 pub(super) async fn record_accepted_risks(
     config: &Config,
     audit: &AuditLog,
@@ -206,12 +209,12 @@ pub(super) async fn record_accepted_risks(
             setting = risk.setting,
             what = risk.what,
             gives_away = risk.gives_away,
-            "the settings accept a risk of the token"
+            "the configuration accepts a risk of the token"
         );
     }
     let risks: Vec<String> = risks.iter().map(ToString::to_string).collect();
     let state = StateDirectory::below(&config.audit.directory);
-    // Two instances may share the directory.
+    // Two instances may share the state directory.
     let fact = format!("{ACCEPTED_RISKS}-{}", config.audit.instance);
     let before = state.read_json::<Vec<String>>(&fact);
     let is_known = match &before {
@@ -252,8 +255,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. The audit log must be open and the database checked before, which
-/// ensures that no other broker uses the state directory.
+/// Stores which revocation lists the listeners have accepted. The audit log must be open and the database must be checked first,
+/// because these steps ensure that no other broker uses the state directory.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
@@ -278,8 +281,9 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let failure = Failure::new(exit, what);
         match error.kind() {
             std::io::ErrorKind::PermissionDenied => failure.hint(
-                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: `AmbientCapabilities=CAP_NET_BIND_SERVICE` in the \
-                 systemd unit, or listen on a higher port behind a redirect",
+                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: set \
+                 `AmbientCapabilities=CAP_NET_BIND_SERVICE` in the systemd unit, or listen on a higher port behind a \
+                 redirect",
             ),
             std::io::ErrorKind::AddrNotAvailable => failure.hint(
                 "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
@@ -296,7 +300,7 @@ pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
 }
 
 /// Starts the workers with the keys of the registry, and waits for the result of the first attempt. A caller that cancels this
-/// must stop the supervisor in `started`.
+/// function must stop the supervisor in `started`.
 pub(super) async fn start_token(
     config: &Config,
     store: &Arc<dyn Store>,
@@ -317,7 +321,7 @@ pub(super) async fn start_token(
     if keys.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,
-            "no wrapping key is registered; create one with `keybroker key generate`",
+            "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
         ));
     }
     let supervisor = Arc::clone(started.get_or_init(|| {
@@ -335,7 +339,7 @@ pub(super) async fn start_token(
     }
     if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
         // The broker continues: an unavailable token may return, and an operator can correct a rejected PIN in its file.
-        tracing::error!(%cause, "started without the token; no key is released until the token serves");
+        tracing::error!(%cause, "the broker started without the token; no key is released until the token is available");
     }
     Ok(supervisor)
 }

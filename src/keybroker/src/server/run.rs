@@ -55,16 +55,17 @@ use super::{
     watch::{self, REGISTRY_TIMEOUT},
 };
 
-/// Longest wait for the first key sets of identity providers before the listeners open. An unavailable provider is retried in the
-/// background.
+/// Longest wait for the first key sets of identity providers before the listeners open. The broker contacts an unavailable
+/// provider again in the background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time between `NOT_SERVING` and the end of accepting connections. Load balancers check the health about once a second.
+/// Time between the health `NOT_SERVING` and the moment when the listeners stop accepting connections. Load balancers check the
+/// health about once a second.
 const LAME_DUCK: Duration = Duration::from_millis(500);
 /// Longest wait for each step after the drain of the listeners: mutations, workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// The part of all connections that may be without a principal, as a divisor.
+/// Divisor that determines how many of all connections may be without a principal: a quarter.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// The part of all connections that may be in their handshake, as a divisor.
+/// Divisor that determines how many of all connections may be in their handshake: a half.
 const HANDSHAKES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -82,7 +83,7 @@ pub async fn run(
     let started = tokio::select! {
         started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
         name = signals.next() => {
-            tracing::info!(signal = name, "stopped during the start; no call was served");
+            tracing::info!(signal = name, "the broker was stopped during its start; no call was served");
             Ok(None)
         }
     };
@@ -105,7 +106,7 @@ pub async fn run(
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
-            format!("stopped without a drain by a second signal, {name}; the next start resolves open changes"),
+            format!("a second signal, {name}, stopped the broker without a drain; the next start resolves the open changes"),
         )),
     }
 }
@@ -134,7 +135,7 @@ fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Fail
     Secrets::new(config.client_credentials.clone(), directory).map_err(|error| internal(&error))
 }
 
-/// Verifies the registry if the token serves. Otherwise a background task verifies it later.
+/// Verifies the registry if the token serves. If the token is unavailable, a background task verifies the registry later.
 async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), Failure> {
     if supervisor.settled().await == Serving::Up {
         broker
@@ -193,7 +194,7 @@ struct Server {
     status_address: SocketAddr,
     remote_status_address: Option<SocketAddr>,
     metrics: PrometheusHandle,
-    /// Connections and the accept loops.
+    /// The tasks of connections and accept loops.
     connections: TaskTracker,
     stop_connections: CancellationToken,
     /// Background tasks: health, maintenance and reload.
@@ -410,7 +411,7 @@ impl Server {
         });
     }
 
-    /// Writes the bound addresses, for example for a program that configured port 0. The file is replaced atomically.
+    /// Writes the bound addresses, for example for a program that starts the broker with port 0. The file is replaced atomically.
     fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
         let text = serde_json::json!({
             "listeners": self.addresses,
@@ -424,15 +425,13 @@ impl Server {
         })
     }
 
-    /// Drains and stops the broker, in this order:
-    ///
-    /// 1. The health becomes `NOT_SERVING`, and load balancers have time to notice it.
-    /// 2. The listeners accept no more connections, and open connections receive GOAWAY.
-    /// 3. Calls in progress end, and mutations receive their outcomes.
-    /// 4. The workers end, the store closes, and the audit log receives its last entry.
+    /// Drains and stops the broker. Before the listeners close, the health becomes `NOT_SERVING`, and load balancers have time to
+    /// notice this change. When the listeners accept no more connections, open connections receive GOAWAY, calls in progress end,
+    /// and the outcomes of mutations are written. At the end of a stop, the workers end, the store closes, and the audit log
+    /// receives its last entry.
     async fn stop(self) {
-        // Stop the background tasks first, because one of them would report another health. The wait is short, because a check of
-        // the database may take long.
+        // Stop the background tasks first, because one of them would overwrite the health `NOT_SERVING`. The broker waits only a
+        // short time for these tasks, because a check of the database may take long.
         self.stop_background.cancel();
         self.background.close();
         if time::timeout(LAME_DUCK, self.background.wait())
@@ -456,7 +455,7 @@ impl Server {
         {
             tracing::warn!(
                 connections = self.connections.len(),
-                "connections closed at the end of the drain"
+                "the broker closed open connections at the end of the drain"
             );
         }
         self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
@@ -467,7 +466,9 @@ impl Server {
             .await
             .is_err()
         {
-            tracing::warn!("the database does not answer; its connections are dropped");
+            tracing::warn!(
+                "the database does not answer; the broker drops its connections to the database"
+            );
         }
         let audit = self.audit;
         if tokio::task::spawn_blocking(move || audit.close())

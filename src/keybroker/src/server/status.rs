@@ -34,8 +34,8 @@ use super::{
     file_problems::FileProblems, handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting,
 };
 
-/// Maximum number of open connections. A new connection closes the oldest one, because any local user can connect and must not be
-/// able to block probes.
+/// Maximum number of open connections. At the maximum, a new connection closes an older connection, because any local user can
+/// connect and must not be able to block probes.
 const CONNECTIONS_MAX: usize = 64;
 /// Longest time for the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -53,7 +53,7 @@ pub(super) struct Probe {
     pub(super) broker: Arc<Broker>,
     pub(super) files: Arc<FileProblems>,
     pub(super) metrics: PrometheusHandle,
-    /// Cancelled when the broker begins to stop.
+    /// The signal that the broker begins to stop.
     pub(super) stopping: CancellationToken,
 }
 
@@ -109,7 +109,7 @@ pub(super) async fn serve(
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::debug!(%error, "accept failed on the status listener");
+                tracing::debug!(%error, "cannot accept a connection on the status listener");
                 time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }

@@ -1,5 +1,5 @@
-//! The TLS configuration of one listener. The files are loaded, checked and replaced together. If a file is bad at a reload, the
-//! previous configuration stays in use.
+//! The TLS configuration of one listener. The TLS files are loaded, checked and replaced together. If a file is invalid at a
+//! reload, the previous TLS configuration stays in use.
 //!
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
@@ -35,14 +35,14 @@ use files::{Files, Follows, Found, Shown, Trust};
 use revocation::{Age, Lists, Memory, MemoryError};
 use server_certificate::Validity;
 
-/// Interval after which unchanged files with a problem are evaluated again, because a list may have become valid.
+/// Interval after which unchanged files with a problem are evaluated again, because a revocation list may have become valid.
 const RETRY_AFTER: Duration = Duration::from_mins(1);
 
-/// The TLS configuration that accepts connections until the next change.
+/// The TLS configuration for new connections, until the next change.
 #[derive(Debug)]
 pub(super) struct Accepting {
     pub(super) config: Arc<ServerConfig>,
-    /// Cancelled when the trust in clients changes, because a revoked client must not keep its connection.
+    /// The signal that the trust in clients has changed, because a revoked client must not keep its connection.
     pub(super) outdated: CancellationToken,
     /// SHA-256 of the files.
     files: [u8; 32],
@@ -70,7 +70,8 @@ pub(super) struct Tls {
     /// The offered application protocols (RFC 7301).
     protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
-    /// Chain and key in use. If those on disk are bad, a change of the trusted clients is applied with these.
+    /// The certificate chain and private key in use. If the files on disk are invalid, a change of the trusted clients is
+    /// applied with the chain and key in use.
     shown: Mutex<Shown>,
     /// The error of the last reload, so that an error is reported once and not each second.
     refused: Mutex<Option<String>>,
@@ -80,7 +81,7 @@ pub(super) struct Tls {
     age: Mutex<Option<Age>>,
     /// Why the accepted revocation lists could not be stored.
     unstored: Mutex<Option<String>>,
-    /// The newest accepted revocation lists, including those from before a restart.
+    /// The newest accepted revocation lists, including the lists that were accepted before a restart.
     memory: Mutex<Memory>,
     evaluated: Mutex<Evaluated>,
 }
@@ -104,8 +105,8 @@ enum Look {
 
 impl Tls {
     /// Loads the files. Any problem stops the start, with one exception: a bad revocation list is left out if its CA has another
-    /// list in the file, has a list that was accepted before the restart, or is not configured. Without a state directory, this
-    /// is a check of the configuration, and every bad list is an error.
+    /// list in the file, has a list that was accepted before the restart, or is not configured. If there is no state directory,
+    /// this function only checks the configuration, and every invalid list is an error.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
@@ -172,13 +173,14 @@ impl Tls {
         self.current().contents
     }
 
-    /// Trust domains of accepted SPIFFE ids. If empty, every trust domain is accepted.
+    /// Trust domains of accepted SPIFFE ids. If this set is empty, every trust domain is accepted.
     pub(super) fn trust_domains(&self) -> &BTreeSet<String> {
         &self.settings.trust_domains
     }
 
-    /// Applies changed files. Open connections continue unless the trust in clients has changed. In this case, all connections
-    /// receive GOAWAY, and clients that are still trusted reconnect. Files with a problem are evaluated again once a minute.
+    /// Applies changed files. Open connections continue unless the trust in clients has changed. After a change of the trust in
+    /// clients, all connections receive GOAWAY, and clients that are still trusted reconnect. Files with a problem are evaluated
+    /// again once a minute.
     pub(super) fn reload(&self) {
         self.reload_at(Instant::now());
     }
@@ -218,7 +220,7 @@ impl Tls {
             Err(error) => {
                 let error = chain(&error);
                 if refused.as_ref() != Some(&error) {
-                    keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous ones stay in use");
+                    keybroker_core::alert!(TlsReload, %error, "TLS files rejected; the previous files stay in use");
                     *refused = Some(error);
                 }
                 false
@@ -232,7 +234,7 @@ impl Tls {
         if *unstored != error
             && let Some(error) = &error
         {
-            // The newer list is in use, but a restart would not know it.
+            // The newer revocation list is in use, but the broker would not know this list after a restart.
             keybroker_core::alert!(
                 ClientCrl, %error,
                 "cannot store the accepted revocation lists; after a restart, older lists would be accepted"
@@ -242,7 +244,7 @@ impl Tls {
         unstored.is_none()
     }
 
-    /// Reports the revocation lists that were left out. The same report is not repeated.
+    /// Reports the revocation lists that were left out, unless the last report was the same.
     fn report_left_out(&self) {
         let left_out = self.current().left_out();
         let mut said = held(&self.left_out);
@@ -253,7 +255,7 @@ impl Tls {
             let file = path.display().to_string();
             keybroker_core::alert!(
                 ClientCrl, %file, %error,
-                "revocation lists rejected; the accepted lists of their CAs stay in use"
+                "revocation lists rejected; the lists that were accepted before stay in use"
             );
         }
         *said = left_out;
@@ -291,7 +293,7 @@ impl Tls {
     fn try_reload_all(&self, files: &Files) -> Result<bool, Error> {
         let current = self.current();
         let next = self.build(files, Validity::Checked)?;
-        // Even with unchanged files, a list may have become valid or may have expired.
+        // Even if the files are unchanged, a revocation list may have become valid or may have expired.
         if next.files == current.files
             && next.trust == current.trust
             && next.left_out() == current.left_out()
@@ -336,7 +338,7 @@ impl Tls {
         let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
-            // Open connections must be notified at the next change of the trust.
+            // The connections that are open now must be notified at the next change of the trust in clients.
             next.outdated = current.outdated.clone();
         }
         if let Some(lists) = &next.lists {

@@ -1,6 +1,6 @@
-//! Limits connections by principal and network. Connections without a principal may use only a part of all places, and one
-//! network only a part of these. One principal may also use only a part of all places. Neither unauthenticated peers nor one
-//! client can therefore take every place.
+//! Limits connections by principal and network. Connections without a principal may use only a part of all places, and each
+//! network may use only a part of the places for connections without a principal. The connections of one principal may use
+//! only a part of all places, too. Therefore, unauthenticated peers or a single client cannot take every place.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use keybroker_broker::limits;
 use keybroker_core::{metrics, principal::Principal};
 
-/// The part of the unauthenticated places that one network may hold, as a divisor.
+/// Divisor that determines how many of the places for unauthenticated connections one network may hold: an eighth.
 const NETWORK_DIVISOR: usize = 8;
 /// Minimum number of places for one network.
 const NETWORK_MIN: usize = 8;
@@ -29,8 +29,8 @@ fn per_network(places: usize) -> usize {
     (places / NETWORK_DIVISOR).max(NETWORK_MIN).min(places)
 }
 
-/// The network that counts a peer's connections: an IPv4 /24 or an IPv6 /64. `None` for a trusted proxy, whose connections carry
-/// calls of many clients.
+/// The network whose limit a peer's connections count towards: an IPv4 /24 or an IPv6 /64. `None` for a trusted proxy, whose
+/// connections carry calls of many clients.
 pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr> {
     const IPV4_HOST_BITS: u32 = 8;
     let peer = peer.to_canonical();
@@ -159,7 +159,7 @@ impl Drop for Place {
 /// Why there is no place for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Full {
-    /// The places for unauthenticated connections, or those of this network, are taken.
+    /// All places for unauthenticated connections, or all places of the network, are taken.
     Unauthenticated,
     /// The places of this principal are taken.
     Principal,
@@ -181,13 +181,14 @@ pub(super) struct Authentication {
     places: Arc<Places>,
     place: Mutex<Option<Place>>,
     done: Arc<AtomicBool>,
-    /// Whether the peer is a trusted proxy. Its connection carries calls of many principals and is counted for none of them.
+    /// Whether the peer is a trusted proxy. The connection of a trusted proxy carries calls of many principals and counts for
+    /// none of them.
     is_proxy: bool,
     accepts_credentials: bool,
 }
 
 impl Authentication {
-    /// For a connection whose certificate identifies a principal.
+    /// Takes a place for a connection whose certificate identifies a principal.
     pub(super) fn done(places: &Arc<Places>, principal: &Principal) -> Result<Self, Full> {
         let place = places.of_principal(principal).ok_or(Full::Principal)?;
         Ok(Self {
@@ -199,7 +200,8 @@ impl Authentication {
         })
     }
 
-    /// For any other connection. A connection without a network is one of a trusted proxy.
+    /// Takes a place for a connection whose certificate identifies no principal. A connection without a network comes from a
+    /// trusted proxy.
     pub(super) fn pending(places: &Arc<Places>, network: Option<IpAddr>) -> Result<Self, Full> {
         let place = places.of_network(network).ok_or(Full::Unauthenticated)?;
         Ok(Self {
@@ -234,8 +236,8 @@ impl Authentication {
         Arc::clone(&self.done)
     }
 
-    /// Notes that a call's credential was accepted. The connection is now counted for this principal. If the principal has no
-    /// free place, the connection stays unauthenticated and ends soon.
+    /// Records that the credential of a call was accepted. The connection then counts towards the limit of this principal. If
+    /// the principal has no free place, the connection stays unauthenticated and ends soon.
     pub(super) fn complete(&self, principal: &Principal) {
         if self.is_done() {
             return;

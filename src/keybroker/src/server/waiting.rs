@@ -1,6 +1,6 @@
-//! Connections in their handshake, and connections to the status listener. A new connection is never refused for lack
-//! of space. Instead, the network with the most such connections loses its oldest one. A flood of silent connections
-//! therefore closes its own connections.
+//! Connections in their handshake, and connections to the status listener. A new connection is never refused because
+//! of the limit. If the limit is reached, the oldest waiting connection of the network with the most waiting
+//! connections is closed. A flood of silent connections from one network therefore closes its own connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -27,7 +27,7 @@ struct State {
 }
 
 impl Waiting {
-    /// Makes room for `max` connections.
+    /// Allows `max` waiting connections.
     pub(super) fn new(max: usize) -> Arc<Self> {
         Arc::new(Self {
             max: max.max(1),
@@ -35,8 +35,8 @@ impl Waiting {
         })
     }
 
-    /// Adds a connection, and closes another one if there are too many. A connection without a network is counted for
-    /// no network.
+    /// Adds a waiting connection, and closes another connection if there are too many. A connection without a network
+    /// counts for no network.
     pub(super) fn enter(self: &Arc<Self>, network: Option<IpAddr>) -> Ticket {
         let mut state = self.lock();
         let is_full = state.all.len() >= self.max;
@@ -68,7 +68,8 @@ impl Waiting {
 }
 
 impl State {
-    /// The oldest connection of the network that has the most; the oldest of all if no network is counted.
+    /// The oldest connection of the network with the most connections, or the oldest of all connections if no network
+    /// is counted.
     fn oldest_of_the_largest(&self) -> Option<u64> {
         let largest = self.by_network.values().max_by_key(|ids| ids.len());
         let of_network = largest.and_then(|ids| ids.first());
@@ -89,7 +90,7 @@ impl State {
     }
 }
 
-/// One waiting connection. Dropping the ticket removes it.
+/// One waiting connection. When the ticket is dropped, the connection no longer counts as waiting.
 #[derive(Debug)]
 pub(super) struct Ticket {
     waiting: Arc<Waiting>,
@@ -99,12 +100,12 @@ pub(super) struct Ticket {
 }
 
 impl Ticket {
-    /// Completes when this connection must be closed for a newer one.
+    /// Completes when this connection must be closed for a newer connection.
     pub(super) async fn closed(&self) {
         self.closed.cancelled().await;
     }
 
-    /// Whether an older connection was closed for this one.
+    /// Whether an older connection was closed for this connection.
     pub(super) fn made_room(&self) -> bool {
         self.made_room
     }

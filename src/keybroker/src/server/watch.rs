@@ -1,4 +1,5 @@
-//! Periodic checks while the broker serves: health, TLS files, policies, a registry that was not yet verified.
+//! Periodic checks while the broker serves: health, TLS files, policies, and a registry that is not verified
+//! yet.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ use keybroker_policy::Policy;
 
 use super::{file_problems::FileProblems, notify, tls::Tls};
 
-/// Longest time for reading the registry and verifying it on the token.
+/// Longest time for reading the registry and verifying it with the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
@@ -95,12 +96,12 @@ pub(super) async fn files(
         match tokio::task::spawn_blocking(look).await {
             Ok(found) => problems.set(found),
             Err(panic) => {
-                keybroker_core::alert!(Bug, %panic, "checking the TLS files for changes failed");
+                keybroker_core::alert!(Bug, %panic, "cannot check the TLS files for changes");
             }
         }
         let policy = Arc::clone(&policy);
         if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
-            keybroker_core::alert!(Bug, %panic, "checking the policies for changes failed");
+            keybroker_core::alert!(Bug, %panic, "cannot check the policies for changes");
         }
         if asked {
             notify::reloaded();

@@ -1,4 +1,4 @@
-//! A socket that overwrites a read buffer before it reads into it.
+//! A socket that overwrites a read buffer before reading into the buffer.
 //!
 //! rustls decrypts a record in the read buffer and leaves the plaintext there until the next record. After processing a record,
 //! rustls reads more data, and this socket then overwrites the plaintext.
@@ -11,7 +11,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Zeroes the unused part of each read buffer before it reads.
+/// Overwrites the unused part of each read buffer with zeros before a read.
 #[derive(Debug)]
 pub(super) struct ZeroedReads<I>(pub(super) I);
 

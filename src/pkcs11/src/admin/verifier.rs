@@ -10,7 +10,7 @@ use crate::{
 
 use super::{Admin, AdminError};
 
-/// The message whose MAC must verify after an ambiguous answer. No row has this message.
+/// The message whose MAC the token must verify after an ambiguous answer. No row MAC is computed over this message.
 const PROOF: &[u8] = b"keybroker self-test of the MAC";
 
 /// Verifies MACs without searching for the key each time.
@@ -40,7 +40,7 @@ impl Verifier {
         Ok(())
     }
 
-    /// Whether a MAC verifies. The key must have been passed to [`Verifier::new`] or [`Verifier::add`].
+    /// Whether a MAC verifies. The integrity key must have been passed to [`Verifier::new`] or [`Verifier::add`].
     pub(crate) fn verify(
         &mut self,
         admin: &Admin,
@@ -56,8 +56,8 @@ impl Verifier {
     }
 
     /// Verifies a MAC after an ambiguous answer. Some tokens report a wrong MAC with a code that can also mean a device
-    /// error, and leave the session unusable. Therefore a valid MAC is first verified on a new session. If the same
-    /// code then occurs again for the MAC in question, the MAC is wrong.
+    /// error, and leave the session unusable. Therefore a valid MAC is first verified on a new session. If the session
+    /// that verified the valid MAC then returns the ambiguous code for the row's MAC, the row's MAC is wrong.
     fn verify_in_doubt(
         &mut self,
         admin: &Admin,
@@ -88,7 +88,7 @@ impl Verifier {
     fn pair(&self, id: WrappingKeyId) -> Result<&KeyPair, AdminError> {
         self.session.pair(id).ok_or_else(|| {
             AdminError::Untrusted(format!(
-                "the integrity key {id} was not searched on the token"
+                "the command did not look for the integrity key {id} on the token"
             ))
         })
     }

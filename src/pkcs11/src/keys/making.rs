@@ -32,7 +32,7 @@ use super::{
 
 /// Modulus length of a key pair that ends with its session.
 const SESSION_PAIR_BITS: u32 = 2_048;
-/// The message for the trial MAC of a new integrity key. No row has this message.
+/// The message for the trial MAC of a new integrity key. No row MAC is computed over this message.
 const MAC_TRIAL: &[u8] = b"keybroker trial of a new integrity key";
 
 /// The settings for new keys.
@@ -59,7 +59,7 @@ pub(crate) struct Made {
 }
 
 impl Made {
-    /// Removes all objects. The error says which objects are left.
+    /// Removes all objects. The error names the objects that could not be removed.
     pub(crate) fn remove(&self, session: &Session) -> Result<(), Fault> {
         let integrity_key = self.pair.integrity_key.object();
         let objects = [
@@ -81,7 +81,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "the token did not remove {1} of key {0}, which this run made; remove it with the vendor's tool",
+                "the token did not remove {1} of key {0}, which this command made; remove it with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),
@@ -109,7 +109,7 @@ pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Resul
     // Some tokens generate a generic secret but refuse to use it for HMAC.
     match operation::mac(session, &made.pair, MAC_TRIAL) {
         Err(fault) if depends_on_the_template(&fault) => {
-            // The keys end with the session at the latest.
+            // If the removal fails, the keys end with the session.
             let _removed = made.remove(session);
             Err(Refusal {
                 making: HmacKey::of(terms.integrity_key).map(Making::IntegrityKey),
@@ -144,10 +144,10 @@ impl fmt::Display for Making {
     }
 }
 
-/// Why no keys were made. Objects that were made before the refusal are removed.
+/// Why no keys were made. Objects that had been made before the refusal are removed again.
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    /// The refused key; absent if the failure came earlier.
+    /// The refused key; `None` if the failure came before the token was asked for a key.
     pub(crate) making: Option<Making>,
     pub(crate) fault: Fault,
 }
@@ -167,9 +167,9 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Makes the integrity key first, because fewer tokens can make it and it is made quickly. The integrity key gets the
-/// `CKA_ID` of the pair. If the token then refuses the pair, the integrity key is made again with a `CKA_ID` of its
-/// own, because some tokens allow no second object with the same `CKA_ID`.
+/// Makes the integrity key first, because fewer tokens can make it and because it takes less time than the RSA pair.
+/// The integrity key gets the `CKA_ID` of the RSA pair. If the token then refuses the RSA pair, the integrity key is
+/// made again with a `CKA_ID` of its own, because some tokens allow no second object with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,
@@ -231,7 +231,7 @@ fn make(
                 let refusal = Refusal { making, fault };
                 if let Err(left) = destroy(session, integrity_key) {
                     let left = format!(
-                        "the integrity key {id}, which this run made, was not removed ({left})"
+                        "the integrity key {id}, which this command made, was not removed ({left})"
                     );
                     let fault = refusal.fault.with(&left);
                     return Err(Refusal { making, fault });
@@ -244,7 +244,7 @@ fn make(
         }
     }
     Err(refused_pair.unwrap_or_else(|| {
-        Fault::new(Class::Ambiguous, "no key was made, and no call failed").into()
+        Fault::new(Class::Ambiguous, "no key was made, but no call failed").into()
     }))
 }
 
@@ -256,11 +256,11 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     }
     Err(Fault::new(
         Class::Untrusted,
-        format!("the token already holds an object with the fresh CKA_ID {id}"),
+        format!("the token already holds an object with the new CKA_ID {id}"),
     ))
 }
 
-/// Whether the failure might not occur with another template.
+/// Whether the operation might succeed with another template.
 fn depends_on_the_template(fault: &Fault) -> bool {
     !matches!(
         fault.class,
@@ -282,8 +282,8 @@ fn make_integrity_key(
     Ok(session.generate_key(&mechanism, &template)?)
 }
 
-/// Makes the public and the private object. If the token refuses the smallest template of the public key, `CKA_PRIVATE`
-/// is added, which some tokens require for every object.
+/// Makes the public and the private object. If the token refuses the smallest template of the public key, a second
+/// attempt adds `CKA_PRIVATE`, which some tokens require for every object.
 fn make_rsa_pair(
     session: &Session,
     id: WrappingKeyId,
@@ -309,22 +309,25 @@ fn make_rsa_pair(
         .map_err(|_| refusal)
 }
 
-/// Why a token refuses to make a key, as far as that can be found out by trying.
+/// Why a token refuses to make a key, as far as attempts with other templates show it.
 #[derive(Debug)]
 pub(crate) enum Cause {
-    /// The token makes both keys with this kind of integrity key if these attributes are left out too.
+    /// The token makes the RSA pair and an integrity key of this kind if these attributes are left out too.
     Settings {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,
     },
-    /// The token accepts the template for a key of a session. The token does not store keys, or has no room for one.
+    /// The token accepts the template for a key that ends with the session. Therefore the token does not store keys, or
+    /// has no room for another key.
     NotTheTemplate,
-    /// The token makes no such key even for a session without any attribute that may be left out.
+    /// The token does not make the key even if it ends with the session and all attributes that may be left out are
+    /// left out.
     Unknown,
 }
 
-/// Finds out by trying which setting would help, with keys that end with the session. For each kind of integrity key
-/// and for the RSA pair, it needs at most two attempts plus one for each attribute that may be excepted.
+/// Tries to make keys that end with the session, to find the settings with which the token would make the key. For each
+/// kind of integrity key and for the RSA pair, the function makes at most two attempts plus one for each attribute that
+/// may be excepted.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,
@@ -346,7 +349,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
             }
         }
     };
-    // Includes the findings so far, so that the operator sees all attributes together.
+    // The attributes found so far count as excepted, so that the operator sees all refused attributes together.
     let excepted: Vec<String> = exceptions
         .iter()
         .cloned()
@@ -355,7 +358,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
     match (refused_of_rsa_pair(session, &excepted), making) {
         (Some(refused), _) => attributes.extend(refused),
         (None, Making::RsaPair) => return Cause::Unknown,
-        // The findings about the integrity key are still useful.
+        // The refusal of the RSA pair has no known cause, but the findings about the integrity key are still useful.
         (None, Making::IntegrityKey(_)) => {}
     }
     if attributes.is_empty() && integrity_key == terms.integrity_key {
@@ -383,7 +386,7 @@ fn refused_of_integrity_key(
             return false;
         };
         let is_of_use = operation::mac_with(session, key, MAC_TRIAL).is_ok();
-        // The key ends with the session at the latest.
+        // If the removal fails, the key ends with the session.
         let _destroyed = destroy(session, key);
         is_of_use
     })
@@ -395,7 +398,7 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
         let Ok(id) = fresh_id() else { return false };
         match make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out) {
             Ok((public, private)) => {
-                // The keys end with the session at the latest.
+                // If the removal fails, the keys end with the session.
                 let _destroyed = [destroy(session, public), destroy(session, private)];
                 true
             }
@@ -404,9 +407,9 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
     })
 }
 
-/// Returns the attributes that a token refuses in a template, in addition to those that are already excepted. Returns
-/// `None` if the token refuses the template even without all of them. `works` tries the template without the given
-/// attributes.
+/// Returns the attributes that a token refuses in a template, in addition to the attributes that are already excepted.
+/// Returns `None` if the token refuses the template even without any attribute that may be excepted. `works` tries the
+/// template without the given attributes.
 fn refused(
     template: &[Attribute],
     exceptions: &[String],

@@ -30,7 +30,7 @@ pub(crate) enum HmacKey {
 impl HmacKey {
     const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
 
-    /// Returns the kind that a setting means. `None` if the setting keeps no integrity key on the token.
+    /// Returns the kind that a setting selects, or `None` if the setting keeps the integrity key outside the token.
     pub(crate) fn of(setting: IntegrityKey) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.setting() == setting)
     }
@@ -76,7 +76,7 @@ pub(crate) fn adapted(
     template
 }
 
-/// Whether an attribute may be excepted and is among the names.
+/// Whether an attribute may be excepted and its name is in `names`.
 pub(super) fn is_named(attribute: &Attribute, names: &[String]) -> bool {
     attribute_check::exceptable(attribute.attribute_type())
         .is_some_and(|exception| names.iter().any(|name| name == exception.attribute))
@@ -87,8 +87,8 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
 }
 
 /// The template of the public object, with only the attributes that the standard requires (PKCS #11 v2.40, section
-/// 2.1.2), because some tokens refuse others. The uses of a public object are no risk: anyone may have a public key,
-/// and wrapping uses it in software.
+/// 2.1.2), because some tokens refuse others. The uses of a public object are no risk: the public key is not a secret,
+/// and this program wraps in software.
 pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
@@ -132,7 +132,8 @@ pub(crate) fn integrity_template(
     object: &ObjectId,
 ) -> Vec<Attribute> {
     let key_type = match kind {
-        // SoftHSM refuses `CKK_SHA256_HMAC` for this mechanism; the allowed mechanisms restrict the key instead.
+        // SoftHSM refuses `CKK_SHA256_HMAC` for `CKM_GENERIC_SECRET_KEY_GEN`; instead of the key type, the allowed
+        // mechanisms restrict the key.
         HmacKey::GenericSecret => KeyType::GENERIC_SECRET,
         HmacKey::Sha256Hmac | HmacKey::Nshield => KeyType::SHA256_HMAC,
     };
@@ -153,10 +154,10 @@ pub(crate) fn integrity_template(
         Attribute::Unwrap(false),
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
-        // The former name of the integrity key, which is kept because the tokens of all releases have it.
+        // The former name of the integrity key. The label stays, because the tokens of all releases have it.
         label(id, "binding key"),
     ];
-    // The key type implies the length and the mechanism.
+    // For this kind, the key type implies the length and the mechanism.
     if kind != HmacKey::Sha256Hmac {
         template.push(Attribute::ValueLen(INTEGRITY_KEY_BYTES.into()));
         template.push(Attribute::AllowedMechanisms(vec![

@@ -11,7 +11,7 @@ use cryptoki::error::Error;
 pub(crate) struct Surveyed {
     pub(crate) test: &'static NegativeTest,
     pub(crate) found: Found,
-    /// Whether the self-test passes in the same session afterwards.
+    /// Whether the self-test passes in the session of the negative test, after this test.
     pub(crate) session_is_usable: bool,
 }
 
@@ -20,13 +20,13 @@ pub(crate) struct Surveyed {
 pub(crate) enum Found {
     /// The token performed the forbidden operation.
     Succeeded,
-    /// The operation had no relevant effect.
+    /// The operation had no effect that an attacker can use, or the token does not offer the operation for any key.
     Nothing,
-    /// The token cannot run the test.
+    /// The test cannot be run on this token.
     NotMade,
     /// The token refused the operation.
     Refused(Error),
-    /// The token could not answer at that time, so the test shows nothing.
+    /// The token could not perform any operation at that time, so the test has no result.
     NotAnswered(Error),
 }
 

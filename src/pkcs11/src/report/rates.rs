@@ -23,7 +23,7 @@ const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
 const MESSAGE: [u8; 64] = [0x3c; 64];
 /// Index of the byte of a ciphertext that is changed.
 const DAMAGED_AT: usize = 40;
-/// Average number of waits per operation from which on the work is not done by this process.
+/// If a thread waits at least this often per operation on average, the work is not done by this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
 
 /// The result of one loop.
@@ -43,8 +43,9 @@ impl Counted {
         }
     }
 
-    /// Whether the operations used CPU time of this process. A thread that uses a device, a server or another process
-    /// waits for each answer; the load of this machine does not make it wait. `None` if nothing was counted.
+    /// Whether the operations used CPU time of this process. A thread waits for each answer of a device, of a server or
+    /// of another process; the load of this machine does not increase the number of waits. Returns `None` if no
+    /// operation was counted.
     pub(crate) fn is_local(self) -> Option<bool> {
         let operations = u32::try_from(self.operations).ok()?;
         let waits = u32::try_from(self.waits).ok()?;
@@ -100,7 +101,8 @@ pub(super) fn measure(
         .rates
         .push(milliseconds("a search for all objects", began));
     let (began, cpu) = (Instant::now(), cpu_time());
-    // These are the tests of a worker's start. If the token fails one, it is not used, so their cost does not matter.
+    // The negative tests are also run when a worker starts. If the token fails one of them, the token is not used, and
+    // the duration of the tests does not matter.
     let tried = token.try_what_must_fail(
         settings,
         &probe.pair,
@@ -119,8 +121,8 @@ pub(super) fn measure(
     Ok(())
 }
 
-/// Measures how much the times of single operations differ, for a good ciphertext and for a damaged ciphertext, each in
-/// one session.
+/// Measures how much the times of single operations differ, first with a valid ciphertext and then with a damaged
+/// ciphertext, each in a session of its own.
 fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), Fault> {
     let mut damaged = probe.self_test.wrapped().to_vec();
     damaged[DAMAGED_AT] ^= 1;
@@ -134,7 +136,7 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
         while began.elapsed() < LOOP {
             let started = Instant::now();
             let mechanism = probe.self_test.mechanism();
-            // The answers of the token are reported elsewhere.
+            // Another part of the report contains the answers of the token.
             let _answered = opened
                 .session
                 .decrypt(&mechanism, probe.pair.private, ciphertext);
@@ -153,7 +155,8 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
     Ok(())
 }
 
-/// The durations of the calls that open a token. The report cannot repeat these calls.
+/// The durations of the calls that open a token. These durations are measured when a token is opened, because the
+/// report cannot repeat the calls.
 pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
     let times = token.times;
     let named = [

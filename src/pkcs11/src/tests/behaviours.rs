@@ -180,7 +180,7 @@ fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
                     [
                         "TemplateInconsistent from C_SignInit",
                         "set `integrity_key` in [token]",
-                        "The key was removed again",
+                        "The key was removed from the token",
                     ],
                 ),
             ] {
@@ -264,7 +264,7 @@ fn an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_t
             };
             let problem = |settings: &Settings| open_and_check(settings).1.unwrap();
 
-            assert!(problem(&in_worker).contains("restore it from a backup"));
+            assert!(problem(&in_worker).contains("restore the file from a backup"));
             let files = IntegrityFiles::of(&in_worker, key.id).unwrap();
             let (path, digest) = files.create(key.id, &text).unwrap();
             assert!(problem(&in_worker).contains("does not have the digest"));
@@ -319,7 +319,7 @@ fn only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one() {
                 content["ciphertext"].as_str().unwrap().to_owned()
             };
             for (wrapped, words) in [
-                (hex::encode(user_key), "is not its integrity key"),
+                (hex::encode(user_key), "does not contain the integrity key"),
                 (ciphertext(&of_other), "does not unwrap"),
             ] {
                 let text = own.replace(&ciphertext(&own), &wrapped);

@@ -117,7 +117,10 @@ fn weakness(test: &str) -> Weakness {
     match test {
         "read-private-exponent" | "read-prime" => Private(readable()),
         "read-integrity-key" => Integrity(readable()),
-        name if name.ends_with("-aes-kwp") || name.ends_with("-aes-kw-pkcs7") => {
+        name if ["-aes-kwp", "-aes-kw-pkcs7", "-rsa-aes"]
+            .iter()
+            .any(|end| name.ends_with(end)) =>
+        {
             Module("C_WrapKey")
         }
         name if name.starts_with("wrap-private") => Private(extractable()),
@@ -242,6 +245,23 @@ fn tests_for_which_the_token_makes_no_keys_are_named() {
             assert_eq!(not_made, expected);
         },
     );
+}
+
+/// A token that was busy at the first attempt has not refused the key.
+#[test]
+fn one_error_of_the_token_is_no_refusal() {
+    with_softhsm("negative::one_error_of_the_token_is_no_refusal", |folder| {
+        init();
+        let (settings, faulty) = faulty(folder);
+        let token = token(&settings);
+        let busy = || {
+            faulty.set("C_WrapKey", &ModuleFault::times(code::DEVICE_ERROR, 1));
+        };
+        let extractable = [Attribute::Extractable(true)];
+        let only_wrap = only(&settings, "wrap-private-aes-kw");
+        let fault = tried(&token, &only_wrap, &extractable, &[], busy).unwrap_err();
+        assert_eq!(fault.class, Class::Untrusted, "{fault}");
+    });
 }
 
 /// A lost session says nothing about the token.

@@ -2,22 +2,26 @@
 //!
 //! The pool tests each connection that returns: one more round trip to a server, or one more switch to the thread of an SQLite
 //! connection and back, for each call. It does not know in which state the connection was left. A [`Lease`](super::Lease) knows:
-//! it gives back only a connection whose last statement or transaction ended completely. The pool still opens and closes the
-//! connections, and each one regularly returns to it, so that the pool's limits on the age and the idle time apply.
+//! it gives back only a connection whose last statement or transaction ended completely. The pool opens the connections. The
+//! store applies the pool's limits on the lifetime and the idle time of a connection.
 
 use std::{
+    collections::VecDeque,
     ops::{Deref, DerefMut},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use sqlx::{Connection as _, Database, Pool, pool::PoolConnection};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
 
 use super::{Engine, Purpose, TEST_AFTER};
 
-/// A connection returns to its pool when it was taken from there longer ago than this time, or was not used for this time.
-const KEPT_FOR: Duration = Duration::from_secs(10);
+/// The test of one connection may take one part in this number of the time that a caller waits for a connection.
+const TEST_PART: u32 = 4;
 
 /// The kept connections for each purpose. Purposes that share a pool share its connections.
 #[derive(Debug)]
@@ -48,7 +52,7 @@ impl<D: Database> Connections<D> {
         }
     }
 
-    /// Returns all connections to their pools, and keeps none from now on.
+    /// Closes all kept connections, and keeps none from now on.
     pub(super) fn close(&self) {
         self.reads.close();
         self.writes.close();
@@ -67,8 +71,9 @@ pub(super) struct Kept<D: Database> {
 
 #[derive(Debug)]
 struct Free<D: Database> {
-    /// The last element was used most recently.
-    connections: Vec<Held<D>>,
+    /// The first element has not been used for the longest time. It is taken first, so that every connection is used or tested
+    /// before the server closes it.
+    connections: VecDeque<Held<D>>,
     is_closed: bool,
 }
 
@@ -79,7 +84,7 @@ impl<D: Database> Kept<D> {
             pool: pool.clone(),
             places: Semaphore::new(usize::try_from(all).unwrap_or(Semaphore::MAX_PERMITS)),
             free: Mutex::new(Free {
-                connections: Vec::new(),
+                connections: VecDeque::new(),
                 is_closed: false,
             }),
         }
@@ -95,7 +100,7 @@ impl<D: Database> Kept<D> {
         let taken = if let Ok(place) = self.places.try_acquire() {
             match self.pop() {
                 Some(held) if held.is_recent() => return Ok((held, place)),
-                held => tokio::time::timeout(limit, self.working(held))
+                held => timeout(limit, self.working(held))
                     .await
                     .map(|held| held.map(|held| (held, place))),
             }
@@ -105,45 +110,66 @@ impl<D: Database> Kept<D> {
                 let place = place.map_err(|_| sqlx::Error::PoolClosed)?;
                 Ok((self.working(self.pop()).await?, place))
             };
-            tokio::time::timeout(limit, waited).await
+            timeout(limit, waited).await
         };
         taken.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
     /// A connection that works: this one, another kept one, or one from the pool.
-    async fn working(&self, mut kept: Option<Held<D>>) -> Result<Held<D>, sqlx::Error> {
-        while let Some(mut held) = kept {
-            if held.is_recent() || held.ping().await.is_ok() {
+    async fn working(&self, kept: Option<Held<D>>) -> Result<Held<D>, sqlx::Error> {
+        let limit = self.pool.options().get_acquire_timeout() / TEST_PART;
+        let mut next = kept;
+        while let Some(mut held) = next {
+            if held.is_recent() {
                 return Ok(held);
             }
-            kept = self.pop();
+            match timeout(limit, held.ping()).await {
+                Ok(Ok(())) => return Ok(held),
+                Ok(Err(_)) => {}
+                // A network that lost one connection without an error has probably lost the others too. One such test is
+                // short enough for the caller, but many are not.
+                Err(_) => self.drop_untested(),
+            }
+            next = self.pop();
         }
         self.pool.acquire().await.map(Held::new)
     }
 
     fn pop(&self) -> Option<Held<D>> {
-        self.free().connections.pop()
+        self.free().connections.pop_front()
+    }
+
+    /// Closes all kept connections that would be tested before their next use.
+    fn drop_untested(&self) {
+        let mut free = self.free();
+        let all = std::mem::take(&mut free.connections);
+        let (recent, untested) = all.into_iter().partition::<VecDeque<_>, _>(Held::is_recent);
+        free.connections = recent;
+        drop(free);
+        drop(untested);
     }
 
     /// Gives back a connection that is in its initial state.
     pub(super) fn give_back(&self, mut held: Held<D>) {
-        let now = Instant::now();
-        held.used = now;
-        let mut free = self.free();
-        let unused = free.connections.first();
-        let unused = unused
-            .is_some_and(|held| now.duration_since(held.used) > KEPT_FOR)
-            .then(|| free.connections.remove(0));
-        let returning = if free.is_closed || now.duration_since(held.taken) > KEPT_FOR {
-            Some(held)
-        } else {
-            free.connections.push(held);
-            None
+        let options = self.pool.options();
+        let is_beyond = |limit: Option<Duration>, since: Instant| {
+            limit.is_some_and(|limit| since.elapsed() > limit)
         };
-        drop(free);
-        for held in unused.into_iter().chain(returning) {
-            held.return_to_pool();
+        held.used = Instant::now();
+        let mut closing = Vec::new();
+        let mut free = self.free();
+        while let Some(oldest) = free.connections.front()
+            && is_beyond(options.get_idle_timeout(), oldest.used)
+        {
+            closing.extend(free.connections.pop_front());
         }
+        if free.is_closed || is_beyond(options.get_max_lifetime(), held.opened) {
+            closing.push(held);
+        } else {
+            free.connections.push_back(held);
+        }
+        drop(free);
+        closing.into_iter().for_each(Held::close);
     }
 
     fn close(&self) {
@@ -151,9 +177,7 @@ impl<D: Database> Kept<D> {
         free.is_closed = true;
         let all = std::mem::take(&mut free.connections);
         drop(free);
-        for held in all {
-            held.return_to_pool();
-        }
+        all.into_iter().for_each(Held::close);
     }
 }
 
@@ -161,8 +185,8 @@ impl<D: Database> Kept<D> {
 #[derive(Debug)]
 pub(super) struct Held<D: Database> {
     connection: Option<PoolConnection<D>>,
-    /// When it was taken from the pool.
-    taken: Instant,
+    /// When the pool opened it.
+    opened: Instant,
     /// When it was last given back.
     used: Instant,
 }
@@ -174,7 +198,7 @@ impl<D: Database> Held<D> {
         let now = Instant::now();
         Self {
             connection: Some(connection),
-            taken: now,
+            opened: now,
             used: now,
         }
     }
@@ -183,8 +207,11 @@ impl<D: Database> Held<D> {
         self.used.elapsed() < TEST_AFTER
     }
 
-    fn return_to_pool(mut self) {
-        drop(self.connection.take());
+    /// Closes a connection that is in its initial state: the server is told. The pool limits the time that this takes.
+    fn close(mut self) {
+        if let Some(mut connection) = self.connection.take() {
+            connection.close_on_drop();
+        }
     }
 }
 
@@ -213,63 +240,127 @@ impl<D: Database> Drop for Held<D> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use sqlx::{Sqlite, sqlite::SqlitePoolOptions};
-    use tokio::{sync::mpsc, task::JoinSet};
+    use tokio::task::JoinSet;
 
     use super::*;
 
-    /// The connections of a pool that reports each connection that returns to it.
-    fn kept(all: u32) -> (Arc<Kept<Sqlite>>, mpsc::UnboundedReceiver<()>) {
-        let (returned, returns) = mpsc::unbounded_channel();
+    const LIFETIME: Duration = Duration::from_mins(30);
+    const IDLE: Duration = Duration::from_mins(5);
+
+    /// The connections of a pool, and the number that the pool has opened.
+    fn kept(all: u32) -> (Arc<Kept<Sqlite>>, Arc<AtomicU32>) {
+        let opened = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&opened);
         let pool = SqlitePoolOptions::new()
             .max_connections(all)
             .acquire_timeout(Duration::from_mins(1))
-            .after_release(move |_, _| {
-                returned.send(()).unwrap();
-                Box::pin(async { Ok(true) })
+            .max_lifetime(LIFETIME)
+            .idle_timeout(IDLE)
+            .after_release(|_, _| panic!("no connection returns to the pool"))
+            .after_connect(move |_, _| {
+                count.fetch_add(1, Ordering::Relaxed);
+                Box::pin(async { Ok(()) })
             })
             .connect_lazy("sqlite::memory:")
             .unwrap();
-        (Arc::new(Kept::new(&pool)), returns)
+        (Arc::new(Kept::new(&pool)), opened)
     }
 
-    fn long_ago() -> Instant {
-        Instant::now().checked_sub(KEPT_FOR * 2).unwrap()
+    /// Counts a connection as lent, also if its call is cancelled.
+    struct Lent {
+        all: Arc<AtomicU32>,
+        count: u32,
+    }
+
+    impl Lent {
+        fn new(all: &Arc<AtomicU32>) -> Self {
+            Self {
+                all: Arc::clone(all),
+                count: all.fetch_add(1, Ordering::SeqCst) + 1,
+            }
+        }
+    }
+
+    impl Drop for Lent {
+        fn drop(&mut self) {
+            self.all.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    fn ago(time: Duration) -> Instant {
+        Instant::now().checked_sub(time).unwrap()
+    }
+
+    /// Waits until the pool has only this number of connections, because it closes them in tasks.
+    async fn until_size(kept: &Kept<Sqlite>, size: u32) {
+        for _ in 0..3_000 {
+            if kept.pool.size() == size {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the pool has {} connections", kept.pool.size());
     }
 
     #[tokio::test]
     async fn a_connection_is_used_again_without_a_return_to_the_pool() {
-        let (kept, mut returns) = kept(2);
+        let (kept, opened) = kept(2);
         for _ in 0..100 {
             let (mut held, _place) = kept.take().await.unwrap();
             held.ping().await.unwrap();
             kept.give_back(held);
         }
-        assert_eq!(kept.pool.size(), 1);
-        assert!(returns.try_recv().is_err());
+        assert_eq!(opened.load(Ordering::Relaxed), 1);
+    }
+
+    /// A server closes connections that are not used for long, so all are used in turn.
+    #[tokio::test]
+    async fn the_connection_that_was_not_used_for_the_longest_time_is_taken_first() {
+        let (kept, _) = kept(3);
+        let mut lent = Vec::new();
+        for number in 0..3 {
+            let (mut held, place) = kept.take().await.unwrap();
+            let statement =
+                sqlx::AssertSqlSafe(format!("CREATE TEMP TABLE it AS SELECT {number} AS number"));
+            sqlx::raw_sql(statement).execute(&mut *held).await.unwrap();
+            lent.push((held, place));
+        }
+        for (held, _place) in lent {
+            kept.give_back(held);
+        }
+        for expected in [0, 1, 2, 0, 1, 2] {
+            let (mut held, _place) = kept.take().await.unwrap();
+            let number: i32 = sqlx::query_scalar("SELECT number FROM it")
+                .fetch_one(&mut *held)
+                .await
+                .unwrap();
+            assert_eq!(number, expected);
+            kept.give_back(held);
+        }
     }
 
     #[tokio::test]
-    async fn connections_return_to_the_pool_by_age_by_idle_time_and_at_the_end() {
-        let (kept, mut returns) = kept(3);
+    async fn connections_are_closed_by_age_by_idle_time_and_at_the_end() {
+        let (kept, _) = kept(3);
         let (mut old, place) = kept.take().await.unwrap();
-        old.taken = long_ago();
+        old.opened = ago(LIFETIME * 2);
         kept.give_back(old);
         drop(place);
-        returns.recv().await.unwrap();
+        until_size(&kept, 0).await;
 
         let (mut unused, unused_place) = kept.take().await.unwrap();
         let (used, used_place) = kept.take().await.unwrap();
-        unused.used = long_ago();
-        kept.free().connections.push(unused);
+        unused.used = ago(IDLE * 2);
+        kept.free().connections.push_back(unused);
         drop(unused_place);
-        assert!(returns.try_recv().is_err());
         kept.give_back(used);
         drop(used_place);
-        returns.recv().await.unwrap();
+        until_size(&kept, 1).await;
         assert_eq!(kept.free().connections.len(), 1);
 
-        // The pool waits for every connection.
         kept.close();
         kept.pool.close().await;
         assert_eq!(kept.pool.size(), 0);
@@ -277,32 +368,64 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_connection_that_was_not_used_recently_is_tested() {
+        let (kept, opened) = kept(2);
+        let (held, place) = kept.take().await.unwrap();
+        kept.give_back(held);
+        drop(place);
+        kept.free().connections[0].used = ago(TEST_AFTER * 2);
+        let (held, _place) = kept.take().await.unwrap();
+        assert!(!held.is_recent(), "the connection is the kept one");
+        assert_eq!(opened.load(Ordering::Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn connections_that_would_be_tested_are_closed_and_the_others_stay() {
+        let (kept, _) = kept(3);
+        let mut lent = Vec::new();
+        for _ in 0..3 {
+            lent.push(kept.take().await.unwrap());
+        }
+        for (held, _place) in lent {
+            kept.give_back(held);
+        }
+        for held in kept.free().connections.iter_mut().take(2) {
+            held.used = ago(TEST_AFTER * 2);
+        }
+        kept.drop_untested();
+        assert_eq!(kept.free().connections.len(), 1);
+        until_size(&kept, 1).await;
+    }
+
+    #[tokio::test]
     async fn a_connection_in_an_unknown_state_is_closed() {
-        let (kept, mut returns) = kept(1);
+        let (kept, opened) = kept(1);
         let (held, place) = kept.take().await.unwrap();
         drop((held, place));
         assert_eq!(kept.pool.size(), 0);
-        assert!(returns.try_recv().is_err());
         drop(kept.take().await.unwrap());
+        assert_eq!(opened.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn lent_and_kept_connections_are_never_more_than_the_pool_has() {
         const ALL: u32 = 3;
-        let (kept, _returns) = kept(ALL);
+        let (kept, _) = kept(ALL);
+        let lent = Arc::new(AtomicU32::new(0));
         let mut calls = JoinSet::new();
         for number in 0..300_u32 {
-            let kept = Arc::clone(&kept);
+            let (kept, lent) = (Arc::clone(&kept), Arc::clone(&lent));
             let call = calls.spawn(async move {
                 let (mut held, _place) = kept.take().await.unwrap();
-                assert!(kept.pool.size() <= ALL);
+                let lent = Lent::new(&lent);
+                assert!(lent.count <= ALL, "{} connections are lent", lent.count);
                 held.ping().await.unwrap();
                 match number % 7 {
-                    // The connection is closed.
+                    // The connection is closed, because its state is unknown.
                     0 => {}
-                    // It returns to the pool.
+                    // It is closed, because it is too old.
                     1 => {
-                        held.taken = long_ago();
+                        held.opened = ago(LIFETIME * 2);
                         kept.give_back(held);
                     }
                     _ => kept.give_back(held),
@@ -317,6 +440,8 @@ mod tests {
             assert!(ended.is_ok() || ended.is_err_and(|error| error.is_cancelled()));
         }
         assert_eq!(kept.places.available_permits(), 3);
-        assert!(kept.free().connections.len() <= 3);
+        let free = kept.free().connections.len();
+        assert!(free <= 3, "{free} connections are kept");
+        until_size(&kept, u32::try_from(free).unwrap()).await;
     }
 }

@@ -120,7 +120,7 @@ impl Probe {
         let failed = self.seen(purpose).failed;
         if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) && self.is_long_outage(purpose) {
             return Err(Error::Down(
-                "the database did not answer the last probe".into(),
+                "the database did not answer the last health check".into(),
             ));
         }
         Ok(())

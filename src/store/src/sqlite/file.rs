@@ -68,15 +68,16 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     check_side_files(path, owner)
 }
 
-/// Refuses a file that is no SQLite database. A file that cannot be read is left to SQLite.
+/// Refuses a file that is not a SQLite database. If the file cannot be read, the function returns no error, because
+/// SQLite reports this problem.
 fn check_header(path: &Path) -> Result<(), Error> {
     let mut begin = [0; HEADER.len()];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut begin));
     match read {
         Ok(()) if begin != *HEADER => {
-            let what = format!("{} is no SQLite database", path.display());
+            let what = format!("{} is not a SQLite database", path.display());
             Err(Error::Schema(Detail::from(what).remedy(
-                "name another file in the URL, or restore a backup if it was overwritten",
+                "set the URL to another file, or restore a backup if the database file was overwritten",
             )))
         }
         // An empty file is a new database. SQLite reports a file that is too short or cannot be read.
@@ -113,8 +114,9 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written it, and SQLite would write its content into the database. If it does \
-             not belong to the database, remove it. Then remove the write permission of other users from its directory"
+            "{shown} {problem}: another user could have written this file, and SQLite would write its content into the \
+             database. If the file does not belong to the database, remove it. Then remove the write permission of other \
+             users from the directory of the file"
         );
         return Err(Error::Down(what.into()));
     }
@@ -136,7 +138,7 @@ pub(super) async fn require(accepted: Accepted, pool: &SqlitePool) -> Result<(),
     schema::require(accepted, &mut *pool.acquire().await?, &SQL, &MIGRATOR).await
 }
 
-/// Whether the file exists. Fails if other users can change it.
+/// Whether the file exists. Fails if other users can change the file.
 fn exists(path: &Path) -> Result<bool, Error> {
     match path.try_exists() {
         Ok(true) => check(path).map(|()| true),
@@ -175,7 +177,8 @@ pub(crate) async fn known_audit_log(
     known
 }
 
-/// Migrates a database to the newest schema, and creates the file if necessary. The caller holds the lock.
+/// Migrates a database to the newest schema, and creates the file if necessary. The caller must hold the lock of the
+/// database.
 pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationReport, Error> {
     let report = schema::plan(status(path).await?.current, &MIGRATOR)?;
     if !dry_run {
@@ -192,7 +195,7 @@ pub(crate) async fn migrate(path: &Path, dry_run: bool) -> Result<MigrationRepor
 async fn run_migrations(pool: &SqlitePool) -> Result<(), Error> {
     MIGRATOR.run(pool).await.map_err(|error| {
         Error::Schema(Detail::caused(
-            "migration failed, nothing was changed",
+            "the migration failed, and nothing was changed",
             error,
         ))
     })?;
@@ -221,7 +224,7 @@ pub struct StoreLock {
 }
 
 impl StoreLock {
-    /// The lock of a database on a server, which any number of processes may use.
+    /// An empty lock for a database on a server, because any number of processes may use such a database.
     pub(crate) fn not_needed() -> Self {
         Self { _file: None }
     }
@@ -248,8 +251,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error::InUse(format!(
-            "{} is in use by process {}; stop the broker first, because only one process can use an SQLite database. For a running \
-             broker, use the commands of `keybroker client`",
+            "{} is in use by process {}; stop the broker first, because only one process can use a SQLite database. For \
+             a running broker, use the commands of `keybroker client`",
             path.display(),
             holder.trim()
         )));
@@ -260,8 +263,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     Ok(StoreLock { _file: Some(file) })
 }
 
-/// Checks the lock file. The process id is written into the lock file, so the lock file must not be another file
-/// under a second name.
+/// Checks the lock file. The process id is written into the lock file, so the lock file must not be a hard link to
+/// another file.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;
@@ -269,7 +272,7 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let problem = if !meta.is_file() {
         "is not a regular file".to_owned()
     } else if meta.nlink() > 1 {
-        "has more than one hard link, and would be overwritten".to_owned()
+        "has more than one hard link, and SQLite would overwrite the file".to_owned()
     } else if is_foreign(meta.uid(), ours) {
         format!("belongs to user {}", meta.uid())
     } else {

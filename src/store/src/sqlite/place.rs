@@ -66,17 +66,18 @@ pub(super) struct Place {
 /// The last examination.
 #[derive(Debug, Default)]
 struct Last {
-    /// The time when it began, if it found no problem.
+    /// The time when the last examination began; absent if it found a problem.
     good: Option<Instant>,
     /// The problem of the last examination, so that it is logged only once.
     problem: Option<String>,
 }
 
 impl Place {
-    /// The files of a database with an open connection that has already read, so that the WAL exists.
+    /// The files of a database. The caller must have a connection that has already read from the database, so that the WAL
+    /// exists.
     pub(super) fn of(path: &Path) -> Result<Self, Error> {
         let look = || -> io::Result<Vec<Fixed>> {
-            // SQLite follows links, and creates the other files beside the target.
+            // SQLite follows symbolic links, and creates its other files next to the target.
             let real = fs::canonicalize(path)?;
             let mut paths = vec![path.to_owned(), directory(path)];
             if real != path {
@@ -95,7 +96,7 @@ impl Place {
         })
     }
 
-    /// Fails while any of the files differs from the one that was opened.
+    /// Fails while any file is not the file that was opened.
     pub(super) fn check(&self) -> Result<(), Error> {
         let begun = Instant::now();
         let changed = self.files.iter().find_map(|file| file.check().err());
@@ -121,7 +122,7 @@ impl Place {
                     "the database was moved or replaced while it was in use",
                     changed,
                 )
-                .remedy("put the file back, or restart the broker"),
+                .remedy("put the original database file back, or restart the broker"),
             )),
         }
     }

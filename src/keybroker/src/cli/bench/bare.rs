@@ -1,7 +1,8 @@
-//! The bare loop: RSA-OAEP decrypts through the vendor's module, with no broker code between them. The loop runs in a separate
-//! process, so that its threads and its CPU time are counted separately.
+//! The bare loop: RSA-OAEP decryptions through the vendor's module, without the code of the broker. The bare loop runs in a
+//! separate process, so that its threads and its CPU time are counted separately.
 
 use std::{
+    path::Path,
     process::{Command, Stdio},
     time::Instant,
 };
@@ -63,8 +64,8 @@ impl Bare {
         f64::from(self.operations) / self.seconds
     }
 
-    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread waits for each
-    /// answer instead.
+    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread only waits for
+    /// each answer.
     pub(super) fn is_local(&self) -> bool {
         self.waits < self.operations.div_ceil(2)
     }
@@ -74,7 +75,7 @@ impl Bare {
     }
 }
 
-/// Runs the loop in an admin worker, whose CPU time is counted.
+/// Runs the bare loop in an admin worker, and counts the CPU time of this worker.
 pub(super) fn measure(
     context: &Context,
     key: &ExpectedKey,
@@ -93,20 +94,30 @@ pub(super) fn measure(
     })
 }
 
-/// A command that runs this program with the same configuration and an empty standard input.
-pub(super) fn ourselves(context: &Context) -> Result<Command, Failure> {
+/// A command that runs this program with a configuration and an empty standard input.
+pub(super) fn ourselves(configuration: &Path) -> Result<Command, Failure> {
     let program =
         std::env::current_exe().map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
     let mut command = Command::new(program);
     command
         .arg("--config")
-        .arg(context.config_file())
+        .arg(configuration)
         .stdin(Stdio::null());
     Ok(command)
 }
 
-/// The active wrapping key, and the length of its modulus as read from the token.
-pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Failure> {
+/// The token and its active wrapping key.
+#[derive(Clone, Debug)]
+pub(super) struct Facts {
+    pub(super) key: ExpectedKey,
+    /// Length of the modulus, as read from the token.
+    pub(super) rsa_bits: usize,
+    /// Manufacturer and model of the token.
+    pub(super) model: String,
+}
+
+/// Reads the registry and the token.
+pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     let rows = block_on(async {
         let store = store::open(&config.store).await?;
         let rows = store.registry().await;
@@ -115,11 +126,14 @@ pub(super) fn wrapping_key(config: &Config) -> Result<(ExpectedKey, usize), Fail
     })??;
     let key = active(&rows)?;
     let admin = open(config, &key)?;
-    let bits = admin.check(key.id)?.modulus_bits;
-    Ok((key, bits))
+    Ok(Facts {
+        rsa_bits: admin.check(key.id)?.modulus_bits,
+        model: admin.info().model.clone(),
+        key,
+    })
 }
 
-/// The active wrapping key, with the registry's description of it.
+/// The active wrapping key, as the registry describes it.
 pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     let row = rows
         .iter()
@@ -127,7 +141,7 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
         .max_by_key(|row| row.sequence)
         .ok_or_else(|| {
             Failure::new(Exit::Untrusted, "no wrapping key is active")
-                .hint("create one with `keybroker key generate`")
+                .hint("create a wrapping key with `keybroker key generate`")
         })?;
     Ok(ExpectedKey {
         id: row.id,
@@ -137,7 +151,7 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
     })
 }
 
-/// Logs in to the token of a key.
+/// Logs in to the token that holds a key.
 pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
     let source = match &config.token.pin_file {
         Some(path) => PinSource::File(path.clone()),

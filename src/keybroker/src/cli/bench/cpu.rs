@@ -4,10 +4,11 @@ use std::fs;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// `USER_HZ`, the unit of `/proc/<pid>/stat`: 100 on every Linux that Debian runs on.
+/// `USER_HZ`, the number of clock ticks per second in `/proc/<pid>/stat`. The value is 100 on every Linux
+/// architecture that Debian supports.
 const TICKS_PER_SECOND: u64 = 100;
-/// Indexes of the fields after the command's name in parentheses: state is 0, parent 1, user time 11, system time 12
-/// (proc(5)).
+/// Indexes of fields in `/proc/PID/stat`, counted from the first field after the command's name. Index 0 is the state of the
+/// process. See proc(5).
 const PARENT: usize = 1;
 const USER: usize = 11;
 const SYSTEM: usize = 12;
@@ -45,7 +46,7 @@ impl CpuTime {
         Ok(all)
     }
 
-    /// Whether both values are of the same processes. The time of a process that has ended is lost.
+    /// Whether both values are CPU times of the same processes. The time of a process that has ended is lost.
     pub(super) fn is_of_the_same(&self, other: &Self) -> bool {
         self.pids == other.pids
     }

@@ -1,4 +1,5 @@
-//! Reads the broker's own time for an unwrap, beyond queue and token, from a histogram of `/metrics`.
+//! Reads a histogram of `/metrics` that shows how long the broker itself works on an unwrap, without the time in the
+//! queue and on the token.
 
 use std::{
     io::{Read as _, Write as _},
@@ -16,14 +17,14 @@ const ADDED: &str = "keybroker_call_overhead_seconds";
 pub(super) struct Added {
     seconds: f64,
     count: f64,
-    /// For each bucket, the upper bound in seconds and the number of values up to it. The last bucket, which has no
-    /// bound, is left out.
+    /// For each bucket, the upper bound in seconds and the number of values up to this bound. The last bucket, which
+    /// has no bound, is left out.
     buckets: Vec<(f64, f64)>,
 }
 
 impl Added {
-    /// Reads the histogram from the status listener. `None` if the listener does not answer, because the other figures
-    /// do not need it.
+    /// Reads the histogram from the status listener. `None` if the listener does not answer; the other results do not
+    /// need the histogram.
     pub(super) fn read(status: SocketAddr) -> Option<Self> {
         let mut stream = TcpStream::connect_timeout(&status, TIMEOUT).ok()?;
         stream.set_read_timeout(Some(TIMEOUT)).ok()?;

@@ -1,5 +1,6 @@
-//! Fills a database with records, bypassing the broker. The rows are wrapped and have row MACs like those of the broker, so the
-//! broker can unwrap them. Each transaction writes hundreds of rows, because a million single transactions would take hours.
+//! Fills a database with records, bypassing the broker. The keys are wrapped, and the rows have row MACs, as if the broker had
+//! written them, so the broker can release these keys. Each transaction writes hundreds of rows, because a million single
+//! transactions would take hours.
 
 use std::{
     ops::Range,
@@ -29,6 +30,7 @@ use keybroker_core::{
     envelope,
     error::chain,
     key::{ID_BYTES, KeyAddress, RecordId, Revision, Tenant},
+    principal::Principal,
 };
 use keybroker_hsm::admin::Wrapper;
 use keybroker_store as store;
@@ -39,12 +41,20 @@ use super::{bare, users::Users};
 /// Records per transaction. A transaction of this size ends long before the timeout of a statement.
 const BATCH: u32 = 500;
 
-/// The tenant of the principal that the load's certificate identifies. The broker looks for the records in this tenant.
-pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
+/// The principal that the certificate of a connection identifies.
+pub(super) fn principal(
+    connection: &Connection,
+    config: &Config,
+) -> Result<Arc<Principal>, Failure> {
     let known = Authenticator::new(&config.principals)
         .map_err(|error| Failure::new(Exit::Configuration, chain(&error)))?;
-    let principal = known.certificate(Some(&connection.certificate()?))?;
-    Ok(principal.tenant().clone())
+    Ok(known.certificate(Some(&connection.certificate()?))?)
+}
+
+/// The tenant of the principal that the client certificate of the load identifies. The broker looks for the records in this
+/// tenant.
+pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
+    Ok(principal(connection, config)?.tenant().clone())
 }
 
 /// Creates a record for every user that has none.
@@ -104,7 +114,7 @@ impl Seed {
                 let (runtime, seed) = (runtime.clone(), Arc::clone(&seed));
                 thread::spawn(move || {
                     let worked = seed.work(&wrapper, &runtime);
-                    // The other threads stop after their current batch, also when this thread has failed.
+                    // If this thread has failed, the other threads stop after their current batch.
                     seed.next.store(seed.users.count(), Ordering::Relaxed);
                     worked
                 })
@@ -118,7 +128,7 @@ impl Seed {
         ended.into_iter().collect()
     }
 
-    /// Writes batches until none is left or one fails.
+    /// Writes batches until no batch is left or a batch fails.
     fn work(&self, wrapper: &Wrapper, runtime: &Handle) -> Result<(), Failure> {
         loop {
             let first = self.next.fetch_add(BATCH, Ordering::Relaxed);
@@ -131,8 +141,8 @@ impl Seed {
         }
     }
 
-    /// Writes one batch. A batch is written in one transaction, so if its last record exists, all of them do. Single records may
-    /// exist from runs that enrolled through the broker.
+    /// Writes one batch. A batch is written in one transaction, so if the last record of a batch exists, all its records exist.
+    /// Runs that enrolled users through the broker may have left single records.
     async fn batch(&self, wrapper: &Wrapper, numbers: Range<u32>) -> Result<(), Failure> {
         if self.is_there(numbers.end - 1).await? {
             return Ok(());

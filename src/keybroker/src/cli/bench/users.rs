@@ -4,13 +4,16 @@
 use aws_lc_rs::{hmac, rand};
 use keybroker_client::{KeyMaterial, UserKeyRef};
 
-/// The key name that this command uses.
+/// The key name of the users of the gRPC API.
 const KEY_NAME: &str = "bench";
+/// The key name that the REST API uses.
+const MEMBER_KEY_NAME: &str = "bitwarden";
 
 /// A number of users, numbered from 0.
 #[derive(Clone, Debug)]
 pub(super) struct Users {
     key: hmac::Key,
+    key_name: &'static str,
     count: u32,
 }
 
@@ -23,8 +26,20 @@ pub(super) struct User {
 
 impl Users {
     pub(super) fn new(count: u32) -> Self {
-        let key = hmac::Key::new(hmac::HMAC_SHA256, b"keybroker bench");
-        Self { key, count }
+        Self::with_key_name(count, KEY_NAME)
+    }
+
+    /// Users who fetch their keys over REST.
+    pub(super) fn members(count: u32) -> Self {
+        Self::with_key_name(count, MEMBER_KEY_NAME)
+    }
+
+    fn with_key_name(count: u32, key_name: &'static str) -> Self {
+        Self {
+            key: hmac::Key::new(hmac::HMAC_SHA256, b"keybroker bench"),
+            key_name,
+            count,
+        }
     }
 
     pub(super) fn count(&self) -> u32 {
@@ -35,12 +50,13 @@ impl Users {
         let name = format!("bench-{number:07}");
         let material = hmac::sign(&self.key, name.as_bytes()).as_ref().to_vec();
         User {
-            key: UserKeyRef::parse(&name, KEY_NAME).expect("both keep the limits of the protocol"),
+            key: UserKeyRef::parse(&name, self.key_name)
+                .expect("both keep the limits of the protocol"),
             material: KeyMaterial::new(material).expect("the digest has 32 bytes"),
         }
     }
 
-    /// A random user, with equal probability for each. A database cannot predict the next one.
+    /// Returns a random user. All users have the same probability, so a database cannot predict the next user.
     pub(super) fn any(&self) -> User {
         let mut bytes = [0; 8];
         rand::fill(&mut bytes).expect("the generator is seeded at its first use, by TLS");

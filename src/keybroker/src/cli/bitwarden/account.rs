@@ -66,8 +66,9 @@ pub(super) fn kdf(
     let kdf = match function {
         Function::Pbkdf2 if memory_mib.is_some() || parallelism.is_some() => {
             let what = "memory and parallelism are parameters of Argon2id, not of PBKDF2";
-            return Err(Failure::new(Exit::Usage, what)
-                .hint("the account's settings show its KDF: pass it with --kdf"));
+            return Err(Failure::new(Exit::Usage, what).hint(
+                "the account's settings show the KDF of the account: pass this KDF with --kdf",
+            ));
         }
         Function::Pbkdf2 => Kdf::Pbkdf2 {
             iterations: iterations.unwrap_or(600_000),
@@ -82,7 +83,7 @@ pub(super) fn kdf(
     Ok(kdf)
 }
 
-/// The parameters as output fields, named like the options.
+/// The KDF parameters as output fields, which have the names of the options.
 pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     let (name, iterations, memory, parallelism) = match kdf {
         Kdf::Pbkdf2 { iterations } => ("pbkdf2", iterations, None, None),
@@ -101,7 +102,8 @@ pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     ]
 }
 
-/// Warns if a KDF is weaker than recommended or stronger than clients offer. Programs read the field `warning` instead.
+/// Warns if a KDF is weaker than recommended or stronger than clients offer. For programs, the output field `warning`
+/// has the same text.
 pub(super) fn warn(output: Output, kdf: Kdf) {
     if let Some(warning) = kdf.warning() {
         output.note(&format!(
@@ -110,7 +112,7 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
     }
 }
 
-/// The source of the master password, which is never an argument.
+/// The source of the master password. The password is never a command-line argument.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
@@ -189,7 +191,7 @@ fn open(
     })
 }
 
-/// A master key, or an account to derive one from.
+/// A master key, or an account from which a master key is derived.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
@@ -199,7 +201,7 @@ pub(super) struct KeySource {
     /// Number of an open file descriptor to read the master key from
     #[arg(long, value_name = "N", conflicts_with = "email")]
     master_key_fd: Option<u32>,
-    /// E-mail address of the account, to derive the key from its password
+    /// E-mail address of the account, to derive the master key from the account's password
     #[arg(long, value_name = "ADDRESS")]
     email: Option<String>,
     #[command(flatten)]
@@ -209,7 +211,7 @@ pub(super) struct KeySource {
 }
 
 impl KeySource {
-    /// The source that the options select; `None` if they select none.
+    /// The kind of source that the options select; `None` if the options select no source.
     pub(super) fn name(&self) -> Option<&'static str> {
         if self.email.is_some() {
             return Some("password");
@@ -223,7 +225,7 @@ impl KeySource {
         self.email.as_deref()
     }
 
-    /// Reads or derives the key; `None` if no option selects one.
+    /// Reads or derives the master key; `None` if no option selects a source.
     pub(super) fn master_key(&self, output: Output) -> Result<Option<MasterKey>, Failure> {
         if let Some(email) = &self.email {
             let opened = open(email, &self.password, &self.parameters)?;

@@ -1,5 +1,5 @@
-//! Calls a Key Connector like a Bitwarden client: `/user-keys` over HTTP/1.1 with a bearer token. Only status 200 is
-//! success.
+//! Calls a Key Connector as a Bitwarden client does: `/user-keys` over HTTP/1.1 with an access token. Only status
+//! 200 means success.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -31,9 +31,9 @@ const JSON: &str = "application/json";
 const JSON_UTF8: &str = "application/json; charset=utf-8";
 /// Longest answer that is read, in bytes.
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
-/// Longest file of CA certificates, in bytes. The file of a Linux distribution has 0.3 MiB.
+/// Longest file of CA certificates, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
@@ -86,13 +86,14 @@ impl Connector {
         let mut bearer = HeaderValue::from_str(&bearer).map_err(|_| {
             Failure::new(
                 Exit::Usage,
-                "the access token contains characters that no access token has",
+                "the access token contains characters that are not allowed in access tokens",
             )
         })?;
         bearer.set_sensitive(true);
         Ok(Broker {
             client: self.client()?,
-            // Clients join the parts in the same way, so a slash at the end of the URL becomes a double slash.
+            // Bitwarden clients also append `/user-keys` to the URL, so a slash at the end of the URL leads to a
+            // double slash.
             user_keys: format!("{url}/user-keys"),
             bearer,
             holder,
@@ -200,7 +201,7 @@ impl Drop for Body {
     }
 }
 
-/// A broker, called with the access token of one user.
+/// A broker that is called with the access token of one user.
 pub(super) struct Broker {
     client: Client,
     user_keys: String,
@@ -300,7 +301,7 @@ impl Broker {
         let mut hint = hint(&cause, "--ca-file");
         if cause.contains("UnknownIssuer") {
             hint.push_str(
-                "; Bitwarden clients need that CA certificate in the system's trust store",
+                "; Bitwarden clients need the CA certificate of the broker in the system's trust store",
             );
         }
         Failure::new(Exit::Unreachable, what).hint(hint)

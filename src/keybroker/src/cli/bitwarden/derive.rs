@@ -21,7 +21,7 @@ use super::{
 pub(in crate::cli) struct Derive {
     #[command(flatten)]
     account: Account,
-    /// New file for the master key, created with mode 0600; without this option the key is not shown
+    /// New file for the master key, created with mode 0600; without this option the master key is not shown
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
     /// Number of an open file descriptor to write the master key to
@@ -89,10 +89,11 @@ impl ChangeKdf {
         let user_key = old.unprotect(&protected).map_err(unusable)?;
         let new = account.master_key_of(new_kdf)?;
         let protected = new.protect(&user_key).map_err(unusable)?;
-        // Before the result is written, check that the new master key decrypts it to the same user key.
+        // Before the protected key is written, check that the new master key decrypts it to the same
+        // user key.
         let again = new.unprotect(&protected).map_err(unusable)?;
         if !bool::from(again.ct_eq(&user_key)) {
-            let what = "the newly protected key does not decrypt to the same user key";
+            let what = "the new protected user key does not decrypt to the original user key";
             return Err(Failure::new(Exit::Internal, what));
         }
         if let Some(path) = &self.out {
@@ -106,9 +107,9 @@ impl ChangeKdf {
         fields.push(field("new_authentication_hash", new_hash.as_str()));
         fields.push(field("protected_key", protected.to_string()));
         output.note(
-            "nothing has changed yet: the account has the new KDF once the Bitwarden server has accepted hash, KDF and \
-             key together. Then fetch the account's `Key` again, and run `keybroker bitwarden enrol` with it and the \
-             new master key",
+            "nothing has changed yet: the account gets the new KDF when the Bitwarden server accepts the new hash, KDF \
+             and protected user key together. After that, fetch the account's new `Key`, and run `keybroker bitwarden \
+             enrol` with this `Key` and the new master key",
         );
         output.fields(fields)
     }

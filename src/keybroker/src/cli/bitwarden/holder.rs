@@ -1,5 +1,5 @@
-//! The holder of an access token. This command does not verify the token's claims; the broker does. The command shows the claims
-//! and compares them with the options, so that a wrong file does not overwrite another user's record.
+//! The holder of an access token. The commands do not verify the claims of an access token; the broker verifies them. The
+//! commands show the claims and compare them with the options, so that a wrong token file does not overwrite another user's key.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde::Deserialize;
@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::cli::exit::{Exit, Failure};
 use keybroker_bitwarden::Email;
 
-/// The user that an access token identifies. Both fields are empty if the token cannot be decoded.
+/// The user that an access token identifies. Both fields are `None` if the access token cannot be decoded.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Holder {
     sub: Option<String>,
@@ -33,7 +33,7 @@ impl Holder {
         shown(self.email.as_deref())
     }
 
-    /// Refuses an access token whose user differs from the one in the options.
+    /// Refuses an access token whose user differs from the user in the options.
     pub(super) fn check(&self, user: Option<Uuid>, email: Option<&str>) -> Result<(), Failure> {
         let of_user = self.sub.as_deref().and_then(|sub| sub.parse().ok());
         if user.is_some_and(|user| of_user != Some(user)) {
@@ -42,7 +42,7 @@ impl Holder {
         let (Some(typed), Some(found)) = (email, &self.email) else {
             return Ok(());
         };
-        // The addresses are normalised as in the key derivation, so their case does not matter.
+        // The e-mail addresses are normalised as in the key derivation, so their case does not matter.
         let [typed, found] = [typed, found.as_str()]
             .map(|text| Email::parse(text).map(|email| email.as_str().to_owned()));
         if typed.is_ok() && typed == found {
@@ -59,10 +59,10 @@ fn shown(text: Option<&str>) -> Option<String> {
 fn other(what: &str, found: Option<String>, option: &str) -> Failure {
     let what = match found {
         Some(found) => format!("the access token's {what} is {found}, which differs from {option}"),
-        None => format!("the access token has no {what}; expected the one of {option}"),
+        None => format!("the access token has no {what}; expected the value of {option}"),
     };
     Failure::new(Exit::Usage, what).hint(
-        "the key is stored for the user of the access token: pass the access token of the intended user",
+        "the broker stores the key for the user of the access token: pass the access token of the intended user",
     )
 }
 

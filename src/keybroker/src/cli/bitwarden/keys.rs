@@ -28,13 +28,14 @@ pub(in crate::cli) struct Enrol {
     connector: Connector,
     #[command(flatten)]
     key: KeySource,
-    /// File with the account's protected user key; the command sends the master key only if it decrypts this user key
+    /// File with the account's protected user key; the command sends the master key only if the master key decrypts this user key
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
-    /// Replace the key in the broker (PUT). If no user key is protected with the new key, the vault is lost
+    /// Replace the master key in the broker (PUT). If no user key is protected with the new master key, the account's vault is
+    /// lost
     #[arg(long, requires_all = ["protected_key_file", "user"])]
     replace: bool,
-    /// User of the key; must equal the `sub` claim of the access token
+    /// User id of the account; must equal the `sub` claim of the access token
     #[arg(long, value_name = "GUID")]
     user: Option<Uuid>,
 }
@@ -49,14 +50,14 @@ impl Enrol {
             None => None,
         };
         let Some(key) = self.key.master_key(output)? else {
-            let what = "no key specified to enrol";
+            let what = "no master key specified to enrol";
             return Err(Failure::new(Exit::Usage, what)
-                .hint("pass the key with --master-key-file, or the account with --email"));
+                .hint("pass the master key with --master-key-file, or the account with --email"));
         };
         match &protected {
             Some(protected) => drop(key.unprotect(protected).map_err(unusable)?),
             None => output.note(
-                "warning: the key was not checked against the account; pass --protected-key-file to check it",
+                "warning: the master key was not checked against the account; pass --protected-key-file to check the master key",
             ),
         }
         let method = if self.replace {
@@ -65,14 +66,14 @@ impl Enrol {
             Method::Post
         };
         output.note(&format!(
-            "the access token is for user {} ({}); only the broker verifies the token",
+            "the access token is for user {} ({}); only the broker verifies the access token",
             holder.user().as_deref().unwrap_or("unknown"),
             holder.email().as_deref().unwrap_or("no e-mail address"),
         ));
         broker.store(method, &key).await?;
         let kept = broker.fetch().await.map_err(not_read_back)?;
         if !kept.is(&key) {
-            let what = "the broker returned a different key from the one that was just stored";
+            let what = "the broker returned a key that differs from the key that was just stored";
             return Err(Failure::new(Exit::Verification, what).hint(
                 "do not convert the account; report the error to the operator of the broker",
             ));
@@ -92,13 +93,13 @@ impl Enrol {
 pub(in crate::cli) struct Fetch {
     #[command(flatten)]
     connector: Connector,
-    /// New file for the key, created with mode 0600
+    /// New file for the master key, created with mode 0600
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
-    /// Number of an open file descriptor to write the key to
+    /// Number of an open file descriptor to write the master key to
     #[arg(long, value_name = "N")]
     out_fd: Option<u32>,
-    /// Show the key even on a terminal
+    /// Show the master key even on a terminal
     #[arg(long)]
     force: bool,
 }
@@ -158,7 +159,7 @@ impl Unlock {
         }
         let source = self.key.name();
         if source.is_some() && self.connector.has_token() {
-            let what = "both an access token and a local key were given; pass only one";
+            let what = "both an access token and a local key were given; pass only one of them";
             return Err(Failure::new(Exit::Usage, what).hint(
                 "pass an access token (--token-file, --token-fd) or a local key (--email, --master-key-file, --master-key-fd)",
             ));

@@ -23,7 +23,7 @@ impl RequestError {
         }
     }
 
-    /// The failure of a change. The message says if the change may have been made.
+    /// The failure of a change. The message says whether the change may have been made.
     pub(super) fn of_change(self) -> Failure {
         if !self.may_have_happened {
             return self.failure;
@@ -57,15 +57,15 @@ impl From<RequestError> for Failure {
 /// The failure to read back a key that was just stored.
 pub(super) fn not_read_back(failure: Failure) -> Failure {
     Failure {
-        message: format!("the key was stored, but not read back: {}", failure.message),
+        message: format!("the key was stored, but could not be read back: {}", failure.message),
         ..failure
     }
     .hint(
-        "do not convert the account yet: run `keybroker bitwarden fetch` and compare the key first",
+        "do not convert the account yet: run `keybroker bitwarden fetch`, and compare the fetched key with the master key",
     )
 }
 
-/// The body of a broker's refusal. The fields are empty if another program answered.
+/// The body of a broker's refusal. The fields are `None` if another program sent the answer.
 #[derive(Default, Deserialize)]
 struct Refusal {
     reason: Option<String>,
@@ -117,11 +117,11 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
         (404, _) => "this path is not part of a Key Connector: check the path prefix in --url",
         (429, _) => "wait for the given time, then try again",
         (503, _) => {
-            "the token, the database or the audit log is unavailable; the broker's log shows which one"
+            "the token, the database or the audit log is unavailable; the broker's log shows which of them"
         }
         (200..=299, _) => "Bitwarden clients treat every status except 200 as an error",
         (300..=399, _) => {
-            "Bitwarden clients do not follow redirects here: pass the target of the redirect in --url"
+            "Bitwarden clients do not follow redirects of a Key Connector: pass the target of the redirect in --url"
         }
         _ => "the operator can find the call in the broker's log",
     }
@@ -165,6 +165,10 @@ mod tests {
             assert_eq!(failure.exit, Exit::Refused);
         }
         let failure = not_read_back(refused(StatusCode::NOT_FOUND, None, b"{}"));
-        assert!(failure.message.contains("stored, but not read back"));
+        assert!(
+            failure
+                .message
+                .contains("stored, but could not be read back")
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Reads the encrypted texts and the secrets of these commands.
+//! Reads the encrypted texts and the secrets for the `keybroker bitwarden` commands.
 
 use std::{fs::File, io::Read as _, path::Path};
 
@@ -31,8 +31,7 @@ pub(super) fn unusable(error: bitwarden::Error) -> Failure {
     let hint = match error {
         bitwarden::Error::Decrypt => {
             return Failure::new(Exit::Verification, error.to_string()).hint(
-                "check the account, the password, the KDF and its parameters; the key also depends on the e-mail \
-                 address",
+                "check the account, the password, the KDF and its parameters; the master key also depends on the e-mail address",
             );
         }
         bitwarden::Error::System(_) => return Failure::new(Exit::Internal, error.to_string()),
@@ -42,9 +41,12 @@ pub(super) fn unusable(error: bitwarden::Error) -> Failure {
         bitwarden::Error::Form(_) | bitwarden::Error::Type(_) => {
             "an encrypted text has the form `2.…|…|…`: copy all of it, without quotation marks"
         }
-        bitwarden::Error::KeyKind(_) => "a protected key has type 2, or 0 in an old account",
+        bitwarden::Error::KeyKind(_) => {
+            "a protected user key has type 2, or type 0 in an old account"
+        }
         bitwarden::Error::Kdf { .. } => {
-            "no Bitwarden client creates an account with weaker parameters: they would make the password easy to guess"
+            "no Bitwarden client creates an account with weaker parameters: weaker parameters would make the password \
+             easy to guess"
         }
         _ => return Failure::new(Exit::Usage, error.to_string()),
     };

@@ -17,7 +17,7 @@ use keybroker_core::principal::Role;
 use super::{Caller, arguments, material, refusal, show};
 
 const SECONDS_PER_DAY: u64 = 86_400;
-/// About a hundred years.
+/// Longest lifetime of a secret, in days: about a hundred years.
 const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]
@@ -46,7 +46,7 @@ pub(super) enum Command {
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         page_size: u32,
     },
-    /// Revoke an API client permanently, or one of its secrets
+    /// Permanently revoke an API client, or one of its secrets
     Revoke {
         /// Id of the API client, 32 hexadecimal digits
         #[arg(value_parser = arguments::client_id)]
@@ -69,10 +69,10 @@ pub(super) struct Grant {
         value_parser = PossibleValuesParser::new(Role::ALL.map(Role::as_str))
     )]
     role: Vec<String>,
-    /// With the role `release`: users whose keys the client may release, or `*` for all users
+    /// With the role `release`: users whose keys the API client may release, or `*` for all users
     #[arg(long, num_args = 1..)]
     user: Vec<String>,
-    /// With the role `release`: key names that the client may release, or `*` for all names
+    /// With the role `release`: names of the keys that the API client may release, or `*` for all names
     #[arg(long, num_args = 1..)]
     key_name: Vec<String>,
 }
@@ -110,8 +110,8 @@ impl Command {
             && grant.user.is_empty()
             && grant.key_name.is_empty()
         {
-            let what = "a client with the role `release` needs --user, --key-name, or both";
-            let hint = "these options select the keys that the client may release; --key-name '*' permits all keys";
+            let what = "an API client with the role `release` needs --user, --key-name, or both";
+            let hint = "--user and --key-name select the keys that the API client may release; --key-name '*' permits all keys";
             return Err(Failure::new(Exit::Usage, what).hint(hint));
         }
         match self {
@@ -204,8 +204,8 @@ impl Caller {
     }
 }
 
-/// The failure of a change to an API client. A hint about user keys is replaced. If the answer is missing, the hint explains that
-/// a new secret may be lost.
+/// The failure of a change to an API client. A hint about user keys is replaced by a hint about API clients. If the answer is
+/// missing, the hint explains that a new secret may be lost.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.reason() == Some(Reason::KeyNotFound) {

@@ -40,7 +40,7 @@ pub(super) fn request_id(text: &str) -> Result<RequestId, InvalidField> {
 
 pub(super) fn revision(text: &str) -> Result<Revision, &'static str> {
     let number = text.parse().ok().and_then(Revision::new);
-    number.ok_or("not a revision; a revision is a whole number from 1")
+    number.ok_or("not a revision; a revision is a whole number of at least 1")
 }
 
 pub(super) fn wrapping_key_id(text: &str) -> Result<WrappingKeyId, &'static str> {

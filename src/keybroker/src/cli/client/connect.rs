@@ -24,7 +24,7 @@ use keybroker_core::{
 
 /// Longest PEM file, in bytes. The CA certificates of a Linux distribution have 0.3 MiB.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is believed");
+const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
 const KEY: Purpose = Purpose::secret("private key");
 
@@ -75,6 +75,31 @@ impl Connection {
         PeerCertificate::read(leaf).map_err(|error| unusable(chain(&error)))
     }
 
+    /// The timeout for the connection and for each answer.
+    pub(in crate::cli) fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+
+    /// The same connection with the certificate and the key of another principal.
+    pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
+        Self {
+            cert: Some(cert.to_owned()),
+            key: Some(key.to_owned()),
+            ..self.clone()
+        }
+    }
+
+    /// Reads the CA certificates that the broker's certificate is verified against.
+    pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
+        let Some(ca) = &self.ca else {
+            return Err(Failure::new(Exit::Usage, "no CA certificate specified")
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
+                 certificate is verified against"));
+        };
+        pem::certificates(&read("--ca", ca, AUTHORITIES)?)
+            .map_err(|error| malformed("--ca", ca, &error))
+    }
+
     /// Whether the client presents a certificate.
     pub(in crate::cli) fn has_certificate(&self) -> bool {
         self.cert.is_some()
@@ -88,21 +113,12 @@ impl Connection {
                 Failure::new(Exit::Usage, what).hint("the broker offers gRPC only over TLS")
             );
         }
-        let malformed = |option: &str, path: &Path, error: pem::Error| {
-            Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
-        };
-        let Some(ca) = &self.ca else {
-            return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
-                 certificate is verified against"));
-        };
-        let authorities = pem::certificates(&read("--ca", ca, AUTHORITIES)?)
-            .map_err(|error| malformed("--ca", ca, error))?;
-        let timeout = Duration::from_millis(self.timeout_ms);
+        let authorities = self.authorities()?;
+        let timeout = self.timeout();
         let mut builder = Client::builder(url)
             .ca_pem(pem::encode(&authorities))
             .deadline(timeout)
-            // Longer than the deadline, so that the deadline ends the wait.
+            // The connection timeout is longer than the deadline, so that the deadline ends the wait.
             .connect_timeout(timeout * 2);
         let (missing, given) = match (&self.cert, &self.key) {
             (Some(_), None) => ("--key", "--cert"),
@@ -117,10 +133,10 @@ impl Connection {
         }
         if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
             let certificates = pem::chain(&read("--cert", cert, CERTIFICATE)?)
-                .map_err(|error| malformed("--cert", cert, error))?;
+                .map_err(|error| malformed("--cert", cert, &error))?;
             let text = read("--key", key, KEY)?;
             let private =
-                pem::private_key(&text).map_err(|error| malformed("--key", key, error))?;
+                pem::private_key(&text).map_err(|error| malformed("--key", key, &error))?;
             if let Some(leaf) = certificates.first() {
                 check_certificate(cert, leaf, key, &private)?;
             }
@@ -129,6 +145,10 @@ impl Connection {
         }
         Ok(builder)
     }
+}
+
+fn malformed(option: &str, path: &Path, error: &pem::Error) -> Failure {
+    Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
 }
 
 /// Builds the client, which is not connected yet.
@@ -142,7 +162,7 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
             "--ca, --cert and --key cannot be used: {}",
             root_cause(&source)
         ))
-        .hint("each is a PEM file; --key must be the private key of the certificate in --cert"),
+        .hint("--ca, --cert and --key are PEM files; --key must be the private key of the certificate in --cert"),
         BuildError::Credential(_) => {
             usage("--token-file contains characters that no access token has".to_owned())
         }
@@ -180,7 +200,8 @@ fn is_unknown_issuer(cause: &str) -> bool {
 
 const NO_ANSWER: &str = "check the address and the firewall, and check that the broker runs";
 
-/// A hint for a failed connection, chosen by its innermost cause. `authorities` is the option with the trusted CA certificates.
+/// A hint for a failed connection, which depends on the innermost cause. `authorities` is the option with the trusted CA
+/// certificates.
 pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     let has = |words: &[&str]| words.iter().any(|word| cause.contains(word));
     if is_unknown_issuer(cause) {
@@ -189,18 +210,18 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
              of the broker has this file"
         )
     } else if has(&["not valid for name", "NotValidForName"]) {
-        "call the broker by a name in its certificate, or issue a certificate that has this name as a subject \
-         alternative name"
+        "pass an --endpoint whose host name is in the broker's certificate, or issue a certificate that has the host \
+         name of --endpoint as a subject alternative name"
             .to_owned()
     } else if has(&["CaUsedAsEndEntity"]) {
-        "the broker's certificate is a CA certificate (CA:TRUE); its operator must issue a separate certificate for \
-         the server"
+        "the broker's certificate is a CA certificate (CA:TRUE); the operator of the broker must issue a separate \
+         certificate for the server"
             .to_owned()
     } else if has(&["NotValidYet", "not valid yet"]) {
         "the broker's certificate is not valid yet: check the clock of this machine".to_owned()
     } else if has(&["expired", "Expired"]) {
-        "the broker's certificate has expired: its operator must renew it; if it is new, check the clock of this \
-         machine".to_owned()
+        "the broker's certificate has expired: the operator of the broker must renew it; if the certificate is new, \
+         check the clock of this machine".to_owned()
     } else if has(&["InvalidContentType", "corrupt message"]) {
         "this address does not use TLS: it may be the status listener ([status] address); use the address of a \
          [[listener]] with TLS"
@@ -210,7 +231,8 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
         "NoApplicationProtocol",
         "frame with invalid size",
     ]) {
-        "another program answers at this address, or a listener whose `apis` include neither `grpc` nor `admin`".to_owned()
+        "another program answers at this address, or the `apis` of the listener at this address include neither `grpc` \
+         nor `admin`".to_owned()
     } else if has(&["certificate"]) {
         "check the names and dates in the broker's certificate: `openssl s_client -connect HOST:PORT -showcerts`".to_owned()
     } else if has(&["lookup address", "resolve", "Name or service not known"]) {
@@ -237,9 +259,9 @@ fn check_certificate(
     match facts.life.age(certificate::now()) {
         Age::Over => {
             let what = format!("the certificate expired on {}", facts.life.ends());
-            return Err(
-                refuse(&what).hint("renew it; if it is new, check the clock of this machine")
-            );
+            return Err(refuse(&what).hint(
+                "renew the certificate; if the certificate is new, check the clock of this machine",
+            ));
         }
         Age::Early => {
             let what = format!(
@@ -286,7 +308,7 @@ mod tests {
             ),
             (
                 "invalid peer certificate: certificate not valid for name \"localhost\"; certificate is only valid for DnsName(\"x\")",
-                "by a name in its certificate",
+                "whose host name is in the broker's certificate",
             ),
             (
                 "invalid peer certificate: certificate expired: verification time 2 (UNIX), but certificate is not valid after 1",

@@ -25,11 +25,11 @@ pub(super) enum Command {
     TokenState,
     /// Show the last entries of the broker's audit log
     AuditTail {
-        /// Number of entries, 1 to 1000
+        /// Maximum number of entries to show, 1 to 1000
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         limit: u32,
     },
-    /// Show the health of the broker's services; fails with exit code 10 unless all of them are healthy
+    /// Show the health of the broker's services; the command fails with exit code 10 unless every service is healthy
     Health,
 }
 

@@ -1,4 +1,4 @@
-//! Credentials in the calls, which replace the client certificate of the connection.
+//! The credentials of calls. A credential in a call replaces the client certificate of the connection.
 
 use std::path::PathBuf;
 
@@ -35,7 +35,7 @@ impl Credential {
                 let id = ClientId::from_hex(id).ok_or_else(|| {
                     let what = format!("--client-id {id:?} is not 32 hexadecimal digits");
                     Failure::new(Exit::Usage, what)
-                        .hint("`keybroker client-credential list` shows the ids")
+                        .hint("`keybroker client-credential list` shows the ids of the API clients")
                 })?;
                 let secret = line("--client-secret-file", file)?;
                 Ok(builder.api_client(id, ClientSecret::new(secret.as_str())))
@@ -45,7 +45,8 @@ impl Credential {
                 Ok(builder.bearer_token(BearerToken::new(token.as_str())))
             }
             (_, _, Some(_)) => {
-                let what = "both an access token and an API client were given; pass only one";
+                let what =
+                    "both an access token and an API client were given; pass only one of them";
                 Err(Failure::new(Exit::Usage, what))
             }
             _ => {
@@ -115,8 +116,8 @@ mod tests {
             assert!(!failure.message.contains("kbs_secret"), "{failure:?}");
         };
         let file = written(folder.path(), "kbs_secret", 0o644);
-        refused(&client(ID, file.clone()), "others can read");
-        refused(&bearer(file), "others can read");
+        refused(&client(ID, file.clone()), "other users can read");
+        refused(&bearer(file), "other users can read");
         let file = written(folder.path(), "kbs_secret", 0o600);
         refused(&client("backup", file), "32 hexadecimal digits");
         for (text, word) in [

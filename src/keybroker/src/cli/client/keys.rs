@@ -1,4 +1,4 @@
-//! Calls of the user-key service that send key material or involve none.
+//! Calls of the user-key service, except the calls that release key material.
 
 use std::path::PathBuf;
 
@@ -61,7 +61,7 @@ pub(super) enum Command {
         /// Users whose keys are released, at most 64
         #[arg(long, required = true, num_args = 1.., value_parser = arguments::user)]
         user: Vec<UserId>,
-        /// Key name of all the keys
+        /// Name of the keys; every released key has this name
         #[arg(long, default_value = "default", value_parser = arguments::key_name)]
         key_name: KeyName,
         /// Write to standard output even if it is a terminal
@@ -74,7 +74,7 @@ pub(super) enum Command {
         key: Key,
         #[command(flatten)]
         source: Source,
-        /// Revision that `client get` showed; the command fails if another revision is current now
+        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -104,7 +104,7 @@ pub(super) enum Command {
     Delete {
         #[command(flatten)]
         key: Key,
-        /// Revision that `client get` showed; the command fails if another revision is current now
+        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -124,7 +124,7 @@ pub(super) enum Command {
         /// Number of the earlier revision
         #[arg(long, value_parser = arguments::revision)]
         revision: Revision,
-        /// Revision that `client get` showed; the command fails if another revision is current now
+        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -213,8 +213,8 @@ impl Caller {
         }
     }
 
-    /// Sends the key material. The file with generated material is removed only if the broker certainly did not store
-    /// it.
+    /// Sends the key material. The file with generated key material is removed only if the broker certainly did not
+    /// store this material.
     async fn store(
         &self,
         key: &UserKeyRef,
@@ -268,7 +268,7 @@ impl Caller {
     }
 }
 
-/// Replaces the hint of `KEY_EXISTS`, which suggests `undelete`, for the command `undelete` itself.
+/// The hint of `KEY_EXISTS` suggests `undelete`, so the command `undelete` itself shows another hint.
 fn explain_active(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {
         return failure.hint("the record is not deleted, so there is nothing to undelete");

@@ -1,5 +1,5 @@
-//! Reads and writes key material through files, descriptors and pipes. Key material is never an argument, and goes to a
-//! terminal only with `--force`.
+//! Reads and writes key material through files, descriptors and pipes. Key material is never a command-line argument,
+//! and is written to a terminal only with `--force`.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -49,10 +49,11 @@ impl Source {
         let key_name = key_name.as_str();
         let (name, length) = BITWARDEN;
         let odd = |found: usize| {
-            let what =
-                format!("a key named {name} must have {length} bytes, and this one has {found}");
+            let what = format!(
+                "a key named {name} must have {length} bytes, but this key material has {found} bytes"
+            );
             Failure::new(Exit::Usage, what)
-                .hint("the file must have the raw bytes, without base64 and without a line end")
+                .hint("the file must contain the raw bytes of the key material, neither in base64 nor with a line end")
         };
         match self.generate.map(usize::from) {
             Some(planned) if key_name == name && planned != length => return Err(odd(planned)),
@@ -90,7 +91,8 @@ impl Source {
         read(file, &shown)
     }
 
-    /// Removes generated material that the broker certainly did not store, so that it is not mistaken for a key.
+    /// Removes the file with generated key material that the broker certainly did not store, so that a person does not
+    /// take this material for a stored key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)
@@ -116,17 +118,18 @@ fn unreadable(shown: &str, error: &io::Error) -> Failure {
     Failure::new(Exit::Usage, what)
 }
 
-/// Refuses to show key material on a terminal without `--force`, because scroll-back and recordings keep it.
+/// Refuses to show key material on a terminal unless `--force` is set, because the scroll-back buffer and recordings
+/// keep what is shown.
 pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     if force || !io::stdout().is_terminal() {
         return Ok(());
     }
     let what = "standard output is a terminal, which may record key material";
     Err(Failure::new(Exit::Usage, what)
-        .hint("use --out FILE or a pipe, or pass --force to show it"))
+        .hint("use --out FILE or a pipe, or pass --force to show the output on the terminal"))
 }
 
-/// Refuses an existing file, before the secret for [`write_secret`] exists.
+/// Refuses an output file that already exists, before the secret for [`write_secret`] is made.
 pub(in crate::cli) fn check_new(path: &Path) -> Result<(), Failure> {
     if path.symlink_metadata().is_ok() {
         return Err(exists(path));
@@ -207,7 +210,7 @@ fn unwritable(number: u32, why: &str) -> Failure {
 
 fn exists(path: &Path) -> Failure {
     let what = format!(
-        "{} exists, and a secret never overwrites a file",
+        "{} already exists, and keybroker never overwrites a file with a secret",
         path.display()
     );
     Failure::new(Exit::Usage, what).hint("name a new file")

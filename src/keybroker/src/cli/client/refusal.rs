@@ -1,4 +1,4 @@
-//! Converts the error of a call to a message and a hint for the person who made it.
+//! Converts the error of a call to a message and a hint for the person who made the call.
 
 use keybroker_client::{Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
@@ -18,7 +18,8 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         message = format!("{message}; retry after {} ms", delay.as_millis());
     }
     let exit = match error.kind() {
-        // The same exit code as for the client's own timeout, because either of the two can fire first.
+        // The exit code is the same as for the client's own timeout, because the broker's timer or the
+        // client's timer may fire first.
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
@@ -61,15 +62,15 @@ fn without_reason(error: &Error) -> Failure {
         // In TLS 1.3 a client learns only at its first call that its certificate is not accepted.
         ErrorKind::Connection if chain(error).contains("right after the TLS handshake") => {
             Failure::new(Exit::Unreachable, CLOSED).hint(
-                "the broker does not accept the certificate in --cert, or requires one: pass --cert and --key, and \
-                 compare the issuer with `client_ca_file` of the listener; the broker's log shows the cause",
+                "the broker does not accept the certificate in --cert, or requires a client certificate: pass --cert and \
+                 --key, and compare the issuer with `client_ca_file` of the listener; the broker's log shows the cause",
             )
         }
         ErrorKind::Connection => {
             let cause = error.status().map_or_else(|| chain(error), |status| status.message().to_owned());
             Failure::new(Exit::Unreachable, format!("{ENDED}: {cause}")).hint(
-                "if this was the first call, the broker does not accept the certificate in --cert, or requires one: \
-                 check its CA, its dates and the broker's log",
+                "if this was the first call, the broker does not accept the client certificate in --cert, or requires a \
+                 client certificate: check the CA and the dates of the client certificate, and the broker's log",
             )
         }
         ErrorKind::InvalidResponse => Failure::new(Exit::Refused, error.to_string())
@@ -84,24 +85,24 @@ fn without_reason(error: &Error) -> Failure {
 /// The failure for an answer that does not come from the API of a broker.
 fn of_another_service(status: &Status) -> Failure {
     let message = status.message();
-    // tonic's message if the answer is HTTP but not gRPC.
+    // tonic's message contains this text if the answer is HTTP but not gRPC.
     if message.contains("invalid compression flag") {
         let what = "the listener at this address does not offer gRPC";
         return Failure::new(Exit::Refused, what).hint(
-            "it may be a listener of the REST API: compare --endpoint with the [[listener]] sections of the broker's \
+            "the listener may serve the REST API: compare --endpoint with the [[listener]] sections of the broker's \
              configuration",
         );
     }
     // The call was not carried out, and a retry would have the same result.
     if status.code() == Code::Unimplemented {
-        let what = format!("this listener does not have the service: {message}");
+        let what = format!("this listener does not serve the called service: {message}");
         return Failure::new(Exit::Refused, what).hint(
             "the gRPC API (user keys) and the admin API may have different listeners: compare --endpoint with the \
              `apis` of each [[listener]] in the broker's configuration",
         );
     }
     Failure::new(Exit::Unreachable, format!("{:?}: {message}", status.code())).hint(
-        "every error of a broker has a reason, and this one has none: check which program listens at --endpoint",
+        "every error of a broker has a reason, but this error has none: check which program listens at --endpoint",
     )
 }
 
@@ -134,21 +135,21 @@ const fn hint(reason: Reason) -> &'static str {
             "send the envelope exactly as the broker returned it, with the same context"
         }
         Reason::KeyState => {
-            "`client get` shows the state of the record, `client wrapping-keys` the states of the wrapping keys"
+            "`client get` shows the state of the record, and `client wrapping-keys` shows the states of the wrapping keys"
         }
         Reason::Limit => {
             "the operator can raise `store.revisions_max` or `store.keys_per_user_max`, or remove old rows with \
              `keybroker store purge`"
         }
         Reason::QueueFull => {
-            "wait for the given time, then try again; more concurrent callers will not be faster"
+            "wait for the given time, then try again; more concurrent calls do not increase the throughput"
         }
         Reason::Rate => "wait for the given time; this principal has exceeded its rate limit",
         Reason::FailureBudget => {
             "wait for the given time, and use a valid credential: too many credentials from this address were refused"
         }
         Reason::TokenDown | Reason::StoreDown | Reason::AuditDown | Reason::IdentityDown => {
-            "the broker recovers automatically after the cause is repaired; its log shows the cause"
+            "the broker recovers automatically after the cause is repaired; the broker's log shows the cause"
         }
         Reason::TokenUntrusted => {
             "`client token-state` and `keybroker token check` show the operator the cause"

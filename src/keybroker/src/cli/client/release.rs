@@ -55,7 +55,8 @@ impl Caller {
         self.output.list(rows, "nothing asked")?;
         if refused > 0 {
             let what = format!("{refused} of {asked} keys were not released");
-            return Err(Failure::new(Exit::Refused, what).hint("the column `reason` shows why"));
+            return Err(Failure::new(Exit::Refused, what)
+                .hint("the column `reason` shows why a key was not released"));
         }
         Ok(())
     }

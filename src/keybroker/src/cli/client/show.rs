@@ -54,18 +54,19 @@ fn known(value: Option<&impl Display>) -> Value {
     value.map_or(Value::Null, text)
 }
 
-/// Notes how to show the pages after the first one.
+/// Writes a note on how to show the pages after the first page.
 pub(super) fn note_more(output: Output, has_more: bool) {
     if has_more {
-        output.note("there are more pages; --all shows all of them");
+        output.note("there are more pages; pass --all to show all pages");
     }
 }
 
-/// Notes which command shows the details of damaged rows.
+/// Writes a note on which command shows the details of damaged rows.
 pub(super) fn note_damaged(output: Output, count: usize) {
     if count > 0 {
         output.note(&format!(
-            "{count} damaged rows: run `keybroker store check` on the broker's host, and compare them with a backup"
+            "{count} rows are damaged: run `keybroker store check` on the broker's host, and compare the damaged rows \
+             with a backup"
         ));
     }
 }

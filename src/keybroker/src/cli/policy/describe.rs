@@ -28,7 +28,7 @@ use super::super::{
 /// Options that describe the principal, the address and the time of a request.
 #[derive(Args, Debug)]
 pub(super) struct Who {
-    /// Start from the `[[principal]]` of the configuration with this `san`
+    /// Describe the `[[principal]]` that has this `san` in the configuration; other options change the description
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
     /// JSON file that describes a principal; its fields have the names of the options, in the plural if an option may be repeated
@@ -49,16 +49,16 @@ pub(super) struct Who {
     /// User whose keys the service may release; may be repeated [default: all users]
     #[arg(long = "release-user", value_name = "USER")]
     users: Vec<String>,
-    /// Key name that the service may release; may be repeated [default: all key names]
+    /// Name of a key that the service may release; may be repeated [default: all key names]
     #[arg(long = "release-key-name", value_name = "KEY_NAME")]
     key_names: Vec<String>,
-    /// Subject of a user; the user's own keys are those of this user id
+    /// Subject of the user; the user's own keys are the keys whose user id is this subject
     #[arg(long)]
     subject: Option<String>,
     /// Authentication method of the user (`amr`), such as `mfa`; may be repeated
     #[arg(long)]
     amr: Vec<String>,
-    /// Class of the authentication (`acr`)
+    /// Authentication context class of the user (`acr`)
     #[arg(long)]
     acr: Option<String>,
     /// Seconds since the user authenticated
@@ -70,7 +70,7 @@ pub(super) struct Who {
     /// Organisation of the user; may be repeated
     #[arg(long = "organisation")]
     organisations: Vec<String>,
-    /// Attribute that a mapped claim sets; may be repeated
+    /// Attribute that the setting `attributes` of an `[[issuer]]` makes from a claim; may be repeated
     #[arg(long = "attribute", value_name = "NAME=VALUE")]
     attributes: Vec<String>,
     /// IP address of the caller [default: 127.0.0.1]
@@ -264,7 +264,7 @@ fn from_file(path: &Path) -> Result<Description, Failure> {
     serde_json::from_str(&text).map_err(|error| usage(format!("{shown}: {error}")))
 }
 
-/// Names begin with the kind of credential.
+/// Derives the kind of the credential from the beginning of the principal's name.
 fn credential(name: &str, kind: Kind) -> Credential {
     match name.split(':').next() {
         Some("URI" | "DNS") => Credential::Certificate,
@@ -284,7 +284,7 @@ fn moment(text: &str) -> Result<Timestamp, Failure> {
         .map_err(|_| usage(format!("the time {text:?} is out of range")))
 }
 
-/// Parses a value with the spelling of the configuration.
+/// Parses a value that is spelled as in the configuration.
 fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|error| error.to_string())
 }

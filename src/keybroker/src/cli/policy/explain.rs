@@ -30,7 +30,7 @@ pub(in crate::cli) struct Arguments {
     /// User whose key or whose list of keys is requested [default for lists: all users]
     #[arg(long)]
     user: Option<UserId>,
-    /// Key name of the requested key
+    /// Name of the requested key
     #[arg(long)]
     key_name: Option<KeyName>,
     /// Expected decision; the command fails with exit code 12 if the decision differs
@@ -79,7 +79,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         Some(expected) if expected != decision => Err(Failure::new(
             Exit::Verification,
             format!(
-                "expected {}, but the decision is {} by {}",
+                "the expected decision is {}, but the decision is {} by {}",
                 expected.as_str(),
                 decision.as_str(),
                 explanation.verdict.policy

@@ -27,7 +27,8 @@ use keybroker_worker_protocol::PinSource;
 
 use super::row_check::{Finding, Problem, RowChecker};
 
-/// Maximum number of findings that are shown; more are only counted. The limit bounds the memory for a fully damaged database.
+/// Maximum number of findings that are shown; further findings are only counted. The limit bounds the memory that the findings
+/// of a fully damaged database use.
 const SHOWN_MAX: usize = 1_000;
 
 /// The result of a scan.
@@ -72,7 +73,7 @@ async fn log_in_and_scan(
     scan(context, store, &admin).await
 }
 
-/// Reads every row once and changes nothing. The memory is bounded by one page of each table and the shown findings.
+/// Reads every row once and changes nothing. The scan keeps at most one page of each table and the shown findings in memory.
 pub(super) async fn scan(
     context: &Context,
     store: &Arc<dyn Tables>,
@@ -154,7 +155,8 @@ async fn check_others(
     Ok(())
 }
 
-/// Reads the registry again if a row has an unknown key. A running broker may use a key that was registered after the scan began.
+/// Reads the registry again if a row has an unknown wrapping key. A running broker may use a wrapping key that was registered
+/// after the scan began.
 async fn learn(
     checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
@@ -235,23 +237,23 @@ impl Report {
         context.output.fields(summary)
     }
 
-    /// Success if every row is valid.
+    /// Returns success if every row is valid.
     pub(super) fn verdict(&self) -> Result<(), Failure> {
         if self.bad == 0 {
             return Ok(());
         }
         let what = format!(
             "{} bad rows among {} revisions of {} records, {} API clients and {} other rows: the broker refuses calls \
-             for such a record with RECORD_DAMAGED, and refuses such a client",
+             for a damaged record with RECORD_DAMAGED, and refuses a damaged API client",
             self.bad, self.revisions, self.records, self.clients, self.others
         );
         Err(Failure::new(Exit::Verification, what).hint(
-            "do not change these rows yet: compare them with a backup (docs/operations.md, `record-damaged`)",
+            "do not change the damaged rows yet: compare them with a backup (docs/operations.md, `record-damaged`)",
         ))
     }
 }
 
-/// Reads one record again. A running broker may have changed it between two pages of the scan.
+/// Reads one record again. A running broker may have changed the record between two pages of the scan.
 async fn is_still_so(store: &dyn Tables, finding: &Finding) -> Result<bool, Failure> {
     let (Some(record), Some(revision)) = (finding.record, finding.revision) else {
         return Ok(true);

@@ -41,8 +41,8 @@ pub(in crate::cli) struct Arguments {
     pin: UserPin,
 }
 
-/// The options of the source. If its URL is `store.url`, all settings of `[store]` apply to the source. Otherwise only
-/// `accept_weaker_durability` and `socket_users` of `[store]` apply.
+/// The options of the source. If the URL of the source is `store.url`, all settings of `[store]` apply to the source. For a
+/// source with another URL, only `accept_weaker_durability` and `socket_users` of `[store]` apply.
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
@@ -58,8 +58,8 @@ struct From {
     /// PEM file with the CA certificate of the source database server
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the source database, besides root and this user; may
-    /// be repeated [default: `store.socket_users`]
+    /// User, by name or number, that may listen on the local socket of the source database, in addition to root and the user that
+    /// runs this command; may be repeated [default: `store.socket_users`]
     #[arg(long = "from-socket-user", value_name = "USER", requires = "from_url")]
     from_socket_users: Vec<String>,
 }
@@ -80,8 +80,8 @@ struct To {
     /// PEM file with the CA certificate of the destination database server
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the destination database, besides root and this user;
-    /// may be repeated [default: `store.socket_users`]
+    /// User, by name or number, that may listen on the local socket of the destination database, in addition to root and the user
+    /// that runs this command; may be repeated [default: `store.socket_users`]
     #[arg(long = "to-socket-user", value_name = "USER")]
     to_socket_users: Vec<String>,
 }
@@ -93,7 +93,7 @@ struct Side<'a> {
     password_file: Option<&'a Path>,
     tls: Option<&'a str>,
     ca_file: Option<&'a Path>,
-    /// If empty, the users of the configuration apply.
+    /// If this list is empty, the users in the configuration apply.
     socket_users: &'a [String],
 }
 
@@ -142,7 +142,7 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", path.display())))
 }
 
-/// The number of source rows for each table, and the result of checking the copy on the token.
+/// The number of source rows for each table, and the result of checking the copy with the token.
 struct Outcome {
     rows: Vec<(Table, u64)>,
     checked: Report,
@@ -151,7 +151,7 @@ struct Outcome {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let (from, to) = sides(arguments, &config)?;
-    // Log in before anything is written, because a command that cannot verify the copy must not make it.
+    // Log in before anything is written, because a command that cannot verify a copy must not make the copy.
     let pin = arguments.pin.get(&config.token)?;
     let rows = block_on(async {
         let source = store::open_tables(&from).await?;
@@ -178,7 +178,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     context.output.fields(fields)?;
     outcome.checked.verdict().map_err(|failure| {
         failure.hint(
-            "the copy equals the original byte for byte; `keybroker store check` reports the same rows in the original",
+            "the copy equals the original byte for byte; `keybroker store check` reports the same bad rows in the original",
         )
     })?;
     context.output.note(
@@ -255,8 +255,8 @@ async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outc
         walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
     walk_all(context, copy, "copying rows", Lacking::Add).await?;
-    // The databases are compared after the slow check on the token, because the copy would lack changes made during the
-    // check.
+    // The databases are compared after the slow check with the token, so that the comparison detects changes that were made
+    // during the check.
     let checked = check::scan(context, &copy.to, admin).await?;
     let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(
@@ -275,7 +275,7 @@ async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Fa
     Ok(rows)
 }
 
-/// Walks through all tables and returns the number of rows of each.
+/// Walks through all tables and returns the number of rows of each table.
 async fn walk_all(
     context: &Context,
     copy: &Copy,
@@ -309,14 +309,14 @@ impl std::convert::From<CopyError> for Failure {
                     return failure;
                 }
                 failure.hint(
-                    "run the same command again to continue; if a row is refused, `keybroker store check` on the \
-                     source database shows it",
+                    "run the same command again to continue; if a row is refused, `keybroker store check` on the source \
+                     database shows the refused row",
                 )
             }
             CopyError::Extra(_) | CopyError::Differs(_) | CopyError::Missing(_) => {
                 Self::new(Exit::Verification, what).hint(
-                    "the destination has rows that are not part of this copy, and was not changed: choose an empty \
-                     database, or find out which of the two databases is correct",
+                    "the destination has rows that are not part of this copy, so the destination was not changed: choose \
+                     an empty database, or find out which of the two databases is correct",
                 )
             }
         }

@@ -77,7 +77,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The retention time in days. An option cannot shorten the configured time, because users rely on it.
+/// The retention time in days. An option cannot shorten the configured time, because users rely on the configured time.
 fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
     let promised = settings.retention_days;
     match arguments.older_than {
@@ -110,7 +110,8 @@ async fn purge(
     result
 }
 
-/// Refuses to purge if the clocks differ. A clock that is ahead makes rows look old, and purged records cannot be restored.
+/// Refuses to purge if the clocks of this machine and of the database differ. A clock that is ahead makes rows look old, and
+/// purged records cannot be restored.
 async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
     let Some(theirs) = store.clock().await? else {
         return Ok(());
@@ -153,7 +154,7 @@ async fn purge_in(
     Ok(totals)
 }
 
-/// Removes the revisions and records of a portion, and returns the number of each.
+/// Removes the revisions and records of a portion, and returns the numbers of removed revisions and records.
 async fn carry_out(
     work: &Purge,
     portion: &Portion,
@@ -216,8 +217,8 @@ impl<'a> Part<'a> {
 }
 
 /// Runs `work` with an intent and an outcome for each part, because purged records cannot be restored. If the database fails
-/// between the two, the intents have no outcome, and it is unknown whether the parts were removed. Returns the number of removed
-/// parts.
+/// after the intents were written, there are no outcomes, and it is unknown whether the parts were removed. Returns the number
+/// of removed parts.
 async fn recorded(
     log: &AuditLog,
     parts: Vec<Part<'_>>,

@@ -1,4 +1,4 @@
-//! Checks single rows. The checks include all those of a broker when it releases a key.
+//! Checks single rows. The checks include all checks that a broker makes when it releases a key.
 
 use keybroker_core::{
     client_credential::Document,
@@ -15,7 +15,7 @@ use keybroker_store::{
 
 use crate::cli::exit::Failure;
 
-/// The problem of a bad row. The names are stable; `docs/store.md` explains them.
+/// The problem of a bad row. The names of the problems are stable; `docs/store.md` explains them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Problem {
     RecordUnreadable,
@@ -107,7 +107,7 @@ impl Finding {
         }
     }
 
-    /// A finding about an API client. The revision is that of its document.
+    /// A finding about an API client. The revision of the finding is the revision of the API client's document.
     fn of_client(
         problem: Problem,
         detail: impl Into<String>,
@@ -146,12 +146,12 @@ impl Finding {
     }
 }
 
-/// Checks the rows of one scan in their order.
+/// Checks the rows of one scan, in the order of the scan.
 #[derive(Debug)]
 pub(super) struct RowChecker<'a> {
     admin: &'a Admin,
     registry: Vec<RegistryRow>,
-    /// The current record, until the scan reaches its current revision.
+    /// The record that is being checked, until the scan reaches the current revision of this record.
     awaited: Option<Head>,
 }
 
@@ -175,12 +175,12 @@ impl<'a> RowChecker<'a> {
         self.registry == registry
     }
 
-    /// Replaces the registry with a newer one.
+    /// Replaces the registry with a newer registry.
     pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
         self.registry = registry;
     }
 
-    /// Checks the next row of the scan, and the previous record if the row begins a new one.
+    /// Checks the next row of the scan, and the previous record if the row belongs to a new record.
     pub(super) fn check(&mut self, found: &Found) -> Result<Vec<Finding>, Failure> {
         let mut findings = Vec::new();
         if found.is_first {
@@ -228,7 +228,8 @@ impl<'a> RowChecker<'a> {
         };
         let head = match found.head.as_deref() {
             None => return bad(Problem::RevisionWithoutRecord, String::new()),
-            // The unreadable record is reported once. Without its address no MAC can be verified.
+            // An unreadable record is reported only once. The address of an unreadable record is unknown, so no
+            // MAC of its rows can be verified.
             Some(Err(_)) => return Ok(None),
             Some(Ok(head)) => head,
         };
@@ -295,7 +296,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused, String::new())
     }
 
-    /// Checks a row of the other tables.
+    /// Checks a row that belongs to no record and no API client.
     pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
         let unreadable = |problem, result: &Result<(), store::Error>| {
             let error = result.as_ref().err();
@@ -322,8 +323,8 @@ impl<'a> RowChecker<'a> {
     ) -> Result<Option<Finding>, Failure> {
         let of = format!("request id {} of {}", scope.id, scope.principal);
         let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        // A row from a release before schema 4 has no MAC. The broker refuses a retry with it, so the row needs no
-        // check.
+        // A row from a release before schema 4 has no MAC. The broker refuses a retry that refers to a row without
+        // a MAC, so such a row needs no check.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };
@@ -337,7 +338,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused)
     }
 
-    /// Why the MACs under a wrapping key cannot be verified; `None` if they can.
+    /// Why the row MACs that belong to a wrapping key cannot be verified; `None` if they can be verified.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
         match self.registry.iter().find(|known| known.id == key) {
             None => Some(Problem::WrappingKeyUnknown),

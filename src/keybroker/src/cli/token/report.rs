@@ -1,4 +1,4 @@
-//! `keybroker token report`: what a token supports, as a report for publication and comparison.
+//! `keybroker token report`: reports which operations a token supports. The report can be published and compared.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token and removed afterwards; recorded in the audit log
+    /// Also test keys that are stored on the token and removed afterwards; the audit log records this test
     #[arg(long)]
     write: bool,
     /// Show the token's serial number
@@ -35,7 +35,8 @@ pub(in crate::cli) struct Arguments {
     /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare with a published report in JSON; fails with exit code 12 if the token is worse
+    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse than the
+    /// report
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }
@@ -44,11 +45,11 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(&config.token)?;
-    // A report needs no database. Without one, only the settings select the token.
+    // A report needs no database. If there is no database, only the settings select the token.
     let rows = registry(&config).unwrap_or_default();
     let serials = serials(&rows);
     let admin = log_in(&config, &pin, arguments.write, &serials)?;
-    // A second process logs in while the first one is logged in.
+    // A second process logs in while the first process is logged in.
     let second = log_in(&config, &pin, false, &serials);
     let logins = logins_of_two_processes(second);
     let make = || Ok(admin.report(&pin, arguments.write, arguments.serial)?);
@@ -89,7 +90,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     Err(Failure::new(Exit::Verification, what))
 }
 
-/// Reports whether each process has a separate login. The second process must end before the first one logs out.
+/// Reports whether each process has a separate login. The second process must end before the first process logs out.
 fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     let answer = |name: &str, result: &str| Answer {
         name: name.to_owned(),
@@ -111,8 +112,8 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     }
 }
 
-/// Notes the keys that a report with `--write` made and could not remove. The note goes to standard error, because the page may
-/// go to a file.
+/// Warns about keys that a report with `--write` made and could not remove. The warning is written to standard error, because
+/// standard output contains the report.
 fn warn_of_remains(context: &Context, report: &Report) {
     let removed = report
         .token_objects

@@ -10,7 +10,7 @@ use super::super::TlsSettings;
 const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
 
 /// Numbers of certificates and lists in the TLS files of a listener. A number that is too small shows the operator that
-/// something is missing.
+/// certificates or lists are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// Certificates in the server's chain.
@@ -19,7 +19,8 @@ pub struct Contents {
     pub authorities: usize,
     /// Revocation lists in use.
     pub revocation_lists: usize,
-    /// Whether each certificate of the chain is followed by its issuer. Some clients refuse a chain in another order.
+    /// Whether each certificate of the chain is followed by the certificate of its issuer. Some clients refuse a chain
+    /// in another order.
     pub is_chain_in_order: bool,
 }
 
@@ -65,7 +66,8 @@ pub(super) fn log_contents(event: &'static str, settings: &TlsSettings, contents
     }
 }
 
-/// Whether the issuer of each certificate is the next certificate. A chain that does not parse is not in order.
+/// Whether each certificate is followed by the certificate of its issuer. A chain that does not parse counts as not in
+/// order.
 pub(super) fn is_in_order(chain: &[CertificateDer<'_>]) -> bool {
     let parsed: Result<Vec<_>, _> = chain
         .iter()

@@ -31,8 +31,8 @@ pub enum Error {
     },
     /// Client certificates are requested, but no CA is configured.
     #[error(
-        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without it no client \
-         could be authenticated"
+        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without `client_ca_file`, \
+         no client certificate could be verified"
     )]
     NoAuthorities,
     /// The file of the server's certificate has no certificate.
@@ -42,7 +42,7 @@ pub enum Error {
         path: String,
     },
     /// The server's certificate does not parse.
-    #[error("{path} does not parse")]
+    #[error("{path} cannot be parsed")]
     Certificate {
         /// The file.
         path: String,
@@ -54,7 +54,7 @@ pub enum Error {
     Expired {
         /// The file.
         path: String,
-        /// Last second of its validity.
+        /// Last second of the certificate's validity.
         until: Timestamp,
     },
     /// The server's certificate is not valid yet.
@@ -62,46 +62,46 @@ pub enum Error {
     NotYetValid {
         /// The file.
         path: String,
-        /// First second of its validity.
+        /// First second of the certificate's validity.
         from: Timestamp,
     },
-    /// The certificate that belongs to the key is not the first one in the chain.
+    /// The certificate that belongs to the private key is not the first certificate in the chain.
     #[error(
         "{path}: the certificate that belongs to the key {key_path} is number {number} of {count}; it must be the \
          first, and each further certificate must be the issuer of the previous one"
     )]
     ChainOrder {
-        /// The file of the chain.
+        /// The file of the certificate chain.
         path: String,
-        /// The file of the key.
+        /// The file of the private key.
         key_path: String,
         /// Position of the certificate in the chain, starting at 1.
         number: usize,
         /// Number of certificates in the chain.
         count: usize,
     },
-    /// The key belongs to another certificate.
+    /// The private key belongs to another certificate.
     #[error(
         "`key_file` {key_path} is not the private key of the certificate in `certificate_file` {path}; check that both \
          were renewed together"
     )]
     OtherKey {
-        /// The file of the chain.
+        /// The file of the certificate chain.
         path: String,
-        /// The file of the key.
+        /// The file of the private key.
         key_path: String,
     },
-    /// The TLS library refuses certificate and key for another reason.
+    /// The TLS library refuses the certificate and the private key for another reason.
     #[error("{path} and {key_path} cannot be used")]
     Unusable {
-        /// The file of the chain.
+        /// The file of the certificate chain.
         path: String,
-        /// The file of the key.
+        /// The file of the private key.
         key_path: String,
         /// The error of the library.
         source: rustls::Error,
     },
-    /// The file of the CA certificates has a certificate that is not one of a CA.
+    /// The file of the CA certificates has a certificate that is not a CA certificate.
     #[error("{path} has a certificate that is not a CA certificate")]
     Authority {
         /// The file.
@@ -117,7 +117,7 @@ pub enum Error {
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
-    /// The revocation lists are refused. The error of the lists completes the sentence.
+    /// The revocation lists are refused. The error of the lists completes the message.
     #[error("`client_crl_file` {path} {problem}")]
     Lists {
         /// The file.

@@ -1,4 +1,5 @@
-//! Reads the TLS files of a listener, compares them with those in use, and builds the TLS configuration of new connections.
+//! Reads the TLS files of a listener, compares them with the files in use, and builds the TLS configuration of new
+//! connections.
 
 use std::{fmt, path::Path, sync::Arc};
 
@@ -71,13 +72,13 @@ pub(super) struct Files {
     pub(super) trust: Trust,
 }
 
-/// The two parts of the files. If one part cannot be read, the other can still be used.
+/// The two parts of the files. If one part cannot be read, the other part can still be used.
 pub(super) struct Found {
     pub(super) shown: Result<Shown, Error>,
     pub(super) trust: Result<Trust, Error>,
 }
 
-/// The accepted revocation lists. New lists must not be older than these.
+/// The accepted revocation lists. New revocation lists must not be older than the accepted lists.
 pub(super) struct Follows<'a> {
     pub(super) memory: &'a mut Memory,
     /// The lists that are currently in use.
@@ -140,8 +141,8 @@ fn update(context: &mut digest::Context, part: &[u8]) {
     context.update(part);
 }
 
-/// Reads the file of revocation lists. A file that is too long is treated like a damaged one, so that the accepted lists stay in
-/// use, also after a restart.
+/// Reads the file of revocation lists. A file that is too long is treated like a damaged file, so that the accepted lists stay
+/// in use, even after a restart.
 fn read_lists(path: &Path) -> Result<ListsFile, Error> {
     match trusted_file::read(path, LISTS_BYTES_MAX, LISTS) {
         Ok(bytes) => Ok(ListsFile::Content(bytes.to_vec())),
@@ -285,7 +286,7 @@ impl Files {
             .map_err(|error| Error::lists(Some(path), error))
     }
 
-    /// Certificates of further CAs that sign revocation lists. The certificates are not trust anchors for client certificates.
+    /// Certificates that verify the revocation lists of further CAs, but are not trust anchors for client certificates.
     fn list_issuers(&self, settings: &TlsSettings) -> Result<Vec<CertificateDer<'static>>, Error> {
         let (Some(bytes), Some(path)) =
             (&self.trust.crl_issuers, &settings.client_crl_issuers_file)

@@ -1,4 +1,5 @@
-//! Metrics and alerts about the expiry of certificates and revocation lists, which must be updated periodically.
+//! Updates metrics and raises alerts about the expiry of certificates and revocation lists. The broker runs this code
+//! periodically.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -52,8 +53,8 @@ impl Tls {
             Age::Good => {}
             Age::Late => keybroker_core::alert!(
                 ClientCrl, file = %shown, hours_left = hours,
-                "a revocation list expires soon and there is no newer one; after it expires, clients of its CA are \
-                 refused"
+                "a revocation list expires soon, and there is no newer list; after the list has expired, clients of its \
+                 CA are refused"
             ),
             Age::Over => keybroker_core::alert!(
                 ClientCrl, file = %shown,
@@ -68,7 +69,7 @@ impl Tls {
 #[derive(Default)]
 struct FileState {
     problems: usize,
-    /// When the first of its lists expires, in seconds since 1970.
+    /// When the first list in the file expires, in seconds since 1970.
     until: Option<i64>,
 }
 

@@ -4,15 +4,20 @@
 //!
 //! - A list is rejected and reported if it does not parse, is not signed by its CA, is not currently valid, or is older than the
 //!   accepted list of this CA. Accepted lists are remembered across restarts.
-//! - If the list of a CA is rejected or missing, the accepted list of this CA stays in use until it expires. Other CAs receive
-//!   their new lists. The same rule applies to a file that can be read only in part or not at all.
+//!
+//! - If the list of a CA is rejected or missing, the accepted list of this CA stays in use until it expires. The lists of other
+//!   CAs are still replaced by their new lists. Accepted lists also stay in use if the file can be read only in part or not at
+//!   all.
+//!
 //! - A start fails if a configured CA has neither a valid list in the file nor an accepted list.
+//!
 //! - A client certificate that no list covers is refused.
-//! - A list is valid until its `nextUpdate`. An alert is raised before that time. Afterwards, new connections of the CA's clients
-//!   are refused until there is a newer list.
+//!
+//! - A list is valid until its `nextUpdate`. An alert is raised before the list expires. After the expiry, new connections of the
+//!   CA's clients are refused until there is a newer list.
 //!
 //! The list of a CA that is not configured, such as an intermediate CA, can be verified only in the handshake. An attacker on the
-//! network path to its distribution point can replace the list, so such a list is not remembered across restarts.
+//! network path to the distribution point can replace an unverified list, so unverified lists are not remembered across restarts.
 //!
 //! Signatures are verified with the algorithms of the TLS handshake, so that the handshake accepts every list that this module
 //! accepts.
@@ -72,7 +77,7 @@ struct Problem {
 }
 
 impl Lists {
-    /// Reads the lists of a file and verifies those of the given CAs. Lists that cannot be used are left out.
+    /// Reads the lists of a file and verifies the lists of the given CAs. Lists that cannot be used are left out.
     pub(super) fn read(
         file: &ListsFile,
         authorities: &[CertificateDer<'_>],
@@ -102,8 +107,8 @@ impl Lists {
                 }
             }
         }
-        // The verifier uses only the first list of a name, and it is unknown which of these lists the CA signed. With a forged
-        // list, every client of this CA would be refused.
+        // The verifier uses only the first list for the name of a CA, and it is unknown which of several unverified lists the CA
+        // signed. If the first list were forged, every client of this CA would be refused.
         for slot in ambiguous {
             let error = ListsError::Ambiguous(name_of(&slot.authority.0));
             lists.leave_out(&slot, error);
@@ -111,8 +116,8 @@ impl Lists {
         Ok(lists)
     }
 
-    /// Adds a list of the file; the newer of two lists is kept. Returns false if there are two unverified lists, because it is
-    /// unknown which one is genuine.
+    /// Adds a list of the file; the newer of two lists is kept. Returns false if there are two different unverified lists,
+    /// because it is unknown which of them is genuine.
     fn add(&mut self, slot: &Slot, list: List) -> bool {
         match self.groups.get(slot) {
             Some(other) if slot.authority.1.is_none() => return other.der == list.der,
@@ -134,8 +139,8 @@ impl Lists {
         self.problems.push(Problem { name, error });
     }
 
-    /// Rejects lists that are older than the accepted ones, and keeps the accepted lists of CAs that have none in the file. Fails
-    /// if a configured CA then has no list.
+    /// Rejects lists that are older than the accepted lists, and keeps the accepted lists of CAs that have no list in the file.
+    /// Fails if no list can be used for a configured CA.
     pub(super) fn follow(
         mut self,
         memory: &Memory,
@@ -192,7 +197,7 @@ impl Lists {
     }
 
     /// Keeps the expired lists of a CA that has no other list, so that its clients are refused with the correct reason. At a
-    /// start, no list is in use.
+    /// start of the broker, no lists are in use, so no expired lists are kept.
     fn keep_ended(
         &mut self,
         authority: &Authority,
@@ -214,8 +219,8 @@ impl Lists {
         Ok(())
     }
 
-    /// Keeps the lists of CAs that are not configured and have no list in the file, until they expire. The number is limited,
-    /// because a file with lists of other unknown CAs at each reload must not fill the memory.
+    /// Keeps the lists of CAs that are not configured and have no list in the file, until they expire. The number of kept lists
+    /// is limited, because a file with lists of other unknown CAs at each reload must not fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
         // A set of the names with a problem, because there may be many lists to look up.
@@ -399,7 +404,7 @@ pub(super) enum ListsFile {
 /// A list, and the number of its block in the file.
 type FoundList = (usize, CertificateRevocationListDer<'static>);
 
-/// The lists of a PEM file, or the single list of a DER file. Each part that is not a list is an error.
+/// The lists of a PEM file, or the single list of a DER file. Each part of the file that is not a list is an error.
 fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
     let bytes = match file {
         ListsFile::Content(bytes) => bytes,

@@ -43,7 +43,8 @@ pub(super) fn life_of(leaf: &CertificateDer<'_>, path: &Path) -> Result<Life, Er
     })
 }
 
-/// Refuses a certificate that has expired or is not valid yet, and warns about one that expires soon.
+/// Refuses a certificate that has expired or is not valid yet, and warns about a certificate that
+/// expires soon.
 pub(super) fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, Error> {
     let life = life_of(leaf, path)?;
     let Life { from, until } = life;

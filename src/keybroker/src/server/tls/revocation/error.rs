@@ -22,7 +22,7 @@ pub enum MemoryError {
         /// Name of the CA.
         authority: String,
     },
-    /// The state file does not have the format of an earlier release.
+    /// The state file that an earlier release wrote is malformed.
     #[error("the state file {path} is not a valid list of revocation list versions")]
     Content {
         /// The file.
@@ -43,26 +43,27 @@ pub enum MemoryError {
 /// A problem of a file of revocation lists. The message follows the name of the file.
 #[derive(Debug, thiserror::Error)]
 pub enum ListsError {
-    /// A list is older than one that was accepted before.
+    /// A list is older than a list that was accepted before.
     #[error(
-        "has an older list of \"{authority}\" than the accepted one ({found}; accepted: {accepted}): with the \
-         older list, certificates that were revoked since would be accepted. Fetch the newest list{how_to_go_back}"
+        "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
+         with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
+         list{how_to_go_back}"
     )]
     GoesBack {
         /// Name of the CA.
         authority: String,
         /// Number and date of the list.
         found: String,
-        /// Number and date of the accepted one.
+        /// Number and date of the accepted list.
         accepted: String,
         /// How to accept the older list; may be empty.
         how_to_go_back: String,
     },
     /// A CA certificate does not parse.
-    #[error("cannot be verified, because a CA certificate does not parse")]
+    #[error("cannot be verified, because a CA certificate cannot be parsed")]
     Authority(#[source] nom::Err<X509Error>),
     /// A list does not parse.
-    #[error("has a list that does not parse: block {block}")]
+    #[error("has a list that cannot be parsed: block {block}")]
     Malformed {
         /// Position in the file, starting at 1.
         block: usize,
@@ -75,10 +76,10 @@ pub enum ListsError {
     /// The file is too long.
     #[error("is longer than {0} bytes, so no list in it is used")]
     TooLong(u64),
-    /// The file has more bytes after one list in DER.
-    #[error("has more bytes after a list in DER; use PEM for several lists in one file")]
+    /// The file has further bytes after a list in DER.
+    #[error("has more bytes after a revocation list in DER; use PEM for several lists in one file")]
     Trailing,
-    /// The file begins like DER, but is not a list.
+    /// The file begins like DER, but is not a revocation list.
     #[error("is neither PEM nor a list in DER")]
     Der(#[source] nom::Err<X509Error>),
     /// The file has no list.
@@ -138,10 +139,10 @@ pub enum ListsError {
     Unusable {
         /// Name of the CA.
         issuer: String,
-        /// What the library says.
+        /// The error of the library.
         source: VerifierBuilderError,
     },
-    /// A list has no end.
+    /// A list has no expiry date.
     #[error("has a list of \"{0}\" without `nextUpdate`, so the list would never expire")]
     NoEnd(String),
     /// A list has expired.

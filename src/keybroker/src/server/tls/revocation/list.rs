@@ -19,7 +19,7 @@ use keybroker_core::call::Timestamp;
 
 use super::{super::to_array, Problem, error::ListsError};
 
-/// The last part of a list's validity, as a divisor, in which an alert reports that a newer list is missing.
+/// Divisor that determines when the alert about a missing newer list begins: when a quarter of a list's validity remains.
 const LAST_PART: i64 = 4;
 
 /// A usable list.
@@ -84,7 +84,7 @@ impl Life {
         Ok(())
     }
 
-    /// When the list expires, for messages.
+    /// The expiry time of the list, for messages.
     pub(super) fn ends(self) -> Timestamp {
         date(self.until)
     }
@@ -110,10 +110,10 @@ pub(super) struct Version {
     pub(super) from: i64,
 }
 
-/// The name of a CA and the SHA-256 of its key, which is `None` if its certificate is not configured.
+/// The name of a CA, and the SHA-256 of its key. The digest is `None` if the CA's certificate is not configured.
 pub(super) type Authority = (Vec<u8>, Option<[u8; 32]>);
 
-/// The CA and the scope of a list. A newer list replaces an older one only if both have the same slot.
+/// The CA and the scope of a list. A newer list replaces an older list only if both lists have the same slot.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Slot {
     pub(super) authority: Authority,
@@ -148,7 +148,7 @@ impl Version {
         numbers.then(self.from.cmp(&other.from))
     }
 
-    /// Whether this version is older than the accepted one, by number or by date.
+    /// Whether this version is older than the accepted version, by number or by date.
     pub(super) fn goes_back(&self, accepted: &Self) -> bool {
         self.numbers(accepted) == Some(Ordering::Less) || self.from < accepted.from
     }
@@ -245,8 +245,8 @@ fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
     Some(to_array(digest.as_ref()))
 }
 
-/// Refuses a list that the TLS library does not accept, such as one with an unknown critical extension. A single such list would
-/// prevent making a verifier.
+/// Refuses a list that the TLS library does not accept, such as a list with an unknown critical extension. A single list that
+/// the library does not accept would make it impossible to create a verifier.
 pub(super) fn check_for_handshake(
     issuer: &str,
     der: &CertificateRevocationListDer<'static>,
@@ -322,7 +322,7 @@ fn verifies(
     let key = authority.public_key();
     let tbs = list.tbs_cert_list.as_ref();
     // CertificateList ::= SEQUENCE { tbsCertList, signatureAlgorithm, signatureValue }; SubjectPublicKeyInfo begins with an
-    // AlgorithmIdentifier, too. The parser does not keep the encoded form of either.
+    // AlgorithmIdentifier, too. The parser does not keep the encoded form of the two algorithm identifiers.
     let signed = element(der).and_then(|(list, _)| element(list.get(tbs.len()..)?));
     let keyed = element(key.raw).and_then(|(info, _)| element(info));
     let (Some((signed, _)), Some((keyed, _))) = (signed, keyed) else {

@@ -1,8 +1,9 @@
 //! Stores the newest accepted revocation lists across restarts.
 //!
-//! With a list that is older than the accepted one, the broker would accept certificates that were revoked since. The state
-//! directory therefore has a copy of each accepted list. If the configured file has an older or damaged list, a start uses the
-//! copy. There is a state file for each configured file and CA, because two listeners may use the same file with different CAs.
+//! If the broker used a list that is older than the accepted list, it would accept certificates that were revoked in the
+//! meantime. The state directory therefore has a copy of each accepted list. If the configured file has an older or damaged
+//! list, the broker uses the copy at its start. There is a state file for each configured file and CA, because two listeners
+//! may use the same file with different CAs.
 //!
 //! Each stored list is verified again before it is used. Only lists of configured CAs are stored.
 
@@ -29,7 +30,7 @@ use super::{
     parsed, roots,
 };
 
-/// Maximum number of stored lists for one file. If there are more, expired lists are removed.
+/// Maximum number of stored lists for one file. If there are more lists, expired lists are removed.
 const STORED_MAX: usize = 128;
 /// Number of digest bytes in the name of a state file.
 const NAMED_BYTES: usize = 8;
@@ -41,7 +42,7 @@ pub(in super::super) struct Memory {
     accepted: BTreeMap<Slot, Accepted>,
     /// CAs whose stored lists have been read.
     loaded: BTreeSet<AuthorityId>,
-    /// The versions that an earlier release stored instead of lists. They are only read.
+    /// The versions that an earlier release stored instead of lists. The broker only reads these versions.
     versions: BTreeMap<AuthorityId, Version>,
     /// `None` for a check of the configuration, which stores nothing.
     place: Option<Place>,
@@ -192,7 +193,7 @@ impl Memory {
             return Ok(());
         };
         let roots = roots(authorities);
-        // Reading the lists of the file reports a certificate that does not parse.
+        // A certificate that does not parse is reported when the lists of the file are read.
         for certificate in &parsed(authorities).unwrap_or_default() {
             let authority = authority_of(certificate);
             let id = id_of(&authority);
@@ -229,10 +230,11 @@ impl Memory {
         all.filter(move |(slot, _)| slot.authority == *authority)
     }
 
-    /// Refuses a list if a newer list of the same CA was accepted before; `None` if the list may be used.
+    /// Returns an error if a newer list of the same CA was accepted before, and `None` if the list may be used.
     ///
     /// The first list of a slot must not be older than the other lists of its CA, because an attacker could present an old list
-    /// as the first one. Only dates are compared in this case, because numbers are comparable only within a slot.
+    /// as the first list. For the first list of a slot, only dates are compared, because numbers are comparable only within a
+    /// slot.
     pub(super) fn refusal(&self, slot: &Slot, version: &Version) -> Option<ListsError> {
         let accepted = if let Some(accepted) = self.accepted.get(slot) {
             let accepted = &accepted.list.version;
@@ -325,7 +327,8 @@ impl Memory {
             }
         }
         if is_new {
-            // Also the expired ones: without the newest list of a CA, an older one would be accepted again.
+            // Accepted lists are kept even if they have expired, because without the newest list of a CA, an older list would
+            // be accepted again.
             let names = self.accepted.keys().map(|slot| place.name(slot));
             place.limit(&names.collect(), now)?;
         }

@@ -70,7 +70,7 @@ fn a_listeners_file_that_cannot_be_used_is_refused_with_the_remedy() {
             "ca",
             format!("{issuer}{revocations}"),
             "`client_ca_file`",
-            "file of its own setting",
+            "the setting for revocation lists",
         ),
         (
             "ca",

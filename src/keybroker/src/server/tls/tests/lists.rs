@@ -30,7 +30,7 @@ fn a_list_that_proves_nothing_is_not_taken_over() {
     for (pem, authorities, words) in [
         (String::new(), vec![&ca], "no list of"),
         ("nonsense".to_owned(), vec![&ca], "no list of"),
-        (good.replace("\nMI", "\nMA"), vec![&ca], "does not parse"),
+        (good.replace("\nMI", "\nMA"), vec![&ca], "cannot be parsed"),
         (list(&other, &[], -1, 24), vec![&ca], "no list of"),
         (
             list(&namesake, &[], -1, 24),

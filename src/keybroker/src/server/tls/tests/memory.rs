@@ -138,7 +138,10 @@ fn a_damaged_block_withholds_no_other_list_and_no_start() {
             "looks like a BEGIN",
         ),
         (other.pem(), "does not belong"),
-        (of_other.replace("\nMI", "\nMA"), "does not parse: block 1"),
+        (
+            of_other.replace("\nMI", "\nMA"),
+            "cannot be parsed: block 1",
+        ),
     ];
     for (round, (damaged, words)) in (2_u64..).zip(damaged) {
         let serials: Vec<u64> = (100..100 + round).collect();

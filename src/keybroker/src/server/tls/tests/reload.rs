@@ -253,7 +253,7 @@ fn a_list_that_is_refused_does_not_hold_back_the_list_of_another_authority() {
         (numbered(&other, 19, &[], -4, 24), "older list"),
         (numbered(&forger, 21, &[], -1, 24), "this CA did not sign"),
         (numbered(&other, 21, &[], -3, -1), "expired on"),
-        (of_other.replace("\nMI", "\nMA"), "does not parse"),
+        (of_other.replace("\nMI", "\nMA"), "cannot be parsed"),
         (String::new(), "no longer has a list of \"CN=other CA\""),
     ];
     for (round, (bad, words)) in (1_u64..).zip(bad) {

@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
+# folder, and overload on a token that takes 20 ms longer for each unwrap. Writes the JSON documents and the charts to
+# docs/performance, and the tables to docs/performance.md. Takes less than ten minutes, without the build.
+#
+# Usage: performance.sh [--seconds COUNT] [--members COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
+#                       [--commit ID] [PROGRAM]
+#        performance.sh --tables [PROGRAM]
+#
+#   performance.sh                    everything, with a release build of this commit
+#   performance.sh --seconds 30       the same with longer measurements, about half an hour
+#   performance.sh --only storm --members 20000 --storm-seconds 60
+#   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4
+#   performance.sh --tables           only draws the charts and writes the tables, from the documents that exist
+set -euo pipefail
+umask 077
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/bench-site.sh
+. scripts/bench-site.sh
+
+PAGE=docs/performance.md
+RESULTS=docs/performance
+# Of each measurement. Below 30 s, the tables mark a run as short.
+SECONDS_EACH=8
+MEMBERS=4000
+STORM_SECONDS=20
+# Idle connections of each API. The configuration of this script permits that many.
+IDLE=4000
+SLOW_MS=20
+NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-slow fairness-slow connections storm restart)
+
+PROGRAM=
+SLOW_MODULE=
+COMMIT=
+WORK=
+ONLY=()
+
+fail() {
+  printf 'performance: %s\n' "$1" >&2
+  exit 1
+}
+
+clean_up() {
+  local status=$?
+  trap - EXIT INT TERM
+  [[ -z $WORK ]] || rm -rf "$WORK"
+  exit "$status"
+}
+
+# Whether one of these measurements was asked for.
+wanted() {
+  local name
+  [[ ${#ONLY[@]} -gt 0 ]] || return 0
+  for name in "$@"; do [[ " ${ONLY[*]} " != *" $name "* ]] || return 0; done
+  return 1
+}
+
+# Adds a second principal to a site, and room for the idle connections.
+extend() {
+  cat >>"$WORK/$1/keybroker.toml" <<CONF
+[[principal]]
+san = "URI:spiffe://dev.example/light"
+roles = ["release"]
+key_names = ["*"]
+[limits]
+connections_max = $((4 * IDLE + 1024))
+connections_per_principal_max = $((IDLE + 1024))
+CONF
+}
+
+# Makes the token of a site take longer for each unwrap: puts the scriptable module in front of SoftHSM.
+slow_down() {
+  mkdir "$WORK/script"
+  cat >"$WORK/script/script.toml" <<SCRIPT
+module = "$MODULE"
+[[rule]]
+name = "slow"
+function = "C_Decrypt"
+do = { delay_ms = $SLOW_MS }
+SCRIPT
+  sed -i -e "s|^module = .*|module = \"$SLOW_MODULE\"|" \
+    -e "s|^\[token.environment\]|&\nSCRIPTABLE_PKCS11_SCRIPT = \"$WORK/script\"|" "$WORK/$1/keybroker.toml"
+}
+
+# Measures the scenario $3 on the site $2 and writes the document $1. Further arguments are those of `keybroker bench`. With
+# exit code 12 some calls failed, and the document says how many.
+measure() {
+  local name=$1 site=$2 scenario=$3 status=0
+  shift 3
+  wanted "$name" || return 0
+  printf '\n== %s (%d s)\n' "$name" "$SECONDS"
+  "$PROGRAM" --config "$WORK/$site/keybroker.toml" bench --scenario "$scenario" --warm-up 2 --seconds "$SECONDS_EACH" \
+    --json "$WORK/result.json" --commit "$COMMIT" \
+    --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key" "$@" || status=$?
+  [[ $status -eq 0 || $status -eq 12 ]] || fail "$name: exit code $status"
+  install -m 644 "$WORK/result.json" "$RESULTS/$name.json"
+}
+
+measure_all() {
+  local bits seconds=$SECONDS_EACH
+  token
+  scripts/dev-ca.sh "$WORK/pki" light
+  for bits in 2048 3072 4096; do
+    [[ $bits -eq 2048 ]] || wanted "steady-$bits" || continue
+    site performance "rsa-$bits" "sqlite:$WORK/rsa-$bits/keybroker.db" "$bits"
+    extend "rsa-$bits"
+    measure "steady-$bits" "rsa-$bits" steady
+  done
+  measure open rsa-2048 open
+  measure overload rsa-2048 overload
+  measure connections rsa-2048 connections --idle "$IDLE"
+  measure restart rsa-2048 restart --restarts 2
+  SECONDS_EACH=$STORM_SECONDS
+  measure storm rsa-2048 storm --members "$MEMBERS"
+  SECONDS_EACH=$seconds
+  wanted overload-slow fairness-slow || return 0
+  site performance slow "sqlite:$WORK/slow/keybroker.db"
+  extend slow
+  slow_down slow
+  measure overload-slow slow overload --note "each unwrap takes $SLOW_MS ms longer"
+  measure fairness-slow slow fairness --note "each unwrap takes $SLOW_MS ms longer" \
+    --light-cert "$WORK/pki/light.pem" --light-key "$WORK/pki/light.key"
+}
+
+# Draws the charts, and replaces the tables between the marks of the page.
+draw() {
+  local name
+  "$PROGRAM" bench-report "$RESULTS"/*.json --out "$WORK" >/dev/null
+  find "$WORK" -maxdepth 1 -name '*.svg' -exec install -m 644 -t "$RESULTS" {} +
+  for name in "${NAMES[@]}"; do
+    [[ -e $WORK/$name.md ]] || continue
+    grep -qxF -- "<!-- table: $name -->" "$PAGE" || fail "$PAGE has no place for the table $name"
+    awk -v name="$name" -v table="$WORK/$name.md" '
+      $0 == "<!-- table: " name " -->" { print; while ((getline line < table) > 0) print line; inside = 1; next }
+      $0 == "<!-- end of table -->" { inside = 0 }
+      !inside { print }' "$PAGE" >"$WORK/page"
+    install -m 644 "$WORK/page" "$PAGE"
+  done
+}
+
+main() {
+  local tables=false target known name
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --seconds) SECONDS_EACH=${2:-}; shift 2 ;;
+      --members) MEMBERS=${2:-}; shift 2 ;;
+      --storm-seconds) STORM_SECONDS=${2:-}; shift 2 ;;
+      --idle) IDLE=${2:-}; shift 2 ;;
+      --only) ONLY+=("${2:-}"); shift 2 ;;
+      --commit) COMMIT=${2:-}; shift 2 ;;
+      --tables) tables=true; shift ;;
+      -*) fail "unknown argument $1" ;;
+      *) PROGRAM=$(realpath "$1"); shift ;;
+    esac
+  done
+  known=" ${NAMES[*]} "
+  for name in "${ONLY[@]}"; do [[ $known == *" $name "* ]] || fail "there is no measurement $name; there are:$known"; done
+  trap clean_up EXIT
+  trap 'exit 130' INT TERM
+  WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-performance.XXXXXX")
+  target=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
+  if [[ -z $PROGRAM ]]; then
+    cargo build --release --locked --quiet --package keybroker
+    PROGRAM=$target/release/keybroker
+  fi
+  [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
+  if ! $tables; then
+    if [[ -z $COMMIT ]]; then
+      COMMIT=$(git rev-parse --short HEAD)
+      # Results are written to the tree, so only changes of other files count.
+      git diff --quiet HEAD -- . ":!$RESULTS" ":!$PAGE" || COMMIT+=' with changes'
+    fi
+    if wanted overload-slow fairness-slow; then
+      cargo build --locked --quiet --package keybroker-scriptable-pkcs11
+      SLOW_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so
+    fi
+    mkdir -p "$RESULTS"
+    SECONDS=0
+    measure_all
+  fi
+  draw
+  printf '\nperformance: ok (%d s)\n' "$SECONDS"
+}
+
+main "$@"

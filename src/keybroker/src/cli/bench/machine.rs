@@ -1,0 +1,73 @@
+//! The machine of a measurement.
+
+use std::fs;
+
+use serde::{Deserialize, Serialize};
+
+use super::processors;
+
+/// The facts that make figures of two machines comparable.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(in crate::cli) struct Machine {
+    /// Model of the processor.
+    pub(in crate::cli) cpu: String,
+    /// Processors that this program may use.
+    pub(in crate::cli) cores: u32,
+    pub(in crate::cli) kernel: String,
+    pub(in crate::cli) memory_mib: u64,
+    /// Processes that were running or ready to run, as a mean of the minute before the end of the run (load average). The run
+    /// itself is part of it.
+    pub(in crate::cli) load_average: f64,
+}
+
+impl Machine {
+    /// This machine.
+    pub(super) fn this() -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let cpus = read("/proc/cpuinfo");
+        Self {
+            cpu: cpu_model(&cpus).unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            cores: processors(),
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            memory_mib: kib(&read("/proc/meminfo"), "MemTotal").unwrap_or_default() / 1_024,
+            load_average: first_number(&read("/proc/loadavg")).unwrap_or_default(),
+        }
+    }
+}
+
+/// The model on x86. The kernel shows none for most processors with ARM architecture.
+fn cpu_model(text: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn first_number(text: &str) -> Option<f64> {
+    text.split(' ').next()?.parse().ok()
+}
+
+/// The value of a line `NAME: NUMBER kB`, as in several files of `/proc`.
+pub(super) fn kib(text: &str, name: &str) -> Option<u64> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_is_described() {
+        let machine = Machine::this();
+        assert!(machine.cores > 0 && machine.memory_mib > 0, "{machine:?}");
+        assert!(!machine.cpu.is_empty() && !machine.kernel.is_empty());
+    }
+
+    #[test]
+    fn values_in_kib_are_read() {
+        let text = "Rss:      100 kB\nPss:       42 kB\nPss_Anon:   7 kB\n";
+        assert_eq!(kib(text, "Pss"), Some(42));
+        assert_eq!(kib(text, "Swap"), None);
+    }
+}

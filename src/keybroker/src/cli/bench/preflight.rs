@@ -1,0 +1,131 @@
+//! Checks before the measurement whether this machine and the configuration have room for its connections.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::{
+    cli::exit::{Exit, Failure},
+    config::Config,
+};
+
+use super::{Arguments, Scenario, connections, fairness, or_default, session, storm};
+
+/// File descriptors of this program that are not connections.
+const RESERVE: u64 = 64;
+
+/// Refuses a measurement that cannot work, and says what it needs.
+pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failure> {
+    let wanted = wanted(arguments);
+    descriptors(wanted.at_once)?;
+    // Limits of another broker's configuration are not known here.
+    if arguments.attach.is_some() {
+        return Ok(());
+    }
+    let limits = [
+        (
+            "connections_per_principal_max",
+            config.limits.connections_per_principal_max,
+            wanted.of_one_principal,
+        ),
+        (
+            "connections_max",
+            config.limits.connections_max,
+            wanted.in_configuration,
+        ),
+    ];
+    for (name, limit, wanted) in limits {
+        if limit < usize::try_from(wanted).unwrap_or(usize::MAX) {
+            let what = format!(
+                "this measurement needs {wanted} connections at once, and `limits.{name}` of the configuration is {limit}"
+            );
+            return Err(Failure::new(Exit::Configuration, what).hint(format!(
+                "set `{name} = {wanted}` or more in [limits], or measure fewer connections"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Numbers of connections.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    /// Connections that are open at the same time.
+    at_once: u64,
+    /// Connections that the configuration has to permit.
+    in_configuration: u64,
+    /// Connections of one principal among them.
+    of_one_principal: u64,
+}
+
+fn wanted(arguments: &Arguments) -> Wanted {
+    let shared = u64::from(arguments.connections().min(session::CONNECTIONS_MAX));
+    let all = |at_once: u64| Wanted {
+        at_once,
+        in_configuration: at_once,
+        of_one_principal: at_once,
+    };
+    match arguments.scenario {
+        Scenario::Connections => {
+            let active = or_default(&arguments.connections, &connections::ACTIVE);
+            let active = active.into_iter().max().unwrap_or_default();
+            let idle = arguments.idle.unwrap_or(connections::IDLE);
+            // One more connection enrols the users.
+            all(u64::from(active.max(idle)) + 1)
+        }
+        // One connection is that of the other principal.
+        Scenario::Fairness => Wanted {
+            of_one_principal: shared,
+            ..all(shared + u64::from(fairness::LIGHT_CONNECTIONS))
+        },
+        // A broker that closes connections in a storm is a result and not an obstacle.
+        Scenario::Storm => Wanted {
+            in_configuration: 1,
+            of_one_principal: 1,
+            ..all(storm::at_once(arguments))
+        },
+        Scenario::Steady | Scenario::Open | Scenario::Overload | Scenario::Restart => all(shared),
+    }
+}
+
+/// Raises the limit of file descriptors as far as needed and possible.
+fn descriptors(connections: u64) -> Result<(), Failure> {
+    let needed = connections + RESERVE;
+    let limit = getrlimit(Resource::Nofile);
+    // `None` is no limit.
+    let suffices = |limit: Option<u64>| limit.is_none_or(|limit| limit >= needed);
+    if suffices(limit.current) {
+        return Ok(());
+    }
+    let raised = Rlimit {
+        current: Some(needed),
+        maximum: limit.maximum,
+    };
+    if suffices(limit.maximum) && setrlimit(Resource::Nofile, raised).is_ok() {
+        return Ok(());
+    }
+    let maximum = limit.maximum.unwrap_or_default();
+    let what = format!(
+        "this measurement opens {connections} connections at once and needs {needed} file descriptors, but the limit is {maximum}"
+    );
+    Err(Failure::new(Exit::Usage, what).hint(format!(
+        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure fewer connections"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_descriptors_than_the_limit_are_refused_with_the_number_that_is_needed() {
+        descriptors(1).unwrap();
+        let Some(maximum) = getrlimit(Resource::Nofile).maximum else {
+            return;
+        };
+        let refused = descriptors(maximum).unwrap_err();
+        assert_eq!(refused.exit, Exit::Usage);
+        assert!(
+            refused.message.contains(&(maximum + RESERVE).to_string()),
+            "{refused}"
+        );
+    }
+}

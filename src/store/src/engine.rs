@@ -55,6 +55,11 @@ const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 /// restarted.
 pub(super) const TEST_AFTER: Duration = Duration::from_secs(1);
 
+/// A read on the calling thread gave no result, for whatever reason. The caller repeats the read on a connection of the driver,
+/// which classifies errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NoDirectRead;
+
 /// The differences between engines in addition to their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
@@ -86,10 +91,13 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Reads a record on the calling thread. `None` if the engine cannot do that now, for whatever reason; the caller then uses
-    /// a connection for reads.
-    fn record_directly(&self, _address: &KeyAddress, _values: &[Value]) -> Option<Option<Record>> {
-        None
+    /// Reads a record on the calling thread, if the engine can do that now.
+    fn record_directly(
+        &self,
+        _address: &KeyAddress,
+        _values: &[Value],
+    ) -> Result<Option<Record>, NoDirectRead> {
+        Err(NoDirectRead)
     }
 
     /// Closes all connections.
@@ -155,16 +163,19 @@ impl<E: Engine> EngineStore<E> {
         }
     }
 
-    /// Reads a record on the calling thread if the engine can do that now. The checks are those of every read.
-    fn record_directly(&self, address: &KeyAddress, values: &[Value]) -> Option<Option<Record>> {
+    /// Reads a record on the calling thread, if the engine can do that now. The checks are the same as for every read.
+    fn record_directly(
+        &self,
+        address: &KeyAddress,
+        values: &[Value],
+    ) -> Result<Option<Record>, NoDirectRead> {
         let Lender { engine, probe, .. } = &*self.lender;
-        let may_read =
-            probe.check(Purpose::Read).is_ok() && engine.check_place(Purpose::Read).is_ok();
-        let found = may_read
-            .then(|| engine.record_directly(address, values))
-            .flatten()?;
+        if probe.check(Purpose::Read).is_err() || engine.check_place(Purpose::Read).is_err() {
+            return Err(NoDirectRead);
+        }
+        let found = engine.record_directly(address, values)?;
         probe.answered(Purpose::Read);
-        Some(found)
+        Ok(found)
     }
 
     /// Runs a query.

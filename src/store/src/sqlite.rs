@@ -21,7 +21,7 @@ use super::{
     Error, Record, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{self, Found},
-    engine::{Engine, EngineStore, Purpose},
+    engine::{Engine, EngineStore, NoDirectRead, Purpose},
     rows,
     schema::Accepted,
     session::{Session as _, Value},
@@ -166,7 +166,11 @@ impl Engine for SqliteFile {
         }
     }
 
-    fn record_directly(&self, address: &KeyAddress, values: &[Value]) -> Option<Option<Record>> {
+    fn record_directly(
+        &self,
+        address: &KeyAddress,
+        values: &[Value],
+    ) -> Result<Option<Record>, NoDirectRead> {
         self.direct
             .first(SQL.record, values, |row| rows::record(row, address.clone()))
     }

@@ -68,7 +68,7 @@ impl<E: Engine> Store for EngineStore<E> {
             address.user.as_str().into(),
             address.name.as_str().into(),
         ];
-        if let Some(found) = self.record_directly(address, &values) {
+        if let Ok(found) = self.record_directly(address, &values) {
             return Ok(found);
         }
         let found = self.query(E::sql().record, values).await?;

@@ -8,8 +8,7 @@
 //! After such a read, they do so for ten times as long as it took, so that the runtime waits for the disk during less than a tenth
 //! of one thread's time.
 //!
-//! The result is a hint that can be absent: after every problem, the caller repeats the read with the driver, which classifies
-//! errors.
+//! After every problem, the caller repeats the read with the driver, which classifies errors.
 
 use std::{
     path::Path,
@@ -25,6 +24,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     Error,
+    engine::NoDirectRead,
     session::{Columns, Value},
     slow,
 };
@@ -61,33 +61,35 @@ impl Direct {
         }))
     }
 
-    /// Decodes the first row of a query. `None` if this connection is not to be used now, if the query fails, or if the row is not
+    /// Decodes the first row of a query. Fails if this connection must not be used now, if the query fails, or if the row is not
     /// as expected.
     pub(super) fn first<T>(
         &self,
         statement: &'static str,
         values: &[Value],
         decode: impl FnOnce(&Row<'_>) -> Result<T, Error>,
-    ) -> Option<Option<T>> {
+    ) -> Result<Option<T>, NoDirectRead> {
         if !has_other_threads() {
-            return None;
+            return Err(NoDirectRead);
         }
-        let mut state = self.0.try_lock().ok()?;
+        let mut state = self.0.try_lock().map_err(|_| NoDirectRead)?;
         let begun = Instant::now();
         if state.paused_until.is_some_and(|until| begun < until) {
-            return None;
+            return Err(NoDirectRead);
         }
-        let found = first(state.connection.as_ref()?, statement, values, decode);
+        let connection = state.connection.as_ref().ok_or(NoDirectRead)?;
+        let found = first(connection, statement, values, decode);
         let took = begun.elapsed();
         slow::note(statement, took);
-        let found = found
-            .inspect_err(|error| tracing::debug!(%error, "a direct read of the database failed"));
         if matches!(found, Err(Problem::Query(_))) {
             state.paused_until = Some(begun + PAUSE_MAX);
         } else if took > SLOW {
             state.paused_until = Some(begun + took + (took * PAUSE_FACTOR).min(PAUSE_MAX));
         }
-        found.ok()
+        found.map_err(|error| {
+            tracing::debug!(%error, "a direct read of the database failed");
+            NoDirectRead
+        })
     }
 
     /// Closes the connection. A running read ends first.
@@ -219,7 +221,7 @@ mod tests {
         ))
     }
 
-    fn read(direct: &Direct, name: &str) -> Option<Option<Thing>> {
+    fn read(direct: &Direct, name: &str) -> Result<Option<Thing>, NoDirectRead> {
         direct.first(BY_NAME, &[name.into()], thing)
     }
 
@@ -227,24 +229,24 @@ mod tests {
     async fn a_row_is_read_on_the_calling_thread() {
         let (_folder, direct) = database();
         let expected = ("one".to_owned(), vec![1, 2], 3, None);
-        assert_eq!(read(&direct, "one"), Some(Some(expected)));
-        assert_eq!(read(&direct, "two"), Some(None));
+        assert_eq!(read(&direct, "one"), Ok(Some(expected)));
+        assert_eq!(read(&direct, "two"), Ok(None));
         direct.close();
-        assert_eq!(read(&direct, "one"), None);
+        assert_eq!(read(&direct, "one"), Err(NoDirectRead));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn the_only_thread_of_a_runtime_does_not_read() {
         let (_folder, direct) = database();
-        assert_eq!(read(&direct, "one"), None);
+        assert_eq!(read(&direct, "one"), Err(NoDirectRead));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn at_most_one_thread_reads() {
         let (_folder, direct) = database();
         let nested = direct.first(BY_NAME, &["one".into()], |_| Ok(read(&direct, "one")));
-        assert_eq!(nested, Some(Some(None)));
-        assert!(read(&direct, "one").is_some());
+        assert_eq!(nested, Ok(Some(Err(NoDirectRead))));
+        assert!(read(&direct, "one").is_ok());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -255,18 +257,18 @@ mod tests {
             std::thread::sleep(PAUSE_MAX / 100);
             Ok(())
         });
-        assert_eq!(slow, Some(Some(())));
+        assert_eq!(slow, Ok(Some(())));
         let mut state = direct.0.lock().unwrap();
         assert!(state.paused_until.unwrap() >= begun + PAUSE_MAX / 10);
         state.paused_until = Some(Instant::now() + PAUSE_MAX);
         drop(state);
-        assert_eq!(read(&direct, "one"), None);
+        assert_eq!(read(&direct, "one"), Err(NoDirectRead));
 
         let (_folder, direct) = database();
-        assert_eq!(direct.first("SELECT", &[], thing), None);
-        assert_eq!(read(&direct, "one"), None);
+        assert_eq!(direct.first("SELECT", &[], thing), Err(NoDirectRead));
+        assert_eq!(read(&direct, "one"), Err(NoDirectRead));
         direct.0.lock().unwrap().paused_until = None;
-        assert!(read(&direct, "one").is_some());
+        assert!(read(&direct, "one").is_ok());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -275,10 +277,19 @@ mod tests {
         let text = |row: &Row<'_>| Ok(row.text("bytes")?.to_owned());
         let integer = |row: &Row<'_>| Ok(row.integer("name")?);
         let bytes = |row: &Row<'_>| Ok(row.bytes("name")?.to_vec());
-        assert_eq!(direct.first(BY_NAME, &["one".into()], text), None);
-        assert_eq!(direct.first(BY_NAME, &["one".into()], integer), None);
-        assert_eq!(direct.first(BY_NAME, &["one".into()], bytes), None);
-        assert!(read(&direct, "one").is_some());
+        assert_eq!(
+            direct.first(BY_NAME, &["one".into()], text),
+            Err(NoDirectRead)
+        );
+        assert_eq!(
+            direct.first(BY_NAME, &["one".into()], integer),
+            Err(NoDirectRead)
+        );
+        assert_eq!(
+            direct.first(BY_NAME, &["one".into()], bytes),
+            Err(NoDirectRead)
+        );
+        assert!(read(&direct, "one").is_ok());
     }
 
     #[test]

@@ -119,7 +119,7 @@ usage: profile.sh [--seconds COUNT] [--connections COUNT] PROGRAM'
     --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key" >"$WORK/said" 2>&1 &
   BENCH=$!
   for _ in $(seq 600); do
-    front=$(pgrep --parent "$BENCH" --full ' serve$' || true)
+    front=$(pgrep --parent "$BENCH" --full ' serve( |$)' || true)
     [[ -z $front ]] || break
     kill -0 "$BENCH" 2>/dev/null || fail "$(cat "$WORK/said")"
     sleep 0.2

@@ -108,6 +108,34 @@ async fn a_thousand_entries_at_once_leave_no_gap() {
     assert_eq!(report.last_sequence, report.entries);
 }
 
+/// An entry in no hurry waits for others, but not less long than its sync.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unhurried_entry_is_in_the_file_before_its_answer() {
+    let (_folder, path) = folder();
+    let log = open(&path);
+    let mut tasks = JoinSet::new();
+    for caller in 0..20 {
+        let (log, path) = (log.clone(), path.clone());
+        tasks.spawn(async move {
+            for _ in 0..10 {
+                let call = CallId::fresh();
+                let entry = entry(EntryKind::Decision, call);
+                if caller % 4 == 0 {
+                    log.append(entry).await.unwrap();
+                } else {
+                    log.append_unhurried(entry).await.unwrap();
+                }
+                let lines = fs::read_to_string(segment(&path)).unwrap();
+                assert!(lines.contains(&call.to_string()));
+            }
+        });
+    }
+    tasks.join_all().await;
+    log.close();
+    assert_whole(&path);
+    assert!(verify(&path).unwrap().entries >= 200);
+}
+
 #[tokio::test]
 async fn the_sequence_goes_on_after_a_restart() {
     let (_folder, path) = folder();

@@ -18,7 +18,7 @@ use super::{
     segment,
     state::{Shared, slow},
     tail::last_lines,
-    writer::{self, Command, Writer},
+    writer::{self, Command, Waiting, Writer},
 };
 
 /// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
@@ -201,7 +201,16 @@ impl AuditLog {
     /// the log. Therefore the log can contain actions that did not happen, but every action that happened is in the
     /// log. A `recovered` entry for an intent that is not open is unnecessary and is not written.
     pub async fn append(&self, entry: Entry) -> Result<u64, Error> {
-        let done = self.send(entry)?;
+        Self::written(self.send(entry, Command::Append)?).await
+    }
+
+    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for others, so that one sync makes
+    /// all of them durable. For times at which the callers wait for something else anyway.
+    pub async fn append_unhurried(&self, entry: Entry) -> Result<u64, Error> {
+        Self::written(self.send(entry, Command::AppendUnhurried)?).await
+    }
+
+    async fn written(done: oneshot::Receiver<Result<u64, Error>>) -> Result<u64, Error> {
         match tokio::time::timeout(APPEND_TIMEOUT, done).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(stopped()),
@@ -211,14 +220,19 @@ impl AuditLog {
 
     /// Makes an entry durable as [`AuditLog::append`] does, for code that is not async.
     pub fn append_blocking(&self, entry: Entry) -> Result<u64, Error> {
-        self.send(entry)?.blocking_recv().map_err(|_| stopped())?
+        let done = self.send(entry, Command::Append)?;
+        done.blocking_recv().map_err(|_| stopped())?
     }
 
-    fn send(&self, entry: Entry) -> Result<oneshot::Receiver<Result<u64, Error>>, Error> {
+    fn send(
+        &self,
+        entry: Entry,
+        command: fn(Waiting) -> Command,
+    ) -> Result<oneshot::Receiver<Result<u64, Error>>, Error> {
         self.0.shared.moving()?;
         let (done, receiver) = oneshot::channel();
         let entry = Box::new(entry);
-        match self.0.commands.try_send(Command::Append((entry, done))) {
+        match self.0.commands.try_send(command((entry, done))) {
             Ok(()) => Ok(receiver),
             Err(TrySendError::Full(_)) => Err(full()),
             Err(TrySendError::Disconnected(_)) => Err(stopped()),

@@ -1,6 +1,7 @@
 //! The only thread that writes a log. The thread takes the queued entries, writes them together, syncs once, and only
-//! then answers the callers. During a sync, the entries of the next group collect in the queue, so there is no delay
-//! that must be tuned.
+//! then answers the callers. During a sync, the entries of the next group collect in the queue. If the first entry of a
+//! group may wait, the thread first sleeps for a short time, in which more entries collect: each sync costs processor
+//! time, and a token on the same machine needs the same processors.
 //!
 //! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
 //! reports the loss once and then treats the file as clean. Therefore, after a failure, the segment is truncated to its
@@ -44,6 +45,11 @@ use super::{
 /// interval is less than the second within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
+/// How long a group collects whose first entry is in no hurry.
+const COLLECTED_FOR: Duration = Duration::from_millis(3);
+/// A group of this size does not grow further by waiting.
+const COLLECTED_MAX: usize = 64;
+
 /// The action of the entry that records the removal of old segments.
 pub(super) const SEGMENTS_REMOVED: &str = "log.segments_removed";
 /// Longest name of an operator, in characters.
@@ -58,6 +64,8 @@ pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
     Append(Waiting),
+    /// Like [`Command::Append`], for an entry that may wait for others.
+    AppendUnhurried(Waiting),
     Close,
 }
 
@@ -145,13 +153,19 @@ impl Writer {
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             };
+            if matches!(first, Command::AppendUnhurried(_)) && commands.len() < COLLECTED_MAX {
+                // A sleep and not a wait for further entries, because each of these would wake this thread.
+                std::thread::sleep(COLLECTED_FOR);
+            }
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
             // The range comes first, because `zip` would otherwise take one command more than the loop handles.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
-                    Command::Append(waiting) => group.push(waiting),
+                    Command::Append(waiting) | Command::AppendUnhurried(waiting) => {
+                        group.push(waiting);
+                    }
                     Command::Close => closing = true,
                 }
             }

@@ -199,7 +199,12 @@ impl Broker {
     ) -> Result<Recorded<T>, Error> {
         match result {
             Ok(value) => {
-                self.audit.append(draft.0).await?;
+                // While calls wait for the token, the processor time of a sync is better spent on the token.
+                if draft.0.kind == EntryKind::Decision && self.token.is_saturated() {
+                    self.audit.append_unhurried(draft.0).await?;
+                } else {
+                    self.audit.append(draft.0).await?;
+                }
                 Ok(Recorded(value))
             }
             Err(error) => {

@@ -86,6 +86,10 @@ impl Token for LateToken {
         Ok(())
     }
 
+    fn is_saturated(&self) -> bool {
+        false
+    }
+
     fn state(&self) -> TokenState {
         TokenState {
             serving: Serving::Up,

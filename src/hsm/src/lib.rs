@@ -85,6 +85,9 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// function before it asks the policy and the store, so that a refusal costs little.
     fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error>;
 
+    /// Whether jobs wait for a free session.
+    fn is_saturated(&self) -> bool;
+
     /// The last known state. This function never waits for the token.
     fn state(&self) -> TokenState;
 }

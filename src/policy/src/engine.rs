@@ -37,6 +37,20 @@ impl Verdict {
     }
 }
 
+/// Returns the decision for a case: the kept one if there is one, otherwise a new one.
+pub(super) fn decide(set: &Set, case: &Case<'_>) -> Verdict {
+    let slice = set.slice_of(case.action, case.identity.kind);
+    let kept = slice.and_then(|slice| Some((&slice.kept, slice.kept.inputs(case)?)));
+    if let Some(verdict) = kept.as_ref().and_then(|(kept, inputs)| kept.find(inputs)) {
+        return verdict;
+    }
+    let verdict = evaluate(set, case);
+    if let Some((kept, inputs)) = kept {
+        kept.keep(&inputs, &verdict);
+    }
+    verdict
+}
+
 pub(super) fn evaluate(set: &Set, case: &Case<'_>) -> Verdict {
     let Some(slice) = set.slice_of(case.action, case.identity.kind) else {
         return Verdict::denied(UNASKED);

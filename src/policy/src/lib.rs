@@ -31,6 +31,7 @@ mod engine;
 mod error;
 mod explain;
 mod files;
+mod kept;
 mod problem;
 mod set;
 mod shape;
@@ -292,7 +293,7 @@ impl Policy {
             peer: peer.ip(),
             at: Timestamp::now(),
         };
-        let verdict = self.evaluate(&case);
+        let verdict = floor(&case).unwrap_or_else(|| engine::decide(&self.current.load(), &case));
         for (policy, error) in &verdict.errors {
             metrics::POLICY_ERRORS
                 .with([policy.to_string()])

@@ -20,6 +20,7 @@ use super::{
     RESERVED, Settings,
     error::Error,
     files,
+    kept::Kept,
     problem::{Problem, Problems, Source, place},
     shape,
     vocabulary::VOCABULARY,
@@ -76,6 +77,8 @@ pub(super) struct Slice {
     pub(super) policies: PolicySet,
     /// All words of these policies, which include all attributes and operators that the policies use.
     pub(super) words: HashSet<String>,
+    /// The decisions that these policies made, as far as they may be kept.
+    pub(super) kept: Kept,
 }
 
 /// The policies that are in force together.
@@ -241,12 +244,10 @@ impl Set {
         }
         for policy in self.policies.policies() {
             let mut words = HashSet::new();
-            collect_words(
-                &policy
-                    .to_json()
-                    .map_err(Error::on("write a policy as JSON"))?,
-                &mut words,
-            );
+            let json = policy
+                .to_json()
+                .map_err(Error::on("write a policy as JSON"))?;
+            collect_words(&json, &mut words);
             let cases: HashSet<(Action, Kind)> = policy
                 .get_valid_request_envs(&VOCABULARY.schema)
                 .filter_map(|case| VOCABULARY.case(&case))
@@ -258,6 +259,7 @@ impl Set {
                     "sort a policy by the principals, actions and resources of its scope",
                 ))?;
                 slice.words.extend(words.iter().cloned());
+                slice.kept.admit(&json);
             }
         }
         Ok(())

@@ -11,6 +11,7 @@ use super::*;
 
 mod cost;
 mod examples;
+mod kept;
 mod matrix;
 mod mistakes;
 mod operator;

@@ -38,7 +38,14 @@ pub(super) struct Vocabulary {
     user_keys: EntityTypeName,
     broker: EntityUid,
     roles: [EntityUid; Role::ALL.len()],
-    actions: HashMap<Action, Entity>,
+    actions: HashMap<Action, AskedAction>,
+}
+
+/// An action in the form of Cedar. Its place in the hierarchy of actions is computed once, because that takes longer than the
+/// evaluation of most policies.
+struct AskedAction {
+    uid: EntityUid,
+    entities: Entities,
 }
 
 /// The attributes that are passed to Cedar.
@@ -121,10 +128,10 @@ impl Vocabulary {
                 EntityId::new(action.as_str()),
             );
             let entity = known.get(&uid).cloned();
-            (
-                action,
-                entity.expect("the shipped schema has every action: a test asks for each"),
-            )
+            let entity = entity.expect("the shipped schema has every action: a test asks for each");
+            let entities = Entities::from_entities([entity], None)
+                .expect("an action of a valid schema is a valid entity");
+            (action, AskedAction { uid, entities })
         };
         Self {
             actions: Action::ALL.into_iter().map(action).collect(),
@@ -146,7 +153,7 @@ impl Vocabulary {
             Kind::Service
         };
         let mut actions = self.actions.iter();
-        let (action, _) = actions.find(|(_, entity)| entity.uid() == *case.action())?;
+        let (action, _) = actions.find(|(_, asked)| asked.uid == *case.action())?;
         Some((*action, kind))
     }
 
@@ -167,13 +174,15 @@ impl Vocabulary {
         let context = context(case, wanted)?;
         let request = Request::new(
             principal.uid(),
-            action.uid(),
+            action.uid.clone(),
             resource.uid(),
             context,
             schema,
         )
         .map_err(Error::on("make the request to Cedar"))?;
-        let entities = Entities::from_entities([principal, resource, action.clone()], schema)
+        let entities = action.entities.clone();
+        let entities = entities
+            .add_entities([principal, resource], schema)
             .map_err(Error::on("make the entities of the request to Cedar"))?;
         Ok(Asked { request, entities })
     }
@@ -259,7 +268,7 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
 
 /// Whether the grant of a service covers the resource. The broker itself checks the grant, because a grant may list
 /// thousands of users, and it would take too long to pass these users to Cedar for every call.
-fn is_granted(case: &Case<'_>) -> bool {
+pub(super) fn is_granted(case: &Case<'_>) -> bool {
     let Identity {
         kind,
         users,

@@ -15,17 +15,21 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
+use keybroker_core::key::KeyAddress;
+
 use super::{
-    Error, Settings,
+    Error, Record, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{self, Found},
-    engine::{Engine, EngineStore, Purpose},
+    engine::{Engine, EngineStore, NoDirectRead, Purpose},
+    rows,
     schema::Accepted,
-    session::Session as _,
+    session::{Session as _, Value},
     statements::Statements,
     tables::Tables,
 };
 
+mod direct;
 pub(super) mod file;
 mod place;
 
@@ -63,6 +67,8 @@ struct SqliteFile {
     reader: SqlitePool,
     /// One connection that is never lent. While this connection is open, SQLite neither removes nor creates a WAL.
     keeper: SqlitePool,
+    /// Reads single records without a switch to the thread of a connection.
+    direct: direct::Direct,
     place: Arc<place::Place>,
 }
 
@@ -123,12 +129,14 @@ pub(super) async fn open(
     durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     let reader = reader(path, Arc::clone(&place));
-    // Check that this connection opened the same file as the first connection.
+    let direct = direct::Direct::open(path);
+    // Check that these connections opened the same file as the first connection.
     place.check()?;
     Ok(EngineStore::new(SqliteFile {
         writer,
         reader,
         keeper,
+        direct,
         place,
     }))
 }
@@ -158,7 +166,17 @@ impl Engine for SqliteFile {
         }
     }
 
+    fn record_directly(
+        &self,
+        address: &KeyAddress,
+        values: &[Value],
+    ) -> Result<Option<Record>, NoDirectRead> {
+        self.direct
+            .first(SQL.record, values, |row| rows::record(row, address.clone()))
+    }
+
     async fn close(&self) {
+        self.direct.close();
         self.reader.close().await;
         self.writer.close().await;
         // SQLite writes the WAL into the database file when the last connection closes.

@@ -184,6 +184,10 @@ impl Token for Supervisor {
         self.queue.check_admission(caller, planned)
     }
 
+    fn is_saturated(&self) -> bool {
+        self.queue.len() > 0
+    }
+
     fn state(&self) -> TokenState {
         self.current_state()
     }

@@ -1,0 +1,185 @@
+//! Decisions that are kept, because a new one could not differ.
+//!
+//! A new decision takes tens of microseconds. Many decisions depend only on the service, the action and its grant: the policies
+//! that can apply look neither at the resource nor at the call. Such a permit is kept with everything that it depends on, and is
+//! used again only for the same values. A change of the service's roles or grant therefore needs a new decision. A change of the
+//! policies replaces the set that contains the kept decisions.
+//!
+//! Whether policies look at something else is read from their syntax trees. The check errs on one side: a text that looks like the
+//! name of a variable counts as this variable.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{PoisonError, RwLock},
+};
+
+use serde_json::Value;
+
+use keybroker_core::{
+    key::Tenant,
+    principal::{Credential, Identity, Kind, Reach, Role},
+};
+
+use super::{Case, engine::Verdict, vocabulary::is_granted};
+
+/// Largest number of services whose decisions are kept. Beyond it, all are made again.
+const SERVICES_MAX: usize = 1_024;
+/// Largest number of kept decisions of one service.
+const DECISIONS_MAX: usize = 8;
+
+/// The context attribute that states whether the grant of the service covers the resource. Its value is a part of [`Inputs`].
+const GRANTED: &str = "granted";
+
+/// The kept decisions of the policies for one action of services.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    /// Whether a policy looks at more than [`Inputs`] contains.
+    looks_further: bool,
+    /// By the name of the service.
+    decisions: RwLock<HashMap<String, Vec<Decision>>>,
+}
+
+#[derive(Debug)]
+struct Decision {
+    tenant: Tenant,
+    credential: Credential,
+    roles: BTreeSet<Role>,
+    has_all_users: bool,
+    has_all_key_names: bool,
+    is_granted: bool,
+    verdict: Verdict,
+}
+
+/// Everything that a kept decision depends on.
+#[derive(Debug)]
+pub(super) struct Inputs<'a> {
+    name: &'a str,
+    tenant: &'a Tenant,
+    credential: Credential,
+    roles: &'a BTreeSet<Role>,
+    has_all_users: bool,
+    has_all_key_names: bool,
+    is_granted: bool,
+}
+
+impl Inputs<'_> {
+    fn are_those_of(&self, decision: &Decision) -> bool {
+        self.is_granted == decision.is_granted
+            && self.credential == decision.credential
+            && self.has_all_users == decision.has_all_users
+            && self.has_all_key_names == decision.has_all_key_names
+            && *self.tenant == decision.tenant
+            && *self.roles == decision.roles
+    }
+}
+
+impl Kept {
+    /// Adds a policy, in Cedar's JSON form, to those that make the decisions.
+    pub(super) fn admit(&mut self, policy: &Value) {
+        self.looks_further |= looks_further(policy);
+    }
+
+    /// The inputs of a case. `None` if the decision may depend on something else and is not to be kept.
+    pub(super) fn inputs<'a>(&self, case: &Case<'a>) -> Option<Inputs<'a>> {
+        // Each field is named, so that a new one cannot be forgotten here.
+        let Identity {
+            name,
+            credential,
+            kind,
+            tenant,
+            roles,
+            users,
+            key_names,
+            // Only users have a subject.
+            subject: _,
+            // Claims are in the context and in the tags. Policies that look at these are never kept.
+            claims: _,
+        } = case.identity;
+        let may_keep = *kind == Kind::Service && !self.looks_further;
+        may_keep.then(|| Inputs {
+            name,
+            tenant,
+            credential: *credential,
+            roles,
+            has_all_users: *users == Reach::All,
+            has_all_key_names: *key_names == Reach::All,
+            is_granted: is_granted(case),
+        })
+    }
+
+    pub(super) fn find(&self, inputs: &Inputs<'_>) -> Option<Verdict> {
+        let decisions = self
+            .decisions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let of_service = decisions.get(inputs.name)?;
+        let found = of_service.iter().find(|kept| inputs.are_those_of(kept))?;
+        Some(found.verdict.clone())
+    }
+
+    /// Keeps a permit, unless a policy could not be evaluated.
+    pub(super) fn keep(&self, inputs: &Inputs<'_>, verdict: &Verdict) {
+        if !verdict.allowed || !verdict.errors.is_empty() {
+            return;
+        }
+        let mut decisions = self
+            .decisions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if decisions.len() >= SERVICES_MAX && !decisions.contains_key(inputs.name) {
+            decisions.clear();
+        }
+        let of_service = decisions.entry(inputs.name.to_owned()).or_default();
+        if of_service.iter().any(|kept| inputs.are_those_of(kept)) {
+            return;
+        }
+        if of_service.len() >= DECISIONS_MAX {
+            of_service.clear();
+        }
+        of_service.push(Decision {
+            tenant: inputs.tenant.clone(),
+            credential: inputs.credential,
+            roles: inputs.roles.clone(),
+            has_all_users: inputs.has_all_users,
+            has_all_key_names: inputs.has_all_key_names,
+            is_granted: inputs.is_granted,
+            verdict: verdict.clone(),
+        });
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        let decisions = self.decisions.read().unwrap();
+        decisions.values().map(Vec::len).sum()
+    }
+}
+
+/// Whether a policy looks at the resource beyond its type, at the context beyond `granted`, or at tags.
+fn looks_further(policy: &Value) -> bool {
+    let resource = &policy["resource"];
+    let is_any = resource["op"] == "All";
+    let is_type_only = resource["op"] == "is" && resource.get("in").is_none();
+    !(is_any || is_type_only) || mentions_more(&policy["conditions"])
+}
+
+fn mentions_more(expression: &Value) -> bool {
+    match expression {
+        Value::String(text) => {
+            matches!(text.as_str(), "resource" | "context" | "getTag" | "hasTag")
+        }
+        Value::Array(parts) => parts.iter().any(mentions_more),
+        Value::Object(fields) => {
+            let is_granted = fields.len() == 1
+                && fields.get(".").is_some_and(|access| {
+                    access["left"] == serde_json::json!({ "Var": "context" })
+                        && access["attr"] == GRANTED
+                });
+            let is_variable = |name: &str| matches!(name, "getTag" | "hasTag");
+            !is_granted
+                && fields
+                    .iter()
+                    .any(|(name, part)| is_variable(name) || mentions_more(part))
+        }
+        _ => false,
+    }
+}

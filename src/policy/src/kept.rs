@@ -20,7 +20,7 @@ use keybroker_core::{
     principal::{Credential, Identity, Kind, Reach, Role},
 };
 
-use super::{Case, engine::Verdict, vocabulary::is_granted};
+use super::{Case, verdict::Verdict, vocabulary::is_granted};
 
 /// Largest number of services whose decisions are kept. Beyond it, all are made again.
 const SERVICES_MAX: usize = 1_024;

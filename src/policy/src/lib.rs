@@ -37,12 +37,13 @@ mod set;
 mod shape;
 #[cfg(test)]
 mod tests;
+mod verdict;
 mod vocabulary;
 
-pub use engine::Verdict;
 pub use explain::{Applies, Explanation, PolicyView};
 pub use problem::{Problem, Problems};
 pub use set::{NamedPrincipal, Summary};
+pub use verdict::Verdict;
 
 use set::Set;
 

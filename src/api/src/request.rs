@@ -1,5 +1,5 @@
 //! Runs one call in a separate task, until its deadline. Each connection has a limited number of places for concurrent calls, and
-//! a call takes one of these places. The tracing span of a call adds the call id to every log line.
+//! a call takes one of these places. The tracing span of a call adds the call id to every log line of this call.
 //!
 //! Because a call runs in a separate task, it writes its audit entry even if the caller cancels the call or the deadline passes.
 //! A call keeps its place until its task has ended, so a caller cannot exceed the limit of concurrent calls by cancelling calls.

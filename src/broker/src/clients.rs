@@ -351,8 +351,8 @@ impl Broker {
             format!("which lists {}", names.join(", "))
         };
         let what = format!(
-            "among those that may be granted: `{refused}` may not be granted, because it is not in \
-             `client_credentials.grantable_roles` of the broker's configuration, {allowed}",
+            "only roles of the broker's list `client_credentials.grantable_roles`, {allowed}; `{refused}` may not be \
+             granted",
             refused = refused.as_str()
         );
         Err(Error::violation("roles", what))

@@ -55,8 +55,8 @@ pub type Mac = [u8; MAC_BYTES];
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. This algorithm needs the operator's permission, and is for
-    /// tokens that support OAEP with no other hash. The collision attacks on SHA-1 do not apply to OAEP, but no new
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. It is only for tokens whose OAEP
+    /// supports no other hash, and only if the operator sets `allow_oaep_sha1`. The collision attacks on SHA-1 do not apply to OAEP, but no new
     /// design should use SHA-1.
     RsaOaepSha1,
 }

@@ -5,8 +5,8 @@
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// What is wrong with a URL, as a clause that follows the name of the setting. The clause never contains the URL,
-/// which may include a password.
+/// What is wrong with a URL, as a clause that follows the name of the setting. This text never contains the URL,
+/// because the URL may include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(

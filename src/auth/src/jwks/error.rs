@@ -98,7 +98,7 @@ impl std::fmt::Display for LeftOut {
             write!(f, "; weak or malformed: {}", self.refused.join("; "))?;
         }
         if !self.other.is_empty() {
-            write!(f, "; not for signatures: {:?}", self.other)?;
+            write!(f, "; for other purposes than signatures: {:?}", self.other)?;
         }
         Ok(())
     }

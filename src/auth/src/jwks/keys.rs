@@ -21,7 +21,8 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
-/// The purpose of key files. A person who controls a key in a key file can sign access tokens for every user.
+/// How key files are checked: other users may read them, but must not be able to change them. A person who controls a key in a
+/// key file can sign access tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose access tokens are accepted");
 
 /// Time after which every copy of a key set is up to date. Before this time, caches and replicas between the provider

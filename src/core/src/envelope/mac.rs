@@ -169,7 +169,7 @@ impl Message {
         self.0.extend(bytes);
     }
 
-    /// Adds a field of variable length, after its length.
+    /// Adds the length of a field of variable length, and then the field.
     fn sized(&mut self, bytes: &[u8]) {
         self.0.extend(length_u16(bytes.len()));
         self.0.extend(bytes);

@@ -119,7 +119,7 @@ pub(super) struct Arguments {
     /// Threads that measure the token alone (`steady`) [default: number of processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
-    /// Multiples of the measured capacity (`overload`) [default: 3,10]
+    /// Rates of calls, as multiples of the measured capacity (`overload`) [default: 3,10]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100))]
     times: Vec<u32>,
     /// Deadlines of the calls in milliseconds (`overload`) [default: 200,1000,5000]
@@ -145,7 +145,7 @@ pub(super) struct Arguments {
     /// Number of restarts (`restart`) [default: 1]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     restarts: Option<u32>,
-    /// Number that determines the random start times of calls (`open`, `overload`, `fairness`, `storm`, `restart`) [default: 1]
+    /// Seed of the random start times of calls (`open`, `overload`, `fairness`, `storm`, `restart`) [default: 1]
     #[arg(long, value_name = "NUMBER")]
     schedule_seed: Option<u64>,
     /// Also write the results to this file, as JSON

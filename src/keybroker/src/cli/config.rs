@@ -24,7 +24,7 @@ pub(super) enum Command {
     /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does not log in to a token. If the
     /// database is on a server, the command connects to the server and checks its version, its schema and its session pooling.
     Check,
-    /// Show the configuration with all defaults; secrets are in files and are not shown
+    /// Show the configuration with all defaults; the configuration contains no secrets, so none are shown
     Show,
 }
 

@@ -138,8 +138,10 @@ fn number(setting: &str, written: &str) -> String {
         .zip(factor)
         .and_then(|(value, factor)| value.checked_mul(factor));
     match value {
-        Some(value) => format!("write {what} without unit and quotes: `{setting} = {value}`"),
-        None => format!("write {what} without unit and quotes"),
+        Some(value) => {
+            format!("write {what} without a unit and without quotes: `{setting} = {value}`")
+        }
+        None => format!("write {what} without a unit and without quotes"),
     }
 }
 

@@ -32,7 +32,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Starts the broker, connects clients that do not retry, so that every refusal is counted, and enrols the users.
+    /// Starts the broker and connects the clients. Enrols the users, unless `--seed` has given them their keys. The clients do
+    /// not retry, so that every refusal is counted.
     pub(super) async fn open(bench: &Bench<'_>, connections: u32) -> Result<Self, Failure> {
         let broker = Served::start(bench, None).await?;
         Self::with(bench, broker, connections, RetryPolicy::never()).await

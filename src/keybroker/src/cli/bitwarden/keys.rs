@@ -28,7 +28,8 @@ pub(in crate::cli) struct Enrol {
     connector: Connector,
     #[command(flatten)]
     key: KeySource,
-    /// File with the account's protected user key; the command sends the master key only if the master key decrypts this user key
+    /// File with the account's protected user key, as a check: the master key is sent to the broker only if it decrypts this user
+    /// key
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
     /// Replace the master key in the broker (PUT). If no user key is protected with the new master key, the account's vault is

@@ -61,7 +61,7 @@ pub(super) enum Command {
         /// Users whose keys are released, at most 64
         #[arg(long, required = true, num_args = 1.., value_parser = arguments::user)]
         user: Vec<UserId>,
-        /// Name of the keys; every released key has this name
+        /// Name of the key to release for each user
         #[arg(long, default_value = "default", value_parser = arguments::key_name)]
         key_name: KeyName,
         /// Write to standard output even if it is a terminal

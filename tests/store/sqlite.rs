@@ -27,7 +27,7 @@ impl Engine {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn reads_do_not_touch_the_file() {
     let engine = Engine::sqlite().await;
     let store = engine.open().await;
@@ -94,7 +94,7 @@ async fn a_database_has_one_process() {
     store::lock(&engine.settings).unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_database_that_cannot_grow_loses_nothing() {
     let engine = Engine::sqlite().await;
     let store = engine.open().await;

@@ -232,13 +232,12 @@ fn finish(context: &Context, result: Result<(), Failure>) -> ExitCode {
     }
 }
 
-/// Runs a future on a new runtime with one thread for every two cores, and at least two threads. The workers need the other cores,
-/// and fewer threads mean fewer wake-ups for each call. With a single thread, no call could read the database directly, because a
-/// slow disk would then stop all calls.
+/// Runs a future on a new runtime with one thread for every two cores. The workers need the other cores, and fewer threads mean
+/// fewer wake-ups for each call.
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(cores.div_ceil(2).max(2))
+        .worker_threads(cores.div_ceil(2))
         .enable_all()
         .build()
         .map_err(|error| Failure::new(Exit::Internal, format!("no async runtime: {error}")))?;

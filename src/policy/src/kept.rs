@@ -30,6 +30,10 @@ const DECISIONS_MAX: usize = 8;
 /// The context attribute that states whether the grant of the service covers the resource. Its value is a part of [`Inputs`].
 const GRANTED: &str = "granted";
 
+/// The types of entities that a policy may name and whose decision may be kept. The name of a record in a policy also looks
+/// at the resource: only the resource of the call has attributes.
+const FIXED_TYPES: [&str; 2] = ["Keybroker::Role", "Keybroker::Action"];
+
 /// The kept decisions of the policies for one action of services.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
@@ -154,7 +158,8 @@ impl Kept {
     }
 }
 
-/// Whether a policy looks at the resource beyond its type, at the context beyond `granted`, or at tags.
+/// Whether a policy looks at the resource beyond its type, at the context beyond `granted`, at tags, or at an entity that it
+/// names and that is not of a fixed type.
 fn looks_further(policy: &Value) -> bool {
     let resource = &policy["resource"];
     let is_any = resource["op"] == "All";
@@ -175,6 +180,9 @@ fn mentions_more(expression: &Value) -> bool {
                         && access["attr"] == GRANTED
                 });
             let is_variable = |name: &str| matches!(name, "getTag" | "hasTag");
+            if let Some(entity) = fields.get("__entity") {
+                return !FIXED_TYPES.iter().any(|known| entity["type"] == *known);
+            }
             !is_granted
                 && fields
                     .iter()

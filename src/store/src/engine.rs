@@ -18,10 +18,10 @@ use tokio_util::task::TaskTracker;
 
 use tracing::Instrument as _;
 
-use keybroker_core::{call::CallId, key::KeyAddress, metrics};
+use keybroker_core::{call::CallId, metrics};
 
 use super::{
-    Error, Record,
+    Error,
     error::Detail,
     mutations,
     session::{Columns as _, Session, Value},
@@ -55,11 +55,6 @@ const RECONNECT_WAIT_MAX: Duration = Duration::from_millis(100);
 /// restarted.
 pub(super) const TEST_AFTER: Duration = Duration::from_secs(1);
 
-/// A read on the calling thread gave no result, for whatever reason. The caller repeats the read on a connection of the driver,
-/// which classifies errors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct NoDirectRead;
-
 /// The differences between engines in addition to their SQL.
 pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     type Database: Database<Connection: Session>;
@@ -89,15 +84,6 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// the pool may open a new connection.
     fn check_socket(&self) -> Result<(), Error> {
         Ok(())
-    }
-
-    /// Reads a record on the calling thread, if the engine can do that now.
-    fn record_directly(
-        &self,
-        _address: &KeyAddress,
-        _values: &[Value],
-    ) -> Result<Option<Record>, NoDirectRead> {
-        Err(NoDirectRead)
     }
 
     /// Closes all connections.
@@ -161,21 +147,6 @@ impl<E: Engine> EngineStore<E> {
                 panic,
             ))),
         }
-    }
-
-    /// Reads a record on the calling thread, if the engine can do that now. The checks are the same as for every read.
-    fn record_directly(
-        &self,
-        address: &KeyAddress,
-        values: &[Value],
-    ) -> Result<Option<Record>, NoDirectRead> {
-        let Lender { engine, probe, .. } = &*self.lender;
-        if probe.check(Purpose::Read).is_err() || engine.check_place(Purpose::Read).is_err() {
-            return Err(NoDirectRead);
-        }
-        let found = engine.record_directly(address, values)?;
-        probe.answered(Purpose::Read);
-        Ok(found)
     }
 
     /// Runs a query.

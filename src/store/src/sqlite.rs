@@ -15,21 +15,17 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
 
-use keybroker_core::key::KeyAddress;
-
 use super::{
-    Error, Record, Settings,
+    Error, Settings,
     dialect::{Dialect, LimitedDelete, Placeholder, Upsert},
     durability::{self, Found},
-    engine::{Engine, EngineStore, NoDirectRead, Purpose},
-    rows,
+    engine::{Engine, EngineStore, Purpose},
     schema::Accepted,
-    session::{Session as _, Value},
+    session::Session as _,
     statements::Statements,
     tables::Tables,
 };
 
-mod direct;
 pub(super) mod file;
 mod place;
 
@@ -67,8 +63,6 @@ struct SqliteFile {
     reader: SqlitePool,
     /// One connection that is never lent. While this connection is open, SQLite neither removes nor creates a WAL.
     keeper: SqlitePool,
-    /// Reads single records without a switch to the thread of a connection.
-    direct: direct::Direct,
     place: Arc<place::Place>,
 }
 
@@ -129,14 +123,12 @@ pub(super) async fn open(
     durability::require_accepted(&weaknesses, &settings.accept_weaker_durability)?;
     durability::announce(&weaknesses);
     let reader = reader(path, Arc::clone(&place));
-    let direct = direct::Direct::open(path);
-    // Check that these connections opened the same file as the first connection.
+    // Check that this connection opened the same file as the first connection.
     place.check()?;
     Ok(EngineStore::new(SqliteFile {
         writer,
         reader,
         keeper,
-        direct,
         place,
     }))
 }
@@ -166,17 +158,7 @@ impl Engine for SqliteFile {
         }
     }
 
-    fn record_directly(
-        &self,
-        address: &KeyAddress,
-        values: &[Value],
-    ) -> Result<Option<Record>, NoDirectRead> {
-        self.direct
-            .first(SQL.record, values, |row| rows::record(row, address.clone()))
-    }
-
     async fn close(&self) {
-        self.direct.close();
         self.reader.close().await;
         self.writer.close().await;
         // SQLite writes the WAL into the database file when the last connection closes.

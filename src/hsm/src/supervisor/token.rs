@@ -11,6 +11,7 @@ use tracing::Span;
 
 use crate::{
     Caller, Error, Serving, Token, TokenState,
+    caller::Lane,
     job::{Job, Output},
     queue::{self, Planned},
 };
@@ -40,7 +41,11 @@ impl Supervisor {
             work,
             caller: caller.clone(),
             done,
-            abandoned: Abandoned::current(),
+            abandoned: match caller.lane() {
+                // The result is for all later calls, not only for the call that caused the work.
+                Lane::Background => Abandoned::default(),
+                Lane::Principal(_) => Abandoned::current(),
+            },
             queued: Instant::now(),
             waited: Duration::ZERO,
             retried: false,

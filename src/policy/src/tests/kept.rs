@@ -27,6 +27,18 @@ const CONDITIONS: &[(&str, bool)] = &[
         false,
     ),
     ("{ one: resource }.one.user == \"ada\"", false),
+    // The attributes of a named record are known only if the record is the resource.
+    (r#"Keybroker::UserKey::"default/vault/ada" has user"#, false),
+    (
+        r#"Keybroker::UserKey::"default/vault/ada".user == "ada""#,
+        false,
+    ),
+    (
+        r#"!(Keybroker::UserKey::"default/vault/bob" has user)"#,
+        false,
+    ),
+    (r#"principal == Keybroker::Service::"client:one""#, false),
+    (r#"Keybroker::Service::"client:one" has name"#, false),
     (
         "[context.granted].contains(context.granted) && { context: context }.context.granted",
         false,

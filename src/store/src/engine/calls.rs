@@ -68,9 +68,6 @@ impl<E: Engine> Store for EngineStore<E> {
             address.user.as_str().into(),
             address.name.as_str().into(),
         ];
-        if let Ok(found) = self.record_directly(address, &values) {
-            return Ok(found);
-        }
         let found = self.query(E::sql().record, values).await?;
         let decode = |row| rows::record(row, address.clone());
         found.first().map(decode).transpose()

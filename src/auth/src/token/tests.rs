@@ -254,7 +254,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
         (
             "kid not text",
             header(json!({"kid": 1})),
-            "`kid` is not text",
+            "`kid` is not a string",
         ),
         (
             "alg none",

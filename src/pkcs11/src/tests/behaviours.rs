@@ -554,7 +554,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
             assert!(
                 fault
                     .detail
-                    .contains("no login to it with this PIN is recorded"),
+                    .contains("no record of an earlier login to this token with this PIN"),
                 "{fault}"
             );
             assert_eq!(faulty.count("C_Login begins"), 0);

@@ -372,21 +372,25 @@ impl World {
     }
 }
 
-fn number(variable: &str) -> Option<u64> {
+pub(crate) fn number(variable: &str) -> Option<u64> {
     let text = env::var(variable).ok()?;
     Some(text.parse().unwrap())
+}
+
+/// The seed that a variable selects. CI always has the same one, so that a change and not chance makes a run fail there.
+pub(crate) fn seed(variable: &str) -> u64 {
+    let is_ci = env::var("CI").is_ok_and(|value| value == "true");
+    let chosen = number(variable).or(is_ci.then_some(1));
+    chosen.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        now.as_secs() * 1_000_000
+    })
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
     let count = number("KEYBROKER_TEST_SCHEDULES").unwrap_or(SCHEDULES);
-    // The same schedules for every run in CI, so that a change and not chance makes a run fail there.
-    let is_ci = env::var("CI").is_ok_and(|value| value == "true");
-    let chosen = number("KEYBROKER_TEST_SCHEDULE_SEED").or(is_ci.then_some(1));
-    let first = chosen.unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        now.as_secs() * 1_000_000
-    });
+    let first = seed("KEYBROKER_TEST_SCHEDULE_SEED");
     let lateness = number("KEYBROKER_TEST_LATENESS_MS").unwrap_or(LATENESS_MS);
     println!("the seed of the first schedule is {first}");
     let mut world = World::start().await;

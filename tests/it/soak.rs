@@ -13,7 +13,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use hdrhistogram::Histogram;
@@ -33,7 +33,7 @@ use crate::{
     faulty::{Fault, Faulty, code},
     faulty_token::name_module,
     process::{Broker, send, until},
-    schedules::Random,
+    schedules::{Random, number, seed},
     servers::{Kind, Server, section},
     site::{Options, Site, policy_section},
     softhsm,
@@ -499,11 +499,6 @@ impl World {
     }
 }
 
-fn number(variable: &str) -> Option<u64> {
-    let text = env::var(variable).ok()?;
-    Some(text.parse().unwrap())
-}
-
 /// All troubles in an order that the seed selects.
 fn shuffled(random: &mut Random) -> Vec<Trouble> {
     let mut troubles = TROUBLES.to_vec();
@@ -637,14 +632,7 @@ async fn no_fault_of_a_long_run_fails_a_call_or_leaves_anything_behind() {
     let seconds = number("KEYBROKER_TEST_SOAK_SECONDS").unwrap_or(SECONDS);
     let every = number("KEYBROKER_TEST_SOAK_EVERY_SECONDS").unwrap_or(EVERY_SECONDS);
     let (lasts, every) = (Duration::from_secs(seconds), Duration::from_secs(every));
-    // The same order for every run in CI, so that a change and not chance makes a run fail there.
-    let is_ci = env::var("CI").is_ok_and(|value| value == "true");
-    let seed = number("KEYBROKER_TEST_SOAK_SEED")
-        .or(is_ci.then_some(1))
-        .unwrap_or_else(|| {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-            now.as_secs()
-        });
+    let seed = seed("KEYBROKER_TEST_SOAK_SEED");
     println!("the seed is {seed}");
     let mut world = World::start().await;
     let results = world.run(seed, lasts, every).await;

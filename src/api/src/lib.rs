@@ -2,6 +2,7 @@
 //! crate.
 
 #[doc(hidden)]
+mod discard;
 pub mod fuzzing;
 mod request;
 pub mod rest;

@@ -1,5 +1,5 @@
 //! Verifies the secrets of API clients with Argon2id (RFC 9106). Argon2id deliberately costs much memory and time.
-//! Therefore Argon2id runs outside the async threads and has a limit of its own. An unknown id, a revoked API client
+//! Therefore Argon2id runs outside the async threads and has a separate limit. An unknown id, a revoked API client
 //! and a wrong secret cost the same time and get the same answer.
 //!
 //! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2id nor a

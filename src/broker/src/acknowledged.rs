@@ -5,7 +5,7 @@
 //!
 //! The broker stores these facts in the state directory at most one second after they change. The changes that a broker
 //! acknowledged in the last second before it was killed are read from its audit log. Each broker instance checks only
-//! the marks of its own changes.
+//! the marks of the changes that it made.
 
 use std::{
     collections::VecDeque,

@@ -29,7 +29,7 @@ impl Broker {
                 observe(Action::Unwrap, call, started.elapsed(), &refused);
                 refused
             }
-            // A call whose deadline has passed gets an entry of its own, like every other failed call.
+            // A call whose deadline has passed gets a separate entry, like every other failed call.
             Ok(()) | Err(_) => Ok(()),
         }
     }

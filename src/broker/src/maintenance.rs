@@ -100,7 +100,7 @@ impl Broker {
         );
     }
 
-    /// Resolves intents in a loop of its own, because the wait for a transaction that may still be running takes
+    /// Resolves intents in a separate loop, because the wait for a transaction that may still be running takes
     /// seconds.
     async fn resolve_regularly(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
@@ -112,7 +112,7 @@ impl Broker {
         }
     }
 
-    /// Writes counts in a loop of its own, because a hanging database must not delay the counts by more than a second.
+    /// Writes counts in a separate loop, because a hanging database must not delay the counts by more than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -37,12 +38,8 @@ async fn a_worker_that_dies_costs_a_client_some_time_and_no_login() {
     rest.get(BOB).await.expect_key(&[0xe2; 32]);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_stays_down_is_503_and_comes_back_without_loss() {
-    let rest = RestSite::open();
-    rest.store(Method::POST, ADA, &[0xe3; 32])
-        .await
-        .expect_stored();
+/// Renames the directory of the token, and waits until the broker misses the token. Returns both names.
+fn hide_token(rest: &RestSite) -> (PathBuf, PathBuf) {
     let directory = rest.broker.site.token.directory();
     let away = directory.with_extension("away");
     fs::rename(&directory, &away).unwrap();
@@ -50,6 +47,16 @@ async fn a_token_that_stays_down_is_503_and_comes_back_without_loss() {
     until("the token to be missed", || {
         site.log().contains("token-down").then_some(())
     });
+    (directory, away)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_stays_down_is_503_and_comes_back_without_loss() {
+    let rest = RestSite::open();
+    rest.store(Method::POST, ADA, &[0xe3; 32])
+        .await
+        .expect_stored();
+    let (directory, away) = hide_token(&rest);
     let started = Instant::now();
     let answer = rest.get(ADA).await;
     answer.expect_refused(503, "TOKEN_DOWN");
@@ -109,13 +116,7 @@ async fn waiting_requests_leave_room_for_new_ones() {
     rest.store(Method::POST, ADA, &[0xe6; 32])
         .await
         .expect_stored();
-    let directory = rest.broker.site.token.directory();
-    let away = directory.with_extension("away");
-    fs::rename(&directory, &away).unwrap();
-    let site = &rest.broker.site;
-    until("the token to be missed", || {
-        site.log().contains("token-down").then_some(())
-    });
+    let (directory, away) = hide_token(&rest);
     let metric = |name: &str| {
         let page = get(rest.broker.status, "/metrics");
         let value = page

@@ -16,15 +16,16 @@ use keybroker_core::{
     secret::KeyMaterial,
 };
 
+use crate::discard::discard;
+
 /// Length of a user's key in a Key Connector, in bytes.
 pub(super) const KEY_BYTES: usize = 32;
 /// Longest accepted body of a request, in bytes. The body that Bitwarden clients send has about 60 bytes.
 const BODY_BYTES_MAX: usize = 4 * 1_024;
 /// Longest time for receiving a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Limits on discarding the rest of a refused body, in bytes and in time.
+/// Largest part of a refused body that is discarded, in bytes.
 const DISCARDED_BYTES_MAX: usize = 2 * 1_024 * 1_024;
-const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a body is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +76,8 @@ impl Malformed {
 pub(crate) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
     let text = text(headers, &mut body).await;
     if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
-        discard(&mut body).await;
+        // If a connection is closed with unread bytes, the client may not receive the answer.
+        discard(&mut body, DISCARDED_BYTES_MAX).await;
     }
     parse(&text?)
 }
@@ -111,27 +113,6 @@ async fn read(body: &mut Body) -> Result<Zeroizing<Vec<u8>>, Malformed> {
         text.extend_from_slice(&data);
     }
     Ok(text)
-}
-
-/// Reads and discards the rest of a body, within limits. If a connection is closed with unread bytes, the client may
-/// not receive the answer.
-async fn discard(body: &mut Body) {
-    let discarding = async {
-        let mut left = DISCARDED_BYTES_MAX;
-        while let Some(Ok(frame)) = body.frame().await {
-            let length = frame.data_ref().map_or(0, axum::body::Bytes::len);
-            left = left.saturating_sub(length);
-            if left == 0 {
-                return;
-            }
-        }
-    };
-    if tokio::time::timeout(DISCARD_TIMEOUT, discarding)
-        .await
-        .is_err()
-    {
-        tracing::debug!("the rest of the refused request body did not arrive in time");
-    }
 }
 
 #[derive(Deserialize)]

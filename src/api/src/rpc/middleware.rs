@@ -12,7 +12,6 @@ use axum::{
     http::Response,
     middleware::{self, Next},
 };
-use futures_util::StreamExt as _;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status};
 use tracing::Instrument as _;
@@ -24,13 +23,15 @@ use keybroker_core::{
     principal::Principal,
 };
 
-use crate::request::{self, Unanswered};
+use crate::{
+    discard::discard,
+    request::{self, Unanswered},
+};
 
 use super::{AuthenticatedCall, Memory, method, status, stream_end, timeout};
 
-/// Largest part of the message of a refused call that is received, in bytes, and the longest time for this.
-const RECEIVED_BYTES_MAX: usize = 16 * 1_024;
-const RECEIVED_WITHIN: Duration = Duration::from_secs(1);
+/// Largest part of the message of a refused call that is discarded, in bytes.
+const DISCARDED_BYTES_MAX: usize = 16 * 1_024;
 
 /// Longest time for a call without a principal.
 const UNAUTHENTICATED_TIMEOUT_MAX: Duration = Duration::from_secs(10);
@@ -62,22 +63,6 @@ pub(super) fn wrap(routes: Router, context: Context) -> Router {
     // The layer surrounds a single fallback route. With separate routes, unauthenticated callers could find out which routes
     // exist, because axum would add a header only to the answers of known routes.
     Router::new().fallback_service(routes).layer(layer)
-}
-
-/// Receives the message of a refused call. If the answer were sent before the message has arrived, HTTP/2 would count the
-/// stream as an error of the broker, and would close the connection with all its calls after a thousand such errors.
-async fn receive(message: Body) {
-    let mut parts = message.into_data_stream();
-    let read = async {
-        let mut received = 0_usize;
-        while let Some(Ok(part)) = parts.next().await {
-            received = received.saturating_add(part.len());
-            if received > RECEIVED_BYTES_MAX {
-                return;
-            }
-        }
-    };
-    tokio::time::timeout(RECEIVED_WITHIN, read).await.ok();
 }
 
 /// A call whose headers were read.
@@ -123,7 +108,9 @@ impl Context {
             && method::is_unwrap(path)
             && let Err(error) = self.broker.check_arrival(principal, &call)
         {
-            receive(request.into_body()).await;
+            // If the answer were sent before the message has arrived, HTTP/2 would count the stream as an error of the broker,
+            // and would close the connection with all its calls after a thousand such errors.
+            discard(request.body_mut(), DISCARDED_BYTES_MAX).await;
             return answer(&error, id);
         }
         let span = request::span(id, method::action(path), principal.as_deref());

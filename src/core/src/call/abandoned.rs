@@ -1,4 +1,4 @@
-//! Whether the caller of a call still waits for its answer. A call runs in a task of its own, which does not end with the
+//! Whether the caller of a call still waits for its answer. A call runs in a separate task, which does not end with the
 //! connection, so the code that works for the call has to ask.
 
 use std::sync::{

@@ -34,7 +34,7 @@ impl Supervisor {
         // `Work` is created first, because it overwrites the key material in the job, no matter how this function ends.
         let work = Work::new(work);
         self.check_serving()?;
-        // The job has a queue of its own.
+        // The job waits in another queue, that of the token.
         queue::leave();
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {

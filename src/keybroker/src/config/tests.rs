@@ -368,7 +368,7 @@ fn a_value_of_the_wrong_type_is_answered_with_the_right_one() {
         (
             "# drain_timeout_ms = 30000",
             "drain_timeout_ms = \"soon\"",
-            "milliseconds without unit",
+            "milliseconds without a unit",
         ),
         (
             "# segment_bytes_max = 67108864",

@@ -55,6 +55,14 @@ impl Fault {
         }
     }
 
+    /// Whether the cause may be the input, the token or a short overload of the token.
+    pub(super) fn is_ambiguous(&self) -> bool {
+        matches!(
+            self.class,
+            Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken
+        )
+    }
+
     /// Adds a sentence to the text of the failure.
     pub(super) fn with(self, sentence: &str) -> Self {
         Self {

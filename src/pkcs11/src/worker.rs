@@ -39,7 +39,7 @@ use keybroker_worker_protocol::{
 
 use crate::{
     PinRecord,
-    busy::BusyToken,
+    busy::LastAnswer,
     calling,
     classify::{Class, Fault},
     keys::Place,
@@ -237,7 +237,7 @@ fn open(
         slot: token.slot,
         keys,
         turn: AtomicUsize::new(0),
-        busy: BusyToken::default(),
+        last_answer: LastAnswer::default(),
     });
     // The sessions are opened one after another, so that a token that refuses the second session is not asked for a
     // third session.

@@ -167,6 +167,12 @@ impl Queue {
         }
     }
 
+    /// Records that a job of this kind took this time.
+    #[cfg(test)]
+    pub(super) fn measured_for_test(&self, kind: Kind, spent: Duration) {
+        self.state().estimates.add(kind, spent);
+    }
+
     pub(super) fn add(&self, link: Arc<Link>) {
         let mut state = self.state();
         state.links.push(link);

@@ -117,8 +117,15 @@ impl Registry {
     pub(crate) fn tokens_of(&self, row: &RegistryRow, configured: &[Settings]) -> Vec<String> {
         let named = self.places.iter().filter(|place| place.key == row.id);
         let mut tokens: Vec<String> = named.map(|place| place.token.clone()).collect();
+        // A declared copy has the serial number of its original.
+        let is_copy = |name: &str| {
+            let token = configured.iter().find(|token| token.name == name);
+            token.is_some_and(|token| token.copy_of.is_some())
+        };
         let is_named = self.places.iter().any(|place| {
-            place.key == row.id && unpadded(&place.token_serial) == unpadded(&row.token_serial)
+            place.key == row.id
+                && unpadded(&place.token_serial) == unpadded(&row.token_serial)
+                && !is_copy(&place.token)
         });
         if !is_named {
             tokens.insert(0, home_of(row, configured));

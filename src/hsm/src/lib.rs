@@ -13,7 +13,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use keybroker_core::{
     call::Timestamp,
-    envelope::{Algorithm, Context, Envelope, Mac, mac::MacMessage},
+    envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
     error::{self, Reason},
     key::{Fingerprint, WrappingKeyId},
     secret::KeyMaterial,
@@ -25,6 +25,7 @@ mod job;
 mod link;
 mod process;
 mod queue;
+mod rewrap;
 mod start;
 mod supervisor;
 
@@ -80,6 +81,29 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         mac: &Mac,
         caller: &Caller,
     ) -> Result<(), Error>;
+
+    /// Moves an envelope to another wrapping key: verifies the MAC, decrypts, wraps again and makes the new MAC. The key material
+    /// stays inside the worker process. The job is idempotent. The new envelope has the algorithm of the new wrapping key.
+    async fn rewrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: WrappingKeyId,
+        caller: &Caller,
+    ) -> Result<Envelope, Error>;
+
+    /// The first part of a re-wrap whose new wrapping key is on another token: verifies the MAC, decrypts, and wraps with the public
+    /// key. The other token must make the MAC over [`Unsealed::mac_message`] with [`Token::mac`].
+    async fn wrap_for_another(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: &TokenKey,
+        caller: &Caller,
+    ) -> Result<Unsealed, Error>;
+
+    /// Number of jobs of principals that were queued since the start. A background task slows down while this number grows.
+    fn jobs_of_principals(&self) -> u64;
 
     /// Returns [`Error::QueueFull`] if any planned job of this caller would certainly be refused. The broker calls this
     /// function before it asks the policy and the store, so that a refusal costs little.

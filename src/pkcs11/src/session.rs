@@ -27,6 +27,8 @@ use crate::{
     operation,
 };
 
+mod rewrap;
+
 /// The state that all session threads of a worker share.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -53,6 +55,7 @@ pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
 pub(super) struct SessionThread {
     shared: Arc<Shared>,
     current: Option<KeySession>,
+    target: Option<rewrap::Target>,
 }
 
 /// Why an attempt returned no bytes.
@@ -71,6 +74,7 @@ impl SessionThread {
         Self {
             shared,
             current: Some(session),
+            target: None,
         }
     }
 
@@ -140,6 +144,7 @@ impl SessionThread {
                 self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
                 self.decrypt(job, deadline)
             }
+            Job::Rewrap(job) => self.rewrap(job, deadline),
         }
     }
 

@@ -10,10 +10,11 @@ use tokio::sync::oneshot;
 use tracing::Span;
 
 use crate::{
-    Caller, Error, Serving, Token, TokenState,
+    Caller, Error, Serving, Token, TokenKey, TokenState,
     caller::Lane,
     job::{Job, Output},
     queue::{self, Planned},
+    rewrap::{self, Rewrap},
 };
 use keybroker_core::{
     call::{abandoned::Abandoned, outside_time},
@@ -131,13 +132,7 @@ impl Token for Supervisor {
         context: Context<'_>,
         caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
-        let work = request::Job::Unwrap(wire::Unwrap {
-            key_id: envelope.wrapping_key().as_bytes().to_vec(),
-            message: envelope.mac_message(&context).as_bytes().to_vec(),
-            mac: envelope.mac().to_vec(),
-            algorithm: envelope.algorithm().number().into(),
-            wrapped: envelope.wrapped().to_vec(),
-        });
+        let work = request::Job::Unwrap(rewrap::unwrap(envelope, &context));
         let mut output = self.run_job(work, caller).await?;
         KeyMaterial::new(std::mem::take(&mut *output))
             .map_err(|error| Error::Damaged(error.to_string()))
@@ -183,6 +178,43 @@ impl Token for Supervisor {
             mac: mac.to_vec(),
         });
         self.run_job(work, caller).await.map(drop)
+    }
+
+    async fn rewrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: WrappingKeyId,
+        caller: &Caller,
+    ) -> Result<Envelope, Error> {
+        let found = Arc::clone(&self.found.load());
+        let rewrap = Rewrap {
+            envelope,
+            context,
+            to: rewrap::key(&found.keys, to)?,
+        };
+        let output = self.run_job(rewrap.on_one_token()?, caller).await?;
+        rewrap.moved(&output)
+    }
+
+    async fn wrap_for_another(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: &TokenKey,
+        caller: &Caller,
+    ) -> Result<Unsealed, Error> {
+        let rewrap = Rewrap {
+            envelope,
+            context,
+            to,
+        };
+        let output = self.run_job(rewrap.for_another(), caller).await?;
+        rewrap.unsealed(&output)
+    }
+
+    fn jobs_of_principals(&self) -> u64 {
+        self.queue.jobs_of_principals()
     }
 
     fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {

@@ -55,6 +55,8 @@ static HANDSHAKE_CAUSE: Label = Label::fixed("cause", || HANDSHAKE_CAUSES.to_vec
 static TOKEN_CAUSE: Label = Label::fixed("cause", || TOKEN_CAUSES.to_vec());
 static EFFECT: Label = Label::fixed("effect", || vec!["permit", "forbid"]);
 static METHOD: Label = Label::fixed("method", || vec!["GET", "POST", "PUT"]);
+static REWRAP_RESULT: Label =
+    Label::fixed("result", || vec!["moved", "changed-meanwhile", "failed"]);
 static STATUS: Label = Label::open("status");
 static ISSUER: Label = Label::open("issuer");
 static POLICY: Label = Label::open("policy");
@@ -411,6 +413,7 @@ declare! {
         STORE_RECONNECTS = "keybroker_store_reconnects_total" [] "Database statements that were tried again on another connection.";
         STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";
         TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [] "Token workers that ended and were replaced.";
+        REWRAP_ROWS = "keybroker_rewrap_rows_total" [REWRAP_RESULT] "Rows that a re-wrap handled, by result.";
     }
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
@@ -429,6 +432,8 @@ declare! {
         AUDIT_WRITABLE = "keybroker_audit_writable" [] "1 while audit entries become durable, else 0.";
         STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
         REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
+        REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
+        REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that the re-wrap of this broker had still to move when they were last counted.";
         TOKEN_SERVING = "keybroker_token_serving" [] "1 while the token serves, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [] "Jobs that wait for a session of the token.";

@@ -391,7 +391,7 @@ declare! {
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
-        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests waited for their next attempt.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests, in total or of one principal, waited for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED =
             "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";

@@ -37,7 +37,7 @@ pub(crate) use calls::note_answered;
 pub use calls::{Calls, Entered, leave, leave_if_slow};
 pub use estimate::Planned;
 
-/// The shortest delay before a retry that an error contains.
+/// The shortest retry delay that an error contains.
 const RETRY_MIN: Duration = Duration::from_millis(10);
 /// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
@@ -240,7 +240,8 @@ impl State {
             return Err(Error::Deadline);
         }
         // If there is no worker, nothing is known about the speed of the token, and a replacement worker is starting.
-        // Background work has a fixed share of the token's time, so it is not refused.
+        // A background job is not refused, because background jobs have a guaranteed share of the
+        // turns (`BACKGROUND_TURNS`).
         if sessions == 0
             || *lane == Lane::Background
             || (busy < sessions && self.waiting.is_empty())

@@ -38,7 +38,9 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    PinRecord, calling,
+    PinRecord,
+    busy::BusyToken,
+    calling,
     classify::{Class, Fault},
     keys::Place,
     open::OpenToken,
@@ -235,6 +237,7 @@ fn open(
         slot: token.slot,
         keys,
         turn: AtomicUsize::new(0),
+        busy: BusyToken::default(),
     });
     // The sessions are opened one after another, so that a token that refuses the second session is not asked for a
     // third session.

@@ -42,9 +42,9 @@ pub(super) enum Command {
     Report(report::Arguments),
     /// Allow one more login with a PIN that the token rejected; you need not stop the broker
     ///
-    /// Keybroker records a hash of each rejected PIN in the state directory. Until you run this command, commands and workers do
-    /// not send a rejected PIN to the same token again. Run this command if the rejected PIN is correct now, because the token was unlocked
-    /// or the PIN of the token was changed.
+    /// Keybroker records a hash of each rejected PIN in the state directory. Until you run this
+    /// command, commands and workers do not send a rejected PIN to the same token again. Run this
+    /// command after you unlock the token, or after you change the token's PIN to the rejected PIN.
     RetryPin(RetryPin),
     /// Record, for every registered key of the token, that the token was backed up and the restore was tested
     BackupConfirmed(UserPin),

@@ -214,7 +214,7 @@ pub(super) async fn record_accepted_risks(
     }
     let risks: Vec<String> = risks.iter().map(ToString::to_string).collect();
     let state = StateDirectory::below(&config.audit.directory);
-    // Two instances may share the state directory.
+    // The name contains the instance, because several instances may share the state directory.
     let fact = format!("{ACCEPTED_RISKS}-{}", config.audit.instance);
     let before = state.read_json::<Vec<String>>(&fact);
     let is_known = match &before {

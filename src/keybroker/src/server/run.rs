@@ -24,7 +24,7 @@ use crate::{
     config::Config,
     output_file, telemetry,
 };
-use keybroker_api::rpc;
+use keybroker_api::{rest, rpc};
 use keybroker_audit::AuditLog;
 use keybroker_auth::{
     Authenticator,
@@ -309,7 +309,7 @@ impl Server {
             tasks: self.connections.clone(),
         };
         let memory = rpc::Memory::new(shared.limits.message_bytes_max);
-        let rest_retries = Arc::new(Semaphore::new(connections_max.div_ceil(RETRIES_DIVISOR)));
+        let rest_retries = rest::RetryPlaces::new(connections_max.div_ceil(RETRIES_DIVISOR));
         let apis = Apis {
             config: &self.config,
             broker: &self.broker,

@@ -40,6 +40,8 @@ mod outage;
 mod pooler;
 #[path = "store/purge.rs"]
 mod purge;
+#[path = "store/rewrap.rs"]
+mod rewrap;
 #[path = "store/schema.rs"]
 mod schema;
 #[path = "store/sockets.rs"]

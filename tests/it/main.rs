@@ -55,6 +55,7 @@ mod restored;
 mod retries;
 mod return_codes;
 mod revocation;
+mod rewrap;
 mod rolling_restart;
 mod rows;
 mod schedules;

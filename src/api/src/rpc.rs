@@ -25,6 +25,7 @@ mod message;
 mod method;
 mod middleware;
 pub(super) mod page;
+mod rewrap;
 mod status;
 mod stream_end;
 mod timeout;

@@ -231,6 +231,8 @@ pub struct Entry {
     pub store: Option<String>,
     /// The risks that the token's settings accept.
     pub risks: Option<String>,
+    /// SHA-256 of the ids of the rows that a re-wrap moves, as hexadecimal digits.
+    pub digest: Option<String>,
 }
 
 impl Entry {
@@ -258,6 +260,7 @@ impl Entry {
             grant: None,
             store: None,
             risks: None,
+            digest: None,
             cause: None,
         }
     }

@@ -31,6 +31,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("cause", entry.cause.as_deref());
     object.shown("client", entry.client.as_ref());
     object.number("count", entry.count);
+    object.text("digest", entry.digest.as_deref());
     object.text("grant", entry.grant.as_deref());
     object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
     object.text("kind", Some(kind_name(entry.kind)));
@@ -163,6 +164,7 @@ impl Parsed {
         intent.client = text("client").and_then(ClientId::from_hex);
         intent.grant = text("grant").map(str::to_owned);
         intent.peer = text("peer").map(str::to_owned);
+        intent.digest = text("digest").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {
             call: self.call_id?,

@@ -44,6 +44,26 @@ impl Draft {
         Self(entry)
     }
 
+    /// Begins the entry of a batch of rows that the broker itself moves. `digest` is the SHA-256 of the ids of the rows.
+    pub(super) fn rewrapped(call: CallId, to: WrappingKeyId, count: usize, digest: String) -> Self {
+        let mut entry = Entry::new(
+            EntryKind::Decision,
+            "wrapping_key.rewrap_batch",
+            Outcome::Ok,
+        );
+        entry.call_id = Some(call);
+        entry.wrapping_key = Some(to);
+        let mut draft = Self(entry);
+        draft.rows(count, digest);
+        draft
+    }
+
+    /// Sets how many rows the entry stands for, and the SHA-256 of their ids.
+    pub(super) fn rows(&mut self, count: usize, digest: String) {
+        self.0.count = u64::try_from(count).ok();
+        self.0.digest = Some(digest);
+    }
+
     /// Begins the entry of an action that a permit allows.
     pub(super) fn permitted(principal: &Principal, call: &Call, permit: &KeyPermit) -> Self {
         let mut draft = Self::new(principal, call, permit.action());

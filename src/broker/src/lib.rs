@@ -61,6 +61,7 @@ mod refusals;
 mod registry;
 mod release;
 mod request;
+pub mod rewrap;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -72,7 +73,8 @@ pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewC
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
 pub use keybroker_store::{
-    Damage, DamagedClient, DamagedRecord, Position, RecordInfo, RecordState, SKIPPED_MAX,
+    Damage, DamagedClient, DamagedRecord, KeyUses, Position, RecordInfo, RecordState, RunState,
+    SKIPPED_MAX,
 };
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
@@ -180,6 +182,8 @@ pub struct Broker {
     /// A number that grows with each change of an API client that this broker makes.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
+    /// Name of this instance, by which it holds a re-wrap.
+    instance: String,
     /// The running mutations. A mutation can run longer than the call that started it.
     mutations: TaskTracker,
     /// Intents whose outcome is unknown, because the store has not answered whether it committed the change.
@@ -203,6 +207,7 @@ impl Broker {
             accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
+            instance: parts.instance,
             overload: Overload::default(),
             uses: Uses::default(),
             client_rules: parts.client_rules,

@@ -96,7 +96,8 @@ impl Broker {
             self.maintain_store(&stop),
             self.resolve_regularly(&stop),
             self.record_refusals(&stop),
-            self.write_uses(&stop)
+            self.write_uses(&stop),
+            self.rewrap_regularly(&stop)
         );
     }
 

@@ -82,6 +82,20 @@ impl Token for LateToken {
         Ok(())
     }
 
+    async fn rewrap(
+        &self,
+        _envelope: &Envelope,
+        _context: Context<'_>,
+        _to: WrappingKeyId,
+        _caller: &Caller,
+    ) -> Result<Envelope, hsm::Error> {
+        Err(hsm::Error::Deadline)
+    }
+
+    fn jobs_of_principals(&self) -> u64 {
+        0
+    }
+
     fn check_admission(&self, _caller: &Caller, _planned: hsm::Planned) -> Result<(), hsm::Error> {
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Calls of the admin API, for administrators and auditors. The calls are about wrapping keys, the token, the audit
-//! log and API clients.
+//! Calls of the admin API, for administrators and auditors. The calls are about wrapping keys, the re-wrap, the token,
+//! the audit log and API clients.
 //!
 //! The calls return the messages of the protocol. Only `create_client_credential` and `add_client_secret` return a
 //! secret, in a [`ClientSecret`].
@@ -81,6 +81,48 @@ impl Client {
                 let answer = service(&attempt).list_client_credentials(request).await?;
                 Ok(answer.into_inner())
             }
+        })
+    }
+
+    /// Returns the re-wrap that was requested last, and how many rows need which wrapping key.
+    pub fn get_rewrap(&self) -> Read<'_, proto::GetRewrapResponse> {
+        Read::new(self.shared(), |attempt| async move {
+            let request = attempt.request(proto::GetRewrapRequest {});
+            Ok(service(&attempt).get_rewrap(request).await?.into_inner())
+        })
+    }
+
+    /// Lets the brokers move all rows to the wrapping key that wraps new user keys. A repeated call starts no second re-wrap, so the
+    /// call is retried like a read.
+    pub fn start_rewrap(
+        &self,
+        start: proto::StartRewrapRequest,
+    ) -> Read<'_, proto::StartRewrapResponse> {
+        Read::new(self.shared(), move |attempt| {
+            let request = attempt.request(start.clone());
+            async move { Ok(service(&attempt).start_rewrap(request).await?.into_inner()) }
+        })
+    }
+
+    /// Pauses the re-wrap. The call is retried like a read, because a repeated call changes nothing.
+    pub fn pause_rewrap(&self) -> Read<'_, proto::PauseRewrapResponse> {
+        Read::new(self.shared(), |attempt| async move {
+            let request = attempt.request(proto::PauseRewrapRequest {});
+            Ok(service(&attempt).pause_rewrap(request).await?.into_inner())
+        })
+    }
+
+    /// Lets a paused re-wrap go on. `rows_per_second_max` replaces the limit of rows per second if it is present; 0 means no limit.
+    /// The call is retried like a read, because a repeated call changes nothing.
+    pub fn resume_rewrap(
+        &self,
+        rows_per_second_max: Option<u32>,
+    ) -> Read<'_, proto::ResumeRewrapResponse> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::ResumeRewrapRequest {
+                rows_per_second_max,
+            });
+            Ok(service(&attempt).resume_rewrap(request).await?.into_inner())
         })
     }
 

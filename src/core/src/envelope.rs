@@ -214,6 +214,23 @@ impl Unsealed {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
+    /// Returns the bytes of the MAC message of a future envelope before and after its wrapped bytes, for a process that makes the
+    /// wrapped bytes and the MAC at once. `wrapped_length` is the number of wrapped bytes: 256 to 512.
+    pub fn message_around(
+        algorithm: Algorithm,
+        wrapping_key: WrappingKeyId,
+        wrapped_length: usize,
+        context: &Context<'_>,
+    ) -> Result<[Vec<u8>; 2], ParseError> {
+        check_wrapped_length(wrapped_length)?;
+        Ok(MacMessage::around_envelope(
+            algorithm,
+            wrapping_key,
+            wrapped_length,
+            context,
+        ))
+    }
+
     /// Adds the MAC over the result of [`Self::mac_message`] for this context.
     pub fn seal(self, context: &Context<'_>, mac: Mac) -> Envelope {
         Envelope {

@@ -53,6 +53,8 @@ static HANDSHAKE_CAUSE: Label = Label::fixed("cause", || HANDSHAKE_CAUSES.to_vec
 static TOKEN_CAUSE: Label = Label::fixed("cause", || TOKEN_CAUSES.to_vec());
 static EFFECT: Label = Label::fixed("effect", || vec!["permit", "forbid"]);
 static METHOD: Label = Label::fixed("method", || vec!["GET", "POST", "PUT"]);
+static REWRAP_RESULT: Label =
+    Label::fixed("result", || vec!["moved", "changed-meanwhile", "failed"]);
 static STATUS: Label = Label::open("status");
 static ISSUER: Label = Label::open("issuer");
 static POLICY: Label = Label::open("policy");
@@ -412,6 +414,7 @@ declare! {
         STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";
         TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [TOKEN] "Token workers that ended and were replaced.";
         TOKEN_FAILOVERS = "keybroker_token_failovers_total" [TOKEN] "Jobs that another token did because this token failed or answered late.";
+        REWRAP_ROWS = "keybroker_rewrap_rows_total" [REWRAP_RESULT] "Rows that a re-wrap handled, by result.";
     }
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
@@ -430,6 +433,8 @@ declare! {
         AUDIT_WRITABLE = "keybroker_audit_writable" [] "1 while audit entries become durable, else 0.";
         STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
         REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
+        REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
+        REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that the re-wrap of this broker had still to move when they were last counted.";
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while the token serves, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";

@@ -332,11 +332,13 @@ pub enum Action {
     RevokeClient,
     /// Read the stored data of API clients, without the right to change them.
     ListClients,
+    /// Start, pause and resume the move of rows to the active wrapping key, without the right to release a user key.
+    Rewrap,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -351,6 +353,7 @@ impl Action {
         Self::CreateClient,
         Self::RevokeClient,
         Self::ListClients,
+        Self::Rewrap,
     ];
 
     /// Name in policies, in the audit log and in metrics.
@@ -370,6 +373,7 @@ impl Action {
             Self::CreateClient => "client_credential.create",
             Self::RevokeClient => "client_credential.revoke",
             Self::ListClients => "client_credential.list",
+            Self::Rewrap => "wrapping_key.rewrap",
         }
     }
 }

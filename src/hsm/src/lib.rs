@@ -27,6 +27,7 @@ mod measures;
 mod pool;
 mod process;
 mod queue;
+mod rewrap;
 mod start;
 mod supervisor;
 
@@ -83,6 +84,20 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         mac: &Mac,
         caller: &Caller,
     ) -> Result<(), Error>;
+
+    /// Moves an envelope to another wrapping key: verifies the MAC, decrypts, wraps again and makes the new MAC. The key material
+    /// stays inside the worker process. If the new wrapping key is on another token, that token makes the new MAC. The job is
+    /// idempotent. The new envelope has the algorithm of the new wrapping key.
+    async fn rewrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: WrappingKeyId,
+        caller: &Caller,
+    ) -> Result<Envelope, Error>;
+
+    /// Number of jobs of principals that were queued since the start. A background task slows down while this number grows.
+    fn jobs_of_principals(&self) -> u64;
 
     /// Returns [`Error::QueueFull`] if any planned job of this caller would certainly be refused. The broker calls this
     /// function before it asks the policy and the store, so that a refusal costs little.

@@ -86,6 +86,8 @@ struct Need {
     kind: Kind,
     /// The algorithm of the envelope that the job decrypts.
     algorithm: Option<Algorithm>,
+    /// A second key that the token must hold: the new wrapping key of a re-wrap.
+    second: Option<WrappingKeyId>,
 }
 
 /// A token that was chosen for a job.
@@ -107,13 +109,18 @@ impl Member {
         }
     }
 
-    /// Whether the token holds the key of a job and can use the algorithm of the job's envelope. A token whose OAEP
+    /// Whether the token holds the keys of a job and can use the algorithm of the job's envelope. A token whose OAEP
     /// supports SHA-256 supports SHA-1, too.
     fn holds(&self, need: Need) -> bool {
         let Some(own) = self.supervisor.algorithm(need.kind.key()) else {
             return false;
         };
-        need.algorithm != Some(Algorithm::RsaOaepSha256) || own == Algorithm::RsaOaepSha256
+        let can_decrypt =
+            need.algorithm != Some(Algorithm::RsaOaepSha256) || own == Algorithm::RsaOaepSha256;
+        let has_second = need
+            .second
+            .is_none_or(|key| self.supervisor.algorithm(key).is_some());
+        can_decrypt && has_second
     }
 }
 

@@ -7,7 +7,10 @@
 //! Mitigation: M8 of `THREAT_MODEL.md`.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -25,7 +28,7 @@ use crate::{
 };
 
 use backlogs::{Backlogs, Load, Served, Waiting};
-pub(crate) use estimate::Kind;
+pub(crate) use estimate::{Kind, Operation};
 use estimate::{Estimate, Estimates};
 
 mod backlogs;
@@ -46,6 +49,8 @@ const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Queue {
     state: Mutex<State>,
     length_max: usize,
+    /// Number of jobs of principals that arrived since the start.
+    of_principals: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -93,6 +98,7 @@ impl Queue {
                 queue_wait: measures.queue_wait.clone(),
             }),
             length_max: settings.queue_length_max,
+            of_principals: AtomicU64::new(0),
         }
     }
 
@@ -107,6 +113,9 @@ impl Queue {
         let mut state = self.state();
         let estimate = state.estimates.of(Kind::of(&job.work));
         let lane = job.caller.lane().clone();
+        if lane != Lane::Background {
+            self.of_principals.fetch_add(1, Ordering::Relaxed);
+        }
         state.check_in_time(&lane, estimate, job.caller.deadline(), now)?;
         if state.waiting.len() >= self.length_max {
             state.make_room(&lane, estimate.mean, now)?;
@@ -193,6 +202,10 @@ impl Queue {
 
     pub(super) fn has_links(&self) -> bool {
         !self.state().links.is_empty()
+    }
+
+    pub(super) fn jobs_of_principals(&self) -> u64 {
+        self.of_principals.load(Ordering::Relaxed)
     }
 
     pub(super) fn len(&self) -> usize {

@@ -28,7 +28,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    Error, Serving, TokenState, WorkerInfo,
+    Error, Serving, TokenKey, TokenState, WorkerInfo,
     job::Job,
     link::Link,
     measures::{Measures, Reading},
@@ -451,6 +451,12 @@ impl Supervisor {
     /// The algorithm with which a key wraps; `None` if the last started worker did not find the key.
     pub(crate) fn algorithm(&self, key: WrappingKeyId) -> Option<Algorithm> {
         self.found.load().wrap.get(&key).map(WrapKey::algorithm)
+    }
+
+    /// A key as the last started worker found it.
+    pub(crate) fn token_key(&self, key: WrappingKeyId) -> Option<TokenKey> {
+        let found = self.found.load();
+        found.keys.iter().find(|one| one.id == key).cloned()
     }
 
     /// Whether a worker is ready or expected soon.

@@ -98,6 +98,8 @@ enum Command {
     Client(client::Arguments),
     /// Manage API clients (services with an id and a secret) through a running broker
     ClientCredential(client::CredentialArguments),
+    /// Move rows to the active wrapping key, through a running broker
+    Rewrap(client::RewrapArguments),
     /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
@@ -241,6 +243,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Audit(command) => audit::run(&command, context),
         Command::Client(arguments) => client::run(arguments, context),
         Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
+        Command::Rewrap(arguments) => client::run_rewrap(arguments, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
         Command::BenchReport(arguments) => bench_report::run(&arguments, context),

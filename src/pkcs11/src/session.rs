@@ -29,6 +29,8 @@ use crate::{
     operation,
 };
 
+mod rewrap;
+
 /// Self-tests in a row that a token may refuse with an ambiguous code before the token counts as lost. With the pauses
 /// between them, a token that has left is noticed within a tenth of a second.
 const SELF_TESTS_MAX: u32 = 16;
@@ -61,6 +63,7 @@ pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
 pub(super) struct SessionThread {
     shared: Arc<Shared>,
     current: Option<KeySession>,
+    target: Option<rewrap::Target>,
 }
 
 /// Why an attempt returned no bytes.
@@ -83,6 +86,7 @@ impl SessionThread {
         Self {
             shared,
             current: Some(session),
+            target: None,
         }
     }
 
@@ -163,6 +167,7 @@ impl SessionThread {
                 self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
                 self.decrypt(job, deadline)
             }
+            Job::Rewrap(job) => self.rewrap(job, deadline),
         }
     }
 

@@ -21,6 +21,7 @@ use super::{
         StoredRevision,
     },
     registry::RegistryRow,
+    rewrap::Rewraps,
 };
 
 /// The time for which a request id is remembered, in microseconds: 24 hours.
@@ -32,7 +33,7 @@ pub const PAGE_SIZE_MAX: u32 = 1_000;
 /// The operations of the store. Each function that sends more than one statement runs in a separate task, so that a caller that
 /// stops waiting cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
-pub trait Store: Send + Sync + fmt::Debug + 'static {
+pub trait Store: Rewraps + fmt::Debug + 'static {
     /// Succeeds if the store can be read and written.
     async fn ping(&self) -> Result<(), Error>;
 

@@ -38,6 +38,7 @@ mod postgres;
 pub mod purge;
 mod record;
 mod registry;
+mod rewrap;
 mod rows;
 pub mod scan;
 mod schema;
@@ -63,6 +64,10 @@ pub use record::{
     RequestStamp, Stamp, StoredRevision, request_message,
 };
 pub use registry::RegistryRow;
+pub use rewrap::{
+    ClientMove, DOCUMENT_BYTES_MAX as RUN_DOCUMENT_BYTES_MAX, KeyUses, RevisionMove, RevisionPlace,
+    RevisionUnder, Rewraps, RowUnder, RunId, RunRow, RunState,
+};
 use schema::Accepted;
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};

@@ -204,10 +204,11 @@ async fn insert_request(
     at: Timestamp,
     info: &RecordInfo,
 ) -> Result<(), Error> {
-    let result_mac = match &request.result {
+    let (result, result_mac) = match &request.result {
         // Another change was committed after the expected result was computed.
-        Some((expected, _)) if expected != info => return Err(Error::Conflict),
-        result => result.as_ref().map(|(_, mac)| *mac),
+        Some((expected, _)) if !is_same_change(expected, info) => return Err(Error::Conflict),
+        Some((expected, mac)) => (expected, Some(*mac)),
+        None => (info, None),
     };
     // A request id that is older than a day is ignored, even if it is still stored.
     let mut key = rows::request_key(&request.scope);
@@ -217,7 +218,7 @@ async fn insert_request(
         content: request.content,
         key: request.key,
         result_mac,
-        result: info.clone(),
+        result: result.clone(),
     };
     let values = rows::new_request(&request.scope, &record, at);
     if insert_unless_taken(session, sql.of(Table::Requests).insert, values).await? {
@@ -225,6 +226,16 @@ async fn insert_request(
     } else {
         Err(Error::RequestIdTaken)
     }
+}
+
+/// Whether a result is the expected result, apart from the wrapping key: a re-wrap may have moved the current revision to another
+/// wrapping key after the expected result was computed. The expected result is stored, because its MAC was made beforehand.
+fn is_same_change(expected: &RecordInfo, info: &RecordInfo) -> bool {
+    let moved = RecordInfo {
+        wrapping_key: info.wrapping_key,
+        ..expected.clone()
+    };
+    moved == *info
 }
 
 /// Removes a record with all its revisions if the record was deleted before this time and is still deleted. Returns whether the

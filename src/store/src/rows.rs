@@ -20,6 +20,10 @@ use super::{
     session::{Columns, Value},
 };
 
+mod rewrap;
+
+pub(super) use rewrap::{key_uses, row_under, run, run_values};
+
 /// A serial number has 16 bytes in PKCS#11, and each byte becomes at most three bytes of text. No token has a longer serial
 /// number, and no MAC covers a longer serial number.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;

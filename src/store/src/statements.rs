@@ -8,6 +8,10 @@ use super::{
     slow::named,
 };
 
+mod rewrap;
+
+use rewrap::RewrapStatements;
+
 /// Highest number of records whose uses one statement reads or stores.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
 
@@ -123,6 +127,8 @@ pub(super) struct Statements {
     /// Value: version. Returns the completed migrations after this version, with their descriptions.
     pub(super) later_migrations: &'static str,
     pub(super) durability: &'static str,
+
+    pub(super) rewrap: RewrapStatements,
 
     tables: PerTable<OfTable>,
 }
@@ -283,6 +289,8 @@ impl Statements {
                 "SELECT version, description FROM _sqlx_migrations WHERE version > ?",
             ),
             durability: dialect.durability,
+
+            rewrap: RewrapStatements::of_engine(dialect),
 
             tables: PerTable::from_fn(|table| OfTable::of_engine(dialect, table)),
         }

@@ -4,8 +4,8 @@ use keybroker_proto::{
     AddClientSecretRequest, BatchUnwrapUserKeysRequest, CreateClientCredentialRequest,
     CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest,
     ListClientCredentialsRequest, ListUserKeysRequest, ReplaceUserKeyRequest,
-    RestoreUserKeyRevisionRequest, RevokeClientCredentialRequest, TailAuditLogRequest,
-    UndeleteUserKeyRequest, UnwrapUserKeyRequest,
+    RestoreUserKeyRevisionRequest, ResumeRewrapRequest, RevokeClientCredentialRequest,
+    StartRewrapRequest, TailAuditLogRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
 };
 use prost::Message;
 use prost_reflect::DescriptorPool;
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Every method, and a caller who may call it.
-pub(crate) const METHODS: [(&str, &str); 17] = [
+pub(crate) const METHODS: [(&str, &str); 21] = [
     ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
     ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
     (
@@ -53,6 +53,10 @@ pub(crate) const METHODS: [(&str, &str); 17] = [
         "/keybroker.v1.ControlService/RevokeClientCredential",
         "admin",
     ),
+    ("/keybroker.v1.ControlService/StartRewrap", "admin"),
+    ("/keybroker.v1.ControlService/GetRewrap", "auditor"),
+    ("/keybroker.v1.ControlService/PauseRewrap", "admin"),
+    ("/keybroker.v1.ControlService/ResumeRewrap", "admin"),
 ];
 
 #[test]
@@ -111,6 +115,10 @@ async fn every_method_audits_what_it_cannot_read() {
             "user_key.unwrap",
             "wrapping_key.read",
             "wrapping_key.read",
+            "wrapping_key.read",
+            "wrapping_key.rewrap",
+            "wrapping_key.rewrap",
+            "wrapping_key.rewrap",
         ]
     );
 }
@@ -252,12 +260,36 @@ fn wrong_clients() -> Vec<Wrong> {
     ]
 }
 
+fn wrong_rewraps() -> Vec<Wrong> {
+    let start = |bytes, rows_per_second_max| StartRewrapRequest {
+        source_wrapping_key_id: vec![7; bytes],
+        rows_per_second_max,
+    };
+    let resume = ResumeRewrapRequest {
+        rows_per_second_max: Some(1_000_001),
+    };
+    let source = "source_wrapping_key_id";
+    vec![
+        wrong("StartRewrap", &start(15, 0), source),
+        // No such wrapping key is registered.
+        wrong("StartRewrap", &start(16, 0), source),
+        wrong("StartRewrap", &start(0, 1_000_001), "rows_per_second_max"),
+        wrong("ResumeRewrap", &resume, "rows_per_second_max"),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_method_names_the_field_that_is_wrong() {
     let broker = Broker::start(Options::default());
     let enroller = Caller::of(&broker, "enroller");
     enroller.create("ada", b"material of ada").await.unwrap();
-    for (method, message, field) in [wrong_writes(), wrong_reads(), wrong_clients()].concat() {
+    let all = [
+        wrong_writes(),
+        wrong_reads(),
+        wrong_clients(),
+        wrong_rewraps(),
+    ];
+    for (method, message, field) in all.concat() {
         let answer = call(&broker, method, message).await;
         let status = refused(Err::<(), _>(answer.status()), "REQUEST");
         assert_eq!(status.code(), Code::InvalidArgument, "{field}");

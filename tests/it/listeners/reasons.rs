@@ -38,7 +38,7 @@ fn options() -> Options {
 }
 
 /// What each method answers, in the order of [`METHODS`]; `OK` where the plight does not touch it.
-type Expected = [&'static str; 17];
+type Expected = [&'static str; 21];
 
 /// How every method is asked once.
 #[derive(Clone, Copy)]
@@ -206,6 +206,10 @@ async fn while_all_is_well() {
                 ABSENT,
                 "OK",
                 ABSENT,
+                "OK",
+                "OK",
+                "OK",
+                "OK",
             ],
         )
         .await;
@@ -214,7 +218,7 @@ async fn while_all_is_well() {
             &broker,
             &[
                 "OK", ABSENT, ABSENT, ABSENT, ABSENT, "OK", ABSENT, ABSENT, ABSENT, "OK", ABSENT,
-                "OK", "OK", "OK", ABSENT, "OK", ABSENT,
+                "OK", "OK", "OK", ABSENT, "OK", ABSENT, "OK", "OK", "OK", "OK",
             ],
         )
         .await;
@@ -250,6 +254,10 @@ async fn of_requests_that_come_too_late() {
             ABSENT,
             "OK",
             ABSENT,
+            "OK",
+            "OK",
+            "OK",
+            "OK",
         ],
     )
     .await;
@@ -263,7 +271,7 @@ async fn of_requests_that_come_too_late() {
         &broker,
         &[
             "OK", "OK", "OK", REUSED, "OK", "OK", "OK", REUSED, REUSED, "OK", ABSENT, "OK", "OK",
-            "OK", ABSENT, "OK", ABSENT,
+            "OK", ABSENT, "OK", ABSENT, "OK", "OK", "OK", "OK",
         ],
     )
     .await;
@@ -272,14 +280,14 @@ async fn of_requests_that_come_too_late() {
         timeout: "1n",
         ..late
     }
-    .expect(&broker, &["DEADLINE"; 17])
+    .expect(&broker, &["DEADLINE"; 21])
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_callers_without_the_role() {
     let broker = Broker::start(options());
-    for (caller, methods) in [("admin", 0..9), ("releaser", 9..17)] {
+    for (caller, methods) in [("admin", 0..9), ("releaser", 9..21)] {
         let denied = Asked {
             caller: Some(caller),
             ..Asked::about("denied")
@@ -298,7 +306,7 @@ async fn while_the_audit_log_is_full() {
     let broker = Broker::start_limited(Arc::new(Site::fresh(options())));
     let asked = Asked::enrolled(&broker, "user").await;
     limit_files(&broker, 0);
-    asked.expect(&broker, &["AUDIT_DOWN"; 17]).await;
+    asked.expect(&broker, &["AUDIT_DOWN"; 21]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -343,6 +351,10 @@ async fn while_the_token_is_down() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "KEY_NOT_FOUND",
+                "OK",
+                "OK",
+                "OK",
+                "OK",
             ],
         )
         .await;
@@ -400,6 +412,10 @@ async fn while_the_queue_is_full() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "KEY_NOT_FOUND",
+                "OK",
+                "OK",
+                "OK",
+                "OK",
             ],
         )
         .await;
@@ -438,6 +454,10 @@ async fn while_somebody_else_holds_the_database() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "KEY_NOT_FOUND",
+                DOWN,
+                "OK",
+                "OK",
+                "OK",
             ],
         )
         .await;
@@ -473,6 +493,10 @@ async fn of_damaged_records() {
                 "KEY_NOT_FOUND",
                 "OK",
                 "KEY_NOT_FOUND",
+                "OK",
+                "OK",
+                "OK",
+                "OK",
             ],
         )
         .await;

@@ -10,7 +10,7 @@ use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
 use keybroker_proto as proto;
 use keybroker_proto::control_service_server::ControlService;
 
-use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert};
+use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert, rewrap};
 
 const TAIL_DEFAULT: u32 = 100;
 const TAIL_MAX: u32 = 1_000;
@@ -132,6 +132,34 @@ impl ControlService for Control {
         request: Request<proto::RevokeClientCredentialRequest>,
     ) -> Result<Response<proto::RevokeClientCredentialResponse>, Status> {
         clients::revoke(&self.broker, request).await
+    }
+
+    async fn start_rewrap(
+        &self,
+        request: Request<proto::StartRewrapRequest>,
+    ) -> Result<Response<proto::StartRewrapResponse>, Status> {
+        rewrap::start(&self.broker, request).await
+    }
+
+    async fn get_rewrap(
+        &self,
+        request: Request<proto::GetRewrapRequest>,
+    ) -> Result<Response<proto::GetRewrapResponse>, Status> {
+        rewrap::get(&self.broker, request).await
+    }
+
+    async fn pause_rewrap(
+        &self,
+        request: Request<proto::PauseRewrapRequest>,
+    ) -> Result<Response<proto::PauseRewrapResponse>, Status> {
+        rewrap::pause(&self.broker, request).await
+    }
+
+    async fn resume_rewrap(
+        &self,
+        request: Request<proto::ResumeRewrapRequest>,
+    ) -> Result<Response<proto::ResumeRewrapResponse>, Status> {
+        rewrap::resume(&self.broker, request).await
     }
 }
 

@@ -42,12 +42,15 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (USER_KEY_SERVICE, "DeleteUserKey") => Action::Delete,
         (USER_KEY_SERVICE, "UndeleteUserKey") => Action::Undelete,
         (USER_KEY_SERVICE, "RestoreUserKeyRevision") => Action::Restore,
-        (CONTROL_SERVICE, "ListWrappingKeys" | "GetWrappingKey") => Action::ReadWrappingKeys,
+        (CONTROL_SERVICE, "ListWrappingKeys" | "GetWrappingKey" | "GetRewrap") => {
+            Action::ReadWrappingKeys
+        }
         (CONTROL_SERVICE, "GetTokenState") => Action::ReadToken,
         (CONTROL_SERVICE, "TailAuditLog") => Action::ReadAudit,
         (CONTROL_SERVICE, "CreateClientCredential" | "AddClientSecret") => Action::CreateClient,
         (CONTROL_SERVICE, "ListClientCredentials") => Action::ListClients,
         (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
+        (CONTROL_SERVICE, "StartRewrap" | "PauseRewrap" | "ResumeRewrap") => Action::Rewrap,
         _ => return None,
     };
     Some(action)
@@ -74,7 +77,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 17);
+        assert_eq!(methods, 21);
         for other in [
             "",
             "/",

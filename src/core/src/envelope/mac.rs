@@ -52,27 +52,26 @@ impl MacMessage {
         context: &Context<'_>,
     ) -> Self {
         let mut message = Message::new(ENVELOPE_DOMAIN);
-        message.fixed(&[context.kind().number(), algorithm.number()]);
-        message.fixed(wrapping_key.as_bytes());
+        message.envelope_head(algorithm, wrapping_key, context);
         message.sized(wrapped);
-        match context {
-            Context::Record {
-                address,
-                record_id,
-                revision,
-            } => {
-                message.sized(address.tenant.as_str().as_bytes());
-                message.fixed(record_id.as_bytes());
-                message.sized(address.user.as_str().as_bytes());
-                message.sized(address.name.as_str().as_bytes());
-                message.fixed(&revision.get().to_be_bytes());
-            }
-            Context::Client { tenant, context } => {
-                message.sized(tenant.as_str().as_bytes());
-                message.sized(context.as_bytes());
-            }
-        }
+        message.context(context);
         message.finish()
+    }
+
+    /// The parts of the message for the MAC of an envelope whose wrapped bytes are not known yet: the bytes of the message before and
+    /// after the wrapped bytes. `wrapped_length` is the number of wrapped bytes.
+    pub(super) fn around_envelope(
+        algorithm: Algorithm,
+        wrapping_key: WrappingKeyId,
+        wrapped_length: usize,
+        context: &Context<'_>,
+    ) -> [Vec<u8>; 2] {
+        let mut before = Message::new(ENVELOPE_DOMAIN);
+        before.envelope_head(algorithm, wrapping_key, context);
+        before.fixed(&length_u16(wrapped_length));
+        let mut after = Message(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
+        after.context(context);
+        [before, after].map(|part| part.finish().as_bytes().to_vec())
     }
 
     /// The message for the MAC of a registry row: all fields except the MAC.
@@ -198,6 +197,38 @@ impl Message {
     /// Adds a field whose length is fixed by the format.
     fn fixed(&mut self, bytes: &[u8]) {
         self.0.extend(bytes);
+    }
+
+    /// Adds the fields of an envelope that precede its wrapped bytes.
+    fn envelope_head(
+        &mut self,
+        algorithm: Algorithm,
+        wrapping_key: WrappingKeyId,
+        context: &Context<'_>,
+    ) {
+        self.fixed(&[context.kind().number(), algorithm.number()]);
+        self.fixed(wrapping_key.as_bytes());
+    }
+
+    /// Adds the context of an envelope.
+    fn context(&mut self, context: &Context<'_>) {
+        match context {
+            Context::Record {
+                address,
+                record_id,
+                revision,
+            } => {
+                self.sized(address.tenant.as_str().as_bytes());
+                self.fixed(record_id.as_bytes());
+                self.sized(address.user.as_str().as_bytes());
+                self.sized(address.name.as_str().as_bytes());
+                self.fixed(&revision.get().to_be_bytes());
+            }
+            Context::Client { tenant, context } => {
+                self.sized(tenant.as_str().as_bytes());
+                self.sized(context.as_bytes());
+            }
+        }
     }
 
     /// Adds the length of a field of variable length, and then the field.

@@ -276,3 +276,32 @@ fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
         assert!(!others[..number].contains(other));
     }
 }
+
+/// A worker that makes the wrapped bytes puts them between the two parts.
+#[test]
+fn the_parts_around_the_wrapped_bytes_make_up_the_message() {
+    let address = KeyAddress {
+        tenant: Tenant::default(),
+        user: UserId::parse("ada").unwrap(),
+        name: KeyName::parse("vault").unwrap(),
+    };
+    let context = Context::Record {
+        address: &address,
+        record_id: RecordId::from_bytes([3; 16]),
+        revision: Revision::FIRST,
+    };
+    let key = WrappingKeyId::from_bytes([4; 16]);
+    for length in [WRAPPED_BYTES_MIN, WRAPPED_BYTES_MAX] {
+        let wrapped = vec![9; length];
+        let algorithm = Algorithm::RsaOaepSha256;
+        let parts = Unsealed::message_around(algorithm, key, length, &context).unwrap();
+        let whole = Unsealed::new(algorithm, key, wrapped.clone()).unwrap();
+        let [before, after] = parts;
+        assert_eq!(
+            [before, wrapped, after].concat(),
+            whole.mac_message(&context).as_bytes()
+        );
+    }
+    let short = Unsealed::message_around(Algorithm::RsaOaepSha256, key, 255, &context);
+    assert_eq!(short, Err(ParseError::WrappedLength(255)));
+}

@@ -2,7 +2,7 @@
 
 use keybroker_core::envelope::mac::MacMessage;
 
-use crate::{Planned, link::Link, supervisor::testing::idle};
+use crate::{Planned, link::Link, queue::Operation, supervisor::testing::idle};
 
 use super::*;
 
@@ -41,7 +41,7 @@ type Call = tokio::task::JoinHandle<Result<[u8; 32], Error>>;
 /// From now on, each job of a token is expected to take this time.
 fn takes(pool: &Pool, time: Duration) {
     for member in &pool.members {
-        let kind = Kind::new(KEY, false);
+        let kind = Kind::new(KEY, Operation::Mac);
         member.supervisor.queue().measured_for_test(kind, time);
     }
 }
@@ -215,8 +215,9 @@ async fn a_token_without_the_key_or_the_algorithm_gets_no_job() {
     );
     let chosen = |key, algorithm| {
         let need = Need {
-            kind: Kind::new(key, true),
+            kind: Kind::new(key, Operation::Unwrap),
             algorithm,
+            second: None,
         };
         let choice = pool.choose(need, &caller(Duration::from_secs(5)), &[]);
         choice.map(|choice| pool.members[choice.member].supervisor.name().to_owned())

@@ -9,8 +9,9 @@ use keybroker_core::{
 };
 
 use crate::{
-    Caller, Error, Planned, Token, TokenState,
-    queue::Kind,
+    Caller, Error, Planned, Token, TokenKey, TokenState,
+    queue::{Kind, Operation},
+    rewrap::Rewrap,
     supervisor::token::{mac_job, rebind_job, to_mac, to_material, unwrap_job, verify_job},
 };
 
@@ -20,8 +21,9 @@ impl Need {
     /// A job that uses only the integrity key.
     fn integrity(key: WrappingKeyId) -> Self {
         Self {
-            kind: Kind::new(key, false),
+            kind: Kind::new(key, Operation::Mac),
             algorithm: None,
+            second: None,
         }
     }
 }
@@ -35,6 +37,18 @@ impl Pool {
             .iter()
             .filter_map(|member| member.supervisor.algorithm(key));
         of_tokens.max_by_key(|algorithm| *algorithm == Algorithm::RsaOaepSha1)
+    }
+
+    /// The public side of the key to which envelopes are moved, with the algorithm for new envelopes.
+    fn target(&self, key: WrappingKeyId) -> Result<TokenKey, Error> {
+        let found = self
+            .members
+            .iter()
+            .find_map(|member| member.supervisor.token_key(key));
+        match (found, self.algorithm_of(key)) {
+            (Some(found), Some(algorithm)) => Ok(TokenKey { algorithm, ..found }),
+            _ => Err(self.absent(key)),
+        }
     }
 }
 
@@ -66,8 +80,9 @@ impl Token for Pool {
         caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
         let need = Need {
-            kind: Kind::new(envelope.wrapping_key(), true),
+            kind: Kind::new(envelope.wrapping_key(), Operation::Unwrap),
             algorithm: Some(envelope.algorithm()),
+            second: None,
         };
         let job = || unwrap_job(envelope, &context);
         to_material(self.run(need, caller, job).await?)
@@ -106,6 +121,49 @@ impl Token for Pool {
     ) -> Result<(), Error> {
         let job = || verify_job(key, message, mac);
         self.run(Need::integrity(key), caller, job).await.map(drop)
+    }
+
+    async fn rewrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: WrappingKeyId,
+        caller: &Caller,
+    ) -> Result<Envelope, Error> {
+        let target = self.target(to)?;
+        let rewrap = Rewrap {
+            envelope,
+            context,
+            to: &target,
+        };
+        let need = Need {
+            kind: Kind::new(envelope.wrapping_key(), Operation::Rewrap),
+            algorithm: Some(envelope.algorithm()),
+            second: Some(to),
+        };
+        let mut members = self.members.iter();
+        if members.any(|member| member.holds(need) && member.supervisor.is_serving()) {
+            let job = rewrap.on_one_token()?;
+            let output = self.run(need, caller, || job.clone()).await?;
+            return rewrap.moved(&output);
+        }
+        // No token has both keys. The first token encrypts for the new key, and the second token makes the MAC.
+        let need = Need {
+            second: None,
+            ..need
+        };
+        let output = self.run(need, caller, || rewrap.for_another()).await?;
+        let unsealed = rewrap.unsealed(&output)?;
+        let message = unsealed.mac_message(&rewrap.context);
+        let mac = self.mac(to, &message, caller).await?;
+        Ok(unsealed.seal(&rewrap.context, mac))
+    }
+
+    fn jobs_of_principals(&self) -> u64 {
+        let members = self.members.iter();
+        members
+            .map(|member| member.supervisor.jobs_of_principals())
+            .sum()
     }
 
     fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {

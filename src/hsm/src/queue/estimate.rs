@@ -24,18 +24,28 @@ pub enum Planned {
     Any,
 }
 
-/// The kind of a job: its key, and whether it uses the RSA key.
+/// The operations whose times differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Operation {
+    /// The job uses only the integrity key.
+    Mac,
+    /// The job uses the RSA key in addition to the integrity key.
+    Unwrap,
+    /// The job does the work of an unwrap and also wraps again.
+    Rewrap,
+}
+
+/// The kind of a job: its key and its operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Kind {
-    /// Whether the job uses the RSA key in addition to the integrity key.
-    is_unwrap: bool,
+    operation: Operation,
     key: WrappingKeyId,
 }
 
 impl Kind {
-    /// A job with the integrity key of this wrapping key, and with the RSA key if `is_unwrap` is true.
-    pub(crate) const fn new(key: WrappingKeyId, is_unwrap: bool) -> Self {
-        Self { is_unwrap, key }
+    /// A job for this wrapping key. The wrapping key of a re-wrap is the old one.
+    pub(crate) const fn new(key: WrappingKeyId, operation: Operation) -> Self {
+        Self { operation, key }
     }
 
     /// The wrapping key of the job.
@@ -45,15 +55,20 @@ impl Kind {
 
     /// `None` for a self-test or a malformed request.
     pub(super) fn of(work: &Work) -> Option<Self> {
-        let (is_unwrap, key) = match work.job()? {
-            Job::Unwrap(job) => (true, &job.key_id),
-            Job::Mac(job) => (false, &job.key_id),
-            Job::VerifyMac(job) => (false, &job.key_id),
-            Job::Rebind(job) => (false, &job.key_id),
+        let (operation, key) = match work.job()? {
+            Job::Unwrap(job) => (Operation::Unwrap, &job.key_id),
+            Job::Mac(job) => (Operation::Mac, &job.key_id),
+            Job::VerifyMac(job) => (Operation::Mac, &job.key_id),
+            Job::Rebind(job) => (Operation::Mac, &job.key_id),
+            Job::Rewrap(job) => (Operation::Rewrap, &job.envelope.as_ref()?.key_id),
             _ => return None,
         };
         let key = WrappingKeyId::from_bytes(key.as_slice().try_into().ok()?);
-        Some(Self { is_unwrap, key })
+        Some(Self { operation, key })
+    }
+
+    fn is_unwrap(self) -> bool {
+        self.operation == Operation::Unwrap
     }
 }
 
@@ -109,19 +124,19 @@ impl Estimates {
     }
 
     /// Returns the lowest mean time and the lowest upper time of all jobs that the caller may plan. A job that would be
-    /// late with this estimate would be late with every estimate.
+    /// late with this estimate would be late with every estimate. Callers plan no re-wraps.
     ///
     /// For a planned unwrap, only measured unwraps count, if there are any. With the assumed cost of an unknown job, the
     /// check on arrival would accept nearly every call that the queue refuses later.
     pub(super) fn least(&self, planned: Planned) -> Estimate {
         let unknown = self.of(None);
-        let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap);
+        let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap());
         let only_unwraps = planned == Planned::Unwrap && unwraps().next().is_some();
         let known = || {
             let all = self
                 .0
                 .iter()
-                .filter(|(kind, _)| kind.is_unwrap || !only_unwraps);
+                .filter(|(kind, _)| kind.is_unwrap() || !only_unwraps);
             let unknown = (!only_unwraps).then_some(&unknown);
             all.map(|(_, known)| known).chain(unknown)
         };

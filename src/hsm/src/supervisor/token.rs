@@ -14,6 +14,7 @@ use crate::{
     caller::Lane,
     job::{Job, Output},
     queue::{self, Planned},
+    rewrap::{self, Rewrap},
 };
 use keybroker_core::{
     call::{abandoned::Abandoned, outside_time},
@@ -146,13 +147,7 @@ pub(crate) fn verify_job(key: WrappingKeyId, message: &MacMessage, mac: &Mac) ->
 
 /// The job that verifies the MAC of an envelope and decrypts the envelope.
 pub(crate) fn unwrap_job(envelope: &Envelope, context: &Context<'_>) -> request::Job {
-    request::Job::Unwrap(wire::Unwrap {
-        key_id: envelope.wrapping_key().as_bytes().to_vec(),
-        message: envelope.mac_message(context).as_bytes().to_vec(),
-        mac: envelope.mac().to_vec(),
-        algorithm: envelope.algorithm().number().into(),
-        wrapped: envelope.wrapped().to_vec(),
-    })
+    request::Job::Unwrap(rewrap::unwrap(envelope, context))
 }
 
 /// The job that verifies the MAC of an envelope and makes a MAC for a new context.
@@ -239,6 +234,28 @@ impl Token for Supervisor {
     ) -> Result<(), Error> {
         let work = verify_job(key, message, mac);
         self.run_job(work, caller, false).await.map(drop)
+    }
+
+    async fn rewrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: WrappingKeyId,
+        caller: &Caller,
+    ) -> Result<Envelope, Error> {
+        let found = Arc::clone(&self.found.load());
+        let rewrap = Rewrap {
+            envelope,
+            context,
+            to: rewrap::key(&found.keys, to)?,
+        };
+        let job = rewrap.on_one_token()?;
+        let output = self.run_job(job, caller, false).await?;
+        rewrap.moved(&output)
+    }
+
+    fn jobs_of_principals(&self) -> u64 {
+        self.queue.jobs_of_principals()
     }
 
     fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {

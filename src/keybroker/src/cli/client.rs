@@ -14,6 +14,7 @@ mod keys;
 pub(super) mod material;
 pub(super) mod refusal;
 mod release;
+mod rewrap;
 mod show;
 
 use connect::Connection;
@@ -47,6 +48,14 @@ pub(super) struct CredentialArguments {
     command: api_clients::Command,
 }
 
+#[derive(Args, Debug)]
+pub(super) struct RewrapArguments {
+    #[command(flatten)]
+    who: Who,
+    #[command(subcommand)]
+    command: rewrap::Command,
+}
+
 /// The broker to call and the credential to use.
 #[derive(Args, Debug)]
 struct Who {
@@ -77,6 +86,13 @@ pub(super) fn run_credentials(
     arguments.command.check()?;
     arguments.who.call(context.output, async |caller| {
         caller.api_clients(arguments.command).await
+    })
+}
+
+/// Runs a command of `keybroker rewrap`.
+pub(super) fn run_rewrap(arguments: RewrapArguments, context: &Context) -> Result<(), Failure> {
+    arguments.who.call(context.output, async |caller| {
+        caller.rewrap(arguments.command).await
     })
 }
 

@@ -30,16 +30,17 @@ use crate::{
 
 const MESSAGE: &[u8] = b"a record at its place";
 
-struct Bench {
-    faulty: Faulty,
+/// A session thread on a token that fails on command.
+pub(super) struct Bench {
+    pub(super) faulty: Faulty,
     token: OpenToken,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     session: SessionThread,
 }
 
 impl Bench {
     /// Creates a session thread with this number of keys.
-    fn with_keys(folder: &Path, count: usize) -> Self {
+    pub(super) fn with_keys(folder: &Path, count: usize) -> Self {
         init();
         let (settings, faulty) = faulty(folder);
         let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
@@ -68,12 +69,16 @@ impl Bench {
         }
     }
 
-    fn run(&mut self, job: Job, timeout: Duration) -> Result<Vec<u8>, FailureClass> {
+    pub(super) fn run(&mut self, job: Job, timeout: Duration) -> Result<Vec<u8>, FailureClass> {
         run_on(&mut self.session, job, timeout)
     }
 
     /// Unwraps a row of the first key with a valid MAC.
-    fn unwrap(&mut self, wrapped: &[u8], timeout: Duration) -> Result<Vec<u8>, FailureClass> {
+    pub(super) fn unwrap(
+        &mut self,
+        wrapped: &[u8],
+        timeout: Duration,
+    ) -> Result<Vec<u8>, FailureClass> {
         let job = self.unwrap_job(wrapped, false);
         self.run(job, timeout)
     }
@@ -89,7 +94,7 @@ impl Bench {
         (self.run(job, LONG), began.elapsed())
     }
 
-    fn unwrap_job(&self, wrapped: &[u8], is_forged: bool) -> Job {
+    pub(super) fn unwrap_job(&self, wrapped: &[u8], is_forged: bool) -> Job {
         let place = &self.shared.keys[0].place;
         let pair = keys::find(&self.token.anchor, place).unwrap();
         let mut mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
@@ -103,14 +108,14 @@ impl Bench {
         })
     }
 
-    fn wrapped(&self) -> Vec<u8> {
+    pub(super) fn wrapped(&self) -> Vec<u8> {
         let spki = &self.shared.keys[0].public.spki;
         let key = WrapKey::new(spki, Algorithm::RsaOaepSha1).unwrap();
         key.wrap(b"material").unwrap()
     }
 }
 
-const LONG: Duration = Duration::from_mins(1);
+pub(super) const LONG: Duration = Duration::from_mins(1);
 
 /// Repeats a job while the token is busy, as the front does.
 fn until_done(session: &mut SessionThread, job: &Job) -> Result<Vec<u8>, FailureClass> {

@@ -1597,6 +1597,163 @@ pub struct RevokeClientCredentialResponse {
     #[prost(message, optional, tag = "1")]
     pub client_credential: ::core::option::Option<ClientCredential>,
 }
+/// A row that could not be moved, or that does not verify afterwards. The row is left as it is.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RewrapFailure {
+    /// Id of the record or of the API client: 32 hexadecimal digits; empty if it cannot be read.
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    /// The revision of the record or of the API client; 0 if it cannot be read.
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+    /// The problem, by the names of `store check`, such as "mac-refused" or "envelope-unreadable"; "unwrap-failed" if the token could
+    /// not decrypt although the MAC is valid. Later releases may add other values.
+    #[prost(string, tag = "3")]
+    pub problem: ::prost::alloc::string::String,
+}
+/// How many rows need a wrapping key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WrappingKeyUse {
+    /// Id of the wrapping key, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub wrapping_key_id: ::prost::alloc::vec::Vec<u8>,
+    /// Revisions of records, including superseded revisions and those of deleted records.
+    #[prost(uint64, tag = "2")]
+    pub revisions: u64,
+    /// API clients whose MAC was made with the integrity key.
+    #[prost(uint64, tag = "3")]
+    pub clients: u64,
+    /// Stored answers to request ids whose MACs were made with the integrity key. They are not moved; each expires after 24 hours.
+    #[prost(uint64, tag = "4")]
+    pub request_answers: u64,
+}
+/// A re-wrap: the move of rows from the other wrapping keys to the wrapping key that wraps new user keys.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Rewrap {
+    /// The state.
+    #[prost(enumeration = "RewrapState", tag = "1")]
+    pub state: i32,
+    /// What the broker does, if the re-wrap is running or paused.
+    #[prost(enumeration = "RewrapPhase", tag = "2")]
+    pub phase: i32,
+    /// The wrapping key whose rows are moved, 16 bytes; empty for all wrapping keys other than the target.
+    #[prost(bytes = "vec", tag = "3")]
+    pub source_wrapping_key_id: ::prost::alloc::vec::Vec<u8>,
+    /// The wrapping key to which rows are moved, 16 bytes; empty if no wrapping key is active.
+    #[prost(bytes = "vec", tag = "4")]
+    pub target_wrapping_key_id: ::prost::alloc::vec::Vec<u8>,
+    /// Highest number of rows per second; 0 if there is no limit.
+    #[prost(uint32, tag = "5")]
+    pub rows_per_second_max: u32,
+    /// The principal that requested the re-wrap.
+    #[prost(string, tag = "6")]
+    pub requested_by: ::prost::alloc::string::String,
+    /// When the re-wrap was requested.
+    #[prost(message, optional, tag = "7")]
+    pub start_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the progress was last stored; absent before a broker began.
+    #[prost(message, optional, tag = "8")]
+    pub update_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the re-wrap ended; absent before.
+    #[prost(message, optional, tag = "9")]
+    pub end_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Name of the broker instance that moves rows; empty before one began.
+    #[prost(string, tag = "10")]
+    pub instance: ::prost::alloc::string::String,
+    /// Revisions that were moved.
+    #[prost(uint64, tag = "11")]
+    pub revisions_moved: u64,
+    /// API clients that were moved.
+    #[prost(uint64, tag = "12")]
+    pub clients_moved: u64,
+    /// Times that another change altered a row before it could be swapped. Such a row is tried again.
+    #[prost(uint64, tag = "13")]
+    pub changed_meanwhile: u64,
+    /// Revisions and API clients that are still to be moved, counted for this answer. Includes the rows that failed.
+    #[prost(uint64, tag = "14")]
+    pub left: u64,
+    /// Rows that failed in the present pass over all rows.
+    #[prost(uint64, tag = "15")]
+    pub failed: u64,
+    /// The first rows that failed, at most 50.
+    #[prost(message, repeated, tag = "16")]
+    pub failures: ::prost::alloc::vec::Vec<RewrapFailure>,
+    /// Rows under the target that the token verified.
+    #[prost(uint64, tag = "17")]
+    pub verified: u64,
+    /// Rows per second, as a moving average.
+    #[prost(uint64, tag = "18")]
+    pub rows_per_second: u64,
+    /// Expected time in seconds until every row is moved; 0 if it is not known.
+    #[prost(uint64, tag = "19")]
+    pub seconds_left: u64,
+    /// The reason why the re-wrap cannot go on at present, such as "TOKEN_DOWN"; empty if it can.
+    #[prost(string, tag = "20")]
+    pub blocked_by: ::prost::alloc::string::String,
+}
+/// Request of StartRewrap.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StartRewrapRequest {
+    /// Moves only the rows of this wrapping key: 16 bytes. Empty for all wrapping keys other than the target.
+    #[prost(bytes = "vec", tag = "1")]
+    pub source_wrapping_key_id: ::prost::alloc::vec::Vec<u8>,
+    /// Highest number of rows per second: 1 to 1,000,000. 0 for no limit.
+    #[prost(uint32, tag = "2")]
+    pub rows_per_second_max: u32,
+}
+/// Response of StartRewrap.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StartRewrapResponse {
+    /// The re-wrap.
+    #[prost(message, optional, tag = "1")]
+    pub rewrap: ::core::option::Option<Rewrap>,
+    /// Whether this call started the re-wrap. False if the re-wrap that was requested before has not ended.
+    #[prost(bool, tag = "2")]
+    pub started: bool,
+}
+/// Request of GetRewrap.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetRewrapRequest {}
+/// Response of GetRewrap.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GetRewrapResponse {
+    /// The re-wrap that was requested last; absent if none was requested.
+    #[prost(message, optional, tag = "1")]
+    pub rewrap: ::core::option::Option<Rewrap>,
+    /// How many rows need each registered wrapping key.
+    #[prost(message, repeated, tag = "2")]
+    pub uses: ::prost::alloc::vec::Vec<WrappingKeyUse>,
+}
+/// Request of PauseRewrap.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PauseRewrapRequest {}
+/// Response of PauseRewrap.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PauseRewrapResponse {
+    /// The re-wrap that was requested last; absent if none was requested.
+    #[prost(message, optional, tag = "1")]
+    pub rewrap: ::core::option::Option<Rewrap>,
+    /// Whether this call paused the re-wrap.
+    #[prost(bool, tag = "2")]
+    pub paused: bool,
+}
+/// Request of ResumeRewrap.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResumeRewrapRequest {
+    /// Highest number of rows per second from now on: up to 1,000,000, and 0 for no limit. Absent to keep the earlier limit.
+    #[prost(uint32, optional, tag = "1")]
+    pub rows_per_second_max: ::core::option::Option<u32>,
+}
+/// Response of ResumeRewrap.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResumeRewrapResponse {
+    /// The re-wrap that was requested last; absent if none was requested.
+    #[prost(message, optional, tag = "1")]
+    pub rewrap: ::core::option::Option<Rewrap>,
+    /// Whether this call let the re-wrap go on.
+    #[prost(bool, tag = "2")]
+    pub resumed: bool,
+}
 /// State of a wrapping key (NIST SP 800-57 part 1, section 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1712,6 +1869,76 @@ impl TokenServing {
         }
     }
 }
+/// State of a re-wrap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RewrapState {
+    /// Never sent.
+    Unspecified = 0,
+    /// A broker moves rows, or does so as soon as one can.
+    Running = 1,
+    /// An administrator paused the re-wrap.
+    Paused = 2,
+    /// The re-wrap has ended. Rows that failed are still under their old wrapping key.
+    Done = 3,
+}
+impl RewrapState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "REWRAP_STATE_UNSPECIFIED",
+            Self::Running => "REWRAP_STATE_RUNNING",
+            Self::Paused => "REWRAP_STATE_PAUSED",
+            Self::Done => "REWRAP_STATE_DONE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REWRAP_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "REWRAP_STATE_RUNNING" => Some(Self::Running),
+            "REWRAP_STATE_PAUSED" => Some(Self::Paused),
+            "REWRAP_STATE_DONE" => Some(Self::Done),
+            _ => None,
+        }
+    }
+}
+/// What the broker does for a running re-wrap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum RewrapPhase {
+    /// Never sent.
+    Unspecified = 0,
+    /// The broker moves rows.
+    Moving = 1,
+    /// Every row was moved or has failed. The token verifies every row under the target.
+    Verifying = 2,
+}
+impl RewrapPhase {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "REWRAP_PHASE_UNSPECIFIED",
+            Self::Moving => "REWRAP_PHASE_MOVING",
+            Self::Verifying => "REWRAP_PHASE_VERIFYING",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REWRAP_PHASE_UNSPECIFIED" => Some(Self::Unspecified),
+            "REWRAP_PHASE_MOVING" => Some(Self::Moving),
+            "REWRAP_PHASE_VERIFYING" => Some(Self::Verifying),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod control_service_client {
     #![allow(
@@ -1723,8 +1950,8 @@ pub mod control_service_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance, and
-    /// manages API clients. None of its calls can release a user key.
+    /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance,
+    /// manages API clients, and moves rows to another wrapping key. None of its calls can release a user key.
     #[derive(Debug, Clone)]
     pub struct ControlServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -2016,6 +2243,107 @@ pub mod control_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Lets the brokers of this database move all rows to the wrapping key that wraps new user keys. The call returns immediately. If
+        /// the re-wrap that was requested last has not ended, the call changes nothing and returns that re-wrap.
+        pub async fn start_rewrap(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StartRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::StartRewrapResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/StartRewrap",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "StartRewrap"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Returns the re-wrap that was requested last, and how many rows need which wrapping key.
+        pub async fn get_rewrap(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetRewrapResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/GetRewrap",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "GetRewrap"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Pauses the re-wrap. If no re-wrap is running, the call changes nothing.
+        pub async fn pause_rewrap(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PauseRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PauseRewrapResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/PauseRewrap",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "PauseRewrap"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lets a paused re-wrap go on. If no re-wrap is paused, the call changes nothing.
+        pub async fn resume_rewrap(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ResumeRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ResumeRewrapResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/ResumeRewrap",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "ResumeRewrap"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2096,9 +2424,42 @@ pub mod control_service_server {
             tonic::Response<super::RevokeClientCredentialResponse>,
             tonic::Status,
         >;
+        /// Lets the brokers of this database move all rows to the wrapping key that wraps new user keys. The call returns immediately. If
+        /// the re-wrap that was requested last has not ended, the call changes nothing and returns that re-wrap.
+        async fn start_rewrap(
+            &self,
+            request: tonic::Request<super::StartRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::StartRewrapResponse>,
+            tonic::Status,
+        >;
+        /// Returns the re-wrap that was requested last, and how many rows need which wrapping key.
+        async fn get_rewrap(
+            &self,
+            request: tonic::Request<super::GetRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetRewrapResponse>,
+            tonic::Status,
+        >;
+        /// Pauses the re-wrap. If no re-wrap is running, the call changes nothing.
+        async fn pause_rewrap(
+            &self,
+            request: tonic::Request<super::PauseRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PauseRewrapResponse>,
+            tonic::Status,
+        >;
+        /// Lets a paused re-wrap go on. If no re-wrap is paused, the call changes nothing.
+        async fn resume_rewrap(
+            &self,
+            request: tonic::Request<super::ResumeRewrapRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ResumeRewrapResponse>,
+            tonic::Status,
+        >;
     }
-    /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance, and
-    /// manages API clients. None of its calls can release a user key.
+    /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance,
+    /// manages API clients, and moves rows to another wrapping key. None of its calls can release a user key.
     #[derive(Debug)]
     pub struct ControlServiceServer<T> {
         inner: Arc<T>,
@@ -2536,6 +2897,186 @@ pub mod control_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = RevokeClientCredentialSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/StartRewrap" => {
+                    #[allow(non_camel_case_types)]
+                    struct StartRewrapSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::StartRewrapRequest>
+                    for StartRewrapSvc<T> {
+                        type Response = super::StartRewrapResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StartRewrapRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::start_rewrap(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StartRewrapSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/GetRewrap" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetRewrapSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::GetRewrapRequest>
+                    for GetRewrapSvc<T> {
+                        type Response = super::GetRewrapResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetRewrapRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::get_rewrap(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetRewrapSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/PauseRewrap" => {
+                    #[allow(non_camel_case_types)]
+                    struct PauseRewrapSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::PauseRewrapRequest>
+                    for PauseRewrapSvc<T> {
+                        type Response = super::PauseRewrapResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PauseRewrapRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::pause_rewrap(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PauseRewrapSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/ResumeRewrap" => {
+                    #[allow(non_camel_case_types)]
+                    struct ResumeRewrapSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::ResumeRewrapRequest>
+                    for ResumeRewrapSvc<T> {
+                        type Response = super::ResumeRewrapResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ResumeRewrapRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::resume_rewrap(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ResumeRewrapSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

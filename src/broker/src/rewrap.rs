@@ -1,0 +1,350 @@
+//! Re-wrap: moves all rows from the wrapping keys that no longer wrap to the wrapping key that wraps new user keys.
+//!
+//! An administrator requests a run, which the database remembers. Every broker that uses the database looks for the run once a second,
+//! and one of them holds it by a lease. The holder reads rows page by page, lets the token re-wrap each row, and swaps the envelopes by
+//! comparing them with the bytes that were read. What was done shows in the rows alone: a row under an old wrapping key is still to be
+//! done. Therefore a run can be cut off at any moment and goes on when a broker next serves, and two brokers that believe to hold the
+//! run move no row twice.
+//!
+//! The target of a run never comes from the database. It is always the wrapping key that wraps new user keys.
+//!
+//! Mitigation: M22 of `THREAT_MODEL.md`.
+
+use std::sync::Arc;
+
+use keybroker_core::{
+    call::{Call, Timestamp},
+    error::{Error, Reason},
+    key::{ID_BYTES, Purpose, WrappingKeyId},
+    principal::{Action, Principal},
+};
+use keybroker_policy::Resource;
+use keybroker_store as store;
+use keybroker_store::{KeyUses, RunId, RunRow, RunState};
+
+use super::{Broker, commit::Settled, journal::Draft, registry::Registry, within};
+
+mod batch;
+mod clients;
+mod pace;
+mod progress;
+mod revisions;
+mod run;
+mod verify;
+
+pub use progress::{FailedRow, Phase, Progress};
+
+/// What an administrator requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NewRun {
+    /// The wrapping key whose rows are moved; `None` for all wrapping keys other than the target.
+    pub source: Option<WrappingKeyId>,
+    /// Highest number of rows per second; 0 for no limit.
+    pub rate: u32,
+}
+
+/// The run that was requested last, and how many rows need which wrapping key.
+#[derive(Clone, Debug)]
+pub struct RewrapView {
+    /// The run; `None` if none was ever requested.
+    pub run: Option<RunView>,
+    /// The wrapping key to which rows are moved; `None` if no wrapping key is active.
+    pub target: Option<WrappingKeyId>,
+    /// How many rows need each registered wrapping key, in the order of the registry.
+    pub uses: Vec<(WrappingKeyId, KeyUses)>,
+}
+
+impl RewrapView {
+    /// The number of revisions and API clients that the run has still to move, including those that failed.
+    pub fn left(&self) -> u64 {
+        let source = self.run.as_ref().and_then(|run| run.source);
+        self.uses
+            .iter()
+            .filter(|(key, _)| Some(*key) != self.target)
+            .filter(|(key, _)| source.is_none_or(|source| source == *key))
+            .map(|(_, uses)| uses.revisions + uses.clients)
+            .sum()
+    }
+}
+
+/// A run as administrators see it.
+#[derive(Clone, Debug)]
+pub struct RunView {
+    /// Whether rows are moved.
+    pub state: RunState,
+    /// The wrapping key whose rows are moved; `None` for all others than the target.
+    pub source: Option<WrappingKeyId>,
+    /// Highest number of rows per second; 0 for no limit.
+    pub rate: u32,
+    /// When the run was requested.
+    pub started: Timestamp,
+    /// The instance that moves rows; empty before the first one begins.
+    pub holder: String,
+    /// What the holder last stored.
+    pub progress: Progress,
+}
+
+impl From<RunRow> for RunView {
+    fn from(row: RunRow) -> Self {
+        Self {
+            state: row.state,
+            source: row.source,
+            rate: row.rate,
+            started: row.started,
+            progress: Progress::read(&row.document),
+            holder: row.holder,
+        }
+    }
+}
+
+/// The answer to a request for a change of the run.
+#[derive(Clone, Debug)]
+pub struct ChangedRun {
+    /// The run after the request.
+    pub view: RewrapView,
+    /// Whether the request changed anything.
+    pub is_changed: bool,
+}
+
+/// A change of the run that an administrator requests.
+#[derive(Clone, Copy, Debug)]
+enum Request {
+    Start(NewRun),
+    Pause,
+    Resume { rate: Option<u32> },
+}
+
+impl Broker {
+    /// Requests a run. If the last run has not ended, nothing is changed.
+    pub async fn start_rewrap(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        new: NewRun,
+    ) -> Result<ChangedRun, Error> {
+        self.change_run(principal, call, Request::Start(new)).await
+    }
+
+    /// Pauses the run. If no run is running, nothing is changed.
+    pub async fn pause_rewrap(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+    ) -> Result<ChangedRun, Error> {
+        self.change_run(principal, call, Request::Pause).await
+    }
+
+    /// Lets a paused run go on, with another rate if `rate` is present. If no run is paused, nothing is changed.
+    pub async fn resume_rewrap(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        rate: Option<u32>,
+    ) -> Result<ChangedRun, Error> {
+        self.change_run(principal, call, Request::Resume { rate })
+            .await
+    }
+
+    /// Returns the run that was requested last, and how many rows need which wrapping key.
+    pub async fn rewrap(&self, principal: &Principal, call: &Call) -> Result<RewrapView, Error> {
+        let view = Box::pin(self.view(call));
+        self.read_async(principal, call, Action::ReadWrappingKeys, view)
+            .await
+    }
+
+    async fn change_run(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        request: Request,
+    ) -> Result<ChangedRun, Error> {
+        let (broker, principal, call) = (Arc::clone(self), principal.clone(), call.clone());
+        self.run_change(Action::Rewrap, call.clone(), async move {
+            broker.change_run_now(&principal, &call, request).await
+        })
+        .await
+    }
+
+    async fn change_run_now(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        request: Request,
+    ) -> Result<ChangedRun, Error> {
+        let permit = self
+            .permit(principal, call, Action::Rewrap, Resource::Broker)
+            .await?;
+        let mut draft = Draft::new(principal, call, Action::Rewrap);
+        draft.policy(permit.policy());
+        let prepared = self.prepare_run(principal, call, request, &mut draft).await;
+        let change = match prepared {
+            Ok(change) => change,
+            Err(error) => {
+                self.record_failure(draft, &error).await?;
+                return Err(error);
+            }
+        };
+        let is_changed = if let Some(change) = change {
+            self.commit_run(call, &draft, change).await?
+        } else {
+            self.conclude(draft, Ok(())).await?;
+            false
+        };
+        let view = self.view(call).await?;
+        Ok(ChangedRun { view, is_changed })
+    }
+
+    /// Returns the change that the request makes, or `None` if the state of the run leaves nothing to change.
+    async fn prepare_run(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        request: Request,
+        draft: &mut Draft,
+    ) -> Result<Option<Change>, Error> {
+        call.deadline.check()?;
+        self.check_acknowledged()?;
+        let registry = self.registry()?;
+        if let Request::Start(new) = &request {
+            let target = registry.wrapping_key()?;
+            draft.wrapping_key(target);
+            check_source(&registry, target, new.source)?;
+        }
+        let now = within(call, self.store.rewrap_run()).await?;
+        let change = match (request, now) {
+            (Request::Start(new), now)
+                if now.as_ref().is_none_or(|run| run.state == RunState::Done) =>
+            {
+                Some(Change::Start(new_run(principal, new)?))
+            }
+            (Request::Pause, Some(run)) if run.state == RunState::Running => Some(Change::State {
+                run: run.id,
+                from: RunState::Running,
+                to: RunState::Paused,
+                rate: None,
+            }),
+            (Request::Resume { rate }, Some(run)) if run.state == RunState::Paused => {
+                Some(Change::State {
+                    run: run.id,
+                    from: RunState::Paused,
+                    to: RunState::Running,
+                    rate,
+                })
+            }
+            _ => None,
+        };
+        Ok(change)
+    }
+
+    /// Commits a change of the run. Returns `false` if another administrator was faster.
+    async fn commit_run(&self, call: &Call, draft: &Draft, change: Change) -> Result<bool, Error> {
+        let commit = async {
+            match &change {
+                Change::Start(run) => self.store.start_rewrap(run, call.id).await,
+                Change::State {
+                    run,
+                    from,
+                    to,
+                    rate,
+                } => {
+                    self.store
+                        .change_rewrap(*run, *from, *to, *rate, call.id)
+                        .await
+                }
+            }
+        };
+        let settled = self
+            .commit_with_intent(draft, Timestamp::now(), commit)
+            .await?;
+        let Settled { intent, result } = settled;
+        let result = result.map_err(|error| match error {
+            store::Error::Conflict => Error::new(
+                Reason::Revision,
+                "another call changed the re-wrap meanwhile",
+            ),
+            other => other.into(),
+        });
+        self.close_intent(intent, draft, result)
+            .await
+            .map(|()| true)
+    }
+
+    async fn view(&self, call: &Call) -> Result<RewrapView, Error> {
+        let registry = self.registry()?;
+        let run = within(call, self.store.rewrap_run()).await?;
+        let mut uses = Vec::new();
+        for row in registry.rows() {
+            uses.push((row.id, within(call, self.store.key_uses(row.id)).await?));
+        }
+        Ok(RewrapView {
+            run: run.map(RunView::from),
+            target: registry.wrapping_key().ok(),
+            uses,
+        })
+    }
+}
+
+/// A change of the run.
+enum Change {
+    Start(RunRow),
+    State {
+        run: RunId,
+        from: RunState,
+        to: RunState,
+        rate: Option<u32>,
+    },
+}
+
+fn new_run(principal: &Principal, new: NewRun) -> Result<RunRow, Error> {
+    let mut id = [0; ID_BYTES];
+    aws_lc_rs::rand::fill(&mut id).map_err(|_| Error::new(Reason::Bug, "no random bytes"))?;
+    let progress = Progress {
+        requested_by: principal.name().to_owned(),
+        ..Progress::default()
+    };
+    Ok(RunRow {
+        id: RunId::from_bytes(id),
+        state: RunState::Running,
+        rate: new.rate,
+        source: new.source,
+        document: progress.to_bytes(),
+        holder: String::new(),
+        lease: Timestamp::from_micros(0),
+        started: Timestamp::now(),
+    })
+}
+
+/// Refuses a source from which no row can be moved.
+fn check_source(
+    registry: &Registry,
+    target: WrappingKeyId,
+    source: Option<WrappingKeyId>,
+) -> Result<(), Error> {
+    let Some(source) = source else {
+        return Ok(());
+    };
+    if source == target {
+        let what = "the id of a wrapping key other than the one that wraps new user keys";
+        return Err(Error::violation("source_wrapping_key_id", what));
+    }
+    if !registry.knows(source) {
+        let what = "the id of a registered wrapping key";
+        return Err(Error::violation("source_wrapping_key_id", what));
+    }
+    registry.check_readable(source)
+}
+
+/// The wrapping keys from which a run moves rows. Rows under a wrapping key that may not unwrap stay where they are.
+fn sources(
+    registry: &Registry,
+    target: WrappingKeyId,
+    only: Option<WrappingKeyId>,
+) -> Vec<WrappingKeyId> {
+    registry
+        .rows()
+        .iter()
+        .filter(|row| row.id != target && row.purpose == Purpose::Plain)
+        .filter(|row| row.state.may_unwrap() && only.is_none_or(|only| only == row.id))
+        .map(|row| row.id)
+        .collect()
+}

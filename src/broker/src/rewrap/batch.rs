@@ -1,0 +1,84 @@
+//! The swap of a batch of rows, between a durable intent and a durable outcome.
+
+use std::fmt::Write as _;
+
+use aws_lc_rs::digest;
+
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    error::Error,
+    key::WrappingKeyId,
+    metrics,
+};
+use keybroker_store as store;
+
+use crate::{Broker, commit::Settled, journal::Draft};
+
+/// The ids of the rows of a batch: the id of the record or API client, and its revision.
+pub(super) type RowId = ([u8; 16], u64);
+
+impl Broker {
+    /// Swaps a batch of rows. The intent has the digest of the rows that are about to be moved, and the outcome that of the rows that
+    /// were moved. `swap` must store the mark of the call. Returns for each row whether it was moved.
+    pub(super) async fn swap_batch(
+        &self,
+        to: WrappingKeyId,
+        rows: &[RowId],
+        call: CallId,
+        swap: impl Future<Output = Result<Vec<bool>, store::Error>> + Send,
+    ) -> Result<Vec<bool>, Error> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut draft = Draft::rewrapped(call, to, rows.len(), digest_of(rows));
+        let Settled { intent, result } = self
+            .commit_with_intent(&draft, Timestamp::now(), swap)
+            .await?;
+        if let Ok(moved) = &result {
+            let moved = rows.iter().zip(moved).filter(|(_, moved)| **moved);
+            let moved: Vec<RowId> = moved.map(|(row, _)| *row).collect();
+            let count = u64::try_from(moved.len()).unwrap_or(u64::MAX);
+            metrics::REWRAP_ROWS.with(["moved"]).increment(count);
+            draft.rows(moved.len(), digest_of(&moved));
+        }
+        self.close_intent(intent, &draft, result.map_err(Error::from))
+            .await
+    }
+}
+
+/// The SHA-256 of the ids and revisions of rows, in their order, as hexadecimal digits. An id has 16 bytes, and a revision is a
+/// big-endian integer of 8 bytes.
+fn digest_of(rows: &[RowId]) -> String {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for (id, revision) in rows {
+        context.update(id);
+        context.update(&revision.to_be_bytes());
+    }
+    let mut text = String::with_capacity(64);
+    for byte in context.finish().as_ref() {
+        // Writing to a String cannot fail.
+        let _written = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The values of another implementation: `printf '…' | xxd -r -p | sha256sum`.
+    #[test]
+    fn the_digest_covers_ids_and_revisions_in_order() {
+        assert_eq!(
+            digest_of(&[]),
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
+        let rows = [([1; 16], 1), ([2; 16], 258)];
+        let digest = digest_of(&rows);
+        assert_eq!(
+            digest,
+            "82a5b63fceeda1006d3feb4d7b8f784cf0ba8df59ecd58cca4c7513e4bd0d640"
+        );
+        assert_ne!(digest, digest_of(&[rows[1], rows[0]]));
+    }
+}

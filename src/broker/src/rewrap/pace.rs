@@ -1,0 +1,165 @@
+//! How fast rows are moved: without a limit while no principal calls, with a small share of the token while principals call, and
+//! never faster than the rate that an administrator set.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use keybroker_hsm::Token;
+
+/// Principals count as calling until this long after their last job.
+const QUIET_AFTER: Duration = Duration::from_secs(2);
+/// While principals call, one session works for the run for at most one part in this many of the time.
+const SHARE_PARTS: u32 = 16;
+/// Longest pause after a job. A token behind a network has many sessions, so a longer pause would not help callers.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// Most jobs in flight while no principal calls.
+const IN_FLIGHT_MAX: usize = 16;
+
+/// The pace of a run.
+#[derive(Debug)]
+pub(super) struct Pace {
+    /// Rows per second; 0 for no limit.
+    rate: Mutex<u32>,
+    /// When the next row may be begun.
+    next: Mutex<Instant>,
+    /// The jobs of principals that were last counted, and when their number last grew.
+    seen: Mutex<(u64, Option<Instant>)>,
+    /// Held by the only job that runs while principals call.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl Pace {
+    pub(super) fn new(rate: u32, token: &dyn Token) -> Self {
+        Self {
+            rate: Mutex::new(rate),
+            next: Mutex::new(Instant::now()),
+            seen: Mutex::new((token.jobs_of_principals(), None)),
+            turn: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Changes the rate.
+    pub(super) fn set_rate(&self, rate: u32) {
+        *lock(&self.rate) = rate;
+    }
+
+    pub(super) fn rate(&self) -> u32 {
+        *lock(&self.rate)
+    }
+
+    /// How many jobs may be in flight while no principal calls: half of the sessions, so that the first call after a quiet time finds a
+    /// free session.
+    pub(super) fn in_flight(token: &dyn Token) -> usize {
+        let workers = token.state().workers;
+        let sessions: usize = workers.iter().map(|worker| worker.sessions).sum();
+        (sessions / 2).clamp(1, IN_FLIGHT_MAX)
+    }
+
+    /// Runs a job of the run at its pace.
+    pub(super) async fn run<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
+        if let Some(wait) = self.wait_for_rate(Instant::now()) {
+            tokio::time::sleep(wait).await;
+        }
+        self.give_way(token, job).await
+    }
+
+    /// Runs a job that the rate does not limit.
+    pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
+        if !self.is_called(token, Instant::now()) {
+            return job.await;
+        }
+        let _turn = self.turn.lock().await;
+        let begun = Instant::now();
+        let done = job.await;
+        if self.is_called(token, Instant::now()) {
+            tokio::time::sleep(pause(begun.elapsed())).await;
+        }
+        done
+    }
+
+    /// Returns how long the next row has to wait for its time.
+    fn wait_for_rate(&self, now: Instant) -> Option<Duration> {
+        let gap = Duration::from_secs(1).checked_div(self.rate())?;
+        let mut next = lock(&self.next);
+        let slot = (*next).max(now);
+        *next = slot + gap;
+        Some(slot - now).filter(|wait| !wait.is_zero())
+    }
+
+    /// Whether principals use the token.
+    fn is_called(&self, token: &dyn Token, now: Instant) -> bool {
+        self.is_called_at(token.jobs_of_principals(), now)
+    }
+
+    fn is_called_at(&self, jobs: u64, now: Instant) -> bool {
+        let mut seen = lock(&self.seen);
+        if seen.0 != jobs {
+            *seen = (jobs, Some(now));
+        }
+        seen.1
+            .is_some_and(|last| now.saturating_duration_since(last) < QUIET_AFTER)
+    }
+}
+
+/// The pause after a job that took this long.
+fn pause(job: Duration) -> Duration {
+    (job * (SHARE_PARTS - 1)).min(PAUSE_MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pace(rate: u32) -> Pace {
+        Pace {
+            rate: Mutex::new(rate),
+            next: Mutex::new(Instant::now()),
+            seen: Mutex::new((5, None)),
+            turn: tokio::sync::Mutex::default(),
+        }
+    }
+
+    #[test]
+    fn a_rate_spreads_rows_evenly_and_saves_up_nothing() {
+        let pace = pace(100);
+        let begun = Instant::now() + Duration::from_secs(10);
+        let waits: Vec<_> = (0..3)
+            .map(|_| pace.wait_for_rate(begun).unwrap_or_default().as_millis())
+            .collect();
+        assert_eq!(waits, [0, 10, 20]);
+        let later = begun + Duration::from_mins(1);
+        assert_eq!(pace.wait_for_rate(later), None);
+        let next = pace.wait_for_rate(later).unwrap();
+        assert_eq!(
+            next.as_millis(),
+            10,
+            "the time without rows was not saved up"
+        );
+        pace.set_rate(0);
+        assert_eq!(pace.wait_for_rate(later), None);
+    }
+
+    #[test]
+    fn principals_count_as_calling_for_a_while() {
+        let pace = pace(0);
+        let begun = Instant::now();
+        assert!(!pace.is_called_at(5, begun));
+        assert!(pace.is_called_at(6, begun));
+        assert!(pace.is_called_at(6, begun + QUIET_AFTER / 2));
+        assert!(!pace.is_called_at(6, begun + QUIET_AFTER));
+        assert!(pace.is_called_at(7, begun + QUIET_AFTER));
+    }
+
+    #[test]
+    fn a_pause_leaves_a_sixteenth_and_has_an_end() {
+        let job = Duration::from_micros(500);
+        assert_eq!(pause(job), job * 15);
+        assert_eq!(pause(Duration::from_secs(1)), PAUSE_MAX);
+    }
+}

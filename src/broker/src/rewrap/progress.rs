@@ -1,0 +1,148 @@
+//! The progress of a run, which its holder stores as JSON once a second, so that every broker can show it.
+
+use serde::{Deserialize, Serialize};
+
+use keybroker_core::{call::Timestamp, metrics};
+use keybroker_store::RUN_DOCUMENT_BYTES_MAX;
+
+/// Highest number of failed rows that are listed. Further failed rows are only counted.
+const FAILURES_MAX: usize = 50;
+
+/// What the holder of a run does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Rows are moved.
+    #[default]
+    Moving,
+    /// The token verifies every row under the target.
+    Verifying,
+}
+
+/// A row that could not be moved, or that does not verify afterwards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedRow {
+    /// The id of the record or of the API client, as hexadecimal digits; empty if it cannot be read.
+    pub id: String,
+    /// The revision of the record or of the API client; 0 if it cannot be read.
+    pub revision: u64,
+    /// What is wrong, by the names that `store check` uses.
+    pub problem: String,
+}
+
+/// How far a run is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Progress {
+    /// The principal that requested the run.
+    pub requested_by: String,
+    /// What the holder does.
+    pub phase: Phase,
+    /// Revisions that were moved.
+    pub revisions_moved: u64,
+    /// API clients that were moved.
+    pub clients_moved: u64,
+    /// Rows that another change or another broker altered before they could be swapped.
+    pub changed_meanwhile: u64,
+    /// Rows that could not be moved because they are damaged.
+    pub failed: u64,
+    /// Rows under the target that the token verified after the last row was moved.
+    pub verified: u64,
+    /// The first of the failed rows, and of the rows that do not verify.
+    pub failures: Vec<FailedRow>,
+    /// Rows that were moved per second, as a moving average.
+    pub rows_per_second: u64,
+    /// When this was stored, in UTC microseconds.
+    pub updated_us: i64,
+    /// When the run ended, in UTC microseconds; 0 before.
+    pub ended_us: i64,
+    /// Why the run cannot go on at present; empty if it can.
+    pub blocked_by: String,
+}
+
+impl Progress {
+    /// Reads a stored document. A document that cannot be read gives the progress of a run that has just begun, because nothing
+    /// depends on it.
+    pub(super) fn read(document: &[u8]) -> Self {
+        serde_json::from_slice(document).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the stored progress of the re-wrap cannot be read");
+            Self::default()
+        })
+    }
+
+    /// The document to store. Never longer than the column.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let mut short = self.clone();
+        short.updated_us = Timestamp::now().micros();
+        loop {
+            let bytes = serde_json::to_vec(&short).unwrap_or_default();
+            if bytes.len() <= RUN_DOCUMENT_BYTES_MAX {
+                return bytes;
+            }
+            if short.failures.pop().is_none() {
+                short.blocked_by.clear();
+                short.requested_by.clear();
+            }
+        }
+    }
+
+    /// Counts a row that failed, and lists it if there is room.
+    pub(super) fn fail(&mut self, row: FailedRow) {
+        self.failed += 1;
+        metrics::REWRAP_ROWS.with(["failed"]).increment(1);
+        if self.failures.len() < FAILURES_MAX {
+            self.failures.push(row);
+        }
+    }
+
+    /// Counts the rows that a batch left as it found them, because they had changed in the meantime.
+    pub(super) fn note_changed(&mut self, rows: u64) {
+        self.changed_meanwhile += rows;
+        metrics::REWRAP_ROWS
+            .with(["changed-meanwhile"])
+            .increment(rows);
+    }
+
+    /// The number of rows that were moved.
+    pub fn moved(&self) -> u64 {
+        self.revisions_moved + self.clients_moved
+    }
+
+    /// Forgets the failed rows, before all rows are tried again.
+    pub(super) fn begin_pass(&mut self) {
+        self.phase = Phase::Moving;
+        self.failed = 0;
+        self.verified = 0;
+        self.failures.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_is_read_back_and_never_too_long() {
+        let mut progress = Progress {
+            requested_by: "URI:admin".to_owned(),
+            revisions_moved: 7,
+            ..Progress::default()
+        };
+        for revision in 0..1_000 {
+            progress.fail(FailedRow {
+                id: "0f".repeat(16),
+                revision,
+                problem: "mac-refused".to_owned(),
+            });
+        }
+        let bytes = progress.to_bytes();
+        assert!(bytes.len() <= RUN_DOCUMENT_BYTES_MAX);
+        let read = Progress::read(&bytes);
+        assert_eq!((read.failed, read.failures.len()), (1_000, FAILURES_MAX));
+        assert_eq!((read.moved(), read.requested_by.as_str()), (7, "URI:admin"));
+        progress.requested_by = "\u{1}".repeat(RUN_DOCUMENT_BYTES_MAX);
+        assert!(progress.to_bytes().len() <= RUN_DOCUMENT_BYTES_MAX);
+        assert_eq!(Progress::read(b"no JSON"), Progress::default());
+        assert_eq!(Progress::read(b"{}"), Progress::default());
+    }
+}

@@ -1,0 +1,239 @@
+//! Moves revisions of records. The token re-wraps a page of rows while the page before is swapped.
+
+use std::time::Duration;
+
+use futures_util::{
+    FutureExt as _,
+    future::BoxFuture,
+    stream::{self, StreamExt as _},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use keybroker_core::{
+    call::{CallId, Deadline},
+    envelope::{Context, Envelope, Kind},
+    error::Error,
+    key::{Revision, WrappingKeyId},
+};
+use keybroker_hsm as hsm;
+use keybroker_store::{RevisionMove, RevisionPlace, RevisionUnder, RowUnder};
+
+use crate::Broker;
+
+use super::{
+    batch::RowId,
+    pace::Pace,
+    progress::FailedRow,
+    run::{Run, Stop},
+};
+
+/// Time limit for one job of a run. The queue gives background work a share of the token's time, however many calls wait.
+const JOB_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The caller of the jobs of a run.
+pub(super) fn background() -> hsm::Caller {
+    hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
+}
+
+/// What became of one row on the token.
+enum Moved {
+    Ready(RevisionMove),
+    Failed(FailedRow),
+}
+
+/// A page that the token has re-wrapped.
+#[derive(Default)]
+pub(super) struct Page {
+    moves: Vec<RevisionMove>,
+    failed: Vec<FailedRow>,
+}
+
+/// The numbers of a page after its swap.
+#[derive(Default)]
+pub(super) struct Swapped {
+    pub(super) moved: u64,
+    pub(super) changed_meanwhile: u64,
+    pub(super) failed: Vec<FailedRow>,
+}
+
+impl Run<'_> {
+    /// Moves every revision under a wrapping key. Returns the number of rows that were moved or that another change altered
+    /// meanwhile.
+    pub(super) async fn move_revisions(
+        &mut self,
+        from: WrappingKeyId,
+        to: WrappingKeyId,
+    ) -> Result<u64, Stop> {
+        let mut place = RevisionPlace::START;
+        let mut ready = Page::default();
+        let mut touched = 0;
+        loop {
+            let limit = self.rows_at_once();
+            let rows = self
+                .broker
+                .store
+                .revisions_under(from, &place, limit)
+                .await?;
+            let is_end = rows.is_empty();
+            if let Some(last) = rows.last() {
+                place = last.place.clone();
+            }
+            let (swapped, next) = tokio::join!(
+                self.broker.swap_page(to, ready),
+                self.broker
+                    .rewrap_page(self.stop, &self.pace, from, to, rows)
+            );
+            // The page before is counted even if the token failed with the next one.
+            touched += self.count(swapped?);
+            ready = next?;
+            self.keep_up().await?;
+            if is_end {
+                return Ok(touched);
+            }
+        }
+    }
+
+    fn count(&mut self, swapped: Swapped) -> u64 {
+        let progress = &mut self.progress;
+        progress.revisions_moved += swapped.moved;
+        if swapped.moved > 0 {
+            progress.blocked_by.clear();
+        }
+        progress.note_changed(swapped.changed_meanwhile);
+        for row in swapped.failed {
+            progress.fail(row);
+        }
+        swapped.moved + swapped.changed_meanwhile
+    }
+}
+
+impl Broker {
+    /// Lets the token re-wrap the rows of a page. Fails if the token cannot work at present; a row that is damaged is no failure.
+    async fn rewrap_page(
+        &self,
+        stop: &CancellationToken,
+        pace: &Pace,
+        from: WrappingKeyId,
+        to: WrappingKeyId,
+        rows: Vec<RowUnder>,
+    ) -> Result<Page, Stop> {
+        let jobs: Vec<BoxFuture<'_, _>> = rows
+            .into_iter()
+            .map(|row| self.rewrap_row(pace, from, to, row).boxed())
+            .collect();
+        let mut done = stream::iter(jobs).buffered(Pace::in_flight(&*self.token));
+        let mut page = Page::default();
+        while let Some(moved) = done.next().await {
+            match moved? {
+                Moved::Ready(one) => page.moves.push(one),
+                Moved::Failed(row) => page.failed.push(row),
+            }
+            if stop.is_cancelled() {
+                return Err(Stop::Lost);
+            }
+        }
+        Ok(page)
+    }
+
+    async fn rewrap_row(
+        &self,
+        pace: &Pace,
+        from: WrappingKeyId,
+        to: WrappingKeyId,
+        row: RowUnder,
+    ) -> Result<Moved, Stop> {
+        let failed = |problem: &str| Ok(Moved::Failed(failed_revision(&row, problem)));
+        let Ok(found) = &row.row else {
+            return failed("revision-unreadable");
+        };
+        let envelope = match envelope_of(found, from) {
+            Ok(envelope) => envelope,
+            Err(problem) => return failed(problem),
+        };
+        let caller = background();
+        let job = self.token.rewrap(&envelope, context_of(found), to, &caller);
+        match pace.run(&*self.token, job).await {
+            Ok(new) => Ok(Moved::Ready(RevisionMove {
+                record: found.record,
+                revision: found.revision,
+                from,
+                old: found.envelope.clone(),
+                to,
+                new: new.to_bytes(),
+            })),
+            Err(hsm::Error::MacRefused) => failed("mac-refused"),
+            Err(hsm::Error::Damaged(_)) => failed("unwrap-failed"),
+            Err(other) => Err(Stop::Failed(other.into())),
+        }
+    }
+
+    /// Swaps the envelopes of a page.
+    async fn swap_page(&self, to: WrappingKeyId, page: Page) -> Result<Swapped, Error> {
+        let ids: Vec<RowId> = page
+            .moves
+            .iter()
+            .map(|one| (*one.record.as_bytes(), one.revision.get()))
+            .collect();
+        let call = CallId::fresh();
+        let swap = self.store.move_revisions(page.moves, call);
+        let swapped = self.swap_batch(to, &ids, call, swap).await?;
+        Ok(Swapped {
+            failed: page.failed,
+            ..Swapped::of(&swapped)
+        })
+    }
+}
+
+impl Swapped {
+    pub(super) fn of(swapped: &[bool]) -> Self {
+        let number = |wanted: bool| {
+            let count = swapped.iter().filter(|moved| **moved == wanted).count();
+            u64::try_from(count).unwrap_or(u64::MAX)
+        };
+        Self {
+            moved: number(true),
+            changed_meanwhile: number(false),
+            failed: Vec::new(),
+        }
+    }
+}
+
+/// The envelope of a row under a wrapping key, or the problem that `store check` would report.
+pub(super) fn envelope_of(
+    row: &RevisionUnder,
+    key: WrappingKeyId,
+) -> Result<Envelope, &'static str> {
+    let envelope = Envelope::parse(&row.envelope).map_err(|_| "envelope-unreadable")?;
+    if envelope.kind() != Kind::Record {
+        return Err("envelope-of-another-kind");
+    }
+    if envelope.wrapping_key() != key {
+        return Err("wrapping-key-differs");
+    }
+    Ok(envelope)
+}
+
+pub(super) fn context_of(row: &RevisionUnder) -> Context<'_> {
+    Context::Record {
+        address: &row.address,
+        record_id: row.record,
+        revision: row.revision,
+    }
+}
+
+pub(super) fn failed_revision(row: &RowUnder, problem: &str) -> FailedRow {
+    let id = row.place.record().map(|id| id.to_string());
+    let revision = row.place.revision().map_or(0, Revision::get);
+    tracing::warn!(
+        record = id.as_deref().unwrap_or_default(),
+        revision,
+        problem,
+        "a row cannot be re-wrapped and stays as it is"
+    );
+    FailedRow {
+        id: id.unwrap_or_default(),
+        revision,
+        problem: problem.to_owned(),
+    }
+}

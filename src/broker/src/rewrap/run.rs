@@ -1,0 +1,313 @@
+//! The work of the holder of a run: passes over the rows until none is left, the verification, and the report.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use keybroker_audit::{Entry, EntryKind, Outcome};
+use keybroker_core::{
+    call::Timestamp,
+    error::{Error, Reason},
+    key::WrappingKeyId,
+    metrics,
+};
+use keybroker_hsm::Serving;
+use keybroker_store as store;
+use keybroker_store::{RunRow, RunState};
+
+use crate::{Broker, ticks::Ticks};
+
+use super::{pace::Pace, progress::Progress, sources};
+
+const TICK: Duration = Duration::from_secs(1);
+/// When the broker stops, the batch that is being swapped gets this time to end with its audit entry.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a holder works alone without a sign of life.
+const LEASE_US: i64 = 15_000_000;
+/// How often the holder prolongs its lease, stores its progress, and looks whether the run was paused.
+const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the rows that are left are counted. The count reads an index.
+const COUNT_INTERVAL: Duration = Duration::from_secs(10);
+/// Most rows per page.
+const PAGE_ROWS_MAX: u64 = 100;
+/// Rows per page before the speed is known.
+const PAGE_ROWS_FIRST: u64 = 16;
+/// A page has the rows of this part of a second, so that a pause and a stop take effect soon.
+const PAGE_PARTS: u64 = 2;
+/// Weight of the newest value in the average speed.
+const SPEED_PARTS: u64 = 3;
+
+/// Why the work on a run ends before the run does.
+pub(super) enum Stop {
+    /// The run was paused, another instance holds it, or this broker stops.
+    Lost,
+    /// The token, the store or the audit log does not work at present.
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<store::Error> for Stop {
+    fn from(error: store::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// A run that this broker holds.
+pub(super) struct Run<'b> {
+    pub(super) broker: &'b Broker,
+    pub(super) stop: &'b CancellationToken,
+    row: RunRow,
+    pub(super) progress: Progress,
+    pub(super) pace: Pace,
+    kept: Instant,
+    counted: Option<Instant>,
+    /// The rows that were moved or verified when the speed was last measured.
+    measured: u64,
+    speed: u64,
+}
+
+impl Broker {
+    /// Works on the run while there is one, until `stop`.
+    pub(crate) async fn rewrap_regularly(self: &Arc<Self>, stop: &CancellationToken) {
+        let mut ticks = Ticks::every(TICK, stop);
+        while ticks.next().await {
+            let time_is_up = async {
+                stop.cancelled().await;
+                tokio::time::sleep(STOP_TIMEOUT).await;
+            };
+            tokio::select! {
+                () = time_is_up => {}
+                () = self.rewrap_if_wanted(stop) => {}
+            }
+        }
+        metrics::REWRAP_RUNNING.set_flag(false);
+    }
+
+    async fn rewrap_if_wanted(&self, stop: &CancellationToken) {
+        let can_work = self.store_is_up()
+            && self.registry.load().is_some()
+            && self.token.state().serving == Serving::Up;
+        if !can_work {
+            return;
+        }
+        let row = match self.store.rewrap_run().await {
+            Ok(Some(row)) if row.state == RunState::Running => row,
+            Ok(_) => return,
+            Err(error) => {
+                return tracing::debug!(%error, "cannot read whether a re-wrap was requested");
+            }
+        };
+        let mut run = Run::new(self, row, stop);
+        match run.hold().await {
+            Ok(()) => {}
+            // Another instance holds the run.
+            Err(Stop::Lost) => return,
+            Err(Stop::Failed(error)) => {
+                return tracing::debug!(%error, "cannot hold the re-wrap");
+            }
+        }
+        metrics::REWRAP_RUNNING.set_flag(true);
+        let ended = run.work().await;
+        metrics::REWRAP_RUNNING.set_flag(false);
+        run.leave(ended).await;
+    }
+}
+
+impl<'b> Run<'b> {
+    fn new(broker: &'b Broker, row: RunRow, stop: &'b CancellationToken) -> Self {
+        Self {
+            pace: Pace::new(row.rate, &*broker.token),
+            progress: Progress::read(&row.document),
+            broker,
+            stop,
+            row,
+            kept: Instant::now(),
+            counted: None,
+            measured: 0,
+            speed: 0,
+        }
+    }
+
+    /// Works until no row is left that can be moved.
+    async fn work(&mut self) -> Result<(), Stop> {
+        self.measured = self.progress.moved();
+        tracing::info!(
+            moved = self.progress.moved(),
+            "this broker works on the re-wrap"
+        );
+        let target = loop {
+            let target = self.broker.registry()?.wrapping_key()?;
+            // A pass that moves a row may not have seen the rows that were written in the meantime.
+            if self.pass(target).await? == 0 {
+                break target;
+            }
+        };
+        self.verify(target).await?;
+        self.report(target).await
+    }
+
+    /// Tries every row once. Returns the number of rows that were moved or that another change altered meanwhile.
+    async fn pass(&mut self, target: WrappingKeyId) -> Result<u64, Stop> {
+        let sources = sources(&*self.broker.registry()?, target, self.row.source);
+        self.progress.begin_pass();
+        let mut touched = 0;
+        for source in &sources {
+            touched += self.move_revisions(*source, target).await?;
+        }
+        Ok(touched + self.move_clients(&sources, target).await?)
+    }
+
+    /// Rows for the next page.
+    pub(super) fn rows_at_once(&self) -> u32 {
+        let speed = match (self.speed, self.pace.rate()) {
+            (0, 0) => PAGE_ROWS_FIRST * PAGE_PARTS,
+            (0, rate) => u64::from(rate).min(PAGE_ROWS_FIRST * PAGE_PARTS),
+            (speed, _) => speed,
+        };
+        let rows = (speed / PAGE_PARTS).clamp(1, PAGE_ROWS_MAX);
+        u32::try_from(rows).unwrap_or(1)
+    }
+
+    /// Prolongs the lease, or fails if the run is paused or another instance holds it.
+    async fn hold(&mut self) -> Result<(), Stop> {
+        let now = Timestamp::now();
+        let until = Timestamp::from_micros(now.micros() + LEASE_US);
+        let store = &self.broker.store;
+        let instance = &self.broker.instance;
+        if store.hold_rewrap(self.row.id, instance, now, until).await? {
+            Ok(())
+        } else {
+            Err(Stop::Lost)
+        }
+    }
+
+    /// Ends the work if the broker stops. Once a second: prolongs the lease, follows a changed rate and stores the progress.
+    pub(super) async fn keep_up(&mut self) -> Result<(), Stop> {
+        if self.stop.is_cancelled() {
+            return Err(Stop::Lost);
+        }
+        let passed = self.kept.elapsed();
+        if passed < KEEP_UP_INTERVAL {
+            return Ok(());
+        }
+        self.kept = Instant::now();
+        self.measure(passed);
+        self.hold().await?;
+        match self.broker.store.rewrap_run().await? {
+            Some(row) if row.id == self.row.id => self.pace.set_rate(row.rate),
+            _ => return Err(Stop::Lost),
+        }
+        self.count_left().await?;
+        self.store_progress(false).await
+    }
+
+    fn measure(&mut self, passed: Duration) {
+        let done = self.progress.moved() + self.progress.verified;
+        let rows = done.saturating_sub(self.measured);
+        self.measured = done;
+        let millis = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
+        let now = rows.saturating_mul(1_000) / millis;
+        self.speed = match self.speed {
+            0 => now,
+            before => (before * (SPEED_PARTS - 1) + now) / SPEED_PARTS,
+        };
+        self.progress.rows_per_second = self.speed;
+    }
+
+    async fn count_left(&mut self) -> Result<(), Stop> {
+        if self.counted.is_some_and(|at| at.elapsed() < COUNT_INTERVAL) {
+            return Ok(());
+        }
+        self.counted = Some(Instant::now());
+        let registry = self.broker.registry()?;
+        let target = registry.wrapping_key()?;
+        let mut left = 0;
+        for source in sources(&registry, target, self.row.source) {
+            let uses = self.broker.store.key_uses(source).await?;
+            left += uses.revisions + uses.clients;
+        }
+        metrics::REWRAP_ROWS_LEFT.set_count(usize::try_from(left).unwrap_or(usize::MAX));
+        Ok(())
+    }
+
+    async fn store_progress(&self, is_done: bool) -> Result<(), Stop> {
+        let document = self.progress.to_bytes();
+        let store = &self.broker.store;
+        let instance = &self.broker.instance;
+        if store
+            .note_rewrap(self.row.id, instance, &document, is_done)
+            .await?
+        {
+            Ok(())
+        } else {
+            Err(Stop::Lost)
+        }
+    }
+
+    /// Writes the last audit entry of the run and ends the run.
+    async fn report(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
+        self.counted = None;
+        self.count_left().await?;
+        let failed = self.progress.failed;
+        let outcome = if failed == 0 {
+            Outcome::Ok
+        } else {
+            Outcome::Failed
+        };
+        let mut entry = Entry::new(EntryKind::Decision, "wrapping_key.rewrap_end", outcome);
+        entry.reason = (failed > 0).then_some(Reason::RecordDamaged);
+        entry.wrapping_key = Some(target);
+        entry.count = Some(self.progress.moved());
+        self.broker.audit.append(entry).await.map_err(Error::from)?;
+        self.progress.blocked_by.clear();
+        self.progress.ended_us = Timestamp::now().micros();
+        self.store_progress(true).await?;
+        if failed > 0 {
+            keybroker_core::alert!(
+                RecordDamaged,
+                failed,
+                "some rows could not be re-wrapped, or do not verify afterwards; `keybroker rewrap status` lists them"
+            );
+        }
+        tracing::info!(
+            moved = self.progress.moved(),
+            failed,
+            verified = self.progress.verified,
+            "the re-wrap has ended"
+        );
+        Ok(())
+    }
+
+    /// After the work ended: stores the progress, and the cause if the run cannot go on at present.
+    async fn leave(&mut self, ended: Result<(), Stop>) {
+        match ended {
+            Ok(()) => return,
+            Err(Stop::Lost) => {
+                tracing::info!(
+                    moved = self.progress.moved(),
+                    "this broker no longer works on the re-wrap"
+                );
+            }
+            Err(Stop::Failed(error)) => {
+                let blocked_by = error.reason().as_str();
+                // The cause is logged once, and not every second.
+                if self.progress.blocked_by != blocked_by {
+                    tracing::warn!(%error, "the re-wrap cannot go on at present; the broker tries again every second");
+                }
+                blocked_by.clone_into(&mut self.progress.blocked_by);
+            }
+        }
+        // A progress that is not stored is made again: the rows show what was done.
+        if let Err(Stop::Failed(error)) = self.store_progress(false).await {
+            tracing::debug!(%error, "the progress of the re-wrap was not stored");
+        }
+    }
+}

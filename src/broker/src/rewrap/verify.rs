@@ -1,0 +1,130 @@
+//! Lets the token verify every row under the target, after the last row was moved.
+
+use futures_util::{
+    FutureExt as _,
+    future::BoxFuture,
+    stream::{self, StreamExt as _},
+};
+
+use keybroker_core::key::WrappingKeyId;
+use keybroker_hsm as hsm;
+use keybroker_store::{Position, RevisionPlace, RowUnder};
+
+use crate::Broker;
+
+use super::{
+    clients::failed_client,
+    pace::Pace,
+    progress::{FailedRow, Phase},
+    revisions::{background, context_of, envelope_of, failed_revision},
+    run::{Run, Stop},
+};
+
+/// Rows per page. A verification is a short job.
+const PAGE_ROWS: u32 = 200;
+
+impl Run<'_> {
+    /// Verifies the MAC of every revision and of every API client under the target. The rows that do not verify are listed with the
+    /// rows that could not be moved.
+    pub(super) async fn verify(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
+        self.progress.phase = Phase::Verifying;
+        self.progress.verified = 0;
+        self.verify_revisions(target).await?;
+        self.verify_clients(target).await
+    }
+
+    async fn verify_revisions(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
+        let mut place = RevisionPlace::START;
+        loop {
+            let rows = self
+                .broker
+                .store
+                .revisions_under(target, &place, PAGE_ROWS)
+                .await?;
+            let Some(last) = rows.last() else {
+                return Ok(());
+            };
+            place = last.place.clone();
+            let jobs: Vec<BoxFuture<'_, _>> = rows
+                .iter()
+                .map(|row| self.broker.verify_revision(&self.pace, target, row).boxed())
+                .collect();
+            let in_flight = Pace::in_flight(&*self.broker.token);
+            let results: Vec<_> = stream::iter(jobs).buffered(in_flight).collect().await;
+            for result in results {
+                self.count_verified(result?);
+            }
+            self.keep_up().await?;
+        }
+    }
+
+    async fn verify_clients(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
+        let mut position = Position::default();
+        loop {
+            let rows = self.broker.store.clients(&position, PAGE_ROWS).await?;
+            if rows.is_empty() {
+                return Ok(());
+            }
+            for row in rows {
+                let Ok(row) = row else {
+                    // A row that cannot be decoded was listed when the clients were moved.
+                    position.advance(row.err().and_then(|damaged| damaged.id));
+                    continue;
+                };
+                position.advance(Some(row.id));
+                if row.key != target {
+                    continue;
+                }
+                let (message, caller) = (row.mac_message(), background());
+                let token = &*self.broker.token;
+                let job = token.verify_mac(target, &message, &row.mac, &caller);
+                let failed = || failed_client(row.id.to_string(), row.revision, "mac-refused");
+                let verified = self.pace.give_way(token, job).await;
+                self.count_verified(verdict(verified, failed)?);
+            }
+            self.keep_up().await?;
+        }
+    }
+
+    fn count_verified(&mut self, failed: Option<FailedRow>) {
+        match failed {
+            None => self.progress.verified += 1,
+            Some(row) => self.progress.fail(row),
+        }
+    }
+}
+
+impl Broker {
+    /// Returns the row as failed if the token refuses its MAC.
+    async fn verify_revision(
+        &self,
+        pace: &Pace,
+        target: WrappingKeyId,
+        row: &RowUnder,
+    ) -> Result<Option<FailedRow>, Stop> {
+        let Ok(found) = &row.row else {
+            return Ok(Some(failed_revision(row, "revision-unreadable")));
+        };
+        let envelope = match envelope_of(found, target) {
+            Ok(envelope) => envelope,
+            Err(problem) => return Ok(Some(failed_revision(row, problem))),
+        };
+        let (message, caller) = (envelope.mac_message(&context_of(found)), background());
+        let job = self
+            .token
+            .verify_mac(target, &message, envelope.mac(), &caller);
+        let verified = pace.give_way(&*self.token, job).await;
+        verdict(verified, || failed_revision(row, "mac-refused"))
+    }
+}
+
+fn verdict(
+    verified: Result<(), hsm::Error>,
+    failed: impl FnOnce() -> FailedRow,
+) -> Result<Option<FailedRow>, Stop> {
+    match verified {
+        Ok(()) => Ok(None),
+        Err(hsm::Error::MacRefused) => Ok(Some(failed())),
+        Err(other) => Err(Stop::Failed(other.into())),
+    }
+}

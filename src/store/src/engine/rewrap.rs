@@ -1,0 +1,209 @@
+//! The calls of [`Rewraps`], for any engine.
+
+use async_trait::async_trait;
+
+use crate::{
+    Error, REQUEST_KEPT_US,
+    mutations::{expect_one, insert_unless_taken},
+    rewrap::{
+        ClientMove, KeyUses, RevisionMove, RevisionPlace, Rewraps, RowUnder, RunId, RunRow,
+        RunState,
+    },
+    rows,
+    session::{Session as _, Value},
+};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    key::WrappingKeyId,
+};
+
+use super::{End, Engine, EngineStore};
+
+/// A lease that lasts more than this many times as long as a new one was given by a clock that was wrong.
+const IMPLAUSIBLE_LEASES: i64 = 6;
+
+impl<E: Engine> EngineStore<E> {
+    /// Runs one statement for each list of values and stores the mark of the call, in one transaction. `first` is the id of the first
+    /// row. Returns for each list of values whether the statement changed a row.
+    async fn swap(
+        &self,
+        statement: &'static str,
+        first: Option<Value>,
+        swaps: Vec<Vec<Value>>,
+        call: CallId,
+    ) -> Result<Vec<bool>, Error> {
+        let Some(first) = first else {
+            return Ok(Vec::new());
+        };
+        let at = Timestamp::now();
+        self.transaction(End::CommitMarked(call), move |session, sql| {
+            let (first, swaps) = (first.clone(), swaps.clone());
+            Box::pin(async move {
+                let mark = rows::new_change(call, first, at);
+                expect_one(session.execute(sql.insert_change, mark).await?)?;
+                let mut changed = Vec::with_capacity(swaps.len());
+                for values in swaps {
+                    changed.push(session.execute(statement, values).await? == 1);
+                }
+                Ok(changed)
+            })
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl<E: Engine> Rewraps for EngineStore<E> {
+    async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error> {
+        let since = Timestamp::now().micros() - REQUEST_KEPT_US;
+        let values = vec![key.into(), key.into(), key.into(), since.into()];
+        let found = self.query(E::sql().rewrap.uses, values).await?;
+        rows::key_uses(found.first().ok_or(Error::NotFound)?)
+    }
+
+    async fn revisions_under(
+        &self,
+        key: WrappingKeyId,
+        after: &RevisionPlace,
+        limit: u32,
+    ) -> Result<Vec<RowUnder>, Error> {
+        let record: Value = after.record.as_slice().into();
+        let values = vec![
+            key.into(),
+            record.clone(),
+            record,
+            after.revision.into(),
+            limit.into(),
+        ];
+        let found = self.query(E::sql().rewrap.page, values).await?;
+        found.iter().map(rows::row_under).collect()
+    }
+
+    async fn move_revisions(
+        &self,
+        moves: Vec<RevisionMove>,
+        call: CallId,
+    ) -> Result<Vec<bool>, Error> {
+        let first = moves.first().map(|one| one.record.into());
+        let values = |one: RevisionMove| {
+            vec![
+                Value::Bytes(one.new),
+                one.to.into(),
+                one.record.into(),
+                one.revision.into(),
+                one.from.into(),
+                Value::Bytes(one.old),
+            ]
+        };
+        let swaps = moves.into_iter().map(values).collect();
+        let statement = E::sql().rewrap.move_revision;
+        self.swap(statement, first, swaps, call).await
+    }
+
+    async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error> {
+        let first = moves.first().map(|one| one.id.into());
+        let values = |one: ClientMove| {
+            vec![
+                (&one.new).into(),
+                one.to.into(),
+                one.id.into(),
+                one.revision.into(),
+                one.from.into(),
+                (&one.old).into(),
+            ]
+        };
+        let swaps = moves.into_iter().map(values).collect();
+        let statement = E::sql().rewrap.move_client;
+        self.swap(statement, first, swaps, call).await
+    }
+
+    async fn rewrap_run(&self) -> Result<Option<RunRow>, Error> {
+        let found = self.query(E::sql().rewrap.run, Vec::new()).await?;
+        found.first().map(rows::run).transpose()
+    }
+
+    async fn start_rewrap(&self, run: &RunRow, call: CallId) -> Result<(), Error> {
+        let (values, id, at) = (rows::run_values(run), run.id, run.started);
+        self.transaction(End::CommitMarked(call), move |session, sql| {
+            let values = values.clone();
+            Box::pin(async move {
+                let mark = rows::new_change(call, id.as_bytes().as_slice(), at);
+                expect_one(session.execute(sql.insert_change, mark).await?)?;
+                let replaced = session.execute(sql.rewrap.replace, values.clone()).await?;
+                if replaced == 1 || insert_unless_taken(session, sql.rewrap.insert, values).await? {
+                    Ok(())
+                } else {
+                    Err(Error::Conflict)
+                }
+            })
+        })
+        .await
+    }
+
+    async fn change_rewrap(
+        &self,
+        run: RunId,
+        from: RunState,
+        to: RunState,
+        rate: Option<u32>,
+        call: CallId,
+    ) -> Result<(), Error> {
+        let mut values: Vec<Value> = vec![to.as_str().into()];
+        values.extend(rate.map(Value::from));
+        values.push(run.as_bytes().as_slice().into());
+        values.push(from.as_str().into());
+        self.transaction(End::CommitMarked(call), move |session, sql| {
+            let values = values.clone();
+            Box::pin(async move {
+                let mark = rows::new_change(call, run.as_bytes().as_slice(), Timestamp::now());
+                expect_one(session.execute(sql.insert_change, mark).await?)?;
+                let statement = match rate {
+                    Some(_) => sql.rewrap.set_state_and_rate,
+                    None => sql.rewrap.set_state,
+                };
+                match session.execute(statement, values).await? {
+                    1 => Ok(()),
+                    _ => Err(Error::Conflict),
+                }
+            })
+        })
+        .await
+    }
+
+    async fn hold_rewrap(
+        &self,
+        run: RunId,
+        holder: &str,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<bool, Error> {
+        let lease_us = until.micros().saturating_sub(now.micros());
+        let implausible = lease_us.saturating_mul(IMPLAUSIBLE_LEASES);
+        let values = vec![
+            holder.into(),
+            until.into(),
+            run.as_bytes().as_slice().into(),
+            holder.into(),
+            now.into(),
+            now.micros().saturating_add(implausible).into(),
+        ];
+        Ok(self.execute(E::sql().rewrap.hold, values).await? == 1)
+    }
+
+    async fn note_rewrap(
+        &self,
+        run: RunId,
+        holder: &str,
+        document: &[u8],
+        is_done: bool,
+    ) -> Result<bool, Error> {
+        let values = vec![
+            document.into(),
+            run.as_bytes().as_slice().into(),
+            holder.into(),
+        ];
+        let sql = &E::sql().rewrap;
+        let statement = if is_done { sql.end } else { sql.note };
+        Ok(self.execute(statement, values).await? == 1)
+    }
+}

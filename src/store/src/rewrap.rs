@@ -1,0 +1,250 @@
+//! What a re-wrap needs of the store: the rows under a wrapping key, the swap of single envelopes and MACs, and the run that was
+//! requested.
+//!
+//! A swap compares the stored bytes with the bytes that were read, and replaces only what the wrapping key made: the envelope, or the
+//! MAC. A swap never changes the material, the revision or the times of a row. Therefore a row that another change or another broker
+//! altered in between keeps that alteration, and no row is moved twice.
+
+use async_trait::async_trait;
+
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    envelope::Mac,
+    key::{ClientId, ID_BYTES, KeyAddress, RecordId, Revision, WrappingKeyId},
+};
+
+use super::error::Error;
+
+/// Longest document of a run, in bytes.
+pub const DOCUMENT_BYTES_MAX: usize = 32_768;
+
+/// How many rows need a wrapping key, by kind of row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeyUses {
+    /// Revisions of records, current and superseded, also of deleted records. They need the RSA key and the integrity key.
+    pub revisions: u64,
+    /// API clients. They need the integrity key.
+    pub clients: u64,
+    /// Answers to request ids that are not older than 24 hours. They need the integrity key until they expire.
+    pub requests: u64,
+}
+
+impl KeyUses {
+    /// The number of rows of all kinds.
+    pub fn total(&self) -> u64 {
+        self.revisions + self.clients + self.requests
+    }
+}
+
+/// The position of a revision in the order of the primary key, also of a row that cannot be decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RevisionPlace {
+    pub(super) record: Vec<u8>,
+    pub(super) revision: i64,
+}
+
+impl RevisionPlace {
+    /// The position before all rows: no record id is empty.
+    pub const START: Self = Self {
+        record: Vec::new(),
+        revision: 0,
+    };
+
+    /// The record id; `None` if it does not have 16 bytes.
+    pub fn record(&self) -> Option<RecordId> {
+        RecordId::from_slice(&self.record)
+    }
+
+    /// The number of the revision; `None` if it is out of range.
+    pub fn revision(&self) -> Option<Revision> {
+        u64::try_from(self.revision).ok().and_then(Revision::new)
+    }
+}
+
+/// A revision with the address of its record, as a re-wrap reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RevisionUnder {
+    /// The record to which the revision belongs.
+    pub record: RecordId,
+    /// The address of the record.
+    pub address: KeyAddress,
+    /// The number of the revision.
+    pub revision: Revision,
+    /// The envelope as bytes that are not parsed yet.
+    pub envelope: Vec<u8>,
+}
+
+/// A row of a page of revisions.
+#[derive(Clone, Debug)]
+pub struct RowUnder {
+    /// Where the row is. The next page begins after the place of the last row.
+    pub place: RevisionPlace,
+    /// The row, or why it cannot be decoded.
+    pub row: Result<RevisionUnder, Error>,
+}
+
+/// The swap of one envelope.
+#[derive(Clone, Debug)]
+pub struct RevisionMove {
+    /// The record.
+    pub record: RecordId,
+    /// The revision.
+    pub revision: Revision,
+    /// The wrapping key that the row must still contain.
+    pub from: WrappingKeyId,
+    /// The envelope that the row must still contain.
+    pub old: Vec<u8>,
+    /// The wrapping key of the new envelope.
+    pub to: WrappingKeyId,
+    /// The new envelope.
+    pub new: Vec<u8>,
+}
+
+/// The swap of the MAC of one API client.
+#[derive(Clone, Debug)]
+pub struct ClientMove {
+    /// The API client.
+    pub id: ClientId,
+    /// The revision that the row must still have.
+    pub revision: u64,
+    /// The wrapping key whose integrity key made the MAC that the row must still contain.
+    pub from: WrappingKeyId,
+    /// That MAC.
+    pub old: Mac,
+    /// The wrapping key whose integrity key made the new MAC.
+    pub to: WrappingKeyId,
+    /// The new MAC.
+    pub new: Mac,
+}
+
+/// The id of a run, new for each run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunId([u8; ID_BYTES]);
+
+impl RunId {
+    /// From exactly 16 bytes.
+    pub const fn from_bytes(bytes: [u8; ID_BYTES]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 16 bytes.
+    pub const fn as_bytes(&self) -> &[u8; ID_BYTES] {
+        &self.0
+    }
+}
+
+/// Whether rows are moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// A broker moves rows, or does so as soon as one can.
+    Running,
+    /// An administrator paused the run.
+    Paused,
+    /// The run has ended.
+    Done,
+}
+
+impl RunState {
+    /// As stored and shown.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Done => "done",
+        }
+    }
+
+    /// From the stored text.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Running, Self::Paused, Self::Done]
+            .into_iter()
+            .find(|state| state.as_str() == text)
+    }
+}
+
+/// The run that was requested last. The row has no MAC: a person who can write to the database can begin, pause and end a run. The
+/// row does not contain the target of the run, which is always the wrapping key that wraps new user keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunRow {
+    /// The id of the run.
+    pub id: RunId,
+    /// Whether rows are moved.
+    pub state: RunState,
+    /// Highest number of rows per second; 0 for no limit.
+    pub rate: u32,
+    /// The wrapping key whose rows are moved; `None` for all wrapping keys that no longer wrap.
+    pub source: Option<WrappingKeyId>,
+    /// The broker's document about the run, at most [`DOCUMENT_BYTES_MAX`] bytes.
+    pub document: Vec<u8>,
+    /// The instance that moves rows; empty before the first one begins.
+    pub holder: String,
+    /// Until when the holder works alone.
+    pub lease: Timestamp,
+    /// When the run was requested.
+    pub started: Timestamp,
+}
+
+/// The operations of a store for a re-wrap.
+#[async_trait]
+pub trait Rewraps: Send + Sync {
+    /// How many rows need a wrapping key.
+    async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error>;
+
+    /// At most `limit` revisions under a wrapping key after a place, in the order of the primary key. `limit` is 1 to
+    /// [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
+    async fn revisions_under(
+        &self,
+        key: WrappingKeyId,
+        after: &RevisionPlace,
+        limit: u32,
+    ) -> Result<Vec<RowUnder>, Error>;
+
+    /// Swaps envelopes and stores the mark of the call, in one transaction. Returns for each swap whether the row still contained the
+    /// old envelope.
+    async fn move_revisions(
+        &self,
+        moves: Vec<RevisionMove>,
+        call: CallId,
+    ) -> Result<Vec<bool>, Error>;
+
+    /// Swaps the MACs of API clients and stores the mark of the call, in one transaction. Returns for each swap whether the row still
+    /// contained the old MAC.
+    async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error>;
+
+    /// The run that was requested last.
+    async fn rewrap_run(&self) -> Result<Option<RunRow>, Error>;
+
+    /// Stores a new run, and the mark of the call. Returns [`Error::Conflict`] if another run has not ended.
+    async fn start_rewrap(&self, run: &RunRow, call: CallId) -> Result<(), Error>;
+
+    /// Changes the state of a run, and its rate if `rate` is present, and stores the mark of the call. Returns [`Error::Conflict`] if
+    /// the run is no longer in the state `from`.
+    async fn change_rewrap(
+        &self,
+        run: RunId,
+        from: RunState,
+        to: RunState,
+        rate: Option<u32>,
+        call: CallId,
+    ) -> Result<(), Error>;
+
+    /// Makes an instance the holder of a running run until `until`, or prolongs its lease. Returns `false` if another instance holds
+    /// the run at `now`, or if the run is not running. A lease of another instance that ends long after `until` counts as ended,
+    /// because only a clock that was wrong gives such a lease.
+    async fn hold_rewrap(
+        &self,
+        run: RunId,
+        holder: &str,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<bool, Error>;
+
+    /// Stores the progress of a run, and ends the run if `is_done`. Returns `false` if the instance is no longer the holder.
+    async fn note_rewrap(
+        &self,
+        run: RunId,
+        holder: &str,
+        document: &[u8],
+        is_done: bool,
+    ) -> Result<bool, Error>;
+}

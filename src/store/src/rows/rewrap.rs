@@ -1,0 +1,84 @@
+//! The rows that a re-wrap reads.
+
+use keybroker_core::{call::Timestamp, key::WrappingKeyId};
+
+use crate::{
+    Error,
+    columns::Table,
+    rewrap::{KeyUses, RevisionPlace, RevisionUnder, RowUnder, RunId, RunRow, RunState},
+    session::{Columns, Value},
+};
+
+use super::Reader;
+
+/// The numbers of rows that need a wrapping key.
+pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {
+    let count =
+        |column| -> Result<u64, Error> { Ok(u64::try_from(row.integer(column)?).unwrap_or(0)) };
+    Ok(KeyUses {
+        revisions: count("revisions")?,
+        clients: count("clients")?,
+        requests: count("requests")?,
+    })
+}
+
+/// A row of a page of revisions. Fails only if the key of the row cannot be read, because the next page would be unknown.
+pub(crate) fn row_under(row: &impl Columns) -> Result<RowUnder, Error> {
+    let reader = Reader::new(Table::Revisions, row);
+    let revision = reader.value("revision", row.integer("revision"))?;
+    let place = RevisionPlace {
+        record: reader.bytes("record_id")?.to_vec(),
+        revision,
+    };
+    Ok(RowUnder {
+        place,
+        row: revision_under(row),
+    })
+}
+
+fn revision_under(row: &impl Columns) -> Result<RevisionUnder, Error> {
+    let revisions = Reader::new(Table::Revisions, row);
+    Ok(RevisionUnder {
+        record: revisions.record_id()?,
+        address: Reader::new(Table::Records, row).address()?,
+        revision: revisions.revision("revision")?,
+        envelope: revisions.bytes("envelope")?.to_vec(),
+    })
+}
+
+/// The run that was requested last.
+pub(crate) fn run(row: &impl Columns) -> Result<RunRow, Error> {
+    let corrupt = |column: &str| Error::Corrupt(format!("rewraps.{column}").into());
+    let time =
+        |column: &str| -> Result<_, Error> { Ok(Timestamp::from_micros(row.integer(column)?)) };
+    let id = row.bytes("run_id")?;
+    let source = row.bytes("source_key")?;
+    Ok(RunRow {
+        id: RunId::from_bytes(id.try_into().map_err(|_| corrupt("run_id"))?),
+        state: RunState::parse(row.text("state")?).ok_or_else(|| corrupt("state"))?,
+        rate: u32::try_from(row.integer("rate")?).map_err(|_| corrupt("rate"))?,
+        source: match source {
+            [] => None,
+            id => Some(WrappingKeyId::from_slice(id).ok_or_else(|| corrupt("source_key"))?),
+        },
+        document: row.bytes("document")?.to_vec(),
+        holder: row.text("holder")?.to_owned(),
+        lease: time("lease_us")?,
+        started: time("started_us")?,
+    })
+}
+
+/// The values of a run without its key.
+pub(crate) fn run_values(run: &RunRow) -> Vec<Value> {
+    let source = run.source.as_ref().map_or(&[][..], |id| id.as_bytes());
+    vec![
+        run.id.as_bytes().as_slice().into(),
+        run.state.as_str().into(),
+        run.rate.into(),
+        source.into(),
+        run.document.as_slice().into(),
+        run.holder.as_str().into(),
+        run.lease.into(),
+        run.started.into(),
+    ]
+}

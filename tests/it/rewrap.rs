@@ -33,6 +33,7 @@ use crate::{
 mod cut_off;
 mod measure;
 mod requests;
+mod to_another_token;
 
 /// A re-wrap of the test suite takes seconds; one of the long test takes minutes.
 const DONE_WITHIN: Duration = Duration::from_mins(2);

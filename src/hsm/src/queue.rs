@@ -28,8 +28,8 @@ use crate::{
 };
 
 use backlogs::{Backlogs, Load, Served, Waiting};
-pub(crate) use estimate::{Kind, Operation};
 use estimate::{Estimate, Estimates};
+pub(crate) use estimate::{Kind, Operation};
 
 mod backlogs;
 mod calls;

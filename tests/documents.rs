@@ -193,6 +193,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("rates", "[rates]"),
         ("rest", "[rest]"),
         ("client_credentials", "[client_credentials]"),
+        ("wrapping_keys", "[wrapping_keys]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),

@@ -60,6 +60,7 @@ static ISSUER: Label = Label::open("issuer");
 static POLICY: Label = Label::open("policy");
 static STATEMENT: Label = Label::open("statement");
 static FILE: Label = Label::open("file");
+static WRAPPING_KEY: Label = Label::open("wrapping_key");
 static VERSION: Label = Label::open("version");
 
 /// Why a connection ended before its first call.
@@ -429,6 +430,9 @@ declare! {
         AUDIT_WRITABLE = "keybroker_audit_writable" [] "1 while audit entries become durable, else 0.";
         STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
         REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
+        WRAPPING_KEY_USABLE =
+            "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, whatever its state is, else 0.";
+        WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user keys was registered; 0 if there is none.";
         TOKEN_SERVING = "keybroker_token_serving" [] "1 while the token serves, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [] "Jobs that wait for a session of the token.";

@@ -13,7 +13,7 @@ use keybroker_worker_protocol::{
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-use crate::{TokenKey, link, process};
+use crate::{KeyProblem, TokenKey, UnusableKey, link, process};
 
 /// Longest time for a worker to become ready: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,7 +33,25 @@ pub(super) struct Started {
 pub(super) struct Found {
     pub(super) info: TokenInfo,
     pub(super) keys: Arc<[TokenKey]>,
-    pub(super) wrap: HashMap<WrappingKeyId, WrapKey>,
+    /// The expected keys that the worker could not use.
+    pub(super) unusable: Arc<[UnusableKey]>,
+    /// The public keys of `keys`, ready to wrap.
+    pub(super) wrap: HashMap<WrappingKeyId, Arc<WrapKey>>,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Self {
+            info: TokenInfo {
+                label: String::new(),
+                serial: String::new(),
+                model: String::new(),
+            },
+            keys: Arc::new([]),
+            unusable: Arc::new([]),
+            wrap: HashMap::new(),
+        }
+    }
 }
 
 impl Found {
@@ -246,21 +264,43 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
             algorithm,
             spki: key.spki,
         });
-        wrap.insert(id, public);
+        wrap.insert(id, Arc::new(public));
     }
-    let same = expected.len() == keys.len()
+    let unusable = unusable(ready.unusable)?;
+    let same = expected.len() == keys.len() + unusable.len()
         && expected.iter().all(|wanted| {
             keys.iter()
                 .any(|key| key.id == wanted.id && key.fingerprint == wanted.fingerprint)
+                || unusable.iter().any(|key| key.id == wanted.id)
         });
     if !same {
         return Err(untrusted(
-            "the worker did not find exactly the expected keys".to_owned(),
+            "the worker did not report on exactly the expected keys".to_owned(),
         ));
     }
     Ok(Found {
         info: ready.token.unwrap_or_default().into(),
         keys: keys.into(),
+        unusable: unusable.into(),
         wrap,
     })
+}
+
+/// Reads the report on the keys that a worker could not use.
+fn unusable(reported: Vec<wire::UnusableKey>) -> Result<Vec<UnusableKey>, Failure> {
+    let unusable = reported.into_iter().map(|key| {
+        let id = WrappingKeyId::from_slice(&key.id).ok_or_else(|| {
+            Failure::new(
+                FailureClass::Untrusted,
+                "the worker reported a key id that does not have 16 bytes",
+            )
+        })?;
+        let problem = if key.is_missing {
+            KeyProblem::Missing(key.detail)
+        } else {
+            KeyProblem::Untrusted(key.detail)
+        };
+        Ok(UnusableKey { id, problem })
+    });
+    unusable.collect()
 }

@@ -27,6 +27,7 @@ mod files;
 mod named;
 #[cfg(test)]
 mod tests;
+pub(crate) mod wrapping_keys;
 
 /// Environment variable that takes precedence over `audit.instance`, so that replicas can share a configuration file.
 pub const INSTANCE_VARIABLE: &str = "KEYBROKER_AUDIT_INSTANCE";
@@ -81,6 +82,9 @@ pub struct Config {
     /// `[client_credentials]`.
     #[serde(default)]
     pub client_credentials: auth::client_secret::Settings,
+    /// `[wrapping_keys]`.
+    #[serde(default)]
+    pub wrapping_keys: wrapping_keys::Settings,
     /// `[[issuer]]`.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

@@ -1,7 +1,7 @@
 //! The token worker: the process that holds the vendor's module, and nothing else.
 //!
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
-//! sessions one after another, checks every key, reports the result, and serves jobs until its socket is closed. The
+//! sessions one after another, checks every key, reports which keys it can use, and serves jobs until its socket is closed. The
 //! worker ignores SIGINT and SIGTERM, so that running jobs are finished during a drain: the worker ends when the front
 //! closes the socket.
 //!
@@ -33,7 +33,8 @@ use keybroker_worker_protocol::{
     ExpectedKey, Pin, Settings, Work,
     frame::{Inbox, Outbox},
     wire::{
-        self, FailureClass, Ready, Reply, Request, Setup, TokenKey, reply::Outcome, request::Job,
+        self, FailureClass, Ready, Reply, Request, Setup, TokenKey, UnusableKey, reply::Outcome,
+        request::Job,
     },
 };
 
@@ -41,7 +42,7 @@ use crate::{
     PinRecord, calling,
     classify::{Class, Fault},
     keys::Place,
-    open::OpenToken,
+    open::{OpenToken, ProvedKey},
     select::Registered,
     session::{self, SessionThread, Shared},
 };
@@ -96,7 +97,12 @@ fn serve() -> io::Result<()> {
     let opened = read_pin(&setup).and_then(|pin| open(&setup, &settings, pin.as_ref(), sessions));
     drop(limit);
     calling::report_no_more();
-    let (token, shared, sessions_open) = match opened {
+    let Opened {
+        token,
+        shared,
+        sessions: sessions_open,
+        unusable,
+    } = match opened {
         Ok(opened) => opened,
         Err(fault) => {
             let class = startup_class(fault.class);
@@ -104,7 +110,8 @@ fn serve() -> io::Result<()> {
             return first_reply.send(0, Outcome::Failure(failure), Duration::ZERO);
         }
     };
-    first_reply.send(0, Outcome::Ready(ready(&token, &shared)), Duration::ZERO)?;
+    let ready = ready(&token, &shared, unusable);
+    first_reply.send(0, Outcome::Ready(ready), Duration::ZERO)?;
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     // The start itself has the priority of the front, because calls may wait for it.
@@ -200,12 +207,21 @@ fn read_pin(setup: &Setup) -> Result<Option<Pin>, Fault> {
         .map_err(|error| Fault::new(Class::Pin, error.to_string()))
 }
 
+/// A token that is ready for jobs.
+struct Opened {
+    token: OpenToken,
+    shared: Arc<Shared>,
+    sessions: Vec<SessionThread>,
+    /// The expected keys that cannot be used.
+    unusable: Vec<UnusableKey>,
+}
+
 fn open(
     setup: &Setup,
     settings: &Settings,
     pin: Option<&Pin>,
     sessions: usize,
-) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
+) -> Result<Opened, Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
     let expected = setup
         .keys
@@ -223,12 +239,7 @@ fn open(
         false,
         Registered::Required(&serials),
     )?;
-    let mut keys = Vec::new();
-    for key in &expected {
-        let place = Place::of(key.id, key.objects.clone());
-        let proved = token.prove(settings, &place, key.fingerprint);
-        keys.push(proved.map_err(|fault| token.explained(fault))?);
-    }
+    let (keys, unusable) = prove(&token, settings, &expected)?;
     let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();
     let shared = Arc::new(Shared {
         module: token.module.clone(),
@@ -245,7 +256,53 @@ fn open(
             token.session(&places)?,
         ));
     }
-    Ok((token, shared, open))
+    Ok(Opened {
+        token,
+        shared,
+        sessions: open,
+        unusable,
+    })
+}
+
+/// Checks every expected key. A key that is missing or wrong does not prevent the use of the other keys. Fails if no
+/// expected key can be used, or if the token itself failed.
+fn prove(
+    token: &OpenToken,
+    settings: &Settings,
+    expected: &[ExpectedKey],
+) -> Result<(Vec<ProvedKey>, Vec<UnusableKey>), Fault> {
+    let (mut keys, mut unusable, mut first) = (Vec::new(), Vec::new(), None);
+    for key in expected {
+        let place = Place::of(key.id, key.objects.clone());
+        let fault = match token.prove(settings, &place, key.fingerprint) {
+            Ok(proved) => {
+                keys.push(proved);
+                continue;
+            }
+            Err(fault) => token.explained(fault),
+        };
+        if !concerns_one_key(fault.class) {
+            return Err(fault);
+        }
+        unusable.push(UnusableKey {
+            id: key.id.as_bytes().to_vec(),
+            is_missing: fault.class == Class::KeyMissing,
+            detail: fault.to_string(),
+        });
+        first.get_or_insert(fault);
+    }
+    match first {
+        Some(fault) if keys.is_empty() => Err(fault),
+        _ => Ok((keys, unusable)),
+    }
+}
+
+/// Whether a fault of this class, which occurred during the check of a key, says nothing about the other keys.
+const fn concerns_one_key(class: Class) -> bool {
+    matches!(
+        class,
+        Class::KeyMissing | Class::Untrusted | Class::Configuration
+    )
 }
 
 fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
@@ -283,7 +340,7 @@ fn startup_class(class: Class) -> FailureClass {
     }
 }
 
-fn ready(token: &OpenToken, shared: &Shared) -> Ready {
+fn ready(token: &OpenToken, shared: &Shared, unusable: Vec<UnusableKey>) -> Ready {
     Ready {
         token: Some(token.info.clone().into()),
         keys: shared
@@ -295,6 +352,7 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
                 algorithm: key.self_test.algorithm().number().into(),
             })
             .collect(),
+        unusable,
     }
 }
 

@@ -60,7 +60,7 @@ pub use record::{
     ListQuery, NewRevision, Record, RecordInfo, RecordState, RequestRecord, RequestScope,
     RequestStamp, Stamp, StoredRevision, request_message,
 };
-pub use registry::RegistryRow;
+pub use registry::{RegistryChange, RegistryRow, RegistryUpdate};
 use schema::Accepted;
 pub use schema::{MigrationReport, SchemaStatus};
 pub use settings::{Settings, Tls, Url};

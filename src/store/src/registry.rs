@@ -37,6 +37,24 @@ pub struct RegistryRow {
     pub mac: Mac,
 }
 
+/// Rows of the registry that change together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RegistryChange {
+    /// The row of a new key.
+    pub insert: Option<RegistryRow>,
+    /// The changed rows of registered keys.
+    pub updates: Vec<RegistryUpdate>,
+}
+
+/// A row of the registry that replaces the row with another MAC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistryUpdate {
+    /// The new row.
+    pub row: RegistryRow,
+    /// The MAC of the stored row. If the stored row has another MAC, it was changed meanwhile.
+    pub expected: Mac,
+}
+
 impl RegistryRow {
     /// `CKA_ID` of the RSA private key.
     pub fn private_object(&self) -> ObjectId {

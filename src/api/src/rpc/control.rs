@@ -6,11 +6,15 @@ use base64ct::{Base64, Encoding as _};
 use tonic::{Request, Response, Status, async_trait};
 
 use keybroker_broker::{Broker, Serving, TokenState, WrappingKeyView};
-use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
+use keybroker_core::{
+    error::{EXPLANATION_BYTES_MAX, Error},
+    key::WrappingKeyId,
+    principal::Action,
+};
 use keybroker_proto as proto;
 use keybroker_proto::control_service_server::ControlService;
 
-use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert};
+use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert, key_changes};
 
 const TAIL_DEFAULT: u32 = 100;
 const TAIL_MAX: u32 = 1_000;
@@ -133,6 +137,20 @@ impl ControlService for Control {
     ) -> Result<Response<proto::RevokeClientCredentialResponse>, Status> {
         clients::revoke(&self.broker, request).await
     }
+
+    async fn rotate_wrapping_key(
+        &self,
+        request: Request<proto::RotateWrappingKeyRequest>,
+    ) -> Result<Response<proto::RotateWrappingKeyResponse>, Status> {
+        key_changes::rotate(&self.broker, request).await
+    }
+
+    async fn change_wrapping_key_state(
+        &self,
+        request: Request<proto::ChangeWrappingKeyStateRequest>,
+    ) -> Result<Response<proto::ChangeWrappingKeyStateResponse>, Status> {
+        key_changes::change(&self.broker, request).await
+    }
 }
 
 /// Returns as many of the newest entries as fit into a message.
@@ -152,7 +170,12 @@ fn newest_that_fit(mut entries: Vec<String>) -> Vec<String> {
     entries.split_off(entries.len() - fitting)
 }
 
-fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
+/// Shortens a text to the limit of explanations.
+fn bounded(text: &str) -> String {
+    text[..text.floor_char_boundary(EXPLANATION_BYTES_MAX)].to_owned()
+}
+
+pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
     let on_token = view.on_token.as_ref();
     proto::WrappingKey {
         id: view.id.as_bytes().to_vec(),
@@ -164,6 +187,7 @@ fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
         register_time: Some(convert::timestamp(view.registered)),
         backup_confirmed: view.backup_confirmed,
         public_key_pem: String::new(),
+        problem: bounded(view.problem.as_deref().unwrap_or_default()),
     }
 }
 

@@ -48,6 +48,9 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (CONTROL_SERVICE, "CreateClientCredential" | "AddClientSecret") => Action::CreateClient,
         (CONTROL_SERVICE, "ListClientCredentials") => Action::ListClients,
         (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
+        (CONTROL_SERVICE, "RotateWrappingKey") => Action::RotateKey,
+        // The message decides which of the actions on the state of a key is asked for.
+        (CONTROL_SERVICE, "ChangeWrappingKeyState") => Action::ActivateKey,
         _ => return None,
     };
     Some(action)
@@ -74,7 +77,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 17);
+        assert_eq!(methods, 19);
         for other in [
             "",
             "/",

@@ -22,7 +22,7 @@ use keybroker_core::{
     secret::KeyMaterial,
 };
 use keybroker_worker_protocol::{
-    Work,
+    ExpectedKey, Work,
     wire::{self, request},
 };
 
@@ -90,6 +90,7 @@ impl Supervisor {
         message: &MacMessage,
         caller: &Caller,
     ) -> Result<Mac, Error> {
+        self.check_key(key)?;
         let work = request::Job::Mac(wire::Mac {
             key_id: key.as_bytes().to_vec(),
             message: message.as_bytes().to_vec(),
@@ -113,6 +114,7 @@ impl Token for Supervisor {
         material: &KeyMaterial,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
+        self.check_key(key)?;
         let found = Arc::clone(&self.found.load());
         let public = found.wrap.get(&key).ok_or(Error::UnknownKey(key))?;
         let wrapped = public
@@ -131,6 +133,7 @@ impl Token for Supervisor {
         context: Context<'_>,
         caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
+        self.check_key(envelope.wrapping_key())?;
         let work = request::Job::Unwrap(wire::Unwrap {
             key_id: envelope.wrapping_key().as_bytes().to_vec(),
             message: envelope.mac_message(&context).as_bytes().to_vec(),
@@ -150,6 +153,7 @@ impl Token for Supervisor {
         new: Context<'_>,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
+        self.check_key(envelope.wrapping_key())?;
         let unsealed = envelope.to_unsealed();
         let work = request::Job::Rebind(wire::Rebind {
             key_id: envelope.wrapping_key().as_bytes().to_vec(),
@@ -177,6 +181,7 @@ impl Token for Supervisor {
         mac: &Mac,
         caller: &Caller,
     ) -> Result<(), Error> {
+        self.check_key(key)?;
         let work = request::Job::VerifyMac(wire::VerifyMac {
             key_id: key.as_bytes().to_vec(),
             message: message.as_bytes().to_vec(),
@@ -195,5 +200,9 @@ impl Token for Supervisor {
 
     fn state(&self) -> TokenState {
         self.current_state()
+    }
+
+    fn expect_keys(&self, keys: Vec<ExpectedKey>) {
+        self.expect(keys);
     }
 }

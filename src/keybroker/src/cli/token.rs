@@ -8,7 +8,7 @@ use serde_json::json;
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
-    key::{IntegrityPlace, WrappingKeyId},
+    key::{IntegrityPlace, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
 use keybroker_pkcs11::PinRecord;
@@ -412,7 +412,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let rows = registry(&config)?;
     let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
     let now = Timestamp::now();
-    let mut confirmed = Vec::new();
+    let (mut confirmed, mut problems) = (Vec::new(), Vec::new());
     admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
     let of_token = rows
         .iter()
@@ -424,10 +424,19 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         ));
     }
     for row in rows {
-        if unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some() {
+        let is_done = row.backup_confirmed.is_some() || row.state == WrappingKeyState::Destroyed;
+        if unpadded(&row.token_serial) != admin.info().serial || is_done {
             continue;
         }
-        if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
+        let is_valid = match admin.verify(row.id, &row.mac_message(), &row.mac) {
+            Ok(is_valid) => is_valid,
+            // The other keys are confirmed.
+            Err(error) => {
+                problems.push(format!("key {}: not confirmed: {error}", row.id));
+                continue;
+            }
+        };
+        if !is_valid {
             let what = format!(
                 "key {}: the registry row was altered; nothing was confirmed",
                 row.id
@@ -457,7 +466,11 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     context.output.list(
         confirmed,
         "nothing to confirm: every key on this token has a confirmed backup",
-    )
+    )?;
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
 /// Writes a note about the file that a backup must contain in addition to the token and the database.

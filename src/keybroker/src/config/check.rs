@@ -15,7 +15,7 @@ use keybroker_core::{
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 use keybroker_worker_protocol::integrity_file::{self, IntegrityFileError};
 
-use super::{Config, INSTANCE_VARIABLE};
+use super::{Config, INSTANCE_VARIABLE, wrapping_keys};
 
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
@@ -43,6 +43,12 @@ impl Config {
         self.check_rates(&mut problems);
         problems.extend(self.store.problems());
         problems.extend(self.rest.problems());
+        range(
+            &mut problems,
+            "[wrapping_keys] rotate_after_days",
+            self.wrapping_keys.rotate_after_days.into(),
+            0..=wrapping_keys::DAYS_MAX.into(),
+        );
         problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
         problems

@@ -16,14 +16,13 @@ use crate::{
 };
 use keybroker_audit as audit;
 use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
-use keybroker_broker::Serving;
+use keybroker_broker::{Serving, expected_keys};
 use keybroker_core::{
     call::{CallId, Timestamp},
     error::chain,
-    key::WrappingKeyState,
     state::StateDirectory,
 };
-use keybroker_hsm::{ExpectedKey, Supervisor};
+use keybroker_hsm::Supervisor;
 use keybroker_store as store;
 use keybroker_store::{KnownLog, Store, StoreLock};
 
@@ -308,16 +307,7 @@ pub(super) async fn start_token(
     started: &OnceLock<Arc<Supervisor>>,
 ) -> Result<Arc<Supervisor>, Failure> {
     let rows = store.registry().await?;
-    let keys: Vec<ExpectedKey> = rows
-        .iter()
-        .filter(|row| row.state != WrappingKeyState::Destroyed)
-        .map(|row| ExpectedKey {
-            id: row.id,
-            objects: row.objects.clone(),
-            token_serial: row.token_serial.clone(),
-            fingerprint: row.fingerprint,
-        })
-        .collect();
+    let keys = expected_keys(&rows);
     if keys.is_empty() {
         return Err(Failure::new(
             Exit::Untrusted,

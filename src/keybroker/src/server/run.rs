@@ -33,7 +33,7 @@ use keybroker_auth::{
 };
 use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm::Supervisor;
+use keybroker_hsm::{Supervisor, admin::KeyAdmin};
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -232,7 +232,8 @@ impl Server {
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
-        let supervisor = opening::start_token(&config, &store, program, token_started).await?;
+        let supervisor =
+            opening::start_token(&config, &store, program.clone(), token_started).await?;
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
@@ -241,10 +242,12 @@ impl Server {
             limits: Arc::clone(&limits),
             weights: config.token.weights.clone(),
             client_rules: client_rules(&config.client_credentials),
-            state,
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
             capacity: capacity(&config.store),
+            key_admin: KeyAdmin::new(program, config.token.clone(), state.clone()),
+            rotate_after: config.wrapping_keys.rotate_after(),
+            state,
             accepted_risks,
         });
         let secrets = client_secrets(&config, &broker)?;

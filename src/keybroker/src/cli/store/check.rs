@@ -1,6 +1,6 @@
 //! `keybroker store check`: checks every row of every table, including deleted records and superseded revisions.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use serde_json::{Value, json};
 
@@ -80,8 +80,8 @@ pub(super) async fn scan(
     admin: &Admin,
 ) -> Result<Report, Failure> {
     let registry = store.registry().await?;
-    check_registry(admin, &registry)?;
-    let mut checker = RowChecker::new(admin, registry);
+    let unusable = check_registry(context, admin, &registry)?;
+    let mut checker = RowChecker::new(admin, registry, unusable);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     for table in OtherScan::TABLES {
         rows += store.count(table).await?;
@@ -96,7 +96,7 @@ pub(super) async fn scan(
             progress.step();
         }
         let key = found.good_revision().map(|row| row.wrapping_key);
-        learn(&mut checker, key, &**store, admin).await?;
+        learn(context, &mut checker, key, &**store, admin).await?;
         for finding in checker.check(&found)? {
             report.add(&**store, finding).await?;
         }
@@ -109,19 +109,19 @@ pub(super) async fn scan(
         report.clients += 1;
         progress.step();
         let key = found.row.as_ref().ok().map(|row| row.key);
-        learn(&mut checker, key, &**store, admin).await?;
+        learn(context, &mut checker, key, &**store, admin).await?;
         if let Some(finding) = checker.client(&found)? {
             report.add(&**store, finding).await?;
         }
     }
-    check_others(store, admin, &mut checker, &mut report, &progress).await?;
+    check_others(context, store, &mut checker, &mut report, &progress).await?;
     Ok(report)
 }
 
 /// Checks the rows that belong to no record and no API client.
 async fn check_others(
+    context: &Context,
     store: &Arc<dyn Tables>,
-    admin: &Admin,
     checker: &mut RowChecker<'_>,
     report: &mut Report,
     progress: &Progress,
@@ -133,7 +133,8 @@ async fn check_others(
         if let FoundOther::Request(row) = &found
             && let Ok((_, record)) = &**row
         {
-            learn(checker, Some(record.key), &**store, admin).await?;
+            let admin = checker.admin();
+            learn(context, checker, Some(record.key), &**store, admin).await?;
         }
         if let Some(finding) = checker.other(&found)? {
             report.add(&**store, finding).await?;
@@ -158,6 +159,7 @@ async fn check_others(
 /// Reads the registry again if a row has an unknown wrapping key. A running broker may use a wrapping key that was registered
 /// after the scan began.
 async fn learn(
+    context: &Context,
     checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
@@ -168,36 +170,59 @@ async fn learn(
     }
     let registry = store.registry().await?;
     if !checker.knows(&registry) {
-        check_registry(admin, &registry)?;
-        checker.renew(registry);
+        let unusable = check_registry(context, admin, &registry)?;
+        checker.renew(registry, unusable);
     }
     Ok(())
 }
 
-/// Checks every key that verifies rows. If the registry and the token differ, no row can be checked.
-fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
+/// Checks every key that verifies rows. Returns the keys that are missing or must not be used, after a note about each: their
+/// rows cannot be checked, and the rows of the other keys can. If no key can be used, no row can be checked.
+fn check_registry(
+    context: &Context,
+    admin: &Admin,
+    registry: &[RegistryRow],
+) -> Result<HashSet<WrappingKeyId>, Failure> {
     admin.know(registry.iter().map(|row| (row.id, &row.objects)))?;
-    let mut problems = Vec::new();
+    let (mut problems, mut unusable, mut usable) = (Vec::new(), HashSet::new(), 0);
     for row in registry {
         if row.state == WrappingKeyState::Destroyed {
             continue;
         }
-        match admin.check(row.id) {
-            Ok(key) => {
-                problems.extend(token::compare(admin, row, &key)?);
-                problems.extend(key.problem);
-            }
-            Err(error) => problems.push(format!("key {}: {error}", row.id)),
+        let found = problems_of(admin, row);
+        if found.is_empty() {
+            usable += 1;
+        } else {
+            unusable.insert(row.id);
+            problems.extend(found);
         }
     }
-    if problems.is_empty() {
-        return Ok(());
+    if usable > 0 || problems.is_empty() {
+        for problem in &problems {
+            context.output.note(&format!(
+                "warning: {problem}; the rows of this key are not checked"
+            ));
+        }
+        return Ok(unusable);
     }
     let what = format!(
         "no row was checked, because the registry and the token differ:\n  {}",
         problems.join("\n  ")
     );
     Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
+}
+
+/// The differences between a key of the registry and the key on the token.
+fn problems_of(admin: &Admin, row: &RegistryRow) -> Vec<String> {
+    let of_key = |error: &dyn std::fmt::Display| vec![format!("key {}: {error}", row.id)];
+    let key = match admin.check(row.id) {
+        Ok(key) => key,
+        Err(error) => return of_key(&error),
+    };
+    if let Some(problem) = &key.problem {
+        return of_key(problem);
+    }
+    token::compare(admin, row, &key).unwrap_or_else(|failure| of_key(&failure))
 }
 
 impl Report {

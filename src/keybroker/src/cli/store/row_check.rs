@@ -1,5 +1,7 @@
 //! Checks single rows. The checks include all checks that a broker makes when it releases a key.
 
+use std::collections::HashSet;
+
 use keybroker_core::{
     client_credential::Document,
     envelope::{Context, Envelope, Kind},
@@ -28,6 +30,7 @@ pub(super) enum Problem {
     WrappingKeyDiffers,
     WrappingKeyUnknown,
     WrappingKeyDestroyed,
+    WrappingKeyUnusable,
     MacRefused,
     ClientUnreadable,
     DocumentUnreadable,
@@ -53,6 +56,7 @@ impl Problem {
             Self::WrappingKeyDiffers => "wrapping-key-differs",
             Self::WrappingKeyUnknown => "wrapping-key-unknown",
             Self::WrappingKeyDestroyed => "wrapping-key-destroyed",
+            Self::WrappingKeyUnusable => "wrapping-key-unusable",
             Self::MacRefused => "mac-refused",
             Self::ClientUnreadable => "client-unreadable",
             Self::DocumentUnreadable => "document-unreadable",
@@ -151,18 +155,30 @@ impl Finding {
 pub(super) struct RowChecker<'a> {
     admin: &'a Admin,
     registry: Vec<RegistryRow>,
+    /// The keys that are missing from the token or must not be used.
+    unusable: HashSet<WrappingKeyId>,
     /// The record that is being checked, until the scan reaches the current revision of this record.
     awaited: Option<Head>,
 }
 
 impl<'a> RowChecker<'a> {
-    /// Requires that the token has every key of the registry that is not destroyed.
-    pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
+    /// `unusable` are the keys of the registry whose rows cannot be verified.
+    pub(super) fn new(
+        admin: &'a Admin,
+        registry: Vec<RegistryRow>,
+        unusable: HashSet<WrappingKeyId>,
+    ) -> Self {
         Self {
             admin,
             registry,
+            unusable,
             awaited: None,
         }
+    }
+
+    /// The token that verifies the rows.
+    pub(super) fn admin(&self) -> &'a Admin {
+        self.admin
     }
 
     /// Whether the registry, as it was last read, lacks the wrapping key of a row.
@@ -176,8 +192,9 @@ impl<'a> RowChecker<'a> {
     }
 
     /// Replaces the registry with a newer registry.
-    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
+    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>, unusable: HashSet<WrappingKeyId>) {
         self.registry = registry;
+        self.unusable = unusable;
     }
 
     /// Checks the next row of the scan, and the previous record if the row belongs to a new record.
@@ -345,6 +362,7 @@ impl<'a> RowChecker<'a> {
             Some(known) if known.state == WrappingKeyState::Destroyed => {
                 Some(Problem::WrappingKeyDestroyed)
             }
+            Some(_) if self.unusable.contains(&key) => Some(Problem::WrappingKeyUnusable),
             Some(_) => None,
         }
     }
@@ -375,6 +393,7 @@ mod tests {
             Problem::WrappingKeyDiffers,
             Problem::WrappingKeyUnknown,
             Problem::WrappingKeyDestroyed,
+            Problem::WrappingKeyUnusable,
             Problem::MacRefused,
             Problem::ClientUnreadable,
             Problem::DocumentUnreadable,

@@ -154,6 +154,9 @@ impl Broker {
         call.deadline.check()?;
         self.check_acknowledged()?;
         self.refresh_registry().await?;
+        // Another broker may have registered the key a moment ago.
+        self.ask_registry(call.deadline, |registry| registry.check_examined(id))
+            .await?;
         let registry = self.registry()?;
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;

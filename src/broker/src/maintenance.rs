@@ -9,11 +9,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use keybroker_audit::{OpenIntent, Outcome};
-use keybroker_core::{
-    call::Timestamp,
-    error::Error,
-    metrics,
-};
+use keybroker_core::{call::Timestamp, error::Error, metrics};
 use keybroker_hsm::Serving;
 use keybroker_store as store;
 use keybroker_store::REQUEST_KEPT_US;

@@ -156,6 +156,14 @@ impl Registry {
         entry.check(key_use)
     }
 
+    /// Checks that the workers have checked a key, whatever the result is.
+    pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
+        match self.entry(id).map(|entry| &entry.standing) {
+            Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
+            _ => Ok(()),
+        }
+    }
+
     /// The row of a key, if the token has verified the row. An administrator who asks for a change learns why not.
     pub(super) fn verified(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));

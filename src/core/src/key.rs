@@ -506,14 +506,4 @@ mod tests {
         assert_eq!(Revision::new(1 << 63), None);
         assert_eq!(Revision::FIRST.next().get(), 2);
     }
-
-    #[test]
-    fn states_say_what_a_key_may_do() {
-        let may: Vec<_> = WrappingKeyState::ALL
-            .into_iter()
-            .map(|s| (s.may_wrap(), s.may_unwrap()))
-            .collect();
-        let (yes, no) = (true, false);
-        assert_eq!(may, [(yes, yes), (no, no), (no, yes), (no, no), (no, no)]);
-    }
 }

@@ -150,7 +150,7 @@ impl Supervisor {
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
             settings,
-            expected: ArcSwap::from_pointee(keys),
+            expected: ArcSwap::from_pointee(keys::in_order(keys)),
             program,
             state,
         })

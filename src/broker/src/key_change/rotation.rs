@@ -9,6 +9,7 @@ use keybroker_core::{
     key::{WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
+use keybroker_store as store;
 use keybroker_store::{RegistryChange, RegistryRow};
 
 use crate::{Broker, WrappingKeyView, commit::Settled, journal::Draft, registry::Registry};
@@ -90,7 +91,10 @@ impl Broker {
                 self.commit_key_change(call, &draft, *change).await?;
                 (id, true)
             }
-            Decision::Make => (self.rotate_to_new(call, draft, rotation).await?, true),
+            Decision::Make => {
+                let id = self.rotate_to_new(call, draft, rotation, previous).await?;
+                (id, true)
+            }
         };
         drop(turn);
         Ok(Rotated {
@@ -157,6 +161,7 @@ impl Broker {
         call: &Call,
         mut draft: Draft,
         rotation: Rotation,
+        previous: Option<WrappingKeyId>,
     ) -> Result<WrappingKeyId, Error> {
         // The intent comes before the key, because the key on the token is a change, too.
         let at = Timestamp::now();
@@ -169,9 +174,8 @@ impl Broker {
         };
         let id = made.expected().id;
         draft.wrapping_key(id);
-        let registered = self
-            .register_new(call, &draft, at, intent, &made, rotation)
-            .await;
+        let planned = self.plan_new(&made, rotation, previous).await;
+        let registered = self.register_new(call, &draft, at, intent, planned).await;
         self.forget_new_key();
         match &registered {
             Ok(()) => made.close().await,
@@ -189,10 +193,9 @@ impl Broker {
         draft: &Draft,
         at: Timestamp,
         intent: OpenIntent,
-        made: &MadeKey,
-        rotation: Rotation,
+        planned: Result<RegistryChange, Error>,
     ) -> Result<(), Error> {
-        let planned = match self.plan_new(made, rotation).await {
+        let planned = match planned {
             Ok(planned) => planned,
             Err(error) => return self.close_intent(intent, draft, Err(error)).await,
         };
@@ -210,13 +213,21 @@ impl Broker {
         }
     }
 
-    /// Plans the rows for a new key. Every plan changes the row of the key that is in use, so that of two brokers that
-    /// rotate at the same time only one succeeds.
-    async fn plan_new(&self, made: &MadeKey, rotation: Rotation) -> Result<RegistryChange, Error> {
-        if rotation.single {
-            self.prove_new_key(made.expected()).await?;
-        }
+    /// Plans the rows for a new key. Fails if `previous` is no longer the key in use. Every plan also changes the row of the
+    /// key in use, so that of two brokers that rotate at the same time only one succeeds.
+    async fn plan_new(
+        &self,
+        made: &MadeKey,
+        rotation: Rotation,
+        previous: Option<WrappingKeyId>,
+    ) -> Result<RegistryChange, Error> {
+        self.prove_new_key(made.expected()).await?;
         let registry = self.registry()?;
+        let mut rows = registry.rows();
+        let has_waiting = rows.any(|(row, _)| row.state == WrappingKeyState::PreActive);
+        if has_waiting || registry.wrapping_key().ok() != previous {
+            return Err(from_commit(store::Error::Conflict));
+        }
         let mut planner = Planner::new(&registry);
         let state = if rotation.single {
             planner.deactivate_others(&registry, made.expected().id);

@@ -64,9 +64,16 @@ impl Found {
     }
 }
 
+/// Sorts the keys, because the order in which the registry lists them changes with the states of the keys.
+pub(super) fn in_order(mut keys: Vec<ExpectedKey>) -> Vec<ExpectedKey> {
+    keys.sort_by_key(|key| key.id);
+    keys
+}
+
 impl Supervisor {
     /// Replaces the list of keys that must be on the token. If the list is a different one, every worker is replaced.
     pub(super) fn expect(&self, keys: Vec<ExpectedKey>) {
+        let keys = in_order(keys);
         // The lock orders this change and the admission of a worker that started with the earlier list.
         let decider = self.decider();
         if **self.expected.load() == keys {

@@ -25,6 +25,7 @@ use keybroker_worker_protocol::{
 };
 
 mod change;
+mod removal;
 
 use super::{
     Context, block_on, change as entries,
@@ -54,6 +55,11 @@ pub(super) enum Command {
         /// Id of the key, 32 hexadecimal digits
         id: String,
     },
+    /// Remove the objects of a key that is not registered from the token
+    ///
+    /// An interrupted `key generate` or `key rotate` can leave such a key. The command refuses a key that a row of the database
+    /// needs. Nothing brings a removed key back.
+    Remove(removal::Remove),
     /// Have a running broker generate a new wrapping key, which then wraps new user keys
     ///
     /// The broker generates, tests and registers the key through its admin API; no broker has to be stopped. The new key is
@@ -114,6 +120,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
             })?;
             context.output.fields(fields(row))
         }
+        Command::Remove(arguments) => removal::remove(&arguments, context),
         Command::Rotate(arguments) => change::rotate(arguments, context),
         Command::Activate(arguments) => change::activate(arguments, context),
         Command::Suspend(key) => change::change(key, WrappingKeyChange::Suspend, context),

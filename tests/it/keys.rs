@@ -262,6 +262,96 @@ async fn a_missing_key_is_refused_alone_and_taken_up_when_it_returns() {
     broker.site.expect_ok(&["token", "check"]);
 }
 
+/// A key that is lost for ever ends its clients' retries. What SQL says of a missing key counts only under a MAC.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_key_is_buried_and_a_forged_burial_is_not_believed() {
+    let (site, [older, newer]) = with_two_keys().await;
+    let gone = remove_objects(&site, &older);
+    let of_older = format!("WHERE lower(hex(key_id)) = '{older}'");
+    site.sql(&format!(
+        "CREATE TABLE saved AS SELECT * FROM wrapping_keys {of_older}"
+    ));
+    site.sql(&format!(
+        "UPDATE wrapping_keys SET state = 'destroyed', sequence = 9 {of_older}"
+    ));
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    refused(releaser.unwrap("ada").await, "TOKEN_UNTRUSTED");
+    assert!(broker.site.log().contains(r#""alert":"registry""#));
+    let (site, _) = broker.stop();
+    site.sql(&format!("DELETE FROM wrapping_keys {of_older}"));
+    site.sql("INSERT INTO wrapping_keys SELECT * FROM saved; DROP TABLE saved");
+
+    let broker = Broker::start_on(site);
+    let releaser = Caller::of(&broker, "releaser");
+    refused(releaser.unwrap("ada").await, "TOKEN_DOWN");
+    not_changed(
+        &broker,
+        &["lost", &newer, "--yes"],
+        "KEY_STATE",
+        &["is not missing"],
+    );
+    let asked = key(&broker, "admin", &["lost", &older]);
+    assert_eq!(asked.code, Some(USAGE), "{asked:#?}");
+    let lost = changed(&broker, &["lost", &older, "--yes"]);
+    assert_eq!(text(&lost, "state"), "destroyed");
+    refused(releaser.unwrap("ada").await, "KEY_STATE");
+    releaser.unwrap("bob").await.unwrap();
+    not_changed(
+        &broker,
+        &["lost", &older, "--yes"],
+        "KEY_STATE",
+        &["destroyed already"],
+    );
+    until("the end of the problem", || {
+        let line = format!("keybroker_wrapping_key_usable{{wrapping_key=\"{older}\"}} 1");
+        get(broker.status, "/metrics").contains(&line).then_some(())
+    });
+
+    // Not even the return of the token brings it back.
+    let (site, _) = broker.stop();
+    put_back(&gone);
+    let broker = Broker::start_on(site);
+    refused(
+        Caller::of(&broker, "releaser").unwrap("ada").await,
+        "KEY_STATE",
+    );
+    assert_eq!(wraps_under(&broker).await, newer);
+}
+
+/// A key that is on the token but not registered is removed, unless a row needs it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unregistered_key_is_removed_unless_a_row_needs_it() {
+    let (site, [older, newer]) = with_two_keys().await;
+    let refused = site.run(&["key", "remove", &older, "--yes"]);
+    assert_eq!(refused.code, Some(UNTRUSTED), "{refused:#?}");
+    assert!(refused.stderr.contains("is registered"), "{refused:#?}");
+    for id in [&older, &newer] {
+        site.sql(&format!(
+            "DELETE FROM wrapping_keys WHERE lower(hex(key_id)) = '{id}'"
+        ));
+        let refused = site.run(&["key", "remove", id, "--yes"]);
+        assert!(refused.stderr.contains("1 revisions"), "{refused:#?}");
+        site.expect_ok(&["key", "register", id]);
+    }
+    site.expect_ok(&["key", "generate", "--bits", "2048"]);
+    let orphan =
+        site.sql("SELECT lower(hex(key_id)) FROM wrapping_keys ORDER BY sequence DESC LIMIT 1");
+    let orphan = orphan.trim();
+    site.sql(&format!(
+        "DELETE FROM wrapping_keys WHERE lower(hex(key_id)) = '{orphan}'"
+    ));
+    assert!(site.run(&["token", "check"]).stderr.contains(orphan));
+    let asked = site.run(&["key", "remove", orphan]);
+    assert_eq!(asked.code, Some(USAGE), "{asked:#?}");
+    let removed = site.expect_ok(&["-o", "json", "key", "remove", orphan, "--yes"]);
+    assert!(removed.contains("\"removed_objects\": 3"), "{removed}");
+    assert!(!site.run(&["token", "check"]).stderr.contains(orphan));
+    let again = site.run(&["key", "remove", orphan, "--yes"]);
+    assert_eq!(again.code, Some(UNTRUSTED), "{again:#?}");
+    assert!(site.audit().contains("wrapping_key.remove"));
+}
+
 /// A key that goes while the broker serves takes its own user keys with it and no others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_vanishes_from_a_running_broker_takes_no_other_with_it() {

@@ -54,6 +54,8 @@ pub enum KeyChange {
     Deactivate,
     /// The key is never used again.
     Compromise,
+    /// The key is missing from the token and will not return: it counts as destroyed from now on.
+    Lose,
 }
 
 impl KeyChange {
@@ -65,6 +67,7 @@ impl KeyChange {
             Self::Resume => Action::ResumeKey,
             Self::Deactivate => Action::DeactivateKey,
             Self::Compromise => Action::CompromiseKey,
+            Self::Lose => Action::LoseKey,
         }
     }
 }
@@ -158,6 +161,9 @@ impl Broker {
         self.ask_registry(call.deadline, |registry| registry.check_examined(id))
             .await?;
         let registry = self.registry()?;
+        if change == KeyChange::Lose {
+            return self.plan_loss(&registry, id).await;
+        }
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
         let mut new = RegistryRow {
@@ -180,6 +186,29 @@ impl Broker {
         }
         planner.change(row, new);
         self.with_macs(planner).await
+    }
+
+    /// Plans the tombstone of a missing key. The integrity key that is in use authenticates it.
+    async fn plan_loss(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+    ) -> Result<RegistryChange, Error> {
+        let row = registry.missing(id)?;
+        let signer = registry.integrity_key()?;
+        let tombstone = RegistryRow {
+            state: WrappingKeyState::Destroyed,
+            ..row.clone()
+        };
+        let mut planner = Planner::new(registry);
+        planner.change(row, tombstone);
+        let mut change = planner.change;
+        for update in &mut change.updates {
+            let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
+            let message = update.row.tombstone_message();
+            update.row.mac = self.token.mac(signer, &message, &caller).await?;
+        }
+        Ok(change)
     }
 
     /// Makes the MACs of the changed rows, each with its own integrity key.
@@ -236,6 +265,7 @@ fn next_state(
         KeyChange::Suspend => WrappingKeyState::Suspended,
         KeyChange::Deactivate => WrappingKeyState::Deactivated,
         KeyChange::Compromise => WrappingKeyState::Compromised,
+        KeyChange::Lose => WrappingKeyState::Destroyed,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
                 "only a suspended key can be resumed, and this key is {}",

@@ -112,6 +112,11 @@ impl Entry {
         }
     }
 
+    /// Whether the key is destroyed, so that another key authenticates its row.
+    fn is_tombstone(&self) -> bool {
+        self.row.state == WrappingKeyState::Destroyed
+    }
+
     /// Why the key cannot be used, whatever its state is.
     fn problem(&self) -> Option<&str> {
         match &self.standing {
@@ -178,6 +183,20 @@ impl Registry {
             entry.problem().unwrap_or_default()
         );
         Err(Error::new(reason, what.clone()).explained("id", &what))
+    }
+
+    /// The row of a key that the token does not show. An administrator who asks to record its loss learns why not.
+    pub(super) fn missing(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
+        let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
+        let entry = self.entry(id).ok_or_else(unknown)?;
+        let what = match entry.standing {
+            Standing::Missing(_) => return Ok(&entry.row),
+            _ if entry.is_tombstone() => format!("key {id} is destroyed already"),
+            _ => format!(
+                "key {id} is not missing: the token shows it, so its loss cannot be recorded"
+            ),
+        };
+        Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
     }
 
     /// Whether the wrapping key is registered, even if it is not verified yet.
@@ -396,10 +415,63 @@ impl Broker {
                     .push(self.again(before, &state, deadline).await?);
             }
         }
+        self.check_tombstones(&mut fresh, known, deadline).await?;
         let mut expected = expected_keys(fresh.entries.iter().map(|entry| &entry.row));
         expected.extend(self.key_changes.awaited());
         self.token.expect_keys(expected);
         Ok(fresh)
+    }
+
+    /// Verifies the new rows of destroyed keys, which the integrity key of any other key authenticates. Without this check, a
+    /// person who can write to the database could mark a key as destroyed that is only missing.
+    async fn check_tombstones(
+        &self,
+        fresh: &mut Registry,
+        known: &Registry,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
+        let signers: Vec<WrappingKeyId> = fresh
+            .entries
+            .iter()
+            .rev()
+            .filter(|entry| entry.standing == Standing::Verified && !entry.is_tombstone())
+            .map(|entry| entry.row.id)
+            .collect();
+        for entry in &mut fresh.entries {
+            let is_new = known.entry(entry.row.id) != Some(&*entry);
+            if entry.is_tombstone()
+                && entry.standing == Standing::Verified
+                && is_new
+                && !self.is_authentic(&entry.row, &signers, deadline).await?
+            {
+                entry.standing = altered(
+                    &entry.row,
+                    "the key is marked as destroyed, but no key authenticates that",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_authentic(
+        &self,
+        tombstone: &RegistryRow,
+        signers: &[WrappingKeyId],
+        deadline: Deadline,
+    ) -> Result<bool, Error> {
+        let message = tombstone.tombstone_message();
+        for signer in signers {
+            let caller = hsm::Caller::background(deadline);
+            let job = self
+                .token
+                .verify_mac(*signer, &message, &tombstone.mac, &caller);
+            match job.await {
+                Ok(()) => return Ok(true),
+                Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
+                Err(other) => return Err(other.into()),
+            }
+        }
+        Ok(false)
     }
 
     /// Examines an unchanged row. A row that the token has verified is not verified again while the token has its key.

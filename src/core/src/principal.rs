@@ -344,11 +344,13 @@ pub enum Action {
     DeactivateKey,
     /// Stop the use of a wrapping key permanently.
     CompromiseKey,
+    /// Record that a missing wrapping key is lost.
+    LoseKey,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -369,6 +371,7 @@ impl Action {
         Self::ResumeKey,
         Self::DeactivateKey,
         Self::CompromiseKey,
+        Self::LoseKey,
     ];
 
     /// Name in policies, in the audit log and in metrics.
@@ -394,6 +397,7 @@ impl Action {
             Self::ResumeKey => "wrapping_key.resume",
             Self::DeactivateKey => "wrapping_key.deactivate",
             Self::CompromiseKey => "wrapping_key.compromise",
+            Self::LoseKey => "wrapping_key.lost",
         }
     }
 }

@@ -68,7 +68,16 @@ impl RegistryRow {
 
     /// The message that the row's MAC must cover.
     pub fn mac_message(&self) -> MacMessage {
-        MacMessage::registry(&RegistryFields {
+        MacMessage::registry(&self.fields())
+    }
+
+    /// The message that the MAC of a destroyed key's row must cover. The integrity key of another wrapping key makes the MAC.
+    pub fn tombstone_message(&self) -> MacMessage {
+        MacMessage::tombstone(&self.fields())
+    }
+
+    fn fields(&self) -> RegistryFields<'_> {
+        RegistryFields {
             id: self.id,
             objects: &self.objects,
             fingerprint: self.fingerprint,
@@ -78,6 +87,6 @@ impl RegistryRow {
             sequence: self.sequence,
             registered_us: self.registered.micros(),
             backup_confirmed_us: self.backup_confirmed.map(Timestamp::micros),
-        })
+        }
     }
 }

@@ -104,6 +104,7 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         proto::WrappingKeyChange::Resume => KeyChange::Resume,
         proto::WrappingKeyChange::Deactivate => KeyChange::Deactivate,
         proto::WrappingKeyChange::Compromise => KeyChange::Compromise,
+        proto::WrappingKeyChange::Lose => KeyChange::Lose,
         proto::WrappingKeyChange::Unspecified => {
             return Err(Error::violation("change", "a known change"));
         }
@@ -164,6 +165,7 @@ mod tests {
             (Wire::Resume, KeyChange::Resume),
             (Wire::Deactivate, KeyChange::Deactivate),
             (Wire::Compromise, KeyChange::Compromise),
+            (Wire::Lose, KeyChange::Lose),
         ] {
             assert_eq!(parsed(wire.into(), false, false).unwrap(), change);
             assert_eq!(field(parsed(wire.into(), true, false)), Some("change"));
@@ -171,7 +173,7 @@ mod tests {
         let activate: i32 = Wire::Activate.into();
         assert_eq!(field(parsed(activate, true, true)), Some("without_backup"));
         assert!(parsed(activate, true, false).is_ok());
-        for unknown in [0, 6, -1] {
+        for unknown in [0, 7, -1] {
             assert_eq!(field(parsed(unknown, false, false)), Some("change"));
         }
     }

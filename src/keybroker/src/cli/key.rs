@@ -78,6 +78,11 @@ pub(super) enum Command {
     ///
     /// The broker releases no user key under a compromised key, and no command makes the key usable again.
     Compromise(change::OneKey),
+    /// Record that a missing key is lost for ever
+    ///
+    /// The key counts as destroyed. Calls for its user keys then get KEY_STATE instead of TOKEN_DOWN, so that clients stop trying.
+    /// Use this command only if no backup of the token contains the key.
+    Lost(change::Lost),
 }
 
 #[derive(Args, Debug)]
@@ -126,6 +131,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Suspend(key) => change::change(key, WrappingKeyChange::Suspend, context),
         Command::Resume(key) => change::change(key, WrappingKeyChange::Resume, context),
         Command::Deactivate(key) => change::change(key, WrappingKeyChange::Deactivate, context),
+        Command::Lost(arguments) => change::lost(arguments, context),
         Command::Compromise(key) => change::change(key, WrappingKeyChange::Compromise, context),
     }
 }

@@ -1746,6 +1746,8 @@ pub enum WrappingKeyChange {
     Deactivate = 4,
     /// The key is never used again, because others may know its private key.
     Compromise = 5,
+    /// The key is missing from the token and will not return: it counts as destroyed, and its user keys are lost.
+    Lose = 6,
 }
 impl WrappingKeyChange {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1760,6 +1762,7 @@ impl WrappingKeyChange {
             Self::Resume => "WRAPPING_KEY_CHANGE_RESUME",
             Self::Deactivate => "WRAPPING_KEY_CHANGE_DEACTIVATE",
             Self::Compromise => "WRAPPING_KEY_CHANGE_COMPROMISE",
+            Self::Lose => "WRAPPING_KEY_CHANGE_LOSE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1771,6 +1774,7 @@ impl WrappingKeyChange {
             "WRAPPING_KEY_CHANGE_RESUME" => Some(Self::Resume),
             "WRAPPING_KEY_CHANGE_DEACTIVATE" => Some(Self::Deactivate),
             "WRAPPING_KEY_CHANGE_COMPROMISE" => Some(Self::Compromise),
+            "WRAPPING_KEY_CHANGE_LOSE" => Some(Self::Lose),
             _ => None,
         }
     }

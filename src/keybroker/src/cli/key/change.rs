@@ -12,7 +12,7 @@ use crate::cli::{
 };
 use keybroker_client::{Error, Reason, proto};
 
-use super::parse_id;
+use super::{parse_id, removal::confirm};
 
 /// Shortest timeout for the making of a key. Some devices take minutes, but a broker ends the call after its own limit.
 const ROTATION_TIMEOUT: Duration = Duration::from_mins(2);
@@ -118,6 +118,23 @@ pub(super) fn activate(arguments: Activate, context: &Context) -> Result<(), Fai
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
     send(arguments.key, request, context)
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Lost {
+    #[command(flatten)]
+    key: OneKey,
+    /// Record the loss without asking for the id again
+    #[arg(long)]
+    yes: bool,
+}
+
+pub(super) fn lost(arguments: Lost, context: &Context) -> Result<(), Failure> {
+    let id = parse_id(&arguments.key.id)?;
+    let warning =
+        "The user keys under a lost key can never be released again, even if the token returns";
+    confirm(context, arguments.yes, id, warning)?;
+    change(arguments.key, proto::WrappingKeyChange::Lose, context)
 }
 
 pub(super) fn change(

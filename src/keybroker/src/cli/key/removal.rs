@@ -42,7 +42,12 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     refuse_registered(&rows, id)?;
     let needed = block_on(rows_under(&config, id))??;
     refuse_needed(id, &needed)?;
-    confirm(context, arguments, id)?;
+    confirm(
+        context,
+        arguments.yes,
+        id,
+        "Nothing brings a removed key back",
+    )?;
     let pin = arguments.pin.get(&config.token)?;
     let admin = log_in(&config, &pin, true, &serials(&rows))?;
     admin.know([(id, &place(&config))])?;
@@ -156,23 +161,27 @@ fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Asks for the id again, because nothing brings the key back.
-fn confirm(context: &Context, arguments: &Remove, id: WrappingKeyId) -> Result<(), Failure> {
-    if arguments.yes {
+/// Asks for the id again, because nothing undoes the command. `warning` is a sentence without a full stop.
+pub(super) fn confirm(
+    context: &Context,
+    is_confirmed: bool,
+    id: WrappingKeyId,
+    warning: &str,
+) -> Result<(), Failure> {
+    if is_confirmed {
         return Ok(());
     }
     let refuse = |what: &str| Err(Failure::new(Exit::Usage, what));
     if !io::stdin().is_terminal() {
-        return refuse(
-            "the removal of a key needs --yes, or a terminal at which the id is typed again",
-        );
+        return refuse("this command needs --yes, or a terminal at which the id is typed again");
     }
-    let question = "Nothing brings a removed key back. Type the id of the key again to remove it:";
-    context.output.note(question);
+    context.output.note(&format!(
+        "{warning}. Type the id of the key again to go on:"
+    ));
     let mut line = String::new();
     let typed = io::stdin().read_line(&mut line);
     if typed.is_err() || WrappingKeyId::from_hex(line.trim()) != Some(id) {
-        return refuse("the typed id is another one; nothing was removed");
+        return refuse("the typed id is another one; nothing was changed");
     }
     Ok(())
 }

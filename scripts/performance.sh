@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
-# folder, and overload on a token that takes 20 ms longer for each unwrap. Writes the JSON documents and the charts to
-# docs/performance, and the tables to docs/performance.md. Takes less than ten minutes, without the build.
+# folder, overload on a token that takes 20 ms longer for each unwrap, and three simulated devices. Writes the JSON documents
+# and the charts to docs/performance, and the tables to docs/performance.md. Takes about a quarter of an hour, without the build.
 #
-# Usage: performance.sh [--seconds COUNT] [--members COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
+# Usage: performance.sh [--seconds COUNT] [--members COUNT] [--largest COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
 #                       [--commit ID] [PROGRAM]
 #        performance.sh --tables [PROGRAM]
 #
 #   performance.sh                    everything, with a release build of this commit
 #   performance.sh --seconds 30       the same with longer measurements, about half an hour
-#   performance.sh --only storm --members 20000 --storm-seconds 60
+#   performance.sh --only storm --members 4000 --storm-seconds 20
 #   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4    without --commit, no commit is recorded for another program
 #   performance.sh --tables           only draws the charts and writes the tables, from the documents that exist
 set -euo pipefail
@@ -22,15 +22,18 @@ PAGE=docs/performance.md
 RESULTS=docs/performance
 # Of each measurement. Below 30 s, the tables mark a run as short.
 SECONDS_EACH=8
-MEMBERS=4000
-STORM_SECONDS=20
+MEMBERS=20000
+# The load generator needs a file descriptor for each member that may wait: half of the members.
+LARGEST=39800
+STORM_SECONDS=60
 # Idle connections of each API. The configuration of this script permits that many.
 IDLE=4000
 SLOW_MS=20
-NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-slow fairness-slow connections storm restart)
+NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-slow fairness-slow connections storm storm-largest restart
+  device-busy device-busy-load device-lanes device-lanes-load device-sessions-load)
 
 PROGRAM=
-SLOW_MODULE=
+SCRIPTABLE_MODULE=
 COMMIT=
 WORK=
 ONLY=()
@@ -68,18 +71,27 @@ connections_per_principal_max = $((IDLE + 1024))
 CONF
 }
 
-# Makes the token of a site take longer for each unwrap: puts the scriptable module in front of SoftHSM.
-slow_down() {
-  mkdir "$WORK/script"
-  cat >"$WORK/script/script.toml" <<SCRIPT
-module = "$MODULE"
-[[rule]]
-name = "slow"
-function = "C_Decrypt"
-do = { delay_ms = $SLOW_MS }
-SCRIPT
-  sed -i -e "s|^module = .*|module = \"$SLOW_MODULE\"|" \
-    -e "s|^\[token.environment\]|&\nSCRIPTABLE_PKCS11_SCRIPT = \"$WORK/script\"|" "$WORK/$1/keybroker.toml"
+# Puts the scriptable module in front of SoftHSM for the site $1. The script is on standard input.
+script() {
+  mkdir "$WORK/$1/script"
+  { printf 'module = "%s"\n' "$MODULE"; cat; } >"$WORK/$1/script/script.toml"
+  sed -i -e "s|^module = .*|module = \"$SCRIPTABLE_MODULE\"|" \
+    -e "s|^\[token.environment\]|&\nSCRIPTABLE_PKCS11_SCRIPT = \"$WORK/$1/script\"|" "$WORK/$1/keybroker.toml"
+}
+
+# Measures a simulated device with the name $1, with $2 sessions in each of two workers: its throughput beside that of $3
+# threads of the bare token (unless $3 is 0), and the latency over load. Further arguments are those of both measurements.
+# The script of the device is on standard input.
+device() {
+  local name=$1 sessions=$2 threads=$3
+  shift 3
+  wanted "device-$name" "device-$name-load" || return 0
+  site performance "$name" "sqlite:$WORK/$name/keybroker.db"
+  extend "$name"
+  sed -i "s|^\[token\]|&\nworkers = 2\nsessions_per_worker = $sessions|" "$WORK/$name/keybroker.toml"
+  script "$name"
+  [[ $threads -eq 0 ]] || measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
+  measure "device-$name-load" "$name" open "$@"
 }
 
 # Measures the scenario $3 on the site $2 and writes the document $1. Further arguments are those of `keybroker bench`. With
@@ -112,11 +124,42 @@ measure_all() {
   measure restart rsa-2048 restart --restarts 2
   SECONDS_EACH=$STORM_SECONDS
   measure storm rsa-2048 storm --members "$MEMBERS"
+  measure storm-largest rsa-2048 storm --members "$LARGEST"
   SECONDS_EACH=$seconds
+  device busy 4 4 --note "each operation takes 3 ms longer; FUNCTION_FAILED if 6 are running" <<'SCRIPT'
+[limits]
+parallel_calls = 6
+latency_ms = 3
+refuse = "CKR_FUNCTION_FAILED"
+SCRIPT
+  device lanes 15 30 --note "each operation takes 50 ms longer; 30 can run at the same time" <<'SCRIPT'
+[limits]
+parallel_calls = 30
+latency_ms = 50
+SCRIPT
+  # The bare token ends when its session is closed.
+  device sessions 7 0 --note "each unwrap takes 140 ms longer; 16 sessions, all closed at every 200th unwrap" <<'SCRIPT'
+[sessions]
+max = 16
+[[rule]]
+name = "slow"
+function = "C_Decrypt"
+do = { delay_ms = 140 }
+[[rule]]
+name = "close"
+function = "C_Decrypt"
+on = { every = 200 }
+do = { close_sessions = true }
+SCRIPT
   wanted overload-slow fairness-slow || return 0
   site performance slow "sqlite:$WORK/slow/keybroker.db"
   extend slow
-  slow_down slow
+  script slow <<SCRIPT
+[[rule]]
+name = "slow"
+function = "C_Decrypt"
+do = { delay_ms = $SLOW_MS }
+SCRIPT
   measure overload-slow slow overload --note "each unwrap takes $SLOW_MS ms longer"
   measure fairness-slow slow fairness --note "each unwrap takes $SLOW_MS ms longer" \
     --light-cert "$WORK/pki/light.pem" --light-key "$WORK/pki/light.key"
@@ -144,6 +187,7 @@ main() {
     case $1 in
       --seconds) SECONDS_EACH=${2:-}; shift 2 ;;
       --members) MEMBERS=${2:-}; shift 2 ;;
+      --largest) LARGEST=${2:-}; shift 2 ;;
       --storm-seconds) STORM_SECONDS=${2:-}; shift 2 ;;
       --idle) IDLE=${2:-}; shift 2 ;;
       --only) ONLY+=("${2:-}"); shift 2 ;;
@@ -170,10 +214,8 @@ main() {
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    if wanted overload-slow fairness-slow; then
-      cargo build --locked --quiet --package keybroker-scriptable-pkcs11
-      SLOW_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so
-    fi
+    ! wanted device-busy device-busy-load device-lanes device-lanes-load device-sessions-load overload-slow fairness-slow || cargo build --locked --quiet --package keybroker-scriptable-pkcs11
+    SCRIPTABLE_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so
     mkdir -p "$RESULTS"
     SECONDS=0
     measure_all

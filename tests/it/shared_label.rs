@@ -81,8 +81,8 @@ async fn commands_and_brokers_use_the_token_of_the_registry() {
     broker.stop();
 }
 
-/// A writer of the database does not choose the token that gets the PIN: a PIN that has never logged in to the token of the registry
-/// is not tried.
+/// A writer of the database does not choose the token that gets the PIN: if the token of the
+/// registry has never accepted the PIN, the PIN is not tried.
 #[test]
 fn a_pin_that_never_logged_in_is_not_tried_on_one_of_two_tokens() {
     let site = Site::fresh(Options::default());

@@ -4,7 +4,8 @@
 //!
 //! `scripts/soak.sh HOURS` runs it with the release build. `KEYBROKER_TEST_SOAK_SECONDS` is the duration of the load,
 //! `KEYBROKER_TEST_SOAK_EVERY_SECONDS` the time from one fault to the next, `KEYBROKER_TEST_SOAK_SEED` selects their order, and
-//! `KEYBROKER_TEST_SOAK_FILE` receives the results as JSON.
+//! `KEYBROKER_TEST_SOAK_FILE` receives the results as JSON. `KEYBROKER_TEST_SOAK_NOTE` is a remark about the conditions of the
+//! run, which the results contain.
 
 use std::{
     collections::BTreeMap,
@@ -520,6 +521,22 @@ fn growth(samples: &[Sample], value: impl Fn(&Sample) -> u64) -> f64 {
     median(&samples[samples.len() - quarter..]) / median(&samples[..quarter])
 }
 
+/// The facts that make the figures of two machines comparable.
+fn machine() -> Value {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let model = cpus
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .and_then(|rest| rest.split_once(':'))
+        .map_or(env::consts::ARCH, |(_, model)| model.trim());
+    json!({
+        "cpu": model,
+        "cores": std::thread::available_parallelism().unwrap().get(),
+        "kernel": read("/proc/sys/kernel/osrelease").trim(),
+    })
+}
+
 /// The results of a run.
 struct Results {
     seed: u64,
@@ -582,6 +599,8 @@ impl Results {
         json!({
             "scenario": "soak",
             "commit": env::var("KEYBROKER_TEST_COMMIT").ok(),
+            "machine": machine(),
+            "note": env::var("KEYBROKER_TEST_SOAK_NOTE").ok(),
             "seed": self.seed,
             "seconds": self.lasted.as_secs(),
             "calls": self.calls,

@@ -215,7 +215,7 @@ async fn every_bad_token_is_credential_and_no_more() {
     let log = broker.site.log();
     for words in [
         "`exp` has passed",
-        "`aud` holds none",
+        "`aud` contains none",
         "which is not a GUID",
         "a key that an access token itself contains",
     ] {

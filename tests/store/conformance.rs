@@ -9,7 +9,7 @@ use keybroker_core::{
     },
 };
 use keybroker_store::{
-    Error, ListQuery, Position, RecordInfo, RecordState, RegistryChange, RegistryRow,
+    Error, ListQuery, PlaceRow, Position, RecordInfo, RecordState, RegistryChange, RegistryRow,
     RegistryUpdate, Store,
 };
 use tokio::task::JoinSet;
@@ -479,6 +479,38 @@ pub(crate) async fn rows_of_the_registry_change_together(engine: &Engine) {
     for call in [second, third] {
         assert!(!store.committed_by(call).await.unwrap());
     }
+}
+
+pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
+    let store = engine.open().await;
+    assert_eq!(store.places().await.unwrap(), []);
+    let row = |token: &str| PlaceRow {
+        key: KEY,
+        token: token.to_owned(),
+        token_serial: "0123".to_owned(),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
+        registered: Timestamp::now(),
+        backup_confirmed: None,
+        mac: [1; 32],
+    };
+    let (first, second) = (row("a"), row("b"));
+    store.add_place(&second).await.unwrap();
+    store.add_place(&first).await.unwrap();
+    let again = store.add_place(&first).await;
+    assert!(matches!(again, Err(Error::Exists)), "{again:?}");
+    assert_eq!(
+        store.places().await.unwrap(),
+        [first.clone(), second.clone()]
+    );
+    let next = PlaceRow {
+        backup_confirmed: Some(Timestamp::now()),
+        mac: [2; 32],
+        ..first.clone()
+    };
+    store.update_place(&next, &first.mac).await.unwrap();
+    let stale = store.update_place(&first, &first.mac).await;
+    assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
+    assert_eq!(store.places().await.unwrap(), [next, second]);
 }
 
 /// Counts end at the limit, so that no count reads more rows than that.

@@ -8,7 +8,18 @@ use tokio::task::JoinSet;
 use super::{Engine, Place, clients::client, revision, stamp, user};
 
 /// The ways back, newest first: version, name, and what each engine runs.
-const STEPS_BACK: [(u8, &str, [&str; 3]); 7] = [
+const STEPS_BACK: [(u8, &str, [&str; 3]); 8] = [
+    (
+        8,
+        "wrapping key places usable from 7",
+        [
+            include_str!("../../migrations/sqlite/0008_wrapping_key_places_usable_from_7.down.sql"),
+            include_str!(
+                "../../migrations/postgres/0008_wrapping_key_places_usable_from_7.down.sql"
+            ),
+            include_str!("../../migrations/mysql/0008_wrapping_key_places_usable_from_7.down.sql"),
+        ],
+    ),
     (
         7,
         "object ids",
@@ -95,7 +106,7 @@ pub(crate) async fn a_migration_leads_back(engine: &Engine) {
     ));
     assert_eq!(left.trim(), "");
     let report = store::migrate(&engine.settings, false).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 7));
+    assert_eq!((report.before, report.pending.len()), (0, 8));
     let store = engine.open().await;
     store
         .create(revision(&user("alice"), 1, 1), stamp())
@@ -107,13 +118,13 @@ pub(crate) async fn a_migration_leads_back(engine: &Engine) {
         .unwrap();
 }
 
-/// One step back and forth again, with records there, then two to six: what the steps did not make is left alone.
+/// One step back and forth again, with records there, then two to seven: what the steps did not make is left alone.
 pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
     let alice = user("alice");
     let store = engine.open().await;
     let created = store.create(revision(&alice, 1, 1), stamp()).await.unwrap();
     store.close().await;
-    for steps in 1..=6 {
+    for steps in 1..=7 {
         let store = engine.open().await;
         let row = client(1, 1);
         if store.client(row.id).await.unwrap().is_none() {
@@ -133,15 +144,15 @@ pub(crate) async fn a_step_back_keeps_the_records(engine: &Engine) {
             matches!(&older, Error::Schema(what) if what.to_string().contains("store migrate"))
         );
         let report = store::migrate(&engine.settings, false).await.unwrap();
-        let before = 7 - i64::try_from(steps).unwrap();
+        let before = 8 - i64::try_from(steps).unwrap();
         assert_eq!((report.before, report.pending), (before, undone));
         let store = engine.open().await;
         assert_eq!(store.record(&alice).await.unwrap().unwrap().info, created);
         let uses = store.last_uses(&[created.id]).await.unwrap();
-        assert_eq!(uses.is_empty(), steps == 6);
-        assert_eq!(store.client(row.id).await.unwrap().is_none(), steps >= 5);
+        assert_eq!(uses.is_empty(), steps == 7);
+        assert_eq!(store.client(row.id).await.unwrap().is_none(), steps >= 6);
         let uses = store.client_uses(row.id).await.unwrap();
-        assert_eq!(uses.is_empty(), steps >= 5);
+        assert_eq!(uses.is_empty(), steps >= 6);
         store.close().await;
     }
 }
@@ -152,7 +163,7 @@ pub(crate) async fn a_dry_run_changes_no_database(engine: &Engine) {
         Place::Server(server, _) => Engine::bare_on(server),
     };
     let report = store::migrate(&engine.settings, true).await.unwrap();
-    assert_eq!((report.before, report.pending.len()), (0, 7));
+    assert_eq!((report.before, report.pending.len()), (0, 8));
     let status = store::status(&engine.settings).await.unwrap();
     assert_eq!((status.current, status.newest), (0, report.newest));
     let refused = store::open(&engine.settings).await.unwrap_err();

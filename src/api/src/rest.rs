@@ -14,7 +14,6 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{Router, routing};
-use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use keybroker_broker::Broker;
@@ -22,12 +21,14 @@ use keybroker_broker::Broker;
 mod answer;
 pub(super) mod body;
 mod origins;
+mod places;
 mod probes;
 mod requests;
 mod retry;
 mod settings;
 mod user_keys;
 
+pub use places::RetryPlaces;
 pub use settings::Settings;
 
 /// The state that all calls of the REST API share.
@@ -40,7 +41,7 @@ pub struct Context {
     /// The calls in progress, including those whose callers have disconnected.
     pub calls: TaskTracker,
     /// Limits the number of requests that wait for a retry.
-    retries: Arc<Semaphore>,
+    retries: RetryPlaces,
 }
 
 impl Context {
@@ -49,7 +50,7 @@ impl Context {
         broker: Arc<Broker>,
         call_timeout_max: Duration,
         calls: TaskTracker,
-        retries: Arc<Semaphore>,
+        retries: RetryPlaces,
     ) -> Self {
         Self {
             broker,

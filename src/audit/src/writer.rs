@@ -45,16 +45,16 @@ use super::{
 /// interval is less than the second within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
-/// How long a group collects whose first entry is in no hurry.
+/// Time for which further entries are collected if the first entry of a group may wait.
 const COLLECTED_FOR: Duration = Duration::from_millis(3);
-/// A group of this size does not grow further by waiting.
+/// If at least this many entries already wait, a group is written without `COLLECTED_FOR`.
 const COLLECTED_MAX: usize = 64;
 
 /// The action of the entry that records the removal of old segments.
 pub(super) const SEGMENTS_REMOVED: &str = "log.segments_removed";
 /// Longest name of an operator, in characters.
 const PRINCIPAL_MAX: usize = 256;
-/// The subjects of complaints.
+/// The operations whose repeated failures are logged only once.
 const MARK: &str = "mark";
 const REMOVAL: &str = "removal";
 const ACKNOWLEDGEMENT: &str = "acknowledgement";
@@ -64,7 +64,7 @@ pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
     Append(Waiting),
-    /// Like [`Command::Append`], for an entry that may wait for others.
+    /// Like [`Command::Append`], for an entry that may wait up to `COLLECTED_FOR` for others.
     AppendUnhurried(Waiting),
     Close,
 }
@@ -154,7 +154,8 @@ impl Writer {
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             if matches!(first, Command::AppendUnhurried(_)) && commands.len() < COLLECTED_MAX {
-                // A sleep and not a wait for further entries, because each of these would wake this thread.
+                // The thread sleeps and does not wait on the channel, because each further entry
+                // would wake it.
                 std::thread::sleep(COLLECTED_FOR);
             }
             let mut group = Vec::new();
@@ -368,8 +369,8 @@ impl Writer {
         self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
-        // This field is set before anything else can fail, so that the next attempt uses this file again and creates no
-        // second file.
+        // This field is set before anything else can fail, so that the next attempt removes this
+        // file and uses its number again.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,

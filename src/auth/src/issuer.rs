@@ -82,7 +82,8 @@ pub enum Subject {
     Text,
 }
 
-/// A profile: a set of values that are used for settings which the configuration does not contain.
+/// Default values for settings of an `[[issuer]]` section, by the software of the issuer. A value
+/// in the section takes precedence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
@@ -134,8 +135,8 @@ pub struct Settings {
     pub token_types: BTreeSet<String>,
     /// The required scopes: `scope` or `scp` must contain all of them.
     pub required_scopes: BTreeSet<String>,
-    /// The claims that an access token must have, each with its permitted values. A claim without listed values must
-    /// only be present.
+    /// The claims that an access token must have, each with its permitted values. A claim without
+    /// listed values may have any value.
     pub required_claims: BTreeMap<String, BTreeSet<String>>,
     /// The form of `sub`.
     pub subject: Subject,

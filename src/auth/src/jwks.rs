@@ -467,7 +467,8 @@ fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }
 
-/// Returns the first characters of a text in printable ASCII. An escape cannot make this text longer.
+/// Returns the first characters of a text, with `...` if the text is longer. Each character that
+/// is not printable ASCII becomes `?`, because an escape sequence would make the text longer.
 fn plain(text: &str, chars_max: usize) -> String {
     let printable = |c: char| {
         if c.is_ascii() && !c.is_ascii_control() {

@@ -413,7 +413,7 @@ impl Issuer {
                 "its `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
             )),
             ErrorKind::InvalidAudience => Cause::Audience.because(format!(
-                "its `aud` holds none of {:?}",
+                "its `aud` contains none of the accepted audiences {:?}",
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {

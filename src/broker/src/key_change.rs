@@ -17,7 +17,7 @@ use keybroker_core::{
     key::{WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::{Caller, ExpectedKey, admin::KeyAdmin};
+use keybroker_hsm::{Caller, admin::KeyAdmin};
 use keybroker_store as store;
 use keybroker_store::{RegistryChange, RegistryRow, RegistryUpdate};
 
@@ -79,7 +79,7 @@ pub(super) struct KeyChanges {
     /// Held during a change, so that this broker makes one change at a time.
     turn: tokio::sync::Mutex<()>,
     /// A key that was made and is not registered yet, which the workers already have to check.
-    awaited: Mutex<Option<ExpectedKey>>,
+    awaited: Mutex<Option<RegistryRow>>,
 }
 
 impl KeyChanges {
@@ -91,12 +91,12 @@ impl KeyChanges {
         }
     }
 
-    /// The key that is not registered yet, but that the workers have to check.
-    pub(super) fn awaited(&self) -> Option<ExpectedKey> {
+    /// The row of the key that is not registered yet, but that the workers have to check.
+    pub(super) fn awaited(&self) -> Option<RegistryRow> {
         self.lock_awaited().clone()
     }
 
-    fn lock_awaited(&self) -> MutexGuard<'_, Option<ExpectedKey>> {
+    fn lock_awaited(&self) -> MutexGuard<'_, Option<RegistryRow>> {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

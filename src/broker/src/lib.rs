@@ -78,7 +78,7 @@ pub use keybroker_store::{
 };
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
-pub use registry::expected_keys;
+pub use registry::Expect;
 pub use release::Released;
 
 use acknowledged::Acknowledged;
@@ -141,6 +141,8 @@ pub struct Parts {
     pub retention: Duration,
     /// Limits on what is stored for one user.
     pub capacity: Capacity,
+    /// The rule that says which keys must be on each token.
+    pub expect: Expect,
     /// Starts the short-lived admin workers that make wrapping keys.
     pub key_admin: KeyAdmin,
     /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`. `None` for no limit.
@@ -179,6 +181,7 @@ pub struct Broker {
     logged_problems: Mutex<LoggedProblems>,
     /// The changes of wrapping keys that this broker makes.
     key_changes: KeyChanges,
+    expect: Expect,
     key_age: KeyAge,
     refusals: Refusals,
     overload: Overload,
@@ -211,6 +214,7 @@ impl Broker {
             registry_refresh: tokio::sync::Mutex::default(),
             logged_problems: Mutex::default(),
             key_changes: KeyChanges::new(parts.key_admin),
+            expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
             capacity: parts.capacity,
             accepted_risks: parts.accepted_risks,

@@ -4,6 +4,7 @@
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::{
+    fmt,
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,7 +19,7 @@ use keybroker_hsm as hsm;
 use keybroker_hsm::{
     ExpectedKey, KeyProblem, MISSING_KEY_RETRY, Serving, TokenKey, TokenState, leave,
 };
-use keybroker_store::RegistryRow;
+use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
@@ -316,18 +317,30 @@ fn best<'a>(
     Some(best.check(key_use).map(|()| best.row.id))
 }
 
-/// The keys that must be on the token: all registered keys that are not destroyed.
-pub fn expected_keys<'a>(rows: impl IntoIterator<Item = &'a RegistryRow>) -> Vec<ExpectedKey> {
-    let rows = rows
-        .into_iter()
-        .filter(|row| row.state != WrappingKeyState::Destroyed);
-    rows.map(|row| ExpectedKey {
-        id: row.id,
-        objects: row.objects.clone(),
-        token_serial: row.token_serial.clone(),
-        fingerprint: row.fingerprint,
-    })
-    .collect()
+/// Computes the keys that must be on each token, by the configured name of the token, from the rows of the registry.
+type Compute =
+    dyn Fn(Vec<RegistryRow>, Vec<PlaceRow>) -> Vec<(String, Vec<ExpectedKey>)> + Send + Sync;
+
+/// The rule that says which keys must be on each token. The rule depends on the configuration of the tokens.
+#[derive(Clone)]
+pub struct Expect(Arc<Compute>);
+
+impl Expect {
+    /// `compute` returns the keys of each token, by the configured name of the token.
+    pub fn new(
+        compute: impl Fn(Vec<RegistryRow>, Vec<PlaceRow>) -> Vec<(String, Vec<ExpectedKey>)>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        Self(Arc::new(compute))
+    }
+}
+
+impl fmt::Debug for Expect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Expect").finish_non_exhaustive()
+    }
 }
 
 impl Broker {
@@ -384,6 +397,7 @@ impl Broker {
         known: &Registry,
         deadline: Deadline,
     ) -> Result<Registry, Error> {
+        let places = self.store.places().await?;
         let state = self.token.state();
         let mut fresh = Registry::default();
         for row in rows {
@@ -416,9 +430,17 @@ impl Broker {
             }
         }
         self.check_tombstones(&mut fresh, known, deadline).await?;
-        let mut expected = expected_keys(fresh.entries.iter().map(|entry| &entry.row));
-        expected.extend(self.key_changes.awaited());
-        self.token.expect_keys(expected);
+        let mut rows: Vec<RegistryRow> = fresh
+            .entries
+            .iter()
+            .map(|entry| entry.row.clone())
+            .collect();
+        if let Some(awaited) = self.key_changes.awaited()
+            && !fresh.knows(awaited.id)
+        {
+            rows.push(awaited);
+        }
+        self.token.expect_keys((self.expect.0)(rows, places));
         Ok(fresh)
     }
 
@@ -674,11 +696,16 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         return Some(match unusable.map(|key| &key.problem) {
             Some(KeyProblem::Missing(cause)) => Standing::Missing(cause.clone()),
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
+            // With several tokens, the token with the key may be absent for long, so no call waits for it.
+            None if !state.tokens.is_empty() => {
+                Standing::Missing("no token has shown the key yet".to_owned())
+            }
             None => Standing::Unproved,
         });
     };
     let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
-    if serial != hsm::unpadded(&row.token_serial) {
+    // Of several tokens, each compares the serial number when its workers start.
+    if state.tokens.is_empty() && serial != hsm::unpadded(&row.token_serial) {
         return Some(altered(
             row,
             &format!(

@@ -92,6 +92,8 @@ impl Token for LateToken {
 
     fn state(&self) -> TokenState {
         TokenState {
+            name: String::new(),
+            priority: 0,
             serving: Serving::Up,
             note: None,
             info: Some(TokenInfo {
@@ -104,10 +106,11 @@ impl Token for LateToken {
             workers: Vec::new(),
             queue_length: 0,
             last_self_test: None,
+            tokens: Vec::new(),
         }
     }
 
-    fn expect_keys(&self, _keys: Vec<hsm::ExpectedKey>) {}
+    fn expect_keys(&self, _keys: Vec<(String, Vec<hsm::ExpectedKey>)>) {}
 }
 
 fn token_key_called(id: WrappingKeyId) -> TokenKey {
@@ -166,10 +169,12 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             revisions_max: 1_000,
             keys_per_user_max: 1_000,
         },
+        expect: Expect::new(|_, _| Vec::new()),
         key_admin: KeyAdmin::new(
             "/none".into(),
             serde_json::from_str(r#"{"module":"/none.so"}"#).unwrap(),
             StateDirectory::below(folder),
+            false,
         ),
         rotate_after: None,
         accepted_risks: Vec::new(),

@@ -4,10 +4,8 @@
 //! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, and no unit in a label. A
 //! counter starts at 0 for each label value that is known in advance, so that a rate includes the first event.
 
-use metrics::{
-    Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle, Key,
-    Label as Pair, Level, Metadata, SharedString, Unit, with_recorder,
-};
+pub use metrics::{Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle};
+use metrics::{Key, Label as Pair, Level, Metadata, SharedString, Unit, with_recorder};
 
 use crate::{alert::Alert, error::Reason, principal::Action};
 
@@ -62,6 +60,8 @@ static STATEMENT: Label = Label::open("statement");
 static FILE: Label = Label::open("file");
 static WRAPPING_KEY: Label = Label::open("wrapping_key");
 static VERSION: Label = Label::open("version");
+/// The configured name of a token.
+static TOKEN: Label = Label::open("token");
 
 /// Why a connection ended before its first call.
 pub const HANDSHAKE_CAUSES: [&str; 16] = [
@@ -390,7 +390,7 @@ declare! {
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
         REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
-        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests waited for their next attempt.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests, in total or of one principal, waited for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED =
             "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
@@ -411,7 +411,8 @@ declare! {
         STORE_RETRIES = "keybroker_store_retries_total" [] "Database transactions that were tried again because of contention.";
         STORE_RECONNECTS = "keybroker_store_reconnects_total" [] "Database statements that were tried again on another connection.";
         STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";
-        TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [] "Token workers that ended and were replaced.";
+        TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [TOKEN] "Token workers that ended and were replaced.";
+        TOKEN_FAILOVERS = "keybroker_token_failovers_total" [TOKEN] "Jobs that another token did because this token failed or answered late.";
     }
     gauges {
         BUILD_INFO = "keybroker_build_info" [VERSION] "Always 1; the label is the version of the program.";
@@ -433,18 +434,18 @@ declare! {
         WRAPPING_KEY_USABLE =
             "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, whatever its state is, else 0.";
         WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user keys was registered; 0 if there is none.";
-        TOKEN_SERVING = "keybroker_token_serving" [] "1 while the token serves, else 0.";
-        TOKEN_WORKERS = "keybroker_token_workers" [] "Token workers that are ready.";
-        TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [] "Jobs that wait for a session of the token.";
-        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [] "Time since the last self-test of the token succeeded.";
-        TOKEN_PIN_LATCHED = "keybroker_token_pin_latched" [] "1 when the token rejected the PIN and no login is tried, else 0.";
+        TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while the token serves, else 0.";
+        TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
+        TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";
+        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last self-test of the token succeeded.";
+        TOKEN_PIN_LATCHED = "keybroker_token_pin_latched" [TOKEN] "1 when the token rejected the PIN and no login is tried, else 0.";
     }
     histograms {
         CALL_DURATION = "keybroker_call_duration_seconds" [ACTION] SECONDS "Time from the start of a call to its outcome.";
         CALL_OVERHEAD =
             "keybroker_call_overhead_seconds" [] SECONDS "Time that the broker takes for an unwrap, without the time in the queue and on the token.";
-        TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [] SECONDS "Time that jobs waited for a session of the token.";
-        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time that the token takes for a job.";
+        TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [TOKEN] SECONDS "Time that jobs waited for a session of the token.";
+        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [TOKEN] SECONDS "Time that the token takes for a job.";
         AUDIT_GROUP_ENTRIES = "keybroker_audit_group_entries" [] ENTRIES "Audit entries that became durable together.";
     }
 }

@@ -23,13 +23,16 @@ pub mod admin;
 mod caller;
 mod job;
 mod link;
+mod measures;
+mod pool;
 mod process;
 mod queue;
 mod start;
 mod supervisor;
 
 pub use caller::Caller;
-pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
+pub use keybroker_worker_protocol::{ExpectedKey, Proof, Settings, TokenInfo, unpadded};
+pub use pool::{Entry, Pool};
 pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};
 pub use supervisor::{StartupError, Supervisor};
 
@@ -91,15 +94,19 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// The last known state. This function never waits for the token.
     fn state(&self) -> TokenState;
 
-    /// Sets the keys that must be on the token, according to the registry. If the keys changed, the workers are replaced
+    /// Sets the keys that must be on each token, by the configured name of the token, according to the registry. If the keys changed, the workers are replaced
     /// one after another, without an interruption. This function does not wait for that: a key can be used as soon as
     /// [`TokenState::keys`] contains it.
-    fn expect_keys(&self, keys: Vec<ExpectedKey>);
+    fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>);
 }
 
 /// The last known state of the token and its workers.
 #[derive(Clone, Debug)]
 pub struct TokenState {
+    /// The configured name of the token; empty for the state of several tokens together.
+    pub name: String,
+    /// The configured priority of the token. For several tokens together, the highest priority.
+    pub priority: u8,
     /// Whether the token serves.
     pub serving: Serving,
     /// A problem that an administrator must know although the token is still usable, such as a latched PIN. After the
@@ -117,6 +124,16 @@ pub struct TokenState {
     pub queue_length: usize,
     /// When a self-test last passed.
     pub last_self_test: Option<Timestamp>,
+    /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
+    /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
+    pub tokens: Vec<TokenState>,
+}
+
+impl TokenState {
+    /// Whether at least one key has a token that serves.
+    pub fn serves_a_key(&self) -> bool {
+        self.serving == Serving::Up || self.tokens.iter().any(|token| token.serving == Serving::Up)
+    }
 }
 
 /// Whether the token serves.

@@ -236,6 +236,15 @@ fn setup(
                 private_cka_id: key.objects.private_bytes().to_vec(),
                 integrity_cka_id: key.objects.integrity_bytes().to_vec(),
                 token_serial: key.token_serial.clone(),
+                may_be_elsewhere: key.may_be_elsewhere,
+                proofs: key
+                    .proofs
+                    .iter()
+                    .map(|proof| wire::setup::Proof {
+                        message: proof.message.clone(),
+                        mac: proof.mac.to_vec(),
+                    })
+                    .collect(),
             })
             .collect(),
         ..settings.to_setup(state.path())
@@ -267,12 +276,21 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
         wrap.insert(id, Arc::new(public));
     }
     let unusable = unusable(ready.unusable)?;
-    let same = expected.len() == keys.len() + unusable.len()
-        && expected.iter().all(|wanted| {
-            keys.iter()
-                .any(|key| key.id == wanted.id && key.fingerprint == wanted.fingerprint)
-                || unusable.iter().any(|key| key.id == wanted.id)
-        });
+    let is_of = |key: &TokenKey, wanted: &ExpectedKey| {
+        key.id == wanted.id && key.fingerprint == wanted.fingerprint
+    };
+    let is_reported = |wanted: &ExpectedKey| {
+        wanted.may_be_elsewhere
+            || keys.iter().any(|key| is_of(key, wanted))
+            || unusable.iter().any(|key| key.id == wanted.id)
+    };
+    let same = keys
+        .iter()
+        .all(|key| expected.iter().any(|wanted| is_of(key, wanted)))
+        && unusable
+            .iter()
+            .all(|key| expected.iter().any(|wanted| key.id == wanted.id))
+        && expected.iter().all(is_reported);
     if !same {
         return Err(untrusted(
             "the worker did not report on exactly the expected keys".to_owned(),

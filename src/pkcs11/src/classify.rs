@@ -8,7 +8,7 @@ use std::fmt;
 
 use cryptoki::error::{Error, RvError};
 
-/// The class of a failure.
+/// What a failure means for the job, the session and the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     /// The input is wrong, and the session can be used again.
@@ -19,7 +19,7 @@ pub(super) enum Class {
     TokenLost,
     /// The code is ambiguous, and the self-test decides.
     Ambiguous,
-    /// The token is busy.
+    /// The token has no free session, or memory is exhausted. The job may succeed later.
     BackOff,
     /// The PIN was rejected, or the token must not be given the PIN.
     Pin,
@@ -40,7 +40,7 @@ pub(super) enum Class {
     Untrusted,
 }
 
-/// A classified failure inside the module, with a text for the log.
+/// A failure with its class, and with a text for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) class: Class,
@@ -53,6 +53,14 @@ impl Fault {
             class,
             detail: detail.into(),
         }
+    }
+
+    /// Whether the cause may be the input, the token or a short overload of the token.
+    pub(super) fn is_ambiguous(&self) -> bool {
+        matches!(
+            self.class,
+            Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken
+        )
     }
 
     /// Adds a sentence to the text of the failure.

@@ -8,6 +8,7 @@
 mod admin;
 pub mod admin_worker;
 pub mod attribute_check;
+mod busy;
 mod calling;
 mod classify;
 #[doc(hidden)]

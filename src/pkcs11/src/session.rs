@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -21,11 +22,16 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
+    busy::{LastAnswer, REFUSALS_MAX, Refusals, pause_after},
     classify::{Class, Fault},
     keys::{KeyPair, KeySession, Place},
     open::ProvedKey,
     operation,
 };
+
+/// Self-tests in a row that a token may refuse with an ambiguous code before the token counts as lost. With the pauses
+/// between them, a token that has left is noticed within a tenth of a second.
+const SELF_TESTS_MAX: u32 = 16;
 
 /// The state that all session threads of a worker share.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ pub(super) struct Shared {
     pub(super) keys: Vec<ProvedKey>,
     /// Number of self-tests that all threads have begun, which chooses the key of the next self-test.
     pub(super) turn: AtomicUsize,
+    /// When the token last answered any session.
+    pub(super) last_answer: LastAnswer,
 }
 
 impl Shared {
@@ -61,9 +69,13 @@ enum Stop {
     Failed(wire::Failure),
     /// The session was lost before the job had an effect. The job may be repeated once on another session.
     SessionLost(Fault),
-    /// The token refused the job, although the self-test passes. The token may have been busy for a moment, so the job
-    /// is repeated once. If the token refuses the job again, the job has failed.
-    Doubted(wire::Failure),
+    /// The token refused the job, although the self-test passes. The token may be busy, so the job is repeated. If the
+    /// token refuses the job often enough, the job has failed: see [`Refusals`].
+    Doubted {
+        refusal: wire::Failure,
+        /// The self-tests that the token refused before one passed.
+        self_tests_refused: u32,
+    },
 }
 
 impl SessionThread {
@@ -87,9 +99,9 @@ impl SessionThread {
         (outcome, started.elapsed())
     }
 
-    /// Runs a job. Repeats the job at most once after a lost session, and at most once after a refusal by the token.
+    /// Runs a job. Repeats the job at most once after a lost session, and a few times after a refusal by the token.
     fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
-        let (mut lost, mut doubted) = (false, None);
+        let (mut lost, mut refusals, mut refused_as) = (false, Refusals::default(), None);
         loop {
             match self.attempt(job, deadline) {
                 Ok(bytes) => return Ok(bytes),
@@ -98,17 +110,28 @@ impl SessionThread {
                     return Err(failure(FailureClass::SessionLost, fault.to_string()));
                 }
                 Err(Stop::SessionLost(_)) => lost = true,
-                Err(Stop::Doubted(refusal)) => match doubted.replace(refusal.class) {
-                    None => {}
-                    Some(before) if before == refusal.class => return Err(refusal),
-                    Some(_) => {
+                Err(Stop::Doubted {
+                    refusal,
+                    self_tests_refused,
+                }) => {
+                    refusals.add(self_tests_refused);
+                    let before = *refused_as.get_or_insert(refusal.class);
+                    if before != refusal.class {
                         let what = format!(
                             "the token returned inconsistent errors on retry: {}",
                             refusal.detail
                         );
                         return Err(failure(FailureClass::BackOff, what));
                     }
-                },
+                    if refusals.are_conclusive() {
+                        return Err(refusal);
+                    }
+                    if refusals.count() == REFUSALS_MAX {
+                        let what = format!("the token is busy: {}", refusal.detail);
+                        return Err(failure(FailureClass::BackOff, what));
+                    }
+                    thread::sleep(pause_after(refusals.count()));
+                }
             }
         }
     }
@@ -152,7 +175,8 @@ impl SessionThread {
         check_deadline(deadline)?;
         let (session, pair) = self.session(key)?;
         let made = operation::mac(&session.session, pair, message);
-        made.map(|mac| Zeroizing::new(mac.to_vec()))
+        made.inspect(|_| self.shared.last_answer.note())
+            .map(|mac| Zeroizing::new(mac.to_vec()))
             // No input of a caller can make the computation of a MAC fail, so the failure means that the token is busy.
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
     }
@@ -167,7 +191,9 @@ impl SessionThread {
         check_deadline(deadline)?;
         let (session, pair) = self.session(key)?;
         let verified = operation::verify(&session.session, pair, message, mac);
-        verified.map_err(|fault| self.stop(fault, key, deadline, FailureClass::MacRefused))
+        verified
+            .inspect(|()| self.shared.last_answer.note())
+            .map_err(|fault| self.stop(fault, key, deadline, FailureClass::MacRefused))
     }
 
     fn decrypt(&mut self, job: &wire::Unwrap, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
@@ -180,7 +206,9 @@ impl SessionThread {
         let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
         // The MAC was valid, so the caller did not cause the failure. The self-test shows whether the row is damaged or
         // the token is faulty.
-        decrypted.map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
+        decrypted
+            .inspect(|_| self.shared.last_answer.note())
+            .map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
     }
 
     fn session(&self, key: &[u8]) -> Result<(&KeySession, &KeyPair), Stop> {
@@ -217,7 +245,10 @@ impl SessionThread {
             }
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 match self.revive(key, deadline) {
-                    Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
+                    Ok(self_tests_refused) => Stop::Doubted {
+                        refusal: failure(refusal, fault.to_string()),
+                        self_tests_refused,
+                    },
                     Err(Stop::Failed(mut self_test)) => {
                         self_test.detail = format!("{fault}; then {}", self_test.detail);
                         Stop::Failed(self_test)
@@ -228,8 +259,35 @@ impl SessionThread {
         }
     }
 
-    /// Opens a new session and runs the self-test of this key on it.
-    fn revive(&mut self, key: &[u8], deadline: u64) -> Result<(), Stop> {
+    /// Opens a new session and runs the self-test of this key on it. Repeats the self-test if its failure is ambiguous,
+    /// because a busy token refuses the self-test as it refuses a job.
+    ///
+    /// If the token refuses every self-test, but answers another session meanwhile, the token is busy and not lost. Returns
+    /// the number of refused self-tests before the one that passed.
+    fn revive(&mut self, key: &[u8], deadline: u64) -> Result<u32, Stop> {
+        let (mut refusals, since) = (0, frame::monotonic_ns());
+        loop {
+            let Err(fault) = self.open_and_test(key, deadline)? else {
+                return Ok(refusals);
+            };
+            refusals += 1;
+            if !fault.is_ambiguous() {
+                return Err(Stop::from_self_test(&fault));
+            }
+            if refusals == SELF_TESTS_MAX {
+                return Err(if self.shared.last_answer.is_since(since) {
+                    Stop::failed(FailureClass::BackOff, format!("the token is busy: {fault}"))
+                } else {
+                    Stop::from_self_test(&fault)
+                });
+            }
+            thread::sleep(pause_after(refusals));
+        }
+    }
+
+    /// Opens a new session and runs the self-test of this key on it once. The session is kept if the self-test passes.
+    /// Returns the fault of the self-test as the inner error.
+    fn open_and_test(&mut self, key: &[u8], deadline: u64) -> Result<Result<(), Fault>, Stop> {
         check_deadline(deadline)?;
         let session = self
             .shared
@@ -241,11 +299,11 @@ impl SessionThread {
             .keys
             .iter()
             .find(|known| known.place.id.as_bytes() == key);
-        if let Some(proved) = proved {
-            check(proved, &session).map_err(|fault| Stop::from_self_test(&fault))?;
+        let tested = proved.map_or(Ok(()), |proved| check(proved, &session));
+        if tested.is_ok() {
+            self.current = Some(session);
         }
-        self.current = Some(session);
-        Ok(())
+        Ok(tested)
     }
 
     /// Each call tests the next key in turn, so that a self-test takes no longer on a token with many keys.
@@ -274,7 +332,7 @@ impl SessionThread {
             // session decides.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
-                self.revive(key.as_bytes(), deadline)
+                self.revive(key.as_bytes(), deadline).map(drop)
             }
         }
     }

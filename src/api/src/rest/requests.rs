@@ -126,7 +126,7 @@ impl Context {
             call,
             key,
         };
-        let mut retry = Retry::new(entered.call.clone(), self.retries);
+        let mut retry = Retry::new(entered.call.clone(), self.retries, entered.principal.name());
         let answered = if action == Action::Unwrap {
             entered.get(&mut retry).await
         } else {

@@ -1,17 +1,14 @@
 //! Retries calls during short outages, because a Bitwarden client logs its user out after an error.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
-
-use tokio::sync::Semaphore;
+use std::time::{Duration, Instant};
 
 use keybroker_core::{
     call::{Call, CallId, Deadline},
     error::{Error, Reason},
     metrics,
 };
+
+use super::places::RetryPlaces;
 
 /// Longest time for all retries of one request. Clients and proxies wait for an answer for at least half a minute.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
@@ -32,20 +29,23 @@ pub(super) struct Retry {
     request: Call,
     until: Instant,
     repetitions: u32,
-    places: Arc<Semaphore>,
+    places: RetryPlaces,
+    /// The name of the principal of the request.
+    principal: String,
     /// The id of the last call; `None` before the first call.
     last: Option<CallId>,
 }
 
 impl Retry {
-    /// Prepares the retries of a request. The first call has the id of the request.
-    pub(super) fn new(request: Call, places: Arc<Semaphore>) -> Self {
+    /// Prepares the retries of a request of this principal. The first call has the id of the request.
+    pub(super) fn new(request: Call, places: RetryPlaces, principal: &str) -> Self {
         let until = Instant::now() + RETRY_TIME_MAX;
         Self {
             until: request.deadline.instant().min(until),
             request,
             repetitions: 0,
             places,
+            principal: principal.to_owned(),
             last: None,
         }
     }
@@ -74,8 +74,7 @@ impl Retry {
             let Some(pause) = self.pause(&error) else {
                 return Err(error);
             };
-            // A waiting request occupies a connection and the memory of its body.
-            let Ok(_place) = self.places.try_acquire() else {
+            let Some(_place) = self.places.take(&self.principal) else {
                 metrics::REST_RETRIES_REFUSED.increment();
                 return Err(error);
             };
@@ -189,8 +188,8 @@ mod tests {
         Call::start("127.0.0.1:1", Deadline::after(timeout))
     }
 
-    fn places() -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(8))
+    fn places() -> RetryPlaces {
+        RetryPlaces::new(8)
     }
 
     fn queue_full() -> Error {
@@ -198,14 +197,14 @@ mod tests {
     }
 
     fn retry(timeout: Duration) -> Retry {
-        Retry::new(call(timeout), places())
+        Retry::new(call(timeout), places(), "alice")
     }
 
     #[tokio::test]
     async fn a_short_outage_is_waited_out_with_an_id_for_each_try() {
         let mut ids = HashSet::new();
         let request = call(Duration::from_secs(30));
-        let mut retry = Retry::new(request.clone(), places());
+        let mut retry = Retry::new(request.clone(), places(), "alice");
         let answer = retry.ask(|call| {
             ids.insert(call.id);
             let outage = (ids.len() < 4).then(|| Error::new(Reason::StoreDown, "unavailable"));
@@ -241,7 +240,7 @@ mod tests {
     #[tokio::test]
     async fn every_step_has_an_id_and_a_deadline_of_its_own() {
         let request = call(Duration::from_secs(30));
-        let mut retry = Retry::new(request.clone(), places());
+        let mut retry = Retry::new(request.clone(), places(), "alice");
         let mut ids = HashSet::new();
         for _ in 0..4 {
             let step = retry.ask(|call| async { Ok(call) }).await.unwrap();
@@ -250,7 +249,7 @@ mod tests {
         }
         assert!(ids.contains(&request.id));
         let short = call(Duration::from_secs(1));
-        let step = Retry::new(short.clone(), places()).next();
+        let step = Retry::new(short.clone(), places(), "alice").next();
         assert_eq!(step.deadline, short.deadline);
     }
 
@@ -282,7 +281,7 @@ mod tests {
     async fn an_outage_that_lasts_is_answered_before_the_deadline() {
         for reason in [Reason::TokenDown, Reason::Deadline] {
             let call = call(Duration::from_millis(900));
-            let mut retry = Retry::new(call.clone(), places());
+            let mut retry = Retry::new(call.clone(), places(), "alice");
             let answer = retry.ask(|_| async { Err::<(), _>(Error::new(reason, "unavailable")) });
             assert_eq!(answer.await.unwrap_err().reason(), reason);
             assert!(!call.deadline.remaining().is_zero());
@@ -305,11 +304,12 @@ mod tests {
     /// A request that is refused for lack of places leaves them free for those that wait already.
     #[tokio::test]
     async fn waiting_requests_cannot_fill_the_broker() {
-        let places = Arc::new(Semaphore::new(1));
-        let taken = Arc::clone(&places).try_acquire_owned().unwrap();
+        let places = RetryPlaces::new(1);
+        let mut taken = places.take("bob");
+        assert!(taken.is_some());
         for is_free in [false, true] {
             let mut tries = 0;
-            let mut retry = Retry::new(call(Duration::from_secs(30)), Arc::clone(&places));
+            let mut retry = Retry::new(call(Duration::from_secs(30)), places.clone(), "alice");
             let answer = retry.ask(|_| {
                 tries += 1;
                 let full = (tries == 1).then(queue_full);
@@ -317,12 +317,9 @@ mod tests {
             });
             assert_eq!(answer.await.is_ok(), is_free);
             assert_eq!(tries, if is_free { 2 } else { 1 });
-            if !is_free {
-                places.add_permits(1);
-            }
+            taken = None;
         }
-        drop(taken);
-        assert_eq!(places.available_permits(), 2);
+        assert!(taken.is_none() && places.take("bob").is_some());
     }
 
     /// The pause is at least the time that the broker asks for.

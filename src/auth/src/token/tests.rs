@@ -507,9 +507,11 @@ async fn the_audience_is_looked_at_when_it_is_configured() {
     running.accepted(&with(json!("keybroker"))).await;
     running.accepted(&with(json!(["other", "keys"]))).await;
     running
-        .refused(&with(json!("other")), "`aud` holds none")
+        .refused(&with(json!("other")), "`aud` contains none")
         .await;
-    running.refused(&with(json!([])), "`aud` holds none").await;
+    running
+        .refused(&with(json!([])), "`aud` contains none")
+        .await;
     running.refused(&with(json!({"keys": 1})), "no `aud`").await;
     running.refused(&service.user_token(ADA), "no `aud`").await;
 }

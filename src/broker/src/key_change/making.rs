@@ -5,12 +5,9 @@ use std::{sync::Arc, time::Duration};
 use keybroker_core::{
     call::{Deadline, Timestamp},
     error::{Error, Reason},
-    key::{Purpose, WrappingKeyState},
+    key::{Purpose, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm::{
-    ExpectedKey,
-    admin::{Admin, AdminError, CheckedKey, KeyAdmin},
-};
+use keybroker_hsm::admin::{Admin, AdminError, CheckedKey, KeyAdmin};
 use keybroker_store::RegistryRow;
 
 use crate::{Broker, TaskFailed, registry::token_key};
@@ -43,14 +40,9 @@ impl MadeKey {
         .await
     }
 
-    /// The key for the workers.
-    pub(super) fn expected(&self) -> ExpectedKey {
-        ExpectedKey {
-            id: self.key.id,
-            objects: self.key.objects.clone(),
-            token_serial: self.admin.info().serial.clone(),
-            fingerprint: self.key.fingerprint,
-        }
+    /// The id of the key.
+    pub(super) fn id(&self) -> WrappingKeyId {
+        self.key.id
     }
 
     /// Makes the registry row of the key, with a MAC by its integrity key.
@@ -86,13 +78,15 @@ impl MadeKey {
         let removed = blocking("removing a wrapping key", move || self.admin.remove_key(id));
         match removed.await {
             Ok(_) => {
-                tracing::info!(wrapping_key = %id, "the new wrapping key was removed from the token")
+                tracing::info!(wrapping_key = %id, "the new wrapping key was removed from the token");
             }
-            Err(error) => tracing::error!(
-                wrapping_key = %id, %error,
-                "a new wrapping key is on the token but not registered, and could not be removed; `keybroker token check` \
-                 shows it, and `keybroker key register` or `keybroker key remove` completes the change"
-            ),
+            Err(error) => {
+                tracing::error!(
+                    wrapping_key = %id, %error,
+                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker token check` \
+                     shows it, and `keybroker key register` or `keybroker key remove` completes the change"
+                );
+            }
         }
     }
 
@@ -108,9 +102,9 @@ impl MadeKey {
 impl Broker {
     /// Waits until the workers have checked a key that is not registered yet, so that its first use needs no wait. If this
     /// function fails, the workers do not expect the key any more.
-    pub(super) async fn prove_new_key(&self, key: ExpectedKey) -> Result<(), Error> {
-        let id = key.id;
-        *self.key_changes.lock_awaited() = Some(key);
+    pub(super) async fn prove_new_key(&self, row: RegistryRow) -> Result<(), Error> {
+        let id = row.id;
+        *self.key_changes.lock_awaited() = Some(row);
         let until = Deadline::after(CHECK_TIMEOUT);
         loop {
             self.refresh_registry().await?;

@@ -172,7 +172,7 @@ impl Broker {
             Ok(made) => made,
             Err(error) => return self.close_intent(intent, &draft, Err(error)).await,
         };
-        let id = made.expected().id;
+        let id = made.id();
         draft.wrapping_key(id);
         let planned = self.plan_new(&made, rotation, previous).await;
         let registered = self.register_new(call, &draft, at, intent, planned).await;
@@ -221,7 +221,9 @@ impl Broker {
         rotation: Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<RegistryChange, Error> {
-        self.prove_new_key(made.expected()).await?;
+        // The workers need the row of the key before the key is registered.
+        let unregistered = made.row(WrappingKeyState::PreActive, 0).await?;
+        self.prove_new_key(unregistered).await?;
         let registry = self.registry()?;
         let mut rows = registry.rows();
         let has_waiting = rows.any(|(row, _)| row.state == WrappingKeyState::PreActive);
@@ -230,7 +232,7 @@ impl Broker {
         }
         let mut planner = Planner::new(&registry);
         let state = if rotation.single {
-            planner.deactivate_others(&registry, made.expected().id);
+            planner.deactivate_others(&registry, made.id());
             WrappingKeyState::Active
         } else {
             if let Some(row) = registry.wrapping_key().ok().and_then(|id| registry.row(id)) {

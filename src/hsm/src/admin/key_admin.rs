@@ -14,15 +14,23 @@ pub struct KeyAdmin {
     program: PathBuf,
     settings: Settings,
     state: StateDirectory,
+    is_one_of_several: bool,
 }
 
 impl KeyAdmin {
     /// `program` is the running binary, which contains the admin worker. `state` is the state directory of this instance.
-    pub fn new(program: PathBuf, settings: Settings, state: StateDirectory) -> Self {
+    /// `is_one_of_several` says whether the configuration has further tokens.
+    pub fn new(
+        program: PathBuf,
+        settings: Settings,
+        state: StateDirectory,
+        is_one_of_several: bool,
+    ) -> Self {
         Self {
             program,
             settings,
             state,
+            is_one_of_several,
         }
     }
 
@@ -53,6 +61,13 @@ impl KeyAdmin {
 
     /// Why a running broker cannot make a key on this token; `None` if it can.
     pub fn cannot_make_keys(&self) -> Option<&'static str> {
+        if self.is_one_of_several {
+            return Some(
+                "the configuration has several tokens, and a key on only one of them would end the failover: make the key with \
+                 `keybroker key generate --token NAME`, copy it to the other tokens, and register it there with `keybroker key \
+                 register`",
+            );
+        }
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Some(
                 "with `access_control = \"outside-pkcs11\"`, keys are made with the vendor's tool and registered with \

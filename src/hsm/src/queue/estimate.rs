@@ -26,13 +26,23 @@ pub enum Planned {
 
 /// The kind of a job: its key, and whether it uses the RSA key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Kind {
+pub(crate) struct Kind {
     /// Whether the job uses the RSA key in addition to the integrity key.
     is_unwrap: bool,
     key: WrappingKeyId,
 }
 
 impl Kind {
+    /// A job with the integrity key of this wrapping key, and with the RSA key if `is_unwrap` is true.
+    pub(crate) const fn new(key: WrappingKeyId, is_unwrap: bool) -> Self {
+        Self { is_unwrap, key }
+    }
+
+    /// The wrapping key of the job.
+    pub(crate) const fn key(self) -> WrappingKeyId {
+        self.key
+    }
+
     /// `None` for a self-test or a malformed request.
     pub(super) fn of(work: &Work) -> Option<Self> {
         let (is_unwrap, key) = match work.job()? {

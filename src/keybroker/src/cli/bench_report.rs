@@ -1,4 +1,5 @@
-//! `keybroker bench-report`: draws charts and writes tables from the JSON documents of `keybroker bench`.
+//! `keybroker bench-report`: draws charts and writes tables from the JSON documents of `keybroker bench` and of long runs
+//! with faults.
 
 use std::{
     fs,
@@ -12,16 +13,23 @@ use crate::output_file;
 
 use super::{
     Context,
-    bench::{document::Document, table},
+    bench::{
+        document::{Document, ParseError},
+        table,
+    },
     exit::{Exit, Failure},
 };
 
 mod chart;
+mod soak;
 mod svg;
+
+use chart::Named;
+use soak::Soak;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// JSON files that `keybroker bench --json` wrote
+    /// JSON files that `keybroker bench --json` or `scripts/soak.sh` wrote
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Directory to write the charts and tables to
@@ -35,18 +43,19 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     for file in &arguments.files {
         let usage = |what: String| Failure::new(Exit::Usage, format!("{}: {what}", file.display()));
         let text = fs::read_to_string(file).map_err(|error| usage(error.to_string()))?;
-        let document = Document::parse(&text).map_err(|error| {
-            usage(error.to_string())
-                .hint("measure again with `keybroker bench --json FILE` of this release")
+        let (charts, markdown) = read(&text).map_err(|error| {
+            usage(error.to_string()).hint(
+                "measure again with `keybroker bench --json FILE` or `scripts/soak.sh` of this release",
+            )
         })?;
         let name = file.file_stem().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| usage("the name of the file is not UTF-8".to_owned()))?;
         let table = format!("{name}.md");
-        let charts = chart::charts(&document).into_iter().map(|chart| {
+        let charts = charts.into_iter().map(|chart| {
             let suffix = chart.suffix;
             (format!("{name}{suffix}.svg"), chart.svg.to_string())
         });
-        let files = charts.chain([(table, table::markdown(&document))]);
+        let files = charts.chain([(table, markdown)]);
         for (name, text) in files {
             let path = arguments.out.join(name);
             write(&path, &text)?;
@@ -60,6 +69,16 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
             .collect(),
         "no files",
     )
+}
+
+/// The charts and the table of a document.
+fn read(text: &str) -> Result<(Vec<Named>, String), ParseError> {
+    if let Some(run) = Soak::parse(text) {
+        let run = run.map_err(ParseError::Json)?;
+        return Ok((run.charts(), run.markdown()));
+    }
+    let document = Document::parse(text)?;
+    Ok((chart::charts(&document), table::markdown(&document)))
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Failure> {

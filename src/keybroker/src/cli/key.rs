@@ -6,7 +6,7 @@ use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use crate::config::Config;
+use crate::{config::Config, places::Registry};
 use keybroker_audit::Entry;
 use keybroker_client::proto::WrappingKeyChange;
 use keybroker_core::{
@@ -35,6 +35,8 @@ use super::{
     token::{note_file_in_backup, note_tests_not_made},
 };
 
+mod place;
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Generate a wrapping key and its integrity key on the token, test both keys and register them
@@ -46,7 +48,8 @@ pub(super) enum Command {
     ///
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
     /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
-    /// checks of `token check`. Stop the broker before you run this command.
+    /// checks of `token check`. With several tokens in the configuration, `--token NAME` registers a key that is already registered
+    /// for another token also for this token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -80,7 +83,7 @@ pub(super) enum Command {
     Compromise(change::OneKey),
     /// Record that a missing key is lost for ever
     ///
-    /// The key counts as destroyed. Calls for its user keys then get KEY_STATE instead of TOKEN_DOWN, so that clients stop trying.
+    /// The key counts as destroyed. Calls for its user keys then get `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop trying.
     /// Use this command only if no backup of the token contains the key.
     Lost(change::Lost),
 }
@@ -110,8 +113,10 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Generate(arguments) => generate(&arguments, context),
         Command::Register(arguments) => register(&arguments, context),
         Command::List => {
-            let rows = block_on(registry(&context.config()?))??;
-            let rows = rows.iter().map(fields).collect();
+            let config = context.config()?;
+            let registry = block_on(registry(&config))??;
+            let shown = |row| fields_with_tokens(row, &registry, &config);
+            let rows = registry.rows.iter().map(shown).collect();
             context.output.list(
                 rows,
                 "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
@@ -119,20 +124,27 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         }
         Command::Show { id } => {
             let id = parse_id(&id)?;
-            let rows = block_on(registry(&context.config()?))??;
-            let row = rows.iter().find(|row| row.id == id).ok_or_else(|| {
-                Failure::new(Exit::Untrusted, format!("key {id} is not registered"))
-            })?;
-            context.output.fields(fields(row))
+            let config = context.config()?;
+            let registry = block_on(registry(&config))??;
+            let row = registry
+                .rows
+                .iter()
+                .find(|row| row.id == id)
+                .ok_or_else(|| {
+                    Failure::new(Exit::Untrusted, format!("key {id} is not registered"))
+                })?;
+            context
+                .output
+                .fields(fields_with_tokens(row, &registry, &config))
         }
         Command::Remove(arguments) => removal::remove(&arguments, context),
         Command::Rotate(arguments) => change::rotate(arguments, context),
-        Command::Activate(arguments) => change::activate(arguments, context),
-        Command::Suspend(key) => change::change(key, WrappingKeyChange::Suspend, context),
-        Command::Resume(key) => change::change(key, WrappingKeyChange::Resume, context),
-        Command::Deactivate(key) => change::change(key, WrappingKeyChange::Deactivate, context),
-        Command::Lost(arguments) => change::lost(arguments, context),
-        Command::Compromise(key) => change::change(key, WrappingKeyChange::Compromise, context),
+        Command::Activate(arguments) => change::activate(&arguments, context),
+        Command::Suspend(key) => change::change(&key, WrappingKeyChange::Suspend, context),
+        Command::Resume(key) => change::change(&key, WrappingKeyChange::Resume, context),
+        Command::Deactivate(key) => change::change(&key, WrappingKeyChange::Deactivate, context),
+        Command::Lost(arguments) => change::lost(&arguments, context),
+        Command::Compromise(key) => change::change(&key, WrappingKeyChange::Compromise, context),
     }
 }
 
@@ -157,11 +169,11 @@ fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
     })
 }
 
-async fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
+async fn registry(config: &Config) -> Result<Registry, Failure> {
     let store = store::open(&config.store).await?;
-    let rows = store.registry().await;
+    let registry = Registry::read(&*store).await;
     store.close().await;
-    Ok(rows?)
+    Ok(registry?)
 }
 
 fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
@@ -172,9 +184,9 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
     // Every check that could refuse the registry row comes before the keys are made on the token.
     let _lock = store::lock(&config.store)?;
-    let rows = block_on(registry(&config))??;
+    let rows = block_on(registry(&config))??.rows;
     let files = integrity_files(&config)?;
-    let pin = arguments.pin.get(&config.token)?;
+    let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(&rows))?;
     let (row, file) = entries::audited(
         context,
@@ -189,6 +201,9 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                 file = store_integrity_key(files, &key)?;
                 let row = new_row(&admin, &key, &rows)?;
                 insert(&config, &row)?;
+                if config.tokens.are_several() {
+                    place::add(&config, &admin, &key, &row)?;
+                }
                 Ok(row)
             };
             let row = register().map_err(|failure: Failure| {
@@ -212,7 +227,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 /// The files of integrity keys, if the settings permit them. The directory of the integrity key files must be ready before a key
 /// is made.
 fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
-    let Some(files) = IntegrityFiles::permitted(&config.token)? else {
+    let Some(files) = IntegrityFiles::permitted(config.token())? else {
         return Ok(None);
     };
     files.check_writable()?;
@@ -297,25 +312,33 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         .map(parse_object_id)
         .transpose()?;
     let _lock = store::lock(&config.store)?;
-    let rows = block_on(registry(&config))??;
-    let files = IntegrityFiles::permitted(&config.token)?;
-    let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, false, &serials(&rows))?;
-    let key = find(&admin, &rows, &object, integrity, files)?;
+    let registry = block_on(registry(&config))??;
+    let rows = &registry.rows;
+    let files = IntegrityFiles::permitted(config.token())?;
+    let pin = arguments.pin.get(config.token())?;
+    let admin = log_in(&config, &pin, false, &serials(rows))?;
+    let key = find(&admin, rows, &object, integrity, files)?;
     let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
-    refuse_shared_integrity_key(&key, &rows)?;
+    refuse_shared_integrity_key(&key, rows)?;
     let mut file = None;
     let row = match rows.iter().find(|row| row.id == id) {
         None => entries::audited(context, &config, "wrapping_key.register", describe, || {
             file = store_integrity_key(files, &key)?;
-            let row = new_row(&admin, &key, &rows)?;
+            let row = new_row(&admin, &key, rows)?;
             insert(&config, &row)?;
+            if config.tokens.are_several() {
+                place::add(&config, &admin, &key, &row)?;
+            }
             Ok(row)
         })?,
+        Some(old) if config.tokens.are_several() => {
+            place::register(context, &config, &admin, &key, old, &registry)?;
+            old.clone()
+        }
         Some(old) => {
             let moved = moved_row(&admin, &key, old)?;
             entries::audited(context, &config, "wrapping_key.move", describe, || {
@@ -516,6 +539,16 @@ fn insert(config: &Config, row: &RegistryRow) -> Result<(), Failure> {
         store.close().await;
         Ok(registered?)
     })?
+}
+
+/// The fields of a registry row, with the tokens that hold the key.
+fn fields_with_tokens(row: &RegistryRow, registry: &Registry, config: &Config) -> Vec<Field> {
+    let mut fields = fields(row);
+    fields.push((
+        "tokens",
+        json!(registry.tokens_of(row, config.tokens.all()).join(", ")),
+    ));
+    fields
 }
 
 fn fields(row: &RegistryRow) -> Vec<Field> {

@@ -58,7 +58,10 @@ fn visible(command: &Command) -> Command {
 pub(super) fn manual(arguments: &Manual, context: &Context) -> Result<(), Failure> {
     let folder = &arguments.out;
     write_pages(folder).map_err(|error| {
-        let what = format!("cannot write pages to {}: {error}", folder.display());
+        let what = format!(
+            "cannot write the manual pages to {}: {error}",
+            folder.display()
+        );
         Failure::new(Exit::Usage, what)
     })?;
     let first = folder.join("keybroker.1");

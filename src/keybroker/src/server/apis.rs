@@ -8,7 +8,6 @@ use axum::{
     extract::Request,
     http::{Response, header},
 };
-use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tower::ServiceExt as _;
@@ -32,7 +31,7 @@ pub(super) struct Apis<'a> {
     pub(super) stop: &'a CancellationToken,
     pub(super) memory: &'a rpc::Memory,
     /// Places for REST requests that wait for their next attempt, for all listeners together.
-    pub(super) rest_retries: &'a Arc<Semaphore>,
+    pub(super) rest_retries: &'a rest::RetryPlaces,
 }
 
 impl Apis<'_> {
@@ -73,7 +72,7 @@ impl Apis<'_> {
             Arc::clone(self.broker),
             self.call_timeout_max(),
             self.calls.clone(),
-            Arc::clone(self.rest_retries),
+            self.rest_retries.clone(),
         );
         rest::routes(context, &self.config.rest)
     }

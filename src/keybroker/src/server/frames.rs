@@ -6,8 +6,9 @@
 //! legitimate clients whose calls expire while the broker process is paused. The library's limit is therefore high, and this
 //! module limits the rate of resets.
 //!
-//! Buffers: the library keeps the last frames that it read and wrote, including user keys, until other frames replace them. After
-//! a short silence on the connection, this module passes two kinds of frames to the library:
+//! Buffers: the library keeps the last frames that it read and wrote, including user keys, until
+//! other frames replace them. When no message data and no headers have been read or written for a
+//! short time, this module passes two kinds of frames to the library:
 //!
 //! - Frames of an unknown type, filled with zeros, overwrite the library's read buffer. The library must ignore frames of an
 //!   unknown type (RFC 9113 section 5.5).
@@ -38,7 +39,8 @@ use uuid::Uuid;
 
 use keybroker_core::metrics;
 
-/// Time without confidential frames after which a connection counts as silent.
+/// Time after which the buffers are overwritten, if no message data and no headers are read or
+/// written in the meantime.
 const SILENCE: Duration = Duration::from_millis(250);
 /// Header of a frame of an unknown type on stream 0, with a payload of 1,015 bytes. With its header, the frame has 1 KiB.
 const FILLER_HEADER: [u8; 9] = [0, 0x03, 0xf7, 0xfa, 0, 0, 0, 0, 0];
@@ -179,9 +181,9 @@ pub(super) struct Watched<I> {
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
-    /// The timer for the silence, which exists as long as the connection.
+    /// The timer for `SILENCE`. It exists as long as the connection.
     silence: Pin<Box<Sleep>>,
-    /// Whether confidential frames were read or written since the buffers were overwritten.
+    /// Whether message data or headers were read or written since the buffers were overwritten.
     is_dirty: bool,
     /// Number of bytes written since the library's write buffer was overwritten, up to its capacity.
     written: usize,

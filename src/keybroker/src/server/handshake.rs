@@ -112,8 +112,8 @@ fn certificate_cause(why: &CertificateError) -> &'static str {
 /// The name of HTTP/1.1 in the handshake (RFC 7301).
 pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
 
-/// Prepares a connection for its first request. The protocol is HTTP/1.1 if the client requests it and the listener supports it,
-/// otherwise HTTP/2.
+/// Prepares a connection for its first request. The protocol is HTTP/1.1 if the listener supports
+/// it and the client negotiates it or negotiates no protocol. Otherwise the protocol is HTTP/2.
 pub(super) async fn complete(
     stream: TcpStream,
     config: Arc<ServerConfig>,
@@ -123,7 +123,7 @@ pub(super) async fn complete(
         let speaks_http1 = config.alpn_protocols.iter().any(|it| it == ALPN_HTTP1);
         let accepted = TlsAcceptor::from(config).accept(ZeroedReads(stream)).await;
         let mut tls = accepted.map_err(Refused::Tls)?;
-        // A client that negotiates no protocol uses HTTP/1.1.
+        // HTTP/1.1 is the default for a client that does not use ALPN.
         let wanted = tls.get_ref().1.alpn_protocol().unwrap_or(ALPN_HTTP1);
         if speaks_http1 && wanted == ALPN_HTTP1 {
             return Ok(Established::Http1(Box::new(tls)));

@@ -22,18 +22,21 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
-    output_file, telemetry,
+    output_file,
+    places::Registry,
+    telemetry,
 };
-use keybroker_api::rpc;
+use keybroker_api::{rest, rpc};
 use keybroker_audit::AuditLog;
 use keybroker_auth::{
     Authenticator,
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
+use keybroker_broker::{Broker, Capacity, ClientRules, Expect, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm::{Supervisor, admin::KeyAdmin};
+use keybroker_hsm as hsm;
+use keybroker_hsm::{Pool, Token, admin::KeyAdmin};
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -139,13 +142,26 @@ fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Fail
 }
 
 /// Verifies the registry if the token serves. If the token is unavailable, a background task verifies the registry later.
-async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), Failure> {
-    if supervisor.settled().await == Serving::Up {
+async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure> {
+    if token.state().serves_a_key() {
         broker
             .load_registry(Deadline::after(REGISTRY_TIMEOUT))
             .await?;
     }
     Ok(())
+}
+
+/// The rule that says which keys must be on each token.
+fn expect(config: &Config) -> Expect {
+    let tokens = config.tokens.clone();
+    Expect::new(move |rows, places| {
+        let registry = Registry { rows, places };
+        let of_token = |token: &hsm::Settings| {
+            let keys = registry.expected(token, tokens.are_several());
+            (token.name.clone(), keys)
+        };
+        tokens.all().iter().map(of_token).collect()
+    })
 }
 
 fn capacity(settings: &store::Settings) -> Capacity {
@@ -188,7 +204,7 @@ impl Signals {
 struct Server {
     config: Config,
     broker: Arc<Broker>,
-    supervisor: Arc<Supervisor>,
+    tokens: Arc<Pool>,
     store: Arc<dyn Store>,
     audit: AuditLog,
     health: HealthReporter,
@@ -217,7 +233,7 @@ impl Server {
         program: PathBuf,
         ready_file: Option<PathBuf>,
         hangup: Signal,
-        token_started: &OnceLock<Arc<Supervisor>>,
+        token_started: &OnceLock<Arc<Pool>>,
     ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|error| internal(&error))?;
         let (authenticator, tokens) = credentials(&config)?;
@@ -232,20 +248,25 @@ impl Server {
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
-        let supervisor =
-            opening::start_token(&config, &store, program.clone(), token_started).await?;
+        let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
             store: Arc::clone(&store),
-            token: Arc::<Supervisor>::clone(&supervisor),
+            token: pool.token(),
             limits: Arc::clone(&limits),
-            weights: config.token.weights.clone(),
+            weights: config.tokens.weights(),
             client_rules: client_rules(&config.client_credentials),
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
             capacity: capacity(&config.store),
-            key_admin: KeyAdmin::new(program, config.token.clone(), state.clone()),
+            expect: expect(&config),
+            key_admin: KeyAdmin::new(
+                program,
+                config.token().clone(),
+                state.clone(),
+                config.tokens.are_several(),
+            ),
             rotate_after: config.wrapping_keys.rotate_after(),
             state,
             accepted_risks,
@@ -256,7 +277,7 @@ impl Server {
             limits,
         };
         broker.recover(open_intents).await?;
-        load_registry(&supervisor, &broker).await?;
+        load_registry(&*pool.token(), &broker).await?;
         let (health, _) = tonic_health::server::health_reporter();
         let mut server = Self {
             addresses: Vec::new(),
@@ -272,7 +293,7 @@ impl Server {
             _store_lock: store_lock,
             config,
             broker,
-            supervisor,
+            tokens: pool,
             store,
             audit,
             health,
@@ -312,7 +333,7 @@ impl Server {
             tasks: self.connections.clone(),
         };
         let memory = rpc::Memory::new(shared.limits.message_bytes_max);
-        let rest_retries = Arc::new(Semaphore::new(connections_max.div_ceil(RETRIES_DIVISOR)));
+        let rest_retries = rest::RetryPlaces::new(connections_max.div_ceil(RETRIES_DIVISOR));
         let apis = Apis {
             config: &self.config,
             broker: &self.broker,
@@ -402,7 +423,7 @@ impl Server {
         ));
         self.background.spawn(watch::registry_once_up(
             Arc::clone(&self.broker),
-            Arc::clone(&self.supervisor),
+            self.tokens.token(),
             self.stop_background.clone(),
         ));
     }
@@ -468,7 +489,7 @@ impl Server {
             );
         }
         self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
-        self.supervisor
+        self.tokens
             .drain_and_stop(Deadline::after(STOP_TIMEOUT))
             .await;
         if time::timeout(STOP_TIMEOUT, self.store.close())

@@ -42,7 +42,8 @@ const RETRY_AFTER: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(super) struct Accepting {
     pub(super) config: Arc<ServerConfig>,
-    /// The signal that the trust in clients has changed, because a revoked client must not keep its connection.
+    /// Cancelled when the trust in clients changes, so that a revoked client does not keep its
+    /// connection.
     pub(super) outdated: CancellationToken,
     /// SHA-256 of the files.
     files: [u8; 32],
@@ -98,7 +99,7 @@ struct Evaluated {
 /// Whether a check of the files evaluated them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    /// The files are unchanged, and either good or recently evaluated.
+    /// The files are unchanged, and either have no problem or were evaluated recently.
     Unchanged,
     Evaluated,
 }
@@ -338,7 +339,7 @@ impl Tls {
         let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
-            // The connections that are open now must be notified at the next change of the trust in clients.
+            // The open connections wait for the current signal, so the next change must cancel it.
             next.outdated = current.outdated.clone();
         }
         if let Some(lists) = &next.lists {

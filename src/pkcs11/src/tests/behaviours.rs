@@ -581,7 +581,8 @@ fn a_token_that_the_registry_does_not_name_is_not_given_the_pin() {
             // If the registry has no serial number, it does not restrict the choice.
             let serial = open(&[""]).unwrap().info.serial;
             assert_eq!(open(&[serial.as_str()]).unwrap().info.serial, serial);
-            // The token is refused even if the PIN has logged in to it before. A clone must be registered first.
+            // The token is refused even if it accepted the PIN before. A clone must be registered
+            // first.
             let logins = faulty.count("C_Login begins");
             let fault = open(&["0123456789abcdef"]).unwrap_err();
             assert_eq!(fault.class, Class::NoToken, "{fault}");

@@ -4,6 +4,7 @@ use std::{
     env,
     path::Path,
     sync::{Arc, atomic::AtomicUsize},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -20,6 +21,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
+    busy::LastAnswer,
     keys,
     open::{OpenToken, ProvedKey},
     operation,
@@ -55,6 +57,7 @@ impl Bench {
             slot: token.slot,
             keys,
             turn: AtomicUsize::new(0),
+            last_answer: LastAnswer::default(),
         });
         let session = SessionThread::new(Arc::clone(&shared), token.session(&ids).unwrap());
         Self {
@@ -66,13 +69,7 @@ impl Bench {
     }
 
     fn run(&mut self, job: Job, timeout: Duration) -> Result<Vec<u8>, FailureClass> {
-        let timeout = u64::try_from(timeout.as_nanos()).unwrap();
-        let mut work = Work::new(job);
-        work.stamped(1, frame::monotonic_ns() + timeout);
-        let outcome = self.session.run(&work).0;
-        outcome
-            .map(|bytes| bytes.to_vec())
-            .map_err(|failure| failure.class())
+        run_on(&mut self.session, job, timeout)
     }
 
     /// Unwraps a row of the first key with a valid MAC.
@@ -114,6 +111,31 @@ impl Bench {
 }
 
 const LONG: Duration = Duration::from_mins(1);
+
+/// Repeats a job while the token is busy, as the front does.
+fn until_done(session: &mut SessionThread, job: &Job) -> Result<Vec<u8>, FailureClass> {
+    for _ in 0..100 {
+        match run_on(session, job.clone(), LONG) {
+            Err(FailureClass::BackOff) => thread::sleep(Duration::from_millis(5)),
+            other => return other,
+        }
+    }
+    Err(FailureClass::BackOff)
+}
+
+fn run_on(
+    session: &mut SessionThread,
+    job: Job,
+    timeout: Duration,
+) -> Result<Vec<u8>, FailureClass> {
+    let timeout = u64::try_from(timeout.as_nanos()).unwrap();
+    let mut work = Work::new(job);
+    work.stamped(1, frame::monotonic_ns() + timeout);
+    let outcome = session.run(&work).0;
+    outcome
+        .map(|bytes| bytes.to_vec())
+        .map_err(|failure| failure.class())
+}
 
 #[test]
 fn a_short_failure_is_not_taken_for_damage() {
@@ -201,6 +223,85 @@ fn ambiguous_codes_are_decided_by_the_self_test() {
                     times[count - 1],
                 );
             }
+        },
+    );
+}
+
+/// A device refuses the operations that it has no room for with a code that also means damage. No good record is reported as
+/// damaged, the token does not count as lost, and damage is still found.
+#[test]
+fn a_busy_token_is_neither_lost_nor_are_its_records_damaged() {
+    const THREADS: usize = 6;
+    const JOBS: usize = 40;
+    with_softhsm(
+        "session::a_busy_token_is_neither_lost_nor_are_its_records_damaged",
+        |folder| {
+            let mut bench = Bench::with_keys(folder, 1);
+            let wrapped = bench.wrapped();
+            let job = bench.unwrap_job(&wrapped, false);
+            let damaged = bench.unwrap_job(&vec![7; wrapped.len()], false);
+            let places = [bench.shared.keys[0].place.clone()];
+            let sessions: Vec<SessionThread> = (0..THREADS)
+                .map(|_| {
+                    let session = bench.token.session(&places).unwrap();
+                    SessionThread::new(Arc::clone(&bench.shared), session)
+                })
+                .collect();
+            bench.faulty.behave(
+                "[limits]\nparallel_calls = 4\nlatency_ms = 3\nrefuse = \"CKR_FUNCTION_FAILED\"\n",
+            );
+            let refusals = || {
+                let count = |function| {
+                    let code = code::FUNCTION_FAILED;
+                    bench.faulty.count(&format!("{function} ends {code}"))
+                };
+                count("C_Verify") + count("C_Decrypt")
+            };
+            let outcomes: Vec<Result<Vec<u8>, FailureClass>> = thread::scope(|scope| {
+                let threads: Vec<_> = sessions
+                    .into_iter()
+                    .map(|mut session| {
+                        let job = &job;
+                        scope.spawn(move || {
+                            let jobs = (0..JOBS).map(|_| until_done(&mut session, job));
+                            jobs.collect::<Vec<_>>()
+                        })
+                    })
+                    .collect();
+                let ended = threads
+                    .into_iter()
+                    .flat_map(|thread| thread.join().unwrap());
+                ended.collect()
+            });
+            assert!(refusals() > JOBS, "the token was not busy");
+            for outcome in outcomes {
+                assert_eq!(outcome, Ok(b"material".to_vec()));
+            }
+            assert_eq!(bench.run(damaged, LONG), Err(FailureClass::Damaged));
+            assert_eq!(bench.run(job, LONG), Ok(b"material".to_vec()));
+        },
+    );
+}
+
+/// Each call is a round trip to a device on the network, so no call only asks for a length.
+#[test]
+fn an_operation_is_one_call_after_its_initialisation() {
+    with_softhsm(
+        "session::an_operation_is_one_call_after_its_initialisation",
+        |folder| {
+            let mut bench = Bench::with_keys(folder, 1);
+            let job = bench.unwrap_job(&bench.wrapped(), false);
+            let mac = Job::Mac(wire::Mac {
+                key_id: bench.shared.keys[0].place.id.as_bytes().to_vec(),
+                message: MESSAGE.to_vec(),
+            });
+            let functions = ["C_Verify", "C_Decrypt", "C_Sign"];
+            let counts =
+                |bench: &Bench| functions.map(|name| bench.faulty.count(&format!("{name} begins")));
+            let before = counts(&bench);
+            assert_eq!(bench.run(job, LONG), Ok(b"material".to_vec()));
+            bench.run(mac, LONG).unwrap();
+            assert_eq!(counts(&bench), before.map(|count| count + 1));
         },
     );
 }

@@ -110,14 +110,14 @@ fn note_next_step(
     context.output.note(&note);
 }
 
-pub(super) fn activate(arguments: Activate, context: &Context) -> Result<(), Failure> {
+pub(super) fn activate(arguments: &Activate, context: &Context) -> Result<(), Failure> {
     let request = proto::ChangeWrappingKeyStateRequest {
         change: proto::WrappingKeyChange::Activate.into(),
         backup_confirmed: arguments.backup_confirmed,
         without_backup: arguments.single,
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
-    send(arguments.key, request, context)
+    send(&arguments.key, &request, context)
 }
 
 #[derive(Args, Debug)]
@@ -129,16 +129,16 @@ pub(in crate::cli) struct Lost {
     yes: bool,
 }
 
-pub(super) fn lost(arguments: Lost, context: &Context) -> Result<(), Failure> {
+pub(super) fn lost(arguments: &Lost, context: &Context) -> Result<(), Failure> {
     let id = parse_id(&arguments.key.id)?;
     let warning =
         "The user keys under a lost key can never be released again, even if the token returns";
     confirm(context, arguments.yes, id, warning)?;
-    change(arguments.key, proto::WrappingKeyChange::Lose, context)
+    change(&arguments.key, proto::WrappingKeyChange::Lose, context)
 }
 
 pub(super) fn change(
-    arguments: OneKey,
+    arguments: &OneKey,
     change: proto::WrappingKeyChange,
     context: &Context,
 ) -> Result<(), Failure> {
@@ -146,17 +146,17 @@ pub(super) fn change(
         change: change.into(),
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
-    send(arguments, request, context)
+    send(arguments, &request, context)
 }
 
 fn send(
-    key: OneKey,
-    request: proto::ChangeWrappingKeyStateRequest,
+    key: &OneKey,
+    request: &proto::ChangeWrappingKeyStateRequest,
     context: &Context,
 ) -> Result<(), Failure> {
     let request = proto::ChangeWrappingKeyStateRequest {
         id: parse_id(&key.id)?.as_bytes().to_vec(),
-        ..request
+        ..request.clone()
     };
     key.who.call(context.output, async |caller| {
         let changed = caller.client.change_wrapping_key_state(request).await;

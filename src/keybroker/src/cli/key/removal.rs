@@ -12,9 +12,10 @@ use crate::{
         pin::{UserPin, log_in, serials},
     },
     config::Config,
+    places::Registry,
 };
 use keybroker_audit::Entry;
-use keybroker_core::key::{IntegrityPlace, ObjectIds, WrappingKeyId, WrappingKeyState};
+use keybroker_core::key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState};
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,
@@ -38,8 +39,8 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let id = parse_id(&arguments.id)?;
     let _lock = store::lock(&config.store)?;
-    let rows = block_on(registry(&config))??;
-    refuse_registered(&rows, id)?;
+    let registry = block_on(registry(&config))??;
+    refuse_registered(&registry, id)?;
     let needed = block_on(rows_under(&config, id))??;
     refuse_needed(id, &needed)?;
     confirm(
@@ -48,8 +49,8 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
         id,
         "Nothing brings a removed key back",
     )?;
-    let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, true, &serials(&rows))?;
+    let pin = arguments.pin.get(config.token())?;
+    let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;
     admin.know([(id, &place(&config))])?;
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
     let removed = entries::audited(context, &config, "wrapping_key.remove", describe, || {
@@ -65,7 +66,7 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
 fn place(config: &Config) -> ObjectIds {
     ObjectIds {
         private: None,
-        integrity: if config.token.permits_integrity_key_in_worker() {
+        integrity: if config.token().permits_integrity_key_in_worker() {
             IntegrityPlace::Worker
         } else {
             IntegrityPlace::Token
@@ -73,15 +74,19 @@ fn place(config: &Config) -> ObjectIds {
     }
 }
 
-fn refuse_registered(rows: &[RegistryRow], id: WrappingKeyId) -> Result<(), Failure> {
-    let uses_object = |row: &&RegistryRow| {
-        let own = id.into();
-        row.state != WrappingKeyState::Destroyed
-            && (row.id == id
-                || row.private_object() == own
-                || row.integrity_object().as_ref() == Some(&own))
+fn refuse_registered(registry: &Registry, id: WrappingKeyId) -> Result<(), Failure> {
+    let object = ObjectId::from(id);
+    let are_its = |row: &RegistryRow, objects: &ObjectIds| {
+        row.id == id
+            || objects.private_object(row.id) == object
+            || objects.integrity_object(row.id).as_ref() == Some(&object)
     };
-    let Some(row) = rows.iter().find(uses_object) else {
+    let uses_object = |row: &&RegistryRow| {
+        let mut places = registry.places.iter().filter(|place| place.key == row.id);
+        row.state != WrappingKeyState::Destroyed
+            && (are_its(row, &row.objects) || places.any(|place| are_its(row, &place.objects)))
+    };
+    let Some(row) = registry.rows.iter().find(uses_object) else {
         return Ok(());
     };
     let what = format!(

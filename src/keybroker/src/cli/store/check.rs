@@ -1,29 +1,27 @@
 //! `keybroker store check`: checks every row of every table, including deleted records and superseded revisions.
 
-use std::{collections::HashSet, sync::Arc};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use crate::{
     cli::{
-        Context, block_on,
+        Context,
+        admins::{Admins, Logins},
+        block_on,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in, serials},
+        pin::UserPin,
         progress::Progress,
-        token,
     },
-    config::Config,
+    places::Registry,
 };
-use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState};
-use keybroker_hsm::admin::Admin;
+use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId};
 use keybroker_store as store;
 use keybroker_store::{
-    RegistryRow,
     scan::{ClientScan, FoundOther, OtherScan, Scan},
     tables::{Table, Tables},
 };
-use keybroker_worker_protocol::PinSource;
 
 use super::row_check::{Finding, Problem, RowChecker};
 
@@ -44,44 +42,38 @@ pub(super) struct Report {
 }
 
 pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
-    let config = context.config_for_token()?;
-    let pin = pin.get(&config.token)?;
-    let report = block_on(scan_configured(context, &config, &pin))??;
+    let logins = Logins::of(context, pin)?;
+    let report = block_on(scan_configured(context, &logins))??;
     report.show(context)?;
     report.verdict()
 }
 
-async fn scan_configured(
-    context: &Context,
-    config: &Config,
-    pin: &PinSource,
-) -> Result<Report, Failure> {
-    let store = store::open_tables(&config.store).await?;
-    let report = log_in_and_scan(context, config, pin, &store).await;
+async fn scan_configured(context: &Context, logins: &Logins) -> Result<Report, Failure> {
+    let store = store::open_tables(&logins.config()?.store).await?;
+    let report = log_in_and_scan(context, logins, &store).await;
     store.close().await;
     report
 }
 
 async fn log_in_and_scan(
     context: &Context,
-    config: &Config,
-    pin: &PinSource,
+    logins: &Logins,
     store: &Arc<dyn Tables>,
 ) -> Result<Report, Failure> {
-    let registry = store.registry().await?;
-    let admin = log_in(config, pin, false, &serials(&registry))?;
-    scan(context, store, &admin).await
+    let registry = Registry::read(&**store).await?;
+    let admins = logins.log_in(context, &registry)?;
+    scan(context, store, &admins).await
 }
 
 /// Reads every row once and changes nothing. The scan keeps at most one page of each table and the shown findings in memory.
 pub(super) async fn scan(
     context: &Context,
     store: &Arc<dyn Tables>,
-    admin: &Admin,
+    admins: &Admins,
 ) -> Result<Report, Failure> {
-    let registry = store.registry().await?;
-    let unusable = check_registry(context, admin, &registry)?;
-    let mut checker = RowChecker::new(admin, registry, unusable);
+    let registry = Registry::read(&**store).await?;
+    let unusable = admins.check_registry(context, &registry)?;
+    let mut checker = RowChecker::new(admins, registry.rows, unusable);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     for table in OtherScan::TABLES {
         rows += store.count(table).await?;
@@ -96,7 +88,7 @@ pub(super) async fn scan(
             progress.step();
         }
         let key = found.good_revision().map(|row| row.wrapping_key);
-        learn(context, &mut checker, key, &**store, admin).await?;
+        learn(context, &mut checker, key, &**store, admins).await?;
         for finding in checker.check(&found)? {
             report.add(&**store, finding).await?;
         }
@@ -109,7 +101,7 @@ pub(super) async fn scan(
         report.clients += 1;
         progress.step();
         let key = found.row.as_ref().ok().map(|row| row.key);
-        learn(context, &mut checker, key, &**store, admin).await?;
+        learn(context, &mut checker, key, &**store, admins).await?;
         if let Some(finding) = checker.client(&found)? {
             report.add(&**store, finding).await?;
         }
@@ -133,8 +125,8 @@ async fn check_others(
         if let FoundOther::Request(row) = &found
             && let Ok((_, record)) = &**row
         {
-            let admin = checker.admin();
-            learn(context, checker, Some(record.key), &**store, admin).await?;
+            let admins = checker.admins();
+            learn(context, checker, Some(record.key), &**store, admins).await?;
         }
         if let Some(finding) = checker.other(&found)? {
             report.add(&**store, finding).await?;
@@ -163,66 +155,17 @@ async fn learn(
     checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
-    admin: &Admin,
+    admins: &Admins,
 ) -> Result<(), Failure> {
     if !checker.lacks(key) {
         return Ok(());
     }
-    let registry = store.registry().await?;
-    if !checker.knows(&registry) {
-        let unusable = check_registry(context, admin, &registry)?;
-        checker.renew(registry, unusable);
+    let registry = Registry::read(store).await?;
+    if !checker.knows(&registry.rows) {
+        let unusable = admins.check_registry(context, &registry)?;
+        checker.renew(registry.rows, unusable);
     }
     Ok(())
-}
-
-/// Checks every key that verifies rows. Returns the keys that are missing or must not be used, after a note about each: their
-/// rows cannot be checked, and the rows of the other keys can. If no key can be used, no row can be checked.
-fn check_registry(
-    context: &Context,
-    admin: &Admin,
-    registry: &[RegistryRow],
-) -> Result<HashSet<WrappingKeyId>, Failure> {
-    admin.know(registry.iter().map(|row| (row.id, &row.objects)))?;
-    let (mut problems, mut unusable, mut usable) = (Vec::new(), HashSet::new(), 0);
-    for row in registry {
-        if row.state == WrappingKeyState::Destroyed {
-            continue;
-        }
-        let found = problems_of(admin, row);
-        if found.is_empty() {
-            usable += 1;
-        } else {
-            unusable.insert(row.id);
-            problems.extend(found);
-        }
-    }
-    if usable > 0 || problems.is_empty() {
-        for problem in &problems {
-            context.output.note(&format!(
-                "warning: {problem}; the rows of this key are not checked"
-            ));
-        }
-        return Ok(unusable);
-    }
-    let what = format!(
-        "no row was checked, because the registry and the token differ:\n  {}",
-        problems.join("\n  ")
-    );
-    Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
-}
-
-/// The differences between a key of the registry and the key on the token.
-fn problems_of(admin: &Admin, row: &RegistryRow) -> Vec<String> {
-    let of_key = |error: &dyn std::fmt::Display| vec![format!("key {}: {error}", row.id)];
-    let key = match admin.check(row.id) {
-        Ok(key) => key,
-        Err(error) => return of_key(&error),
-    };
-    if let Some(problem) = &key.problem {
-        return of_key(problem);
-    }
-    token::compare(admin, row, &key).unwrap_or_else(|failure| of_key(&failure))
 }
 
 impl Report {

@@ -7,7 +7,6 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
@@ -15,7 +14,7 @@ use keybroker_store::{
     tables::{Head, RevisionRow},
 };
 
-use crate::cli::exit::Failure;
+use crate::cli::{admins::Admins, exit::Failure};
 
 /// The problem of a bad row. The names of the problems are stable; `docs/store.md` explains them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,9 +152,9 @@ impl Finding {
 /// Checks the rows of one scan, in the order of the scan.
 #[derive(Debug)]
 pub(super) struct RowChecker<'a> {
-    admin: &'a Admin,
+    admins: &'a Admins,
     registry: Vec<RegistryRow>,
-    /// The keys that are missing from the token or must not be used.
+    /// The keys that are missing from the tokens or must not be used.
     unusable: HashSet<WrappingKeyId>,
     /// The record that is being checked, until the scan reaches the current revision of this record.
     awaited: Option<Head>,
@@ -164,21 +163,21 @@ pub(super) struct RowChecker<'a> {
 impl<'a> RowChecker<'a> {
     /// `unusable` are the keys of the registry whose rows cannot be verified.
     pub(super) fn new(
-        admin: &'a Admin,
+        admins: &'a Admins,
         registry: Vec<RegistryRow>,
         unusable: HashSet<WrappingKeyId>,
     ) -> Self {
         Self {
-            admin,
+            admins,
             registry,
             unusable,
             awaited: None,
         }
     }
 
-    /// The token that verifies the rows.
-    pub(super) fn admin(&self) -> &'a Admin {
-        self.admin
+    /// The tokens that verify the rows.
+    pub(super) fn admins(&self) -> &'a Admins {
+        self.admins
     }
 
     /// Whether the registry, as it was last read, lacks the wrapping key of a row.
@@ -278,7 +277,7 @@ impl<'a> RowChecker<'a> {
             revision: row.revision,
         };
         let message = envelope.mac_message(&context);
-        if self.admin.verify(key, &message, envelope.mac())? {
+        if self.admins.verify(key, &message, envelope.mac())? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -307,7 +306,7 @@ impl<'a> RowChecker<'a> {
         if let Some(problem) = self.unusable(row.key) {
             return bad(problem, row.key.to_string());
         }
-        if self.admin.verify(row.key, &row.mac_message(), &row.mac)? {
+        if self.admins.verify(row.key, &row.mac_message(), &row.mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -349,7 +348,7 @@ impl<'a> RowChecker<'a> {
             return bad(problem);
         }
         let message = request_message(scope, &record.content, &record.result);
-        if self.admin.verify(record.key, &message, mac)? {
+        if self.admins.verify(record.key, &message, mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused)

@@ -1,0 +1,111 @@
+//! The places for REST requests that wait for their next attempt. A waiting request occupies a connection and the memory of its
+//! body, so the places limit the number of waiting requests, in total and for each principal.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// One principal may have this part of all places, as a divisor. With a single place, each principal may have that place.
+const PRINCIPAL_DIVISOR: usize = 16;
+
+/// The places for waiting requests. A clone has the same places.
+#[derive(Clone, Debug)]
+pub struct RetryPlaces(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    places: usize,
+    of_each_principal: usize,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    total: usize,
+    /// By name of the principal. Principals without a waiting request have no entry.
+    by_principal: HashMap<String, usize>,
+}
+
+impl RetryPlaces {
+    /// Makes this number of places. With 0 places, no request waits.
+    pub fn new(places: usize) -> Self {
+        Self(Arc::new(Shared {
+            places,
+            of_each_principal: places.div_ceil(PRINCIPAL_DIVISOR),
+            taken: Mutex::default(),
+        }))
+    }
+
+    /// Takes a place. Returns `None` if no place is free or if the principal has its share.
+    pub(super) fn take(&self, principal: &str) -> Option<RetryPlace> {
+        let mut taken = self.taken();
+        let of_principal = taken.by_principal.get(principal).copied().unwrap_or(0);
+        if taken.total >= self.0.places || of_principal >= self.0.of_each_principal {
+            return None;
+        }
+        taken.total += 1;
+        taken
+            .by_principal
+            .insert(principal.to_owned(), of_principal + 1);
+        Some(RetryPlace {
+            places: self.clone(),
+            principal: principal.to_owned(),
+        })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.0.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place, until it is dropped.
+#[derive(Debug)]
+pub(super) struct RetryPlace {
+    places: RetryPlaces,
+    principal: String,
+}
+
+impl Drop for RetryPlace {
+    fn drop(&mut self) {
+        let mut taken = self.places.taken();
+        taken.total = taken.total.saturating_sub(1);
+        if let Some(count) = taken.by_principal.get_mut(&self.principal) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                taken.by_principal.remove(&self.principal);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_principal_cannot_take_the_places_of_the_others() {
+        let places = RetryPlaces::new(32);
+        let alice = [places.take("alice").unwrap(), places.take("alice").unwrap()];
+        assert!(places.take("alice").is_none());
+        assert!(places.take("bob").is_some());
+        drop(alice);
+        assert!(places.take("alice").is_some());
+    }
+
+    #[test]
+    fn the_total_is_limited_and_places_return() {
+        let places = RetryPlaces::new(2);
+        let held = [places.take("alice").unwrap(), places.take("bob").unwrap()];
+        assert!(places.take("carol").is_none());
+        drop(held);
+        assert!(places.take("carol").is_some());
+        assert!(places.taken().by_principal.is_empty());
+    }
+
+    #[test]
+    fn without_places_nobody_waits() {
+        assert!(RetryPlaces::new(0).take("alice").is_none());
+        assert!(RetryPlaces::new(1).take("alice").is_some());
+    }
+}

@@ -13,7 +13,11 @@ use std::{
 };
 
 use keybroker::config::Config;
-use keybroker_core::{alert::Alert, error::Reason};
+use keybroker_core::{
+    alert::Alert,
+    error::Reason,
+    key::{KeyUse, WrappingKeyState},
+};
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check::EXCEPTIONS};
 
 fn root() -> &'static Path {
@@ -193,6 +197,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("rates", "[rates]"),
         ("rest", "[rest]"),
         ("client_credentials", "[client_credentials]"),
+        ("wrapping_keys", "[wrapping_keys]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),
@@ -383,6 +388,28 @@ fn links_lead_to_files_and_headings() {
         }
     }
     assert!(headings > 10, "only {headings} links to headings");
+}
+
+/// The page of wrapping keys has the table of what each state allows, and the table of transitions.
+#[test]
+fn the_page_of_wrapping_keys_has_the_states_and_transitions_of_the_code() {
+    let page = read("docs/keys.md");
+    let table = |heading: &str| -> Vec<String> {
+        let rows = page.lines().skip_while(|line| !line.starts_with(heading));
+        let rows = rows.skip(2).take_while(|line| line.starts_with('|'));
+        rows.map(str::to_owned).collect()
+    };
+    let allowed = WrappingKeyState::ALL.map(|state| {
+        let cells = KeyUse::ALL.map(|one| if state.allows(one) { "yes" } else { "no" });
+        format!("| {state} | {} |", cells.join(" | "))
+    });
+    let heading = "| State | Wrap | Unwrap | Verify MACs | Make MACs | Source of a re-wrap |";
+    assert_eq!(table(heading), allowed);
+    let transitions = WrappingKeyState::ALL.map(|from| {
+        let next: Vec<&str> = from.next().iter().map(|state| state.as_str()).collect();
+        format!("| {from} | {} |", next.join(", ")).replace("|  |", "| |")
+    });
+    assert_eq!(table("| From | To |"), transitions);
 }
 
 /// The table of alerts is the list in the code, each alert has a section, and no log line has an alert that is not on the list.

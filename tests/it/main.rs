@@ -33,6 +33,7 @@ mod file_messages;
 mod hang;
 mod hanging_calls;
 mod json;
+mod keys;
 mod last_uses;
 mod listeners;
 mod logins;

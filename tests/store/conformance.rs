@@ -4,10 +4,13 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::{Fingerprint, ObjectIds, Purpose, Revision, Tenant, UserId, WrappingKeyState},
+    key::{
+        Fingerprint, ObjectIds, Purpose, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState,
+    },
 };
 use keybroker_store::{
-    Error, ListQuery, PlaceRow, Position, RecordInfo, RecordState, RegistryRow, Store,
+    Error, ListQuery, PlaceRow, Position, RecordInfo, RecordState, RegistryChange, RegistryRow,
+    RegistryUpdate, Store,
 };
 use tokio::task::JoinSet;
 
@@ -423,6 +426,59 @@ pub(crate) async fn the_registry_is_compare_and_swap(engine: &Engine) {
     let stale = store.update_registry(&row, &row.mac).await;
     assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
     assert_eq!(store.registry().await.unwrap(), [next]);
+}
+
+/// Rows of the registry change together or not at all, and the call leaves its mark only if they did.
+pub(crate) async fn rows_of_the_registry_change_together(engine: &Engine) {
+    let store = engine.open().await;
+    let row = |number: u8, state, sequence| RegistryRow {
+        id: WrappingKeyId::from_bytes([number; 16]),
+        fingerprint: Fingerprint([number; 32]),
+        objects: ObjectIds::default(),
+        purpose: Purpose::Plain,
+        state,
+        token_serial: "0123".to_owned(),
+        sequence,
+        registered: Timestamp::from_micros(1),
+        backup_confirmed: None,
+        mac: [u8::try_from(sequence).unwrap(); 32],
+    };
+    let old = row(1, WrappingKeyState::Active, 1);
+    store.register(&old).await.unwrap();
+    let rotation = |from: &RegistryRow, new: u8, sequence| RegistryChange {
+        insert: Some(row(new, WrappingKeyState::Active, sequence + 1)),
+        updates: vec![RegistryUpdate {
+            row: row(1, WrappingKeyState::Deactivated, sequence),
+            expected: from.mac,
+        }],
+    };
+    let at = Timestamp::now();
+    let (first, second, third) = (CallId::fresh(), CallId::fresh(), CallId::fresh());
+    let change = rotation(&old, 2, 2);
+    store.change_registry(&change, first, at).await.unwrap();
+    let after = store.registry().await.unwrap();
+    assert_eq!(
+        after,
+        [
+            change.updates[0].row.clone(),
+            change.insert.clone().unwrap()
+        ]
+    );
+    assert!(store.committed_by(first).await.unwrap());
+
+    // Another broker read the registry before this change.
+    let late = store
+        .change_registry(&rotation(&old, 3, 4), second, at)
+        .await;
+    assert!(matches!(late, Err(Error::Conflict)), "{late:?}");
+    // The id of the new key is taken.
+    let taken = rotation(&after[0], 2, 4);
+    let taken = store.change_registry(&taken, third, at).await;
+    assert!(matches!(taken, Err(Error::Exists)), "{taken:?}");
+    assert_eq!(store.registry().await.unwrap(), after);
+    for call in [second, third] {
+        assert!(!store.committed_by(call).await.unwrap());
+    }
 }
 
 pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {

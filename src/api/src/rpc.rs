@@ -21,6 +21,7 @@ use keybroker_proto::{
 pub(super) mod clients;
 mod control;
 mod convert;
+mod key_changes;
 mod message;
 mod method;
 mod middleware;

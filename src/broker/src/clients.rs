@@ -243,7 +243,9 @@ impl Broker {
     {
         let (broker, principal, call) = (Arc::clone(self), principal.clone(), call.clone());
         self.run_change(action, call.clone(), async move {
-            let draft = broker.begin_client(&principal, &call, action).await?;
+            let draft = broker
+                .begin_control_change(&principal, &call, action)
+                .await?;
             change(ClientChange {
                 broker,
                 principal,

@@ -55,6 +55,17 @@ impl Broker {
         commit: impl Future<Output = Result<T, store::Error>>,
     ) -> Result<Settled<T>, Error> {
         let intent = self.record_intent(draft, at).await?;
+        self.settle(intent, draft, at, commit).await
+    }
+
+    /// Commits a change whose intent is already durable, like [`Broker::commit_with_intent`].
+    pub(super) async fn settle<T>(
+        &self,
+        intent: OpenIntent,
+        draft: &Draft,
+        at: Timestamp,
+        commit: impl Future<Output = Result<T, store::Error>>,
+    ) -> Result<Settled<T>, Error> {
         let result = match commit.await {
             Err(error) if error.has_unknown_outcome() => {
                 self.resolve_later(intent);

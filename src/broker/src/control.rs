@@ -10,6 +10,7 @@ use keybroker_core::{
 };
 use keybroker_hsm::TokenState;
 use keybroker_policy::Resource;
+use keybroker_store::RegistryRow;
 
 use super::{
     Broker, TaskFailed,
@@ -33,6 +34,8 @@ pub struct WrappingKeyView {
     pub registered: Timestamp,
     /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
+    /// Why the key cannot be used, whatever its state is. The value is `None` for a key without a problem.
+    pub problem: Option<String>,
     /// The public key on the token. The value is `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,
 }
@@ -139,19 +142,27 @@ impl Broker {
 
     fn views(&self, registry: &Registry) -> Vec<WrappingKeyView> {
         let state = self.token.state();
-        let view = |row: &keybroker_store::RegistryRow| WrappingKeyView {
-            id: row.id,
-            fingerprint: row.fingerprint,
-            purpose: row.purpose,
-            state: row.state,
-            registered: row.registered,
-            backup_confirmed: row.backup_confirmed.is_some(),
-            on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {
-                modulus_bits: key.modulus_bits,
-                algorithm: key.algorithm,
-                spki: key.spki.clone(),
-            }),
-        };
-        registry.rows().iter().map(view).collect()
+        registry.rows().map(|row| view(row, &state)).collect()
+    }
+}
+
+/// Describes a row of the registry and the reason why its key cannot be used.
+pub(super) fn view(
+    (row, problem): (&RegistryRow, Option<&str>),
+    state: &TokenState,
+) -> WrappingKeyView {
+    WrappingKeyView {
+        id: row.id,
+        fingerprint: row.fingerprint,
+        purpose: row.purpose,
+        state: row.state,
+        registered: row.registered,
+        backup_confirmed: row.backup_confirmed.is_some(),
+        problem: problem.map(str::to_owned),
+        on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {
+            modulus_bits: key.modulus_bits,
+            algorithm: key.algorithm,
+            spki: key.spki.clone(),
+        }),
     }
 }

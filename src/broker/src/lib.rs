@@ -39,7 +39,7 @@ use keybroker_core::{
     principal::{Action, Principal},
     state::StateDirectory,
 };
-use keybroker_hsm::{Caller, Calls, Token};
+use keybroker_hsm::{Caller, Calls, Token, admin::KeyAdmin};
 use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
@@ -51,6 +51,7 @@ mod commit;
 mod control;
 mod damage;
 mod journal;
+mod key_change;
 pub mod limits;
 mod maintenance;
 mod mutation;
@@ -71,6 +72,7 @@ mod uses;
 
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
+pub use key_change::{KeyChange, Rotated, Rotation};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
 pub use keybroker_store::{
     Damage, DamagedClient, DamagedRecord, KeyUses, Position, RecordInfo, RecordState, RunState,
@@ -78,13 +80,15 @@ pub use keybroker_store::{
 };
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
+pub use registry::Expect;
 pub use release::Released;
 
 use acknowledged::Acknowledged;
 use clients::ClientUses;
+use key_change::{KeyAge, KeyChanges};
 use overload::Overload;
 use refusals::Refusals;
-use registry::Registry;
+use registry::{LoggedProblems, Registry};
 use uses::Uses;
 
 /// Identifies a user key within the principal's tenant by its user and its key name.
@@ -139,6 +143,12 @@ pub struct Parts {
     pub retention: Duration,
     /// Limits on what is stored for one user.
     pub capacity: Capacity,
+    /// The rule that says which keys must be on each token.
+    pub expect: Expect,
+    /// Starts the short-lived admin workers that make wrapping keys.
+    pub key_admin: KeyAdmin,
+    /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`. `None` for no limit.
+    pub rotate_after: Option<Duration>,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
     pub accepted_risks: Vec<String>,
@@ -169,8 +179,12 @@ pub struct Broker {
     registry: ArcSwapOption<Registry>,
     /// A lock that is held while the registry is updated.
     registry_refresh: tokio::sync::Mutex<()>,
-    /// The problem of the registry at its last check.
-    registry_complaint: Mutex<Option<String>>,
+    /// The problems of the registry that were logged last.
+    logged_problems: Mutex<LoggedProblems>,
+    /// The changes of wrapping keys that this broker makes.
+    key_changes: KeyChanges,
+    expect: Expect,
+    key_age: KeyAge,
     refusals: Refusals,
     overload: Overload,
     uses: Uses,
@@ -202,7 +216,10 @@ impl Broker {
             calls: Calls::new(parts.weights),
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
-            registry_complaint: Mutex::default(),
+            logged_problems: Mutex::default(),
+            key_changes: KeyChanges::new(parts.key_admin),
+            expect: parts.expect,
+            key_age: KeyAge::new(parts.rotate_after),
             capacity: parts.capacity,
             accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),

@@ -9,11 +9,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use keybroker_audit::{OpenIntent, Outcome};
-use keybroker_core::{
-    call::Timestamp,
-    error::{Error, Reason},
-    metrics,
-};
+use keybroker_core::{call::Timestamp, error::Error, metrics};
 use keybroker_hsm::Serving;
 use keybroker_store as store;
 use keybroker_store::REQUEST_KEPT_US;
@@ -21,6 +17,8 @@ use keybroker_store::REQUEST_KEPT_US;
 use super::{Broker, ticks::Ticks};
 
 const TICK: Duration = Duration::from_secs(1);
+/// Pause between two looks at the registry while the workers check a key that was just registered.
+const UNPROVED_PAUSE: Duration = Duration::from_millis(100);
 /// The store is unavailable when it does not answer a probe within this time.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const TICKS_PER_MINUTE: u64 = 60;
@@ -65,10 +63,14 @@ impl Broker {
             });
         }
         let token = self.token.state();
+        let registry = self.registry.load_full();
         match token.serving {
-            Serving::Up if self.registry.load().is_some() => {}
             Serving::Up => {
-                problems.push("token: the registry of wrapping keys is not verified".to_owned());
+                let service = registry.as_ref().map_or_else(
+                    || Err("the registry of wrapping keys is not verified".to_owned()),
+                    |registry| registry.check_service(),
+                );
+                problems.extend(service.err().map(|why| format!("token: {why}")));
             }
             Serving::Down(cause) => problems.push(format!("token: unavailable: {cause}")),
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
@@ -76,7 +78,9 @@ impl Broker {
         let user_keys = problems.is_empty();
         // The token is usable in spite of the notes that follow.
         let risks = self.accepted_risks.iter().cloned();
-        let notes = token.note.into_iter().chain(risks);
+        let of_keys = registry.map_or_else(Vec::new, |registry| registry.problems());
+        let of_keys = of_keys.into_iter().chain(self.key_age_note());
+        let notes = token.note.into_iter().chain(of_keys).chain(risks);
         problems.extend(notes.map(|note| format!("token: {note}")));
         Health {
             user_keys,
@@ -94,6 +98,7 @@ impl Broker {
     pub async fn maintain(self: Arc<Self>, stop: CancellationToken) {
         tokio::join!(
             self.maintain_store(&stop),
+            self.follow_regularly(&stop),
             self.resolve_regularly(&stop),
             self.record_refusals(&stop),
             self.write_uses(&stop),
@@ -136,7 +141,6 @@ impl Broker {
             if !self.acknowledged.is_missing() {
                 self.keep_acknowledged();
             }
-            self.follow_registry().await;
             if count.is_multiple_of(TICKS_PER_HOUR) {
                 self.forget_requests().await;
             }
@@ -235,38 +239,31 @@ impl Broker {
         metrics::STORE_UP.set_flag(up);
     }
 
+    /// Follows the registry in a separate loop, because a key that was just registered must be used soon.
+    async fn follow_regularly(&self, stop: &CancellationToken) {
+        loop {
+            let pause = if self.has_unproved_key() {
+                UNPROVED_PAUSE
+            } else {
+                TICK
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            self.follow_registry().await;
+            self.publish_key_age();
+        }
+    }
+
     /// Follows changes of the registry by other processes: by commands, or by another broker on the same database.
     async fn follow_registry(&self) {
         if !self.store_is_up() || !self.token.state().serves_a_key() {
             return;
         }
-        let complaint = match self.refresh_registry().await {
-            Ok(()) => None,
-            Err(error)
-                if matches!(
-                    error.reason(),
-                    Reason::TokenUntrusted | Reason::RecordDamaged
-                ) =>
-            {
-                Some(error.to_string())
-            }
-            Err(error) => return tracing::warn!(%error, "cannot read the registry"),
-        };
-        metrics::REGISTRY_ALTERED.set_flag(complaint.is_some());
-        let mut last = self
-            .registry_complaint
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // Logs a new problem once, and not every second.
-        if complaint != *last
-            && let Some(error) = &complaint
-        {
-            keybroker_core::alert!(
-                Registry, %error,
-                "wrapping-key registry update failed MAC verification; keeping the last verified registry"
-            );
+        if let Err(error) = self.refresh_registry().await {
+            self.note_unreadable_registry(&error);
         }
-        *last = complaint;
     }
 
     async fn forget_requests(&self) {

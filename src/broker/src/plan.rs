@@ -4,7 +4,7 @@ use keybroker_core::{
     call::{Call, Timestamp},
     envelope::{Context, Envelope},
     error::{Error, Reason},
-    key::{ID_BYTES, KeyAddress, RecordId, Revision},
+    key::{ID_BYTES, KeyAddress, KeyUse, RecordId, Revision},
     secret::KeyMaterial,
 };
 use keybroker_hsm::Caller;
@@ -15,6 +15,7 @@ use super::{
     Broker, caller,
     change::{Change, Mutation},
     journal::Draft,
+    registry::Registry,
     within,
 };
 
@@ -185,7 +186,9 @@ impl Broker {
         revision: Revision,
         material: &KeyMaterial,
     ) -> Result<NewRevision, Error> {
-        let wrapping_key = self.registry()?.wrapping_key()?;
+        let wrapping_key = self
+            .ask_registry(call.deadline, Registry::wrapping_key)
+            .await?;
         let context = Context::Record {
             address,
             record_id: record,
@@ -219,7 +222,9 @@ impl Broker {
                     "the record does not have this revision",
                 )
             })?;
-        let envelope = self.readable_envelope(&stored.envelope).await?;
+        let envelope = self.readable_envelope(call, &stored.envelope).await?;
+        let key = envelope.wrapping_key();
+        self.check_key(call.deadline, key, KeyUse::MakeMac).await?;
         let context = |revision| Context::Record {
             address: &info.address,
             record_id: info.id,

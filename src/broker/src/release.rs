@@ -6,11 +6,11 @@ use keybroker_core::{
     call::Call,
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
-    key::{RecordId, Revision},
+    key::{KeyUse, RecordId, Revision},
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
-use keybroker_hsm::{leave, leave_if_slow};
+use keybroker_hsm::leave_if_slow;
 use keybroker_policy::KeyPermit;
 use keybroker_store::{Record, RecordState};
 
@@ -129,7 +129,7 @@ impl Broker {
             return Err(Error::new(Reason::Bug, "the permit is for another action"));
         }
         let record = self.active_record(permit, call, draft).await?;
-        let envelope = self.readable_envelope(&record.envelope).await?;
+        let envelope = self.readable_envelope(call, &record.envelope).await?;
         draft.wrapping_key(envelope.wrapping_key());
         let context = Context::Record {
             address: permit.address(),
@@ -176,7 +176,11 @@ impl Broker {
     }
 
     /// Parses a stored envelope and checks that its wrapping key may be used to read.
-    pub(super) async fn readable_envelope(&self, bytes: &[u8]) -> Result<Envelope, Error> {
+    pub(super) async fn readable_envelope(
+        &self,
+        call: &Call,
+        bytes: &[u8],
+    ) -> Result<Envelope, Error> {
         let envelope =
             Envelope::parse(bytes).map_err(|error| Error::caused(Reason::RecordDamaged, error))?;
         if envelope.kind() != Kind::Record {
@@ -184,12 +188,7 @@ impl Broker {
             return Err(Error::new(Reason::RecordDamaged, detail));
         }
         let key = envelope.wrapping_key();
-        if !self.registry()?.knows(key) {
-            // Another broker may have wrapped under a key that was registered after this broker last read the registry.
-            leave();
-            self.refresh_registry().await?;
-        }
-        self.registry()?.check_readable(key)?;
+        self.check_key(call.deadline, key, KeyUse::Unwrap).await?;
         Ok(envelope)
     }
 }

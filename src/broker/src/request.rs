@@ -9,13 +9,13 @@ use keybroker_core::{
     call::{Call, RequestId},
     envelope::mac::MacMessage,
     error::{Error, Reason},
-    key::Revision,
+    key::{KeyUse, Revision},
     principal::Principal,
 };
 use keybroker_hsm as hsm;
 use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, request_message};
 
-use super::{Broker, UserKeyRef, caller, change::Change, within};
+use super::{Broker, UserKeyRef, caller, change::Change, registry::Registry, within};
 
 impl Broker {
     /// Returns the request id with a MAC of the request's content, which the token makes.
@@ -27,7 +27,9 @@ impl Broker {
         change: &Change,
         id: RequestId,
     ) -> Result<RequestStamp, Error> {
-        let integrity_key = self.registry()?.integrity_key()?;
+        let integrity_key = self
+            .ask_registry(call.deadline, Registry::integrity_key)
+            .await?;
         let message = content(key, change);
         let mac = within(
             call,
@@ -84,6 +86,8 @@ impl Broker {
                 return Err(altered());
             }
         }
+        self.check_key(token.deadline(), earlier.key, KeyUse::VerifyMac)
+            .await?;
         let message = request_message(scope, &earlier.content, &earlier.result);
         let job = self.token.verify_mac(earlier.key, &message, mac, token);
         match job.await {

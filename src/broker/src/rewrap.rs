@@ -15,7 +15,7 @@ use std::sync::Arc;
 use keybroker_core::{
     call::{Call, Timestamp},
     error::{Error, Reason},
-    key::{ID_BYTES, Purpose, WrappingKeyId},
+    key::{ID_BYTES, KeyUse, Purpose, WrappingKeyId},
     principal::{Action, Principal},
 };
 use keybroker_policy::Resource;
@@ -273,7 +273,7 @@ impl Broker {
         let registry = self.registry()?;
         let run = within(call, self.store.rewrap_run()).await?;
         let mut uses = Vec::new();
-        for row in registry.rows() {
+        for (row, _) in registry.rows() {
             uses.push((row.id, within(call, self.store.key_uses(row.id)).await?));
         }
         Ok(RewrapView {
@@ -331,10 +331,11 @@ fn check_source(
         let what = "the id of a registered wrapping key";
         return Err(Error::violation("source_wrapping_key_id", what));
     }
-    registry.check_readable(source)
+    Ok(registry.check(source, KeyUse::RewrapFrom)?)
 }
 
-/// The wrapping keys from which a run moves rows. Rows under a wrapping key that may not unwrap stay where they are.
+/// The wrapping keys from which a run moves rows. Rows stay where they are if the state of their wrapping key forbids a re-wrap, or
+/// if the wrapping key cannot be used at present.
 fn sources(
     registry: &Registry,
     target: WrappingKeyId,
@@ -342,9 +343,9 @@ fn sources(
 ) -> Vec<WrappingKeyId> {
     registry
         .rows()
-        .iter()
-        .filter(|row| row.id != target && row.purpose == Purpose::Plain)
-        .filter(|row| row.state.may_unwrap() && only.is_none_or(|only| only == row.id))
-        .map(|row| row.id)
+        .filter(|(row, problem)| problem.is_none() && row.state.may_rewrap_from())
+        .filter(|(row, _)| row.id != target && row.purpose == Purpose::Plain)
+        .filter(|(row, _)| only.is_none_or(|only| only == row.id))
+        .map(|(row, _)| row.id)
         .collect()
 }

@@ -116,12 +116,15 @@ impl Token for LateToken {
                 model: String::new(),
             }),
             keys: [KEY, SUSPENDED].map(token_key_called).into(),
+            unusable: Arc::new([]),
             workers: Vec::new(),
             queue_length: 0,
             last_self_test: None,
             tokens: Vec::new(),
         }
     }
+
+    fn expect_keys(&self, _keys: Vec<(String, Vec<hsm::ExpectedKey>)>) {}
 }
 
 fn token_key_called(id: WrappingKeyId) -> TokenKey {
@@ -180,6 +183,14 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             revisions_max: 1_000,
             keys_per_user_max: 1_000,
         },
+        expect: Expect::new(|_, _| Vec::new()),
+        key_admin: KeyAdmin::new(
+            "/none".into(),
+            serde_json::from_str(r#"{"module":"/none.so"}"#).unwrap(),
+            StateDirectory::below(folder),
+            false,
+        ),
+        rotate_after: None,
         accepted_risks: Vec::new(),
     });
     broker

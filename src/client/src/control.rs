@@ -179,6 +179,43 @@ impl Client {
     }
 }
 
+/// Changes of wrapping keys. A failed call returns an [`Error`](crate::Error).
+impl Client {
+    /// Makes a new wrapping key, or returns to the previous one. A change runs to its end even if this call's deadline
+    /// passes.
+    pub fn rotate_wrapping_key(
+        &self,
+        rotation: proto::RotateWrappingKeyRequest,
+    ) -> NonIdempotent<'_, proto::RotateWrappingKeyResponse> {
+        NonIdempotent::new(self.shared(), move |attempt| {
+            let request = attempt.request(rotation);
+            async move {
+                let answer = service(&attempt).rotate_wrapping_key(request).await?;
+                let rotated = answer.into_inner();
+                if rotated.wrapping_key.is_none() {
+                    return Err(AttemptError::Invalid("wrapping_key is absent"));
+                }
+                Ok(rotated)
+            }
+        })
+    }
+
+    /// Changes the state of a wrapping key, and returns the key after the change.
+    pub fn change_wrapping_key_state(
+        &self,
+        change: proto::ChangeWrappingKeyStateRequest,
+    ) -> NonIdempotent<'_, proto::WrappingKey> {
+        NonIdempotent::new(self.shared(), move |attempt| {
+            let request = attempt.request(change.clone());
+            async move {
+                let answer = service(&attempt).change_wrapping_key_state(request).await?;
+                let key = answer.into_inner().wrapping_key;
+                key.ok_or(AttemptError::Invalid("wrapping_key is absent"))
+            }
+        })
+    }
+}
+
 fn service(attempt: &Attempt) -> ControlServiceClient<Channel> {
     ControlServiceClient::new(attempt.channel.clone())
 }

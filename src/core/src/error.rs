@@ -156,6 +156,9 @@ pub struct Violation {
     pub description: Cow<'static, str>,
 }
 
+/// Longest explanation that an administrator receives, in bytes.
+pub const EXPLANATION_BYTES_MAX: usize = 2_000;
+
 /// A failed call.
 #[derive(Clone, Debug)]
 pub struct Error {
@@ -202,6 +205,18 @@ impl Error {
             violations: vec![Violation { field, description }],
             ..Self::new(Reason::Request, detail)
         }
+    }
+
+    /// Adds an explanation that the caller receives, at most [`EXPLANATION_BYTES_MAX`] bytes of it. Only for calls of
+    /// administrators, who may know the state of the token and of the registry.
+    #[must_use]
+    pub fn explained(mut self, field: &'static str, explanation: &str) -> Self {
+        let end = explanation.floor_char_boundary(EXPLANATION_BYTES_MAX);
+        self.violations.push(Violation {
+            field,
+            description: explanation[..end].to_owned().into(),
+        });
+        self
     }
 
     /// Adds the delay after which the caller may retry.
@@ -262,7 +277,7 @@ impl Error {
         self.reason
     }
 
-    /// The invalid fields; empty unless the reason is [`Reason::Request`].
+    /// The invalid fields of a malformed request, or the explanation for an administrator.
     pub fn violations(&self) -> &[Violation] {
         &self.violations
     }

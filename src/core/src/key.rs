@@ -7,6 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
+mod state;
+
+pub use state::{IllegalTransition, KeyUse, WrappingKeyState};
+
 /// Longest tenant name and key name, in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
 /// Longest user id, in bytes of UTF-8.
@@ -414,58 +418,6 @@ impl Purpose {
     }
 }
 
-/// State of a wrapping key (NIST SP 800-57 part 1 revision 5, section 7).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum WrappingKeyState {
-    /// The wrapping key may wrap and unwrap.
-    Active,
-    /// The wrapping key may temporarily neither wrap nor unwrap.
-    Suspended,
-    /// The wrapping key may unwrap, but no longer wrap.
-    Deactivated,
-    /// The wrapping key may neither wrap nor unwrap, because others may know its private half.
-    Compromised,
-    /// The wrapping key is no longer on any token.
-    Destroyed,
-}
-
-impl WrappingKeyState {
-    const ALL: [Self; 5] = [
-        Self::Active,
-        Self::Suspended,
-        Self::Deactivated,
-        Self::Compromised,
-        Self::Destroyed,
-    ];
-
-    /// As stored and shown.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Active => "active",
-            Self::Suspended => "suspended",
-            Self::Deactivated => "deactivated",
-            Self::Compromised => "compromised",
-            Self::Destroyed => "destroyed",
-        }
-    }
-
-    /// From the stored text.
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.as_str() == text)
-    }
-
-    /// Whether the wrapping key may wrap new key material.
-    pub const fn may_wrap(self) -> bool {
-        matches!(self, Self::Active)
-    }
-
-    /// Whether the wrapping key may unwrap stored envelopes.
-    pub const fn may_unwrap(self) -> bool {
-        matches!(self, Self::Active | Self::Deactivated)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -553,15 +505,5 @@ mod tests {
         assert_eq!(Revision::new(1), Some(Revision::FIRST));
         assert_eq!(Revision::new(1 << 63), None);
         assert_eq!(Revision::FIRST.next().get(), 2);
-    }
-
-    #[test]
-    fn states_say_what_a_key_may_do() {
-        let may: Vec<_> = WrappingKeyState::ALL
-            .into_iter()
-            .map(|s| (s.may_wrap(), s.may_unwrap()))
-            .collect();
-        let (yes, no) = (true, false);
-        assert_eq!(may, [(yes, yes), (no, no), (no, yes), (no, no), (no, no)]);
     }
 }

@@ -25,8 +25,8 @@ pub enum Role {
     Enrol,
     /// Permits deletion, undeletion and restoration of user keys and reading their metadata, but no release.
     Lifecycle,
-    /// Permits reading wrapping keys and token state and managing API clients, but no access to user keys or their
-    /// metadata.
+    /// Permits reading and changing wrapping keys, reading the token state and managing API clients, but no access to user
+    /// keys or their metadata.
     Admin,
     /// Permits reading the audit log, wrapping keys, token state and metadata of user keys, but no changes.
     Auditor,
@@ -332,13 +332,27 @@ pub enum Action {
     RevokeClient,
     /// Read the stored data of API clients, without the right to change them.
     ListClients,
+    /// Make a new wrapping key, or return to the previous one.
+    RotateKey,
+    /// Make a wrapping key the one that wraps new user keys.
+    ActivateKey,
+    /// Stop the use of a wrapping key for a time.
+    SuspendKey,
+    /// End the suspension of a wrapping key.
+    ResumeKey,
+    /// Let a wrapping key unwrap, but no longer wrap.
+    DeactivateKey,
+    /// Stop the use of a wrapping key permanently.
+    CompromiseKey,
+    /// Record that a missing wrapping key is lost.
+    LoseKey,
     /// Start, pause and resume the move of rows to the active wrapping key, without the right to release a user key.
     Rewrap,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 22] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -353,6 +367,13 @@ impl Action {
         Self::CreateClient,
         Self::RevokeClient,
         Self::ListClients,
+        Self::RotateKey,
+        Self::ActivateKey,
+        Self::SuspendKey,
+        Self::ResumeKey,
+        Self::DeactivateKey,
+        Self::CompromiseKey,
+        Self::LoseKey,
         Self::Rewrap,
     ];
 
@@ -373,6 +394,13 @@ impl Action {
             Self::CreateClient => "client_credential.create",
             Self::RevokeClient => "client_credential.revoke",
             Self::ListClients => "client_credential.list",
+            Self::RotateKey => "wrapping_key.rotate",
+            Self::ActivateKey => "wrapping_key.activate",
+            Self::SuspendKey => "wrapping_key.suspend",
+            Self::ResumeKey => "wrapping_key.resume",
+            Self::DeactivateKey => "wrapping_key.deactivate",
+            Self::CompromiseKey => "wrapping_key.compromise",
+            Self::LoseKey => "wrapping_key.lost",
             Self::Rewrap => "wrapping_key.rewrap",
         }
     }

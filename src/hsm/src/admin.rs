@@ -30,16 +30,18 @@ use keybroker_worker_protocol::{
     report::Report,
     wire::{
         self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
-        InitToken, KnowKeys, ListKeys, ListTokens, LoopCount, MakeReport, OpenToken, TokenEntry,
-        VerifyMac, admin_reply::Outcome, admin_request::Job,
+        InitToken, KnowKeys, ListKeys, ListTokens, LoopCount, MakeReport, OpenToken, RemoveKey,
+        TokenEntry, VerifyMac, admin_reply::Outcome, admin_request::Job,
     },
 };
 use zeroize::Zeroize as _;
 
 use crate::process;
 
+mod key_admin;
 mod wrapper;
 
+pub use key_admin::KeyAdmin;
 pub use wrapper::Wrapper;
 
 /// The hidden command that runs the worker.
@@ -334,6 +336,18 @@ impl Admin {
         });
         match self.worker().ask(job, Duration::ZERO)? {
             Outcome::Key(key) => checked(key),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Removes the objects of a wrapping key and its integrity key from the token. Nothing can bring them back. Returns
+    /// the number of removed objects.
+    pub fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
+        let job = Job::RemoveKey(RemoveKey {
+            key_id: id.as_bytes().to_vec(),
+        });
+        match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+            Outcome::Removed(count) => Ok(count),
             _ => Err(unexpected()),
         }
     }

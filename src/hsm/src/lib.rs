@@ -108,6 +108,11 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
 
     /// The last known state. This function never waits for the token.
     fn state(&self) -> TokenState;
+
+    /// Sets the keys that must be on each token, by the configured name of the token, according to the registry. If the keys changed, the workers are replaced
+    /// one after another, without an interruption. This function does not wait for that: a key can be used as soon as
+    /// [`TokenState::keys`] contains it.
+    fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>);
 }
 
 /// The last known state of the token and its workers.
@@ -124,8 +129,10 @@ pub struct TokenState {
     pub note: Option<String>,
     /// The token information. The value is `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
-    /// The keys that the last started worker found on the token.
+    /// The keys that every worker found on the token.
     pub keys: Arc<[TokenKey]>,
+    /// The expected keys that cannot be used, although the token serves the other keys.
+    pub unusable: Arc<[UnusableKey]>,
     /// The running workers.
     pub workers: Vec<WorkerInfo>,
     /// Number of jobs in the queue.
@@ -172,6 +179,24 @@ pub struct TokenKey {
     pub algorithm: Algorithm,
 }
 
+/// An expected key that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnusableKey {
+    /// The id of the key.
+    pub id: WrappingKeyId,
+    /// Why the key cannot be used.
+    pub problem: KeyProblem,
+}
+
+/// Why an expected key cannot be used. The values are causes for the log and for administrators.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyProblem {
+    /// The token does not show the key. The key may return, for example when the token is restored.
+    Missing(String),
+    /// The public key, an attribute, the self-test or a negative test is wrong.
+    Untrusted(String),
+}
+
 /// One worker process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerInfo {
@@ -184,6 +209,9 @@ pub struct WorkerInfo {
     /// A number that grows by one with each started worker.
     pub generation: u64,
 }
+
+/// The delay after which a caller may retry if the token does not show the wrapping key.
+pub const MISSING_KEY_RETRY: Duration = Duration::from_secs(5);
 
 /// The class of a token failure. There is a class for each different reaction of the caller. PKCS#11 return codes never
 /// leave the worker.
@@ -218,8 +246,16 @@ pub enum Error {
     /// The token must not be used.
     #[error("token not trusted: {0}")]
     Untrusted(String),
-    /// The key is not on the token, or was not registered when the workers started.
-    #[error("wrapping key {0} is not on the token")]
+    /// The token does not show the key, although it serves other keys.
+    #[error("wrapping key {key} is missing: {cause}")]
+    KeyMissing {
+        /// The id of the key.
+        key: WrappingKeyId,
+        /// The cause, for the log.
+        cause: String,
+    },
+    /// The workers do not know the key.
+    #[error("wrapping key {0} is not known to the workers")]
     UnknownKey(WrappingKeyId),
 }
 
@@ -234,6 +270,9 @@ impl From<Error> for error::Error {
             }
             Error::Down { retry_after, .. } => {
                 Self::new(Reason::TokenDown, detail).retry_after(retry_after)
+            }
+            Error::KeyMissing { .. } => {
+                Self::new(Reason::TokenDown, detail).retry_after(MISSING_KEY_RETRY)
             }
             Error::Untrusted(_) => Self::new(Reason::TokenUntrusted, detail),
             // The registry and the token disagree, and only an operator can repair that.

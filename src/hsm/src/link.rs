@@ -7,7 +7,7 @@ use std::{
     process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -25,10 +25,12 @@ use keybroker_worker_protocol::{
     wire::{Reply, Request, reply::Outcome},
 };
 
-use crate::{job::Job, process};
+use crate::{job::Job, process, start::Found};
 
 /// A worker is treated as hanging when it has not answered a job this long after the job's deadline.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
+/// How often a worker that gets no more jobs is checked for jobs that it still runs.
+const RETIREMENT_PAUSE: Duration = Duration::from_millis(5);
 
 /// The front's data about one worker, and its connection to the worker.
 pub(super) struct Link {
@@ -36,6 +38,10 @@ pub(super) struct Link {
     pid: u32,
     sessions: usize,
     stream: UnixStream,
+    /// The keys that the worker found.
+    found: Arc<Found>,
+    /// Whether the worker must be replaced, because the expected keys have changed since it started.
+    is_outdated: AtomicBool,
     /// Number of jobs in `held` except self-tests. This number can be read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
@@ -43,6 +49,8 @@ pub(super) struct Link {
     flush: Notify,
     /// A cancellation signal: it is cancelled when the worker must end now, and `State` contains the cause.
     ended: CancellationToken,
+    /// Cancelled when another worker has replaced this worker, so that this worker ends after its jobs.
+    retired: CancellationToken,
 }
 
 #[derive(Default)]
@@ -74,17 +82,26 @@ pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, U
 }
 
 impl Link {
-    pub(super) fn new(generation: u64, pid: u32, sessions: usize, stream: UnixStream) -> Arc<Self> {
+    pub(super) fn new(
+        generation: u64,
+        pid: u32,
+        sessions: usize,
+        stream: UnixStream,
+        found: Arc<Found>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             generation,
             pid,
             sessions,
             stream,
+            found,
+            is_outdated: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
             state: Mutex::default(),
             next_id: AtomicU64::new(1),
             flush: Notify::new(),
             ended: CancellationToken::new(),
+            retired: CancellationToken::new(),
         })
     }
 
@@ -102,6 +119,32 @@ impl Link {
 
     pub(super) fn sessions(&self) -> usize {
         self.sessions
+    }
+
+    pub(super) fn found(&self) -> &Arc<Found> {
+        &self.found
+    }
+
+    pub(super) fn is_outdated(&self) -> bool {
+        self.is_outdated.load(Ordering::Relaxed)
+    }
+
+    /// Marks the worker as one that must be replaced.
+    pub(super) fn outdate(&self) {
+        self.is_outdated.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets the worker end after its jobs. The worker must no longer be in the queue.
+    pub(super) fn retire(&self) {
+        self.retired.cancel();
+    }
+
+    /// Waits until the worker is retired and has finished its jobs.
+    pub(super) async fn finished(&self) {
+        self.retired.cancelled().await;
+        while self.in_flight() > 0 {
+            tokio::time::sleep(RETIREMENT_PAUSE).await;
+        }
     }
 
     pub(super) fn in_flight(&self) -> usize {

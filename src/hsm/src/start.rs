@@ -13,7 +13,7 @@ use keybroker_worker_protocol::{
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-use crate::{TokenKey, link, process};
+use crate::{KeyProblem, TokenKey, UnusableKey, link, process};
 
 /// Longest time for a worker to become ready: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,7 +33,25 @@ pub(super) struct Started {
 pub(super) struct Found {
     pub(super) info: TokenInfo,
     pub(super) keys: Arc<[TokenKey]>,
-    pub(super) wrap: HashMap<WrappingKeyId, WrapKey>,
+    /// The expected keys that the worker could not use.
+    pub(super) unusable: Arc<[UnusableKey]>,
+    /// The public keys of `keys`, ready to wrap.
+    pub(super) wrap: HashMap<WrappingKeyId, Arc<WrapKey>>,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Self {
+            info: TokenInfo {
+                label: String::new(),
+                serial: String::new(),
+                model: String::new(),
+            },
+            keys: Arc::new([]),
+            unusable: Arc::new([]),
+            wrap: HashMap::new(),
+        }
+    }
 }
 
 impl Found {
@@ -255,25 +273,52 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
             algorithm,
             spki: key.spki,
         });
-        wrap.insert(id, public);
+        wrap.insert(id, Arc::new(public));
     }
+    let unusable = unusable(ready.unusable)?;
     let is_of = |key: &TokenKey, wanted: &ExpectedKey| {
         key.id == wanted.id && key.fingerprint == wanted.fingerprint
+    };
+    let is_reported = |wanted: &ExpectedKey| {
+        wanted.may_be_elsewhere
+            || keys.iter().any(|key| is_of(key, wanted))
+            || unusable.iter().any(|key| key.id == wanted.id)
     };
     let same = keys
         .iter()
         .all(|key| expected.iter().any(|wanted| is_of(key, wanted)))
-        && expected
+        && unusable
             .iter()
-            .all(|wanted| wanted.may_be_elsewhere || keys.iter().any(|key| is_of(key, wanted)));
+            .all(|key| expected.iter().any(|wanted| key.id == wanted.id))
+        && expected.iter().all(is_reported);
     if !same {
         return Err(untrusted(
-            "the worker did not find exactly the expected keys".to_owned(),
+            "the worker did not report on exactly the expected keys".to_owned(),
         ));
     }
     Ok(Found {
         info: ready.token.unwrap_or_default().into(),
         keys: keys.into(),
+        unusable: unusable.into(),
         wrap,
     })
+}
+
+/// Reads the report on the keys that a worker could not use.
+fn unusable(reported: Vec<wire::UnusableKey>) -> Result<Vec<UnusableKey>, Failure> {
+    let unusable = reported.into_iter().map(|key| {
+        let id = WrappingKeyId::from_slice(&key.id).ok_or_else(|| {
+            Failure::new(
+                FailureClass::Untrusted,
+                "the worker reported a key id that does not have 16 bytes",
+            )
+        })?;
+        let problem = if key.is_missing {
+            KeyProblem::Missing(key.detail)
+        } else {
+            KeyProblem::Untrusted(key.detail)
+        };
+        Ok(UnusableKey { id, problem })
+    });
+    unusable.collect()
 }

@@ -23,9 +23,7 @@ use keybroker_core::{
     key::WrappingKeyId,
     state::StateDirectory,
 };
-use keybroker_worker_protocol::{
-    ExpectedKey, Settings, TokenInfo, oaep::WrapKey, wire::FailureClass,
-};
+use keybroker_worker_protocol::{ExpectedKey, Settings, wire::FailureClass};
 
 use crate::{
     Error, Serving, TokenKey, TokenState, WorkerInfo,
@@ -37,9 +35,11 @@ use crate::{
 };
 
 use alerts::{Alerts, Line};
+use keys::Recheck;
 use machine::{Action, Event, Loss, Machine};
 
 mod alerts;
+mod keys;
 mod machine;
 mod monitor;
 #[cfg(test)]
@@ -66,12 +66,13 @@ pub struct StartupError {
 #[derive(Debug)]
 pub struct Supervisor {
     settings: Settings,
-    expected: Vec<ExpectedKey>,
+    /// The keys that must be on the token. A worker that started with an earlier list is replaced.
+    expected: ArcSwap<Vec<ExpectedKey>>,
     program: PathBuf,
     state: StateDirectory,
     queue: Queue,
     measures: Measures,
-    /// The token and its keys, in the state in which the last started worker found them.
+    /// The token, and the keys that every worker serves.
     found: ArcSwap<start::Found>,
     serving: watch::Sender<Serving>,
     /// The lock is held during a change of the workers in the queue or of `serving`, because these two depend on each
@@ -92,6 +93,7 @@ pub struct Supervisor {
 struct Decider {
     machine: Machine,
     alerts: Alerts,
+    recheck: Recheck,
     epoch: Instant,
 }
 
@@ -144,6 +146,7 @@ impl Supervisor {
             machine: Mutex::new(Decider {
                 machine: Machine::new(settings.workers),
                 alerts: Alerts::default(),
+                recheck: Recheck::default(),
                 epoch: Instant::now(),
             }),
             start: Notify::new(),
@@ -154,7 +157,7 @@ impl Supervisor {
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
             settings,
-            expected: keys,
+            expected: ArcSwap::from_pointee(keys::in_order(keys)),
             program,
             state,
         })
@@ -218,6 +221,7 @@ impl Supervisor {
                 }
                 _ = ticks.tick() => {
                     self.publish_metrics();
+                    self.recheck_keys();
                     self.apply(&mut self.decider(), Event::Tick);
                 }
             }
@@ -226,17 +230,18 @@ impl Supervisor {
 
     /// Starts one worker and adds it to the queue, unless the broker stops meanwhile.
     async fn start_worker(self: Arc<Self>) {
+        let expected = self.expected.load_full();
         let started = start::worker(
             &self.program,
             &self.settings,
-            &self.expected,
+            &expected,
             &self.state,
             &self.stop,
         )
         .await;
         let failed = started.is_err();
         match started {
-            Ok(started) => self.take_in(started),
+            Ok(started) => self.take_in(started, &expected),
             Err(failure) => self.note_failed_start(failure),
         }
         self.publish_metrics();
@@ -247,7 +252,8 @@ impl Supervisor {
         }
     }
 
-    fn take_in(self: &Arc<Self>, started: Started) {
+    /// Adds a worker that is ready. `expected` is the list of keys with which the worker started.
+    fn take_in(self: &Arc<Self>, started: Started, expected: &Arc<Vec<ExpectedKey>>) {
         let Started {
             child,
             stream,
@@ -255,11 +261,15 @@ impl Supervisor {
             found,
         } = started;
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
-        let link = Link::new(generation, pid, self.settings.sessions_per_worker, stream);
+        let sessions = self.settings.sessions_per_worker;
+        let found = Arc::new(found);
+        let link = Link::new(generation, pid, sessions, stream, Arc::clone(&found));
+        if !keys::are_same(expected, &self.expected.load()) {
+            link.outdate();
+        }
         tracing::info!(
             token = %self.settings.name, pid, generation, label = %found.info.label, "token worker ready"
         );
-        self.found.store(Arc::new(found));
         self.note_self_test();
         self.admit(&link);
         self.tasks.spawn(Arc::clone(self).monitor(link, child));
@@ -293,7 +303,9 @@ impl Supervisor {
     fn admit(&self, link: &Arc<Link>) {
         let mut decider = self.decider();
         self.queue.add(Arc::clone(link));
+        self.outdate_others(&mut decider, link);
         self.apply(&mut decider, Event::Ready);
+        self.publish_keys();
     }
 
     /// Gives no more jobs to a worker that is lost. If a worker is lost for several causes, only the first cause is
@@ -302,6 +314,7 @@ impl Supervisor {
         let mut decider = self.decider();
         if self.queue.remove(link.generation()) {
             self.apply(&mut decider, Event::Lost(loss, cause.to_owned()));
+            self.publish_keys();
         }
         if !self.queue.has_links() {
             self.queue.fail_with_alternative(&decider.down(cause));
@@ -311,6 +324,7 @@ impl Supervisor {
     /// Passes an event to the state machine and carries out its decisions.
     fn apply(&self, decider: &mut Decider, event: Event) {
         let now = decider.epoch.elapsed();
+        decider.machine.set_outdated(self.outdated());
         for action in decider.machine.on(now, event) {
             match action {
                 Action::Start => self.start.notify_one(),
@@ -320,6 +334,7 @@ impl Supervisor {
                         log(&self.settings.name, &line);
                     }
                 }
+                Action::Retire => self.retire_oldest(),
             }
         }
         for line in decider.alerts.due(now) {
@@ -355,10 +370,7 @@ impl Supervisor {
                 && job.losses < losses_max
                 && !job.has_alternative
                 && !job.work.is_self_test();
-            if !is_repeated {
-                let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
-                job.answer(Err(error), Duration::ZERO);
-            } else {
+            if is_repeated {
                 job.span.in_scope(
                     || tracing::warn!(%cause, "a job is repeated: its token worker was lost"),
                 );
@@ -366,6 +378,9 @@ impl Supervisor {
                     losses: job.losses + 1,
                     ..job
                 });
+            } else {
+                let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
+                job.answer(Err(error), Duration::ZERO);
             }
         }
     }
@@ -413,6 +428,7 @@ impl Supervisor {
             note,
             info: found.known().then(|| found.info.clone()),
             keys: Arc::clone(&found.keys),
+            unusable: Arc::clone(&found.unusable),
             workers: self
                 .queue
                 .links()
@@ -444,13 +460,14 @@ impl Supervisor {
     }
 
     /// The keys that must be on the token.
-    pub(crate) fn expected(&self) -> &[ExpectedKey] {
-        &self.expected
+    pub(crate) fn expected(&self) -> Arc<Vec<ExpectedKey>> {
+        self.expected.load_full()
     }
 
-    /// The algorithm with which a key wraps; `None` if the last started worker did not find the key.
+    /// The algorithm with which a key wraps; `None` if not every worker serves the key.
     pub(crate) fn algorithm(&self, key: WrappingKeyId) -> Option<Algorithm> {
-        self.found.load().wrap.get(&key).map(WrapKey::algorithm)
+        let found = self.found.load();
+        found.wrap.get(&key).map(|key| key.algorithm())
     }
 
     /// A key as the last started worker found it.
@@ -468,18 +485,4 @@ impl Supervisor {
 fn log(token: &str, line: &Line) {
     let (cause, count) = (&line.cause, line.count);
     keybroker_core::alert!(raise line.alert, %token, %cause, count, "{}", line.alert.meaning());
-}
-
-impl Default for start::Found {
-    fn default() -> Self {
-        Self {
-            info: TokenInfo {
-                label: String::new(),
-                serial: String::new(),
-                model: String::new(),
-            },
-            keys: Arc::new([]),
-            wrap: std::collections::HashMap::new(),
-        }
-    }
 }

@@ -29,6 +29,7 @@ mod named;
 #[cfg(test)]
 mod tests;
 mod tokens;
+pub(crate) mod wrapping_keys;
 
 pub use tokens::{SelectionError, TOKENS_MAX, Tokens};
 
@@ -86,6 +87,9 @@ pub struct Config {
     /// `[client_credentials]`.
     #[serde(default)]
     pub client_credentials: auth::client_secret::Settings,
+    /// `[wrapping_keys]`.
+    #[serde(default)]
+    pub wrapping_keys: wrapping_keys::Settings,
     /// `[[issuer]]`.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

@@ -727,6 +727,13 @@ impl Admin {
         })
     }
 
+    /// Removes the objects of a key from the token. Returns the number of removed objects.
+    pub(crate) fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
+        let place = self.place(id);
+        self.secrets.borrow_mut().remove(&id);
+        Ok(keys::remove(&self.token.anchor, &place)?)
+    }
+
     /// Makes a MAC with the integrity key of this wrapping key.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = self.pair(id)?;

@@ -148,6 +148,12 @@ impl State {
             Job::DecryptLoop(job) => self.decrypt_loop(job),
             Job::MakeReport(job) => self.report(job),
             Job::KnowKeys(job) => self.know(job),
+            Job::RemoveKey(job) => {
+                let id = key_id(&job.key_id)?;
+                // The handles of the removed objects must not be used again.
+                self.verifier = None;
+                Ok(Outcome::Removed(self.token()?.remove_key(id)?))
+            }
         }
     }
 

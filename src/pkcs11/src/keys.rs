@@ -24,11 +24,13 @@ use crate::{
 };
 
 mod making;
+mod removal;
 mod templates;
 
 pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
 };
+pub(super) use removal::remove;
 #[cfg(test)]
 pub(super) use templates::generic_secret_template;
 pub(super) use templates::{

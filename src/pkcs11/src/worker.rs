@@ -1,7 +1,7 @@
 //! The token worker: the process that holds the vendor's module, and nothing else.
 //!
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
-//! sessions one after another, checks every key, reports the result, and serves jobs until its socket is closed. The
+//! sessions one after another, checks every key, reports which keys it can use, and serves jobs until its socket is closed. The
 //! worker ignores SIGINT and SIGTERM, so that running jobs are finished during a drain: the worker ends when the front
 //! closes the socket.
 //!
@@ -34,7 +34,8 @@ use keybroker_worker_protocol::{
     frame::{Inbox, Outbox},
     unpadded,
     wire::{
-        self, FailureClass, Ready, Reply, Request, Setup, TokenKey, reply::Outcome, request::Job,
+        self, FailureClass, Ready, Reply, Request, Setup, TokenKey, UnusableKey, reply::Outcome,
+        request::Job,
     },
 };
 
@@ -44,7 +45,7 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::Place,
-    open::OpenToken,
+    open::{OpenToken, ProvedKey},
     operation,
     select::Registered,
     session::{self, SessionThread, Shared},
@@ -100,7 +101,12 @@ fn serve() -> io::Result<()> {
     let opened = read_pin(&setup).and_then(|pin| open(&setup, &settings, pin.as_ref(), sessions));
     drop(limit);
     calling::report_no_more();
-    let (token, shared, sessions_open) = match opened {
+    let Opened {
+        token,
+        shared,
+        sessions: sessions_open,
+        unusable,
+    } = match opened {
         Ok(opened) => opened,
         Err(fault) => {
             let class = startup_class(fault.class);
@@ -108,7 +114,8 @@ fn serve() -> io::Result<()> {
             return first_reply.send(0, Outcome::Failure(failure), Duration::ZERO);
         }
     };
-    first_reply.send(0, Outcome::Ready(ready(&token, &shared)), Duration::ZERO)?;
+    let ready = ready(&token, &shared, unusable);
+    first_reply.send(0, Outcome::Ready(ready), Duration::ZERO)?;
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     // The start itself has the priority of the front, because calls may wait for it.
@@ -204,12 +211,21 @@ fn read_pin(setup: &Setup) -> Result<Option<Pin>, Fault> {
         .map_err(|error| Fault::new(Class::Pin, error.to_string()))
 }
 
+/// A token that is ready for jobs.
+struct Opened {
+    token: OpenToken,
+    shared: Arc<Shared>,
+    sessions: Vec<SessionThread>,
+    /// The expected keys that cannot be used.
+    unusable: Vec<UnusableKey>,
+}
+
 fn open(
     setup: &Setup,
     settings: &Settings,
     pin: Option<&Pin>,
     sessions: usize,
-) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
+) -> Result<Opened, Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
         .of_copy(&setup.pin_record_name);
     let expected = setup
@@ -228,21 +244,7 @@ fn open(
         false,
         Registered::Required(&serials),
     )?;
-    let mut keys = Vec::new();
-    for key in expected.iter().filter(|key| is_here(key, &token)) {
-        let place = Place::of(key.id, key.objects.clone());
-        let proved = match token.prove(settings, &place, key.fingerprint) {
-            Ok(proved) => proved,
-            // The key is on a declared copy of this token, which has the same serial number.
-            Err(fault) if key.may_be_elsewhere && fault.class == Class::KeyMissing => {
-                tracing::warn!(key = %key.id, %fault, "a registered key is not on this token");
-                continue;
-            }
-            Err(fault) => return Err(token.explained(fault)),
-        };
-        verify_proofs(&token, &proved.place, key)?;
-        keys.push(proved);
-    }
+    let (keys, unusable) = prove(&token, settings, &expected)?;
     let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();
     let shared = Arc::new(Shared {
         module: token.module.clone(),
@@ -260,7 +262,63 @@ fn open(
             token.session(&places)?,
         ));
     }
-    Ok((token, shared, open))
+    Ok(Opened {
+        token,
+        shared,
+        sessions: open,
+        unusable,
+    })
+}
+
+/// Checks every expected key. A key that is missing or wrong does not prevent the use of the other keys. Fails if no
+/// expected key can be used, or if the token itself failed.
+fn prove(
+    token: &OpenToken,
+    settings: &Settings,
+    expected: &[ExpectedKey],
+) -> Result<(Vec<ProvedKey>, Vec<UnusableKey>), Fault> {
+    let (mut keys, mut unusable, mut first) = (Vec::new(), Vec::new(), None);
+    for key in expected.iter().filter(|key| is_here(key, token)) {
+        let place = Place::of(key.id, key.objects.clone());
+        let proved = token.prove(settings, &place, key.fingerprint);
+        let proved = proved.and_then(|proved| {
+            verify_proofs(token, &proved.place, key)?;
+            Ok(proved)
+        });
+        let fault = match proved {
+            Ok(proved) => {
+                keys.push(proved);
+                continue;
+            }
+            // The key is on a declared copy of this token, which has the same serial number.
+            Err(fault) if key.may_be_elsewhere && fault.class == Class::KeyMissing => {
+                tracing::warn!(key = %key.id, %fault, "a registered key is not on this token");
+                continue;
+            }
+            Err(fault) => token.explained(fault),
+        };
+        if !concerns_one_key(fault.class) {
+            return Err(fault);
+        }
+        unusable.push(UnusableKey {
+            id: key.id.as_bytes().to_vec(),
+            is_missing: fault.class == Class::KeyMissing,
+            detail: fault.to_string(),
+        });
+        first.get_or_insert(fault);
+    }
+    match first {
+        Some(fault) if keys.is_empty() => Err(fault),
+        _ => Ok((keys, unusable)),
+    }
+}
+
+/// Whether a fault of this class, which occurred during the check of a key, says nothing about the other keys.
+const fn concerns_one_key(class: Class) -> bool {
+    matches!(
+        class,
+        Class::KeyMissing | Class::Untrusted | Class::Configuration
+    )
 }
 
 /// Whether a key is expected on this token. A key that may be on another token is expected only on the token with its serial
@@ -342,7 +400,7 @@ fn startup_class(class: Class) -> FailureClass {
     }
 }
 
-fn ready(token: &OpenToken, shared: &Shared) -> Ready {
+fn ready(token: &OpenToken, shared: &Shared, unusable: Vec<UnusableKey>) -> Ready {
     Ready {
         token: Some(token.info.clone().into()),
         keys: shared
@@ -354,6 +412,7 @@ fn ready(token: &OpenToken, shared: &Shared) -> Ready {
                 algorithm: key.self_test.algorithm().number().into(),
             })
             .collect(),
+        unusable,
     }
 }
 

@@ -20,7 +20,7 @@ use super::{
         ListQuery, NewRevision, Record, RecordInfo, RequestRecord, RequestScope, Stamp,
         StoredRevision,
     },
-    registry::RegistryRow,
+    registry::{RegistryChange, RegistryRow},
     rewrap::Rewraps,
 };
 
@@ -118,6 +118,16 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
 
     /// Adds a registry row. Returns [`Error::Exists`] if the id is already registered.
     async fn register(&self, row: &RegistryRow) -> Result<(), Error>;
+
+    /// Adds and replaces registry rows in one transaction, and stores the mark of the call. Returns [`Error::Conflict`] if
+    /// the MAC of a replaced row is not the expected one, and [`Error::Exists`] if the new row's id is registered. After
+    /// either error, nothing is changed.
+    async fn change_registry(
+        &self,
+        change: &RegistryChange,
+        call: CallId,
+        at: Timestamp,
+    ) -> Result<(), Error>;
 
     /// Replaces a registry row if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;

@@ -33,6 +33,7 @@ mod calls;
 mod clients;
 mod kept;
 mod probe;
+mod registry;
 mod rewrap;
 mod tables;
 mod uses;

@@ -37,6 +37,24 @@ pub struct RegistryRow {
     pub mac: Mac,
 }
 
+/// Rows of the registry that change together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RegistryChange {
+    /// The row of a new key.
+    pub insert: Option<RegistryRow>,
+    /// The changed rows of registered keys.
+    pub updates: Vec<RegistryUpdate>,
+}
+
+/// A row of the registry that replaces the row with another MAC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistryUpdate {
+    /// The new row.
+    pub row: RegistryRow,
+    /// The MAC of the stored row. If the stored row has another MAC, it was changed meanwhile.
+    pub expected: Mac,
+}
+
 impl RegistryRow {
     /// `CKA_ID` of the RSA private key.
     pub fn private_object(&self) -> ObjectId {
@@ -50,7 +68,16 @@ impl RegistryRow {
 
     /// The message that the row's MAC must cover.
     pub fn mac_message(&self) -> MacMessage {
-        MacMessage::registry(&RegistryFields {
+        MacMessage::registry(&self.fields())
+    }
+
+    /// The message that the MAC of a destroyed key's row must cover. The integrity key of another wrapping key makes the MAC.
+    pub fn tombstone_message(&self) -> MacMessage {
+        MacMessage::tombstone(&self.fields())
+    }
+
+    fn fields(&self) -> RegistryFields<'_> {
+        RegistryFields {
             id: self.id,
             objects: &self.objects,
             fingerprint: self.fingerprint,
@@ -60,6 +87,6 @@ impl RegistryRow {
             sequence: self.sequence,
             registered_us: self.registered.micros(),
             backup_confirmed_us: self.backup_confirmed.map(Timestamp::micros),
-        })
+        }
     }
 }

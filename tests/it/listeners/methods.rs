@@ -1,11 +1,12 @@
 //! Every method, with a request that it takes and one that it refuses.
 
 use keybroker_proto::{
-    AddClientSecretRequest, BatchUnwrapUserKeysRequest, CreateClientCredentialRequest,
-    CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest,
-    ListClientCredentialsRequest, ListUserKeysRequest, ReplaceUserKeyRequest,
-    RestoreUserKeyRevisionRequest, ResumeRewrapRequest, RevokeClientCredentialRequest,
-    StartRewrapRequest, TailAuditLogRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
+    AddClientSecretRequest, BatchUnwrapUserKeysRequest, ChangeWrappingKeyStateRequest,
+    CreateClientCredentialRequest, CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest,
+    GetWrappingKeyRequest, ListClientCredentialsRequest, ListUserKeysRequest,
+    ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest, ResumeRewrapRequest,
+    RevokeClientCredentialRequest, RotateWrappingKeyRequest, StartRewrapRequest,
+    TailAuditLogRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
 };
 use prost::Message;
 use prost_reflect::DescriptorPool;
@@ -20,7 +21,7 @@ use crate::{
 };
 
 /// Every method, and a caller who may call it.
-pub(crate) const METHODS: [(&str, &str); 21] = [
+pub(crate) const METHODS: [(&str, &str); 23] = [
     ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
     ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
     (
@@ -57,6 +58,11 @@ pub(crate) const METHODS: [(&str, &str); 21] = [
     ("/keybroker.v1.ControlService/GetRewrap", "auditor"),
     ("/keybroker.v1.ControlService/PauseRewrap", "admin"),
     ("/keybroker.v1.ControlService/ResumeRewrap", "admin"),
+    ("/keybroker.v1.ControlService/RotateWrappingKey", "admin"),
+    (
+        "/keybroker.v1.ControlService/ChangeWrappingKeyState",
+        "admin",
+    ),
 ];
 
 #[test]
@@ -113,12 +119,14 @@ async fn every_method_audits_what_it_cannot_read() {
             "user_key.undelete",
             "user_key.unwrap",
             "user_key.unwrap",
+            "wrapping_key.activate",
             "wrapping_key.read",
             "wrapping_key.read",
             "wrapping_key.read",
             "wrapping_key.rewrap",
             "wrapping_key.rewrap",
             "wrapping_key.rewrap",
+            "wrapping_key.rotate",
         ]
     );
 }
@@ -247,6 +255,15 @@ fn wrong_clients() -> Vec<Wrong> {
         secret_number: Some(0),
     };
     let unlimited = create("x", "release");
+    let rotate = RotateWrappingKeyRequest {
+        modulus_bits: 1_024,
+        ..Default::default()
+    };
+    let change = |id: &[u8], change| ChangeWrappingKeyStateRequest {
+        id: id.to_owned(),
+        change,
+        ..Default::default()
+    };
     vec![
         wrong("CreateClientCredential", &create("", "enrol"), "label"),
         wrong("CreateClientCredential", &create("x", "root"), "roles"),
@@ -257,6 +274,9 @@ fn wrong_clients() -> Vec<Wrong> {
         wrong("ListClientCredentials", &list(1_001, ""), "page_size"),
         wrong("ListClientCredentials", &list(1, "x"), "page_token"),
         wrong("RevokeClientCredential", &revoke, "secret_number"),
+        wrong("RotateWrappingKey", &rotate, "modulus_bits"),
+        wrong("ChangeWrappingKeyState", &change(&[7; 15], 2), "id"),
+        wrong("ChangeWrappingKeyState", &change(&[7; 16], 99), "change"),
     ]
 }
 

@@ -6,11 +6,15 @@ use base64ct::{Base64, Encoding as _};
 use tonic::{Request, Response, Status, async_trait};
 
 use keybroker_broker::{Broker, Serving, TokenState, WrappingKeyView};
-use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
+use keybroker_core::{
+    error::{EXPLANATION_BYTES_MAX, Error},
+    key::WrappingKeyId,
+    principal::Action,
+};
 use keybroker_proto as proto;
 use keybroker_proto::control_service_server::ControlService;
 
-use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert, rewrap};
+use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert, key_changes, rewrap};
 
 const TAIL_DEFAULT: u32 = 100;
 const TAIL_MAX: u32 = 1_000;
@@ -79,7 +83,7 @@ impl ControlService for Control {
             .token_state(&entered.principal, &entered.call)
             .await
             .map_err(|error| entered.status(&error))?;
-        Ok(Response::new(token_state(state)))
+        Ok(Response::new(token_state(&state)))
     }
 
     async fn tail_audit_log(
@@ -161,6 +165,20 @@ impl ControlService for Control {
     ) -> Result<Response<proto::ResumeRewrapResponse>, Status> {
         rewrap::resume(&self.broker, request).await
     }
+
+    async fn rotate_wrapping_key(
+        &self,
+        request: Request<proto::RotateWrappingKeyRequest>,
+    ) -> Result<Response<proto::RotateWrappingKeyResponse>, Status> {
+        key_changes::rotate(&self.broker, request).await
+    }
+
+    async fn change_wrapping_key_state(
+        &self,
+        request: Request<proto::ChangeWrappingKeyStateRequest>,
+    ) -> Result<Response<proto::ChangeWrappingKeyStateResponse>, Status> {
+        key_changes::change(&self.broker, request).await
+    }
 }
 
 /// Returns as many of the newest entries as fit into a message.
@@ -180,7 +198,12 @@ fn newest_that_fit(mut entries: Vec<String>) -> Vec<String> {
     entries.split_off(entries.len() - fitting)
 }
 
-fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
+/// Shortens a text to the limit of explanations.
+fn bounded(text: &str) -> String {
+    text[..text.floor_char_boundary(EXPLANATION_BYTES_MAX)].to_owned()
+}
+
+pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
     let on_token = view.on_token.as_ref();
     proto::WrappingKey {
         id: view.id.as_bytes().to_vec(),
@@ -192,16 +215,17 @@ fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
         register_time: Some(convert::timestamp(view.registered)),
         backup_confirmed: view.backup_confirmed,
         public_key_pem: String::new(),
+        problem: bounded(view.problem.as_deref().unwrap_or_default()),
     }
 }
 
-fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
+fn token_state(state: &TokenState) -> proto::GetTokenStateResponse {
     let tokens = if state.tokens.is_empty() {
-        vec![one_token(&state)]
+        vec![one_token(state)]
     } else {
         state.tokens.iter().map(one_token).collect()
     };
-    let together = one_token(&state);
+    let together = one_token(state);
     proto::GetTokenStateResponse {
         serving: together.serving,
         detail: together.detail,

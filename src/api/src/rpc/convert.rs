@@ -78,6 +78,7 @@ pub(super) const fn purpose(purpose: Purpose) -> proto::WrappingKeyPurpose {
 
 pub(super) const fn key_state(state: WrappingKeyState) -> proto::WrappingKeyState {
     match state {
+        WrappingKeyState::PreActive => proto::WrappingKeyState::PreActive,
         WrappingKeyState::Active => proto::WrappingKeyState::Active,
         WrappingKeyState::Suspended => proto::WrappingKeyState::Suspended,
         WrappingKeyState::Deactivated => proto::WrappingKeyState::Deactivated,

@@ -51,6 +51,9 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (CONTROL_SERVICE, "ListClientCredentials") => Action::ListClients,
         (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
         (CONTROL_SERVICE, "StartRewrap" | "PauseRewrap" | "ResumeRewrap") => Action::Rewrap,
+        (CONTROL_SERVICE, "RotateWrappingKey") => Action::RotateKey,
+        // The message decides which of the actions on the state of a key is asked for.
+        (CONTROL_SERVICE, "ChangeWrappingKeyState") => Action::ActivateKey,
         _ => return None,
     };
     Some(action)
@@ -77,7 +80,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 21);
+        assert_eq!(methods, 23);
         for other in [
             "",
             "/",

@@ -13,8 +13,8 @@ use keybroker_store as store;
 use keybroker_store::ClientRow;
 
 impl Broker {
-    /// Asks policy for a permit, and begins the audit entry of the change.
-    pub(super) async fn begin_client(
+    /// Asks policy for a permit on the control plane, and begins the audit entry of the change.
+    pub(crate) async fn begin_control_change(
         &self,
         principal: &Principal,
         call: &Call,
@@ -29,7 +29,7 @@ impl Broker {
     }
 
     /// If a step before the change failed, records the failure in the audit log.
-    pub(super) async fn or_record<T>(
+    pub(crate) async fn or_record<T>(
         &self,
         draft: &Draft,
         result: Result<T, Error>,

@@ -5,12 +5,12 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use crate::{Broker, within};
+use crate::{Broker, registry::Registry, within};
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
     client_credential::{ClientCredential, Document},
     error::{Error, Reason},
-    key::ClientId,
+    key::{ClientId, KeyUse},
     principal::Principal,
 };
 use keybroker_hsm as hsm;
@@ -96,7 +96,7 @@ impl Broker {
         if !registry.knows(row.key) {
             return Verified::No(format!("its wrapping key {} is not registered", row.key));
         }
-        if registry.check_readable(row.key).is_err() {
+        if registry.check(row.key, KeyUse::VerifyMac).is_err() {
             return Verified::NotAsked;
         }
         let message = row.mac_message();
@@ -145,14 +145,14 @@ impl Broker {
             // the registry.
             self.refresh_registry().await?;
         }
-        let registry = self.registry()?;
-        if !registry.knows(row.key) {
+        if !self.registry()?.knows(row.key) {
             return Err(refused(format!(
                 "its wrapping key {} is not registered",
                 row.key
             )));
         }
-        match registry.check_readable(row.key) {
+        let checked = self.check_key(Deadline::after(MAC_TIMEOUT), row.key, KeyUse::VerifyMac);
+        match checked.await {
             Err(error) if wanted == Wanted::ToEnd && error.reason() == Reason::KeyState => {}
             checked => checked?,
         }
@@ -252,7 +252,9 @@ impl Broker {
             revision: credential.revision + 1,
             document: bytes,
             mac: [0; 32],
-            key: self.registry()?.integrity_key()?,
+            key: self
+                .ask_registry(Deadline::after(MAC_TIMEOUT), Registry::integrity_key)
+                .await?,
             created: credential.document.created,
             updated: Timestamp::now(),
         };

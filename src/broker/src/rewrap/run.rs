@@ -144,7 +144,11 @@ impl<'b> Run<'b> {
             "this broker works on the re-wrap"
         );
         let target = loop {
-            let target = self.broker.registry()?.wrapping_key()?;
+            let target = self
+                .broker
+                .registry()?
+                .wrapping_key()
+                .map_err(Error::from)?;
             // A pass that moves a row may not have seen the rows that were written in the meantime.
             if self.pass(target).await? == 0 {
                 break target;
@@ -228,7 +232,7 @@ impl<'b> Run<'b> {
         }
         self.counted = Some(Instant::now());
         let registry = self.broker.registry()?;
-        let target = registry.wrapping_key()?;
+        let target = registry.wrapping_key().map_err(Error::from)?;
         let mut left = 0;
         for source in sources(&registry, target, self.row.source) {
             let uses = self.broker.store.key_uses(source).await?;

@@ -18,6 +18,8 @@ const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
 /// The domain of a registry row that contains object ids. A row that contains no object ids has the earlier domain, so that the
 /// MACs of earlier releases stay valid.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
+/// The domain of the registry row of a destroyed key, which another key authenticates.
+const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";
 const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
@@ -87,13 +89,18 @@ impl MacMessage {
             message.sized(row.objects.private_bytes());
             message.sized(row.objects.integrity_bytes());
         }
-        message.fixed(&row.fingerprint.0);
-        message.sized(row.purpose.as_str().as_bytes());
-        message.sized(row.state.as_str().as_bytes());
-        message.sized(row.token_serial.as_bytes());
-        message.fixed(&row.sequence.to_be_bytes());
-        message.fixed(&row.registered_us.to_be_bytes());
-        message.fixed(&row.backup_confirmed_us.unwrap_or(0).to_be_bytes());
+        message.rest_of_registry_row(row);
+        message.finish()
+    }
+
+    /// The message for the MAC of the registry row of a destroyed key. The integrity key of a destroyed key is destroyed, too, so
+    /// the integrity key of another wrapping key makes this MAC.
+    pub fn tombstone(row: &RegistryFields<'_>) -> Self {
+        let mut message = Message::new(TOMBSTONE_DOMAIN);
+        message.fixed(row.id.as_bytes());
+        message.sized(row.objects.private_bytes());
+        message.sized(row.objects.integrity_bytes());
+        message.rest_of_registry_row(row);
         message.finish()
     }
 
@@ -192,6 +199,17 @@ impl Message {
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message
+    }
+
+    /// Adds the fields of a registry row after the ids.
+    fn rest_of_registry_row(&mut self, row: &RegistryFields<'_>) {
+        self.fixed(&row.fingerprint.0);
+        self.sized(row.purpose.as_str().as_bytes());
+        self.sized(row.state.as_str().as_bytes());
+        self.sized(row.token_serial.as_bytes());
+        self.fixed(&row.sequence.to_be_bytes());
+        self.fixed(&row.registered_us.to_be_bytes());
+        self.fixed(&row.backup_confirmed_us.unwrap_or(0).to_be_bytes());
     }
 
     /// Adds a field whose length is fixed by the format.

@@ -248,6 +248,23 @@ fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
         };
         MacMessage::registry(&fields).as_bytes().to_vec()
     };
+    let fields = RegistryFields {
+        id: WrappingKeyId::from_bytes([1; 16]),
+        objects: &ObjectIds::default(),
+        fingerprint: Fingerprint([2; 32]),
+        purpose: Purpose::Plain,
+        state: WrappingKeyState::Destroyed,
+        token_serial: "serial",
+        sequence: 3,
+        registered_us: 4,
+        backup_confirmed_us: None,
+    };
+    let tombstone = MacMessage::tombstone(&fields);
+    assert!(
+        tombstone
+            .as_bytes()
+            .starts_with(b"\x00\x1fkeybroker/registry-tombstone/v1")
+    );
     let same = message(&ObjectIds::default());
     let mut first_format = b"\x00\x15keybroker/registry/v1".to_vec();
     first_format.extend([1; 16]);

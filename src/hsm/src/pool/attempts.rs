@@ -113,6 +113,7 @@ fn is_of_the_token(error: &Error) -> bool {
         Error::QueueFull { .. }
         | Error::Down { .. }
         | Error::Untrusted(_)
+        | Error::KeyMissing { .. }
         | Error::UnknownKey(_) => true,
         Error::MacRefused | Error::Damaged(_) | Error::Deadline => false,
     }

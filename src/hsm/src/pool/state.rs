@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 
 use keybroker_core::key::WrappingKeyId;
 
-use crate::{Serving, Token as _, TokenKey, TokenState};
+use crate::{KeyProblem, Serving, Token as _, TokenKey, TokenState, UnusableKey};
 
 use super::{Member, Pool};
 
@@ -41,14 +41,32 @@ impl Member {
     }
 }
 
+/// The keys that no token can use although a token serves. A key that is missing from one token may return, so it counts as
+/// missing even if another token refuses it.
+fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
+    let mut found: Vec<UnusableKey> = Vec::new();
+    for one in tokens.iter().flat_map(|token| token.unusable.iter()) {
+        if keys.iter().any(|key| key.id == one.id) {
+            continue;
+        }
+        match found.iter_mut().find(|known| known.id == one.id) {
+            Some(known) if matches!(one.problem, KeyProblem::Missing(_)) => *known = one.clone(),
+            Some(_) => {}
+            None => found.push(one.clone()),
+        }
+    }
+    found.into()
+}
+
 impl Pool {
     /// The keys that must have a token.
     fn keys_in_use(&self) -> BTreeSet<WrappingKeyId> {
         let expected = self
             .members
             .iter()
-            .flat_map(|member| member.supervisor.expected());
-        expected.map(|key| key.id).collect()
+            .map(|member| member.supervisor.expected());
+        let ids = expected.map(|keys| keys.iter().map(|key| key.id).collect::<Vec<_>>());
+        ids.flatten().collect()
     }
 
     /// Why no token serves a key; `None` if a token serves the key.
@@ -122,6 +140,7 @@ impl Pool {
                 keys.push(key.clone());
             }
         }
+        let unusable = unusable(&tokens, &keys);
         let serving_token = tokens.iter().find(|token| token.serving == Serving::Up);
         TokenState {
             name: String::new(),
@@ -132,6 +151,7 @@ impl Pool {
                 .or(tokens.first())
                 .and_then(|token| token.info.clone()),
             keys: Arc::from(keys),
+            unusable,
             workers: tokens
                 .iter()
                 .flat_map(|token| token.workers.clone())

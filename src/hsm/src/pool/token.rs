@@ -9,7 +9,7 @@ use keybroker_core::{
 };
 
 use crate::{
-    Caller, Error, Planned, Token, TokenKey, TokenState,
+    Caller, Error, ExpectedKey, Planned, Token, TokenKey, TokenState,
     queue::{Kind, Operation},
     rewrap::Rewrap,
     supervisor::token::{mac_job, rebind_job, to_mac, to_material, unwrap_job, verify_job},
@@ -194,5 +194,16 @@ impl Token for Pool {
 
     fn state(&self) -> TokenState {
         self.current_state()
+    }
+
+    /// A token that had no keys when the broker started stays unused until a restart.
+    fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>) {
+        for (token, keys) in keys {
+            let mut members = self.members.iter();
+            let member = members.find(|member| member.supervisor.name() == token);
+            if let Some(member) = member.filter(|_| !keys.is_empty()) {
+                member.supervisor.expect(keys);
+            }
+        }
     }
 }

@@ -67,6 +67,8 @@ pub(super) enum Action {
     Serve(Serving),
     /// Raise an alert.
     Alert(Alert, String),
+    /// Let one of the workers that must be replaced end after its jobs.
+    Retire,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +92,8 @@ enum Phase {
 pub(super) struct Machine {
     wanted: usize,
     ready: usize,
+    /// Number of ready workers that must be replaced, because the expected keys have changed since they started.
+    outdated: usize,
     phase: Phase,
     /// When the current start began.
     starting: Option<Duration>,
@@ -108,6 +112,7 @@ impl Machine {
         Self {
             wanted,
             ready: 0,
+            outdated: 0,
             phase: Phase::Starting,
             starting: None,
             next_start: Duration::ZERO,
@@ -132,8 +137,14 @@ impl Machine {
         }
     }
 
+    /// Sets the number of ready workers that must be replaced. Each of them is retired when one worker more than wanted
+    /// is ready, so that a replacement never reduces the number of sessions.
+    pub(super) fn set_outdated(&mut self, count: usize) {
+        self.outdated = count;
+    }
+
     pub(super) fn is_full(&self) -> bool {
-        self.ready >= self.wanted
+        self.ready >= self.wanted + usize::from(self.outdated > 0)
     }
 
     /// The expected time until a worker is ready.
@@ -166,6 +177,11 @@ impl Machine {
                 self.backoff = Duration::ZERO;
                 self.next_start = now;
                 self.enter(Phase::Up, &mut actions);
+                if self.ready > self.wanted && self.outdated > 0 {
+                    self.ready -= 1;
+                    self.outdated -= 1;
+                    actions.push(Action::Retire);
+                }
             }
             Event::NotReady(why, detail) => self.not_ready(now, why, detail, &mut actions),
             Event::Lost(loss, cause) => self.lost(now, loss, cause, &mut actions),

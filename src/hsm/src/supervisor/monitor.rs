@@ -39,7 +39,7 @@ const LOSSES_MAX_ENDED: u32 = 4;
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
-    /// Serves until the worker ends, is marked as lost, or the broker stops. Afterwards, answers or repeats the
+    /// Serves until the worker ends, is marked as lost, is replaced, or the broker stops. Afterwards, answers or repeats the
     /// worker's jobs and reaps the worker's process.
     pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
@@ -48,6 +48,7 @@ impl Supervisor {
             cause = link.given_up() => Some((cause, LOSSES_MAX_GIVEN_UP)),
             () = self.run_self_tests(&link) => Some(("its self-test loop ended".to_owned(), LOSSES_MAX_GIVEN_UP)),
             () = link.keep_flushing() => Some(("the socket of the worker failed".to_owned(), LOSSES_MAX_ENDED)),
+            () = link.finished() => None,
             () = self.stop.cancelled() => None,
         };
         let Some((cause, losses_max)) = ended else {

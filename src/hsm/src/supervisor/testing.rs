@@ -8,18 +8,27 @@ use keybroker_core::{
     envelope::Algorithm,
     key::{Fingerprint, ObjectIds, WrappingKeyId},
 };
-use keybroker_worker_protocol::oaep;
+use keybroker_worker_protocol::{
+    TokenInfo,
+    oaep::{self, WrapKey},
+};
 
 use super::*;
 use crate::TokenKey;
 
 /// The end of a worker, without a process. Its jobs stay in the link until the test takes them.
 pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
+    link_with(generation, sessions, Arc::default())
+}
+
+/// The end of a worker that found these keys.
+fn link_with(generation: u64, sessions: usize, found: Arc<start::Found>) -> Arc<Link> {
     let (ours, theirs) = StdUnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     // The worker's end of the socket stays open.
     Box::leak(Box::new(theirs));
-    Link::new(generation, 1, sessions, UnixStream::from_std(ours).unwrap())
+    let stream = UnixStream::from_std(ours).unwrap();
+    Link::new(generation, 1, sessions, stream, found)
 }
 
 /// A supervisor that starts no worker, for a token that must hold these keys.
@@ -48,8 +57,9 @@ impl Supervisor {
         let (spki, _) = oaep::spki(&[0xff; 256], &[1, 0, 1]).unwrap();
         let mut wrap = HashMap::new();
         let mut keys = Vec::new();
-        for expected in &self.expected {
-            wrap.insert(expected.id, WrapKey::new(&spki, algorithm).unwrap());
+        for expected in self.expected().iter() {
+            let key = WrapKey::new(&spki, algorithm).unwrap();
+            wrap.insert(expected.id, Arc::new(key));
             keys.push(TokenKey {
                 id: expected.id,
                 fingerprint: expected.fingerprint,
@@ -58,16 +68,17 @@ impl Supervisor {
                 algorithm,
             });
         }
-        self.found.store(Arc::new(start::Found {
+        let found = Arc::new(start::Found {
             info: TokenInfo {
                 label: self.settings.name.clone(),
                 serial: self.settings.name.clone(),
                 model: String::new(),
             },
             keys: keys.into(),
+            unusable: Arc::new([]),
             wrap,
-        }));
-        let link = link(generation, sessions);
+        });
+        let link = link_with(generation, sessions, found);
         self.admit(&link);
         link
     }

@@ -17,7 +17,8 @@ fn link(generation: u64) -> Arc<Link> {
     ours.set_nonblocking(true).unwrap();
     // The worker's end of the socket stays open.
     Box::leak(Box::new(theirs));
-    Link::new(generation, 1, 1, UnixStream::from_std(ours).unwrap())
+    let stream = UnixStream::from_std(ours).unwrap();
+    Link::new(generation, 1, 1, stream, Arc::default())
 }
 
 fn idle() -> Arc<Supervisor> {

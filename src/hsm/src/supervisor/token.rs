@@ -23,7 +23,7 @@ use keybroker_core::{
     secret::KeyMaterial,
 };
 use keybroker_worker_protocol::{
-    Work,
+    ExpectedKey, Work,
     wire::{self, request},
 };
 
@@ -109,6 +109,7 @@ impl Supervisor {
         message: &MacMessage,
         caller: &Caller,
     ) -> Result<Mac, Error> {
+        self.check_key(key)?;
         to_mac(&self.run_job(mac_job(key, message), caller, false).await?)
     }
 
@@ -187,6 +188,7 @@ impl Token for Supervisor {
         material: &KeyMaterial,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
+        self.check_key(key)?;
         let unsealed = self.encrypt(key, material)?;
         let message = unsealed.mac_message(&context);
         let mac = self.make_mac(key, &message, caller).await?;
@@ -199,6 +201,7 @@ impl Token for Supervisor {
         context: Context<'_>,
         caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
+        self.check_key(envelope.wrapping_key())?;
         let work = unwrap_job(envelope, &context);
         to_material(self.run_job(work, caller, false).await?)
     }
@@ -210,6 +213,7 @@ impl Token for Supervisor {
         new: Context<'_>,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
+        self.check_key(envelope.wrapping_key())?;
         let unsealed = envelope.to_unsealed();
         let work = rebind_job(envelope, &unsealed, &old, &new);
         let mac = to_mac(&self.run_job(work, caller, false).await?)?;
@@ -232,6 +236,7 @@ impl Token for Supervisor {
         mac: &Mac,
         caller: &Caller,
     ) -> Result<(), Error> {
+        self.check_key(key)?;
         let work = verify_job(key, message, mac);
         self.run_job(work, caller, false).await.map(drop)
     }
@@ -268,5 +273,12 @@ impl Token for Supervisor {
 
     fn state(&self) -> TokenState {
         self.current_state()
+    }
+
+    fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>) {
+        let own = keys.into_iter().find(|(token, _)| token == self.name());
+        if let Some((_, keys)) = own {
+            self.expect(keys);
+        }
     }
 }

@@ -1,7 +1,10 @@
 //! The tokens that a command for a whole database uses. Rows can belong to keys on several tokens, so the command logs in to each
 //! token.
 
-use std::{cell::RefCell, collections::HashMap};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, HashSet},
+};
 
 use keybroker_core::{
     envelope::{Mac, mac::MacMessage},
@@ -142,8 +145,13 @@ impl Opened {
 }
 
 impl Admins {
-    /// Checks every key that verifies rows. If the registry and a token differ, or if no token shows a key, no row can be checked.
-    pub(super) fn check_registry(&self, registry: &Registry) -> Result<(), Failure> {
+    /// Checks every key that verifies rows. Returns the keys that no token can use, after a note about each problem: the rows of
+    /// these keys cannot be checked, and the rows of the other keys can. If no key can be used, no row can be checked.
+    pub(super) fn check_registry(
+        &self,
+        context: &Context,
+        registry: &Registry,
+    ) -> Result<HashSet<WrappingKeyId>, Failure> {
         let mut problems = Vec::new();
         let mut at = HashMap::new();
         for (number, opened) in self.opened.iter().enumerate() {
@@ -157,7 +165,9 @@ impl Admins {
             .rows
             .iter()
             .filter(|row| row.state != WrappingKeyState::Destroyed);
+        let mut unusable = HashSet::new();
         for row in kept.filter(|row| !at.contains_key(&row.id)) {
+            unusable.insert(row.id);
             if !problems
                 .iter()
                 .any(|problem| problem.contains(&row.id.to_string()))
@@ -168,9 +178,13 @@ impl Admins {
                 ));
             }
         }
+        let is_any_usable = !at.is_empty();
         self.at.replace(at);
-        if problems.is_empty() {
-            return Ok(());
+        if is_any_usable || problems.is_empty() {
+            for problem in &problems {
+                context.output.note(&format!("warning: {problem}"));
+            }
+            return Ok(unusable);
         }
         let what = format!(
             "no row was checked, because the registry and the token differ:\n  {}",

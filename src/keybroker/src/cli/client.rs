@@ -1,5 +1,7 @@
 //! `keybroker client`: calls a running broker with the client library.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 use keybroker_client::{Client, RetryPolicy};
 
@@ -15,7 +17,7 @@ pub(super) mod material;
 pub(super) mod refusal;
 mod release;
 mod rewrap;
-mod show;
+pub(super) mod show;
 
 use connect::Connection;
 use credential::Credential;
@@ -58,7 +60,7 @@ pub(super) struct RewrapArguments {
 
 /// The broker to call and the credential to use.
 #[derive(Args, Debug)]
-struct Who {
+pub(super) struct Who {
     #[command(flatten)]
     connection: Connection,
     #[command(flatten)]
@@ -97,8 +99,14 @@ pub(super) fn run_rewrap(arguments: RewrapArguments, context: &Context) -> Resul
 }
 
 impl Who {
+    /// Raises the timeout, for a call that takes long.
+    pub(super) fn at_least(mut self, timeout: Duration) -> Self {
+        self.connection.raise_timeout(timeout);
+        self
+    }
+
     /// Connects to the broker and makes the calls.
-    fn call(
+    pub(super) fn call(
         &self,
         output: Output,
         calls: impl AsyncFnOnce(Caller) -> Result<(), Failure>,
@@ -121,7 +129,7 @@ impl Who {
 }
 
 /// A connected client, and the output for its answers.
-struct Caller {
-    client: Client,
-    output: Output,
+pub(super) struct Caller {
+    pub(super) client: Client,
+    pub(super) output: Output,
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::{config::Config, places::Registry};
 use keybroker_audit::Entry;
+use keybroker_client::proto::WrappingKeyChange;
 use keybroker_core::{
     call::Timestamp,
     key::{
@@ -23,8 +24,11 @@ use keybroker_worker_protocol::{
     unpadded,
 };
 
+mod change;
+mod removal;
+
 use super::{
-    Context, block_on, change,
+    Context, block_on, change as entries,
     exit::{Exit, Failure},
     output::Field,
     pin::{UserPin, log_in, serials},
@@ -54,6 +58,34 @@ pub(super) enum Command {
         /// Id of the key, 32 hexadecimal digits
         id: String,
     },
+    /// Remove the objects of a key that is not registered from the token
+    ///
+    /// An interrupted `key generate` or `key rotate` can leave such a key. The command refuses a key that a row of the database
+    /// needs. Nothing brings a removed key back.
+    Remove(removal::Remove),
+    /// Have a running broker generate a new wrapping key, which then wraps new user keys
+    ///
+    /// The broker generates, tests and registers the key through its admin API; no broker has to be stopped. The new key is
+    /// pre-active until `key activate`, so that a backup of the token can be made first. The key that was in use is deactivated
+    /// when the new key becomes active: it still unwraps.
+    Rotate(change::Rotate),
+    /// Make a key the one that wraps new user keys, and deactivate the key that was in use
+    Activate(change::Activate),
+    /// Stop the use of a key until it is resumed; its user keys are not released meanwhile
+    Suspend(change::OneKey),
+    /// Use a suspended key again: active if no other key is active, else deactivated
+    Resume(change::OneKey),
+    /// Let a key unwrap, but no longer wrap
+    Deactivate(change::OneKey),
+    /// Stop the use of a key permanently, because others may know its private key
+    ///
+    /// The broker releases no user key under a compromised key, and no command makes the key usable again.
+    Compromise(change::OneKey),
+    /// Record that a missing key is lost for ever
+    ///
+    /// The key counts as destroyed. Calls for its user keys then get `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop trying.
+    /// Use this command only if no backup of the token contains the key.
+    Lost(change::Lost),
 }
 
 #[derive(Args, Debug)]
@@ -105,6 +137,14 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
                 .output
                 .fields(fields_with_tokens(row, &registry, &config))
         }
+        Command::Remove(arguments) => removal::remove(&arguments, context),
+        Command::Rotate(arguments) => change::rotate(arguments, context),
+        Command::Activate(arguments) => change::activate(&arguments, context),
+        Command::Suspend(key) => change::change(&key, WrappingKeyChange::Suspend, context),
+        Command::Resume(key) => change::change(&key, WrappingKeyChange::Resume, context),
+        Command::Deactivate(key) => change::change(&key, WrappingKeyChange::Deactivate, context),
+        Command::Lost(arguments) => change::lost(&arguments, context),
+        Command::Compromise(key) => change::change(&key, WrappingKeyChange::Compromise, context),
     }
 }
 
@@ -148,7 +188,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let files = integrity_files(&config)?;
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(&rows))?;
-    let (row, file) = change::audited(
+    let (row, file) = entries::audited(
         context,
         &config,
         "wrapping_key.generate",
@@ -286,7 +326,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     refuse_shared_integrity_key(&key, rows)?;
     let mut file = None;
     let row = match rows.iter().find(|row| row.id == id) {
-        None => change::audited(context, &config, "wrapping_key.register", describe, || {
+        None => entries::audited(context, &config, "wrapping_key.register", describe, || {
             file = store_integrity_key(files, &key)?;
             let row = new_row(&admin, &key, rows)?;
             insert(&config, &row)?;
@@ -301,7 +341,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         }
         Some(old) => {
             let moved = moved_row(&admin, &key, old)?;
-            change::audited(context, &config, "wrapping_key.move", describe, || {
+            entries::audited(context, &config, "wrapping_key.move", describe, || {
                 block_on(async {
                     let store = store::open(&config.store).await?;
                     let updated = store.update_registry(&moved, &old.mac).await;

@@ -436,7 +436,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let source = pin.get(config.token())?;
     let admin = log_in(&config, &source, false, &serials(&registry.rows))?;
     let now = Timestamp::now();
-    let mut confirmed = Vec::new();
+    let (mut confirmed, mut problems) = (Vec::new(), Vec::new());
     let mut keys = keys_here(&config, &admin, &registry);
     keys.retain(|key| key.serial() == admin.info().serial);
     admin.know(keys.iter().map(|key| (key.row.id, key.objects())))?;
@@ -451,7 +451,15 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         if key.is_backup_confirmed() {
             continue;
         }
-        if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
+        let is_valid = match admin.verify(row.id, &row.mac_message(), &row.mac) {
+            Ok(is_valid) => is_valid,
+            // The other keys are confirmed.
+            Err(error) => {
+                problems.push(format!("key {}: not confirmed: {error}", row.id));
+                continue;
+            }
+        };
+        if !is_valid {
             let what = format!(
                 "key {}: the registry row was altered; nothing was confirmed",
                 row.id
@@ -471,7 +479,11 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     context.output.list(
         confirmed,
         "nothing to confirm: every key on this token has a confirmed backup",
-    )
+    )?;
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
 /// Records that a backup of this token was confirmed for a key: in the registry row, or in the row of the key's place on this token.
@@ -484,24 +496,20 @@ fn record_backup(
     let backup_confirmed = Some(now);
     let id = key.row.id;
     let update = async |store: &dyn Store| -> Result<(), Failure> {
-        match key.place {
-            Some(place) => {
-                let mut new = PlaceRow {
-                    backup_confirmed,
-                    ..place.clone()
-                };
-                new.mac = admin.mac(id, &new.mac_message())?;
-                Ok(store.update_place(&new, &place.mac).await?)
-            }
-            None => {
-                let mut new = RegistryRow {
-                    backup_confirmed,
-                    ..key.row.clone()
-                };
-                new.mac = admin.mac(id, &new.mac_message())?;
-                Ok(store.update_registry(&new, &key.row.mac).await?)
-            }
+        if let Some(place) = key.place {
+            let mut new = PlaceRow {
+                backup_confirmed,
+                ..place.clone()
+            };
+            new.mac = admin.mac(id, &new.mac_message())?;
+            return Ok(store.update_place(&new, &place.mac).await?);
         }
+        let mut new = RegistryRow {
+            backup_confirmed,
+            ..key.row.clone()
+        };
+        new.mac = admin.mac(id, &new.mac_message())?;
+        Ok(store.update_registry(&new, &key.row.mac).await?)
     };
     block_on(async {
         let store = store::open(&config.store).await?;

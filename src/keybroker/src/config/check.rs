@@ -12,6 +12,7 @@ use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
 use super::{
     Config, INSTANCE_VARIABLE,
     check_token::{selection_problems, token_problems},
+    wrapping_keys,
 };
 
 impl Config {
@@ -36,6 +37,12 @@ impl Config {
         self.check_rates(&mut problems);
         problems.extend(self.store.problems());
         problems.extend(self.rest.problems());
+        range(
+            &mut problems,
+            "[wrapping_keys] rotate_after_days",
+            self.wrapping_keys.rotate_after_days.into(),
+            0..=wrapping_keys::DAYS_MAX.into(),
+        );
         problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
         problems

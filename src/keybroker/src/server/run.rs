@@ -22,7 +22,9 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
-    output_file, telemetry,
+    output_file,
+    places::Registry,
+    telemetry,
 };
 use keybroker_api::{rest, rpc};
 use keybroker_audit::AuditLog;
@@ -31,9 +33,10 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{Broker, Capacity, ClientRules, Parts, limits::Limits};
+use keybroker_broker::{Broker, Capacity, ClientRules, Expect, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm::{Pool, Token};
+use keybroker_hsm as hsm;
+use keybroker_hsm::{Pool, Token, admin::KeyAdmin};
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -148,6 +151,19 @@ async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure
     Ok(())
 }
 
+/// The rule that says which keys must be on each token.
+fn expect(config: &Config) -> Expect {
+    let tokens = config.tokens.clone();
+    Expect::new(move |rows, places| {
+        let registry = Registry { rows, places };
+        let of_token = |token: &hsm::Settings| {
+            let keys = registry.expected(token, tokens.are_several());
+            (token.name.clone(), keys)
+        };
+        tokens.all().iter().map(of_token).collect()
+    })
+}
+
 fn capacity(settings: &store::Settings) -> Capacity {
     Capacity {
         revisions_max: settings.revisions_max,
@@ -232,7 +248,7 @@ impl Server {
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
-        let pool = opening::start_token(&config, &store, program, token_started).await?;
+        let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
@@ -241,10 +257,18 @@ impl Server {
             limits: Arc::clone(&limits),
             weights: config.tokens.weights(),
             client_rules: client_rules(&config.client_credentials),
-            state,
             instance: config.audit.instance.clone(),
             retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
             capacity: capacity(&config.store),
+            expect: expect(&config),
+            key_admin: KeyAdmin::new(
+                program,
+                config.token().clone(),
+                state.clone(),
+                config.tokens.are_several(),
+            ),
+            rotate_after: config.wrapping_keys.rotate_after(),
+            state,
             accepted_risks,
         });
         let secrets = client_secrets(&config, &broker)?;

@@ -89,7 +89,7 @@ impl Made {
     }
 }
 
-fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fault> {
+pub(super) fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fault> {
     calling::next("C_DestroyObject");
     Ok(session.destroy_object(object)?)
 }

@@ -1304,6 +1304,10 @@ pub struct WrappingKey {
     /// The public key in PEM (SubjectPublicKeyInfo), read from the token. Set only by GetWrappingKey.
     #[prost(string, tag = "9")]
     pub public_key_pem: ::prost::alloc::string::String,
+    /// Why the key cannot be used, whatever its state is, such as "missing"; empty for a key without a problem. At most 2,000
+    /// bytes.
+    #[prost(string, tag = "10")]
+    pub problem: ::prost::alloc::string::String,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1754,6 +1758,59 @@ pub struct ResumeRewrapResponse {
     #[prost(bool, tag = "2")]
     pub resumed: bool,
 }
+/// Request of RotateWrappingKey.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateWrappingKeyRequest {
+    /// Length of the new RSA modulus in bits: 2048, 3072 or 4096; 0 stands for 3072.
+    #[prost(uint32, tag = "1")]
+    pub modulus_bits: u32,
+    /// Do nothing if the key that wraps new user keys was registered less than so many days ago, 1 to 36,500; 0 for no limit.
+    #[prost(uint32, tag = "2")]
+    pub if_older_than_days: u32,
+    /// Activate the new key at once, although no backup of the token contains it yet: if the token is lost before its next
+    /// backup, every user key that was wrapped under the new key is lost. Without it, the new key stays pre-active until
+    /// ChangeWrappingKeyState activates it.
+    #[prost(bool, tag = "3")]
+    pub without_backup: bool,
+    /// Return to the key that was deactivated last, instead of making a key. The other fields must be absent.
+    #[prost(bool, tag = "4")]
+    pub back: bool,
+}
+/// Response of RotateWrappingKey.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateWrappingKeyResponse {
+    /// The new key or, if nothing was changed, the key that wraps new user keys.
+    #[prost(message, optional, tag = "1")]
+    pub wrapping_key: ::core::option::Option<WrappingKey>,
+    /// The id of the key that wrapped new user keys before, 16 bytes; empty if there was none or nothing was changed.
+    #[prost(bytes = "vec", tag = "2")]
+    pub previous_id: ::prost::alloc::vec::Vec<u8>,
+    /// Whether anything was changed.
+    #[prost(bool, tag = "3")]
+    pub changed: bool,
+}
+/// Request of ChangeWrappingKeyState.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeWrappingKeyStateRequest {
+    /// Id of the wrapping key, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "WrappingKeyChange", tag = "2")]
+    pub change: i32,
+    /// With WRAPPING_KEY_CHANGE_ACTIVATE: the caller confirms that a backup of the token contains the key and was tested.
+    #[prost(bool, tag = "3")]
+    pub backup_confirmed: bool,
+    /// With WRAPPING_KEY_CHANGE_ACTIVATE: activate the key although no backup contains it.
+    #[prost(bool, tag = "4")]
+    pub without_backup: bool,
+}
+/// Response of ChangeWrappingKeyState.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeWrappingKeyStateResponse {
+    /// The key after the change.
+    #[prost(message, optional, tag = "1")]
+    pub wrapping_key: ::core::option::Option<WrappingKey>,
+}
 /// State of a wrapping key (NIST SP 800-57 part 1, section 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1770,6 +1827,8 @@ pub enum WrappingKeyState {
     Compromised = 4,
     /// The key is no longer on any token.
     Destroyed = 5,
+    /// The key is registered and checked, and is not used yet.
+    PreActive = 6,
 }
 impl WrappingKeyState {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1784,6 +1843,7 @@ impl WrappingKeyState {
             Self::Deactivated => "WRAPPING_KEY_STATE_DEACTIVATED",
             Self::Compromised => "WRAPPING_KEY_STATE_COMPROMISED",
             Self::Destroyed => "WRAPPING_KEY_STATE_DESTROYED",
+            Self::PreActive => "WRAPPING_KEY_STATE_PRE_ACTIVE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1795,6 +1855,7 @@ impl WrappingKeyState {
             "WRAPPING_KEY_STATE_DEACTIVATED" => Some(Self::Deactivated),
             "WRAPPING_KEY_STATE_COMPROMISED" => Some(Self::Compromised),
             "WRAPPING_KEY_STATE_DESTROYED" => Some(Self::Destroyed),
+            "WRAPPING_KEY_STATE_PRE_ACTIVE" => Some(Self::PreActive),
             _ => None,
         }
     }
@@ -1939,6 +2000,55 @@ impl RewrapPhase {
         }
     }
 }
+/// A change of the state of a wrapping key. The page "Wrapping keys" of the documentation has the legal changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum WrappingKeyChange {
+    /// Refused.
+    Unspecified = 0,
+    /// The key wraps new user keys, and the keys that were active are deactivated.
+    Activate = 1,
+    /// The key is not used until it is resumed.
+    Suspend = 2,
+    /// A suspended key is used again: it becomes active if no other key is active, and deactivated otherwise.
+    Resume = 3,
+    /// The key unwraps, but no longer wraps.
+    Deactivate = 4,
+    /// The key is never used again, because others may know its private key.
+    Compromise = 5,
+    /// The key is missing from the token and will not return: it counts as destroyed, and its user keys are lost.
+    Lose = 6,
+}
+impl WrappingKeyChange {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "WRAPPING_KEY_CHANGE_UNSPECIFIED",
+            Self::Activate => "WRAPPING_KEY_CHANGE_ACTIVATE",
+            Self::Suspend => "WRAPPING_KEY_CHANGE_SUSPEND",
+            Self::Resume => "WRAPPING_KEY_CHANGE_RESUME",
+            Self::Deactivate => "WRAPPING_KEY_CHANGE_DEACTIVATE",
+            Self::Compromise => "WRAPPING_KEY_CHANGE_COMPROMISE",
+            Self::Lose => "WRAPPING_KEY_CHANGE_LOSE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "WRAPPING_KEY_CHANGE_UNSPECIFIED" => Some(Self::Unspecified),
+            "WRAPPING_KEY_CHANGE_ACTIVATE" => Some(Self::Activate),
+            "WRAPPING_KEY_CHANGE_SUSPEND" => Some(Self::Suspend),
+            "WRAPPING_KEY_CHANGE_RESUME" => Some(Self::Resume),
+            "WRAPPING_KEY_CHANGE_DEACTIVATE" => Some(Self::Deactivate),
+            "WRAPPING_KEY_CHANGE_COMPROMISE" => Some(Self::Compromise),
+            "WRAPPING_KEY_CHANGE_LOSE" => Some(Self::Lose),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod control_service_client {
     #![allow(
@@ -1951,7 +2061,8 @@ pub mod control_service_client {
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
     /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance,
-    /// manages API clients, and moves rows to another wrapping key. None of its calls can release a user key.
+    /// rotates wrapping keys, changes their states, moves rows to another wrapping key, and manages API clients. None of its calls
+    /// can release a user key.
     #[derive(Debug, Clone)]
     pub struct ControlServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -2344,6 +2455,64 @@ pub mod control_service_client {
                 .insert(GrpcMethod::new("keybroker.v1.ControlService", "ResumeRewrap"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes a new wrapping key on the token, or returns to the previous one. The making of a key can take minutes. The change
+        /// runs to its end even if the caller's deadline passes, so list the wrapping keys before a retry.
+        pub async fn rotate_wrapping_key(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RotateWrappingKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RotateWrappingKeyResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/RotateWrappingKey",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.ControlService", "RotateWrappingKey"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Changes the state of a wrapping key. Each broker on the same database applies the change within about a second.
+        pub async fn change_wrapping_key_state(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ChangeWrappingKeyStateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ChangeWrappingKeyStateResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/ChangeWrappingKeyState",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new(
+                        "keybroker.v1.ControlService",
+                        "ChangeWrappingKeyState",
+                    ),
+                );
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2457,9 +2626,27 @@ pub mod control_service_server {
             tonic::Response<super::ResumeRewrapResponse>,
             tonic::Status,
         >;
+        /// Makes a new wrapping key on the token, or returns to the previous one. The making of a key can take minutes. The change
+        /// runs to its end even if the caller's deadline passes, so list the wrapping keys before a retry.
+        async fn rotate_wrapping_key(
+            &self,
+            request: tonic::Request<super::RotateWrappingKeyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RotateWrappingKeyResponse>,
+            tonic::Status,
+        >;
+        /// Changes the state of a wrapping key. Each broker on the same database applies the change within about a second.
+        async fn change_wrapping_key_state(
+            &self,
+            request: tonic::Request<super::ChangeWrappingKeyStateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ChangeWrappingKeyStateResponse>,
+            tonic::Status,
+        >;
     }
     /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance,
-    /// manages API clients, and moves rows to another wrapping key. None of its calls can release a user key.
+    /// rotates wrapping keys, changes their states, moves rows to another wrapping key, and manages API clients. None of its calls
+    /// can release a user key.
     #[derive(Debug)]
     pub struct ControlServiceServer<T> {
         inner: Arc<T>,
@@ -3077,6 +3264,101 @@ pub mod control_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ResumeRewrapSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/RotateWrappingKey" => {
+                    #[allow(non_camel_case_types)]
+                    struct RotateWrappingKeySvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::RotateWrappingKeyRequest>
+                    for RotateWrappingKeySvc<T> {
+                        type Response = super::RotateWrappingKeyResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RotateWrappingKeyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::rotate_wrapping_key(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RotateWrappingKeySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/ChangeWrappingKeyState" => {
+                    #[allow(non_camel_case_types)]
+                    struct ChangeWrappingKeyStateSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::ChangeWrappingKeyStateRequest>
+                    for ChangeWrappingKeyStateSvc<T> {
+                        type Response = super::ChangeWrappingKeyStateResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ChangeWrappingKeyStateRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::change_wrapping_key_state(
+                                        &inner,
+                                        request,
+                                    )
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ChangeWrappingKeyStateSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 
 use crate::{
     CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, KnownLog, ListQuery,
-    NewRevision, PlaceRow, Position, REQUEST_KEPT_US, Record, RecordInfo, RegistryRow,
-    RequestRecord, RequestScope, Stamp, Store, StoreId, StoredRevision,
+    NewRevision, PlaceRow, Position, REQUEST_KEPT_US, Record, RecordInfo, RegistryChange,
+    RegistryRow, RequestRecord, RequestScope, Stamp, Store, StoreId, StoredRevision,
     mutations::{self, Change},
     rows,
     session::{Columns as _, Session as _, Value},
@@ -270,6 +270,15 @@ impl<E: Engine> Store for EngineStore<E> {
             })
             .await?;
         if inserted { Ok(()) } else { Err(Error::Exists) }
+    }
+
+    async fn change_registry(
+        &self,
+        change: &RegistryChange,
+        call: CallId,
+        at: Timestamp,
+    ) -> Result<(), Error> {
+        self.write_registry(change, call, at).await
     }
 
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error> {

@@ -145,6 +145,7 @@ struct Run {
     starts: Vec<Duration>,
     serving: Option<Serving>,
     alerts: Vec<Alert>,
+    retired: Vec<Duration>,
 }
 
 impl Run {
@@ -155,6 +156,7 @@ impl Run {
             starts: Vec::new(),
             serving: None,
             alerts: Vec::new(),
+            retired: Vec::new(),
         }
     }
 
@@ -164,6 +166,7 @@ impl Run {
                 Action::Start => self.starts.push(self.now),
                 Action::Serve(serving) => self.serving = Some(serving),
                 Action::Alert(alert, _) => self.alerts.push(alert),
+                Action::Retire => self.retired.push(self.now),
             }
         }
     }
@@ -326,4 +329,50 @@ fn the_expected_wait_follows_the_next_start() {
         wait >= next && wait <= LOGIN_MAX + SECOND,
         "{wait:?} {next:?}"
     );
+}
+
+/// Workers that must be replaced are retired one after another, each after its replacement is ready.
+#[test]
+fn outdated_workers_are_replaced_one_after_another() {
+    let mut run = Run::up();
+    let before = run.starts.len();
+    run.machine.set_outdated(2);
+    run.take(Event::Tick);
+    assert_eq!(run.starts.len(), before + 1);
+    assert_eq!(run.retired.len(), 0, "retired before its replacement");
+    run.take(Event::Ready);
+    assert_eq!((run.retired.len(), run.machine.ready), (1, 2));
+    run.take(Event::Ready);
+    assert_eq!((run.retired.len(), run.machine.ready), (2, 2));
+    run.pass(SECOND, || Event::Ready);
+    assert_eq!(run.starts.len(), before + 2, "a worker more than wanted");
+    assert_eq!(run.serving, Some(Serving::Up));
+}
+
+/// If the replacement of a worker does not start, the old worker serves on, and the next attempt follows.
+#[test]
+fn a_replacement_that_does_not_start_costs_nothing() {
+    let mut run = Run::up();
+    run.machine.set_outdated(1);
+    run.pass(10 * SECOND, || {
+        Event::NotReady(NotReady::Unavailable, text())
+    });
+    assert_eq!((run.retired.len(), run.machine.ready), (0, 2));
+    assert_eq!(run.serving, Some(Serving::Up));
+    assert_eq!(run.alerts, []);
+    run.pass(2 * SECOND, || Event::Ready);
+    assert_eq!((run.retired.len(), run.machine.ready), (1, 2));
+}
+
+/// A worker that is lost during a replacement is replaced as well.
+#[test]
+fn a_loss_during_a_replacement_leaves_no_gap() {
+    let mut run = Run::up();
+    run.machine.set_outdated(2);
+    run.take(Event::Tick);
+    run.take(Event::Lost(Loss::Ended, text()));
+    run.machine.set_outdated(1);
+    run.pass(2 * SECOND, || Event::Ready);
+    assert_eq!((run.machine.ready, run.retired.len()), (2, 1));
+    assert!(run.machine.is_full());
 }

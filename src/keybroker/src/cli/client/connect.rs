@@ -80,6 +80,12 @@ impl Connection {
         Duration::from_millis(self.timeout_ms)
     }
 
+    /// Raises the timeout to at least this value.
+    pub(in crate::cli) fn raise_timeout(&mut self, timeout: Duration) {
+        let least = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.timeout_ms = self.timeout_ms.max(least);
+    }
+
     /// The same connection with the certificate and the key of another principal.
     pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
         Self {

@@ -71,8 +71,9 @@ pub(super) fn note_damaged(output: Output, count: usize) {
     }
 }
 
-pub(super) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
+pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
     let state = match key.state() {
+        proto::WrappingKeyState::PreActive => "pre-active",
         proto::WrappingKeyState::Active => "active",
         proto::WrappingKeyState::Suspended => "suspended",
         proto::WrappingKeyState::Deactivated => "deactivated",
@@ -88,6 +89,10 @@ pub(super) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
         ("fingerprint", json!(hex::encode(&key.fingerprint))),
         ("registered", time(key.register_time.as_ref())),
         ("backup_confirmed", json!(key.backup_confirmed)),
+        (
+            "problem",
+            json!(Some(&key.problem).filter(|problem| !problem.is_empty())),
+        ),
     ]
 }
 

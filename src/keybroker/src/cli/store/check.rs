@@ -72,8 +72,8 @@ pub(super) async fn scan(
     admins: &Admins,
 ) -> Result<Report, Failure> {
     let registry = Registry::read(&**store).await?;
-    admins.check_registry(&registry)?;
-    let mut checker = RowChecker::new(admins, registry.rows);
+    let unusable = admins.check_registry(context, &registry)?;
+    let mut checker = RowChecker::new(admins, registry.rows, unusable);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     for table in OtherScan::TABLES {
         rows += store.count(table).await?;
@@ -88,7 +88,7 @@ pub(super) async fn scan(
             progress.step();
         }
         let key = found.good_revision().map(|row| row.wrapping_key);
-        learn(&mut checker, key, &**store, admins).await?;
+        learn(context, &mut checker, key, &**store, admins).await?;
         for finding in checker.check(&found)? {
             report.add(&**store, finding).await?;
         }
@@ -101,19 +101,19 @@ pub(super) async fn scan(
         report.clients += 1;
         progress.step();
         let key = found.row.as_ref().ok().map(|row| row.key);
-        learn(&mut checker, key, &**store, admins).await?;
+        learn(context, &mut checker, key, &**store, admins).await?;
         if let Some(finding) = checker.client(&found)? {
             report.add(&**store, finding).await?;
         }
     }
-    check_others(store, admins, &mut checker, &mut report, &progress).await?;
+    check_others(context, store, &mut checker, &mut report, &progress).await?;
     Ok(report)
 }
 
 /// Checks the rows that belong to no record and no API client.
 async fn check_others(
+    context: &Context,
     store: &Arc<dyn Tables>,
-    admins: &Admins,
     checker: &mut RowChecker<'_>,
     report: &mut Report,
     progress: &Progress,
@@ -125,7 +125,8 @@ async fn check_others(
         if let FoundOther::Request(row) = &found
             && let Ok((_, record)) = &**row
         {
-            learn(checker, Some(record.key), &**store, admins).await?;
+            let admins = checker.admins();
+            learn(context, checker, Some(record.key), &**store, admins).await?;
         }
         if let Some(finding) = checker.other(&found)? {
             report.add(&**store, finding).await?;
@@ -150,6 +151,7 @@ async fn check_others(
 /// Reads the registry again if a row has an unknown wrapping key. A running broker may use a wrapping key that was registered
 /// after the scan began.
 async fn learn(
+    context: &Context,
     checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
@@ -160,8 +162,8 @@ async fn learn(
     }
     let registry = Registry::read(store).await?;
     if !checker.knows(&registry.rows) {
-        admins.check_registry(&registry)?;
-        checker.renew(registry.rows);
+        let unusable = admins.check_registry(context, &registry)?;
+        checker.renew(registry.rows, unusable);
     }
     Ok(())
 }

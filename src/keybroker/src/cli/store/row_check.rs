@@ -1,5 +1,7 @@
 //! Checks single rows. The checks include all checks that a broker makes when it releases a key.
 
+use std::collections::HashSet;
+
 use keybroker_core::{
     client_credential::Document,
     envelope::{Context, Envelope, Kind},
@@ -27,6 +29,7 @@ pub(super) enum Problem {
     WrappingKeyDiffers,
     WrappingKeyUnknown,
     WrappingKeyDestroyed,
+    WrappingKeyUnusable,
     MacRefused,
     ClientUnreadable,
     DocumentUnreadable,
@@ -52,6 +55,7 @@ impl Problem {
             Self::WrappingKeyDiffers => "wrapping-key-differs",
             Self::WrappingKeyUnknown => "wrapping-key-unknown",
             Self::WrappingKeyDestroyed => "wrapping-key-destroyed",
+            Self::WrappingKeyUnusable => "wrapping-key-unusable",
             Self::MacRefused => "mac-refused",
             Self::ClientUnreadable => "client-unreadable",
             Self::DocumentUnreadable => "document-unreadable",
@@ -150,18 +154,30 @@ impl Finding {
 pub(super) struct RowChecker<'a> {
     admins: &'a Admins,
     registry: Vec<RegistryRow>,
+    /// The keys that are missing from the tokens or must not be used.
+    unusable: HashSet<WrappingKeyId>,
     /// The record that is being checked, until the scan reaches the current revision of this record.
     awaited: Option<Head>,
 }
 
 impl<'a> RowChecker<'a> {
-    /// Requires that the tokens have every key of the registry that is not destroyed.
-    pub(super) fn new(admins: &'a Admins, registry: Vec<RegistryRow>) -> Self {
+    /// `unusable` are the keys of the registry whose rows cannot be verified.
+    pub(super) fn new(
+        admins: &'a Admins,
+        registry: Vec<RegistryRow>,
+        unusable: HashSet<WrappingKeyId>,
+    ) -> Self {
         Self {
             admins,
             registry,
+            unusable,
             awaited: None,
         }
+    }
+
+    /// The tokens that verify the rows.
+    pub(super) fn admins(&self) -> &'a Admins {
+        self.admins
     }
 
     /// Whether the registry, as it was last read, lacks the wrapping key of a row.
@@ -175,8 +191,9 @@ impl<'a> RowChecker<'a> {
     }
 
     /// Replaces the registry with a newer registry.
-    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>) {
+    pub(super) fn renew(&mut self, registry: Vec<RegistryRow>, unusable: HashSet<WrappingKeyId>) {
         self.registry = registry;
+        self.unusable = unusable;
     }
 
     /// Checks the next row of the scan, and the previous record if the row belongs to a new record.
@@ -344,6 +361,7 @@ impl<'a> RowChecker<'a> {
             Some(known) if known.state == WrappingKeyState::Destroyed => {
                 Some(Problem::WrappingKeyDestroyed)
             }
+            Some(_) if self.unusable.contains(&key) => Some(Problem::WrappingKeyUnusable),
             Some(_) => None,
         }
     }
@@ -374,6 +392,7 @@ mod tests {
             Problem::WrappingKeyDiffers,
             Problem::WrappingKeyUnknown,
             Problem::WrappingKeyDestroyed,
+            Problem::WrappingKeyUnusable,
             Problem::MacRefused,
             Problem::ClientUnreadable,
             Problem::DocumentUnreadable,

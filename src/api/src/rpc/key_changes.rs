@@ -1,0 +1,180 @@
+//! The calls of the admin API that change wrapping keys.
+
+use std::{sync::Arc, time::Duration};
+
+use tonic::{Request, Response, Status};
+
+use keybroker_broker::{Broker, KeyChange, Rotation};
+use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
+use keybroker_proto as proto;
+
+use super::{AuthenticatedCall, control::wrapping_key};
+
+/// Length of a new key if the caller asks for none, in bits.
+const BITS_DEFAULT: u32 = 3_072;
+const BITS: [u32; 3] = [2_048, 3_072, 4_096];
+const HOURS_PER_DAY: u64 = 24;
+/// The longest age that a caller can ask for, in days: about a hundred years.
+const DAYS_MAX: u32 = 36_500;
+
+pub(super) async fn rotate(
+    broker: &Arc<Broker>,
+    request: Request<proto::RotateWrappingKeyRequest>,
+) -> Result<Response<proto::RotateWrappingKeyResponse>, Status> {
+    let entered = AuthenticatedCall::of(&request)?;
+    let rotation = rotation(request.get_ref());
+    let rotation = entered.parsed(broker, Action::RotateKey, rotation).await?;
+    let rotated = broker
+        .rotate_key(&entered.principal, &entered.call, rotation)
+        .await
+        .map_err(|error| entered.status(&error))?;
+    let previous = rotated.previous.map(|id| id.as_bytes().to_vec());
+    Ok(Response::new(proto::RotateWrappingKeyResponse {
+        wrapping_key: Some(wrapping_key(&rotated.key)),
+        previous_id: previous.unwrap_or_default(),
+        changed: rotated.is_changed,
+    }))
+}
+
+fn rotation(request: &proto::RotateWrappingKeyRequest) -> Result<Rotation, Error> {
+    let proto::RotateWrappingKeyRequest {
+        modulus_bits,
+        if_older_than_days,
+        without_backup,
+        back,
+    } = *request;
+    if back && (modulus_bits != 0 || if_older_than_days != 0 || without_backup) {
+        return Err(Error::violation("back", "without any other field"));
+    }
+    let modulus_bits = match modulus_bits {
+        0 => BITS_DEFAULT,
+        bits if BITS.contains(&bits) => bits,
+        _ => return Err(Error::violation("modulus_bits", "0, 2048, 3072 or 4096")),
+    };
+    if if_older_than_days > DAYS_MAX {
+        return Err(Error::violation("if_older_than_days", "at most 36,500"));
+    }
+    let hours = u64::from(if_older_than_days) * HOURS_PER_DAY;
+    Ok(Rotation {
+        modulus_bits,
+        if_older_than: (hours > 0).then(|| Duration::from_hours(hours)),
+        single: without_backup,
+        back,
+    })
+}
+
+pub(super) async fn change(
+    broker: &Arc<Broker>,
+    request: Request<proto::ChangeWrappingKeyStateRequest>,
+) -> Result<Response<proto::ChangeWrappingKeyStateResponse>, Status> {
+    let entered = AuthenticatedCall::of(&request)?;
+    let change = key_change(request.get_ref());
+    let action = change
+        .as_ref()
+        .map_or(Action::ActivateKey, |change| change.action());
+    let parsed = change.and_then(|change| {
+        let id = WrappingKeyId::from_slice(&request.get_ref().id)
+            .ok_or_else(|| Error::violation("id", "16 bytes"))?;
+        Ok((id, change))
+    });
+    let (id, change) = entered.parsed(broker, action, parsed).await?;
+    let view = broker
+        .change_key_state(&entered.principal, &entered.call, id, change)
+        .await
+        .map_err(|error| entered.status(&error))?;
+    Ok(Response::new(proto::ChangeWrappingKeyStateResponse {
+        wrapping_key: Some(wrapping_key(&view)),
+    }))
+}
+
+fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChange, Error> {
+    let is_about_backup = request.backup_confirmed || request.without_backup;
+    let change = match request.change() {
+        proto::WrappingKeyChange::Activate => {
+            if request.backup_confirmed && request.without_backup {
+                let what = "not together with `backup_confirmed`";
+                return Err(Error::violation("without_backup", what));
+            }
+            return Ok(KeyChange::Activate {
+                backup_confirmed: request.backup_confirmed,
+                without_backup: request.without_backup,
+            });
+        }
+        proto::WrappingKeyChange::Suspend => KeyChange::Suspend,
+        proto::WrappingKeyChange::Resume => KeyChange::Resume,
+        proto::WrappingKeyChange::Deactivate => KeyChange::Deactivate,
+        proto::WrappingKeyChange::Compromise => KeyChange::Compromise,
+        proto::WrappingKeyChange::Lose => KeyChange::Lose,
+        proto::WrappingKeyChange::Unspecified => {
+            return Err(Error::violation("change", "a known change"));
+        }
+    };
+    if is_about_backup {
+        let what = "`backup_confirmed` and `without_backup` only with WRAPPING_KEY_CHANGE_ACTIVATE";
+        return Err(Error::violation("change", what));
+    }
+    Ok(change)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn field<T>(result: Result<T, Error>) -> Option<&'static str> {
+        Some(result.err()?.violations()[0].field)
+    }
+
+    #[test]
+    fn a_rotation_is_parsed_with_its_limits() {
+        let parsed = |modulus_bits, if_older_than_days, without_backup, back| {
+            rotation(&proto::RotateWrappingKeyRequest {
+                modulus_bits,
+                if_older_than_days,
+                without_backup,
+                back,
+            })
+        };
+        let plain = parsed(0, 0, false, false).unwrap();
+        assert_eq!((plain.modulus_bits, plain.if_older_than), (3_072, None));
+        let limited = parsed(2_048, 36_500, true, false).unwrap();
+        assert_eq!(limited.if_older_than, Some(Duration::from_hours(876_000)));
+        assert!(limited.single && parsed(0, 0, false, true).unwrap().back);
+        assert_eq!(field(parsed(1_024, 0, false, false)), Some("modulus_bits"));
+        assert_eq!(
+            field(parsed(0, 36_501, false, false)),
+            Some("if_older_than_days")
+        );
+        for (bits, days, single) in [(2_048, 0, false), (0, 1, false), (0, 0, true)] {
+            assert_eq!(field(parsed(bits, days, single, true)), Some("back"));
+        }
+    }
+
+    #[test]
+    fn each_change_is_parsed_and_only_an_activation_mentions_a_backup() {
+        use proto::WrappingKeyChange as Wire;
+        let parsed = |change: i32, backup_confirmed, without_backup| {
+            key_change(&proto::ChangeWrappingKeyStateRequest {
+                id: Vec::new(),
+                change,
+                backup_confirmed,
+                without_backup,
+            })
+        };
+        for (wire, change) in [
+            (Wire::Suspend, KeyChange::Suspend),
+            (Wire::Resume, KeyChange::Resume),
+            (Wire::Deactivate, KeyChange::Deactivate),
+            (Wire::Compromise, KeyChange::Compromise),
+            (Wire::Lose, KeyChange::Lose),
+        ] {
+            assert_eq!(parsed(wire.into(), false, false).unwrap(), change);
+            assert_eq!(field(parsed(wire.into(), true, false)), Some("change"));
+        }
+        let activate: i32 = Wire::Activate.into();
+        assert_eq!(field(parsed(activate, true, true)), Some("without_backup"));
+        assert!(parsed(activate, true, false).is_ok());
+        for unknown in [0, 7, -1] {
+            assert_eq!(field(parsed(unknown, false, false)), Some("change"));
+        }
+    }
+}

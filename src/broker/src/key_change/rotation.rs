@@ -1,0 +1,263 @@
+//! Rotation: a new wrapping key is made, and wraps new user keys from then on.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use keybroker_audit::OpenIntent;
+use keybroker_core::{
+    call::{Call, Timestamp},
+    error::{Error, Reason},
+    key::{WrappingKeyId, WrappingKeyState},
+    principal::{Action, Principal},
+};
+use keybroker_store as store;
+use keybroker_store::{RegistryChange, RegistryRow};
+
+use crate::{Broker, WrappingKeyView, commit::Settled, journal::Draft, registry::Registry};
+
+use super::{Planner, from_commit, making::MadeKey};
+
+/// What an administrator asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rotation {
+    /// Length of the new RSA modulus in bits: 2048, 3072 or 4096.
+    pub modulus_bits: u32,
+    /// Do nothing if the wrapping key that is in use is younger than this.
+    pub if_older_than: Option<Duration>,
+    /// Activate the new key at once, although no backup contains it. Otherwise the new key stays pre-active.
+    pub single: bool,
+    /// Return to the previous key instead of making a new one.
+    pub back: bool,
+}
+
+/// The result of a rotation.
+#[derive(Clone, Debug)]
+pub struct Rotated {
+    /// The new key or, if nothing was done, the key that is in use.
+    pub key: WrappingKeyView,
+    /// The key that was in use before.
+    pub previous: Option<WrappingKeyId>,
+    /// Whether anything was changed.
+    pub is_changed: bool,
+}
+
+/// The decision about a rotation.
+#[derive(Debug)]
+enum Decision {
+    /// The key in use is young enough.
+    Keep(WrappingKeyId),
+    /// Return to this key.
+    Back(Box<RegistryChange>, WrappingKeyId),
+    /// Make a key.
+    Make,
+}
+
+impl Broker {
+    /// Makes a new wrapping key, or returns to the previous one. With [`Rotation::single`], the new key wraps new user keys
+    /// before the answer, and no call fails or waits meanwhile. Otherwise the new key stays pre-active until it is
+    /// activated. The key that was in use is deactivated: it still unwraps.
+    pub async fn rotate_key(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        rotation: Rotation,
+    ) -> Result<Rotated, Error> {
+        let (broker, principal, owned) = (Arc::clone(self), principal.clone(), call.clone());
+        self.run_change(Action::RotateKey, call.clone(), async move {
+            broker.run_rotation(&principal, &owned, rotation).await
+        })
+        .await
+    }
+
+    async fn run_rotation(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        rotation: Rotation,
+    ) -> Result<Rotated, Error> {
+        let action = Action::RotateKey;
+        let mut draft = self.begin_control_change(principal, call, action).await?;
+        let turn = self.or_record(&draft, self.key_changes.begin()).await?;
+        let decision = self.decide_rotation(call, rotation).await;
+        let decision = self.or_record(&draft, decision).await?;
+        let previous = self.registry()?.wrapping_key().ok();
+        let (id, is_changed) = match decision {
+            Decision::Keep(id) => {
+                draft.wrapping_key(id);
+                self.conclude(draft, Ok(())).await?;
+                (id, false)
+            }
+            Decision::Back(change, id) => {
+                draft.wrapping_key(id);
+                self.commit_key_change(call, &draft, *change).await?;
+                (id, true)
+            }
+            Decision::Make => {
+                let id = self.rotate_to_new(call, draft, rotation, previous).await?;
+                (id, true)
+            }
+        };
+        drop(turn);
+        Ok(Rotated {
+            key: self.view_of(id)?,
+            previous: previous.filter(|previous| is_changed && *previous != id),
+            is_changed,
+        })
+    }
+
+    async fn decide_rotation(&self, call: &Call, rotation: Rotation) -> Result<Decision, Error> {
+        call.deadline.check()?;
+        self.check_acknowledged()?;
+        self.refresh_registry().await?;
+        let registry = self.registry()?;
+        if rotation.back {
+            return self.plan_return(&registry).await;
+        }
+        if let (Some(limit), Ok(id)) = (rotation.if_older_than, registry.wrapping_key())
+            && let Some(row) = registry.row(id)
+            && age(row) < limit
+        {
+            return Ok(Decision::Keep(id));
+        }
+        let mut rows = registry.rows();
+        let waiting = rows.find(|(row, _)| row.state == WrappingKeyState::PreActive);
+        if let Some((row, _)) = waiting {
+            let what = format!(
+                "key {} is pre-active already: confirm the backup of the token and activate the key with `keybroker key \
+                 activate {}`",
+                row.id, row.id
+            );
+            return Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what));
+        }
+        if let Some(why) = self.key_changes.admin.cannot_make_keys() {
+            return Err(Error::new(Reason::KeyState, why).explained("token", why));
+        }
+        Ok(Decision::Make)
+    }
+
+    /// Plans the return to the key that was deactivated last.
+    async fn plan_return(&self, registry: &Registry) -> Result<Decision, Error> {
+        let deactivated = registry
+            .rows()
+            .filter(|(row, _)| row.state == WrappingKeyState::Deactivated);
+        let Some((row, _)) = deactivated.max_by_key(|(row, _)| row.sequence) else {
+            let what = "there is no previous key: no registered key is deactivated";
+            return Err(Error::new(Reason::KeyState, what).explained("id", what));
+        };
+        let row = registry.verified(row.id)?;
+        let mut planner = Planner::new(registry);
+        planner.deactivate_others(registry, row.id);
+        let active = RegistryRow {
+            state: WrappingKeyState::Active,
+            ..row.clone()
+        };
+        planner.change(row, active);
+        let change = self.with_macs(planner).await?;
+        Ok(Decision::Back(Box::new(change), row.id))
+    }
+
+    /// Makes a key and registers it. If a step fails, the key is removed from the token again.
+    async fn rotate_to_new(
+        &self,
+        call: &Call,
+        mut draft: Draft,
+        rotation: Rotation,
+        previous: Option<WrappingKeyId>,
+    ) -> Result<WrappingKeyId, Error> {
+        // The intent comes before the key, because the key on the token is a change, too.
+        let at = Timestamp::now();
+        let intent = self.record_intent(&draft, at).await?;
+        let serials = serials(&*self.registry()?);
+        let admin = self.key_changes.admin.clone();
+        let made = match MadeKey::make(admin, rotation.modulus_bits, serials).await {
+            Ok(made) => made,
+            Err(error) => return self.close_intent(intent, &draft, Err(error)).await,
+        };
+        let id = made.id();
+        draft.wrapping_key(id);
+        let planned = self.plan_new(&made, rotation, previous).await;
+        let registered = self.register_new(call, &draft, at, intent, planned).await;
+        self.forget_new_key();
+        match &registered {
+            Ok(()) => made.close().await,
+            // The row may have been committed, so the key must stay.
+            Err(error) if error.is_outcome_unknown() => made.close().await,
+            Err(_) => made.discard().await,
+        }
+        self.apply_key_change().await;
+        registered.map(|()| id)
+    }
+
+    async fn register_new(
+        &self,
+        call: &Call,
+        draft: &Draft,
+        at: Timestamp,
+        intent: OpenIntent,
+        planned: Result<RegistryChange, Error>,
+    ) -> Result<(), Error> {
+        let planned = match planned {
+            Ok(planned) => planned,
+            Err(error) => return self.close_intent(intent, draft, Err(error)).await,
+        };
+        let commit = async { self.store.change_registry(&planned, call.id, at).await };
+        let settled = self.settle(intent, draft, at, commit).await;
+        // Without a definite answer, the row may have been committed.
+        let Settled { intent, result } = settled.map_err(Error::outcome_unknown)?;
+        let is_committed = result.is_ok();
+        let result = result.map_err(from_commit);
+        let closed = self.close_intent(intent, draft, result).await;
+        if is_committed {
+            closed.map_err(Error::outcome_unknown)
+        } else {
+            closed
+        }
+    }
+
+    /// Plans the rows for a new key. Fails if `previous` is no longer the key in use. Every plan also changes the row of the
+    /// key in use, so that of two brokers that rotate at the same time only one succeeds.
+    async fn plan_new(
+        &self,
+        made: &MadeKey,
+        rotation: Rotation,
+        previous: Option<WrappingKeyId>,
+    ) -> Result<RegistryChange, Error> {
+        // The workers need the row of the key before the key is registered.
+        let unregistered = made.row(WrappingKeyState::PreActive, 0).await?;
+        self.prove_new_key(unregistered).await?;
+        let registry = self.registry()?;
+        let mut rows = registry.rows();
+        let has_waiting = rows.any(|(row, _)| row.state == WrappingKeyState::PreActive);
+        if has_waiting || registry.wrapping_key().ok() != previous {
+            return Err(from_commit(store::Error::Conflict));
+        }
+        let mut planner = Planner::new(&registry);
+        let state = if rotation.single {
+            planner.deactivate_others(&registry, made.id());
+            WrappingKeyState::Active
+        } else {
+            if let Some(row) = registry.wrapping_key().ok().and_then(|id| registry.row(id)) {
+                planner.change(row, row.clone());
+            }
+            WrappingKeyState::PreActive
+        };
+        let sequence = planner.next_sequence();
+        let mut change = self.with_macs(planner).await?;
+        change.insert = Some(made.row(state, sequence).await?);
+        Ok(change)
+    }
+}
+
+/// How long ago a key was registered. A clock that was set back makes no key old.
+pub(super) fn age(row: &RegistryRow) -> Duration {
+    let micros = Timestamp::now().micros() - row.registered.micros();
+    Duration::from_micros(u64::try_from(micros).unwrap_or(0))
+}
+
+/// The distinct serial numbers of the tokens of the registered keys.
+fn serials(registry: &Registry) -> Vec<String> {
+    let rows = registry
+        .rows()
+        .filter(|(row, _)| row.state != WrappingKeyState::Destroyed);
+    let serials: BTreeSet<&str> = rows.map(|(row, _)| row.token_serial.as_str()).collect();
+    serials.into_iter().map(str::to_owned).collect()
+}

@@ -1,0 +1,82 @@
+//! Access to the token for a running broker that makes or removes wrapping keys. The workers of the broker have read-only
+//! sessions, so each change of the token's objects is made in a separate admin worker, which ends after the change.
+
+use std::path::PathBuf;
+
+use keybroker_core::state::StateDirectory;
+use keybroker_worker_protocol::{AccessControl, IntegrityKey, PinSource, Settings};
+
+use super::{Admin, AdminError};
+
+/// Starts short-lived read-write admin workers.
+#[derive(Clone, Debug)]
+pub struct KeyAdmin {
+    program: PathBuf,
+    settings: Settings,
+    state: StateDirectory,
+    is_one_of_several: bool,
+}
+
+impl KeyAdmin {
+    /// `program` is the running binary, which contains the admin worker. `state` is the state directory of this instance.
+    /// `is_one_of_several` says whether the configuration has further tokens.
+    pub fn new(
+        program: PathBuf,
+        settings: Settings,
+        state: StateDirectory,
+        is_one_of_several: bool,
+    ) -> Self {
+        Self {
+            program,
+            settings,
+            state,
+            is_one_of_several,
+        }
+    }
+
+    /// Starts an admin worker, which logs in with the PIN in the configured file. If several tokens match the settings,
+    /// the token with one of these serial numbers is used. The admin worker ends when the returned value is dropped.
+    ///
+    /// This function blocks the thread, and the calls of the returned value do, too.
+    pub fn open(&self, serials: &[&str]) -> Result<Admin, AdminError> {
+        let pin = match &self.settings.pin_file {
+            Some(path) => PinSource::File(path.clone()),
+            None if self.settings.is_without_login() => PinSource::NotNeeded,
+            None => {
+                return Err(AdminError::Pin(
+                    "no PIN: set `token.pin_file` to a file that only this user can read"
+                        .to_owned(),
+                ));
+            }
+        };
+        Admin::open(
+            &self.program,
+            &self.settings,
+            &self.state,
+            &pin,
+            true,
+            serials,
+        )
+    }
+
+    /// Why a running broker cannot make a key on this token; `None` if it can.
+    pub fn cannot_make_keys(&self) -> Option<&'static str> {
+        if self.is_one_of_several {
+            return Some(
+                "the configuration has several tokens, and a key on only one of them would end the failover: make the key with \
+                 `keybroker key generate --token NAME`, copy it to the other tokens, and register it there with `keybroker key \
+                 register`",
+            );
+        }
+        if self.settings.access_control == AccessControl::OutsidePkcs11 {
+            return Some(
+                "with `access_control = \"outside-pkcs11\"`, keys are made with the vendor's tool and registered with \
+                 `keybroker key register`",
+            );
+        }
+        (self.settings.integrity_key == IntegrityKey::Worker).then_some(
+            "with `integrity_key = \"worker\"`, the digest of a new key's file must be added to the configuration: stop the \
+             broker and run `keybroker key generate`",
+        )
+    }
+}

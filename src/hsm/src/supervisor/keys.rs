@@ -1,0 +1,231 @@
+//! Changes of the expected keys while workers run. The workers are replaced one after another: a worker with the new keys
+//! is ready before an old worker gets no more jobs, and an old worker finishes its jobs before it ends.
+//!
+//! While a key is missing or wrong, one worker is replaced from time to time, so that a key that returns to the token is
+//! used without a restart.
+
+use std::{sync::Arc, time::Duration};
+
+use keybroker_core::key::WrappingKeyId;
+use keybroker_worker_protocol::ExpectedKey;
+
+use crate::{Error, KeyProblem, link::Link, start::Found};
+
+use super::{Decider, Supervisor};
+
+/// Bounds of the pause between two searches for a key that is missing or wrong. Each search costs one login.
+const RECHECK_MIN: Duration = Duration::from_secs(2);
+const RECHECK_MAX: Duration = Duration::from_mins(1);
+
+/// When the next search for keys that are missing or wrong begins.
+#[derive(Debug, Default)]
+pub(super) struct Recheck {
+    /// `None` while every expected key can be used.
+    next: Option<Duration>,
+    pause: Duration,
+}
+
+impl Recheck {
+    /// Whether a search must begin now. Each search doubles the pause until the next search.
+    fn is_due(&mut self, now: Duration, has_unusable: bool) -> bool {
+        if !has_unusable {
+            *self = Self::default();
+            return false;
+        }
+        let is_due = self.next.is_some_and(|next| now >= next);
+        if is_due || self.next.is_none() {
+            self.pause = (self.pause * 2).clamp(RECHECK_MIN, RECHECK_MAX);
+            self.next = Some(now + self.pause);
+        }
+        is_due
+    }
+}
+
+impl Found {
+    /// Whether this worker serves every key that another worker serves.
+    fn has_keys_of(&self, other: &Self) -> bool {
+        other.wrap.keys().all(|id| self.wrap.contains_key(id))
+    }
+
+    /// The keys of this worker that each of the other workers has, too.
+    fn shared_with(&self, others: &[Arc<Link>]) -> Self {
+        let has_all = |id: &WrappingKeyId| {
+            let mut found = others.iter().map(|link| link.found());
+            found.all(|found| found.wrap.contains_key(id))
+        };
+        let keys = self.keys.iter().filter(|key| has_all(&key.id));
+        let wrap = self.wrap.iter().filter(|(id, _)| has_all(id));
+        Self {
+            info: self.info.clone(),
+            keys: keys.cloned().collect(),
+            unusable: Arc::clone(&self.unusable),
+            wrap: wrap.map(|(id, key)| (*id, Arc::clone(key))).collect(),
+        }
+    }
+}
+
+/// Whether two sorted lists contain the same keys. The proofs may differ: they change with the state of a key, and a worker
+/// that has verified earlier proofs need not verify the new ones.
+pub(super) fn are_same(one: &[ExpectedKey], other: &[ExpectedKey]) -> bool {
+    let without_proofs = |keys: &[ExpectedKey]| -> Vec<ExpectedKey> {
+        let keys = keys.iter().cloned();
+        keys.map(|key| ExpectedKey {
+            proofs: Vec::new(),
+            ..key
+        })
+        .collect()
+    };
+    without_proofs(one) == without_proofs(other)
+}
+
+/// Sorts the keys, because the order in which the registry lists them changes with the states of the keys.
+pub(super) fn in_order(mut keys: Vec<ExpectedKey>) -> Vec<ExpectedKey> {
+    keys.sort_by_key(|key| key.id);
+    keys
+}
+
+impl Supervisor {
+    /// Replaces the list of keys that must be on the token. If the list is a different one, every worker is replaced.
+    pub(crate) fn expect(&self, keys: Vec<ExpectedKey>) {
+        let keys = in_order(keys);
+        // The lock orders this change and the admission of a worker that started with the earlier list.
+        let decider = self.decider();
+        let before = self.expected.load_full();
+        if *before == keys {
+            return;
+        }
+        if are_same(&before, &keys) {
+            self.expected.store(Arc::new(keys));
+            return;
+        }
+        tracing::info!(
+            keys = keys.len(),
+            "the registered keys changed; the token workers are replaced one after another"
+        );
+        self.expected.store(Arc::new(keys));
+        for link in self.queue.links() {
+            link.outdate();
+        }
+        drop(decider);
+        self.start_if_needed();
+    }
+
+    /// Returns an error if no worker serves this key. The error says whether the key is missing or wrong.
+    pub(super) fn check_key(&self, id: WrappingKeyId) -> Result<(), Error> {
+        let found = self.found.load();
+        // Before the first worker is ready, the state of the service is the error.
+        if found.wrap.contains_key(&id) || !found.known() {
+            return Ok(());
+        }
+        let unusable = found.unusable.iter().find(|key| key.id == id);
+        Err(match unusable.map(|key| &key.problem) {
+            Some(KeyProblem::Missing(cause)) => Error::KeyMissing {
+                key: id,
+                cause: cause.clone(),
+            },
+            Some(KeyProblem::Untrusted(cause)) => Error::Untrusted(cause.clone()),
+            None => Error::UnknownKey(id),
+        })
+    }
+
+    /// Number of workers that must be replaced.
+    pub(super) fn outdated(&self) -> usize {
+        let links = self.queue.links();
+        links.iter().filter(|link| link.is_outdated()).count()
+    }
+
+    /// Gives no more jobs to the oldest of the workers that must be replaced, and lets it end after its jobs.
+    pub(super) fn retire_oldest(&self) {
+        let links = self.queue.links();
+        let outdated = links.iter().filter(|link| link.is_outdated());
+        let Some(link) = outdated.min_by_key(|link| link.generation()) else {
+            return;
+        };
+        if self.queue.remove(link.generation()) {
+            tracing::info!(
+                pid = link.pid(),
+                generation = link.generation(),
+                "a token worker is retired: another worker has replaced it"
+            );
+            link.retire();
+        }
+    }
+
+    /// Marks the other workers for replacement if a new worker found a key that they do not have. A worker that found fewer
+    /// keys than the others is replaced by the next search.
+    pub(super) fn outdate_others(&self, decider: &mut Decider, new: &Link) {
+        let mut differs = false;
+        for link in self.queue.links() {
+            if !link.found().has_keys_of(new.found()) {
+                link.outdate();
+                differs = true;
+            }
+        }
+        if differs {
+            decider.recheck = Recheck::default();
+        }
+    }
+
+    /// Publishes the keys that every worker has. A key that only some workers have is not published yet, because any
+    /// worker may get a job for it. While there is no worker, the keys that were published last stay.
+    pub(super) fn publish_keys(&self) {
+        let links = self.queue.links();
+        let Some(newest) = links.iter().max_by_key(|link| link.generation()) else {
+            return;
+        };
+        let others = links
+            .iter()
+            .filter(|link| !link.found().has_keys_of(newest.found()));
+        let others: Vec<_> = others.cloned().collect();
+        self.found.store(if others.is_empty() {
+            Arc::clone(newest.found())
+        } else {
+            Arc::new(newest.found().shared_with(&others))
+        });
+    }
+
+    /// Has one worker replaced if it is time to search for keys that are missing or wrong.
+    pub(super) fn recheck_keys(&self) {
+        let mut decider = self.decider();
+        let now = decider.epoch.elapsed();
+        let has_unusable = !self.found.load().unusable.is_empty();
+        let is_due = decider.recheck.is_due(now, has_unusable);
+        let links = self.queue.links();
+        if !is_due || links.iter().any(|link| link.is_outdated()) {
+            return;
+        }
+        let first = links
+            .iter()
+            .min_by_key(|link| (link.found().wrap.len(), link.generation()));
+        if let Some(first) = first {
+            first.outdate();
+        }
+    }
+
+    /// Lets the state machine decide about the workers that must be replaced, without waiting for the next tick.
+    fn start_if_needed(&self) {
+        self.apply(&mut self.decider(), super::Event::Tick);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_key_is_searched_for_less_and_less_often_until_it_is_there() {
+        let mut recheck = Recheck::default();
+        let mut searches = Vec::new();
+        for second in 0..200 {
+            if recheck.is_due(SECOND * second, true) {
+                searches.push(second);
+            }
+        }
+        assert_eq!(searches, [2, 6, 14, 30, 62, 122, 182]);
+        assert!(!recheck.is_due(SECOND * 1_000, false));
+        assert!(!recheck.is_due(SECOND * 1_001, true), "at once");
+        assert!(recheck.is_due(SECOND * 1_003, true));
+    }
+}

@@ -1,0 +1,192 @@
+//! `keybroker key remove`: removes the objects of a key that is not registered from the token.
+
+use std::io::{self, IsTerminal as _};
+
+use clap::Args;
+use serde_json::json;
+
+use crate::{
+    cli::{
+        Context, block_on, change as entries,
+        exit::{Exit, Failure},
+        pin::{UserPin, log_in, serials},
+    },
+    config::Config,
+    places::Registry,
+};
+use keybroker_audit::Entry;
+use keybroker_core::key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState};
+use keybroker_store as store;
+use keybroker_store::{
+    RegistryRow,
+    scan::{ClientScan, FoundOther, OtherScan, Scan},
+};
+
+use super::{parse_id, registry};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Remove {
+    /// Id of the key, 32 hexadecimal digits
+    id: String,
+    /// Remove the key without asking for its id again
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    pin: UserPin,
+}
+
+pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let id = parse_id(&arguments.id)?;
+    let _lock = store::lock(&config.store)?;
+    let registry = block_on(registry(&config))??;
+    refuse_registered(&registry, id)?;
+    let needed = block_on(rows_under(&config, id))??;
+    refuse_needed(id, &needed)?;
+    confirm(
+        context,
+        arguments.yes,
+        id,
+        "Nothing brings a removed key back",
+    )?;
+    let pin = arguments.pin.get(config.token())?;
+    let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;
+    admin.know([(id, &place(&config))])?;
+    let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
+    let removed = entries::audited(context, &config, "wrapping_key.remove", describe, || {
+        Ok(admin.remove_key(id)?)
+    })?;
+    context.output.fields(vec![
+        ("id", json!(id.to_string())),
+        ("removed_objects", json!(removed)),
+    ])
+}
+
+/// Where the integrity key of an unregistered key is.
+fn place(config: &Config) -> ObjectIds {
+    ObjectIds {
+        private: None,
+        integrity: if config.token().permits_integrity_key_in_worker() {
+            IntegrityPlace::Worker
+        } else {
+            IntegrityPlace::Token
+        },
+    }
+}
+
+fn refuse_registered(registry: &Registry, id: WrappingKeyId) -> Result<(), Failure> {
+    let object = ObjectId::from(id);
+    let are_its = |row: &RegistryRow, objects: &ObjectIds| {
+        row.id == id
+            || objects.private_object(row.id) == object
+            || objects.integrity_object(row.id).as_ref() == Some(&object)
+    };
+    let uses_object = |row: &&RegistryRow| {
+        let mut places = registry.places.iter().filter(|place| place.key == row.id);
+        row.state != WrappingKeyState::Destroyed
+            && (are_its(row, &row.objects) || places.any(|place| are_its(row, &place.objects)))
+    };
+    let Some(row) = registry.rows.iter().find(uses_object) else {
+        return Ok(());
+    };
+    let what = format!(
+        "key {} is registered and {}; only a key that is not registered can be removed",
+        row.id, row.state
+    );
+    Err(Failure::new(Exit::Untrusted, what)
+        .hint("`keybroker token check` lists the keys on the token that are not registered"))
+}
+
+/// The rows that need a key.
+#[derive(Debug, Default)]
+struct Needed {
+    revisions: u64,
+    clients: u64,
+    requests: u64,
+    /// Rows that cannot be read, so that nothing is known about their key.
+    unreadable: u64,
+}
+
+/// Counts the rows under a key. The registry row of a key may have been lost while rows still need the key.
+async fn rows_under(config: &Config, id: WrappingKeyId) -> Result<Needed, Failure> {
+    let store = store::open_tables(&config.store).await?;
+    let mut needed = Needed::default();
+    let mut scan = Scan::new(store.clone());
+    while let Some(found) = scan.next().await? {
+        match &found.revision {
+            Some(Ok(row)) => needed.revisions += u64::from(row.wrapping_key == id),
+            Some(Err(_)) => needed.unreadable += 1,
+            None => {}
+        }
+    }
+    let mut scan = ClientScan::new(store.clone());
+    while let Some(found) = scan.next().await? {
+        match &found.row {
+            Ok(row) => needed.clients += u64::from(row.key == id),
+            Err(_) => needed.unreadable += 1,
+        }
+    }
+    let mut scan = OtherScan::new(store.clone());
+    while let Some(found) = scan.next().await? {
+        let FoundOther::Request(row) = &found else {
+            continue;
+        };
+        match &**row {
+            Ok((_, record)) => needed.requests += u64::from(record.key == id),
+            Err(_) => needed.unreadable += 1,
+        }
+    }
+    store.close().await;
+    Ok(needed)
+}
+
+fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
+    let Needed {
+        revisions,
+        clients,
+        requests,
+        unreadable,
+    } = needed;
+    if revisions + clients + requests > 0 {
+        let what = format!(
+            "{revisions} revisions, {clients} API clients and {requests} answers to request ids need key {id}; nothing was \
+             removed"
+        );
+        let hint = format!("register the key with `keybroker key register {id}`");
+        return Err(Failure::new(Exit::Untrusted, what).hint(hint));
+    }
+    if *unreadable > 0 {
+        let what = format!(
+            "{unreadable} rows of the database cannot be read, and may need key {id}; nothing was removed"
+        );
+        return Err(
+            Failure::new(Exit::Verification, what).hint("run `keybroker store check` first")
+        );
+    }
+    Ok(())
+}
+
+/// Asks for the id again, because nothing undoes the command. `warning` is a sentence without a full stop.
+pub(super) fn confirm(
+    context: &Context,
+    is_confirmed: bool,
+    id: WrappingKeyId,
+    warning: &str,
+) -> Result<(), Failure> {
+    if is_confirmed {
+        return Ok(());
+    }
+    let refuse = |what: &str| Err(Failure::new(Exit::Usage, what));
+    if !io::stdin().is_terminal() {
+        return refuse("this command needs --yes, or a terminal at which the id is typed again");
+    }
+    context.output.note(&format!(
+        "{warning}. Type the id of the key again to go on:"
+    ));
+    let mut line = String::new();
+    let typed = io::stdin().read_line(&mut line);
+    if typed.is_err() || WrappingKeyId::from_hex(line.trim()) != Some(id) {
+        return refuse("the typed id is another one; nothing was changed");
+    }
+    Ok(())
+}

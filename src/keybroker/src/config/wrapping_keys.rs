@@ -1,0 +1,41 @@
+//! The section `[wrapping_keys]`: how long a wrapping key is used.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Two years, the longest cryptoperiod that NIST SP 800-57 part 1 (section 5.3.6) recommends for a key that wraps keys.
+const DAYS_DEFAULT: u32 = 730;
+/// The longest age, in days: about a hundred years.
+pub(super) const DAYS_MAX: u32 = 36_500;
+const HOURS_PER_DAY: u64 = 24;
+
+/// The `[wrapping_keys]` section of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Age in days after which the broker raises the alert `key-age` about the wrapping key that is in use. The value 0
+    /// stands for no limit.
+    #[serde(default = "days_default")]
+    pub rotate_after_days: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            rotate_after_days: DAYS_DEFAULT,
+        }
+    }
+}
+
+impl Settings {
+    /// The age after which a wrapping key must be rotated; `None` for no limit.
+    pub fn rotate_after(self) -> Option<Duration> {
+        let hours = u64::from(self.rotate_after_days) * HOURS_PER_DAY;
+        (hours > 0).then(|| Duration::from_hours(hours))
+    }
+}
+
+const fn days_default() -> u32 {
+    DAYS_DEFAULT
+}

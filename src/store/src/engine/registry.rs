@@ -1,0 +1,55 @@
+//! Changes of several rows of the registry in one transaction, for any engine.
+
+use crate::{
+    Error, RegistryChange,
+    mutations::{expect_one, insert_unless_taken},
+    rows,
+    session::Session as _,
+    tables::Table,
+};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    key::ID_BYTES,
+    key::RecordId,
+};
+
+use super::{End, Engine, EngineStore};
+
+impl<E: Engine> EngineStore<E> {
+    /// Writes the change and the mark of the call. A row with another MAC than the expected one ends the transaction.
+    pub(super) async fn write_registry(
+        &self,
+        change: &RegistryChange,
+        call: CallId,
+        at: Timestamp,
+    ) -> Result<(), Error> {
+        let change = change.clone();
+        self.transaction(End::CommitMarked(call), move |session, sql| {
+            let change = change.clone();
+            Box::pin(async move {
+                // The change concerns no record.
+                let none = RecordId::from_bytes([0; ID_BYTES]);
+                let mark = rows::new_change(call, none, at);
+                expect_one(session.execute(sql.insert_change, mark).await?)?;
+                for update in &change.updates {
+                    let mut values = rows::registry_values(&update.row);
+                    values.extend([update.row.id.into(), (&update.expected).into()]);
+                    match session.execute(sql.update_registry, values).await? {
+                        1 => {}
+                        _ => return Err(Error::Conflict),
+                    }
+                }
+                let Some(row) = &change.insert else {
+                    return Ok(());
+                };
+                let insert = sql.of(Table::WrappingKeys).insert;
+                if insert_unless_taken(session, insert, rows::new_registry(row)).await? {
+                    Ok(())
+                } else {
+                    Err(Error::Exists)
+                }
+            })
+        })
+        .await
+    }
+}

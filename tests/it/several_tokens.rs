@@ -431,8 +431,10 @@ fn ready_now(broker: &Broker) -> String {
     get(broker.status, "/readyz")
 }
 
-/// Where the tokens are the limit, two tokens do nearly twice the work of one.
+/// Where the tokens are the limit, two tokens do nearly twice the work of one. A measurement, so it is not part of the test suite:
+/// on a busy machine, the processors are the limit.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement; docs/several-tokens.md has the command"]
 async fn two_slow_tokens_do_the_work_of_two() {
     const MEASURED: Duration = Duration::from_secs(5);
     let two = Two::fresh(Options {

@@ -64,7 +64,7 @@ impl KeyAdmin {
         if self.is_one_of_several {
             return Some(
                 "the configuration has several tokens, and a key on only one of them would end the failover: make the key with \
-                 `keybroker key generate --token NAME`, copy it to the other tokens, and register it there with `keybroker key \
+                 `keybroker --token NAME key generate`, copy it to the other tokens, and register it there with `keybroker key \
                  register`",
             );
         }

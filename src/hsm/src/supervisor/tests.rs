@@ -1,8 +1,8 @@
 //! Tests what callers notice when workers start and are lost.
 
-use std::{os::unix::net::UnixStream as StdUnixStream, thread};
+use std::thread;
 
-use tokio::{net::UnixStream, sync::oneshot};
+use tokio::sync::oneshot;
 
 use keybroker_core::call::abandoned::Abandoned;
 use keybroker_worker_protocol::{
@@ -13,12 +13,7 @@ use keybroker_worker_protocol::{
 use super::*;
 
 fn link(generation: u64) -> Arc<Link> {
-    let (ours, theirs) = StdUnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    // The worker's end of the socket stays open.
-    Box::leak(Box::new(theirs));
-    let stream = UnixStream::from_std(ours).unwrap();
-    Link::new(generation, 1, 1, stream, Arc::default())
+    testing::link(generation, 1)
 }
 
 fn idle() -> Arc<Supervisor> {

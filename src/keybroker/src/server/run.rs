@@ -27,7 +27,7 @@ use crate::{
     telemetry,
 };
 use keybroker_api::{rest, rpc};
-use keybroker_audit::AuditLog;
+use keybroker_audit::{AuditLog, OpenIntent};
 use keybroker_auth::{
     Authenticator,
     client_secret::{self, Secrets},
@@ -151,6 +151,26 @@ async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure
     Ok(())
 }
 
+/// Migrates the database, if the configuration allows it, and opens it.
+async fn open_store(
+    config: &Config,
+    audit: &AuditLog,
+    open: &mut Vec<OpenIntent>,
+) -> Result<(StoreLock, Arc<dyn Store>), Failure> {
+    opening::migrate(&config.store, audit, &config.audit.instance, open).await?;
+    opening::open_store(config, audit).await
+}
+
+/// Starts the admin workers that make wrapping keys for this broker.
+fn key_admin(config: &Config, program: PathBuf) -> KeyAdmin {
+    KeyAdmin::new(
+        program,
+        config.token().clone(),
+        StateDirectory::below(&config.audit.directory),
+        config.tokens.are_several(),
+    )
+}
+
 /// The rule that says which keys must be on each token.
 fn expect(config: &Config) -> Expect {
     let tokens = config.tokens.clone();
@@ -162,6 +182,10 @@ fn expect(config: &Config) -> Expect {
         };
         tokens.all().iter().map(of_token).collect()
     })
+}
+
+fn retention(settings: &store::Settings) -> Duration {
+    Duration::from_hours(u64::from(settings.retention_days) * 24)
 }
 
 fn capacity(settings: &store::Settings) -> Capacity {
@@ -243,9 +267,7 @@ impl Server {
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
         let (audit, mut open_intents) = opening::open_audit(config.audit.clone()).await?;
-        let instance = &config.audit.instance;
-        opening::migrate(&config.store, &audit, instance, &mut open_intents).await?;
-        let (store_lock, store) = opening::open_store(&config, &audit).await?;
+        let (store_lock, store) = open_store(&config, &audit, &mut open_intents).await?;
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
         let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
@@ -258,22 +280,18 @@ impl Server {
             weights: config.tokens.weights(),
             client_rules: client_rules(&config.client_credentials),
             instance: config.audit.instance.clone(),
-            retention: Duration::from_hours(u64::from(config.store.retention_days) * 24),
+            retention: retention(&config.store),
             capacity: capacity(&config.store),
             expect: expect(&config),
-            key_admin: KeyAdmin::new(
-                program,
-                config.token().clone(),
-                state.clone(),
-                config.tokens.are_several(),
-            ),
+            key_admin: key_admin(&config, program),
             rotate_after: config.wrapping_keys.rotate_after(),
             state,
             accepted_risks,
         });
         let secrets = client_secrets(&config, &broker)?;
+        let authenticator = Arc::new(authenticator.with_secrets(secrets));
         let identifier = Identifier {
-            authenticator: Arc::new(authenticator.with_secrets(secrets)),
+            authenticator,
             limits,
         };
         broker.recover(open_intents).await?;
@@ -302,8 +320,8 @@ impl Server {
         // The health must not be `SERVING` before the first check.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, status.tls(), policy, hangup);
-        let refresh = Arc::clone(&tokens).refresh(server.stop_background.clone());
-        server.background.spawn(refresh);
+        let stop = server.stop_background.clone();
+        server.background.spawn(Arc::clone(&tokens).refresh(stop));
         server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
         server.open_listeners(bound, &identifier)?;

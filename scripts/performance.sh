@@ -30,7 +30,7 @@ STORM_SECONDS=60
 IDLE=4000
 SLOW_MS=20
 NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-slow fairness-slow connections storm storm-largest restart
-  device-busy device-busy-load device-lanes device-lanes-load device-sessions device-sessions-load)
+  device-busy device-busy-load device-lanes device-lanes-load device-sessions-load)
 
 PROGRAM=
 SCRIPTABLE_MODULE=
@@ -80,8 +80,8 @@ script() {
 }
 
 # Measures a simulated device with the name $1, with $2 sessions in each of two workers: its throughput beside that of $3
-# threads of the bare token, and the latency over load. Further arguments are those of both measurements. The script of the
-# device is on standard input.
+# threads of the bare token (unless $3 is 0), and the latency over load. Further arguments are those of both measurements.
+# The script of the device is on standard input.
 device() {
   local name=$1 sessions=$2 threads=$3
   shift 3
@@ -90,7 +90,7 @@ device() {
   extend "$name"
   sed -i "s|^\[token\]|&\nworkers = 2\nsessions_per_worker = $sessions|" "$WORK/$name/keybroker.toml"
   script "$name"
-  measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
+  [[ $threads -eq 0 ]] || measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
   measure "device-$name-load" "$name" open "$@"
 }
 
@@ -126,7 +126,7 @@ measure_all() {
   measure storm rsa-2048 storm --members "$MEMBERS"
   measure storm-largest rsa-2048 storm --members "$LARGEST"
   SECONDS_EACH=$seconds
-  device busy 4 6 --note "each operation takes 3 ms longer; FUNCTION_FAILED if 6 are running" <<'SCRIPT'
+  device busy 4 4 --note "each operation takes 3 ms longer; FUNCTION_FAILED if 6 are running" <<'SCRIPT'
 [limits]
 parallel_calls = 6
 latency_ms = 3
@@ -137,7 +137,8 @@ SCRIPT
 parallel_calls = 30
 latency_ms = 50
 SCRIPT
-  device sessions 7 14 --note "each unwrap takes 140 ms longer; 16 sessions, all closed at every 200th unwrap" <<'SCRIPT'
+  # The bare token ends when its session is closed.
+  device sessions 7 0 --note "each unwrap takes 140 ms longer; 16 sessions, all closed at every 200th unwrap" <<'SCRIPT'
 [sessions]
 max = 16
 [[rule]]
@@ -213,7 +214,7 @@ main() {
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    ! wanted device-busy device-busy-load device-lanes device-lanes-load device-sessions device-sessions-load overload-slow fairness-slow || cargo build --locked --quiet --package keybroker-scriptable-pkcs11
+    ! wanted device-busy device-busy-load device-lanes device-lanes-load device-sessions-load overload-slow fairness-slow || cargo build --locked --quiet --package keybroker-scriptable-pkcs11
     SCRIPTABLE_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so
     mkdir -p "$RESULTS"
     SECONDS=0

@@ -124,7 +124,7 @@ async fn service_returns_by_itself_after_every_passing_error() {
             slowest = slowest.max(took);
             println!("{code:#x} operations={operations}: {tried} logins, back after {took:?}");
             until("both workers", || {
-                let ready = metric(&broker, "keybroker_token_workers ");
+                let ready = metric(&broker, "keybroker_token_workers{token=\"default\"} ");
                 (ready == Some(2.0)).then_some(())
             });
         }
@@ -145,9 +145,12 @@ async fn a_wrong_pin_costs_one_try_and_is_one_state() {
     let right = site.token.pin().to_owned();
     let wrong = "0000000000";
     until("two workers", || {
-        (metric(&broker, "keybroker_token_workers ") == Some(2.0)).then_some(())
+        (metric(&broker, "keybroker_token_workers{token=\"default\"} ") == Some(2.0)).then_some(())
     });
-    assert_eq!(metric(&broker, "keybroker_token_pin_latched "), Some(0.0));
+    assert_eq!(
+        metric(&broker, "keybroker_token_pin_latched{token=\"default\"} "),
+        Some(0.0)
+    );
     set_pin(&site, wrong);
     let before = faulty.count("C_Login begins");
     send(broker.workers()[0], Signal::KILL);
@@ -156,7 +159,8 @@ async fn a_wrong_pin_costs_one_try_and_is_one_state() {
         site.log().contains("pin-latched").then_some(())
     });
     until("the metric", || {
-        (metric(&broker, "keybroker_token_pin_latched ") == Some(1.0)).then_some(())
+        (metric(&broker, "keybroker_token_pin_latched{token=\"default\"} ") == Some(1.0))
+            .then_some(())
     });
     let ready = get(broker.status, "/readyz");
     assert!(
@@ -198,7 +202,8 @@ async fn a_wrong_pin_costs_one_try_and_is_one_state() {
     let key = eventually(|| releaser.unwrap("ada")).await;
     assert_eq!(key.key_material, MATERIAL);
     until("the end of the state", || {
-        (metric(&broker, "keybroker_token_pin_latched ") == Some(0.0)).then_some(())
+        (metric(&broker, "keybroker_token_pin_latched{token=\"default\"} ") == Some(0.0))
+            .then_some(())
     });
     let alerts = site.log().matches("\"alert\":\"pin-latched\"").count();
     assert_eq!(alerts, 1, "the alert repeats within its interval");
@@ -447,7 +452,7 @@ async fn a_token_that_is_logged_in_already_serves() {
         .await
         .unwrap();
     until("two workers", || {
-        (metric(&broker, "keybroker_token_workers ") == Some(2.0)).then_some(())
+        (metric(&broker, "keybroker_token_workers{token=\"default\"} ") == Some(2.0)).then_some(())
     });
 }
 

@@ -60,6 +60,7 @@ mod rolling_restart;
 mod rows;
 mod schedules;
 mod service_manager;
+mod several_tokens;
 mod shared_label;
 mod site;
 mod soak;

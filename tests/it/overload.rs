@@ -82,7 +82,7 @@ fn saturate(broker: &Broker, count: usize) -> Arc<AtomicUsize> {
         let length = get(broker.status, "/metrics");
         let length = length
             .lines()
-            .find_map(|line| line.strip_prefix("keybroker_token_queue_length "));
+            .find_map(|line| line.strip_prefix("keybroker_token_queue_length{token=\"default\"} "));
         let waiting: usize = length.unwrap().parse().unwrap();
         (waiting > count / 2).then_some(())
     });
@@ -205,7 +205,7 @@ async fn a_cancelled_call_costs_the_token_nothing() {
         let page = get(broker.status, "/metrics");
         let length = page
             .lines()
-            .find_map(|line| line.strip_prefix("keybroker_token_queue_length "));
+            .find_map(|line| line.strip_prefix("keybroker_token_queue_length{token=\"default\"} "));
         length.unwrap().parse::<usize>().unwrap()
     };
     until("the calls to wait", || (length() > CALLS / 2).then_some(()));

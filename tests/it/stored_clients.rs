@@ -67,10 +67,10 @@ async fn fill(store: &dyn Store, admin: &Admin) {
 fn with_clients() -> Site {
     let site = Site::fresh(Options::default());
     let config = Config::load(&site.configuration_file()).unwrap();
-    let pin = PinSource::File(config.token.pin_file.clone().unwrap());
+    let pin = PinSource::File(config.token().pin_file.clone().unwrap());
     let state = StateDirectory::below(&config.audit.directory);
     let program = Path::new(env!("CARGO_BIN_EXE_keybroker"));
-    let admin = Admin::open(program, &config.token, &state, &pin, false, &[]).unwrap();
+    let admin = Admin::open(program, config.token(), &state, &pin, false, &[]).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let store = store::open(&config.store).await.unwrap();

@@ -147,7 +147,10 @@ fn probes_and_metrics_answer_in_plain_http() {
         );
     }
     let metrics = get(broker.status, "/metrics");
-    assert!(metrics.contains("keybroker_token_serving 1"), "{metrics}");
+    assert!(
+        metrics.contains("keybroker_token_serving{token=\"default\"} 1"),
+        "{metrics}"
+    );
 }
 
 /// What `promtool check metrics` asks of the text, and that no series appears only with its first event.
@@ -236,7 +239,10 @@ async fn metrics_are_collected_over_tls_with_a_client_certificate() {
     };
     let answer = ask(Some("releaser")).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    assert!(answer.contains("keybroker_token_serving 1"), "{answer}");
+    assert!(
+        answer.contains("keybroker_token_serving{token=\"default\"} 1"),
+        "{answer}"
+    );
     for client in [None, Some(pki::OTHER_CA)] {
         ask(client).await.unwrap_err();
     }

@@ -71,8 +71,11 @@ fn ports(path: &str) -> BTreeSet<i64> {
 /// Every path that a configuration names.
 fn paths(path: &str) -> Vec<String> {
     let config = config(path);
-    let mut paths = vec![config.audit.directory, config.token.module];
-    paths.extend(config.token.pin_file);
+    let mut paths = vec![
+        config.audit.directory.clone(),
+        config.token().module.clone(),
+    ];
+    paths.extend(config.token().pin_file.clone());
     paths.extend(config.store.password_file);
     paths.extend(config.store.ca_file);
     for listener in config.listeners {

@@ -6,7 +6,9 @@ use keybroker_core::{
     call::{CallId, Timestamp},
     key::{Fingerprint, ObjectIds, Purpose, Revision, Tenant, UserId, WrappingKeyState},
 };
-use keybroker_store::{Error, ListQuery, Position, RecordInfo, RecordState, RegistryRow, Store};
+use keybroker_store::{
+    Error, ListQuery, PlaceRow, Position, RecordInfo, RecordState, RegistryRow, Store,
+};
 use tokio::task::JoinSet;
 
 use super::{Engine, KEY, address, record_id, revision, scope, stamp, stamp_with, user};
@@ -421,6 +423,38 @@ pub(crate) async fn the_registry_is_compare_and_swap(engine: &Engine) {
     let stale = store.update_registry(&row, &row.mac).await;
     assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
     assert_eq!(store.registry().await.unwrap(), [next]);
+}
+
+pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
+    let store = engine.open().await;
+    assert_eq!(store.places().await.unwrap(), []);
+    let row = |token: &str| PlaceRow {
+        key: KEY,
+        token: token.to_owned(),
+        token_serial: "0123".to_owned(),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
+        registered: Timestamp::now(),
+        backup_confirmed: None,
+        mac: [1; 32],
+    };
+    let (first, second) = (row("a"), row("b"));
+    store.add_place(&second).await.unwrap();
+    store.add_place(&first).await.unwrap();
+    let again = store.add_place(&first).await;
+    assert!(matches!(again, Err(Error::Exists)), "{again:?}");
+    assert_eq!(
+        store.places().await.unwrap(),
+        [first.clone(), second.clone()]
+    );
+    let next = PlaceRow {
+        backup_confirmed: Some(Timestamp::now()),
+        mac: [2; 32],
+        ..first.clone()
+    };
+    store.update_place(&next, &first.mac).await.unwrap();
+    let stale = store.update_place(&first, &first.mac).await;
+    assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
+    assert_eq!(store.places().await.unwrap(), [next, second]);
 }
 
 /// Counts end at the limit, so that no count reads more rows than that.

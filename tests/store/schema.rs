@@ -8,14 +8,25 @@ use tokio::task::JoinSet;
 use super::{Engine, Place, clients::client, revision, stamp, user};
 
 /// The ways back, newest first: version, name, and what each engine runs.
-const STEPS_BACK: [(u8, &str, [&str; 3]); 8] = [
+const STEPS_BACK: [(u8, &str, [&str; 3]); 9] = [
+    (
+        9,
+        "rewraps usable from 7",
+        [
+            include_str!("../../migrations/sqlite/0009_rewraps_usable_from_7.down.sql"),
+            include_str!("../../migrations/postgres/0009_rewraps_usable_from_7.down.sql"),
+            include_str!("../../migrations/mysql/0009_rewraps_usable_from_7.down.sql"),
+        ],
+    ),
     (
         8,
-        "rewraps",
+        "wrapping key places usable from 7",
         [
-            include_str!("../../migrations/sqlite/0008_rewraps.down.sql"),
-            include_str!("../../migrations/postgres/0008_rewraps.down.sql"),
-            include_str!("../../migrations/mysql/0008_rewraps.down.sql"),
+            include_str!("../../migrations/sqlite/0008_wrapping_key_places_usable_from_7.down.sql"),
+            include_str!(
+                "../../migrations/postgres/0008_wrapping_key_places_usable_from_7.down.sql"
+            ),
+            include_str!("../../migrations/mysql/0008_wrapping_key_places_usable_from_7.down.sql"),
         ],
     ),
     (

@@ -53,6 +53,7 @@ on_every_engine!(
     a_failed_change_leaves_no_request_id,
     committed_changes_are_known_by_their_call,
     the_registry_is_compare_and_swap,
+    places_are_compare_and_swap,
     cancelled_calls_poison_nothing,
     reads_change_nothing,
     keys_and_revisions_are_counted,

@@ -237,7 +237,7 @@ impl Broker {
 
     /// Follows changes of the registry by other processes: by commands, or by another broker on the same database.
     async fn follow_registry(&self) {
-        if !self.store_is_up() || self.token.state().serving != Serving::Up {
+        if !self.store_is_up() || !self.token.state().serves_a_key() {
             return;
         }
         let complaint = match self.refresh_registry().await {

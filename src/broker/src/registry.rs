@@ -22,8 +22,8 @@ const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Registry {
     rows: Vec<RegistryRow>,
-    /// Keys that were registered after this broker started. The workers of this broker have not checked these keys on
-    /// the token.
+    /// Keys that the workers of this broker have not checked on a token: keys that were registered after this broker
+    /// started, and keys of a token that is absent while other tokens serve.
     unproved: Vec<RegistryRow>,
 }
 
@@ -53,7 +53,8 @@ impl Registry {
     pub(super) fn check_readable(&self, id: WrappingKeyId) -> Result<(), Error> {
         if self.unproved.iter().any(|row| row.id == id) {
             let detail = format!(
-                "wrapping key {id} was registered after this broker started; restart the brokers one after another"
+                "wrapping key {id} was registered after this broker started, or no token has shown it yet; if it was \
+                 registered, restart the brokers one after another"
             );
             return Err(Error::new(Reason::TokenDown, detail).retry_after(START_RETRY));
         }
@@ -104,13 +105,19 @@ impl Broker {
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let rows = self.store.registry().await?;
         let state = self.token.state();
-        for row in &rows {
-            self.check_row(row, &state, deadline).await?;
+        let (mut checked, mut unproved) = (Vec::new(), Vec::new());
+        for row in rows {
+            if is_awaited(&row, &state) {
+                unproved.push(row);
+            } else {
+                self.check_row(&row, &state, deadline).await?;
+                checked.push(row);
+            }
         }
-        if rows.is_empty() {
+        if checked.is_empty() && unproved.is_empty() {
             tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
         }
-        for row in rows.iter().filter(|row| row.backup_confirmed.is_none()) {
+        for row in checked.iter().filter(|row| row.backup_confirmed.is_none()) {
             tracing::warn!(
                 wrapping_key = %row.id,
                 "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
@@ -119,8 +126,8 @@ impl Broker {
             );
         }
         self.registry.store(Some(Arc::new(Registry {
-            rows,
-            unproved: Vec::new(),
+            rows: checked,
+            unproved,
         })));
         Ok(())
     }
@@ -135,13 +142,16 @@ impl Broker {
             return Ok(());
         };
         let found = self.store.registry().await?;
-        if known.is_made_of(&found) {
+        let state = self.token.state();
+        let is_shown = |row: &RegistryRow| token_key(&state.keys, row.id).is_some();
+        if known.is_made_of(&found) && !known.unproved.iter().any(is_shown) {
             return Ok(());
         }
-        let state = self.token.state();
         let deadline = Deadline::after(REFRESH_TIMEOUT);
         let (mut rows, mut unproved) = (Vec::new(), Vec::new());
+        let mut kept = 0;
         for row in found {
+            kept += usize::from(known.row(row.id).is_some());
             match known.row(row.id) {
                 Some(before) if *before == row => rows.push(row),
                 Some(before) => {
@@ -149,14 +159,19 @@ impl Broker {
                     self.check_row(&row, &state, deadline).await?;
                     rows.push(row);
                 }
+                // One of several tokens that was absent shows the key now.
+                None if is_shown(&row) => {
+                    self.check_row(&row, &state, deadline).await?;
+                    rows.push(row);
+                }
                 None => unproved.push(row),
             }
         }
-        if rows.len() != known.rows.len() {
+        if kept != known.rows.len() {
             let detail = "a row of the registry was deleted";
             return Err(Error::new(Reason::TokenUntrusted, detail));
         }
-        for row in &unproved {
+        for row in unproved.iter().filter(|row| !known.unproved.contains(row)) {
             tracing::warn!(
                 wrapping_key = %row.id,
                 "a wrapping key was registered; restart this broker to use it"
@@ -187,7 +202,8 @@ impl Broker {
             Error::new(Reason::TokenUntrusted, detail)
         };
         let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
-        if serial != hsm::unpadded(&row.token_serial) {
+        // Of several tokens, each compares the serial number when its workers start.
+        if state.tokens.is_empty() && serial != hsm::unpadded(&row.token_serial) {
             return Err(untrusted(format!(
                 "registered for the token with serial {:?}, but this token has serial {serial:?}",
                 row.token_serial
@@ -231,6 +247,13 @@ impl Broker {
             Serving::Up => down("the registry is not verified yet".to_owned()),
         })
     }
+}
+
+/// Whether one of several tokens must still show a key. The other keys are used meanwhile.
+fn is_awaited(row: &RegistryRow, state: &TokenState) -> bool {
+    !state.tokens.is_empty()
+        && row.state != WrappingKeyState::Destroyed
+        && token_key(&state.keys, row.id).is_none()
 }
 
 /// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is valid too, so the MAC

@@ -116,6 +116,8 @@ impl Token for LateToken {
 
     fn state(&self) -> TokenState {
         TokenState {
+            name: String::new(),
+            priority: 0,
             serving: Serving::Up,
             note: None,
             info: Some(TokenInfo {
@@ -127,6 +129,7 @@ impl Token for LateToken {
             workers: Vec::new(),
             queue_length: 0,
             last_self_test: None,
+            tokens: Vec::new(),
         }
     }
 }

@@ -4,10 +4,8 @@
 //! Names follow the rules of Prometheus: base units (seconds, bytes), `_total` at the end of a counter, and no unit in a label. A
 //! counter starts at 0 for each label value that is known in advance, so that a rate includes the first event.
 
-use metrics::{
-    Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle, Key,
-    Label as Pair, Level, Metadata, SharedString, Unit, with_recorder,
-};
+pub use metrics::{Counter as CounterHandle, Gauge as GaugeHandle, Histogram as HistogramHandle};
+use metrics::{Key, Label as Pair, Level, Metadata, SharedString, Unit, with_recorder};
 
 use crate::{alert::Alert, error::Reason, principal::Action};
 
@@ -63,6 +61,8 @@ static POLICY: Label = Label::open("policy");
 static STATEMENT: Label = Label::open("statement");
 static FILE: Label = Label::open("file");
 static VERSION: Label = Label::open("version");
+/// The configured name of a token.
+static TOKEN: Label = Label::open("token");
 
 /// Why a connection ended before its first call.
 pub const HANDSHAKE_CAUSES: [&str; 16] = [
@@ -412,7 +412,8 @@ declare! {
         STORE_RETRIES = "keybroker_store_retries_total" [] "Database transactions that were tried again because of contention.";
         STORE_RECONNECTS = "keybroker_store_reconnects_total" [] "Database statements that were tried again on another connection.";
         STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";
-        TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [] "Token workers that ended and were replaced.";
+        TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [TOKEN] "Token workers that ended and were replaced.";
+        TOKEN_FAILOVERS = "keybroker_token_failovers_total" [TOKEN] "Jobs that another token did because this token failed or answered late.";
         REWRAP_ROWS = "keybroker_rewrap_rows_total" [REWRAP_RESULT] "Rows that a re-wrap handled, by result.";
     }
     gauges {
@@ -434,18 +435,18 @@ declare! {
         REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
         REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
         REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that the re-wrap of this broker had still to move when they were last counted.";
-        TOKEN_SERVING = "keybroker_token_serving" [] "1 while the token serves, else 0.";
-        TOKEN_WORKERS = "keybroker_token_workers" [] "Token workers that are ready.";
-        TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [] "Jobs that wait for a session of the token.";
-        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [] "Time since the last self-test of the token succeeded.";
-        TOKEN_PIN_LATCHED = "keybroker_token_pin_latched" [] "1 when the token rejected the PIN and no login is tried, else 0.";
+        TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while the token serves, else 0.";
+        TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
+        TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";
+        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last self-test of the token succeeded.";
+        TOKEN_PIN_LATCHED = "keybroker_token_pin_latched" [TOKEN] "1 when the token rejected the PIN and no login is tried, else 0.";
     }
     histograms {
         CALL_DURATION = "keybroker_call_duration_seconds" [ACTION] SECONDS "Time from the start of a call to its outcome.";
         CALL_OVERHEAD =
             "keybroker_call_overhead_seconds" [] SECONDS "Time that the broker takes for an unwrap, without the time in the queue and on the token.";
-        TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [] SECONDS "Time that jobs waited for a session of the token.";
-        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [] SECONDS "Time that the token takes for a job.";
+        TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [TOKEN] SECONDS "Time that jobs waited for a session of the token.";
+        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [TOKEN] SECONDS "Time that the token takes for a job.";
         AUDIT_GROUP_ENTRIES = "keybroker_audit_group_entries" [] ENTRIES "Audit entries that became durable together.";
     }
 }

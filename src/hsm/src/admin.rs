@@ -268,6 +268,8 @@ impl Admin {
                 private_cka_id: objects.private_bytes().to_vec(),
                 integrity_cka_id: objects.integrity_bytes().to_vec(),
                 token_serial: String::new(),
+                may_be_elsewhere: false,
+                proofs: Vec::new(),
             })
             .collect();
         for some in keys.chunks(KEYS_PER_FRAME) {

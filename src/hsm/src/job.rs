@@ -26,6 +26,9 @@ pub(super) struct Job {
     pub(super) queued: Instant,
     /// How long the job waited for a session.
     pub(super) waited: Duration,
+    /// Whether another token can do the job. Such a job fails as soon as its worker is lost, so that the other token gets
+    /// it, and does not wait for a replacement worker.
+    pub(super) has_alternative: bool,
     /// Whether the job was already repeated once because of a lost session.
     pub(super) retried: bool,
     /// Number of workers that were lost while they held the job.

@@ -23,6 +23,8 @@ pub mod admin;
 mod caller;
 mod job;
 mod link;
+mod measures;
+mod pool;
 mod process;
 mod queue;
 mod rewrap;
@@ -30,7 +32,8 @@ mod start;
 mod supervisor;
 
 pub use caller::Caller;
-pub use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, unpadded};
+pub use keybroker_worker_protocol::{ExpectedKey, Proof, Settings, TokenInfo, unpadded};
+pub use pool::{Entry, Pool};
 pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};
 pub use supervisor::{StartupError, Supervisor};
 
@@ -119,6 +122,10 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
 /// The last known state of the token and its workers.
 #[derive(Clone, Debug)]
 pub struct TokenState {
+    /// The configured name of the token; empty for the state of several tokens together.
+    pub name: String,
+    /// The configured priority of the token. For several tokens together, the highest priority.
+    pub priority: u8,
     /// Whether the token serves.
     pub serving: Serving,
     /// A problem that an administrator must know although the token is still usable, such as a latched PIN. After the
@@ -134,6 +141,16 @@ pub struct TokenState {
     pub queue_length: usize,
     /// When a self-test last passed.
     pub last_self_test: Option<Timestamp>,
+    /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
+    /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
+    pub tokens: Vec<TokenState>,
+}
+
+impl TokenState {
+    /// Whether at least one key has a token that serves.
+    pub fn serves_a_key(&self) -> bool {
+        self.serving == Serving::Up || self.tokens.iter().any(|token| token.serving == Serving::Up)
+    }
 }
 
 /// Whether the token serves.

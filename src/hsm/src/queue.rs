@@ -16,7 +16,7 @@ use std::{
 
 use keybroker_core::{
     call::{Deadline, spread},
-    metrics,
+    metrics::HistogramHandle,
 };
 
 use crate::{
@@ -24,10 +24,12 @@ use crate::{
     caller::{Caller, Lane},
     job::Job,
     link::Link,
+    measures::Measures,
 };
 
 use backlogs::{Backlogs, Load, Served, Waiting};
-use estimate::{Estimate, Estimates, Kind};
+pub(crate) use estimate::Kind;
+use estimate::{Estimate, Estimates};
 
 mod backlogs;
 mod calls;
@@ -57,6 +59,18 @@ struct State {
     links: Vec<Arc<Link>>,
     estimates: Estimates,
     searched: Option<Instant>,
+    queue_wait: HistogramHandle,
+}
+
+/// How soon a token could do a job that it is not given yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Offer {
+    /// No worker is ready.
+    NoWorker,
+    /// The job would be done after this time, before its deadline.
+    InTime(Duration),
+    /// The job would be done after this time, which is too late.
+    TooLate(Duration),
 }
 
 impl Waiting for Job {
@@ -74,13 +88,14 @@ impl Waiting for Job {
 }
 
 impl Queue {
-    pub(super) fn new(settings: &Settings) -> Self {
+    pub(super) fn new(settings: &Settings, measures: &Measures) -> Self {
         Self {
             state: Mutex::new(State {
                 waiting: Backlogs::new(settings.weights.clone()),
                 links: Vec::new(),
                 estimates: Estimates::default(),
                 searched: None,
+                queue_wait: measures.queue_wait.clone(),
             }),
             length_max: settings.queue_length_max,
             of_principals: AtomicU64::new(0),
@@ -118,6 +133,25 @@ impl Queue {
         state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
     }
 
+    /// Estimates when a job of this kind would be done. The queue does not change.
+    pub(super) fn offer(&self, kind: Kind, caller: &Caller) -> Offer {
+        let state = self.state();
+        let (sessions, busy) = state.sessions();
+        if sessions == 0 {
+            return Offer::NoWorker;
+        }
+        let job = state.estimates.of(Some(kind));
+        // On average, half of each running job is still to be done.
+        let wait = (state.waiting.work() + job.mean * count(busy) / 2) / count(sessions);
+        let deadline = caller.deadline();
+        let in_time = state.check_in_time(caller.lane(), job, deadline, Instant::now());
+        if in_time.is_ok() && job.mean <= deadline.remaining() {
+            Offer::InTime(wait + job.mean)
+        } else {
+            Offer::TooLate(wait + job.mean)
+        }
+    }
+
     /// Adds a job again after its session or its worker was lost. The job becomes the next job of its principal,
     /// because it has already waited for its turn.
     pub(super) fn push_again(&self, job: Job) {
@@ -140,6 +174,12 @@ impl Queue {
         if let Some(kind) = Kind::of(&job.work) {
             self.state().estimates.add(kind, job.occupied());
         }
+    }
+
+    /// Records that a job of this kind took this time.
+    #[cfg(test)]
+    pub(super) fn measured_for_test(&self, kind: Kind, spent: Duration) {
+        self.state().estimates.add(kind, spent);
     }
 
     pub(super) fn add(&self, link: Arc<Link>) {
@@ -170,6 +210,14 @@ impl Queue {
 
     pub(super) fn len(&self) -> usize {
         self.state().waiting.len()
+    }
+
+    /// Answers the waiting jobs that another token can do with this error, so that the other token gets them.
+    pub(super) fn fail_with_alternative(&self, error: &Error) {
+        let passed_on = self.state().waiting.take_if(|job| job.has_alternative);
+        for job in passed_on {
+            job.answer(Err(error.clone()), Duration::ZERO);
+        }
     }
 
     /// Answers every waiting job with this error.
@@ -219,7 +267,7 @@ impl State {
                 continue;
             }
             self.waiting.note(job.caller.lane(), Served::InTime);
-            metrics::TOKEN_QUEUE_WAIT.handle().record(job.waited);
+            self.queue_wait.record(job.waited);
             link.assign(job);
         }
     }
@@ -233,9 +281,7 @@ impl State {
         deadline: Deadline,
         now: Instant,
     ) -> Result<(), Error> {
-        let (sessions, busy) = self.links.iter().fold((0, 0), |(sessions, busy), link| {
-            (sessions + link.sessions(), busy + link.in_flight())
-        });
+        let (sessions, busy) = self.sessions();
         if deadline.remaining().is_zero() {
             return Err(Error::Deadline);
         }
@@ -248,13 +294,21 @@ impl State {
         {
             return Ok(());
         }
-        let [sessions, busy] =
-            [sessions, busy].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
-        let load = Load { sessions, busy };
+        let load = Load {
+            sessions: count(sessions),
+            busy: count(busy),
+        };
         let left = deadline.instant().saturating_duration_since(now);
         self.waiting
             .check_in_time(lane, job, left, load)
             .map_err(refusal)
+    }
+
+    /// The number of sessions, and how many of them run a job.
+    fn sessions(&self) -> (usize, usize) {
+        self.links.iter().fold((0, 0), |(sessions, busy), link| {
+            (sessions + link.sessions(), busy + link.in_flight())
+        })
     }
 
     /// Makes room in a full queue. Removes abandoned and expired jobs, or else the newest job of the lane with the most
@@ -285,10 +339,13 @@ impl State {
     }
 
     fn expected_wait(&self) -> Duration {
-        let sessions: usize = self.links.iter().map(|link| link.sessions()).sum();
-        let sessions = u32::try_from(sessions.max(1)).unwrap_or(u32::MAX);
-        self.waiting.work() / sessions
+        let (sessions, _) = self.sessions();
+        self.waiting.work() / count(sessions.max(1))
     }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 /// Returns an error with the delay before a retry. The delay is random within a range, so that callers that were

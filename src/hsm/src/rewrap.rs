@@ -1,9 +1,6 @@
 //! The jobs of a re-wrap, and the reading of their results.
 
-use keybroker_core::{
-    envelope::{Context, Envelope, MAC_BYTES, Mac, Unsealed},
-    key::WrappingKeyId,
-};
+use keybroker_core::envelope::{Context, Envelope, MAC_BYTES, Mac, Unsealed};
 use keybroker_worker_protocol::wire::{
     self, request,
     rewrap::{OwnKey, Target},
@@ -80,7 +77,7 @@ impl Rewrap<'_> {
     }
 }
 
-/// An envelope and its context as the job of an unwrap.
+/// An envelope and its context, as the job of an unwrap contains them.
 pub(super) fn unwrap(envelope: &Envelope, context: &Context<'_>) -> wire::Unwrap {
     wire::Unwrap {
         key_id: envelope.wrapping_key().as_bytes().to_vec(),
@@ -89,11 +86,4 @@ pub(super) fn unwrap(envelope: &Envelope, context: &Context<'_>) -> wire::Unwrap
         algorithm: envelope.algorithm().number().into(),
         wrapped: envelope.wrapped().to_vec(),
     }
-}
-
-/// Returns a key that the token holds.
-pub(super) fn key(keys: &[TokenKey], id: WrappingKeyId) -> Result<&TokenKey, Error> {
-    keys.iter()
-        .find(|key| key.id == id)
-        .ok_or(Error::UnknownKey(id))
 }

@@ -218,6 +218,15 @@ fn setup(
                 private_cka_id: key.objects.private_bytes().to_vec(),
                 integrity_cka_id: key.objects.integrity_bytes().to_vec(),
                 token_serial: key.token_serial.clone(),
+                may_be_elsewhere: key.may_be_elsewhere,
+                proofs: key
+                    .proofs
+                    .iter()
+                    .map(|proof| wire::setup::Proof {
+                        message: proof.message.clone(),
+                        mac: proof.mac.to_vec(),
+                    })
+                    .collect(),
             })
             .collect(),
         ..settings.to_setup(state.path())
@@ -248,11 +257,15 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
         });
         wrap.insert(id, public);
     }
-    let same = expected.len() == keys.len()
-        && expected.iter().all(|wanted| {
-            keys.iter()
-                .any(|key| key.id == wanted.id && key.fingerprint == wanted.fingerprint)
-        });
+    let is_of = |key: &TokenKey, wanted: &ExpectedKey| {
+        key.id == wanted.id && key.fingerprint == wanted.fingerprint
+    };
+    let same = keys
+        .iter()
+        .all(|key| expected.iter().any(|wanted| is_of(key, wanted)))
+        && expected
+            .iter()
+            .all(|wanted| wanted.may_be_elsewhere || keys.iter().any(|key| is_of(key, wanted)));
     if !same {
         return Err(untrusted(
             "the worker did not find exactly the expected keys".to_owned(),

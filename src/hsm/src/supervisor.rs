@@ -19,15 +19,19 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use keybroker_core::{
     call::{Deadline, Timestamp},
-    metrics,
+    envelope::Algorithm,
+    key::WrappingKeyId,
     state::StateDirectory,
 };
-use keybroker_worker_protocol::{ExpectedKey, Settings, TokenInfo, wire::FailureClass};
+use keybroker_worker_protocol::{
+    ExpectedKey, Settings, TokenInfo, oaep::WrapKey, wire::FailureClass,
+};
 
 use crate::{
     Error, Serving, TokenState, WorkerInfo,
     job::Job,
     link::Link,
+    measures::{Measures, Reading},
     queue::Queue,
     start::{self, Started},
 };
@@ -39,8 +43,10 @@ mod alerts;
 mod machine;
 mod monitor;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
-mod token;
+pub(crate) mod token;
 
 const TICK: Duration = Duration::from_millis(250);
 
@@ -64,6 +70,7 @@ pub struct Supervisor {
     program: PathBuf,
     state: StateDirectory,
     queue: Queue,
+    measures: Measures,
     /// The token and its keys, in the state in which the last started worker found them.
     found: ArcSwap<start::Found>,
     serving: watch::Sender<Serving>,
@@ -128,8 +135,10 @@ impl Supervisor {
         program: PathBuf,
         state: StateDirectory,
     ) -> Arc<Self> {
+        let measures = Measures::of(&settings.name);
         Arc::new(Self {
-            queue: Queue::new(&settings),
+            queue: Queue::new(&settings, &measures),
+            measures,
             found: ArcSwap::default(),
             serving: watch::Sender::new(Serving::Down("the workers are starting".to_owned())),
             machine: Mutex::new(Decider {
@@ -175,7 +184,7 @@ impl Supervisor {
             self.apply(&mut decider, Event::Stop);
             self.serving
                 .send_replace(Serving::Down(STOPPING.to_owned()));
-            tracing::info!("the broker accepts no more token jobs");
+            tracing::info!(token = %self.settings.name, "the broker accepts no more token jobs");
             if !self.queue.has_links() {
                 self.queue.fail_all(&decider.down(STOPPING));
             }
@@ -247,7 +256,9 @@ impl Supervisor {
         } = started;
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let link = Link::new(generation, pid, self.settings.sessions_per_worker, stream);
-        tracing::info!(pid, generation, token = %found.info.label, "token worker ready");
+        tracing::info!(
+            token = %self.settings.name, pid, generation, label = %found.info.label, "token worker ready"
+        );
         self.found.store(Arc::new(found));
         self.note_self_test();
         self.admit(&link);
@@ -270,7 +281,7 @@ impl Supervisor {
                 untrusted: failure.class != Some(FailureClass::Configuration),
             });
         }
-        tracing::warn!(cause = %detail, "a token worker did not start");
+        tracing::warn!(token = %self.settings.name, cause = %detail, "a token worker did not start");
         self.apply(&mut self.decider(), Event::NotReady(why, detail));
     }
 
@@ -292,6 +303,9 @@ impl Supervisor {
         if self.queue.remove(link.generation()) {
             self.apply(&mut decider, Event::Lost(loss, cause.to_owned()));
         }
+        if !self.queue.has_links() {
+            self.queue.fail_with_alternative(&decider.down(cause));
+        }
     }
 
     /// Passes an event to the state machine and carries out its decisions.
@@ -303,21 +317,22 @@ impl Supervisor {
                 Action::Serve(serving) => self.serve(decider, &serving),
                 Action::Alert(alert, cause) => {
                     if let Some(line) = decider.alerts.raise(now, alert, cause) {
-                        log(&line);
+                        log(&self.settings.name, &line);
                     }
                 }
             }
         }
         for line in decider.alerts.due(now) {
-            log(&line);
+            log(&self.settings.name, &line);
         }
     }
 
     fn serve(&self, decider: &Decider, serving: &Serving) {
+        let token = &self.settings.name;
         match serving {
-            Serving::Up => tracing::info!("the token serves"),
-            Serving::Down(cause) => tracing::info!(%cause, "the token is unavailable"),
-            Serving::Untrusted(cause) => tracing::info!(%cause, "the token is not trusted"),
+            Serving::Up => tracing::info!(%token, "the token serves"),
+            Serving::Down(cause) => tracing::info!(%token, %cause, "the token is unavailable"),
+            Serving::Untrusted(cause) => tracing::info!(%token, %cause, "the token is not trusted"),
         }
         self.serving.send_replace(serving.clone());
         if let Some(error) = decider.refusal(serving) {
@@ -331,12 +346,16 @@ impl Supervisor {
 
     /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because a job changes
     /// nothing on the token. If a job was already lost with `losses_max` workers, the job fails, because it may be the
-    /// reason why these workers were lost.
+    /// reason why these workers were lost. A job that another token can do fails, so that the other token gets it.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());
         for job in jobs {
-            if job.work.is_self_test() || job.losses >= losses_max || refusal.is_some() {
+            let is_repeated = refusal.is_none()
+                && job.losses < losses_max
+                && !job.has_alternative
+                && !job.work.is_self_test();
+            if !is_repeated {
                 let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
                 job.answer(Err(error), Duration::ZERO);
             } else {
@@ -364,15 +383,17 @@ impl Supervisor {
     }
 
     fn publish_metrics(&self) {
-        metrics::TOKEN_WORKERS.set_count(self.queue.links().len());
-        metrics::TOKEN_QUEUE_LENGTH.set_count(self.queue.len());
-        metrics::TOKEN_SERVING.set_flag(*self.serving.borrow() == Serving::Up);
-        if let Some(last) = self.last_self_test() {
+        let age_of = |last: Timestamp| {
             let age = Timestamp::now().micros().saturating_sub(last.micros());
-            let seconds = Duration::from_micros(u64::try_from(age).unwrap_or(0)).as_secs_f64();
-            metrics::TOKEN_SELF_TEST_AGE.handle().set(seconds);
-        }
-        metrics::TOKEN_PIN_LATCHED.set_flag(self.decider().machine.latched().is_some());
+            Duration::from_micros(u64::try_from(age).unwrap_or(0))
+        };
+        self.measures.publish(&Reading {
+            workers: self.queue.links().len(),
+            queue_length: self.queue.len(),
+            is_serving: *self.serving.borrow() == Serving::Up,
+            is_pin_latched: self.decider().machine.latched().is_some(),
+            self_test_age: self.last_self_test().map(age_of),
+        });
     }
 
     fn current_state(&self) -> TokenState {
@@ -386,6 +407,8 @@ impl Supervisor {
                 .or_else(|| due.map(|cause| format!("a worker is being replaced: {cause}")))
         };
         TokenState {
+            name: self.settings.name.clone(),
+            priority: self.settings.priority,
             serving: self.serving.borrow().clone(),
             note,
             info: found.known().then(|| found.info.clone()),
@@ -403,13 +426,42 @@ impl Supervisor {
                 .collect(),
             queue_length: self.queue.len(),
             last_self_test: self.last_self_test(),
+            tokens: Vec::new(),
         }
+    }
+
+    /// The configured name of the token.
+    pub(crate) fn name(&self) -> &str {
+        &self.settings.name
+    }
+
+    pub(crate) fn measures(&self) -> &Measures {
+        &self.measures
+    }
+
+    pub(crate) fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The keys that must be on the token.
+    pub(crate) fn expected(&self) -> &[ExpectedKey] {
+        &self.expected
+    }
+
+    /// The algorithm with which a key wraps; `None` if the last started worker did not find the key.
+    pub(crate) fn algorithm(&self, key: WrappingKeyId) -> Option<Algorithm> {
+        self.found.load().wrap.get(&key).map(WrapKey::algorithm)
+    }
+
+    /// Whether a worker is ready or expected soon.
+    pub(crate) fn is_serving(&self) -> bool {
+        *self.serving.borrow() == Serving::Up
     }
 }
 
-fn log(line: &Line) {
+fn log(token: &str, line: &Line) {
     let (cause, count) = (&line.cause, line.count);
-    keybroker_core::alert!(raise line.alert, %cause, count, "{}", line.alert.meaning());
+    keybroker_core::alert!(raise line.alert, %token, %cause, count, "{}", line.alert.meaning());
 }
 
 impl Default for start::Found {

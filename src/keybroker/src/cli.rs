@@ -10,11 +10,15 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::{config::Config, telemetry};
+use crate::{
+    config::{Config, SelectionError},
+    telemetry,
+};
 use keybroker_core::{error::chain, hardening};
 use keybroker_pkcs11 as pkcs11;
 use keybroker_worker_protocol::check_environment;
 
+mod admins;
 mod audit;
 mod bench;
 mod bench_report;
@@ -61,6 +65,9 @@ struct Cli {
     /// Format of results
     #[arg(short, long, global = true, default_value = "table")]
     output: Format,
+    /// Name of the token to use; needed by commands that use one token if the configuration has several
+    #[arg(long, global = true, value_name = "NAME")]
+    token: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -119,6 +126,8 @@ enum Command {
 struct Context {
     config_file: PathBuf,
     output: Output,
+    /// The name of the token that the command line selects.
+    token: Option<String>,
 }
 
 impl Context {
@@ -140,11 +149,26 @@ impl Context {
         })
     }
 
-    /// Reads and checks the configuration for a command that starts an admin worker.
+    /// Reads and checks the configuration for a command that starts an admin worker, and selects the token of the command.
     fn config_for_token(&self) -> Result<Config, Failure> {
-        let config = self.config()?;
-        check_environment(&config.token.environment)
+        let mut config = self.config()?;
+        config.select_token(self.token.as_deref())?;
+        check_environment(&config.token().environment)
             .map_err(|error| Failure::new(Exit::Configuration, error.to_string()))?;
+        Ok(config)
+    }
+
+    /// Reads and checks the configuration for a command that starts admin workers for several tokens. Selects the token of the
+    /// command line if there is one.
+    fn config_for_tokens(&self) -> Result<Config, Failure> {
+        let mut config = self.config()?;
+        if self.token.is_some() {
+            config.select_token(self.token.as_deref())?;
+        }
+        for token in config.tokens.all() {
+            check_environment(&token.environment)
+                .map_err(|error| Failure::new(Exit::Configuration, error.to_string()))?;
+        }
         Ok(config)
     }
 
@@ -161,12 +185,19 @@ impl Context {
     }
 }
 
+impl From<SelectionError> for Failure {
+    fn from(error: SelectionError) -> Self {
+        Self::new(Exit::Usage, error.to_string())
+    }
+}
+
 /// Runs the command that the arguments select and returns the exit code of the process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let context = Context {
         config_file: cli.config,
         output: Output::new(cli.output),
+        token: cli.token,
     };
     if let Err(error) = hardening::harden() {
         return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));

@@ -23,10 +23,14 @@ pub(crate) mod accepted;
 mod advice;
 mod certificates;
 mod check;
+mod check_token;
 mod files;
 mod named;
 #[cfg(test)]
 mod tests;
+mod tokens;
+
+pub use tokens::{SelectionError, TOKENS_MAX, Tokens};
 
 /// Environment variable that takes precedence over `audit.instance`, so that replicas can share a configuration file.
 pub const INSTANCE_VARIABLE: &str = "KEYBROKER_AUDIT_INSTANCE";
@@ -52,8 +56,9 @@ pub struct FileReport {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// `[token]`.
-    pub token: hsm::Settings,
+    /// `[token]`, or one `[[token]]` for each of several tokens.
+    #[serde(rename = "token")]
+    pub tokens: Tokens,
     /// `[store]`.
     pub store: store::Settings,
     /// `[audit]`.
@@ -179,6 +184,16 @@ impl Config {
             config.audit.instance = instance.to_string_lossy().into_owned();
         }
         Ok(config)
+    }
+
+    /// The token that commands for one token use: the only token, or the token that [`Config::select_token`] selected.
+    pub fn token(&self) -> &hsm::Settings {
+        self.tokens.selected()
+    }
+
+    /// Selects the token that commands for one token use. Without a name, the configuration must have only one token.
+    pub fn select_token(&mut self, name: Option<&str>) -> Result<(), SelectionError> {
+        self.tokens.select(name)
     }
 
     /// Parses the text of a file.

@@ -9,5 +9,6 @@ mod certificate;
 pub mod cli;
 pub mod config;
 mod output_file;
+mod places;
 pub mod server;
 pub mod telemetry;

@@ -16,10 +16,11 @@ use cryptoki::{
     slot::Slot,
 };
 use cryptoki_sys::{
-    CK_ATTRIBUTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM,
-    CK_RSA_AES_KEY_WRAP_PARAMS, CK_RSA_PKCS_OAEP_PARAMS, CK_SLOT_ID, CK_TOKEN_INFO, CK_TRUE,
-    CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK, CKG_MGF1_SHA1, CKM_AES_KEY_WRAP_KWP,
-    CKM_AES_KEY_WRAP_PKCS7, CKM_RSA_AES_KEY_WRAP, CKM_SHA_1, CKZ_DATA_SPECIFIED,
+    CK_ATTRIBUTE, CK_BYTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM,
+    CK_RSA_AES_KEY_WRAP_PARAMS, CK_RSA_PKCS_OAEP_PARAMS, CK_RV, CK_SESSION_HANDLE, CK_SLOT_ID,
+    CK_TOKEN_INFO, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK, CKG_MGF1_SHA1,
+    CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PKCS7, CKM_RSA_AES_KEY_WRAP, CKM_SHA_1,
+    CKZ_DATA_SPECIFIED,
 };
 
 use crate::{TokenInfo, WrapMechanism};
@@ -323,6 +324,67 @@ impl Functions {
         wrapped.truncate(length);
         Ok(wrapped)
     }
+}
+
+/// A function with an input and an output, such as `C_Decrypt`.
+type InputOutput = unsafe extern "C" fn(
+    CK_SESSION_HANDLE,
+    *mut CK_BYTE,
+    CK_ULONG,
+    *mut CK_BYTE,
+    *mut CK_ULONG,
+) -> CK_RV;
+
+impl Functions {
+    /// Calls `C_Decrypt` once. `C_DecryptInit` must have succeeded.
+    pub(crate) fn decrypt(
+        &self,
+        session: &Session,
+        input: &[u8],
+        output: &mut [u8],
+    ) -> Result<usize> {
+        call_once(
+            self.0.list.C_Decrypt,
+            Function::Decrypt,
+            session,
+            input,
+            output,
+        )
+    }
+
+    /// Calls `C_Sign` once. `C_SignInit` must have succeeded.
+    pub(crate) fn sign(&self, session: &Session, input: &[u8], output: &mut [u8]) -> Result<usize> {
+        call_once(self.0.list.C_Sign, Function::Sign, session, input, output)
+    }
+}
+
+fn call_once(
+    function: Option<InputOutput>,
+    name: Function,
+    session: &Session,
+    input: &[u8],
+    output: &mut [u8],
+) -> Result<usize> {
+    let function = function.ok_or(Error::NullFunctionPointer)?;
+    let mut length = CK_ULONG::try_from(output.len())?;
+    // SAFETY: the input has the stated length, and the standard forbids the function to change the input. The output has
+    // room for `length` bytes. The input, the output and `length` live until the function returns. The handle is a number,
+    // which the module checks.
+    let code = unsafe {
+        function(
+            session.handle(),
+            input.as_ptr().cast_mut(),
+            CK_ULONG::try_from(input.len())?,
+            output.as_mut_ptr(),
+            &raw mut length,
+        )
+    };
+    Rv::from(code).into_result(name)?;
+    let length = usize::try_from(length)?;
+    if length > output.len() {
+        return Err(Error::Pkcs11(RvError::BufferTooSmall, name));
+    }
+    Ok(length)
 }
 
 /// The bytes that a token wrote into the buffer for an attribute.

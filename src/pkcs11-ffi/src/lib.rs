@@ -1,6 +1,6 @@
 //! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add five calls:
+//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add seven calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
 //!   more room than before. The remote client of p11-kit returns `CKR_BUFFER_TOO_SMALL` in this way if its server has
@@ -13,11 +13,14 @@
 //!   passes a buffer in the first call.
 //! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
 //! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
+//! - `C_Decrypt` and `C_Sign`: `cryptoki` 0.12 calls each of them twice, the first time for the length of the output. Each
+//!   call is a round trip to a device on the network. This crate passes a buffer in the first call. The caller owns the
+//!   buffer, so that the plaintext exists only there.
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
 //! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
 //! p11-kit, however, makes a new connection with its own sessions for each function list. With a module of this kind,
-//! `cryptoki` makes the first four calls, too, and the fifth call is not made. This crate then opens a connection of
+//! `cryptoki` makes all calls of this list except `C_WrapKey`, which is not made. This crate then opens a connection of
 //! its own only to find out whether there is a slot with a token.
 
 mod calls;
@@ -26,11 +29,13 @@ mod token_info;
 use std::{ffi::CString, ops::Deref, path::Path};
 
 use cryptoki::{
-    context::{CInitializeArgs, CInitializeFlags, Pkcs11},
-    error::Result,
+    context::{CInitializeArgs, CInitializeFlags, Function, Pkcs11},
+    error::{Error, Result, RvError},
+    mechanism::Mechanism,
     object::{Attribute, AttributeType, ObjectHandle},
     slot::Slot,
 };
+use zeroize::Zeroizing;
 
 use calls::{Functions, Value};
 pub use token_info::TokenInfo;
@@ -193,6 +198,52 @@ impl Session {
         let functions = self.functions.as_ref()?;
         Some(functions.wrap_key(&self.cryptoki, mechanism, wrapping, key))
     }
+}
+
+impl Session {
+    /// Decrypts (`C_DecryptInit`, `C_Decrypt`) into a buffer, and returns the length of the plaintext in bytes. If the
+    /// plaintext is longer than the buffer, returns `CKR_BUFFER_TOO_SMALL`. After any error the operation may still be
+    /// active in the session.
+    pub fn decrypt_into(
+        &self,
+        mechanism: &Mechanism<'_>,
+        key: ObjectHandle,
+        ciphertext: &[u8],
+        plaintext: &mut [u8],
+    ) -> Result<usize> {
+        let Some(functions) = &self.functions else {
+            let bytes = Zeroizing::new(self.cryptoki.decrypt(mechanism, key, ciphertext)?);
+            return copied(&bytes, plaintext, Function::Decrypt);
+        };
+        self.cryptoki.decrypt_init(mechanism, key)?;
+        functions.decrypt(&self.cryptoki, ciphertext, plaintext)
+    }
+
+    /// Signs or makes a MAC (`C_SignInit`, `C_Sign`) into a buffer, and returns the length of the output in bytes. Errors
+    /// are as for [`Session::decrypt_into`].
+    pub fn sign_into(
+        &self,
+        mechanism: &Mechanism<'_>,
+        key: ObjectHandle,
+        message: &[u8],
+        signature: &mut [u8],
+    ) -> Result<usize> {
+        let Some(functions) = &self.functions else {
+            let bytes = self.cryptoki.sign(mechanism, key, message)?;
+            return copied(&bytes, signature, Function::Sign);
+        };
+        self.cryptoki.sign_init(mechanism, key)?;
+        functions.sign(&self.cryptoki, message, signature)
+    }
+}
+
+/// Copies an output into the caller's buffer, and returns its length.
+fn copied(output: &[u8], buffer: &mut [u8], function: Function) -> Result<usize> {
+    let place = buffer
+        .get_mut(..output.len())
+        .ok_or(Error::Pkcs11(RvError::BufferTooSmall, function))?;
+    place.copy_from_slice(output);
+    Ok(output.len())
 }
 
 impl Deref for Session {

@@ -245,7 +245,8 @@ fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
     let setup = setup.ok_or_else(|| AdminError::Token("the request has no setup".to_owned()))?;
     Ok(Parsed {
         settings: Settings::from_setup(setup),
-        record: PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory))),
+        record: PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
+            .of_copy(&setup.pin_record_name),
     })
 }
 

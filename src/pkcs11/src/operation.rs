@@ -28,6 +28,10 @@ use crate::{
     mac_key::MacKey,
 };
 
+/// Room for a plaintext, in bytes: the modulus of the longest key. Some modules want as much room as the modulus has.
+const PLAINTEXT_BYTES_MAX: usize = 512;
+/// Room for a MAC, in bytes. More than a MAC needs, so that a MAC of a wrong length is noticed.
+const SIGNATURE_BYTES_MAX: usize = 512;
 /// Length of the self-test's plaintext, in bytes.
 const SELF_TEST_BYTES: usize = 32;
 
@@ -47,8 +51,10 @@ pub(super) fn decrypt(
     wrapped: &[u8],
 ) -> Result<Zeroizing<Vec<u8>>, Fault> {
     calling::next("C_Decrypt");
-    let plaintext = session.decrypt(&oaep(algorithm), pair.private, wrapped)?;
-    Ok(Zeroizing::new(plaintext))
+    let mut plaintext = Zeroizing::new(vec![0; PLAINTEXT_BYTES_MAX]);
+    let length = session.decrypt_into(&oaep(algorithm), pair.private, wrapped, &mut plaintext)?;
+    plaintext.truncate(length);
+    Ok(plaintext)
 }
 
 /// Makes a MAC. The token makes the MAC with `C_Sign` if the integrity key is on the token; otherwise, this process
@@ -71,16 +77,16 @@ fn not_unwrapped(id: WrappingKeyId) -> Fault {
 /// Makes a MAC with an integrity key that has no wrapping key yet (`C_Sign`).
 pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> Result<Mac, Fault> {
     calling::next("C_Sign");
-    let mac = session.sign(&Mechanism::Sha256Hmac, key, message)?;
-    mac.try_into().map_err(|mac: Vec<u8>| {
-        Fault::new(
-            Class::Untrusted,
-            format!(
-                "the token made a MAC of {} bytes instead of {MAC_BYTES}",
-                mac.len()
-            ),
-        )
-    })
+    let mut made = [0; SIGNATURE_BYTES_MAX];
+    let length = session.sign_into(&Mechanism::Sha256Hmac, key, message, &mut made)?;
+    made.get(..length)
+        .and_then(|mac| mac.try_into().ok())
+        .ok_or_else(|| {
+            Fault::new(
+                Class::Untrusted,
+                format!("the token made a MAC of {length} bytes instead of {MAC_BYTES}"),
+            )
+        })
 }
 
 /// Verifies a MAC with `C_Verify`. If the token does not have `C_Verify`, makes the MAC with `C_Sign` and compares the

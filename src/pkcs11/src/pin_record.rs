@@ -62,6 +62,8 @@ pub enum RecordError {
 #[derive(Clone, Debug)]
 pub struct PinRecord {
     state: StateDirectory,
+    /// The configured name of the token, if the token is a declared copy of another token with the same serial number.
+    copy: Option<String>,
 }
 
 /// The record as stored.
@@ -71,7 +73,7 @@ struct Fact {
     /// Whether the operator allowed the next login to use a token's last attempt.
     #[serde(default)]
     final_try_allowed: bool,
-    /// The PINs of each token, by its serial number.
+    /// The PINs of each token, by its serial number. The key of a declared copy also contains the name of the copy.
     #[serde(default)]
     tokens: BTreeMap<String, TokenPins>,
 }
@@ -105,7 +107,24 @@ struct KnownPin {
 impl PinRecord {
     /// Returns the record in a state directory.
     pub fn new(state: StateDirectory) -> Self {
-        Self { state }
+        Self { state, copy: None }
+    }
+
+    /// Returns the record for a declared copy of another token. The PINs of a copy are kept apart from those of the original,
+    /// although both have the same serial number. An empty name stands for a token that is not a declared copy.
+    #[must_use]
+    pub fn of_copy(mut self, name: &str) -> Self {
+        self.copy = (!name.is_empty()).then(|| name.to_owned());
+        self
+    }
+
+    /// The key of a token in the record.
+    fn key(&self, serial: &str) -> String {
+        match &self.copy {
+            None => serial.to_owned(),
+            // No serial number has this form, because it has at most 16 characters.
+            Some(name) => format!("{serial} (copy {name})"),
+        }
     }
 
     /// Records the operator's permission to use rejected PINs once more. With `allow_final_try`, the permission also
@@ -139,7 +158,7 @@ impl PinRecord {
     pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
-        if fact.tokens.remove(serial).is_none() {
+        if fact.tokens.remove(&self.key(serial)).is_none() {
             return Ok(());
         }
         self.write(&fact)
@@ -150,10 +169,11 @@ impl PinRecord {
     pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
         let lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
-        if !fact.tokens.contains_key(serial) && fact.tokens.len() >= TOKENS_MAX {
+        let key = self.key(serial);
+        if !fact.tokens.contains_key(&key) && fact.tokens.len() >= TOKENS_MAX {
             fact.tokens.pop_first();
         }
-        let token = fact.tokens.entry(serial.to_owned()).or_default();
+        let token = fact.tokens.entry(key.clone()).or_default();
         if token.salt.len() != 2 * SALT_BYTES {
             let mut salt = [0; SALT_BYTES];
             aws_lc_rs::rand::fill(&mut salt)
@@ -165,7 +185,7 @@ impl PinRecord {
         Ok(Login {
             record: self,
             fact,
-            serial: serial.to_owned(),
+            key,
             hash,
             _lock: lock,
         })
@@ -192,7 +212,8 @@ impl PinRecord {
 pub(super) struct Login<'a> {
     record: &'a PinRecord,
     fact: Fact,
-    serial: String,
+    /// The key of the token in the record.
+    key: String,
     hash: String,
     _lock: Lock,
 }
@@ -200,7 +221,7 @@ pub(super) struct Login<'a> {
 impl fmt::Debug for Login<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Login")
-            .field("serial", &self.serial)
+            .field("key", &self.key)
             .finish_non_exhaustive()
     }
 }
@@ -208,7 +229,7 @@ impl fmt::Debug for Login<'_> {
 impl Login<'_> {
     /// Returns the history of this PIN on this token.
     pub(super) fn standing(&self) -> Option<&Standing> {
-        let token = self.fact.tokens.get(&self.serial)?;
+        let token = self.fact.tokens.get(&self.key)?;
         let known = token.pins.iter().find(|pin| pin.hash == self.hash)?;
         Some(&known.standing)
     }
@@ -224,7 +245,7 @@ impl Login<'_> {
             return Ok(());
         }
         self.fact.final_try_allowed = false;
-        let token = self.fact.tokens.entry(self.serial.clone()).or_default();
+        let token = self.fact.tokens.entry(self.key.clone()).or_default();
         token.pins.retain(|pin| pin.hash != self.hash);
         if let Some(standing) = standing {
             if matches!(standing, Standing::Proven { .. }) {
@@ -307,6 +328,24 @@ mod tests {
             .join(FACT);
         let text = std::fs::read_to_string(file).unwrap();
         assert!(!text.contains("123456"), "{text}");
+    }
+
+    /// Tokens with one serial number share the record, because a wrong PIN could lock the token that both names mean. A declared
+    /// copy is another token.
+    #[test]
+    fn only_a_declared_copy_has_a_record_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let original = record(&folder);
+        set(&original, "1", "123456", rejected());
+        let undeclared = record(&folder).of_copy("");
+        assert_eq!(standing(&undeclared, "1", "123456"), Some(rejected()));
+        let copy = record(&folder).of_copy("b");
+        assert_eq!(standing(&copy, "1", "123456"), None);
+        set(&copy, "1", "123456", proven());
+        assert_eq!(standing(&original, "1", "123456"), Some(rejected()));
+        copy.forget("1").unwrap();
+        assert_eq!(standing(&copy, "1", "123456"), None);
+        assert_eq!(standing(&original, "1", "123456"), Some(rejected()));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    busy::{BusyToken, pause_after},
+    busy::{LastAnswer, REFUSALS_MAX, Refusals, pause_after},
     classify::{Class, Fault},
     keys::{KeyPair, KeySession, Place},
     open::ProvedKey,
@@ -43,8 +43,8 @@ pub(super) struct Shared {
     pub(super) keys: Vec<ProvedKey>,
     /// Number of self-tests that all threads have begun, which chooses the key of the next self-test.
     pub(super) turn: AtomicUsize,
-    /// Whether the token has refused good inputs recently.
-    pub(super) busy: BusyToken,
+    /// When the token last answered any session.
+    pub(super) last_answer: LastAnswer,
 }
 
 impl Shared {
@@ -73,8 +73,12 @@ enum Stop {
     /// The session was lost before the job had an effect. The job may be repeated once on another session.
     SessionLost(Fault),
     /// The token refused the job, although the self-test passes. The token may be busy, so the job is repeated. If the
-    /// token refuses the job often enough, the job has failed: see [`BusyToken::refusals_needed`].
-    Doubted(wire::Failure),
+    /// token refuses the job often enough, the job has failed: see [`Refusals`].
+    Doubted {
+        refusal: wire::Failure,
+        /// The self-tests that the token refused before one passed.
+        self_tests_refused: u32,
+    },
 }
 
 impl SessionThread {
@@ -101,35 +105,36 @@ impl SessionThread {
 
     /// Runs a job. Repeats the job at most once after a lost session, and a few times after a refusal by the token.
     fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
-        let (mut lost, mut refusals, mut refused_as) = (false, 0, None);
+        let (mut lost, mut refusals, mut refused_as) = (false, Refusals::default(), None);
         loop {
             match self.attempt(job, deadline) {
-                Ok(bytes) => {
-                    if refusals > 0 {
-                        self.shared.busy.note_refused_good_input();
-                    }
-                    return Ok(bytes);
-                }
+                Ok(bytes) => return Ok(bytes),
                 Err(Stop::Failed(failure)) => return Err(failure),
                 Err(Stop::SessionLost(fault)) if lost => {
                     return Err(failure(FailureClass::SessionLost, fault.to_string()));
                 }
                 Err(Stop::SessionLost(_)) => lost = true,
-                Err(Stop::Doubted(refusal)) => {
-                    refusals += 1;
+                Err(Stop::Doubted {
+                    refusal,
+                    self_tests_refused,
+                }) => {
+                    refusals.add(self_tests_refused);
                     let before = *refused_as.get_or_insert(refusal.class);
                     if before != refusal.class {
-                        self.shared.busy.note_refused_good_input();
                         let what = format!(
                             "the token returned inconsistent errors on retry: {}",
                             refusal.detail
                         );
                         return Err(failure(FailureClass::BackOff, what));
                     }
-                    if refusals >= self.shared.busy.refusals_needed() {
+                    if refusals.are_conclusive() {
                         return Err(refusal);
                     }
-                    thread::sleep(pause_after(refusals));
+                    if refusals.count() == REFUSALS_MAX {
+                        let what = format!("the token is busy: {}", refusal.detail);
+                        return Err(failure(FailureClass::BackOff, what));
+                    }
+                    thread::sleep(pause_after(refusals.count()));
                 }
             }
         }
@@ -175,7 +180,7 @@ impl SessionThread {
         check_deadline(deadline)?;
         let (session, pair) = self.session(key)?;
         let made = operation::mac(&session.session, pair, message);
-        made.inspect(|_| self.shared.busy.note_answer())
+        made.inspect(|_| self.shared.last_answer.note())
             .map(|mac| Zeroizing::new(mac.to_vec()))
             // No input of a caller can make the computation of a MAC fail, so the failure means that the token is busy.
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
@@ -192,7 +197,7 @@ impl SessionThread {
         let (session, pair) = self.session(key)?;
         let verified = operation::verify(&session.session, pair, message, mac);
         verified
-            .inspect(|()| self.shared.busy.note_answer())
+            .inspect(|()| self.shared.last_answer.note())
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::MacRefused))
     }
 
@@ -207,7 +212,7 @@ impl SessionThread {
         // The MAC was valid, so the caller did not cause the failure. The self-test shows whether the row is damaged or
         // the token is faulty.
         decrypted
-            .inspect(|_| self.shared.busy.note_answer())
+            .inspect(|_| self.shared.last_answer.note())
             .map_err(|fault| self.stop(fault, &job.key_id, deadline, FailureClass::Damaged))
     }
 
@@ -245,7 +250,10 @@ impl SessionThread {
             }
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 match self.revive(key, deadline) {
-                    Ok(()) => Stop::Doubted(failure(refusal, fault.to_string())),
+                    Ok(self_tests_refused) => Stop::Doubted {
+                        refusal: failure(refusal, fault.to_string()),
+                        self_tests_refused,
+                    },
                     Err(Stop::Failed(mut self_test)) => {
                         self_test.detail = format!("{fault}; then {}", self_test.detail);
                         Stop::Failed(self_test)
@@ -259,23 +267,20 @@ impl SessionThread {
     /// Opens a new session and runs the self-test of this key on it. Repeats the self-test if its failure is ambiguous,
     /// because a busy token refuses the self-test as it refuses a job.
     ///
-    /// If the token refuses every self-test, but answers another session meanwhile, the token is busy and not lost.
-    fn revive(&mut self, key: &[u8], deadline: u64) -> Result<(), Stop> {
+    /// If the token refuses every self-test, but answers another session meanwhile, the token is busy and not lost. Returns
+    /// the number of refused self-tests before the one that passed.
+    fn revive(&mut self, key: &[u8], deadline: u64) -> Result<u32, Stop> {
         let (mut refusals, since) = (0, frame::monotonic_ns());
         loop {
             let Err(fault) = self.open_and_test(key, deadline)? else {
-                if refusals > 0 {
-                    self.shared.busy.note_refused_good_input();
-                }
-                return Ok(());
+                return Ok(refusals);
             };
             refusals += 1;
             if !fault.is_ambiguous() {
                 return Err(Stop::from_self_test(&fault));
             }
             if refusals == SELF_TESTS_MAX {
-                return Err(if self.shared.busy.has_answered_since(since) {
-                    self.shared.busy.note_refused_good_input();
+                return Err(if self.shared.last_answer.is_since(since) {
                     Stop::failed(FailureClass::BackOff, format!("the token is busy: {fault}"))
                 } else {
                     Stop::from_self_test(&fault)
@@ -332,9 +337,7 @@ impl SessionThread {
             // session decides.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
-                self.revive(key.as_bytes(), deadline)?;
-                self.shared.busy.note_refused_good_input();
-                Ok(())
+                self.revive(key.as_bytes(), deadline).map(drop)
             }
         }
     }

@@ -72,6 +72,9 @@ fn with_softhsm(test: &str, body: impl FnOnce(&Path)) {
 
 pub(crate) fn settings() -> Settings {
     Settings {
+        name: "default".to_owned(),
+        priority: 100,
+        copy_of: None,
         module: PathBuf::from(MODULE),
         label: Some("test".to_owned()),
         serial: None,

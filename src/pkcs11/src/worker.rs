@@ -9,7 +9,7 @@
 //! worker waits for its threads before it ends. If a thread does not return, the worker kills itself with SIGKILL,
 //! which runs no clean-up code.
 //!
-//! Mitigation: M7 of `THREAT_MODEL.md`.
+//! Mitigation: M7, M11 of `THREAT_MODEL.md`.
 
 use std::{
     io::{self, Write as _},
@@ -30,8 +30,9 @@ use keybroker_core::{
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
-    ExpectedKey, Pin, Settings, Work,
+    ExpectedKey, Pin, Proof, Settings, Work,
     frame::{Inbox, Outbox},
+    unpadded,
     wire::{
         self, FailureClass, Ready, Reply, Request, Setup, TokenKey, reply::Outcome, request::Job,
     },
@@ -39,11 +40,12 @@ use keybroker_worker_protocol::{
 
 use crate::{
     PinRecord,
-    busy::BusyToken,
+    busy::LastAnswer,
     calling,
     classify::{Class, Fault},
     keys::Place,
     open::OpenToken,
+    operation,
     select::Registered,
     session::{self, SessionThread, Shared},
 };
@@ -208,7 +210,8 @@ fn open(
     pin: Option<&Pin>,
     sessions: usize,
 ) -> Result<(OpenToken, Arc<Shared>, Vec<SessionThread>), Fault> {
-    let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)));
+    let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
+        .of_copy(&setup.pin_record_name);
     let expected = setup
         .keys
         .iter()
@@ -226,10 +229,19 @@ fn open(
         Registered::Required(&serials),
     )?;
     let mut keys = Vec::new();
-    for key in &expected {
+    for key in expected.iter().filter(|key| is_here(key, &token)) {
         let place = Place::of(key.id, key.objects.clone());
-        let proved = token.prove(settings, &place, key.fingerprint);
-        keys.push(proved.map_err(|fault| token.explained(fault))?);
+        let proved = match token.prove(settings, &place, key.fingerprint) {
+            Ok(proved) => proved,
+            // The key is on a declared copy of this token, which has the same serial number.
+            Err(fault) if key.may_be_elsewhere && fault.class == Class::KeyMissing => {
+                tracing::warn!(key = %key.id, %fault, "a registered key is not on this token");
+                continue;
+            }
+            Err(fault) => return Err(token.explained(fault)),
+        };
+        verify_proofs(&token, &proved.place, key)?;
+        keys.push(proved);
     }
     let places: Vec<Place> = keys.iter().map(|key| key.place.clone()).collect();
     let shared = Arc::new(Shared {
@@ -237,7 +249,7 @@ fn open(
         slot: token.slot,
         keys,
         turn: AtomicUsize::new(0),
-        busy: BusyToken::default(),
+        last_answer: LastAnswer::default(),
     });
     // The sessions are opened one after another, so that a token that refuses the second session is not asked for a
     // third session.
@@ -251,22 +263,66 @@ fn open(
     Ok((token, shared, open))
 }
 
+/// Whether a key is expected on this token. A key that may be on another token is expected only on the token with its serial
+/// number.
+fn is_here(key: &ExpectedKey, token: &OpenToken) -> bool {
+    !key.may_be_elsewhere || unpadded(&key.token_serial) == token.info.serial
+}
+
+/// Verifies the registry's MACs with the integrity key of this token. A token with another integrity key would refuse every
+/// row of the wrapping key, so the wrapping key must not be used on this token.
+fn verify_proofs(token: &OpenToken, place: &Place, key: &ExpectedKey) -> Result<(), Fault> {
+    if key.proofs.is_empty() {
+        return Ok(());
+    }
+    let session = token.session(std::slice::from_ref(place))?;
+    let pair = session.pair(key.id).ok_or_else(|| {
+        let what = format!("wrapping key {} was not found again", key.id);
+        Fault::new(Class::KeyMissing, what)
+    })?;
+    for proof in &key.proofs {
+        operation::verify(&session.session, pair, &proof.message, &proof.mac).map_err(|fault| {
+            // The self-test of the integrity key has just passed, so an ambiguous code means a wrong MAC, too.
+            if !matches!(fault.class, Class::Input | Class::Ambiguous) {
+                return fault;
+            }
+            let what = format!(
+                "the integrity key of wrapping key {} on this token does not verify the MAC of the registry: the token has \
+                 another integrity key under the same CKA_ID, or the registry was altered",
+                key.id
+            );
+            Fault::new(Class::Untrusted, what)
+        })?;
+    }
+    Ok(())
+}
+
 fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
     let id = WrappingKeyId::from_slice(&key.id);
     let fingerprint: Option<[u8; 32]> = key.fingerprint.as_slice().try_into().ok();
     let objects = ObjectIds::from_slices(&key.private_cka_id, &key.integrity_cka_id);
-    match (id, fingerprint, objects) {
-        (Some(id), Some(fingerprint), Some(objects)) => Ok(ExpectedKey {
+    let proofs: Option<Vec<Proof>> = key.proofs.iter().map(proof).collect();
+    match (id, fingerprint, objects, proofs) {
+        (Some(id), Some(fingerprint), Some(objects), Some(proofs)) => Ok(ExpectedKey {
             id,
             objects,
             token_serial: key.token_serial.clone(),
             fingerprint: Fingerprint(fingerprint),
+            may_be_elsewhere: key.may_be_elsewhere,
+            proofs,
         }),
         _ => Err(Fault::new(
             Class::Configuration,
             "a malformed key in the setup",
         )),
     }
+}
+
+fn proof(proof: &wire::setup::Proof) -> Option<Proof> {
+    Some(Proof {
+        message: proof.message.clone(),
+        mac: proof.mac.as_slice().try_into().ok()?,
+    })
 }
 
 /// Translates a failure class into the class that is reported to the front.

@@ -121,6 +121,12 @@ tables! {
         client_id: Bytes, secret_number: Integer;
         used_us: Integer,
     }
+    /// The places of wrapping keys on further tokens.
+    Places = wrapping_key_places {
+        key_id: Bytes, token: Text;
+        token_serial: Text, private_cka_id: Bytes, integrity_cka_id: Bytes, registered_us: Integer,
+        backup_confirmed_us: OptionalInteger, mac: Bytes,
+    }
     /// The registry of wrapping keys.
     WrappingKeys = wrapping_keys {
         key_id: Bytes;

@@ -15,6 +15,7 @@ use super::{
     error::Error,
     identity::{Evidence, KnownLog},
     listing::{DamagedClient, DamagedRecord, Position},
+    place::PlaceRow,
     record::{
         ListQuery, NewRevision, Record, RecordInfo, RequestRecord, RequestScope, Stamp,
         StoredRevision,
@@ -120,6 +121,15 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
 
     /// Replaces a registry row if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;
+
+    /// All places of wrapping keys on further tokens, ordered by key and token.
+    async fn places(&self) -> Result<Vec<PlaceRow>, Error>;
+
+    /// Adds a place. Returns [`Error::Exists`] if the key already has a place on this token.
+    async fn add_place(&self, row: &PlaceRow) -> Result<(), Error>;
+
+    /// Replaces a place if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
+    async fn update_place(&self, row: &PlaceRow, expected: &Mac) -> Result<(), Error>;
 
     /// An API client.
     async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error>;

@@ -33,6 +33,7 @@ mod identity;
 mod listing;
 mod mutations;
 mod mysql;
+mod place;
 mod postgres;
 pub mod purge;
 mod record;
@@ -57,6 +58,7 @@ pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};
+pub use place::PlaceRow;
 pub use record::{
     ListQuery, NewRevision, Record, RecordInfo, RecordState, RequestRecord, RequestScope,
     RequestStamp, Stamp, StoredRevision, request_message,

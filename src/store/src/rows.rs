@@ -13,8 +13,8 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Damage, DamagedClient, DamagedRecord, Error, KnownLog, NewRevision, Record,
-    RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
+    ClientRow, Damage, DamagedClient, DamagedRecord, Error, KnownLog, NewRevision, PlaceRow,
+    Record, RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
     columns::Table,
     error::Detail,
     session::{Columns, Value},
@@ -506,6 +506,49 @@ pub(super) fn registry_values(row: &RegistryRow) -> Vec<Value> {
         (&row.mac).into(),
         row.objects.private_bytes().into(),
         row.objects.integrity_bytes().into(),
+    ]
+}
+
+/// A row of [`Table::Places`].
+pub(super) fn place(row: &impl Columns) -> Result<PlaceRow, Error> {
+    let row = Reader::new(Table::Places, row);
+    let token_serial = row.text("token_serial")?;
+    if token_serial.len() > TOKEN_SERIAL_BYTES_MAX {
+        return Err(row.corrupt("token_serial"));
+    }
+    let private = row.bytes("private_cka_id")?;
+    let integrity = row.bytes("integrity_cka_id")?;
+    Ok(PlaceRow {
+        key: row.wrapping_key("key_id")?,
+        // A token has a name of the same form as a user key.
+        token: row
+            .parsed("token", |text| KeyName::parse(text).ok())?
+            .to_string(),
+        token_serial: token_serial.to_owned(),
+        objects: ObjectIds::from_slices(private, integrity)
+            .ok_or_else(|| row.corrupt("private_cka_id or integrity_cka_id"))?,
+        registered: row.time("registered_us")?,
+        backup_confirmed: row.optional_time("backup_confirmed_us")?,
+        mac: row.array("mac")?,
+    })
+}
+
+/// A row of [`Table::Places`].
+pub(super) fn new_place(row: &PlaceRow) -> Vec<Value> {
+    let mut values = vec![row.key.into(), row.token.as_str().into()];
+    values.extend(place_values(row));
+    values
+}
+
+/// [`Table::values`] of [`Table::Places`].
+pub(super) fn place_values(row: &PlaceRow) -> Vec<Value> {
+    vec![
+        row.token_serial.as_str().into(),
+        row.objects.private_bytes().into(),
+        row.objects.integrity_bytes().into(),
+        row.registered.into(),
+        row.backup_confirmed.into(),
+        (&row.mac).into(),
     ]
 }
 

@@ -54,6 +54,8 @@ pub(super) struct Statements {
     pub(super) request: &'static str,
     /// The registry, by sequence.
     pub(super) registry: &'static str,
+    /// The places of wrapping keys, by key and token.
+    pub(super) places: &'static str,
 
     /// Value: record. Locks the record until the transaction ends. `None` if a transaction locks the whole database.
     pub(super) lock_record: Option<&'static str>,
@@ -89,6 +91,8 @@ pub(super) struct Statements {
     pub(super) forget_requests: &'static str,
     /// Values: all columns of the registry except the key, then the key and the current MAC.
     pub(super) update_registry: &'static str,
+    /// Values: all columns of a place except those of the key, then the columns of the key and the current MAC.
+    pub(super) update_place: &'static str,
 
     /// Value: client. Returns the whole row.
     pub(super) client: &'static str,
@@ -189,6 +193,10 @@ impl Statements {
             registry: sql(&format!(
                 "SELECT {registry} FROM wrapping_keys ORDER BY sequence, key_id"
             )),
+            places: sql(&format!(
+                "SELECT {} FROM wrapping_key_places ORDER BY key_id, token",
+                names(Table::Places.columns())
+            )),
 
             lock_record: dialect.lock.map(|lock| {
                 sql(&format!(
@@ -238,6 +246,10 @@ impl Statements {
             update_registry: sql(&format!(
                 "UPDATE wrapping_keys SET {} WHERE key_id = ? AND mac = ?",
                 assignments(Table::WrappingKeys.values())
+            )),
+            update_place: sql(&format!(
+                "UPDATE wrapping_key_places SET {} WHERE key_id = ? AND token = ? AND mac = ?",
+                assignments(Table::Places.values())
             )),
 
             client: sql(&format!(

@@ -13,5 +13,7 @@ mod work;
 
 pub use paths::{PathError, check_environment, check_module, softhsm_problem};
 pub use pin::{Pin, PinError, PinSource, resolve as resolve_pin_file};
-pub use settings::{AccessControl, ExpectedKey, IntegrityKey, Settings, TokenInfo, unpadded};
+pub use settings::{
+    AccessControl, ExpectedKey, IntegrityKey, Proof, Settings, TokenInfo, unpadded,
+};
 pub use work::Work;

@@ -8,6 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use keybroker_core::{
+    envelope::Mac,
     key::{Fingerprint, ObjectIds, WrappingKeyId},
     trusted_file,
 };
@@ -71,6 +72,15 @@ pub enum AccessControl {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
+    /// Name of the token in messages, metrics, commands and the registry: 1 to 64 bytes of `[a-z0-9._-]`.
+    #[serde(default = "Settings::default_name")]
+    pub name: String,
+    /// Jobs go to the tokens with the highest priority first.
+    #[serde(default = "Settings::default_priority")]
+    pub priority: u8,
+    /// Name of the token of which this token is a copy with the same serial number, such as a copied `SoftHSM` directory.
+    #[serde(default)]
+    pub copy_of: Option<String>,
     /// Path of the vendor's PKCS#11 library.
     pub module: PathBuf,
     /// Label of the token. Exactly one of `label`, `serial` and `uri` is set.
@@ -150,6 +160,21 @@ impl Settings {
         Some(trusted_file::expand(directory).unwrap_or_else(|_| directory.to_owned()))
     }
 
+    /// The name under which the record of PINs keeps the PINs of a declared copy. A token that is no declared copy has no
+    /// such name: its PINs are kept under its serial number, so that every token with this serial number has the same
+    /// record.
+    pub fn pin_record_name(&self) -> Option<&str> {
+        self.copy_of.as_ref().map(|_| self.name.as_str())
+    }
+
+    fn default_name() -> String {
+        "default".to_owned()
+    }
+
+    fn default_priority() -> u8 {
+        100
+    }
+
     fn default_workers() -> usize {
         2
     }
@@ -187,6 +212,7 @@ impl Settings {
             spared_tests: self.spared_tests.clone(),
             read_only_mounts_count: trusted_file::read_only_mounts_count(),
             initialize_string: self.initialize_string.clone().unwrap_or_default(),
+            pin_record_name: self.pin_record_name().unwrap_or_default().to_owned(),
             ..Setup::default()
         }
     }
@@ -199,6 +225,9 @@ impl Settings {
         }
         let given = |text: &String| (!text.is_empty()).then(|| text.clone());
         Self {
+            name: Self::default_name(),
+            priority: Self::default_priority(),
+            copy_of: None,
             module: PathBuf::from(&setup.module),
             label: given(&setup.label),
             serial: given(&setup.serial),
@@ -237,6 +266,20 @@ pub struct ExpectedKey {
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
+    /// Whether the key may be on another token: if the token has another serial number than `token_serial`, the key is
+    /// left out.
+    pub may_be_elsewhere: bool,
+    /// Messages with their MACs that the integrity key must verify before the key is used.
+    pub proofs: Vec<Proof>,
+}
+
+/// A message with its MAC. A token that verifies the MAC has the integrity key that made the MAC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proof {
+    /// The message.
+    pub message: Vec<u8>,
+    /// The MAC.
+    pub mac: Mac,
 }
 
 /// The token information (`C_GetTokenInfo`).

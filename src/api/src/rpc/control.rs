@@ -196,17 +196,42 @@ fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
 }
 
 fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
-    let (serving, detail) = match state.serving {
-        Serving::Up => (proto::TokenServing::Up, state.note.unwrap_or_default()),
-        Serving::Down(cause) => (proto::TokenServing::Down, cause),
-        Serving::Untrusted(cause) => (proto::TokenServing::Untrusted, cause),
+    let tokens = if state.tokens.is_empty() {
+        vec![one_token(&state)]
+    } else {
+        state.tokens.iter().map(one_token).collect()
     };
-    let info = state.info;
+    let together = one_token(&state);
+    proto::GetTokenStateResponse {
+        serving: together.serving,
+        detail: together.detail,
+        label: together.label,
+        serial: together.serial,
+        model: together.model,
+        workers: together.workers,
+        queue_length: together.queue_length,
+        last_canary_time: together.last_self_test_time,
+        tokens,
+    }
+}
+
+fn one_token(state: &TokenState) -> proto::TokenState {
+    let (serving, detail) = match &state.serving {
+        Serving::Up => (
+            proto::TokenServing::Up,
+            state.note.clone().unwrap_or_default(),
+        ),
+        Serving::Down(cause) => (proto::TokenServing::Down, cause.clone()),
+        Serving::Untrusted(cause) => (proto::TokenServing::Untrusted, cause.clone()),
+    };
+    let info = state.info.as_ref();
     let text = |pick: fn(&keybroker_broker::TokenInfo) -> &String| {
-        info.as_ref().map(pick).cloned().unwrap_or_default()
+        info.map(pick).cloned().unwrap_or_default()
     };
     let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
-    proto::GetTokenStateResponse {
+    proto::TokenState {
+        name: state.name.clone(),
+        priority: state.priority.into(),
         serving: serving.into(),
         detail,
         label: text(|info| &info.label),
@@ -223,7 +248,12 @@ fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
             })
             .collect(),
         queue_length: count(state.queue_length),
-        last_canary_time: state.last_self_test.map(convert::timestamp),
+        last_self_test_time: state.last_self_test.map(convert::timestamp),
+        wrapping_key_ids: state
+            .keys
+            .iter()
+            .map(|key| key.id.as_bytes().to_vec())
+            .collect(),
     }
 }
 

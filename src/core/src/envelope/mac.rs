@@ -18,6 +18,7 @@ const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
 /// The domain of a registry row that contains object ids. A row that contains no object ids has the earlier domain, so that the
 /// MACs of earlier releases stay valid.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
+const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
@@ -96,6 +97,19 @@ impl MacMessage {
         message.finish()
     }
 
+    /// The message for the MAC of the place of a wrapping key on a further token: all fields except the MAC.
+    pub fn place(row: &PlaceFields<'_>) -> Self {
+        let mut message = Message::new(PLACE_DOMAIN);
+        message.fixed(row.key.as_bytes());
+        message.sized(row.token.as_bytes());
+        message.sized(row.token_serial.as_bytes());
+        message.sized(row.objects.private_bytes());
+        message.sized(row.objects.integrity_bytes());
+        message.fixed(&row.registered_us.to_be_bytes());
+        message.fixed(&row.backup_confirmed_us.unwrap_or(0).to_be_bytes());
+        message.finish()
+    }
+
     /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. The message
     /// contains a digest of the document, because a document may be longer than the input that a token accepts.
     pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
@@ -150,6 +164,23 @@ pub struct RegistryFields<'a> {
     /// When the key was registered, in UTC microseconds.
     pub registered_us: i64,
     /// When a backup of the key was confirmed, in UTC microseconds; never 0.
+    pub backup_confirmed_us: Option<i64>,
+}
+
+/// The authenticated part of the place of a wrapping key on a further token.
+#[derive(Clone, Copy, Debug)]
+pub struct PlaceFields<'a> {
+    /// The id of the wrapping key.
+    pub key: WrappingKeyId,
+    /// The configured name of the token.
+    pub token: &'a str,
+    /// Serial number of the token.
+    pub token_serial: &'a str,
+    /// Where the objects of the wrapping key are on this token.
+    pub objects: &'a ObjectIds,
+    /// When the key was registered for this token, in UTC microseconds.
+    pub registered_us: i64,
+    /// When a backup of the token was confirmed, in UTC microseconds; never 0.
     pub backup_confirmed_us: Option<i64>,
 }
 

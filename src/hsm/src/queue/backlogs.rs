@@ -362,23 +362,28 @@ impl<J: Waiting> Backlogs<J> {
 
     /// Removes and returns the jobs that are abandoned or past their deadline.
     pub(super) fn take_useless(&mut self, now: Instant) -> Vec<J> {
-        let mut useless = Vec::new();
+        self.take_if(|job| job.is_abandoned() || job.deadline() <= now)
+    }
+
+    /// Removes and returns the jobs that fulfil a condition.
+    pub(super) fn take_if(&mut self, is_taken: impl Fn(&J) -> bool) -> Vec<J> {
+        let mut taken = Vec::new();
         for backlog in self.waiting.values_mut() {
             let (keep, drop): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut backlog.jobs)
                 .into_iter()
-                .partition(|costed| !costed.job.is_abandoned() && costed.job.deadline() > now);
+                .partition(|costed| !is_taken(&costed.job));
             backlog.jobs = keep;
             for costed in drop {
                 backlog.cost = backlog.cost.saturating_sub(costed.cost);
                 self.length -= 1;
                 self.cost = self.cost.saturating_sub(costed.cost);
-                useless.push(costed.job);
+                taken.push(costed.job);
             }
         }
         self.waiting.retain(|_, backlog| !backlog.jobs.is_empty());
         let waiting = &self.waiting;
         self.turns.retain(|lane| waiting.contains_key(lane));
-        useless
+        taken
     }
 
     /// Removes and returns every job.

@@ -37,12 +37,35 @@ enum Operation {
 
 /// The kind of a job: its key and its operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Kind {
+pub(crate) struct Kind {
     operation: Operation,
     key: WrappingKeyId,
 }
 
 impl Kind {
+    /// A job with the integrity key of this wrapping key, and with the RSA key if `is_unwrap` is true.
+    pub(crate) const fn new(key: WrappingKeyId, is_unwrap: bool) -> Self {
+        let operation = if is_unwrap {
+            Operation::Unwrap
+        } else {
+            Operation::Mac
+        };
+        Self { operation, key }
+    }
+
+    /// A re-wrap of an envelope under this wrapping key.
+    pub(crate) const fn rewrap(key: WrappingKeyId) -> Self {
+        Self {
+            operation: Operation::Rewrap,
+            key,
+        }
+    }
+
+    /// The wrapping key of the job.
+    pub(crate) const fn key(self) -> WrappingKeyId {
+        self.key
+    }
+
     /// `None` for a self-test or a malformed request.
     pub(super) fn of(work: &Work) -> Option<Self> {
         let (operation, key) = match work.job()? {

@@ -7,10 +7,7 @@ use std::{
 
 use tokio::{process::Child, sync::oneshot};
 
-use keybroker_core::{
-    call::{Deadline, abandoned::Abandoned},
-    metrics,
-};
+use keybroker_core::call::{Deadline, abandoned::Abandoned};
 use keybroker_worker_protocol::{
     Work,
     wire::{FailureClass, Reply, SelfTest, reply::Outcome, request},
@@ -60,8 +57,8 @@ impl Supervisor {
             return;
         };
         self.dismiss(&link, Loss::Ended, &cause);
-        tracing::warn!(pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
-        metrics::TOKEN_WORKER_RESTARTS.increment();
+        tracing::warn!(token = %self.settings.name, pid = link.pid(), generation = link.generation(), %cause, "a token worker is replaced");
+        self.measures.worker_restarts.increment(1);
         self.take_back(
             link.take_jobs(),
             losses_max,
@@ -79,7 +76,11 @@ impl Supervisor {
                 let class = failure.class();
                 let in_time = !job.caller.deadline().remaining().is_zero();
                 // A self-test is not repeated, because another worker could answer it in place of the tested worker.
-                if class == FailureClass::BackOff && in_time && !job.work.is_self_test() {
+                if class == FailureClass::BackOff
+                    && in_time
+                    && !job.has_alternative
+                    && !job.work.is_self_test()
+                {
                     self.try_later(job);
                     return self.queue.dispatch();
                 }
@@ -95,6 +96,7 @@ impl Supervisor {
                 if class == FailureClass::TokenLost
                     && in_time
                     && job.losses < LOSSES_MAX_GIVEN_UP
+                    && !job.has_alternative
                     && !job.work.is_self_test()
                 {
                     // Another worker may still have the token. If no worker has the token, the job fails with the error
@@ -115,7 +117,7 @@ impl Supervisor {
             }
         };
         if !job.work.is_self_test() {
-            metrics::TOKEN_OPERATION.handle().record(spent);
+            self.measures.operation.record(spent);
             self.queue.served(&job);
         }
         job.answer(result, spent);
@@ -181,6 +183,7 @@ impl Supervisor {
                 abandoned: Abandoned::default(),
                 queued: Instant::now(),
                 waited: Duration::ZERO,
+                has_alternative: false,
                 retried: true,
                 losses: 0,
                 span: tracing::Span::none(),
@@ -194,7 +197,7 @@ impl Supervisor {
                 Ok(Ok(Answer {
                     result: Err(error), ..
                 })) => {
-                    tracing::warn!(%error, pid = link.pid(), "self-test failed");
+                    tracing::warn!(token = %self.settings.name, %error, pid = link.pid(), "self-test failed");
                     failures += 1;
                     if failures >= SELF_TEST_FAILURES_MAX {
                         link.give_up(format!(

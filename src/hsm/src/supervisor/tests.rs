@@ -39,6 +39,7 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::job::Answer>) {
         abandoned: Abandoned::default(),
         queued: Instant::now(),
         waited: Duration::ZERO,
+        has_alternative: false,
         retried: false,
         losses: 0,
         span: tracing::Span::none(),

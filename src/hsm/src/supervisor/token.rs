@@ -30,8 +30,14 @@ use keybroker_worker_protocol::{
 use super::Supervisor;
 
 impl Supervisor {
-    /// Runs a job on any worker. Returns at the deadline at the latest, no matter what the worker does.
-    async fn run_job(&self, work: request::Job, caller: &Caller) -> Result<Output, Error> {
+    /// Runs a job on any worker. Returns at the deadline at the latest, no matter what the worker does. If another token
+    /// can do the job, the job fails as soon as this token has no worker for it.
+    pub(crate) async fn run_job(
+        &self,
+        work: request::Job,
+        caller: &Caller,
+        has_alternative: bool,
+    ) -> Result<Output, Error> {
         // `Work` is created first, because it overwrites the key material in the job, no matter how this function ends.
         let work = Work::new(work);
         self.check_serving()?;
@@ -49,12 +55,16 @@ impl Supervisor {
             },
             queued: Instant::now(),
             waited: Duration::ZERO,
+            has_alternative,
             retried: false,
             losses: 0,
             span: Span::current(),
         })?;
         // The state of the token may have changed after the check and before the job was added to the queue.
         self.answer_without_workers();
+        if has_alternative {
+            self.pass_on_without_workers();
+        }
         match tokio::time::timeout_at(caller.deadline().instant().into(), answer).await {
             Ok(Ok(answer)) => {
                 queue::note_answered();
@@ -85,21 +95,90 @@ impl Supervisor {
         }
     }
 
+    /// Answers the waiting jobs that another token can do if no worker is ready.
+    fn pass_on_without_workers(&self) {
+        if !self.queue.has_links() {
+            self.queue
+                .fail_with_alternative(&self.down("no worker is ready"));
+        }
+    }
+
+    /// A wrapping key as the last started worker found it on the token.
+    pub(crate) fn token_key(&self, id: WrappingKeyId) -> Option<TokenKey> {
+        let found = self.found.load();
+        found.keys.iter().find(|key| key.id == id).cloned()
+    }
+
     async fn make_mac(
         &self,
         key: WrappingKeyId,
         message: &MacMessage,
         caller: &Caller,
     ) -> Result<Mac, Error> {
-        let work = request::Job::Mac(wire::Mac {
-            key_id: key.as_bytes().to_vec(),
-            message: message.as_bytes().to_vec(),
-        });
-        to_mac(&self.run_job(work, caller).await?)
+        to_mac(&self.run_job(mac_job(key, message), caller, false).await?)
+    }
+
+    /// Encrypts key material with the public key of a wrapping key, in software.
+    pub(crate) fn encrypt(
+        &self,
+        key: WrappingKeyId,
+        material: &KeyMaterial,
+    ) -> Result<Unsealed, Error> {
+        let found = Arc::clone(&self.found.load());
+        let public = found.wrap.get(&key).ok_or(Error::UnknownKey(key))?;
+        let wrapped = public
+            .wrap(material.expose())
+            .map_err(|error| Error::Untrusted(error.to_string()))?;
+        Unsealed::new(public.algorithm(), key, wrapped)
+            .map_err(|error| Error::Untrusted(error.to_string()))
     }
 }
 
-fn to_mac(output: &Output) -> Result<Mac, Error> {
+/// The job that makes a MAC.
+pub(crate) fn mac_job(key: WrappingKeyId, message: &MacMessage) -> request::Job {
+    request::Job::Mac(wire::Mac {
+        key_id: key.as_bytes().to_vec(),
+        message: message.as_bytes().to_vec(),
+    })
+}
+
+/// The job that verifies a MAC.
+pub(crate) fn verify_job(key: WrappingKeyId, message: &MacMessage, mac: &Mac) -> request::Job {
+    request::Job::VerifyMac(wire::VerifyMac {
+        key_id: key.as_bytes().to_vec(),
+        message: message.as_bytes().to_vec(),
+        mac: mac.to_vec(),
+    })
+}
+
+/// The job that verifies the MAC of an envelope and decrypts the envelope.
+pub(crate) fn unwrap_job(envelope: &Envelope, context: &Context<'_>) -> request::Job {
+    request::Job::Unwrap(rewrap::unwrap(envelope, context))
+}
+
+/// The job that verifies the MAC of an envelope and makes a MAC for a new context.
+pub(crate) fn rebind_job(
+    envelope: &Envelope,
+    unsealed: &Unsealed,
+    old: &Context<'_>,
+    new: &Context<'_>,
+) -> request::Job {
+    request::Job::Rebind(wire::Rebind {
+        key_id: envelope.wrapping_key().as_bytes().to_vec(),
+        message: envelope.mac_message(old).as_bytes().to_vec(),
+        mac: envelope.mac().to_vec(),
+        new_message: unsealed.mac_message(new).as_bytes().to_vec(),
+    })
+}
+
+/// The key material that an unwrap returned.
+pub(crate) fn to_material(mut output: Output) -> Result<KeyMaterial, Error> {
+    KeyMaterial::new(std::mem::take(&mut *output))
+        .map_err(|error| Error::Damaged(error.to_string()))
+}
+
+/// The MAC that a job returned.
+pub(crate) fn to_mac(output: &Output) -> Result<Mac, Error> {
     output.as_slice().try_into().map_err(|_| {
         Error::Untrusted("the token returned a MAC that does not have 32 bytes".to_owned())
     })
@@ -114,13 +193,7 @@ impl Token for Supervisor {
         material: &KeyMaterial,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
-        let found = Arc::clone(&self.found.load());
-        let public = found.wrap.get(&key).ok_or(Error::UnknownKey(key))?;
-        let wrapped = public
-            .wrap(material.expose())
-            .map_err(|error| Error::Untrusted(error.to_string()))?;
-        let unsealed = Unsealed::new(public.algorithm(), key, wrapped)
-            .map_err(|error| Error::Untrusted(error.to_string()))?;
+        let unsealed = self.encrypt(key, material)?;
         let message = unsealed.mac_message(&context);
         let mac = self.make_mac(key, &message, caller).await?;
         Ok(unsealed.seal(&context, mac))
@@ -132,10 +205,8 @@ impl Token for Supervisor {
         context: Context<'_>,
         caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
-        let work = request::Job::Unwrap(rewrap::unwrap(envelope, &context));
-        let mut output = self.run_job(work, caller).await?;
-        KeyMaterial::new(std::mem::take(&mut *output))
-            .map_err(|error| Error::Damaged(error.to_string()))
+        let work = unwrap_job(envelope, &context);
+        to_material(self.run_job(work, caller, false).await?)
     }
 
     async fn rebind(
@@ -146,13 +217,8 @@ impl Token for Supervisor {
         caller: &Caller,
     ) -> Result<Envelope, Error> {
         let unsealed = envelope.to_unsealed();
-        let work = request::Job::Rebind(wire::Rebind {
-            key_id: envelope.wrapping_key().as_bytes().to_vec(),
-            message: envelope.mac_message(&old).as_bytes().to_vec(),
-            mac: envelope.mac().to_vec(),
-            new_message: unsealed.mac_message(&new).as_bytes().to_vec(),
-        });
-        let mac = to_mac(&self.run_job(work, caller).await?)?;
+        let work = rebind_job(envelope, &unsealed, &old, &new);
+        let mac = to_mac(&self.run_job(work, caller, false).await?)?;
         Ok(unsealed.seal(&new, mac))
     }
 
@@ -172,12 +238,8 @@ impl Token for Supervisor {
         mac: &Mac,
         caller: &Caller,
     ) -> Result<(), Error> {
-        let work = request::Job::VerifyMac(wire::VerifyMac {
-            key_id: key.as_bytes().to_vec(),
-            message: message.as_bytes().to_vec(),
-            mac: mac.to_vec(),
-        });
-        self.run_job(work, caller).await.map(drop)
+        let work = verify_job(key, message, mac);
+        self.run_job(work, caller, false).await.map(drop)
     }
 
     async fn rewrap(
@@ -187,13 +249,13 @@ impl Token for Supervisor {
         to: WrappingKeyId,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
-        let found = Arc::clone(&self.found.load());
+        let to = self.token_key(to).ok_or(Error::UnknownKey(to))?;
         let rewrap = Rewrap {
             envelope,
             context,
-            to: rewrap::key(&found.keys, to)?,
+            to: &to,
         };
-        let output = self.run_job(rewrap.on_one_token()?, caller).await?;
+        let output = self.run_job(rewrap.on_one_token()?, caller, false).await?;
         rewrap.moved(&output)
     }
 
@@ -209,7 +271,7 @@ impl Token for Supervisor {
             context,
             to,
         };
-        let output = self.run_job(rewrap.for_another(), caller).await?;
+        let output = self.run_job(rewrap.for_another(), caller, false).await?;
         rewrap.unsealed(&output)
     }
 

@@ -29,17 +29,17 @@ pub(super) enum Command {
 }
 
 pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
-    let config = context.config_as_written()?;
+    let mut config = context.config_as_written()?;
     match command {
         Command::Check => {
             let mut problems = config.problems();
             let files = config.examine_files();
             problems.extend(files.problems);
-            let (token_problems, token_note) = examine_token(&config);
+            let (token_problems, token_notes) = examine_tokens(&mut config);
             problems.extend(token_problems);
             let (store_problem, store_note) = examine_store(&config.store)?;
             problems.extend(store_problem);
-            for note in files.notes.iter().chain(&token_note).chain(&store_note) {
+            for note in files.notes.iter().chain(&token_notes).chain(&store_note) {
                 context.output.note(note);
             }
             if problems.is_empty() {
@@ -88,9 +88,31 @@ fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<S
     })
 }
 
+/// Examines each token of the configuration, and returns problems and notes.
+fn examine_tokens(config: &mut Config) -> (Vec<String>, Vec<String>) {
+    let (mut problems, mut notes) = (Vec::new(), Vec::new());
+    let names: Vec<String> = config
+        .tokens
+        .all()
+        .iter()
+        .map(|one| one.name.clone())
+        .collect();
+    for name in names {
+        // A name that two tokens have is reported with the settings.
+        if config.select_token(Some(&name)).is_err() {
+            continue;
+        }
+        let prefix = config.tokens.prefix(config.token());
+        let (found, note) = examine_token(config);
+        problems.extend(found.into_iter().map(|what| format!("{prefix}{what}")));
+        notes.extend(note.map(|what| format!("{prefix}{what}")));
+    }
+    (problems, notes)
+}
+
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
-    let settings = &config.token;
+    let settings = config.token();
     // Problems of the module and of the environment are reported with the files of the configuration.
     if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
     {
@@ -114,7 +136,7 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
 fn of_the_registry<'a>(several: &[&'a Listed], config: &Config) -> Option<&'a Listed> {
     // Without a database, only the settings select the token.
     let rows = token::registry(config).unwrap_or_default();
-    let serials = pin::serials(&rows);
+    let serials = pin::serials(&rows.rows);
     let mut registered = several.iter().filter(|token| {
         let serial = token.info.serial.as_str();
         !serial.is_empty() && serials.iter().any(|known| unpadded(known) == serial)
@@ -182,7 +204,7 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
     if token.oaep_bits.is_none() {
         wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
-    if !token.sha256_hmac && !config.token.permits_integrity_key_in_worker() {
+    if !token.sha256_hmac && !config.token().permits_integrity_key_in_worker() {
         wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {

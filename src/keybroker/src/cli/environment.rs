@@ -33,7 +33,7 @@ const OF_MODULES_SUFFIXES: &[&str] = &["_CONF", "_CONFIG", "_CFG", "_INI"];
 fn not_passed_on<'a>(set: impl Iterator<Item = &'a str>, config: &Config) -> Vec<&'a str> {
     let mut names: Vec<&str> = set
         .filter(|name| is_of_a_module(name))
-        .filter(|name| !config.token.environment.contains_key(*name))
+        .filter(|name| !config.token().environment.contains_key(*name))
         .filter(|name| !name.starts_with(OURS_PREFIX))
         .filter(|name| config.store.password_variable.as_deref() != Some(*name))
         .collect();

@@ -6,7 +6,7 @@ use aws_lc_rs::digest;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use crate::config::Config;
+use crate::{config::Config, places::Registry};
 use keybroker_audit::Entry;
 use keybroker_core::{
     call::Timestamp,
@@ -31,6 +31,8 @@ use super::{
     token::{note_file_in_backup, note_tests_not_made},
 };
 
+mod place;
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Generate a wrapping key and its integrity key on the token, test both keys and register them
@@ -42,7 +44,8 @@ pub(super) enum Command {
     ///
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
     /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
-    /// checks of `token check`. Stop the broker before you run this command.
+    /// checks of `token check`. With several tokens in the configuration, `--token NAME` registers a key that is already registered
+    /// for another token also for this token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -78,8 +81,10 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Generate(arguments) => generate(&arguments, context),
         Command::Register(arguments) => register(&arguments, context),
         Command::List => {
-            let rows = block_on(registry(&context.config()?))??;
-            let rows = rows.iter().map(fields).collect();
+            let config = context.config()?;
+            let registry = block_on(registry(&config))??;
+            let shown = |row| fields_with_tokens(row, &registry, &config);
+            let rows = registry.rows.iter().map(shown).collect();
             context.output.list(
                 rows,
                 "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
@@ -87,11 +92,18 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         }
         Command::Show { id } => {
             let id = parse_id(&id)?;
-            let rows = block_on(registry(&context.config()?))??;
-            let row = rows.iter().find(|row| row.id == id).ok_or_else(|| {
-                Failure::new(Exit::Untrusted, format!("key {id} is not registered"))
-            })?;
-            context.output.fields(fields(row))
+            let config = context.config()?;
+            let registry = block_on(registry(&config))??;
+            let row = registry
+                .rows
+                .iter()
+                .find(|row| row.id == id)
+                .ok_or_else(|| {
+                    Failure::new(Exit::Untrusted, format!("key {id} is not registered"))
+                })?;
+            context
+                .output
+                .fields(fields_with_tokens(row, &registry, &config))
         }
     }
 }
@@ -117,11 +129,11 @@ fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
     })
 }
 
-async fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
+async fn registry(config: &Config) -> Result<Registry, Failure> {
     let store = store::open(&config.store).await?;
-    let rows = store.registry().await;
+    let registry = Registry::read(&*store).await;
     store.close().await;
-    Ok(rows?)
+    Ok(registry?)
 }
 
 fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
@@ -132,9 +144,9 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
     // Every check that could refuse the registry row comes before the keys are made on the token.
     let _lock = store::lock(&config.store)?;
-    let rows = block_on(registry(&config))??;
+    let rows = block_on(registry(&config))??.rows;
     let files = integrity_files(&config)?;
-    let pin = arguments.pin.get(&config.token)?;
+    let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(&rows))?;
     let (row, file) = change::audited(
         context,
@@ -149,6 +161,9 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                 file = store_integrity_key(files, &key)?;
                 let row = new_row(&admin, &key, &rows)?;
                 insert(&config, &row)?;
+                if config.tokens.are_several() {
+                    place::add(&config, &admin, &key, &row)?;
+                }
                 Ok(row)
             };
             let row = register().map_err(|failure: Failure| {
@@ -172,7 +187,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 /// The files of integrity keys, if the settings permit them. The directory of the integrity key files must be ready before a key
 /// is made.
 fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
-    let Some(files) = IntegrityFiles::permitted(&config.token)? else {
+    let Some(files) = IntegrityFiles::permitted(config.token())? else {
         return Ok(None);
     };
     files.check_writable()?;
@@ -257,25 +272,33 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         .map(parse_object_id)
         .transpose()?;
     let _lock = store::lock(&config.store)?;
-    let rows = block_on(registry(&config))??;
-    let files = IntegrityFiles::permitted(&config.token)?;
-    let pin = arguments.pin.get(&config.token)?;
-    let admin = log_in(&config, &pin, false, &serials(&rows))?;
-    let key = find(&admin, &rows, &object, integrity, files)?;
+    let registry = block_on(registry(&config))??;
+    let rows = &registry.rows;
+    let files = IntegrityFiles::permitted(config.token())?;
+    let pin = arguments.pin.get(config.token())?;
+    let admin = log_in(&config, &pin, false, &serials(rows))?;
+    let key = find(&admin, rows, &object, integrity, files)?;
     let id = key.id;
     if let Some(problem) = &key.problem {
         return Err(Failure::new(Exit::Untrusted, problem.clone()));
     }
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
-    refuse_shared_integrity_key(&key, &rows)?;
+    refuse_shared_integrity_key(&key, rows)?;
     let mut file = None;
     let row = match rows.iter().find(|row| row.id == id) {
         None => change::audited(context, &config, "wrapping_key.register", describe, || {
             file = store_integrity_key(files, &key)?;
-            let row = new_row(&admin, &key, &rows)?;
+            let row = new_row(&admin, &key, rows)?;
             insert(&config, &row)?;
+            if config.tokens.are_several() {
+                place::add(&config, &admin, &key, &row)?;
+            }
             Ok(row)
         })?,
+        Some(old) if config.tokens.are_several() => {
+            place::register(context, &config, &admin, &key, old, &registry)?;
+            old.clone()
+        }
         Some(old) => {
             let moved = moved_row(&admin, &key, old)?;
             change::audited(context, &config, "wrapping_key.move", describe, || {
@@ -476,6 +499,16 @@ fn insert(config: &Config, row: &RegistryRow) -> Result<(), Failure> {
         store.close().await;
         Ok(registered?)
     })?
+}
+
+/// The fields of a registry row, with the tokens that hold the key.
+fn fields_with_tokens(row: &RegistryRow, registry: &Registry, config: &Config) -> Vec<Field> {
+    let mut fields = fields(row);
+    fields.push((
+        "tokens",
+        json!(registry.tokens_of(row, config.tokens.all()).join(", ")),
+    ));
+    fields
 }
 
 fn fields(row: &RegistryRow) -> Vec<Field> {

@@ -35,6 +35,11 @@ pub(super) struct UserPin {
 }
 
 impl UserPin {
+    /// Whether the command line has a source of the PIN.
+    pub(super) fn is_given(&self) -> bool {
+        self.pin_file.is_some() || self.pin_fd.is_some() || self.pin_prompt
+    }
+
     pub(super) fn get(&self, settings: &Settings) -> Result<PinSource, Failure> {
         let file = if self.pin_prompt {
             None
@@ -84,7 +89,7 @@ pub(super) fn log_in(
     serials: &[&str],
 ) -> Result<Admin, Failure> {
     let program = Path::new(OWN_PROGRAM);
-    Admin::open(program, &config.token, &state(config), pin, write, serials)
+    Admin::open(program, config.token(), &state(config), pin, write, serials)
         .map_err(|error| environment::explain(error, config))
 }
 

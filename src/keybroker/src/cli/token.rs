@@ -13,10 +13,13 @@ use keybroker_core::{
 use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
 use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
-use keybroker_store::RegistryRow;
-use keybroker_worker_protocol::{integrity_file::IntegrityFiles, unpadded};
+use keybroker_store::{PlaceRow, RegistryRow, Store};
+use keybroker_worker_protocol::integrity_file::IntegrityFiles;
 
-use crate::config::{Config, accepted};
+use crate::{
+    config::{Config, accepted},
+    places::{KeyHere, Registry},
+};
 
 use super::{
     Context, OWN_PROGRAM, block_on, change, environment,
@@ -96,7 +99,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
 
 fn list(context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let listed = admin::list_tokens(Path::new(OWN_PROGRAM), &config.token)
+    let listed = admin::list_tokens(Path::new(OWN_PROGRAM), config.token())
         .map_err(|error| environment::explain(error, &config))?;
     let is_empty = listed.is_empty();
     let rows = listed
@@ -148,10 +151,10 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
     let label = arguments
         .label
         .clone()
-        .or_else(|| config.token.label.clone())
+        .or_else(|| config.token().label.clone())
         .ok_or_else(|| Failure::new(Exit::Usage, "no label specified; pass --label"))?;
     let so_pin = arguments.so_pin.get()?;
-    let user_pin = arguments.user_pin.get(&config.token)?;
+    let user_pin = arguments.user_pin.get(config.token())?;
     let erase = arguments.erase_serial.as_deref();
     let info = change::audited(
         context,
@@ -161,7 +164,7 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
         || {
             let (info, note) = admin::init_token(
                 Path::new(OWN_PROGRAM),
-                &config.token,
+                config.token(),
                 &pin::state(&config),
                 &label,
                 &so_pin,
@@ -185,13 +188,15 @@ fn init(arguments: &Init, context: &Context) -> Result<(), Failure> {
 /// Checks the registered keys and the keys on the token: attribute check, self-test and negative tests.
 fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
-    let rows = registry(&config)?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
-    admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
+    let registry = registry(&config)?;
+    let source = pin.get(config.token())?;
+    let admin = log_in(&config, &source, false, &serials(&registry.rows))?;
+    let rows = keys_here(&config, &admin, &registry);
+    admin.know(rows.iter().map(|key| (key.row.id, key.objects())))?;
     let mut problems = Vec::new();
     let mut shown = Vec::new();
     for id in to_check(&admin, &rows, context)? {
-        let row = rows.iter().find(|row| row.id == id);
+        let row = rows.iter().find(|key| key.row.id == id);
         if row.is_none() && lacks_integrity_key(context, &config, id) {
             continue;
         }
@@ -218,7 +223,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         if is_in_worker(&checked) {
             shown.push(integrity_key_in_worker(&config, &checked));
         }
-        if row.is_some_and(|row| row.backup_confirmed.is_none()) {
+        if row.is_some_and(|key| !key.is_backup_confirmed()) {
             warn_of_missing_backup(context, id);
         }
         shown.extend(findings("RSA private key", &checked, &checked.private));
@@ -257,7 +262,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
 
 /// Whether an unregistered wrapping key has no integrity key in the workers yet, so that there is nothing to check.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
-    let lacks = IntegrityFiles::of(&config.token, id)
+    let lacks = IntegrityFiles::of(config.token(), id)
         .is_ok_and(|files| !files.is_pinned(id) && !files.has(id));
     if lacks {
         context.output.note(&format!(
@@ -282,7 +287,7 @@ fn is_in_worker(key: &CheckedKey) -> bool {
 
 /// The output row for an integrity key that is in the workers and not on the token.
 fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::output::Field> {
-    let files = IntegrityFiles::of(&config.token, key.id);
+    let files = IntegrityFiles::of(config.token(), key.id);
     let path = files.map_or_else(
         |error| error.to_string(),
         |files| files.path(key.id).display().to_string(),
@@ -305,14 +310,14 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
 /// has the length of an id, like the keys of `key generate`. Other keys may belong to other programs.
 fn to_check(
     admin: &Admin,
-    rows: &[RegistryRow],
+    rows: &[KeyHere<'_>],
     context: &Context,
 ) -> Result<Vec<WrappingKeyId>, Failure> {
     let mut ids = Vec::new();
     for object in admin.key_ids()? {
-        let registered = rows.iter().find(|row| row.private_object() == object);
+        let registered = rows.iter().find(|key| key.private_object() == object);
         match registered
-            .map(|row| row.id)
+            .map(|key| key.row.id)
             .or_else(|| WrappingKeyId::from_slice(object.as_bytes()))
         {
             Some(id) => ids.push(id),
@@ -322,9 +327,9 @@ fn to_check(
             )),
         }
     }
-    for row in rows {
-        if !ids.contains(&row.id) {
-            ids.push(row.id);
+    for key in rows {
+        if !ids.contains(&key.row.id) {
+            ids.push(key.row.id);
         }
     }
     Ok(ids)
@@ -332,7 +337,7 @@ fn to_check(
 
 /// Warns about checks that the settings disable.
 fn show_weakened(context: &Context, config: &Config) {
-    for risk in accepted::risks(&config.token) {
+    for risk in accepted::risks(config.token()) {
         context.output.note(&format!("warning: {risk}"));
     }
 }
@@ -361,12 +366,22 @@ fn findings(
         .collect()
 }
 
-/// Compares the registry row of a key with the key on the token, and returns the differences.
+/// The registered keys that must be on this token.
+fn keys_here<'a>(config: &Config, admin: &Admin, registry: &'a Registry) -> Vec<KeyHere<'a>> {
+    if config.tokens.are_several() {
+        registry.on(config.token(), &admin.info().serial)
+    } else {
+        registry.may_be_on(config.token())
+    }
+}
+
+/// Compares the registry rows of a key with the key on the token, and returns the differences.
 pub(super) fn compare(
     admin: &Admin,
-    row: &RegistryRow,
+    registered: &KeyHere<'_>,
     key: &CheckedKey,
 ) -> Result<Vec<String>, Failure> {
+    let row = registered.row;
     let mut problems = Vec::new();
     if row.fingerprint != key.fingerprint {
         problems.push(format!(
@@ -374,12 +389,12 @@ pub(super) fn compare(
             row.id, key.fingerprint, row.fingerprint
         ));
     }
-    if unpadded(&row.token_serial) != admin.info().serial {
+    if registered.serial() != admin.info().serial {
         problems.push(format!(
             "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is the \
              restored backup of the registered token, run `keybroker key register {}`",
             row.id,
-            row.token_serial,
+            registered.serial(),
             admin.info().serial,
             row.id
         ));
@@ -390,41 +405,50 @@ pub(super) fn compare(
             row.id
         ));
     }
+    if let Some(place) = registered.place
+        && !admin.verify(row.id, &place.mac_message(), &place.mac)?
+    {
+        problems.push(format!(
+            "key {}: the MAC of the registry row for token {} does not verify, so the row was altered",
+            row.id, place.token
+        ));
+    }
     Ok(problems)
 }
 
 /// Reads the registry; the result is empty if there is no database yet.
-pub(super) fn registry(config: &Config) -> Result<Vec<RegistryRow>, Failure> {
+pub(super) fn registry(config: &Config) -> Result<Registry, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {
-            return Ok(Vec::new());
+            return Ok(Registry::default());
         }
         let store = store::open(&config.store).await?;
-        let rows = store.registry().await;
+        let registry = Registry::read(&*store).await;
         store.close().await;
-        Ok(rows?)
+        Ok(registry?)
     })?
 }
 
 fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let _lock = store::lock(&config.store)?;
-    let rows = registry(&config)?;
-    let admin = log_in(&config, &pin.get(&config.token)?, false, &serials(&rows))?;
+    let registry = registry(&config)?;
+    let source = pin.get(config.token())?;
+    let admin = log_in(&config, &source, false, &serials(&registry.rows))?;
     let now = Timestamp::now();
     let mut confirmed = Vec::new();
-    admin.know(rows.iter().map(|row| (row.id, &row.objects)))?;
-    let of_token = rows
-        .iter()
-        .any(|row| unpadded(&row.token_serial) == admin.info().serial);
-    if !of_token {
+    let mut keys = keys_here(&config, &admin, &registry);
+    keys.retain(|key| key.serial() == admin.info().serial);
+    admin.know(keys.iter().map(|key| (key.row.id, key.objects())))?;
+    if keys.is_empty() {
         let what = "no wrapping key of this token is registered, so there is no backup to confirm";
         return Err(Failure::new(Exit::Untrusted, what).hint(
             "run `keybroker key generate`; `keybroker token check` lists keys on the token that are not registered",
         ));
     }
-    for row in rows {
-        if unpadded(&row.token_serial) != admin.info().serial || row.backup_confirmed.is_some() {
+    for key in keys {
+        let row = key.row;
+        if key.is_backup_confirmed() {
             continue;
         }
         if !admin.verify(row.id, &row.mac_message(), &row.mac)? {
@@ -434,23 +458,13 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             );
             return Err(Failure::new(Exit::Untrusted, what));
         }
-        note_file_in_backup(context, &config, &row);
-        let mut new = RegistryRow {
-            backup_confirmed: Some(now),
-            ..row.clone()
-        };
-        new.mac = admin.mac(new.id, &new.mac_message())?;
-        let describe = |entry: &mut Entry| entry.wrapping_key = Some(new.id);
+        note_file_in_backup(context, &config, row);
+        let describe = |entry: &mut Entry| entry.wrapping_key = Some(row.id);
         change::audited(context, &config, "token.backup_confirm", describe, || {
-            block_on(async {
-                let store = store::open(&config.store).await?;
-                let updated = store.update_registry(&new, &row.mac).await;
-                store.close().await;
-                Ok(updated?)
-            })?
+            record_backup(&config, &admin, &key, now)
         })?;
         confirmed.push(vec![
-            ("key", json!(new.id.to_string())),
+            ("key", json!(row.id.to_string())),
             ("backup_confirmed", json!(now.to_string())),
         ]);
     }
@@ -460,12 +474,49 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     )
 }
 
+/// Records that a backup of this token was confirmed for a key: in the registry row, or in the row of the key's place on this token.
+fn record_backup(
+    config: &Config,
+    admin: &Admin,
+    key: &KeyHere<'_>,
+    now: Timestamp,
+) -> Result<(), Failure> {
+    let backup_confirmed = Some(now);
+    let id = key.row.id;
+    let update = async |store: &dyn Store| -> Result<(), Failure> {
+        match key.place {
+            Some(place) => {
+                let mut new = PlaceRow {
+                    backup_confirmed,
+                    ..place.clone()
+                };
+                new.mac = admin.mac(id, &new.mac_message())?;
+                Ok(store.update_place(&new, &place.mac).await?)
+            }
+            None => {
+                let mut new = RegistryRow {
+                    backup_confirmed,
+                    ..key.row.clone()
+                };
+                new.mac = admin.mac(id, &new.mac_message())?;
+                Ok(store.update_registry(&new, &key.row.mac).await?)
+            }
+        }
+    };
+    block_on(async {
+        let store = store::open(&config.store).await?;
+        let updated = update(&*store).await;
+        store.close().await;
+        updated
+    })?
+}
+
 /// Writes a note about the file that a backup must contain in addition to the token and the database.
 pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &RegistryRow) {
     if row.objects.integrity != IntegrityPlace::Worker {
         return;
     }
-    if let Ok(files) = IntegrityFiles::of(&config.token, row.id) {
+    if let Ok(files) = IntegrityFiles::of(config.token(), row.id) {
         context.output.note(&format!(
             "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
              no row can be verified.",

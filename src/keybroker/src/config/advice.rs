@@ -9,7 +9,7 @@ use std::ops::Range;
 const SIMILAR: f64 = 0.8;
 
 /// Sections that may repeat, which TOML writes in double brackets.
-const REPEATED: [&str; 3] = ["listener", "principal", "issuer"];
+const REPEATED: [&str; 4] = ["listener", "principal", "issuer", "token"];
 
 /// Names of integer types in the parser's messages.
 const WHOLE_NUMBERS: [&str; 7] = ["u64", "u32", "u16", "u8", "usize", "i64", "integer"];

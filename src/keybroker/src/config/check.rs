@@ -7,27 +7,19 @@ use crate::server::{
 };
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
-use keybroker_core::{
-    key::{KeyName, WrappingKeyId},
-    principal::Kind,
-    state, trusted_file,
+use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
+
+use super::{
+    Config, INSTANCE_VARIABLE,
+    check_token::{selection_problems, token_problems},
 };
-use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
-use keybroker_worker_protocol::integrity_file::{self, IntegrityFileError};
-
-use super::{Config, INSTANCE_VARIABLE};
-
-/// Length of `CK_TOKEN_INFO.label`.
-const LABEL_BYTES: usize = 32;
-/// Maximum number of integrity keys in the memory of the workers. One entry of the audit log contains all their digests.
-const INTEGRITY_KEYS_MAX: usize = 100;
 
 impl Config {
     /// All problems of the configuration, each with its remedy. The list is empty if the broker can serve with this
     /// configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
-        self.check_selection(&mut problems);
+        problems.extend(self.tokens.problems_of_each(selection_problems));
         self.check_apis(&mut problems);
         self.check_principals(&mut problems);
         problems
@@ -37,7 +29,8 @@ impl Config {
     /// and make keys on it before the PIN file, certificates and principals exist.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
-        self.check_token(&mut problems);
+        problems.extend(self.tokens.problems_of_list());
+        problems.extend(self.tokens.problems_of_each(token_problems));
         self.check_paths(&mut problems);
         self.check_limits(&mut problems);
         self.check_rates(&mut problems);
@@ -48,172 +41,22 @@ impl Config {
         problems
     }
 
-    fn check_selection(&self, problems: &mut Vec<String>) {
-        let token = &self.token;
-        let selectors = [&token.label, &token.serial, &token.uri];
-        if selectors
-            .iter()
-            .filter(|selector| selector.is_some())
-            .count()
-            != 1
-        {
-            problems.push(
-                "[token]: set exactly one of `label`, `serial` and `uri` to select the token"
-                    .to_owned(),
-            );
-        }
-        if token.pin_file.is_none() && !token.is_without_login() {
-            problems.push(
-                "[token]: set `pin_file` to a file that contains the user PIN and that only this user can read"
-                    .to_owned(),
-            );
-        }
-    }
-
-    fn check_token(&self, problems: &mut Vec<String>) {
-        let token = &self.token;
-        let mut range = |name: &str, value: usize, range: RangeInclusive<usize>| {
-            if !range.contains(&value) {
-                problems.push(format!(
-                    "[token]: `{name}` is {value}; it must be {} to {}",
-                    range.start(),
-                    range.end()
-                ));
-            }
-        };
-        range("workers", token.workers, 1..=64);
-        range("sessions_per_worker", token.sessions_per_worker, 1..=256);
-        range("queue_length_max", token.queue_length_max, 1..=65_536);
-        for (principal, weight) in &token.weights {
-            range(
-                &format!("weights.{principal:?}"),
-                usize::try_from(*weight).unwrap_or(usize::MAX),
-                1..=100,
-            );
-        }
-        let call_timeout_ms = usize::try_from(token.call_timeout_ms).unwrap_or(usize::MAX);
-        range("call_timeout_ms", call_timeout_ms, 1_000..=600_000);
-        if let Some(label) = token
-            .label
-            .as_ref()
-            .filter(|label| label.len() > LABEL_BYTES)
-        {
-            problems.push(format!(
-                "[token]: `label` has {} bytes; the label of a token has at most {LABEL_BYTES} bytes",
-                label.len()
-            ));
-        }
-        problems.extend(self.environment_problems());
-        problems.extend(self.integrity_key_problems());
-        for exception in &token.attribute_exceptions {
-            if !attribute_check::EXCEPTIONS
-                .iter()
-                .any(|known| known.attribute == exception)
-            {
-                problems.push(format!(
-                    "[token]: `attribute_exceptions` has {exception:?}, for which no exception is allowed; {}",
-                    if attribute_check::is_checked(exception) {
-                        "without this attribute a key could leave the token"
-                    } else {
-                        "the broker checks no attribute of this name"
-                    }
-                ));
-            }
-        }
-        for test in &token.spared_tests {
-            match NEGATIVE_TESTS.iter().find(|known| known.name == test) {
-                Some(known) if known.can_be_spared => {}
-                Some(_) => problems.push(format!(
-                    "[token]: `spared_tests` has {test:?}, which cannot be omitted: this test shows that the keys cannot \
-                     leave the token"
-                )),
-                None => problems.push(format!(
-                    "[token]: `spared_tests` has {test:?}, which is not a negative test; docs/tokens.md lists the \
-                     negative tests"
-                )),
-            }
-        }
-    }
-
-    /// Returns the problems of the settings for integrity keys in the memory of the workers.
-    pub(super) fn integrity_key_problems(&self) -> Vec<String> {
-        let token = &self.token;
-        if !token.permits_integrity_key_in_worker() {
-            let is_set =
-                token.integrity_key_directory.is_some() || !token.integrity_key_digests.is_empty();
-            return is_set
-                .then(|| {
-                    "[token]: `integrity_key_directory` and `integrity_key_digests` are for `integrity_key = \
-                     \"worker\"`, which is not set; set `integrity_key`, or remove the other two settings"
-                        .to_owned()
-                })
-                .into_iter()
-                .collect();
-        }
-        let mut problems = Vec::new();
-        match &token.integrity_key_directory {
-            None => problems.push(IntegrityFileError::NoDirectory.to_string()),
-            Some(path) if !trusted_file::is_absolute(path) => problems.push(format!(
-                "[token] `integrity_key_directory` is {}",
-                trusted_file::not_absolute(path)
-            )),
-            Some(_) => {}
-        }
-        if token.integrity_key_digests.len() > INTEGRITY_KEYS_MAX {
-            problems.push(format!(
-                "[token.integrity_key_digests] has more than {INTEGRITY_KEYS_MAX} entries"
-            ));
-        }
-        for (id, digest) in &token.integrity_key_digests {
-            // The texts of the ids are compared, because an id in capital letters would match no file.
-            let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
-            if !is_id {
-                problems.push(format!(
-                    "[token.integrity_key_digests]: {id:?} is not the id of a wrapping key: 32 lower-case hexadecimal digits"
-                ));
-            }
-            if !integrity_file::is_sha256(digest) {
-                problems.push(format!(
-                    "[token.integrity_key_digests]: {id:?} has the digest {digest:?}, which is not a SHA-256 as `sha256sum` prints it: \
-                     64 lower-case hexadecimal digits"
-                ));
-            }
-        }
-        problems
-    }
-
-    /// Returns the problems of names and values that an environment cannot contain. With an invalid variable, a command that
-    /// restarts itself with the module's environment would restart forever.
-    fn environment_problems(&self) -> Vec<String> {
-        let is_bad = |name: &str, value: &str| {
-            name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')
-        };
-        self.token
-            .environment
-            .iter()
-            .filter(|(name, value)| is_bad(name, value))
-            .map(|(name, _)| {
-                format!(
-                    "[token.environment]: {name:?} cannot be set: a name must not be empty or contain `=`, and name \
-                     and value must not contain a zero byte"
-                )
-            })
-            .collect()
-    }
-
     fn check_paths(&self, problems: &mut Vec<String>) {
         let mut absolute = |name: &str, path: &Path| {
             if !path.is_absolute() {
                 problems.push(format!("{name} is {}", trusted_file::not_absolute(path)));
             }
         };
-        absolute("[token] `module`", &self.token.module);
-        absolute("[audit] `directory`", &self.audit.directory);
-        if let Some(path) = &self.token.pin_file
-            && !trusted_file::is_absolute(path)
-        {
-            absolute("[token] `pin_file`", path);
+        for token in self.tokens.all() {
+            let prefix = self.tokens.prefix(token);
+            absolute(&format!("{prefix}[token] `module`"), &token.module);
+            if let Some(path) = &token.pin_file
+                && !trusted_file::is_absolute(path)
+            {
+                absolute(&format!("{prefix}[token] `pin_file`"), path);
+            }
         }
+        absolute("[audit] `directory`", &self.audit.directory);
         // The log of the instance is a directory with this name next to the state directory.
         let instance = self.audit.instance.as_str();
         let is_taken = [".", "..", state::DIRECTORY].contains(&instance);

@@ -10,30 +10,20 @@ use rustix::fs::{Access, access};
 
 use keybroker_auth::{issuer, token::Tokens};
 use keybroker_core::{error::chain, remedy::explained, trusted_file};
+use keybroker_hsm::Settings;
 use keybroker_policy::Problems;
 use keybroker_worker_protocol::{
     Pin, check_environment, check_module, integrity_file::IntegrityFiles,
 };
 
-use super::{Config, FileReport, certificates};
+use super::{Config, FileReport, certificates, check_token::integrity_key_problems};
 
 impl Config {
     /// Examines the files of the configuration. The command reads the files as `serve` does, and changes nothing.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
-        // A relative path is reported with the settings.
-        if self.token.module.is_absolute() {
-            let module = check_module(&self.token.module);
-            problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
-        }
-        let environment = check_environment(&self.token.environment);
-        problems.extend(environment.err().map(|error| error.to_string()));
-        problems.extend(self.integrity_file_problems());
-        let pin_file = self.token.pin_file.as_ref();
-        if let Some(path) = pin_file.filter(|path| trusted_file::is_absolute(path)) {
-            problems.extend(Pin::from_file(path).err().map(|error| error.to_string()));
-        }
+        problems.extend(self.tokens.problems_of_each(token_files));
         if let Some(path) = self.store.file() {
             problems.extend(check_database(&path).err().map(|error| chain(&error)));
         }
@@ -95,18 +85,6 @@ impl Config {
         report
     }
 
-    /// Returns the problems of integrity key files. Problems of the settings for these files are reported with the
-    /// other settings.
-    fn integrity_file_problems(&self) -> Vec<String> {
-        let is_set_well = self.integrity_key_problems().is_empty();
-        match IntegrityFiles::permitted(&self.token) {
-            Ok(Some(files)) if is_set_well => {
-                files.problems().iter().map(ToString::to_string).collect()
-            }
-            _ => Vec::new(),
-        }
-    }
-
     /// Examines the certificates of listeners, and the CA certificates of issuers and of the database.
     fn examine_certificates(&self, report: &mut FileReport) {
         for listener in &self.listeners {
@@ -130,9 +108,14 @@ impl Config {
             .listeners
             .iter()
             .filter_map(|listener| listener.tls.as_ref());
+        let pin_files = self
+            .tokens
+            .all()
+            .iter()
+            .filter_map(|token| token.pin_file.as_ref());
         let secrets = keys
             .map(|tls| &tls.key_file)
-            .chain(&self.token.pin_file)
+            .chain(pin_files)
             .chain(&self.store.password_file);
         secrets
             .filter_map(|path| Some((path, trusted_file::reading_group(path)?)))
@@ -144,6 +127,35 @@ impl Config {
                 )
             })
             .collect()
+    }
+}
+
+/// Examines the files of one token.
+fn token_files(token: &Settings) -> Vec<String> {
+    let mut problems = Vec::new();
+    // A relative path is reported with the settings.
+    if token.module.is_absolute() {
+        let module = check_module(&token.module);
+        problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
+    }
+    let environment = check_environment(&token.environment);
+    problems.extend(environment.err().map(|error| error.to_string()));
+    problems.extend(integrity_file_problems(token));
+    let pin_file = token.pin_file.as_ref();
+    if let Some(path) = pin_file.filter(|path| trusted_file::is_absolute(path)) {
+        problems.extend(Pin::from_file(path).err().map(|error| error.to_string()));
+    }
+    problems
+}
+
+/// Returns the problems of integrity key files. Problems of the settings for these files are reported with the other settings.
+fn integrity_file_problems(token: &Settings) -> Vec<String> {
+    let is_set_well = integrity_key_problems(token).is_empty();
+    match IntegrityFiles::permitted(token) {
+        Ok(Some(files)) if is_set_well => {
+            files.problems().iter().map(ToString::to_string).collect()
+        }
+        _ => Vec::new(),
     }
 }
 

@@ -27,6 +27,7 @@ fn is_default(text: &str) -> bool {
     };
     let alternatives = [
         "serial",
+        "copy_of",
         "uri",
         "initialize_string",
         "integrity_key_directory",

@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use crate::{
     cli::exit::{Exit, Failure},
     config::{Config, accepted},
+    places::Registry,
 };
 use keybroker_audit as audit;
 use keybroker_audit::{AuditLog, Entry, EntryKind, OpenIntent, Outcome};
@@ -20,10 +21,9 @@ use keybroker_broker::Serving;
 use keybroker_core::{
     call::{CallId, Timestamp},
     error::chain,
-    key::WrappingKeyState,
     state::StateDirectory,
 };
-use keybroker_hsm::{ExpectedKey, Supervisor};
+use keybroker_hsm::{Entry as TokenEntry, Pool};
 use keybroker_store as store;
 use keybroker_store::{KnownLog, Store, StoreLock};
 
@@ -203,16 +203,20 @@ pub(super) async fn record_accepted_risks(
     config: &Config,
     audit: &AuditLog,
 ) -> Result<Vec<String>, Failure> {
-    let risks = accepted::risks(&config.token);
-    for risk in &risks {
-        tracing::warn!(
-            setting = risk.setting,
-            what = risk.what,
-            gives_away = risk.gives_away,
-            "the configuration accepts a risk of the token"
-        );
+    let mut risks = Vec::new();
+    for token in config.tokens.all() {
+        let prefix = config.tokens.prefix(token);
+        for risk in accepted::risks(token) {
+            tracing::warn!(
+                token = token.name,
+                setting = risk.setting,
+                what = risk.what,
+                gives_away = risk.gives_away,
+                "the configuration accepts a risk of the token"
+            );
+            risks.push(format!("{prefix}{risk}"));
+        }
     }
-    let risks: Vec<String> = risks.iter().map(ToString::to_string).collect();
     let state = StateDirectory::below(&config.audit.directory);
     // The name contains the instance, because several instances may share the state directory.
     let fact = format!("{ACCEPTED_RISKS}-{}", config.audit.instance);
@@ -300,36 +304,36 @@ pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
 }
 
 /// Starts the workers with the keys of the registry, and waits for the result of the first attempt. A caller that cancels this
-/// function must stop the supervisor in `started`.
+/// function must stop the tokens in `started`.
 pub(super) async fn start_token(
     config: &Config,
     store: &Arc<dyn Store>,
     program: PathBuf,
-    started: &OnceLock<Arc<Supervisor>>,
-) -> Result<Arc<Supervisor>, Failure> {
-    let rows = store.registry().await?;
-    let keys: Vec<ExpectedKey> = rows
+    started: &OnceLock<Arc<Pool>>,
+) -> Result<Arc<Pool>, Failure> {
+    let registry = Registry::read(&**store).await?;
+    let are_several = config.tokens.are_several();
+    let entries: Vec<TokenEntry> = config
+        .tokens
+        .all()
         .iter()
-        .filter(|row| row.state != WrappingKeyState::Destroyed)
-        .map(|row| ExpectedKey {
-            id: row.id,
-            objects: row.objects.clone(),
-            token_serial: row.token_serial.clone(),
-            fingerprint: row.fingerprint,
+        .map(|token| TokenEntry {
+            keys: registry.expected(token, are_several),
+            settings: token.clone(),
         })
         .collect();
-    if keys.is_empty() {
+    if entries.iter().all(|entry| entry.keys.is_empty()) {
         return Err(Failure::new(
             Exit::Untrusted,
             "no wrapping key is registered; create a wrapping key with `keybroker key generate`",
         ));
     }
-    let supervisor = Arc::clone(started.get_or_init(|| {
+    let pool = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);
-        Supervisor::start(config.token.clone(), keys, program, state)
+        Pool::start(entries, &program, &state)
     }));
-    let serving = supervisor.settled().await;
-    if let Some(error) = supervisor.startup_error() {
+    let serving = pool.settled().await;
+    if let Some(error) = pool.startup_error() {
         let exit = if error.untrusted {
             Exit::Untrusted
         } else {
@@ -341,5 +345,5 @@ pub(super) async fn start_token(
         // The broker continues: an unavailable token may return, and an operator can correct a rejected PIN in its file.
         tracing::error!(%cause, "the broker started without the token; no key is released until the token is available");
     }
-    Ok(supervisor)
+    Ok(pool)
 }

@@ -31,9 +31,9 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{Broker, Capacity, ClientRules, Parts, Serving, limits::Limits};
+use keybroker_broker::{Broker, Capacity, ClientRules, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm::Supervisor;
+use keybroker_hsm::{Pool, Token};
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -139,8 +139,8 @@ fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Fail
 }
 
 /// Verifies the registry if the token serves. If the token is unavailable, a background task verifies the registry later.
-async fn load_registry(supervisor: &Supervisor, broker: &Broker) -> Result<(), Failure> {
-    if supervisor.settled().await == Serving::Up {
+async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure> {
+    if token.state().serves_a_key() {
         broker
             .load_registry(Deadline::after(REGISTRY_TIMEOUT))
             .await?;
@@ -188,7 +188,7 @@ impl Signals {
 struct Server {
     config: Config,
     broker: Arc<Broker>,
-    supervisor: Arc<Supervisor>,
+    tokens: Arc<Pool>,
     store: Arc<dyn Store>,
     audit: AuditLog,
     health: HealthReporter,
@@ -217,7 +217,7 @@ impl Server {
         program: PathBuf,
         ready_file: Option<PathBuf>,
         hangup: Signal,
-        token_started: &OnceLock<Arc<Supervisor>>,
+        token_started: &OnceLock<Arc<Pool>>,
     ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|error| internal(&error))?;
         let (authenticator, tokens) = credentials(&config)?;
@@ -232,14 +232,14 @@ impl Server {
         let (store_lock, store) = opening::open_store(&config, &audit).await?;
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
-        let supervisor = opening::start_token(&config, &store, program, token_started).await?;
+        let pool = opening::start_token(&config, &store, program, token_started).await?;
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
             store: Arc::clone(&store),
-            token: Arc::<Supervisor>::clone(&supervisor),
+            token: pool.token(),
             limits: Arc::clone(&limits),
-            weights: config.token.weights.clone(),
+            weights: config.tokens.weights(),
             client_rules: client_rules(&config.client_credentials),
             state,
             instance: config.audit.instance.clone(),
@@ -253,7 +253,7 @@ impl Server {
             limits,
         };
         broker.recover(open_intents).await?;
-        load_registry(&supervisor, &broker).await?;
+        load_registry(&*pool.token(), &broker).await?;
         let (health, _) = tonic_health::server::health_reporter();
         let mut server = Self {
             addresses: Vec::new(),
@@ -269,7 +269,7 @@ impl Server {
             _store_lock: store_lock,
             config,
             broker,
-            supervisor,
+            tokens: pool,
             store,
             audit,
             health,
@@ -399,7 +399,7 @@ impl Server {
         ));
         self.background.spawn(watch::registry_once_up(
             Arc::clone(&self.broker),
-            Arc::clone(&self.supervisor),
+            self.tokens.token(),
             self.stop_background.clone(),
         ));
     }
@@ -465,7 +465,7 @@ impl Server {
             );
         }
         self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
-        self.supervisor
+        self.tokens
             .drain_and_stop(Deadline::after(STOP_TIMEOUT))
             .await;
         if time::timeout(STOP_TIMEOUT, self.store.close())

@@ -8,9 +8,9 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use keybroker_api::rpc;
-use keybroker_broker::{Broker, Health, Serving};
+use keybroker_broker::{Broker, Health};
 use keybroker_core::{call::Deadline, error::Reason};
-use keybroker_hsm::{Supervisor, Token as _};
+use keybroker_hsm::Token;
 use keybroker_policy::Policy;
 
 use super::{file_problems::FileProblems, notify, tls::Tls};
@@ -112,7 +112,7 @@ pub(super) async fn files(
 /// Verifies the registry if the token was unavailable at the start. Retries until the verification succeeds.
 pub(super) async fn registry_once_up(
     broker: Arc<Broker>,
-    supervisor: Arc<Supervisor>,
+    token: Arc<dyn Token>,
     stop: CancellationToken,
 ) {
     let mut ticks = time::interval(REGISTRY_INTERVAL);
@@ -121,7 +121,7 @@ pub(super) async fn registry_once_up(
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        if supervisor.state().serving != Serving::Up {
+        if !token.state().serves_a_key() {
             continue;
         }
         match broker

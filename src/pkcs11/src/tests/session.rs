@@ -21,7 +21,7 @@ use keybroker_worker_protocol::{
 };
 
 use crate::{
-    busy::BusyToken,
+    busy::LastAnswer,
     keys,
     open::{OpenToken, ProvedKey},
     operation,
@@ -58,7 +58,7 @@ impl Bench {
             slot: token.slot,
             keys,
             turn: AtomicUsize::new(0),
-            busy: BusyToken::default(),
+            last_answer: LastAnswer::default(),
         });
         let session = SessionThread::new(Arc::clone(&shared), token.session(&ids).unwrap());
         Self {
@@ -284,6 +284,29 @@ fn a_busy_token_is_neither_lost_nor_are_its_records_damaged() {
             }
             assert_eq!(bench.run(damaged, LONG), Err(FailureClass::Damaged));
             assert_eq!(bench.run(job, LONG), Ok(b"material".to_vec()));
+        },
+    );
+}
+
+/// Each call is a round trip to a device on the network, so no call only asks for a length.
+#[test]
+fn an_operation_is_one_call_after_its_initialisation() {
+    with_softhsm(
+        "session::an_operation_is_one_call_after_its_initialisation",
+        |folder| {
+            let mut bench = Bench::with_keys(folder, 1);
+            let job = bench.unwrap_job(&bench.wrapped(), false);
+            let mac = Job::Mac(wire::Mac {
+                key_id: bench.shared.keys[0].place.id.as_bytes().to_vec(),
+                message: MESSAGE.to_vec(),
+            });
+            let functions = ["C_Verify", "C_Decrypt", "C_Sign"];
+            let counts =
+                |bench: &Bench| functions.map(|name| bench.faulty.count(&format!("{name} begins")));
+            let before = counts(&bench);
+            assert_eq!(bench.run(job, LONG), Ok(b"material".to_vec()));
+            bench.run(mac, LONG).unwrap();
+            assert_eq!(counts(&bench), before.map(|count| count + 1));
         },
     );
 }

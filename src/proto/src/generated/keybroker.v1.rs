@@ -1376,6 +1376,49 @@ pub struct GetTokenStateResponse {
     /// When the last self-test passed.
     #[prost(message, optional, tag = "8")]
     pub last_canary_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// The state of each token, at least one. With several tokens, the fields above describe all tokens together: `serving` is
+    /// TOKEN_SERVING_UP while every registered wrapping key has a token that serves, `label`, `serial` and `model` are those of the
+    /// first token that serves, `last_canary_time` is the oldest of the tokens that serve, and the other fields are the lists and
+    /// sums of all tokens.
+    #[prost(message, repeated, tag = "9")]
+    pub tokens: ::prost::alloc::vec::Vec<TokenState>,
+}
+/// The state of one token.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TokenState {
+    /// Name of the token in the broker's configuration.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Jobs go to the tokens with the highest priority first: 0 to 255.
+    #[prost(uint32, tag = "2")]
+    pub priority: u32,
+    /// Whether the token serves.
+    #[prost(enumeration = "TokenServing", tag = "3")]
+    pub serving: i32,
+    /// For administrators: why the token does not serve. If it serves: a problem that affects further workers, or empty.
+    #[prost(string, tag = "4")]
+    pub detail: ::prost::alloc::string::String,
+    /// Token label, from C_GetTokenInfo.
+    #[prost(string, tag = "5")]
+    pub label: ::prost::alloc::string::String,
+    /// Serial number of the token.
+    #[prost(string, tag = "6")]
+    pub serial: ::prost::alloc::string::String,
+    /// Manufacturer and model.
+    #[prost(string, tag = "7")]
+    pub model: ::prost::alloc::string::String,
+    /// The workers.
+    #[prost(message, repeated, tag = "8")]
+    pub workers: ::prost::alloc::vec::Vec<WorkerState>,
+    /// Number of jobs in the queue.
+    #[prost(uint32, tag = "9")]
+    pub queue_length: u32,
+    /// When the last self-test passed.
+    #[prost(message, optional, tag = "10")]
+    pub last_self_test_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Ids of the wrapping keys that the token holds, 16 bytes each.
+    #[prost(bytes = "vec", repeated, tag = "11")]
+    pub wrapping_key_ids: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
 }
 /// Request of TailAuditLog.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

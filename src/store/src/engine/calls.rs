@@ -10,8 +10,8 @@ use async_trait::async_trait;
 
 use crate::{
     CHANGES_MAX, ClientRow, DamagedClient, DamagedRecord, Error, Evidence, KnownLog, ListQuery,
-    NewRevision, Position, REQUEST_KEPT_US, Record, RecordInfo, RegistryRow, RequestRecord,
-    RequestScope, Stamp, Store, StoreId, StoredRevision,
+    NewRevision, PlaceRow, Position, REQUEST_KEPT_US, Record, RecordInfo, RegistryRow,
+    RequestRecord, RequestScope, Stamp, Store, StoreId, StoredRevision,
     mutations::{self, Change},
     rows,
     session::{Columns as _, Session as _, Value},
@@ -276,6 +276,35 @@ impl<E: Engine> Store for EngineStore<E> {
         let mut values = rows::registry_values(row);
         values.extend([row.id.into(), expected.into()]);
         match self.execute(E::sql().update_registry, values).await? {
+            1 => Ok(()),
+            _ => Err(Error::Conflict),
+        }
+    }
+
+    async fn places(&self) -> Result<Vec<PlaceRow>, Error> {
+        let found = self.query(E::sql().places, Vec::new()).await?;
+        found.iter().map(rows::place).collect()
+    }
+
+    async fn add_place(&self, row: &PlaceRow) -> Result<(), Error> {
+        let values = rows::new_place(row);
+        let inserted = self
+            .transaction(End::Commit, move |session, sql| {
+                let values = values.clone();
+                Box::pin(mutations::insert_unless_taken(
+                    session,
+                    sql.of(Table::Places).insert,
+                    values,
+                ))
+            })
+            .await?;
+        if inserted { Ok(()) } else { Err(Error::Exists) }
+    }
+
+    async fn update_place(&self, row: &PlaceRow, expected: &Mac) -> Result<(), Error> {
+        let mut values = rows::place_values(row);
+        values.extend([row.key.into(), row.token.as_str().into(), expected.into()]);
+        match self.execute(E::sql().update_place, values).await? {
             1 => Ok(()),
             _ => Err(Error::Conflict),
         }

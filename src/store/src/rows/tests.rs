@@ -90,6 +90,18 @@ fn a_row_that_is_written_is_read_as_the_same() {
     let row = Row::new(Table::WrappingKeys, new_registry(&registry_row));
     assert_eq!(registry(&row).unwrap(), registry_row);
 
+    let place_row = PlaceRow {
+        key: WrappingKeyId::from_bytes([34; 16]),
+        token: "b".to_owned(),
+        token_serial: "serial".to_owned(),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
+        registered: at(35),
+        backup_confirmed: Some(at(36)),
+        mac: [37; 32],
+    };
+    let row = Row::new(Table::Places, new_place(&place_row));
+    assert_eq!(place(&row).unwrap(), place_row);
+
     let client_row = ClientRow {
         id: client_id,
         revision: 28,

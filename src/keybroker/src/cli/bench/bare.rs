@@ -16,10 +16,10 @@ use crate::{
         pin::log_in,
     },
     config::Config,
+    places::Registry,
 };
-use keybroker_hsm::admin::Admin;
+use keybroker_hsm::{Settings, admin::Admin};
 use keybroker_store as store;
-use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::{ExpectedKey, PinSource};
 
 use super::cpu::CpuTime;
@@ -118,13 +118,13 @@ pub(super) struct Facts {
 
 /// Reads the registry and the token.
 pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
-    let rows = block_on(async {
+    let registry = block_on(async {
         let store = store::open(&config.store).await?;
-        let rows = store.registry().await;
+        let registry = Registry::read(&*store).await;
         store.close().await;
-        rows
+        registry
     })??;
-    let key = active(&rows)?;
+    let key = active(&registry, config.token())?;
     let admin = open(config, &key)?;
     Ok(Facts {
         rsa_bits: admin.check(key.id)?.modulus_bits,
@@ -133,9 +133,10 @@ pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     })
 }
 
-/// The active wrapping key, as the registry describes it.
-pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
-    let row = rows
+/// The active wrapping key, as it must be on this token according to the registry.
+pub(super) fn active(registry: &Registry, token: &Settings) -> Result<ExpectedKey, Failure> {
+    let row = registry
+        .rows
         .iter()
         .filter(|row| row.state.may_wrap())
         .max_by_key(|row| row.sequence)
@@ -143,19 +144,22 @@ pub(super) fn active(rows: &[RegistryRow]) -> Result<ExpectedKey, Failure> {
             Failure::new(Exit::Untrusted, "no wrapping key is active")
                 .hint("create a wrapping key with `keybroker key generate`")
         })?;
-    Ok(ExpectedKey {
-        id: row.id,
-        objects: row.objects.clone(),
-        token_serial: row.token_serial.clone(),
-        fingerprint: row.fingerprint,
-    })
+    let keys = registry.expected(token, false);
+    keys.into_iter()
+        .find(|key| key.id == row.id)
+        .ok_or_else(|| {
+            let (id, name) = (row.id, &token.name);
+            let what = format!("the active wrapping key {id} is not registered for token {name}");
+            Failure::new(Exit::Untrusted, what)
+                .hint("pass `--token` with the name of a token that holds this wrapping key")
+        })
 }
 
 /// Logs in to the token that holds a key.
 pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
-    let source = match &config.token.pin_file {
+    let source = match &config.token().pin_file {
         Some(path) => PinSource::File(path.clone()),
-        None if config.token.is_without_login() => PinSource::NotNeeded,
+        None if config.token().is_without_login() => PinSource::NotNeeded,
         None => {
             return Err(Failure::new(
                 Exit::Pin,

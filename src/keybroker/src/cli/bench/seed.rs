@@ -21,6 +21,7 @@ use crate::{
         progress::Progress,
     },
     config::Config,
+    places::Registry,
 };
 use keybroker_audit::Entry;
 use keybroker_auth::Authenticator;
@@ -103,7 +104,7 @@ struct Seed {
 
 impl Seed {
     async fn run(self, config: &Config) -> Result<(), Failure> {
-        let key = bare::active(&self.store.registry().await?)?;
+        let key = bare::active(&Registry::read(&*self.store).await?, config.token())?;
         let wrappers: Vec<Wrapper> = (0..super::processors())
             .map(|_| Ok(bare::open(config, &key)?.into_wrapper(key.clone())?))
             .collect::<Result<_, Failure>>()?;

@@ -82,15 +82,18 @@ impl Caller {
     }
 }
 
-fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
-    let serving = match state.serving() {
+const fn serving(serving: proto::TokenServing) -> &'static str {
+    match serving {
         proto::TokenServing::Up => "up",
         proto::TokenServing::Down => "down",
         proto::TokenServing::Untrusted => "untrusted",
         proto::TokenServing::Unspecified => "unknown",
-    };
-    vec![
-        ("serving", json!(serving)),
+    }
+}
+
+fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
+    let mut fields = vec![
+        ("serving", json!(serving(state.serving()))),
         ("detail", json!(state.detail)),
         ("label", json!(state.label)),
         ("serial", json!(state.serial)),
@@ -101,7 +104,39 @@ fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
             "last_self_test",
             show::time(state.last_canary_time.as_ref()),
         ),
-    ]
+    ];
+    // A broker of an earlier release does not send the state of each token.
+    if !state.tokens.is_empty() {
+        fields.push(("tokens", tokens(&state.tokens, json)));
+    }
+    fields
+}
+
+/// The state of each token. In text, the details of the tokens are in the field `detail`.
+fn tokens(tokens: &[proto::TokenState], json: bool) -> Value {
+    if !json {
+        let texts: Vec<String> = tokens
+            .iter()
+            .map(|token| format!("{} is {}", token.name, serving(token.serving())))
+            .collect();
+        return json!(texts.join(", "));
+    }
+    let object = |token: &proto::TokenState| {
+        json!({
+            "name": token.name,
+            "priority": token.priority,
+            "serving": serving(token.serving()),
+            "detail": token.detail,
+            "label": token.label,
+            "serial": token.serial,
+            "model": token.model,
+            "workers": workers(&token.workers, json),
+            "queue_length": token.queue_length,
+            "last_self_test": show::time(token.last_self_test_time.as_ref()),
+            "wrapping_keys": token.wrapping_key_ids.iter().map(hex::encode).collect::<Vec<_>>(),
+        })
+    };
+    tokens.iter().map(object).collect()
 }
 
 fn workers(workers: &[proto::WorkerState], json: bool) -> Value {

@@ -6,24 +6,22 @@ use serde_json::{Value, json};
 
 use crate::{
     cli::{
-        Context, block_on,
+        Context,
+        admins::{Admins, Logins},
+        block_on,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in, serials},
+        pin::UserPin,
         progress::Progress,
-        token,
     },
-    config::Config,
+    places::Registry,
 };
-use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState};
-use keybroker_hsm::admin::Admin;
+use keybroker_core::key::{KeyName, Revision, Tenant, UserId, WrappingKeyId};
 use keybroker_store as store;
 use keybroker_store::{
-    RegistryRow,
     scan::{ClientScan, FoundOther, OtherScan, Scan},
     tables::{Table, Tables},
 };
-use keybroker_worker_protocol::PinSource;
 
 use super::row_check::{Finding, Problem, RowChecker};
 
@@ -44,44 +42,38 @@ pub(super) struct Report {
 }
 
 pub(super) fn run(pin: &UserPin, context: &Context) -> Result<(), Failure> {
-    let config = context.config_for_token()?;
-    let pin = pin.get(&config.token)?;
-    let report = block_on(scan_configured(context, &config, &pin))??;
+    let logins = Logins::of(context, pin)?;
+    let report = block_on(scan_configured(context, &logins))??;
     report.show(context)?;
     report.verdict()
 }
 
-async fn scan_configured(
-    context: &Context,
-    config: &Config,
-    pin: &PinSource,
-) -> Result<Report, Failure> {
-    let store = store::open_tables(&config.store).await?;
-    let report = log_in_and_scan(context, config, pin, &store).await;
+async fn scan_configured(context: &Context, logins: &Logins) -> Result<Report, Failure> {
+    let store = store::open_tables(&logins.config()?.store).await?;
+    let report = log_in_and_scan(context, logins, &store).await;
     store.close().await;
     report
 }
 
 async fn log_in_and_scan(
     context: &Context,
-    config: &Config,
-    pin: &PinSource,
+    logins: &Logins,
     store: &Arc<dyn Tables>,
 ) -> Result<Report, Failure> {
-    let registry = store.registry().await?;
-    let admin = log_in(config, pin, false, &serials(&registry))?;
-    scan(context, store, &admin).await
+    let registry = Registry::read(&**store).await?;
+    let admins = logins.log_in(context, &registry)?;
+    scan(context, store, &admins).await
 }
 
 /// Reads every row once and changes nothing. The scan keeps at most one page of each table and the shown findings in memory.
 pub(super) async fn scan(
     context: &Context,
     store: &Arc<dyn Tables>,
-    admin: &Admin,
+    admins: &Admins,
 ) -> Result<Report, Failure> {
-    let registry = store.registry().await?;
-    check_registry(admin, &registry)?;
-    let mut checker = RowChecker::new(admin, registry);
+    let registry = Registry::read(&**store).await?;
+    admins.check_registry(&registry)?;
+    let mut checker = RowChecker::new(admins, registry.rows);
     let mut rows = store.count(Table::Revisions).await? + store.count(Table::Clients).await?;
     for table in OtherScan::TABLES {
         rows += store.count(table).await?;
@@ -96,7 +88,7 @@ pub(super) async fn scan(
             progress.step();
         }
         let key = found.good_revision().map(|row| row.wrapping_key);
-        learn(&mut checker, key, &**store, admin).await?;
+        learn(&mut checker, key, &**store, admins).await?;
         for finding in checker.check(&found)? {
             report.add(&**store, finding).await?;
         }
@@ -109,19 +101,19 @@ pub(super) async fn scan(
         report.clients += 1;
         progress.step();
         let key = found.row.as_ref().ok().map(|row| row.key);
-        learn(&mut checker, key, &**store, admin).await?;
+        learn(&mut checker, key, &**store, admins).await?;
         if let Some(finding) = checker.client(&found)? {
             report.add(&**store, finding).await?;
         }
     }
-    check_others(store, admin, &mut checker, &mut report, &progress).await?;
+    check_others(store, admins, &mut checker, &mut report, &progress).await?;
     Ok(report)
 }
 
 /// Checks the rows that belong to no record and no API client.
 async fn check_others(
     store: &Arc<dyn Tables>,
-    admin: &Admin,
+    admins: &Admins,
     checker: &mut RowChecker<'_>,
     report: &mut Report,
     progress: &Progress,
@@ -133,7 +125,7 @@ async fn check_others(
         if let FoundOther::Request(row) = &found
             && let Ok((_, record)) = &**row
         {
-            learn(checker, Some(record.key), &**store, admin).await?;
+            learn(checker, Some(record.key), &**store, admins).await?;
         }
         if let Some(finding) = checker.other(&found)? {
             report.add(&**store, finding).await?;
@@ -161,43 +153,17 @@ async fn learn(
     checker: &mut RowChecker<'_>,
     key: Option<WrappingKeyId>,
     store: &dyn Tables,
-    admin: &Admin,
+    admins: &Admins,
 ) -> Result<(), Failure> {
     if !checker.lacks(key) {
         return Ok(());
     }
-    let registry = store.registry().await?;
-    if !checker.knows(&registry) {
-        check_registry(admin, &registry)?;
-        checker.renew(registry);
+    let registry = Registry::read(store).await?;
+    if !checker.knows(&registry.rows) {
+        admins.check_registry(&registry)?;
+        checker.renew(registry.rows);
     }
     Ok(())
-}
-
-/// Checks every key that verifies rows. If the registry and the token differ, no row can be checked.
-fn check_registry(admin: &Admin, registry: &[RegistryRow]) -> Result<(), Failure> {
-    admin.know(registry.iter().map(|row| (row.id, &row.objects)))?;
-    let mut problems = Vec::new();
-    for row in registry {
-        if row.state == WrappingKeyState::Destroyed {
-            continue;
-        }
-        match admin.check(row.id) {
-            Ok(key) => {
-                problems.extend(token::compare(admin, row, &key)?);
-                problems.extend(key.problem);
-            }
-            Err(error) => problems.push(format!("key {}: {error}", row.id)),
-        }
-    }
-    if problems.is_empty() {
-        return Ok(());
-    }
-    let what = format!(
-        "no row was checked, because the registry and the token differ:\n  {}",
-        problems.join("\n  ")
-    );
-    Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
 }
 
 impl Report {

@@ -11,16 +11,18 @@ use serde_json::json;
 
 use crate::{
     cli::{
-        Context, block_on, change,
+        Context,
+        admins::{Admins, Logins},
+        block_on, change,
         exit::{Exit, Failure},
         output::Field,
-        pin::{UserPin, log_in, serials},
+        pin::UserPin,
         progress::Progress,
     },
     config::Config,
+    places::Registry,
 };
 use keybroker_audit::Entry;
-use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     Settings, Tls,
@@ -149,24 +151,24 @@ struct Outcome {
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
-    let config = context.config_for_token()?;
-    let (from, to) = sides(arguments, &config)?;
+    let logins = Logins::of(context, &arguments.pin)?;
+    let config = logins.config()?;
+    let (from, to) = sides(arguments, config)?;
     // Log in before anything is written, because a command that cannot verify a copy must not make the copy.
-    let pin = arguments.pin.get(&config.token)?;
-    let rows = block_on(async {
+    let registry = block_on(async {
         let source = store::open_tables(&from).await?;
-        let rows = source.registry().await;
+        let registry = Registry::read(&*source).await;
         source.close().await;
-        rows
+        registry
     })?
     .map_err(CopyError::Source)?;
-    let admin = log_in(&config, &pin, false, &serials(&rows))?;
+    let admins = logins.log_in(context, &registry)?;
     let hint = "stop the broker, because its changes during the copy would be lost";
     let _locks = (super::lock(&from, hint)?, super::lock(&to, hint)?);
     let added = Arc::new(Tally::default());
     let describe = |entry: &mut Entry| entry.count = added.rows_if_begun();
-    let outcome = change::audited(context, &config, "store.copy", describe, || {
-        block_on(copy(context, &from, &to, &admin, &added))?
+    let outcome = change::audited(context, config, "store.copy", describe, || {
+        block_on(copy(context, &from, &to, &admins, &added))?
     })?;
     let mut fields: Vec<Field> = outcome
         .rows
@@ -223,7 +225,7 @@ async fn copy(
     context: &Context,
     from: &Settings,
     to: &Settings,
-    admin: &Admin,
+    admins: &Admins,
     added: &Arc<Tally>,
 ) -> Result<Outcome, Failure> {
     let source = store::open_tables(from).await.map_err(CopyError::Source)?;
@@ -244,20 +246,20 @@ async fn copy(
         to: target,
         added: Arc::clone(added),
     };
-    let result = carry_out(context, &copy, admin).await;
+    let result = carry_out(context, &copy, admins).await;
     copy.from.close().await;
     copy.to.close().await;
     result
 }
 
-async fn carry_out(context: &Context, copy: &Copy, admin: &Admin) -> Result<Outcome, Failure> {
+async fn carry_out(context: &Context, copy: &Copy, admins: &Admins) -> Result<Outcome, Failure> {
     if !copy.is_target_empty().await? {
         walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
     walk_all(context, copy, "copying rows", Lacking::Add).await?;
     // The databases are compared after the slow check with the token, so that the comparison detects changes that were made
     // during the check.
-    let checked = check::scan(context, &copy.to, admin).await?;
+    let checked = check::scan(context, &copy.to, admins).await?;
     let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(
             "the source database was changed during the copy: stop every broker that uses it, empty the destination, \

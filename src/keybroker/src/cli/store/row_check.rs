@@ -5,7 +5,6 @@ use keybroker_core::{
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
-use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{
     ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
@@ -13,7 +12,7 @@ use keybroker_store::{
     tables::{Head, RevisionRow},
 };
 
-use crate::cli::exit::Failure;
+use crate::cli::{admins::Admins, exit::Failure};
 
 /// The problem of a bad row. The names of the problems are stable; `docs/store.md` explains them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,17 +148,17 @@ impl Finding {
 /// Checks the rows of one scan, in the order of the scan.
 #[derive(Debug)]
 pub(super) struct RowChecker<'a> {
-    admin: &'a Admin,
+    admins: &'a Admins,
     registry: Vec<RegistryRow>,
     /// The record that is being checked, until the scan reaches the current revision of this record.
     awaited: Option<Head>,
 }
 
 impl<'a> RowChecker<'a> {
-    /// Requires that the token has every key of the registry that is not destroyed.
-    pub(super) fn new(admin: &'a Admin, registry: Vec<RegistryRow>) -> Self {
+    /// Requires that the tokens have every key of the registry that is not destroyed.
+    pub(super) fn new(admins: &'a Admins, registry: Vec<RegistryRow>) -> Self {
         Self {
-            admin,
+            admins,
             registry,
             awaited: None,
         }
@@ -261,7 +260,7 @@ impl<'a> RowChecker<'a> {
             revision: row.revision,
         };
         let message = envelope.mac_message(&context);
-        if self.admin.verify(key, &message, envelope.mac())? {
+        if self.admins.verify(key, &message, envelope.mac())? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -290,7 +289,7 @@ impl<'a> RowChecker<'a> {
         if let Some(problem) = self.unusable(row.key) {
             return bad(problem, row.key.to_string());
         }
-        if self.admin.verify(row.key, &row.mac_message(), &row.mac)? {
+        if self.admins.verify(row.key, &row.mac_message(), &row.mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused, String::new())
@@ -332,7 +331,7 @@ impl<'a> RowChecker<'a> {
             return bad(problem);
         }
         let message = request_message(scope, &record.content, &record.result);
-        if self.admin.verify(record.key, &message, mac)? {
+        if self.admins.verify(record.key, &message, mac)? {
             return Ok(None);
         }
         bad(Problem::MacRefused)

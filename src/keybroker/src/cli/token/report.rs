@@ -44,10 +44,10 @@ pub(in crate::cli) struct Arguments {
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
-    let pin = arguments.pin.get(&config.token)?;
+    let pin = arguments.pin.get(config.token())?;
     // A report needs no database. If there is no database, only the settings select the token.
     let rows = registry(&config).unwrap_or_default();
-    let serials = serials(&rows);
+    let serials = serials(&rows.rows);
     let admin = log_in(&config, &pin, arguments.write, &serials)?;
     // A second process logs in while the first process is logged in.
     let second = log_in(&config, &pin, false, &serials);

@@ -1,0 +1,2 @@
+-- Forgets on which further tokens wrapping keys are. After a later migration, register these keys again with `keybroker key register`.
+DROP TABLE IF EXISTS wrapping_key_places;

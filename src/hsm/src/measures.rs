@@ -1,0 +1,62 @@
+//! The metrics of one token. The series are looked up once, because a look-up for each job would cost an allocation.
+
+use std::time::Duration;
+
+use keybroker_core::metrics::{self, CounterHandle, GaugeHandle, HistogramHandle, to_float};
+
+/// The series of one token, by its configured name.
+#[derive(Clone, Debug)]
+pub(crate) struct Measures {
+    pub(crate) operation: HistogramHandle,
+    pub(crate) queue_wait: HistogramHandle,
+    pub(crate) worker_restarts: CounterHandle,
+    pub(crate) failovers: CounterHandle,
+    serving: GaugeHandle,
+    workers: GaugeHandle,
+    queue_length: GaugeHandle,
+    self_test_age: GaugeHandle,
+    pin_latched: GaugeHandle,
+}
+
+impl Measures {
+    pub(crate) fn of(token: &str) -> Self {
+        let name = || [token.to_owned()];
+        let measures = Self {
+            operation: metrics::TOKEN_OPERATION.with(name()),
+            queue_wait: metrics::TOKEN_QUEUE_WAIT.with(name()),
+            worker_restarts: metrics::TOKEN_WORKER_RESTARTS.with(name()),
+            failovers: metrics::TOKEN_FAILOVERS.with(name()),
+            serving: metrics::TOKEN_SERVING.with(name()),
+            workers: metrics::TOKEN_WORKERS.with(name()),
+            queue_length: metrics::TOKEN_QUEUE_LENGTH.with(name()),
+            self_test_age: metrics::TOKEN_SELF_TEST_AGE.with(name()),
+            pin_latched: metrics::TOKEN_PIN_LATCHED.with(name()),
+        };
+        // A rate must include the first event.
+        measures.worker_restarts.increment(0);
+        measures.failovers.increment(0);
+        measures
+    }
+
+    /// Publishes the current state of the token. `self_test_age` is absent until a self-test has passed.
+    pub(crate) fn publish(&self, now: &Reading) {
+        let flag = |is_set| f64::from(u8::from(is_set));
+        self.workers.set(to_float(now.workers));
+        self.queue_length.set(to_float(now.queue_length));
+        self.serving.set(flag(now.is_serving));
+        self.pin_latched.set(flag(now.is_pin_latched));
+        if let Some(age) = now.self_test_age {
+            self.self_test_age.set(age.as_secs_f64());
+        }
+    }
+}
+
+/// The values of the gauges of a token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reading {
+    pub(crate) workers: usize,
+    pub(crate) queue_length: usize,
+    pub(crate) is_serving: bool,
+    pub(crate) is_pin_latched: bool,
+    pub(crate) self_test_age: Option<Duration>,
+}

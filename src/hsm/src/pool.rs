@@ -1,0 +1,388 @@
+//! Several tokens as one: each job goes to a token that holds its key and serves.
+//!
+//! Each token has its own [`Supervisor`], with its own workers, queue, PIN latch and metrics. The pool only decides which
+//! token gets a job. A job changes nothing on a token, so a job that a token failed to do can be repeated on another
+//! token. Therefore a token that crashes, hangs or is locked out costs no call that another token can serve before its
+//! deadline. With one token there is no pool: the broker uses the supervisor itself.
+//!
+//! Mitigation: M7 of `THREAT_MODEL.md`.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::task::JoinSet;
+
+use keybroker_core::{
+    call::Deadline, envelope::Algorithm, key::WrappingKeyId, state::StateDirectory,
+};
+use keybroker_worker_protocol::{ExpectedKey, Settings, wire::request};
+
+use crate::{
+    Caller, Error, Serving, StartupError, Supervisor, Token,
+    job::Output,
+    queue::{Kind, Offer},
+};
+
+use attempts::{Attempts, Done};
+
+mod attempts;
+mod state;
+#[cfg(test)]
+mod tests;
+mod token;
+
+/// A token that has failed to answer in time gets no jobs for this time, if another token can do them. Its workers
+/// run self-tests meanwhile, and a worker that hangs is replaced.
+const SUSPECTED: Duration = Duration::from_secs(1);
+/// A token that was given no job for this time gets the next job that it can do within a quarter of the job's time. Its
+/// estimates would otherwise never change.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_PARTS: u32 = 4;
+/// The delay before a retry that an error contains while no token has shown a key.
+const ABSENT_RETRY: Duration = Duration::from_secs(1);
+/// How long a start waits for the other tokens after every key has a token that serves.
+const OTHERS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A token of a pool: its settings, and the keys that must be on it.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The settings of the token.
+    pub settings: Settings,
+    /// The keys that the token must show. A token without keys is not opened.
+    pub keys: Vec<ExpectedKey>,
+}
+
+/// One or several tokens.
+#[derive(Debug)]
+pub struct Pool {
+    /// The tokens with keys, by descending priority.
+    members: Vec<Member>,
+    /// Names of the tokens for which no key is registered. These tokens are not opened.
+    unused: Vec<String>,
+    /// The time to which the times of the members refer.
+    epoch: Instant,
+}
+
+/// One token of a pool.
+#[derive(Debug)]
+struct Member {
+    priority: u8,
+    supervisor: Arc<Supervisor>,
+    /// Until when the token is suspected of hanging, in milliseconds since the epoch of the pool.
+    suspected_until_ms: AtomicU64,
+    /// When the token was last given a job, in milliseconds since the epoch of the pool.
+    last_job_ms: AtomicU64,
+}
+
+/// What a job needs of a token.
+#[derive(Clone, Copy, Debug)]
+struct Need {
+    kind: Kind,
+    /// The algorithm of the envelope that the job decrypts.
+    algorithm: Option<Algorithm>,
+}
+
+/// A token that was chosen for a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Choice {
+    /// Index of the token in `Pool::members`.
+    member: usize,
+    /// When the job is expected to be done; `None` if no worker is ready, so that the job waits for a worker.
+    expected: Option<Duration>,
+}
+
+impl Member {
+    fn new(supervisor: Arc<Supervisor>, priority: u8) -> Self {
+        Self {
+            priority,
+            supervisor,
+            suspected_until_ms: AtomicU64::new(0),
+            last_job_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether the token holds the key of a job and can use the algorithm of the job's envelope. A token whose OAEP
+    /// supports SHA-256 supports SHA-1, too.
+    fn holds(&self, need: Need) -> bool {
+        let Some(own) = self.supervisor.algorithm(need.kind.key()) else {
+            return false;
+        };
+        need.algorithm != Some(Algorithm::RsaOaepSha256) || own == Algorithm::RsaOaepSha256
+    }
+}
+
+impl Pool {
+    /// Starts the workers of every token in the background on the current runtime and returns immediately.
+    pub fn start(entries: Vec<Entry>, program: &Path, state: &StateDirectory) -> Arc<Self> {
+        let is_one = entries.len() == 1;
+        let (used, unused): (Vec<_>, Vec<_>) = entries
+            .into_iter()
+            .partition(|entry| is_one || !entry.keys.is_empty());
+        let members = used
+            .into_iter()
+            .map(|Entry { settings, keys }| {
+                let priority = settings.priority;
+                let supervisor =
+                    Supervisor::start(settings, keys, program.to_owned(), state.clone());
+                Member::new(supervisor, priority)
+            })
+            .collect();
+        let unused: Vec<String> = unused.into_iter().map(|one| one.settings.name).collect();
+        for token in &unused {
+            tracing::warn!(
+                %token,
+                "no wrapping key is registered for this token, so the token is not used; register a key that it holds with \
+                 `keybroker key register`"
+            );
+        }
+        Arc::new(Self::of(members, unused))
+    }
+
+    fn of(mut members: Vec<Member>, unused: Vec<String>) -> Self {
+        // The sort is stable, so tokens of equal priority keep the order of the configuration.
+        members.sort_by_key(|member| std::cmp::Reverse(member.priority));
+        Self {
+            members,
+            unused,
+            epoch: Instant::now(),
+        }
+    }
+
+    /// The token that the broker uses: the only token itself, or this pool.
+    pub fn token(self: &Arc<Self>) -> Arc<dyn Token> {
+        match self.members.as_slice() {
+            [only] if self.unused.is_empty() => Arc::<Supervisor>::clone(&only.supervisor),
+            _ => Arc::<Self>::clone(self),
+        }
+    }
+
+    /// Waits until the first attempt to start the workers of each token has ended. Does not wait long for a token
+    /// without which every key has a token that serves. Returns the state afterwards.
+    pub async fn settled(&self) -> Serving {
+        if let [only] = self.members.as_slice() {
+            return only.supervisor.settled().await;
+        }
+        let mut starting: JoinSet<Serving> = self
+            .members
+            .iter()
+            .map(|member| Arc::clone(&member.supervisor))
+            .map(|supervisor| async move { supervisor.settled().await })
+            .collect();
+        while starting.join_next().await.is_some() {
+            if self.serving() == Serving::Up {
+                let others = async { while starting.join_next().await.is_some() {} };
+                // A token that starts later is used as soon as it is ready.
+                let _in_time = tokio::time::timeout(OTHERS_TIMEOUT, others).await;
+                break;
+            }
+        }
+        self.serving()
+    }
+
+    /// Why no token can serve, if only an administrator can repair it.
+    pub fn startup_error(&self) -> Option<StartupError> {
+        if let [only] = self.members.as_slice() {
+            return only.supervisor.startup_error();
+        }
+        let errors: Option<Vec<(String, StartupError)>> = self
+            .members
+            .iter()
+            .map(|member| {
+                let error = member.supervisor.startup_error()?;
+                Some((member.supervisor.name().to_owned(), error))
+            })
+            .collect();
+        let errors = errors.filter(|errors| !errors.is_empty())?;
+        Some(StartupError {
+            untrusted: errors.iter().any(|(_, error)| error.untrusted),
+            message: errors
+                .iter()
+                .map(|(name, error)| format!("token {name}: {}", error.message))
+                .collect::<Vec<_>>()
+                .join("; "),
+        })
+    }
+
+    /// Accepts no more jobs, lets running jobs finish and waits for the workers of every token to end.
+    pub async fn drain_and_stop(&self, deadline: Deadline) {
+        let mut stopping: JoinSet<()> = self
+            .members
+            .iter()
+            .map(|member| Arc::clone(&member.supervisor))
+            .map(|supervisor| async move { supervisor.drain_and_stop(deadline).await })
+            .collect();
+        while stopping.join_next().await.is_some() {}
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn suspect(&self, member: usize) {
+        if let Some(member) = self.members.get(member) {
+            let until = self.now_ms() + millis(SUSPECTED);
+            member.suspected_until_ms.store(until, Ordering::Relaxed);
+        }
+    }
+
+    /// Chooses a token for a job, among the tokens that are not in `tried`: by priority, and among equal priority by the
+    /// expected time until the job is done. A token of lower priority is chosen only if no token of higher priority
+    /// does the job in time. If no token does the job in time, the token that is done first is chosen.
+    fn choose(&self, need: Need, caller: &Caller, tried: &[usize]) -> Option<Choice> {
+        let now_ms = self.now_ms();
+        let mut in_time: Option<(u8, Choice)> = None;
+        let (mut late, mut suspected): (Option<Choice>, Option<Choice>) = (None, None);
+        for (at, member) in self.members.iter().enumerate() {
+            if in_time.is_some_and(|(priority, _)| priority > member.priority) {
+                break;
+            }
+            if tried.contains(&at) || !member.holds(need) {
+                continue;
+            }
+            let choice = |expected| Choice {
+                member: at,
+                expected: Some(expected),
+            };
+            match member.supervisor.queue().offer(need.kind, caller) {
+                Offer::NoWorker => {}
+                Offer::TooLate(expected) => keep_sooner(&mut late, choice(expected)),
+                Offer::InTime(expected) => {
+                    if member.suspected_until_ms.load(Ordering::Relaxed) > now_ms {
+                        keep_sooner(&mut suspected, choice(expected));
+                        continue;
+                    }
+                    if self.is_due_for_a_probe(member, expected, caller) {
+                        return Some(choice(expected));
+                    }
+                    let mut best = in_time.map(|(_, best)| best);
+                    keep_sooner(&mut best, choice(expected));
+                    in_time = best.map(|best| (member.priority, best));
+                }
+            }
+        }
+        in_time
+            .map(|(_, choice)| choice)
+            .or(suspected)
+            .or(late)
+            .or_else(|| self.awaited(need, tried))
+    }
+
+    /// Whether the estimates of a token are old, and the job can be done even if the token is much slower than before.
+    fn is_due_for_a_probe(&self, member: &Member, expected: Duration, caller: &Caller) -> bool {
+        let idle_ms = self.now_ms()
+            - member
+                .last_job_ms
+                .load(Ordering::Relaxed)
+                .min(self.now_ms());
+        idle_ms >= millis(PROBE_INTERVAL) && expected * PROBE_PARTS <= caller.deadline().remaining()
+    }
+
+    /// The token on which a job waits for a worker, because no token has a worker that is ready.
+    fn awaited(&self, need: Need, tried: &[usize]) -> Option<Choice> {
+        let waits = |serves: bool| {
+            self.members.iter().enumerate().position(|(at, member)| {
+                !tried.contains(&at)
+                    && member.holds(need)
+                    && member.supervisor.is_serving() == serves
+            })
+        };
+        let member = waits(true).or_else(|| waits(false))?;
+        Some(Choice {
+            member,
+            expected: None,
+        })
+    }
+
+    /// Runs a job on a token that holds its key. If the token fails or answers late, another token gets the job, as long
+    /// as the deadline allows it. The first answer counts.
+    async fn run(
+        &self,
+        need: Need,
+        caller: &Caller,
+        job: impl Fn() -> request::Job + Send + Sync,
+    ) -> Result<Output, Error> {
+        let mut attempts = Attempts::default();
+        let Some(mut choice) = self.choose(need, caller, &[]) else {
+            return Err(self.absent(need.kind.key()));
+        };
+        loop {
+            attempts.begin(choice.member);
+            let has_alternative = self.choose(need, caller, attempts.tried()).is_some();
+            if let Some(member) = self.members.get(choice.member) {
+                member.last_job_ms.store(self.now_ms(), Ordering::Relaxed);
+                let running = member.supervisor.run_job(job(), caller, has_alternative);
+                attempts.run(choice.member, Box::pin(running));
+            }
+            let mut patience = attempts::patience(choice.expected, caller.deadline());
+            choice = loop {
+                let done = match tokio::time::timeout(patience, attempts.first_done()).await {
+                    Ok(done) => done,
+                    Err(_) => Done::Late(attempts.latest()),
+                };
+                match done {
+                    Done::Answered(result) => return result,
+                    Done::Failed(member, error) => {
+                        attempts.fail(error);
+                        if let Some(next) = self.choose(need, caller, attempts.tried()) {
+                            self.count_failover(member);
+                            break next;
+                        }
+                        if !attempts.are_running() {
+                            return Err(attempts.error());
+                        }
+                    }
+                    Done::Late(member) => {
+                        let next = self.choose(need, caller, attempts.tried());
+                        // A token without a worker would only let the job wait a second time.
+                        if let Some(next) = next.filter(|next| next.expected.is_some()) {
+                            if self.has_worker(member) {
+                                self.suspect(member);
+                            }
+                            self.count_failover(member);
+                            break next;
+                        }
+                        patience = attempts::AGAIN;
+                    }
+                }
+            };
+        }
+    }
+
+    fn has_worker(&self, member: usize) -> bool {
+        let member = self.members.get(member);
+        member.is_some_and(|member| member.supervisor.queue().has_links())
+    }
+
+    fn count_failover(&self, member: usize) {
+        if let Some(member) = self.members.get(member) {
+            member.supervisor.measures().failovers.increment(1);
+        }
+    }
+
+    /// The error for a key that no token has shown yet.
+    fn absent(&self, key: WrappingKeyId) -> Error {
+        Error::Down {
+            cause: match self.unserved_cause(key) {
+                Some(cause) => cause,
+                None => format!("wrapping key {key} is on no token of the configuration"),
+            },
+            retry_after: ABSENT_RETRY,
+        }
+    }
+}
+
+fn keep_sooner(best: &mut Option<Choice>, other: Choice) {
+    if best.is_none_or(|best| other.expected < best.expected) {
+        *best = Some(other);
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

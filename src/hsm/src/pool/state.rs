@@ -1,0 +1,148 @@
+//! The state of several tokens together. The pool serves while every registered key has a token that serves.
+
+use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
+
+use keybroker_core::key::WrappingKeyId;
+
+use crate::{Serving, Token as _, TokenKey, TokenState};
+
+use super::{Member, Pool};
+
+impl Member {
+    /// Whether the token must hold a key, or holds it.
+    fn is_for(&self, key: WrappingKeyId) -> bool {
+        let expected = self.supervisor.expected();
+        let is_expected = expected
+            .iter()
+            .any(|one| one.id == key && !one.may_be_elsewhere);
+        is_expected || self.supervisor.algorithm(key).is_some() || self.may_hold(key)
+    }
+
+    /// Whether the token may hold a key, because no worker has looked for it yet.
+    fn may_hold(&self, key: WrappingKeyId) -> bool {
+        let state = self.supervisor.state();
+        let expected = self.supervisor.expected();
+        state.info.is_none() && expected.iter().any(|one| one.id == key)
+    }
+
+    fn serves(&self, key: WrappingKeyId) -> bool {
+        self.supervisor.is_serving() && self.supervisor.algorithm(key).is_some()
+    }
+
+    /// Describes why the token does not serve; `None` if it serves.
+    fn problem(&self) -> Option<String> {
+        let state = self.supervisor.state();
+        let name = &state.name;
+        match state.serving {
+            Serving::Up => None,
+            Serving::Down(cause) => Some(format!("token {name} is unavailable: {cause}")),
+            Serving::Untrusted(cause) => Some(format!("token {name} is not trusted: {cause}")),
+        }
+    }
+}
+
+impl Pool {
+    /// The keys that must have a token.
+    fn keys_in_use(&self) -> BTreeSet<WrappingKeyId> {
+        let expected = self
+            .members
+            .iter()
+            .flat_map(|member| member.supervisor.expected());
+        expected.map(|key| key.id).collect()
+    }
+
+    /// Why no token serves a key; `None` if a token serves the key.
+    pub(super) fn unserved_cause(&self, key: WrappingKeyId) -> Option<String> {
+        if self.members.iter().any(|member| member.serves(key)) {
+            return None;
+        }
+        let mut cause = format!("no token serves wrapping key {key}");
+        let mut separator = ": ";
+        for member in self.members.iter().filter(|member| member.is_for(key)) {
+            if let Some(problem) = member.problem() {
+                // A write to a string cannot fail.
+                let _written = write!(cause, "{separator}{problem}");
+                separator = "; ";
+            }
+        }
+        if separator == ": " {
+            cause.push_str(": no token of the configuration shows this key");
+        }
+        Some(cause)
+    }
+
+    /// Whether every registered key has a token that serves.
+    pub(super) fn serving(&self) -> Serving {
+        for key in self.keys_in_use() {
+            let Some(cause) = self.unserved_cause(key) else {
+                continue;
+            };
+            let holders = self.members.iter().filter(|member| member.is_for(key));
+            let states: Vec<Serving> = holders.map(|one| one.supervisor.state().serving).collect();
+            let are_untrusted = states
+                .iter()
+                .all(|one| matches!(one, Serving::Untrusted(_)));
+            // A token that is only unavailable may return without an administrator.
+            return if are_untrusted && !states.is_empty() {
+                Serving::Untrusted(cause)
+            } else {
+                Serving::Down(cause)
+            };
+        }
+        Serving::Up
+    }
+
+    /// Problems that leave every key with a token that serves.
+    fn note(&self, tokens: &[TokenState]) -> Option<String> {
+        let mut notes: Vec<String> = self.members.iter().filter_map(Member::problem).collect();
+        for token in tokens {
+            notes.extend(
+                token
+                    .note
+                    .iter()
+                    .map(|note| format!("token {}: {note}", token.name)),
+            );
+        }
+        notes.extend(self.unused.iter().map(|name| {
+            format!("token {name} is not used, because no wrapping key is registered for it")
+        }));
+        (!notes.is_empty()).then(|| notes.join("; "))
+    }
+
+    /// The state of all tokens together, with the state of each token.
+    pub(super) fn current_state(&self) -> TokenState {
+        let tokens: Vec<TokenState> = self
+            .members
+            .iter()
+            .map(|member| member.supervisor.state())
+            .collect();
+        let mut keys: Vec<TokenKey> = Vec::new();
+        for key in tokens.iter().flat_map(|token| token.keys.iter()) {
+            if !keys.iter().any(|known| known.id == key.id) {
+                keys.push(key.clone());
+            }
+        }
+        let serving_token = tokens.iter().find(|token| token.serving == Serving::Up);
+        TokenState {
+            name: String::new(),
+            priority: tokens.first().map_or(0, |token| token.priority),
+            serving: self.serving(),
+            note: self.note(&tokens),
+            info: serving_token
+                .or(tokens.first())
+                .and_then(|token| token.info.clone()),
+            keys: Arc::from(keys),
+            workers: tokens
+                .iter()
+                .flat_map(|token| token.workers.clone())
+                .collect(),
+            queue_length: tokens.iter().map(|token| token.queue_length).sum(),
+            last_self_test: tokens
+                .iter()
+                .filter(|token| token.serving == Serving::Up)
+                .filter_map(|token| token.last_self_test)
+                .min(),
+            tokens,
+        }
+    }
+}

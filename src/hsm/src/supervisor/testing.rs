@@ -1,0 +1,87 @@
+//! Supervisors for unit tests, without processes: the test plays the workers.
+
+use std::{collections::HashMap, os::unix::net::UnixStream as StdUnixStream};
+
+use tokio::net::UnixStream;
+
+use keybroker_core::{
+    envelope::Algorithm,
+    key::{Fingerprint, ObjectIds, WrappingKeyId},
+};
+use keybroker_worker_protocol::oaep;
+
+use super::*;
+use crate::TokenKey;
+
+/// The end of a worker, without a process. Its jobs stay in the link until the test takes them.
+pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
+    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    // The worker's end of the socket stays open.
+    Box::leak(Box::new(theirs));
+    Link::new(generation, 1, sessions, UnixStream::from_std(ours).unwrap())
+}
+
+/// A supervisor that starts no worker, for a token that must hold these keys.
+pub(crate) fn idle(name: &str, keys: &[WrappingKeyId]) -> Arc<Supervisor> {
+    let settings = toml::from_str(&format!("name = \"{name}\"\nmodule = \"/none.so\"")).unwrap();
+    let state = StateDirectory::below(std::path::Path::new("/none"));
+    let expected = keys.iter().map(|id| ExpectedKey {
+        id: *id,
+        objects: ObjectIds::default(),
+        token_serial: name.to_owned(),
+        fingerprint: Fingerprint([0; 32]),
+        may_be_elsewhere: false,
+        proofs: Vec::new(),
+    });
+    Supervisor::idle(settings, expected.collect(), PathBuf::from("/none"), state)
+}
+
+impl Supervisor {
+    /// A worker with so many sessions becomes ready, and has found all expected keys with this algorithm.
+    pub(crate) fn worker_for_test(
+        &self,
+        generation: u64,
+        sessions: usize,
+        algorithm: Algorithm,
+    ) -> Arc<Link> {
+        let (spki, _) = oaep::spki(&[0xff; 256], &[1, 0, 1]).unwrap();
+        let mut wrap = HashMap::new();
+        let mut keys = Vec::new();
+        for expected in &self.expected {
+            wrap.insert(expected.id, WrapKey::new(&spki, algorithm).unwrap());
+            keys.push(TokenKey {
+                id: expected.id,
+                fingerprint: expected.fingerprint,
+                spki: spki.clone(),
+                modulus_bits: 2_048,
+                algorithm,
+            });
+        }
+        self.found.store(Arc::new(start::Found {
+            info: TokenInfo {
+                label: self.settings.name.clone(),
+                serial: self.settings.name.clone(),
+                model: String::new(),
+            },
+            keys: keys.into(),
+            wrap,
+        }));
+        let link = link(generation, sessions);
+        self.admit(&link);
+        link
+    }
+
+    /// The worker is lost with the jobs that it holds.
+    pub(crate) fn lose_for_test(&self, link: &Link) {
+        self.dismiss(link, Loss::Ended, "it ended");
+        self.take_back(link.take_jobs(), 4, "it ended");
+    }
+
+    /// Answers a job as if a worker had done it within this time.
+    pub(crate) fn served_for_test(&self, job: Job, result: Result<crate::job::Output, Error>) {
+        self.queue.served(&job);
+        job.answer(result, Duration::ZERO);
+        self.queue.dispatch();
+    }
+}

@@ -1,0 +1,197 @@
+//! The tokens that a command for a whole database uses. Rows can belong to keys on several tokens, so the command logs in to each
+//! token.
+
+use std::{cell::RefCell, collections::HashMap};
+
+use keybroker_core::{
+    envelope::{Mac, mac::MacMessage},
+    key::{WrappingKeyId, WrappingKeyState},
+};
+use keybroker_hsm::{Settings, admin::Admin};
+use keybroker_worker_protocol::PinSource;
+
+use crate::{
+    config::Config,
+    places::{KeyHere, Registry},
+};
+
+use super::{
+    Context,
+    exit::{Exit, Failure},
+    pin::{UserPin, log_in, serials},
+    token,
+};
+
+/// The token settings of a command with the source of the PIN for each token.
+#[derive(Debug)]
+pub(super) struct Logins(Vec<(Config, PinSource)>);
+
+impl Logins {
+    /// The tokens of the command: the token that the command line selects, or else all tokens. A source of the PIN on the command
+    /// line applies to one token.
+    pub(super) fn of(context: &Context, pin: &UserPin) -> Result<Self, Failure> {
+        let config = context.config_for_tokens()?;
+        if !config.tokens.are_several() || context.token.is_some() {
+            let source = pin.get(config.token())?;
+            return Ok(Self(vec![(config, source)]));
+        }
+        if pin.is_given() {
+            return Err(Failure::new(
+                Exit::Usage,
+                "the configuration has several tokens, and the PIN on the command line is the PIN of one token: pass \
+                 `--token` with the name of the token, or set `pin_file` for each token",
+            ));
+        }
+        let mut logins = Vec::new();
+        for entry in config.tokens.all() {
+            let mut selected = config.clone();
+            selected.select_token(Some(&entry.name))?;
+            logins.push((selected, pin.get(entry)?));
+        }
+        Ok(Self(logins))
+    }
+
+    /// The configuration.
+    pub(super) fn config(&self) -> Result<&Config, Failure> {
+        let first = self.0.first().map(|(config, _)| config);
+        first.ok_or_else(|| Failure::new(Exit::Configuration, "the configuration has no token"))
+    }
+
+    /// Logs in to the tokens. If there are several tokens, a token that cannot be used is left out with a note: its keys may also
+    /// be on another token.
+    pub(super) fn log_in(&self, context: &Context, registry: &Registry) -> Result<Admins, Failure> {
+        let mut admins = Admins {
+            opened: Vec::new(),
+            at: RefCell::default(),
+        };
+        for (config, pin) in &self.0 {
+            match log_in(config, pin, false, &serials(&registry.rows)) {
+                Ok(admin) => admins.opened.push(Opened {
+                    settings: config.token().clone(),
+                    is_one_of_several: config.tokens.are_several(),
+                    admin,
+                }),
+                Err(failure) if self.0.len() > 1 => {
+                    let name = &config.token().name;
+                    context
+                        .output
+                        .note(&format!("warning: token {name} is not used: {failure}"));
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(admins)
+    }
+}
+
+/// Tokens to which admin workers are logged in.
+#[derive(Debug)]
+pub(super) struct Admins {
+    opened: Vec<Opened>,
+    /// The token that verifies the rows of each key, as an index.
+    at: RefCell<HashMap<WrappingKeyId, usize>>,
+}
+
+#[derive(Debug)]
+struct Opened {
+    settings: Settings,
+    is_one_of_several: bool,
+    admin: Admin,
+}
+
+impl Opened {
+    /// The registered keys that must be on this token.
+    fn keys<'a>(&self, registry: &'a Registry) -> Vec<KeyHere<'a>> {
+        if self.is_one_of_several {
+            registry.on(&self.settings, &self.admin.info().serial)
+        } else {
+            registry.may_be_on(&self.settings)
+        }
+    }
+
+    /// Checks the registered keys of this token. Returns the problems of the token, and the keys without problems.
+    fn check(&self, registry: &Registry) -> Result<(Vec<String>, Vec<WrappingKeyId>), Failure> {
+        let keys = self.keys(registry);
+        self.admin
+            .know(keys.iter().map(|key| (key.row.id, key.objects())))?;
+        let (mut problems, mut good) = (Vec::new(), Vec::new());
+        for key in keys {
+            let id = key.row.id;
+            let found = match self.admin.check(id) {
+                Ok(checked) => {
+                    let mut found = token::compare(&self.admin, &key, &checked)?;
+                    found.extend(checked.problem);
+                    found
+                }
+                Err(error) => vec![format!("key {id}: {error}")],
+            };
+            if found.is_empty() {
+                good.push(id);
+            }
+            problems.extend(found);
+        }
+        if self.is_one_of_several {
+            let name = &self.settings.name;
+            problems = problems
+                .into_iter()
+                .map(|what| format!("token {name}: {what}"))
+                .collect();
+        }
+        Ok((problems, good))
+    }
+}
+
+impl Admins {
+    /// Checks every key that verifies rows. If the registry and a token differ, or if no token shows a key, no row can be checked.
+    pub(super) fn check_registry(&self, registry: &Registry) -> Result<(), Failure> {
+        let mut problems = Vec::new();
+        let mut at = HashMap::new();
+        for (number, opened) in self.opened.iter().enumerate() {
+            let (found, good) = opened.check(registry)?;
+            problems.extend(found);
+            for id in good {
+                at.entry(id).or_insert(number);
+            }
+        }
+        let kept = registry
+            .rows
+            .iter()
+            .filter(|row| row.state != WrappingKeyState::Destroyed);
+        for row in kept.filter(|row| !at.contains_key(&row.id)) {
+            if !problems
+                .iter()
+                .any(|problem| problem.contains(&row.id.to_string()))
+            {
+                problems.push(format!(
+                    "key {}: no token that the command uses shows this key",
+                    row.id
+                ));
+            }
+        }
+        self.at.replace(at);
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let what = format!(
+            "no row was checked, because the registry and the token differ:\n  {}",
+            problems.join("\n  ")
+        );
+        Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
+    }
+
+    /// Verifies a MAC on a token that holds the key.
+    pub(super) fn verify(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        mac: &Mac,
+    ) -> Result<bool, Failure> {
+        let at = self.at.borrow().get(&key).copied();
+        let opened = at.and_then(|at| self.opened.get(at));
+        let opened = opened.ok_or_else(|| {
+            let what = format!("key {key}: no token that the command uses shows this key");
+            Failure::new(Exit::Untrusted, what)
+        })?;
+        Ok(opened.admin.verify(key, message, mac)?)
+    }
+}

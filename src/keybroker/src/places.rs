@@ -1,0 +1,261 @@
+//! Which wrapping keys a token must hold, according to the registry.
+//!
+//! A registry row contains the serial number of the token on which the key was registered. A key that is on further tokens has
+//! one more row for each of them, by the configured name of the token. With one token, the registry row alone decides.
+
+use keybroker_core::key::{ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState};
+use keybroker_hsm::{ExpectedKey, Proof, Settings};
+use keybroker_store as store;
+use keybroker_store::{PlaceRow, RegistryRow, Store};
+use keybroker_worker_protocol::unpadded;
+
+/// The rows of the registry: the wrapping keys, and their places on further tokens.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Registry {
+    /// The wrapping keys.
+    pub(crate) rows: Vec<RegistryRow>,
+    /// Their places on further tokens.
+    pub(crate) places: Vec<PlaceRow>,
+}
+
+/// A registered key as it must be on one token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KeyHere<'a> {
+    /// The registry row of the key.
+    pub(crate) row: &'a RegistryRow,
+    /// The place of the key on this token; absent if the registry row describes this token.
+    pub(crate) place: Option<&'a PlaceRow>,
+}
+
+impl KeyHere<'_> {
+    /// Where the objects of the key are on this token.
+    pub(crate) fn objects(&self) -> &ObjectIds {
+        self.place.map_or(&self.row.objects, |place| &place.objects)
+    }
+
+    /// `CKA_ID` of the RSA private key on this token.
+    pub(crate) fn private_object(&self) -> ObjectId {
+        self.objects().private_object(self.row.id)
+    }
+
+    /// The registered serial number of this token.
+    pub(crate) fn serial(&self) -> &str {
+        let padded = self
+            .place
+            .map_or(&self.row.token_serial, |place| &place.token_serial);
+        unpadded(padded)
+    }
+
+    /// Whether a backup of this token is confirmed for the key.
+    pub(crate) fn is_backup_confirmed(&self) -> bool {
+        match self.place {
+            Some(place) => place.backup_confirmed.is_some(),
+            None => self.row.backup_confirmed.is_some(),
+        }
+    }
+}
+
+impl Registry {
+    /// Reads the registry.
+    pub(crate) async fn read(store: &dyn Store) -> Result<Self, store::Error> {
+        Ok(Self {
+            rows: store.registry().await?,
+            places: store.places().await?,
+        })
+    }
+
+    /// The place of a key on a token; absent if there is no such row.
+    pub(crate) fn place(&self, key: WrappingKeyId, token: &str) -> Option<&PlaceRow> {
+        self.places
+            .iter()
+            .find(|place| place.key == key && place.token == token)
+    }
+
+    /// The registered keys that are not destroyed and may be on a token. A key without a row for this token is expected on the
+    /// token with the serial number in the registry row, unless that token is a declared copy.
+    pub(crate) fn may_be_on<'a>(&'a self, token: &Settings) -> Vec<KeyHere<'a>> {
+        let rows = self
+            .rows
+            .iter()
+            .filter(|row| row.state != WrappingKeyState::Destroyed);
+        rows.filter_map(|row| {
+            let place = self.place(row.id, &token.name);
+            let is_possible = place.is_some() || token.copy_of.is_none();
+            is_possible.then_some(KeyHere { row, place })
+        })
+        .collect()
+    }
+
+    /// The registered keys that must be on the token with this serial number.
+    pub(crate) fn on<'a>(&'a self, token: &Settings, serial: &str) -> Vec<KeyHere<'a>> {
+        let mut keys = self.may_be_on(token);
+        keys.retain(|key| key.place.is_some() || key.serial() == serial);
+        keys
+    }
+
+    /// The keys that the workers of a token look for. If there are several tokens, the token must also verify the MACs of the
+    /// registry before a key is used: otherwise another token with another integrity key could refuse every row.
+    pub(crate) fn expected(&self, token: &Settings, is_one_of_several: bool) -> Vec<ExpectedKey> {
+        let keys = self.may_be_on(token).into_iter();
+        keys.map(|key| ExpectedKey {
+            id: key.row.id,
+            objects: key.objects().clone(),
+            token_serial: key.serial().to_owned(),
+            fingerprint: key.row.fingerprint,
+            may_be_elsewhere: is_one_of_several && key.place.is_none(),
+            proofs: if is_one_of_several {
+                proofs(&key)
+            } else {
+                Vec::new()
+            },
+        })
+        .collect()
+    }
+
+    /// The names of the tokens that hold a key, as far as the registry contains them. If the registry contains no name, the
+    /// serial number stands for the token.
+    pub(crate) fn tokens_of(&self, row: &RegistryRow, configured: &[Settings]) -> Vec<String> {
+        let named = self.places.iter().filter(|place| place.key == row.id);
+        let mut tokens: Vec<String> = named.map(|place| place.token.clone()).collect();
+        // A declared copy has the serial number of its original.
+        let is_copy = |name: &str| {
+            let token = configured.iter().find(|token| token.name == name);
+            token.is_some_and(|token| token.copy_of.is_some())
+        };
+        let is_named = self.places.iter().any(|place| {
+            place.key == row.id
+                && unpadded(&place.token_serial) == unpadded(&row.token_serial)
+                && !is_copy(&place.token)
+        });
+        if !is_named {
+            tokens.insert(0, home_of(row, configured));
+        }
+        tokens
+    }
+}
+
+/// The token of a registry row: the only token of the configuration, or else the token with this serial number.
+fn home_of(row: &RegistryRow, configured: &[Settings]) -> String {
+    let serial = unpadded(&row.token_serial);
+    let by_serial = configured
+        .iter()
+        .find(|token| token.serial.as_deref() == Some(serial));
+    match (configured, by_serial) {
+        ([only], _) => only.name.clone(),
+        (_, Some(token)) => token.name.clone(),
+        _ => format!("serial {serial}"),
+    }
+}
+
+fn proofs(key: &KeyHere<'_>) -> Vec<Proof> {
+    let row = Proof {
+        message: key.row.mac_message().as_bytes().to_vec(),
+        mac: key.row.mac,
+    };
+    let place = key.place.map(|place| Proof {
+        message: place.mac_message().as_bytes().to_vec(),
+        mac: place.mac,
+    });
+    [Some(row), place].into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use keybroker_core::{
+        call::Timestamp,
+        key::{Fingerprint, Purpose},
+    };
+
+    use super::*;
+
+    const ID: WrappingKeyId = WrappingKeyId::from_bytes([1; 16]);
+
+    fn token(name: &str, more: &str) -> Settings {
+        toml::from_str(&format!("name = \"{name}\"\nmodule = \"/a.so\"\n{more}")).unwrap()
+    }
+
+    fn registry(places: &[&str]) -> Registry {
+        let row = RegistryRow {
+            id: ID,
+            objects: ObjectIds::default(),
+            fingerprint: Fingerprint([2; 32]),
+            purpose: Purpose::Plain,
+            state: WrappingKeyState::Active,
+            token_serial: "0a1b            ".to_owned(),
+            sequence: 1,
+            registered: Timestamp::from_micros(1),
+            backup_confirmed: None,
+            mac: [3; 32],
+        };
+        let place = |token: &&str| PlaceRow {
+            key: ID,
+            token: (*token).to_owned(),
+            token_serial: format!("serial-{token}"),
+            objects: ObjectIds::from_slices(&[9], &[]).unwrap(),
+            registered: Timestamp::from_micros(2),
+            backup_confirmed: Some(Timestamp::from_micros(3)),
+            mac: [4; 32],
+        };
+        Registry {
+            rows: vec![row],
+            places: places.iter().map(place).collect(),
+        }
+    }
+
+    #[test]
+    fn one_token_is_described_by_the_registry_row() {
+        let expected = registry(&[]).expected(&token("default", ""), false);
+        assert_eq!(expected.len(), 1);
+        let key = &expected[0];
+        assert_eq!(
+            (key.token_serial.as_str(), key.may_be_elsewhere),
+            ("0a1b", false)
+        );
+        assert!(key.proofs.is_empty());
+    }
+
+    #[test]
+    fn a_place_describes_its_token_and_the_registry_row_describes_the_token_with_its_serial() {
+        let registry = registry(&["b"]);
+        let home = &registry.expected(&token("a", ""), true)[0];
+        assert_eq!(
+            (home.token_serial.as_str(), home.may_be_elsewhere),
+            ("0a1b", true)
+        );
+        assert_eq!(home.proofs.len(), 1);
+        let further = &registry.expected(&token("b", ""), true)[0];
+        assert_eq!(
+            (further.token_serial.as_str(), further.may_be_elsewhere),
+            ("serial-b", false)
+        );
+        assert_eq!(further.proofs.len(), 2);
+        assert_eq!(further.objects.private_object(ID).to_string(), "09");
+        // A declared copy has the serial number of its original, so only a row of its own shows that it holds a key.
+        assert!(
+            registry
+                .expected(&token("c", "copy_of = \"a\""), true)
+                .is_empty()
+        );
+        assert_eq!(
+            registry
+                .expected(&token("b", "copy_of = \"a\""), true)
+                .len(),
+            1
+        );
+        assert_eq!(registry.on(&token("a", ""), "other").len(), 0);
+        assert!(!registry.on(&token("a", ""), "0a1b")[0].is_backup_confirmed());
+        assert!(registry.on(&token("b", ""), "other")[0].is_backup_confirmed());
+    }
+
+    #[test]
+    fn the_tokens_of_a_key_are_shown_by_name() {
+        let registry = registry(&["b"]);
+        let row = &registry.rows[0];
+        let one = [token("only", "")];
+        assert_eq!(registry.tokens_of(row, &one), ["only", "b"]);
+        let two = [token("a", "serial = \"0a1b\""), token("b", "")];
+        assert_eq!(registry.tokens_of(row, &two), ["a", "b"]);
+        let unknown = [token("a", ""), token("b", "")];
+        assert_eq!(registry.tokens_of(row, &unknown), ["serial 0a1b", "b"]);
+    }
+}

@@ -33,7 +33,7 @@ use crate::{
 mod cut_off;
 mod measure;
 mod requests;
-mod to_another_token;
+mod tokens;
 
 /// A re-wrap of the test suite takes seconds; one of the long test takes minutes.
 const DONE_WITHIN: Duration = Duration::from_mins(2);
@@ -305,7 +305,7 @@ async fn one_of_each_kind_is_there(broker: &Broker) {
 /// nothing needs the first wrapping key any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_moves_under_calls_and_none_fails() {
-    let users = names(120);
+    let users = names(40);
     let site = Arc::new(Site::fresh(on_sqlite()));
     let broker = Broker::start_on(site);
     enrol(&broker, &users).await;
@@ -320,7 +320,7 @@ async fn everything_moves_under_calls_and_none_fails() {
     let ended = done(&broker).await;
     assert!(callers.stop().await > 20, "there were no calls");
     assert_eq!((ended.failed, ended.clients_moved), (0, 1), "{ended:?}");
-    assert!(ended.revisions_moved >= 123, "{ended:?}");
+    assert!(ended.revisions_moved >= 43, "{ended:?}");
     assert!(ended.verified >= ended.revisions_moved, "{ended:?}");
     assert!(ended.requested_by.contains("admin"), "{ended:?}");
 

@@ -24,15 +24,15 @@ use crate::{
 /// SIGKILL at random moments: the run goes on by itself at the next start. No row is lost, moved twice or unreadable.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_survives_sigkill_at_any_moment() {
-    let rows = number("KEYBROKER_TEST_REWRAP_ROWS", 600);
-    let kills = number("KEYBROKER_TEST_REWRAP_KILLS", 5);
+    let rows = number("KEYBROKER_TEST_REWRAP_ROWS", 300);
+    let kills = number("KEYBROKER_TEST_REWRAP_KILLS", 4);
     let is_seeded = rows > 2_000;
     let users = names(if is_seeded { 0 } else { rows });
     let site = two_keys_and_rows(rows, &users, is_seeded).await;
     count_moves(&site);
     let mut broker = Broker::start_on(site);
     // Slow enough that every kill comes before the end.
-    let rate = number("KEYBROKER_TEST_REWRAP_RATE", 120);
+    let rate = number("KEYBROKER_TEST_REWRAP_RATE", 60);
     assert!(start(&broker, u32::try_from(rate).unwrap()).await.unwrap());
     let mut killed = 0;
     for kill in 0..kills {
@@ -80,7 +80,7 @@ async fn a_run_survives_sigkill_at_any_moment() {
 /// The token disappears half way, then the database is locked: the run waits and goes on by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_waits_for_the_token_and_for_the_database() {
-    let users = names(200);
+    let users = names(100);
     let site = two_keys(on_sqlite(), &users).await;
     let broker = Broker::start_on(site);
     assert!(start(&broker, 60).await.unwrap());
@@ -124,7 +124,7 @@ async fn a_run_waits_for_the_token_and_for_the_database() {
         (0, 0, ""),
         "{ended:?}"
     );
-    assert_eq!(ended.verified, 200);
+    assert_eq!(ended.verified, 100);
     all_released(&broker, &users).await;
 }
 
@@ -139,7 +139,7 @@ fn options_on(server: &Server) -> Options {
 /// Two brokers share a database server. One of them holds the run and is killed; the other one takes over.
 async fn a_run_moves_to_another_broker(kind: Kind) {
     let server = Server::start(kind);
-    let users = names(200);
+    let users = names(100);
     let site = two_keys(options_on(&server), &users).await;
     let (one, two) = (start_instance(&site, "one"), start_instance(&site, "two"));
     assert!(start(&two, 50).await.unwrap());
@@ -169,7 +169,7 @@ async fn a_run_moves_to_another_broker(kind: Kind) {
     admin.resume_rewrap(resume).await.unwrap();
     let ended = done(&other).await;
     assert_ne!(ended.instance, holder);
-    assert_eq!((ended.failed, ended.verified), (0, 200), "{ended:?}");
+    assert_eq!((ended.failed, ended.verified), (0, 100), "{ended:?}");
     assert_eq!(left(&other).await, (0, 0));
     all_released(&other, &users).await;
     // Rows that were moved, by the outcomes in the audit logs of both brokers: none twice.
@@ -182,7 +182,7 @@ async fn a_run_moves_to_another_broker(kind: Kind) {
         .map(|entry| entry["count"].as_u64().unwrap())
         .sum();
     // The outcome of the batch that was cut off is not written yet.
-    assert!((1..=200).contains(&moved), "{moved}");
+    assert!((1..=100).contains(&moved), "{moved}");
     other.site.expect_ok(&["store", "check"]);
 }
 

@@ -355,10 +355,7 @@ impl Supervisor {
                 && job.losses < losses_max
                 && !job.has_alternative
                 && !job.work.is_self_test();
-            if !is_repeated {
-                let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
-                job.answer(Err(error), Duration::ZERO);
-            } else {
+            if is_repeated {
                 job.span.in_scope(
                     || tracing::warn!(%cause, "a job is repeated: its token worker was lost"),
                 );
@@ -366,6 +363,9 @@ impl Supervisor {
                     losses: job.losses + 1,
                     ..job
                 });
+            } else {
+                let error = refusal.clone().unwrap_or_else(|| decider.down(cause));
+                job.answer(Err(error), Duration::ZERO);
             }
         }
     }

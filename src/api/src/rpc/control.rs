@@ -79,7 +79,7 @@ impl ControlService for Control {
             .token_state(&entered.principal, &entered.call)
             .await
             .map_err(|error| entered.status(&error))?;
-        Ok(Response::new(token_state(state)))
+        Ok(Response::new(token_state(&state)))
     }
 
     async fn tail_audit_log(
@@ -167,13 +167,13 @@ fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
     }
 }
 
-fn token_state(state: TokenState) -> proto::GetTokenStateResponse {
+fn token_state(state: &TokenState) -> proto::GetTokenStateResponse {
     let tokens = if state.tokens.is_empty() {
-        vec![one_token(&state)]
+        vec![one_token(state)]
     } else {
         state.tokens.iter().map(one_token).collect()
     };
-    let together = one_token(&state);
+    let together = one_token(state);
     proto::GetTokenStateResponse {
         serving: together.serving,
         detail: together.detail,

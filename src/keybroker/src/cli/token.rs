@@ -484,24 +484,20 @@ fn record_backup(
     let backup_confirmed = Some(now);
     let id = key.row.id;
     let update = async |store: &dyn Store| -> Result<(), Failure> {
-        match key.place {
-            Some(place) => {
-                let mut new = PlaceRow {
-                    backup_confirmed,
-                    ..place.clone()
-                };
-                new.mac = admin.mac(id, &new.mac_message())?;
-                Ok(store.update_place(&new, &place.mac).await?)
-            }
-            None => {
-                let mut new = RegistryRow {
-                    backup_confirmed,
-                    ..key.row.clone()
-                };
-                new.mac = admin.mac(id, &new.mac_message())?;
-                Ok(store.update_registry(&new, &key.row.mac).await?)
-            }
+        if let Some(place) = key.place {
+            let mut new = PlaceRow {
+                backup_confirmed,
+                ..place.clone()
+            };
+            new.mac = admin.mac(id, &new.mac_message())?;
+            return Ok(store.update_place(&new, &place.mac).await?);
         }
+        let mut new = RegistryRow {
+            backup_confirmed,
+            ..key.row.clone()
+        };
+        new.mac = admin.mac(id, &new.mac_message())?;
+        Ok(store.update_registry(&new, &key.row.mac).await?)
     };
     block_on(async {
         let store = store::open(&config.store).await?;

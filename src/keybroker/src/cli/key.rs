@@ -184,11 +184,12 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
     // Every check that could refuse the registry row comes before the keys are made on the token.
     let _lock = store::lock(&config.store)?;
-    let rows = block_on(registry(&config))??.rows;
+    let mut registry = block_on(registry(&config))??;
+    let rows = &registry.rows;
     let files = integrity_files(&config)?;
     let pin = arguments.pin.get(config.token())?;
-    let admin = log_in(&config, &pin, true, &serials(&rows))?;
-    let (row, file) = entries::audited(
+    let admin = log_in(&config, &pin, true, &serials(rows))?;
+    let (row, place, file) = entries::audited(
         context,
         &config,
         "wrapping_key.generate",
@@ -199,14 +200,12 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
             let mut file = None;
             let mut register = || {
                 file = store_integrity_key(files, &key)?;
-                let row = new_row(&admin, &key, &rows)?;
+                let row = new_row(&admin, &key, rows)?;
                 insert(&config, &row)?;
-                if config.tokens.are_several() {
-                    place::add(&config, &admin, &key, &row)?;
-                }
-                Ok(row)
+                let place = place::add(&config, &admin, &key, &row)?;
+                Ok((row, place))
             };
-            let row = register().map_err(|failure: Failure| {
+            let (row, place) = register().map_err(|failure: Failure| {
                 let pin = file.as_ref().map_or_else(String::new, |file: &StoredKey| {
                     format!(", {}", file.instruction())
                 });
@@ -217,11 +216,13 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                 );
                 Failure::new(failure.exit, what)
             })?;
-            Ok((row, file))
+            Ok((row, place, file))
         },
     )?;
     warn_of_backup(context, &config, &row);
-    show(context, &row, file.as_ref())
+    registry.places.extend(place);
+    let shown = fields_with_tokens(&row, &registry, &config);
+    show(context, shown, file.as_ref())
 }
 
 /// The files of integrity keys, if the settings permit them. The directory of the integrity key files must be ready before a key
@@ -278,9 +279,8 @@ fn store_integrity_key(
     }))
 }
 
-/// Shows a registry row, and the file of its integrity key if the command has written this file.
-fn show(context: &Context, row: &RegistryRow, file: Option<&StoredKey>) -> Result<(), Failure> {
-    let mut shown = fields(row);
+/// Shows the fields of a registry row, and the file of its integrity key if the command has written this file.
+fn show(context: &Context, mut shown: Vec<Field>, file: Option<&StoredKey>) -> Result<(), Failure> {
     if let Some(file) = file {
         shown.push(("integrity_key_file", json!(file.path.display().to_string())));
         shown.push(("integrity_key_sha256", json!(file.sha256)));
@@ -312,7 +312,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         .map(parse_object_id)
         .transpose()?;
     let _lock = store::lock(&config.store)?;
-    let registry = block_on(registry(&config))??;
+    let mut registry = block_on(registry(&config))??;
     let rows = &registry.rows;
     let files = IntegrityFiles::permitted(config.token())?;
     let pin = arguments.pin.get(config.token())?;
@@ -325,19 +325,17 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
     refuse_shared_integrity_key(&key, rows)?;
     let mut file = None;
-    let row = match rows.iter().find(|row| row.id == id) {
+    let (row, place) = match rows.iter().find(|row| row.id == id) {
         None => entries::audited(context, &config, "wrapping_key.register", describe, || {
             file = store_integrity_key(files, &key)?;
             let row = new_row(&admin, &key, rows)?;
             insert(&config, &row)?;
-            if config.tokens.are_several() {
-                place::add(&config, &admin, &key, &row)?;
-            }
-            Ok(row)
+            let place = place::add(&config, &admin, &key, &row)?;
+            Ok((row, place))
         })?,
         Some(old) if config.tokens.are_several() => {
-            place::register(context, &config, &admin, &key, old, &registry)?;
-            old.clone()
+            let place = place::register(context, &config, &admin, &key, old, &registry)?;
+            (old.clone(), Some(place))
         }
         Some(old) => {
             let moved = moved_row(&admin, &key, old)?;
@@ -349,11 +347,13 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
                     Ok::<_, Failure>(updated?)
                 })?
             })?;
-            moved
+            (moved, None)
         }
     };
     note_file_in_backup(context, &config, &row);
-    show(context, &row, file.as_ref())
+    registry.places.extend(place);
+    let shown = fields_with_tokens(&row, &registry, &config);
+    show(context, shown, file.as_ref())
 }
 
 /// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if it had another `CKA_ID` on another token.

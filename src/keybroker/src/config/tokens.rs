@@ -328,10 +328,8 @@ SOFTHSM2_CONF = "/b.conf"
             let problems = parse(&text).problems_of_list().join("\n");
             assert!(problems.contains(expected), "{to}: {problems}");
         }
-        let entries: Vec<String> = (0..=TOKENS_MAX)
-            .map(|number| format!("[[token]]\nname = \"t{number}\"\nmodule = \"/a.so\"\n"))
-            .collect();
-        let many = entries.concat();
+        let entry = |number| format!("[[token]]\nname = \"t{number}\"\nmodule = \"/a.so\"\n");
+        let many = (0..=TOKENS_MAX).map(entry).collect::<Vec<_>>().concat();
         let problems = parse(&many).problems_of_list().join("\n");
         assert!(problems.contains("at most 16"), "{problems}");
     }

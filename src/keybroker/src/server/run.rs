@@ -289,9 +289,8 @@ impl Server {
             accepted_risks,
         });
         let secrets = client_secrets(&config, &broker)?;
-        let authenticator = Arc::new(authenticator.with_secrets(secrets));
         let identifier = Identifier {
-            authenticator,
+            authenticator: Arc::new(authenticator.with_secrets(secrets)),
             limits,
         };
         broker.recover(open_intents).await?;

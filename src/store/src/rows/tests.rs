@@ -90,6 +90,22 @@ fn a_row_that_is_written_is_read_as_the_same() {
     let row = Row::new(Table::ClientUses, new_client_use(client_id, 20, at(21)));
     assert_eq!(client_use(&row).unwrap(), (20, at(21)));
 
+    let client_row = ClientRow {
+        id: client_id,
+        revision: 28,
+        document: vec![29; 50],
+        mac: [30; 32],
+        key: WrappingKeyId::from_bytes([31; 16]),
+        created: at(32),
+        updated: at(33),
+    };
+    let row = Row::new(Table::Clients, new_client(&client_row));
+    assert_eq!(client(&row).unwrap(), client_row);
+}
+
+/// The same for the registry of wrapping keys and their places on further tokens.
+#[test]
+fn rows_of_the_registry_come_back_as_they_were() {
     let registry_row = RegistryRow {
         id: WrappingKeyId::from_bytes([22; 16]),
         objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
@@ -105,15 +121,15 @@ fn a_row_that_is_written_is_read_as_the_same() {
     let row = Row::new(Table::WrappingKeys, new_registry(&registry_row));
     assert_eq!(registry(&row).unwrap(), registry_row);
 
-    let client_row = ClientRow {
-        id: client_id,
-        revision: 28,
-        document: vec![29; 50],
-        mac: [30; 32],
-        key: WrappingKeyId::from_bytes([31; 16]),
-        created: at(32),
-        updated: at(33),
+    let place_row = PlaceRow {
+        key: WrappingKeyId::from_bytes([34; 16]),
+        token: "b".to_owned(),
+        token_serial: "serial".to_owned(),
+        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
+        registered: at(35),
+        backup_confirmed: Some(at(36)),
+        mac: [37; 32],
     };
-    let row = Row::new(Table::Clients, new_client(&client_row));
-    assert_eq!(client(&row).unwrap(), client_row);
+    let row = Row::new(Table::Places, new_place(&place_row));
+    assert_eq!(place(&row).unwrap(), place_row);
 }

@@ -16,15 +16,19 @@ use crate::{
     places::Registry,
 };
 
-/// Adds the place of a new key on the token of this command.
+/// Adds the place of a new key on the token of this command. With one token, the registry row describes the token.
 pub(super) fn add(
     config: &Config,
     admin: &Admin,
     key: &CheckedKey,
     row: &RegistryRow,
-) -> Result<(), Failure> {
+) -> Result<Option<PlaceRow>, Failure> {
+    if !config.tokens.are_several() {
+        return Ok(None);
+    }
     let place = new_place(config, admin, key, row)?;
-    change_store(config, async |store| store.add_place(&place).await)
+    change_store(config, async |store| store.add_place(&place).await)?;
+    Ok(Some(place))
 }
 
 /// Registers a registered key also for the token of this command, after proof that the token holds the same key: the public key
@@ -36,7 +40,7 @@ pub(super) fn register(
     key: &CheckedKey,
     row: &RegistryRow,
     registry: &Registry,
-) -> Result<(), Failure> {
+) -> Result<PlaceRow, Failure> {
     let (id, token) = (row.id, &config.token().name);
     if row.fingerprint != key.fingerprint {
         let what = format!(
@@ -64,13 +68,14 @@ pub(super) fn register(
     match known {
         None => change::audited(context, config, "wrapping_key.register", describe, || {
             change_store(config, async |store| store.add_place(&place).await)
-        }),
+        })?,
         Some(known) => change::audited(context, config, "wrapping_key.move", describe, || {
             change_store(config, async |store| {
                 store.update_place(&place, &known.mac).await
             })
-        }),
+        })?,
     }
+    Ok(place)
 }
 
 /// Makes the row for the place of a key on the token of this command. A confirmed backup stays confirmed for the token in the

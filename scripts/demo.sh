@@ -176,6 +176,11 @@ client() {
     --cert "$WORK/pki/$role.pem" --key "$WORK/pki/$role.key" "$@"
 }
 
+# Runs a command that has the running broker change its keys, with the certificate of the administrator.
+as_admin() {
+  "$@" --endpoint "$ENDPOINT" --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/admin.pem" --key "$WORK/pki/admin.key"
+}
+
 start_broker() {
   # Start the broker directly and not through a function, because the shell of a function would receive the signals for the
   # broker.
@@ -277,6 +282,52 @@ denied() {
   indented <"$WORK/said"
   [[ $status -ne 0 && ! -s $WORK/stolen ]] || fail 'an administrator was given a key'
   grep -q POLICY "$WORK/said" || fail 'the administrator was refused for another reason than POLICY'
+}
+
+rotate() {
+  step 'A new wrapping key, and every row moved to it, while the broker serves'
+  command_line 'keybroker key rotate --single'
+  as_admin keybroker key rotate --single 2>&1 | indented
+  [[ ${PIPESTATUS[0]} -eq 0 ]] || fail 'the rotation failed'
+  command_line 'keybroker rewrap start --wait'
+  as_admin keybroker -o json rewrap start --wait >"$WORK/said" 2>&1 || fail "the re-wrap failed: $(cat "$WORK/said")"
+  grep -oE '"(state|revisions_moved|failed|verified)":("[a-z]+"|[0-9]+)' "$WORK/said" | indented
+  local keys
+  keys=$(sql 'SELECT count(DISTINCT wrapping_key_id) FROM revisions')
+  [[ $keys -eq 1 ]] || fail "the rows are under $keys wrapping keys"
+  client releaser unwrap --user user-001 --key-name vault --out "$WORK/after-rewrap" >/dev/null
+  cmp --silent "$WORK/users/user-001.key" "$WORK/after-rewrap" || fail 'user-001 did not get its key after the re-wrap'
+  note 'No call failed, no key left the token, and user-001 gets the same key.'
+}
+
+# Gives the broker a copy of the token, and then takes the first token away.
+failover() {
+  step 'A second token, and the loss of the first one'
+  stop_broker || fail 'the broker did not stop cleanly'
+  cp -a "$WORK/tokens" "$WORK/tokens-b"
+  sed "s|$WORK/tokens|$WORK/tokens-b|" "$WORK/softhsm2.conf" >"$WORK/softhsm2-b.conf"
+  awk -v conf="$WORK/softhsm2-b.conf" '
+    /^\[store\]/ {
+      sub(/\[token\]/, "[[token]]\nname = \"b\"\ncopy_of = \"a\"", token)
+      sub(/SOFTHSM2_CONF = "[^"]*"/, "SOFTHSM2_CONF = \"" conf "\"", token)
+      print token
+      inside = 0
+    }
+    /^\[token\]/ { inside = 1 }
+    inside { token = token $0 "\n" }
+    { sub(/^\[token\]/, "[[token]]\nname = \"a\""); print }
+  ' "$WORK/keybroker.toml" >"$WORK/two.toml"
+  mv "$WORK/two.toml" "$WORK/keybroker.toml"
+  local id
+  for id in $(broker -o json key list | grep -oE '"id":"[0-9a-f]{32}"' | cut -d '"' -f 4); do
+    command_line "keybroker --token b key register $id"
+    broker --token b key register "$id" >"$WORK/said" 2>&1 || fail "the copy was not registered: $(cat "$WORK/said")"
+  done
+  start_broker
+  mv "$WORK/tokens" "$WORK/tokens-gone"
+  note 'The directory of token a is gone.'
+  compare
+  mv "$WORK/tokens-gone" "$WORK/tokens"
 }
 
 audit() {
@@ -554,7 +605,9 @@ main() {
   thief
   swapped
   denied
+  rotate
   audit
+  failover
   bench
   if [[ $KEEP == yes ]]; then keep; else finish; fi
   printf '\n%s\n' "took $((SECONDS - STARTED)) s"

@@ -28,8 +28,13 @@ use crate::{
 
 const MATERIAL: &[u8] = b"material of this user";
 const CALLERS: usize = 8;
-/// The latency of one operation of a slow token.
-const LATENCY_MS: u32 = 20;
+/// The latency of one operation of a slow token, unless `KEYBROKER_TEST_LATENCY_MS` sets another one. The suite uses a long
+/// latency, so that the tokens and not the processors are the limit on a machine that is busy.
+const LATENCY_MS: u32 = 60;
+/// How long a throughput is measured.
+const MEASURED: Duration = Duration::from_secs(5);
+/// Attempts to measure a throughput, because other load can slow down one of the two measurements.
+const ATTEMPTS: usize = 3;
 
 /// Two SoftHSM tokens in one configuration, each behind a scriptable module of its own: `a`, and `b` with a copy of its directory.
 struct Two {
@@ -433,45 +438,50 @@ fn ready_now(broker: &Broker) -> String {
 
 /// Where the tokens are the limit, two tokens do nearly twice the work of one. A measurement, so it is not part of the test suite:
 /// on a busy machine, the processors are the limit.
+///
+/// `KEYBROKER_TEST_LATENCY_MS=20` measures tokens with a latency of 20 ms, on a machine that does nothing else.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement; docs/several-tokens.md has the command"]
 async fn two_slow_tokens_do_the_work_of_two() {
-    const MEASURED: Duration = Duration::from_secs(5);
-    let two = Two::fresh(Options {
-        sessions_per_worker: 2,
-        ..Options::default()
-    });
-    let latency = format!("[limits]\nlatency_ms = {LATENCY_MS}\n");
+    let latency_ms =
+        env::var("KEYBROKER_TEST_LATENCY_MS").map_or(LATENCY_MS, |text| text.parse().unwrap());
+    let two = Two::fresh(Options::default());
+    let latency = format!("[limits]\nlatency_ms = {latency_ms}\n");
     for faulty in [&two.a, &two.b] {
         faulty.behave(&latency);
     }
-    let mut calls = Vec::new();
-    for are_two in [false, true] {
-        if are_two {
-            two.configure("");
-        } else {
-            two.configure_one();
+    let mut seen = Vec::new();
+    for attempt in 0..ATTEMPTS {
+        two.configure_one();
+        let one = throughput(&two, attempt == 0).await;
+        two.configure("");
+        let both = throughput(&two, false).await;
+        println!("one token: {one} calls, two tokens: {both} calls within {MEASURED:?}");
+        if both * 10 >= one * 18 {
+            return;
         }
-        let broker = Broker::start_on(Arc::clone(&two.site));
-        let enroller = Caller::of(&broker, "enroller");
-        if !are_two {
-            enroller.create("ada", MATERIAL).await.unwrap();
-        }
-        let load = Load::start(&broker, 2 * CALLERS);
-        // The estimates are made meanwhile.
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        let before = load.ended.load(Ordering::Relaxed);
-        tokio::time::sleep(MEASURED).await;
-        calls.push(load.ended.load(Ordering::Relaxed) - before);
-        let (_, failed, _) = load.end().await;
-        assert_eq!(failed, 0);
-        broker.stop();
+        seen.push((one, both));
     }
-    println!(
-        "one token: {} calls, two tokens: {} calls within {MEASURED:?}",
-        calls[0], calls[1]
-    );
-    assert!(calls[1] * 10 >= calls[0] * 18, "{calls:?}");
+    panic!("two tokens never did 1.8 times the work of one: {seen:?}");
+}
+
+/// How many calls end within [`MEASURED`].
+async fn throughput(two: &Two, is_first: bool) -> usize {
+    let broker = Broker::start_on(Arc::clone(&two.site));
+    if is_first {
+        let enroller = Caller::of(&broker, "enroller");
+        enroller.create("ada", MATERIAL).await.unwrap();
+    }
+    let load = Load::start(&broker, 2 * CALLERS);
+    // The estimates are made meanwhile.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = load.ended.load(Ordering::Relaxed);
+    tokio::time::sleep(MEASURED).await;
+    let calls = load.ended.load(Ordering::Relaxed) - before;
+    let (_, failed, _) = load.end().await;
+    assert_eq!(failed, 0);
+    broker.stop();
+    calls
 }
 
 /// A broker starts although one of its tokens is absent, says so, and uses the token when it is there.

@@ -291,7 +291,7 @@ rotate() {
   [[ ${PIPESTATUS[0]} -eq 0 ]] || fail 'the rotation failed'
   command_line 'keybroker rewrap start --wait'
   as_admin keybroker -o json rewrap start --wait >"$WORK/said" 2>&1 || fail "the re-wrap failed: $(cat "$WORK/said")"
-  grep -oE '"(state|revisions_moved|failed|verified)":("[a-z]+"|[0-9]+)' "$WORK/said" | indented
+  grep -oE '"(state|revisions_moved|failed|verified)": ?("[a-z]+"|[0-9]+)' "$WORK/said" | indented
   local keys
   keys=$(sql 'SELECT count(DISTINCT wrapping_key_id) FROM revisions')
   [[ $keys -eq 1 ]] || fail "the rows are under $keys wrapping keys"
@@ -304,6 +304,7 @@ rotate() {
 failover() {
   step 'A second token, and the loss of the first one'
   stop_broker || fail 'the broker did not stop cleanly'
+  rm "$WORK/ready"
   cp -a "$WORK/tokens" "$WORK/tokens-b"
   sed "s|$WORK/tokens|$WORK/tokens-b|" "$WORK/softhsm2.conf" >"$WORK/softhsm2-b.conf"
   awk -v conf="$WORK/softhsm2-b.conf" '
@@ -319,7 +320,7 @@ failover() {
   ' "$WORK/keybroker.toml" >"$WORK/two.toml"
   mv "$WORK/two.toml" "$WORK/keybroker.toml"
   local id
-  for id in $(broker -o json key list | grep -oE '"id":"[0-9a-f]{32}"' | cut -d '"' -f 4); do
+  for id in $(broker -o json key list | grep -oE '"id": ?"[0-9a-f]{32}"' | cut -d '"' -f 4); do
     command_line "keybroker --token b key register $id"
     broker --token b key register "$id" >"$WORK/said" 2>&1 || fail "the copy was not registered: $(cat "$WORK/said")"
   done
@@ -607,8 +608,8 @@ main() {
   denied
   rotate
   audit
-  failover
   bench
+  failover
   if [[ $KEEP == yes ]]; then keep; else finish; fi
   printf '\n%s\n' "took $((SECONDS - STARTED)) s"
   printf 'demo: ok\n'

@@ -1,4 +1,4 @@
-//! The registry of wrapping keys. The token verifies each row before the broker uses it. Each key is judged alone: a key
+//! The registry of wrapping keys. The token verifies each row before the broker uses it. Each key is checked alone: a key
 //! that is missing from the token, or whose row was altered, does not affect the other keys.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
-# folder, overload on a token that takes 20 ms longer for each unwrap, and three simulated devices. Writes the JSON documents
+# folder, overload on a token that takes 20 ms longer for each unwrap, and a simulated device with thirty lanes. Writes the JSON documents
 # and the charts to docs/performance, and the tables to docs/performance.md. Takes about a quarter of an hour, without the build.
 #
 # Usage: performance.sh [--seconds COUNT] [--members COUNT] [--largest COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
@@ -30,7 +30,7 @@ STORM_SECONDS=60
 IDLE=4000
 SLOW_MS=20
 NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-slow fairness-slow connections storm storm-largest restart
-  device-busy device-busy-load device-lanes device-lanes-load device-sessions-load)
+  device-lanes device-lanes-load)
 
 PROGRAM=
 SCRIPTABLE_MODULE=
@@ -80,7 +80,7 @@ script() {
 }
 
 # Measures a simulated device with the name $1, with $2 sessions in each of two workers: its throughput beside that of $3
-# threads of the bare token (unless $3 is 0), and the latency over load. Further arguments are those of both measurements.
+# threads of the bare token, and the latency over load. Further arguments are those of both measurements.
 # The script of the device is on standard input.
 device() {
   local name=$1 sessions=$2 threads=$3
@@ -90,7 +90,7 @@ device() {
   extend "$name"
   sed -i "s|^\[token\]|&\nworkers = 2\nsessions_per_worker = $sessions|" "$WORK/$name/keybroker.toml"
   script "$name"
-  [[ $threads -eq 0 ]] || measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
+  measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
   measure "device-$name-load" "$name" open "$@"
 }
 
@@ -126,30 +126,10 @@ measure_all() {
   measure storm rsa-2048 storm --members "$MEMBERS"
   measure storm-largest rsa-2048 storm --members "$LARGEST"
   SECONDS_EACH=$seconds
-  device busy 4 4 --note "each operation takes 3 ms longer; FUNCTION_FAILED if 6 are running" <<'SCRIPT'
-[limits]
-parallel_calls = 6
-latency_ms = 3
-refuse = "CKR_FUNCTION_FAILED"
-SCRIPT
   device lanes 15 30 --note "each operation takes 50 ms longer; 30 can run at the same time" <<'SCRIPT'
 [limits]
 parallel_calls = 30
 latency_ms = 50
-SCRIPT
-  # The bare token ends when its session is closed.
-  device sessions 7 0 --note "each unwrap takes 140 ms longer; 16 sessions, all closed at every 200th unwrap" <<'SCRIPT'
-[sessions]
-max = 16
-[[rule]]
-name = "slow"
-function = "C_Decrypt"
-do = { delay_ms = 140 }
-[[rule]]
-name = "close"
-function = "C_Decrypt"
-on = { every = 200 }
-do = { close_sessions = true }
 SCRIPT
   wanted overload-slow fairness-slow || return 0
   site performance slow "sqlite:$WORK/slow/keybroker.db"
@@ -214,7 +194,7 @@ main() {
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    ! wanted device-busy device-busy-load device-lanes device-lanes-load device-sessions-load overload-slow fairness-slow || cargo build --locked --quiet --package keybroker-scriptable-pkcs11
+    ! wanted device-lanes device-lanes-load overload-slow fairness-slow || cargo build --locked --quiet --package keybroker-scriptable-pkcs11
     SCRIPTABLE_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so
     mkdir -p "$RESULTS"
     SECONDS=0

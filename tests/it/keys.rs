@@ -472,20 +472,22 @@ async fn each_state_does_what_the_table_says() {
             &["it can only become destroyed"],
         );
     }
-    not_changed(
-        &broker,
-        &["suspend", &"00".repeat(16)],
-        "KEY_NOT_FOUND",
-        &[],
-    );
-    let bad = key(&broker, "admin", &["suspend", "xyz"]);
+    others_and_unknown_keys_are_refused(&broker, &older);
+    a_restart_finds_the_states(broker, &newer).await;
+}
+
+fn others_and_unknown_keys_are_refused(broker: &Broker, older: &str) {
+    not_changed(broker, &["suspend", &"00".repeat(16)], "KEY_NOT_FOUND", &[]);
+    let bad = key(broker, "admin", &["suspend", "xyz"]);
     assert_eq!(bad.code, Some(USAGE), "{bad:#?}");
     for other in ["auditor", "releaser", "enroller"] {
-        let denied = key(&broker, other, &["suspend", &older]);
+        let denied = key(broker, other, &["suspend", older]);
         assert!(denied.stderr.contains("POLICY"), "{other}: {denied:#?}");
     }
+}
 
-    // The states are under the MACs of the rows, so a restart finds them.
+/// The states are under the MACs of the rows, so a restart finds them; and each change is in the audit log.
+async fn a_restart_finds_the_states(broker: Broker, newer: &str) {
     let (site, _) = broker.stop();
     let audit = site.audit();
     for action in ["suspend", "resume", "deactivate", "activate", "compromise"] {
@@ -513,7 +515,7 @@ async fn each_state_does_what_the_table_says() {
         Caller::of(&broker, "releaser").unwrap("bob").await,
         "KEY_STATE",
     );
-    assert_eq!(states(&broker).await[&newer], WrappingKeyState::Compromised);
+    assert_eq!(states(&broker).await[newer], WrappingKeyState::Compromised);
 }
 
 /// A rotation beside callers: none of their calls fails, and what was stored before is released afterwards.

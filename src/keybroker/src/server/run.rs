@@ -324,9 +324,7 @@ impl Server {
         server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
         server.open_listeners(bound, &identifier)?;
-        if let Some(path) = &ready_file {
-            server.write_ready_file(path)?;
-        }
+        server.write_ready_file(ready_file.as_deref())?;
         Ok(server)
     }
 
@@ -459,7 +457,10 @@ impl Server {
     }
 
     /// Writes the bound addresses, for example for a program that starts the broker with port 0. The file is replaced atomically.
-    fn write_ready_file(&self, path: &Path) -> Result<(), Failure> {
+    fn write_ready_file(&self, path: Option<&Path>) -> Result<(), Failure> {
+        let Some(path) = path else {
+            return Ok(());
+        };
         let text = serde_json::json!({
             "listeners": self.addresses,
             "remote_status": self.remote_status_address,

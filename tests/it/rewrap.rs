@@ -184,8 +184,13 @@ async fn all_released(broker: &Broker, users: &[String]) {
 
 /// `keybroker rewrap` with the certificate of an administrator.
 fn command(broker: &Broker, arguments: &[&str]) -> Finished {
+    admin_command(broker, &["rewrap"], arguments)
+}
+
+/// A command that calls the admin API, with the certificate of an administrator.
+fn admin_command(broker: &Broker, name: &[&str], arguments: &[&str]) -> Finished {
     let pki = &broker.site.pki;
-    let mut command = broker.site.command(&["rewrap"]);
+    let mut command = broker.site.command(name);
     command
         .args([
             "--endpoint",

@@ -2,10 +2,11 @@
 
 use std::{fs, sync::Arc};
 
-use super::{all_released, done, enrol, left, names, number, start};
+use super::{admin_command, all_released, done, enrol, left, names, number, start};
 use crate::{
     modules::{Maker, Stand},
-    process::Broker,
+    process::{Broker, until},
+    wire::get,
 };
 
 /// Afterwards, the rows have the algorithm of the new token, and the old token is needed for none of them.
@@ -14,6 +15,7 @@ use crate::{
 async fn rows_move_from_softhsm_to_another_token() {
     let stand = Stand::new(Maker::Kryoptic);
     let site = Arc::clone(&stand.site);
+    let before = fs::read_to_string(site.configuration_file()).unwrap();
     let written = fs::read_to_string(site.configuration_file()).unwrap();
     let (kryoptic, _) = written.split_once("[store]").unwrap();
     let kryoptic = kryoptic.replace("[token]", "[[token]]\nname = \"kryoptic\"");
@@ -52,5 +54,29 @@ async fn rows_move_from_softhsm_to_another_token() {
     fs::rename(&directory, directory.with_extension("moved")).unwrap();
     fs::create_dir(&directory).unwrap();
     let broker = Broker::start_on(site);
+    all_released(&broker, &users).await;
+
+    // The old token leaves the configuration, and its wrapping key is recorded as lost.
+    let (site, _) = broker.stop();
+    let listed = site.expect_ok(&["-o", "json", "key", "list"]);
+    let keys: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let old = keys[0]["id"].as_str().unwrap().to_owned();
+    site.write_configuration(|text| {
+        let (_, rest) = text.split_once("[store]").unwrap();
+        let (kryoptic, _) = before.split_once("[store]").unwrap();
+        *text = format!("{kryoptic}[store]{rest}");
+    });
+    let broker = Broker::start_on(site);
+    all_released(&broker, &users).await;
+    let lost = admin_command(&broker, &["key", "lost"], &[&old, "--yes"]);
+    assert_eq!(lost.code, Some(0), "{lost:#?}");
+    assert!(lost.stdout.contains("destroyed"), "{lost:#?}");
+    until(
+        "the broker is ready without a note about the old key",
+        || {
+            let ready = get(broker.status, "/readyz");
+            (ready.contains("ready") && !ready.contains(&old)).then_some(())
+        },
+    );
     all_released(&broker, &users).await;
 }

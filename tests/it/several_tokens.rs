@@ -162,7 +162,7 @@ async fn state_of(broker: &Broker, name: &str) -> TokenState {
 
 /// Waits until a token has all its workers.
 async fn until_whole(broker: &Broker, name: &str, workers: usize) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     loop {
         let state = state_of(broker, name).await;
         if state.serving() == TokenServing::Up && state.workers.len() == workers {
@@ -178,7 +178,7 @@ async fn until_whole(broker: &Broker, name: &str, workers: usize) {
 
 /// Waits until a token does not serve.
 async fn until_unusable(broker: &Broker, name: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while state_of(broker, name).await.serving() == TokenServing::Up {
         assert!(Instant::now() < deadline, "token {name} still serves");
         tokio::time::sleep(Duration::from_millis(20)).await;

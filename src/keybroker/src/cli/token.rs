@@ -436,7 +436,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     let source = pin.get(config.token())?;
     let admin = log_in(&config, &source, false, &serials(&registry.rows))?;
     let now = Timestamp::now();
-    let (mut confirmed, mut problems) = (Vec::new(), Vec::new());
+    let (mut confirmed, mut problems, mut exit) = (Vec::new(), Vec::new(), None);
     let mut keys = keys_here(&config, &admin, &registry);
     keys.retain(|key| key.serial() == admin.info().serial);
     admin.know(keys.iter().map(|key| (key.row.id, key.objects())))?;
@@ -456,6 +456,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
             // The other keys are confirmed.
             Err(error) => {
                 problems.push(format!("key {}: not confirmed: {error}", row.id));
+                exit.get_or_insert(Failure::from(error).exit);
                 continue;
             }
         };
@@ -480,10 +481,10 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         confirmed,
         "nothing to confirm: every key on this token has a confirmed backup",
     )?;
-    if problems.is_empty() {
-        return Ok(());
+    match exit {
+        None => Ok(()),
+        Some(exit) => Err(Failure::new(exit, problems.join("\n  "))),
     }
-    Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
 /// Records that a backup of this token was confirmed for a key: in the registry row, or in the row of the key's place on this token.

@@ -89,7 +89,8 @@ impl Pool {
         Some(cause)
     }
 
-    /// Whether every registered key has a token that serves.
+    /// Whether no key waits for a token that does not serve. A key that no token shows although all its tokens serve is missing:
+    /// it affects only its own user keys, as with one token.
     pub(super) fn serving(&self) -> Serving {
         for key in self.keys_in_use() {
             let Some(cause) = self.unserved_cause(key) else {
@@ -97,11 +98,14 @@ impl Pool {
             };
             let holders = self.members.iter().filter(|member| member.is_for(key));
             let states: Vec<Serving> = holders.map(|one| one.supervisor.state().serving).collect();
+            if states.iter().all(|one| *one == Serving::Up) {
+                continue;
+            }
             let are_untrusted = states
                 .iter()
                 .all(|one| matches!(one, Serving::Untrusted(_)));
             // A token that is only unavailable may return without an administrator.
-            return if are_untrusted && !states.is_empty() {
+            return if are_untrusted {
                 Serving::Untrusted(cause)
             } else {
                 Serving::Down(cause)

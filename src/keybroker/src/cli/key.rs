@@ -63,7 +63,7 @@ pub(super) enum Command {
     /// An interrupted `key generate` or `key rotate` can leave such a key. The command refuses a key that a row of the database
     /// needs. Nothing brings a removed key back.
     Remove(removal::Remove),
-    /// Have a running broker generate a new wrapping key, which then wraps new user keys
+    /// Have a running broker generate and register a new wrapping key
     ///
     /// The broker generates, tests and registers the key through its admin API; no broker has to be stopped. The new key is
     /// pre-active until `key activate`, so that a backup of the token can be made first. The key that was in use is deactivated
@@ -84,7 +84,7 @@ pub(super) enum Command {
     /// Record that a missing key is lost for ever
     ///
     /// The key counts as destroyed. Calls for its user keys then get `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop trying.
-    /// Use this command only if no backup of the token contains the key.
+    /// Use this command only if no row needs the key any more, or if no backup of the token contains the key.
     Lost(change::Lost),
 }
 

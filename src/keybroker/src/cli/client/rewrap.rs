@@ -37,7 +37,7 @@ pub(super) enum Command {
     },
     /// Pause the re-wrap; rows that were moved stay moved
     Pause,
-    /// Let a paused re-wrap go on
+    /// Resume the paused re-wrap; without --rate, its limit does not change
     Resume {
         #[command(flatten)]
         rate: Rate,

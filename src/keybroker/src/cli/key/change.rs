@@ -22,7 +22,7 @@ pub(in crate::cli) struct Rotate {
     /// Length of the RSA modulus in bits [default: 3072]
     #[arg(long, value_parser = ["2048", "3072", "4096"], conflicts_with = "back")]
     bits: Option<String>,
-    /// Do nothing if the key in use was registered less than so many days ago, 1 to 36500
+    /// Do nothing if the key that wraps new user keys was registered less than this number of days ago, 1 to 36500
     #[arg(
         long, value_name = "DAYS", conflicts_with = "back",
         value_parser = clap::value_parser!(u32).range(1..=36_500)

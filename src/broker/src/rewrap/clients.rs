@@ -2,7 +2,6 @@
 
 use keybroker_core::{
     call::CallId,
-    error::Error,
     key::{ClientId, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
@@ -45,7 +44,7 @@ impl Run<'_> {
                 }
             }
             let swapped = self.broker.swap_clients(to, moves).await?;
-            self.progress.clients_moved += swapped.moved;
+            self.progress.count_clients(swapped.moved);
             self.progress.note_changed(swapped.changed_meanwhile);
             touched += swapped.moved + swapped.changed_meanwhile;
             self.keep_up().await?;
@@ -103,7 +102,8 @@ impl Broker {
         &self,
         to: WrappingKeyId,
         moves: Vec<ClientMove>,
-    ) -> Result<Swapped, Error> {
+    ) -> Result<Swapped, Stop> {
+        self.check_move(moves.iter().map(|one| one.from), to)?;
         let ids: Vec<RowId> = moves
             .iter()
             .map(|one| (*one.id.as_bytes(), one.revision))

@@ -88,7 +88,7 @@ impl Progress {
 
     /// Counts a row that failed, and lists it if there is room.
     pub(super) fn fail(&mut self, row: FailedRow) {
-        self.failed += 1;
+        self.failed = self.failed.saturating_add(1);
         metrics::REWRAP_ROWS.with(["failed"]).increment(1);
         if self.failures.len() < FAILURES_MAX {
             self.failures.push(row);
@@ -97,15 +97,30 @@ impl Progress {
 
     /// Counts the rows that a batch left as it found them, because they had changed in the meantime.
     pub(super) fn note_changed(&mut self, rows: u64) {
-        self.changed_meanwhile += rows;
+        self.changed_meanwhile = self.changed_meanwhile.saturating_add(rows);
         metrics::REWRAP_ROWS
             .with(["changed-meanwhile"])
             .increment(rows);
     }
 
+    /// Counts revisions that were moved. No sum overflows, because a writer of the database can choose the stored numbers.
+    pub(super) fn count_revisions(&mut self, rows: u64) {
+        self.revisions_moved = self.revisions_moved.saturating_add(rows);
+    }
+
+    /// Counts API clients that were moved.
+    pub(super) fn count_clients(&mut self, rows: u64) {
+        self.clients_moved = self.clients_moved.saturating_add(rows);
+    }
+
+    /// Counts a row that the token verified after the move.
+    pub(super) fn count_verified(&mut self) {
+        self.verified = self.verified.saturating_add(1);
+    }
+
     /// The number of rows that were moved.
     pub fn moved(&self) -> u64 {
-        self.revisions_moved + self.clients_moved
+        self.revisions_moved.saturating_add(self.clients_moved)
     }
 
     /// Forgets the failed rows, before all rows are tried again.
@@ -120,6 +135,27 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A writer of the database can store any number.
+    #[test]
+    fn no_stored_number_stops_the_broker() {
+        let largest = u64::MAX;
+        let document = format!(
+            "{{\"revisions_moved\":{largest},\"clients_moved\":{largest},\"verified\":{largest},\"failed\":{largest},\"changed_meanwhile\":{largest}}}"
+        );
+        let mut progress = Progress::read(document.as_bytes());
+        assert_eq!(progress.verified, largest);
+        progress.count_revisions(1);
+        progress.count_clients(1);
+        progress.count_verified();
+        progress.note_changed(1);
+        progress.fail(FailedRow {
+            id: String::new(),
+            revision: 1,
+            problem: "mac-refused".to_owned(),
+        });
+        assert_eq!((progress.moved(), progress.failed), (largest, largest));
+    }
 
     #[test]
     fn a_document_is_read_back_and_never_too_long() {

@@ -13,8 +13,7 @@ use tokio_util::sync::CancellationToken;
 use keybroker_core::{
     call::{CallId, Deadline},
     envelope::{Context, Envelope, Kind},
-    error::Error,
-    key::{Revision, WrappingKeyId},
+    key::{KeyUse, Revision, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
 use keybroker_store::{RevisionMove, RevisionPlace, RevisionUnder, RowUnder};
@@ -96,7 +95,7 @@ impl Run<'_> {
 
     fn count(&mut self, swapped: Swapped) -> u64 {
         let progress = &mut self.progress;
-        progress.revisions_moved += swapped.moved;
+        progress.count_revisions(swapped.moved);
         if swapped.moved > 0 {
             progress.blocked_by.clear();
         }
@@ -168,8 +167,24 @@ impl Broker {
         }
     }
 
+    /// Checks that rows may still be moved between these wrapping keys. The states of both can change in the middle of a pass.
+    pub(super) fn check_move(
+        &self,
+        mut from: impl Iterator<Item = WrappingKeyId>,
+        to: WrappingKeyId,
+    ) -> Result<(), Stop> {
+        let registry = self.registry()?;
+        let is_target = registry.wrapping_key().is_ok_and(|target| target == to);
+        if is_target && from.all(|id| registry.check(id, KeyUse::RewrapFrom).is_ok()) {
+            Ok(())
+        } else {
+            Err(Stop::KeysChanged)
+        }
+    }
+
     /// Swaps the envelopes of a page.
-    async fn swap_page(&self, to: WrappingKeyId, page: Page) -> Result<Swapped, Error> {
+    async fn swap_page(&self, to: WrappingKeyId, page: Page) -> Result<Swapped, Stop> {
+        self.check_move(page.moves.iter().map(|one| one.from), to)?;
         let ids: Vec<RowId> = page
             .moves
             .iter()

@@ -1,10 +1,12 @@
 //! The work of the holder of a run: passes over the rows until none is left, the verification, and the report.
 
 use std::{
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt as _;
 use tokio_util::sync::CancellationToken;
 
 use keybroker_audit::{Entry, EntryKind, Outcome};
@@ -44,6 +46,8 @@ const SPEED_PARTS: u64 = 3;
 pub(super) enum Stop {
     /// The run was paused, another instance holds it, or this broker stops.
     Lost,
+    /// Another wrapping key wraps new user keys, or rows may no longer be moved from a wrapping key.
+    KeysChanged,
     /// The token, the store or the audit log does not work at present.
     Failed(Error),
 }
@@ -85,10 +89,19 @@ impl Broker {
             };
             tokio::select! {
                 () = time_is_up => {}
-                () = self.rewrap_if_wanted(stop) => {}
+                () = self.rewrap_without_panic(stop) => {}
             }
         }
         metrics::REWRAP_RUNNING.set_flag(false);
+    }
+
+    /// A defect in the re-wrap must not end the other regular work of the broker, which shares its task.
+    async fn rewrap_without_panic(&self, stop: &CancellationToken) {
+        let work = AssertUnwindSafe(self.rewrap_if_wanted(stop)).catch_unwind();
+        if work.await.is_err() {
+            metrics::REWRAP_RUNNING.set_flag(false);
+            tracing::error!("the re-wrap panicked; it is tried again");
+        }
     }
 
     async fn rewrap_if_wanted(&self, stop: &CancellationToken) {
@@ -109,7 +122,7 @@ impl Broker {
         match run.hold().await {
             Ok(()) => {}
             // Another instance holds the run.
-            Err(Stop::Lost) => return,
+            Err(Stop::Lost | Stop::KeysChanged) => return,
             Err(Stop::Failed(error)) => {
                 return tracing::debug!(%error, "cannot hold the re-wrap");
             }
@@ -149,9 +162,15 @@ impl<'b> Run<'b> {
                 .registry()?
                 .wrapping_key()
                 .map_err(Error::from)?;
-            // A pass that moves a row may not have seen the rows that were written in the meantime.
-            if self.pass(target).await? == 0 {
-                break target;
+            match self.pass(target).await {
+                Ok(0) => break target,
+                // A pass that moves a row may not have seen the rows that were written in the meantime.
+                Ok(_) => {}
+                Err(Stop::KeysChanged) => {
+                    tracing::info!("the wrapping keys changed; the re-wrap begins another pass");
+                    self.keep_up().await?;
+                }
+                Err(other) => return Err(other),
             }
         };
         self.verify(target).await?;
@@ -214,7 +233,7 @@ impl<'b> Run<'b> {
     }
 
     fn measure(&mut self, passed: Duration) {
-        let done = self.progress.moved() + self.progress.verified;
+        let done = self.progress.moved().saturating_add(self.progress.verified);
         let rows = done.saturating_sub(self.measured);
         self.measured = done;
         let millis = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
@@ -236,7 +255,10 @@ impl<'b> Run<'b> {
         let mut left = 0;
         for source in sources(&registry, target, self.row.source) {
             let uses = self.broker.store.key_uses(source).await?;
-            left += uses.revisions + uses.clients;
+            left = uses
+                .revisions
+                .saturating_add(uses.clients)
+                .saturating_add(left);
         }
         metrics::REWRAP_ROWS_LEFT.set_count(usize::try_from(left).unwrap_or(usize::MAX));
         Ok(())
@@ -294,7 +316,7 @@ impl<'b> Run<'b> {
     async fn leave(&mut self, ended: Result<(), Stop>) {
         match ended {
             Ok(()) => return,
-            Err(Stop::Lost) => {
+            Err(Stop::Lost | Stop::KeysChanged) => {
                 tracing::info!(
                     moved = self.progress.moved(),
                     "this broker no longer works on the re-wrap"

@@ -88,7 +88,7 @@ impl Run<'_> {
 
     fn count_verified(&mut self, failed: Option<FailedRow>) {
         match failed {
-            None => self.progress.verified += 1,
+            None => self.progress.count_verified(),
             Some(row) => self.progress.fail(row),
         }
     }

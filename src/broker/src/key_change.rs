@@ -17,7 +17,7 @@ use keybroker_core::{
     key::{WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::{Caller, admin::KeyAdmin};
+use keybroker_hsm::{Caller, Serving, admin::KeyAdmin};
 use keybroker_store as store;
 use keybroker_store::{RegistryChange, RegistryRow, RegistryUpdate};
 
@@ -195,6 +195,7 @@ impl Broker {
         id: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
         let row = registry.missing(id)?;
+        self.check_no_token_is_away(id)?;
         let signer = registry.integrity_key()?;
         let tombstone = RegistryRow {
             state: WrappingKeyState::Destroyed,
@@ -209,6 +210,25 @@ impl Broker {
             update.row.mac = self.token.mac(signer, &message, &caller).await?;
         }
         Ok(change)
+    }
+
+    /// Checks that every configured token serves. A token that does not serve may hold the key, and the loss of a key cannot be
+    /// undone.
+    fn check_no_token_is_away(&self, id: WrappingKeyId) -> Result<(), Error> {
+        let state = self.token.state();
+        let away = state
+            .tokens
+            .iter()
+            .find(|token| token.serving != Serving::Up);
+        let Some(away) = away else {
+            return Ok(());
+        };
+        let what = format!(
+            "key {id} may be on token {}, which does not serve; repair the token, or remove it from the configuration and restart \
+             the broker",
+            away.name
+        );
+        Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
     }
 
     /// Makes the MACs of the changed rows, each with its own integrity key.

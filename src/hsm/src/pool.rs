@@ -320,7 +320,9 @@ impl Pool {
         };
         loop {
             attempts.begin(choice.member);
-            let has_alternative = self.choose(need, caller, attempts.tried()).is_some();
+            // A token without a worker is no alternative: the job is better repeated on the chosen token.
+            let alternative = self.choose(need, caller, attempts.tried());
+            let has_alternative = alternative.is_some_and(|choice| choice.expected.is_some());
             if let Some(member) = self.members.get(choice.member) {
                 member.last_job_ms.store(self.now_ms(), Ordering::Relaxed);
                 let running = member.supervisor.run_job(job(), caller, has_alternative);

@@ -21,6 +21,7 @@ use keybroker_core::{
 
 pub mod admin;
 mod caller;
+mod found;
 mod job;
 mod link;
 mod measures;

@@ -25,7 +25,7 @@ use keybroker_worker_protocol::{
     wire::{Reply, Request, reply::Outcome},
 };
 
-use crate::{job::Job, process, start::Found};
+use crate::{found::Found, job::Job, process};
 
 /// A worker is treated as hanging when it has not answered a job this long after the job's deadline.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);

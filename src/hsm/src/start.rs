@@ -7,13 +7,13 @@ use tokio_util::sync::CancellationToken;
 
 use keybroker_core::{envelope::Algorithm, key::WrappingKeyId, state::StateDirectory};
 use keybroker_worker_protocol::{
-    ExpectedKey, Settings, TokenInfo, check_environment,
+    ExpectedKey, Settings, check_environment,
     oaep::{self, WrapKey},
     resolve_pin_file,
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-use crate::{KeyProblem, TokenKey, UnusableKey, link, process};
+use crate::{KeyProblem, TokenKey, UnusableKey, found::Found, link, process};
 
 /// Longest time for a worker to become ready: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -26,39 +26,6 @@ pub(super) struct Started {
     pub(super) stream: UnixStream,
     pub(super) pid: u32,
     pub(super) found: Found,
-}
-
-/// The token and keys that a worker found.
-#[derive(Debug)]
-pub(super) struct Found {
-    pub(super) info: TokenInfo,
-    pub(super) keys: Arc<[TokenKey]>,
-    /// The expected keys that the worker could not use.
-    pub(super) unusable: Arc<[UnusableKey]>,
-    /// The public keys of `keys`, ready to wrap.
-    pub(super) wrap: HashMap<WrappingKeyId, Arc<WrapKey>>,
-}
-
-impl Default for Found {
-    fn default() -> Self {
-        Self {
-            info: TokenInfo {
-                label: String::new(),
-                serial: String::new(),
-                model: String::new(),
-            },
-            keys: Arc::new([]),
-            unusable: Arc::new([]),
-            wrap: HashMap::new(),
-        }
-    }
-}
-
-impl Found {
-    /// Whether a worker has found this token and these keys; `false` for the initial value.
-    pub(super) fn known(&self) -> bool {
-        !self.info.serial.is_empty() || !self.info.label.is_empty()
-    }
 }
 
 /// A failure that prevented a worker from becoming ready.

@@ -27,6 +27,7 @@ use keybroker_worker_protocol::{ExpectedKey, Settings, wire::FailureClass};
 
 use crate::{
     Error, Serving, TokenKey, TokenState, WorkerInfo,
+    found::Found,
     job::Job,
     link::Link,
     measures::{Measures, Reading},
@@ -73,7 +74,7 @@ pub struct Supervisor {
     queue: Queue,
     measures: Measures,
     /// The token, and the keys that every worker serves.
-    found: ArcSwap<start::Found>,
+    found: ArcSwap<Found>,
     serving: watch::Sender<Serving>,
     /// The lock is held during a change of the workers in the queue or of `serving`, because these two depend on each
     /// other.

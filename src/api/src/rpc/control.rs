@@ -5,12 +5,8 @@ use std::sync::Arc;
 use base64ct::{Base64, Encoding as _};
 use tonic::{Request, Response, Status, async_trait};
 
-use keybroker_broker::{Broker, Serving, TokenState, WrappingKeyView};
-use keybroker_core::{
-    error::{EXPLANATION_BYTES_MAX, Error},
-    key::WrappingKeyId,
-    principal::Action,
-};
+use keybroker_broker::{Broker, Serving, TokenState};
+use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
 use keybroker_proto as proto;
 use keybroker_proto::control_service_server::ControlService;
 
@@ -45,7 +41,7 @@ impl ControlService for Control {
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::ListWrappingKeysResponse {
-            wrapping_keys: keys.iter().map(wrapping_key).collect(),
+            wrapping_keys: keys.iter().map(convert::wrapping_key).collect(),
         }))
     }
 
@@ -64,7 +60,7 @@ impl ControlService for Control {
             .wrapping_key(&entered.principal, &entered.call, id)
             .await
             .map_err(|error| entered.status(&error))?;
-        let mut key = wrapping_key(&view);
+        let mut key = convert::wrapping_key(&view);
         if let Some(on_token) = &view.on_token {
             key.public_key_pem = pem(&on_token.spki);
         }
@@ -196,27 +192,6 @@ fn newest_that_fit(mut entries: Vec<String>) -> Vec<String> {
         })
         .count();
     entries.split_off(entries.len() - fitting)
-}
-
-/// Shortens a text to the limit of explanations.
-fn bounded(text: &str) -> String {
-    text[..text.floor_char_boundary(EXPLANATION_BYTES_MAX)].to_owned()
-}
-
-pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
-    let on_token = view.on_token.as_ref();
-    proto::WrappingKey {
-        id: view.id.as_bytes().to_vec(),
-        fingerprint: view.fingerprint.0.to_vec(),
-        purpose: convert::purpose(view.purpose).into(),
-        state: convert::key_state(view.state).into(),
-        modulus_bits: on_token.map_or(0, |key| key.modulus_bits),
-        algorithm: on_token.map_or_else(String::new, |key| key.algorithm.as_str().to_owned()),
-        register_time: Some(convert::timestamp(view.registered)),
-        backup_confirmed: view.backup_confirmed,
-        public_key_pem: String::new(),
-        problem: bounded(view.problem.as_deref().unwrap_or_default()),
-    }
 }
 
 fn token_state(state: &TokenState) -> proto::GetTokenStateResponse {

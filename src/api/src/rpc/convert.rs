@@ -2,10 +2,10 @@
 
 use prost_types::Timestamp as WireTimestamp;
 
-use keybroker_broker::{RecordInfo, RecordState, RecordView, UserKeyRef};
+use keybroker_broker::{RecordInfo, RecordState, RecordView, UserKeyRef, WrappingKeyView};
 use keybroker_core::{
     call::Timestamp,
-    error::Error,
+    error::{EXPLANATION_BYTES_MAX, Error},
     key::{KeyName, Purpose, Revision, UserId, WrappingKeyState},
 };
 use keybroker_proto as proto;
@@ -85,6 +85,28 @@ pub(super) const fn key_state(state: WrappingKeyState) -> proto::WrappingKeyStat
         WrappingKeyState::Compromised => proto::WrappingKeyState::Compromised,
         WrappingKeyState::Destroyed => proto::WrappingKeyState::Destroyed,
     }
+}
+
+/// A wrapping key without its public key.
+pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
+    let on_token = view.on_token.as_ref();
+    proto::WrappingKey {
+        id: view.id.as_bytes().to_vec(),
+        fingerprint: view.fingerprint.0.to_vec(),
+        purpose: purpose(view.purpose).into(),
+        state: key_state(view.state).into(),
+        modulus_bits: on_token.map_or(0, |key| key.modulus_bits),
+        algorithm: on_token.map_or_else(String::new, |key| key.algorithm.as_str().to_owned()),
+        register_time: Some(timestamp(view.registered)),
+        backup_confirmed: view.backup_confirmed,
+        public_key_pem: String::new(),
+        problem: bounded(view.problem.as_deref().unwrap_or_default()),
+    }
+}
+
+/// Shortens a text to the limit of explanations.
+fn bounded(text: &str) -> String {
+    text[..text.floor_char_boundary(EXPLANATION_BYTES_MAX)].to_owned()
 }
 
 #[cfg(test)]

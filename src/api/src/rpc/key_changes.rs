@@ -8,7 +8,7 @@ use keybroker_broker::{Broker, KeyChange, Rotation};
 use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
 use keybroker_proto as proto;
 
-use super::{AuthenticatedCall, control::wrapping_key};
+use super::{AuthenticatedCall, convert::wrapping_key};
 
 /// Length of a new key if the caller asks for none, in bits.
 const BITS_DEFAULT: u32 = 3_072;

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use keybroker_core::key::WrappingKeyId;
 use keybroker_worker_protocol::ExpectedKey;
 
-use crate::{Error, KeyProblem, link::Link, start::Found};
+use crate::{Error, KeyProblem, found::Found, link::Link};
 
 use super::{Decider, Supervisor};
 

@@ -22,7 +22,7 @@ pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
 }
 
 /// The end of a worker that found these keys.
-fn link_with(generation: u64, sessions: usize, found: Arc<start::Found>) -> Arc<Link> {
+fn link_with(generation: u64, sessions: usize, found: Arc<Found>) -> Arc<Link> {
     let (ours, theirs) = StdUnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     // The worker's end of the socket stays open.
@@ -68,7 +68,7 @@ impl Supervisor {
                 algorithm,
             });
         }
-        let found = Arc::new(start::Found {
+        let found = Arc::new(Found {
             info: TokenInfo {
                 label: self.settings.name.clone(),
                 serial: self.settings.name.clone(),

@@ -150,8 +150,12 @@ impl Broker {
             Ok(envelope) => envelope,
             Err(problem) => return failed(problem),
         };
-        let caller = background();
-        let job = self.token.rewrap(&envelope, context_of(found), to, &caller);
+        // The time limit begins when the job begins, not while the row waits for its turn.
+        let job = async {
+            let caller = background();
+            let context = context_of(found);
+            self.token.rewrap(&envelope, context, to, &caller).await
+        };
         match pace.run(&*self.token, job).await {
             Ok(new) => Ok(Moved::Ready(RevisionMove {
                 record: found.record,

@@ -20,8 +20,8 @@ use super::{
     run::{Run, Stop},
 };
 
-/// Rows per page. A verification is a short job.
-const PAGE_ROWS: u32 = 200;
+/// API clients per page.
+const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {
     /// Verifies the MAC of every revision and of every API client under the target. The rows that do not verify are listed with the
@@ -36,10 +36,12 @@ impl Run<'_> {
     async fn verify_revisions(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         let mut place = RevisionPlace::START;
         loop {
+            // The lease is prolonged after each page, so a page must not take long.
+            let limit = self.rows_at_once();
             let rows = self
                 .broker
                 .store
-                .revisions_under(target, &place, PAGE_ROWS)
+                .revisions_under(target, &place, limit)
                 .await?;
             let Some(last) = rows.last() else {
                 return Ok(());
@@ -61,7 +63,7 @@ impl Run<'_> {
     async fn verify_clients(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         let mut position = Position::default();
         loop {
-            let rows = self.broker.store.clients(&position, PAGE_ROWS).await?;
+            let rows = self.broker.store.clients(&position, PAGE_CLIENTS).await?;
             if rows.is_empty() {
                 return Ok(());
             }

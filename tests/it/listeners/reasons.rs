@@ -37,8 +37,9 @@ fn options() -> Options {
     }
 }
 
-/// The methods on user keys, and those that read the state or change API clients. What changes wrapping keys is in `keys`.
-const METHODS: [(&str, &str); 17] = *methods::METHODS
+/// The methods on user keys, and those that read the state, change API clients or move rows. What changes wrapping keys is in
+/// `keys`.
+const METHODS: [(&str, &str); 21] = *methods::METHODS
     .first_chunk()
     .expect("there are more methods");
 

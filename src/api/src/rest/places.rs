@@ -6,8 +6,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// One principal may have this part of all places, as a divisor. With a single place, each principal may have that place.
+/// One principal may have this part of all places, as a divisor.
 const PRINCIPAL_DIVISOR: usize = 16;
+/// One principal may have this many places if there are so many: a member has several devices.
+const PRINCIPAL_MIN: usize = 4;
 
 /// The places for waiting requests. A clone has the same places.
 #[derive(Clone, Debug)]
@@ -32,7 +34,7 @@ impl RetryPlaces {
     pub fn new(places: usize) -> Self {
         Self(Arc::new(Shared {
             places,
-            of_each_principal: places.div_ceil(PRINCIPAL_DIVISOR),
+            of_each_principal: places.div_ceil(PRINCIPAL_DIVISOR).max(PRINCIPAL_MIN),
             taken: Mutex::default(),
         }))
     }
@@ -85,8 +87,8 @@ mod tests {
 
     #[test]
     fn one_principal_cannot_take_the_places_of_the_others() {
-        let places = RetryPlaces::new(32);
-        let alice = [places.take("alice").unwrap(), places.take("alice").unwrap()];
+        let places = RetryPlaces::new(96);
+        let alice: Vec<RetryPlace> = (0..6).map(|_| places.take("alice").unwrap()).collect();
         assert!(places.take("alice").is_none());
         assert!(places.take("bob").is_some());
         drop(alice);
@@ -101,6 +103,15 @@ mod tests {
         drop(held);
         assert!(places.take("carol").is_some());
         assert!(places.taken().by_principal.is_empty());
+    }
+
+    #[test]
+    fn a_member_with_several_devices_waits_with_each() {
+        let places = RetryPlaces::new(8);
+        let held: Vec<RetryPlace> = (0..4).map(|_| places.take("alice").unwrap()).collect();
+        assert!(places.take("alice").is_none());
+        assert!(places.take("bob").is_some());
+        drop(held);
     }
 
     #[test]

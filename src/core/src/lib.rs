@@ -4,6 +4,7 @@
 pub mod alert;
 pub mod call;
 pub mod client_credential;
+pub mod counts;
 pub mod envelope;
 pub mod error;
 pub mod hardening;

@@ -1,10 +1,9 @@
 //! The places for REST requests that wait for their next attempt. A waiting request occupies a connection and the memory of its
 //! body, so the places limit the number of waiting requests, in total and for each principal.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use keybroker_core::counts::Counts;
 
 /// One principal may have this part of all places, as a divisor.
 const PRINCIPAL_DIVISOR: usize = 16;
@@ -25,8 +24,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Taken {
     total: usize,
-    /// By name of the principal. Principals without a waiting request have no entry.
-    by_principal: HashMap<String, usize>,
+    /// By name of the principal.
+    by_principal: Counts<String>,
 }
 
 impl RetryPlaces {
@@ -42,17 +41,15 @@ impl RetryPlaces {
     /// Takes a place. Returns `None` if no place is free or if the principal has its share.
     pub(super) fn take(&self, principal: &str) -> Option<RetryPlace> {
         let mut taken = self.taken();
-        let of_principal = taken.by_principal.get(principal).copied().unwrap_or(0);
-        if taken.total >= self.0.places || of_principal >= self.0.of_each_principal {
+        let principal = principal.to_owned();
+        let max = self.0.of_each_principal;
+        if taken.total >= self.0.places || !taken.by_principal.take(principal.clone(), max) {
             return None;
         }
         taken.total += 1;
-        taken
-            .by_principal
-            .insert(principal.to_owned(), of_principal + 1);
         Some(RetryPlace {
             places: self.clone(),
-            principal: principal.to_owned(),
+            principal,
         })
     }
 
@@ -71,13 +68,8 @@ pub(super) struct RetryPlace {
 impl Drop for RetryPlace {
     fn drop(&mut self) {
         let mut taken = self.places.taken();
-        taken.total = taken.total.saturating_sub(1);
-        if let Some(count) = taken.by_principal.get_mut(&self.principal) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                taken.by_principal.remove(&self.principal);
-            }
-        }
+        taken.total -= 1;
+        taken.by_principal.give_back(&self.principal);
     }
 }
 

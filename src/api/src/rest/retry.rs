@@ -25,27 +25,27 @@ const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 /// The state of the retries of one request. A request may need several calls, which share the time and the number of retries.
 ///
 /// Each attempt is a separate call in the audit log. An entry with an unknown outcome therefore belongs to exactly one change.
-pub(super) struct Retry {
+pub(super) struct Retry<'p> {
     request: Call,
     until: Instant,
     repetitions: u32,
     places: RetryPlaces,
     /// The name of the principal of the request.
-    principal: String,
+    principal: &'p str,
     /// The id of the last call; `None` before the first call.
     last: Option<CallId>,
 }
 
-impl Retry {
+impl<'p> Retry<'p> {
     /// Prepares the retries of a request of this principal. The first call has the id of the request.
-    pub(super) fn new(request: Call, places: RetryPlaces, principal: &str) -> Self {
+    pub(super) fn new(request: Call, places: RetryPlaces, principal: &'p str) -> Self {
         let until = Instant::now() + RETRY_TIME_MAX;
         Self {
             until: request.deadline.instant().min(until),
             request,
             repetitions: 0,
             places,
-            principal: principal.to_owned(),
+            principal,
             last: None,
         }
     }
@@ -74,7 +74,7 @@ impl Retry {
             let Some(pause) = self.pause(&error) else {
                 return Err(error);
             };
-            let Some(_place) = self.places.take(&self.principal) else {
+            let Some(_place) = self.places.take(self.principal) else {
                 metrics::REST_RETRIES_REFUSED.increment();
                 return Err(error);
             };
@@ -196,7 +196,7 @@ mod tests {
         Error::new(Reason::QueueFull, "").retry_after(Duration::from_millis(1))
     }
 
-    fn retry(timeout: Duration) -> Retry {
+    fn retry(timeout: Duration) -> Retry<'static> {
         Retry::new(call(timeout), places(), "alice")
     }
 

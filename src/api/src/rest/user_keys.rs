@@ -33,7 +33,7 @@ pub(super) struct UserRequest {
 
 impl UserRequest {
     /// Releases the caller's key, encoded in base64.
-    pub(super) async fn get(&self, retry: &mut Retry) -> Result<Response<Body>, Error> {
+    pub(super) async fn get(&self, retry: &mut Retry<'_>) -> Result<Response<Body>, Error> {
         let released = retry
             .ask(|call| async move { self.broker.unwrap(&self.principal, &call, &self.key).await })
             .await?;
@@ -55,7 +55,7 @@ impl UserRequest {
     /// Stores the key of a user who has none.
     pub(super) async fn post(
         &self,
-        retry: &mut Retry,
+        retry: &mut Retry<'_>,
         material: &KeyMaterial,
     ) -> Result<Response<Body>, Error> {
         self.create(retry, material).await?;
@@ -66,7 +66,7 @@ impl UserRequest {
     /// it.
     pub(super) async fn put(
         &self,
-        retry: &mut Retry,
+        retry: &mut Retry<'_>,
         material: &KeyMaterial,
     ) -> Result<Response<Body>, Error> {
         let mut result = Ok(());
@@ -95,7 +95,7 @@ impl UserRequest {
         Ok(answer::empty(StatusCode::OK))
     }
 
-    async fn current(&self, retry: &mut Retry) -> Result<Current, Error> {
+    async fn current(&self, retry: &mut Retry<'_>) -> Result<Current, Error> {
         let found = retry
             .ask(|call| async move { self.broker.get(&self.principal, &call, &self.key).await });
         match found.await {
@@ -108,7 +108,7 @@ impl UserRequest {
         }
     }
 
-    async fn create(&self, retry: &mut Retry, material: &KeyMaterial) -> Result<(), Error> {
+    async fn create(&self, retry: &mut Retry<'_>, material: &KeyMaterial) -> Result<(), Error> {
         let request = request_id()?;
         retry
             .ask(|call| async move {
@@ -123,7 +123,7 @@ impl UserRequest {
 
     async fn replace(
         &self,
-        retry: &mut Retry,
+        retry: &mut Retry<'_>,
         material: &KeyMaterial,
         expected: Revision,
     ) -> Result<(), Error> {

@@ -5,8 +5,6 @@
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
 use std::{
-    collections::HashMap,
-    hash::Hash,
     net::{IpAddr, Ipv4Addr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -17,7 +15,7 @@ use std::{
 use ipnet::IpNet;
 
 use keybroker_broker::limits;
-use keybroker_core::{metrics, principal::Principal};
+use keybroker_core::{counts::Counts, metrics, principal::Principal};
 
 /// Divisor that determines how many of the places for unauthenticated connections one network may hold: an eighth.
 const NETWORK_DIVISOR: usize = 8;
@@ -55,14 +53,14 @@ pub(super) struct Places {
     unauthenticated_max: usize,
     unauthenticated: Mutex<Unauthenticated>,
     per_principal: usize,
-    by_principal: Mutex<HashMap<String, usize>>,
+    by_principal: Mutex<Counts<String>>,
 }
 
 #[derive(Debug, Default)]
 struct Unauthenticated {
     all: usize,
     /// The number of entries is limited by the number of places.
-    by_network: HashMap<IpAddr, usize>,
+    by_network: Counts<IpAddr>,
 }
 
 impl Places {
@@ -82,11 +80,9 @@ impl Places {
             return None;
         }
         if let Some(network) = network
-            && !take(
-                &mut taken.by_network,
-                network,
-                per_network(self.unauthenticated_max),
-            )
+            && !taken
+                .by_network
+                .take(network, per_network(self.unauthenticated_max))
         {
             return None;
         }
@@ -100,7 +96,7 @@ impl Places {
     fn of_principal(self: &Arc<Self>, principal: &Principal) -> Option<Place> {
         let name = principal.to_string();
         let mut taken = lock(&self.by_principal);
-        take(&mut taken, name.clone(), self.per_principal).then(|| Place {
+        taken.take(name.clone(), self.per_principal).then(|| Place {
             places: Arc::clone(self),
             holder: Holder::Principal(name),
         })
@@ -109,24 +105,6 @@ impl Places {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn take<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: K, max: usize) -> bool {
-    let count = counts.entry(key).or_default();
-    let has_room = *count < max;
-    if has_room {
-        *count += 1;
-    }
-    has_room
-}
-
-fn give_back<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K) {
-    if let Some(count) = counts.get_mut(key) {
-        *count -= 1;
-        if *count == 0 {
-            counts.remove(key);
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -148,10 +126,10 @@ impl Drop for Place {
                 let mut taken = lock(&self.places.unauthenticated);
                 taken.all -= 1;
                 if let Some(network) = network {
-                    give_back(&mut taken.by_network, network);
+                    taken.by_network.give_back(network);
                 }
             }
-            Holder::Principal(name) => give_back(&mut lock(&self.places.by_principal), name),
+            Holder::Principal(name) => lock(&self.places.by_principal).give_back(name),
         }
     }
 }

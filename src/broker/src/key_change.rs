@@ -13,6 +13,7 @@ use std::{
 
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
+    envelope::mac::MacMessage,
     error::{Error, Reason},
     key::{WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
@@ -203,13 +204,8 @@ impl Broker {
         };
         let mut planner = Planner::new(registry);
         planner.change(row, tombstone);
-        let mut change = planner.change;
-        for update in &mut change.updates {
-            let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
-            let message = update.row.tombstone_message();
-            update.row.mac = self.token.mac(signer, &message, &caller).await?;
-        }
-        Ok(change)
+        let content = |row: &RegistryRow| (signer, row.tombstone_message());
+        self.authenticated(planner, content).await
     }
 
     /// Checks that every configured token serves. A token that does not serve may hold the key, and the loss of a key cannot be
@@ -233,11 +229,21 @@ impl Broker {
 
     /// Makes the MACs of the changed rows, each with its own integrity key.
     async fn with_macs(&self, planner: Planner) -> Result<RegistryChange, Error> {
+        let content = |row: &RegistryRow| (row.id, row.mac_message());
+        self.authenticated(planner, content).await
+    }
+
+    /// Makes the MACs of the changed rows. `content` returns the key whose integrity key makes the MAC of a row, and the message.
+    async fn authenticated(
+        &self,
+        planner: Planner,
+        content: impl Fn(&RegistryRow) -> (WrappingKeyId, MacMessage),
+    ) -> Result<RegistryChange, Error> {
         let mut change = planner.change;
         for update in &mut change.updates {
             let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
-            let message = update.row.mac_message();
-            update.row.mac = self.token.mac(update.row.id, &message, &caller).await?;
+            let (signer, message) = content(&update.row);
+            update.row.mac = self.token.mac(signer, &message, &caller).await?;
         }
         Ok(change)
     }

@@ -66,11 +66,14 @@ impl Broker {
         let registry = self.registry.load_full();
         match token.serving {
             Serving::Up => {
-                let service = registry.as_ref().map_or_else(
-                    || Err("the registry of wrapping keys is not verified".to_owned()),
-                    |registry| registry.check_service(),
-                );
-                problems.extend(service.err().map(|why| format!("token: {why}")));
+                let problem = match &registry {
+                    Some(registry) => {
+                        let service = registry.check_service();
+                        service.err().map(|why| why.detail().to_owned())
+                    }
+                    None => Some("the registry of wrapping keys is not verified".to_owned()),
+                };
+                problems.extend(problem.map(|why| format!("token: {why}")));
             }
             Serving::Down(cause) => problems.push(format!("token: unavailable: {cause}")),
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),

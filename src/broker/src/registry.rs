@@ -42,7 +42,7 @@ pub(super) struct LoggedProblems {
 pub(super) struct Registry {
     entries: Vec<Entry>,
     /// Changes of stored rows that were not taken over, because they do not verify or would undo a later change.
-    refused_changes: Vec<String>,
+    refused_changes: Vec<RefusedChange>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +64,32 @@ enum Standing {
     Untrusted(String),
     /// The row does not match the token, or its MAC does not verify.
     Altered(String),
+}
+
+/// Why a change of a stored row was not taken over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+enum RefusedChange {
+    /// The row would undo a later change. The MAC of an older row is valid, too.
+    #[error(
+        "registry row of wrapping key {id}: the row has number {} ({}), but the last verified row had number {} ({})",
+        row.0, row.1, verified.0, verified.1
+    )]
+    SetBack {
+        id: WrappingKeyId,
+        /// Number and state of the row.
+        row: (u64, WrappingKeyState),
+        /// Number and state of the row that was verified last.
+        verified: (u64, WrappingKeyState),
+    },
+    /// The row does not match the token, or does not verify.
+    #[error("{0}")]
+    Standing(String),
+    /// The token cannot verify the row at present.
+    #[error("registry row of wrapping key {0}: the token cannot verify the changed row")]
+    Unverified(WrappingKeyId),
+    /// The row does not exist any more.
+    #[error("the row of wrapping key {0} was deleted from the registry")]
+    Deleted(WrappingKeyId),
 }
 
 /// Why a key cannot be used for a call.
@@ -90,8 +116,8 @@ impl From<Refusal> for Error {
 }
 
 impl Entry {
-    /// Checks that the key may be used in this way. A row that was altered, or whose key is not as it must be, is
-    /// refused whatever its state is, because its state means nothing.
+    /// Checks that the key may be used in this way. The state of an altered row cannot be trusted, so the key of such a row
+    /// is refused in every state. The same applies to a key that is not as it must be on the token.
     fn check(&self, key_use: KeyUse) -> Result<(), Refusal> {
         let id = self.row.id;
         let refused = |reason, detail: String| Err(Refusal::Refused(Error::new(reason, detail)));
@@ -118,7 +144,7 @@ impl Entry {
         self.row.state == WrappingKeyState::Destroyed
     }
 
-    /// Why the key cannot be used, whatever its state is.
+    /// A problem that prevents the use of the key in any state.
     fn problem(&self) -> Option<&str> {
         match &self.standing {
             Standing::Verified => None,
@@ -162,7 +188,7 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Checks that the workers have checked a key, whatever the result is.
+    /// Checks that the workers have checked a key. The result of their check may be a problem.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
@@ -205,9 +231,9 @@ impl Registry {
         self.entry(id).is_some()
     }
 
-    /// Why user keys cannot be released or stored at all; `Ok` if at least one key works. A key that the workers are
-    /// checking counts as a key that works, because calls wait for it.
-    pub(super) fn check_service(&self) -> Result<(), String> {
+    /// Checks that user keys can be released or stored, because at least one key works. A key that the workers are checking
+    /// counts as a key that works, because calls wait for it.
+    pub(super) fn check_service(&self) -> Result<(), Error> {
         let error = match self.wrapping_key() {
             Ok(_) | Err(Refusal::Unproved(_)) => return Ok(()),
             Err(Refusal::Refused(error)) => error,
@@ -217,10 +243,7 @@ impl Registry {
                 .entries
                 .iter()
                 .any(|entry| entry.check(KeyUse::Unwrap).is_ok());
-        if is_read_only {
-            return Ok(());
-        }
-        Err(error.detail().to_owned())
+        if is_read_only { Ok(()) } else { Err(error) }
     }
 
     /// The problems of single keys, for the log and for administrators.
@@ -231,7 +254,7 @@ impl Registry {
             Some(format!("wrapping key {}: {problem}", entry.row.id))
         });
         of_keys
-            .chain(self.refused_changes.iter().cloned())
+            .chain(self.refused_changes.iter().map(RefusedChange::to_string))
             .collect()
     }
 
@@ -257,17 +280,17 @@ impl Registry {
     }
 
     /// The causes for the alert about the stored registry.
-    fn altered_rows(&self) -> Vec<&str> {
+    fn altered_rows(&self) -> Vec<String> {
         let entries = self.entries.iter();
         let altered = entries.filter_map(|entry| match &entry.standing {
-            Standing::Altered(cause) => Some(cause.as_str()),
+            Standing::Altered(cause) => Some(cause.clone()),
             _ => None,
         });
-        let refused = self.refused_changes.iter().map(String::as_str);
+        let refused = self.refused_changes.iter().map(RefusedChange::to_string);
         altered.chain(refused).collect()
     }
 
-    /// The causes for the alert about keys on the token. A key in a state in which it is never used is no cause.
+    /// The causes for the alert about keys on the token. A destroyed key is no cause, because it needs no key on the token.
     fn lost_keys(&self) -> Vec<&str> {
         let entries = self.entries.iter();
         entries
@@ -421,9 +444,8 @@ impl Broker {
         }
         for before in &known.entries {
             if !fresh.knows(before.row.id) && before.standing != Standing::Unproved {
-                let id = before.row.id;
-                let what = format!("the row of wrapping key {id} was deleted from the registry");
-                fresh.refused_changes.push(what);
+                let deleted = RefusedChange::Deleted(before.row.id);
+                fresh.refused_changes.push(deleted);
                 fresh
                     .entries
                     .push(self.again(before, &state, deadline).await?);
@@ -523,7 +545,7 @@ impl Broker {
         row: RegistryRow,
         state: &TokenState,
         deadline: Deadline,
-    ) -> Result<Result<Entry, String>, Error> {
+    ) -> Result<Result<Entry, RefusedChange>, Error> {
         let was_verified = before.standing == Standing::Verified;
         if was_verified && let Err(why) = check_successor(&before.row, &row) {
             return Ok(Err(why));
@@ -532,16 +554,12 @@ impl Broker {
         if !was_verified || standing == Standing::Verified {
             return Ok(Ok(Entry { row, standing }));
         }
-        let why = match standing {
-            Standing::Missing(why) | Standing::Untrusted(why) | Standing::Altered(why) => why,
-            Standing::Unproved | Standing::Verified => {
-                format!(
-                    "registry row of wrapping key {}: the token cannot verify the changed row",
-                    row.id
-                )
+        Ok(Err(match standing {
+            Standing::Missing(why) | Standing::Untrusted(why) | Standing::Altered(why) => {
+                RefusedChange::Standing(why)
             }
-        };
-        Ok(Err(why))
+            Standing::Unproved | Standing::Verified => RefusedChange::Unverified(row.id),
+        }))
     }
 
     /// Examines a row: compares it with the token, then verifies its MAC.
@@ -732,16 +750,17 @@ fn altered(row: &RegistryRow, what: &str) -> Standing {
 
 /// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is valid too, so the MAC
 /// alone would allow an attacker to restore a former state of the key.
-fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), String> {
+fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), RefusedChange> {
     let went_back = after.sequence < before.sequence;
     let without_a_number = after.sequence == before.sequence && after.state != before.state;
     if !went_back && !without_a_number {
         return Ok(());
     }
-    Err(format!(
-        "registry row of wrapping key {}: the row has number {} ({}), but the last verified row had number {} ({})",
-        after.id, after.sequence, after.state, before.sequence, before.state
-    ))
+    Err(RefusedChange::SetBack {
+        id: after.id,
+        row: (after.sequence, after.state),
+        verified: (before.sequence, before.state),
+    })
 }
 
 pub(super) fn token_key(keys: &[TokenKey], id: WrappingKeyId) -> Option<&TokenKey> {

@@ -4,8 +4,6 @@
 //! the command. More than 2,000 rows are written by `bench --seed`.
 
 use std::{
-    collections::BTreeMap,
-    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -23,6 +21,7 @@ use tonic::Status;
 
 use crate::{
     client::Caller,
+    client_commands::calling,
     client_credentials::GRANT_ENROL,
     databases::unique,
     process::Broker,
@@ -82,7 +81,7 @@ fn on_sqlite() -> Options {
     }
 }
 
-/// Like [`two_keys`]. If `is_seeded`, `bench` writes the rows, and they have users of their own.
+/// Like [`two_keys`]. If `is_seeded`, `bench` writes the rows, and the rows have other users than `users`.
 async fn two_keys_and_rows(rows: usize, users: &[String], is_seeded: bool) -> Arc<Site> {
     if !is_seeded {
         return two_keys(on_sqlite(), users).await;
@@ -189,21 +188,7 @@ fn command(broker: &Broker, arguments: &[&str]) -> Finished {
 
 /// A command that calls the admin API, with the certificate of an administrator.
 fn admin_command(broker: &Broker, name: &[&str], arguments: &[&str]) -> Finished {
-    let pki = &broker.site.pki;
-    let mut command = broker.site.command(name);
-    command
-        .args([
-            "--endpoint",
-            &format!("https://localhost:{}", broker.grpc.port()),
-        ])
-        .arg("--ca")
-        .arg(pki.ca_file())
-        .arg("--cert")
-        .arg(pki.certificate_file("admin"))
-        .arg("--key")
-        .arg(pki.key_file("admin"))
-        .args(arguments)
-        .stdin(Stdio::null());
+    let mut command = calling(broker, name, "admin", arguments);
     Finished::from(command.output().unwrap())
 }
 
@@ -212,7 +197,7 @@ fn json(finished: &Finished) -> Value {
     serde_json::from_str(&finished.stdout).unwrap()
 }
 
-/// Callers that change and read users of their own, without an end. A call that fails is a panic.
+/// Callers that change and read their own users until they are stopped. A call that fails is a panic.
 struct Callers {
     stop: Arc<AtomicBool>,
     calls: Arc<AtomicU32>,
@@ -223,12 +208,13 @@ impl Callers {
     fn start(broker: &Broker, users: &[String]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let calls = Arc::new(AtomicU32::new(0));
-        let tasks = (0..3)
-            .map(|number| {
+        let tasks = users
+            .chunks(users.len().div_ceil(3))
+            .map(|own| {
                 let callers =
                     ["releaser", "enroller", "lifecycle"].map(|name| Caller::of(broker, name));
                 let (stop, calls) = (Arc::clone(&stop), Arc::clone(&calls));
-                tokio::spawn(change_in_turn(callers, users.to_vec(), number, stop, calls))
+                tokio::spawn(change_in_turn(callers, own.to_vec(), stop, calls))
             })
             .collect();
         Self { stop, calls, tasks }
@@ -247,16 +233,15 @@ impl Callers {
 async fn change_in_turn(
     [releaser, enroller, lifecycle]: [Caller; 3],
     users: Vec<String>,
-    number: usize,
     stop: Arc<AtomicBool>,
     calls: Arc<AtomicU32>,
 ) {
-    let mut revisions = BTreeMap::new();
-    let mut turn = number;
-    while !stop.load(Ordering::Relaxed) {
-        turn = (turn + 3) % users.len();
-        let user = &users[turn];
-        let revision: &mut u64 = revisions.entry(turn).or_insert(1);
+    let mut revisions = vec![1; users.len()];
+    for turn in (0..users.len()).cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let (user, revision) = (&users[turn], &mut revisions[turn]);
         releaser.unwrap(user).await.unwrap();
         let (material, id) = (material(user), unique());
         let replaced = enroller.replace(user, &material, *revision, &id);

@@ -21,15 +21,36 @@ use crate::{
 
 /// `keybroker client` with the certificate of that name.
 pub(crate) fn client(broker: &Broker, name: &str, arguments: &[&str]) -> Command {
+    calling(broker, &["client"], name, arguments)
+}
+
+/// A command that calls a broker with the certificate of that name. `arguments` follow the options of the connection.
+pub(crate) fn calling(
+    broker: &Broker,
+    command: &[&str],
+    name: &str,
+    arguments: &[&str],
+) -> Command {
     let ca = broker.site.pki.ca_file();
-    client_to(broker, broker.grpc.port(), &ca, name, arguments)
+    calling_to(broker, broker.grpc.port(), &ca, command, name, arguments)
 }
 
 fn client_to(broker: &Broker, port: u16, ca: &Path, name: &str, arguments: &[&str]) -> Command {
+    calling_to(broker, port, ca, &["client"], name, arguments)
+}
+
+fn calling_to(
+    broker: &Broker,
+    port: u16,
+    ca: &Path,
+    words: &[&str],
+    name: &str,
+    arguments: &[&str],
+) -> Command {
     let pki = &broker.site.pki;
     let mut command = Command::new(env!("CARGO_BIN_EXE_keybroker"));
     command
-        .arg("client")
+        .args(words)
         .args(["--endpoint", &format!("https://localhost:{port}")])
         .arg("--ca")
         .arg(ca)

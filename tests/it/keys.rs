@@ -4,7 +4,6 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -18,6 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     client::{Caller, eventually, refused},
+    client_commands::calling,
     databases::{start_instance, unique},
     process::{Broker, until},
     servers::{Kind, Server, section},
@@ -32,23 +32,8 @@ const USAGE: i32 = 2;
 
 /// `keybroker key …` of an administrator, on the admin API of a broker.
 fn key(broker: &Broker, name: &str, arguments: &[&str]) -> Finished {
-    let pki = &broker.site.pki;
-    let mut command = Command::new(env!("CARGO_BIN_EXE_keybroker"));
-    command
-        .args(["-o", "json", "key"])
-        .args(arguments)
-        .args([
-            "--endpoint",
-            &format!("https://localhost:{}", broker.grpc.port()),
-        ])
-        .arg("--ca")
-        .arg(pki.ca_file())
-        .arg("--cert")
-        .arg(pki.certificate_file(name))
-        .arg("--key")
-        .arg(pki.key_file(name))
-        .stdin(Stdio::null());
-    Finished::from(command.output().unwrap())
+    let command = [&["-o", "json", "key"], arguments].concat();
+    Finished::from(calling(broker, &command, name, &[]).output().unwrap())
 }
 
 /// A command that must succeed; returns what it shows.
@@ -262,7 +247,8 @@ async fn a_missing_key_is_refused_alone_and_taken_up_when_it_returns() {
     broker.site.expect_ok(&["token", "check"]);
 }
 
-/// A key that is lost for ever ends its clients' retries. What SQL says of a missing key counts only under a MAC.
+/// Calls for a key that is recorded as lost get `KEY_STATE`, so that clients stop trying. The registry row of a missing key is
+/// believed only under a MAC.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_key_is_buried_and_a_forged_burial_is_not_believed() {
     let (site, [older, newer]) = with_two_keys().await;
@@ -373,7 +359,7 @@ async fn a_key_that_vanishes_from_a_running_broker_takes_no_other_with_it() {
     eventually(|| releaser.unwrap("ada")).await;
 }
 
-/// A row that was altered in SQL disables its own key. A key whose row was never verified is never used, whatever its state.
+/// A row that was altered in SQL disables its own key. A key whose row was never verified is used in no state.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_altered_row_disables_its_own_key_alone() {
     let (site, [older, newer]) = with_two_keys().await;

@@ -129,6 +129,17 @@ impl Stand {
             .expect_ok(&["token", "init", "--so-pin-file", so_pin]);
     }
 
+    /// Adds the site's own SoftHSM token to the configuration. The tokens have the names `soft` and `kryoptic`.
+    pub(crate) fn configure_beside_softhsm(&self) {
+        let written = fs::read_to_string(self.site.configuration_file()).unwrap();
+        let (kryoptic, _) = written.split_once("[store]").unwrap();
+        let kryoptic = kryoptic.replace("[token]", "[[token]]\nname = \"kryoptic\"");
+        self.site.write_configuration(|text| {
+            let named = text.replacen("[token]", "[[token]]\nname = \"soft\"", 1);
+            *text = named.replacen("[store]", &format!("{kryoptic}[store]"), 1);
+        });
+    }
+
     /// Writes the configuration with these attribute exceptions.
     pub(crate) fn configure(&self, exceptions: &[&str]) {
         let (_, rest) = {

@@ -36,7 +36,7 @@ const MEASURED: Duration = Duration::from_secs(5);
 /// Attempts to measure a throughput, because other load can slow down one of the two measurements.
 const ATTEMPTS: usize = 3;
 
-/// Two SoftHSM tokens in one configuration, each behind a scriptable module of its own: `a`, and `b` with a copy of its directory.
+/// Two SoftHSM tokens in one configuration, each behind a separate scriptable module: `a`, and `b` with a copy of the directory of `a`.
 struct Two {
     site: Arc<Site>,
     a: Faulty,
@@ -108,6 +108,20 @@ impl Two {
         });
     }
 
+    /// Puts another token with the same label and PIN in the place of the copy.
+    fn replace_b(&self) {
+        fs::remove_dir_all(self.copy.join("tokens")).unwrap();
+        fs::create_dir(self.copy.join("tokens")).unwrap();
+        let (pin, label) = (self.site.token.pin(), self.site.token.label());
+        let initialised = Command::new("softhsm2-util")
+            .env("SOFTHSM2_CONF", self.copy.join("softhsm2.conf"))
+            .args(["--init-token", "--free", "--label", label])
+            .args(["--pin", pin, "--so-pin", pin])
+            .output()
+            .unwrap();
+        assert!(initialised.status.success(), "{initialised:?}");
+    }
+
     fn pin_file_of_b(&self) -> PathBuf {
         self.copy.join("pin")
     }
@@ -134,7 +148,7 @@ fn section(settings: &str, own: &str, faulty: &Faulty, conf: &Path) -> String {
     )
 }
 
-/// Copies a SoftHSM token with its PIN file, and gives the copy a configuration of its own.
+/// Copies a SoftHSM token with its PIN file, and gives the copy a separate configuration.
 fn copy_token(token: &Token, to: &Path) {
     fs::create_dir(to).unwrap();
     let copied = Command::new("cp")
@@ -557,24 +571,7 @@ async fn a_token_with_another_key_under_the_same_id_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_swapped_token_is_refused_while_the_other_serves() {
     let two = Two::fresh(Options::default());
-    fs::remove_dir_all(two.copy.join("tokens")).unwrap();
-    fs::create_dir(two.copy.join("tokens")).unwrap();
-    let pin = two.site.token.pin();
-    let initialised = Command::new("softhsm2-util")
-        .env("SOFTHSM2_CONF", two.copy.join("softhsm2.conf"))
-        .args([
-            "--init-token",
-            "--free",
-            "--label",
-            two.site.token.label(),
-            "--pin",
-            pin,
-            "--so-pin",
-            pin,
-        ])
-        .output()
-        .unwrap();
-    assert!(initialised.status.success(), "{initialised:?}");
+    two.replace_b();
     let logins = || two.b.count("C_Login begins");
     let before = logins();
     let broker = Broker::start_on(Arc::clone(&two.site));
@@ -598,28 +595,7 @@ async fn a_swapped_token_is_refused_while_the_other_serves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_key_is_used_on_its_own_token() {
     let two = Two::unregistered(Options::default());
-    // Another token, not a copy.
-    fs::remove_dir_all(two.copy.join("tokens")).unwrap();
-    fs::create_dir(two.copy.join("tokens")).unwrap();
-    let pin = two.site.token.pin();
-    let initialised = Command::new("softhsm2-util")
-        .env("SOFTHSM2_CONF", two.copy.join("softhsm2.conf"))
-        .args([
-            "--init-token",
-            "--free",
-            "--label",
-            two.site.token.label(),
-            "--pin",
-            pin,
-            "--so-pin",
-            pin,
-        ])
-        .output()
-        .unwrap();
-    assert!(initialised.status.success(), "{initialised:?}");
-    two.configure("");
-    two.site.write_configuration(|_| ());
-    two.configure("");
+    two.replace_b();
     let broker = Broker::start_on(Arc::clone(&two.site));
     let enroller = Caller::of(&broker, "enroller");
     enroller.create("first", MATERIAL).await.unwrap();
@@ -674,13 +650,7 @@ async fn each_key_is_used_on_its_own_token() {
 async fn tokens_of_two_vendors_serve_beside_each_other() {
     let stand = Stand::new(Maker::Kryoptic);
     let site = Arc::clone(&stand.site);
-    let written = fs::read_to_string(site.configuration_file()).unwrap();
-    let (kryoptic, _) = written.split_once("[store]").unwrap();
-    let kryoptic = kryoptic.replace("[token]", "[[token]]\nname = \"kryoptic\"");
-    site.write_configuration(|text| {
-        let named = text.replacen("[token]", "[[token]]\nname = \"soft\"", 1);
-        *text = named.replacen("[store]", &format!("{kryoptic}[store]"), 1);
-    });
+    stand.configure_beside_softhsm();
     site.expect_ok(&["--token", "soft", "key", "generate", "--bits", "2048"]);
     let broker = Broker::start_on(Arc::clone(&site));
     Caller::of(&broker, "enroller")

@@ -16,13 +16,7 @@ async fn rows_move_from_softhsm_to_another_token() {
     let stand = Stand::new(Maker::Kryoptic);
     let site = Arc::clone(&stand.site);
     let before = fs::read_to_string(site.configuration_file()).unwrap();
-    let written = fs::read_to_string(site.configuration_file()).unwrap();
-    let (kryoptic, _) = written.split_once("[store]").unwrap();
-    let kryoptic = kryoptic.replace("[token]", "[[token]]\nname = \"kryoptic\"");
-    site.write_configuration(|text| {
-        let named = text.replacen("[token]", "[[token]]\nname = \"soft\"", 1);
-        *text = named.replacen("[store]", &format!("{kryoptic}[store]"), 1);
-    });
+    stand.configure_beside_softhsm();
     site.expect_ok(&["--token", "soft", "key", "generate", "--bits", "2048"]);
     let users = names(number("KEYBROKER_TEST_MOVED_USERS", 30));
     let count = u64::try_from(users.len()).unwrap();

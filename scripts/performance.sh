@@ -194,7 +194,9 @@ main() {
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    ! wanted device-lanes device-lanes-load overload-slow fairness-slow || cargo build --locked --quiet --package keybroker-scriptable-pkcs11
+    if wanted device-lanes device-lanes-load overload-slow fairness-slow; then
+      cargo build --locked --quiet --package keybroker-scriptable-pkcs11
+    fi
     SCRIPTABLE_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so
     mkdir -p "$RESULTS"
     SECONDS=0

@@ -122,6 +122,12 @@ impl Member {
             .is_none_or(|key| self.supervisor.algorithm(key).is_some());
         can_decrypt && has_second
     }
+
+    /// Whether the estimates of the token are old, and the job can be done even if the token is much slower than before.
+    fn is_due_for_a_probe(&self, now_ms: u64, expected: Duration, caller: &Caller) -> bool {
+        let idle_ms = now_ms.saturating_sub(self.last_job_ms.load(Ordering::Relaxed));
+        idle_ms >= millis(PROBE_INTERVAL) && expected * PROBE_PARTS <= caller.deadline().remaining()
+    }
 }
 
 impl Pool {
@@ -264,7 +270,7 @@ impl Pool {
                         keep_sooner(&mut suspected, choice(expected));
                         continue;
                     }
-                    if self.is_due_for_a_probe(member, expected, caller) {
+                    if member.is_due_for_a_probe(now_ms, expected, caller) {
                         return Some(choice(expected));
                     }
                     let mut best = in_time.map(|(_, best)| best);
@@ -278,16 +284,6 @@ impl Pool {
             .or(suspected)
             .or(late)
             .or_else(|| self.awaited(need, tried))
-    }
-
-    /// Whether the estimates of a token are old, and the job can be done even if the token is much slower than before.
-    fn is_due_for_a_probe(&self, member: &Member, expected: Duration, caller: &Caller) -> bool {
-        let idle_ms = self.now_ms()
-            - member
-                .last_job_ms
-                .load(Ordering::Relaxed)
-                .min(self.now_ms());
-        idle_ms >= millis(PROBE_INTERVAL) && expected * PROBE_PARTS <= caller.deadline().remaining()
     }
 
     /// The token on which a job waits for a worker, because no token has a worker that is ready.

@@ -93,6 +93,21 @@ impl Registry {
         keys
     }
 
+    /// The registered keys that a command must find on a token with this serial number. If the token is the only one, it must hold
+    /// every key.
+    pub(crate) fn needed_on<'a>(
+        &'a self,
+        token: &Settings,
+        serial: &str,
+        is_one_of_several: bool,
+    ) -> Vec<KeyHere<'a>> {
+        if is_one_of_several {
+            self.on(token, serial)
+        } else {
+            self.may_be_on(token)
+        }
+    }
+
     /// The keys that the workers of a token look for. If there are several tokens, the token must also verify the MACs of the
     /// registry before a key is used: otherwise another token with another integrity key could refuse every row.
     pub(crate) fn expected(&self, token: &Settings, is_one_of_several: bool) -> Vec<ExpectedKey> {
@@ -230,7 +245,7 @@ mod tests {
         );
         assert_eq!(further.proofs.len(), 2);
         assert_eq!(further.objects.private_object(ID).to_string(), "09");
-        // A declared copy has the serial number of its original, so only a row of its own shows that it holds a key.
+        // A declared copy has the serial number of its original, so only a separate row shows that the copy holds a key.
         assert!(
             registry
                 .expected(&token("c", "copy_of = \"a\""), true)

@@ -13,10 +13,7 @@ use keybroker_core::{
 use keybroker_hsm::{Settings, admin::Admin};
 use keybroker_worker_protocol::PinSource;
 
-use crate::{
-    config::Config,
-    places::{KeyHere, Registry},
-};
+use crate::{config::Config, places::Registry};
 
 use super::{
     Context,
@@ -103,18 +100,10 @@ struct Opened {
 }
 
 impl Opened {
-    /// The registered keys that must be on this token.
-    fn keys<'a>(&self, registry: &'a Registry) -> Vec<KeyHere<'a>> {
-        if self.is_one_of_several {
-            registry.on(&self.settings, &self.admin.info().serial)
-        } else {
-            registry.may_be_on(&self.settings)
-        }
-    }
-
     /// Checks the registered keys of this token. Returns the problems of the token, and the keys without problems.
     fn check(&self, registry: &Registry) -> Result<(Vec<String>, Vec<WrappingKeyId>), Failure> {
-        let keys = self.keys(registry);
+        let serial = &self.admin.info().serial;
+        let keys = registry.needed_on(&self.settings, serial, self.is_one_of_several);
         self.admin
             .know(keys.iter().map(|key| (key.row.id, key.objects())))?;
         let (mut problems, mut good) = (Vec::new(), Vec::new());

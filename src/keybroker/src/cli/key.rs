@@ -28,7 +28,8 @@ mod change;
 mod removal;
 
 use super::{
-    Context, block_on, change as entries,
+    Context, block_on,
+    change::audited,
     exit::{Exit, Failure},
     output::Field,
     pin::{UserPin, log_in, serials},
@@ -189,7 +190,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let files = integrity_files(&config)?;
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(rows))?;
-    let (row, place, file) = entries::audited(
+    let (row, place, file) = audited(
         context,
         &config,
         "wrapping_key.generate",
@@ -326,7 +327,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     refuse_shared_integrity_key(&key, rows)?;
     let mut file = None;
     let (row, place) = match rows.iter().find(|row| row.id == id) {
-        None => entries::audited(context, &config, "wrapping_key.register", describe, || {
+        None => audited(context, &config, "wrapping_key.register", describe, || {
             file = store_integrity_key(files, &key)?;
             let row = new_row(&admin, &key, rows)?;
             insert(&config, &row)?;
@@ -339,7 +340,7 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
         }
         Some(old) => {
             let moved = moved_row(&admin, &key, old)?;
-            entries::audited(context, &config, "wrapping_key.move", describe, || {
+            audited(context, &config, "wrapping_key.move", describe, || {
                 block_on(async {
                     let store = store::open(&config.store).await?;
                     let updated = store.update_registry(&moved, &old.mac).await;

@@ -368,11 +368,8 @@ fn findings(
 
 /// The registered keys that must be on this token.
 fn keys_here<'a>(config: &Config, admin: &Admin, registry: &'a Registry) -> Vec<KeyHere<'a>> {
-    if config.tokens.are_several() {
-        registry.on(config.token(), &admin.info().serial)
-    } else {
-        registry.may_be_on(config.token())
-    }
+    let serial = &admin.info().serial;
+    registry.needed_on(config.token(), serial, config.tokens.are_several())
 }
 
 /// Compares the registry rows of a key with the key on the token, and returns the differences.

@@ -159,7 +159,7 @@ impl Tokens {
             {
                 Some(format!(
                     "{prefix}[token]: `copy_of` is {of:?}, which has the same module and the same [token.environment], so \
-                     both would open the same token; give the copy an environment of its own"
+                     both would open the same token; give the copy a separate environment"
                 ))
             }
             Some(_) => None,
@@ -316,7 +316,7 @@ SOFTHSM2_CONF = "/b.conf"
                 "copy_of = \"c\"",
                 "not the name of a token",
             ),
-            ("/b.conf", "/a.conf", "an environment of its own"),
+            ("/b.conf", "/a.conf", "a separate environment"),
             (
                 "label = \"one\"\n[token",
                 "label = \"one\"\ncopy_of = \"b\"\n[token",

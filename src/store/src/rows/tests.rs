@@ -23,21 +23,6 @@ fn new() -> NewRevision {
     }
 }
 
-#[test]
-fn a_place_that_is_written_is_read_as_the_same() {
-    let place_row = PlaceRow {
-        key: WrappingKeyId::from_bytes([34; 16]),
-        token: "b".to_owned(),
-        token_serial: "serial".to_owned(),
-        objects: ObjectIds::from_slices(&[1, 0, 255], &[7; 255]).unwrap(),
-        registered: at(35),
-        backup_confirmed: Some(at(36)),
-        mac: [37; 32],
-    };
-    let row = Row::new(Table::Places, new_place(&place_row));
-    assert_eq!(place(&row).unwrap(), place_row);
-}
-
 /// All fields of a type have different values, so a wrong order of columns is detected.
 #[test]
 fn a_row_that_is_written_is_read_as_the_same() {

@@ -72,85 +72,72 @@ impl Soak {
         (kind.scenario == "soak").then(|| serde_json::from_str(text))
     }
 
-    /// Memory and latency over time.
+    /// Memory, latency, descriptors and threads over time.
     pub(super) fn charts(&self) -> Vec<Named> {
-        let memory = |name: &str, kib: &dyn Fn(&Sample) -> u32| Series {
-            name: name.to_owned(),
-            points: self.over_time(|sample| f64::from(kib(sample)) / KIB_PER_MIB),
-        };
-        let count = |name: &str, count: fn(&Process) -> u32| Series {
-            name: name.to_owned(),
-            points: self.over_time(|sample| f64::from(count(&sample.front))),
-        };
-        let latency = |name: &str, ms: fn(&Sample) -> f64| Series {
-            name: name.to_owned(),
-            points: self.over_time(ms),
-        };
-        let chart = |title, y, series| Chart {
+        let mib = |kib: u32| f64::from(kib) / KIB_PER_MIB;
+        let front_memory = self.series("front", |sample| mib(sample.front.resident_kib));
+        let worker_memory = self.series("all workers", |sample| {
+            let workers = sample.workers.iter();
+            mib(workers.map(|worker| worker.resident_kib).sum())
+        });
+        let p50 = self.series("p50", |sample| sample.p50_ms);
+        let p99 = self.series("p99", |sample| sample.p99_ms);
+        let descriptors = self.series("descriptors", |sample| sample.front.descriptors.into());
+        let threads = self.series("threads", |sample| sample.front.threads.into());
+        vec![
+            self.chart(
+                "-memory",
+                "Resident memory during faults",
+                Axis::linear("MiB"),
+                vec![front_memory, worker_memory],
+            ),
+            self.chart(
+                "-latency",
+                "Latency of calls by the retry rule, during faults",
+                Axis::logarithmic("milliseconds"),
+                vec![p50, p99],
+            ),
+            self.chart(
+                "-resources",
+                "Descriptors and threads of the front during faults",
+                Axis::linear("count"),
+                vec![descriptors, threads],
+            ),
+        ]
+    }
+
+    fn chart(
+        &self,
+        suffix: &'static str,
+        title: &'static str,
+        y: Axis,
+        series: Vec<Series>,
+    ) -> Named {
+        let subtitle = format!(
+            "{} faults in {} s, seed {}",
+            self.faults.len(),
+            self.seconds,
+            self.seed
+        );
+        let svg = Chart {
             title,
-            subtitle: self.subtitle(),
+            subtitle,
             x: Axis::linear("hours"),
             y,
             mark: Mark::Lines,
             series,
         };
-        vec![
-            Named {
-                suffix: "-memory",
-                svg: chart(
-                    "Resident memory during faults",
-                    Axis::linear("MiB"),
-                    vec![
-                        memory("front", &|sample| sample.front.resident_kib),
-                        memory("all workers", &|sample| {
-                            sample
-                                .workers
-                                .iter()
-                                .map(|worker| worker.resident_kib)
-                                .sum()
-                        }),
-                    ],
-                ),
-            },
-            Named {
-                suffix: "-latency",
-                svg: chart(
-                    "Latency of calls by the retry rule, during faults",
-                    Axis::logarithmic("milliseconds"),
-                    vec![
-                        latency("p50", |sample| sample.p50_ms),
-                        latency("p99", |sample| sample.p99_ms),
-                    ],
-                ),
-            },
-            Named {
-                suffix: "-resources",
-                svg: chart(
-                    "Descriptors and threads of the front during faults",
-                    Axis::linear("count"),
-                    vec![
-                        count("descriptors", |front| front.descriptors),
-                        count("threads", |front| front.threads),
-                    ],
-                ),
-            },
-        ]
+        Named { suffix, svg }
     }
 
-    fn over_time(&self, value: impl Fn(&Sample) -> f64) -> Vec<(f64, f64)> {
+    /// A value of each sample over time.
+    fn series(&self, name: &str, value: impl Fn(&Sample) -> f64) -> Series {
         let samples = self.samples.iter();
-        samples
-            .map(|sample| (sample.at_s / SECONDS_PER_HOUR, value(sample)))
-            .collect()
-    }
-
-    fn subtitle(&self) -> String {
-        format!(
-            "{} faults in {} s, seed {}",
-            self.faults.len(),
-            self.seconds,
-            self.seed
-        )
+        let points = samples.map(|sample| (sample.at_s / SECONDS_PER_HOUR, value(sample)));
+        Series {
+            name: name.to_owned(),
+            points: points.collect(),
+        }
     }
 
     /// The totals, and each kind of fault with its slowest recovery, in Markdown.

@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::{
     cli::{
-        Context, block_on, change as entries,
+        Context, block_on,
+        change::audited,
         exit::{Exit, Failure},
         pin::{UserPin, log_in, serials},
     },
@@ -53,7 +54,7 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;
     admin.know([(id, &place(&config))])?;
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
-    let removed = entries::audited(context, &config, "wrapping_key.remove", describe, || {
+    let removed = audited(context, &config, "wrapping_key.remove", describe, || {
         Ok(admin.remove_key(id)?)
     })?;
     context.output.fields(vec![

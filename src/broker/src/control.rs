@@ -34,7 +34,7 @@ pub struct WrappingKeyView {
     pub registered: Timestamp,
     /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
-    /// Why the key cannot be used, whatever its state is. The value is `None` for a key without a problem.
+    /// A problem that prevents the use of the key in any state. The value is `None` for a key without a problem.
     pub problem: Option<String>,
     /// The public key on the token. The value is `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,

@@ -437,7 +437,7 @@ declare! {
         REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
         REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that the re-wrap of this broker had still to move when they were last counted.";
         WRAPPING_KEY_USABLE =
-            "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, whatever its state is, else 0.";
+            "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, in any state, else 0.";
         WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user keys was registered; 0 if there is none.";
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while the token serves, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";

@@ -110,8 +110,8 @@ impl WrappingKeyState {
     /// Whether a key in this state may be used in this way. All other functions about the use of a key call this function.
     ///
     /// A deactivated key makes MACs, because restoring an earlier revision of a record binds this revision again without
-    /// unwrapping it. A compromised key is not the source of a re-wrap: whoever knows its private half may also have made the
-    /// row, and this function knows nothing of the row.
+    /// unwrapping it. A compromised key is not the source of a re-wrap: a person who knows its private half may also have
+    /// made the row, and this function cannot check the row.
     pub const fn allows(self, key_use: KeyUse) -> bool {
         match self {
             Self::PreActive | Self::Suspended | Self::Compromised | Self::Destroyed => false,

@@ -1304,7 +1304,7 @@ pub struct WrappingKey {
     /// The public key in PEM (SubjectPublicKeyInfo), read from the token. Set only by GetWrappingKey.
     #[prost(string, tag = "9")]
     pub public_key_pem: ::prost::alloc::string::String,
-    /// Why the key cannot be used, whatever its state is, such as "missing"; empty for a key without a problem. At most 2,000
+    /// A problem that prevents the use of the key in any state, such as "missing"; empty for a key without a problem. At most 2,000
     /// bytes.
     #[prost(string, tag = "10")]
     pub problem: ::prost::alloc::string::String,

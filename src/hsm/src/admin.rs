@@ -27,11 +27,12 @@ use keybroker_worker_protocol::{
     PathError, PinError, PinSource, Settings, TokenInfo, check_environment,
     frame::{Inbox, Outbox},
     oaep::{self, OaepError},
-    report::Report,
+    report::{Identity, Report},
     wire::{
         self, AdminFailureClass, AdminReply, AdminRequest, CheckKey, DecryptLoop, GenerateKey,
-        InitToken, KnowKeys, ListKeys, ListTokens, LoopCount, MakeReport, OpenToken, RemoveKey,
-        TokenEntry, VerifyMac, admin_reply::Outcome, admin_request::Job,
+        Identify, InitToken, KnowKeys, ListKeys, ListTokens, LoopCount, MadeSignature, MakeReport,
+        MakeSigningKey, OpenToken, RemoveKey, SetUserPin, Sign, TokenEntry, VerifyMac,
+        admin_reply::Outcome, admin_request::Job,
     },
 };
 use zeroize::Zeroize as _;
@@ -156,6 +157,17 @@ pub struct Finding {
     pub passes: bool,
 }
 
+/// A key that signs the transcript of a ceremony.
+#[derive(Clone, Debug)]
+pub struct SigningKey {
+    /// `CKA_ID` of its objects.
+    pub object: ObjectId,
+    /// DER SubjectPublicKeyInfo.
+    pub spki: Vec<u8>,
+    /// The results of the attribute check.
+    pub attributes: Vec<Finding>,
+}
+
 /// Lists all slots with a token, initialised or not. Needs no PIN.
 pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let mut worker = Worker::start(program, settings)?;
@@ -187,6 +199,33 @@ pub fn init_token(
         so_pin: Some(so_pin.to_wire()?),
         user_pin: Some(user_pin.to_wire()?),
         erase_serial: erase_serial.unwrap_or_default().to_owned(),
+    });
+    match worker.ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+        Outcome::Token(entry) => {
+            let note = (!entry.note.is_empty()).then(|| entry.note.clone());
+            Ok((listed(entry).info, note))
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+/// Sets the user PIN of an initialised token, which also unlocks a locked user PIN. The PIN of the security officer is
+/// presented only to the token with this serial number. The PINs of this token are removed from the record of PINs. Returns
+/// the token and a note for the operator, if there is one.
+pub fn set_user_pin(
+    program: &Path,
+    settings: &Settings,
+    state: &StateDirectory,
+    serial: &str,
+    so_pin: &PinSource,
+    user_pin: &PinSource,
+) -> Result<(TokenInfo, Option<String>), AdminError> {
+    let mut worker = Worker::start(program, settings)?;
+    let job = Job::SetUserPin(SetUserPin {
+        setup: Some(settings.to_setup(state.path())),
+        so_pin: Some(so_pin.to_wire()?),
+        user_pin: Some(user_pin.to_wire()?),
+        serial: serial.to_owned(),
     });
     match worker.ask(job, SLOW_CALL_TIMEOUT_MIN)? {
         Outcome::Token(entry) => {
@@ -301,12 +340,77 @@ impl Admin {
         }
     }
 
+    /// Whether the token has a key of [`Admin::make_signing_key`].
+    pub fn has_signing_key(&self) -> Result<bool, AdminError> {
+        match self
+            .worker()
+            .ask(Job::ListKeys(ListKeys {}), Duration::ZERO)?
+        {
+            Outcome::KeyIds(list) => Ok(list.has_signing_key),
+            _ => Err(unexpected()),
+        }
+    }
+
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. If a
     /// check fails, the worker removes the keys from the token. This function does not add the key to the registry.
     pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
-        let job = Job::GenerateKey(GenerateKey { modulus_bits });
+        self.generate(modulus_bits, Vec::new())
+    }
+
+    /// Does the same as [`Admin::generate_key`], but the key gets this id. The worker refuses an id that an object on the
+    /// token has.
+    pub fn generate_key_with_id(
+        &self,
+        modulus_bits: u32,
+        id: WrappingKeyId,
+    ) -> Result<CheckedKey, AdminError> {
+        self.generate(modulus_bits, id.as_bytes().to_vec())
+    }
+
+    fn generate(&self, modulus_bits: u32, key_id: Vec<u8>) -> Result<CheckedKey, AdminError> {
+        let job = Job::GenerateKey(GenerateKey {
+            modulus_bits,
+            key_id,
+        });
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
             Outcome::Key(key) => checked(key),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Describes the token and its module, with the SHA-256 of the module's file.
+    pub fn identity(&self) -> Result<Identity, AdminError> {
+        match self
+            .worker()
+            .ask(Job::Identify(Identify {}), Duration::ZERO)?
+        {
+            Outcome::Identity(text) => serde_json::from_str(&text).map_err(|_| unexpected()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Makes an RSA key pair on the token that can only sign, and reads back every attribute. A token has at most one
+    /// such key.
+    pub fn make_signing_key(&self) -> Result<SigningKey, AdminError> {
+        let job = Job::MakeSigningKey(MakeSigningKey {});
+        match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
+            Outcome::SigningKey(key) => Ok(SigningKey {
+                object: ObjectId::from_slice(&key.cka_id).ok_or_else(unexpected)?,
+                spki: key.spki,
+                attributes: found(key.attributes),
+            }),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Signs a message with a key of [`Admin::make_signing_key`].
+    pub fn sign(&self, object: &ObjectId, message: &[u8]) -> Result<MadeSignature, AdminError> {
+        let job = Job::Sign(Sign {
+            cka_id: object.as_bytes().to_vec(),
+            message: message.to_vec(),
+        });
+        match self.worker().ask(job, Duration::ZERO)? {
+            Outcome::MadeSignature(made) => Ok(made),
             _ => Err(unexpected()),
         }
     }
@@ -434,6 +538,17 @@ fn listed(entry: TokenEntry) -> Listed {
     }
 }
 
+fn found(findings: Vec<wire::AttributeFinding>) -> Vec<Finding> {
+    findings
+        .into_iter()
+        .map(|finding| Finding {
+            attribute: finding.attribute,
+            verdict: finding.verdict,
+            passes: finding.passes,
+        })
+        .collect()
+}
+
 fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
     let key = checked.key.ok_or_else(unexpected)?;
     let algorithm = match key.algorithm {
@@ -445,16 +560,6 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
                 .ok_or_else(unexpected)?,
         ),
     };
-    let findings = |findings: Vec<wire::AttributeFinding>| {
-        findings
-            .into_iter()
-            .map(|finding| Finding {
-                attribute: finding.attribute,
-                verdict: finding.verdict,
-                passes: finding.passes,
-            })
-            .collect()
-    };
     Ok(CheckedKey {
         id: WrappingKeyId::from_slice(&key.id).ok_or_else(unexpected)?,
         objects: ObjectIds::from_slices(&checked.private_cka_id, &checked.integrity_cka_id)
@@ -463,8 +568,8 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         spki: key.spki,
         modulus_bits: usize::try_from(checked.modulus_bits).map_err(|_| unexpected())?,
         algorithm,
-        private: findings(checked.private_key),
-        integrity: findings(checked.integrity_key),
+        private: found(checked.private_key),
+        integrity: found(checked.integrity_key),
         problem: (!checked.problem.is_empty()).then_some(checked.problem),
         not_tried: checked.not_tried,
         integrity_key_file: Some(checked.integrity_key_file).filter(|text| !text.is_empty()),

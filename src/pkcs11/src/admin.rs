@@ -21,7 +21,7 @@ use crate::{
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, HmacKey, KeyPair, KeySession, Making, Place, Refusal, Terms},
+    keys::{self, Cause, HmacKey, KeyPair, KeySession, Making, Place, Refusal, SigningKey, Terms},
     mac_key::WorkerKey,
     module,
     negative::{self, Subject},
@@ -298,6 +298,35 @@ pub(crate) fn init_token(
     Ok(info)
 }
 
+/// Sets the user PIN of an initialised token, which also unlocks a locked user PIN. The security officer logs in for this
+/// once, and only to the token with this serial number.
+pub(crate) fn reset_user_pin(
+    settings: &Settings,
+    serial: &str,
+    so_pin: &Pin,
+    user_pin: &Pin,
+) -> Result<TokenInfo, AdminError> {
+    let module = module::load(settings)?;
+    let selector = select::Selector::from_settings(settings)
+        .map_err(|error| AdminError::Token(error.to_string()))?;
+    let Selected { slot, info, .. } =
+        select::find(&module, &selector, Registered::Preferred(&[serial]))?;
+    if info.serial != serial {
+        return Err(AdminError::Token(format!(
+            "the token has the serial number {:?} instead of {serial:?}, so the PIN of the security officer is not for \
+             this token. Nothing was changed",
+            info.serial
+        )));
+    }
+    let token_info = module.get_token_info(slot).map_err(Fault::from)?;
+    if let Some(problem) = pin_problem("user PIN", user_pin, &token_info) {
+        return Err(AdminError::NewPin(problem));
+    }
+    check_so_counter(&token_info)?;
+    set_user_pin(&module, slot, so_pin, user_pin).map_err(refused_so_pin)?;
+    Ok(info)
+}
+
 fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let session = module.open_rw_session(slot)?;
@@ -309,7 +338,7 @@ fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Re
     Ok(())
 }
 
-/// Describes a rejected PIN of the security officer. `C_InitToken` with a wrong PIN changes nothing.
+/// Describes a rejected PIN of the security officer. `C_InitToken` and `C_Login` with a wrong PIN change nothing.
 fn refused_so_pin(fault: Fault) -> AdminError {
     if fault.class != Class::Pin {
         return fault.into();
@@ -529,7 +558,12 @@ impl Admin {
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. A
     /// key that fails one of these checks is removed from the token. This function does not add the key to the
     /// registry.
-    pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
+    /// Without an id, the key gets a random one.
+    pub(crate) fn generate_key(
+        &self,
+        modulus_bits: u32,
+        id: Option<WrappingKeyId>,
+    ) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
                 "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, but this command \
@@ -540,8 +574,12 @@ impl Admin {
         }
         let session = &self.token.anchor;
         let not_made = self.try_for_a_session()?;
-        let made = keys::generate(session, modulus_bits, Terms::of(&self.settings))
-            .map_err(|refusal| self.explained(refusal))?;
+        let terms = Terms::of(&self.settings);
+        let made = match id {
+            Some(id) => keys::generate_with_id(session, id, modulus_bits, terms),
+            None => keys::generate(session, modulus_bits, terms),
+        };
+        let made = made.map_err(|refusal| self.explained(refusal))?;
         self.keep_secret(&made.pair.place());
         let problem = match self.check(made.pair.id) {
             Ok(mut checked) => match &checked.problem {
@@ -732,6 +770,32 @@ impl Admin {
         let place = self.place(id);
         self.secrets.borrow_mut().remove(&id);
         Ok(keys::remove(&self.token.anchor, &place)?)
+    }
+
+    /// Describes the token and its module.
+    pub(crate) fn identity(
+        &self,
+    ) -> Result<keybroker_worker_protocol::report::Identity, AdminError> {
+        Ok(report::identity_of(&self.token, &self.settings)?)
+    }
+
+    /// Whether the token has a key that signs the transcript of a ceremony.
+    pub(crate) fn has_signing_key(&self) -> Result<bool, AdminError> {
+        Ok(keys::has_signing_key(&self.token.anchor)?)
+    }
+
+    /// Makes the key that signs the transcript of a ceremony.
+    pub(crate) fn make_signing_key(&self) -> Result<SigningKey, AdminError> {
+        Ok(keys::make_signing_key(&self.token.anchor, &self.settings)?)
+    }
+
+    /// Signs with a key of [`Admin::make_signing_key`]. Returns the signature and whether it is RSASSA-PSS.
+    pub(crate) fn sign(
+        &self,
+        object: &ObjectId,
+        message: &[u8],
+    ) -> Result<(Vec<u8>, bool), AdminError> {
+        Ok(keys::sign(&self.token.anchor, object, message)?)
     }
 
     /// Makes a MAC with the integrity key of this wrapping key.

@@ -17,7 +17,7 @@ use std::{
 
 use keybroker_core::{
     call::Timestamp,
-    key::{ObjectIds, WrappingKeyId},
+    key::{ObjectId, ObjectIds, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -25,9 +25,9 @@ use keybroker_worker_protocol::{
     frame::{Inbox, Outbox},
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
-        DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MakeReport, OaepSupport, OpenToken,
-        PinSource, Setup, TokenEntry, TokenKey, TokenList, admin_reply::Outcome,
-        admin_request::Job, pin_source::Source,
+        DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MadeSignature, MakeReport,
+        OaepSupport, OpenToken, PinSource, SetUserPin, Setup, SigningKey, TokenEntry, TokenKey,
+        TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
     },
 };
 
@@ -129,9 +129,18 @@ impl State {
             Job::ListKeys(_) => {
                 let ids = self.token()?.key_ids()?;
                 let ids = ids.iter().map(|id| id.as_bytes().to_vec()).collect();
-                Ok(Outcome::KeyIds(KeyIds { ids }))
+                let has_signing_key = self.token()?.has_signing_key()?;
+                Ok(Outcome::KeyIds(KeyIds {
+                    ids,
+                    has_signing_key,
+                }))
             }
-            Job::GenerateKey(job) => Ok(key(self.token()?.generate_key(job.modulus_bits)?)),
+            Job::GenerateKey(job) => {
+                let id = (!job.key_id.is_empty())
+                    .then(|| key_id(&job.key_id))
+                    .transpose()?;
+                Ok(key(self.token()?.generate_key(job.modulus_bits, id)?))
+            }
             Job::CheckKey(job) => {
                 let (token, id) = (self.token()?, key_id(&job.key_id)?);
                 Ok(key(if job.make_integrity_key {
@@ -148,6 +157,28 @@ impl State {
             Job::DecryptLoop(job) => self.decrypt_loop(job),
             Job::MakeReport(job) => self.report(job),
             Job::KnowKeys(job) => self.know(job),
+            Job::Identify(_) => {
+                let identity = self.token()?.identity()?;
+                let text = serde_json::to_string(&identity).map_err(|error| {
+                    AdminError::Token(format!("cannot encode the identity: {error}"))
+                })?;
+                Ok(Outcome::Identity(text))
+            }
+            Job::MakeSigningKey(_) => {
+                let made = self.token()?.make_signing_key()?;
+                Ok(Outcome::SigningKey(SigningKey {
+                    cka_id: made.object.as_bytes().to_vec(),
+                    spki: made.spki,
+                    attributes: made.findings.iter().map(finding).collect(),
+                }))
+            }
+            Job::Sign(job) => {
+                let object = ObjectId::from_slice(&job.cka_id)
+                    .ok_or_else(|| AdminError::Untrusted("the request has no CKA_ID".to_owned()))?;
+                let (signature, pss) = self.token()?.sign(&object, &job.message)?;
+                Ok(Outcome::MadeSignature(MadeSignature { signature, pss }))
+            }
+            Job::SetUserPin(job) => set_user_pin(job),
             Job::RemoveKey(job) => {
                 let id = key_id(&job.key_id)?;
                 // The handles of the removed objects must not be used again.
@@ -302,13 +333,41 @@ fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
         },
     )?;
     let mut entry = entry(&admin::Listed::of(&info));
-    if let Err(error) = parsed.record.forget(&info.serial) {
-        entry.note = format!(
-            "cannot clear the record of PINs that this token rejected before it was initialised ({error}). If the broker \
-             refuses to log in, run `keybroker token retry-pin`"
-        );
-    }
+    entry.note = note_of_forgotten(&parsed, &info.serial);
     Ok(Outcome::Token(entry))
+}
+
+fn set_user_pin(job: &SetUserPin) -> Result<Outcome, AdminError> {
+    let parsed = parse(job.setup.as_ref())?;
+    let no_pin = || {
+        AdminError::Pin(
+            "setting the user PIN needs the PINs of the security officer and of the user"
+                .to_owned(),
+        )
+    };
+    let so_pin = read(job.so_pin.as_ref())?.ok_or_else(no_pin)?;
+    let user_pin = read(job.user_pin.as_ref())?.ok_or_else(no_pin)?;
+    let info = admin::reset_user_pin(&parsed.settings, &job.serial, &so_pin, &user_pin).map_err(
+        |error| match error {
+            AdminError::NewPin(detail) => of_pin(AdminError::Pin(detail), job.user_pin.as_ref()),
+            error => of_pin(error, job.so_pin.as_ref()),
+        },
+    )?;
+    let mut entry = entry(&admin::Listed::of(&info));
+    entry.note = note_of_forgotten(&parsed, &info.serial);
+    Ok(Outcome::Token(entry))
+}
+
+/// Removes the PINs of a token from the record, because the token got a new user PIN. Returns a note for the operator if
+/// this fails.
+fn note_of_forgotten(parsed: &Parsed, serial: &str) -> String {
+    match parsed.record.forget(serial) {
+        Ok(()) => String::new(),
+        Err(error) => format!(
+            "cannot clear the record of PINs that this token rejected before it got its user PIN ({error}). If the broker \
+             refuses to log in, run `keybroker token retry-pin`"
+        ),
+    }
 }
 
 fn entry(listed: &admin::Listed) -> TokenEntry {

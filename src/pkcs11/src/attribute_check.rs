@@ -169,6 +169,15 @@ pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
     ),
 ]);
 
+/// The rules for a key that signs the transcript of a ceremony, and does nothing else.
+pub(super) const SIGNING_KEY: &[Rule] = &with_those_of_every_key::<5, 14>([
+    ("CKA_SIGN", AttributeType::Sign, TRUE),
+    ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
+    ("CKA_DECRYPT", AttributeType::Decrypt, FALSE),
+    ("CKA_UNWRAP", AttributeType::Unwrap, FALSE),
+    ("CKA_DERIVE", AttributeType::Derive, FALSE),
+]);
+
 /// The rules for an integrity key.
 pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),

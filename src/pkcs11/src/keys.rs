@@ -25,12 +25,15 @@ use crate::{
 
 mod making;
 mod removal;
+mod signing;
 mod templates;
 
 pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
+    generate_with_id,
 };
 pub(super) use removal::remove;
+pub(super) use signing::{SigningKey, has_signing_key, make_signing_key, sign};
 #[cfg(test)]
 pub(super) use templates::generic_secret_template;
 pub(super) use templates::{
@@ -313,24 +316,32 @@ pub(super) fn inspect(
 /// Returns the public key, computed from modulus and exponent of the *private* object, because any user of the token
 /// can replace a public object.
 pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSide, Fault> {
-    let untrusted = |what: String| {
-        Fault::new(
-            Class::Untrusted,
-            format!("RSA private key {}: {what}", pair.id),
-        )
-    };
+    public_side_of(
+        session,
+        pair.private,
+        &format!("RSA private key {}", pair.id),
+    )
+}
+
+/// Returns the public key of a private object. `name` stands at the beginning of an error message.
+fn public_side_of(
+    session: &Session,
+    private: ObjectHandle,
+    name: &str,
+) -> Result<PublicSide, Fault> {
+    let untrusted = |what: String| Fault::new(Class::Untrusted, format!("{name}: {what}"));
     let Some(Attribute::KeyType(KeyType::RSA)) =
-        attribute_check::read(session, pair.private, AttributeType::KeyType)?
+        attribute_check::read(session, private, AttributeType::KeyType)?
     else {
         return Err(untrusted("it is not an RSA key".to_owned()));
     };
     let Some(Attribute::Modulus(modulus)) =
-        attribute_check::read(session, pair.private, AttributeType::Modulus)?
+        attribute_check::read(session, private, AttributeType::Modulus)?
     else {
         return Err(untrusted("it has no CKA_MODULUS".to_owned()));
     };
     let Some(Attribute::PublicExponent(exponent)) =
-        attribute_check::read(session, pair.private, AttributeType::PublicExponent)?
+        attribute_check::read(session, private, AttributeType::PublicExponent)?
     else {
         return Err(untrusted("it has no CKA_PUBLIC_EXPONENT".to_owned()));
     };
@@ -343,8 +354,8 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     })
 }
 
-/// Returns the `CKA_ID` of all RSA private keys on the token. Keys without a `CKA_ID` are ignored, because nothing can
-/// refer to them.
+/// Returns the `CKA_ID` of all RSA private keys on the token, except the keys that sign the transcript of a ceremony. Keys
+/// without a `CKA_ID` are ignored, because nothing can refer to them.
 pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
@@ -353,6 +364,9 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let mut ids = Vec::new();
     calling::next("C_FindObjects");
     for object in session.find_objects(&template)? {
+        if is_signing_key(session, object)? {
+            continue;
+        }
         if let Some(Attribute::Id(id)) = attribute_check::read(session, object, AttributeType::Id)?
             && let Some(id) = ObjectId::from_slice(&id)
         {
@@ -360,6 +374,15 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
         }
     }
     Ok(ids)
+}
+
+/// Whether a private object is a key that signs the transcript of a ceremony.
+fn is_signing_key(session: &Session, object: ObjectHandle) -> Result<bool, Fault> {
+    let label = attribute_check::read(session, object, AttributeType::Label)?;
+    Ok(matches!(
+        label,
+        Some(Attribute::Label(label)) if label == templates::SIGNING_KEY_LABEL.as_bytes()
+    ))
 }
 
 /// The id of all keys that end with their session; such keys need no unique id.

@@ -247,6 +247,17 @@ pub(crate) fn make(
     Ok(report)
 }
 
+/// Describes the token and its module, with the serial number.
+pub(crate) fn identity_of(token: &OpenToken, settings: &Settings) -> Result<Identity, Fault> {
+    calling::next("C_GetTokenInfo");
+    let info = token.module.get_token_info(token.slot)?;
+    let allowed = Allowed {
+        write: false,
+        serial: true,
+    };
+    identity(token, settings, &info, allowed)
+}
+
 fn identity(
     token: &OpenToken,
     settings: &Settings,

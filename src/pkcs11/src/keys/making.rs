@@ -94,18 +94,35 @@ pub(super) fn destroy(session: &Session, object: ObjectHandle) -> Result<(), Fau
     Ok(session.destroy_object(object)?)
 }
 
-/// Makes an RSA pair and an integrity key under a new id. The session must be read-write.
+/// Makes an RSA pair and an integrity key under a random id. The session must be read-write.
 pub(crate) fn generate(
     session: &Session,
     modulus_bits: u32,
     terms: Terms<'_>,
 ) -> Result<Made, Refusal> {
-    make(session, modulus_bits, Lifetime::Token, terms)
+    generate_with_id(session, fresh_id()?, modulus_bits, terms)
+}
+
+/// Makes an RSA pair and an integrity key under this id, which no object of the token may have. The session must be
+/// read-write.
+pub(crate) fn generate_with_id(
+    session: &Session,
+    id: WrappingKeyId,
+    modulus_bits: u32,
+    terms: Terms<'_>,
+) -> Result<Made, Refusal> {
+    make(session, id, modulus_bits, Lifetime::Token, terms)
 }
 
 /// Makes keys that end with the session, to find out what the token can do.
 pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Result<Made, Refusal> {
-    let made = make(session, SESSION_PAIR_BITS, Lifetime::Session, terms)?;
+    let made = make(
+        session,
+        fresh_id()?,
+        SESSION_PAIR_BITS,
+        Lifetime::Session,
+        terms,
+    )?;
     // Some tokens generate a generic secret but refuse to use it for HMAC.
     match operation::mac(session, &made.pair, MAC_TRIAL) {
         Err(fault) if depends_on_the_template(&fault) => {
@@ -172,11 +189,11 @@ impl From<Error> for Refusal {
 /// made again with a `CKA_ID` of its own, because some tokens allow no second object with the same `CKA_ID`.
 fn make(
     session: &Session,
+    id: WrappingKeyId,
     modulus_bits: u32,
     lifetime: Lifetime,
     terms: Terms<'_>,
 ) -> Result<Made, Refusal> {
-    let id = fresh_id()?;
     let own_id = own_integrity_id(id);
     refuse_taken(session, &ObjectId::from(id))?;
     refuse_taken(session, &own_id)?;

@@ -119,6 +119,40 @@ pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     ]
 }
 
+/// The label of every key that signs the transcript of a ceremony. Lists of wrapping keys leave out keys with this label.
+pub(crate) const SIGNING_KEY_LABEL: &str = "keybroker ceremony signing key";
+
+/// The templates of the public and the private object of a key that signs the transcript of a ceremony.
+pub(crate) fn signing_templates(
+    object: &ObjectId,
+    modulus_bits: u32,
+) -> (Vec<Attribute>, Vec<Attribute>) {
+    let label = || Attribute::Label(SIGNING_KEY_LABEL.as_bytes().to_vec());
+    let public = vec![
+        Attribute::Token(true),
+        Attribute::ModulusBits(u64::from(modulus_bits).into()),
+        Attribute::PublicExponent(PUBLIC_EXPONENT.to_vec()),
+        Attribute::Id(object.as_bytes().to_vec()),
+        label(),
+    ];
+    let private = vec![
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Modifiable(false),
+        Attribute::Copyable(false),
+        Attribute::Sign(true),
+        Attribute::SignRecover(false),
+        Attribute::Decrypt(false),
+        Attribute::Unwrap(false),
+        Attribute::Derive(false),
+        Attribute::Id(object.as_bytes().to_vec()),
+        label(),
+    ];
+    (public, private)
+}
+
 /// The template of an integrity key that is a generic secret.
 #[cfg(test)]
 pub(crate) fn generic_secret_template(id: WrappingKeyId) -> Vec<Attribute> {

@@ -48,7 +48,7 @@ fn a_refused_attribute_is_named_and_its_exception_helps() {
             let (settings, faulty) = faulty(folder);
             faulty.behave(&(unknown("CKA_COPYABLE") + &unknown("CKA_ALLOWED_MECHANISMS")));
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            let message = admin.generate_key(2_048, None).unwrap_err().to_string();
             let setting = "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_ALLOWED_MECHANISMS\"]";
             assert!(message.contains(setting), "{message}");
             assert!(message.contains("the integrity key"), "{message}");
@@ -64,7 +64,7 @@ fn a_refused_attribute_is_named_and_its_exception_helps() {
                 ..settings
             };
             let admin = Admin::open(&excepted, &record(), &pin(USER_PIN), true).unwrap();
-            let key = admin.generate_key(2_048).unwrap();
+            let key = admin.generate_key(2_048, None).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(objects(), 3);
         },
@@ -80,7 +80,7 @@ fn the_message_names_the_attributes_of_both_keys_at_once() {
             let (settings, faulty) = faulty(folder);
             faulty.behave(&(unknown("CKA_COPYABLE") + &unknown("CKA_SIGN_RECOVER")));
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            let message = admin.generate_key(2_048, None).unwrap_err().to_string();
             let setting = "attribute_exceptions = [\"CKA_COPYABLE\", \"CKA_SIGN_RECOVER\"]";
             assert!(message.contains(setting), "{message}");
             drop(admin);
@@ -92,7 +92,7 @@ fn the_message_names_the_attributes_of_both_keys_at_once() {
                 ..settings
             };
             let admin = Admin::open(&excepted, &record(), &pin(USER_PIN), true).unwrap();
-            assert_eq!(admin.generate_key(2_048).unwrap().problem, None);
+            assert_eq!(admin.generate_key(2_048, None).unwrap().problem, None);
         },
     );
 }
@@ -130,7 +130,7 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
             ] {
                 faulty.behave(&behaviour);
                 let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                let message = admin.generate_key(2_048, None).unwrap_err().to_string();
                 let setting = format!("set `integrity_key = \"{}\"`", kind.as_str());
                 assert!(message.contains(&setting), "{message}");
                 assert!(!message.contains("attribute_exceptions"), "{message}");
@@ -141,7 +141,7 @@ fn the_kind_of_integrity_key_that_a_token_makes_is_found_and_works() {
                     ..settings.clone()
                 };
                 let admin = Admin::open(&other, &record(), &pin(USER_PIN), true).unwrap();
-                let key = admin.generate_key(2_048).unwrap();
+                let key = admin.generate_key(2_048, None).unwrap();
                 assert_eq!(key.problem, None);
                 drop(admin);
                 faulty.behave("");
@@ -186,7 +186,7 @@ fn an_integrity_key_that_is_refused_when_it_is_used_is_removed_again() {
             ] {
                 faulty.behave(&behaviour);
                 let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                let message = admin.generate_key(2_048, None).unwrap_err().to_string();
                 for word in words {
                     assert!(message.contains(word), "{word}: {message}");
                 }
@@ -211,7 +211,7 @@ fn a_token_without_keys_for_hmac_gets_no_integrity_key_in_the_worker_by_itself()
             let (settings, faulty) = faulty(folder);
             faulty.behave(NO_SECRET_KEYS);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            let message = admin.generate_key(2_048, None).unwrap_err().to_string();
             assert!(
                 message.contains("`integrity_key = \"worker\"`"),
                 "{message}"
@@ -238,7 +238,7 @@ fn an_integrity_key_in_the_worker_is_used_only_with_its_file_and_the_digest_of_t
                 ..settings.clone()
             };
             let admin = Admin::open(&in_worker, &record(), &pin(USER_PIN), true).unwrap();
-            let key = admin.generate_key(2_048).unwrap();
+            let key = admin.generate_key(2_048, None).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(key.objects.integrity, IntegrityPlace::Worker);
             assert!(key.integrity_key.is_empty(), "no attributes to check");
@@ -307,7 +307,7 @@ fn only_what_was_wrapped_as_an_integrity_key_of_this_key_is_unwrapped_as_one() {
                 ..settings
             };
             let admin = Admin::open(&in_worker, &record(), &pin(USER_PIN), true).unwrap();
-            let [key, other] = [(); 2].map(|()| admin.generate_key(2_048).unwrap());
+            let [key, other] = [(); 2].map(|()| admin.generate_key(2_048, None).unwrap());
             drop(admin);
             let user_key = WrapKey::new(&key.spki, key.algorithm.unwrap())
                 .and_then(|public| public.wrap(&[7; 32]))
@@ -347,7 +347,7 @@ fn a_token_that_allows_no_second_object_with_an_id_gets_another_for_the_integrit
             let (settings, faulty) = faulty(folder);
             faulty.behave("[objects]\nrefuse_duplicate_id = \"CKR_ATTRIBUTE_VALUE_INVALID\"\n");
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let key = admin.generate_key(2_048).unwrap();
+            let key = admin.generate_key(2_048, None).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(key.objects.private, None);
             assert!(matches!(key.objects.integrity, IntegrityPlace::Object(_)));
@@ -375,7 +375,7 @@ fn a_token_whose_public_keys_must_be_private_gets_such_ones() {
                  in_template = { refuse = \"CKR_TEMPLATE_INCONSISTENT\", unless = true }\n",
             );
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            assert_eq!(admin.generate_key(2_048).unwrap().problem, None);
+            assert_eq!(admin.generate_key(2_048, None).unwrap().problem, None);
         },
     );
 }
@@ -392,7 +392,7 @@ fn without_c_verify_the_mac_is_made_again_and_compared() {
                  do = { return = \"CKR_FUNCTION_NOT_SUPPORTED\" }\n",
             );
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let key = admin.generate_key(2_048).unwrap();
+            let key = admin.generate_key(2_048, None).unwrap();
             assert_eq!(key.problem, None);
             let mac = admin.mac(key.id, b"message").unwrap();
             let mut verifier = Verifier::new(&admin, key.id).unwrap();
@@ -420,7 +420,7 @@ fn a_run_that_fails_in_the_middle_leaves_nothing() {
             faulty.behave(
                 "[[rule]]\nfunction = \"C_GenerateKeyPair\"\non = { skip = 1 }\ndo = { return = \"CKR_DEVICE_MEMORY\" }\n",
             );
-            let message = admin.generate_key(2_048).unwrap_err().to_string();
+            let message = admin.generate_key(2_048, None).unwrap_err().to_string();
             assert!(
                 message.contains("DeviceMemory from C_GenerateKeyPair"),
                 "{message}"
@@ -445,7 +445,7 @@ fn a_token_that_lies_about_a_key_is_found_out_by_trying() {
                 ("secret", "`wrap-integrity-"),
             ] {
                 faulty.behave(&lied_about("CKA_EXTRACTABLE", part, true));
-                let message = admin.generate_key(2_048).unwrap_err().to_string();
+                let message = admin.generate_key(2_048, None).unwrap_err().to_string();
                 assert!(message.contains(test), "{message}");
                 assert!(!message.contains("attribute_exceptions"), "{message}");
             }
@@ -464,7 +464,7 @@ fn a_token_without_read_only_sessions_is_used_read_write() {
             let (settings, faulty) = faulty(folder);
             faulty.behave("[sessions]\nrefuse_read_only = \"CKR_TOKEN_WRITE_PROTECTED\"\n");
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let key = admin.generate_key(2_048).unwrap();
+            let key = admin.generate_key(2_048, None).unwrap();
             drop(admin);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), false).unwrap();
             assert_eq!(admin.check(key.id).unwrap().problem, None);
@@ -614,7 +614,7 @@ fn a_token_whose_clock_is_odd_is_used() {
         init();
         let (settings, faulty) = faulty(folder);
         let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-        let key = admin.generate_key(2_048).unwrap();
+        let key = admin.generate_key(2_048, None).unwrap();
         drop(admin);
         for time in ["21:38:18", "                ", "", "\\u0000\\u0000"] {
             faulty.set_clock(time);
@@ -640,7 +640,7 @@ fn an_attribute_is_read_without_asking_for_its_length() {
                 .concat();
             faulty.behave(&query);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            let key = admin.generate_key(2_048).unwrap();
+            let key = admin.generate_key(2_048, None).unwrap();
             assert_eq!(key.problem, None);
             assert_eq!(admin.key_ids().unwrap(), [key.id.into()]);
         },

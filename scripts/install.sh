@@ -14,6 +14,8 @@ PARTS=(
   "openssl openssl"
   "sqlite3 sqlite3"
   "curl curl"
+  "ssh-keygen openssh-client"
+  "script bsdutils"
   "softhsm2-util softhsm2"
   "pkcs11-tool opensc"
   "p11tool gnutls-bin"

@@ -247,7 +247,7 @@ fn rows_of_the_audit_page() -> Vec<(Vec<String>, String)> {
 /// Every action that the audit log can hold is on its page, and each that the page has is written somewhere.
 #[test]
 fn the_audit_page_has_every_action_and_no_other() {
-    const SUBJECTS: [&str; 11] = [
+    const SUBJECTS: [&str; 12] = [
         "user_key",
         "wrapping_key",
         "token",
@@ -257,6 +257,7 @@ fn the_audit_page_has_every_action_and_no_other() {
         "alarm",
         "store",
         "bench",
+        "ceremony",
         "segment",
         "log",
     ];

@@ -15,6 +15,7 @@ mod bad_inputs;
 mod bench;
 mod bench_scenarios;
 mod capacity;
+mod ceremony;
 mod client;
 mod client_commands;
 mod client_credentials;

@@ -23,6 +23,7 @@ mod audit;
 mod bench;
 mod bench_report;
 mod bitwarden;
+mod ceremony;
 mod change;
 mod client;
 mod config;
@@ -100,6 +101,9 @@ enum Command {
     ClientCredential(client::CredentialArguments),
     /// Move rows to the active wrapping key, through a running broker
     Rewrap(client::RewrapArguments),
+    /// Run a key ceremony with custodians, and verify its transcript
+    #[command(subcommand)]
+    Ceremony(ceremony::Command),
     /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
@@ -244,6 +248,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Client(arguments) => client::run(arguments, context),
         Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
         Command::Rewrap(arguments) => client::run_rewrap(arguments, context),
+        Command::Ceremony(command) => ceremony::run(command, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),
         Command::BenchReport(arguments) => bench_report::run(&arguments, context),

@@ -18,7 +18,7 @@ use keybroker_core::{
 };
 use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
-use keybroker_store::RegistryRow;
+use keybroker_store::{PlaceRow, RegistryRow};
 use keybroker_worker_protocol::{
     integrity_file::{IntegrityFileError, IntegrityFiles},
     unpadded,
@@ -170,7 +170,7 @@ fn parse_object_id(text: &str) -> Result<ObjectId, Failure> {
     })
 }
 
-async fn registry(config: &Config) -> Result<Registry, Failure> {
+pub(super) async fn registry(config: &Config) -> Result<Registry, Failure> {
     let store = store::open(&config.store).await?;
     let registry = Registry::read(&*store).await;
     store.close().await;
@@ -187,48 +187,108 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let _lock = store::lock(&config.store)?;
     let mut registry = block_on(registry(&config))??;
     let rows = &registry.rows;
-    let files = integrity_files(&config)?;
+    integrity_files(&config)?;
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(rows))?;
-    let (row, place, file) = audited(
+    let generated = generate_and_register(context, &config, &admin, rows, || {
+        Ok(admin.generate_key(bits)?)
+    })?;
+    let Generated { row, place, .. } = generated;
+    warn_of_backup(context, &config, &row);
+    registry.places.extend(place);
+    let shown = fields_with_tokens(&row, &registry, &config);
+    show(context, shown, generated.file.as_ref())
+}
+
+/// A key that was generated and registered.
+pub(super) struct Generated {
+    /// The key, with the results of its checks.
+    pub(super) checked: CheckedKey,
+    row: RegistryRow,
+    place: Option<PlaceRow>,
+    file: Option<StoredKey>,
+}
+
+/// Generates a key with `make`, writes the file of its integrity key if it needs one, and registers the key. `rows` are the
+/// registered keys.
+pub(super) fn generate_and_register(
+    context: &Context,
+    config: &Config,
+    admin: &Admin,
+    rows: &[RegistryRow],
+    make: impl FnOnce() -> Result<CheckedKey, Failure>,
+) -> Result<Generated, Failure> {
+    let files = integrity_files(config)?;
+    let nothing_more = |_: &mut Entry| {};
+    audited(
         context,
-        &config,
+        config,
         "wrapping_key.generate",
-        |_: &mut Entry| {},
+        nothing_more,
         || {
-            let key = admin.generate_key(bits)?;
+            let key = make()?;
             note_tests_not_made(context, &key);
             let mut file = None;
             let mut register = || {
                 file = store_integrity_key(files, &key)?;
-                let row = new_row(&admin, &key, rows)?;
-                insert(&config, &row)?;
-                let place = place::add(&config, &admin, &key, &row)?;
+                let row = new_row(admin, &key, rows)?;
+                insert(config, &row)?;
+                let place = place::add(config, admin, &key, &row)?;
                 Ok((row, place))
             };
             let (row, place) = register().map_err(|failure: Failure| {
-                let pin = file.as_ref().map_or_else(String::new, |file: &StoredKey| {
-                    format!(", {}", file.instruction())
-                });
-                let what = format!(
-                    "key {} is on the token, but not registered: {failure}. After repairing the cause{pin}, run `keybroker key \
-                     register {}`",
-                    key.id, key.id
-                );
-                Failure::new(failure.exit, what)
-            })?;
-            Ok((row, place, file))
+            let pin = file.as_ref().map_or_else(String::new, |file: &StoredKey| {
+                format!(", {}", file.instruction())
+            });
+            let what = format!(
+                "key {} is on the token, but not registered: {failure}. After repairing the cause{pin}, run `keybroker key \
+                 register {}`",
+                key.id, key.id
+            );
+            Failure::new(failure.exit, what)
+        })?;
+            Ok(Generated {
+                checked: key,
+                row,
+                place,
+                file,
+            })
         },
-    )?;
-    warn_of_backup(context, &config, &row);
-    registry.places.extend(place);
-    let shown = fields_with_tokens(&row, &registry, &config);
-    show(context, shown, file.as_ref())
+    )
+}
+
+/// Generates a key with `make` and writes the file of its integrity key if it needs one, without registering the key.
+pub(super) fn generate_without_registration(
+    context: &Context,
+    config: &Config,
+    make: impl FnOnce() -> Result<CheckedKey, Failure>,
+) -> Result<CheckedKey, Failure> {
+    let files = integrity_files(config)?;
+    let nothing_more = |_: &mut Entry| {};
+    audited(
+        context,
+        config,
+        "wrapping_key.generate",
+        nothing_more,
+        || {
+            let key = make()?;
+            note_tests_not_made(context, &key);
+            if let Some(file) = store_integrity_key(files, &key)? {
+                context.output.note(&format!(
+                    "The integrity key of {} is wrapped in {}: {}",
+                    key.id,
+                    file.path.display(),
+                    file.instruction()
+                ));
+            }
+            Ok(key)
+        },
+    )
 }
 
 /// The files of integrity keys, if the settings permit them. The directory of the integrity key files must be ready before a key
 /// is made.
-fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
+pub(super) fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
     let Some(files) = IntegrityFiles::permitted(config.token())? else {
         return Ok(None);
     };

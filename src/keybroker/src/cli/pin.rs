@@ -35,6 +35,15 @@ pub(super) struct UserPin {
 }
 
 impl UserPin {
+    /// No option: the PIN comes from `token.pin_file`.
+    pub(super) fn from_configuration() -> Self {
+        Self {
+            pin_file: None,
+            pin_fd: None,
+            pin_prompt: false,
+        }
+    }
+
     /// Whether the command line has a source of the PIN.
     pub(super) fn is_given(&self) -> bool {
         self.pin_file.is_some() || self.pin_fd.is_some() || self.pin_prompt

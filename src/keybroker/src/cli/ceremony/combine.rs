@@ -1,0 +1,135 @@
+//! `keybroker ceremony combine` and `keybroker ceremony unlock-pin`: what shares of the security officer's PIN are for.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+
+use keybroker_audit::Entry;
+use keybroker_ceremony::{
+    transcript::{Token, Transcript},
+    verify::VerifyError,
+};
+use keybroker_hsm::admin;
+use keybroker_store as store;
+use keybroker_worker_protocol::{Pin, PinSource};
+
+use crate::cli::{
+    Context, OWN_PROGRAM, change, environment,
+    exit::{Exit, Failure},
+    pin::{self, UserPin},
+};
+
+use super::{internal, read_transcript, shares, usage};
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Combine {
+    /// Transcript of the ceremony that made the shares
+    transcript: PathBuf,
+    /// Write the security officer's PIN to standard output
+    ///
+    /// From then on, the PIN is known to everyone who sees the output. Use the PIN for one operation of the vendor's tool, and hold
+    /// a new ceremony afterwards.
+    #[arg(long)]
+    print: bool,
+}
+
+#[derive(Args, Debug)]
+pub(in crate::cli) struct UnlockPin {
+    /// Transcript of the ceremony that made the shares
+    transcript: PathBuf,
+    #[command(flatten)]
+    pin: UserPin,
+}
+
+pub(super) fn combine(arguments: &Combine, context: &Context) -> Result<(), Failure> {
+    let transcript = read_parsed(&arguments.transcript)?;
+    let token = token(&transcript, context)?;
+    let pin = shares::combine(token)?;
+    if arguments.print {
+        return context.output.fields(vec![("so_pin", json!(pin.as_str()))]);
+    }
+    context.output.fields(vec![
+        ("token", json!(token.name)),
+        (
+            "serial",
+            json!(token.identity.as_ref().map(|one| one.serial.clone())),
+        ),
+        ("shares", json!("fit")),
+    ])
+}
+
+pub(super) fn unlock_pin(arguments: &UnlockPin, context: &Context) -> Result<(), Failure> {
+    let transcript = read_parsed(&arguments.transcript)?;
+    let token = token(&transcript, context)?;
+    let serial = token.identity.as_ref().map(|one| one.serial.as_str()).ok_or_else(|| {
+        usage(format!(
+            "the transcript has no serial number of token {:?}, so it is not known which token the PIN is for",
+            token.name
+        ))
+    })?;
+    let mut config = context.config_for_tokens()?;
+    config.select_token(Some(&token.name))?;
+    let _lock = store::lock(&config.store)?;
+    let user_pin = arguments.pin.get(config.token())?;
+    let so_pin = shares::combine(token)?;
+    let so_pin = Pin::from_text(so_pin.to_string()).map_err(|error| internal(&error))?;
+    let so_pin = PinSource::Text(so_pin);
+    let nothing_more = |_: &mut Entry| {};
+    let info = change::audited(context, &config, "token.set_user_pin", nothing_more, || {
+        let (info, note) = admin::set_user_pin(
+            Path::new(OWN_PROGRAM),
+            config.token(),
+            &pin::state(&config),
+            serial,
+            &so_pin,
+            &user_pin,
+        )
+        .map_err(|error| environment::explain(error, &config))?;
+        if let Some(note) = note {
+            context.output.note(&format!("note: {note}"));
+        }
+        Ok(info)
+    })?;
+    context.output.fields(vec![
+        ("label", json!(info.label)),
+        ("serial", json!(info.serial)),
+        ("user_pin", json!("set")),
+    ])
+}
+
+fn read_parsed(path: &Path) -> Result<Transcript, Failure> {
+    let bytes = read_transcript(path)?;
+    Ok(Transcript::parse(&bytes).map_err(VerifyError::from)?)
+}
+
+/// The token whose PIN was split: the only one, or the one that `--token` names.
+fn token<'a>(transcript: &'a Transcript, context: &Context) -> Result<&'a Token, Failure> {
+    let split: Vec<&Token> = transcript
+        .tokens
+        .iter()
+        .filter(|one| one.so_pin.is_some())
+        .collect();
+    let names: Vec<&str> = split.iter().map(|one| one.name.as_str()).collect();
+    let names = names.join(", ");
+    let found = match (&context.token, &split[..]) {
+        (_, []) => {
+            return Err(usage(
+                "the ceremony split no PIN, so there are no shares".to_owned(),
+            ));
+        }
+        (None, [only]) => Some(*only),
+        (None, _) => {
+            return Err(usage(format!(
+                "the ceremony split the PINs of several tokens: pass `--token` with one of {names}"
+            )));
+        }
+        (Some(name), _) => split.iter().find(|one| one.name == *name).copied(),
+    };
+    found.ok_or_else(|| {
+        Failure::new(
+            Exit::Usage,
+            format!("the ceremony split the PINs of the tokens {names}, and of no other token"),
+        )
+    })
+}

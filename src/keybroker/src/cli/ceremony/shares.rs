@@ -1,0 +1,278 @@
+//! Shows shares to custodians, one at a time, and reads shares back. A share is never written to standard output, to a log
+//! or to a file.
+//!
+//! Mitigation: M23 of `THREAT_MODEL.md`.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufRead as _, BufReader, IsTerminal as _, Write as _},
+};
+
+use zeroize::Zeroizing;
+
+use keybroker_ceremony::{
+    share::{self, Share, ShareError},
+    transcript::Token,
+};
+
+use crate::cli::exit::{Exit, Failure};
+
+/// Clears the screen and the lines that can be scrolled back to, and moves the cursor to the top left.
+const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
+/// How often a custodian may type a share again.
+const TRIES: u32 = 3;
+
+/// Where shares are shown.
+#[derive(Debug)]
+pub(super) enum Display {
+    /// The terminal of the process.
+    Terminal(Terminal),
+    /// Nowhere: a rehearsal makes shares of a PIN that is not used afterwards.
+    Nowhere,
+}
+
+impl Display {
+    /// Shows each custodian one share.
+    pub(super) fn show(&mut self, shares: &[(String, Share)]) -> Result<(), Failure> {
+        match self {
+            Self::Terminal(terminal) => shares
+                .iter()
+                .try_for_each(|(name, share)| terminal.show(name, share)),
+            Self::Nowhere => Ok(()),
+        }
+    }
+}
+
+/// The terminal of the process.
+#[derive(Debug)]
+pub(super) struct Terminal {
+    input: BufReader<File>,
+    output: File,
+}
+
+impl Terminal {
+    pub(super) fn open() -> Result<Self, Failure> {
+        let no_terminal = |error: io::Error| {
+            Failure::new(
+                Exit::Usage,
+                format!(
+                    "the shares of a PIN are shown at a terminal, and this process has none ({error}). Nothing was changed"
+                ),
+            )
+        };
+        let open = || OpenOptions::new().read(true).write(true).open("/dev/tty");
+        Ok(Self {
+            input: BufReader::new(open().map_err(no_terminal)?),
+            output: open().map_err(no_terminal)?,
+        })
+    }
+
+    fn show(&mut self, custodian: &str, share: &Share) -> Result<(), Failure> {
+        let number = share.number();
+        self.ask(&format!(
+            "{CLEAR}Share {number} is for {custodian}. Only {custodian} looks at the screen now.\r\nPress Enter to see the share."
+        ))?;
+        let line = share.to_line();
+        self.ask(&format!(
+            "{CLEAR}Share {number}, for {custodian}:\r\n\r\n    {}\r\n\r\nWrite the share down, with the number before the first \
+             hyphen. It is not shown again.\r\nPress Enter to clear the screen.",
+            *line
+        ))?;
+        self.write(&format!(
+            "{CLEAR}The screen was cleared. {custodian} keeps share {number}.\r\n"
+        ))
+    }
+
+    fn write(&mut self, text: &str) -> Result<(), Failure> {
+        let written = self.output.write_all(text.as_bytes());
+        written
+            .and_then(|()| self.output.flush())
+            .map_err(|error| lost(&error))
+    }
+
+    fn ask(&mut self, text: &str) -> Result<(), Failure> {
+        self.write(text)?;
+        let mut line = String::new();
+        match self.input.read_line(&mut line) {
+            Ok(0) => Err(lost(&io::Error::from(io::ErrorKind::UnexpectedEof))),
+            Ok(_) => Ok(()),
+            Err(error) => Err(lost(&error)),
+        }
+    }
+}
+
+fn lost(error: &io::Error) -> Failure {
+    Failure::new(
+        Exit::Usage,
+        format!("the terminal was lost while shares were shown: {error}"),
+    )
+}
+
+/// Reads as many shares as the threshold says from the terminal, or all lines of standard input, and combines them.
+pub(super) fn combine(token: &Token) -> Result<Zeroizing<String>, Failure> {
+    let threshold = token
+        .so_pin
+        .as_ref()
+        .and_then(|so_pin| usize::try_from(so_pin.threshold).ok())
+        .ok_or_else(|| {
+            let what = format!("the ceremony did not split a PIN of token {:?}", token.name);
+            Failure::new(Exit::Usage, what)
+        })?;
+    let shares = if io::stdin().is_terminal() {
+        from_terminal(token, threshold)?
+    } else {
+        from_standard_input(token)?
+    };
+    if shares.is_empty() {
+        let (needed, given) = (threshold, 0);
+        return Err(no_pin(&ShareError::TooFew { needed, given }));
+    }
+    share::combine(&shares).map_err(|error| no_pin(&error))
+}
+
+fn from_terminal(token: &Token, threshold: usize) -> Result<Vec<Share>, Failure> {
+    let mut shares: Vec<Share> = Vec::new();
+    while shares.len() < threshold {
+        let share = typed(token, shares.len() + 1, threshold)?;
+        if shares.iter().any(|one| one.number() == share.number()) {
+            return Err(no_pin(&ShareError::Twice(share.number())));
+        }
+        shares.push(share);
+    }
+    Ok(shares)
+}
+
+fn typed(token: &Token, place: usize, threshold: usize) -> Result<Share, Failure> {
+    let mut tries = TRIES;
+    loop {
+        let prompt = format!("Share {place} of {threshold}: ");
+        let line = rpassword::prompt_password(prompt)
+            .map(Zeroizing::new)
+            .map_err(|error| Failure::new(Exit::Pin, format!("cannot read the share: {error}")))?;
+        match parse(token, &line) {
+            Ok(share) => return Ok(share),
+            Err(failure) => {
+                tries -= 1;
+                if tries == 0 {
+                    return Err(failure);
+                }
+                Terminal::open()?.write(&format!("{failure}\r\n"))?;
+            }
+        }
+    }
+}
+
+fn from_standard_input(token: &Token) -> Result<Vec<Share>, Failure> {
+    let mut shares = Vec::new();
+    for (index, line) in io::stdin().lock().lines().enumerate() {
+        let line = line
+            .map(Zeroizing::new)
+            .map_err(|error| Failure::new(Exit::Pin, format!("cannot read the shares: {error}")))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let place = index + 1;
+        shares.push(
+            parse(token, &line).map_err(|failure| {
+                Failure::new(failure.exit, format!("line {place}: {failure}"))
+            })?,
+        );
+    }
+    Ok(shares)
+}
+
+/// Reads a share, and compares it with the digest in the transcript. The error names the custodian of the share.
+fn parse(token: &Token, line: &str) -> Result<Share, Failure> {
+    let share = Share::from_line(line).map_err(|error| {
+        let number = match error {
+            ShareError::Mistyped { number } | ShareError::Version { number, .. } => Some(number),
+            _ => None,
+        };
+        match number.and_then(|number| token.share(number)) {
+            Some(known) => {
+                let what = format!(
+                    "{error} (share {} belongs to {})",
+                    known.number, known.custodian
+                );
+                Failure::new(Exit::Pin, what)
+            }
+            None => no_pin(&error),
+        }
+    })?;
+    let number = share.number();
+    let Some(known) = token.share(number) else {
+        let what = format!(
+            "share {number} is not one of this ceremony: the transcript has no share {number}"
+        );
+        return Err(Failure::new(Exit::Pin, what));
+    };
+    if known.sha256 != share.digest() {
+        let what = format!(
+            "share {number}, which belongs to {}, is not the share of this ceremony: it has another digest than in the \
+             transcript",
+            known.custodian
+        );
+        return Err(Failure::new(Exit::Pin, what)
+            .hint("ask the custodian for the share of this ceremony, or use the share of another custodian"));
+    }
+    Ok(share)
+}
+
+fn no_pin(error: &ShareError) -> Failure {
+    let failure = Failure::new(Exit::Pin, error.to_string());
+    match error {
+        ShareError::TooFew { .. } => failure.hint("ask further custodians; nothing was changed"),
+        _ => failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keybroker_ceremony::transcript::{ShareDigest, SoPin};
+
+    use super::*;
+
+    fn token(shares: &[Share]) -> Token {
+        let digest = |(share, name): (&Share, &str)| ShareDigest {
+            number: share.number().into(),
+            custodian: name.to_owned(),
+            sha256: share.digest(),
+        };
+        Token {
+            name: "default".to_owned(),
+            so_pin: Some(SoPin {
+                threshold: 2,
+                characters: 24,
+                shares: shares
+                    .iter()
+                    .zip(["ada", "bob", "cyd"])
+                    .map(digest)
+                    .collect(),
+            }),
+            ..Token::default()
+        }
+    }
+
+    #[test]
+    fn a_wrong_share_is_named_by_its_custodian() {
+        let shares = share::split("SECRET", 2, 3).unwrap();
+        let token = token(&shares);
+        for share in &shares {
+            assert_eq!(parse(&token, &share.to_line()).unwrap(), *share);
+        }
+        let other = share::split("SECRET", 2, 4).unwrap();
+        let refused = parse(&token, &other[1].to_line()).unwrap_err().message;
+        assert!(refused.contains("belongs to bob"), "{refused}");
+        let refused = parse(&token, &other[3].to_line()).unwrap_err().message;
+        assert!(refused.contains("no share 4"), "{refused}");
+        let mut line = shares[2].to_line().to_string();
+        let last = line.pop().unwrap();
+        line.push(if last == 'A' { 'B' } else { 'A' });
+        let refused = parse(&token, &line).unwrap_err().message;
+        assert!(
+            refused.contains("mistyped") && refused.contains("belongs to cyd"),
+            "{refused}"
+        );
+        assert!(!refused.contains(&line[2..]), "{refused}");
+    }
+}

@@ -146,7 +146,7 @@ fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 /// Removes the objects of a key with another tool, and returns the files that bring them back.
-fn remove_objects(site: &Site, id: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+pub(crate) fn remove_objects(site: &Site, id: &str) -> BTreeMap<PathBuf, Vec<u8>> {
     let before = files(&site.token.directory());
     for kind in ["privkey", "pubkey", "secrkey"] {
         let removed = site
@@ -163,7 +163,7 @@ fn remove_objects(site: &Site, id: &str) -> BTreeMap<PathBuf, Vec<u8>> {
     gone
 }
 
-fn put_back(files: &BTreeMap<PathBuf, Vec<u8>>) {
+pub(crate) fn put_back(files: &BTreeMap<PathBuf, Vec<u8>>) {
     for (path, bytes) in files {
         fs::write(path, bytes).unwrap();
     }

@@ -13,12 +13,11 @@ use std::{
 
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
-    envelope::mac::MacMessage,
     error::{Error, Reason},
     key::{WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::{Caller, Serving, admin::KeyAdmin};
+use keybroker_hsm::{Caller, Serving, TokenState, admin::KeyAdmin};
 use keybroker_store as store;
 use keybroker_store::{RegistryChange, RegistryRow, RegistryUpdate};
 
@@ -165,6 +164,7 @@ impl Broker {
         if change == KeyChange::Lose {
             return self.plan_loss(&registry, id).await;
         }
+        let state = self.token.state();
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
         let mut new = RegistryRow {
@@ -183,10 +183,11 @@ impl Broker {
         }
         let mut planner = Planner::new(&registry);
         if to == WrappingKeyState::Active {
-            planner.deactivate_others(&registry, id);
+            planner.deactivate_others(&registry, id, &state);
+            planner.sign_tombstones(&registry, id);
         }
         planner.change(row, new);
-        self.with_macs(planner).await
+        self.with_macs(planner, id).await
     }
 
     /// Plans the tombstone of a missing key. The integrity key that is in use authenticates it.
@@ -195,7 +196,7 @@ impl Broker {
         registry: &Registry,
         id: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
-        let row = registry.missing(id)?;
+        let row = registry.missing(id, &self.token.state())?;
         self.check_no_token_is_away(id)?;
         let signer = registry.integrity_key()?;
         let tombstone = RegistryRow {
@@ -204,8 +205,8 @@ impl Broker {
         };
         let mut planner = Planner::new(registry);
         planner.change(row, tombstone);
-        let content = |row: &RegistryRow| (signer, row.tombstone_message());
-        self.authenticated(planner, content).await
+        planner.sign_tombstones(registry, id);
+        self.with_macs(planner, signer).await
     }
 
     /// Checks that every configured token serves. A token that does not serve may hold the key, and the loss of a key cannot be
@@ -227,22 +228,22 @@ impl Broker {
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
     }
 
-    /// Makes the MACs of the changed rows, each with its own integrity key.
-    async fn with_macs(&self, planner: Planner) -> Result<RegistryChange, Error> {
-        let content = |row: &RegistryRow| (row.id, row.mac_message());
-        self.authenticated(planner, content).await
-    }
-
-    /// Makes the MACs of the changed rows. `content` returns the key whose integrity key makes the MAC of a row, and the message.
-    async fn authenticated(
+    /// Makes the MACs of the changed rows: that of a key with its own integrity key, and that of a destroyed key with the
+    /// integrity key of `tombstone_signer`.
+    async fn with_macs(
         &self,
         planner: Planner,
-        content: impl Fn(&RegistryRow) -> (WrappingKeyId, MacMessage),
+        tombstone_signer: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
         let mut change = planner.change;
         for update in &mut change.updates {
+            let row = &update.row;
+            let (signer, message) = if row.state == WrappingKeyState::Destroyed {
+                (tombstone_signer, row.tombstone_message())
+            } else {
+                (row.id, row.mac_message())
+            };
             let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
-            let (signer, message) = content(&update.row);
             update.row.mac = self.token.mac(signer, &message, &caller).await?;
         }
         Ok(change)
@@ -361,13 +362,26 @@ impl Planner {
         });
     }
 
-    /// Deactivates every other active key. A key that is missing from the token stays as it is, because only its own
-    /// integrity key could authenticate the change; a key with a higher number that can be used comes before it.
-    fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId) {
+    /// Authenticates the rows of the destroyed keys again, with the integrity key that is used from now on. Otherwise nothing
+    /// could verify these rows after the key that authenticated them is destroyed, too. `id` is the key that this transaction
+    /// changes in another way.
+    fn sign_tombstones(&mut self, registry: &Registry, id: WrappingKeyId) {
+        let tombstones = registry.rows().filter(|(row, problem)| {
+            row.state == WrappingKeyState::Destroyed && row.id != id && problem.is_none()
+        });
+        for (row, _) in tombstones {
+            self.change(row, row.clone());
+        }
+    }
+
+    /// Deactivates every other active key. A key that no token serves now stays as it is, because only its own integrity key
+    /// could authenticate the change; a key with a higher number that can be used comes before it.
+    fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId, state: &TokenState) {
         let active = registry
             .rows()
             .filter(|(row, _)| row.id != id && row.state == WrappingKeyState::Active);
         for (row, problem) in active {
+            let problem = problem.or((!state.serves(row.id)).then_some("no token serves it"));
             if let Some(problem) = problem {
                 tracing::warn!(
                     wrapping_key = %row.id, problem,

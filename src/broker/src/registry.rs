@@ -4,6 +4,7 @@
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
@@ -43,6 +44,10 @@ pub(super) struct Registry {
     entries: Vec<Entry>,
     /// Changes of stored rows that were not taken over, because they do not verify or would undo a later change.
     refused_changes: Vec<RefusedChange>,
+    /// The places of the keys, as they were last read.
+    places: Vec<PlaceRow>,
+    /// Of several tokens: the keys that a token serves now. With one token, this set is empty.
+    served: BTreeSet<WrappingKeyId>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +65,8 @@ enum Standing {
     Unproved,
     /// The token does not show the key.
     Missing(String),
+    /// No token can verify the row at present, because the token with the key does not answer.
+    Unverified(String),
     /// The key on the token is not as it must be.
     Untrusted(String),
     /// The row does not match the token, or its MAC does not verify.
@@ -90,6 +97,9 @@ enum RefusedChange {
     /// The row does not exist any more.
     #[error("the row of wrapping key {0} was deleted from the registry")]
     Deleted(WrappingKeyId),
+    /// The rows with the places of the keys cannot be read.
+    #[error("the places of the wrapping keys cannot be read: {0}")]
+    UnreadablePlaces(String),
 }
 
 /// Why a key cannot be used for a call.
@@ -131,8 +141,8 @@ impl Entry {
             ),
             Standing::Verified => Ok(()),
             Standing::Unproved => Err(Refusal::Unproved(id)),
-            Standing::Missing(cause) => {
-                let detail = format!("wrapping key {id} is missing: {cause}");
+            Standing::Missing(cause) | Standing::Unverified(cause) => {
+                let detail = format!("wrapping key {id} cannot be used now: {cause}");
                 let error = Error::new(Reason::TokenDown, detail);
                 Err(Refusal::Refused(error.retry_after(MISSING_KEY_RETRY)))
             }
@@ -144,27 +154,43 @@ impl Entry {
         self.row.state == WrappingKeyState::Destroyed
     }
 
+    /// Whether the row is verified and its key is not destroyed.
+    fn is_verified_key(&self) -> bool {
+        self.standing == Standing::Verified && !self.is_tombstone()
+    }
+
     /// A problem that prevents the use of the key in any state.
     fn problem(&self) -> Option<&str> {
         match &self.standing {
             Standing::Verified => None,
             Standing::Unproved => Some("the token workers have not checked the key yet"),
-            Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
-                Some(cause)
-            }
+            Standing::Missing(cause)
+            | Standing::Unverified(cause)
+            | Standing::Untrusted(cause)
+            | Standing::Altered(cause) => Some(cause),
         }
     }
 }
 
 impl Registry {
     /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the one that was
-    /// activated last.
+    /// activated last. If no token serves that key, and a token serves another active key, returns the other key.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
+        self.active_key(&self.served)
+    }
+
+    /// Returns the active wrapping key that was activated last, also while no token serves it. A change of keys and a
+    /// re-wrap refer to this key, so that a token that is unavailable for a moment does not change their target.
+    pub(super) fn newest_wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
+        self.active_key(&BTreeSet::new())
+    }
+
+    fn active_key(&self, served: &BTreeSet<WrappingKeyId>) -> Result<WrappingKeyId, Refusal> {
         let candidates = self
             .entries
             .iter()
             .filter(|entry| entry.row.purpose == Purpose::Plain);
-        best(candidates, KeyUse::Wrap).unwrap_or_else(|| {
+        best(candidates, KeyUse::Wrap, served).unwrap_or_else(|| {
             let error = Error::new(Reason::KeyState, "no wrapping key is active");
             Err(Refusal::Refused(error))
         })
@@ -173,7 +199,7 @@ impl Registry {
     /// Returns the wrapping key whose integrity key authenticates request ids and API clients: the active wrapping key
     /// or, if no wrapping key is active, the newest wrapping key that may still make MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
-        best(self.entries.iter(), KeyUse::MakeMac).unwrap_or_else(|| {
+        best(self.entries.iter(), KeyUse::MakeMac, &self.served).unwrap_or_else(|| {
             let error = Error::new(Reason::KeyState, "no wrapping key may be used");
             Err(Refusal::Refused(error))
         })
@@ -202,7 +228,9 @@ impl Registry {
         let entry = self.entry(id).ok_or_else(unknown)?;
         let reason = match entry.standing {
             Standing::Verified => return Ok(&entry.row),
-            Standing::Unproved | Standing::Missing(_) => Reason::TokenDown,
+            Standing::Unproved | Standing::Missing(_) | Standing::Unverified(_) => {
+                Reason::TokenDown
+            }
             Standing::Untrusted(_) | Standing::Altered(_) => Reason::TokenUntrusted,
         };
         let what = format!(
@@ -212,13 +240,25 @@ impl Registry {
         Err(Error::new(reason, what.clone()).explained("id", &what))
     }
 
-    /// The row of a key that the token does not show. An administrator who asks to record its loss learns why not.
-    pub(super) fn missing(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
+    /// The row of a key that the token does not show. An administrator who asks to record its loss learns why not. The
+    /// loss of a key can be recorded again if no key authenticates the tombstone any more.
+    pub(super) fn missing(
+        &self,
+        id: WrappingKeyId,
+        state: &TokenState,
+    ) -> Result<&RegistryRow, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
         let entry = self.entry(id).ok_or_else(unknown)?;
+        let is_shown = token_key(&state.keys, id).is_some();
         let what = match entry.standing {
             Standing::Missing(_) => return Ok(&entry.row),
-            _ if entry.is_tombstone() => format!("key {id} is destroyed already"),
+            Standing::Altered(_) if entry.is_tombstone() && !is_shown => return Ok(&entry.row),
+            Standing::Verified if entry.is_tombstone() => {
+                format!("key {id} is destroyed already")
+            }
+            Standing::Unverified(_) => format!(
+                "the token that can verify the registry row of key {id} does not answer; try again when it does"
+            ),
             _ => format!(
                 "key {id} is not missing: the token shows it, so its loss cannot be recorded"
             ),
@@ -295,7 +335,9 @@ impl Registry {
         let entries = self.entries.iter();
         entries
             .filter_map(|entry| match &entry.standing {
-                Standing::Missing(cause) | Standing::Untrusted(cause) => Some(cause.as_str()),
+                Standing::Missing(cause)
+                | Standing::Unverified(cause)
+                | Standing::Untrusted(cause) => Some(cause.as_str()),
                 _ => None,
             })
             .collect()
@@ -311,8 +353,10 @@ impl Registry {
         // The state does not matter here: no use of an unverified key is permitted.
         Some(match &first.standing {
             Standing::Unproved => Refusal::Unproved(first.row.id).into(),
-            Standing::Missing(cause) => Error::new(Reason::TokenUntrusted, cause.clone()),
-            Standing::Untrusted(cause) | Standing::Altered(cause) => {
+            Standing::Unverified(cause) => {
+                Error::new(Reason::TokenDown, cause.clone()).retry_after(START_RETRY)
+            }
+            Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
                 Error::new(Reason::TokenUntrusted, cause.clone())
             }
             Standing::Verified => return None,
@@ -320,17 +364,20 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used in this way. If none can be used, returns the
-/// reason of the key that the call could use soonest; `None` if the states of all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used in this way. A key that a token serves is
+/// preferred. If none can be used, returns the reason of the key that the call could use soonest; `None` if the states of
+/// all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
+    served: &BTreeSet<WrappingKeyId>,
 ) -> Option<Result<WrappingKeyId, Refusal>> {
     let allowed = candidates.filter(|entry| entry.row.state.allows(key_use));
     let best = allowed.max_by_key(|entry| {
         let is_verified = entry.standing == Standing::Verified;
         let is_unproved = entry.standing == Standing::Unproved;
         (
+            is_verified && served.contains(&entry.row.id),
             is_verified,
             is_unproved,
             entry.row.state.may_wrap(),
@@ -406,52 +453,55 @@ impl Broker {
         let found = self.store.registry().await?;
         let deadline = Deadline::after(REFRESH_TIMEOUT);
         let fresh = self.examine(found, &known, deadline).await?;
-        if fresh.entries != known.entries || fresh.refused_changes != known.refused_changes {
+        let is_changed =
+            fresh.entries != known.entries || fresh.refused_changes != known.refused_changes;
+        if is_changed {
             tracing::info!("the registry of wrapping keys changed");
+        }
+        if is_changed || fresh.served != known.served || self.is_logged_as_unreadable(&fresh) {
             self.use_registry(fresh);
         }
         Ok(())
     }
 
-    /// Examines the rows of the registry. `known` is the registry that was examined before.
+    /// Examines the rows of the registry. `known` is the registry that was examined before. A row that no token can
+    /// verify at present does not delay the changes of the other rows.
     async fn examine(
         &self,
         rows: Vec<RegistryRow>,
         known: &Registry,
         deadline: Deadline,
     ) -> Result<Registry, Error> {
-        let places = self.store.places().await?;
-        let state = self.token.state();
         let mut fresh = Registry::default();
-        for row in rows {
-            let entry = match known.entry(row.id) {
-                Some(before) if before.row != row => {
-                    match self.successor(before, row, &state, deadline).await? {
-                        Ok(entry) => entry,
-                        Err(why) => {
-                            fresh.refused_changes.push(why);
-                            self.again(before, &state, deadline).await?
-                        }
-                    }
-                }
-                Some(before) => self.again(before, &state, deadline).await?,
-                None => Entry {
-                    standing: self.standing(&row, &state, deadline).await?,
-                    row,
-                },
-            };
+        let state = self.token.state();
+        fresh.served = served_keys(&state);
+        fresh.places = match self.store.places().await {
+            Ok(places) => places,
+            Err(error @ keybroker_store::Error::Corrupt(_)) => {
+                let unreadable = RefusedChange::UnreadablePlaces(error.to_string());
+                fresh.refused_changes.push(unreadable);
+                known.places.clone()
+            }
+            Err(error) => return Err(error.into()),
+        };
+        // All rows share the deadline, so a token that does not answer must not delay the rows of another token.
+        let examined = rows
+            .into_iter()
+            .map(|row| self.examine_row(row, known, &state, deadline));
+        for (entry, refused) in futures_util::future::join_all(examined).await {
             fresh.entries.push(entry);
+            fresh.refused_changes.extend(refused);
         }
         for before in &known.entries {
             if !fresh.knows(before.row.id) && before.standing != Standing::Unproved {
                 let deleted = RefusedChange::Deleted(before.row.id);
                 fresh.refused_changes.push(deleted);
-                fresh
-                    .entries
-                    .push(self.again(before, &state, deadline).await?);
+                let kept = self.again(before, &state, deadline).await;
+                fresh.entries.push(kept);
             }
         }
-        self.check_tombstones(&mut fresh, known, deadline).await?;
+        self.check_tombstones(&mut fresh, known, &state, deadline)
+            .await;
         let mut rows: Vec<RegistryRow> = fresh
             .entries
             .iter()
@@ -462,80 +512,130 @@ impl Broker {
         {
             rows.push(awaited);
         }
-        self.token.expect_keys((self.expect.0)(rows, places));
+        self.token
+            .expect_keys((self.expect.0)(rows, fresh.places.clone()));
         Ok(fresh)
     }
 
+    /// Examines one row. If its change is refused, the row that was examined before stays in use.
+    async fn examine_row(
+        &self,
+        row: RegistryRow,
+        known: &Registry,
+        state: &TokenState,
+        deadline: Deadline,
+    ) -> (Entry, Option<RefusedChange>) {
+        match known.entry(row.id) {
+            Some(before) if before.row != row => {
+                match self.successor(before, row, state, deadline).await {
+                    Ok(entry) => (entry, None),
+                    Err(why) => (self.again(before, state, deadline).await, Some(why)),
+                }
+            }
+            Some(before) => (self.again(before, state, deadline).await, None),
+            None => {
+                let standing = match self.standing(&row, state, deadline).await {
+                    // The workers learn of the key after this examination.
+                    Standing::Missing(_)
+                        if !known.entries.is_empty() && is_unexamined(&row, state) =>
+                    {
+                        Standing::Unproved
+                    }
+                    standing => standing,
+                };
+                (Entry { row, standing }, None)
+            }
+        }
+    }
+
     /// Verifies the new rows of destroyed keys, which the integrity key of any other key authenticates. Without this check, a
-    /// person who can write to the database could mark a key as destroyed that is only missing.
+    /// person who can write to the database could mark a key as destroyed that exists.
     async fn check_tombstones(
         &self,
         fresh: &mut Registry,
         known: &Registry,
+        state: &TokenState,
         deadline: Deadline,
-    ) -> Result<(), Error> {
+    ) {
         let signers: Vec<WrappingKeyId> = fresh
             .entries
             .iter()
             .rev()
-            .filter(|entry| entry.standing == Standing::Verified && !entry.is_tombstone())
+            .filter(|entry| entry.is_verified_key())
             .map(|entry| entry.row.id)
             .collect();
+        let mut refused = Vec::new();
         for entry in &mut fresh.entries {
-            let is_new = known.entry(entry.row.id) != Some(&*entry);
-            if entry.is_tombstone()
-                && entry.standing == Standing::Verified
-                && is_new
-                && !self.is_authentic(&entry.row, &signers, deadline).await?
-            {
-                entry.standing = altered(
-                    &entry.row,
-                    "the key is marked as destroyed, but no key authenticates that",
-                );
+            let before = known.entry(entry.row.id);
+            let is_new = before != Some(&*entry);
+            if !entry.is_tombstone() || entry.standing != Standing::Verified || !is_new {
+                continue;
+            }
+            let standing = self
+                .tombstone_standing(&entry.row, &signers, deadline)
+                .await;
+            let why = match &standing {
+                Standing::Verified => continue,
+                Standing::Altered(cause) => RefusedChange::Standing(cause.clone()),
+                _ => RefusedChange::Unverified(entry.row.id),
+            };
+            match before {
+                Some(before) if before.is_verified_key() => {
+                    refused.push(why);
+                    *entry = self.again(before, state, deadline).await;
+                }
+                _ => entry.standing = standing,
             }
         }
-        Ok(())
+        fresh.refused_changes.extend(refused);
     }
 
-    async fn is_authentic(
+    /// Verifies the row of a destroyed key with the integrity keys of the other keys.
+    async fn tombstone_standing(
         &self,
         tombstone: &RegistryRow,
         signers: &[WrappingKeyId],
         deadline: Deadline,
-    ) -> Result<bool, Error> {
+    ) -> Standing {
         let message = tombstone.tombstone_message();
+        let mut unverified = None;
         for signer in signers {
             let caller = hsm::Caller::background(deadline);
             let job = self
                 .token
                 .verify_mac(*signer, &message, &tombstone.mac, &caller);
             match job.await {
-                Ok(()) => return Ok(true),
+                Ok(()) => return Standing::Verified,
                 Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
-                Err(other) => return Err(other.into()),
+                Err(other) => unverified = Some(Standing::Unverified(other.to_string())),
             }
         }
-        Ok(false)
+        unverified.unwrap_or_else(|| {
+            altered(
+                tombstone,
+                "the key is marked as destroyed, but no key authenticates that; if the key that authenticated it is lost, too, \
+                 record the loss again with `keybroker key lost`",
+            )
+        })
     }
 
     /// Examines an unchanged row. A row that the token has verified is not verified again while the token has its key.
-    async fn again(
-        &self,
-        before: &Entry,
-        state: &TokenState,
-        deadline: Deadline,
-    ) -> Result<Entry, Error> {
+    async fn again(&self, before: &Entry, state: &TokenState, deadline: Deadline) -> Entry {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
             None if is_verified => Standing::Verified,
             // A worker that is being replaced may not have the keys that were registered last.
             Some(Standing::Unproved) if is_verified => Standing::Verified,
-            _ => self.standing(&before.row, state, deadline).await?,
+            // The regular search for missing keys replaces workers, too.
+            Some(Standing::Unproved) if matches!(before.standing, Standing::Missing(_)) => {
+                before.standing.clone()
+            }
+            _ => self.standing(&before.row, state, deadline).await,
         };
-        Ok(Entry {
+        Entry {
             row: before.row.clone(),
             standing,
-        })
+        }
     }
 
     /// Examines a changed row. Returns the reason why the row before it stays in use, if the new row does not verify.
@@ -545,47 +645,50 @@ impl Broker {
         row: RegistryRow,
         state: &TokenState,
         deadline: Deadline,
-    ) -> Result<Result<Entry, RefusedChange>, Error> {
+    ) -> Result<Entry, RefusedChange> {
         let was_verified = before.standing == Standing::Verified;
-        if was_verified && let Err(why) = check_successor(&before.row, &row) {
-            return Ok(Err(why));
+        // The number of an altered row says nothing. In every other case, a lower number is an older row.
+        if !matches!(before.standing, Standing::Altered(_)) {
+            check_successor(&before.row, &row)?;
         }
-        let standing = self.standing(&row, state, deadline).await?;
+        let standing = self.standing(&row, state, deadline).await;
         if !was_verified || standing == Standing::Verified {
-            return Ok(Ok(Entry { row, standing }));
+            return Ok(Entry { row, standing });
         }
-        Ok(Err(match standing {
+        Err(match standing {
             Standing::Missing(why) | Standing::Untrusted(why) | Standing::Altered(why) => {
                 RefusedChange::Standing(why)
             }
-            Standing::Unproved | Standing::Verified => RefusedChange::Unverified(row.id),
-        }))
+            Standing::Unproved | Standing::Unverified(_) | Standing::Verified => {
+                RefusedChange::Unverified(row.id)
+            }
+        })
     }
 
-    /// Examines a row: compares it with the token, then verifies its MAC.
+    /// Examines a row: compares it with the token, then verifies its MAC. The row of a destroyed key is verified later, with
+    /// the other keys.
     async fn standing(
         &self,
         row: &RegistryRow,
         state: &TokenState,
         deadline: Deadline,
-    ) -> Result<Standing, Error> {
+    ) -> Standing {
         if let Some(standing) = compare(row, state) {
-            return Ok(standing);
+            return standing;
         }
-        if token_key(&state.keys, row.id).is_none() {
-            // Only the row of a destroyed key needs no key on the token.
-            return Ok(Standing::Verified);
+        if row.state == WrappingKeyState::Destroyed {
+            return Standing::Verified;
         }
         let caller = hsm::Caller::background(deadline);
         let message = row.mac_message();
         let job = self.token.verify_mac(row.id, &message, &row.mac, &caller);
         match job.await {
-            Ok(()) => Ok(Standing::Verified),
+            Ok(()) => Standing::Verified,
             Err(hsm::Error::MacRefused) => {
-                Ok(altered(row, "its MAC does not verify: the row was altered"))
+                altered(row, "its MAC does not verify: the row was altered")
             }
-            Err(hsm::Error::KeyMissing { cause, .. }) => Ok(Standing::Missing(cause)),
-            Err(other) => Err(other.into()),
+            Err(hsm::Error::KeyMissing { cause, .. }) => Standing::Missing(cause),
+            Err(other) => Standing::Unverified(other.to_string()),
         }
     }
 
@@ -623,6 +726,13 @@ impl Broker {
             told.lost = lost;
         }
         self.registry.store(Some(Arc::new(registry)));
+    }
+
+    /// Whether an alert says that the registry cannot be read, although it was read now.
+    fn is_logged_as_unreadable(&self, fresh: &Registry) -> bool {
+        let logged = self.logged_problems.lock();
+        let logged = logged.unwrap_or_else(PoisonError::into_inner);
+        logged.altered != fresh.altered_rows().join("; ")
     }
 
     /// Logs that the registry cannot be read. The rows that were verified last stay in use.
@@ -702,20 +812,20 @@ impl Broker {
     }
 }
 
-/// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified.
+/// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified. The
+/// row of a destroyed key matches also while a token still shows the key: another key authenticates the row, and a
+/// destroyed key is never used.
 fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
+    if row.state == WrappingKeyState::Destroyed {
+        return None;
+    }
     let Some(key) = token_key(&state.keys, row.id) else {
-        if row.state == WrappingKeyState::Destroyed {
-            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and a
-            // destroyed key is never used.
-            return None;
-        }
         let unusable = state.unusable.iter().find(|key| key.id == row.id);
         return Some(match unusable.map(|key| &key.problem) {
             Some(KeyProblem::Missing(cause)) => Standing::Missing(cause.clone()),
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
             // With several tokens, the token with the key may be absent for long, so no call waits for it.
-            None if !state.tokens.is_empty() => {
+            None if !state.tokens.is_empty() && !state.is_checking_keys => {
                 Standing::Missing("no token has shown the key yet".to_owned())
             }
             None => Standing::Unproved,
@@ -742,6 +852,23 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         ));
     }
     None
+}
+
+/// Whether no token has said anything about a key yet.
+fn is_unexamined(row: &RegistryRow, state: &TokenState) -> bool {
+    !state.tokens.is_empty() && !state.unusable.iter().any(|key| key.id == row.id)
+}
+
+/// Of several tokens: the keys that a token serves.
+fn served_keys(state: &TokenState) -> BTreeSet<WrappingKeyId> {
+    let serving = state
+        .tokens
+        .iter()
+        .filter(|token| token.serving == Serving::Up);
+    serving
+        .flat_map(|token| token.keys.iter())
+        .map(|key| key.id)
+        .collect()
 }
 
 fn altered(row: &RegistryRow, what: &str) -> Standing {

@@ -10,7 +10,7 @@
 //!
 //! Mitigation: M22 of `THREAT_MODEL.md`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -33,6 +33,9 @@ mod run;
 mod verify;
 
 pub use progress::{FailedRow, Phase, Progress};
+
+/// Time limit for reading the run after a change whose caller has no time left.
+const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What an administrator requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -190,7 +193,21 @@ impl Broker {
             self.conclude(draft, Ok(())).await?;
             false
         };
-        let view = self.view(call).await?;
+        let view = match self.view(call).await {
+            Ok(view) => view,
+            // The change is committed, so a slow count of rows must not be the answer.
+            Err(error) if is_changed => {
+                tracing::warn!(%error, "the rows under each wrapping key could not be counted in time");
+                let found = tokio::time::timeout(VIEW_TIMEOUT, self.store.rewrap_run()).await;
+                let run = found.ok().and_then(Result::ok).flatten();
+                RewrapView {
+                    run: run.map(RunView::from),
+                    target: self.registry()?.newest_wrapping_key().ok(),
+                    uses: Vec::new(),
+                }
+            }
+            Err(error) => return Err(error),
+        };
         Ok(ChangedRun { view, is_changed })
     }
 
@@ -206,7 +223,7 @@ impl Broker {
         self.check_acknowledged()?;
         let registry = self.registry()?;
         if let Request::Start(new) = &request {
-            let target = registry.wrapping_key()?;
+            let target = registry.newest_wrapping_key()?;
             draft.wrapping_key(target);
             check_source(&registry, target, new.source)?;
         }
@@ -278,7 +295,7 @@ impl Broker {
         }
         Ok(RewrapView {
             run: run.map(RunView::from),
-            target: registry.wrapping_key().ok(),
+            target: registry.newest_wrapping_key().ok(),
             uses,
         })
     }

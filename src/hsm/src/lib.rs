@@ -140,6 +140,9 @@ pub struct TokenState {
     pub queue_length: usize,
     /// When a self-test last passed.
     pub last_self_test: Option<Timestamp>,
+    /// Whether workers are being replaced because the registered keys changed, so that `keys` may not contain a key that
+    /// was just registered. Of several tokens, only tokens that serve count.
+    pub is_checking_keys: bool,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
     /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
     pub tokens: Vec<TokenState>,
@@ -149,6 +152,18 @@ impl TokenState {
     /// Whether at least one key has a token that serves.
     pub fn serves_a_key(&self) -> bool {
         self.serving == Serving::Up || self.tokens.iter().any(|token| token.serving == Serving::Up)
+    }
+
+    /// Whether a token that has this key serves.
+    pub fn serves(&self, key: WrappingKeyId) -> bool {
+        let has_key = |state: &Self| {
+            state.serving == Serving::Up && state.keys.iter().any(|found| found.id == key)
+        };
+        if self.tokens.is_empty() {
+            has_key(self)
+        } else {
+            self.tokens.iter().any(has_key)
+        }
     }
 }
 

@@ -443,6 +443,7 @@ impl Supervisor {
                 .collect(),
             queue_length: self.queue.len(),
             last_self_test: self.last_self_test(),
+            is_checking_keys: self.outdated() > 0,
             tokens: Vec::new(),
         }
     }

@@ -64,6 +64,20 @@ impl Registry {
         })
     }
 
+    /// Reads the registry for a broker that starts. Damaged places do not prevent the start, because the keys on the tokens
+    /// of the registry rows need no places. The broker raises an alert about the damage.
+    pub(crate) async fn read_for_service(store: &dyn Store) -> Result<Self, store::Error> {
+        let rows = store.registry().await?;
+        let places = match store.places().await {
+            Err(store::Error::Corrupt(detail)) => {
+                tracing::warn!(%detail, "the places of the wrapping keys cannot be read");
+                Vec::new()
+            }
+            read => read?,
+        };
+        Ok(Self { rows, places })
+    }
+
     /// The place of a key on a token; absent if there is no such row.
     pub(crate) fn place(&self, key: WrappingKeyId, token: &str) -> Option<&PlaceRow> {
         self.places

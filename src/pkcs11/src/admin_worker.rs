@@ -252,6 +252,7 @@ fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
     Ok(Parsed {
         settings: Settings::from_setup(setup),
         record: PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
+            .of_token(&setup.token_name)
             .of_copy(&setup.pin_record_name),
     })
 }

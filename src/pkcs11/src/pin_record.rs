@@ -10,7 +10,11 @@
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use serde::{Deserialize, Serialize};
@@ -29,7 +33,9 @@ const FORMAT: u32 = 1;
 /// Largest numbers of PINs per token and of tokens in the record. If there are too many PINs, the oldest PIN is
 /// removed; if there are too many tokens, the token with the lowest serial number is removed.
 const PINS_MAX: usize = 8;
-const TOKENS_MAX: usize = 16;
+const TOKENS_MAX: usize = 32;
+/// Largest number of names for one token. The configuration has at most 16 tokens.
+const NAMES_MAX: usize = 16;
 const SALT_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker computes one hash
@@ -62,6 +68,8 @@ pub enum RecordError {
 #[derive(Clone, Debug)]
 pub struct PinRecord {
     state: StateDirectory,
+    /// The configured name of the token; empty if a command concerns every token.
+    token: String,
     /// The configured name of the token, if the token is a declared copy of another token with the same serial number.
     copy: Option<String>,
 }
@@ -70,9 +78,9 @@ pub struct PinRecord {
 #[derive(Debug, Serialize, Deserialize)]
 struct Fact {
     format: u32,
-    /// Whether the operator allowed the next login to use a token's last attempt.
+    /// The configured names of the tokens whose next login may use the last attempt, because the operator allowed that.
     #[serde(default)]
-    final_try_allowed: bool,
+    final_try_allowed_for: BTreeSet<String>,
     /// The PINs of each token, by its serial number. The key of a declared copy also contains the name of the copy.
     #[serde(default)]
     tokens: BTreeMap<String, TokenPins>,
@@ -82,7 +90,7 @@ impl Fact {
     fn empty() -> Self {
         Self {
             format: FORMAT,
-            final_try_allowed: false,
+            final_try_allowed_for: BTreeSet::new(),
             tokens: BTreeMap::new(),
         }
     }
@@ -91,6 +99,9 @@ impl Fact {
 /// The PINs of one token, oldest first.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct TokenPins {
+    /// The configured names under which the token was used; empty in a record of an earlier release.
+    #[serde(default)]
+    names: BTreeSet<String>,
     /// The salt in hexadecimal digits. Argon2id gets the digits and not the decoded bytes.
     salt: String,
     pins: Vec<KnownPin>,
@@ -107,7 +118,18 @@ struct KnownPin {
 impl PinRecord {
     /// Returns the record in a state directory.
     pub fn new(state: StateDirectory) -> Self {
-        Self { state, copy: None }
+        Self {
+            state,
+            token: String::new(),
+            copy: None,
+        }
+    }
+
+    /// Returns the record for the token with this configured name.
+    #[must_use]
+    pub fn of_token(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.token);
+        self
     }
 
     /// Returns the record for a declared copy of another token. The PINs of a copy are kept apart from those of the original,
@@ -127,8 +149,9 @@ impl PinRecord {
         }
     }
 
-    /// Records the operator's permission to use rejected PINs once more. With `allow_final_try`, the permission also
-    /// applies to a token that one more wrong PIN would lock. Returns the number of PINs that may be used again.
+    /// Records the operator's permission to use the rejected PINs of this token once more. With `allow_final_try`, the
+    /// permission also applies if one more wrong PIN would lock the token. The PINs of another token stay rejected.
+    /// Returns the number of PINs that may be used again.
     pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         // A damaged record is replaced.
@@ -137,7 +160,9 @@ impl PinRecord {
             read => read?,
         };
         let mut forgotten = 0;
-        for token in fact.tokens.values_mut() {
+        let is_this =
+            |token: &&mut TokenPins| token.names.is_empty() || token.names.contains(&self.token);
+        for token in fact.tokens.values_mut().filter(is_this) {
             token.pins.retain_mut(|pin| match &mut pin.standing {
                 Standing::Proven { failing_since } => {
                     forgotten += usize::from(failing_since.take().is_some());
@@ -149,7 +174,11 @@ impl PinRecord {
                 }
             });
         }
-        fact.final_try_allowed = allow_final_try;
+        if allow_final_try {
+            fact.final_try_allowed_for.insert(self.token.clone());
+        } else {
+            fact.final_try_allowed_for.remove(&self.token);
+        }
         self.write(&fact)?;
         Ok(forgotten)
     }
@@ -174,6 +203,9 @@ impl PinRecord {
             fact.tokens.pop_first();
         }
         let token = fact.tokens.entry(key.clone()).or_default();
+        if token.names.len() < NAMES_MAX {
+            token.names.insert(self.token.clone());
+        }
         if token.salt.len() != 2 * SALT_BYTES {
             let mut salt = [0; SALT_BYTES];
             aws_lc_rs::rand::fill(&mut salt)
@@ -236,15 +268,15 @@ impl Login<'_> {
 
     /// Whether the operator allowed the use of the token's last attempt.
     pub(super) fn final_try_allowed(&self) -> bool {
-        self.fact.final_try_allowed
+        self.fact.final_try_allowed_for.contains(&self.record.token)
     }
 
     /// Records a standing if it has changed, and removes the operator's permission to use the token's last attempt.
     pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
-        if self.standing() == standing.as_ref() && !self.fact.final_try_allowed {
+        let had_permission = self.fact.final_try_allowed_for.remove(&self.record.token);
+        if self.standing() == standing.as_ref() && !had_permission {
             return Ok(());
         }
-        self.fact.final_try_allowed = false;
         let token = self.fact.tokens.entry(self.key.clone()).or_default();
         token.pins.retain(|pin| pin.hash != self.hash);
         if let Some(standing) = standing {
@@ -370,6 +402,29 @@ mod tests {
         );
     }
 
+    /// An operator who corrected the PIN of one token must not spend the last attempt of another token.
+    #[test]
+    fn a_retry_concerns_one_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| record(&folder).of_token(name));
+        set(&a, "1", "wrong", rejected());
+        set(&b, "2", "wrong", rejected());
+        assert_eq!(a.allow_retry(true).unwrap(), 1);
+        assert_eq!(standing(&b, "2", "wrong"), Some(rejected()));
+        let mut login = b.begin("2", &pin("wrong")).unwrap();
+        assert!(!login.final_try_allowed());
+        login.set(Some(rejected())).unwrap();
+        drop(login);
+        let mut login = a.begin("1", &pin("wrong")).unwrap();
+        assert!(
+            login.final_try_allowed(),
+            "another token took the permission"
+        );
+        login.set(Some(rejected())).unwrap();
+        drop(login);
+        assert!(!a.begin("1", &pin("wrong")).unwrap().final_try_allowed());
+    }
+
     #[test]
     fn an_initialised_token_knows_no_pin() {
         let folder = tempfile::tempdir().unwrap();
@@ -405,6 +460,7 @@ mod tests {
                 standing: long.clone(),
             });
             let token_pins = TokenPins {
+                names: ["one-token".to_owned(), "another".to_owned()].into(),
                 salt: "0".repeat(2 * SALT_BYTES),
                 pins: pins.collect(),
             };

@@ -227,6 +227,7 @@ fn open(
     sessions: usize,
 ) -> Result<Opened, Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
+        .of_token(&setup.token_name)
         .of_copy(&setup.pin_record_name);
     let expected = setup
         .keys
@@ -290,9 +291,11 @@ fn prove(
                 keys.push(proved);
                 continue;
             }
-            // The key is on a declared copy of this token, which has the same serial number.
+            // The key may be on a declared copy of this token, which has the same serial number. If it is not, the
+            // regular search finds the key when it returns.
             Err(fault) if key.may_be_elsewhere && fault.class == Class::KeyMissing => {
                 tracing::warn!(key = %key.id, %fault, "a registered key is not on this token");
+                unusable.push(unusable_key(key, &fault));
                 continue;
             }
             Err(fault) => token.explained(fault),
@@ -300,16 +303,20 @@ fn prove(
         if !concerns_one_key(fault.class) {
             return Err(fault);
         }
-        unusable.push(UnusableKey {
-            id: key.id.as_bytes().to_vec(),
-            is_missing: fault.class == Class::KeyMissing,
-            detail: fault.to_string(),
-        });
+        unusable.push(unusable_key(key, &fault));
         first.get_or_insert(fault);
     }
     match first {
         Some(fault) if keys.is_empty() => Err(fault),
         _ => Ok((keys, unusable)),
+    }
+}
+
+fn unusable_key(key: &ExpectedKey, fault: &Fault) -> UnusableKey {
+    UnusableKey {
+        id: key.id.as_bytes().to_vec(),
+        is_missing: fault.class == Class::KeyMissing,
+        detail: fault.to_string(),
     }
 }
 

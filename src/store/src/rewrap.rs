@@ -72,6 +72,8 @@ pub struct RevisionUnder {
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
+    /// When the revision was created. A move of the row does not change this time.
+    pub created: Timestamp,
 }
 
 /// A row of a page of revisions.

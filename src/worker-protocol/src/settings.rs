@@ -213,6 +213,7 @@ impl Settings {
             read_only_mounts_count: trusted_file::read_only_mounts_count(),
             initialize_string: self.initialize_string.clone().unwrap_or_default(),
             pin_record_name: self.pin_record_name().unwrap_or_default().to_owned(),
+            token_name: self.name.clone(),
             ..Setup::default()
         }
     }

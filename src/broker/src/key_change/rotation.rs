@@ -79,7 +79,7 @@ impl Broker {
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
         let decision = self.decide_rotation(call, rotation).await;
         let decision = self.or_record(&draft, decision).await?;
-        let previous = self.registry()?.wrapping_key().ok();
+        let previous = self.registry()?.newest_wrapping_key().ok();
         let (id, is_changed) = match decision {
             Decision::Keep(id) => {
                 draft.wrapping_key(id);
@@ -112,7 +112,7 @@ impl Broker {
         if rotation.back {
             return self.plan_return(&registry).await;
         }
-        if let (Some(limit), Ok(id)) = (rotation.if_older_than, registry.wrapping_key())
+        if let (Some(limit), Ok(id)) = (rotation.if_older_than, registry.newest_wrapping_key())
             && let Some(row) = registry.row(id)
             && age(row) < limit
         {
@@ -145,13 +145,14 @@ impl Broker {
         };
         let row = registry.verified(row.id)?;
         let mut planner = Planner::new(registry);
-        planner.deactivate_others(registry, row.id);
+        planner.deactivate_others(registry, row.id, &self.token.state());
+        planner.sign_tombstones(registry, row.id);
         let active = RegistryRow {
             state: WrappingKeyState::Active,
             ..row.clone()
         };
         planner.change(row, active);
-        let change = self.with_macs(planner).await?;
+        let change = self.with_macs(planner, row.id).await?;
         Ok(Decision::Back(Box::new(change), row.id))
     }
 
@@ -227,21 +228,26 @@ impl Broker {
         let registry = self.registry()?;
         let mut rows = registry.rows();
         let has_waiting = rows.any(|(row, _)| row.state == WrappingKeyState::PreActive);
-        if has_waiting || registry.wrapping_key().ok() != previous {
+        if has_waiting || registry.newest_wrapping_key().ok() != previous {
             return Err(from_commit(store::Error::Conflict));
         }
         let mut planner = Planner::new(&registry);
         let state = if rotation.single {
-            planner.deactivate_others(&registry, made.id());
+            planner.deactivate_others(&registry, made.id(), &self.token.state());
+            planner.sign_tombstones(&registry, made.id());
             WrappingKeyState::Active
         } else {
-            if let Some(row) = registry.wrapping_key().ok().and_then(|id| registry.row(id)) {
+            if let Some(row) = registry
+                .newest_wrapping_key()
+                .ok()
+                .and_then(|id| registry.row(id))
+            {
                 planner.change(row, row.clone());
             }
             WrappingKeyState::PreActive
         };
         let sequence = planner.next_sequence();
-        let mut change = self.with_macs(planner).await?;
+        let mut change = self.with_macs(planner, made.id()).await?;
         change.insert = Some(made.row(state, sequence).await?);
         Ok(change)
     }

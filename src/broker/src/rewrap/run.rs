@@ -160,7 +160,7 @@ impl<'b> Run<'b> {
             let target = self
                 .broker
                 .registry()?
-                .wrapping_key()
+                .newest_wrapping_key()
                 .map_err(Error::from)?;
             match self.pass(target).await {
                 Ok(0) => break target,
@@ -251,7 +251,7 @@ impl<'b> Run<'b> {
         }
         self.counted = Some(Instant::now());
         let registry = self.broker.registry()?;
-        let target = registry.wrapping_key().map_err(Error::from)?;
+        let target = registry.newest_wrapping_key().map_err(Error::from)?;
         let mut left = 0;
         for source in sources(&registry, target, self.row.source) {
             let uses = self.broker.store.key_uses(source).await?;

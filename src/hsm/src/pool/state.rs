@@ -166,6 +166,9 @@ impl Pool {
                 .filter(|token| token.serving == Serving::Up)
                 .filter_map(|token| token.last_self_test)
                 .min(),
+            is_checking_keys: tokens
+                .iter()
+                .any(|token| token.serving == Serving::Up && token.is_checking_keys),
             tokens,
         }
     }

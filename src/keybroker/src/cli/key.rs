@@ -512,6 +512,10 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
         let what = format!("the key with id {id} on this token is not the registered key");
         return Err(Failure::new(Exit::Untrusted, what));
     }
+    if old.state == WrappingKeyState::Destroyed {
+        let what = format!("key {id} is recorded as destroyed, so it cannot be registered again");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
     if !admin.verify(id, &old.mac_message(), &old.mac)? {
         let what = format!(
             "the registry row of key {id} was altered: its MAC does not verify; nothing was changed. Restore the row from a backup of the \

@@ -47,7 +47,8 @@ pub(super) enum Command {
     ///
     /// Keybroker records a hash of each rejected PIN in the state directory. Until you run this
     /// command, commands and workers do not send a rejected PIN to the same token again. Run this
-    /// command after you unlock the token, or after you change the token's PIN to the rejected PIN.
+    /// command after you unlock the token, or after you change the token's PIN to the rejected PIN. If
+    /// the configuration has several tokens, pass `--token`: the permission applies to one token.
     RetryPin(RetryPin),
     /// Record, for every registered key of the token, that the token was backed up and the restore was tested
     BackupConfirmed(UserPin),
@@ -122,11 +123,12 @@ fn list(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Allows one more login. The command needs no module and no PIN, so it works while `serve` runs. The next worker reads the
+/// Allows one more login to a token. The command needs no module and no PIN, so it works while `serve` runs. The next worker reads the
 /// record of rejected PINs before its login.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
-    let config = context.config()?;
-    let record = PinRecord::new(pin::state(&config));
+    let mut config = context.config()?;
+    config.select_token(context.token.as_deref())?;
+    let record = PinRecord::new(pin::state(&config)).of_token(&config.token().name);
     let allowed = change::audited(
         context,
         &config,

@@ -311,7 +311,7 @@ pub(super) async fn start_token(
     program: PathBuf,
     started: &OnceLock<Arc<Pool>>,
 ) -> Result<Arc<Pool>, Failure> {
-    let registry = Registry::read(&**store).await?;
+    let registry = Registry::read_for_service(&**store).await?;
     let are_several = config.tokens.are_several();
     let entries: Vec<TokenEntry> = config
         .tokens

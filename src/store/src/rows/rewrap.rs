@@ -43,6 +43,7 @@ fn revision_under(row: &impl Columns) -> Result<RevisionUnder, Error> {
         address: Reader::new(Table::Records, row).address()?,
         revision: revisions.revision("revision")?,
         envelope: revisions.bytes("envelope")?.to_vec(),
+        created: revisions.time("created_us")?,
     })
 }
 

@@ -46,7 +46,7 @@ impl RewrapStatements {
             ),
             page: sql(
                 "SELECT v.record_id AS record_id, v.revision AS revision, v.envelope AS envelope, \
-                 r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \
+                 v.created_us AS created_us, r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \
                  FROM revisions v LEFT JOIN records r ON r.record_id = v.record_id \
                  WHERE v.wrapping_key_id = ? AND v.record_id >= ? AND (v.record_id > ? OR v.revision > ?) \
                  ORDER BY v.record_id, v.revision LIMIT ?",

@@ -38,7 +38,8 @@ impl Written {
 pub(super) struct Files {
     directory: PathBuf,
     own: FileId,
-    /// The file system of the parent directory. If this device number changes, a volume was mounted or unmounted.
+    /// The file system of the parent directory. If the device number changes, a volume was mounted
+    /// or unmounted.
     parent_device: u64,
     log_id: Written,
     lock: FileId,

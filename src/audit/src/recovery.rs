@@ -56,8 +56,8 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Reads all segments from the newest segment that began without open intents. Older segments cannot contain an
-    /// intent without an outcome.
+    /// Reads all segments from the newest segment that began without open intents. Every intent in an older segment has
+    /// an outcome.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {
@@ -81,8 +81,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Also reads the changes of the previous segment, if that segment was closed shortly before the end of the log and
-    /// so may contain the newest changes.
+    /// Also reads the changes of the previous segment if that segment was closed shortly before the end of the log.
+    /// Such a segment may contain the newest changes.
     fn read_older_changes(
         &mut self,
         directory: &Path,
@@ -97,7 +97,7 @@ impl Found {
             return Ok(());
         }
         let mut older = Self::default();
-        // Damage in this older segment is ignored here; `audit verify` reports it.
+        // Damage in the older segment is ignored, because `audit verify` reports the damage.
         segment::lines(&segment::segment_path(directory, number), |line: Line| {
             if let Some(entry) = line.entry {
                 older.track(&entry);

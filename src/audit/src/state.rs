@@ -80,7 +80,7 @@ impl Shared {
         self.moving()
     }
 
-    /// Returns an error while a request to the disk takes longer than the time for which a call waits for its entry.
+    /// Returns an error while a request to the disk takes longer than a call waits for its entry.
     pub(super) fn moving(&self) -> Result<(), Error> {
         let mut state = self.state();
         if !state.hangs() {

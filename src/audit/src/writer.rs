@@ -1,7 +1,7 @@
 //! The only thread that writes a log. The thread takes the queued entries, writes them together, syncs once, and only
 //! then answers the callers. During a sync, the entries of the next group collect in the queue. If the first entry of a
-//! group may wait, the thread first sleeps for a short time, in which more entries collect: each sync costs processor
-//! time, and a token on the same machine needs the same processors.
+//! group may wait, the thread first sleeps for a short time, in which more entries collect. Larger groups need fewer
+//! syncs, and each sync costs processor time that a token on the same machine needs.
 //!
 //! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
 //! reports the loss once and then treats the file as clean. Therefore, after a failure, the segment is truncated to its
@@ -64,7 +64,7 @@ pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
     Append(Waiting),
-    /// Like [`Command::Append`], for an entry that may wait up to `COLLECTED_FOR` for others.
+    /// Like [`Command::Append`], but the entry may wait for further entries for up to `COLLECTED_FOR`.
     AppendUnhurried(Waiting),
     Close,
 }
@@ -154,14 +154,13 @@ impl Writer {
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             if matches!(first, Command::AppendUnhurried(_)) && commands.len() < COLLECTED_MAX {
-                // The thread sleeps and does not wait on the channel, because each further entry
-                // would wake it.
+                // The thread sleeps and does not wait on the channel, because each further entry would wake the thread.
                 std::thread::sleep(COLLECTED_FOR);
             }
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
-            // The range comes first, because `zip` would otherwise take one command more than the loop handles.
+            // The range comes first, because `zip` would otherwise take one command that the loop does not handle.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
                     Command::Append(waiting) | Command::AppendUnhurried(waiting) => {
@@ -278,7 +277,7 @@ impl Writer {
         }
     }
 
-    /// Whether the error differs from the last error about this subject.
+    /// Whether the error differs from the last error of the same operation.
     fn is_news(&mut self, subject: &'static str, error: &Error) -> bool {
         let text = error.to_string();
         let is_news = self.complaints.get(subject) != Some(&text);
@@ -506,8 +505,8 @@ impl Writer {
         }
     }
 
-    /// Writes the audit entry, then stores a mark without the segments, then removes the files. Because of this order,
-    /// an interruption does not look like tampering.
+    /// Writes the audit entry, then stores a mark without the segments, then removes the files. In this order of the
+    /// steps, an interruption does not look like tampering.
     fn remove_segments(&mut self, memory: &Memory, removal: &Removal) -> Result<(), Error> {
         let newest = self.newest.as_ref().map_or(0, |newest| newest.number);
         let is_old = |number: u64| number <= removal.through && number < newest;

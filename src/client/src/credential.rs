@@ -1,5 +1,5 @@
-//! Credentials that a call carries in its `authorization` header. A call without this header authenticates with the
-//! client certificate.
+//! Credentials that a call carries in its `authorization` header. A call without an `authorization` header
+//! authenticates with the client certificate.
 
 use std::{fmt, pin::Pin, sync::Arc};
 

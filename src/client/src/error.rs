@@ -108,7 +108,8 @@ pub enum ErrorKind {
     DeadlineExceeded,
     /// The connection could not be made, or ended during the call.
     ///
-    /// If the broker does not accept the client certificate, the first call over TLS 1.3 also fails with this kind.
+    /// If the broker does not accept the client certificate, the first call over TLS 1.3 also fails with this kind of
+    /// error.
     Connection,
     /// The response has no reason, so it does not come from a broker's API. Possible senders are a proxy, another
     /// service, or a listener that does not serve the called API.
@@ -158,8 +159,8 @@ impl Error {
         self.source.as_deref()?.downcast_ref()
     }
 
-    /// The number of attempts that were made. An attempt for which the provider of access tokens failed does not
-    /// count.
+    /// The number of attempts that were made. The number does not include attempts for which the provider of access
+    /// tokens failed.
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
@@ -181,12 +182,12 @@ impl Error {
     }
 
     /// Whether the call is a change that may or may not have been made. Either an attempt got no answer, or the broker
-    /// answered that it does not know the outcome because its database or audit log failed meanwhile.
+    /// answered that it does not know the outcome because its database or audit log failed during the call.
     ///
     /// To find out whether the change was made, repeat the call with the same content and [request
-    /// id](Self::request_id) within 24 hours. If the first call took effect, the broker returns its answer again. If
-    /// the first call did not take effect, the repeated call takes effect. A change of API clients has no request id;
-    /// list the API clients instead.
+    /// id](Self::request_id) within 24 hours. If the first call took effect, the broker returns the answer of the first
+    /// call again. If the first call did not take effect, the repeated call takes effect. A change of API clients has
+    /// no request id: to find out whether the change was made, list the API clients.
     pub fn outcome_unknown(&self) -> bool {
         self.outcome_unknown
     }
@@ -282,7 +283,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// The reason, or `None` if this release does not know it.
+    /// The reason, or `None` if this release of the library does not know the reason.
     pub fn reason(&self) -> Option<Reason> {
         Reason::ALL
             .into_iter()

@@ -73,14 +73,14 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// The bucket contains a number of retries, and each retry takes one of them. The bucket fills over time, and by a
-/// fifth of a retry with each call that succeeds. In the long run, a client thus makes at most `per_second` retries per
-/// second, and one for every five calls that succeed. While the bucket is empty, a failed call is not repeated and
-/// returns its error.
+/// The bucket contains a number of permitted retries, and each repeated attempt removes one. The bucket fills over
+/// time, and by a fifth of a retry with each call that succeeds. In the long run, a client thus makes at most
+/// `per_second` retries per second, and one retry for every five calls that succeed. While the bucket is empty, a
+/// failed call is not repeated and returns its error.
 ///
 /// A call that waits for a restart of about one second needs five to six retries. The default capacity of 100 retries
 /// is therefore enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of
-/// concurrent calls if all of them must outlast a restart.
+/// concurrent calls if all these calls must succeed despite a restart of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
     /// Number of retries in the full bucket; the bucket starts full. Default 100.

@@ -78,7 +78,7 @@ pub struct Secret {
     pub phc: String,
     /// When it was made.
     pub created: Timestamp,
-    /// The time from which the secret is not accepted any more.
+    /// The time from which the secret is no longer accepted.
     pub expires: Option<Timestamp>,
     /// When it was revoked.
     pub revoked: Option<Timestamp>,
@@ -144,7 +144,8 @@ impl Document {
             .filter(move |secret| !is_revoked && secret.is_live(now))
     }
 
-    /// Adds a secret. If the client already has many secrets, the oldest expired or revoked secret is removed.
+    /// Adds a secret. If the client already has the maximum number of secrets, the oldest expired or revoked secret is
+    /// removed.
     pub fn add_secret(&mut self, phc: String, now: Timestamp, expires: Option<Timestamp>) -> u32 {
         let number = self.secrets.last().map_or(1, |last| last.number + 1);
         if self.secrets.len() >= SECRETS_MAX
@@ -203,7 +204,7 @@ impl PlainSecret {
         Some(Self(Zeroizing::new(format!("{SECRET_PREFIX}{}", *encoded))))
     }
 
-    /// The secret as text, for the one answer that shows it.
+    /// The secret as text, for the only answer that shows the secret.
     pub fn expose(&self) -> &str {
         &self.0
     }

@@ -207,8 +207,8 @@ impl Error {
         }
     }
 
-    /// Adds an explanation that the caller receives, at most [`EXPLANATION_BYTES_MAX`] bytes of it. Only for calls of
-    /// administrators, who may know the state of the token and of the registry.
+    /// Adds an explanation for the caller, truncated to [`EXPLANATION_BYTES_MAX`] bytes. Use this function only for
+    /// calls of administrators, who may know the state of the token and of the registry.
     #[must_use]
     pub fn explained(mut self, field: &'static str, explanation: &str) -> Self {
         let end = explanation.floor_char_boundary(EXPLANATION_BYTES_MAX);
@@ -228,7 +228,8 @@ impl Error {
         }
     }
 
-    /// Marks the error as caused by a credential that has expired but is otherwise valid, so that its holder has to renew it.
+    /// Marks the error as caused by a credential that has expired but is otherwise valid. The holder has to renew the
+    /// credential.
     #[must_use]
     pub fn renewable(self) -> Self {
         Self {

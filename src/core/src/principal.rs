@@ -62,7 +62,7 @@ impl Role {
     }
 }
 
-/// What kind of caller a principal is.
+/// The kind of a principal: a user or a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -94,7 +94,7 @@ impl Credential {
     }
 }
 
-/// The users or key names that a service may release: all, or those listed.
+/// The users or key names that a service may release: all of them, or only the listed ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach<T: Ord> {
     /// All users or all key names; in the configuration `["*"]`.
@@ -113,7 +113,7 @@ impl<T: Ord> Reach<T> {
     }
 }
 
-/// The text that stands for all users or key names.
+/// The text that means all users or all key names.
 const ALL: &str = "*";
 
 impl<T: Ord + AsRef<str>> Serialize for Reach<T> {
@@ -301,7 +301,8 @@ impl fmt::Display for Principal {
     }
 }
 
-/// What a caller asks the broker to do. Each action has one name in policies, in the audit log and in metrics.
+/// An action that a caller requests from the broker. Each action has one name in policies, in the audit log and in
+/// metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
     /// Store a new user key, without the right to read a user key.
@@ -332,9 +333,9 @@ pub enum Action {
     RevokeClient,
     /// Read the stored data of API clients, without the right to change them.
     ListClients,
-    /// Make a new wrapping key, or return to the previous one.
+    /// Make a new wrapping key, or return to the previous wrapping key.
     RotateKey,
-    /// Make a wrapping key the one that wraps new user keys.
+    /// Activate a wrapping key, so that it wraps new user keys.
     ActivateKey,
     /// Stop the use of a wrapping key for a time.
     SuspendKey,

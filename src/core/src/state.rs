@@ -118,7 +118,7 @@ impl StateDirectory {
             .map_err(|source| fail("cannot write the state file", &path, source))
     }
 
-    /// The names of the facts that begin with `prefix` and end with `suffix`, ordered by the time when they were written.
+    /// Returns the names of the facts that begin with `prefix` and end with `suffix`, oldest fact first.
     pub fn names(&self, prefix: &str, suffix: &str) -> Result<Vec<String>, Error> {
         self.list(prefix, suffix)
             .map_err(|source| fail("cannot list the state directory", &self.path, source))
@@ -215,7 +215,7 @@ impl StateDirectory {
     fn prepare(&self) -> io::Result<()> {
         if let Some(parent) = self.path.parent() {
             make(parent)?;
-            // A command of another user must not create a directory that the broker cannot use.
+            // A command that another user runs must not create a directory that the broker cannot use.
             let owner = fs::metadata(parent)?.uid();
             if owner != rustix::process::geteuid().as_raw() {
                 return Err(io::Error::other(format!(

@@ -15,8 +15,8 @@ use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
-/// The domain of a registry row that contains object ids. A row that contains no object ids has the earlier domain, so that the
-/// MACs of earlier releases stay valid.
+/// The domain of a registry row that contains object ids. A row without object ids uses the domain of earlier releases,
+/// so that the MACs of earlier releases stay valid.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 /// The domain of the registry row of a destroyed key, which another key authenticates.
 const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";

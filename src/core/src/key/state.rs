@@ -109,9 +109,9 @@ impl WrappingKeyState {
 
     /// Whether a key in this state may be used in this way. All other functions about the use of a key call this function.
     ///
-    /// A deactivated key makes MACs, because restoring an earlier revision of a record binds this revision again without
-    /// unwrapping it. A compromised key is not the source of a re-wrap: a person who knows its private half may also have
-    /// made the row, and this function cannot check the row.
+    /// A deactivated key makes MACs, because restoring an earlier revision of a record makes a new MAC for this
+    /// revision without unwrapping it. A compromised key is not the source of a re-wrap: a person who knows its private
+    /// half may also have made the row, and this function cannot check the row.
     pub const fn allows(self, key_use: KeyUse) -> bool {
         match self {
             Self::PreActive | Self::Suspended | Self::Compromised | Self::Destroyed => false,
@@ -147,7 +147,7 @@ impl fmt::Display for WrappingKeyState {
 pub struct IllegalTransition {
     /// The state of the key.
     pub from: WrappingKeyState,
-    /// The state that was asked for.
+    /// The requested state.
     pub to: WrappingKeyState,
 }
 

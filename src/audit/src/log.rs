@@ -275,8 +275,8 @@ pub struct ClosedLog {
 
 impl ClosedLog {
     pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
-        // If an operator has acknowledged tampering, a log that the database does not know is accepted. The same rule
-        // applies when the broker opens the log.
+        // If an operator has acknowledged tampering, a log that the database does not know is accepted, both by this
+        // function and by the broker when it opens the log.
         let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
         let id = segment::existing_log_id(&directory)?;
         let is_binding_required =

@@ -81,8 +81,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Also reads the changes of the previous segment if that segment was closed shortly before the end of the log.
-    /// Such a segment may contain the newest changes.
+    /// Also reads the changes of the previous segment, which may contain the newest changes, if that segment was closed
+    /// shortly before the end of the log.
     fn read_older_changes(
         &mut self,
         directory: &Path,

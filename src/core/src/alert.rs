@@ -55,7 +55,7 @@ macro_rules! alerts {
                 }
             }
 
-            /// What the alert means, in one sentence.
+            /// The meaning of the alert, in one sentence.
             pub const fn meaning(self) -> &'static str {
                 match self {
                     $(Self::$alert => $meaning,)*

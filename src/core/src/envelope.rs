@@ -136,7 +136,7 @@ impl ClientContext {
     }
 }
 
-/// Who stores the envelope.
+/// The party that stores the envelope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The store.
@@ -215,8 +215,8 @@ impl Unsealed {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// Returns the bytes of the MAC message of a future envelope before and after its wrapped bytes, for a process that
-    /// makes the wrapped bytes and the MAC in one step. `wrapped_length` is the number of wrapped bytes: 256 to 512.
+    /// Returns the parts of the MAC message before and after the wrapped bytes of a future envelope. Use this function
+    /// to make the wrapped bytes and the MAC in one step. `wrapped_length` is the number of wrapped bytes: 256 to 512.
     pub fn message_around(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -288,7 +288,7 @@ impl Envelope {
         bytes
     }
 
-    /// Who stores the envelope: the broker or the client.
+    /// The party that stores the envelope: the broker or the client.
     pub fn kind(&self) -> Kind {
         self.kind
     }

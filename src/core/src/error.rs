@@ -5,8 +5,8 @@
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-/// Why a call failed, as far as the caller may know. The list of reasons is frozen: `docs/errors.md` documents each reason, and a
-/// test of the wire contract fails if a reason is renamed.
+/// The reason why a call failed, as far as the caller may know the reason. The list of reasons is frozen:
+/// `docs/errors.md` documents each reason, and a test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// The request is malformed; the violations name the invalid fields.
@@ -152,7 +152,7 @@ impl fmt::Display for Reason {
 pub struct Violation {
     /// Path of the field in the request, with the names in the protobuf definition.
     pub field: &'static str,
-    /// What the field must be.
+    /// The requirement that the field does not meet.
     pub description: Cow<'static, str>,
 }
 

@@ -257,7 +257,7 @@ impl fmt::Debug for ObjectId {
     }
 }
 
-/// Where an integrity key is.
+/// The place of an integrity key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IntegrityPlace {
     /// The integrity key is on the token, with the same `CKA_ID` as the RSA private key.

@@ -341,7 +341,7 @@ pub enum Action {
     SuspendKey,
     /// End the suspension of a wrapping key.
     ResumeKey,
-    /// Let a wrapping key unwrap, but no longer wrap.
+    /// Deactivate a wrapping key, so that it unwraps but no longer wraps.
     DeactivateKey,
     /// Stop the use of a wrapping key permanently.
     CompromiseKey,

@@ -51,7 +51,7 @@ impl Caller {
         }
     }
 
-    /// Where the connection comes from.
+    /// The address and port of the peer.
     pub fn peer(&self) -> SocketAddr {
         self.peer
     }

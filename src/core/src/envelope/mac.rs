@@ -156,7 +156,7 @@ impl MacMessage {
 pub struct RegistryFields<'a> {
     /// The id of the wrapping key.
     pub id: WrappingKeyId,
-    /// Where the objects of the wrapping key are.
+    /// The places of the wrapping key's objects.
     pub objects: &'a ObjectIds,
     /// Of the public key.
     pub fingerprint: Fingerprint,
@@ -183,7 +183,7 @@ pub struct PlaceFields<'a> {
     pub token: &'a str,
     /// Serial number of the token.
     pub token_serial: &'a str,
-    /// Where the objects of the wrapping key are on this token.
+    /// The places of the wrapping key's objects on this token.
     pub objects: &'a ObjectIds,
     /// When the key was registered for this token, in UTC microseconds.
     pub registered_us: i64,

@@ -32,7 +32,7 @@ const SECRET_OF_ROOT: u32 = 0o037;
 /// Highest number of symbolic links that are followed for one path, like the limit of the kernel.
 const LINKS_MAX: usize = 40;
 
-/// A directory on the path, held open.
+/// A directory in the path, with an open descriptor.
 pub(super) struct Directory {
     fd: OwnedFd,
     pub(super) stat: Stat,

@@ -44,7 +44,7 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// The parent directory, of mode 0700. `serve` writes to the subdirectory with the name `audit.instance`, and each
-    /// run of a changing command writes to a subdirectory `cli-…/`.
+    /// run of a command that changes something writes to a subdirectory `cli-…/`.
     pub directory: PathBuf,
     /// Name of this instance's log below the directory: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "default_instance")]
@@ -88,7 +88,7 @@ impl Settings {
     }
 
     /// Acknowledges detected tampering on behalf of an operator. A running broker processes the acknowledgement within
-    /// a second. A stopped broker processes it at its next start.
+    /// a second. A stopped broker processes the acknowledgement at its next start.
     pub fn acknowledge_tampering(
         &self,
         tampering: &Tampering,
@@ -103,8 +103,8 @@ impl Settings {
     }
 
     /// Requests the removal of the oldest segments up to number `through`, on behalf of an operator. The newest segment
-    /// is never removed. A running broker removes the segments within a second. A stopped broker removes them at its
-    /// next start. An audit entry records the removal.
+    /// is never removed. A running broker removes the segments within a second. A stopped broker removes the segments
+    /// at its next start. An audit entry records the removal.
     pub fn request_removal(&self, through: u64, principal: &str) -> Result<(), Error> {
         let principal = principal.to_owned();
         let removal = memory::Removal { principal, through };

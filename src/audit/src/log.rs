@@ -54,7 +54,8 @@ impl fmt::Debug for AuditLog {
 
 impl AuditLog {
     /// Opens the log in a directory, and creates the directory if its parent exists. Returns the intents without an
-    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records this.
+    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records the
+    /// move.
     pub fn open(
         directory: &Path,
         segment_bytes_max: u64,

@@ -159,7 +159,7 @@ impl Found {
         }
     }
 
-    /// Copies a torn tail into a separate file. After this copy, the writer truncates the segment.
+    /// Copies a torn tail into a separate file. After the copy, the writer truncates the segment.
     pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
         let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
             return Ok(());

@@ -50,7 +50,7 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
     verify_to(directory, None)
 }
 
-/// Verifies all segments of a log, and that the log reaches the entry in the mark.
+/// Verifies all segments of a log, and checks that the log reaches the entry in the mark.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
     let path = directory.join(segment::LOG_ID);
     let log_id = fs::read_to_string(&path).map_err(|error| {

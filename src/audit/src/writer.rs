@@ -47,7 +47,7 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// Time for which further entries are collected if the first entry of a group may wait.
 const COLLECTED_FOR: Duration = Duration::from_millis(3);
-/// If at least this many entries already wait, a group is written without `COLLECTED_FOR`.
+/// If at least this many entries already wait, a group is written without the wait of `COLLECTED_FOR`.
 const COLLECTED_MAX: usize = 64;
 
 /// The action of the entry that records the removal of old segments.
@@ -170,7 +170,7 @@ impl Writer {
                 }
             }
             self.commit(group);
-            // A busy log has no idle time in which the probe could run, so the probe runs here.
+            // A busy log has no idle time in which the probe could run, so the probe also runs after each group.
             if self.compared.elapsed() >= PROBE_INTERVAL {
                 self.probe();
             }
@@ -368,8 +368,8 @@ impl Writer {
         self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
-        // This field is set before anything else can fail, so that the next attempt removes this
-        // file and uses its number again.
+        // The field is set before another step can fail, so that the next attempt removes the new file and uses its
+        // number again.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,
@@ -505,8 +505,8 @@ impl Writer {
         }
     }
 
-    /// Writes the audit entry, then stores a mark without the segments, then removes the files. In this order of the
-    /// steps, an interruption does not look like tampering.
+    /// Writes the audit entry, then stores a mark without the segments, then removes the files. Because of the order of
+    /// these steps, an interruption does not look like tampering.
     fn remove_segments(&mut self, memory: &Memory, removal: &Removal) -> Result<(), Error> {
         let newest = self.newest.as_ref().map_or(0, |newest| newest.number);
         let is_old = |number: u64| number <= removal.through && number < newest;

@@ -181,8 +181,8 @@ impl Client {
 
 /// Changes of wrapping keys. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Makes a new wrapping key, or returns to the previous wrapping key. A change runs to its end even if this call's
-    /// deadline passes.
+    /// Makes a new wrapping key, or returns to the previous wrapping key. The broker completes a change even if the
+    /// call's deadline passes.
     pub fn rotate_wrapping_key(
         &self,
         rotation: proto::RotateWrappingKeyRequest,

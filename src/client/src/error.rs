@@ -165,8 +165,8 @@ impl Error {
         self.attempts
     }
 
-    /// The request id of a change, which all its attempts carried. `None` for reads and for changes without a request
-    /// id.
+    /// The request id of a change, which all attempts of the change carried. `None` for reads and for changes without a
+    /// request id.
     pub fn request_id(&self) -> Option<RequestId> {
         self.request_id
     }

@@ -132,9 +132,9 @@ impl Client {
         ClientBuilder::with_channel(channel)
     }
 
-    /// Connects now, in one attempt within the client's deadline. Use this method to find out before the first call whether
-    /// the broker can be reached. If you do not use this method, the first call opens the connection. For a client over a
-    /// channel of your own, this method does nothing.
+    /// Connects immediately, in one attempt within the client's deadline. Use this method to find out before the first
+    /// call whether the broker can be reached. If you do not use this method, the first call opens the connection. For
+    /// a client over a channel of your own, this method does nothing.
     ///
     /// # Errors
     /// Returns an error of the kind [`ErrorKind::Connection`], with the cause as its [source](std::error::Error::source),

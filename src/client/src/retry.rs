@@ -19,8 +19,8 @@ const MILLI: u64 = 1_000;
 /// long as the broker asks for (`google.rpc.RetryInfo`), and up to a fifth longer. No attempt starts after the call's deadline. A call whose next pause would
 /// outlast its deadline fails immediately with the last error. Attempts of one call never run in parallel (no hedging).
 ///
-/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which outlasts the restart of a worker or
-/// of a broker.
+/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which is longer than the restart of a
+/// worker or of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Maximum number of attempts per call, including the first attempt. 1 means no retries; 0 counts as 1. Default 14.
@@ -73,10 +73,10 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// The bucket contains a number of permitted retries, and each repeated attempt removes one. The bucket fills over
-/// time, and by a fifth of a retry with each call that succeeds. In the long run, a client thus makes at most
-/// `per_second` retries per second, and one retry for every five calls that succeed. While the bucket is empty, a
-/// failed call is not repeated and returns its error.
+/// The bucket contains a number of permitted retries, and each repeated attempt removes one of these retries. The
+/// bucket fills over time, and by a fifth of a retry with each call that succeeds. In the long run, a client thus makes
+/// at most `per_second` retries per second, and one retry for every five calls that succeed. While the bucket is empty,
+/// a failed call is not repeated and returns its error.
 ///
 /// A call that waits for a restart of about one second needs five to six retries. The default capacity of 100 retries
 /// is therefore enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of

@@ -245,7 +245,7 @@ impl Unsealed {
 }
 
 impl Envelope {
-    /// Reads an envelope; does not verify its MAC.
+    /// Reads an envelope without verifying its MAC.
     pub fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
         let mut rest = bytes;
         match take_byte(&mut rest)? {

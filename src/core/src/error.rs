@@ -5,8 +5,8 @@
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-/// The reason why a call failed, as far as the caller may know the reason. The list of reasons is frozen:
-/// `docs/errors.md` documents each reason, and a test of the wire contract fails if a reason is renamed.
+/// The reason for a failed call, in the form that the caller may see. The list of reasons is frozen: `docs/errors.md`
+/// documents each reason, and a test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// The request is malformed; the violations name the invalid fields.

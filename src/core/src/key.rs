@@ -158,7 +158,7 @@ macro_rules! id {
                 Self(bytes)
             }
 
-            /// Returns the id in a slice, or `None` unless the slice has exactly 16 bytes.
+            /// Returns the id in a slice, or `None` if the slice does not have exactly 16 bytes.
             pub fn from_slice(bytes: &[u8]) -> Option<Self> {
                 bytes.try_into().ok().map(Self)
             }

@@ -337,7 +337,7 @@ pub enum Action {
     RotateKey,
     /// Activate a wrapping key, so that it wraps new user keys.
     ActivateKey,
-    /// Stop the use of a wrapping key for a time.
+    /// Stop the use of a wrapping key temporarily.
     SuspendKey,
     /// End the suspension of a wrapping key.
     ResumeKey,

@@ -197,8 +197,8 @@ pub struct SocketPlace {
 
 /// Checks the path of a socket on which another program listens: every directory in the path, and the owner of the
 /// socket. `users` are the users of the program that listens. Files and directories of these users are trusted like
-/// files and directories of root. The own groups of these users may write to directories in the path (`/run/postgresql`
-/// of Debian has mode 2775).
+/// files and directories of root. The groups of these users may write to directories in the path (`/run/postgresql` of
+/// Debian has mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
@@ -218,8 +218,8 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group of a file that its group can read and others cannot read. Returns `None` if the group cannot read the file, if
-/// others can read it, or if its mode is unknown.
+/// Returns the group of a file if the group can read the file and others cannot. Returns `None` if the group cannot
+/// read the file, if others can read the file, or if the mode is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

@@ -514,7 +514,7 @@ mod tests {
         Classified::of(status.into())
     }
 
-    /// The table of `docs/errors.md`. Every reason outside it fails again in the same way.
+    /// The table of `docs/errors.md`. A call that fails with a reason outside the table would fail again.
     #[test]
     fn transient_reasons_are_those_of_the_documentation() {
         let page = include_str!("../../../docs/errors.md");
@@ -522,7 +522,7 @@ mod tests {
         let mut named: Vec<&str> = Vec::new();
         for word in rule.split('`').skip(1).step_by(2) {
             let is_reason = Reason::ALL.iter().any(|reason| reason.as_str() == word);
-            // The explanations below the list name some of them again.
+            // The explanations below the list name some of the reasons again.
             if is_reason && !named.contains(&word) {
                 named.push(word);
             }

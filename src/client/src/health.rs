@@ -100,7 +100,7 @@ impl Client {
 mod tests {
     use super::*;
 
-    /// `name` is what the protocol says, in both directions.
+    /// `name` returns the name of the state in the protocol, for every state.
     #[test]
     fn states_have_the_names_of_the_protocol() {
         for number in 0..=3 {

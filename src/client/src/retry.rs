@@ -236,7 +236,7 @@ mod tests {
         )
     }
 
-    /// All pauses of a call whose every attempt fails, with this random number.
+    /// Returns all pauses of a call whose attempts all fail, with this random number.
     fn pauses(random: u32) -> Vec<Duration> {
         let now = Instant::now();
         let mut bucket = bucket(100, 0, now);
@@ -302,13 +302,14 @@ mod tests {
                     .unwrap();
                 *windows.entry(pause.as_millis() / window_ms).or_default() += 1;
             }
-            // Ten windows of the same width: each has a tenth of the attempts, and no one has a fifth of them.
+            // Of ten windows of the same width, each has about a tenth of the attempts, and none has a fifth of the
+            // attempts.
             let most = windows.values().max().unwrap();
             assert!(*most < CLIENTS / 5, "{windows:?}");
         }
     }
 
-    /// A minute with 500 calls per second. Whatever share of the attempts is refused, the retries stay within the budget.
+    /// A minute with 500 calls per second. For every share of refused attempts, the retries stay within the budget.
     #[test]
     fn a_client_does_not_multiply_the_load_of_an_overloaded_broker() {
         const CALLS_PER_SECOND: u32 = 500;
@@ -318,7 +319,7 @@ mod tests {
             let start = Instant::now();
             let budget = RetryBudget::default();
             let mut bucket = Bucket::full(budget, start);
-            // Attempts by time; each carries the retries of its call.
+            // The attempts by time, each with the retries of its call.
             let mut due = std::collections::BTreeMap::new();
             for number in 0..CALLS_PER_SECOND * SECONDS {
                 let at = Duration::from_secs(1) * number / CALLS_PER_SECOND;
@@ -424,7 +425,7 @@ mod tests {
         let mut bucket = bucket(2, 10, start);
         assert!(bucket.withdraw(start) && bucket.withdraw(start));
         assert!(!bucket.withdraw(start));
-        // Ten a second: one after 100 ms, and not a second one.
+        // At ten retries per second, one retry is permitted after 100 ms, and a second retry is not.
         let later = start + Duration::from_millis(100);
         assert!(bucket.withdraw(later));
         assert!(!bucket.withdraw(later));
@@ -434,7 +435,7 @@ mod tests {
         assert!(!bucket.withdraw(later));
         bucket.deposit();
         assert!(bucket.withdraw(later));
-        // Never more than it holds.
+        // The bucket never contains more than its capacity.
         let much_later = start + Duration::from_hours(1);
         assert!(bucket.withdraw(much_later) && bucket.withdraw(much_later));
         assert!(!bucket.withdraw(much_later));

@@ -78,7 +78,7 @@ pub enum Error {
         line: usize,
         /// The label in the BEGIN line.
         label: String,
-        /// What the parser says.
+        /// The message of the parser.
         #[source]
         source: Box<pem::Error>,
     },

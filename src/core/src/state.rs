@@ -375,7 +375,7 @@ mod tests {
     #[test]
     fn a_lock_is_held_by_one() {
         let folder = tempfile::tempdir().unwrap();
-        // The audit directory is made with it.
+        // The audit directory is created together with the state directory.
         let state = StateDirectory::below(&folder.path().join("audit"));
         let held = state.lock("lock", Duration::ZERO).unwrap();
         state.lock("lock", Duration::ZERO).unwrap_err();

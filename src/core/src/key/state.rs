@@ -241,8 +241,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the states of a key follow one another, no key that was compromised is used again, and nothing follows
-        /// `destroyed`.
+        /// In every sequence of states, a compromised key is never used again, and no state follows `destroyed`.
         #[test]
         fn no_sequence_of_changes_leads_back_from_compromise(changes in proptest::collection::vec(state(), 0..40)) {
             let (mut state, mut was_compromised) = (PreActive, false);

@@ -24,7 +24,7 @@ use super::{
 /// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
-/// The audit log of one instance. Clones share it. The writer ends when the last clone is dropped, or after
+/// The audit log of one instance. Clones share the same log. The writer ends when the last clone is dropped, or after
 /// [`AuditLog::close`].
 #[derive(Clone)]
 pub struct AuditLog(Arc<Inner>);

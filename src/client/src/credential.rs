@@ -21,7 +21,7 @@ macro_rules! secret_text {
                 Self(Zeroizing::new(text.into()))
             }
 
-            /// The text. Do not log it.
+            /// The text of the secret. Do not log the text.
             pub fn expose(&self) -> &str {
                 &self.0
             }

@@ -25,7 +25,7 @@ const TONIC_DEADLINE: &str = "Timeout expired";
 /// An error of any type that another crate returns to this crate.
 pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 
-/// Why a client cannot be built. Nothing has been sent.
+/// Why a client cannot be built. The library has not sent anything.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
@@ -61,7 +61,7 @@ pub enum BuildError {
     Credential(&'static str),
 }
 
-/// A user, key name or request id that is not valid. Nothing has been sent.
+/// A user, key name or request id that is not valid. The library has not sent anything.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field} must be {requirement}")]
 pub struct InvalidField {

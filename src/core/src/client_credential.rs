@@ -42,7 +42,7 @@ pub struct ClientCredential {
     pub id: ClientId,
     /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,
-    /// All other fields.
+    /// All other properties of the client.
     pub document: Document,
 }
 
@@ -54,13 +54,13 @@ pub struct Document {
     pub label: String,
     /// The tenant whose records the client can access.
     pub tenant: Tenant,
-    /// Its roles.
+    /// The roles of the client.
     pub roles: BTreeSet<Role>,
     /// The users whose keys a client with the role `release` may release.
     pub users: Option<Reach<UserId>>,
     /// The key names that a client with the role `release` may release.
     pub key_names: Option<Reach<KeyName>>,
-    /// When it was created.
+    /// When the client was created.
     pub created: Timestamp,
     /// When the client was revoked with all its secrets.
     pub revoked: Option<Timestamp>,
@@ -72,15 +72,15 @@ pub struct Document {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Secret {
-    /// Starts at 1. The number of a secret is never reused for its client.
+    /// The number of the secret. The numbers of a client's secrets start at 1, and no number is used twice.
     pub number: u32,
     /// The Argon2id hash, as a PHC string.
     pub phc: String,
-    /// When it was made.
+    /// When the secret was created.
     pub created: Timestamp,
     /// The time from which the secret is no longer accepted.
     pub expires: Option<Timestamp>,
-    /// When it was revoked.
+    /// When the secret was revoked.
     pub revoked: Option<Timestamp>,
 }
 

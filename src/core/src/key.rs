@@ -49,7 +49,7 @@ impl Tenant {
         }
     }
 
-    /// As text.
+    /// The value as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -85,7 +85,7 @@ impl KeyName {
         }
     }
 
-    /// As text.
+    /// The value as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -104,7 +104,7 @@ impl UserId {
         }
     }
 
-    /// As text.
+    /// The value as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -153,7 +153,7 @@ macro_rules! id {
         pub struct $name([u8; ID_BYTES]);
 
         impl $name {
-            /// From exactly 16 bytes.
+            /// Creates an id from exactly 16 bytes.
             pub const fn from_bytes(bytes: [u8; ID_BYTES]) -> Self {
                 Self(bytes)
             }
@@ -163,7 +163,7 @@ macro_rules! id {
                 bytes.try_into().ok().map(Self)
             }
 
-            /// From 32 hexadecimal digits.
+            /// Parses 32 hexadecimal digits.
             pub fn from_hex(text: &str) -> Option<Self> {
                 let mut bytes = [0; ID_BYTES];
                 hex::decode_to_slice(text, &mut bytes).ok()?;
@@ -226,7 +226,7 @@ impl ObjectId {
             .then(|| Self(bytes.into()))
     }
 
-    /// From hexadecimal digits.
+    /// Parses hexadecimal digits.
     pub fn from_hex(text: &str) -> Option<Self> {
         hex::decode(text)
             .ok()
@@ -276,7 +276,7 @@ impl IntegrityPlace {
     /// these bytes, finds no object with this `CKA_ID` and refuses the wrapping key.
     const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
 
-    /// As stored and sent.
+    /// The bytes that are stored and sent.
     pub fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Token => &[],
@@ -397,12 +397,12 @@ impl fmt::Debug for Fingerprint {
 pub enum Purpose {
     /// `CKA_DECRYPT`: user keys are released in plain text.
     Plain,
-    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. Reserved.
+    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. This purpose is reserved.
     Sealed,
 }
 
 impl Purpose {
-    /// As stored and shown.
+    /// The text that is stored and shown.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Plain => "plain",
@@ -410,7 +410,7 @@ impl Purpose {
         }
     }
 
-    /// From the stored text.
+    /// Parses the stored text.
     pub fn parse(text: &str) -> Option<Self> {
         [Self::Plain, Self::Sealed]
             .into_iter()

@@ -261,7 +261,7 @@ pub trait Metric: Sync {
         self.declaration().help
     }
 
-    /// Names of its labels.
+    /// The names of the labels.
     fn labels(&self) -> Vec<&'static str> {
         let labels = self.declaration().labels.iter();
         labels.map(|label| label.name).collect()

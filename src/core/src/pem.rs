@@ -136,7 +136,7 @@ impl fmt::Display for Place {
 #[derive(Debug, thiserror::Error)]
 #[error("{place}")]
 pub struct DamagedBlock {
-    /// Where it is.
+    /// The position of the part in the file.
     pub place: Place,
     /// The reason why the part is unreadable.
     #[source]
@@ -166,7 +166,7 @@ impl Block {
         self.kind
     }
 
-    /// Its content.
+    /// The content of the block.
     pub fn der(&self) -> &[u8] {
         &self.der
     }

@@ -35,7 +35,7 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause of the failure.
         source: io::Error,
     },
     /// The content of the file is not a fact of this kind.
@@ -43,7 +43,7 @@ pub enum Error {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Where it is damaged.
+        /// The error of the JSON parser, with the position of the damage.
         source: serde_json::Error,
     },
 }
@@ -82,7 +82,7 @@ impl StateDirectory {
         }
     }
 
-    /// Its path.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -158,7 +158,7 @@ pub struct RegistryFields<'a> {
     pub id: WrappingKeyId,
     /// The places of the wrapping key's objects.
     pub objects: &'a ObjectIds,
-    /// Of the public key.
+    /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
     /// The purpose of the wrapping key.
     pub purpose: Purpose,

@@ -61,7 +61,7 @@ impl WrappingKeyState {
         Self::Destroyed,
     ];
 
-    /// As stored and shown.
+    /// The text that is stored and shown.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::PreActive => "pre-active",
@@ -73,7 +73,7 @@ impl WrappingKeyState {
         }
     }
 
-    /// From the stored text.
+    /// Parses the stored text.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.as_str() == text)
     }

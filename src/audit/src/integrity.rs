@@ -140,8 +140,8 @@ impl Files {
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
     }
 
-    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed write
-    /// after this check.
+    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed
+    /// write after the check.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());

@@ -218,9 +218,9 @@ pub struct Entry {
     pub cause: Option<Cow<'static, str>>,
     /// The address from which the connection came.
     pub peer: Option<String>,
-    /// Number of events that this entry represents, if it represents more than one event.
+    /// Number of events that the entry represents, if it represents more than one event.
     pub count: Option<u64>,
-    /// Number of bytes of the audit log that this entry concerns.
+    /// Number of bytes of the audit log that the entry is about.
     pub bytes: Option<u64>,
     /// The API client that was created or changed.
     pub client: Option<ClientId>,

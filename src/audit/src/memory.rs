@@ -4,7 +4,7 @@
 //!
 //! A damaged fact is treated as tampering, so that an operator can repair it with `keybroker audit acknowledge`.
 //!
-//! Not protected: a process that can write to the state directory can change these facts.
+//! Not protected: a process that can write to the state directory can change the facts.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -146,8 +146,8 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. After this
-    /// removal, a log that the database does not know is accepted.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. After the removal
+    /// of these facts, a log that the database does not know is accepted.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;

@@ -1,4 +1,4 @@
-//! The writer's state. The handles of a log read this state directly and do not ask the writer's thread, because the
+//! The writer's state. The handles of a log read the state directly and do not ask the writer's thread, because the
 //! thread may wait for a hanging disk.
 
 use std::{

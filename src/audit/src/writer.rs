@@ -8,7 +8,7 @@
 //! durable length and a new segment is begun.
 //!
 //! If another process has removed, replaced, truncated or added files, the cause is tampering and not a disk failure.
-//! In this case, the log is latched, and nothing is written until an operator acknowledges the finding.
+//! After tampering, the log is latched, and nothing is written until an operator acknowledges the finding.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -41,7 +41,7 @@ use super::{
     state::Shared,
 };
 
-/// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice this
+/// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice the
 /// interval is less than the second within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
@@ -187,8 +187,8 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // A caller that stopped waiting has refused its call. Therefore no entry may record that the action of this
-        // call was done.
+        // A caller that stopped waiting has refused its call. Therefore no entry may record that the action of the
+        // refused call was done.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
         if group.is_empty() {

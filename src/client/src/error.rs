@@ -310,7 +310,7 @@ impl Refusal {
         self.retry_delay
     }
 
-    /// The id of the call in the broker's log and audit log. Report this id when you ask the operator for help.
+    /// The id of the call in the broker's log and audit log. Report the call id when you ask the operator for help.
     pub fn call_id(&self) -> Option<CallId> {
         self.call_id
     }

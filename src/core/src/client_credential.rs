@@ -184,8 +184,8 @@ impl Document {
     }
 }
 
-/// SHA-256 of a document. The MAC of an API client covers this digest instead of the document, because a document may be longer
-/// than the input that a token accepts.
+/// SHA-256 of a document. The MAC of an API client covers the digest instead of the document, because a document may be
+/// longer than the input that a token accepts.
 pub fn digest_of(document: &[u8]) -> [u8; 32] {
     let digest = digest::digest(&digest::SHA256, document);
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")

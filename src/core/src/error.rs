@@ -25,7 +25,8 @@ pub enum Reason {
     Revision,
     /// A stored envelope cannot be parsed, or its MAC does not verify.
     RecordDamaged,
-    /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of this rejection.
+    /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of the
+    /// rejection.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,

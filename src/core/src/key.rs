@@ -265,8 +265,8 @@ pub enum IntegrityPlace {
     Token,
     /// The integrity key is on the token, with this separate `CKA_ID`.
     Object(ObjectId),
-    /// The integrity key is in the memory of the workers, which unwrap it from a file. This place is for tokens that do not
-    /// support HMAC keys.
+    /// The integrity key is in the memory of the workers, which unwrap it from a file. The place `Worker` is for tokens
+    /// that do not support HMAC keys.
     Worker,
 }
 

@@ -206,7 +206,7 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     })
 }
 
-/// The attributes of a credential's holder other than the name. The policies of operators can use these attributes.
+/// The attributes of a credential's holder other than the name. The policies of operators can use the attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own values).

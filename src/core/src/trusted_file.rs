@@ -8,9 +8,9 @@
 //!
 //! - Each directory belongs to root or to the user of this process, and neither its group nor others can write to it.
 //!   Two kinds of directory that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that
-//!   Kubernetes mounts), other users cannot rename or remove entries of root or of the user of this process. Only these
-//!   entries are followed, and a file with several hard links is refused. In a read-only mount of a container, no
-//!   process that sees the mount can change anything.
+//!   Kubernetes mounts), other users cannot rename or remove entries of root or of the user of this process. Only
+//!   entries of root or of the user of this process are followed, and a file with several hard links is refused. In a
+//!   read-only mount of a container, no process that sees the mount can change anything.
 //!
 //! - The file is a regular file. A FIFO, a device or a socket is refused, and the error says what the file is. The file is opened
 //!   without blocking, so that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
@@ -196,9 +196,9 @@ pub struct SocketPlace {
 }
 
 /// Checks the path of a socket on which another program listens: every directory in the path, and the owner of the
-/// socket. `users` are the users of the program that listens. Files and directories of these users are trusted like
-/// files and directories of root. The groups of these users may write to directories in the path (`/run/postgresql` of
-/// Debian has mode 2775).
+/// socket. `users` are the users of the program that listens. Files and directories of `users` are trusted like files
+/// and directories of root. The groups of `users` may write to directories in the path (`/run/postgresql` of Debian has
+/// mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,

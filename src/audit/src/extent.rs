@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Largest number of extents in a mark. A log has more than one extent only after an operator acknowledged that
-/// segments are missing.
+/// Maximum number of extents in a mark. A log has more than one extent only after an operator
+/// acknowledged that segments are missing.
 const EXTENTS_MAX: usize = 256;
 
 /// A range of segments without a gap in their numbers.
@@ -21,7 +21,7 @@ pub(super) struct Extent {
     pub(super) first: u64,
     /// Number of the last segment.
     pub(super) last: u64,
-    /// Total number of durable bytes in these segments.
+    /// Total number of durable bytes in the segments.
     pub(super) bytes: u64,
 }
 

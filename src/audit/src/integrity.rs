@@ -38,7 +38,8 @@ impl Written {
 pub(super) struct Files {
     directory: PathBuf,
     own: FileId,
-    /// The file system of the parent directory. If this device number changes, a volume was mounted or unmounted.
+    /// The file system of the parent directory. If the device number changes, a volume was mounted
+    /// or unmounted.
     parent_device: u64,
     log_id: Written,
     lock: FileId,
@@ -139,8 +140,8 @@ impl Files {
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
     }
 
-    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed write
-    /// after this check.
+    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed
+    /// write after the check.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());

@@ -24,7 +24,7 @@ use super::{
 /// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
-/// The audit log of one instance. Clones share it. The writer ends when the last clone is dropped, or after
+/// The audit log of one instance. Clones share the same log. The writer ends when the last clone is dropped, or after
 /// [`AuditLog::close`].
 #[derive(Clone)]
 pub struct AuditLog(Arc<Inner>);
@@ -54,7 +54,8 @@ impl fmt::Debug for AuditLog {
 
 impl AuditLog {
     /// Opens the log in a directory, and creates the directory if its parent exists. Returns the intents without an
-    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records this.
+    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records the
+    /// move.
     pub fn open(
         directory: &Path,
         segment_bytes_max: u64,
@@ -81,8 +82,8 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
-        // This fact is written before the log exists. Therefore, after an interrupted start, a new log is not mistaken
-        // for the log of an earlier release.
+        // The fact that the database must know the log is written before the log exists. Therefore, after an
+        // interrupted start, a new log is not mistaken for the log of an earlier release.
         if let Some(memory) = memory
             && acknowledgement.is_none()
             && !directory.join(segment::LOG_ID).exists()
@@ -165,9 +166,9 @@ impl AuditLog {
         &self.0.log_id
     }
 
-    /// Whether the database must know this log, if the database was used with other logs of this instance. There are
-    /// two kinds of logs that the database need not know: a log of an earlier release until
-    /// [`AuditLog::require_binding`] is called, and a log with tampering that an operator has acknowledged.
+    /// Whether a database that was used with other logs of this instance must also know this log. The database need not
+    /// know two kinds of logs: a log of an earlier release until [`AuditLog::require_binding`] is called, and a log
+    /// with acknowledged tampering.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
@@ -204,8 +205,8 @@ impl AuditLog {
         Self::written(self.send(entry, Command::Append)?).await
     }
 
-    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for others, so that one sync makes
-    /// all of them durable. For times at which the callers wait for something else anyway.
+    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for other entries, so that one
+    /// sync makes all entries durable. Use this function when the callers already wait for something else.
     pub async fn append_unhurried(&self, entry: Entry) -> Result<u64, Error> {
         Self::written(self.send(entry, Command::AppendUnhurried)?).await
     }
@@ -264,7 +265,7 @@ impl AuditLog {
     }
 }
 
-/// The log of an instance, which this process has not opened.
+/// The log of an instance that this process has examined but not opened.
 #[derive(Debug)]
 pub struct ClosedLog {
     directory: PathBuf,
@@ -275,8 +276,8 @@ pub struct ClosedLog {
 
 impl ClosedLog {
     pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
-        // An operator's acknowledgement also accepts a log that the database does not know, here and when the broker
-        // opens the log.
+        // If an operator has acknowledged tampering, a log that the database does not know is accepted, both by this
+        // function and by the broker when it opens the log.
         let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
         let id = segment::existing_log_id(&directory)?;
         let is_binding_required =
@@ -341,9 +342,9 @@ fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
     }
 }
 
-/// Compares the directory with the last entry that is known to be durable, and with the segments that existed. After an
-/// operator acknowledged tampering, entries may be missing. In this case, the sequence continues after the missing
-/// entries, so that the gap stays visible.
+/// Compares the directory with the mark: with the last entry that is known to be durable, and with the segments that
+/// existed. After an operator acknowledged tampering, entries may be missing. The sequence then continues after the
+/// missing entries, so that the gap stays visible.
 fn compare_with_mark(
     memory: &Memory,
     log_id: &str,

@@ -1,10 +1,10 @@
 //! The state in which an earlier run left a log: the end of the log, its open intents, and a torn tail after a crash.
 //!
 //! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes are
-//! damage by another cause. The broker does not append to a damaged log, because this would hide the damage: if the
-//! unreadable bytes were moved to another file, the sequence would have no gap. A loss of power can leave a hole inside
-//! the last group, which looks the same as a manual edit. Therefore a hole in the last group is treated as damage, and
-//! an operator decides.
+//! damage by another cause. The broker does not append to a damaged log, because new entries would hide the damage: if
+//! the unreadable bytes were moved to another file, the sequence would have no gap. A loss of power can leave a hole
+//! inside the last group, which looks the same as a manual edit. Therefore a hole in the last group is treated as
+//! damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -56,8 +56,8 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Reads all segments from the newest segment that began without open intents. Older segments cannot contain an
-    /// intent without an outcome.
+    /// Reads all segments from the newest segment that began without open intents. Every intent in an older segment has
+    /// an outcome.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {
@@ -81,8 +81,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Also reads the changes of the previous segment, if that segment was closed shortly before the end of the log and
-    /// so may contain the newest changes.
+    /// Also reads the changes of the previous segment, which may contain the newest changes, if that segment was closed
+    /// shortly before the end of the log.
     fn read_older_changes(
         &mut self,
         directory: &Path,
@@ -97,7 +97,7 @@ impl Found {
             return Ok(());
         }
         let mut older = Self::default();
-        // Damage in this older segment is ignored here; `audit verify` reports it.
+        // Damage in the older segment is ignored, because `audit verify` reports the damage.
         segment::lines(&segment::segment_path(directory, number), |line: Line| {
             if let Some(entry) = line.entry {
                 older.track(&entry);
@@ -159,7 +159,7 @@ impl Found {
         }
     }
 
-    /// Copies a torn tail into a separate file. After this copy, the writer truncates the segment.
+    /// Copies a torn tail into a separate file. After the copy, the writer truncates the segment.
     pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
         let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
             return Ok(());

@@ -32,8 +32,8 @@ fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) ->
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
-/// Builds an error from an error of the operating system. The remedy depends on the kind of error; `otherwise` is the
-/// remedy for all other kinds.
+/// Converts an error of the operating system. The remedy depends on the kind of error; `otherwise` is the remedy for
+/// all other kinds.
 fn fail_io(what: &str, path: &Path, error: &io::Error, otherwise: &str) -> Error {
     let known = remedy(path, error);
     fail(what, path, error, known.as_deref().unwrap_or(otherwise))
@@ -133,8 +133,8 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     }
     let path = directory.join(LOG_ID);
     if path.exists() {
-        // A previous start crashed after it created the file and before it wrote the id of the log. No entry can refer
-        // to this file yet.
+        // A previous start crashed after it created the file and before it wrote the id of the log. No entry contains
+        // the id of this log yet.
         remove(&path)?;
     }
     let mut bytes = [0; 16];
@@ -275,7 +275,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
         .filter_map(|entry| {
             let name = entry.file_name();
             let number = name.to_str()?.strip_suffix(".jsonl")?.parse().ok()?;
-            // A file is not a segment if its number is spelled in another way or is too large to be reached.
+            // A file is not a segment if its number has another spelling or is larger than the maximum.
             let ours = number <= NUMBER_MAX && name == *segment_name(number);
             ours.then_some(number)
         })

@@ -5,8 +5,8 @@
 //! detects lines that were removed from the end of the log, up to the last second before the broker stopped.
 //!
 //! Not detected: a value that was replaced by another valid value, and a log that was completely rewritten by an
-//! attacker who can write to the log's files and the state directory. Signed checkpoints would detect these changes,
-//! but are not implemented yet.
+//! attacker who can write to the log's files and the state directory. Signed checkpoints would detect both changes, but
+//! are not implemented yet.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -42,7 +42,7 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// Largest number of problems in a report. For a log with more problems, a longer list would be of no use.
+/// Largest number of problems in a report. For a log with more problems, a longer list would not be useful.
 const PROBLEMS_MAX: usize = 100;
 
 /// Verifies all segments of a log.
@@ -50,7 +50,7 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
     verify_to(directory, None)
 }
 
-/// Verifies all segments of a log, and that the log reaches the entry in the mark.
+/// Verifies all segments of a log, and checks that the log reaches the entry in the mark.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
     let path = directory.join(segment::LOG_ID);
     let log_id = fs::read_to_string(&path).map_err(|error| {
@@ -129,7 +129,7 @@ impl Check<'_> {
         if line.log_id != self.log_id {
             self.problem(&format!("entry {sequence} belongs to another log"));
         }
-        // Sequence numbers of canonical lines are limited, so this cannot overflow.
+        // Sequence numbers of canonical lines are limited, so the addition cannot overflow.
         let expected = self.report.last_sequence + 1;
         let may_begin_here = self.begins_at.is_none() && self.number > 1;
         self.begins_at.get_or_insert(*sequence);

@@ -19,7 +19,7 @@ use crate::{
     retry::RetryPolicy,
 };
 
-/// Deadline of a call that does not set one.
+/// Default deadline of a call.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Longest wait for a connection: half of the default deadline, so that there is time for another attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

@@ -227,8 +227,8 @@ impl<'a, T: Send + 'a> Call<'a, T> {
     }
 }
 
-/// A call that changes nothing. Await the call to make it. [`deadline`](Self::deadline) sets another deadline than the
-/// client's.
+/// A call that changes nothing. The call is made only when it is awaited. [`deadline`](Self::deadline) overrides the
+/// client's deadline.
 ///
 /// If the call releases a key, the broker writes an audit entry for each attempt that reaches the broker.
 #[must_use = "a call is made only when it is awaited"]
@@ -246,7 +246,7 @@ impl<'a, T: Send + 'a> Read<'a, T> {
     }
 }
 
-/// A change with a request id, by which the broker recognises a repetition. Await the change to make it.
+/// A change with a request id, by which the broker recognises a repetition. The change is made only when it is awaited.
 ///
 /// The library chooses a new request id unless you set one with [`request_id`](Self::request_id). All attempts of the
 /// call carry the same request id. A program that must finish a change after a restart chooses the request id with
@@ -295,7 +295,7 @@ impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
 macro_rules! awaitable {
     ($($name:ident),*) => {$(
         impl<'a, T: Send + 'a> $name<'a, T> {
-            /// Sets the deadline of this call, from the moment it is awaited. The deadline includes all attempts and
+            /// Sets the time limit of the call, which starts when the call is awaited and includes all attempts and
             /// pauses.
             pub fn deadline(mut self, deadline: Duration) -> Self {
                 self.0.deadline = deadline;

@@ -37,9 +37,9 @@
 //!
 //! # Credentials
 //!
-//! A client authenticates with its certificate ([`identity_files`](ClientBuilder::identity_files)), with access tokens of
-//! an OpenID provider ([`bearer_token_provider`](ClientBuilder::bearer_token_provider)), or as an API client with an id and
-//! a secret ([`api_client`](ClientBuilder::api_client)).
+//! A client has one of three kinds of credentials: a certificate ([`identity_files`](ClientBuilder::identity_files)),
+//! access tokens of an OpenID provider ([`bearer_token_provider`](ClientBuilder::bearer_token_provider)), or the id and
+//! secret of an API client ([`api_client`](ClientBuilder::api_client)).
 //!
 //! # Deadlines and retries
 //!
@@ -71,11 +71,11 @@
 //! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
 //! output is redacted. The library also overwrites the key material of a request message after the message was encoded.
 //!
-//! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer, the
-//! HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
-//! `authorization` header. The copies stay in freed memory until the memory is used for other data. A memory dump or swap
-//! of your process can therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach
-//! a disk.
+//! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer,
+//! the HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
+//! `authorization` header. Copies that are not overwritten stay in freed memory until the memory is used for other
+//! data. A memory dump or swap of your process can therefore contain keys that were released to the process. Turn off
+//! core dumps and swap if keys must not reach a disk.
 
 use std::sync::Arc;
 
@@ -132,9 +132,9 @@ impl Client {
         ClientBuilder::with_channel(channel)
     }
 
-    /// Connects now, in one attempt within the client's deadline. Use this method to find out before the first call whether
-    /// the broker can be reached. If you do not use this method, the first call opens the connection. For a client over a
-    /// channel of your own, this method does nothing.
+    /// Connects immediately, in one attempt within the client's deadline. Use this method to find out before the first
+    /// call whether the broker can be reached. If you do not use this method, the first call opens the connection. For
+    /// a client over a channel of your own, this method does nothing.
     ///
     /// # Errors
     /// Returns an error of the kind [`ErrorKind::Connection`], with the cause as its [source](std::error::Error::source),

@@ -63,7 +63,7 @@ impl Link {
         }
     }
 
-    /// Makes a connection now.
+    /// Opens a connection immediately.
     pub(crate) async fn connect(&self) -> Result<(), Error> {
         let Some(endpoint) = &self.endpoint else {
             return Ok(());

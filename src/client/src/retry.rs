@@ -19,8 +19,8 @@ const MILLI: u64 = 1_000;
 /// long as the broker asks for (`google.rpc.RetryInfo`), and up to a fifth longer. No attempt starts after the call's deadline. A call whose next pause would
 /// outlast its deadline fails immediately with the last error. Attempts of one call never run in parallel (no hedging).
 ///
-/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which outlasts the restart of a worker or
-/// of a broker.
+/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which is longer than the restart of a
+/// worker or of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Maximum number of attempts per call, including the first attempt. 1 means no retries; 0 counts as 1. Default 14.
@@ -73,14 +73,14 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// The bucket contains a number of retries, and each retry takes one of them. The bucket fills over time, and by a
-/// fifth of a retry with each call that succeeds. In the long run, a client thus makes at most `per_second` retries per
-/// second, and one for every five calls that succeed. While the bucket is empty, a failed call is not repeated and
-/// returns its error.
+/// The bucket contains a number of permitted retries, and each repeated attempt removes one of these retries. The
+/// bucket fills over time, and by a fifth of a retry with each call that succeeds. In the long run, a client thus makes
+/// at most `per_second` retries per second, and one retry for every five calls that succeed. While the bucket is empty,
+/// a failed call is not repeated and returns its error.
 ///
 /// A call that waits for a restart of about one second needs five to six retries. The default capacity of 100 retries
 /// is therefore enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of
-/// concurrent calls if all of them must outlast a restart.
+/// concurrent calls if all these calls must succeed despite a restart of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
     /// Number of retries in the full bucket; the bucket starts full. Default 100.
@@ -236,7 +236,7 @@ mod tests {
         )
     }
 
-    /// All pauses of a call whose every attempt fails, with this random number.
+    /// Returns all pauses of a call whose attempts all fail, with this random number.
     fn pauses(random: u32) -> Vec<Duration> {
         let now = Instant::now();
         let mut bucket = bucket(100, 0, now);
@@ -302,13 +302,14 @@ mod tests {
                     .unwrap();
                 *windows.entry(pause.as_millis() / window_ms).or_default() += 1;
             }
-            // Ten windows of the same width: each has a tenth of the attempts, and no one has a fifth of them.
+            // Of ten windows of the same width, each has about a tenth of the attempts, and none has a fifth of the
+            // attempts.
             let most = windows.values().max().unwrap();
             assert!(*most < CLIENTS / 5, "{windows:?}");
         }
     }
 
-    /// A minute with 500 calls per second. Whatever share of the attempts is refused, the retries stay within the budget.
+    /// A minute with 500 calls per second. For every share of refused attempts, the retries stay within the budget.
     #[test]
     fn a_client_does_not_multiply_the_load_of_an_overloaded_broker() {
         const CALLS_PER_SECOND: u32 = 500;
@@ -318,7 +319,7 @@ mod tests {
             let start = Instant::now();
             let budget = RetryBudget::default();
             let mut bucket = Bucket::full(budget, start);
-            // Attempts by time; each carries the retries of its call.
+            // The attempts by time, each with the retries of its call.
             let mut due = std::collections::BTreeMap::new();
             for number in 0..CALLS_PER_SECOND * SECONDS {
                 let at = Duration::from_secs(1) * number / CALLS_PER_SECOND;
@@ -424,7 +425,7 @@ mod tests {
         let mut bucket = bucket(2, 10, start);
         assert!(bucket.withdraw(start) && bucket.withdraw(start));
         assert!(!bucket.withdraw(start));
-        // Ten a second: one after 100 ms, and not a second one.
+        // At ten retries per second, one retry is permitted after 100 ms, and a second retry is not.
         let later = start + Duration::from_millis(100);
         assert!(bucket.withdraw(later));
         assert!(!bucket.withdraw(later));
@@ -434,7 +435,7 @@ mod tests {
         assert!(!bucket.withdraw(later));
         bucket.deposit();
         assert!(bucket.withdraw(later));
-        // Never more than it holds.
+        // The bucket never contains more than its capacity.
         let much_later = start + Duration::from_hours(1);
         assert!(bucket.withdraw(much_later) && bucket.withdraw(much_later));
         assert!(!bucket.withdraw(much_later));

@@ -1,4 +1,5 @@
-//! Counts by key with an upper limit, for places that one principal or one network must not take alone.
+//! Counts of taken places for each key, with an upper limit, so that one principal or one network cannot take all
+//! places.
 
 use std::{collections::HashMap, hash::Hash};
 
@@ -23,7 +24,7 @@ impl<K: Hash + Eq> Counts<K> {
         has_room
     }
 
-    /// Gives one place of `key` back.
+    /// Frees one place of `key`.
     pub fn give_back(&mut self, key: &K) {
         if let Some(count) = self.0.get_mut(key) {
             *count -= 1;

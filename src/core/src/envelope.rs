@@ -55,9 +55,9 @@ pub type Mac = [u8; MAC_BYTES];
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. It is only for tokens whose OAEP
-    /// supports no other hash, and only if the operator sets `allow_oaep_sha1`. The collision attacks on SHA-1 do not apply to OAEP, but no new
-    /// design should use SHA-1.
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. This algorithm is only for tokens whose OAEP supports no
+    /// other hash, and only if the operator sets `allow_oaep_sha1`. The collision attacks on SHA-1 do not apply to
+    /// OAEP, but no new design should use SHA-1.
     RsaOaepSha1,
 }
 
@@ -88,7 +88,8 @@ impl Algorithm {
     }
 }
 
-/// What an envelope belongs to. An envelope of one kind never verifies as another kind.
+/// The context to which an envelope is bound: a record of the store, or a context that a client chose. An envelope of
+/// one kind never verifies as another kind.
 #[derive(Clone, Copy, Debug)]
 pub enum Context<'a> {
     /// One revision of one record in the store.
@@ -135,7 +136,7 @@ impl ClientContext {
     }
 }
 
-/// Who stores the envelope.
+/// The party that stores the envelope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The store.
@@ -195,7 +196,7 @@ pub struct Unsealed {
 }
 
 impl Unsealed {
-    /// An envelope from wrapped bytes of a permitted length, their algorithm and their wrapping key.
+    /// Creates an envelope from wrapped bytes of a permitted length, their algorithm and their wrapping key.
     pub fn new(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -214,8 +215,8 @@ impl Unsealed {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// Returns the bytes of the MAC message of a future envelope before and after its wrapped bytes, for a process that makes the
-    /// wrapped bytes and the MAC at once. `wrapped_length` is the number of wrapped bytes: 256 to 512.
+    /// Returns the parts of the MAC message before and after the wrapped bytes of a future envelope. Use this function
+    /// to make the wrapped bytes and the MAC in one step. `wrapped_length` is the number of wrapped bytes: 256 to 512.
     pub fn message_around(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -244,7 +245,7 @@ impl Unsealed {
 }
 
 impl Envelope {
-    /// Reads an envelope; does not verify its MAC.
+    /// Reads an envelope without verifying its MAC.
     pub fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
         let mut rest = bytes;
         match take_byte(&mut rest)? {
@@ -287,7 +288,7 @@ impl Envelope {
         bytes
     }
 
-    /// Who stores the envelope: the broker or the client.
+    /// The party that stores the envelope: the broker or the client.
     pub fn kind(&self) -> Kind {
         self.kind
     }

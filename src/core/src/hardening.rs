@@ -1,5 +1,5 @@
 //! Protects the memory of a process. Every process of the project first disables core dumps, and prevents other
-//! processes of the same user from reading its memory.
+//! processes of the same user from reading the memory of the process.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 

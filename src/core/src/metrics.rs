@@ -261,7 +261,7 @@ pub trait Metric: Sync {
         self.declaration().help
     }
 
-    /// Names of its labels.
+    /// The names of the labels.
     fn labels(&self) -> Vec<&'static str> {
         let labels = self.declaration().labels.iter();
         labels.map(|label| label.name).collect()
@@ -519,7 +519,8 @@ mod tests {
         let calls = CALLS.0.known();
         assert_eq!(calls.len(), Action::ALL.len() * (Reason::ALL.len() + 1));
         assert!(calls.contains(&["user_key.unwrap", "OK"]));
-        // Without a label there is one series; with one whose values are not known in advance, none.
+        // A metric without labels starts with one series. A metric with a label whose values are not known in advance
+        // starts with none.
         assert_eq!(BULK_RELEASES.0.known(), [[""; 0]]);
         assert!(POLICY_ERRORS.0.known().is_empty());
     }

@@ -1,9 +1,10 @@
 //! Reads PEM files (RFC 7468) completely or not at all. Only a file of revocation lists is an exception: [`revocation_lists`]
 //! returns its readable blocks and reports the others.
 //!
-//! A PEM parser usually skips text that it does not understand. In a file that decides who is trusted, a skipped block is a
-//! certificate authority, an intermediate certificate or a key that is missing without an error. Therefore this module splits the
-//! file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then decodes each block.
+//! A PEM parser usually skips text that it does not understand. In a file that decides who is trusted, a skipped block
+//! would mean that a certificate authority, an intermediate certificate or a key is missing without an error. Therefore
+//! this module splits the file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then
+//! decodes each block.
 //!
 //! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. The
 //! module refuses everything else that is not a block of a permitted kind, with the line number and a remedy.
@@ -77,7 +78,7 @@ pub enum Error {
         line: usize,
         /// The label in the BEGIN line.
         label: String,
-        /// What the parser says.
+        /// The message of the parser.
         #[source]
         source: Box<pem::Error>,
     },
@@ -135,9 +136,9 @@ impl fmt::Display for Place {
 #[derive(Debug, thiserror::Error)]
 #[error("{place}")]
 pub struct DamagedBlock {
-    /// Where it is.
+    /// The position of the part in the file.
     pub place: Place,
-    /// What is wrong with the part.
+    /// The reason why the part is unreadable.
     #[source]
     pub source: Error,
 }
@@ -165,7 +166,7 @@ impl Block {
         self.kind
     }
 
-    /// Its content.
+    /// The content of the block.
     pub fn der(&self) -> &[u8] {
         &self.der
     }
@@ -362,7 +363,7 @@ struct Scan<'a> {
     blocks: usize,
     /// The place of the part that was read last.
     place: Place,
-    /// The last position whose line number was computed, and this line number.
+    /// The last position whose line number was computed, and the line number itself.
     counted: (usize, usize),
 }
 
@@ -521,7 +522,7 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
     }
 }
 
-/// Whether a file is in DER. A PEM file may begin with text whose first byte is that of DER.
+/// Whether a file is in DER. A PEM file may begin with text whose first byte is also the first byte of DER.
 pub fn is_der(bytes: &[u8]) -> bool {
     bytes.first() == Some(&DER_SEQUENCE) && find(bytes, BEGIN).is_none()
 }

@@ -62,7 +62,7 @@ impl Role {
     }
 }
 
-/// What kind of caller a principal is.
+/// The kind of a principal: a user or a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -94,7 +94,7 @@ impl Credential {
     }
 }
 
-/// The users or key names that a service may release: all, or those listed.
+/// The users or key names that a service may release: all of them, or only the listed ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach<T: Ord> {
     /// All users or all key names; in the configuration `["*"]`.
@@ -113,7 +113,7 @@ impl<T: Ord> Reach<T> {
     }
 }
 
-/// The text that stands for all users or key names.
+/// The text that means all users or all key names.
 const ALL: &str = "*";
 
 impl<T: Ord + AsRef<str>> Serialize for Reach<T> {
@@ -206,12 +206,12 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     })
 }
 
-/// The attributes of a credential's holder other than the name. The policies of operators can use these attributes.
+/// The attributes of a credential's holder other than the name. The policies of operators can use the attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own values).
     pub amr: BTreeSet<String>,
-    /// Class of that authentication.
+    /// The class of the user's authentication.
     pub acr: Option<String>,
     /// When the user authenticated.
     pub authenticated: Option<Timestamp>,
@@ -301,7 +301,8 @@ impl fmt::Display for Principal {
     }
 }
 
-/// What a caller asks the broker to do. Each action has one name in policies, in the audit log and in metrics.
+/// An action that a caller requests from the broker. Each action has one name in policies, in the audit log and in
+/// metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
     /// Store a new user key, without the right to read a user key.
@@ -332,15 +333,15 @@ pub enum Action {
     RevokeClient,
     /// Read the stored data of API clients, without the right to change them.
     ListClients,
-    /// Make a new wrapping key, or return to the previous one.
+    /// Make a new wrapping key, or return to the previous wrapping key.
     RotateKey,
-    /// Make a wrapping key the one that wraps new user keys.
+    /// Activate a wrapping key, so that it wraps new user keys.
     ActivateKey,
-    /// Stop the use of a wrapping key for a time.
+    /// Stop the use of a wrapping key temporarily.
     SuspendKey,
     /// End the suspension of a wrapping key.
     ResumeKey,
-    /// Let a wrapping key unwrap, but no longer wrap.
+    /// Deactivate a wrapping key, so that it unwraps but no longer wraps.
     DeactivateKey,
     /// Stop the use of a wrapping key permanently.
     CompromiseKey,

@@ -46,8 +46,8 @@ pub fn with_remedy(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// The error with its remedy, as an error of the same kind. Use this function for a source error whose text is shown
-/// last.
+/// The error with its remedy, as an error of the same kind. Use this function for an error that is the last source in a
+/// chain of errors.
 pub fn explained(path: &Path, error: io::Error) -> io::Error {
     match remedy(path, &error) {
         Some(remedy) => io::Error::new(error.kind(), format!("{error}; {remedy}")),

@@ -35,7 +35,7 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause of the failure.
         source: io::Error,
     },
     /// The content of the file is not a fact of this kind.
@@ -43,7 +43,7 @@ pub enum Error {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Where it is damaged.
+        /// The error of the JSON parser, with the position of the damage.
         source: serde_json::Error,
     },
 }
@@ -82,7 +82,7 @@ impl StateDirectory {
         }
     }
 
-    /// Its path.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -118,7 +118,7 @@ impl StateDirectory {
             .map_err(|source| fail("cannot write the state file", &path, source))
     }
 
-    /// The names of the facts that begin with `prefix` and end with `suffix`, ordered by the time when they were written.
+    /// Returns the names of the facts that begin with `prefix` and end with `suffix`, oldest fact first.
     pub fn names(&self, prefix: &str, suffix: &str) -> Result<Vec<String>, Error> {
         self.list(prefix, suffix)
             .map_err(|source| fail("cannot list the state directory", &self.path, source))
@@ -215,7 +215,7 @@ impl StateDirectory {
     fn prepare(&self) -> io::Result<()> {
         if let Some(parent) = self.path.parent() {
             make(parent)?;
-            // A command of another user must not create a directory that the broker cannot use.
+            // A command that another user runs must not create a directory that the broker cannot use.
             let owner = fs::metadata(parent)?.uid();
             if owner != rustix::process::geteuid().as_raw() {
                 return Err(io::Error::other(format!(
@@ -375,7 +375,7 @@ mod tests {
     #[test]
     fn a_lock_is_held_by_one() {
         let folder = tempfile::tempdir().unwrap();
-        // The audit directory is made with it.
+        // The audit directory is created together with the state directory.
         let state = StateDirectory::below(&folder.path().join("audit"));
         let held = state.lock("lock", Duration::ZERO).unwrap();
         state.lock("lock", Duration::ZERO).unwrap_err();

@@ -1,27 +1,28 @@
 //! Opens the files and directories that decide who is trusted, what is loaded and what is configured, and the files that contain
 //! a secret.
 //!
-//! A file is accepted only if no other user can change or replace it. The path is resolved from the root directory, one component
-//! at a time, through descriptors. Symbolic links are followed by this module and not by the kernel. Therefore every directory on
-//! the way is examined, and nothing can be exchanged between the examination and the use. These rules apply:
+//! A file is accepted only if no other user can change or replace it. The path is resolved from the root directory, one
+//! component at a time, through descriptors. Symbolic links are followed by this module and not by the kernel.
+//! Therefore every directory in the path is examined, and no component can be replaced between the examination and the
+//! use. These rules apply:
 //!
-//! - Each directory belongs to root or to the user of this process, and neither its group nor others can write to it. Two kinds
-//!   of directory that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts),
-//!   other users cannot rename or remove entries of root or of the user of this process, so only such entries are followed, and a
-//!   file with several hard links is refused. In a read-only mount of a container, no process that sees the mount can change
-//!   anything.
+//! - Each directory belongs to root or to the user of this process, and neither its group nor others can write to it.
+//!   Two kinds of directory that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that
+//!   Kubernetes mounts), other users cannot rename or remove entries of root or of the user of this process. Only
+//!   entries of root or of the user of this process are followed, and a file with several hard links is refused. In a
+//!   read-only mount of a container, no process that sees the mount can change anything.
 //!
 //! - The file is a regular file. A FIFO, a device or a socket is refused, and the error says what the file is. The file is opened
 //!   without blocking, so that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
 //!
-//! - The file belongs to root or to the user of this process, and neither its group nor others can write to it. Others cannot
-//!   read a file that contains a secret. If a secret belongs to root, its group may read it, because root chose the group
-//!   (systemd credentials, Kubernetes Secrets with `fsGroup`).
+//! - The file belongs to root or to the user of this process, and neither its group nor others can write to it. Other
+//!   users cannot read a file that contains a secret. If a secret belongs to root, its group may read it, because root
+//!   chose the group (systemd credentials, Kubernetes Secrets with `fsGroup`).
 //!
-//! A read-only mount is accepted as protection only in a container, and only if its file system is not that of the root
-//! directory. Where systemd runs, a read-only mount is not accepted. With settings such as `ProtectSystem=strict`, a service sees
-//! the host's file systems read-only, while other users of the host can still write to them. The front tells its workers whether
-//! read-only mounts are accepted.
+//! A read-only mount is accepted as protection only in a container, and only if its file system is not the file system
+//! of the root directory. Where systemd runs, a read-only mount is not accepted. With settings such as
+//! `ProtectSystem=strict`, a service sees the host's file systems read-only, while other users of the host can still
+//! write to them. The front tells its workers whether read-only mounts are accepted.
 //!
 //! A FUSE mount is never accepted as read-only, because the process that serves it decides about content and owners. A FUSE mount
 //! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the
@@ -189,14 +190,15 @@ pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
 /// Properties of the path of a socket that passed [`check_socket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketPlace {
-    /// Whether a directory on the way is sticky and writable by others. In a sticky directory, every user can create another
-    /// socket after the first socket is removed.
+    /// Whether a directory in the path is sticky and writable by others. In a sticky directory, every user can create
+    /// another socket after the first socket is removed.
     pub is_shared: bool,
 }
 
-/// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users`
-/// are the users of the program that listens. Files and directories of these users are trusted like those of root, and their own
-/// groups may write to directories on the way (`/run/postgresql` of Debian has mode 2775).
+/// Checks the path of a socket on which another program listens: every directory in the path, and the owner of the
+/// socket. `users` are the users of the program that listens. Files and directories of `users` are trusted like files
+/// and directories of root. The groups of `users` may write to directories in the path (`/run/postgresql` of Debian has
+/// mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
@@ -216,8 +218,8 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group of a file that its group can read and others cannot read. Returns `None` if the group cannot read the file, if
-/// others can read it, or if its mode is unknown.
+/// Returns the group of a file if the group can read the file and others cannot. Returns `None` if the group cannot
+/// read the file, if others can read the file, or if the mode is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

@@ -1,5 +1,5 @@
-//! The time that a call spends outside the broker: in the queue for the token and in the vendor's module. The duration
-//! of the call minus this time is the time that the broker adds.
+//! The time that a call spends outside the broker: in the queue for the token and in the vendor's module. The rest of
+//! the call's duration is the time that the broker adds.
 
 use std::{cell::Cell, time::Duration};
 

@@ -61,7 +61,7 @@ impl WrappingKeyState {
         Self::Destroyed,
     ];
 
-    /// As stored and shown.
+    /// The text that is stored and shown.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::PreActive => "pre-active",
@@ -73,7 +73,7 @@ impl WrappingKeyState {
         }
     }
 
-    /// From the stored text.
+    /// Parses the stored text.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.as_str() == text)
     }
@@ -109,9 +109,9 @@ impl WrappingKeyState {
 
     /// Whether a key in this state may be used in this way. All other functions about the use of a key call this function.
     ///
-    /// A deactivated key makes MACs, because restoring an earlier revision of a record binds this revision again without
-    /// unwrapping it. A compromised key is not the source of a re-wrap: a person who knows its private half may also have
-    /// made the row, and this function cannot check the row.
+    /// A deactivated key makes MACs, because restoring an earlier revision of a record makes a new MAC for this
+    /// revision without unwrapping it. A compromised key is not the source of a re-wrap: a person who knows its private
+    /// half may also have made the row, and this function cannot check the row.
     pub const fn allows(self, key_use: KeyUse) -> bool {
         match self {
             Self::PreActive | Self::Suspended | Self::Compromised | Self::Destroyed => false,
@@ -147,7 +147,7 @@ impl fmt::Display for WrappingKeyState {
 pub struct IllegalTransition {
     /// The state of the key.
     pub from: WrappingKeyState,
-    /// The state that was asked for.
+    /// The requested state.
     pub to: WrappingKeyState,
 }
 
@@ -241,8 +241,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the states of a key follow one another, no key that was compromised is used again, and nothing follows
-        /// `destroyed`.
+        /// In every sequence of states, a compromised key is never used again, and no state follows `destroyed`.
         #[test]
         fn no_sequence_of_changes_leads_back_from_compromise(changes in proptest::collection::vec(state(), 0..40)) {
             let (mut state, mut was_compromised) = (PreActive, false);

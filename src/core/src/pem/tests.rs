@@ -1,4 +1,4 @@
-//! Tests with files as editors, shells and other tools leave them.
+//! Tests with files in the forms that editors, shells and other tools write.
 
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 

@@ -12,7 +12,7 @@ pub(super) const DIRECTORY: &str = "a directory";
 #[derive(Debug)]
 pub struct Error {
     pub(super) path: Box<Path>,
-    /// The invalid component: the file itself, a directory above it, or a symbolic link on the way.
+    /// The invalid component: the file itself, a directory above it, or a symbolic link in the path.
     pub(super) component: Box<Path>,
     pub(super) purpose: Purpose,
     pub(super) problem: Box<Problem>,

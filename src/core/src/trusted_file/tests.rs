@@ -180,7 +180,8 @@ fn a_link_is_followed_only_through_directories_that_others_cannot_write() {
     let open = folder.directory("open", 0o777);
     let closed = folder.directory("closed", 0o755);
     let target = folder.file("closed/file", 0o600);
-    // A link in an open directory, a link to one in it, and a way through it and back.
+    // A link in a directory that others can write to, a link to this link, and a link whose target leads through the
+    // directory.
     symlink(&target, open.join("link")).unwrap();
     symlink("../open/link", closed.join("first")).unwrap();
     symlink("../open/../closed/file", closed.join("second")).unwrap();

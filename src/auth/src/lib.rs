@@ -121,7 +121,7 @@ pub fn is_costly(headers: &[&[u8]]) -> bool {
     })
 }
 
-/// Why the configured principals are refused.
+/// The reason why the configured principals are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     /// One principal has a problem, which [`Settings::problem`] describes.

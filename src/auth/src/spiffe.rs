@@ -11,7 +11,8 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is not a SPIFFE id. The message has no subject: the caller puts the text before it.
+/// The reason why a text is not a SPIFFE id. The message has no subject: the caller puts the text
+/// before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
     /// The id is too long.

@@ -79,7 +79,7 @@ struct Verified {
     since: Instant,
 }
 
-/// Why the configured issuers are refused.
+/// The reason why the configured issuers are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum IssuerError {
     /// The settings of an issuer are wrong.

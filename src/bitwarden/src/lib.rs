@@ -32,7 +32,7 @@ pub use keys::{MasterKey, SymmetricKey};
 /// Length in bytes of a master key, and of the key that a Key Connector stores.
 pub const MASTER_KEY_BYTES: usize = 32;
 
-/// Why a part of a Bitwarden account cannot be used.
+/// The reason why a part of a Bitwarden account cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The e-mail address is not valid.

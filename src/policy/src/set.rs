@@ -423,7 +423,7 @@ fn ordinal(id: &PolicyId) -> usize {
         .unwrap_or(usize::MAX)
 }
 
-/// Why a policy cannot be added under its id.
+/// The reason why a policy cannot be added under its id.
 #[derive(Debug, thiserror::Error)]
 enum IdError {
     #[error(

@@ -14,7 +14,7 @@ use super::{
     tally::Tally,
 };
 
-/// Why a copy stopped.
+/// The reason why a copy stopped.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CopyError {
     /// The source database failed.

@@ -443,8 +443,9 @@ impl<'l, E: Engine> Lease<'l, E> {
         Ok(lease)
     }
 
-    /// Why a call got no connection in time. If all connections are lent to calls that get answers, the pool is full, which is no
-    /// outage, and the call fails immediately. If no call gets an answer, it is unknown whether the database still works.
+    /// The reason why a call got no connection in time. If all connections are lent to calls that
+    /// get answers, the pool is full, which is no outage, and the call fails immediately. If no
+    /// call gets an answer, it is unknown whether the database still works.
     fn not_obtained(engine: &E, probe: &probe::Probe, purpose: Purpose, begun: Instant) -> Error {
         let pool = engine.pool(purpose);
         let other = match purpose {

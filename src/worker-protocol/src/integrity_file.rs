@@ -37,7 +37,7 @@ const EXTENSION: &str = "json";
 const INTEGRITY_KEY: Purpose = Purpose::secret("wrapped integrity key");
 const DIRECTORY: Purpose = Purpose::trust("other users could replace the wrapped integrity keys");
 
-/// Why a wrapped integrity key cannot be used.
+/// The reason why a wrapped integrity key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IntegrityFileError {
     /// The configuration does not permit integrity keys in the memory of the workers.
@@ -122,7 +122,7 @@ impl IntegrityFileError {
     }
 }
 
-/// Why the content of a file is not a wrapped integrity key.
+/// The reason why the content of a file is not a wrapped integrity key.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
     /// The content is not a JSON object with the required fields.

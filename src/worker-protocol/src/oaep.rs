@@ -16,7 +16,7 @@ use keybroker_core::{envelope::Algorithm, key::Fingerprint};
 /// Smallest and largest permitted modulus, in bits.
 pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
 
-/// Why a public key cannot be used, or why it could not wrap.
+/// The reason why a public key cannot be used, or why it could not wrap.
 #[derive(Debug, thiserror::Error)]
 pub enum OaepError {
     /// The key is not an RSA key of a permitted size.

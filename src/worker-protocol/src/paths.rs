@@ -21,7 +21,7 @@ const MODULE: Purpose = Purpose::trust("other users could replace the code that 
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
-/// Why a file to which the settings refer must not be used.
+/// The reason why a file to which the settings refer must not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PathError {
     /// The module does not exist.

@@ -21,7 +21,8 @@ const PIN_BYTES_MAX: usize = 255;
 const UTF8_MARK: &str = "\u{feff}";
 const PIN_FILE: Purpose = Purpose::secret("PIN");
 
-/// Why a PIN cannot be read or is refused. No error message contains any part of the PIN.
+/// The reason why a PIN cannot be read or is refused. No error message contains any part of the
+/// PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
     /// The text begins with a byte order mark, which some editors write.

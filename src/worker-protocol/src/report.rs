@@ -44,7 +44,7 @@ pub struct Report {
 pub struct Verdict {
     /// The short result.
     pub result: Outcome,
-    /// Why the token cannot be used, or what each exception accepts.
+    /// The reason why the token cannot be used, or what each exception accepts.
     pub reasons: Vec<String>,
     /// The attributes to list in `token.attribute_exceptions`.
     pub attribute_exceptions: Vec<String>,

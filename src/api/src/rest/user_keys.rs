@@ -87,8 +87,8 @@ impl UserRequest {
             }
         }
         result.map_err(|error| match error.reason() {
-            // The record is deleted. The answer is that the key exists, because after 404 a client would treat the
-            // user as new.
+            // The record is deleted. The reason in the answer is `KeyExists`, because a client
+            // would treat the user as new after status 404.
             Reason::KeyNotFound => Error::new(Reason::KeyExists, error.detail()),
             _ => error,
         })?;

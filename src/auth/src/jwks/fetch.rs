@@ -95,8 +95,8 @@ impl Fetcher {
             KeySource::Set(_) | KeySource::Pem(_) => return Err(SourceError::OtherSource),
         };
         let bytes = self.get(&url).await?;
-        // The key set is parsed in a separate thread, because this takes a large part of a second for a set with many
-        // long RSA keys.
+        // The key set is parsed in a separate thread, because parsing a set with many long RSA keys
+        // takes a large part of a second.
         let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
         let parsed = parsing.await.map_err(SourceError::Task)?;
         parsed.map_err(|source| SourceError::Set { place: url, source })

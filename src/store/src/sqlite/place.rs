@@ -13,7 +13,7 @@ use keybroker_core::error::chain;
 
 use crate::{Error, error::Detail};
 
-/// Why a file or directory is not the one that was opened.
+/// The reason why a file or directory is not the one that was opened.
 #[derive(Debug, thiserror::Error)]
 enum Changed {
     #[error("{0} was replaced")]

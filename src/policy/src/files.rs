@@ -18,7 +18,7 @@ use super::{
 pub(super) const FILES_MAX: usize = 64;
 /// Longest file, in bytes.
 pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// Longest file name, in bytes. The audit log contains the file name if a policy has no id.
+/// Longest file name, in bytes. If a policy has no id, the audit log contains the name of its file.
 const NAME_BYTES_MAX: usize = 64;
 /// Largest number of ignored files that are reported by name.
 const IGNORED_MAX: usize = 8;
@@ -119,7 +119,7 @@ fn read_file(path: &Path, name: &str) -> Result<String, FileError> {
     }
     let mut bytes = trusted_file::read(path, FILE_BYTES_MAX, POLICIES)?;
     let text = String::from_utf8(mem::take(&mut *bytes))?;
-    // A byte order mark that an editor wrote is not part of a policy.
+    // A byte order mark at the start of a file is not part of a policy.
     Ok(text
         .strip_prefix('\u{feff}')
         .map(str::to_owned)

@@ -77,8 +77,9 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
     /// The number of stored revisions of a record, counted up to `most`.
     async fn count_revisions(&self, record: RecordId, most: u32) -> Result<u32, Error>;
 
-    /// One page of records, ordered bytewise by user and then key name. A row that cannot be decoded, or that was set back to an
-    /// earlier revision, is listed as damaged and does not end the page.
+    /// Returns one page of records, ordered bytewise by user and then by key name. A row that
+    /// cannot be decoded, or that was set back to an earlier revision, is listed as damaged and
+    /// does not end the page.
     async fn list(
         &self,
         query: &ListQuery,

@@ -154,8 +154,8 @@ impl Keys {
         problem.clone()
     }
 
-    /// Whether the provider is known to have no key with this id. `issued_s` is the `iat` of the access token, in
-    /// seconds since 1970.
+    /// Whether the broker can be sure that the provider has no key with this id. `issued_s` is the
+    /// `iat` of the access token, in seconds since 1970.
     ///
     /// The key is absent only if the newest key set does not contain it. The newest set must not be
     /// an older copy from a cache. Therefore it must have been fetched five minutes after the last
@@ -219,7 +219,7 @@ impl Keys {
         }
     }
 
-    /// Keeps the set up to date until `stop`.
+    /// Keeps the key set up to date until `stop` is cancelled.
     pub(crate) async fn refresh(self: Arc<Self>, stop: CancellationToken) {
         let mut retry = self.pace.retry_first;
         let mut due = Instant::now();
@@ -248,7 +248,7 @@ impl Keys {
         }
     }
 
-    /// Reads or fetches the set once. Returns whether that succeeded.
+    /// Reads or fetches the key set once. Returns whether that succeeded.
     async fn update(&self) -> bool {
         let begun = Timestamp::now();
         let outcome = match &self.source {

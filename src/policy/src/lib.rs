@@ -171,7 +171,7 @@ impl Resource<'_> {
 pub struct Question<'a> {
     /// The caller.
     pub principal: &'a Principal,
-    /// What the caller wants to do.
+    /// The action that the caller requests.
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
@@ -186,7 +186,7 @@ pub struct Question<'a> {
 pub struct Case<'a> {
     /// The caller.
     pub identity: &'a Identity,
-    /// What the caller wants to do.
+    /// The action that the caller requests.
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,

@@ -22,7 +22,8 @@ pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {
     })
 }
 
-/// A row of a page of revisions. Fails only if the key of the row cannot be read, because the next page would be unknown.
+/// Decodes a row of a page of revisions. Fails only if the key of the row cannot be read, because
+/// the start of the next page depends on this key.
 pub(crate) fn row_under(row: &impl Columns) -> Result<RowUnder, Error> {
     let reader = Reader::new(Table::Revisions, row);
     let revision = reader.value("revision", row.integer("revision"))?;

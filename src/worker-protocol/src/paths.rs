@@ -80,10 +80,10 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the same for 32 and 64
-/// bits.
+/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the
+/// same in 32-bit and 64-bit files.
 const ELF_BYTES: usize = 20;
-/// Values of `e_machine` with the names of the machines.
+/// Values of `e_machine`, each with the name of the machine.
 const MACHINES: [(u16, &str); 8] = [
     (3, "32-bit x86"),
     (20, "32-bit PowerPC"),

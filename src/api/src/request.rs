@@ -62,8 +62,8 @@ pub(crate) async fn run(
     };
     let running = async move {
         let response = work.await;
-        // The call keeps its place until the answer is sent. A connection whose places are all free
-        // counts as idle and could be closed.
+        // The call keeps its place until the answer is sent. Without taken places, the connection
+        // would count as idle and could be closed.
         response.map(|body| held(body, place))
     };
     let abandoned = Abandoned::default();

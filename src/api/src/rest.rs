@@ -4,7 +4,7 @@
 //! `GET /user-keys` returns the key of the access token's user. `POST /user-keys` stores a key and
 //! never replaces an existing key. `PUT /user-keys` stores a key and replaces an existing key. `GET
 //! /alive` and `GET /now` return the time, and `GET /health` returns whether the broker can release
-//! keys. These three requests need no credential.
+//! keys. `/alive`, `/now` and `/health` need no credential.
 //!
 //! Clients log their user out after an error, and treat every status except 200 as an error.
 //! Therefore the API retries calls to the broker during short outages of the token, the store or

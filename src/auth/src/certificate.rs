@@ -1,4 +1,5 @@
-//! Reads the names of a verified client certificate. The handshake has already checked the chain.
+//! Reads the names of a verified client certificate. The TLS handshake has already verified the
+//! certificate chain.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -39,7 +40,7 @@ pub enum CertificateError {
         "the SPIFFE id of the client certificate is in the trust domain {found:?}, but this listener accepts only {accepted:?}"
     )]
     TrustDomain {
-        /// The trust domain of the id.
+        /// The trust domain of the SPIFFE id.
         found: String,
         /// The trust domains that the listener accepts.
         accepted: BTreeSet<String>,
@@ -117,9 +118,9 @@ impl PeerCertificate {
     }
 }
 
-/// Returns the trust domain of the SPIFFE id, if there is one. A certificate with a SPIFFE id must
-/// have no other URI (X509-SVID section 2). If a certificate had two URIs, two programs could
-/// identify the caller by different URIs.
+/// Returns the trust domain of the SPIFFE id, if the certificate has a SPIFFE id. A certificate
+/// with a SPIFFE id must have no other URI (X509-SVID section 2). If a certificate had two URIs,
+/// two programs could identify the caller by different URIs.
 fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, CertificateError> {
     let uris: Vec<&str> = names
         .iter()

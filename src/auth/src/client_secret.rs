@@ -8,9 +8,9 @@
 //!
 //! For a day after a secret was last used, the broker also remembers which stored hash the secret
 //! matched. After the first minute, the broker looks up the API client again. If the API client
-//! still has this hash, and the secret is not revoked or expired, the secret is accepted without
-//! another Argon2id trial. Therefore wrong secrets from other callers do not delay an API client
-//! whose secret this broker accepted before. Such an API client waits for no turn, and the
+//! still has the matched hash, and the secret is not revoked or expired, the secret is accepted
+//! without another Argon2id trial. Therefore wrong secrets from other callers do not delay an API
+//! client whose secret this broker accepted before. Such an API client waits for no turn, and the
 //! authentication failure limit does not apply to it. Secrets that were not accepted before wait
 //! for a turn in `turns`. Concurrent calls with the same secret share one trial.
 //!
@@ -87,8 +87,8 @@ impl Default for Settings {
     }
 }
 
-/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory in KiB, and number
-/// of passes. All pairs of parameters are equally strong.
+/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory
+/// in KiB, and number of passes. All pairs in this list are equally strong.
 const FLOOR: [(u32, u32); 5] = [
     (47_104, 1),
     (19_456, 2),
@@ -218,8 +218,8 @@ struct Match {
     better: Option<String>,
 }
 
-/// Proof that a secret matched these stored hashes in a trial with Argon2id. While the API client
-/// still has one of these hashes, the secret needs no further trial.
+/// Proof that a secret matched a stored hash in a trial with Argon2id. While the API client still
+/// has a hash in `hashes`, the secret needs no further trial.
 #[derive(Clone, Debug)]
 struct Proof {
     /// SHA-256 of the matched hash, and of the stronger hash that may have replaced the matched hash.

@@ -1,8 +1,8 @@
 //! The `[[issuer]]` sections specify the trusted issuers, the keys that verify their access tokens,
 //! and the required content of the access tokens.
 //!
-//! All rules about access tokens come from these settings. An access token cannot change these
-//! rules.
+//! All rules about access tokens come from these settings. The rules never depend on an access
+//! token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -85,7 +85,7 @@ pub enum Subject {
 }
 
 /// Default values for settings of an `[[issuer]]` section, by the software of the issuer. A value
-/// in the `[[issuer]]` section takes precedence over these values.
+/// in the `[[issuer]]` section takes precedence over the default value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
@@ -108,18 +108,18 @@ pub struct Settings {
     /// The URL of the discovery document, if it is not below `issuer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discovery_url: Option<String>,
-    /// The URL of the key set, instead of discovery.
+    /// The URL of the key set, used instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwks_url: Option<String>,
-    /// A file with the key set, instead of discovery.
+    /// A file with the key set, used instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwks_file: Option<PathBuf>,
-    /// A PEM file with public keys, instead of discovery.
+    /// A PEM file with public keys, used instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pem_file: Option<PathBuf>,
     /// Whether keys may be fetched over plain HTTP.
     pub allow_http: bool,
-    /// A PEM file with the CAs for the provider's certificate, instead of the public CAs.
+    /// A PEM file with the CAs for the provider's certificate, used instead of the public CAs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
     /// Interval at which the key set is fetched.
@@ -261,7 +261,7 @@ struct Presets {
 impl Profile {
     /// Returns the values for access tokens that a user gets by a login with password, passkey,
     /// single sign-on or API key. Access tokens that a Bitwarden server issues for other purposes
-    /// do not match these values.
+    /// do not match the returned values.
     fn presets(self) -> Presets {
         match self {
             Self::Bitwarden => Presets {

@@ -92,8 +92,8 @@ struct Thumbprints {
     sha256: Option<String>,
 }
 
-/// The references to a key in the header of an access token. These references only select the keys
-/// to try. A key is right if it verifies the signature.
+/// The references to a key in the header of an access token. The references in the header only
+/// select the keys to try. A key is right if it verifies the signature.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.

@@ -39,7 +39,7 @@ use client_secret::Secrets;
 use header::Presented;
 use token::Tokens;
 
-/// One `[[principal]]` of the configuration.
+/// One `[[principal]]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -59,7 +59,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Returns a problem of this principal, without a comparison with other principals.
+    /// Returns a problem of a single principal, without a comparison with other principals.
     pub fn problem(&self) -> Option<String> {
         let san = &self.san;
         if !(san.starts_with("URI:") || san.starts_with("DNS:")) || san.len() <= "URI:".len() {

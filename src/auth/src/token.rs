@@ -1,5 +1,5 @@
-//! Bearer tokens (RFC 7519, RFC 9068). The configuration specifies the required content of an
-//! access token. The access token only identifies its holder.
+//! Verifies access tokens (RFC 7519, RFC 9068). The configuration specifies the required content of
+//! an access token. The access token only identifies its holder.
 //!
 //! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is
 //! forged, the signature does not verify. The header's `alg` must be an algorithm of both the
@@ -44,7 +44,7 @@ pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
 const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// Memory that a remembered access token takes in addition to its claims, in bytes.
 const VERIFIED_OVERHEAD: usize = 1024;
-/// The issuer label for access tokens whose issuer is not configured.
+/// The value of the label `issuer` for access tokens whose issuer is not configured.
 const UNKNOWN_ISSUER: &str = "unknown";
 /// Longest time for which a verified access token is remembered.
 const VERIFIED_FOR: Duration = Duration::from_mins(1);
@@ -75,7 +75,7 @@ struct Verified {
     issuer: usize,
     /// Digest of the key set that verified the access token.
     set: [u8; 32],
-    /// The end of the access token's validity, as a time of day.
+    /// The end of the access token's validity, on the wall clock.
     until: Timestamp,
     /// The time of the verification, on the monotonic clock.
     since: Instant,
@@ -157,7 +157,7 @@ impl Tokens {
     }
 
     /// Waits until the broker has requested the keys of every provider once, successfully or not,
-    /// but at most for `limit`. Without this wait, the broker would refuse valid access tokens
+    /// but at most for `limit`. A broker that does not wait would refuse valid access tokens
     /// immediately after its start. Some client programs log the user out after a refusal.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
@@ -170,7 +170,7 @@ impl Tokens {
     }
 
     /// Returns the principal that an access token identifies. The reason for a refusal is only in
-    /// the log. The caller does not get the reason.
+    /// the log. The caller does not get the reason for a refusal.
     pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
         let mut name = "";
         self.find(token, &mut name).await.map_err(|refusal| {
@@ -296,8 +296,9 @@ impl Issuer {
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
-                // Without `iat` and `kid`, the age of the access token's key is unknown. Then the
-                // access token is rejected, although the provider's answer may be an outdated copy.
+                // Without both `iat` and `kid`, the age of the access token's key is unknown. Such
+                // an access token is rejected even if the provider's answer may be an outdated
+                // copy.
                 Newer::SameCopy(wait) => {
                     (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }

@@ -15,9 +15,9 @@ use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher};
 /// Length of a symmetric key: 32 bytes for AES-256 and 32 bytes for HMAC-SHA256.
 const SYMMETRIC_KEY_BYTES: usize = 64;
 const HALF: usize = SYMMETRIC_KEY_BYTES / 2;
-/// Iterations of the hash for the login.
+/// Number of PBKDF2 iterations for the hash that a client sends to log in.
 const AUTHENTICATION_ITERATIONS: u32 = 1;
-/// Iterations of the hash with which a client checks the password offline.
+/// Number of PBKDF2 iterations for the hash with which a client checks the password offline.
 const LOCAL_ITERATIONS: u32 = 2;
 
 /// The key that wraps a user key. A master key is derived from a password, or is random for a user who never had a

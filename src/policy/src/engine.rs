@@ -58,10 +58,11 @@ pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     )
 }
 
-/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing attribute. It is
-/// safe to ignore a permit, because an ignored permit allows nothing. It is not safe to ignore a forbid: a caller who
-/// finds an input that cannot be evaluated could do what the forbid is meant to deny. Therefore, a forbid that cannot
-/// be evaluated denies the action.
+/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing
+/// attribute. It is safe to ignore a permit policy, because an ignored permit policy allows
+/// nothing. It is not safe to ignore a forbid policy, because a caller could use an input that
+/// cannot be evaluated to do a forbidden action. Therefore a forbid policy that cannot be evaluated
+/// denies the action.
 fn verdict(set: &Set, response: &Response) -> Verdict {
     let errors: Vec<(&Known, String)> = response
         .diagnostics()

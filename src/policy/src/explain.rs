@@ -158,7 +158,7 @@ fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), E
     Ok((ask(asked, policy)?, inner))
 }
 
-/// A policy that permits everything.
+/// Returns a policy that permits every action, in Cedar's JSON form.
 fn bare() -> Value {
     json!({
         "effect": "permit",

@@ -71,7 +71,8 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     }
 }
 
-/// Returns the names of a few files that are not read because their names do not end in `.cedar`, sorted.
+/// Returns the sorted names of a few files that are not read because their names do not end in
+/// `.cedar`.
 pub(super) fn ignored(settings: &Settings) -> Vec<String> {
     let directory = settings.directory.as_deref();
     let entries = directory.and_then(|directory| fs::read_dir(directory).ok());

@@ -165,8 +165,9 @@ impl Kept {
     }
 }
 
-/// Whether a policy uses more of the resource than its type, a context attribute other than
-/// `granted`, a tag, or an entity whose type is not in [`FIXED_TYPES`].
+/// Whether a policy uses an input that is not in [`Inputs`]: more of the resource than its type, a
+/// context attribute other than `granted`, a tag, or an entity whose type is not in
+/// [`FIXED_TYPES`].
 fn looks_further(policy: &Value) -> bool {
     let resource = &policy["resource"];
     let is_any = resource["op"] == "All";

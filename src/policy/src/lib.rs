@@ -1,9 +1,9 @@
 //! Policy decisions: this crate alone decides what a principal may do. An action is denied unless a policy permits it.
 //!
 //! The rules are Cedar policies: the policies that come with the broker (`default.cedar`) and the
-//! policies of the operator. All these policies are validated against one schema before the broker
-//! uses them. Two rules are in the code, so no file can change them. A principal with conflicting
-//! roles may do nothing, and no principal has access to the keys of another tenant.
+//! policies of the operator. All policies are validated against the same schema before the broker
+//! uses the policies. Two rules are in the code, so no file can change them. A principal with
+//! conflicting roles may do nothing, and no principal has access to the keys of another tenant.
 //!
 //! All policies are always loaded and replaced together. If a file is invalid at the start, the
 //! broker does not start. If a file is invalid at a later reload, the current policies stay in
@@ -81,7 +81,8 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Returns a problem of this section of the configuration, without reading the policies.
+    /// Returns a problem of the `[policy]` section of the configuration, without reading the
+    /// policies.
     pub fn problem(&self) -> Option<String> {
         let directory = self.directory.as_deref();
         match directory {
@@ -131,7 +132,7 @@ pub enum Resource<'a> {
         /// The name that distinguishes the user keys of one user.
         name: &'a KeyName,
     },
-    /// The records of one user, or of the whole tenant.
+    /// The records of one user, or of all users of a tenant.
     UserKeys {
         /// The tenant of the records.
         tenant: &'a Tenant,
@@ -210,8 +211,8 @@ impl Permit {
 }
 
 /// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one.
-/// The following read or change takes the address only from this proof. Therefore a permit for one
-/// record cannot be used for another record.
+/// A read or change of the record takes the address only from this proof. Therefore a permit for
+/// one record cannot be used for another record.
 #[derive(Debug)]
 pub struct KeyPermit {
     policy: Arc<str>,
@@ -412,7 +413,7 @@ impl Policy {
 enum Look {
     /// The files are equal to the files in force.
     Same,
-    /// The files have changed, and are checked again later or were already rejected.
+    /// The files have changed. They will be checked again later, or were already rejected.
     Waiting,
     New(Box<Set>),
 }

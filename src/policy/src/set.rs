@@ -71,16 +71,16 @@ pub(super) struct Known {
     pub(super) origin: Arc<str>,
 }
 
-/// The policies that can apply to one action and kind of principal. To evaluate a policy takes
-/// about one microsecond, and to pass an attribute to Cedar takes about half a microsecond.
+/// The policies that can apply to one action and kind of principal. The evaluation of a policy
+/// takes about one microsecond, and passing an attribute to Cedar takes about half a microsecond.
 /// Therefore, a decision evaluates only the policies that can apply, and only with the attributes
 /// that these policies use.
 #[derive(Debug, Default)]
 pub(super) struct Slice {
     pub(super) policies: PolicySet,
-    /// All words of these policies, which include all attributes and operators that the policies use.
+    /// All words in `policies`, including all attributes and operators that the policies use.
     pub(super) words: HashSet<String>,
-    /// The kept decisions of these policies.
+    /// The kept decisions of `policies`.
     pub(super) kept: Kept,
 }
 

@@ -1,4 +1,4 @@
-//! Limits for a policy text before it is parsed: nesting depth and number of operators.
+//! Limits the nesting depth and the number of operators of a policy text before the text is parsed.
 //!
 //! Cedar's parser and validator, and the code that clones or drops their results, use recursion
 //! without a limit. A file with very deep nesting would exhaust the stack and end the process, even
@@ -8,7 +8,8 @@
 const DEPTH_MAX: usize = 32;
 /// Largest number of operator characters in one policy. Each character may add a level to the syntax tree.
 const OPERATORS_MAX: usize = 1_000;
-/// One `if` adds as many levels to the syntax tree as this number of operator characters.
+/// One `if` counts as this number of operator characters, because it adds several levels to the
+/// syntax tree.
 const IF_WEIGHT: usize = 4;
 
 /// Returns the first problem of a text, with its byte offset.

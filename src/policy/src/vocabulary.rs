@@ -269,8 +269,8 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
 }
 
 /// Whether the grant of a service covers the resource. The broker itself checks the grant, because
-/// a grant may list thousands of users. To pass all these users to Cedar for every call would take
-/// too long.
+/// a grant may list thousands of users. Passing thousands of users to Cedar for every call would
+/// take too long.
 pub(super) fn is_granted(case: &Case<'_>) -> bool {
     let Identity {
         kind,

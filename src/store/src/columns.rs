@@ -43,7 +43,7 @@ macro_rules! tables {
                 }
             }
 
-            /// All columns, beginning with those of the primary key.
+            /// All columns, beginning with the columns of the primary key.
             pub(super) const fn columns(self) -> &'static [Column] {
                 match self {
                     $(Self::$table => &[
@@ -139,7 +139,7 @@ tables! {
 }
 
 impl Table {
-    /// All columns except those of the primary key.
+    /// All columns except the columns of the primary key.
     pub(super) fn values(self) -> &'static [Column] {
         &self.columns()[self.key().len()..]
     }

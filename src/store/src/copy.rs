@@ -24,10 +24,10 @@ pub enum CopyError {
     /// The target database failed.
     #[error("the destination database: {0}")]
     Target(#[source] Error),
-    /// The target has a row that the source does not have.
+    /// A row of the target is missing in the source.
     #[error("the destination database has a row that the source database does not have: {0}")]
     Extra(String),
-    /// Both databases have a row with this key, and the rows differ.
+    /// Both databases have a row with the same key, and the rows differ.
     #[error("a row differs: {0}")]
     Differs(String),
     /// A row of the source is missing in the target although all rows were copied.
@@ -154,8 +154,8 @@ impl Copy {
         }
         waiting.clear();
         added.map_err(|error| match error {
-            // The comparison would have found a row with the same key. Therefore the conflict is
-            // about another unique value.
+            // The conflict is about another unique value, because the comparison would have found a
+            // row with the same key.
             Error::Exists => CopyError::Extra(format!(
                 "{}, which conflicts with a row to be added",
                 table.name()

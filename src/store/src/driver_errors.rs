@@ -96,7 +96,7 @@ impl From<sqlx::Error> for Error {
     }
 }
 
-/// Whether the error says that rows or files of the database are damaged.
+/// Whether the error means that rows or files of the database are damaged.
 pub(super) fn is_damage(error: &sqlx::Error) -> bool {
     matches!(
         meaning(error),

@@ -88,8 +88,8 @@ impl Found {
         let mut weak = Vec::new();
         self.expect(&mut weak, "fsync", "on", |v| v == "on");
         self.expect(&mut weak, "full_page_writes", "on", |v| v == "on");
-        // Without a synchronous standby, a commit also waits for the local disk if the setting has
-        // a weaker value.
+        // Without a synchronous standby, a commit waits for the local disk even with `local` and
+        // `remote_write`.
         let standbys = self.value("synchronous_standby_names").unwrap_or_default();
         self.expect(&mut weak, "synchronous_commit", "on or remote_apply", |v| {
             ["on", "remote_apply"].contains(&v)

@@ -1,4 +1,4 @@
-//! The errors of the store, and the errors that callers of the broker receive for them.
+//! The errors of the store, and their conversion to the errors that callers of the broker receive.
 
 use std::{borrow::Cow, error::Error as StdError, fmt, io, path::Path, sync::Arc, time::Duration};
 
@@ -164,8 +164,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The error for callers of the store. A lost connection becomes [`Self::Down`], because the
-    /// store has already tried other connections.
+    /// Converts an error to the error for callers of the store. A lost connection becomes
+    /// [`Self::Down`], because the store has already tried other connections.
     pub(super) fn settled(self) -> Self {
         match self {
             Self::Disconnected(what) => Self::Down(what),

@@ -1,4 +1,5 @@
-//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait.
+//! The store of records, revisions, the registry of wrapping keys and request ids. The store uses
+//! SQL databases, and its interface is a trait.
 //!
 //! The store gives these guarantees, which the conformance suite tests on every engine:
 //!

@@ -69,7 +69,7 @@ pub enum Damage {
 }
 
 impl Damage {
-    /// Stable name, as shown in lists.
+    /// Returns the name of the damage for lists. The name must never change.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Unreadable => "unreadable",
@@ -95,7 +95,7 @@ pub struct DamagedRecord {
 }
 
 impl DamagedRecord {
-    /// The row's position in the order of a list, if it could be read.
+    /// The row's position in the order of a list, if the position could be read.
     pub fn key(&self) -> Option<(UserId, KeyName)> {
         Some((self.user.clone()?, self.name.clone()?))
     }
@@ -104,7 +104,7 @@ impl DamagedRecord {
 /// A damaged row of the API clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedClient {
-    /// The id of the client, if it could be read.
+    /// The id of the client, if the id could be read.
     pub id: Option<ClientId>,
     /// What is wrong.
     pub damage: Damage,

@@ -232,7 +232,7 @@ async fn insert_request(
 
 /// Whether a result is the expected result, apart from the wrapping key. A re-wrap may have moved
 /// the current revision to another wrapping key after the expected result was computed. The
-/// expected result is stored, because the token has already made its MAC.
+/// expected result is stored, because the token has already made the MAC of the expected result.
 fn is_same_change(expected: &RecordInfo, info: &RecordInfo) -> bool {
     let moved = RecordInfo {
         wrapping_key: info.wrapping_key,

@@ -41,7 +41,7 @@ pub struct Portion {
 
 impl Purge {
     /// Begins a purge of all records that were deleted, and all revisions that were superseded,
-    /// before `before`.
+    /// before the time `before`.
     pub fn new(store: Arc<dyn Tables>, before: Timestamp) -> Self {
         Self {
             scan: Scan::new(Arc::clone(&store)),
@@ -108,10 +108,10 @@ impl Purge {
     }
 }
 
-/// Removes the marks of mutations that were committed before `before`. If `dry_run` is true, the
-/// function only counts these marks. Marks are stored in the order of time, so the function ends at
-/// the first page without an old mark. A mark that cannot be decoded is not changed and raises an
-/// alert.
+/// Removes the marks of mutations that were committed before the time `before`. If `dry_run` is
+/// true, the function only counts these marks. Marks are stored in the order of time, so the
+/// function ends at the first page without an old mark. A mark that cannot be decoded is not
+/// changed and raises an alert.
 pub async fn forget_changes(
     store: &dyn Tables,
     before: Timestamp,

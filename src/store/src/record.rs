@@ -113,7 +113,7 @@ impl NewRevision {
 pub struct Stamp {
     /// The id of the call, for recovery after a crash.
     pub call: CallId,
-    /// The moment of the change.
+    /// The time of the change.
     pub at: Timestamp,
     /// The request id, if the client sent one.
     pub request: Option<RequestStamp>,

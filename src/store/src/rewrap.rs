@@ -25,7 +25,7 @@ pub struct KeyUses {
     /// Current and superseded revisions of records, including deleted records. Revisions need the
     /// RSA key and the integrity key of the wrapping key.
     pub revisions: u64,
-    /// API clients. They need the integrity key.
+    /// API clients. API clients need the integrity key of the wrapping key.
     pub clients: u64,
     /// Answers to request ids that are not older than 24 hours. Such answers need the integrity key
     /// of the wrapping key until they expire.

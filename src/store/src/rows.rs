@@ -29,7 +29,7 @@ pub(super) use rewrap::{key_uses, row_under, run, run_values};
 /// byte becomes at most three bytes of text.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
-/// A row of the records.
+/// The data of a row of [`Table::Records`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
     /// Its identity.
@@ -44,7 +44,7 @@ pub struct Head {
     pub created: Timestamp,
     /// When it last changed.
     pub updated: Timestamp,
-    /// When the record was deleted; absent for an active record.
+    /// The time at which the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 
@@ -55,7 +55,7 @@ impl Head {
     }
 }
 
-/// A row of the revisions.
+/// The data of a row of [`Table::Revisions`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RevisionRow {
     /// The record to which the revision belongs.
@@ -188,7 +188,8 @@ impl Head {
     }
 }
 
-/// A record at a known address with its current revision. The function does not check that the revision is the newest revision.
+/// Decodes a record at a known address with its current revision. The function does not check that
+/// the revision is the newest revision.
 fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
     let head = Reader::new(Table::Records, row).head(address)?;
     let wrapping_key = Reader::new(Table::Revisions, row).wrapping_key("wrapping_key_id")?;
@@ -215,7 +216,7 @@ fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     Err(Error::Corrupt(what.into()))
 }
 
-/// A record at a known address, with its current envelope.
+/// Decodes a record at a known address, with its current envelope.
 pub(super) fn record(row: &impl Columns, address: KeyAddress) -> Result<Record, Error> {
     let info = unchecked_info(row, address)?;
     require_newest(row, &info)?;
@@ -226,7 +227,7 @@ pub(super) fn record(row: &impl Columns, address: KeyAddress) -> Result<Record, 
     })
 }
 
-/// A record with its address.
+/// Decodes a record with its address.
 pub(super) fn info(row: &impl Columns) -> Result<RecordInfo, Error> {
     let address = Reader::new(Table::Records, row).address()?;
     let info = unchecked_info(row, address)?;
@@ -234,7 +235,7 @@ pub(super) fn info(row: &impl Columns) -> Result<RecordInfo, Error> {
     Ok(info)
 }
 
-/// A row of a page of records.
+/// Decodes a row of a page of records.
 pub(super) fn listed_record(row: &impl Columns) -> Result<RecordInfo, DamagedRecord> {
     let records = Reader::new(Table::Records, row);
     let damaged = |damage: Damage, error: &Error| DamagedRecord {
@@ -252,7 +253,7 @@ pub(super) fn listed_record(row: &impl Columns) -> Result<RecordInfo, DamagedRec
     Ok(info)
 }
 
-/// A row of a page of API clients.
+/// Decodes a row of a page of API clients.
 pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClient> {
     client(row).map_err(|error| DamagedClient {
         id: client_id(row),
@@ -261,7 +262,7 @@ pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClie
     })
 }
 
-/// The id of an API client, if the id can be read. The rest of the row may be damaged.
+/// Decodes the id of an API client, if the id can be read. The rest of the row may be damaged.
 pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
     row.bytes("client_id").ok().and_then(ClientId::from_slice)
 }
@@ -321,7 +322,7 @@ pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
     })
 }
 
-/// The stored data of a known revision.
+/// Decodes the stored data of a known revision.
 pub(super) fn stored_revision(
     row: &impl Columns,
     revision: Revision,
@@ -335,7 +336,7 @@ pub(super) fn stored_revision(
     })
 }
 
-/// The result of the query for the audit logs of an instance.
+/// Decodes the result of the query for the audit logs of an instance.
 pub(super) fn known_log(row: &impl Columns) -> Result<KnownLog, Error> {
     Ok(match (row.integer("known")?, row.integer("this")?) {
         (0, _) => KnownLog::None,
@@ -355,7 +356,7 @@ pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
     ]
 }
 
-/// The call and the time of a row of [`Table::Changes`].
+/// Decodes the call and the time of a row of [`Table::Changes`].
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     let row = Reader::new(Table::Changes, row);
     // The id belongs to a record or an API client.
@@ -397,7 +398,7 @@ pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord
     Ok((scope, record))
 }
 
-/// The key of a row of [`Table::Requests`].
+/// Returns the values of the key of a row of [`Table::Requests`].
 pub(super) fn request_key(scope: &RequestScope) -> Vec<Value> {
     vec![
         scope.tenant.as_str().into(),
@@ -443,7 +444,7 @@ pub(super) fn new_last_use((record, at): &(RecordId, Timestamp)) -> Vec<Value> {
     vec![(*record).into(), (*at).into()]
 }
 
-/// The number of a secret, and the time at which the secret was last accepted.
+/// Decodes the number of a secret, and the time at which the secret was last accepted.
 pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> {
     let row = Reader::new(Table::ClientUses, row);
     let number = u32::try_from(row.positive("secret_number")?);

@@ -26,7 +26,7 @@ pub struct SchemaStatus {
     pub is_usable: bool,
 }
 
-/// The text before the number at the end of a migration's description.
+/// In a migration's description, the text before the earliest usable schema.
 const USABLE_FROM: &str = " usable from ";
 
 /// The schemas that a caller accepts.

@@ -363,7 +363,7 @@ struct OnServer<S: Server> {
     time_limit: Duration,
 }
 
-/// Omits the options, which contain the password.
+/// The output omits the options, which contain the password.
 impl<S: Server> fmt::Debug for OnServer<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct(S::NAME)

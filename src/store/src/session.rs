@@ -34,8 +34,8 @@ impl fmt::Debug for Value {
     }
 }
 
-/// A connection that runs statements. The placeholders in a statement have the form of the engine. Values are in the order of the
-/// statement's placeholders.
+/// A connection that runs statements. The placeholders in a statement have the syntax of the
+/// engine. Values are in the order of the statement's placeholders.
 pub(super) trait Session: Send {
     type Row: Columns + Send + 'static;
 

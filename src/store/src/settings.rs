@@ -80,7 +80,7 @@ pub struct Settings {
     #[serde(default = "defaults::lock_timeout_ms")]
     pub lock_timeout_ms: u64,
     /// Number of days for which a superseded revision or a deleted record can be restored. `store
-    /// purge` removes only revisions and records that are older than this number of days.
+    /// purge` removes only revisions and records that are older than `retention_days`.
     #[serde(default = "defaults::retention_days")]
     pub retention_days: u32,
     /// Highest number of stored revisions of a record, including superseded revisions.
@@ -212,7 +212,7 @@ impl Settings {
         Target::parse(self.url.as_str()).map_err(|error| Error::Schema(Detail::of(InUrl(error))))
     }
 
-    /// The local socket of the database server, if `url` contains one.
+    /// The local socket of the database server, if `url` contains a local socket.
     pub(super) fn socket(&self) -> Result<Option<Socket>, Error> {
         let (path, usual) = match self.target()? {
             Target::Postgres(Place {

@@ -1,6 +1,6 @@
-//! Every statement, in one form for all engines. A [`Dialect`] converts each statement into the
-//! text for one engine. `?` marks the position of a value. The parameters and their order are the
-//! same on each engine. The code that reads rows uses the names of the columns.
+//! All SQL statements, in a form that does not depend on the engine. A [`Dialect`] converts each
+//! statement into the text for one engine. `?` marks the position of a value. The parameters and
+//! their order are the same on each engine. The code that reads rows uses the names of the columns.
 
 use super::{
     columns::{PerTable, Table},
@@ -76,8 +76,8 @@ pub(super) struct Statements {
     pub(super) insert_identity: &'static str,
     /// Parameter: identity.
     pub(super) update_identity: &'static str,
-    /// Parameters: log, instance. Returns the number of audit logs of the instance, and 1 or 0 for
-    /// whether one of these audit logs is the given log.
+    /// Parameters: log, instance. Returns the number of audit logs of the instance, and 1 if the
+    /// given log is among these audit logs, otherwise 0.
     pub(super) audit_logs: &'static str,
     /// Parameters: instance, log, at. If the instance already has the log, the statement inserts
     /// nothing or fails with a duplicate key.
@@ -98,8 +98,8 @@ pub(super) struct Statements {
     pub(super) forget_requests: &'static str,
     /// Parameters: all columns of the registry except the key, then the key and the current MAC.
     pub(super) update_registry: &'static str,
-    /// Parameters: all columns of a place except those of the key, then the columns of the key and
-    /// the current MAC.
+    /// Parameters: all columns of a place except the key, then the columns of the key and the
+    /// current MAC.
     pub(super) update_place: &'static str,
 
     /// Parameter: client. Returns the complete row.
@@ -155,7 +155,7 @@ pub(super) struct OfTable {
     /// Returns the number of rows with NULL in a column of the key.
     pub(super) keyless: &'static str,
     /// Parameters: the key to start after, limit, rows to skip. If the key has several columns, the
-    /// value of its first column occurs twice. Returns all columns.
+    /// parameters contain the value of the first column twice. Returns all columns.
     pub(super) page: &'static str,
     /// Parameters: all columns. If the row exists, the statement inserts nothing or fails with a
     /// duplicate key: see [`insert_unless_taken`](super::mutations::insert_unless_taken).

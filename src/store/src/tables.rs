@@ -91,7 +91,7 @@ impl Row {
         text
     }
 
-    /// All values, for writing. Returns an error if a value could not be read.
+    /// Returns all values, for writing. Returns an error if a value could not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
         all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
@@ -141,25 +141,25 @@ impl Columns for Row {
 /// Additional operations for commands that process all rows of a database.
 #[async_trait]
 pub trait Tables: Store {
-    /// The current time of the database server; `None` for a SQLite file.
+    /// Returns the current time of the database server, or `None` for a SQLite file.
     async fn clock(&self) -> Result<Option<Timestamp>, Error>;
 
-    /// The number of rows of a table.
+    /// Returns the number of rows of a table.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
-    /// The number of rows, in all tables, that have NULL in a column of the key. Pages and calls do
-    /// not find rows with NULL in the key.
+    /// Returns the number of rows, in all tables, that have NULL in a column of the key. Pages and
+    /// calls do not find rows with NULL in the key.
     async fn keyless_rows(&self) -> Result<u64, Error>;
 
-    /// At most [`PAGE_ROWS`] rows of a table, in the order of their keys. The page begins `skip`
-    /// rows after the row `after`, or `skip` rows after the beginning if `after` is `None`.
+    /// Returns at most [`PAGE_ROWS`] rows of a table, in the order of their keys. The page begins
+    /// `skip` rows after the row `after`, or `skip` rows after the beginning if `after` is `None`.
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
     /// Adds all rows unchanged, or no row after an error. Returns [`Error::Exists`] if a new row
     /// conflicts with an existing row.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
 
-    /// The stored data of a record, by its id.
+    /// Returns the stored data of the record with the id `record`.
     async fn record_by_id(&self, record: RecordId) -> Result<Option<RecordInfo>, Error>;
 
     /// Removes superseded revisions, and returns the removed revisions. A current revision is not removed.
@@ -190,8 +190,8 @@ pub(super) struct Cursor {
     table: Table,
     page: std::vec::IntoIter<Row>,
     next: Option<Row>,
-    /// The last row with a readable key; `skip` is the number of rows that were read after this row. The next page begins after
-    /// these rows.
+    /// The last row with a readable key; `skip` is the number of rows that were read after this
+    /// row. The next page begins after the last row that was read.
     last: Option<Row>,
     skip: u64,
     at_end: bool,

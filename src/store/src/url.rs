@@ -168,7 +168,7 @@ fn socket(query: &str) -> Result<Transport, UrlError> {
     }
 }
 
-/// Parses the path of a file. Parameters after the path are refused. Otherwise they would become a
+/// Parses the path of a file. Parameters after the path are refused, because they would become a
 /// part of the file name.
 fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {

@@ -129,13 +129,13 @@ pub enum ContentError {
     /// The content is not a JSON object with the required fields.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
-    /// The value of `format` is not known.
+    /// The value of `format` is unknown.
     #[error("its format is not {FORMAT:?}")]
     Format,
     /// The value of `wrapping_key` is not a key id.
     #[error("`wrapping_key` is not a key id")]
     WrappingKey,
-    /// The value of `algorithm` is not known.
+    /// The value of `algorithm` is unknown.
     #[error("`algorithm` is not known")]
     Algorithm,
     /// The value of `ciphertext` is not hexadecimal or does not have the required length.

@@ -44,7 +44,7 @@ impl IntegrityKey {
         Self::Worker,
     ];
 
-    /// The name in the configuration.
+    /// Returns the name of the kind in the configuration.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::GenericSecret => "generic-secret",
@@ -54,7 +54,7 @@ impl IntegrityKey {
         }
     }
 
-    /// Parses the name in the configuration.
+    /// Parses the name of a kind in the configuration.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
@@ -82,8 +82,8 @@ pub struct Settings {
     /// Priority of the token. The pool prefers tokens with a higher priority.
     #[serde(default = "Settings::default_priority")]
     pub priority: u8,
-    /// Name of another token, if this token is a copy of the other token with the same serial
-    /// number, such as a copied `SoftHSM` directory.
+    /// Name of the original token, if this token is a copy with the same serial number, such as a
+    /// copied `SoftHSM` directory.
     #[serde(default)]
     pub copy_of: Option<String>,
     /// Path of the vendor's PKCS#11 library.
@@ -134,7 +134,7 @@ pub struct Settings {
     pub integrity_key_digests: BTreeMap<String, String>,
     /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Templates do not
     /// contain excepted attributes. If an excepted attribute is present, its value must still be
-    /// right.
+    /// correct.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
@@ -274,8 +274,8 @@ pub struct ExpectedKey {
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// Whether the key may be on another token. If so, a token whose serial number is not
-    /// `token_serial` does not need the key.
+    /// Whether the key may be on another token. If the value is true, a token whose serial number
+    /// is not `token_serial` does not need the key.
     pub may_be_elsewhere: bool,
     /// Messages with MACs. Before the key is used, its integrity key must verify these MACs.
     pub proofs: Vec<Proof>,

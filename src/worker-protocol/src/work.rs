@@ -4,8 +4,8 @@ use zeroize::Zeroize as _;
 
 use crate::wire::{Request, request::Job};
 
-/// A request. It is overwritten when it is dropped, because the message of a MAC may contain key
-/// material.
+/// A request. The request is overwritten when it is dropped, because the message of a MAC may
+/// contain key material.
 #[derive(Debug)]
 pub struct Work(Request);
 

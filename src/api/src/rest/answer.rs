@@ -55,7 +55,8 @@ pub(super) fn refusal(error: &Error, id: CallId) -> Response<Body> {
     refusal_as(status(error.reason()), error, id)
 }
 
-/// The answer to a failed call, with this HTTP status instead of the usual status of the reason.
+/// The answer to a failed call, with the HTTP status `status` instead of the usual status of the
+/// reason.
 pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Response<Body> {
     let reason = error.reason();
     let violation = error.violations().first();

@@ -7,7 +7,8 @@ use keybroker_core::counts::Counts;
 
 /// The number of all places is divided by this number to get the maximum for one principal.
 const PRINCIPAL_DIVISOR: usize = 16;
-/// Smallest maximum number of places for one principal, because a user may have several devices.
+/// Every principal may take at least this number of places, because a user may have several
+/// devices.
 const PRINCIPAL_MIN: usize = 4;
 
 /// The places for waiting requests. All clones share the same places.

@@ -147,8 +147,8 @@ impl Drop for Paused {
     }
 }
 
-/// Chooses a random pause between four fifths of `pause` and the full `pause`. Callers that failed
-/// at the same time then retry at different times.
+/// Chooses a random pause between four fifths of `pause` and the full `pause`. Because the pause is
+/// random, callers that failed at the same time retry at different times.
 fn jittered(pause: Duration) -> Duration {
     let [.., random] = *CallId::fresh().as_bytes();
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)

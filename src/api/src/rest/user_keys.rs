@@ -52,7 +52,7 @@ impl UserRequest {
         Ok(answer::json(StatusCode::OK, &body))
     }
 
-    /// Stores the key of a user who has none.
+    /// Stores the key of a user who has no key.
     pub(super) async fn post(
         &self,
         retry: &mut Retry<'_>,
@@ -62,8 +62,8 @@ impl UserRequest {
         Ok(answer::empty(StatusCode::OK))
     }
 
-    /// Stores a key and replaces an existing one. A deleted key is not replaced, because only an operator may undelete
-    /// it.
+    /// Stores a key and replaces an existing key. A deleted key is not replaced, because only an
+    /// operator may undelete it.
     pub(super) async fn put(
         &self,
         retry: &mut Retry<'_>,

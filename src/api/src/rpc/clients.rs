@@ -31,8 +31,8 @@ const ALL: &str = "*";
 
 /// Prefix of page tokens for API clients. Page tokens for user keys have a different prefix.
 const TOKEN_PREFIX: &str = "c1";
-/// Prefix of page tokens that also contain a number of rows. The next page skips this number of
-/// rows, whose ids are not readable.
+/// Prefix of page tokens that contain an id and a number of rows. The next page skips this number
+/// of rows, whose ids are not readable.
 const TOKEN_PREFIX_WITH_SKIP: &str = "c2";
 
 pub(super) async fn create(

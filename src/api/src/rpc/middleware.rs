@@ -85,8 +85,9 @@ impl Context {
                 id,
             );
         };
-        // Health checks are for load balancers, which have no principal. All other methods require an authenticated caller, and
-        // unauthenticated callers do not learn which methods exist.
+        // Health checks are for load balancers, which have no principal. All methods except health
+        // checks require an authenticated caller. Therefore unauthenticated callers do not learn
+        // which methods exist.
         let principal = match caller.principal() {
             Ok(principal) => Some(Arc::clone(principal)),
             Err(_) if method::is_health(request.uri().path()) => None,

@@ -16,8 +16,8 @@ use super::convert;
 pub(super) const TOKEN_BYTES_MAX: usize = 1_024;
 /// Version of page tokens that contain only the key of the last row on the page.
 const VERSION: char = '1';
-/// Version of page tokens that also contain a number of rows. The next page skips this number of
-/// rows, whose keys are not readable.
+/// Version of page tokens that contain a key and a number of rows. The next page skips this number
+/// of rows, whose keys are not readable.
 const VERSION_WITH_SKIP: char = '2';
 /// A separator that cannot occur in a user id, because user ids contain no control characters.
 const SEPARATOR: char = '\u{1f}';

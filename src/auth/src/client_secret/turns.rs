@@ -207,7 +207,8 @@ impl State {
     }
 }
 
-/// Adds a trial if there is room. If the queue is full, trials whose callers have stopped waiting are removed first.
+/// Adds a trial to its lane if the lane is not full. If the queue is full, trials whose callers
+/// have stopped waiting are removed first.
 fn push(queue: &mut VecDeque<Waiting>, waiting: Waiting) -> bool {
     if queue.len() >= WAITING_MAX {
         queue.retain(|waiting| !waiting.is_closed());

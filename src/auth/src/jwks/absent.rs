@@ -1,5 +1,5 @@
-//! Key ids of earlier key sets. These key ids show whether an access token was signed with a
-//! withdrawn key, or with a new key that the broker has not fetched yet.
+//! Key ids of earlier key sets. The remembered key ids show whether an access token was signed with
+//! a withdrawn key, or with a new key that the broker has not fetched yet.
 
 use aws_lc_rs::digest;
 use keybroker_core::call::Timestamp;

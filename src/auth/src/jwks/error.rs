@@ -1,4 +1,4 @@
-//! Why a key, a key set, or the source of a key set is refused.
+//! The errors that explain why a key, a key set, or the source of a key set is refused.
 
 use std::sync::Arc;
 
@@ -54,7 +54,7 @@ pub(super) enum KeyError {
     Json(#[source] serde_json::Error),
 }
 
-/// The reason why a key set is refused as a whole.
+/// The reason why a complete key set is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
     /// The text is not a JSON Web Key Set.

@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError};
 
-/// Longest CA file, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
+/// Longest CA file, in bytes. The CA file of a Linux distribution is about 0.3 MiB long.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide whose access tokens are accepted");
@@ -87,7 +87,8 @@ impl Fetcher {
         })
     }
 
-    /// Fetches the key set. If the URL of the key set is in a discovery document, fetches the discovery document first.
+    /// Fetches the key set. If the URL of the key set is in a discovery document, the function
+    /// fetches the discovery document first.
     pub(super) async fn fetch(&self) -> Result<KeySet, SourceError> {
         let url = match &self.source {
             KeySource::Discovery(url) => self.discover(url).await?,

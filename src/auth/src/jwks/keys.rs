@@ -158,10 +158,10 @@ impl Keys {
     /// `iat` of the access token, in seconds since 1970.
     ///
     /// The key is absent only if the newest key set does not contain it. The newest set must not be
-    /// an older copy from a cache. Therefore it must have been fetched five minutes after the last
-    /// set that contained the key, or five minutes after the access token was issued. Key ids in
-    /// the access tokens of other callers have no influence. Otherwise a caller who guesses the id
-    /// of a future key could cause valid access tokens to be rejected.
+    /// an older copy from a cache. Therefore the newest set must have been fetched at least five
+    /// minutes after the last set that contained the key, or after the access token was issued. Key
+    /// ids in the access tokens of other callers have no influence. If they had, a caller who
+    /// guesses the id of a future key could cause valid access tokens to be rejected.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
@@ -179,9 +179,9 @@ impl Keys {
     }
 
     /// Fetches the set again because `seen` does not contain a required key. Fetches nothing if the
-    /// last fetch for this reason was less than `refetch` ago. Concurrent calls wait for the same
-    /// fetch. A key that is not in a key file does not exist, because key files are read every two
-    /// seconds.
+    /// last fetch because of a missing key was less than `refetch` ago. Concurrent calls wait for
+    /// the same fetch. If the keys come from a key file, a missing key does not exist, because key
+    /// files are read every two seconds.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {

@@ -206,8 +206,8 @@ fn text(said: &Said, claim: &str) -> Option<String> {
     texts(said.get(claim)).into_iter().next()
 }
 
-/// Reads a time in seconds since 1970. A fraction is cut off (RFC 7519 section 2). A number in a text is accepted,
-/// because some providers write the time as text.
+/// Reads a time in seconds since 1970. A fraction of a second is cut off (RFC 7519 section 2). A
+/// number in a text is accepted, because some providers write the time as text.
 fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
     let seconds = match said.get(claim)? {
         Value::Number(number) => number.as_i64().or_else(|| {

@@ -82,7 +82,8 @@ impl Parts {
         })
     }
 
-    /// Checks `typ`. `application/` may be omitted and case is ignored (RFC 9068 section 2.1).
+    /// Checks `typ`. The prefix `application/` may be omitted, and case is ignored (RFC 9068
+    /// section 2.1).
     pub(super) fn check_type(&self, settings: &Settings) -> Result<(), Refusal> {
         if settings.token_types.is_empty() {
             return Ok(());

@@ -1,5 +1,5 @@
-//! Why an access token is refused: a cause for the counter and a detail for the log. The access
-//! token is in neither the cause nor the detail.
+//! The refusal of an access token, with a cause for the counter and a detail for the log. The
+//! access token is in neither the cause nor the detail.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ pub(crate) enum Cause {
     Scope,
     /// A required claim is missing, or has none of the permitted values.
     Claim,
-    /// The `sub` is not a valid user.
+    /// The `sub` is not a valid user name.
     Subject,
 }
 

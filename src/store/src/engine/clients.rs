@@ -17,7 +17,7 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore};
 
-/// The kind of change of a client.
+/// The kind of a change: a new or an existing API client.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ClientChange {
     Insert,

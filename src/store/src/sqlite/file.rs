@@ -129,8 +129,8 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Whether a user other than root and `ours` owns a file. Always false if `ours` is root, because
-/// root may use every file.
+/// Whether a user other than root and `ours` owns a file. The result is always false if `ours` is
+/// root, because root may use every file.
 fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }

@@ -75,8 +75,8 @@ struct Last {
 }
 
 impl Place {
-    /// Records the files of a database. To ensure that the WAL exists, the caller must have a
-    /// connection that has already read from the database.
+    /// Records the identity of each file of a database. To ensure that the WAL exists, the caller
+    /// must have a connection that has already read from the database.
     pub(super) fn of(path: &Path) -> Result<Self, Error> {
         let look = || -> io::Result<Vec<Fixed>> {
             // SQLite follows symbolic links, and creates its other files next to the target.

@@ -10,9 +10,10 @@
 //! matched. After the first minute, the broker looks up the API client again. If the API client
 //! still has the matched hash, and the secret is not revoked or expired, the secret is accepted
 //! without another Argon2id trial. Therefore wrong secrets from other callers do not delay an API
-//! client whose secret this broker accepted before. Such an API client waits for no turn, and the
-//! authentication failure limit does not apply to it. Secrets that were not accepted before wait
-//! for a turn in `turns`. Concurrent calls with the same secret share one trial.
+//! client whose secret this broker accepted before. An API client with a previously accepted secret
+//! waits for no turn, and the authentication failure limit does not apply to its calls. Secrets
+//! that were not accepted before wait for a turn in `turns`. Concurrent calls with the same secret
+//! share one trial.
 //!
 //! Not guaranteed: hashes with older parameters may take less or more time to verify than hashes with the current
 //! parameters.
@@ -186,7 +187,8 @@ pub struct Secrets {
     trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
     turns: Turns,
-    /// A hash that no secret matches. This hash fills the list of hashes up to the fixed length of the list.
+    /// A hash that no secret matches. The list of hashes is filled with this hash up to the fixed
+    /// length of the list.
     dummy: Arc<str>,
 }
 

@@ -258,8 +258,9 @@ impl KeySet {
         &self.refused[..self.refused.len().min(REFUSED_NAMED_MAX)]
     }
 
-    /// Returns the keys to try for an access token: the keys that its header refers to or, if the header does not refer
-    /// to a key, all keys. Only keys that match the algorithm are returned.
+    /// Returns the keys to try for an access token. If the header of the access token refers to
+    /// keys, only these keys are returned. Otherwise, all keys are returned. Only keys that match
+    /// the algorithm are returned.
     pub(super) fn find(
         &self,
         named: Named<'_>,

@@ -296,9 +296,9 @@ impl Issuer {
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
-                // Without both `iat` and `kid`, the age of the access token's key is unknown. Such
-                // an access token is rejected even if the provider's answer may be an outdated
-                // copy.
+                // Without both `iat` and `kid`, the age of the access token's key is unknown. If
+                // the age of its key is unknown, an access token is rejected even if the provider's
+                // answer may be an outdated copy.
                 Newer::SameCopy(wait) => {
                     (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }

@@ -165,8 +165,8 @@ impl Kept {
     }
 }
 
-/// Whether a policy uses an input that is not in [`Inputs`]: more of the resource than its type, a
-/// context attribute other than `granted`, a tag, or an entity whose type is not in
+/// Whether a policy uses an input that is not in [`Inputs`]. Examples are attributes of the
+/// resource, context attributes except `granted`, tags, and entities whose type is not in
 /// [`FIXED_TYPES`].
 fn looks_further(policy: &Value) -> bool {
     let resource = &policy["resource"];

@@ -413,7 +413,8 @@ impl Policy {
 enum Look {
     /// The files are equal to the files in force.
     Same,
-    /// The files have changed. They will be checked again later, or were already rejected.
+    /// The files have changed. The changed files will be checked again later, or were already
+    /// rejected.
     Waiting,
     New(Box<Set>),
 }

@@ -12,7 +12,8 @@ pub(super) struct Dialect {
     pub(super) quote: char,
     /// Begins a transaction in which each statement sees everything that was committed before the statement began.
     pub(super) begin: &'static str,
-    /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction locks the whole database.
+    /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction
+    /// locks the entire database.
     pub(super) lock: Option<&'static str>,
     /// Ends an `INSERT` that inserts nothing if the row exists. The text is empty for an engine
     /// that has no such clause and reports the duplicate row as an error.

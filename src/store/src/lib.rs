@@ -91,8 +91,8 @@ pub async fn open_to_serve(settings: &Settings) -> Result<Arc<dyn Store>, Error>
     Ok(open_whole(settings, Accepted::Usable).await?)
 }
 
-/// Opens a database for a command that reads whole tables. The time limits are longer than the time
-/// limits of a broker, because no call with a deadline waits for the command.
+/// Opens a database for a command that reads complete tables. The time limits are longer than the
+/// time limits of a broker, because no call with a deadline waits for the command.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     open_whole(&settings.for_command(), Accepted::Own).await
 }

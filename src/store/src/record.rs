@@ -159,8 +159,8 @@ pub struct RequestRecord {
     pub result: RecordInfo,
 }
 
-/// Returns the message that the MAC of a stored answer must cover: the scope of the request id, the
-/// MAC over the content of the request, and the answer.
+/// Returns the message that the MAC of a stored answer must cover. The message consists of the
+/// scope of the request id, the MAC over the content of the request, and the answer.
 pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
     let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
     MacMessage::request_result(&[

@@ -27,8 +27,8 @@ pub struct KeyUses {
     pub revisions: u64,
     /// API clients. API clients need the integrity key of the wrapping key.
     pub clients: u64,
-    /// Answers to request ids that are not older than 24 hours. Such answers need the integrity key
-    /// of the wrapping key until they expire.
+    /// Answers to request ids that are not older than 24 hours. Stored answers need the integrity
+    /// key of the wrapping key until the answers expire.
     pub requests: u64,
 }
 

@@ -20,7 +20,7 @@ use super::{
 pub struct SchemaStatus {
     /// Version of the database's schema; 0 if the database has no schema.
     pub current: i64,
-    /// Newest version that this binary knows.
+    /// Newest version that this binary supports.
     pub newest: i64,
     /// Whether this version of the broker can serve from the database.
     pub is_usable: bool,
@@ -50,12 +50,12 @@ pub struct MigrationReport {
     pub pending: Vec<String>,
 }
 
-/// The newest schema that this binary knows.
+/// The newest schema that this binary supports.
 pub(super) fn newest(migrator: &Migrator) -> i64 {
     migrator.iter().map(|m| m.version).max().unwrap_or(0)
 }
 
-/// The schema version of a database; 0 if the database has no schema. `known` is the newest version that this binary knows.
+/// The schema version of a database; 0 if the database has no schema. `known` is the newest version that this binary supports.
 ///
 /// An unfinished migration is not counted, because this release runs the migration again. An unfinished migration of a later
 /// release is counted, because the migration may already have changed data that this release reads.

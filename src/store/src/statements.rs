@@ -61,7 +61,7 @@ pub(super) struct Statements {
     pub(super) places: &'static str,
 
     /// Parameter: record. Locks the record until the transaction ends. `None` if a transaction
-    /// locks the whole database.
+    /// locks the entire database.
     pub(super) lock_record: Option<&'static str>,
     /// Parameter: record. Returns the record with its address.
     pub(super) record_by_id: &'static str,

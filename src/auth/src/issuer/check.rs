@@ -1,5 +1,5 @@
-//! Checks the settings of issuers. These checks run after the names and types of the settings were
-//! checked.
+//! Checks the settings of issuers. The checks of this module run after the names and types of the
+//! settings were checked.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 

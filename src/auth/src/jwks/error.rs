@@ -118,8 +118,8 @@ pub enum SourceError {
         /// The reason for the refusal.
         source: SetError,
     },
-    /// The operation does not match the source of the issuer's keys: the operation is for keys from
-    /// a URL and the source is a file, or the reverse.
+    /// The operation does not match the source of the issuer's keys. For example, the operation is
+    /// for keys from a URL, but the source is a file.
     #[error("internal error: the issuer's keys come from another kind of source")]
     OtherSource,
     /// The CA file cannot be read.

@@ -160,8 +160,9 @@ impl Keys {
     /// The key is absent only if the newest key set does not contain it. The newest set must not be
     /// an older copy from a cache. Therefore the newest set must have been fetched at least five
     /// minutes after the last set that contained the key, or after the access token was issued. Key
-    /// ids in the access tokens of other callers have no influence. If they had, a caller who
-    /// guesses the id of a future key could cause valid access tokens to be rejected.
+    /// ids in the access tokens of other callers have no influence. If such key ids had an
+    /// influence, a caller who guesses the id of a future key could cause valid access tokens to be
+    /// rejected.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {

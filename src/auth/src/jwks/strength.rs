@@ -4,7 +4,8 @@
 //! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (NIST curves),
 //! RFC 8032 (Ed25519), and Chalkias, Garillot and Nikolaenko 2020 (Ed25519 keys of small order).
 //! The checks do not find an RSA modulus that is prime or whose factors are close to each other.
-//! Such checks would take too long for a key set that is read every few seconds.
+//! Tests for prime moduli and close factors would take too long for a key set that is read every
+//! few seconds.
 
 use aws_lc_rs::signature::{self, ParsedPublicKey, VerificationAlgorithm};
 use curve25519_dalek::edwards::CompressedEdwardsY;

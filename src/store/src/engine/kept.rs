@@ -75,8 +75,9 @@ pub(super) struct Kept<D: Database> {
 
 #[derive(Debug)]
 struct Free<D: Database> {
-    /// The first element is the connection that has not been used for the longest time. It is taken
-    /// first, so that every connection is used or tested before the server closes the connection.
+    /// The first element is the connection that has not been used for the longest time. This
+    /// connection is taken first, so that every connection is used or tested before the server
+    /// closes the connection.
     connections: VecDeque<Held<D>>,
     is_closed: bool,
 }

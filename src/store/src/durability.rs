@@ -212,7 +212,7 @@ mod tests {
         assert!(with(&[("log_bin", "ON"), ("sync_binlog", "1")]).is_empty());
     }
 
-    /// What cannot be read is not known to be good.
+    /// A setting that cannot be read counts as too weak.
     #[test]
     fn a_setting_that_is_missing_is_weak() {
         assert_eq!(names(&found(&[]).sqlite()), ["synchronous"]);

@@ -248,7 +248,7 @@ mod tests {
             "store unavailable: cannot use the database: error communicating with database: connection refused; check \
              `store.url`"
         );
-        // A log that prints the causes as well repeats nothing.
+        // A log line that also contains the causes does not repeat a text.
         assert_eq!(error::chain(&error), text);
         let broker = error::Error::from(error);
         assert_eq!(broker.detail(), text);

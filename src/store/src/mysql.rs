@@ -275,8 +275,8 @@ async fn version(connection: &mut MySqlConnection) -> Result<Version, sqlx::Erro
 mod tests {
     use super::*;
 
-    /// No statement uses a function that MySQL 8.0 or 9 removed. The suite runs on MariaDB, which still has some of
-    /// them.
+    /// No statement uses a function that MySQL 8.0 or 9 removed. The tests run on MariaDB, which
+    /// still has some of the removed functions.
     #[test]
     fn no_statement_calls_a_function_that_newer_versions_of_mysql_do_not_have() {
         let mut texts = vec![LOCK_MIGRATIONS.to_owned(), UNLOCK_MIGRATIONS.to_owned()];
@@ -305,7 +305,7 @@ mod tests {
         }
     }
 
-    /// The suite has no MySQL: what it is told is at least looked at.
+    /// The tests do not run on MySQL, so this test at least checks the text of the settings.
     #[test]
     fn a_transaction_whose_client_is_gone_ends_on_both() {
         let limits = Limits {

@@ -224,7 +224,7 @@ mod tests {
         }
     }
 
-    /// A release learns of later migrations by these names, on whichever engine it runs.
+    /// A release reads the names of later migrations, on every engine.
     #[test]
     fn the_engines_have_the_same_migrations_and_none_names_a_schema_that_is_not_earlier() {
         let names = |engine: &str| -> BTreeSet<String> {

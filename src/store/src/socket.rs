@@ -141,7 +141,8 @@ fn unknown_user(name: &str) -> Error {
 mod tests {
     use super::*;
 
-    /// A container rarely has the users of the packages: its refusal must not send the reader to the name of one.
+    /// A container rarely has the users of the packages. Therefore the message in a container must
+    /// not suggest such a user name.
     #[test]
     fn a_refusal_says_that_no_default_user_exists() {
         let remedy = |named: Option<&[String]>, usual: &[&str]| {

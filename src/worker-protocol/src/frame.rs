@@ -199,8 +199,8 @@ mod tests {
         }
     }
 
-    /// The frames are longer in total than an inbox, so that an incomplete frame moves to the start
-    /// of the buffer.
+    /// Together, the frames are longer than an inbox, so that an incomplete frame moves to the
+    /// start of the buffer.
     #[test]
     fn messages_taken_out_are_overwritten() {
         let mut secret = request(1);

@@ -165,7 +165,7 @@ mod tests {
         }
     }
 
-    /// A client that reads 404 posts a new key.
+    /// A client that receives 404 sends a new key with POST.
     #[test]
     fn one_reason_alone_is_404() {
         for reason in Reason::ALL {
@@ -174,7 +174,7 @@ mod tests {
         }
     }
 
-    /// The page for operators says the same.
+    /// `docs/bitwarden.md` must list the status of each reason.
     #[test]
     fn the_documentation_has_every_status() {
         let page = include_str!("../../../../docs/bitwarden.md");

@@ -328,7 +328,7 @@ mod tests {
         assert!(taken.is_none() && places.take("bob").is_some());
     }
 
-    /// The pause is at least the time that the broker asks for.
+    /// The pause is at least as long as the broker's retry delay.
     #[test]
     fn a_full_queue_is_left_alone_for_as_long_as_it_asks() {
         let mut retry = retry(Duration::from_secs(30));

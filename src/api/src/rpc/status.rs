@@ -105,7 +105,8 @@ mod tests {
         }
     }
 
-    /// The list of reasons is frozen: the documentation has each, with its code.
+    /// The list of reasons must not change, and the documentation must contain each reason with its
+    /// code.
     #[test]
     fn the_documentation_has_every_reason() {
         let text = include_str!("../../../../docs/errors.md");

@@ -289,7 +289,7 @@ mod tests {
         for lane in lanes {
             waiting.push(queued(&turns, lane).await);
         }
-        // The position of each trial in the list above.
+        // The position of each trial in the preceding list.
         for expected in [5, 1, 4, 2, 3, 0] {
             drop(running.take());
             running = waiting[expected].as_mut().await;

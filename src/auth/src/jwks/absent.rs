@@ -71,7 +71,7 @@ mod tests {
         let two = one.after(["b", "c"].into_iter(), at(2), ["a"].into_iter());
         assert!(two.last_seen("a").is_none());
         assert_eq!(two.last_seen("b"), Some(at(2)));
-        // The last fetch whose set contained the key counts, not the first.
+        // The last fetch whose set contained the key counts, and not the first such fetch.
         let back = two.after(["a"].into_iter(), at(3), ["b"].into_iter());
         let gone = back.after(["b"].into_iter(), at(4), ["c"].into_iter());
         assert_eq!(gone.last_seen("b"), Some(at(4)));

@@ -279,7 +279,7 @@ mod tests {
         (Arc::new(Kept::new(&pool)), opened)
     }
 
-    /// Counts a connection as lent, also if its call is cancelled.
+    /// Counts a connection as lent, even if its call is cancelled.
     struct Lent {
         all: Arc<AtomicU32>,
         count: u32,
@@ -304,7 +304,8 @@ mod tests {
         Instant::now().checked_sub(time).unwrap()
     }
 
-    /// Waits until the pool has only this number of connections, because it closes them in tasks.
+    /// Waits until the pool has only this number of connections, because the pool closes
+    /// connections in separate tasks.
     async fn until_size(kept: &Kept<Sqlite>, size: u32) {
         for _ in 0..3_000 {
             if kept.pool.size() == size {
@@ -326,7 +327,8 @@ mod tests {
         assert_eq!(opened.load(Ordering::Relaxed), 1);
     }
 
-    /// A server closes connections that are not used for long, so all are used in turn.
+    /// A server closes connections that were not used for a long time. Therefore all connections
+    /// are used in turn.
     #[tokio::test]
     async fn the_connection_that_was_not_used_for_the_longest_time_is_taken_first() {
         let (kept, _) = kept(3);
@@ -433,7 +435,7 @@ mod tests {
                 match number % 7 {
                     // The connection is closed, because its state is unknown.
                     0 => {}
-                    // It is closed, because it is too old.
+                    // The connection is closed, because it is too old.
                     1 => {
                         held.opened = ago(LIFETIME * 2);
                         kept.give_back(held);
@@ -441,7 +443,7 @@ mod tests {
                     _ => kept.give_back(held),
                 }
             });
-            // Some callers end their calls.
+            // Some callers cancel their calls.
             if number % 11 == 0 {
                 call.abort();
             }

@@ -339,7 +339,8 @@ mod tests {
         }
     }
 
-    /// A file that another user puts beside the database is not written into it.
+    /// If another user creates a WAL next to the database, its content is not written into the
+    /// database.
     #[tokio::test]
     async fn a_side_file_of_another_user_is_refused() {
         let folder = tempfile::tempdir().unwrap();
@@ -378,7 +379,7 @@ mod tests {
         assert_eq!(status.current, status.newest);
     }
 
-    /// The lock file is not a way to overwrite another file of this user.
+    /// The lock file cannot be used to overwrite another file of the broker's user.
     #[tokio::test]
     async fn a_lock_that_leads_to_another_file_is_refused() {
         let folder = tempfile::tempdir().unwrap();
@@ -405,7 +406,7 @@ mod tests {
         drop(lock(&path).unwrap());
     }
 
-    /// A database is not made through a symbolic link that leads nowhere yet.
+    /// A database is not created through a symbolic link whose target does not exist.
     #[tokio::test]
     async fn a_database_is_not_made_through_a_link() {
         let folder = tempfile::tempdir().unwrap();

@@ -368,7 +368,8 @@ pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     ))
 }
 
-/// Returns the values of a new row of [`Table::Changes`]. `changed` is the id of the record or of the API client.
+/// Returns the values of a new row of [`Table::Changes`]. `changed` is the id of the record or of
+/// the API client.
 pub(super) fn new_change(call: CallId, changed: impl Into<Value>, at: Timestamp) -> Vec<Value> {
     vec![call.into(), changed.into(), at.into()]
 }

@@ -55,10 +55,12 @@ pub(super) fn newest(migrator: &Migrator) -> i64 {
     migrator.iter().map(|m| m.version).max().unwrap_or(0)
 }
 
-/// The schema version of a database; 0 if the database has no schema. `known` is the newest version that this binary supports.
+/// The schema version of a database; 0 if the database has no schema. `known` is the newest version
+/// that this binary supports.
 ///
-/// An unfinished migration is not counted, because this release runs the migration again. An unfinished migration of a later
-/// release is counted, because the migration may already have changed data that this release reads.
+/// An unfinished migration is not counted, because this release runs the migration again. An
+/// unfinished migration of a later release is counted, because the migration may already have
+/// changed data that this release reads.
 pub(super) async fn current(
     session: &mut impl Session,
     sql: &Statements,

@@ -83,7 +83,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Wraps a body, so that `what` is dropped when the body was sent or is dropped.
+/// Wraps a body, so that `what` is dropped together with the body.
 fn held(body: Body, what: impl Send + 'static) -> Body {
     Body::new(body.map_frame(move |frame| {
         let _ = &what;

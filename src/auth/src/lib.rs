@@ -186,8 +186,8 @@ impl Authenticator {
         let Some(peer) = peer else {
             return refuse("the call has no client certificate and no `authorization` header");
         };
-        // The expiry is checked for each call, because the TLS handshake verifies the certificate
-        // only once, when the connection begins or before it is resumed.
+        // The expiry is checked for each call. A certificate may expire during a long connection,
+        // or before a TLS session is resumed without a new verification.
         if peer.remaining().is_zero() {
             return refuse("the client certificate has expired");
         }

@@ -60,9 +60,9 @@ pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
 
 /// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing
 /// attribute. It is safe to ignore a permit policy, because an ignored permit policy allows
-/// nothing. It is not safe to ignore a forbid policy, because a caller could use an input that
-/// cannot be evaluated to do a forbidden action. Therefore a forbid policy that cannot be evaluated
-/// denies the action.
+/// nothing. It is not safe to ignore a forbid policy, because a caller could bypass the policy with
+/// an input that cannot be evaluated. Therefore a forbid policy that cannot be evaluated denies the
+/// action.
 fn verdict(set: &Set, response: &Response) -> Verdict {
     let errors: Vec<(&Known, String)> = response
         .diagnostics()

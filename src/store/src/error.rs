@@ -42,7 +42,8 @@ impl Detail {
         }
     }
 
-    /// A failed access to a file, with a remedy if the error implies a remedy.
+    /// Creates the error for a failed access to a file. If the cause implies a remedy, the error
+    /// contains the remedy.
     pub(super) fn of_file(what: &str, path: &Path, error: io::Error) -> Self {
         let remedy = remedy(path, &error).map(Cow::Owned);
         Self {

@@ -140,7 +140,7 @@ impl RunId {
 /// Whether rows are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
-    /// A broker moves rows, or will move rows when a broker can take the run.
+    /// A broker moves rows, or will move rows after a broker has taken the run.
     Running,
     /// An administrator paused the run.
     Paused,

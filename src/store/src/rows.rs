@@ -1,6 +1,6 @@
 //! Converts rows into domain types and back, for every engine. Only this module maps columns to
-//! fields. If a value cannot be decoded, the result is an error with table and column, and never a
-//! panic or a missing record.
+//! fields. If a value cannot be decoded, the function returns an error with table and column. The
+//! program does not panic, and no record is missing.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},

@@ -62,8 +62,8 @@ pub struct Superseded {
 }
 
 /// Reads records together with their revisions, in the order of the record ids. If a broker changes
-/// a record during the scan, the results may lack a revision of this record or contain a revision
-/// too many. For other records, the results are correct.
+/// a record during the scan, the results may lack a revision of this record or contain an
+/// additional revision. For other records, the results are correct.
 #[derive(Debug)]
 pub struct Scan {
     store: Arc<dyn Tables>,

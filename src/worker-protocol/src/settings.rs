@@ -150,7 +150,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Whether the token is used without a login, because access is controlled outside PKCS#11 and
+    /// Returns true if the token is used without a login: access is controlled outside PKCS#11, and
     /// no PIN file is configured.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()

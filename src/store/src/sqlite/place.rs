@@ -98,7 +98,7 @@ impl Place {
         })
     }
 
-    /// Fails if any file is not the file that was opened.
+    /// Fails if a file was replaced or cannot be examined.
     pub(super) fn check(&self) -> Result<(), Error> {
         let begun = Instant::now();
         let changed = self.files.iter().find_map(|file| file.check().err());

@@ -1,7 +1,7 @@
 //! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
 //!
-//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
-//! spelling as the same id, this spelling is refused.
+//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. An id is refused if
+//! other software might treat it as equal to an id with another spelling.
 //!
 //! Mitigation: M2 of `THREAT_MODEL.md`.
 
@@ -11,7 +11,8 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is not a SPIFFE id. The message has no subject: the caller puts the text before it.
+/// The reason why a text is not a SPIFFE id. The message has no subject: callers put the text in
+/// front of the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
     /// The id is too long.
@@ -26,7 +27,7 @@ pub enum IdError {
     /// A segment of the path is empty.
     #[error("has an empty path, a double slash or a slash at its end")]
     EmptySegment,
-    /// A segment of the path is `.` or `..`, which refers to another segment.
+    /// A segment of the path is `.` or `..`.
     #[error("has a `.` or `..` in its path")]
     DotSegment,
     /// The path contains a character that is not allowed.
@@ -37,7 +38,7 @@ pub enum IdError {
     TrustDomain,
 }
 
-/// Whether a URI has the scheme of SPIFFE ids. The URI need not be a valid SPIFFE id.
+/// Whether a URI has the scheme of SPIFFE ids, even if the URI is not a valid SPIFFE id.
 pub fn is_claimed(uri: &str) -> bool {
     let scheme = uri.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe"))

@@ -12,7 +12,8 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted text, in bytes. The longest text that clients write, a note, has a tenth of this length.
+/// Longest accepted text, in bytes. The longest text that clients write is a note, which has at
+/// most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
 /// An encrypted text, well-formed but not yet verified.
@@ -42,8 +43,8 @@ pub enum EncString {
 }
 
 impl EncString {
-    /// Parses an encrypted text strictly: canonical base64 with padding, and nothing before or after it. Therefore,
-    /// each encrypted value has exactly one accepted text form.
+    /// Parses an encrypted text strictly: the text must be canonical base64 with padding, with
+    /// nothing before or after. Therefore, each encrypted value has exactly one accepted text form.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));
@@ -83,7 +84,7 @@ impl EncString {
             ciphertext,
             mac,
         };
-        // This crate must be able to read every text that it writes.
+        // A longer text could not be parsed again.
         if made.to_string().len() > ENC_STRING_BYTES_MAX {
             return Err(Error::TooLong);
         }

@@ -1,4 +1,4 @@
-//! The meaning of the drivers' errors. Each engine has a separate table, because the engines have different error codes, and one
+//! The meaning of the drivers' errors. Each engine has a separate table, because the same error
 //! code has different meanings on different engines.
 
 use sqlx::{
@@ -31,7 +31,7 @@ const SQLITE_CANTOPEN: i64 = 14;
 /// In SQLite, the low byte of an extended result code is the primary result code.
 const PRIMARY_CODE: i64 = 0xff;
 
-/// What an error of a driver means.
+/// The meaning of an error of a driver.
 enum Meaning {
     /// Rows contradict each other.
     Contradiction,
@@ -45,7 +45,7 @@ enum Meaning {
     Contended,
     /// Another connection may succeed.
     Disconnected,
-    /// The session is not the session for which the statement was prepared.
+    /// The statement was prepared in another session.
     SharedSession,
     /// The database cannot be read or written. The value is a remedy, if a remedy is known.
     Down(Option<&'static str>),
@@ -57,8 +57,9 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::ColumnDecode { index, .. } => {
                 return Self::Corrupt(Detail::caused(format!("column {index}"), error));
             }
-            // The pool times out only while a store is opened, when no connection is in use. In an open store, the code that
-            // lends connections distinguishes a full pool from an outage.
+            // The pool times out only while a store is opened, when no connection is in use. After
+            // the store was opened, the code that lends connections distinguishes a full pool from
+            // an outage.
             sqlx::Error::PoolTimedOut => {
                 return Self::Disconnected(
                     "no connection in time: the database does not accept connections".into(),
@@ -95,7 +96,7 @@ impl From<sqlx::Error> for Error {
     }
 }
 
-/// Whether the error says that rows or files of the database are damaged.
+/// Whether the error means that rows or files of the database are damaged.
 pub(super) fn is_damage(error: &sqlx::Error) -> bool {
     matches!(
         meaning(error),

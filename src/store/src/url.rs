@@ -1,12 +1,12 @@
-//! The URL of a database. The broker parses the URL instead of the driver, because some URL parameters of the drivers
-//! disable TLS.
+//! The URL of a database. The broker parses the URL itself, because some URL parameters of the
+//! drivers disable TLS.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// What is wrong with a URL, as a clause that follows the name of the setting. This text never contains the URL,
-/// because the URL may include a password.
+/// A problem of a URL, as a clause that follows the name of the setting. This text never contains
+/// the URL, because the URL may include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(
@@ -67,7 +67,7 @@ pub(super) enum UrlError {
     ControlCharacter,
 }
 
-/// Where a database is.
+/// The location of a database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     /// A file.
@@ -86,14 +86,14 @@ pub(super) struct Place {
     pub(super) transport: Transport,
 }
 
-/// How the broker connects to a database server.
+/// The connection between the broker and a database server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen on
-    /// it.
+    /// A connection over the network. A loopback address counts as the network, because any user of
+    /// the machine can listen on a loopback address.
     Network { host: String, port: Option<u16> },
-    /// Over a socket in the file system. The path is that of the directory for PostgreSQL, and that of the socket for
-    /// MySQL.
+    /// A connection over a socket in the file system. For PostgreSQL, the path is the path of the
+    /// socket's directory. For MySQL, the path is the path of the socket.
     Socket(PathBuf),
 }
 
@@ -142,7 +142,7 @@ impl Place {
         Ok(place)
     }
 
-    /// Whether data that is sent to the database stays inside the kernel of this machine.
+    /// Whether the connection uses a local socket, so that no data leaves this machine.
     pub(super) fn is_local(&self) -> bool {
         matches!(self.transport, Transport::Socket(_))
     }
@@ -168,8 +168,8 @@ fn socket(query: &str) -> Result<Transport, UrlError> {
     }
 }
 
-/// Parses the path of a file. Parameters after the path, which other programs accept, would become a part of the file
-/// name.
+/// Parses the path of a file. Parameters after the path are refused, because they would become a
+/// part of the file name.
 fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
         let encoded = if found == '?' { "%3F" } else { "%23" };
@@ -188,7 +188,7 @@ fn network(text: &str) -> Result<Transport, UrlError> {
         Some(rest) => {
             let (host, port) = rest.split_once(']').ok_or(UrlError::NoBrackets)?;
             let host = decode(host)?;
-            // A link-local address has the name of its network interface after a `%`.
+            // In a link-local address, the name of the network interface follows a `%`.
             let address = host.split('%').next().unwrap_or("");
             if address.parse::<Ipv6Addr>().is_err() {
                 return Err(UrlError::NotIpv6);
@@ -226,7 +226,8 @@ fn network(text: &str) -> Result<Transport, UrlError> {
     Ok(Transport::Network { host, port })
 }
 
-/// Decodes percent-encoding in every part of every URL. User names of managed databases contain an `@`.
+/// Decodes percent-encoding in a part of a URL, such as the `@` in a user name of a managed
+/// database.
 fn decode(text: &str) -> Result<String, UrlError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();

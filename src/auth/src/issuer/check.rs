@@ -1,4 +1,5 @@
-//! Checks the settings of issuers. These checks come after the checks of the settings' names and types.
+//! Checks the settings of issuers. The checks of this module run after the names and types of the
+//! settings were checked.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
@@ -43,7 +44,7 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
 }
 
 impl Settings {
-    /// Returns the problems of this issuer, without a comparison with other issuers.
+    /// Returns the problems of a single issuer, without a comparison with other issuers.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         self.check_names(&mut problems);

@@ -1,4 +1,4 @@
-//! Why a key, a key set, or the source of a key set is refused.
+//! The errors that explain why a key, a key set, or the source of a key set is refused.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use keybroker_core::{pem, trusted_file};
 
 use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS, SET_BYTES_MAX};
 
-/// Why a public key is not used.
+/// The reason why a public key is not used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum KeyError {
     #[error("RSA modulus of {0} bits; {min} to {max} bits are accepted", min = RSA_BITS.start(), max = RSA_BITS.end())]
@@ -54,7 +54,7 @@ pub(super) enum KeyError {
     Json(#[source] serde_json::Error),
 }
 
-/// Why a key set is refused as a whole.
+/// The reason why a complete key set is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
     /// The text is not a JSON Web Key Set.
@@ -78,7 +78,7 @@ pub enum SetError {
     /// No key of the set can be used.
     #[error("it contains no public key that verifies signatures{0}")]
     NoKey(LeftOut),
-    /// The set has more keys than any provider needs.
+    /// The set has more keys than the broker accepts.
     #[error("it contains more than {KEYS_MAX} keys")]
     TooMany,
 }
@@ -88,7 +88,7 @@ pub enum SetError {
 pub struct LeftOut {
     /// Weak or malformed keys.
     pub(super) refused: Vec<String>,
-    /// The keys for purposes other than signatures.
+    /// The names of the keys for purposes other than signatures.
     pub(super) other: Vec<String>,
 }
 
@@ -104,7 +104,7 @@ impl std::fmt::Display for LeftOut {
     }
 }
 
-/// Why the keys of an issuer could not be read or fetched.
+/// The reason why the keys of an issuer could not be read or fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The key file cannot be read.
@@ -115,10 +115,11 @@ pub enum SourceError {
     Set {
         /// File or URL.
         place: String,
-        /// The reason of the refusal.
+        /// The reason for the refusal.
         source: SetError,
     },
-    /// The operation is for keys from a URL, but the issuer's keys come from a file, or the other way round.
+    /// The operation does not match the source of the issuer's keys. For example, the operation is
+    /// for keys from a URL, but the source is a file.
     #[error("internal error: the issuer's keys come from another kind of source")]
     OtherSource,
     /// The CA file cannot be read.
@@ -222,7 +223,7 @@ pub enum SourceError {
     Task(#[source] JoinError),
 }
 
-/// Why no key set is available to verify an access token.
+/// The reason why no key set is available to verify an access token.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum NoSet {
     #[error("no key set is known: {0}")]

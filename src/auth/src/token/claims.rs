@@ -1,4 +1,5 @@
-//! Checks the claims of a verified access token against the issuer's configuration, and reads the identity from them.
+//! Checks the claims of a verified access token against the issuer's configuration, and reads the
+//! identity from the claims.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +21,7 @@ const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 
 type Said = Map<String, Value>;
 
-/// Returns the identity that an access token describes, and the time until which it is valid.
+/// Returns the identity that an access token describes, and the end of its validity.
 pub(crate) fn identity(
     settings: &Settings,
     said: &Said,
@@ -78,8 +79,9 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
     Ok(())
 }
 
-/// Checks the lifetime. A stolen access token can be used until it expires, so a provider's mistake must not lead to an
-/// access token that never expires. If there is no `iat`, the remaining lifetime is checked.
+/// Checks the lifetime. A stolen access token can be used until it expires. Therefore an access
+/// token that never expires, for example by a provider's mistake, must be refused. Without `iat`,
+/// the remaining lifetime is checked.
 fn check_lifetime(
     settings: &Settings,
     said: &Said,
@@ -92,8 +94,8 @@ fn check_lifetime(
         .saturating_sub(issued.unwrap_or(now).micros())
         / MICROS_PER_SECOND;
     let minutes = settings.token_lifetime_max_minutes;
-    // If there is no `iat`, a time of the provider's clock is compared with the broker's clock, and the clocks may
-    // differ.
+    // Without `iat`, a time of the provider's clock is compared with the broker's clock, and the
+    // two clocks may differ.
     let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
     if life <= i64::from(minutes) * 60 + leeway {
         return Ok(());
@@ -204,8 +206,8 @@ fn text(said: &Said, claim: &str) -> Option<String> {
     texts(said.get(claim)).into_iter().next()
 }
 
-/// Reads a time in seconds since 1970. A fraction is cut off (RFC 7519 section 2). A number in a text is accepted,
-/// because some providers write the time as text.
+/// Reads a time in seconds since 1970. A fraction of a second is cut off (RFC 7519 section 2). A
+/// number in a text is accepted, because some providers write the time as text.
 fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
     let seconds = match said.get(claim)? {
         Value::Number(number) => number.as_i64().or_else(|| {

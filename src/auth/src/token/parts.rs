@@ -10,8 +10,8 @@ use crate::{
 
 use super::refusal::{Cause, Refusal, shown};
 
-/// The header members that contain a key or the address of a key. A key that comes with the access token proves
-/// nothing.
+/// The header members that contain a key or the address of a key. A key inside the access token
+/// proves nothing, because everyone can create such an access token.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.
@@ -57,8 +57,8 @@ impl Parts {
         self.claims.get("iat").and_then(Value::as_i64)
     }
 
-    /// Returns the algorithm of the access token, if the issuer may use the algorithm. Refuses headers with keys or
-    /// with unknown extensions.
+    /// Returns the algorithm of the access token if the issuer's configuration permits this
+    /// algorithm. Refuses headers with keys or with unknown extensions.
     pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
@@ -82,7 +82,8 @@ impl Parts {
         })
     }
 
-    /// Checks `typ`. `application/` may be omitted and case is ignored (RFC 9068 section 2.1).
+    /// Checks `typ`. The prefix `application/` may be omitted, and case is ignored (RFC 9068
+    /// section 2.1).
     pub(super) fn check_type(&self, settings: &Settings) -> Result<(), Refusal> {
         if settings.token_types.is_empty() {
             return Ok(());

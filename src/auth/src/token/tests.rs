@@ -35,7 +35,7 @@ fn quick(_: &Settings) -> Pace {
     }
 }
 
-/// An issuer as an operator of Bitwarden configures it, with additional lines.
+/// The configuration of an issuer for Bitwarden, with additional lines.
 fn settings(service: &Identity, lines: &str) -> Settings {
     let mut text = format!(
         "name = \"vault\"\nissuer = \"{}\"\nprofile = \"bitwarden\"\n",
@@ -345,9 +345,9 @@ async fn every_bad_token_is_refused_for_its_reason() {
     running.accepted(&service.user_token(ADA)).await;
 }
 
-/// An expired access token is reported as renewable only if a renewed access token would be accepted. Everything except
-/// the time is verified first. Otherwise an access token for another service, which never counts as a failure, could be
-/// sent without limit.
+/// An expired access token is reported as renewable only if a renewed access token would be
+/// accepted. Everything except the time is verified first. Otherwise a caller could send an access
+/// token for another service without limit, because such an access token never counts as a failure.
 #[tokio::test]
 async fn only_a_token_whose_one_fault_is_its_age_is_renewable() {
     let service = Identity::start(Options::default());
@@ -427,7 +427,7 @@ async fn leeway_is_as_configured() {
     }
 }
 
-/// An access token with 180 organisations in one claim, as a member of all of them has.
+/// The access token of a user who is a member of 180 organisations, which are in one claim.
 #[tokio::test]
 async fn a_token_of_a_user_with_many_organisations_is_accepted_and_the_limit_is_named() {
     let service = Identity::start(Options::default());
@@ -649,7 +649,7 @@ async fn issuers_are_told_apart_by_their_iss() {
         .await;
 }
 
-/// The service signs with another library than the one under test.
+/// The service does not sign with the library that is under test.
 #[test]
 fn the_double_makes_real_signatures() {
     let service = Identity::start(Options::default());
@@ -673,7 +673,7 @@ fn the_double_makes_real_signatures() {
     assert_eq!(pem.names(), ["(key without `kid`)"]);
 }
 
-/// In an earlier release, a file of two joined keys yielded only one of them, and a key in PKCS #1 was reported as
+/// An earlier release read only one key from a file with two keys, and reported a key in PKCS #1 as
 /// missing.
 #[test]
 fn every_key_of_a_pem_file_counts() {

@@ -70,7 +70,7 @@ fn a_bad_or_missing_file_leaves_the_old_policies_in_force() {
     let refused = policy.watch.lock().unwrap().refused.clone().unwrap();
     assert!(refused.contains("a.cedar: is missing"), "{refused}");
 
-    // The whole directory disappears, as after unmounting a volume.
+    // The complete directory disappears, as after unmounting a volume.
     let away = folder.path().with_extension("away");
     fs::rename(folder.path(), &away).unwrap();
     policy.reload(true);

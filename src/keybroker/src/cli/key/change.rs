@@ -1,4 +1,5 @@
-//! The commands of `keybroker key` that change the keys of a running broker through its admin API.
+//! Commands of `keybroker key` that change the wrapping keys of a running broker through the admin
+//! API.
 
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use keybroker_client::{Error, Reason, proto};
 
 use super::{parse_id, removal::confirm};
 
-/// Shortest timeout for the making of a key. Some devices take minutes, but a broker ends the call after its own limit.
+/// Minimum timeout for the generation of a key. Some devices need minutes, but the broker ends the
+/// call after the broker's own limit.
 const ROTATION_TIMEOUT: Duration = Duration::from_mins(2);
 
 #[derive(Args, Debug)]
@@ -22,18 +24,20 @@ pub(in crate::cli) struct Rotate {
     /// Length of the RSA modulus in bits [default: 3072]
     #[arg(long, value_parser = ["2048", "3072", "4096"], conflicts_with = "back")]
     bits: Option<String>,
-    /// Do nothing if the key that wraps new user keys was registered less than this number of days ago, 1 to 36500
+    /// Minimum age of the active key in days, 1 to 36500; if the active key is younger, the command
+    /// does nothing
     #[arg(
         long, value_name = "DAYS", conflicts_with = "back",
         value_parser = clap::value_parser!(u32).range(1..=36_500)
     )]
     if_older_than: Option<u32>,
-    /// Activate the new key at once, although no backup contains it yet
+    /// Activate the new key immediately, although no backup contains the new key yet
     ///
-    /// Until the next backup, the loss of the token is the loss of every user key that was wrapped under the new key.
+    /// If the token is lost before the next backup, every user key that was wrapped under the new
+    /// key is lost.
     #[arg(long, conflicts_with = "back")]
     single: bool,
-    /// Return to the key that was in use before, and deactivate the key that is in use
+    /// Activate the previously active key again, and deactivate the currently active key
     #[arg(long)]
     back: bool,
     #[command(flatten)]
@@ -44,10 +48,11 @@ pub(in crate::cli) struct Rotate {
 pub(in crate::cli) struct Activate {
     #[command(flatten)]
     key: OneKey,
-    /// Confirm that a backup of the token contains the key and that its restore was tested
+    /// Confirm that a backup of the token contains the key, and that you tested a restore of this
+    /// backup
     #[arg(long, conflicts_with = "single")]
     backup_confirmed: bool,
-    /// Activate the key although no backup contains it
+    /// Activate the key although no backup contains the key
     #[arg(long)]
     single: bool,
 }
@@ -84,7 +89,7 @@ pub(super) fn rotate(arguments: Rotate, context: &Context) -> Result<(), Failure
     })
 }
 
-/// Tells the administrator what a rotation left to do.
+/// Prints a note about the steps that remain after a rotation.
 fn note_next_step(
     context: &Context,
     rotated: &proto::RotateWrappingKeyResponse,
@@ -124,7 +129,7 @@ pub(super) fn activate(arguments: &Activate, context: &Context) -> Result<(), Fa
 pub(in crate::cli) struct Lost {
     #[command(flatten)]
     key: OneKey,
-    /// Record the loss without asking for the id again
+    /// Record the loss without prompting for the id of the key
     #[arg(long)]
     yes: bool,
 }
@@ -165,8 +170,8 @@ fn send(
     })
 }
 
-/// The failure of a change of a wrapping key. The hints of the reasons are about user keys, so the hints about wrapping keys
-/// replace them.
+/// The failure of a change of a wrapping key. The usual hint for a reason is about user keys, so a
+/// hint about wrapping keys replaces it.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.outcome_unknown() {

@@ -14,7 +14,7 @@ use keybroker_core::call::Timestamp;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// Longest time between the first warning and the expiry of a certificate, in days.
+/// Maximum time between the first warning and the expiry of a certificate, in days.
 const WARN_DAYS_MAX: i64 = 30;
 /// The broker warns when a fifth of the validity period remains, but at most `WARN_DAYS_MAX` days
 /// before expiry. Automatic renewal usually takes place when a third or a half of the validity
@@ -72,12 +72,12 @@ pub(crate) struct Life {
 /// Whether a certificate is not valid yet, valid, near its end or expired at a given time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Age {
-    /// Not valid yet.
+    /// The certificate is not valid yet.
     Early,
     Good,
-    /// Valid, but near its end: the certificate must be renewed.
+    /// The certificate is valid, but expires soon and must be renewed.
     Late,
-    /// Expired.
+    /// The certificate has expired.
     Over,
 }
 

@@ -51,9 +51,9 @@ use output::{Format, Output};
 const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
-/// The executable of this process, from which workers are started. This link refers to the running
-/// executable even after an upgrade has replaced the file, so workers always have the version of
-/// this process.
+/// The executable of this process, from which workers are started. The link refers to the running
+/// executable even after an upgrade replaced the file, so workers always have the version of this
+/// process.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.

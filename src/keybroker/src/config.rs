@@ -47,7 +47,7 @@ const CONFIGURATION: Purpose = Purpose::trust(
 /// The result of examining the files of the configuration.
 #[derive(Debug, Default)]
 pub struct FileReport {
-    /// The problems. Each text also contains the solution.
+    /// The problems with their solutions.
     pub problems: Vec<String>,
     /// Remarks that are not problems, for example about the content of PEM files or about secrets that a group can read.
     pub notes: Vec<String>,
@@ -101,7 +101,7 @@ pub enum LoadError {
     /// The file cannot be read, or other users could change it.
     #[error("the configuration: {0}")]
     File(#[source] trusted_file::Error),
-    /// The file has the encoding UTF-16.
+    /// The file is encoded in UTF-16.
     #[error("{} is UTF-16", path.display())]
     Utf16 {
         /// The file.
@@ -192,12 +192,13 @@ impl Config {
         Ok(config)
     }
 
-    /// The token that commands for one token use: the only token, or the token that [`Config::select_token`] selected.
+    /// The token for commands that use one token: the only token, or the token that
+    /// [`Config::select_token`] selected.
     pub fn token(&self) -> &hsm::Settings {
         self.tokens.selected()
     }
 
-    /// Selects the token that commands for one token use. If no name is given, the configuration
+    /// Selects the token for commands that use one token. If no name is given, the configuration
     /// must have only one token.
     pub fn select_token(&mut self, name: Option<&str>) -> Result<(), SelectionError> {
         self.tokens.select(name)

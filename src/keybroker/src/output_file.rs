@@ -1,6 +1,6 @@
 //! Writes output files that contain no secrets. In a directory such as `/tmp`, another user could
-//! create a symbolic link with the name of the output file. If root then wrote to this name, the
-//! write would overwrite the target of the link.
+//! create a symbolic link with the name of the output file. If root then wrote the output file, the
+//! target of the link would be overwritten.
 
 use std::{
     ffi::OsString,

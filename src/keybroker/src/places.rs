@@ -109,9 +109,9 @@ impl Registry {
         }
     }
 
-    /// The keys that the workers of a token search for. With several tokens, each token must verify
-    /// the MACs of the registry before its keys are used, because a token with a wrong integrity
-    /// key would reject every row.
+    /// The keys that the workers of a token search for. With several tokens, each token must first
+    /// verify the MACs of the registry, because a token with a wrong integrity key would reject
+    /// every row.
     pub(crate) fn expected(&self, token: &Settings, is_one_of_several: bool) -> Vec<ExpectedKey> {
         let keys = self.may_be_on(token).into_iter();
         keys.map(|key| ExpectedKey {
@@ -129,8 +129,8 @@ impl Registry {
         .collect()
     }
 
-    /// The names of the tokens that have a key, according to the registry. For a token with an
-    /// unknown name, the result contains the serial number.
+    /// The names of the tokens that have a key, according to the registry. The result contains the
+    /// serial number of a token if its name is unknown.
     pub(crate) fn tokens_of(&self, row: &RegistryRow, configured: &[Settings]) -> Vec<String> {
         let named = self.places.iter().filter(|place| place.key == row.id);
         let mut tokens: Vec<String> = named.map(|place| place.token.clone()).collect();

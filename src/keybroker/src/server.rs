@@ -129,8 +129,8 @@ pub struct ListenerSettings {
     #[serde(default)]
     pub client_certificates: ClientCertificates,
     /// Networks of load balancers and proxies, whose connections transport calls of many clients.
-    /// For these connections, the limits for one network or one principal do not apply; only the
-    /// limits for all connections do.
+    /// The limits for one network or one principal do not apply to these connections. Only the
+    /// limits for all connections apply.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }

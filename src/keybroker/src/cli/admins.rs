@@ -22,7 +22,7 @@ use super::{
     token,
 };
 
-/// For each token of a command, the configuration and the source of the PIN.
+/// The configuration and the source of the PIN for each token of a command.
 #[derive(Debug)]
 pub(super) struct Logins(Vec<(Config, PinSource)>);
 
@@ -88,7 +88,7 @@ impl Logins {
 #[derive(Debug)]
 pub(super) struct Admins {
     opened: Vec<Opened>,
-    /// For each key, the index in `opened` of the token that verifies the key's rows.
+    /// The index in `opened` of the token that verifies the rows of each key.
     at: RefCell<HashMap<WrappingKeyId, usize>>,
 }
 
@@ -184,7 +184,7 @@ impl Admins {
         Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
     }
 
-    /// Verifies a MAC on a token that holds the key.
+    /// Verifies a MAC on a token that has the key.
     pub(super) fn verify(
         &self,
         key: WrappingKeyId,

@@ -35,7 +35,7 @@ pub(super) enum Command {
     /// auditors. The command prints what the broker found, and records who acknowledged the
     /// finding. A running broker writes the acknowledgement into the audit log and continues within
     /// a second. A stopped broker writes the acknowledgement at its next start. Missing entries
-    /// stay visible as a gap in the sequence numbers.
+    /// remain visible as a gap in the sequence numbers.
     Acknowledge,
     /// Remove the oldest segments of this instance's log; first copy them to another machine
     ///

@@ -303,8 +303,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     finish(&bench, &clock, results)
 }
 
-/// Writes and shows the results. If a call failed, the command fails after it has written the
-/// results.
+/// Writes and shows the results. If a call failed, the command writes the results and then fails.
 fn finish(bench: &Bench<'_>, clock: &document::Clock, results: Results) -> Result<(), Failure> {
     let (arguments, output) = (bench.arguments, bench.context.output);
     let failure = results.failure.clone();

@@ -1,5 +1,5 @@
-//! Writes audit entries for changes that commands make. Each run of a command that makes a change
-//! has a separate audit log.
+//! Writes audit entries for changes that commands make. Each run of a command writes to a separate
+//! audit log.
 
 use std::fs;
 
@@ -105,8 +105,7 @@ fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
         let call = name.strip_prefix(LOG_PREFIX).and_then(CallId::parse);
         call.is_some() && *name != settings.instance
     };
-    // The audit directory does not exist before the first start of a broker or the first command
-    // that writes to it.
+    // The audit directory may not exist yet.
     let entries = fs::read_dir(&settings.directory).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.filter(ours).collect()

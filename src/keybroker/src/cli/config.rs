@@ -62,8 +62,8 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Makes the same checks of a database server as `serve` at its start. Returns a problem, a note,
-/// or neither. An unreachable server causes only a note, because operators often check a
+/// Checks a database server in the same way as `serve` does when it starts. Returns a problem, a
+/// note, or neither. An unreachable server causes only a note, because operators often check a
 /// configuration before the database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();

@@ -13,8 +13,8 @@ use super::exit::Failure;
 /// Prefix of Keybroker's own environment variables.
 const OURS_PREFIX: &str = "KEYBROKER_";
 
-/// Variables whose names contain one of these parts may be read by PKCS#11 modules or by the
-/// dynamic linker.
+/// Parts of variable names. PKCS#11 modules or the dynamic linker may read variables with these
+/// parts in their names.
 const OF_MODULES: &[&str] = &[
     "PKCS11",
     "P11",
@@ -69,7 +69,7 @@ pub(super) fn hint(error: &AdminError, config: &Config) -> Option<String> {
         .flatten()
 }
 
-/// The hint about variables that the module does not receive; `None` if there are no such
+/// The hint about variables that the module does not receive; `None` if the module receives all
 /// variables.
 pub(super) fn withheld(config: &Config) -> Option<String> {
     let set: Vec<String> = std::env::vars_os()

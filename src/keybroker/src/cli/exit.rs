@@ -110,14 +110,14 @@ pub struct Failure {
     pub exit: Exit,
     /// The description of the problem and its consequences.
     pub message: String,
-    /// The suggested next step, if the message does not contain it.
+    /// The suggested next step, if it is not part of the message.
     pub hint: Option<String>,
     /// The broker's reason, if the broker refused a call.
     pub reason: Option<String>,
 }
 
 impl Failure {
-    /// Makes a failure with a message and no hint.
+    /// Creates a failure with a message and no hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,

@@ -235,8 +235,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     show(context, shown, file.as_ref())
 }
 
-/// The files of integrity keys, if the settings permit such files. Fails if the directory of the
-/// files is not ready.
+/// Returns access to the integrity key files, if the settings permit integrity keys in files. Fails
+/// if the directory of the files is not ready.
 fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
     let Some(files) = IntegrityFiles::permitted(config.token())? else {
         return Ok(None);
@@ -289,7 +289,7 @@ fn store_integrity_key(
     }))
 }
 
-/// Shows the fields of a registry row, and the file of its integrity key if the command has written this file.
+/// Shows the fields of a registry row, and the integrity key file if the command wrote one.
 fn show(context: &Context, mut shown: Vec<Field>, file: Option<&StoredKey>) -> Result<(), Failure> {
     if let Some(file) = file {
         shown.push(("integrity_key_file", json!(file.path.display().to_string())));
@@ -434,7 +434,8 @@ fn check_place(
         return Ok(admin.check(id)?);
     };
     // The command never replaces an integrity key file whose digest is in the configuration,
-    // because rows may depend on this key. If such a file is lost, an operator must restore it.
+    // because rows may depend on this key. If an integrity key file is lost, an operator must
+    // restore the file.
     let is_pinned = files.is_pinned(id);
     if !is_pinned && !files.has(id) {
         files.check_writable()?;
@@ -491,8 +492,8 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
 }
 
 /// Rejects an integrity key that another wrapping key uses. If two wrapping keys shared an
-/// integrity key, MACs of rows under a compromised wrapping key would also be valid for the other
-/// one. Destroying one wrapping key would affect both.
+/// integrity key, MACs of a compromised wrapping key would also be valid for the other wrapping
+/// key. Destroying one of the two wrapping keys would affect both.
 fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
     // The file of an integrity key in the workers contains the id of its only wrapping key.
     let Some(own) = key.objects.integrity_object(key.id) else {

@@ -179,7 +179,7 @@ fn list(rows: &[Vec<Field>]) -> String {
     blocks.join("\n\n")
 }
 
-/// Formats rows as a table. A column without values is left out.
+/// Formats rows as a table. The table does not show columns without values.
 fn table(rows: &[Vec<Field>]) -> String {
     let is_filled = |column: &usize| {
         rows.iter()
@@ -205,7 +205,7 @@ fn table(rows: &[Vec<Field>]) -> String {
     aligned(headings, &rows)
 }
 
-/// Formats texts as a table with these headings.
+/// Formats texts as a table with the given headings.
 pub(super) fn text_table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let headings = headings.iter().map(ToString::to_string).collect();
     aligned(Some(headings), rows)

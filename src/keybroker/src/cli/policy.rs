@@ -89,8 +89,8 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
     Err(refused(shown, &problems))
 }
 
-/// Remarks about principals in the policies that the configuration does not define. Returns `None`
-/// if `--directory` selects the policies and no configuration exists.
+/// Remarks about principals that the policies name but the configuration does not define. Returns
+/// `None` if `--directory` selects the policies and no configuration exists.
 fn unknown_principals(
     source: &Source,
     settings: &Settings,

@@ -16,7 +16,7 @@ const REDRAW: Duration = Duration::from_millis(250);
 pub(super) struct Progress(ProgressBar);
 
 impl Progress {
-    /// Shows a bar, except with `-o json` or if standard error is not a terminal.
+    /// Shows a progress bar, except with `-o json` or if standard error is not a terminal.
     pub(super) fn new(output: Output, what: &'static str, total: u64) -> Self {
         if output.is_json() {
             return Self(ProgressBar::hidden());

@@ -75,7 +75,7 @@ impl Source<'_> {
             .map_err(|error| self.refuse(&format!("cannot be read: {error}")))
     }
 
-    /// Reads a key of this length, as raw bytes or as a line of base64.
+    /// Reads a key of the given length, as raw bytes or as a line of base64.
     pub(super) fn key(&self, length: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let bytes = self.bytes(LINE_BYTES_MAX)?;
         if bytes.len() == length {

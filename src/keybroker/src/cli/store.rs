@@ -85,7 +85,8 @@ fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
 }
 
 /// Rejects a database that was used with another audit log of this instance, as a broker does at
-/// its start. Such a database may belong to another broker, and a migration cannot be undone.
+/// its start. A database that was used with another audit log may belong to another broker, and a
+/// migration cannot be undone.
 fn require_own_log(config: &Config) -> Result<(), Failure> {
     let log = config.audit.examine_instance()?;
     let id = log.id().unwrap_or_default();

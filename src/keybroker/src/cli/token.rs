@@ -266,8 +266,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// Whether an unregistered wrapping key has no integrity key in the workers yet. Such a key cannot
-/// be checked.
+/// Whether an unregistered wrapping key has no integrity key in the workers yet. A wrapping key
+/// without an integrity key cannot be checked.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
     let lacks = IntegrityFiles::of(config.token(), id)
         .is_ok_and(|files| !files.is_pinned(id) && !files.has(id));
@@ -542,7 +542,7 @@ pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &Regi
     }
 }
 
-/// Prints a note about the negative tests that were not made. The results of these tests are
+/// Prints a note about the negative tests that were not made. The results of omitted tests are
 /// unknown.
 pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
     if checked.not_tried.is_empty() {

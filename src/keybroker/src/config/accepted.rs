@@ -13,7 +13,7 @@ use keybroker_worker_protocol::AccessControl;
 pub(crate) struct AcceptedRisk {
     /// The setting in `[token]`, such as `attribute_exceptions`.
     pub(crate) setting: &'static str,
-    /// What the setting permits, as a sentence without a full stop.
+    /// The effect of the setting, as a sentence without a full stop.
     pub(crate) what: String,
     /// The risk; `None` if `what` already describes the risk.
     pub(crate) gives_away: Option<&'static str>,

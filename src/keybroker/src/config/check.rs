@@ -16,8 +16,8 @@ use super::{
 };
 
 impl Config {
-    /// All problems of the configuration. Each text also contains the solution. The list is empty
-    /// if the broker can serve with this configuration.
+    /// All problems of the configuration with their solutions. The list is empty if the broker can
+    /// serve with this configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         problems.extend(self.tokens.problems_of_each(selection_problems));
@@ -26,9 +26,9 @@ impl Config {
         problems
     }
 
-    /// The problems that are relevant to every command. Some settings may still be missing, because
-    /// operators initialise a token and generate keys before the PIN file, the certificates and the
-    /// principals exist.
+    /// The problems that are relevant to every command. The PIN file, the certificates and the
+    /// principals may still be missing, because operators initialise a token and generate keys
+    /// first.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.tokens.problems_of_list());

@@ -151,7 +151,7 @@ pub(super) fn integrity_key_problems(token: &Settings) -> Vec<String> {
     problems
 }
 
-/// Returns the problems of names and values that an environment cannot contain.
+/// Returns a problem for each environment variable with an invalid name or value.
 fn environment_problems(token: &Settings) -> Vec<String> {
     let is_bad = |name: &str, value: &str| {
         name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')

@@ -20,8 +20,8 @@ use keybroker_worker_protocol::{
 use super::{Config, FileReport, certificates, check_token::integrity_key_problems};
 
 impl Config {
-    /// Examines the files of the configuration. This function reads the files in the same way as
-    /// `serve`, and changes nothing.
+    /// Examines the files of the configuration. Reads the files in the same way as `serve`, and
+    /// changes nothing.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;

@@ -20,7 +20,7 @@ pub const TOKENS_MAX: usize = 16;
 #[derive(Clone, Debug)]
 pub struct Tokens {
     entries: Vec<hsm::Settings>,
-    /// Index of the token that commands for one token use.
+    /// Index of the token for commands that use one token.
     selected: usize,
     /// Whether the file uses `[token]` instead of `[[token]]`.
     is_one_table: bool,
@@ -53,12 +53,12 @@ impl Tokens {
         self.entries.len() > 1
     }
 
-    /// The token that commands for one token use: the selected token, or the first token.
+    /// The token for commands that use one token: the selected token, or the first token.
     pub(super) fn selected(&self) -> &hsm::Settings {
         &self.entries[self.selected]
     }
 
-    /// Selects the token with this name. Without a name, the only token is selected.
+    /// Selects the token with this name. If no name is given, selects the only token.
     pub(super) fn select(&mut self, name: Option<&str>) -> Result<(), SelectionError> {
         let Some(name) = name else {
             if self.are_several() {
@@ -79,8 +79,8 @@ impl Tokens {
         names.join(", ")
     }
 
-    /// For each principal, the weight of its calls that wait for a place in the front: the highest
-    /// of its weights for all tokens.
+    /// The weights of principals while their calls wait for a place in the front. If tokens have
+    /// different weights for a principal, the highest weight applies.
     pub fn weights(&self) -> BTreeMap<String, u32> {
         let mut weights = BTreeMap::new();
         for (principal, weight) in self.entries.iter().flat_map(|token| &token.weights) {

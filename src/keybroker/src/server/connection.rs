@@ -224,9 +224,9 @@ impl Connection {
             .layer(Extension(Arc::clone(&client.authentication)))
     }
 
-    /// Serves a connection until it ends. The broker ends a connection if the broker stops, the
-    /// trusted CAs or revocations change, the maximum age is reached, the client certificate
-    /// expires, or an unauthenticated client makes no call.
+    /// Serves a connection until it ends. The broker ends a connection when the broker stops, the
+    /// trusted CAs or revocations change, or the maximum age is reached. A connection also ends
+    /// when its client certificate expires, or if an unauthenticated client makes no call.
     async fn watch(
         &self,
         connection: impl GracefulShutdown,
@@ -251,7 +251,7 @@ impl Connection {
             if client.caller.is_known() || self.tls.is_none() {
                 std::future::pending::<()>().await;
             }
-            // A credential authenticates only its call, so the connection must end when it is idle.
+            // A credential authenticates only a call, so a connection without calls must end.
             unused(&client.caller, CREDENTIAL_IDLE).await;
         };
         tokio::select! {
@@ -321,7 +321,7 @@ impl Connection {
         let authentication = match caller.principal() {
             Ok(principal) => Authentication::done(places, principal)?,
             // A trusted CA issued the certificate, but the certificate is not accepted. A
-            // credential in a call cannot replace such a certificate.
+            // credential in a call cannot replace a rejected certificate.
             Err(_) if leaf.is_some() && certificate.is_none() => {
                 Authentication::pending(places, self.network)?.without_credentials()
             }

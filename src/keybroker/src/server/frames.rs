@@ -2,17 +2,16 @@
 //! overwrites buffers of the library.
 //!
 //! Stream resets: the HTTP/2 library limits the number of streams per connection that are reset
-//! before the library accepts them. If this limit were low enough to stop rapid-reset attacks
-//! (CVE-2023-44487), it would also close connections of legitimate clients whose calls expire while
-//! the process is paused. The library's limit is therefore high, and this module limits the rate of
-//! resets.
+//! before the library accepts them. A limit that stops rapid-reset attacks (CVE-2023-44487) would
+//! also close connections of legitimate clients whose calls expire while the process is paused.
+//! Therefore, the library's limit is high, and this module limits the rate of resets.
 //!
 //! Buffers: the library keeps the last frames that it read and wrote, including user keys, until
 //! other frames replace them. When no message data and no headers have been read or written for a
 //! short time, this module passes two kinds of frames to the library:
 //!
 //! - Frames of an unknown type with zeros as payload overwrite the library's read buffer. The
-//!   library must ignore such frames (RFC 9113 section 5.5).
+//!   library must ignore frames of an unknown type (RFC 9113 section 5.5).
 //!
 //! - The library answers PING frames (RFC 9113 section 6.7). The answers overwrite the library's
 //!   write buffer, and this module discards the answers.
@@ -498,8 +497,8 @@ mod tests {
         assert_eq!(counted.read_u8().await.unwrap(), 7);
     }
 
-    /// After the library writes, enough PING frames are inserted to overwrite the write buffer.
-    /// Their answers are discarded, and everything else is sent.
+    /// After the library writes, enough PING frames are inserted to overwrite the write buffer. The
+    /// answers to the PING frames are discarded, and all other frames are sent.
     #[tokio::test]
     async fn answers_to_own_pings_are_never_sent() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -1,6 +1,6 @@
-//! Makes the TLS handshake of a connection, and reads the first bytes of HTTP/2. One timeout
-//! applies to both steps together, so that a silent peer cannot keep its connection open. With
-//! HTTP/1.1, a separate timeout applies to the head of each request.
+//! Makes the TLS handshake of a connection, and reads the first bytes of HTTP/2. A single timeout
+//! applies to the handshake and these bytes, so that a silent peer cannot keep its connection open.
+//! With HTTP/1.1, a separate timeout applies to the head of each request.
 
 use std::{
     io,
@@ -113,7 +113,7 @@ fn certificate_cause(why: &CertificateError) -> &'static str {
 pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// Prepares a connection for its first request. The protocol is HTTP/1.1 if the listener supports
-/// HTTP/1.1 and the client negotiates HTTP/1.1 or no protocol. Otherwise the protocol is HTTP/2.
+/// HTTP/1.1 and the client negotiates HTTP/1.1 or no protocol. Otherwise, the protocol is HTTP/2.
 pub(super) async fn complete(
     stream: TcpStream,
     config: Arc<ServerConfig>,

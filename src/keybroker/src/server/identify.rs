@@ -63,7 +63,7 @@ impl Identifier {
         next.run(request).await
     }
 
-    /// Returns the caller of a call if it differs from the caller of the connection.
+    /// Returns the caller of a call if the call and the connection have different callers.
     async fn identify(
         &self,
         caller: &Caller,

@@ -23,7 +23,8 @@ use super::status;
 
 const PROBE: &[u8] = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const ALIVE: &[u8] = b"HTTP/1.1 200 ";
-/// Number of watchdog notifications within the service manager's timeout, so that two notifications may be late.
+/// Number of watchdog notifications within the service manager's timeout. Therefore, two
+/// notifications may be late.
 const PINGS_PER_TIMEOUT: u32 = 3;
 
 /// The notifications of a running broker. Dropping this value ends the watchdog notifications.

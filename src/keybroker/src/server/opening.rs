@@ -164,7 +164,7 @@ pub(super) async fn open_store(
 }
 
 /// Records the audit log of this instance in the database. Fails if the database lists only other
-/// logs of this instance, because the log was then replaced. If an operator acknowledged the
+/// logs of this instance, because the log was probably replaced. If an operator acknowledged the
 /// current log, or an earlier release created it, the function adds the log with a warning.
 async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {

@@ -36,7 +36,7 @@ use super::{
 };
 
 /// Maximum number of open connections. At the maximum, a new connection replaces an older
-/// connection, because a local user with many connections must not be able to block probes.
+/// connection, so that a local user with many connections cannot block probes.
 const CONNECTIONS_MAX: usize = 64;
 /// Maximum time to receive the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);

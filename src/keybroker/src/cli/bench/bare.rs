@@ -31,7 +31,7 @@ pub(super) struct Bare {
     operations: u32,
     seconds: f64,
     cpu_ms: f64,
-    /// How often a thread gave up the CPU to wait.
+    /// Number of times that a thread gave up the CPU to wait.
     waits: u32,
 }
 

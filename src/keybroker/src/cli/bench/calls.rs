@@ -17,7 +17,7 @@ pub(super) enum Outcome {
     Late,
     /// The broker refused the call because of its load, or because the caller made too many calls.
     Refused,
-    /// The call failed for another reason.
+    /// The call failed for a reason other than load or its deadline.
     Failed,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Done {
     /// Delay between the due time of the call and the time when the call was sent.
     pub(super) dispatch: Duration,
     pub(super) at: Instant,
-    /// Why the call did not release the key in time, for the first error message.
+    /// The error of a call that did not release the key in time.
     pub(super) error: Option<String>,
 }
 
@@ -80,7 +80,7 @@ pub(super) struct Tally {
     pub(super) late: u64,
     pub(super) refused: u64,
     pub(super) failed: u64,
-    /// The error of the first call with another outcome than [`Outcome::InTime`].
+    /// The error of the first call whose outcome is not [`Outcome::InTime`].
     pub(super) first_error: String,
     /// The error of the first call with the outcome [`Outcome::Failed`].
     pub(super) first_failure: String,

@@ -1,4 +1,4 @@
-//! The result of a measurement as one JSON document. `docs/performance.md` describes it.
+//! The result of a measurement as one JSON document. `docs/performance.md` describes this document.
 
 use std::time::Instant;
 
@@ -63,7 +63,7 @@ pub(super) struct Results {
     pub(super) arguments: Vec<Field>,
     pub(super) rows: Vec<Vec<Field>>,
     pub(super) timeline: Vec<Vec<Field>>,
-    /// The reason for which the command fails although it has results.
+    /// The error message of a run that has results but failed.
     pub(super) failure: Option<String>,
 }
 
@@ -176,7 +176,7 @@ pub(super) fn first_failure(failures: impl IntoIterator<Item = Option<String>>) 
     failures.into_iter().flatten().next()
 }
 
-/// The failure of a scenario that has no results.
+/// Returns the failure of a scenario without results.
 pub(super) fn nothing(what: &str) -> Failure {
     Failure::new(Exit::Verification, what)
 }

@@ -118,7 +118,8 @@ fn row(callers: u32, heavy: &Tally, light: &Offered) -> Vec<Field> {
     row
 }
 
-/// Changes a connection failure so that it names the options of the second principal.
+/// Replaces the names of options in a connection failure with the names of the second principal's
+/// options.
 fn of_light(failure: Failure) -> Failure {
     let renamed = |text: &str| {
         text.replace("--cert", "--light-cert")

@@ -10,7 +10,7 @@ use crate::cli::exit::{Exit, Failure};
 
 use super::{callers::Callers, calls::Tally, cpu::CpuTime, metrics::Added, session::Session};
 
-/// What to measure.
+/// The parameters of the measurement.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) callers: u32,

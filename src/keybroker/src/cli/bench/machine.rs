@@ -21,7 +21,7 @@ pub(in crate::cli) struct Machine {
 }
 
 impl Machine {
-    /// This machine.
+    /// Returns the facts about this machine.
     pub(super) fn this() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpus = read("/proc/cpuinfo");

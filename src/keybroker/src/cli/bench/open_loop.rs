@@ -22,8 +22,8 @@ use super::{
     users::Users,
 };
 
-/// Maximum number of calls in progress. Further calls that become due are counted but not sent,
-/// because their number would exhaust the memory of this program.
+/// Maximum number of calls in progress. At the maximum, further calls are counted but not sent,
+/// because more calls in progress would exhaust the memory of this program.
 const IN_PROGRESS_MAX: usize = 65_536;
 /// Maximum interval at which the thread that starts calls checks whether the measurement was
 /// stopped.

@@ -56,8 +56,8 @@ pub(super) struct Answer {
 }
 
 impl Rest {
-    /// Finds the last listener in the broker's configuration, which is the REST listener that was
-    /// added.
+    /// Uses the last listener of the broker's configuration, because the REST listener was added
+    /// last.
     pub(super) fn of(bench: &Bench<'_>, broker: &Served) -> Result<Self, Failure> {
         let address = broker.listeners.last().copied();
         let address = address.ok_or_else(|| internal("the broker has no REST listener"))?;

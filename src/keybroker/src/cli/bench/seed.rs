@@ -52,8 +52,8 @@ pub(super) fn principal(
     Ok(known.certificate(Some(&connection.certificate()?))?)
 }
 
-/// The tenant of the principal that the client certificate of the load identifies. The broker looks for the records in this
-/// tenant.
+/// The tenant of the principal that the benchmark's client certificate identifies. The broker looks
+/// for the records in this tenant.
 pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
     Ok(principal(connection, config)?.tenant().clone())
 }
@@ -145,8 +145,8 @@ impl Seed {
     }
 
     /// Writes one batch. Each batch is written in one transaction, so if the last record of a batch
-    /// exists, all records of this batch exist. Runs that enrolled users through the broker may
-    /// have left single records.
+    /// exists, all records of this batch exist. Earlier runs that enrolled users through the broker
+    /// may have left records of single users.
     async fn batch(&self, wrapper: &Wrapper, numbers: Range<u32>) -> Result<(), Failure> {
         if self.is_there(numbers.end - 1).await? {
             return Ok(());

@@ -16,8 +16,8 @@ use crate::cli::{
 
 use super::{Bench, internal, served::Served, users::Users};
 
-/// Maximum number of TLS connections in scenarios where callers share connections. This maximum is
-/// far below a listener's default limit of connections.
+/// Maximum number of TLS connections in scenarios where callers share connections. The value is far
+/// below a listener's default limit of connections.
 pub(super) const CONNECTIONS_MAX: u32 = 256;
 /// Maximum number of concurrent enrolment calls, and of concurrent TLS handshakes.
 const AT_ONCE: u32 = 16;

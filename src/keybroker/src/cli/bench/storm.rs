@@ -200,8 +200,8 @@ struct Counts {
     /// Number of members without a key, by cause.
     causes: BTreeMap<String, u64>,
     times: Latencies,
-    /// For each second, three numbers of members: members who arrived, members who got the key, and
-    /// members who did not.
+    /// For each second, the numbers of members who arrived, who got the key, and who did not get
+    /// the key.
     seconds: BTreeMap<u64, [u64; 3]>,
 }
 

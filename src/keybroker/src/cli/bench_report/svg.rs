@@ -1,8 +1,8 @@
 //! Draws line and bar charts as SVG files that are readable on light and dark backgrounds.
 //!
 //! A style sheet in each file adapts the colours to the reader's colour scheme. The common chart
-//! libraries do not support this, so this module writes the SVG code itself. Series differ in
-//! dashes and markers as well as in colour.
+//! libraries do not support style sheets, so this module writes the SVG code itself. Series have
+//! different dashes and markers as well as different colours.
 
 use std::fmt::{self, Write as _};
 
@@ -194,8 +194,7 @@ impl Scale {
             }
             Kind::Logarithmic => {
                 let powers = (self.high / self.low).log10().round();
-                // If the axis has few powers of ten, it also has ticks at 2 and 5 times each power
-                // of ten.
+                // An axis with few powers of ten also has ticks at 2 and 5 times each power of ten.
                 let factors: &[f64] = if powers > FEW_POWERS {
                     &[1.0]
                 } else {

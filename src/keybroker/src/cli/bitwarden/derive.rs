@@ -1,4 +1,4 @@
-//! Commands that derive master keys from passwords. These commands need no broker.
+//! Commands that derive master keys from passwords, without a broker.
 
 use std::path::PathBuf;
 

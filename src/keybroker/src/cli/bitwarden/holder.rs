@@ -1,6 +1,6 @@
-//! Reads the claims of an access token that identify its holder. The commands do not verify these
-//! claims; only the broker does. The commands show the claims and compare them with the options, so
-//! that a wrong token file does not overwrite another user's key.
+//! Reads the claims of an access token that identify its holder. The commands do not verify the
+//! claims; only the broker verifies them. The commands show the claims and compare them with the
+//! options, so that a wrong token file does not overwrite another user's key.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde::Deserialize;

@@ -206,9 +206,9 @@ impl Caller {
     }
 }
 
-/// The failure of a change to an API client. For KEY_NOT_FOUND, a hint about API clients replaces
-/// the hint about user keys. If the outcome is unknown, the hint also explains how to find the
-/// change and to revoke a lost secret.
+/// The failure of a change to an API client. The hint for KEY_NOT_FOUND is about API clients
+/// instead of user keys. If the outcome is unknown, the hint also explains how to find the change
+/// and to revoke a lost secret.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.reason() == Some(Reason::KeyNotFound) {

@@ -28,7 +28,7 @@ pub(super) struct Credential {
 
 impl Credential {
     /// Adds the credential from the options, if the options contain a credential. Libraries copy
-    /// the secret before they send it to the broker, and do not overwrite these copies in memory.
+    /// the secret before sending it to the broker, and do not overwrite the copies in memory.
     pub(super) fn set(&self, builder: ClientBuilder) -> Result<ClientBuilder, Failure> {
         match (&self.client_id, &self.client_secret_file, &self.token_file) {
             (None, None, None) => Ok(builder),

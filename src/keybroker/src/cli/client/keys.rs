@@ -273,7 +273,7 @@ impl Caller {
     }
 }
 
-/// The usual hint for `KEY_EXISTS` suggests `undelete`, so the command `undelete` shows another
+/// The general hint for `KEY_EXISTS` suggests `undelete`, so the command `undelete` replaces the
 /// hint.
 fn explain_active(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {

@@ -95,7 +95,7 @@ impl Source {
     }
 
     /// Removes the file with generated key material that the broker certainly did not store, so
-    /// that it is not mistaken for a stored key.
+    /// that the file is not mistaken for a stored key.
     pub(super) fn discard(&self) {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)

@@ -87,7 +87,7 @@ fn without_reason(error: &Error) -> Failure {
 /// The failure for an answer that does not come from the API of a broker.
 fn of_another_service(status: &Status) -> Failure {
     let message = status.message();
-    // The message of the library tonic contains this text if the answer is HTTP but not gRPC.
+    // The library tonic returns this text if the answer is HTTP but not gRPC.
     if message.contains("invalid compression flag") {
         let what = "the listener at this address does not offer gRPC";
         return Failure::new(Exit::Refused, what).hint(

@@ -170,8 +170,8 @@ fn send(
     })
 }
 
-/// The failure of a change of a wrapping key. The usual hint for a reason is about user keys, so a
-/// hint about wrapping keys replaces it.
+/// The failure of a change of a wrapping key. A hint about wrapping keys replaces the general hint,
+/// which is about user keys.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.outcome_unknown() {

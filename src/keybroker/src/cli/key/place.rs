@@ -16,8 +16,8 @@ use crate::{
     places::Registry,
 };
 
-/// Adds a row for the place of a new key on the token of this command. With only one token, no such
-/// row is needed, because the registry row describes the token.
+/// Adds a row for the place of a new key on the token of this command. A configuration with only
+/// one token needs no row for the place, because the registry row describes the token.
 pub(super) fn add(
     config: &Config,
     admin: &Admin,
@@ -32,8 +32,9 @@ pub(super) fn add(
     Ok(Some(place))
 }
 
-/// Registers a known key for the token of this command, after proof that the token has the same
-/// key: the public keys are equal, and the integrity key verifies the MAC of the registry row.
+/// Registers a registered key also for the token of this command. First proves that the token has
+/// the same key: the public keys must be equal, and the integrity key must verify the MAC of the
+/// registry row.
 pub(super) fn register(
     context: &Context,
     config: &Config,

@@ -25,7 +25,7 @@ use keybroker_store::{
 
 use super::row_check::{Finding, Problem, RowChecker};
 
-/// Maximum number of findings to show. Further findings are only counted. This maximum limits the
+/// Maximum number of findings to show. Further findings are only counted. The maximum limits the
 /// memory for findings if all rows of a database are damaged.
 const SHOWN_MAX: usize = 1_000;
 

@@ -156,8 +156,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let logins = Logins::of(context, &arguments.pin)?;
     let config = logins.config()?;
     let (from, to) = sides(arguments, config)?;
-    // Log in before writing to the destination, because the command must not make a copy that it
-    // cannot verify.
+    // Log in before writing to the destination, because an unverified copy must not be made.
     let registry = block_on(async {
         let source = store::open_tables(&from).await?;
         let registry = Registry::read(&*source).await;
@@ -260,8 +259,8 @@ async fn carry_out(context: &Context, copy: &Copy, admins: &Admins) -> Result<Ou
         walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
     walk_all(context, copy, "copying rows", Lacking::Add).await?;
-    // The comparison follows the slow check with the token, so that it detects changes during the
-    // check.
+    // The comparison comes after the slow check with the token, so that the comparison detects
+    // changes during the check.
     let checked = check::scan(context, &copy.to, admins).await?;
     let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(

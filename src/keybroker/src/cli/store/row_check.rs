@@ -1,5 +1,5 @@
-//! Checks single rows. These checks include every check of a row that the broker makes before it
-//! releases a key.
+//! Checks single rows. The checks include every check of a row that the broker makes before the
+//! release of a key.
 
 use std::collections::HashSet;
 
@@ -249,8 +249,8 @@ impl<'a> RowChecker<'a> {
         };
         let head = match found.head.as_deref() {
             None => return bad(Problem::RevisionWithoutRecord, String::new()),
-            // An unreadable record is reported only once. Its address is unknown, so the MACs of
-            // its revisions cannot be verified.
+            // An unreadable record is reported only once. The address of the record is unknown, so
+            // the MACs of its revisions cannot be verified.
             Some(Err(_)) => return Ok(None),
             Some(Ok(head)) => head,
         };
@@ -344,8 +344,8 @@ impl<'a> RowChecker<'a> {
     ) -> Result<Option<Finding>, Failure> {
         let of = format!("request id {} of {}", scope.id, scope.principal);
         let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        // Rows from releases before schema 4 have no MAC. These rows need no check, because the
-        // broker refuses a retry that refers to a row without a MAC.
+        // Rows from releases before schema 4 have no MAC. Rows without a MAC need no check, because
+        // the broker refuses a retry that refers to a row without a MAC.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };

@@ -4,8 +4,8 @@
 //! A verifier of the library uses only the first revocation list for a CA name, and rejects a
 //! client if another key signed this list. Therefore, each key of a CA has a separate verifier.
 //!
-//! The `extendedKeyUsage` of a client certificate must include `clientAuth`. Without this rule, the
-//! library would also accept a certificate without this extension (RFC 5280 section 4.2.1.12).
+//! The `extendedKeyUsage` of a client certificate must include `clientAuth`. The library itself
+//! also accepts certificates without this extension (RFC 5280 section 4.2.1.12).
 
 use std::sync::Arc;
 
@@ -52,7 +52,7 @@ impl ClientVerifier {
     }
 }
 
-/// Whether the error means only that a CA with the same name but another key made the signature.
+/// Whether the error only shows that another key of a CA with the same name made the signature.
 fn is_of_another_key(error: &Error) -> bool {
     matches!(
         error,

@@ -3,9 +3,9 @@
 //!
 //! The lists of each CA are evaluated separately:
 //!
-//! - A list is rejected and reported if it cannot be parsed, is not signed by its CA, is not
-//!   currently valid, or is older than the accepted list of this CA. Accepted lists are stored
-//!   across restarts.
+//! - A list is rejected and reported if the list is malformed, is not signed by its CA, is not
+//!   currently valid, or is older than the CA's accepted list. Accepted lists are stored across
+//!   restarts.
 //!
 //! - If the list of a CA is rejected or missing, the accepted list of this CA remains in use until
 //!   it expires. New lists of other CAs still take effect. Accepted lists also remain in use if the
@@ -206,7 +206,7 @@ impl Lists {
     }
 
     /// Keeps the expired lists of a CA without another list, so that the broker rejects the CA's
-    /// clients for the correct reason. At the start of the broker, there are no such lists.
+    /// clients for the correct reason. At the start of the broker, no lists are in use.
     fn keep_ended(
         &mut self,
         authority: &Authority,
@@ -228,9 +228,9 @@ impl Lists {
         Ok(())
     }
 
-    /// For CAs that are not configured and have no list in the file, keeps the lists in use until
-    /// they expire. The number of these lists is limited. Otherwise, a file with lists of other CAs
-    /// at each reload could fill the memory.
+    /// Keeps the lists in use of CAs that are not configured and have no list in the file, until
+    /// the lists expire. The number of these lists is limited. Otherwise, a file with lists of
+    /// other CAs at each reload could fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
         // A set of CA names with a problem, because searching a vector for each of many lists would
@@ -297,7 +297,7 @@ impl Lists {
     }
 
     /// The log text about rejected and missing lists. The text begins with the lists of configured
-    /// CAs, because it contains only a limited number of problems.
+    /// CAs, because the number of problems in the text is limited.
     pub(super) fn left_out(&self) -> Option<String> {
         let configured: BTreeSet<&[u8]> = self
             .configured
@@ -342,7 +342,7 @@ impl Lists {
         self.groups.len()
     }
 
-    /// The validity of the list that expires first.
+    /// The validity period of the list that expires first.
     pub(super) fn life(&self) -> Option<Life> {
         let lives = self.groups.values().map(|list| list.life);
         lives.min_by_key(|life| life.until)

@@ -43,7 +43,7 @@ pub enum MemoryError {
 /// A problem of a file of revocation lists. In log lines, the message follows the name of the file.
 #[derive(Debug, thiserror::Error)]
 pub enum ListsError {
-    /// A list is older than a list that was accepted before.
+    /// A list is older than a previously accepted list.
     #[error(
         "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
          with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
@@ -90,7 +90,7 @@ pub enum ListsError {
         "has no list of \"{0}\" that this CA signed, so every client of this CA would be refused"
     )]
     Missing(String),
-    /// A list that was accepted before is no longer in the file.
+    /// A previously accepted list is no longer in the file.
     #[error(
         "no longer has a list of \"{authority}\"; the accepted list ({version}) stays in use until it expires on \
          {until}. Add the newest list of this CA to the file"

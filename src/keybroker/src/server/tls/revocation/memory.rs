@@ -236,8 +236,8 @@ impl Memory {
     /// Returns an error if a newer list of the same CA was already accepted, and `None` if the list
     /// may be used.
     ///
-    /// The first list of a slot must not be older than the other lists of its CA, because an
-    /// attacker could present an old list as the first list of a slot. This comparison uses only
+    /// The first list of a slot must not be older than the CA's other lists, because an attacker
+    /// could present an old list as the first list. The comparison with other slots uses only
     /// dates, because numbers are comparable only within a slot.
     pub(super) fn refusal(&self, slot: &Slot, version: &Version) -> Option<ListsError> {
         let accepted = if let Some(accepted) = self.accepted.get(slot) {

@@ -85,7 +85,7 @@ pub enum Plaintext {
 pub struct TlsSettings {
     /// File with the certificate chain, which begins with the server's certificate.
     pub certificate_file: PathBuf,
-    /// File with the private key; only its owner may have permission to read the file.
+    /// File with the private key; other users must not have permission to read the file.
     pub key_file: PathBuf,
     /// File with the CA certificates that verify client certificates.
     pub client_ca_file: Option<PathBuf>,

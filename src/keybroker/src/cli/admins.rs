@@ -51,7 +51,7 @@ impl Logins {
         Ok(Self(logins))
     }
 
-    /// The configuration.
+    /// The configuration of the command.
     pub(super) fn config(&self) -> Result<&Config, Failure> {
         let first = self.0.first().map(|(config, _)| config);
         first.ok_or_else(|| Failure::new(Exit::Configuration, "the configuration has no token"))

@@ -4,8 +4,8 @@ use std::fmt;
 
 use keybroker_core::error::Reason;
 
-/// Exit codes. The exit codes never change, because scripts depend on them. `docs/cli.md` has the
-/// table.
+/// Exit codes. The exit codes never change, because scripts depend on them. `docs/cli.md` contains
+/// the table of exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// An internal error of the program.

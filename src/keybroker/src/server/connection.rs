@@ -65,8 +65,8 @@ const CREDENTIAL_IDLE: Duration = Duration::from_mins(1);
 /// An accepted connection.
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
-    /// The network of an unauthenticated connection, for the limit for each network; `None` for a
-    /// trusted proxy.
+    /// The network of the connection while it is unauthenticated, for the limit on connections of
+    /// one network; `None` for a trusted proxy.
     pub(super) network: Option<IpAddr>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
@@ -172,8 +172,8 @@ impl Connection {
         }
     }
 
-    /// Maximum length of a request head, in bytes. The maximum permits access tokens of twice the
-    /// permitted length, so that the broker can log the length of a rejected access token.
+    /// Maximum length of a request head, in bytes. The head may contain an access token of twice
+    /// the permitted length, so that the broker can log the length of a rejected access token.
     fn head_bytes_max(&self) -> usize {
         let tokens = self.shared.limits.access_token_bytes_max.saturating_mul(2);
         tokens.max(HEADER_BYTES_MIN)

@@ -156,7 +156,7 @@ pub(super) fn active(registry: &Registry, token: &Settings) -> Result<ExpectedKe
         })
 }
 
-/// Logs in to the token with a key.
+/// Logs in to the token that has the key.
 pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
     let source = match &config.token().pin_file {
         Some(path) => PinSource::File(path.clone()),

@@ -27,7 +27,7 @@ use super::{
 pub(super) const ACTIVE: [u32; 3] = [1, 64, 1_000];
 /// Number of idle connections.
 pub(super) const IDLE: u32 = 1_000;
-/// The other throughputs are compared with the throughput of this number of connections.
+/// Number of connections whose throughput is the reference for the other throughputs.
 const REFERENCE: u32 = 64;
 /// Time between the opening of the last connection and the reading of the memory.
 const SETTLE: Duration = Duration::from_secs(2);

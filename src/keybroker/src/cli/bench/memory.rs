@@ -1,4 +1,4 @@
-//! Memory of a process.
+//! Reads the memory use of a process.
 
 use std::fs;
 

@@ -96,7 +96,7 @@ struct Seed {
     store: Arc<dyn Store>,
     tenant: Tenant,
     users: Users,
-    /// The number of the next user without a thread.
+    /// The number of the first user that is not assigned to a thread yet.
     next: AtomicU32,
     progress: Progress,
     added: Arc<Tally>,

@@ -56,8 +56,8 @@ impl Users {
         }
     }
 
-    /// Returns a random user. All users are equally likely, so a cache of the database gains no
-    /// advantage from the order.
+    /// Returns a random user. All users are equally likely, so a database cache cannot benefit from
+    /// the order of users.
     pub(super) fn any(&self) -> User {
         let mut bytes = [0; 8];
         rand::fill(&mut bytes).expect("the generator is seeded at its first use, by TLS");

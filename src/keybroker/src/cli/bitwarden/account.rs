@@ -119,8 +119,8 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
-    /// File with the master password; only its owner may be able to read the file [default: prompt
-    /// at the terminal]
+    /// File with the master password; other users must not be able to read the file [default:
+    /// prompt at the terminal]
     #[arg(
         long,
         value_name = "FILE",
@@ -199,7 +199,7 @@ fn open(
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
-    /// File with the master key as 32 bytes or in base64; only its owner may be able to read the
+    /// File with the master key as 32 bytes or in base64; other users must not be able to read the
     /// file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["master_key_fd", "email"])]
     master_key_file: Option<PathBuf>,

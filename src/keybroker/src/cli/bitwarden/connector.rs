@@ -43,7 +43,7 @@ pub(super) struct Connector {
     /// including the path prefix, if there is one
     #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
     url: Option<String>,
-    /// File with the user's access token; only its owner may be able to read the file
+    /// File with the user's access token; other users must not be able to read the file
     #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
     token_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the user's access token from

@@ -169,8 +169,8 @@ pub(in crate::cli) enum Destination<'a> {
 }
 
 impl<'a> Destination<'a> {
-    /// Returns the destination that the options select. Called before the secret exists, so that an
-    /// unusable destination causes no loss.
+    /// Returns the destination that the options select. Call this function before the secret
+    /// exists, so that an unusable destination causes no loss.
     pub(in crate::cli) fn of(
         file: Option<&'a Path>,
         descriptor: Option<u32>,

@@ -9,8 +9,8 @@ use super::super::TlsSettings;
 
 const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
 
-/// The numbers of certificates and lists in the TLS files of a listener. A low number shows
-/// operators that certificates or lists are missing.
+/// The numbers of certificates and lists in the TLS files of a listener. If a number is lower than
+/// expected, certificates or lists are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// Number of certificates in the server's chain.

@@ -79,7 +79,7 @@ pub(super) struct Found {
     pub(super) trust: Result<Trust, Error>,
 }
 
-/// The accepted revocation lists, which new revocation lists must not be older than.
+/// The accepted revocation lists. New revocation lists must not be older than the accepted lists.
 pub(super) struct Follows<'a> {
     pub(super) memory: &'a mut Memory,
     /// The lists that are currently in use.

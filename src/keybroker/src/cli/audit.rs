@@ -21,7 +21,7 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Check the canonical form, the log id and the sequence number of every line of a log
+    /// Check every line of a log: canonical form, log id and consecutive sequence numbers
     ///
     /// For the log of this instance, the command also detects whether lines were removed from the
     /// end. The command does not detect that a value was replaced with another valid value.
@@ -29,7 +29,7 @@ pub(super) enum Command {
         /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
     },
-    /// Acknowledge tampering with the audit log, so that the broker can continue
+    /// Acknowledge that the files of the audit log were tampered with, and let the broker continue
     ///
     /// Before you run this command, find the cause, and keep a copy of the log directory for the
     /// auditors. The command prints what the broker found, and records who acknowledged the
@@ -37,7 +37,7 @@ pub(super) enum Command {
     /// a second. A stopped broker writes the acknowledgement at its next start. Missing entries
     /// remain visible as a gap in the sequence numbers.
     Acknowledge,
-    /// Remove the oldest segments of this instance's log; first copy them to another machine
+    /// Remove the oldest segments of this instance's log, after you copy them to another machine
     ///
     /// A running broker removes the segments within a second. A stopped broker removes the segments at its next start. An audit
     /// entry records who requested the removal of the segments. The newest segment is never removed. Do not delete segment files

@@ -48,11 +48,11 @@ pub(super) enum Command {
     Generate(Generate),
     /// Register a key that is already on the token
     ///
-    /// Use this command if `key generate` was interrupted, if the key was generated with the
-    /// vendor's tool, or if the token was restored to a device with another serial number. A key
-    /// that is already registered keeps its state. The key must pass the checks of `token check`.
-    /// If the configuration has several tokens, `--token NAME` can register a key for a further
-    /// token. Stop the broker before you run this command.
+    /// Use this command in three cases: `key generate` was interrupted, the key was made with the
+    /// vendor's tool, or the token was restored to a device with another serial number. A key that
+    /// is already registered keeps its state. The key must pass the checks of `token check`. If the
+    /// configuration has several tokens, use `--token NAME` to register a registered key for a
+    /// further token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -64,34 +64,34 @@ pub(super) enum Command {
     /// Remove the objects of an unregistered key from the token
     ///
     /// An interrupted `key generate` or `key rotate` can leave an unregistered key on the token.
-    /// The command does not remove a key that a row of the database needs. A removed key cannot be
+    /// The command refuses a key that a row of the database needs. A removed key cannot be
     /// restored.
     Remove(removal::Remove),
     /// Have a running broker generate and register a new wrapping key
     ///
-    /// The command uses the broker's admin API, so you need not stop a broker. The new key is
-    /// pre-active until you run `key activate`, so that you can back up the token first. Activation
-    /// of the new key deactivates the previous key, which then only unwraps.
+    /// The command uses the broker's admin API. The broker generates, tests and registers the key
+    /// while it serves. The new key is pre-active until `key activate`, so that a backup of the
+    /// token can be made first. When the new key becomes active, the previous active key is
+    /// deactivated. A deactivated key still unwraps.
     Rotate(change::Rotate),
-    /// Activate a key, so that it wraps new user keys, and deactivate the previously active key
+    /// Make a key the active key, which wraps new user keys, and deactivate the previous active key
     Activate(change::Activate),
-    /// Suspend a key; until `key resume`, the broker does not release user keys that are wrapped
-    /// under this key
+    /// Suspend a key until it is resumed; meanwhile, user keys under the suspended key are not
+    /// released
     Suspend(change::OneKey),
-    /// Resume the use of a suspended key; its state becomes active if no other key is active,
-    /// otherwise deactivated
+    /// Resume a suspended key; the key becomes active if no other key is active, otherwise
+    /// deactivated
     Resume(change::OneKey),
     /// Deactivate a key: it still unwraps, but no longer wraps new user keys
     Deactivate(change::OneKey),
-    /// Mark a key as compromised and stop its use permanently, because others may know its private
-    /// key
+    /// Permanently stop the use of a key whose private key others may know
     ///
     /// The broker does not release user keys that are wrapped under a compromised key. No command
     /// makes the key usable again.
     Compromise(change::OneKey),
     /// Record that a missing key is permanently lost
     ///
-    /// The state of the key becomes destroyed. Calls for user keys under this key then get
+    /// The state of the key becomes `destroyed`. Calls for user keys under the lost key then get
     /// `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop retrying. Use this command only if
     /// no row needs the key any more, or if no backup of the token contains the key.
     Lost(change::Lost),
@@ -220,8 +220,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                     format!(", {}", file.instruction())
                 });
                 let what = format!(
-                    "key {} is on the token, but not registered: {failure}. After repairing the cause{pin}, run `keybroker key \
-                     register {}`",
+                    "key {} is on the token, but not registered: {failure}. After you repair the cause{pin}, run \
+                     `keybroker key register {}`",
                     key.id, key.id
                 );
                 Failure::new(failure.exit, what)

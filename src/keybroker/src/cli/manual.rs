@@ -24,7 +24,7 @@ pub(super) struct Completions {
 
 #[derive(Args, Debug)]
 pub(super) struct Manual {
-    /// Directory for the manual pages; the command creates the directory if it does not exist
+    /// Directory for the manual pages, one page for each command; created if missing
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }

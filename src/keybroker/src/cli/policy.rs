@@ -33,7 +33,7 @@ pub(super) struct Source {
     /// that it defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
-    /// Do not use the default permits of the broker; requires --directory
+    /// Omit the default permits of the broker; requires --directory
     #[arg(long, requires = "directory")]
     no_defaults: bool,
 }

@@ -33,7 +33,7 @@ pub(super) struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Question {
-    /// Check that the process responds; after a failure, restart the process
+    /// Check that the process responds; a failure means that the process needs a restart
     Live,
     /// Check that the broker can release keys; after a failure, send callers to another broker
     Ready,

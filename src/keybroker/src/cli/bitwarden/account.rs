@@ -119,8 +119,7 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
-    /// File with the master password; other users must not be able to read the file [default:
-    /// prompt at the terminal]
+    /// File with the master password, readable only by its owner [default: prompt at the terminal]
     #[arg(
         long,
         value_name = "FILE",
@@ -199,8 +198,7 @@ fn open(
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
-    /// File with the master key as 32 bytes or in base64; other users must not be able to read the
-    /// file
+    /// File with the master key (32 bytes, or the base64 of 32 bytes), readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with_all = ["master_key_fd", "email"])]
     master_key_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the master key from

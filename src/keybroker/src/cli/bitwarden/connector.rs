@@ -39,18 +39,18 @@ const AUTHORITIES: Purpose = Purpose::trust("other users could decide which brok
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Connector {
-    /// URL of the broker as in Bitwarden's configuration, such as <https://keys.example.org>,
-    /// including the path prefix, if there is one
+    /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, with the
+    /// path prefix if there is one
     #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
     url: Option<String>,
-    /// File with the user's access token; other users must not be able to read the file
+    /// File with the user's access token, readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
     token_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the user's access token from
     #[arg(long, value_name = "N")]
     token_fd: Option<u32>,
-    /// PEM file with the CA certificates that verify the broker's certificate [default: the CAs of
-    /// the system]
+    /// PEM file with the CA certificates for the verification of the broker's certificate [default:
+    /// the CAs of the system]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
     /// Allow plain HTTP to a loopback address of this machine
@@ -286,7 +286,10 @@ impl Broker {
                 .map_err(|error| self.unreachable(&error))?;
             let Some(chunk) = chunk else { return Ok(body) };
             if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-                let what = format!("{} returned more bytes than a key has", self.user_keys);
+                let what = format!(
+                    "the answer from {} is longer than an answer with a key",
+                    self.user_keys
+                );
                 return Err(Failure::new(Exit::Verification, what)
                     .hint("check that a Key Connector listens at this URL"));
             }

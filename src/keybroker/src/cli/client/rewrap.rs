@@ -30,12 +30,12 @@ pub(super) enum Command {
         #[command(flatten)]
         wait: Wait,
     },
-    /// Show the progress of the re-wrap, and the number of rows of each wrapping key
+    /// Show the progress of the re-wrap, and the number of rows under each wrapping key
     Status {
         #[command(flatten)]
         wait: Wait,
     },
-    /// Pause the re-wrap; rows that were already moved are not moved back
+    /// Pause the re-wrap; rows that were already moved stay under the new wrapping key
     Pause,
     /// Resume the paused re-wrap; without --rate, the rate limit does not change
     Resume {
@@ -55,8 +55,8 @@ pub(super) struct Rate {
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct Wait {
-    /// Wait until the re-wrap has ended, with a progress bar on a terminal; the exit code is 12 if
-    /// a row failed. Interrupting the command does not interrupt the re-wrap
+    /// Wait until the re-wrap ends, and show a progress bar on a terminal; the command fails with
+    /// exit code 12 if a row failed. Interrupting the command does not interrupt the re-wrap
     #[arg(long)]
     wait: bool,
 }

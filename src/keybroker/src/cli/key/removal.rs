@@ -29,7 +29,7 @@ use super::{parse_id, registry};
 pub(in crate::cli) struct Remove {
     /// Id of the key, 32 hexadecimal digits
     id: String,
-    /// Remove the key without prompting for its id
+    /// Remove the key without a prompt for its id
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
@@ -48,7 +48,7 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
         context,
         arguments.yes,
         id,
-        "Nothing brings a removed key back",
+        "A removed key cannot be restored",
     )?;
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;
@@ -159,7 +159,7 @@ fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
     }
     if *unreadable > 0 {
         let what = format!(
-            "{unreadable} rows of the database cannot be read, and may need key {id}; nothing was removed"
+            "{unreadable} rows of the database cannot be read and may need key {id}; nothing was removed"
         );
         return Err(
             Failure::new(Exit::Verification, what).hint("run `keybroker store check` first")
@@ -181,15 +181,17 @@ pub(super) fn confirm(
     }
     let refuse = |what: &str| Err(Failure::new(Exit::Usage, what));
     if !io::stdin().is_terminal() {
-        return refuse("this command needs --yes, or a terminal at which the id is typed again");
+        return refuse(
+            "this command needs a confirmation: pass --yes, or run the command at a terminal and type the id of the key",
+        );
     }
-    context.output.note(&format!(
-        "{warning}. Type the id of the key again to go on:"
-    ));
+    context
+        .output
+        .note(&format!("{warning}. To continue, type the id of the key:"));
     let mut line = String::new();
     let typed = io::stdin().read_line(&mut line);
     if typed.is_err() || WrappingKeyId::from_hex(line.trim()) != Some(id) {
-        return refuse("the typed id is another one; nothing was changed");
+        return refuse("the typed id is not the id of the key; nothing was changed");
     }
     Ok(())
 }

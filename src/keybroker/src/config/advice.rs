@@ -1,7 +1,7 @@
 //! Gives advice on how to correct an invalid value.
 //!
-//! The TOML parser reports only the expected type: for the value `"30s"`, the message is `expected
-//! u64`. The advice depends on the name of the setting and on the value.
+//! The TOML parser reports only the expected type: for the value `"30s"`, the message is
+//! `expected u64`. The advice depends on the name of the setting and on the value.
 
 use std::ops::Range;
 

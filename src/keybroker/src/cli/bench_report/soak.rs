@@ -62,8 +62,8 @@ struct Fault {
 }
 
 impl Soak {
-    /// Reads a document of a long run with faults. Returns `None` for a document of `keybroker
-    /// bench`.
+    /// Reads a document of a long run with faults. Returns `None` for a document of
+    /// `keybroker bench`.
     pub(super) fn parse(text: &str) -> Option<Result<Self, serde_json::Error>> {
         #[derive(Deserialize)]
         struct Kind {

@@ -206,7 +206,7 @@ impl Caller {
     }
 }
 
-/// The failure of a change to an API client. The hint for KEY_NOT_FOUND is about API clients
+/// The failure of a change to an API client. The hint for `KEY_NOT_FOUND` is about API clients
 /// instead of user keys. If the outcome is unknown, the hint also explains how to find the change
 /// and to revoke a lost secret.
 fn failure(error: &Error) -> Failure {

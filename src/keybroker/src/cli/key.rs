@@ -236,7 +236,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 }
 
 /// Returns access to the integrity key files, if the settings permit integrity keys in files. Fails
-/// if the directory of the files is not ready.
+/// if the directory of the integrity key files is not writable.
 fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
     let Some(files) = IntegrityFiles::permitted(config.token())? else {
         return Ok(None);

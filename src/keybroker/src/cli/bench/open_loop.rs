@@ -216,7 +216,7 @@ mod tests {
             move |number, _| {
                 let (first, started) = (Arc::clone(&first), Arc::clone(&started));
                 async move {
-                    // The first call ends after the last one has started.
+                    // The first call ends after the last call has started.
                     if number == 0 {
                         started.acquire_many(9).await.unwrap().forget();
                         first.add_permits(1);

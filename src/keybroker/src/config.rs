@@ -104,13 +104,13 @@ pub enum LoadError {
     /// The file is encoded in UTF-16.
     #[error("{} is UTF-16", path.display())]
     Utf16 {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
     },
     /// The file is not UTF-8.
     #[error("{} is not UTF-8", path.display())]
     NotUtf8 {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// The position of the first invalid byte.
         source: str::Utf8Error,
@@ -118,7 +118,7 @@ pub enum LoadError {
     /// The text is not a valid configuration.
     #[error("{}: {source}", path.display())]
     Document {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// The problem in the text.
         source: ParseError,

@@ -25,7 +25,7 @@ pub enum Error {
     Pem {
         /// Name of the setting that contains the path of the file.
         setting: &'static str,
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The problem of the file.
         source: pem::Error,
@@ -39,13 +39,13 @@ pub enum Error {
     /// The file for the server's certificate contains no certificate.
     #[error("{path} has no PEM certificate")]
     NoCertificate {
-        /// The file.
+        /// The path of the file.
         path: String,
     },
     /// The server's certificate cannot be parsed.
     #[error("{path} cannot be parsed")]
     Certificate {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the parser.
         source: nom::Err<X509Error>,
@@ -53,7 +53,7 @@ pub enum Error {
     /// The server's certificate is no longer valid.
     #[error("{path} expired on {until}, so every client would refuse it; renew it")]
     Expired {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// Last second of the certificate's validity.
         until: Timestamp,
@@ -61,7 +61,7 @@ pub enum Error {
     /// The server's certificate is not valid yet.
     #[error("{path} is not valid before {from}; check the clock of this machine")]
     NotYetValid {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// First second of the certificate's validity.
         from: Timestamp,
@@ -72,9 +72,9 @@ pub enum Error {
          first, and each further certificate must be the issuer of the previous one"
     )]
     ChainOrder {
-        /// The file of the certificate chain.
+        /// The path of the file with the certificate chain.
         path: String,
-        /// The file of the private key.
+        /// The path of the file with the private key.
         key_path: String,
         /// Position of the certificate in the chain, starting at 1.
         number: usize,
@@ -87,17 +87,17 @@ pub enum Error {
          were renewed together"
     )]
     OtherKey {
-        /// The file of the certificate chain.
+        /// The path of the file with the certificate chain.
         path: String,
-        /// The file of the private key.
+        /// The path of the file with the private key.
         key_path: String,
     },
     /// The TLS library rejects the certificate and the private key for another reason.
     #[error("{path} and {key_path} cannot be used")]
     Unusable {
-        /// The file of the certificate chain.
+        /// The path of the file with the certificate chain.
         path: String,
-        /// The file of the private key.
+        /// The path of the file with the private key.
         key_path: String,
         /// The error of the library.
         source: rustls::Error,
@@ -105,7 +105,7 @@ pub enum Error {
     /// The TLS library does not accept a certificate in the file of CA certificates.
     #[error("{path} has a certificate that is not a CA certificate")]
     Authority {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the library.
         source: rustls::Error,
@@ -113,7 +113,7 @@ pub enum Error {
     /// The TLS library could not create a verifier of client certificates.
     #[error("{path} and its revocation lists cannot be used")]
     Verifier {
-        /// The file of the CA certificates.
+        /// The path of the file with the CA certificates.
         path: String,
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
@@ -121,7 +121,7 @@ pub enum Error {
     /// The revocation lists cannot be used. The message ends with the error of the lists.
     #[error("`client_crl_file` {path} {problem}")]
     Lists {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The problem of the lists.
         #[source]

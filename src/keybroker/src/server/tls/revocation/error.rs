@@ -17,7 +17,7 @@ pub enum MemoryError {
          The broker can start without the file, but then does not know which list it accepted last"
     )]
     List {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// Name of the CA.
         authority: String,
@@ -25,7 +25,7 @@ pub enum MemoryError {
     /// A state file of an earlier release is malformed.
     #[error("the state file {path} is not a valid list of revocation list versions")]
     Content {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the parser.
         source: serde_json::Error,
@@ -33,7 +33,7 @@ pub enum MemoryError {
     /// An entry is not hexadecimal.
     #[error("the state file {path} has an entry that is not hexadecimal")]
     Hex {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the decoder.
         source: hex::FromHexError,

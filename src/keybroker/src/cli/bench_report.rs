@@ -37,7 +37,7 @@ pub(super) struct Arguments {
     out: PathBuf,
 }
 
-/// Writes, for each file `NAME.json`, the table `NAME.md` and the charts `NAME.svg` or `NAME-….svg`.
+/// For each file `NAME.json`, writes the table `NAME.md` and the charts `NAME.svg` or `NAME-….svg`.
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let mut written = Vec::new();
     for file in &arguments.files {

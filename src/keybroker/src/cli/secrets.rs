@@ -15,7 +15,7 @@ use keybroker_core::trusted_file::{self, Purpose};
 
 use super::exit::{Exit, Failure};
 
-/// Longest secret that a command reads from a file or descriptor, in bytes.
+/// Maximum length of a secret that a command reads from a file or a descriptor, in bytes.
 const LINE_BYTES_MAX: usize = 32 * 1_024;
 
 /// The source of a secret.
@@ -75,7 +75,7 @@ impl Source<'_> {
             .map_err(|error| self.refuse(&format!("cannot be read: {error}")))
     }
 
-    /// Reads a key of this length, as raw bytes or as a line of base64.
+    /// Reads a key of the given length, as raw bytes or as a line of base64.
     pub(super) fn key(&self, length: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let bytes = self.bytes(LINE_BYTES_MAX)?;
         if bytes.len() == length {
@@ -102,7 +102,8 @@ impl Source<'_> {
                 .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
             (None, None) => return Err(self.refuse("is not specified")),
         };
-        // The full capacity is allocated first, because a growing vector leaves copies that are not overwritten.
+        // Allocates the full capacity first, because a growing vector leaves copies in memory that
+        // are not overwritten.
         let mut bytes = Zeroizing::new(Vec::with_capacity(max + 1));
         let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);
         file.take(limit)

@@ -16,8 +16,8 @@ use super::{
 };
 
 impl Config {
-    /// All problems of the configuration, each with its remedy. The list is empty if the broker can serve with this
-    /// configuration.
+    /// All problems of the configuration with their solutions. The list is empty if the broker can
+    /// serve with this configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         problems.extend(self.tokens.problems_of_each(selection_problems));
@@ -26,8 +26,9 @@ impl Config {
         problems
     }
 
-    /// The problems that matter to every command. Some settings may still be missing, because an operator can initialise a token
-    /// and make keys on it before the PIN file, certificates and principals exist.
+    /// The problems that are relevant to every command. The PIN file, the certificates and the
+    /// principals may still be missing, because operators initialise a token and generate keys
+    /// first.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.tokens.problems_of_list());
@@ -64,7 +65,8 @@ impl Config {
             }
         }
         absolute("[audit] `directory`", &self.audit.directory);
-        // The log of the instance is a directory with this name next to the state directory.
+        // The audit log of the instance is a directory with this name next to the state directory,
+        // so the names must differ.
         let instance = self.audit.instance.as_str();
         let is_taken = [".", "..", state::DIRECTORY].contains(&instance);
         if is_taken || KeyName::parse(instance).is_err() {
@@ -242,7 +244,7 @@ impl Config {
     }
 }
 
-/// Adds a problem if a value is out of range.
+/// Adds a problem to the list if a value is out of range.
 fn range(problems: &mut Vec<String>, name: &str, value: u64, allowed: RangeInclusive<u64>) {
     if !allowed.contains(&value) {
         problems.push(format!(
@@ -280,7 +282,8 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Checks a listener without TLS. Everyone who can connect to the listener, or who is on the network path, can act as any caller.
+/// Checks the settings of a listener without TLS. Anyone with access to the listener or to the
+/// network path can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.apis != [Api::Rest] {
@@ -302,7 +305,8 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
 }
 
-/// Checks the remote status listener. Without TLS, everyone who can reach the address can read metrics and health.
+/// Checks the settings of the remote status listener. Without TLS, anyone who can reach the address
+/// can read metrics and health.
 fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>) {
     let name = format!("[status.remote] {}", remote.address);
     match (&remote.tls, remote.plaintext) {

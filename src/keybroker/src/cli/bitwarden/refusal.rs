@@ -1,11 +1,11 @@
-//! Error answers, and their consequences for a requested change.
+//! Error answers of a broker, and whether the requested change may have been made.
 
 use reqwest::{Response, StatusCode};
 use serde::Deserialize;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// Why a request failed.
+/// The failure of a request.
 pub(super) struct RequestError {
     pub(super) failure: Failure,
     /// Whether the requested change may have been made.
@@ -13,17 +13,19 @@ pub(super) struct RequestError {
 }
 
 impl RequestError {
-    /// The error for an answer whose status is not 200.
+    /// Returns the error for an answer with another status than 200.
     pub(super) fn answered(answer: &Response, body: &[u8]) -> Self {
         let status = answer.status();
         Self {
             failure: refused(status, retry_after(answer), body),
-            // After a server error, such as a proxy's timeout or the broker's deadline, the result is unknown.
+            // After a server error, such as a timeout of a proxy, the result of the request is
+            // unknown.
             may_have_happened: status.is_success() || status.is_server_error(),
         }
     }
 
-    /// The failure of a change. The message says whether the change may have been made.
+    /// The failure of a request to store a key. The message says whether the key may have been
+    /// stored.
     pub(super) fn of_change(self) -> Failure {
         if !self.may_have_happened {
             return self.failure;
@@ -54,7 +56,7 @@ impl From<RequestError> for Failure {
     }
 }
 
-/// The failure to read back a key that was just stored.
+/// Converts a failure to read back a key that was just stored.
 pub(super) fn not_read_back(failure: Failure) -> Failure {
     Failure {
         message: format!("the key was stored, but could not be read back: {}", failure.message),
@@ -65,7 +67,8 @@ pub(super) fn not_read_back(failure: Failure) -> Failure {
     )
 }
 
-/// The body of a broker's refusal. The fields are `None` if another program sent the answer.
+/// The body of an error answer from a broker. The fields are `None` if another program sent the
+/// answer.
 #[derive(Default, Deserialize)]
 struct Refusal {
     reason: Option<String>,

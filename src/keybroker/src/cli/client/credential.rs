@@ -1,4 +1,5 @@
-//! The credentials of calls. A credential in a call replaces the client certificate of the connection.
+//! Credentials that are sent with each call. A credential in a call replaces the client certificate
+//! of the connection.
 
 use std::path::PathBuf;
 
@@ -11,10 +12,10 @@ use crate::cli::{
     secrets::Source,
 };
 
-/// Credentials that replace the client's certificate.
+/// Options for credentials that replace the client certificate.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Credential {
-    /// Authenticate as the API client with this id; requires --client-secret-file
+    /// Id of the API client to authenticate as; requires --client-secret-file
     #[arg(long, global = true, value_name = "ID")]
     client_id: Option<String>,
     /// File with the secret of the API client; other users must not be able to read it
@@ -26,8 +27,8 @@ pub(super) struct Credential {
 }
 
 impl Credential {
-    /// Adds the credential in the options, if there is one. Libraries copy the secret on its way to the broker; these copies are
-    /// not overwritten in memory.
+    /// Adds the credential from the options, if the options contain a credential. Libraries copy
+    /// the secret before sending it to the broker, and do not overwrite the copies in memory.
     pub(super) fn set(&self, builder: ClientBuilder) -> Result<ClientBuilder, Failure> {
         match (&self.client_id, &self.client_secret_file, &self.token_file) {
             (None, None, None) => Ok(builder),

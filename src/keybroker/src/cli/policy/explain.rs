@@ -24,7 +24,7 @@ use super::{
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     who: Who,
-    /// Requested action, by its name in the audit log, such as `user_key.unwrap`
+    /// Name of the requested action in the audit log, such as `user_key.unwrap`
     #[arg(long, value_parser = action)]
     action: Action,
     /// User whose key or whose list of keys is requested [default for lists: all users]

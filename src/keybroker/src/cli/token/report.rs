@@ -1,4 +1,5 @@
-//! `keybroker token report`: reports which operations a token supports. The report can be published and compared.
+//! `keybroker token report`: reports the operations that a token supports. Users can publish the
+//! report, and compare a token with a published report.
 
 use std::{
     fs,
@@ -26,10 +27,11 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token and removed afterwards; the audit log records this test
+    /// Also test keys that are stored on the token; the command removes these keys afterwards and
+    /// records the test in the audit log
     #[arg(long)]
     write: bool,
-    /// Show the token's serial number
+    /// Include the token's serial number in the report
     #[arg(long)]
     serial: bool,
     /// Also write the report to this file as a Markdown page
@@ -45,7 +47,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(config.token())?;
-    // A report needs no database. If there is no database, only the settings select the token.
+    // A report does not need a database. Without a database, only the settings select the token.
     let rows = registry(&config).unwrap_or_default();
     let serials = serials(&rows.rows);
     let admin = log_in(&config, &pin, arguments.write, &serials)?;
@@ -112,8 +114,8 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     }
 }
 
-/// Warns about keys that a report with `--write` made and could not remove. The warning is written to standard error, because
-/// standard output contains the report.
+/// Prints a warning about keys that a report with `--write` generated and could not remove. The
+/// warning goes to standard error, because standard output contains the report.
 fn warn_of_remains(context: &Context, report: &Report) {
     let removed = report
         .token_objects

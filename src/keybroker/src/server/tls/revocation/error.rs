@@ -1,49 +1,49 @@
-//! Why revocation lists are rejected, and why the accepted lists could not be read or stored.
+//! The errors of revocation lists, and of reading and storing the accepted lists.
 
 use rustls::server::VerifierBuilderError;
 use x509_parser::{error::X509Error, nom};
 
 use keybroker_core::{call::Timestamp, pem, state};
 
-/// Why the accepted lists could not be read or stored.
+/// An error while the accepted lists are read or stored.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The state file could not be read or written.
     #[error(transparent)]
     File(#[from] state::Error),
-    /// The state file is not a list that this CA signed.
+    /// The state file does not contain a list that this CA signed.
     #[error(
         "the state file {path} is not a revocation list that \"{authority}\" signed: find out what changed the file. \
          The broker can start without the file, but then does not know which list it accepted last"
     )]
     List {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// Name of the CA.
         authority: String,
     },
-    /// The state file that an earlier release wrote is malformed.
+    /// A state file of an earlier release is malformed.
     #[error("the state file {path} is not a valid list of revocation list versions")]
     Content {
-        /// The file.
+        /// The path of the file.
         path: String,
-        /// Where the parser stopped.
+        /// The error of the parser.
         source: serde_json::Error,
     },
     /// An entry is not hexadecimal.
     #[error("the state file {path} has an entry that is not hexadecimal")]
     Hex {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the decoder.
         source: hex::FromHexError,
     },
 }
 
-/// A problem of a file of revocation lists. The message follows the name of the file.
+/// A problem of a file of revocation lists. In log lines, the message follows the name of the file.
 #[derive(Debug, thiserror::Error)]
 pub enum ListsError {
-    /// A list is older than a list that was accepted before.
+    /// A list is older than a previously accepted list.
     #[error(
         "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
          with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
@@ -56,18 +56,18 @@ pub enum ListsError {
         found: String,
         /// Number and date of the accepted list.
         accepted: String,
-        /// How to accept the older list; may be empty.
+        /// Instructions for accepting the older list; may be empty.
         how_to_go_back: String,
     },
-    /// A CA certificate does not parse.
+    /// A CA certificate cannot be parsed.
     #[error("cannot be verified, because a CA certificate cannot be parsed")]
     Authority(#[source] nom::Err<X509Error>),
-    /// A list does not parse.
+    /// A list cannot be parsed.
     #[error("has a list that cannot be parsed: block {block}")]
     Malformed {
         /// Position in the file, starting at 1.
         block: usize,
-        /// Where the parser stopped.
+        /// The error of the parser.
         source: nom::Err<X509Error>,
     },
     /// A part of the file cannot be read.
@@ -76,21 +76,21 @@ pub enum ListsError {
     /// The file is too long.
     #[error("is longer than {0} bytes, so no list in it is used")]
     TooLong(u64),
-    /// The file has further bytes after a list in DER.
+    /// The file contains further bytes after a list in DER.
     #[error("has more bytes after a revocation list in DER; use PEM for several lists in one file")]
     Trailing,
-    /// The file begins like DER, but is not a revocation list.
+    /// The file starts like a DER file, but is not a revocation list.
     #[error("is neither PEM nor a list in DER")]
     Der(#[source] nom::Err<X509Error>),
-    /// The file has no list.
+    /// The file contains no list.
     #[error("has no revocation list")]
     Empty,
-    /// A CA has no list.
+    /// The file contains no list of a configured CA.
     #[error(
         "has no list of \"{0}\" that this CA signed, so every client of this CA would be refused"
     )]
     Missing(String),
-    /// A list that was accepted before is no longer in the file.
+    /// A previously accepted list is no longer in the file.
     #[error(
         "no longer has a list of \"{authority}\"; the accepted list ({version}) stays in use until it expires on \
          {until}. Add the newest list of this CA to the file"
@@ -100,7 +100,7 @@ pub enum ListsError {
         authority: String,
         /// Number and date of the accepted list.
         version: String,
-        /// When the accepted list expires.
+        /// Time when the accepted list expires.
         until: Timestamp,
     },
     /// The file has several lists of a CA whose certificate is not configured.
@@ -142,7 +142,7 @@ pub enum ListsError {
         /// The error of the library.
         source: VerifierBuilderError,
     },
-    /// A list has no expiry date.
+    /// A list has no expiry date (`nextUpdate`).
     #[error("has a list of \"{0}\" without `nextUpdate`, so the list would never expire")]
     NoEnd(String),
     /// A list has expired.
@@ -152,7 +152,7 @@ pub enum ListsError {
     Ended {
         /// Name of the CA.
         issuer: String,
-        /// When the list expired.
+        /// Time when the list expired.
         until: Timestamp,
     },
     /// A list is not valid yet.
@@ -162,7 +162,7 @@ pub enum ListsError {
     NotYetValid {
         /// Name of the CA.
         issuer: String,
-        /// When the list becomes valid.
+        /// Time when the list becomes valid.
         from: Timestamp,
     },
 }

@@ -1,4 +1,4 @@
-//! The change of a record as the caller requests it.
+//! Changes of records that callers request.
 
 use keybroker_core::{
     call::{Call, RequestId},

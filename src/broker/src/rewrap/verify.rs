@@ -24,8 +24,8 @@ use super::{
 const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {
-    /// Verifies the MAC of every revision and of every API client under the target. The rows that do not verify are listed with the
-    /// rows that could not be moved.
+    /// Verifies the MAC of every revision and of every API client under the target. Rows whose verification fails are
+    /// added to the list of failed rows.
     pub(super) async fn verify(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         self.progress.phase = Phase::Verifying;
         self.progress.verified = 0;
@@ -36,7 +36,7 @@ impl Run<'_> {
     async fn verify_revisions(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         let mut place = RevisionPlace::START;
         loop {
-            // The lease is prolonged after each page, so a page must not take long.
+            // The lease is renewed after each page, so a page must not take long.
             let limit = self.rows_at_once();
             let rows = self
                 .broker
@@ -97,7 +97,7 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Returns the row as failed if the token refuses its MAC.
+    /// Returns a failed row if the token rejects the row's MAC.
     async fn verify_revision(
         &self,
         pace: &Pace,

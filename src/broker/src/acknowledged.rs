@@ -29,7 +29,7 @@ use keybroker_store::{CHANGES_MAX, Store, StoreId};
 
 use super::Broker;
 
-/// Name of the state file in the previous release. The name did not contain the instance.
+/// Name of the state file in the previous release, without the name of the instance.
 const LEGACY_FACT: &str = "acknowledged";
 /// Delay after which a caller may retry a call that was refused because of the database.
 const RETRY: Duration = Duration::from_secs(1);
@@ -112,7 +112,7 @@ fn fact_of(instance: &str) -> String {
     format!("acknowledged-{instance}")
 }
 
-/// Reads the stored facts of an instance, including facts that the previous release wrote.
+/// Reads the state file of an instance, including a state file of the previous release.
 fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::Error> {
     let found = match state.read_json::<Fact>(fact)? {
         None => state.read_json::<Fact>(LEGACY_FACT)?,
@@ -193,7 +193,7 @@ impl From<&Known> for Kept {
 }
 
 impl Known {
-    /// Parses the stored facts. Returns `None` if an id cannot be parsed.
+    /// Parses the content of the state file. Returns `None` if an id cannot be parsed.
     fn read(kept: &Kept) -> Option<Self> {
         let store = match &kept.store {
             Some(id) => Some(StoreId::from_hex(id)?),
@@ -276,7 +276,7 @@ impl Acknowledged {
         }
     }
 
-    /// Reads the facts from the state directory.
+    /// Reads and parses the state file.
     fn kept(&self) -> Result<Option<Known>, Error> {
         let kept = read_fact(&self.state, &self.fact).map_err(Unusable::State)?;
         let Some(kept) = kept else {
@@ -287,8 +287,8 @@ impl Acknowledged {
         Ok(Some(known))
     }
 
-    /// Loads the facts of the previous run. If the previous run was killed, the audit log contains newer changes than
-    /// the state file.
+    /// Loads the facts that the previous run stored. If the previous run was killed, the audit log contains newer
+    /// changes than the state file.
     fn take_over(&self, logged: &[Change]) -> Result<(), Error> {
         let mut known = self.kept()?.unwrap_or_default();
         let accepted = known.accepted;
@@ -348,7 +348,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Notes a committed change. Returns an error if the change was committed to a database that does not match the
+    /// Remembers a committed change. Returns an error if the change was committed to a database that does not match the
     /// state file.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
         if matches!(self.compare_store().await, Ok(Some(_))) {
@@ -373,7 +373,8 @@ impl Broker {
         self.acknowledged.keep();
     }
 
-    /// Compares the database with the known facts. Returns an error if the database does not answer.
+    /// Compares the identity and the marks of the database with the facts of this broker. Returns an error if the
+    /// database does not answer.
     async fn compare_store(&self) -> Result<Option<Mismatch>, keybroker_store::Error> {
         let (store, changes) = self.acknowledged.expected();
         let evidence = self.store.evidence(&changes).await?;

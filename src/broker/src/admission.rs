@@ -16,7 +16,7 @@ use keybroker_hsm::{Caller, Entered, Planned};
 use super::{Broker, journal::Draft, observe, overload::is_overload};
 
 impl Broker {
-    /// Refuses a release that the token certainly cannot do in time, before its message is read.
+    /// Refuses a release before its message is read, if the token certainly cannot finish the release in time.
     pub fn check_arrival(&self, principal: &Principal, call: &Call) -> Result<(), Error> {
         let started = Instant::now();
         let checked = self

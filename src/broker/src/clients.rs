@@ -2,8 +2,8 @@
 //! authenticated only after the token has verified the client's stored row.
 //!
 //! An administrator can grant only the roles that the configuration permits, and only to API clients of the
-//! administrator's own tenant. An administrator can create an API client that releases keys only if the configuration
-//! allows this.
+//! administrator's own tenant. Administrators can create API clients that release keys only if the configuration
+//! permits such clients.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -73,11 +73,11 @@ pub struct ClientView {
     pub document: Document,
     /// Number of each secret, and the time at which the secret was last accepted.
     pub uses: Vec<(u32, Timestamp)>,
-    /// Whether the token verified the row's MAC for this answer. `false` if the token was unavailable.
+    /// Whether the token verified the row's MAC for this answer; `false` if the token was unavailable.
     pub is_verified: bool,
 }
 
-/// A new secret of an API client. No later answer contains this secret.
+/// A new secret of an API client. The broker returns a secret only once, when the secret is created.
 #[derive(Debug)]
 pub struct CreatedSecret {
     /// The API client to which the secret belongs.
@@ -97,8 +97,8 @@ pub struct ClientPage {
     pub next: Option<Position<ClientId>>,
 }
 
-/// A permitted change of an API client, which owns all its data because it can run longer than the call that started
-/// it.
+/// A permitted change of an API client. The value owns all its data, because a change can run longer than the call that
+/// started it.
 struct ClientChange {
     broker: Arc<Broker>,
     principal: Principal,
@@ -229,7 +229,7 @@ impl Broker {
         .await
     }
 
-    /// Asks policy for a permit, then runs a change of an API client in a separate task.
+    /// Asks the policy for a permit, then runs a change of an API client in a separate task.
     async fn change_client<T, F>(
         self: &Arc<Self>,
         action: Action,

@@ -31,7 +31,7 @@ pub(super) struct Settled<T> {
 }
 
 impl Broker {
-    /// Runs a change to its end in a separate task.
+    /// Runs a change to completion in a separate task.
     pub(super) async fn run_change<T: Send + 'static>(
         self: &Arc<Self>,
         action: Action,

@@ -113,7 +113,7 @@ impl KeyChanges {
 
 impl Broker {
     /// Changes the state of a wrapping key. This broker applies the change before the answer. The other brokers on the
-    /// same database apply it within about a second.
+    /// same database apply the change within about a second.
     pub async fn change_key_state(
         self: &Arc<Self>,
         principal: &Principal,
@@ -352,7 +352,7 @@ impl Planner {
         self.sequence
     }
 
-    /// Adds a change of a row. The MAC of the new row is computed later.
+    /// Adds the change of a row to the transaction. The MAC of the new row is computed later.
     fn change(&mut self, before: &RegistryRow, after: RegistryRow) {
         let row = RegistryRow {
             sequence: self.next_sequence(),

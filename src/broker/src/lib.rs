@@ -8,6 +8,7 @@
 //! enforce the order of the steps, so that no code path can leave out a step:
 //!
 //! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates this permit.
+//!
 //! - A [`Released`] key is made only from a `Recorded` key. Only `journal` creates a `Recorded` key, from a key and its
 //!   audit entry, after the audit log has synced this entry.
 //!
@@ -135,19 +136,19 @@ pub struct Parts {
     pub weights: BTreeMap<String, u32>,
     /// The settings of API clients, including the roles that they may be given.
     pub client_rules: ClientRules,
-    /// The directory in which this instance keeps facts across restarts.
+    /// The directory for the data of this instance that must survive a restart.
     pub state: StateDirectory,
     /// Name of this instance among the brokers that share the state directory.
     pub instance: String,
     /// The shortest time for which the database keeps the marks of changes.
     pub retention: Duration,
-    /// Limits on what is stored for one user.
+    /// Limits on the data that is stored for one user.
     pub capacity: Capacity,
     /// The rule that determines which keys must be on each token.
     pub expect: Expect,
     /// Starts the short-lived admin workers that make wrapping keys.
     pub key_admin: KeyAdmin,
-    /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`. `None` for no limit.
+    /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`; `None` for no limit.
     pub rotate_after: Option<Duration>,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
@@ -294,9 +295,9 @@ impl Broker {
         error
     }
 
-    /// Checks whether a principal may perform an action on at least one of the keys. A batch is checked in this way
-    /// before each of its items is decided separately. If the principal may use none of the keys, the whole batch gets
-    /// one refusal and one audit entry.
+    /// Checks whether a principal may perform an action on at least one of the keys. A batch needs this check first.
+    /// Afterwards, each item of the batch is decided separately. If the principal may use none of the keys, the whole
+    /// batch gets one refusal and one audit entry.
     pub async fn admit(
         &self,
         principal: &Principal,
@@ -327,7 +328,7 @@ impl Broker {
         refused
     }
 
-    /// Asks policy for a permit, and records a denial.
+    /// Asks the policy for a permit, and records a denial.
     async fn permit(
         &self,
         principal: &Principal,
@@ -344,8 +345,8 @@ impl Broker {
         }
     }
 
-    /// Asks policy for a permit on one user key, and records a denial. The steps after the policy take the address of
-    /// the key from the permit.
+    /// Asks the policy for a permit on one user key, and records a denial. The steps after the policy take the address
+    /// of the key from the permit.
     async fn permit_key(
         &self,
         principal: &Principal,
@@ -407,8 +408,8 @@ async fn observed<T>(
     let (result, outside) = outside_time::measured(work).await;
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
-        // Only the overhead of a release is measured, because a release runs exactly one job on the token. The broker
-        // spends the rest of the call's time.
+        // Only the overhead of a release is measured, because a release runs exactly one job on the token. The overhead
+        // is the time of the call without the time of this job.
         metrics::CALL_OVERHEAD
             .handle()
             .record(total.saturating_sub(outside));

@@ -46,11 +46,11 @@ use replacements::Replacements;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Calls per minute of one user.
+    /// Largest number of calls per minute for each user.
     pub user_calls_per_minute: u32,
-    /// Calls per minute of one service. Each item of a batch counts as a call.
+    /// Largest number of calls per minute for each service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Failed credentials per minute of one address, and rejected envelopes per minute of one principal.
+    /// Largest number per minute of failed credentials for each address, and of rejected envelopes for each principal.
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
@@ -190,7 +190,7 @@ impl Limits {
         taken.map_err(used_up)
     }
 
-    /// Notes that a service released a key of a user. Returns `true` if the service exceeds the number of users per
+    /// Records that a service released a key of a user. Returns `true` if the service exceeds the limit of users per
     /// hour and no alert about the service was raised within the last hour.
     pub fn note_release(&self, principal: &Principal, user: &str) -> bool {
         principal.kind() == Kind::Service && self.releases.note(principal.name(), user)
@@ -241,8 +241,8 @@ impl fmt::Display for Network {
     }
 }
 
-/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. [`shortened`]
-/// limits a line to about 600 bytes, so these lines add less than 5 MB per hour to the log.
+/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. The function
+/// [`shortened`] limits a line to about 600 bytes, so these lines add less than 5 MB per hour to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 

@@ -27,7 +27,8 @@ const TICKS_PER_HOUR: u64 = 3_600;
 /// The health of the broker's services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Whether user keys can be released and changed. Both require the token, the store and the audit log.
+    /// Whether user keys can be released and changed. The service for user keys requires the token, the store and the
+    /// audit log.
     pub user_keys: bool,
     /// Whether the control plane can answer. The control plane requires the audit log.
     pub control: bool,
@@ -122,8 +123,8 @@ impl Broker {
         }
     }
 
-    /// Writes the counts of refusals in a separate loop, because a hanging database must not delay them by more than a
-    /// second.
+    /// Writes the counts of refusals in a separate loop, because a hanging database must not delay the counts by more
+    /// than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
@@ -165,7 +166,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Leaves an intent to the next tick, because its outcome could not be determined or recorded.
+    /// Leaves an intent for the next tick, because its outcome could not be determined or recorded.
     pub(super) fn resolve_later(&self, intent: OpenIntent) {
         self.unresolved().push(intent);
     }

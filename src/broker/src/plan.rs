@@ -20,7 +20,7 @@ use super::{
     within,
 };
 
-/// The change that the store is asked to commit.
+/// The change that the store must commit.
 pub(super) enum Commit {
     Create(NewRevision),
     /// The new revision, and the record before the change.

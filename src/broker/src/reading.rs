@@ -44,7 +44,7 @@ pub struct PageRow<T, D, K> {
     pub end: Position<K>,
 }
 
-/// One page of records, ordered by user, then key name, bytewise.
+/// One page of records, ordered bytewise by user and then by key name.
 #[derive(Clone, Debug)]
 pub struct ListPage {
     /// The records. A damaged record is listed with the fields that can be read.

@@ -34,7 +34,7 @@ use super::Broker;
 /// entry for each reason. An audit entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit
 /// log.
 const NETWORKS_MAX: usize = 256;
-/// Name of the state file in the previous release. The name did not contain the instance.
+/// Name of the state file in the previous release, without the name of the instance.
 const LEGACY_FACT: &str = "refusals";
 
 type Counts = HashMap<(Option<Network>, Refused), u64>;

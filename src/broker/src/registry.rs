@@ -23,11 +23,11 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
-/// Time limit for the verification of a few rows with the token, which happens once a second.
+/// Time limit for one verification of rows with the token. A verification takes place once a second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time for which a call waits until the workers have checked a key that was just registered.
 const PROOF_WAIT: Duration = Duration::from_secs(10);
-/// Interval between the checks of a waiting call whether the new key can be used. The check reads only memory.
+/// Interval at which a waiting call checks whether the new key can be used. The check reads only memory.
 const PROOF_PAUSE: Duration = Duration::from_millis(20);
 
 /// The problems of the registry that were logged after its last check.
@@ -37,7 +37,7 @@ pub(super) struct LoggedProblems {
     lost: String,
 }
 
-/// The registered wrapping keys, with the result of the last check of each.
+/// The registered wrapping keys, with the result of the last check of each key.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     entries: Vec<Entry>,
@@ -179,7 +179,7 @@ impl Registry {
         })
     }
 
-    /// Checks that a wrapping key may be used for a stored row in the way of `key_use`.
+    /// Checks that a wrapping key may be used for a stored row. `key_use` is the kind of use.
     pub(super) fn check(&self, id: WrappingKeyId, key_use: KeyUse) -> Result<(), Refusal> {
         let entry = self.entry(id).ok_or_else(|| {
             let detail = format!("wrapping key {id} of the envelope is not registered");
@@ -264,7 +264,7 @@ impl Registry {
         self.entry(id).map(|entry| &entry.row)
     }
 
-    /// Returns the rows, each with the reason if its key cannot be used.
+    /// Returns each row and, if its key cannot be used, the reason.
     pub(super) fn rows(&self) -> impl Iterator<Item = (&RegistryRow, Option<&str>)> {
         self.entries
             .iter()
@@ -323,9 +323,9 @@ impl Registry {
     }
 }
 
-/// Returns the best key for a use: a verified key, preferably one that may wrap, and of several keys the key that was
-/// changed last. If no key is verified, returns the reason why the best key cannot be used. Returns `None` if the
-/// states of all keys forbid the use.
+/// Returns the best key for a use. Verified keys come first, then keys that may wrap, then the key whose row changed
+/// last. If no key is verified, returns the reason why the best key cannot be used. Returns `None` if the states of all
+/// keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
@@ -595,7 +595,7 @@ impl Broker {
         }
     }
 
-    /// Puts an examined registry into use, and raises alerts about new problems.
+    /// Starts to use an examined registry, and raises alerts about new problems.
     fn use_registry(&self, registry: Registry) {
         for entry in &registry.entries {
             let usable = entry.standing == Standing::Verified;

@@ -49,7 +49,7 @@ impl Broker {
         })
     }
 
-    /// Adds the expected result of the mutation, and a MAC of this result, to a stamp.
+    /// Adds the expected result of the mutation, and a MAC of this result, to the stamp of a request.
     pub(super) async fn with_result(
         &self,
         token: &hsm::Caller,

@@ -1,9 +1,9 @@
 //! Re-wrap: moves all rows from the wrapping keys that no longer wrap to the wrapping key that wraps new user keys.
 //!
 //! An administrator requests a run, and the database stores the request. Every broker on the database looks for a run
-//! once a second, and one broker acquires its lease. This broker, the holder, reads rows page by page and lets the
-//! token re-wrap each row. The holder replaces an envelope only if the stored bytes are still those that it read. The
-//! rows themselves show the progress: a row under an old wrapping key must still be moved. Therefore a run can be
+//! once a second, and one broker acquires its lease. The holder of the lease reads rows page by page and lets the token
+//! re-wrap each row. The holder replaces an envelope only if the stored bytes have not changed since they were read.
+//! The rows themselves show the progress: a row under an old wrapping key must still be moved. Therefore a run can be
 //! interrupted at any moment, and a broker continues it later. Two brokers that both assume that they have the lease
 //! never move a row twice.
 //!
@@ -116,7 +116,7 @@ enum Request {
 }
 
 impl Broker {
-    /// Requests a run. If the last run has not ended, nothing is changed.
+    /// Requests a run. If the last run has not ended, the request changes nothing.
     pub async fn start_rewrap(
         self: &Arc<Self>,
         principal: &Principal,
@@ -126,7 +126,7 @@ impl Broker {
         self.change_run(principal, call, Request::Start(new)).await
     }
 
-    /// Pauses the run. If no run is running, nothing is changed.
+    /// Pauses the run. If no run is running, the request changes nothing.
     pub async fn pause_rewrap(
         self: &Arc<Self>,
         principal: &Principal,
@@ -135,7 +135,7 @@ impl Broker {
         self.change_run(principal, call, Request::Pause).await
     }
 
-    /// Resumes a paused run, with another rate if `rate` is present. If no run is paused, nothing is changed.
+    /// Resumes a paused run, with another rate if `rate` is present. If no run is paused, the request changes nothing.
     pub async fn resume_rewrap(
         self: &Arc<Self>,
         principal: &Principal,
@@ -335,8 +335,8 @@ fn check_source(
     Ok(registry.check(source, KeyUse::RewrapFrom)?)
 }
 
-/// Returns the wrapping keys from which a run moves rows. A run does not move rows whose wrapping key has a state that
-/// forbids a re-wrap, or cannot be used at present.
+/// Returns the wrapping keys from which a run moves rows. A run does not move rows whose wrapping key cannot be used at
+/// present or has a state that forbids a re-wrap.
 fn sources(
     registry: &Registry,
     target: WrappingKeyId,

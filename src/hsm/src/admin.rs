@@ -1,9 +1,9 @@
 //! The command's side of an admin worker. A command uses this module to administer tokens and keys; the admin worker
 //! process loads the vendor's module.
 //!
-//! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
-//! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
-//! the module hangs, the command gets the error after a timeout.
+//! In `serve` and in commands, the vendor's module always runs in a process without network and database. If the module
+//! crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If the module
+//! hangs, the command gets the error after a timeout.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -46,7 +46,7 @@ pub use wrapper::Wrapper;
 
 /// Name of the hidden command that runs the admin worker.
 const WORKER: &str = "token-admin-worker";
-/// Shortest timeout for a call that makes a key or initialises a token. Some devices need minutes for such a call.
+/// Shortest timeout for a call that makes a key or initialises a token. Some devices need minutes to make a key.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
 /// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
 /// time.
@@ -108,7 +108,7 @@ pub struct Listed {
     pub initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub pin_state: String,
-    /// The supported modulus lengths of RSA-OAEP, in bits. `None` if the token does not list the mechanism.
+    /// The supported modulus lengths of RSA-OAEP, in bits; `None` if the token does not list the mechanism.
     pub oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the token lists HMAC with SHA-256.
     pub sha256_hmac: bool,
@@ -129,7 +129,7 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// The algorithm that the capability probe chose. `None` if the key was rejected.
+    /// The algorithm that the capability probe chose; `None` if the key was rejected.
     pub algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub private: Vec<Finding>,
@@ -235,12 +235,13 @@ impl Admin {
         }
     }
 
-    /// The token that is open.
+    /// Returns the information of the open token.
     pub fn info(&self) -> &TokenInfo {
         &self.info
     }
 
-    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`. Another process was already logged in.
+    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process was already
+    /// logged in.
     pub fn is_login_of_another(&self) -> bool {
         self.is_login_of_another
     }

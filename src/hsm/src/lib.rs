@@ -1,10 +1,11 @@
 //! The front's side of the token: the [`Token`] that the broker calls, and the [`Supervisor`] that implements it.
 //!
-//! The vendor's module never shares a process with the network. [`Supervisor`] starts worker processes. A worker loads
-//! the module, logs in once and serves a fixed set of jobs over a socket pair. [`Supervisor`] replaces a worker that
-//! crashes, hangs or loses its token. The worker is in the crate `pkcs11`, on which this crate does not depend. The
-//! crate `worker-protocol` contains the parts that both sides share. Only the worker uses PKCS#11 mechanisms,
-//! attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a text for the log.
+//! The vendor's module never shares a process with the network. The [`Supervisor`] starts worker processes. A worker
+//! loads the module, logs in once and serves a fixed set of jobs over a socket pair. The [`Supervisor`] replaces a
+//! worker that crashes, hangs or loses its token. The worker is in the crate `pkcs11`, on which this crate does not
+//! depend. The crate `worker-protocol` contains the parts that both sides share. Only the worker uses PKCS#11
+//! mechanisms, attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a text for the
+//! log.
 //!
 //! Not protected: an attacker who runs code as the operating-system user of the worker is not isolated from the worker.
 
@@ -111,9 +112,9 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// Returns the last known state, without waiting for the token.
     fn state(&self) -> TokenState;
 
-    /// Sets the keys that must be on each token, by the configured name of the token, according to the registry. If the
-    /// keys changed, the workers are replaced one after another, without an interruption. This function does not wait
-    /// for the replacement. A key can be used as soon as [`TokenState::keys`] contains the key.
+    /// Sets the keys that must be on each token according to the registry. The configured name identifies a token. If
+    /// the keys changed, the workers are replaced one after another, without an interruption. This function does not
+    /// wait for the replacement. A key can be used as soon as [`TokenState::keys`] contains the key.
     fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>);
 }
 
@@ -129,7 +130,7 @@ pub struct TokenState {
     /// A problem that an administrator must know although the token is still usable, such as a latched PIN. When the
     /// last worker is lost, the problem prevents the start of a new worker.
     pub note: Option<String>,
-    /// The token information. `None` until the first worker is ready.
+    /// The token information; `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
     /// The keys that every worker found on the token.
     pub keys: Arc<[TokenKey]>,
@@ -162,7 +163,7 @@ pub enum Serving {
     /// No worker is ready, and the supervisor repeatedly tries to start a worker. The text is the cause, for the log
     /// and for administrators.
     Down(String),
-    /// The attributes, the self-test, the keys or the PIN are wrong. The text is the cause.
+    /// The attributes, the self-test, the keys or the PIN are wrong; the text is the cause.
     Untrusted(String),
 }
 

@@ -49,7 +49,7 @@ pub(super) struct Link {
     flush: Notify,
     /// Cancelled when the worker must end now; `State` contains the cause.
     ended: CancellationToken,
-    /// Cancelled when another worker has replaced this worker. This worker then ends after its jobs.
+    /// Cancelled when another worker has replaced this worker. The replaced worker ends after its jobs.
     retired: CancellationToken,
 }
 

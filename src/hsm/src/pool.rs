@@ -65,7 +65,7 @@ pub struct Pool {
     members: Vec<Member>,
     /// Names of the tokens for which no key is registered. The broker does not open these tokens.
     unused: Vec<String>,
-    /// Start of the times of the members in milliseconds.
+    /// Epoch of the pool: the times of its members are milliseconds since this moment.
     epoch: Instant,
 }
 

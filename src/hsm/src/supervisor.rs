@@ -1,6 +1,6 @@
 //! Keeps the workers running: starts them one after another, runs a self-test on each worker every second, and replaces
-//! a worker that crashes, hangs or loses its token. [`machine::Machine`] makes the decisions, and this module carries
-//! them out.
+//! a worker that crashes, hangs or loses its token. The state machine [`machine::Machine`] makes the decisions, and
+//! this module carries them out.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -59,7 +59,7 @@ const STOPPING: &str = "the broker is stopping";
 pub struct StartupError {
     /// A message with the cause, its effect and the necessary action of an administrator.
     pub message: String,
-    /// Whether a key or an attribute is wrong. `false` if the configuration is wrong.
+    /// Whether a key or an attribute is wrong; `false` if the configuration is wrong.
     pub untrusted: bool,
 }
 

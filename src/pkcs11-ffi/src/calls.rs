@@ -251,8 +251,8 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that withholds a value may leave the length unchanged. Bytes in the buffer are then possibly the
-        // value itself.
+        // A token that withholds a value may leave the length unchanged. If the buffer contains a byte other than zero,
+        // the buffer may contain the withheld value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }

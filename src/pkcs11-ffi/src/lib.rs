@@ -3,16 +3,21 @@
 //! [`Module`] and [`Session`] dereference to the types of `cryptoki`, and replace or add the following seven calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` with an
-//!   unchanged number of slots. The remote client of p11-kit does so if its server has no token. This crate repeats the
-//!   call only a few times, and does not read the list if the number of slots is 0.
+//!   unchanged number of slots. For example, the remote client of p11-kit returns this code if its server has no token.
+//!   This crate repeats the call only a few times, and does not read the list if the number of slots is 0.
+//!
 //! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if the text is
 //!   not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text, and the
 //!   broker does not use it.
+//!
 //! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
 //!   passes a buffer in the first call.
+//!
 //! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
+//!
 //! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
+//!
 //! - `C_Decrypt` and `C_Sign`: `cryptoki` 0.12 calls each of them twice, the first time for the length of the output.
 //!   Each call is a round trip to a device on the network. This crate passes a buffer in the first call. The caller
 //!   owns the buffer, so that no other buffer contains the plaintext.

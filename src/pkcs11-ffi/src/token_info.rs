@@ -139,12 +139,12 @@ impl TokenInfo {
         (version.major, version.minor)
     }
 
-    /// Largest number of sessions that one application may open. 0 means no limit.
+    /// Largest number of sessions that one application may open; 0 means no limit.
     pub fn max_session_count(&self) -> Option<u64> {
         count(self.raw.ulMaxSessionCount)
     }
 
-    /// Largest number of read-write sessions that one application may open. 0 means no limit.
+    /// Largest number of read-write sessions that one application may open; 0 means no limit.
     pub fn max_rw_session_count(&self) -> Option<u64> {
         count(self.raw.ulMaxRwSessionCount)
     }

@@ -162,7 +162,7 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
-    /// Describes a token that is open. Only `info` contains real values, because the command needs nothing else.
+    /// Describes the open token. Only `info` contains real values, because the command needs nothing else.
     pub(crate) fn of(info: &TokenInfo) -> Self {
         Self {
             slot: 0,
@@ -187,7 +187,7 @@ pub(crate) struct CheckedKey {
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
     pub(crate) modulus_bits: usize,
-    /// The algorithm that the capability probe chose. `None` if the key was rejected.
+    /// The algorithm that the capability probe chose; `None` if the key was rejected.
     pub(crate) algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
@@ -512,12 +512,13 @@ impl Admin {
         self.token.session(&places)
     }
 
-    /// The token that is open.
+    /// Returns the information of the open token.
     pub(crate) fn info(&self) -> &TokenInfo {
         &self.token.info
     }
 
-    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`. Another process was already logged in.
+    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process was already
+    /// logged in.
     pub(crate) fn is_login_of_another(&self) -> bool {
         self.token.is_login_of_another
     }

@@ -57,9 +57,9 @@ impl Mechanism {
 pub enum Found {
     /// The attribute has the required value.
     AsExpected,
-    /// The attribute has another value.
+    /// The attribute has a wrong value.
     Wrong,
-    /// The attribute is absent or cannot be read, but an exception in the configuration permits this.
+    /// The attribute is absent or cannot be read, but the configuration contains an exception for the attribute.
     Excepted,
     /// The attribute is absent, but the key type implies the required value (`CKK_SHA256_HMAC`).
     ImpliedByType,

@@ -1,9 +1,9 @@
 //! Integrity keys. An integrity key is usually an object on the token. For a token without HMAC keys, the integrity key
 //! is a secret in the memory of this process; the token unwraps this secret from a file.
 //!
-//! An integrity key in memory protects the rows against an attacker who can change the database. It does not protect
-//! the rows against an attacker who can read the memory of a worker. The memory is not locked, so the operating system
-//! can swap it out. The memory is overwritten when it is freed.
+//! An integrity key in memory protects the rows against an attacker who can change the database. An integrity key in
+//! memory does not protect the rows against an attacker who can read the memory of a worker. The memory is not locked,
+//! so the operating system can swap it out. The memory is overwritten when it is freed.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 

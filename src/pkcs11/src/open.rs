@@ -387,8 +387,7 @@ fn unproven_twin(info: &TokenInfo) -> Fault {
     )
 }
 
-/// Refuses a token with a PIN pad. Such a token needs a person at each login, so the broker could not restart
-/// unattended.
+/// Refuses a token with a PIN pad. A PIN pad needs a person at each login, so the broker could not restart unattended.
 fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
     calling::next("C_GetTokenInfo");
     if !module.get_token_info(slot)?.protected_authentication_path() {

@@ -3,7 +3,7 @@
 //!
 //! For each serial number, the record contains a salted Argon2id hash of the PIN. The hash and not the PIN file
 //! identifies a PIN, because a new version of a file or of a Kubernetes Secret can contain the old PIN. A worker or an
-//! admin worker reads the PIN and compares it with the hash; the front never does.
+//! admin worker reads the PIN and compares the PIN with the hash. The front never reads a PIN.
 //!
 //! Not protected: an attacker who can read the state directory can find a short PIN by brute force. The state directory
 //! is as confidential as the PIN file.

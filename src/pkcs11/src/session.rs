@@ -334,7 +334,7 @@ impl SessionThread {
             | Class::Pin
             | Class::Login => Err(Stop::from_self_test(&fault)),
             // An error of these classes may be temporary and is no reason to replace the worker. A self-test in another
-            // session decides.
+            // session decides whether the worker is replaced.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
                 self.revive(key.as_bytes(), deadline).map(drop)

@@ -14,7 +14,7 @@ use keybroker_store as store;
 use keybroker_store::ClientRow;
 
 impl Broker {
-    /// Asks policy for a permit on the control plane, and begins the audit entry of the change.
+    /// Asks the policy for a permit on the control plane, and begins the audit entry of the change.
     pub(crate) async fn begin_control_change(
         &self,
         principal: &Principal,

@@ -22,7 +22,8 @@ const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 /// The purpose for which an API client is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// The API client is to be authenticated or changed. The state of the row's wrapping key must allow its use.
+    /// The API client is to be authenticated or changed. The state of the row's wrapping key must permit the use of the
+    /// key.
     InForce,
     /// The API client is to be revoked permanently. A revocation does not require a usable wrapping key. Revoking an
     /// unverified row is no risk, because a revoked API client cannot authenticate.

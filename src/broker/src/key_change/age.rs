@@ -72,7 +72,7 @@ impl Broker {
         (age > limit).then(|| (id, days(age), days(limit)))
     }
 
-    /// If the key in use is too old, returns a sentence for the health details. The sentence has no full stop.
+    /// If the key in use is too old, returns a sentence without a full stop for the health details.
     pub(crate) fn key_age_note(&self) -> Option<String> {
         let (id, days, limit) = self.overdue_key()?;
         Some(format!(

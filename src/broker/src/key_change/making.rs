@@ -137,7 +137,7 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Converts the error of an admin worker. The administrator who made the call learns the cause.
+/// Converts the error of an admin worker. The error tells the administrator the cause.
 fn from_admin(error: AdminError) -> Error {
     let reason = match &error {
         AdminError::Token(_) | AdminError::NoToken(_) | AdminError::Start(_) => Reason::TokenDown,

@@ -52,7 +52,7 @@ impl Releases {
         }
     }
 
-    /// Returns `true` if the service exceeds the number of users per hour and no alert about the service was raised
+    /// Returns `true` if the service exceeds the limit of users per hour and no alert about the service was raised
     /// within the last hour.
     pub(super) fn note(&self, service: &str, user: &str) -> bool {
         self.note_at(service, user, Instant::now())

@@ -17,7 +17,7 @@ use super::{
     run::{Run, Stop},
 };
 
-/// API clients per page.
+/// Number of API clients per page.
 const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {

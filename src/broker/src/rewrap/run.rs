@@ -36,7 +36,7 @@ const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of rows per page.
 const PAGE_ROWS_MAX: u64 = 100;
-/// Rows per page before the speed is known.
+/// Number of rows per page before the speed is known.
 const PAGE_ROWS_FIRST: u64 = 16;
 /// A page has as many rows as the run moves in half a second, so that a pause and a stop take effect soon.
 const PAGE_PARTS: u64 = 2;
@@ -334,7 +334,7 @@ impl<'b> Run<'b> {
                 blocked_by.clone_into(&mut self.progress.blocked_by);
             }
         }
-        // A progress that cannot be stored is no problem: the rows show which rows were moved.
+        // A failure to store the progress is harmless, because the rows themselves show which rows were moved.
         if let Err(Stop::Failed(error)) = self.store_progress(false).await {
             tracing::debug!(%error, "the progress of the re-wrap was not stored");
         }

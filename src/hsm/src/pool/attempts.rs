@@ -33,7 +33,7 @@ pub(super) struct Attempts<'a> {
     error: Option<Error>,
 }
 
-/// The end of an attempt.
+/// The result of an attempt.
 #[derive(Debug)]
 pub(super) enum Done {
     /// The attempt has a result for the caller.

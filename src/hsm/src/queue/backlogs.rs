@@ -15,21 +15,22 @@ use crate::caller::Lane;
 
 use super::estimate::Estimate;
 
-/// While background jobs wait, at least one of this many jobs is a background job.
+/// While background jobs wait, at least one of `BACKGROUND_TURNS` jobs is a background job.
 const BACKGROUND_TURNS: u32 = 16;
 /// Time for which the oldest job of a queue must have been late continuously before the newest job comes first.
 const STANDING_INTERVAL: Duration = Duration::from_millis(100);
 /// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
 const STANDING_PARTS: u32 = 4;
 
-/// The caution of a principal raises its expected wait, in thousandths. The caution increases by `CAUTION_STEP` when an
-/// accepted job is too late, and decreases by `CAUTION_FALL` with each job that is in time. The caution corrects an
-/// expected wait that is too short because the token slows down or other principals arrive.
+/// The caution of a principal increases the expected wait of its jobs, in thousandths of the wait. The caution
+/// increases by `CAUTION_STEP` when an accepted job is too late, and decreases by `CAUTION_FALL` with each job that is
+/// in time. The caution corrects an expected wait that is too short because the token slows down or other principals
+/// arrive.
 ///
 /// The caution is never less than `CAUTION_MIN`. The expected wait is a sum of estimates, so its error is proportional
-/// to the wait. Therefore the margin is proportional, too. With a fixed margin, jobs with a long wait would be late if
-/// the estimate were a few percent too low or a newer job were served first. The margin makes the queue an eighth
-/// shorter, but every session still has work.
+/// to the wait. Therefore the margin is also proportional to the wait. With a fixed margin, jobs with a long wait would
+/// be late if the estimate were a few percent too low or a newer job were served first. The margin makes the queue an
+/// eighth shorter, but every session still has work.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MIN: u32 = 125;
@@ -250,7 +251,8 @@ impl<J: Waiting> Backlogs<J> {
         wait + wait / CAUTION_MAX * (CAUTION_MIN + caution)
     }
 
-    /// Returns the work of the token before a new job of this lane with this cost, if the lanes are served in turns.
+    /// Returns the work that the token completes before a new job of this lane, if the lanes are served in turns.
+    /// `cost` is the cost of the new job.
     pub(super) fn work_before(&self, lane: &Lane, cost: Duration) -> Duration {
         let own = self
             .waiting

@@ -53,7 +53,7 @@ impl Kind {
         self.key
     }
 
-    /// `None` for a self-test or a malformed request.
+    /// Returns the kind of a job, or `None` for a self-test or a malformed request.
     pub(super) fn of(work: &Work) -> Option<Self> {
         let (operation, key) = match work.job()? {
             Job::Unwrap(job) => (Operation::Unwrap, &job.key_id),
@@ -128,8 +128,7 @@ impl Estimates {
     /// them.
     ///
     /// For a planned unwrap, only measured unwraps count, if there are any. With the lower assumed cost of an unknown
-    /// job, the check on arrival would accept nearly every call that the queue refuses later. the check on arrival
-    /// would accept nearly every call that the queue refuses later.
+    /// job, the check on arrival would accept nearly every call that the queue refuses later.
     pub(super) fn least(&self, planned: Planned) -> Estimate {
         let unknown = self.of(None);
         let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap());

@@ -1,8 +1,8 @@
 //! Changes of the expected keys while workers run. The workers are replaced one after another. An old worker gets jobs
 //! until a worker with the new keys is ready, then finishes its jobs and ends.
 //!
-//! While a key is missing or wrong, one worker is replaced at intervals. Therefore the broker uses a key that reappears
-//! on the token without a restart.
+//! While a key is missing or wrong, one worker is replaced at intervals. Therefore the broker can use a key that
+//! reappears on the token, without a restart of the broker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,16 +17,16 @@ use super::{Decider, Supervisor};
 const RECHECK_MIN: Duration = Duration::from_secs(2);
 const RECHECK_MAX: Duration = Duration::from_mins(1);
 
-/// Time of the next search for missing or wrong keys.
+/// The schedule of the searches for missing or wrong keys.
 #[derive(Debug, Default)]
 pub(super) struct Recheck {
-    /// `None` while every expected key can be used.
+    /// Time of the next search; `None` while every expected key can be used.
     next: Option<Duration>,
     pause: Duration,
 }
 
 impl Recheck {
-    /// Whether a search must begin now. Each search doubles the pause until the next search.
+    /// Whether a search for missing or wrong keys must begin now. Each search doubles the pause until the next search.
     fn is_due(&mut self, now: Duration, has_unusable: bool) -> bool {
         if !has_unusable {
             *self = Self::default();
@@ -88,7 +88,7 @@ impl Supervisor {
     /// Replaces the list of keys that must be on the token. If the list has changed, every worker is replaced.
     pub(crate) fn expect(&self, keys: Vec<ExpectedKey>) {
         let keys = in_order(keys);
-        // The lock prevents that a worker with the earlier list is admitted during this change.
+        // The lock prevents the admission of a worker with the earlier list during this change.
         let decider = self.decider();
         let before = self.expected.load_full();
         if *before == keys {
@@ -152,7 +152,7 @@ impl Supervisor {
     }
 
     /// Marks the other workers for replacement if they lack a key that a new worker found. A worker that found fewer
-    /// keys than the others is replaced by the next search.
+    /// keys than the other workers is replaced at the next search.
     pub(super) fn outdate_others(&self, decider: &mut Decider, new: &Link) {
         let mut differs = false;
         for link in self.queue.links() {

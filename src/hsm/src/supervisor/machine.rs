@@ -1,6 +1,6 @@
 //! Decides when the supervisor starts a worker, and which state it reports to callers. The state machine has no side
-//! effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of its states
-//! and events, and a test compares the table with the code.
+//! effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of states and
+//! events, and a test compares the table with the code.
 
 use std::time::Duration;
 
@@ -225,7 +225,7 @@ impl Machine {
                 self.latched = Some(detail.clone());
                 actions.push(Action::Alert(Alert::PinLatched, detail.clone()));
             }
-            // A crash says nothing about the PIN, so the PIN latch does not change.
+            // A crash does not concern the PIN, so the PIN latch does not change.
             NotReady::Crashed => {}
             NotReady::Login => {
                 self.failed_logins += 1;

@@ -26,13 +26,13 @@ use super::{Supervisor, machine::Loss};
 const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
 /// The time after which an unanswered self-test has failed.
 const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
-/// Failed self-tests in a row after which a worker is replaced.
+/// Number of consecutive failed self-tests after which a worker is replaced.
 const SELF_TEST_FAILURES_MAX: u32 = 3;
 /// The pause before a job is repeated after the token reported that it is busy.
 const BACK_OFF: Duration = Duration::from_millis(5);
 /// Number of times that a job is given to another worker after the process of its worker ended. Therefore a job that
 /// crashes the module ends at most one worker more than this number. Callers cannot construct a job that crashes the
-/// RSA operation, because the RSA key is used only after the MAC has verified.
+/// RSA operation, because the RSA key is used only after the verification of the MAC.
 const LOSSES_MAX_ENDED: u32 = 4;
 /// Number of times that a job is given to another worker after its worker hung or lost its token. This limit is lower
 /// than `LOSSES_MAX_ENDED`, because callers wait for seconds after each loss of this kind.
@@ -100,8 +100,8 @@ impl Supervisor {
                     && !job.has_alternative
                     && !job.work.is_self_test()
                 {
-                    // The token may still be available to another worker. Without such a worker, the job fails with the
-                    // error for the state of the service.
+                    // The token may still be available to another worker. If no worker can use the token, the job fails
+                    // with the error for the state of the service.
                     link.give_up(failure.detail);
                     self.repeat(Job {
                         losses: job.losses + 1,

@@ -407,8 +407,8 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
 }
 
 /// Returns the attributes that a token refuses in a template, in addition to the attributes that are already excepted.
-/// Returns `None` if the token refuses the template even without all attributes that may be excepted. `works` tries the
-/// template without the given attributes.
+/// Returns `None` if the token refuses the template even without all attributes for which an exception is permitted.
+/// `works` tries the template without the given attributes.
 fn refused(
     template: &[Attribute],
     exceptions: &[String],

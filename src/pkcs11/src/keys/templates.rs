@@ -133,8 +133,8 @@ pub(crate) fn integrity_template(
     object: &ObjectId,
 ) -> Vec<Attribute> {
     let key_type = match kind {
-        // SoftHSM refuses `CKK_SHA256_HMAC` for `CKM_GENERIC_SECRET_KEY_GEN`. Therefore the allowed mechanisms restrict
-        // the key, and not its type.
+        // SoftHSM refuses `CKK_SHA256_HMAC` for `CKM_GENERIC_SECRET_KEY_GEN`. Therefore the list of allowed mechanisms
+        // restricts the key instead of the key type.
         HmacKey::GenericSecret => KeyType::GENERIC_SECRET,
         HmacKey::Sha256Hmac | HmacKey::Nshield => KeyType::SHA256_HMAC,
     };

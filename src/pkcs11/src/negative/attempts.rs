@@ -155,7 +155,7 @@ pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> R
     })
 }
 
-/// Whether the token does not support the operation for any key. Then no key can leave the token in this way.
+/// Whether the token lacks the operation. No key can leave the token through a missing operation.
 fn is_not_offered(error: &Error) -> bool {
     matches!(
         error,
@@ -370,8 +370,8 @@ pub(super) fn signs(
 }
 
 /// Verifies the first bytes of a MAC. In memory, wrong bytes follow these first bytes, because opencryptoki 3.8 ignores
-/// the length and compares all 32 bytes. This defect of opencryptoki allows no forgery, because the broker always
-/// passes 32 bytes.
+/// the length and compares all 32 bytes. This defect of opencryptoki does not allow a forgery, because the broker
+/// always passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     let object = match &on.pair.integrity_key {

@@ -1,8 +1,8 @@
 //! Changes of wrapping keys by administrators: rotation and changes of states.
 //!
-//! A change is planned from the verified registry. One transaction commits the change, and compares the MAC of each row
-//! that it replaces. If two brokers change the same key concurrently, one of them succeeds and the other gets an error.
-//! Each new row is authenticated by the integrity key of its own wrapping key.
+//! A change is planned from the verified registry. One transaction compares the MAC of each row that changes, and
+//! commits the change. If two brokers change the same key concurrently, one of them succeeds and the other gets an
+//! error. Each new row is authenticated by the integrity key of its own wrapping key.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 

@@ -296,8 +296,8 @@ impl Broker {
     }
 
     /// Checks whether a principal may perform an action on at least one of the keys. A batch needs this check first.
-    /// Afterwards, each item of the batch is decided separately. If the principal may use none of the keys, the whole
-    /// batch gets one refusal and one audit entry.
+    /// Afterwards, each item of the batch is decided separately. If the principal may use none of the keys, the
+    /// complete batch gets one refusal and one audit entry.
     pub async fn admit(
         &self,
         principal: &Principal,

@@ -154,8 +154,8 @@ impl Broker {
         }
     }
 
-    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible.
-    /// Returns an error if the facts that this instance keeps about its database cannot be read.
+    /// Loads the intents that an earlier run left without an outcome, and resolves them as far as possible. Returns an
+    /// error if the facts that this instance keeps about its database cannot be read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -185,7 +185,8 @@ impl Broker {
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}
-                // This intent is tried again after the other intents, whose outcome may be known already.
+                // The intent is looked up again after the other intents, because the outcome of another intent may be
+                // known already.
                 Resolved::UnderWay => unresolved.push(intent),
                 Resolved::Unavailable => {
                     unresolved.insert(0, intent);

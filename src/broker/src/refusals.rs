@@ -253,8 +253,8 @@ impl Broker {
                 }),
         )
         .await;
-        // The remaining counts are stored immediately. Otherwise the next run would count refusals that are already in
-        // the audit log.
+        // The remaining counts are stored immediately. Without this step, the next run would count refusals that are
+        // already in the audit log.
         self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();
         if suppressed > 0 {

@@ -170,8 +170,8 @@ impl Registry {
         })
     }
 
-    /// Returns the wrapping key whose integrity key authenticates request ids and API clients: the active wrapping key
-    /// or, if no wrapping key is active, the newest wrapping key that may still make MACs.
+    /// Returns the wrapping key whose integrity key authenticates request ids and API clients. If no wrapping key is
+    /// active, returns the newest wrapping key whose integrity key may still compute MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
         best(self.entries.iter(), KeyUse::MakeMac).unwrap_or_else(|| {
             let error = Error::new(Reason::KeyState, "no wrapping key may be used");

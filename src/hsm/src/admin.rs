@@ -301,7 +301,7 @@ impl Admin {
     }
 
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. If a
-    /// check fails, the worker removes the keys from the token. This function does not add the key to the registry.
+    /// check fails, the worker removes the keys from the token. Making a key does not add the key to the registry.
     pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         let job = Job::GenerateKey(GenerateKey { modulus_bits });
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {

@@ -113,8 +113,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     fn state(&self) -> TokenState;
 
     /// Sets the keys that must be on each token according to the registry. The configured name identifies a token. If
-    /// the keys changed, the workers are replaced one after another, without an interruption. This function does not
-    /// wait for the replacement. A key can be used as soon as [`TokenState::keys`] contains the key.
+    /// the keys changed, the workers are replaced one after another, without an interruption. The function does not
+    /// wait until the workers are replaced. A key can be used as soon as [`TokenState::keys`] contains the key.
     fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>);
 }
 
@@ -143,7 +143,7 @@ pub struct TokenState {
     /// Time at which a self-test last passed.
     pub last_self_test: Option<Timestamp>,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is `Up`
-    /// while every registered key has an available token. The other fields contain the data of all tokens.
+    /// while every registered key has an available token. The remaining fields contain the data of all tokens.
     pub tokens: Vec<TokenState>,
 }
 

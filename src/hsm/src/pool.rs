@@ -123,8 +123,8 @@ impl Member {
         can_decrypt && has_second
     }
 
-    /// Whether the estimates of the token are old and the job can be a probe: the job would be in time even if the
-    /// token were much slower than expected.
+    /// Whether the estimates of the token are old and the job can be a probe. A job can be a probe if it would be in
+    /// time even on a much slower token.
     fn is_due_for_a_probe(&self, now_ms: u64, expected: Duration, caller: &Caller) -> bool {
         let idle_ms = now_ms.saturating_sub(self.last_job_ms.load(Ordering::Relaxed));
         idle_ms >= millis(PROBE_INTERVAL) && expected * PROBE_PARTS <= caller.deadline().remaining()

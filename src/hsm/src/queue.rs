@@ -126,8 +126,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Returns an error if all jobs of this caller would certainly be refused, for every key. This check reads only the
-    /// state of the queue, so it is cheap.
+    /// Returns an error if all jobs of this caller would certainly be refused, for every key. The check is cheap,
+    /// because it reads only the state of the queue.
     pub(super) fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {
         let state = self.state();
         let least = state.estimates.least(planned);
@@ -168,9 +168,9 @@ impl Queue {
         self.state().dispatch();
     }
 
-    /// Records the time for which a job occupied its session, as the front sees it. If the module computes in software
-    /// on the same processors, this time is much longer than the time in the module, because the thread of the session
-    /// also waits for a processor.
+    /// Records the time for which a job occupied its session, as the front sees it. A module that computes in software
+    /// uses the same processors as the front. The occupied time is then much longer than the time in the module,
+    /// because the session thread also waits for a processor.
     pub(super) fn served(&self, job: &Job) {
         if let Some(kind) = Kind::of(&job.work) {
             self.state().estimates.add(kind, job.occupied());

@@ -1,6 +1,6 @@
-//! Keeps the workers running: starts them one after another, runs a self-test on each worker every second, and replaces
-//! a worker that crashes, hangs or loses its token. The state machine [`machine::Machine`] makes the decisions, and
-//! this module carries them out.
+//! Starts the workers one after another, and runs a self-test on each worker every second. Replaces a worker that
+//! crashes, hangs or loses its token. The state machine [`machine::Machine`] makes the decisions, and this module
+//! carries them out.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 

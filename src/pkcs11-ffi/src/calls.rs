@@ -57,7 +57,7 @@ impl fmt::Debug for Functions {
 }
 
 /// The arguments of `C_Initialize` with the extension of NSS: `pReserved` is the string, followed by a field that must
-/// be NULL. Other modules read only the standard fields.
+/// be NULL. Modules other than NSS read only the standard fields.
 #[repr(C)]
 struct InitializeArguments {
     standard: CK_C_INITIALIZE_ARGS,

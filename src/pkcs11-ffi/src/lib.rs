@@ -6,9 +6,9 @@
 //!   unchanged number of slots. For example, the remote client of p11-kit returns this code if its server has no token.
 //!   This crate repeats the call only a few times, and does not read the list if the number of slots is 0.
 //!
-//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if the text is
-//!   not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text, and the
-//!   broker does not use it.
+//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`. The call fails if the text
+//!   is not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text. The
+//!   broker does not use the time.
 //!
 //! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate

@@ -529,7 +529,7 @@ impl Admin {
     }
 
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. If a
-    /// check fails, the key is removed from the token. This function does not add the key to the registry.
+    /// check fails, the key is removed from the token. Making a key does not add the key to the registry.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(

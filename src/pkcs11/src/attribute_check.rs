@@ -1,9 +1,9 @@
 //! The attribute check: the properties that a key must have before it is used. Each attribute is read back from the
 //! token individually.
 //!
-//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. This separation prevents the wrap/decrypt
-//! attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of a key cannot
-//! be changed.
+//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose for each key prevents the
+//! wrap/decrypt attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of
+//! a key cannot be changed.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 

@@ -64,8 +64,8 @@ impl Counter {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "standing", rename_all = "kebab-case")]
 pub(super) enum Standing {
-    /// The PIN was sent to the token, and the token neither accepted nor rejected it. This state is also recorded
-    /// before the first login, so that the attempt counts even if the process is killed during the login.
+    /// The PIN was sent to the token, and the token neither accepted nor rejected it. The state `Unproven` is also
+    /// recorded before the first login, so that the attempt counts even if the process is killed during the login.
     Unproven {
         /// Number of logins with this PIN so far.
         tries: u32,

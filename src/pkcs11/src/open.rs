@@ -1,5 +1,5 @@
-//! Opens a token: loads the module, selects the token and logs in once. Then finds the keys, checks their attributes
-//! and runs their self-tests. Workers and admin workers use the same code.
+//! Opens a token: loads the module, selects the token and logs in once. After the login, finds the keys, checks their
+//! attributes and runs their self-tests. Workers and admin workers use the same code.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 

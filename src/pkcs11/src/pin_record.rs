@@ -1,9 +1,9 @@
 //! The record of the PINs that were sent to tokens. The record is stored in the state directory, so that it remains
 //! when a process ends.
 //!
-//! For each serial number, the record contains a salted Argon2id hash of the PIN. The hash and not the PIN file
-//! identifies a PIN, because a new version of a file or of a Kubernetes Secret can contain the old PIN. A worker or an
-//! admin worker reads the PIN and compares the PIN with the hash. The front never reads a PIN.
+//! For each serial number, the record contains a salted Argon2id hash of the PIN. The hash identifies a PIN. The PIN
+//! file is not sufficient, because a new version of a file or of a Kubernetes Secret can contain the old PIN. A worker
+//! or an admin worker reads the PIN and compares the PIN with the hash. The front never reads a PIN.
 //!
 //! Not protected: an attacker who can read the state directory can find a short PIN by brute force. The state directory
 //! is as confidential as the PIN file.
@@ -124,7 +124,8 @@ impl PinRecord {
     fn key(&self, serial: &str) -> String {
         match &self.copy {
             None => serial.to_owned(),
-            // This key differs from every serial number, because a serial number has at most 16 characters.
+            // The map key of a copy differs from every serial number, because a serial number has at most 16
+            // characters.
             Some(name) => format!("{serial} (copy {name})"),
         }
     }

@@ -338,8 +338,8 @@ fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     answers
 }
 
-/// Tests which sessions a logout ends, and whether the handle of a key is still valid after the next login. This test
-/// is the last part of the report.
+/// Tests which sessions a logout ends, and whether the handle of a key is still valid after the next login. The test of
+/// the logout is the last part of the report.
 fn after_logout(
     token: &OpenToken,
     pin: Option<&Pin>,

@@ -1,9 +1,9 @@
 //! The token worker: the process that loads the vendor's module and has no other task.
 //!
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
-//! sessions one after another and checks every key. Then the worker reports the usable keys, and serves jobs until its
-//! socket is closed. The worker ignores SIGINT and SIGTERM, so that it can finish running jobs during a drain. The
-//! worker ends when the front closes the socket.
+//! sessions one after another and checks every key. After its checks, the worker reports the usable keys, and serves
+//! jobs until its socket is closed. The worker ignores SIGINT and SIGTERM, so that it can finish running jobs during a
+//! drain. The worker ends when the front closes the socket.
 //!
 //! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
 //! worker waits for its threads before it ends. If a thread does not return, the worker kills itself with SIGKILL,
@@ -121,7 +121,7 @@ fn serve() -> io::Result<()> {
     // The start itself has the same priority as the front, because calls may wait for the worker.
     give_way_to_front();
     let threads = start(sessions_open, &input, &output, &ended)?;
-    // The first session thread that detects the end of the socket reports it. The other threads end, too.
+    // The first session thread that detects the end of the socket reports it. The other session threads also end.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
     drop(token);
@@ -174,9 +174,9 @@ fn kill_ourselves() {
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
-/// Ends this process a few seconds after the front has closed its end of the socket or has ended, even if this process
-/// hangs in the module or does not read the socket yet. If this process continued to run, the next front could not use
-/// the sessions that this process has open on the token.
+/// Ends this process a few seconds after the front has closed its end of the socket or has ended. The process ends even
+/// if it hangs in the module or does not read the socket yet. If this process continued to run, the next front could
+/// not use the sessions that this process has open on the token.
 ///
 /// The function does not use the parent-death signal, because Linux sends this signal when the *thread* that started
 /// this process ends. The function also checks the parent process, because another process may have a copy of the

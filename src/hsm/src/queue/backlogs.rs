@@ -29,8 +29,8 @@ const STANDING_PARTS: u32 = 4;
 ///
 /// The caution is never less than `CAUTION_MIN`. The expected wait is a sum of estimates, so its error is proportional
 /// to the wait. Therefore the margin is also proportional to the wait. With a fixed margin, jobs with a long wait would
-/// be late if the estimate were a few percent too low or a newer job were served first. The margin makes the queue an
-/// eighth shorter, but every session still has work.
+/// be late as soon as the estimate is a few percent too low. The margin makes the queue an eighth shorter, but every
+/// session still has work.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MIN: u32 = 125;
@@ -100,8 +100,8 @@ struct Costed<J> {
     cost: Duration,
 }
 
-/// Detects a queue that is late for a complete `STANDING_INTERVAL`: each time a job was taken, the oldest job had
-/// waited for more than a quarter of the time between its arrival and its deadline.
+/// Detects a queue that is late for a complete `STANDING_INTERVAL`. A queue is late if its oldest job has waited for
+/// more than a quarter of the time between the job's arrival and the job's deadline.
 #[derive(Clone, Copy, Debug, Default)]
 struct Pressure {
     /// Start of the period in which the oldest job was always late.
@@ -272,8 +272,8 @@ impl<J: Waiting> Backlogs<J> {
     }
 
     /// Takes the next job, in turns among the lanes. Each turn serves jobs with a total cost of `quantum`, multiplied
-    /// by the weight of the principal. A job costs at most one quantum. With the cost of the most expensive job as
-    /// quantum, each lane gets the same time; with a tiny quantum, each lane gets the same number of jobs.
+    /// by the weight of the principal. A job costs at most one quantum. If the quantum is the cost of the most
+    /// expensive job, each lane gets the same time. With a tiny quantum, each lane gets the same number of jobs.
     pub(super) fn pop(&mut self, quantum: Duration, now: Instant) -> Option<J> {
         let background = self.waiting.contains_key(&Lane::Background);
         if background && (self.turns.is_empty() || self.since_background >= BACKGROUND_TURNS - 1) {
@@ -333,7 +333,7 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Makes room for a job of this lane: among the lanes with several jobs, removes the newest job of the lane with
+    /// Makes room for a job of this lane. Among the lanes with several jobs, removes the newest job of the lane with
     /// the most work per weight. Removes no job if this lane, with the new job, would have at least as much work.
     pub(super) fn evict_for(&mut self, lane: &Lane, cost: Duration) -> Option<J> {
         let own = self

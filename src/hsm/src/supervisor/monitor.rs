@@ -34,8 +34,8 @@ const BACK_OFF: Duration = Duration::from_millis(5);
 /// crashes the module ends at most one worker more than this number. Callers cannot construct a job that crashes the
 /// RSA operation, because the RSA key is used only after the verification of the MAC.
 const LOSSES_MAX_ENDED: u32 = 4;
-/// Number of times that a job is given to another worker after its worker hung or lost its token. This limit is lower
-/// than `LOSSES_MAX_ENDED`, because callers wait for seconds after each loss of this kind.
+/// Number of times that a job is given to another worker after its worker hung or lost its token. The limit is lower
+/// than `LOSSES_MAX_ENDED`, because callers wait for seconds after a worker hung or lost its token.
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {

@@ -155,8 +155,8 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
     Ok(())
 }
 
-/// Returns the durations of the calls that open a token. These durations were measured when the token was opened,
-/// because the report cannot repeat the calls.
+/// Returns the durations of the calls that open a token. The durations were measured when the token was opened, because
+/// the report cannot repeat the calls.
 pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
     let times = token.times;
     let named = [

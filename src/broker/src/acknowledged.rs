@@ -3,9 +3,9 @@
 //! acknowledged change leaves a mark in the database. If the identity differs or a mark is missing, the broker releases
 //! and changes nothing until an operator accepts the database.
 //!
-//! The broker stores the identity and the changes in the state directory, at most one second after a change. If the
-//! broker was killed, it reads the changes of the last second from its audit log. Each broker instance checks only the
-//! marks of the changes that it made.
+//! The broker stores the identity and the changes in the state directory, at most one second after a change. After a
+//! broker was killed, its next start reads the changes of the last second from the audit log. Each broker instance
+//! checks only the marks of the changes that it made.
 
 use std::{
     collections::VecDeque,

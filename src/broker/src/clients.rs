@@ -137,7 +137,7 @@ impl Broker {
         .await
     }
 
-    /// Adds a secret to an API client. The API client then has two valid secrets, until the old secret is revoked.
+    /// Adds a secret to an API client. The API client has two valid secrets until the old secret is revoked.
     pub async fn add_client_secret(
         self: &Arc<Self>,
         principal: &Principal,

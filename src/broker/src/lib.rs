@@ -409,7 +409,7 @@ async fn observed<T>(
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
         // Only the overhead of a release is measured, because a release runs exactly one job on the token. The overhead
-        // is the time of the call without the time of this job.
+        // is the time of the call without the time of the token job.
         metrics::CALL_OVERHEAD
             .handle()
             .record(total.saturating_sub(outside));

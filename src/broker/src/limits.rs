@@ -164,8 +164,8 @@ impl Limits {
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
-    /// Reserves one of the concurrent checks of costly credentials for an address. Each address has only a few of these
-    /// checks, so that one address cannot block all others.
+    /// Reserves one of the concurrent checks of costly credentials for an address. Each address may run only a few
+    /// costly checks concurrently, so that one address cannot block all others.
     pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
         let turns = self
             .turns

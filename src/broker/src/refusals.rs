@@ -136,8 +136,8 @@ impl Refusals {
                 }
             }
         }
-        // The counts are stored before the old file is removed. If the process is killed between these two steps, the
-        // refusals are counted twice, but no refusal is lost.
+        // The counts are stored before the old file is removed. If the process is killed between storing and removal,
+        // the refusals are counted twice, but no refusal is lost.
         self.keep();
         if let Err(error) = self.state.remove(LEGACY_FACT) {
             let error = chain(&error);
@@ -253,7 +253,7 @@ impl Broker {
                 }),
         )
         .await;
-        // The remaining counts are stored immediately. Without this step, the next run would count refusals that are
+        // Stores the remaining counts immediately. Without this step, the next run would count refusals that are
         // already in the audit log.
         self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();

@@ -1,5 +1,6 @@
 //! Records the time at which each key was last released. A release notes the time in memory, under a short lock. A
-//! background task writes the times to the database. The loss of a time has no other effect.
+//! background task writes the times to the database. If a noted time is lost, only the displayed last use is out of
+//! date.
 
 use std::{
     collections::HashMap,

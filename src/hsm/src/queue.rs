@@ -168,9 +168,9 @@ impl Queue {
         self.state().dispatch();
     }
 
-    /// Records the time for which a job occupied its session, as the front sees it. A module that computes in software
-    /// uses the same processors as the front. The occupied time is then much longer than the time in the module,
-    /// because the session thread also waits for a processor.
+    /// Records the time for which a job occupied its session, as the front measures it. A module that computes in
+    /// software uses the same processors as the front. The occupied time is then much longer than the time in the
+    /// module, because the session thread also waits for a processor.
     pub(super) fn served(&self, job: &Job) {
         if let Some(kind) = Kind::of(&job.work) {
             self.state().estimates.add(kind, job.occupied());

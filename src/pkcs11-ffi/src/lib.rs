@@ -24,9 +24,9 @@
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
 //! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
-//! p11-kit, however, makes a new connection with its own sessions for each function list. With such a module,
-//! `cryptoki` makes all calls of the list above, and `C_WrapKey` is not available. This crate then uses its own
-//! connection only to find out whether a slot has a token.
+//! p11-kit, however, makes a new connection with its own sessions for each function list. With the client module of
+//! p11-kit, `cryptoki` makes all calls of the list above, and `C_WrapKey` is not available. This crate then uses its
+//! own connection only to find out whether a slot has a token.
 
 mod calls;
 mod token_info;
@@ -182,7 +182,7 @@ impl Session {
     }
 
     /// Reads one attribute with `cryptoki`, which first queries the length. The token report shows whether a token
-    /// answers this query.
+    /// answers the query for the length.
     pub fn attribute_by_length_query(
         &self,
         object: ObjectHandle,

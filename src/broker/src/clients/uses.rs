@@ -1,5 +1,5 @@
 //! Records when secrets of API clients were last accepted. The times are kept in memory, and a background task writes
-//! them to the database. The loss of a time has no other effect.
+//! them to the database. If a noted time is lost, only the displayed last use is out of date.
 
 use std::{
     collections::HashMap,

@@ -202,7 +202,7 @@ impl Broker {
         };
         let commit = async { self.store.change_registry(&planned, call.id, at).await };
         let settled = self.settle(intent, draft, at, commit).await;
-        // Without a definite answer, the row may have been committed.
+        // Without a definite answer of the store, the row may have been committed.
         let Settled { intent, result } = settled.map_err(Error::outcome_unknown)?;
         let is_committed = result.is_ok();
         let result = result.map_err(from_commit);

@@ -173,8 +173,8 @@ impl Broker {
         }
     }
 
-    /// Checks that rows may still be moved between these wrapping keys. The states of both wrapping keys can change
-    /// during a pass.
+    /// Checks that rows may still be moved from one wrapping key to the other. The states of both wrapping keys can
+    /// change during a pass.
     pub(super) fn check_move(
         &self,
         mut from: impl Iterator<Item = WrappingKeyId>,

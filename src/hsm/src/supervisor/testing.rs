@@ -47,7 +47,7 @@ pub(crate) fn idle(name: &str, keys: &[WrappingKeyId]) -> Arc<Supervisor> {
 }
 
 impl Supervisor {
-    /// Adds a ready worker with this number of sessions, which found all expected keys with this algorithm.
+    /// Adds a ready worker with this number of sessions. The worker found all expected keys with this algorithm.
     pub(crate) fn worker_for_test(
         &self,
         generation: u64,

@@ -1,8 +1,8 @@
 //! Changes of wrapping keys by administrators: rotation and changes of states.
 //!
-//! A change is decided on the verified registry, and committed in one transaction that compares the MAC of each row that
-//! it replaces. Of two brokers that change the same key at the same time, one makes its change and the other gets an
-//! error. Every new row has a MAC by its own integrity key.
+//! A change is planned from the verified registry. One transaction compares the MAC of each row that changes, and
+//! commits the change. If two brokers change the same key concurrently, one of them succeeds and the other gets an
+//! error. Each new row is authenticated by the integrity key of its own wrapping key.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -54,12 +54,12 @@ pub enum KeyChange {
     Deactivate,
     /// The key is never used again.
     Compromise,
-    /// The key is missing from the token and will not return: it counts as destroyed from now on.
+    /// The key is permanently missing from the token, and counts as destroyed from now on.
     Lose,
 }
 
 impl KeyChange {
-    /// The action that policies decide about.
+    /// Returns the action that the policy evaluates.
     pub const fn action(self) -> Action {
         match self {
             Self::Activate { .. } => Action::ActivateKey,
@@ -76,9 +76,9 @@ impl KeyChange {
 #[derive(Debug)]
 pub(super) struct KeyChanges {
     admin: KeyAdmin,
-    /// Held during a change, so that this broker makes one change at a time.
+    /// Lock that is held during a change, so that this broker makes one change at a time.
     turn: tokio::sync::Mutex<()>,
-    /// A key that was made and is not registered yet, which the workers already have to check.
+    /// A new key that the workers must check before its registration.
     awaited: Mutex<Option<RegistryRow>>,
 }
 
@@ -91,7 +91,7 @@ impl KeyChanges {
         }
     }
 
-    /// The row of the key that is not registered yet, but that the workers have to check.
+    /// Returns the row of the new key that the workers must check before its registration.
     pub(super) fn awaited(&self) -> Option<RegistryRow> {
         self.lock_awaited().clone()
     }
@@ -100,7 +100,7 @@ impl KeyChanges {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a change. Refuses a second change at the same time.
+    /// Begins a change. Returns an error if another change is in progress.
     fn begin(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
         self.turn.try_lock().map_err(|_| {
             let what =
@@ -111,8 +111,8 @@ impl KeyChanges {
 }
 
 impl Broker {
-    /// Changes the state of a wrapping key. This broker applies the change before the answer, and each other broker on
-    /// the same database within about a second.
+    /// Changes the state of a wrapping key. This broker applies the change before the answer. The other brokers on the
+    /// same database apply the change within about a second.
     pub async fn change_key_state(
         self: &Arc<Self>,
         principal: &Principal,
@@ -157,7 +157,7 @@ impl Broker {
         call.deadline.check()?;
         self.check_acknowledged()?;
         self.refresh_registry().await?;
-        // Another broker may have registered the key a moment ago.
+        // Another broker may have just registered the key.
         self.ask_registry(call.deadline, |registry| registry.check_examined(id))
             .await?;
         let registry = self.registry()?;
@@ -190,7 +190,8 @@ impl Broker {
         self.with_macs(planner, id).await
     }
 
-    /// Plans the tombstone of a missing key. The integrity key that is in use authenticates it.
+    /// Plans the registry row that marks a missing key as destroyed. The integrity key that is in use authenticates
+    /// this row.
     async fn plan_loss(
         &self,
         registry: &Registry,
@@ -209,8 +210,8 @@ impl Broker {
         self.with_macs(planner, signer).await
     }
 
-    /// Checks that every configured token serves. A token that does not serve may hold the key, and the loss of a key cannot be
-    /// undone.
+    /// Checks that every configured token is available. An unavailable token may contain the key, and recording a loss
+    /// cannot be undone.
     fn check_no_token_is_away(&self, id: WrappingKeyId) -> Result<(), Error> {
         let state = self.token.state();
         let away = state
@@ -228,8 +229,8 @@ impl Broker {
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
     }
 
-    /// Makes the MACs of the changed rows: that of a key with its own integrity key, and that of a destroyed key with the
-    /// integrity key of `tombstone_signer`.
+    /// Computes the MACs of the changed rows. The integrity key of each wrapping key authenticates the row of this wrapping
+    /// key. The integrity key of `tombstone_signer` authenticates the rows of destroyed keys.
     async fn with_macs(
         &self,
         planner: Planner,
@@ -281,7 +282,7 @@ impl Broker {
     }
 }
 
-/// The state into which a change brings a key.
+/// Returns the state of a key after a change.
 fn next_state(
     registry: &Registry,
     row: &RegistryRow,
@@ -317,7 +318,8 @@ fn next_state(
     Ok(to)
 }
 
-/// Refuses to activate a key that is in no backup: the first user key that it wraps would be lost together with the token.
+/// Refuses to activate a key without a backup: if the token were lost, every user key that this key wraps would be
+/// lost, too.
 fn check_backup(row: &RegistryRow, is_accepted: bool) -> Result<(), Error> {
     if is_accepted || row.state != WrappingKeyState::PreActive || row.backup_confirmed.is_some() {
         return Ok(());
@@ -350,7 +352,7 @@ impl Planner {
         self.sequence
     }
 
-    /// Adds a change of a row. Its MAC is made later.
+    /// Adds the change of a row to the transaction. The MAC of the new row is computed later.
     fn change(&mut self, before: &RegistryRow, after: RegistryRow) {
         let row = RegistryRow {
             sequence: self.next_sequence(),
@@ -362,9 +364,9 @@ impl Planner {
         });
     }
 
-    /// Authenticates the rows of the destroyed keys again, with the integrity key that is used from now on. Otherwise nothing
-    /// could verify these rows after the key that authenticated them is destroyed, too. `id` is the key that this transaction
-    /// changes in another way.
+    /// Adds the rows of the destroyed keys, so that the integrity key in use authenticates these rows again. Otherwise the
+    /// rows could not be verified after the destruction of the key that authenticated them before. The transaction already
+    /// changes the row of the key `id`.
     fn sign_tombstones(&mut self, registry: &Registry, id: WrappingKeyId) {
         let tombstones = registry.rows().filter(|(row, problem)| {
             row.state == WrappingKeyState::Destroyed && row.id != id && problem.is_none()
@@ -374,8 +376,8 @@ impl Planner {
         }
     }
 
-    /// Deactivates every other active key. A key that no token serves now stays as it is, because only its own integrity key
-    /// could authenticate the change; a key with a higher number that can be used comes before it.
+    /// Deactivates every other active key. A key that no token serves now remains active, because only its own integrity key
+    /// could authenticate the change. The broker wraps with the usable active key that has the highest number.
     fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId, state: &TokenState) {
         let active = registry
             .rows()

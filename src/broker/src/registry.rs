@@ -1,5 +1,5 @@
-//! The registry of wrapping keys. The token verifies each row before the broker uses it. Each key is checked alone: a key
-//! that is missing from the token, or whose row was altered, does not affect the other keys.
+//! The registry of wrapping keys. The token verifies each row before the broker uses it. Each key is checked
+//! separately: a key that is missing from the token, or an altered row, does not affect the other keys.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -24,29 +24,30 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
-/// Time limit for the verification of a few rows with the token, which happens once a second.
+/// Time limit for one verification of rows with the token. A verification takes place once a second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time for which a call waits until the workers have checked a key that was just registered.
 const PROOF_WAIT: Duration = Duration::from_secs(10);
-/// How often such a call looks whether the key can be used now. The look reads only memory.
+/// Interval at which a waiting call checks whether the new key can be used. The check reads only memory.
 const PROOF_PAUSE: Duration = Duration::from_millis(20);
 
-/// The problems of the registry at its last check, as they were logged.
+/// The problems of the registry that were logged after its last check.
 #[derive(Debug, Default)]
 pub(super) struct LoggedProblems {
     altered: String,
     lost: String,
 }
 
-/// The registered wrapping keys, with the result of the last check of each.
+/// The registered wrapping keys, with the result of the last check of each key.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     entries: Vec<Entry>,
-    /// Changes of stored rows that were not taken over, because they do not verify or would undo a later change.
+    /// Changes of stored rows that the broker rejected, because their verification failed or they would undo a later
+    /// change.
     refused_changes: Vec<RefusedChange>,
-    /// The places of the keys, as they were last read.
+    /// The places of the keys at the last successful read.
     places: Vec<PlaceRow>,
-    /// Of several tokens: the keys that a token serves now. With one token, this set is empty.
+    /// With several tokens, the keys that at least one token serves now. With one token, this set is empty.
     served: BTreeSet<WrappingKeyId>,
 }
 
@@ -59,24 +60,24 @@ struct Entry {
 /// The result of the last check of a registered key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Standing {
-    /// The token has verified the row, and the state of the row decides about the use of the key.
+    /// The token has verified the row, so the state in the row determines how the key may be used.
     Verified,
-    /// The workers have not checked the key yet, because it was registered a moment ago.
+    /// The workers have not checked the key yet, because it was registered recently.
     Unproved,
-    /// The token does not show the key.
+    /// The key is missing from the token.
     Missing(String),
-    /// No token can verify the row at present, because the token with the key does not answer.
+    /// No token can verify the row now, because the token with the key does not answer.
     Unverified(String),
-    /// The key on the token is not as it must be.
+    /// The key on the token failed the attribute check, the self-test or a comparison.
     Untrusted(String),
-    /// The row does not match the token, or its MAC does not verify.
+    /// The row does not match the token, or the MAC of the row is wrong.
     Altered(String),
 }
 
-/// Why a change of a stored row was not taken over.
+/// Reason for rejecting a change of a stored row.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 enum RefusedChange {
-    /// The row would undo a later change. The MAC of an older row is valid, too.
+    /// The row would undo a later change. An attacker can restore an older row, because its MAC is valid.
     #[error(
         "registry row of wrapping key {id}: the row has number {} ({}), but the last verified row had number {} ({})",
         row.0, row.1, verified.0, verified.1
@@ -85,10 +86,10 @@ enum RefusedChange {
         id: WrappingKeyId,
         /// Number and state of the row.
         row: (u64, WrappingKeyState),
-        /// Number and state of the row that was verified last.
+        /// Number and state of the last verified row.
         verified: (u64, WrappingKeyState),
     },
-    /// The row does not match the token, or does not verify.
+    /// The row does not match the token, or the MAC of the row is wrong.
     #[error("{0}")]
     Standing(String),
     /// The token cannot verify the row at present.
@@ -102,7 +103,7 @@ enum RefusedChange {
     UnreadablePlaces(String),
 }
 
-/// Why a key cannot be used for a call.
+/// Reason why a key cannot be used for a call.
 #[derive(Debug)]
 pub(super) enum Refusal {
     /// The workers have not checked the key yet. The call may wait.
@@ -126,8 +127,8 @@ impl From<Refusal> for Error {
 }
 
 impl Entry {
-    /// Checks that the key may be used in this way. The state of an altered row cannot be trusted, so the key of such a row
-    /// is refused in every state. The same applies to a key that is not as it must be on the token.
+    /// Checks that the key may be used for `key_use`. An altered row may contain a false state, so its key is refused
+    /// in every state. An untrusted key on the token is also refused in every state.
     fn check(&self, key_use: KeyUse) -> Result<(), Refusal> {
         let id = self.row.id;
         let refused = |reason, detail: String| Err(Refusal::Refused(Error::new(reason, detail)));
@@ -196,8 +197,8 @@ impl Registry {
         })
     }
 
-    /// Returns the wrapping key whose integrity key authenticates request ids and API clients: the active wrapping key
-    /// or, if no wrapping key is active, the newest wrapping key that may still make MACs.
+    /// Returns the wrapping key whose integrity key authenticates request ids and API clients. If no wrapping key is
+    /// active, returns the newest wrapping key whose integrity key may still compute MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
         best(self.entries.iter(), KeyUse::MakeMac, &self.served).unwrap_or_else(|| {
             let error = Error::new(Reason::KeyState, "no wrapping key may be used");
@@ -205,7 +206,7 @@ impl Registry {
         })
     }
 
-    /// Checks that a wrapping key may be used in this way for a stored row.
+    /// Checks that a wrapping key may be used for a stored row. `key_use` is the kind of use.
     pub(super) fn check(&self, id: WrappingKeyId, key_use: KeyUse) -> Result<(), Refusal> {
         let entry = self.entry(id).ok_or_else(|| {
             let detail = format!("wrapping key {id} of the envelope is not registered");
@@ -214,7 +215,7 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Checks that the workers have checked a key. The result of their check may be a problem.
+    /// Checks that the workers have checked a key, with or without success.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
@@ -222,7 +223,8 @@ impl Registry {
         }
     }
 
-    /// The row of a key, if the token has verified the row. An administrator who asks for a change learns why not.
+    /// Returns the row of a key, if the token has verified the row. The error tells the administrator why a change is
+    /// not possible.
     pub(super) fn verified(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
         let entry = self.entry(id).ok_or_else(unknown)?;
@@ -271,8 +273,8 @@ impl Registry {
         self.entry(id).is_some()
     }
 
-    /// Checks that user keys can be released or stored, because at least one key works. A key that the workers are checking
-    /// counts as a key that works, because calls wait for it.
+    /// Checks that user keys can be released or stored, because at least one key works. A key that the workers are
+    /// checking counts as working, because calls wait for the result.
     pub(super) fn check_service(&self) -> Result<(), Error> {
         let error = match self.wrapping_key() {
             Ok(_) | Err(Refusal::Unproved(_)) => return Ok(()),
@@ -286,7 +288,7 @@ impl Registry {
         if is_read_only { Ok(()) } else { Err(error) }
     }
 
-    /// The problems of single keys, for the log and for administrators.
+    /// Returns the problems of individual keys, for the log and for administrators.
     pub(super) fn problems(&self) -> Vec<String> {
         let entries = self.entries.iter();
         let of_keys = entries.filter_map(|entry| {
@@ -302,7 +304,7 @@ impl Registry {
         self.entry(id).map(|entry| &entry.row)
     }
 
-    /// The rows, each with the reason why its key cannot be used.
+    /// Returns each row and, if its key cannot be used, the reason.
     pub(super) fn rows(&self) -> impl Iterator<Item = (&RegistryRow, Option<&str>)> {
         self.entries
             .iter()
@@ -319,7 +321,7 @@ impl Registry {
             .any(|entry| entry.standing == Standing::Unproved)
     }
 
-    /// The causes for the alert about the stored registry.
+    /// Returns the causes for the alert about altered rows of the registry.
     fn altered_rows(&self) -> Vec<String> {
         let entries = self.entries.iter();
         let altered = entries.filter_map(|entry| match &entry.standing {
@@ -330,7 +332,8 @@ impl Registry {
         altered.chain(refused).collect()
     }
 
-    /// The causes for the alert about keys on the token. A destroyed key is no cause, because it needs no key on the token.
+    /// Returns the causes for the alert about missing or untrusted keys on the token. A destroyed key is no cause,
+    /// because the token need not contain it.
     fn lost_keys(&self) -> Vec<&str> {
         let entries = self.entries.iter();
         entries
@@ -350,7 +353,7 @@ impl Registry {
             .any(|entry| entry.standing == Standing::Verified);
         let first = self.entries.iter().find(|entry| entry.problem().is_some());
         let first = first.filter(|_| !has_usable)?;
-        // The state does not matter here: no use of an unverified key is permitted.
+        // The state is irrelevant here: no use of an unverified key is permitted.
         Some(match &first.standing {
             Standing::Unproved => Refusal::Unproved(first.row.id).into(),
             Standing::Unverified(cause) => {
@@ -387,11 +390,12 @@ fn best<'a>(
     Some(best.check(key_use).map(|()| best.row.id))
 }
 
-/// Computes the keys that must be on each token, by the configured name of the token, from the rows of the registry.
+/// Function that computes the keys that must be on each token from the rows of the registry. Each result has the
+/// configured name of the token.
 type Compute =
     dyn Fn(Vec<RegistryRow>, Vec<PlaceRow>) -> Vec<(String, Vec<ExpectedKey>)> + Send + Sync;
 
-/// The rule that says which keys must be on each token. The rule depends on the configuration of the tokens.
+/// The rule that determines which keys must be on each token. The rule depends on the configuration of the tokens.
 #[derive(Clone)]
 pub struct Expect(Arc<Compute>);
 
@@ -416,8 +420,8 @@ impl fmt::Debug for Expect {
 impl Broker {
     /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, and
     /// the fingerprint of every key. A difference between the registry and the token is reported and never repaired. A
-    /// key with such a difference is refused, and the other keys are used. If no key can be used, returns an error.
-    /// Until this function succeeds, the broker wraps and unwraps nothing.
+    /// key with a difference is refused, and the other keys are used. If no key can be used, returns an error. Until
+    /// this function succeeds, the broker wraps and unwraps nothing.
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let _turn = self.registry_refresh.lock().await;
         let rows = self.store.registry().await?;
@@ -442,10 +446,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Loads the changes that another process made to the registry, after the token has verified them. For a row that
-    /// does not verify, or that would undo a later change, the row that was verified last stays in use.
+    /// Loads the changes that another process made to the registry, after the token has verified them. If the
+    /// verification of a row fails, or the row would undo a later change, the last verified row stays in use.
     pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
-        // Refreshes run one at a time, so that older rows never replace newer ones.
+        // Only one refresh runs at a time, so that older rows never replace newer rows.
         let _turn = self.registry_refresh.lock().await;
         let Some(known) = self.registry.load_full() else {
             return Ok(());
@@ -624,7 +628,7 @@ impl Broker {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
             None if is_verified => Standing::Verified,
-            // A worker that is being replaced may not have the keys that were registered last.
+            // A worker that is being replaced may lack the newest keys.
             Some(Standing::Unproved) if is_verified => Standing::Verified,
             // The regular search for missing keys replaces workers, too.
             Some(Standing::Unproved) if matches!(before.standing, Standing::Missing(_)) => {
@@ -638,7 +642,8 @@ impl Broker {
         }
     }
 
-    /// Examines a changed row. Returns the reason why the row before it stays in use, if the new row does not verify.
+    /// Examines a changed row. If the verification of the new row fails, returns the reason why the previous row stays
+    /// in use.
     async fn successor(
         &self,
         before: &Entry,
@@ -692,7 +697,7 @@ impl Broker {
         }
     }
 
-    /// Puts an examined registry into use, and raises alerts about new problems.
+    /// Starts to use an examined registry, and raises alerts about new problems.
     fn use_registry(&self, registry: Registry) {
         for entry in &registry.entries {
             let usable = entry.standing == Standing::Verified;
@@ -755,7 +760,7 @@ impl Broker {
         told.altered = cause;
     }
 
-    /// Whether a registered key waits for its check by the workers.
+    /// Whether the workers have not checked a registered key yet.
     pub(super) fn has_unproved_key(&self) -> bool {
         let registry = self.registry.load();
         registry.as_ref().is_some_and(|known| known.has_unproved())
@@ -774,8 +779,8 @@ impl Broker {
         })
     }
 
-    /// Asks the registry about a key for a call. If the key was registered a moment ago, waits until the workers have
-    /// checked it, because the call may come from a client of another broker that already uses the key.
+    /// Asks the registry about a key for a call. If the key was just registered, waits until the workers have checked
+    /// it. Another broker may already use the key for the same client.
     pub(super) async fn ask_registry<T>(
         &self,
         deadline: Deadline,
@@ -795,8 +800,8 @@ impl Broker {
         }
     }
 
-    /// Checks that a wrapping key may be used in this way. A key that is not known is looked up in the database, because
-    /// another broker may have registered it after this broker last read the registry.
+    /// Checks that a wrapping key may be used for `key_use`. An unknown key is looked up in the database, because
+    /// another broker may have just registered it.
     pub(super) async fn check_key(
         &self,
         deadline: Deadline,
@@ -832,7 +837,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         });
     };
     let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
-    // Of several tokens, each compares the serial number when its workers start.
+    // With several tokens, the workers of each token compare the serial number when they start.
     if state.tokens.is_empty() && serial != hsm::unpadded(&row.token_serial) {
         return Some(altered(
             row,
@@ -875,8 +880,8 @@ fn altered(row: &RegistryRow, what: &str) -> Standing {
     Standing::Altered(format!("registry row of wrapping key {}: {what}", row.id))
 }
 
-/// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is valid too, so the MAC
-/// alone would allow an attacker to restore a former state of the key.
+/// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is also valid. Without
+/// this check, an attacker could restore an earlier state of the key.
 fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), RefusedChange> {
     let went_back = after.sequence < before.sequence;
     let without_a_number = after.sequence == before.sequence && after.state != before.state;

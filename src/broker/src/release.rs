@@ -28,7 +28,7 @@ pub struct Released {
 }
 
 impl Released {
-    /// Makes a released key from an unwrapped key whose release is recorded.
+    /// Creates a released key from an unwrapped key. The audit entry of its release is already on disk.
     fn new(unwrapped: Recorded<Unwrapped>) -> Self {
         let Unwrapped {
             material, revision, ..
@@ -47,7 +47,7 @@ impl Released {
     }
 }
 
-/// A key as the token returned it, before its release is recorded.
+/// An unwrapped key from the token, before the audit entry of its release is on disk.
 #[derive(Debug)]
 struct Unwrapped {
     record: RecordId,
@@ -175,7 +175,7 @@ impl Broker {
         Ok(record)
     }
 
-    /// Parses a stored envelope and checks that its wrapping key may be used to read.
+    /// Parses a stored envelope and checks that its wrapping key may unwrap.
     pub(super) async fn readable_envelope(
         &self,
         call: &Call,

@@ -1,4 +1,4 @@
-//! Tests of moments that a real token cannot be made to hit, such as an answer exactly when the time is up.
+//! Tests of situations that cannot be produced with a real token, such as an answer exactly at the deadline.
 
 use std::{thread, time::Duration};
 
@@ -27,7 +27,7 @@ const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
 const SUSPENDED: WrappingKeyId = WrappingKeyId::from_bytes([8; 16]);
 const SERIAL: &str = "0001";
 
-/// A token that answers every call, but a wrap only after its deadline has passed.
+/// A token that completes each wrap only after the deadline of the wrap.
 #[derive(Debug)]
 struct LateToken;
 
@@ -277,7 +277,7 @@ fn client_document() -> Document {
     document
 }
 
-/// A problem that an operator has to look at is told apart from a temporary one.
+/// A problem that requires an operator differs from a temporary problem.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     const LATER: WrappingKeyId = WrappingKeyId::from_bytes([9; 16]);
@@ -290,7 +290,7 @@ async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     for (number, key, document, expected) in [
         (1, KEY, good.clone(), None),
         (2, SUSPENDED, good.clone(), Some(Reason::KeyState)),
-        // The key was registered after this broker started. The broker reads the registry again and learns that.
+        // The key was registered after this broker started. The broker reads the registry again and finds the new key.
         (3, LATER, good.clone(), Some(Reason::TokenDown)),
         (4, NOBODYS, good, Some(Reason::Credential)),
         (5, KEY, b"{}".to_vec(), Some(Reason::Credential)),

@@ -1,4 +1,4 @@
-//! Starting a worker process, and describing how it ended.
+//! Starts worker processes, and describes how they ended.
 
 use std::{
     io,
@@ -39,8 +39,7 @@ pub(crate) fn command(
     Ok((command, ours))
 }
 
-/// The names of the signals that usually end a process: the signals of defects, and the signals that people and the
-/// kernel send.
+/// Names of the signals that usually end a process: signals after a defect, and signals that users or the kernel send.
 const SIGNALS: [(i32, &str); 10] = [
     (3, "SIGQUIT"),
     (4, "SIGILL"),

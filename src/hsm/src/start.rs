@@ -36,7 +36,7 @@ pub(super) struct Failure {
     pub(super) detail: String,
 }
 
-/// The reason why a worker did not become ready. The state machine treats each reason in its own way.
+/// The reason why a worker did not become ready. The state machine reacts differently to each reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
     /// The process ended, hung or could not be started; this failure does not show a problem of the token.
@@ -54,8 +54,8 @@ pub(crate) enum NotReady {
 }
 
 impl NotReady {
-    /// Classifies a failure. `first` is true for the first attempt of this process: a key that is missing later, after
-    /// it was found once, means that the token is unavailable.
+    /// Classifies a failure. `first` is true for the first attempt of this process. In a later attempt, a missing key
+    /// means that the token is unavailable, because an earlier worker found the key.
     pub(crate) fn of(class: FailureClass, first: bool) -> Self {
         match class {
             FailureClass::BackOff => Self::Busy,
@@ -76,7 +76,7 @@ impl Failure {
         }
     }
 
-    /// Makes a failure that the worker did not report itself.
+    /// Creates a failure that the worker did not report itself.
     fn crashed(detail: impl Into<String>) -> Self {
         Self {
             class: None,
@@ -84,16 +84,16 @@ impl Failure {
         }
     }
 
-    /// Returns the reason of the failure for the state machine. `first` is true for the first attempt of this process.
+    /// Returns the reason for the failure, for the state machine. `first` is true for the first attempt of this
+    /// process.
     pub(super) fn why(&self, first: bool) -> NotReady {
         self.class
             .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
     }
 }
 
-/// Starts a worker and waits until it is ready. If the worker fails or the broker stops before the worker is ready,
-/// this function tells the worker to end and waits until it has ended. The worker gets time to end before it is killed,
-/// because it may be in the middle of its login.
+/// Starts a worker and waits until it is ready. If the worker fails or the broker stops first, this function tells the
+/// worker to end and waits for its end. A worker gets time to end before it is killed, because it may be logging in.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
@@ -183,7 +183,7 @@ fn setup(
     }
     check_environment(&settings.environment)
         .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
-    // The path is resolved here, because the worker does not have the front's environment.
+    // The front resolves the path, because the worker does not have the front's environment.
     let pin_file = settings
         .pin_file
         .as_deref()
@@ -271,7 +271,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     })
 }
 
-/// Reads the report on the keys that a worker could not use.
+/// Reads the worker's report about the keys that it could not use.
 fn unusable(reported: Vec<wire::UnusableKey>) -> Result<Vec<UnusableKey>, Failure> {
     let unusable = reported.into_iter().map(|key| {
         let id = WrappingKeyId::from_slice(&key.id).ok_or_else(|| {

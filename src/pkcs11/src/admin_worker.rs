@@ -1,8 +1,8 @@
-//! The admin worker: the process that holds the vendor's module for a one-shot command such as `keybroker key generate`.
+//! The admin worker: the process that loads the vendor's module for a command such as `keybroker key generate`.
 //!
 //! The command sends one request at a time over a socket pair and receives one answer to each request. The worker ends
-//! when the command closes the socket. A crash or a hang of the module affects only this process, and not the command,
-//! which uses the network and the database.
+//! when the command closes the socket. If the module crashes or hangs, only this process is affected. The network and
+//! the database are in the process of the command.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -61,7 +61,7 @@ fn serve() -> io::Result<()> {
     let reported = Arc::clone(&replies);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // A failed report is ignored: if the command has ended, the socket is closed, and this process ends too.
+        // A failed report is ignored: if the command has ended, the socket is closed, and this process ends, too.
         let _sent = lock(&reported).send(calling);
     });
     let mut inbox = Inbox::default();
@@ -183,7 +183,7 @@ impl State {
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
     }
 
-    /// Records where the objects of keys are. The handles of keys that were found earlier are discarded.
+    /// Records the `CKA_ID` of the objects of keys. The handles of keys that were found earlier are discarded.
     fn know(&mut self, job: &KnowKeys) -> Result<Outcome, AdminError> {
         self.verifier = None;
         let token = self
@@ -202,7 +202,7 @@ impl State {
         ))
     }
 
-    /// Verifies a MAC. Each integrity key is searched for once, at the first MAC under this key.
+    /// Verifies a MAC. The worker searches for each integrity key once, when it verifies the first MAC with this key.
     fn verify(&mut self, id: &[u8], message: &[u8], mac: &[u8]) -> Result<Outcome, AdminError> {
         let id = key_id(id)?;
         let admin = self

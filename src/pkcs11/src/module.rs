@@ -53,7 +53,8 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
     calling::next("C_Initialize");
     let began = Instant::now();
     match module.initialize(reserved) {
-        // Another part of this process has already initialised the module. A module has only one state per process.
+        // Another part of this process has already initialised the module. All parts of a process share the state of a
+        // module.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {
             Ok((module, began.elapsed()))
         }

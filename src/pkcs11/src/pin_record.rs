@@ -1,11 +1,11 @@
-//! The record of the PINs that were sent to tokens. The record is kept in the state directory, so that it is not lost
+//! The record of the PINs that were sent to tokens. The record is stored in the state directory, so that it remains
 //! when a process ends.
 //!
-//! For each serial number, the record contains a salted Argon2id hash of the PIN. A PIN is recognised by this hash and
-//! not by its file, because a new version of a file or of a Kubernetes Secret can contain the old PIN. The process that
-//! has read the PIN compares it with the hash; this process is a worker or a command, never the front.
+//! For each serial number, the record contains a salted Argon2id hash of the PIN. The hash identifies a PIN. The PIN
+//! file is not sufficient, because a new version of a file or of a Kubernetes Secret can contain the old PIN. A worker
+//! or an admin worker reads the PIN and compares the PIN with the hash. The front never reads a PIN.
 //!
-//! Not protected: a person who can read the state directory can try all short PINs against a hash. The state directory
+//! Not protected: an attacker who can read the state directory can find a short PIN by brute force. The state directory
 //! is as confidential as the PIN file.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
@@ -26,12 +26,12 @@ use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
-/// Longest wait for another process to release the lock. A login on a slow device takes less time.
+/// Longest wait for another process to release the lock. A login takes less time, even on a slow device.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Version of the record's format.
 const FORMAT: u32 = 1;
-/// Largest numbers of PINs per token and of tokens in the record. If there are too many PINs, the oldest PIN is
-/// removed; if there are too many tokens, the token with the lowest serial number is removed.
+/// Largest number of PINs per token, and largest number of tokens in the record. If there are too many PINs, the oldest
+/// PIN is removed. If there are too many tokens, the token with the lowest serial number is removed.
 const PINS_MAX: usize = 8;
 const TOKENS_MAX: usize = 32;
 /// Largest number of names for one token. The configuration has at most 16 tokens.
@@ -43,7 +43,7 @@ const HASH_BYTES: usize = 32;
 const MEMORY_KIB: u32 = 19_456;
 const ITERATIONS: u32 = 2;
 
-/// Why the record cannot be read or written.
+/// Reason why the record cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The state directory cannot be used.
@@ -64,7 +64,7 @@ pub enum RecordError {
     Hash(&'static str),
 }
 
-/// The record of the PINs of one broker instance.
+/// The record of the PINs that one broker instance has sent to tokens.
 #[derive(Clone, Debug)]
 pub struct PinRecord {
     state: StateDirectory,
@@ -74,7 +74,7 @@ pub struct PinRecord {
     copy: Option<String>,
 }
 
-/// The record as stored.
+/// The record in its stored form.
 #[derive(Debug, Serialize, Deserialize)]
 struct Fact {
     format: u32,
@@ -132,19 +132,21 @@ impl PinRecord {
         self
     }
 
-    /// Returns the record for a declared copy of another token. The PINs of a copy are kept apart from those of the original,
-    /// although both have the same serial number. An empty name stands for a token that is not a declared copy.
+    /// Returns the record for a declared copy of another token. The PINs of a copy and of its original are recorded
+    /// separately, although both tokens have the same serial number. An empty name means that the token is not a
+    /// declared copy.
     #[must_use]
     pub fn of_copy(mut self, name: &str) -> Self {
         self.copy = (!name.is_empty()).then(|| name.to_owned());
         self
     }
 
-    /// The key of a token in the record.
+    /// Returns the map key of a token in the record.
     fn key(&self, serial: &str) -> String {
         match &self.copy {
             None => serial.to_owned(),
-            // No serial number has this form, because it has at most 16 characters.
+            // The map key of a copy differs from every serial number, because a serial number has at most 16
+            // characters.
             Some(name) => format!("{serial} (copy {name})"),
         }
     }
@@ -183,7 +185,7 @@ impl PinRecord {
         Ok(forgotten)
     }
 
-    /// Removes the PINs of a token that was initialised, because the token has a new PIN.
+    /// Removes the PINs of a token after its initialisation, because the token has a new PIN.
     pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -193,8 +195,8 @@ impl PinRecord {
         self.write(&fact)
     }
 
-    /// Begins a login with a PIN on the token with this serial number. No other process of this broker instance logs in
-    /// until the returned value is dropped.
+    /// Begins a login with a PIN on the token with this serial number. Until the returned value is dropped, no other
+    /// process of this broker instance can log in.
     pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
         let lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -266,12 +268,13 @@ impl Login<'_> {
         Some(&known.standing)
     }
 
-    /// Whether the operator allowed the use of the token's last attempt.
+    /// Whether the operator allowed a login even if the token has only one attempt left.
     pub(super) fn final_try_allowed(&self) -> bool {
         self.fact.final_try_allowed_for.contains(&self.record.token)
     }
 
-    /// Records a standing if it has changed, and removes the operator's permission to use the token's last attempt.
+    /// Records the history of the PIN if it has changed, and removes the operator's permission to use the token's last
+    /// attempt.
     pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
         let had_permission = self.fact.final_try_allowed_for.remove(&self.record.token);
         if self.standing() == standing.as_ref() && !had_permission {
@@ -281,7 +284,7 @@ impl Login<'_> {
         token.pins.retain(|pin| pin.hash != self.hash);
         if let Some(standing) = standing {
             if matches!(standing, Standing::Proven { .. }) {
-                // A token has one user PIN, so another PIN that was accepted before is no longer valid.
+                // A token has only one user PIN, so another PIN that the token accepted earlier is no longer valid.
                 token
                     .pins
                     .retain(|pin| !matches!(pin.standing, Standing::Proven { .. }));
@@ -349,7 +352,7 @@ mod tests {
     fn a_pin_is_known_by_its_content_and_the_serial_number() {
         let folder = tempfile::tempdir().unwrap();
         set(&record(&folder), "1", "123456", rejected());
-        // Another process sees this state.
+        // Another process reads the same state.
         let again = record(&folder);
         assert_eq!(standing(&again, "1", "123456"), Some(rejected()));
         assert_eq!(standing(&again, "1", "123457"), None);
@@ -362,8 +365,8 @@ mod tests {
         assert!(!text.contains("123456"), "{text}");
     }
 
-    /// Tokens with one serial number share the record, because a wrong PIN could lock the token that both names mean. A declared
-    /// copy is another token.
+    /// Two configured tokens with the same serial number share the record, because both may be the same token. A
+    /// declared copy is a different token.
     #[test]
     fn only_a_declared_copy_has_a_record_of_its_own() {
         let folder = tempfile::tempdir().unwrap();

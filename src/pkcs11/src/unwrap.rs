@@ -13,8 +13,8 @@ use crate::{
     operation,
 };
 
-/// Reads the file of an integrity key, if the configuration has the digest of the file, and unwraps the integrity key
-/// on the token.
+/// If the configuration contains the digest of an integrity key's file, reads the file and unwraps the integrity key on
+/// the token.
 pub(super) fn integrity_key(
     session: &Session,
     pair: &KeyPair,

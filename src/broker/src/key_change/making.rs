@@ -90,7 +90,7 @@ impl MadeKey {
         }
     }
 
-    /// Ends the admin worker, which takes a moment.
+    /// Ends the admin worker on a blocking thread.
     pub(super) async fn close(self) {
         let ended = tokio::task::spawn_blocking(move || drop(self));
         if ended.await.is_err() {
@@ -100,8 +100,8 @@ impl MadeKey {
 }
 
 impl Broker {
-    /// Waits until the workers have checked a key that is not registered yet, so that its first use needs no wait. If this
-    /// function fails, the workers do not expect the key any more.
+    /// Waits until the workers have checked a key that is not registered yet. Therefore the first call that uses the
+    /// key does not wait.
     pub(super) async fn prove_new_key(&self, row: RegistryRow) -> Result<(), Error> {
         let id = row.id;
         *self.key_changes.lock_awaited() = Some(row);
@@ -120,7 +120,7 @@ impl Broker {
         }
     }
 
-    /// Ends the wait for a key that is registered now, or that was not registered.
+    /// Ends the check of a new key by the workers, after the key was registered or discarded.
     pub(super) fn forget_new_key(&self) {
         *self.key_changes.lock_awaited() = None;
     }
@@ -137,7 +137,7 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Converts the error of an admin worker. The administrator who made the call learns the cause.
+/// Converts the error of an admin worker. The error tells the administrator the cause.
 fn from_admin(error: AdminError) -> Error {
     let reason = match &error {
         AdminError::Token(_) | AdminError::NoToken(_) | AdminError::Start(_) => Reason::TokenDown,

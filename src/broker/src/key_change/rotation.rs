@@ -1,4 +1,4 @@
-//! Rotation: a new wrapping key is made, and wraps new user keys from then on.
+//! Rotation: makes a new wrapping key, which wraps new user keys from then on.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -16,16 +16,16 @@ use crate::{Broker, WrappingKeyView, commit::Settled, journal::Draft, registry::
 
 use super::{Planner, from_commit, making::MadeKey};
 
-/// What an administrator asks for.
+/// An administrator's request for a rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rotation {
     /// Length of the new RSA modulus in bits: 2048, 3072 or 4096.
     pub modulus_bits: u32,
-    /// Do nothing if the wrapping key that is in use is younger than this.
+    /// Do nothing if the wrapping key that is in use is younger than this duration.
     pub if_older_than: Option<Duration>,
-    /// Activate the new key at once, although no backup contains it. Otherwise the new key stays pre-active.
+    /// Activate the new key immediately, although no backup contains it. If `false`, the new key stays pre-active.
     pub single: bool,
-    /// Return to the previous key instead of making a new one.
+    /// Return to the previous key instead of making a new key.
     pub back: bool,
 }
 
@@ -43,7 +43,7 @@ pub struct Rotated {
 /// The decision about a rotation.
 #[derive(Debug)]
 enum Decision {
-    /// The key in use is young enough.
+    /// Keep the key in use, because it is younger than the requested age.
     Keep(WrappingKeyId),
     /// Return to this key.
     Back(Box<RegistryChange>, WrappingKeyId),
@@ -52,9 +52,10 @@ enum Decision {
 }
 
 impl Broker {
-    /// Makes a new wrapping key, or returns to the previous one. With [`Rotation::single`], the new key wraps new user keys
-    /// before the answer, and no call fails or waits meanwhile. Otherwise the new key stays pre-active until it is
-    /// activated. The key that was in use is deactivated: it still unwraps.
+    /// Makes a new wrapping key, or returns to the previous key. With [`Rotation::single`], the new key is active
+    /// before the answer. No other call fails or waits during the rotation. Without [`Rotation::single`], the new key
+    /// stays pre-active until an administrator activates it. When the new key becomes active, the previous key is
+    /// deactivated and still unwraps.
     pub async fn rotate_key(
         self: &Arc<Self>,
         principal: &Principal,
@@ -164,7 +165,7 @@ impl Broker {
         rotation: Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<WrappingKeyId, Error> {
-        // The intent comes before the key, because the key on the token is a change, too.
+        // The intent is written before the key is made, because making a key changes the token.
         let at = Timestamp::now();
         let intent = self.record_intent(&draft, at).await?;
         let serials = serials(&*self.registry()?);
@@ -180,7 +181,7 @@ impl Broker {
         self.forget_new_key();
         match &registered {
             Ok(()) => made.close().await,
-            // The row may have been committed, so the key must stay.
+            // The row may have been committed, so the key must stay on the token.
             Err(error) if error.is_outcome_unknown() => made.close().await,
             Err(_) => made.discard().await,
         }
@@ -202,7 +203,7 @@ impl Broker {
         };
         let commit = async { self.store.change_registry(&planned, call.id, at).await };
         let settled = self.settle(intent, draft, at, commit).await;
-        // Without a definite answer, the row may have been committed.
+        // Without a definite answer of the store, the row may have been committed.
         let Settled { intent, result } = settled.map_err(Error::outcome_unknown)?;
         let is_committed = result.is_ok();
         let result = result.map_err(from_commit);
@@ -214,8 +215,8 @@ impl Broker {
         }
     }
 
-    /// Plans the rows for a new key. Fails if `previous` is no longer the key in use. Every plan also changes the row of the
-    /// key in use, so that of two brokers that rotate at the same time only one succeeds.
+    /// Plans the rows for a new key. Fails if `previous` is no longer the key in use. Every plan also changes the row
+    /// of the key in use. Therefore only one of two concurrent rotations succeeds.
     async fn plan_new(
         &self,
         made: &MadeKey,
@@ -253,13 +254,13 @@ impl Broker {
     }
 }
 
-/// How long ago a key was registered. A clock that was set back makes no key old.
+/// Returns the time since a key was registered, or zero if the registration is in the future by the local clock.
 pub(super) fn age(row: &RegistryRow) -> Duration {
     let micros = Timestamp::now().micros() - row.registered.micros();
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }
 
-/// The distinct serial numbers of the tokens of the registered keys.
+/// Returns the distinct serial numbers of the tokens of the registered keys.
 fn serials(registry: &Registry) -> Vec<String> {
     let rows = registry
         .rows()

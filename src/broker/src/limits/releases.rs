@@ -16,8 +16,8 @@ const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
 /// so operators decide how many exist.
 const SERVICES_MAX: u64 = 1_000;
 
-/// Users are counted by hashes under a random key of this process. If two users have the same hash, only the count is
-/// too small.
+/// Counts users by keyed hashes; each process has its own random key. If two users have the same hash, the count is too
+/// small by one.
 pub(super) struct Releases {
     users_max: usize,
     hasher: RandomState,
@@ -52,7 +52,7 @@ impl Releases {
         }
     }
 
-    /// Returns `true` if the service exceeds the number of users per hour and no alert about the service was raised
+    /// Returns `true` if the service exceeds the limit of users per hour and no alert about the service was raised
     /// within the last hour.
     pub(super) fn note(&self, service: &str, user: &str) -> bool {
         self.note_at(service, user, Instant::now())
@@ -102,7 +102,7 @@ mod tests {
         assert!(!releases.note_at("other", "d", minutes(2)));
         // A user who is seen again counts once.
         assert!(!releases.note_at("service", "c", minutes(30)));
-        // The first two users are forgotten by now, so there is room for two more.
+        // The first two users have been removed by now, so two more users fit.
         assert!(!releases.note_at("service", "d", minutes(61)));
         assert!(!releases.note_at("service", "e", minutes(61)));
         assert!(releases.note_at("service", "f", minutes(62)));

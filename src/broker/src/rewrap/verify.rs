@@ -40,7 +40,7 @@ impl Run<'_> {
         let mut place = RevisionPlace::START;
         let begun = Timestamp::now();
         loop {
-            // The lease is prolonged after each page, so a page must not take long.
+            // The lease is renewed after each page, so a page must not take long.
             let limit = self.rows_at_once();
             let rows = self
                 .broker
@@ -102,7 +102,7 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Returns the row as failed if the token refuses its MAC.
+    /// Returns a failed row if the token rejects the row's MAC.
     async fn verify_revision(
         &self,
         pace: &Pace,

@@ -1,5 +1,5 @@
 //! Limits the log lines of repeated alerts. The first alert is logged immediately. Further alerts of the same kind
-//! within an interval are logged as one line with their number.
+//! within an interval are logged in one line with their number.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub(super) struct Line {
     pub(super) alert: Alert,
     /// The latest cause.
     pub(super) cause: String,
-    /// How often the alert was raised since its last line.
+    /// Number of times that the alert was raised since its last line.
     pub(super) count: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Tests the functions that must work, and the token's answers to invalid input.
+//! Tests the functions that the broker needs, and the token's answers to invalid input.
 
 use aws_lc_rs::{
     hmac,
@@ -87,7 +87,7 @@ impl Hash {
     }
 }
 
-/// Tests the functions that must work, with one key pair.
+/// Tests the functions that the broker needs, with one key pair.
 pub(super) fn try_all(
     session: &Session,
     pair: &KeyPair,
@@ -149,7 +149,7 @@ pub(super) fn try_all(
     Ok(())
 }
 
-/// Tests HMAC with a key whose value is known, as a session object.
+/// Tests HMAC with a known key, which is a session object.
 fn known_mac(session: &Session) -> keybroker_worker_protocol::report::Answer {
     let name = "HMAC-SHA-256 with a known key";
     let mut template = secret_template(KeyType::GENERIC_SECRET);

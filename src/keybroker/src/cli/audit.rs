@@ -20,7 +20,7 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Check every line of a log: canonical form, log id, sequence without gaps
+    /// Check every line of a log: canonical form, log id and consecutive sequence numbers
     ///
     /// In the log of this instance, the command also detects lines that were removed from the end. The command does not detect a
     /// value that was replaced by another valid value.
@@ -28,14 +28,14 @@ pub(super) enum Command {
         /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
     },
-    /// Acknowledge that the files of the audit log were tampered with, so that the broker continues
+    /// Acknowledge that the files of the audit log were tampered with, and let the broker continue
     ///
     /// Before you run this command, find the cause and copy the log directory for the auditors. The command prints what the
     /// broker found, and records who acknowledged the finding. A running broker writes the acknowledgement into the audit log and
     /// continues within a second. A stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
     /// a gap in the sequence numbers.
     Acknowledge,
-    /// Remove the oldest segments of this instance's log, after they were copied to another machine
+    /// Remove the oldest segments of this instance's log, after you copy them to another machine
     ///
     /// A running broker removes the segments within a second. A stopped broker removes the segments at its next start. An audit
     /// entry records who requested the removal of the segments. The newest segment is never removed. Do not delete segment files

@@ -51,7 +51,8 @@ use users::Users;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Scenario {
-    /// The bare token and the broker in one run; callers call again as soon as they have their answer
+    /// The token alone and the broker, in one run; each caller makes its next call as soon as it
+    /// has an answer
     Steady,
     /// Calls that start on a schedule and do not wait for earlier calls, at one or more rates
     Open,
@@ -59,11 +60,11 @@ pub(super) enum Scenario {
     Overload,
     /// One principal with few calls beside another principal whose callers never pause
     Fairness,
-    /// Throughput of many active connections, and memory for each idle one
+    /// Throughput of many active connections, and memory of each idle connection
     Connections,
     /// Many members who fetch their keys over REST within a short time, each over a new connection
     Storm,
-    /// Restarts of the broker while a client calls that follows the retry rule
+    /// Restarts of the broker while a client that follows the retry rule makes calls
     Restart,
 }
 
@@ -89,12 +90,14 @@ pub(super) struct Arguments {
     /// Address of the running broker's status listener, if `status.address` has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
-    /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections).
-    /// The scenario `connections` takes a list, and each caller then has its own connection [default: 64; `connections`: 1,64,1000]
+    /// Number of callers. Each caller makes one call at a time. Up to 256 callers have a TLS
+    /// connection each; more callers share 256 connections. The scenario `connections` takes a
+    /// list, and each caller then has its own connection [default: 64; `connections`: 1,64,1000]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: Vec<u32>,
-    /// Seconds for which the broker is measured each time. `steady` also measures the token alone before and after the broker,
-    /// each time for about three quarters of these seconds. In `storm`, the members arrive within these seconds
+    /// Duration of each measurement of the broker, in seconds. `steady` also measures the token
+    /// alone before and after the broker, each time for about three quarters of this duration. In
+    /// `storm`, all members start their requests within this time
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// Warm-up in seconds before the broker is measured
@@ -109,9 +112,10 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Calls per second of all callers together. `steady`: maximum [default: unlimited]; `open`: a list of rates [default: a
-    /// quarter, half, three quarters and nine tenths of the measured capacity]; `fairness`: calls of the principal with few calls
-    /// [default: 5]; `restart`: calls of the client [default: 100]
+    /// Total number of calls per second, for all callers. `steady`: maximum [default: unlimited];
+    /// `open`: a list of rates [default: a quarter, half, three quarters and nine tenths of the
+    /// measured capacity]; `fairness`: calls of the principal with few calls [default: 5];
+    /// `restart`: calls of the client [default: 100]
     #[arg(
         long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
@@ -130,7 +134,8 @@ pub(super) struct Arguments {
     /// Numbers of callers that never pause (`fairness`) [default: 0,16,250,1000]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
     callers: Vec<u32>,
-    /// PEM file with the certificate of the principal with few calls, which needs the role `release` (`fairness`)
+    /// PEM file with the certificate of the principal with few calls; this principal needs the role
+    /// `release` (`fairness`)
     #[arg(long, value_name = "FILE", requires = "light_key")]
     light_cert: Option<PathBuf>,
     /// PEM file with the private key of the certificate in --light-cert (`fairness`)
@@ -151,10 +156,10 @@ pub(super) struct Arguments {
     /// Also write the results to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Text to record in the JSON document, such as the name of the machine or the token's settings
+    /// Text for the JSON document, such as the name of the machine or the token's settings
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
-    /// Commit of the measured program to record in the JSON document
+    /// Commit of the measured program; the JSON document records this commit
     #[arg(long, value_name = "ID")]
     commit: Option<String>,
 }

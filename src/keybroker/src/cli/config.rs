@@ -21,10 +21,11 @@ use super::{
 pub(super) enum Command {
     /// Check the configuration, its files and the token, and report every problem
     ///
-    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does not log in to a token. If the
-    /// database is on a server, the command connects to the server and checks its version, its schema and its session pooling.
+    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does
+    /// not log in to a token. If the database is on a server, the command connects to the server
+    /// and checks its version, the schema and the session pooling.
     Check,
-    /// Show the configuration with all defaults; the configuration contains no secrets, so none are shown
+    /// Show the configuration with all defaults; the configuration contains no secrets
     Show,
 }
 

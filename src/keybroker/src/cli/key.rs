@@ -47,10 +47,11 @@ pub(super) enum Command {
     Generate(Generate),
     /// Register a key that is already on the token
     ///
-    /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
-    /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
-    /// checks of `token check`. With several tokens in the configuration, `--token NAME` registers a key that is already registered
-    /// for another token also for this token. Stop the broker before you run this command.
+    /// Use this command in three cases: `key generate` was interrupted, the key was made with the
+    /// vendor's tool, or the token was restored to a device with another serial number. A key that
+    /// is already registered keeps its state. The key must pass the checks of `token check`. If the
+    /// configuration has several tokens, use `--token NAME` to register a registered key for a
+    /// further token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -59,33 +60,38 @@ pub(super) enum Command {
         /// Id of the key, 32 hexadecimal digits
         id: String,
     },
-    /// Remove the objects of a key that is not registered from the token
+    /// Remove the objects of an unregistered key from the token
     ///
-    /// An interrupted `key generate` or `key rotate` can leave such a key. The command refuses a key that a row of the database
-    /// needs. Nothing brings a removed key back.
+    /// An interrupted `key generate` or `key rotate` can leave an unregistered key on the token.
+    /// The command refuses a key that a row of the database needs. A removed key cannot be
+    /// restored.
     Remove(removal::Remove),
     /// Have a running broker generate and register a new wrapping key
     ///
-    /// The broker generates, tests and registers the key through its admin API; no broker has to be stopped. The new key is
-    /// pre-active until `key activate`, so that a backup of the token can be made first. The key that was in use is deactivated
-    /// when the new key becomes active: it still unwraps.
+    /// The command uses the broker's admin API. The broker generates, tests and registers the key
+    /// while it serves. The new key is pre-active until `key activate`, so that a backup of the
+    /// token can be made first. When the new key becomes active, the previous active key is
+    /// deactivated. A deactivated key still unwraps.
     Rotate(change::Rotate),
-    /// Make a key the one that wraps new user keys, and deactivate the key that was in use
+    /// Make a key the active key, which wraps new user keys, and deactivate the previous active key
     Activate(change::Activate),
-    /// Stop the use of a key until it is resumed; its user keys are not released meanwhile
+    /// Suspend a key until it is resumed; meanwhile, user keys under the suspended key are not
+    /// released
     Suspend(change::OneKey),
-    /// Use a suspended key again: active if no other key is active, else deactivated
+    /// Resume a suspended key; the key becomes active if no other key is active, otherwise
+    /// deactivated
     Resume(change::OneKey),
     /// Let a key unwrap, but no longer wrap
     Deactivate(change::OneKey),
-    /// Stop the use of a key permanently, because others may know its private key
+    /// Permanently stop the use of a key whose private key others may know
     ///
     /// The broker releases no user key under a compromised key, and no command makes the key usable again.
     Compromise(change::OneKey),
-    /// Record that a missing key is lost for ever
+    /// Record that a missing key is permanently lost
     ///
-    /// The key counts as destroyed. Calls for its user keys then get `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop trying.
-    /// Use this command only if no row needs the key any more, or if no backup of the token contains the key.
+    /// The state of the key becomes `destroyed`. Calls for user keys under the lost key then get
+    /// `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop retrying. Use this command only if
+    /// no row needs the key any more, or if no backup of the token contains the key.
     Lost(change::Lost),
 }
 

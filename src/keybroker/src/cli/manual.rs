@@ -18,13 +18,13 @@ const NAME: &str = "keybroker";
 
 #[derive(Args, Debug)]
 pub(super) struct Completions {
-    /// Shell that the script is for
+    /// Shell for which to print the script
     shell: Shell,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Manual {
-    /// Directory for the pages, one for each command; created if missing
+    /// Directory for the manual pages, one page for each command; created if missing
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }

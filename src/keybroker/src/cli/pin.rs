@@ -23,7 +23,7 @@ use super::{
 #[derive(Args, Clone, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 pub(super) struct UserPin {
-    /// File with the user PIN, readable by its owner alone [default: `token.pin_file`]
+    /// File with the user PIN, readable only by its owner [default: `token.pin_file`]
     #[arg(long, value_name = "FILE", conflicts_with = "pin_fd")]
     pin_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the user PIN from
@@ -58,7 +58,7 @@ impl UserPin {
 /// Options that select the source of the security officer's PIN.
 #[derive(Args, Clone, Debug)]
 pub(super) struct SoPin {
-    /// File with the security officer's PIN, readable by its owner alone
+    /// File with the security officer's PIN, readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with = "so_pin_fd")]
     so_pin_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the security officer's PIN from

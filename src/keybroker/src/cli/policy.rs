@@ -32,7 +32,7 @@ pub(super) struct Source {
     /// there is a configuration, the command also checks that the configuration defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
-    /// Leave out the default permits of the broker; requires --directory
+    /// Omit the default permits of the broker; requires --directory
     #[arg(long, requires = "directory")]
     no_defaults: bool,
 }

@@ -32,7 +32,7 @@ pub(super) struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Question {
-    /// Check that the process responds; a failure means that it needs a restart
+    /// Check that the process responds; a failure means that the process needs a restart
     Live,
     /// Check that the broker can release keys; a failure means that callers need another broker
     Ready,

@@ -24,7 +24,7 @@ mod row_check;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Migrate the database to the schema of this release, creating it if necessary
+    /// Migrate the database to the schema of this release; a missing SQLite database is created
     Migrate {
         /// Show the pending migrations without running them
         #[arg(long)]

@@ -116,7 +116,7 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
-    /// File with the master password, readable by its owner alone [default: prompt at the terminal]
+    /// File with the master password, readable only by its owner [default: prompt at the terminal]
     #[arg(
         long,
         value_name = "FILE",
@@ -195,7 +195,7 @@ fn open(
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
-    /// File with the master key, 32 bytes or their base64, readable by its owner alone
+    /// File with the master key (32 bytes, or the base64 of 32 bytes), readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with_all = ["master_key_fd", "email"])]
     master_key_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the master key from

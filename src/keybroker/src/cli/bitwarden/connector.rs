@@ -38,17 +38,18 @@ const AUTHORITIES: Purpose = Purpose::trust("other users could decide which brok
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Connector {
-    /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, including a path prefix
+    /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, with the
+    /// path prefix if there is one
     #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
     url: Option<String>,
-    /// File with the user's access token, readable by its owner alone
+    /// File with the user's access token, readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
     token_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the user's access token from
     #[arg(long, value_name = "N")]
     token_fd: Option<u32>,
-    /// PEM file with the CA certificates that the broker's certificate is verified against [default: the CAs of the
-    /// system]
+    /// PEM file with the CA certificates for the verification of the broker's certificate [default:
+    /// the CAs of the system]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
     /// Allow plain HTTP to an address of this machine

@@ -34,7 +34,8 @@ pub(in crate::cli) struct Connection {
     /// Broker to call, `https://host:port`
     #[arg(long, global = true, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
     pub(in crate::cli) endpoint: Option<String>,
-    /// PEM file with the CA certificates that the broker's certificate is verified against (required)
+    /// PEM file with the CA certificates for the verification of the broker's certificate
+    /// (required)
     #[arg(long, global = true, env = "KEYBROKER_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
     /// PEM file with the client's certificate chain; requires --key

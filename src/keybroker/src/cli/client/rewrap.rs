@@ -30,14 +30,14 @@ pub(super) enum Command {
         #[command(flatten)]
         wait: Wait,
     },
-    /// Show the progress of the re-wrap, and how many rows need which wrapping key
+    /// Show the progress of the re-wrap, and the number of rows under each wrapping key
     Status {
         #[command(flatten)]
         wait: Wait,
     },
-    /// Pause the re-wrap; rows that were moved stay moved
+    /// Pause the re-wrap; rows that were already moved stay under the new wrapping key
     Pause,
-    /// Resume the paused re-wrap; without --rate, its limit does not change
+    /// Resume the paused re-wrap; without --rate, the rate limit does not change
     Resume {
         #[command(flatten)]
         rate: Rate,
@@ -55,8 +55,8 @@ pub(super) struct Rate {
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct Wait {
-    /// Wait until the re-wrap has ended, with a progress bar on a terminal; code 12 if a row failed. Interrupting the command does
-    /// not interrupt the re-wrap
+    /// Wait until the re-wrap ends, and show a progress bar on a terminal; the command fails with
+    /// exit code 12 if a row failed. Interrupting the command does not interrupt the re-wrap
     #[arg(long)]
     wait: bool,
 }

@@ -28,12 +28,13 @@ pub(in crate::cli) struct Rotate {
         value_parser = clap::value_parser!(u32).range(1..=36_500)
     )]
     if_older_than: Option<u32>,
-    /// Activate the new key at once, although no backup contains it yet
+    /// Activate the new key immediately, although no backup contains it yet
     ///
-    /// Until the next backup, the loss of the token is the loss of every user key that was wrapped under the new key.
+    /// If the token is lost before the next backup, every user key that was wrapped under the new
+    /// key is lost.
     #[arg(long, conflicts_with = "back")]
     single: bool,
-    /// Return to the key that was in use before, and deactivate the key that is in use
+    /// Activate the previous key again, and deactivate the current active key
     #[arg(long)]
     back: bool,
     #[command(flatten)]
@@ -124,7 +125,7 @@ pub(super) fn activate(arguments: &Activate, context: &Context) -> Result<(), Fa
 pub(in crate::cli) struct Lost {
     #[command(flatten)]
     key: OneKey,
-    /// Record the loss without asking for the id again
+    /// Record the loss without a prompt for the id of the key
     #[arg(long)]
     yes: bool,
 }

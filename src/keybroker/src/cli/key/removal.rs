@@ -29,7 +29,7 @@ use super::{parse_id, registry};
 pub(in crate::cli) struct Remove {
     /// Id of the key, 32 hexadecimal digits
     id: String,
-    /// Remove the key without asking for its id again
+    /// Remove the key without a prompt for its id
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
@@ -48,7 +48,7 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
         context,
         arguments.yes,
         id,
-        "Nothing brings a removed key back",
+        "A removed key cannot be restored",
     )?;
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;

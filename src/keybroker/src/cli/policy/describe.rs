@@ -70,7 +70,8 @@ pub(super) struct Who {
     /// Organisation of the user; may be repeated
     #[arg(long = "organisation")]
     organisations: Vec<String>,
-    /// Attribute that the setting `attributes` of an `[[issuer]]` makes from a claim; may be repeated
+    /// Attribute of the principal that the setting `attributes` of an `[[issuer]]` derives from a
+    /// claim; may be repeated
     #[arg(long = "attribute", value_name = "NAME=VALUE")]
     attributes: Vec<String>,
     /// IP address of the caller [default: 127.0.0.1]

@@ -663,7 +663,7 @@ fn a_client_certificate_without_a_name_is_told_from_an_unknown_one() {
         ),
         (
             pki::UNKNOWN,
-            "no [[principal]] has a `san` that the client certificate contains",
+            "no [[principal]] has a `san` that matches a name in the client certificate",
         ),
     ] {
         let finished = Finished::from(client(&broker, name, &["list"]).output().unwrap());

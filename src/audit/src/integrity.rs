@@ -133,7 +133,7 @@ impl Files {
             .is_ok_and(|meta| FileId::of(&meta).device != self.parent_device)
             || matches!(&looked, Ok(meta) if FileId::of(meta).device != self.own.device);
         if is_elsewhere {
-            let what = "is on another file system than before: its volume was unmounted, or another volume was mounted over it";
+            let what = "is on a different file system than before: the volume was unmounted, or another volume was mounted at this path";
             return Err(tampered(&self.directory, what));
         }
         looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))

@@ -363,7 +363,9 @@ pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> 
         return Some("is not a URL");
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Some("contains a user name or password, which a key set does not need");
+        return Some(
+            "contains a user name or a password, but the broker fetches keys without credentials",
+        );
     }
     match url.scheme() {
         "https" => None,

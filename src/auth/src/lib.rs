@@ -201,7 +201,7 @@ impl Authenticator {
         }
         let Some(principal) = matching.next() else {
             return refuse(format!(
-                "no [[principal]] has a `san` that the client certificate contains: {:?}",
+                "no [[principal]] has a `san` that matches a name in the client certificate: {:?}",
                 peer.sans()
             ));
         };

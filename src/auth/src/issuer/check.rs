@@ -153,8 +153,9 @@ impl Settings {
             && self.required_claims.is_empty();
         if is_anyones {
             problems.push(
-                "an access token that the provider issued for any other application would be accepted: set `audience`. \
-                 If the provider's access tokens have no audience, set `required_scopes` or `required_claims`"
+                "without `audience`, the broker would accept access tokens that the provider issued for other \
+                 applications: set `audience`. If the provider's access tokens have no audience, set \
+                 `required_scopes` or `required_claims`"
                     .to_owned(),
             );
         }
@@ -267,7 +268,7 @@ audience = ["keybroker"]
                 "is not a URL",
             ),
             ("https://", "https://user:secret@", "password"),
-            ("audience = [\"keybroker\"]", "", "any other application"),
+            ("audience = [\"keybroker\"]", "", "other applications"),
             (
                 "audience",
                 "algorithms = []\naudience",

@@ -238,7 +238,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "audience = [\"keybroker\"]",
         "",
-        "issued for any other application",
+        "issued for other applications",
     ),
     (
         "issuer = \"https://",

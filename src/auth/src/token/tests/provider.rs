@@ -59,7 +59,7 @@ async fn a_bad_key_file_stops_the_start() {
         (
             Some("{\"keys\": [{\"kty\": \"oct\", \"k\": \"AA\"}]}"),
             "jwks_file",
-            "its type is",
+            "the key's type is",
         ),
         (
             Some("{\"keys\": [{\"kty\": \"RSA\", \"n\": \"AQAB\", \"e\": \"AQAB\"}]}"),
@@ -426,7 +426,7 @@ async fn a_bad_answer_leaves_the_last_good_set() {
                 location: Some(format!("{}{JWKS}", elsewhere.url())),
                 ..Answer::default()
             },
-            "redirects are not followed",
+            "does not follow redirects",
         ),
     ];
     for (path, answer, words) in bad {

@@ -107,7 +107,7 @@ impl From<Refusal> for Error {
             Refusal::Refused(error) => error,
             Refusal::Unproved(id) => {
                 let detail = format!(
-                    "wrapping key {id} was registered a moment ago, and the token workers have not checked it yet"
+                    "wrapping key {id} is new, and the token workers have not checked this key yet"
                 );
                 Self::new(Reason::TokenDown, detail).retry_after(START_RETRY)
             }
@@ -218,9 +218,9 @@ impl Registry {
         let entry = self.entry(id).ok_or_else(unknown)?;
         let what = match entry.standing {
             Standing::Missing(_) => return Ok(&entry.row),
-            _ if entry.is_tombstone() => format!("key {id} is destroyed already"),
+            _ if entry.is_tombstone() => format!("key {id} is already destroyed"),
             _ => format!(
-                "key {id} is not missing: the token shows it, so its loss cannot be recorded"
+                "key {id} is not missing: the key is on the token, so its loss cannot be recorded"
             ),
         };
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
@@ -490,7 +490,7 @@ impl Broker {
             {
                 entry.standing = altered(
                     &entry.row,
-                    "the key is marked as destroyed, but no key authenticates that",
+                    "the key is marked as destroyed, but no integrity key authenticates this state",
                 );
             }
         }
@@ -581,9 +581,10 @@ impl Broker {
         let job = self.token.verify_mac(row.id, &message, &row.mac, &caller);
         match job.await {
             Ok(()) => Ok(Standing::Verified),
-            Err(hsm::Error::MacRefused) => {
-                Ok(altered(row, "its MAC does not verify: the row was altered"))
-            }
+            Err(hsm::Error::MacRefused) => Ok(altered(
+                row,
+                "the MAC of the row does not verify: the row was altered",
+            )),
             Err(hsm::Error::KeyMissing { cause, .. }) => Ok(Standing::Missing(cause)),
             Err(other) => Err(other.into()),
         }
@@ -716,7 +717,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
             // With several tokens, the token with the key may be absent for long, so no call waits for it.
             None if !state.tokens.is_empty() => {
-                Standing::Missing("no token has shown the key yet".to_owned())
+                Standing::Missing("no token with the key was found yet".to_owned())
             }
             None => Standing::Unproved,
         });

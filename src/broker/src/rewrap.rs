@@ -260,7 +260,7 @@ impl Broker {
         let result = result.map_err(|error| match error {
             store::Error::Conflict => Error::new(
                 Reason::Revision,
-                "another call changed the re-wrap meanwhile",
+                "another call changed the re-wrap at the same time",
             ),
             other => other.into(),
         });

@@ -161,7 +161,7 @@ impl Grant {
     /// Describes what is wrong with the grant, in a clause that follows the name of the service.
     pub fn problem(&self) -> Option<String> {
         if self.roles.is_empty() {
-            return Some("has no role, so it could do nothing".to_owned());
+            return Some("has no role, so the principal could do nothing".to_owned());
         }
         if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
             return Some(

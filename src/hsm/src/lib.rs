@@ -256,7 +256,7 @@ pub enum Error {
         cause: String,
     },
     /// The workers do not know the key.
-    #[error("wrapping key {0} is not known to the workers")]
+    #[error("the workers do not have wrapping key {0}")]
     UnknownKey(WrappingKeyId),
 }
 

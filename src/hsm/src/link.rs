@@ -223,7 +223,7 @@ impl Link {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
                             return format!(
-                                "the worker answered job {}, which it was not given",
+                                "the worker answered job {}, but the front did not send this job to the worker",
                                 reply.id
                             );
                         };

@@ -113,7 +113,8 @@ impl Broker {
                 return Ok(());
             }
             if until.remaining().is_zero() {
-                let what = "the token workers did not check the new key in time; the log says why";
+                let what =
+                    "the token workers did not check the new key in time; the log shows the cause";
                 return Err(Error::new(Reason::TokenDown, what).explained("token", what));
             }
             tokio::time::sleep(CHECK_PAUSE).await;

@@ -152,11 +152,13 @@ impl Error {
         match owner {
             Some(owner) => write!(
                 f,
-                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount the file system, or mount \
+                 it as root"
             ),
             None => write!(
                 f,
-                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+                "{at} is in a FUSE file system, and {MOUNTS} does not show which user mounted this file system: \
+                 {risk}; use another file system"
             ),
         }
     }

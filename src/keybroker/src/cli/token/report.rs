@@ -98,7 +98,7 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     };
     let whose = |admin: &Admin| {
         if admin.is_login_of_another() {
-            "that of the first process (CKR_USER_ALREADY_LOGGED_IN)"
+            "the login of the first process (CKR_USER_ALREADY_LOGGED_IN)"
         } else {
             "a separate login"
         }
@@ -106,7 +106,7 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     match second {
         Ok(admin) => vec![
             answer("a login by a second process", WORKS),
-            answer("the login of the second process is", whose(&admin)),
+            answer("the login of the second process", whose(&admin)),
         ],
         Err(failure) => vec![answer("a login by a second process", &failure.to_string())],
     }
@@ -146,7 +146,7 @@ fn page(report: &Report) -> String {
     parts.push(table(&["", ""], identity_rows(report)));
     for (heading, answers) in [
         ("Sessions and login", &report.sessions),
-        ("What was tried with the keys", &report.positive),
+        ("Operations with the keys", &report.positive),
         ("Keys that stay on the token", &report.token_objects),
         ("Answers to wrong input", &report.errors),
     ] {
@@ -158,7 +158,7 @@ fn page(report: &Report) -> String {
             parts.push(table(&["Tried", "Result"], rows));
         }
     }
-    parts.push("## What must not work".to_owned());
+    parts.push("## Forbidden operations".to_owned());
     parts.push(negative_table(report));
     parts.push("## Attributes of the templates".to_owned());
     parts.push(attribute_table(report));
@@ -193,8 +193,8 @@ fn introduction(report: &Report) -> Vec<String> {
     ];
     let heading = match verdict.result {
         Outcome::Works => None,
-        Outcome::WorksWithExceptions => Some("What each exception accepts:"),
-        Outcome::Refused => Some("Why the broker cannot use this token:"),
+        Outcome::WorksWithExceptions => Some("Risks that the exceptions accept:"),
+        Outcome::Refused => Some("Reasons why the broker cannot use this token:"),
     };
     if let Some(heading) = heading {
         parts.push(heading.to_owned());
@@ -221,7 +221,7 @@ fn negative_table(report: &Report) -> String {
     });
     let headings = [
         "Test",
-        "What the token would do",
+        "Forbidden behaviour",
         "Result",
         "Code",
         "Session usable afterwards",
@@ -244,7 +244,7 @@ fn attribute_table(report: &Report) -> String {
         "Attribute",
         "In a template",
         "Read",
-        "Read by a length query",
+        "Result of a length query",
     ];
     table(&headings, rows)
 }

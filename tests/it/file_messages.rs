@@ -269,7 +269,7 @@ fn a_damaged_database_is_told_from_another_file() {
     for side in ["-wal", "-shm"] {
         fs::remove_file(format!("{}{side}", database.display())).ok();
     }
-    let words = ["holds damaged data", "SQLite", "restore a backup"];
+    let words = ["contains damaged data", "SQLite", "restore a backup"];
     says("half of it", &site.run(&["key", "list"]), STORE, &words);
 }
 

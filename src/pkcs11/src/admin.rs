@@ -385,8 +385,8 @@ fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
             blank.get_or_insert(slot);
         } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
-                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To \
-                 erase it and every key on it permanently, pass --erase-serial {}",
+                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To erase this \
+                 token and every key on it permanently, pass --erase-serial {}",
                 unpadded(info.serial_number()),
                 unpadded(info.serial_number())
             )));
@@ -554,7 +554,7 @@ impl Admin {
                     return self.with_integrity_key_file(checked);
                 }
                 None => format!(
-                    "it has {} bits instead of {modulus_bits}",
+                    "the key has {} bits instead of {modulus_bits}",
                     checked.modulus_bits
                 ),
                 Some(problem) => problem.clone(),

@@ -357,7 +357,7 @@ fn check_deadline(deadline: u64) -> Result<(), Stop> {
     } else {
         Err(Stop::failed(
             FailureClass::Deadline,
-            "the deadline passed before the call of the token",
+            "the deadline passed before the call to the token",
         ))
     }
 }

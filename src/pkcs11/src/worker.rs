@@ -151,7 +151,7 @@ pub(crate) fn ignore_signals()
 /// priority keeps it.
 fn give_way_to_front() {
     if let Err(error) = rustix::process::nice(NICENESS) {
-        tracing::debug!(%error, "the CPU priority of the worker stays that of the front");
+        tracing::debug!(%error, "the worker keeps the CPU priority of the front");
     }
 }
 

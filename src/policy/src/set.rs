@@ -430,7 +430,7 @@ enum IdError {
         "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
     )]
     Malformed(String),
-    #[error("@id({0:?}): this id has another meaning in the audit log")]
+    #[error("@id({0:?}): this id is reserved, because it has another meaning in the audit log")]
     Reserved(String),
     #[error("the policy id `{id}` is used twice: also in {other}")]
     Taken { id: PolicyId, other: Arc<str> },

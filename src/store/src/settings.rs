@@ -255,7 +255,8 @@ impl Settings {
         }
         if self.tls == Tls::Plaintext && self.ca_file.is_some() {
             problems.push(
-                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; remove one of them"
+                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies no certificate; remove one of the two \
+                 settings"
                     .to_owned(),
             );
         }

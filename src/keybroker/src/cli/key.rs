@@ -217,8 +217,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                     format!(", {}", file.instruction())
                 });
                 let what = format!(
-                    "key {} is on the token, but not registered: {failure}. After repairing the cause{pin}, run `keybroker key \
-                     register {}`",
+                    "key {} is on the token, but not registered: {failure}. After you repair the cause{pin}, run \
+                     `keybroker key register {}`",
                     key.id, key.id
                 );
                 Failure::new(failure.exit, what)

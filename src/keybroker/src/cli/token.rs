@@ -237,7 +237,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
     let has_keys = !shown.is_empty();
     let nothing_shown = if problems.is_empty() {
-        "the token holds no wrapping key"
+        "the token has no wrapping key"
     } else {
         "no key could be checked"
     };
@@ -524,8 +524,8 @@ pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &Regi
     }
     if let Ok(files) = IntegrityFiles::of(config.token(), row.id) {
         context.output.note(&format!(
-            "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
-             no row can be verified.",
+            "The backup must also contain {} and the configuration, which has the digest of this file. Rows can be \
+             verified only with this file.",
             files.path(row.id).display()
         ));
     }

@@ -149,7 +149,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# tls = \"verify\"",
         "tls = \"plaintext\"\nca_file = \"/ca.pem\"",
-        "verifies nothing",
+        "verifies no certificate",
     ),
     (
         "# connections_max = 10",
@@ -184,7 +184,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# defaults = true",
         "defaults = false",
-        "everything would be denied",
+        "would deny every request",
     ),
     (
         "# directory = \"/etc/keybroker/policies",
@@ -219,8 +219,8 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "instance = \"state\"",
         "`instance`",
     ),
-    ("127.0.0.1:8444", "127.0.0.1:8443", "has this address"),
-    ("127.0.0.1:8444", "127.0.0.1:9464", "has this address"),
+    ("127.0.0.1:8444", "127.0.0.1:8443", "uses the same address"),
+    ("127.0.0.1:8444", "127.0.0.1:9464", "uses the same address"),
     ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),
     ("SOFTHSM2_CONF =", "\"\" =", "cannot be set"),
     (

@@ -275,8 +275,8 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
         let what = if in_use {
             format!(
-                "{address} is in use by another keybroker or another program; stop that program, or choose another \
-                 address"
+                "{address} is in use by another keybroker process or another program; stop this program, or choose \
+                 another address"
             )
         } else {
             format!("cannot listen on {address}: {error}")
@@ -290,7 +290,7 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
                  redirect",
             ),
             std::io::ErrorKind::AddrNotAvailable => failure.hint(
-                "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
+                "no network interface of this machine has this address; use 0.0.0.0 or [::] to listen on all interfaces",
             ),
             _ => failure,
         }

@@ -53,7 +53,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
         let what = format!(
-            "the database {shown} has mode {mode:04o}: other users can use it; run `chmod 600 {shown}`"
+            "the database {shown} has mode {mode:04o}: other users can use the database; run `chmod 600 {shown}`"
         );
         return Err(Error::Down(what.into()));
     }
@@ -114,8 +114,9 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written this file, and SQLite would write its content into the \
-             database. If the file does not belong to the database, remove it. Then remove the write permission of other \
+            "{shown} {problem}: another user could have written this file, and SQLite would write its content into \
+             the database. If the file does not belong to the database, remove the file. Then remove the write \
+             permission of other \
              users from the directory of the file"
         );
         return Err(Error::Down(what.into()));

@@ -284,7 +284,10 @@ impl Broker {
                 .map_err(|error| self.unreachable(&error))?;
             let Some(chunk) = chunk else { return Ok(body) };
             if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-                let what = format!("{} returned more bytes than a key has", self.user_keys);
+                let what = format!(
+                    "the answer from {} is longer than an answer with a key",
+                    self.user_keys
+                );
                 return Err(Failure::new(Exit::Verification, what)
                     .hint("check that a Key Connector listens at this URL"));
             }

@@ -108,7 +108,7 @@ impl ChangeKdf {
         fields.push(field("protected_key", protected.to_string()));
         output.note(
             "nothing has changed yet: the account gets the new KDF when the Bitwarden server accepts the new hash, KDF \
-             and protected user key together. After that, fetch the account's new `Key`, and run `keybroker bitwarden \
+             and protected user key together. Then fetch the account's new `Key`, and run `keybroker bitwarden \
              enrol` with this `Key` and the new master key",
         );
         output.fields(fields)

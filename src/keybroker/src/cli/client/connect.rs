@@ -100,8 +100,7 @@ impl Connection {
     pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
         let Some(ca) = &self.ca else {
             return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
-                 certificate is verified against"));
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of the broker's certificate"));
         };
         pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, &error))
@@ -134,7 +133,7 @@ impl Connection {
         };
         if !missing.is_empty() {
             let what = format!(
-                "{given} requires {missing}: a certificate is only usable with its private key"
+                "{given} requires {missing}: the broker accepts a client certificate only together with its private key"
             );
             return Err(Failure::new(Exit::Usage, what));
         }
@@ -280,7 +279,7 @@ fn check_certificate(
         Age::Good | Age::Late => {}
     }
     if !facts.allows(Usage::Client) {
-        let what = "the certificate's extendedKeyUsage does not allow clientAuth, so the broker would refuse it";
+        let what = "the certificate's extendedKeyUsage does not allow clientAuth, so the broker would refuse the certificate";
         return Err(refuse(what).hint("issue a certificate for client authentication"));
     }
     if certificate::is_key_of(leaf, key) == Some(false) {

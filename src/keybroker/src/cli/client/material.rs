@@ -53,7 +53,7 @@ impl Source {
                 "a key named {name} must have {length} bytes, but this key material has {found} bytes"
             );
             Failure::new(Exit::Usage, what)
-                .hint("the file must contain the raw bytes of the key material, neither in base64 nor with a line end")
+                .hint("the file must contain the raw bytes of the key material, without base64 and without a line end")
         };
         match self.generate.map(usize::from) {
             Some(planned) if key_name == name && planned != length => return Err(odd(planned)),
@@ -97,7 +97,7 @@ impl Source {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)
         {
-            tracing::error!(%error, file = %path.display(), "cannot remove generated key material that was not stored");
+            tracing::error!(%error, file = %path.display(), "cannot remove the file with generated key material that the broker did not store");
         }
     }
 }
@@ -124,7 +124,7 @@ pub(in crate::cli) fn keep_off_terminal(force: bool) -> Result<(), Failure> {
     if force || !io::stdout().is_terminal() {
         return Ok(());
     }
-    let what = "standard output is a terminal, which may record key material";
+    let what = "standard output is a terminal, and terminals may record key material";
     Err(Failure::new(Exit::Usage, what)
         .hint("use --out FILE or a pipe, or pass --force to show the output on the terminal"))
 }
@@ -196,7 +196,7 @@ fn open_descriptor(number: u32) -> Result<File, Failure> {
         .open(format!("/proc/self/fd/{number}"))
         .map_err(|error| unwritable(number, &error.to_string()))?;
     if file.is_terminal() {
-        return Err(unwritable(number, "it is a terminal"));
+        return Err(unwritable(number, "the descriptor is a terminal"));
     }
     Ok(file)
 }

@@ -94,7 +94,7 @@ fn note_next_step(
 ) {
     let id = hex::encode(&key.id);
     let note = if !rotated.changed {
-        "the key in use is younger than --if-older-than; nothing was changed".to_owned()
+        "the active key is younger than --if-older-than; nothing was changed".to_owned()
     } else if key.state() == proto::WrappingKeyState::PreActive {
         format!(
             "key {id} is registered and not used yet. Back up the token and test the restore, then run `keybroker key \
@@ -102,8 +102,8 @@ fn note_next_step(
         )
     } else if is_single {
         format!(
-            "warning: key {id} is used although no backup contains it: back up the token now. If the token is lost before, \
-             every user key that was wrapped under key {id} is lost"
+            "warning: key {id} is in use, but no backup contains this key: back up the token now. If the token is \
+             lost before the backup, every user key that was wrapped under key {id} is lost"
         )
     } else {
         return;
@@ -132,8 +132,7 @@ pub(in crate::cli) struct Lost {
 
 pub(super) fn lost(arguments: &Lost, context: &Context) -> Result<(), Failure> {
     let id = parse_id(&arguments.key.id)?;
-    let warning =
-        "The user keys under a lost key can never be released again, even if the token returns";
+    let warning = "The user keys under a lost key can never be released again, even if the token is found again";
     confirm(context, arguments.yes, id, warning)?;
     change(&arguments.key, proto::WrappingKeyChange::Lose, context)
 }
@@ -172,8 +171,8 @@ fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.outcome_unknown() {
         return failure.hint(
-            "the change may still be made: `keybroker client wrapping-keys` shows the keys; do not repeat a rotation before \
-             you have looked",
+            "the change may still take effect: `keybroker client wrapping-keys` shows the keys; check the keys before \
+             you repeat a rotation",
         );
     }
     match error.reason() {

@@ -158,7 +158,7 @@ fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
     }
     if *unreadable > 0 {
         let what = format!(
-            "{unreadable} rows of the database cannot be read, and may need key {id}; nothing was removed"
+            "{unreadable} rows of the database cannot be read and may need key {id}; nothing was removed"
         );
         return Err(
             Failure::new(Exit::Verification, what).hint("run `keybroker store check` first")
@@ -179,15 +179,17 @@ pub(super) fn confirm(
     }
     let refuse = |what: &str| Err(Failure::new(Exit::Usage, what));
     if !io::stdin().is_terminal() {
-        return refuse("this command needs --yes, or a terminal at which the id is typed again");
+        return refuse(
+            "this command needs a confirmation: pass --yes, or run the command at a terminal and type the id of the key",
+        );
     }
-    context.output.note(&format!(
-        "{warning}. Type the id of the key again to go on:"
-    ));
+    context
+        .output
+        .note(&format!("{warning}. To continue, type the id of the key:"));
     let mut line = String::new();
     let typed = io::stdin().read_line(&mut line);
     if typed.is_err() || WrappingKeyId::from_hex(line.trim()) != Some(id) {
-        return refuse("the typed id is another one; nothing was changed");
+        return refuse("the typed id is not the id of the key; nothing was changed");
     }
     Ok(())
 }

@@ -31,8 +31,8 @@ pub enum Error {
     },
     /// Client certificates are requested, but no CA is configured.
     #[error(
-        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without `client_ca_file`, \
-         no client certificate could be verified"
+        "`client_certificates` requests client certificates, but `client_ca_file` is not set; the broker needs \
+         `client_ca_file` to verify client certificates"
     )]
     NoAuthorities,
     /// The file of the server's certificate has no certificate.
@@ -50,7 +50,9 @@ pub enum Error {
         source: nom::Err<X509Error>,
     },
     /// The server's certificate is no longer valid.
-    #[error("{path} expired on {until}, so every client would refuse it; renew it")]
+    #[error(
+        "{path} expired on {until}, so every client would refuse the certificate; renew the certificate"
+    )]
     Expired {
         /// The file.
         path: String,

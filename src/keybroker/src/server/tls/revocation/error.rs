@@ -14,7 +14,7 @@ pub enum MemoryError {
     /// The state file is not a list that this CA signed.
     #[error(
         "the state file {path} is not a revocation list that \"{authority}\" signed: find out what changed the file. \
-         The broker can start without the file, but then does not know which list it accepted last"
+         The broker can start without the file, but then cannot detect that a list is older than the last accepted list"
     )]
     List {
         /// The file.
@@ -46,7 +46,8 @@ pub enum ListsError {
     /// A list is older than a list that was accepted before.
     #[error(
         "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
-         with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
+         with the older list, certificates that were revoked after the date of the older list would be accepted. \
+         Fetch the newest \
          list{how_to_go_back}"
     )]
     GoesBack {
@@ -74,7 +75,7 @@ pub enum ListsError {
     #[error("has a part that cannot be read")]
     Block(#[source] pem::DamagedBlock),
     /// The file is too long.
-    #[error("is longer than {0} bytes, so no list in it is used")]
+    #[error("is longer than {0} bytes, so none of its lists is used")]
     TooLong(u64),
     /// The file has further bytes after a list in DER.
     #[error("has more bytes after a revocation list in DER; use PEM for several lists in one file")]

@@ -372,7 +372,7 @@ fn compare_with_mark(
     }
     if found.last_sequence < mark.sequence {
         let finding = format!(
-            "the log ends with entry {}, but entry {} was durable",
+            "the log ends with entry {}, but entry {} was already durable",
             found.last_sequence, mark.sequence
         );
         return Err(found_at_start(memory, finding));

@@ -174,7 +174,10 @@ impl Registry {
     /// or, if no wrapping key is active, the newest wrapping key that may still make MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
         best(self.entries.iter(), KeyUse::MakeMac).unwrap_or_else(|| {
-            let error = Error::new(Reason::KeyState, "no wrapping key may be used");
+            let error = Error::new(
+                Reason::KeyState,
+                "no registered wrapping key can authenticate rows",
+            );
             Err(Refusal::Refused(error))
         })
     }

@@ -324,7 +324,7 @@ fn check_source(
         return Ok(());
     };
     if source == target {
-        let what = "the id of a wrapping key other than the one that wraps new user keys";
+        let what = "the id of a wrapping key that does not wrap new user keys";
         return Err(Error::violation("source_wrapping_key_id", what));
     }
     if !registry.knows(source) {

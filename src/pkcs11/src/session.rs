@@ -95,10 +95,7 @@ impl SessionThread {
         let started = Instant::now();
         let outcome = match work.job() {
             Some(job) => self.run_job(job, work.deadline_ns()),
-            None => Err(failure(
-                FailureClass::Unspecified,
-                "a request without a job",
-            )),
+            None => Err(failure(FailureClass::Unspecified, "the request has no job")),
         };
         (outcome, started.elapsed())
     }

@@ -335,7 +335,10 @@ fn verify_proofs(token: &OpenToken, place: &Place, key: &ExpectedKey) -> Result<
     }
     let session = token.session(std::slice::from_ref(place))?;
     let pair = session.pair(key.id).ok_or_else(|| {
-        let what = format!("wrapping key {} was not found again", key.id);
+        let what = format!(
+            "wrapping key {} was found before, but is no longer on the token",
+            key.id
+        );
         Fault::new(Class::KeyMissing, what)
     })?;
     for proof in &key.proofs {
@@ -371,7 +374,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
         }),
         _ => Err(Fault::new(
             Class::Configuration,
-            "a malformed key in the setup",
+            "the setup contains a malformed key",
         )),
     }
 }

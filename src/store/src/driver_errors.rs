@@ -68,7 +68,7 @@ impl From<sqlx::Error> for Error {
         };
         match meaning {
             Meaning::Contradiction => Self::Corrupt(
-                Detail::caused("the database has rows that contradict each other", error)
+                Detail::caused("the database contains rows that contradict each other", error)
                     .remedy("compare with a backup"),
             ),
             Meaning::FileDamaged => Self::Corrupt(

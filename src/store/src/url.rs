@@ -29,8 +29,7 @@ pub(super) enum UrlError {
     #[error("has no user: write `user@` before the host")]
     NoUser,
     #[error(
-        "contains a password, which logs and process lists would show; put it into a file named by \
-         `password_file`, or into an environment variable named by `password_variable`"
+        "contains a password, which logs and process lists would show; set `password_file` or `password_variable` instead"
     )]
     Password,
     #[error("has no database name: append `/` and the name")]
@@ -55,7 +54,9 @@ pub(super) enum UrlError {
     NotIpv6,
     #[error("has text after the `]` of the host: write a `:` before the port")]
     NoColon,
-    #[error("has {0:?} in its host, which no DNS name or IP address contains")]
+    #[error(
+        "has {0:?} in the host, but this character is not allowed in DNS names and IP addresses"
+    )]
     Host(char),
     #[error("has a port that is not 1 to 65535")]
     Port,

@@ -232,7 +232,7 @@ pub enum SourceError {
 /// Why no key set is available to verify an access token.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum NoSet {
-    #[error("no key set is known: {0}")]
+    #[error("no key set is available: {0}")]
     Unknown(Arc<str>),
     #[error("the last valid key set is older than `keep_hours`: {0}")]
     Old(Arc<str>),

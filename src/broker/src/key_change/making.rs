@@ -83,8 +83,9 @@ impl MadeKey {
             Err(error) => {
                 tracing::error!(
                     wrapping_key = %id, %error,
-                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker token check` \
-                     shows it, and `keybroker key register` or `keybroker key remove` completes the change"
+                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker \
+                     token check` shows the key, and `keybroker key register` or `keybroker key remove` completes the \
+                     change"
                 );
             }
         }

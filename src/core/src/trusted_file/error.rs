@@ -101,8 +101,8 @@ impl fmt::Display for Error {
                 "{at} is {kind}, but must be a regular file; give the path of a regular file, or write the content to a \
                  regular file"
             ),
-            Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
-            Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
+            Problem::NotDirectory(kind) => write!(f, "{at} is {kind}, but must be a directory"),
+            Problem::NotSocket(kind) => write!(f, "{at} is {kind}, but must be a socket"),
             Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,

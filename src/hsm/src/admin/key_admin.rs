@@ -71,7 +71,7 @@ impl KeyAdmin {
         }
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Some(
-                "with `access_control = \"outside-pkcs11\"`, keys are made with the vendor's tool and registered with \
+                "with `access_control = \"outside-pkcs11\"`, keys must be made with the vendor's tool and registered with \
                  `keybroker key register`",
             );
         }

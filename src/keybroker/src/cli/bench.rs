@@ -54,11 +54,12 @@ pub(super) enum Scenario {
     /// The token alone and the broker, in one run; each caller makes its next call as soon as it
     /// has an answer
     Steady,
-    /// Calls that start on a schedule and do not wait for earlier calls, at one or more rates
+    /// Calls that start on a schedule, at one or more rates, and do not wait for earlier calls
     Open,
     /// More calls than the broker can serve, with short and long deadlines
     Overload,
-    /// One principal with few calls beside another principal whose callers never pause
+    /// One principal with few calls, and at the same time another principal whose callers never
+    /// pause
     Fairness,
     /// Throughput of many active connections, and memory of each idle connection
     Connections,
@@ -112,10 +113,11 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Total number of calls per second, for all callers. `steady`: maximum [default: unlimited];
-    /// `open`: a list of rates [default: a quarter, half, three quarters and nine tenths of the
-    /// measured capacity]; `fairness`: calls of the principal with few calls [default: 5];
-    /// `restart`: calls of the client [default: 100]
+    /// Total number of calls per second, for all callers. In `steady`, the number is a maximum
+    /// [default: unlimited]. In `open`, the option takes a list of rates [default: a quarter, half,
+    /// three quarters and nine tenths of the measured capacity]. In `fairness`, the number is for
+    /// the principal with few calls [default: 5]. In `restart`, the number is for the client
+    /// [default: 100]
     #[arg(
         long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]

@@ -66,7 +66,7 @@ pub(super) enum Command {
     /// The command refuses a key that a row of the database needs. A removed key cannot be
     /// restored.
     Remove(removal::Remove),
-    /// Have a running broker generate and register a new wrapping key
+    /// Generate and register a new wrapping key through a running broker
     ///
     /// The command uses the broker's admin API. The broker generates, tests and registers the key
     /// while it serves. The new key is pre-active until `key activate`, so that a backup of the
@@ -81,7 +81,7 @@ pub(super) enum Command {
     /// Resume a suspended key; the key becomes active if no other key is active, otherwise
     /// deactivated
     Resume(change::OneKey),
-    /// Let a key unwrap, but no longer wrap
+    /// Deactivate a key: the key still unwraps, but no longer wraps
     Deactivate(change::OneKey),
     /// Permanently stop the use of a key whose private key others may know
     ///
@@ -217,7 +217,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                     format!(", {}", file.instruction())
                 });
                 let what = format!(
-                    "key {} is on the token, but not registered: {failure}. After you repair the cause{pin}, run \
+                    "key {} is on the token, but not registered: {failure}. Repair the cause{pin}, then run \
                      `keybroker key register {}`",
                     key.id, key.id
                 );

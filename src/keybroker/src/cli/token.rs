@@ -55,7 +55,7 @@ pub(super) enum Command {
 
 #[derive(Args, Debug)]
 pub(super) struct Init {
-    /// Label of the token, at most 32 bytes [default: `token.label`]
+    /// Label of the new token, at most 32 bytes [default: `token.label`]
     #[arg(long)]
     label: Option<String>,
     /// Permanently erase the initialised token with this serial number and every key on it

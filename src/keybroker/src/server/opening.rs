@@ -176,8 +176,8 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                     instance,
                     log = audit.id(),
                     "the database already lists other audit logs of this instance; the current audit log is added to the \
-                     list, because an operator acknowledged it or an earlier release made it. If this is unexpected, \
-                     find out who replaced the log"
+                     list, because an operator acknowledged the log, or an earlier release made the log. If you did \
+                     not expect a new log, find out who replaced it"
                 );
             }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());

@@ -331,7 +331,7 @@ async fn a_provider_that_is_down_at_the_start_is_asked_again() {
     service.stop();
     let running = Running::with(&[settings(&service, "")], quick);
     let token = service.user_token(ADA);
-    running.undecided(&token, "no key set is known").await;
+    running.undecided(&token, "no key set is available").await;
     service.resume();
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())

@@ -21,7 +21,8 @@ use super::{
 pub(in crate::cli) struct Derive {
     #[command(flatten)]
     account: Account,
-    /// New file for the master key, created with mode 0600; without this option the master key is not shown
+    /// New file for the master key, created with mode 0600 [default: the command does not output
+    /// the master key]
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
     /// Number of an open file descriptor to write the master key to

@@ -170,7 +170,7 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
         ))
         .hint("--ca, --cert and --key are PEM files; --key must be the private key of the certificate in --cert"),
         BuildError::Credential(_) => {
-            usage("--token-file contains characters that no access token has".to_owned())
+            usage("--token-file contains characters that are not allowed in access tokens".to_owned())
         }
         other => usage(chain(&other)),
     })

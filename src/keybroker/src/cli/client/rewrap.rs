@@ -48,7 +48,7 @@ pub(super) enum Command {
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct Rate {
-    /// Highest number of rows per second, up to 1000000; 0 for no limit
+    /// Maximum number of rows per second, up to 1000000; 0 for no limit
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(0..=RATE_MAX))]
     rate: Option<u32>,
 }

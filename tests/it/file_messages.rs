@@ -171,7 +171,7 @@ fn a_host_that_no_machine_has_is_refused() {
         "a blank",
         &site.run(&["config", "check"]),
         CONFIGURATION,
-        &["[store]: `url` has ' ' in its host"],
+        &["[store]: `url`: the URL has ' ' in the host"],
     );
 }
 

@@ -26,7 +26,7 @@ pub enum CertificateError {
     )]
     SeveralUris(Vec<String>),
     /// The SPIFFE id is not valid. The source of this error completes the sentence of the message.
-    #[error("the client certificate's SPIFFE id {id:?} {problem}")]
+    #[error("the client certificate's SPIFFE id {id:?} is not valid: {problem}")]
     Id {
         /// The SPIFFE id in the certificate.
         id: String,

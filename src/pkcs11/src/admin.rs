@@ -332,16 +332,16 @@ fn takes(info: &PkcsTokenInfo) -> String {
 /// Checks that the token can return the label unchanged, because commands find the token by its label.
 fn check_label(label: &str) -> Result<(), AdminError> {
     let problem = if label.is_empty() || label.chars().any(char::is_control) {
-        "must have 1 to 32 bytes and no control characters"
+        "the label must have 1 to 32 bytes and no control characters"
     } else if label.len() > LABEL_BYTES {
-        "is longer than 32 bytes of UTF-8"
+        "the label is longer than 32 bytes of UTF-8"
     } else if label != label.trim() {
-        "begins or ends with a blank, which tokens cannot distinguish from padding"
+        "the label begins or ends with a blank, which tokens cannot distinguish from padding"
     } else {
         return Ok(());
     };
     Err(AdminError::Token(format!(
-        "the token label {label:?} {problem}. Nothing was changed"
+        "token label {label:?}: {problem}. Nothing was changed"
     )))
 }
 

@@ -107,7 +107,7 @@ enum FileError {
     Name,
     #[error(transparent)]
     File(#[from] trusted_file::Error),
-    #[error("is not UTF-8; save it as UTF-8")]
+    #[error("the file is not UTF-8; save it as UTF-8")]
     NotUtf8(#[from] FromUtf8Error),
 }
 

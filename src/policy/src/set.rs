@@ -154,8 +154,7 @@ impl Set {
             Problems(each.collect())
         })?;
         if parsed.num_of_templates() > 0 {
-            let what =
-                "has a template (`?principal`, `?resource`), which the broker does not support";
+            let what = "the file has a template (`?principal`, `?resource`), which the broker does not support";
             return Err(Problem::in_file(&source.name, what).into());
         }
         let mut policies: Vec<_> = parsed.policies().collect();
@@ -275,7 +274,8 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is missing, but {count} of the policies in force come from this file; restore the file. To withdraw \
+                    "the file is missing, but {count} of the policies in force come from this file; restore the file. \
+                     To withdraw \
                      its policies, first replace the file with an empty file, or restart the broker"
                 );
                 Problem::in_file(name, what)

@@ -37,7 +37,7 @@ const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide which database server is trusted");
 
 #[derive(Debug, thiserror::Error)]
-#[error("`store.url` {0}")]
+#[error("`store.url`: {0}")]
 struct InUrl(#[source] UrlError);
 
 /// The `[store]` section of the configuration.
@@ -245,7 +245,7 @@ impl Settings {
         let mut problems = Vec::new();
         match Target::parse(self.url.as_str()) {
             Ok(_) => {}
-            Err(what) => problems.push(format!("[store]: `url` {what}")),
+            Err(what) => problems.push(format!("[store]: `url`: {what}")),
         }
         if self.password_file.is_some() && self.password_variable.is_some() {
             problems.push(

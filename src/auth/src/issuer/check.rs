@@ -110,8 +110,9 @@ impl Settings {
         };
         if let Some(problem) = url_problem(&url, self.allow_http) {
             problems.push(format!(
-                "`{name}` makes the broker fetch keys from {url:?}, which {problem}; if the keys are not below the issuer's URL, set \
-                 `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
+                "`{name}` makes the broker fetch keys from {url:?}, but {problem}. If the keys are not below the \
+                 issuer's URL, \
+                 set `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
             ));
         }
     }
@@ -166,7 +167,7 @@ impl Settings {
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
-                    .map(|problem| format!("each service of this issuer {problem}")),
+                    .map(|problem| format!("services of this issuer: {problem}")),
             ),
             Kind::User => {
                 let granted =

@@ -215,7 +215,7 @@ pub enum SourceError {
         configured: String,
     },
     /// The discovery document contains a URL from which keys must not be fetched.
-    #[error("{url}: the discovery document has the `jwks_uri` {jwks_uri:?}, which {problem}")]
+    #[error("{url}: the discovery document has the `jwks_uri` {jwks_uri:?}, but {problem}")]
     KeysUrl {
         /// The requested URL.
         url: String,

@@ -355,7 +355,7 @@ fn check_listener_tls(
     for domain in &tls.trust_domains {
         if let Err(problem) = spiffe::check_trust_domain(domain) {
             problems.push(format!(
-                "{name}: `trust_domains` has {domain:?}, which {problem}"
+                "{name}: `trust_domains` has {domain:?}, which is not valid: {problem}"
             ));
         }
     }

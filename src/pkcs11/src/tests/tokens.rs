@@ -45,7 +45,7 @@ fn selection_names_what_is_wrong() {
             module: text,
             ..settings()
         };
-        assert!(class(&no_library).contains("is not a shared library"));
+        assert!(class(&no_library).contains("the file is not a shared library"));
     });
 }
 

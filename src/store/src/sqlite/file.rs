@@ -105,16 +105,16 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
         };
         let (mode, owner) = (meta.mode() & 0o777, meta.uid());
         let problem = if !meta.is_file() {
-            "is not a regular file".to_owned()
+            "the path is not a regular file".to_owned()
         } else if !trusted.contains(&owner) {
-            format!("belongs to user {owner}")
+            format!("the file belongs to user {owner}")
         } else if mode & WRITABLE_BY_OTHERS != 0 {
             format!("has mode {mode:03o}")
         } else {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written this file, and SQLite would write its content into \
+            "{shown}: {problem}; another user could have written this file, and SQLite would write its content into \
              the database. If the file does not belong to the database, remove the file. Then remove the write \
              permission of other \
              users from the directory of the file"
@@ -271,15 +271,17 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
-        "is not a regular file".to_owned()
+        "the path is not a regular file".to_owned()
     } else if meta.nlink() > 1 {
-        "has more than one hard link, and SQLite would overwrite the file".to_owned()
+        "the file has more than one hard link, and SQLite would overwrite the file".to_owned()
     } else if is_foreign(meta.uid(), ours) {
-        format!("belongs to user {}", meta.uid())
+        format!("the file belongs to user {}", meta.uid())
     } else {
         return Ok(());
     };
-    Err(Error::Down(format!("{shown} {problem}; remove it").into()))
+    Err(Error::Down(
+        format!("{shown}: {problem}; remove {shown}").into(),
+    ))
 }
 
 /// Warns about a directory in which other users can move the database while the broker is stopped.

@@ -120,7 +120,7 @@ pub enum Error {
         source: rustls::server::VerifierBuilderError,
     },
     /// The revocation lists are refused. The error of the lists completes the message.
-    #[error("`client_crl_file` {path} {problem}")]
+    #[error("`client_crl_file` {path}: {problem}")]
     Lists {
         /// The file.
         path: String,

@@ -177,7 +177,9 @@ impl Broker {
         if wanted == Wanted::InForce
             && let Some(problem) = document.grant().problem()
         {
-            return Err(refused(format!("the client {problem}")));
+            return Err(refused(format!(
+                "the grant of the API client is not valid: {problem}"
+            )));
         }
         Ok(Some(ClientCredential {
             id,

@@ -30,9 +30,10 @@ pub(super) enum Command {
     },
     /// Acknowledge that the files of the audit log were tampered with, and let the broker continue
     ///
-    /// Before you run this command, find the cause and copy the log directory for the auditors. The command prints what the
-    /// broker found, and records who acknowledged the finding. A running broker writes the acknowledgement into the audit log and
-    /// continues within a second. A stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
+    /// Before you run this command, find the cause and copy the log directory for the auditors. The
+    /// command prints the broker's finding, and records who acknowledged the finding. A running
+    /// broker writes the acknowledgement into the audit log and continues within a second. A
+    /// stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
     /// a gap in the sequence numbers.
     Acknowledge,
     /// Remove the oldest segments of this instance's log, after you copy them to another machine

@@ -50,8 +50,8 @@ pub(super) enum Command {
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the
     /// vendor's tool, or the token was restored to a device with another serial number. A key that
     /// is already registered keeps its state. The key must pass the checks of `token check`. If the
-    /// configuration has several tokens, use `--token NAME` to register a registered key for a
-    /// further token. Stop the broker before you run this command.
+    /// configuration has several tokens and the key is registered for one of them, `--token NAME`
+    /// registers the key for another token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -69,7 +69,7 @@ pub(super) enum Command {
     /// Generate and register a new wrapping key through a running broker
     ///
     /// The command uses the broker's admin API. The broker generates, tests and registers the key
-    /// while it serves. The new key is pre-active until `key activate`, so that a backup of the
+    /// while it is running. The new key is pre-active until `key activate`, so that a backup of the
     /// token can be made first. When the new key becomes active, the previous active key is
     /// deactivated. A deactivated key still unwraps.
     Rotate(change::Rotate),

@@ -60,7 +60,7 @@ pub(in crate::cli) struct ChangeKdf {
     /// Number of iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     new_iterations: Option<u32>,
-    /// Memory in MiB, if the new function is Argon2id [default: 64]
+    /// Memory of the new Argon2id function, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     new_memory_mib: Option<u32>,
     /// Parallelism of the new Argon2id function [default: 4]

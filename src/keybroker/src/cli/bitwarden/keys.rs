@@ -135,7 +135,7 @@ pub(in crate::cli) struct Unlock {
     /// File with the account's protected user key: `2.…|…|…`
     #[arg(long, value_name = "FILE")]
     protected_key_file: PathBuf,
-    /// File with a text that the user key encrypts, such as the name of an item
+    /// File with a text that is encrypted with the user key, such as the name of an item
     #[arg(long, value_name = "FILE")]
     item_file: Option<PathBuf>,
     /// New file for the item's plain text, created with mode 0600

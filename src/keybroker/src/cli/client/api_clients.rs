@@ -63,7 +63,8 @@ pub(super) struct Grant {
     /// Description of the API client, 1 to 128 bytes
     #[arg(long)]
     label: String,
-    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must list it
+    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must
+    /// contain this role
     #[arg(
         long, required = true, num_args = 1..,
         value_parser = PossibleValuesParser::new(Role::ALL.map(Role::as_str))

@@ -26,7 +26,8 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token and removed afterwards; the audit log records this test
+    /// Also test with keys that the command stores on the token and removes afterwards; the audit
+    /// log records this test
     #[arg(long)]
     write: bool,
     /// Show the token's serial number

@@ -122,7 +122,8 @@ pub(super) struct Arguments {
         long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
     rate: Vec<u32>,
-    /// Number of threads that measure the token alone (scenario `steady`) [default: number of processors]
+    /// Number of threads that measure the token alone (scenario `steady`) [default: number of
+    /// processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
     /// Rates of calls, as multiples of the measured capacity (scenario `overload`) [default: 3,10]
@@ -152,7 +153,8 @@ pub(super) struct Arguments {
     /// Number of restarts (scenario `restart`) [default: 1]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     restarts: Option<u32>,
-    /// Seed of the random start times of calls (scenarios `open`, `overload`, `fairness`, `storm`, `restart`) [default: 1]
+    /// Seed of the random start times of calls (scenarios `open`, `overload`, `fairness`, `storm`,
+    /// `restart`) [default: 1]
     #[arg(long, value_name = "NUMBER")]
     schedule_seed: Option<u64>,
     /// Also write the results to this file, as JSON

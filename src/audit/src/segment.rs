@@ -184,7 +184,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     if directory.exists() && !segments(directory)?.is_empty() {
         let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "the audit log has segments, but lacks the file",
+            "the audit log has segments, but no id; cannot read",
             &path,
             "the file does not exist",
             remedy,

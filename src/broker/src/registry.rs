@@ -619,8 +619,8 @@ impl Broker {
             if told.lost != lost && !lost.is_empty() {
                 keybroker_core::alert!(
                     WrappingKey, cause = %lost,
-                    "registered wrapping keys cannot be used; user keys under these wrapping keys are not released, and the \
-                     other wrapping keys are used"
+                    "some registered wrapping keys cannot be used; user keys under these wrapping keys are not \
+                     released, and the other wrapping keys stay in use"
                 );
             }
             told.altered = altered;
@@ -731,7 +731,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         return Some(altered(
             row,
             &format!(
-                "registered for the token with serial {:?}, but this token has serial {serial:?}",
+                "the key is registered for the token with serial {:?}, but this token has serial {serial:?}",
                 row.token_serial
             ),
         ));

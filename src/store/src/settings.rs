@@ -397,7 +397,7 @@ impl Settings {
 
 fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     let refused = |what: &str| {
-        let what = format!("[store] `password_file`: {} {what}", path.display());
+        let what = format!("[store] `password_file`: {}: {what}", path.display());
         Err(Error::Schema(what.into()))
     };
 
@@ -408,19 +408,20 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
         Ok(text) => Zeroizing::new(text),
         Err(error) => {
             drop(Zeroizing::new(error.into_bytes()));
-            return refused("is not UTF-8");
+            return refused("the password is not UTF-8");
         }
     };
     if text.starts_with('\u{feff}') {
         return refused(
-            "begins with a UTF-8 byte order mark, which is not part of a password; save the file without a byte order mark",
+            "the password begins with a UTF-8 byte order mark, which is not part of a password; save the file without \
+             a byte order mark",
         );
     }
     // Remove the line break with which editors end a file. A password never ends with a line break.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
     if text.is_empty() {
-        return refused("is empty");
+        return refused("the password is empty");
     }
     Ok(text)
 }

@@ -157,7 +157,7 @@ impl fmt::Display for IllegalTransition {
         write!(f, "a key that is {from} cannot become {to}; ")?;
         let next: Vec<&str> = from.next().iter().map(|state| state.as_str()).collect();
         match next.split_last() {
-            None => write!(f, "its state can never change"),
+            None => write!(f, "the state of this key can never change"),
             Some((only, [])) => write!(f, "the next state can only be {only}"),
             Some((last, most)) => write!(f, "the next state can be {} or {last}", most.join(", ")),
         }

@@ -168,7 +168,7 @@ fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
     if let Some(tampering) = settings.tampering()? {
         let what = format!("the log was tampered with: {}", tampering.finding);
         return Err(Failure::new(Exit::Audit, what).hint(
-            "investigate, then run `keybroker audit acknowledge`, then repeat this command",
+            "find the cause, then run `keybroker audit acknowledge`, then repeat this command",
         ));
     }
     settings.request_removal(through, &local_operator())?;

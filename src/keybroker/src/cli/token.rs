@@ -299,7 +299,7 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
         (
             "verdict",
             json!(format!(
-                "is not on the token: the workers unwrap the integrity key from {path}"
+                "the integrity key is not on the token: the workers unwrap the integrity key from {path}"
             )),
         ),
         ("passes", json!(key.problem.is_none())),

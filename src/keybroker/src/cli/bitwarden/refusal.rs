@@ -114,7 +114,7 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
         (404, Some("KEY_NOT_FOUND")) => {
             "the broker has no key for this user: the key was not enrolled yet, or was deleted"
         }
-        (404, _) => "this path is not part of a Key Connector: check the path prefix in --url",
+        (404, _) => "a Key Connector does not have this path: check the path prefix in --url",
         (429, _) => "wait for the given time, then try again",
         (503, _) => {
             "the token, the database or the audit log is unavailable; the broker's log shows the cause"

@@ -133,7 +133,8 @@ impl Files {
             .is_ok_and(|meta| FileId::of(&meta).device != self.parent_device)
             || matches!(&looked, Ok(meta) if FileId::of(meta).device != self.own.device);
         if is_elsewhere {
-            let what = "the directory is on a different file system than before: the volume was unmounted, or another volume was mounted at this path";
+            let what = "the directory is on a different file system than before: the volume was unmounted, or another \
+                volume was mounted at this path";
             return Err(tampered(&self.directory, what));
         }
         looked.and_then(|_| {

@@ -388,11 +388,14 @@ declare! {
         ALERTS = "keybroker_alerts_total" [ALERT] "Alerts that were logged, by name.";
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
-        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Number of times that a service released keys of unusually many users.";
+        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Number of times that a service released keys of unusually \
+            many users.";
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
-        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Number of times that a REST request waited for the end of a short fault instead of failing.";
-        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests (in total or of one principal) were waiting for their next attempt.";
+        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Number of times that a REST request waited for the \
+            end of a short fault instead of failing.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately \
+            because too many requests (in total or of one principal) were waiting for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED =
             "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
@@ -408,7 +411,8 @@ declare! {
              waiting to be stored.";
         LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Suppressed log lines about unauthenticated callers.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
-        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Number of times that a new connection had to wait because the limit of connections was reached.";
+        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Number of times that a new connection had to wait \
+            because the limit of connections was reached.";
         ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Failed attempts to accept a connection.";
         HANDSHAKES_FAILED = "keybroker_handshakes_failed_total" [HANDSHAKE_CAUSE] "Connections that ended before their first call.";
         TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were refused.";
@@ -425,7 +429,8 @@ declare! {
         REST_RETRIES_WAITING = "keybroker_rest_retries_waiting" [] "REST requests that wait for their next attempt.";
         CALLS_WAITING = "keybroker_calls_waiting" [] "Releases that wait until the front can work on them.";
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
-        CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "Time when a listener's certificate expires, in seconds since 1970.";
+        CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "Time when a listener's \
+            certificate expires, in seconds since 1970.";
         CLIENT_CRL_EXPIRY =
             "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "Time when the first of a listener's revocation \
              lists expires, in seconds since 1970.";
@@ -438,10 +443,12 @@ declare! {
         STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
         REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
         REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
-        REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that this broker's re-wrap still had to move at the last count.";
+        REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that this broker's re-wrap \
+            still had to move at the last count.";
         WRAPPING_KEY_USABLE =
             "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, in any state, else 0.";
-        WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user keys was registered; 0 if no key wraps new user keys.";
+        WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user \
+            keys was registered; 0 if no key wraps new user keys.";
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";

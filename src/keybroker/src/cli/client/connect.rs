@@ -100,7 +100,8 @@ impl Connection {
     pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
         let Some(ca) = &self.ca else {
             return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of the broker's certificate"));
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of \
+                    the broker's certificate"));
         };
         pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, &error))

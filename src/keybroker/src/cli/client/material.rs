@@ -98,7 +98,10 @@ impl Source {
         if let (Some(_), Some(path)) = (self.generate, &self.out)
             && let Err(error) = fs::remove_file(path)
         {
-            tracing::error!(%error, file = %path.display(), "cannot remove the file with generated key material that the broker did not store");
+            tracing::error!(
+                %error, file = %path.display(),
+                "cannot remove the file with generated key material that the broker did not store"
+            );
         }
     }
 }

@@ -130,7 +130,10 @@ impl Settings {
             mark => verify::verify_to(&directory, mark?)?,
         };
         if let Some(tampering) = memory.tampering()? {
-            let what = format!("found while the broker was running: {}", tampering.finding);
+            let what = format!(
+                "the broker found the tampering while it was running: {}",
+                tampering.finding
+            );
             report.problems.push(what);
         }
         Ok(report)

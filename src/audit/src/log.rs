@@ -310,7 +310,7 @@ fn unknown_to_database(directory: &Path) -> String {
     format!(
         "the log in {} is new, but the database was used with other logs of this instance. If this host or replica is \
          new, give it a unique instance name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, \
-         and start again. If it is not new, its log was replaced, lost or moved while the broker was stopped",
+         and start again. Otherwise, the log was replaced, lost or moved while the broker was stopped",
         directory.display()
     )
 }
@@ -373,7 +373,7 @@ fn compare_with_mark(
     }
     if found.last_sequence < mark.sequence {
         let finding = format!(
-            "the log ends with entry {}, but entry {} was durable",
+            "the log ends with entry {}, but entry {} was already durable",
             found.last_sequence, mark.sequence
         );
         return Err(found_at_start(memory, finding));

@@ -130,9 +130,9 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, and a crash of the broker does not cause such damage: someone changed the \
-                 file, or the machine lost power while the disk wrote blocks out of order; keep the log for the auditors \
-                 and start a new log with another `audit.instance`",
+                "{} is damaged at byte {good}: someone changed the file, or the machine lost power while the disk \
+                 wrote blocks out of order. A crash of the broker does not cause this damage. Keep the log for the \
+                 auditors, and start a new log with another `audit.instance`",
                 path.display()
             )));
         }

@@ -54,7 +54,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     let ours = rustix::process::geteuid().as_raw();
     if meta.is_dir() && meta.uid() != ours {
         let cause = format!(
-            "it belongs to user {}, and this process runs as user {ours}",
+            "the directory belongs to user {}, but this process runs as user {ours}",
             meta.uid()
         );
         let remedy = format!(
@@ -70,13 +70,13 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         return Err(fail(
             "will not write into",
             path,
-            "it is not a directory",
+            "the path is not a directory",
             &remedy,
         ));
     }
     if meta.mode() & OPEN_TO_OTHERS != 0 {
         let cause = format!(
-            "it has mode {:04o}, so other users can use it",
+            "the directory has mode {:04o}, so other users can use the directory",
             meta.mode() & 0o7777
         );
         let remedy = format!("run `chmod 700 {}`", path.display());
@@ -155,7 +155,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         return Err(fail(
             "cannot read",
             &path,
-            "it is not a regular file",
+            "the path is not a regular file",
             remedy,
         ));
     }
@@ -167,7 +167,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
             return Err(fail(
                 "invalid log id in",
                 &path,
-                "its length is wrong",
+                "the length of the id is wrong",
                 remedy,
             ));
         }
@@ -184,9 +184,9 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     if directory.exists() && !segments(directory)?.is_empty() {
         let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "the audit log has segments, but not the file",
+            "the audit log has segments, but no id; cannot read",
             &path,
-            "it is missing",
+            "the file does not exist",
             remedy,
         ));
     }

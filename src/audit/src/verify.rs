@@ -176,7 +176,7 @@ impl Check<'_> {
             self.problem(&what);
         } else if self.report.last_sequence < mark.sequence {
             let what = format!(
-                "the log ends with entry {}, but entry {} was durable",
+                "the log ends with entry {}, but entry {} was already durable",
                 self.report.last_sequence, mark.sequence
             );
             self.problem(&what);

@@ -26,8 +26,8 @@ pub enum CertificateError {
         "a client certificate with a SPIFFE id must have no other URI, but this certificate has {0:?}"
     )]
     SeveralUris(Vec<String>),
-    /// The SPIFFE id is not valid. The message of this error ends with the message of its source.
-    #[error("the client certificate's SPIFFE id {id:?} {problem}")]
+    /// The SPIFFE id is not valid. The source of this error completes the sentence of the message.
+    #[error("the client certificate's SPIFFE id {id:?} is not valid: {problem}")]
     Id {
         /// The SPIFFE id in the certificate.
         id: String,

@@ -366,18 +366,20 @@ impl Settings {
 /// Returns the reason why keys must not be fetched from a URL, or `None` if the URL is accepted.
 pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
-        return Some("is not a URL");
+        return Some("this text is not a URL");
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Some("contains a user name or password, which a key set does not need");
+        return Some(
+            "this URL contains a user name or a password, and the broker fetches keys without credentials",
+        );
     }
     match url.scheme() {
         "https" => None,
         "http" if allow_http => None,
         "http" => Some(
-            "is plain http, so everyone on the network path could replace the keys; use https, or set \
+            "this URL is plain http, so everyone on the network path could replace the keys; use https, or set \
              `allow_http = true` if you control the whole network path",
         ),
-        _ => Some("is neither https nor http"),
+        _ => Some("this URL is neither https nor http"),
     }
 }

@@ -347,13 +347,13 @@ impl Jwk {
             .as_deref()
             .is_some_and(|purpose| purpose != "sig")
         {
-            return Err(Unused::Other("its `use` is not `sig`".to_owned()));
+            return Err(Unused::Other("the key's `use` is not `sig`".to_owned()));
         }
         if let Some(operations) = &self.key_ops
             && !operations.iter().any(|operation| operation == "verify")
         {
             return Err(Unused::Other(
-                "its `key_ops` do not allow `verify`".to_owned(),
+                "the key's `key_ops` do not allow `verify`".to_owned(),
             ));
         }
         let key = self.public_key()?;
@@ -365,7 +365,7 @@ impl Jwk {
             .collect();
         if algorithms.is_empty() {
             let alg = shown(wanted.unwrap_or(""));
-            return Err(Unused::Other(format!("its `alg` is {alg}")));
+            return Err(Unused::Other(format!("the key's `alg` is {alg}")));
         }
         let plain = |text: String| text.trim_end_matches('=').to_owned();
         Ok(Key {
@@ -398,7 +398,7 @@ impl Jwk {
             ("OKP", Some("Ed25519")) => member(&self.x, "x").and_then(|x| edwards(&x)),
             (kty, curve) => {
                 let kind = format!(
-                    "its type is {} {}",
+                    "the key's type is {} {}",
                     shown(kty),
                     curve.map_or_else(String::new, shown)
                 );

@@ -77,11 +77,11 @@ impl Settings {
             && let Err(problem) = spiffe::trust_domain(uri)
         {
             return Some(format!(
-                "principal {san:?} {problem}, so its `san` is not a valid SPIFFE id"
+                "the `san` of principal {san:?} is not a valid SPIFFE id: {problem}"
             ));
         }
         let problem = self.grant().problem()?;
-        Some(format!("principal {san:?} {problem}"))
+        Some(format!("principal {san:?}: {problem}"))
     }
 
     fn grant(&self) -> Grant {
@@ -201,7 +201,7 @@ impl Authenticator {
         }
         let Some(principal) = matching.next() else {
             return refuse(format!(
-                "no [[principal]] has a `san` that the client certificate contains: {:?}",
+                "no [[principal]] has a `san` that matches a name in the client certificate: {:?}",
                 peer.sans()
             ));
         };

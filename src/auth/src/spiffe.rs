@@ -11,30 +11,29 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// The reason why a text is not a SPIFFE id. The message has no subject: callers put the text in
-/// front of the message.
+/// Why a text is not a SPIFFE id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
     /// The id is too long.
-    #[error("has more than {ID_BYTES_MAX} bytes")]
+    #[error("the id has more than {ID_BYTES_MAX} bytes")]
     Length,
     /// The scheme is not `spiffe`, or contains capital letters.
-    #[error("does not begin with {SCHEME:?}, in lower case")]
+    #[error("the id does not begin with {SCHEME:?}, in lower case")]
     Scheme,
     /// The id identifies a trust domain and not a workload.
-    #[error("has no path, so it identifies a trust domain and not a workload")]
+    #[error("the id has no path, so it identifies a trust domain and not a workload")]
     NoPath,
     /// A segment of the path is empty.
-    #[error("has an empty path, a double slash or a slash at its end")]
+    #[error("the id has an empty path, a double slash or a slash at its end")]
     EmptySegment,
-    /// A segment of the path is `.` or `..`.
-    #[error("has a `.` or `..` in its path")]
+    /// A segment of the path is `.` or `..`, which refers to another segment.
+    #[error("the path of the id contains `.` or `..`")]
     DotSegment,
     /// The path contains a character that is not allowed.
-    #[error("has characters in its path that are not in [a-zA-Z0-9._-] or /")]
+    #[error("the path of the id contains characters other than [a-zA-Z0-9._-] and /")]
     PathCharacter,
     /// The trust domain is not valid.
-    #[error("has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
+    #[error("the trust domain must be 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
     TrustDomain,
 }
 

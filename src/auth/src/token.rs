@@ -203,7 +203,7 @@ impl Tokens {
     ) -> Result<Arc<Principal>, Refusal> {
         if token.len() > self.token_bytes_max {
             return Err(Cause::Oversized.because(format!(
-                "it is too long: {} bytes, and `limits.access_token_bytes_max` is {}",
+                "the access token is too long: {} bytes, but `limits.access_token_bytes_max` is {}",
                 token.len(),
                 self.token_bytes_max
             )));
@@ -215,7 +215,7 @@ impl Tokens {
         let parts = Parts::read(token)?;
         let Some(at) = self.by_name.get(parts.issuer()?).copied() else {
             return Err(Cause::Issuer.because(format!(
-                "its `iss` is {}, which no [[issuer]] has",
+                "the `iss` is {}, which no [[issuer]] has",
                 shown(parts.issuer()?)
             )));
         };
@@ -229,10 +229,10 @@ impl Tokens {
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
-                format!(": it was {exp}, {age} s ago")
+                format!(" (the `exp` was {exp}, {age} s ago)")
             });
             return Err(Cause::Expired.because(format!(
-                "its `exp` has passed by more than {} s{ended}; its holder needs a new access token",
+                "the `exp` has passed by more than {} s{ended}; the client needs a new access token",
                 issuer.settings.leeway_s
             )));
         }
@@ -339,21 +339,21 @@ impl Issuer {
         let keys = set.find(named, algorithm).map_err(|why| match why {
             NoKey::Unknown => Cause::KeyId.because(match named.kid {
                 Some(kid) => format!(
-                    "its `kid` is {}, which is none of {:?}",
+                    "the `kid` is {}, which is none of {:?}",
                     shown(kid),
                     set.names()
                 ),
                 None => format!(
-                    "its `x5t` or `x5t#S256` is not the thumbprint of a certificate of the keys {:?}",
+                    "the `x5t` or `x5t#S256` is not the thumbprint of a certificate of the keys {:?}",
                     set.names()
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "it has no `kid`, and too many keys fit its `alg`: {:?}",
+                "the access token has no `kid`, and too many keys fit the `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
-                "its `alg` is {}, which is not the algorithm of its key",
+                "the `alg` is {}, which is not the algorithm of the key",
                 algorithm.as_str()
             )),
         })?;
@@ -410,19 +410,19 @@ impl Issuer {
         let leeway = self.settings.leeway_s;
         match error.kind() {
             ErrorKind::InvalidSignature => Cause::Signature.because(
-                "its signature does not verify: the access token was changed, or signed with another key of the same name",
+                "the signature does not verify: the access token was changed, or signed with another key of the same name",
             ),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
-                "its `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
+                "the `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
             )),
             ErrorKind::InvalidAudience => Cause::Audience.because(format!(
-                "its `aud` contains none of the accepted audiences {:?}",
+                "the `aud` contains none of the accepted audiences {:?}",
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("it has no `{claim}` claim, or the claim has the wrong type"))
+                Cause::Claim.because(format!("the access token has no `{claim}` claim, or the claim has the wrong type"))
             }
-            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not a string"),
+            ErrorKind::InvalidIssuer => Cause::Issuer.because("the `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),
         }
     }

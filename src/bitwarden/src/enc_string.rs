@@ -51,7 +51,7 @@ impl EncString {
         }
         let (number, rest) = text
             .split_once('.')
-            .ok_or(Error::Form("it does not begin with a type and a dot"))?;
+            .ok_or(Error::Form("the text does not begin with a type and a dot"))?;
         let parts: Vec<&str> = rest.splitn(4, '|').collect();
         match (number, parts.as_slice()) {
             ("0", [iv, ciphertext]) => Ok(Self::Aes256Cbc {
@@ -71,10 +71,10 @@ impl EncString {
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
             ("0" | "2" | "4", _) => Err(Error::Form(
-                "it does not have the number of parts that its type requires",
+                "the text does not have the number of parts that its type requires",
             )),
             ("1" | "3" | "5" | "6" | "7", _) => Err(Error::Type(number.parse().unwrap_or(0))),
-            _ => Err(Error::Form("its type is unknown")),
+            _ => Err(Error::Form("the type is unknown")),
         }
     }
 

@@ -137,7 +137,7 @@ impl SymmetricKey {
             found => Err(Error::Length {
                 what: "the symmetric key",
                 found,
-                expected: "64, or 32 in an old account; longer keys (COSE) are not supported",
+                expected: "64 bytes, or 32 bytes in an old account; longer keys (COSE) are not supported",
             }),
         }
     }

@@ -417,9 +417,9 @@ impl Broker {
             Some(mismatch) if before.is_none() => keybroker_core::alert!(
                 StoreRestored,
                 cause = mismatch.text(),
-                "this is another database, or an earlier state of the database that this broker used; no key is released \
-                 or changed until the right database is back, or an operator accepts the current database with \
-                 `keybroker store accept-restored`"
+                "the database was replaced by another database, or by an earlier state of this database; no key is \
+                 released or changed until the right database is back, or an operator accepts the current database \
+                 with `keybroker store accept-restored`"
             ),
             None if before.is_some() => tracing::warn!("the broker accepts the database again"),
             _ => {}

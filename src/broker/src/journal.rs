@@ -197,7 +197,8 @@ impl Broker {
         {
             tracing::warn!(
                 principal,
-                "too many envelopes of one principal were rejected; the broker refuses this principal's calls for a while"
+                "too many envelopes of one principal were rejected; the broker refuses this principal's calls for a \
+                 limited time"
             );
         }
         draft.0.outcome = if error.reason() == Reason::Policy {

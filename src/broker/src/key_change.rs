@@ -387,7 +387,7 @@ impl Planner {
             if let Some(problem) = problem {
                 tracing::warn!(
                     wrapping_key = %row.id, problem,
-                    "an active wrapping key was not deactivated, because it cannot be used"
+                    "an active wrapping key was not deactivated, because this key cannot be used"
                 );
                 continue;
             }
@@ -404,8 +404,8 @@ impl Planner {
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {
-            let what = "another broker or a command changed the registry at the same time; nothing was changed here. Look at \
-                        the keys again before you repeat the command";
+            let what = "another broker or a command changed the registry at the same time; this command changed \
+                nothing. Look at the keys again before you repeat the command";
             Error::new(Reason::Revision, what).explained("id", what)
         }
         other => other.into(),

@@ -432,7 +432,7 @@ mod tests {
         let short = shortened(&hostile);
         assert!(short.len() <= 303, "{}", short.len());
         assert!(short.chars().all(|c| c.is_ascii() && !c.is_ascii_control()));
-        assert_eq!(shortened("its `exp` has passed"), "its `exp` has passed");
+        assert_eq!(shortened("the `exp` has passed"), "the `exp` has passed");
     }
 
     /// Refusals from constantly changing addresses add a limited number of log lines. The other refusals are only

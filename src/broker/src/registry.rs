@@ -118,7 +118,7 @@ impl From<Refusal> for Error {
             Refusal::Refused(error) => error,
             Refusal::Unproved(id) => {
                 let detail = format!(
-                    "wrapping key {id} was registered a moment ago, and the token workers have not checked it yet"
+                    "wrapping key {id} is new, and the token workers have not checked this key yet"
                 );
                 Self::new(Reason::TokenDown, detail).retry_after(START_RETRY)
             }
@@ -201,7 +201,10 @@ impl Registry {
     /// active, returns the newest wrapping key whose integrity key may still compute MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
         best(self.entries.iter(), KeyUse::MakeMac, &self.served).unwrap_or_else(|| {
-            let error = Error::new(Reason::KeyState, "no wrapping key may be used");
+            let error = Error::new(
+                Reason::KeyState,
+                "no registered wrapping key can authenticate rows",
+            );
             Err(Refusal::Refused(error))
         })
     }
@@ -256,13 +259,13 @@ impl Registry {
             Standing::Missing(_) => return Ok(&entry.row),
             Standing::Altered(_) if entry.is_tombstone() && !is_shown => return Ok(&entry.row),
             Standing::Verified if entry.is_tombstone() => {
-                format!("key {id} is destroyed already")
+                format!("key {id} is already destroyed")
             }
             Standing::Unverified(_) => format!(
                 "the token that can verify the registry row of key {id} does not answer; try again when it does"
             ),
             _ => format!(
-                "key {id} is not missing: the token shows it, so its loss cannot be recorded"
+                "key {id} is not missing: the key is on the token, so its loss cannot be recorded"
             ),
         };
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
@@ -617,8 +620,8 @@ impl Broker {
         unverified.unwrap_or_else(|| {
             altered(
                 tombstone,
-                "the key is marked as destroyed, but no key authenticates that; if the key that authenticated it is lost, too, \
-                 record the loss again with `keybroker key lost`",
+                "the key is marked as destroyed, but no integrity key authenticates this state; if the key that authenticated \
+                 the row is lost, too, record the loss again with `keybroker key lost`",
             )
         })
     }
@@ -689,9 +692,10 @@ impl Broker {
         let job = self.token.verify_mac(row.id, &message, &row.mac, &caller);
         match job.await {
             Ok(()) => Standing::Verified,
-            Err(hsm::Error::MacRefused) => {
-                altered(row, "its MAC does not verify: the row was altered")
-            }
+            Err(hsm::Error::MacRefused) => altered(
+                row,
+                "the MAC of the row does not verify: the row was altered",
+            ),
             Err(hsm::Error::KeyMissing { cause, .. }) => Standing::Missing(cause),
             Err(other) => Standing::Unverified(other.to_string()),
         }
@@ -723,8 +727,8 @@ impl Broker {
             if told.lost != lost && !lost.is_empty() {
                 keybroker_core::alert!(
                     WrappingKey, cause = %lost,
-                    "registered wrapping keys cannot be used; user keys under these wrapping keys are not released, and the \
-                     other wrapping keys are used"
+                    "some registered wrapping keys cannot be used; user keys under these wrapping keys are not \
+                     released, and the other wrapping keys stay in use"
                 );
             }
             told.altered = altered;
@@ -831,7 +835,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
             // With several tokens, the token with the key may be absent for long, so no call waits for it.
             None if !state.tokens.is_empty() && !state.is_checking_keys => {
-                Standing::Missing("no token has shown the key yet".to_owned())
+                Standing::Missing("no token with the key was found yet".to_owned())
             }
             None => Standing::Unproved,
         });
@@ -842,7 +846,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         return Some(altered(
             row,
             &format!(
-                "registered for the token with serial {:?}, but this token has serial {serial:?}",
+                "the key is registered for the token with serial {:?}, but this token has serial {serial:?}",
                 row.token_serial
             ),
         ));

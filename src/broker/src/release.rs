@@ -170,7 +170,9 @@ impl Broker {
         self.check_acknowledged()?;
         let record = within(call, leave_if_slow(self.store.record(permit.address())))
             .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;
+            .ok_or_else(|| {
+                Error::new(Reason::KeyNotFound, "no record with this user and key name")
+            })?;
         draft.record(record.info.id, record.info.revision);
         Ok(record)
     }

@@ -132,7 +132,7 @@ impl Broker {
         } else if same {
             Ok(Some(earlier.result))
         } else {
-            let detail = "the request id was used with other content";
+            let detail = "the request id was used before with other content";
             Err(Error::new(Reason::RequestIdReused, detail))
         }
     }

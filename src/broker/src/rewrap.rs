@@ -278,7 +278,7 @@ impl Broker {
         let result = result.map_err(|error| match error {
             store::Error::Conflict => Error::new(
                 Reason::Revision,
-                "another call changed the re-wrap meanwhile",
+                "another call changed the re-wrap at the same time",
             ),
             other => other.into(),
         });
@@ -342,7 +342,7 @@ fn check_source(
         return Ok(());
     };
     if source == target {
-        let what = "the id of a wrapping key other than the one that wraps new user keys";
+        let what = "the id of a wrapping key that does not wrap new user keys";
         return Err(Error::violation("source_wrapping_key_id", what));
     }
     if !registry.knows(source) {

@@ -231,7 +231,7 @@ impl<'a, T: Send + 'a> Call<'a, T> {
 /// client's deadline.
 ///
 /// If the call releases a key, the broker writes an audit entry for each attempt that reaches the broker.
-#[must_use = "a call is made only when it is awaited"]
+#[must_use = "the call is sent only when this future is awaited"]
 pub struct Read<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Read<'a, T> {
@@ -252,7 +252,7 @@ impl<'a, T: Send + 'a> Read<'a, T> {
 /// call carry the same request id. A program that must finish a change after a restart chooses the request id with
 /// [`new_request_id`], and stores this id together with the planned change. After the restart, the program repeats the
 /// call with the same request id and content within 24 hours.
-#[must_use = "a call is made only when it is awaited"]
+#[must_use = "the call is sent only when this future is awaited"]
 pub struct Change<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Change<'a, T> {
@@ -277,7 +277,7 @@ impl<'a, T: Send + 'a> Change<'a, T> {
 /// A change that has no request id in the protocol, so the broker would treat a repetition as another change. The
 /// library makes only one attempt. After an error with [`outcome_unknown`](Error::outcome_unknown), find out whether
 /// the change was made before you make the call again.
-#[must_use = "a call is made only when it is awaited"]
+#[must_use = "the call is sent only when this future is awaited"]
 pub struct NonIdempotent<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> NonIdempotent<'a, T> {

@@ -57,7 +57,7 @@ pub enum BuildError {
         source: tonic::transport::Error,
     },
     /// An access token or the secret of an API client contains a character that an HTTP header cannot carry.
-    #[error("the {0} contains a character that an HTTP header cannot carry")]
+    #[error("the {0} contains a character that is not allowed in an HTTP header")]
     Credential(&'static str),
 }
 
@@ -222,9 +222,7 @@ impl fmt::Display for Error {
                 f.write_str("the connection failed or ended during the call")?;
             }
             (ErrorKind::UnexpectedResponse, _) => {
-                f.write_str(
-                    "the response does not come from a Keybroker broker; check the endpoint",
-                )?;
+                f.write_str("the response does not come from a broker; check the endpoint")?;
             }
             (ErrorKind::Credential, _) => f.write_str("the provider of access tokens failed")?,
             (ErrorKind::InvalidResponse, _) => {

@@ -347,7 +347,7 @@ fn item_result(
     match result.result {
         Some(ItemResult::Released(answer)) => released(answer).map(Ok),
         Some(ItemResult::Error(error)) => Ok(Err(Refusal::of_item(error.reason, error.message))),
-        None => Err(AttemptError::Invalid("the result of an item is absent")),
+        None => Err(AttemptError::Invalid("an item has no result")),
     }
 }
 

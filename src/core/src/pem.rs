@@ -69,7 +69,7 @@ pub enum Error {
         label: String,
     },
     /// An END line without a BEGIN line.
-    #[error("line {0} ends a block that does not begin; the file is damaged")]
+    #[error("line {0} is an END line without a BEGIN line; the file is damaged")]
     StrayEnd(usize),
     /// The content of a block is not base64.
     #[error("the block {label} that begins in line {line} cannot be decoded: {source}")]
@@ -99,11 +99,11 @@ pub enum Error {
         remedy: &'static str,
     },
     /// The file contains no block of the required kind.
-    #[error("it contains no {0} in PEM")]
+    #[error("the file contains no {0} in PEM")]
     Nothing(&'static str),
     /// The file contains several private keys, but only one is used.
     #[error(
-        "it contains {0} private keys; keep only the private key that belongs to the certificate"
+        "the file contains {0} private keys; keep only the private key that belongs to the certificate"
     )]
     Keys(usize),
     /// The file has so many unreadable parts that the rest of the file is ignored.
@@ -214,7 +214,7 @@ fn remedy(label: &str) -> &'static str {
             "the block is a certificate request; use the certificate that the CA issued for this request"
         }
         "X509 CRL" => {
-            "the block is a revocation list; put it into the file that the setting for revocation lists names"
+            "the block is a revocation list; move this block to the file of the setting for revocation lists"
         }
         "CERTIFICATE" => "a certificate does not belong in this file; remove the certificate",
         _ if label.ends_with("PRIVATE KEY") => {

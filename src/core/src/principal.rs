@@ -158,20 +158,21 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Describes what is wrong with the grant, in a clause that follows the name of the service.
+    /// Describes what is wrong with the grant.
     pub fn problem(&self) -> Option<String> {
         if self.roles.is_empty() {
-            return Some("has no role, so it could do nothing".to_owned());
+            return Some("the principal has no role, so it could do nothing".to_owned());
         }
         if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
             return Some(
-                "has the role `auditor` and a tenant, but the audit log covers all tenants: remove the tenant"
+                "the principal has the role `auditor` and a tenant, but the audit log covers all tenants: remove the tenant"
                     .to_owned(),
             );
         }
         if let Some((one, other)) = conflict(&self.roles) {
             return Some(format!(
-                "has the roles `{}` and `{}`: administrators and auditors of the broker must not be able to obtain keys",
+                "the principal has the roles `{}` and `{}`, but administrators and auditors of the broker must not be \
+                 able to obtain keys",
                 one.as_str(),
                 other.as_str()
             ));
@@ -179,8 +180,8 @@ impl Grant {
         let is_limited = self.users.is_some() || self.key_names.is_some();
         if self.roles.contains(&Role::Release) && !is_limited {
             return Some(
-                "has the role `release` without a limit: set `users` or `key_names` to the users or key names that it \
-                 may release, or to [\"*\"] for all"
+                "the principal has the role `release` without a limit: set `users` or `key_names` to the users or key names \
+                 that the principal may release, or to [\"*\"] for all"
                     .to_owned(),
             );
         }

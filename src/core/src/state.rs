@@ -238,12 +238,14 @@ impl StateDirectory {
             .open(path)?;
         let meta = file.metadata()?;
         if !meta.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
+            return Err(io::Error::other("the path is not a regular file"));
         }
         check(&meta)?;
         if meta.len() > bytes_max {
             let kib = bytes_max / 1024;
-            return Err(io::Error::other(format!("it is longer than {kib} KiB")));
+            return Err(io::Error::other(format!(
+                "the file is longer than {kib} KiB"
+            )));
         }
         let mut bytes = Vec::new();
         file.take(bytes_max).read_to_end(&mut bytes)?;

@@ -273,7 +273,7 @@ pub enum Error {
         cause: String,
     },
     /// The key is not among the expected keys of the workers.
-    #[error("wrapping key {0} is not known to the workers")]
+    #[error("the workers do not have wrapping key {0}")]
     UnknownKey(WrappingKeyId),
 }
 

@@ -165,7 +165,10 @@ impl Link {
         let deadline_ns = frame::monotonic_ns().saturating_add(
             u64::try_from(job.caller.deadline().remaining().as_nanos()).unwrap_or(u64::MAX),
         );
-        tracing::debug!(parent: &job.span, pid = self.pid, generation = self.generation, job = id, "token job sent to a worker");
+        tracing::debug!(
+            parent: &job.span, pid = self.pid, generation = self.generation, job = id,
+            "a token job was sent to a worker"
+        );
         let mut state = self.state();
         state.unsent.push(job.work.stamped(id, deadline_ns));
         state.held.insert(id, job);
@@ -223,7 +226,7 @@ impl Link {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
                             return format!(
-                                "the worker answered job {}, which it was not given",
+                                "the worker answered job {}, but the front did not send this job to the worker",
                                 reply.id
                             );
                         };

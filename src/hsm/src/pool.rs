@@ -151,8 +151,8 @@ impl Pool {
         for token in &unused {
             tracing::warn!(
                 %token,
-                "no wrapping key is registered for this token, so the token is not used; register a key that it holds with \
-                 `keybroker key register`"
+                "no wrapping key is registered for this token, so the token is not used; register a key of this token \
+                 with `keybroker key register`"
             );
         }
         Arc::new(Self::of(members, unused))
@@ -376,7 +376,7 @@ impl Pool {
         Error::Down {
             cause: match self.unserved_cause(key) {
                 Some(cause) => cause,
-                None => format!("wrapping key {key} is on no token of the configuration"),
+                None => format!("no token of the configuration has wrapping key {key}"),
             },
             retry_after: ABSENT_RETRY,
         }

@@ -260,7 +260,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
         && expected.iter().all(is_reported);
     if !same {
         return Err(untrusted(
-            "the worker did not report on exactly the expected keys".to_owned(),
+            "the keys that the worker reported are not the expected keys".to_owned(),
         ));
     }
     Ok(Found {

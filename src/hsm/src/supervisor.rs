@@ -188,7 +188,7 @@ impl Supervisor {
             self.apply(&mut decider, Event::Stop);
             self.serving
                 .send_replace(Serving::Down(STOPPING.to_owned()));
-            tracing::info!(token = %self.settings.name, "the broker accepts no more token jobs");
+            tracing::info!(token = %self.settings.name, "the broker no longer accepts token jobs");
             if !self.queue.has_links() {
                 self.queue.fail_all(&decider.down(STOPPING));
             }

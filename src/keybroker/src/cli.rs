@@ -66,7 +66,8 @@ struct Cli {
     /// Format of results
     #[arg(short, long, global = true, default_value = "table")]
     output: Format,
-    /// Name of the token to use; needed by commands that use one token if the configuration has several
+    /// Name of the token to use; required if the configuration has several tokens and the command
+    /// uses only one
     #[arg(long, global = true, value_name = "NAME")]
     token: Option<String>,
     #[command(subcommand)]
@@ -104,7 +105,8 @@ enum Command {
     /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
-    /// Measure the broker on the configured token under one of several kinds of load
+    /// Measure the broker's performance with the configured token, under one of several kinds of
+    /// load
     Bench(Box<bench::Arguments>),
     /// Draw charts and write tables from the JSON files of `bench`
     BenchReport(bench_report::Arguments),

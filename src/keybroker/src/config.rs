@@ -41,7 +41,7 @@ const BYTES_MAX: u64 = 1024 * 1024;
 /// The byte order marks of UTF-16, which Keybroker does not support.
 const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 const CONFIGURATION: Purpose = Purpose::trust(
-    "other users could change the configuration, which decides who receives keys and which code receives the PIN",
+    "other users could change the configuration, which determines who receives keys and which code receives the PIN",
 );
 
 /// The result of examining the files of the configuration.

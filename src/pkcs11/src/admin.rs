@@ -332,16 +332,16 @@ fn takes(info: &PkcsTokenInfo) -> String {
 /// Checks that the token can return the label unchanged, because commands find the token by its label.
 fn check_label(label: &str) -> Result<(), AdminError> {
     let problem = if label.is_empty() || label.chars().any(char::is_control) {
-        "must have 1 to 32 bytes and no control characters"
+        "the label must have 1 to 32 bytes and no control characters"
     } else if label.len() > LABEL_BYTES {
-        "is longer than 32 bytes of UTF-8"
+        "the label is longer than 32 bytes of UTF-8"
     } else if label != label.trim() {
-        "begins or ends with a blank, which tokens cannot distinguish from padding"
+        "the label begins or ends with a blank, which tokens cannot distinguish from padding"
     } else {
         return Ok(());
     };
     Err(AdminError::Token(format!(
-        "the token label {label:?} {problem}. Nothing was changed"
+        "token label {label:?}: {problem}. Nothing was changed"
     )))
 }
 
@@ -385,8 +385,8 @@ fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
             blank.get_or_insert(slot);
         } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
-                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To \
-                 erase it and every key on it permanently, pass --erase-serial {}",
+                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To erase this \
+                 token and every key on it permanently, pass --erase-serial {}",
                 unpadded(info.serial_number()),
                 unpadded(info.serial_number())
             )));
@@ -555,7 +555,7 @@ impl Admin {
                     return self.with_integrity_key_file(checked);
                 }
                 None => format!(
-                    "it has {} bits instead of {modulus_bits}",
+                    "the key has {} bits instead of {modulus_bits}",
                     checked.modulus_bits
                 ),
                 Some(problem) => problem.clone(),

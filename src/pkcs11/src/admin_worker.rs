@@ -69,7 +69,7 @@ fn serve() -> io::Result<()> {
     while let Some(request) = inbox.receive::<AdminRequest>(&mut input)? {
         let outcome = match request.job {
             Some(job) => state.run(&job).unwrap_or_else(|error| failure(&error)),
-            None => failure(&AdminError::Token("a request without a job".to_owned())),
+            None => failure(&AdminError::Token("the request has no job".to_owned())),
         };
         lock(&replies).send(outcome)?;
     }

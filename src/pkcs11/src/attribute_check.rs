@@ -90,9 +90,9 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is absent, which an exception accepts, and should be",
+            Found::Excepted => "is absent (accepted by an exception) and should be",
             Found::ImpliedByType => "is absent, but the type of the key implies",
-            Found::Missing => "is absent, must be",
+            Found::Missing => "is absent and must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
     }
@@ -231,11 +231,11 @@ const fn exception(attribute: &'static str, gives_away: &'static str) -> Excepti
 pub const EXCEPTIONS: &[Exception] = &[
     exception(
         "CKA_LOCAL",
-        "the token does not say whether a key was made on it, so copies of a key may exist elsewhere",
+        "the token does not show whether a key was made on the token, so copies of a key may exist elsewhere",
     ),
     exception(
         "CKA_MODIFIABLE",
-        "a holder of the user PIN may change those attributes of the keys that the token itself does not fix",
+        "a holder of the user PIN may change the attributes of the keys that the token itself does not protect",
     ),
     exception(
         "CKA_COPYABLE",
@@ -426,7 +426,7 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "{what} was imported: {}. The key has been outside the token, so copies of the key may exist, and it \
+                "{what} was imported: {}. The key was outside the token, so copies of the key may exist, and the key \
                  must never protect user keys. No setting accepts an imported key; make a key on the token with \
                  `keybroker key generate` or with the vendor's tool",
                 named.join("; ")

@@ -238,8 +238,8 @@ fn missing(key: &Place, what: &str, object: &ObjectId) -> Fault {
     Fault::new(
         Class::KeyMissing,
         format!(
-            "the {what}{of} with CKA_ID {object} is not on the token. If the registry contains the key, check that this is the \
-             right token and that it was restored completely"
+            "the {what}{of} with CKA_ID {object} is not on the token. If the registry contains the key, check that \
+             this is the right token, and that the token was restored completely"
         ),
     )
 }
@@ -267,7 +267,7 @@ fn find_one(
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token holds more than one {what} with CKA_ID {id}; find out where these objects came from before \
+                "the token has more than one {what} with CKA_ID {id}; find out where these objects came from before \
                  you remove one of them"
             ),
         ));
@@ -321,17 +321,19 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     let Some(Attribute::KeyType(KeyType::RSA)) =
         attribute_check::read(session, pair.private, AttributeType::KeyType)?
     else {
-        return Err(untrusted("it is not an RSA key".to_owned()));
+        return Err(untrusted("the object is not an RSA key".to_owned()));
     };
     let Some(Attribute::Modulus(modulus)) =
         attribute_check::read(session, pair.private, AttributeType::Modulus)?
     else {
-        return Err(untrusted("it has no CKA_MODULUS".to_owned()));
+        return Err(untrusted("the object has no CKA_MODULUS".to_owned()));
     };
     let Some(Attribute::PublicExponent(exponent)) =
         attribute_check::read(session, pair.private, AttributeType::PublicExponent)?
     else {
-        return Err(untrusted("it has no CKA_PUBLIC_EXPONENT".to_owned()));
+        return Err(untrusted(
+            "the object has no CKA_PUBLIC_EXPONENT".to_owned(),
+        ));
     };
     let (spki, modulus_bits) =
         oaep::spki(&modulus, &exponent).map_err(|error| untrusted(error.to_string()))?;

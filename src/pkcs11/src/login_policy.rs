@@ -42,7 +42,7 @@ impl Counter {
     /// Describes the remaining attempts that the token allows, as an addition to a message.
     pub(super) fn describe(self) -> &'static str {
         if self.locked {
-            "; the user PIN is locked now"
+            "; the user PIN is now locked"
         } else if self.final_try {
             "; one more wrong PIN locks the token"
         } else if self.low {

@@ -31,8 +31,8 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
     let unfit = |detail: String| Fault::new(Class::NoToken, detail);
     if !path.is_absolute() {
         return Err(unfit(format!(
-            "`token.module` is {shown}: it must be an absolute path, so that no search path decides \
-             which library sees the PIN"
+            "`token.module` is {shown}: it must be an absolute path, so that no search path determines which library \
+             receives the PIN"
         )));
     }
     check_module(path).map_err(|error| unfit(error.to_string()))?;
@@ -76,7 +76,8 @@ fn configuration_hint(path: &Path) -> String {
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
     softhsm_problem(path, &environment).unwrap_or_else(|| {
-        "check the module's own configuration and [token.environment], which is the whole environment of the module".to_owned()
+        "check the module's own configuration and [token.environment], which is the complete environment of the \
+         module".to_owned()
     })
 }
 

@@ -328,19 +328,17 @@ pub const TESTS: &[NegativeTest] = &[
         "the integrity key makes MACs with another hash (CKM_SHA512_HMAC)",
         |on| signs(on, &Mechanism::Sha512Hmac, on.integrity()),
     )),
-    input(
-        "verify-short-mac",
-        "a MAC that is cut short verifies",
-        |on| verifies(on, 31),
-    ),
+    input("verify-short-mac", "a truncated MAC verifies", |on| {
+        verifies(on, 31)
+    }),
     input("verify-empty-mac", "an empty MAC verifies", |on| {
         verifies(on, 0)
     }),
     input(
         "decrypt-truncated",
-        "a ciphertext that is cut short decrypts",
-        // The ciphertext is truncated at its end. Without its leading zero byte, a ciphertext would be the same number,
-        // and some tokens accept it.
+        "a truncated ciphertext decrypts",
+        // The ciphertext is truncated at its end. If only a leading zero byte were removed, the ciphertext would be the
+        // same number, which some tokens accept.
         |on| {
             let wrapped = on.self_test.wrapped();
             decrypts_oaep(on, &wrapped[..wrapped.len() - 1])

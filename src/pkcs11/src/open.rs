@@ -183,7 +183,7 @@ impl OpenToken {
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
-                "another process is already logged in to the token; this process shares that login"
+                "another process is already logged in to the token; this process shares its login"
             );
             return Ok((true, took));
         }
@@ -396,8 +396,8 @@ fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to start without a person; no \
-             login was tried. Use a token that takes its PIN from the program",
+            "{} reads its PIN from a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to \
+             start without a person; no login was tried. Use a token that accepts its PIN from the program",
             named(info)
         ),
     ))
@@ -428,16 +428,16 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
     let token = named(info);
     let what = match refusal {
         Refusal::Locked => format!(
-            "{token}: the user PIN is locked (CKF_USER_PIN_LOCKED); no login was tried. Unlock it with the security \
-             officer's PIN"
+            "{token}: the user PIN is locked (CKF_USER_PIN_LOCKED); no login was tried. Unlock the user PIN with the \
+             security officer's PIN"
         ),
         Refusal::FinalTry => format!(
-            "{token}: one more wrong PIN would lock it (CKF_USER_PIN_FINAL_TRY); no login was tried. Log in once with \
+            "{token}: one more wrong PIN would lock the token (CKF_USER_PIN_FINAL_TRY); no login was tried. Log in \
+             once with \
              the vendor's tool to reset the counter, or run `keybroker token retry-pin --force` if you are sure of the PIN"
         ),
         Refusal::CounterRose => format!(
-            "{token}: its counter of wrong PINs has risen since a login of the broker failed; no login was tried. \
-             {ONCE}"
+            "{token}: the counter of wrong PINs increased after a failed login of the broker; no login was tried. {ONCE}"
         ),
         Refusal::Unproven => format!(
             "{token}: no login with this PIN has ever succeeded, and two logins failed or were interrupted; no further \

@@ -211,7 +211,7 @@ impl SelfTest {
         Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token failed the self-test of key {}: the token decrypted the known ciphertext to another plaintext",
+                "the token failed the self-test of key {}: the token decrypted the known ciphertext to a wrong plaintext",
                 pair.id
             ),
         ))

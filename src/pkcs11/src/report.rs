@@ -44,7 +44,7 @@ pub(crate) use rates::{Counted, waits_of_this_thread};
 /// Largest number of sessions that are opened to find the token's limit.
 const SESSIONS_MAX: usize = 64;
 const MODULUS_BITS: u32 = 2_048;
-const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
+const OLD_HANDLE: &str = "a handle of a session key from before C_Logout";
 /// Number of digits of a time in the form `YYYYMMDDhhmmss00`.
 const CLOCK_DIGITS: usize = 16;
 
@@ -358,7 +358,7 @@ fn after_logout(
         .anchor
         .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY)]);
     report.sessions.push(told(
-        "private keys seen after C_Logout",
+        "private keys visible after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
     ));
     // The report logs in again only with a PIN that the token has already accepted from this process.

@@ -24,15 +24,15 @@ const ABSENT_PAUSE: Duration = Duration::from_millis(50);
 /// Reason why the settings do not select a token.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SelectorError {
-    #[error("no token is chosen: set one of `token.label`, `token.serial` and `token.uri`")]
+    #[error("no token is selected: set one of `token.label`, `token.serial` and `token.uri`")]
     None,
     #[error(
-        "the token is chosen twice: set only one of `token.label`, `token.serial` and `token.uri`"
+        "the token is selected twice: set only one of `token.label`, `token.serial` and `token.uri`"
     )]
     Twice,
     #[error("`token.uri` must begin with `pkcs11:`")]
     Scheme,
-    #[error("`token.uri` must have no query: module and PIN have their own settings")]
+    #[error("`token.uri` must have no query: the module and the PIN have separate settings")]
     Query,
     #[error("`token.uri`: {0:?} has no value")]
     NoValue(String),
@@ -261,7 +261,8 @@ fn find_now(
         several => Err(Fault::new(
             Class::Configuration,
             format!(
-                "more than one token with {wanted}, with the serial numbers {}: choose one of these tokens by `token.serial`",
+                "more than one token with {wanted}, with the serial numbers {}: select one of these tokens with \
+                 `token.serial`",
                 quoted(
                     several
                         .iter()

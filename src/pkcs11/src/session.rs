@@ -96,10 +96,7 @@ impl SessionThread {
         let started = Instant::now();
         let outcome = match work.job() {
             Some(job) => self.run_job(job, work.deadline_ns()),
-            None => Err(failure(
-                FailureClass::Unspecified,
-                "a request without a job",
-            )),
+            None => Err(failure(FailureClass::Unspecified, "the request has no job")),
         };
         (outcome, started.elapsed())
     }
@@ -358,7 +355,7 @@ fn check_deadline(deadline: u64) -> Result<(), Stop> {
     } else {
         Err(Stop::failed(
             FailureClass::Deadline,
-            "the deadline passed before the call of the token",
+            "the deadline passed before the call to the token",
         ))
     }
 }

@@ -151,7 +151,7 @@ pub(crate) fn ignore_signals()
 /// process keeps its priority.
 fn give_way_to_front() {
     if let Err(error) = rustix::process::nice(NICENESS) {
-        tracing::debug!(%error, "the CPU priority of the worker stays that of the front");
+        tracing::debug!(%error, "the worker keeps the CPU priority of the front");
     }
 }
 
@@ -341,7 +341,10 @@ fn verify_proofs(token: &OpenToken, place: &Place, key: &ExpectedKey) -> Result<
     }
     let session = token.session(std::slice::from_ref(place))?;
     let pair = session.pair(key.id).ok_or_else(|| {
-        let what = format!("wrapping key {} was not found again", key.id);
+        let what = format!(
+            "wrapping key {} was found before, but is no longer on the token",
+            key.id
+        );
         Fault::new(Class::KeyMissing, what)
     })?;
     for proof in &key.proofs {
@@ -377,7 +380,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
         }),
         _ => Err(Fault::new(
             Class::Configuration,
-            "a malformed key in the setup",
+            "the setup contains a malformed key",
         )),
     }
 }

@@ -50,7 +50,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
         }
         if names.len() > FILES_MAX {
             let what = format!(
-                "{shown} holds more than {FILES_MAX} files with the suffix {SUFFIX}; combine some of them"
+                "{shown} contains more than {FILES_MAX} files with the suffix {SUFFIX}; combine some of them"
             );
             return Err(Problem::of(what).into());
         }
@@ -108,7 +108,7 @@ enum FileError {
     Name,
     #[error(transparent)]
     File(#[from] trusted_file::Error),
-    #[error("is not UTF-8; save it as UTF-8")]
+    #[error("the file is not UTF-8; save it as UTF-8")]
     NotUtf8(#[from] FromUtf8Error),
 }
 

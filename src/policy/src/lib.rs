@@ -91,7 +91,8 @@ impl Settings {
                 trusted_file::not_absolute(path)
             )),
             None if !self.defaults => Some(
-                "[policy]: `defaults` is false and there is no `directory`, so everything would be denied".to_owned(),
+                "[policy]: `defaults` is false and `directory` is not set, so the broker would deny every \
+                 request".to_owned(),
             ),
             _ => None,
         }

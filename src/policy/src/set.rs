@@ -157,8 +157,7 @@ impl Set {
             Problems(each.collect())
         })?;
         if parsed.num_of_templates() > 0 {
-            let what =
-                "has a template (`?principal`, `?resource`), which the broker does not support";
+            let what = "the file has a template (`?principal`, `?resource`), which the broker does not support";
             return Err(Problem::in_file(&source.name, what).into());
         }
         let mut policies: Vec<_> = parsed.policies().collect();
@@ -279,7 +278,8 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is missing, but {count} of the policies in force come from this file; restore the file. To withdraw \
+                    "the file is missing, but {count} of the policies in force come from this file; restore the file. \
+                     To withdraw \
                      its policies, first replace the file with an empty file, or restart the broker"
                 );
                 Problem::in_file(name, what)
@@ -434,7 +434,7 @@ enum IdError {
         "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
     )]
     Malformed(String),
-    #[error("@id({0:?}): this id has another meaning in the audit log")]
+    #[error("@id({0:?}): this id is reserved, because it has another meaning in the audit log")]
     Reserved(String),
     #[error("the policy id `{id}` is used twice: also in {other}")]
     Taken { id: PolicyId, other: Arc<str> },

@@ -69,7 +69,7 @@ impl From<sqlx::Error> for Error {
         };
         match meaning {
             Meaning::Contradiction => Self::Corrupt(
-                Detail::caused("the database has rows that contradict each other", error)
+                Detail::caused("the database contains rows that contradict each other", error)
                     .remedy("compare with a backup"),
             ),
             Meaning::FileDamaged => Self::Corrupt(
@@ -142,8 +142,8 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         }
         Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
         Some(SQLITE_IOERR) => Meaning::Down(Some(
-            "if the file system of the database is full, free space, because SQLite needs free space even for reads; if \
-             it is not full, look for disk errors in the kernel's log",
+            "if the file system of the database is full, free space, because SQLite needs free space even for reads; \
+             otherwise, look for disk errors in the kernel's log",
         )),
         _ => Meaning::Down(None),
     }

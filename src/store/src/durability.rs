@@ -153,7 +153,7 @@ pub(super) fn announce(weaknesses: &[Weakness]) {
         tracing::warn!(
             setting = weak.name,
             value = %weak.value,
-            "the database may lose acknowledged writes in a power failure, and the configuration accepts this"
+            "the database may lose acknowledged writes in a power failure, and the configuration accepts this risk"
         );
     }
 }

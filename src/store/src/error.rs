@@ -133,7 +133,7 @@ pub enum Error {
     #[error("the request id is in use")]
     RequestIdTaken,
     /// A row cannot be decoded. The text contains table and column, but no stored bytes.
-    #[error("the database holds damaged data: {0}")]
+    #[error("the database contains damaged data: {0}")]
     Corrupt(#[source] Detail),
     /// The schema is older or newer than the schema of this binary, or the settings do not describe a usable database.
     #[error("{0}")]
@@ -275,7 +275,7 @@ mod tests {
         let damaged = Error::Corrupt(Detail::caused("records.state", refused()));
         assert_eq!(
             damaged.damage(),
-            "the database holds damaged data: records.state"
+            "the database contains damaged data: records.state"
         );
     }
 }

@@ -175,8 +175,8 @@ impl Server for PostgreSql {
                 "UTF8" => Ok(()),
                 other => {
                     let what = format!(
-                        "the database has the encoding {other}, which cannot represent every user name; create it \
-                         again with ENCODING 'UTF8'"
+                        "the database has the encoding {other}, which cannot represent every user name; create the \
+                         database again with ENCODING 'UTF8'"
                     );
                     Err(Error::Schema(what.into()))
                 }

@@ -278,7 +278,10 @@ pub(super) fn readable<R, T>(
         decode(row)
             .inspect_err(|error| {
                 metrics::RECORDS_DAMAGED.increment();
-                keybroker_core::alert!(RecordDamaged, table = table.name(), %error, "a stored row cannot be decoded and is left out");
+                keybroker_core::alert!(
+                    RecordDamaged, table = table.name(), %error,
+                    "a stored row cannot be decoded and is omitted"
+                );
             })
             .ok()
     });

@@ -125,7 +125,8 @@ pub(super) async fn require(
             tracing::warn!(
                 schema = current,
                 schema_of_this_release = newest,
-                "a later release migrated the database; this release can still use the database, but finish the upgrade"
+                "a later release migrated the database; this release can still use the database, but upgrade this \
+                 broker, too"
             );
             Ok(())
         }

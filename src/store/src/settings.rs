@@ -38,7 +38,7 @@ const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide which database server is trusted");
 
 #[derive(Debug, thiserror::Error)]
-#[error("`store.url` {0}")]
+#[error("`store.url`: {0}")]
 struct InUrl(#[source] UrlError);
 
 /// The `[store]` section of the configuration.
@@ -249,7 +249,7 @@ impl Settings {
         let mut problems = Vec::new();
         match Target::parse(self.url.as_str()) {
             Ok(_) => {}
-            Err(what) => problems.push(format!("[store]: `url` {what}")),
+            Err(what) => problems.push(format!("[store]: `url`: {what}")),
         }
         if self.password_file.is_some() && self.password_variable.is_some() {
             problems.push(
@@ -259,7 +259,8 @@ impl Settings {
         }
         if self.tls == Tls::Plaintext && self.ca_file.is_some() {
             problems.push(
-                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; remove one of them"
+                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies no certificate; remove one of the two \
+                 settings"
                     .to_owned(),
             );
         }
@@ -401,7 +402,7 @@ impl Settings {
 
 fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     let refused = |what: &str| {
-        let what = format!("[store] `password_file`: {} {what}", path.display());
+        let what = format!("[store] `password_file`: {}: {what}", path.display());
         Err(Error::Schema(what.into()))
     };
 
@@ -412,12 +413,13 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
         Ok(text) => Zeroizing::new(text),
         Err(error) => {
             drop(Zeroizing::new(error.into_bytes()));
-            return refused("is not UTF-8");
+            return refused("the password is not UTF-8");
         }
     };
     if text.starts_with('\u{feff}') {
         return refused(
-            "begins with a UTF-8 byte order mark, which is not part of a password; save the file without a byte order mark",
+            "the password begins with a UTF-8 byte order mark, which is not part of a password; save the file without \
+             a byte order mark",
         );
     }
     // Remove the line break that an editor may have added at the end of the file. A password never
@@ -425,7 +427,7 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
     if text.is_empty() {
-        return refused("is empty");
+        return refused("the password is empty");
     }
     Ok(text)
 }

@@ -5,65 +5,66 @@
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// A problem of a URL, as a clause that follows the name of the setting. This text never contains
-/// the URL, because the URL may include a password.
+/// What is wrong with a URL. This text never contains the URL, because the URL may include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(
-        "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
+        "the URL must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
          `mysql://user@host/database`; for a local socket, omit the host and append `?socket=` and the absolute path of \
          the socket"
     )]
     Form,
-    #[error("must be `sqlite:` and the absolute path of a file")]
+    #[error("the URL must be `sqlite:` and the absolute path of a file")]
     NotAbsolute,
     #[error(
-        "contains `{found}`, but a SQLite URL has no parameters: use the settings of [store]; if the path \
+        "the URL contains `{found}`, but a SQLite URL has no parameters: use the settings of [store]; if the path \
          contains the character, write `{encoded}`"
     )]
     FileParameters { found: char, encoded: &'static str },
     #[error(
-        "contains `#`, which begins a fragment and would be ignored; write `%23` if a name contains the character"
+        "the URL contains `#`, which begins a fragment and would be ignored; write `%23` if a name contains the character"
     )]
     Fragment,
-    #[error("has no user: write `user@` before the host")]
+    #[error("the URL has no user: write `user@` before the host")]
     NoUser,
     #[error(
-        "contains a password, which logs and process lists would show; put it into a file named by \
-         `password_file`, or into an environment variable named by `password_variable`"
+        "the URL contains a password, which logs and process lists would show; set `password_file` or \
+         `password_variable` instead"
     )]
     Password,
-    #[error("has no database name: append `/` and the name")]
+    #[error("the URL has no database name: append `/` and the name")]
     NoDatabase,
-    #[error("has no host and no `?socket=`")]
+    #[error("the URL has no host and no `?socket=`")]
     NoHost,
-    #[error("has no host before the port")]
+    #[error("the URL has no host before the port")]
     NoHostBeforePort,
     #[error(
-        "has parameters: only `?socket=` is supported, without a host; use the settings of [store] for the rest"
+        "the URL has parameters: only `?socket=` is supported, without a host; use the settings of [store] for the rest"
     )]
     ServerParameters,
-    #[error("has parameters other than `?socket=`")]
+    #[error("the URL has parameters other than `?socket=`")]
     SocketParameters,
-    #[error("has a socket path that is not absolute")]
+    #[error("the URL has a socket path that is not absolute")]
     SocketNotAbsolute,
     #[error(
-        "has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
+        "the URL has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
     )]
     NoBrackets,
-    #[error("has a text in brackets that is not an IPv6 address")]
+    #[error("the URL has a text in brackets that is not an IPv6 address")]
     NotIpv6,
-    #[error("has text after the `]` of the host: write a `:` before the port")]
+    #[error("the URL has text after the `]` of the host: write a `:` before the port")]
     NoColon,
-    #[error("has {0:?} in its host, which no DNS name or IP address contains")]
+    #[error(
+        "the URL has {0:?} in the host, but this character is not allowed in DNS names and IP addresses"
+    )]
     Host(char),
-    #[error("has a port that is not 1 to 65535")]
+    #[error("the URL has a port that is not 1 to 65535")]
     Port,
     #[error(
-        "has a `%` that is not followed by two hexadecimal digits, or `%` escapes that are not UTF-8"
+        "the URL has a `%` that is not followed by two hexadecimal digits, or `%` escapes that are not UTF-8"
     )]
     Encoding,
-    #[error("has a control character")]
+    #[error("the URL has a control character")]
     ControlCharacter,
 }
 
@@ -330,9 +331,9 @@ mod tests {
             ("postgres://me@::1/keys", "brackets"),
             ("postgres://me@[db]/keys", "IPv6"),
             ("postgres://me@:5433/keys", "no host"),
-            ("postgres://me@local host/keys", "' ' in its host"),
-            ("mysql://me@local%20host/keys", "' ' in its host"),
-            ("mysql://me@%2Frun%2Fmysqld/keys", "'/' in its host"),
+            ("postgres://me@local host/keys", "' ' in the host"),
+            ("mysql://me@local%20host/keys", "' ' in the host"),
+            ("mysql://me@%2Frun%2Fmysqld/keys", "'/' in the host"),
             ("oracle://me@db/keys", "must be"),
             ("postgres:me@db/keys", "must be"),
             ("postgres://db/keys", "no user"),

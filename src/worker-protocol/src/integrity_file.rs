@@ -67,8 +67,9 @@ pub enum IntegrityFileError {
     },
     /// The digest of the file differs from the configured digest.
     #[error(
-        "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. A person \
-         who chose the content of the file could forge rows; restore the file from a backup, and find out who changed it",
+        "the wrapped integrity key {} was changed: its SHA-256 differs from the digest in \
+         [token.integrity_key_digests]. A person who chose the content of the file could forge rows; restore the file \
+         from a backup, and find out who changed the file",
         path.display()
     )]
     Changed {
@@ -129,8 +130,8 @@ pub enum ContentError {
     /// The content is not a JSON object with the required fields.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
-    /// The value of `format` is unknown.
-    #[error("its format is not {FORMAT:?}")]
+    /// The value of `format` is not known.
+    #[error("the value of `format` is not {FORMAT:?}")]
     Format,
     /// The value of `wrapping_key` is not a key id.
     #[error("`wrapping_key` is not a key id")]
@@ -142,13 +143,13 @@ pub enum ContentError {
     #[error("`ciphertext` is not hexadecimal, or has another length")]
     Ciphertext,
     /// The integrity key belongs to another wrapping key.
-    #[error("it is of {0}")]
+    #[error("the file is for wrapping key {0}")]
     OtherKey(WrappingKeyId),
 }
 
 fn describe_file(error: &trusted_file::Error) -> String {
     let remedy = if error.is_missing() {
-        "; without this file no row can be verified: restore the file from a backup"
+        "; rows can be verified only with this file: restore the file from a backup"
     } else {
         ""
     };
@@ -510,9 +511,9 @@ mod tests {
         long.ciphertext = vec![1; 513];
         let good = key().to_text();
         for (text, word) in [
-            (other.to_text(), "it is of 08"),
+            (other.to_text(), "the file is for wrapping key 08"),
             (long.to_text(), "another length"),
-            (good.replace("/1", "/2"), "its format"),
+            (good.replace("/1", "/2"), "the value of `format`"),
             (good.replace("SHA-256", "SHA-512"), "`algorithm`"),
             (good.replace('{', "{\"more\": 1,"), "unknown field"),
             ("{}".to_owned(), "missing field"),

@@ -40,7 +40,7 @@ pub enum PathError {
     #[error("the PKCS#11 module: {0}")]
     Module(#[source] trusted_file::Error),
     /// The file is not a shared library for this machine.
-    #[error("{} {problem}; correct `token.module`", path.display())]
+    #[error("{}: {problem}; correct `token.module`", path.display())]
     NotALibrary {
         /// The path of the module.
         path: PathBuf,
@@ -100,7 +100,7 @@ const MACHINES: [(u16, &str); 8] = [
 fn elf_problem(mut file: &File) -> Option<String> {
     let mut header = [0; ELF_BYTES];
     if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF") {
-        return Some("is not a shared library".to_owned());
+        return Some("the file is not a shared library".to_owned());
     }
     // The value 2 in byte 5 of the ELF header means big endian.
     let pair = [header[18], header[19]];
@@ -124,7 +124,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "is made for {}, but this machine is {}: install the module for the architecture of this machine",
+            "the file is made for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )

@@ -27,30 +27,32 @@ const PIN_FILE: Purpose = Purpose::secret("PIN");
 pub enum PinError {
     /// The text begins with a byte order mark, which some editors write.
     #[error(
-        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
+        "the PIN begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
     )]
     ByteOrderMark,
     /// The text begins or ends with a space or a tab.
     #[error(
-        "it begins or ends with a blank, which would use up a login attempt; remove the blank, or change the PIN of the token to one without a blank"
+        "the PIN begins or ends with a blank, which would use up a login attempt; remove the blank, or change the PIN \
+         of the token to a PIN without a blank"
     )]
     Blank,
-    /// The text is empty, or contains only a line end.
-    #[error("it is empty")]
+    /// The text is empty, or consists only of a line end.
+    #[error("the PIN is empty")]
     Empty,
     /// The text has more than one line.
     #[error(
-        "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
+        "the PIN has more than one line, but a PIN is one line: write the PIN with `printf '%s' PIN > FILE`"
     )]
     Lines,
     /// The text contains a control character.
     #[error(
-        "it holds a control character, such as a NUL byte, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
+        "the PIN contains a control character, such as a NUL byte, which is not part of a PIN; write the PIN with \
+         `printf '%s' PIN > FILE`"
     )]
     ControlCharacter,
     /// The text is longer than the longest permitted PIN.
     #[error(
-        "it is longer than {PIN_BYTES_MAX} bytes, which is too long for a PIN; check that this is the right file"
+        "the PIN is longer than {PIN_BYTES_MAX} bytes, which is too long; check that this is the right file"
     )]
     TooLong,
     /// The PIN cannot be read.
@@ -72,9 +74,10 @@ pub enum PinError {
 fn describe_read(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::InvalidData => {
-            "it is not UTF-8 text; an editor may have saved it as UTF-16 or Latin-1: save it as UTF-8".to_owned()
+            "the PIN is not UTF-8 text; an editor may have saved the file as UTF-16 or Latin-1: save the file as \
+             UTF-8".to_owned()
         }
-        _ => format!("it cannot be read: {error}"),
+        _ => format!("cannot read the PIN: {error}"),
     }
 }
 

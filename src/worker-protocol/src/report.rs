@@ -181,7 +181,7 @@ impl Report {
         }
         for exception in &now.attribute_exceptions {
             if !then.attribute_exceptions.contains(exception) {
-                worse.push(format!("the exception {exception} is needed"));
+                worse.push(format!("the exception {exception} is necessary"));
             }
         }
         if now.allow_oaep_sha1 && !then.allow_oaep_sha1 {
@@ -197,7 +197,10 @@ impl Report {
                 let found = now.iter().find(|now| now.name == answer.name);
                 let result = found.map_or("missing", |now| now.result.as_str());
                 if result != WORKS {
-                    worse.push(format!("{} worked before, now: {result}", answer.name));
+                    worse.push(format!(
+                        "{}: worked before; the result is now {result}",
+                        answer.name
+                    ));
                 }
             }
         }
@@ -230,7 +233,7 @@ impl Report {
             let result = found.map_or("missing", |now| now.in_template.as_str());
             if then.in_template == "accepted" && result != "accepted" {
                 worse.push(format!(
-                    "{} in the template of the {} was accepted before, now: {result}",
+                    "{} in the template of the {}: accepted before; the result is now {result}",
                     then.attribute, then.object
                 ));
             }

@@ -63,12 +63,9 @@ impl Malformed {
             Self::TooLarge => Error::violation("body", "at most 4 KiB"),
             Self::Slow => Error::new(Reason::Deadline, "the body did not arrive in time"),
             Self::Broken => Error::violation("body", "complete"),
-            Self::Json => Error::violation("body", "a JSON object with a string `key`"),
+            Self::Json => Error::violation("body", "a JSON object whose `key` is a string"),
             Self::Base64 => Error::violation("key", "standard base64, with padding"),
-            Self::Length => Error::violation(
-                "key",
-                "32 bytes in standard base64, which are 44 characters",
-            ),
+            Self::Length => Error::violation("key", "32 bytes in standard base64 (44 characters)"),
         }
     }
 }

@@ -52,7 +52,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     tracing::info!(
         file = shown(),
         certificates = ders.len(),
-        "read the CA certificates from `ca_file` of an issuer"
+        "the CA certificates in `ca_file` of an issuer were read"
     );
     ders.iter()
         .map(|der| Certificate::from_der(der))

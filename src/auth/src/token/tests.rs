@@ -327,7 +327,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
         (
             "oversized",
             claims(json!({"pad": "x".repeat(TOKEN_BYTES_MAX)})),
-            "it is too long",
+            "the access token is too long",
         ),
     ]
 }
@@ -448,7 +448,7 @@ async fn a_token_of_a_user_with_many_organisations_is_accepted_and_the_limit_is_
     assert_eq!(principal.identity().claims.organisations.len(), 180);
     let longer = with(400);
     let words = format!(
-        "too long: {} bytes, and `limits.access_token_bytes_max` is 16384",
+        "too long: {} bytes, but `limits.access_token_bytes_max` is 16384",
         longer.len()
     );
     running.refused(&longer, &words).await;
@@ -475,11 +475,13 @@ async fn a_token_that_lives_longer_than_its_issuers_may_is_refused() {
     running
         .refused(
             &with(long),
-            "86410 s after its `iat`, but `token_lifetime_max_minutes`",
+            "86410 s after the `iat`, but `token_lifetime_max_minutes`",
         )
         .await;
     let eternal = json!({"iat": null, "exp": u32::MAX});
-    running.refused(&with(eternal), "it has no `iat`").await;
+    running
+        .refused(&with(eternal), "the access token has no `iat`")
+        .await;
     running
         .accepted(&with(json!({"iat": null, "exp": now() + day})))
         .await;
@@ -582,10 +584,10 @@ async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     running.accepted(&sign("ES256", "ec")).await;
     running.accepted(&sign("EdDSA", "ed")).await;
     running
-        .refused(&sign("EdDSA", "ec"), "not the algorithm of its key")
+        .refused(&sign("EdDSA", "ec"), "not the algorithm of the key")
         .await;
     running
-        .refused(&sign("ES256", "key-1"), "not the algorithm of its key")
+        .refused(&sign("ES256", "key-1"), "not the algorithm of the key")
         .await;
     running
         .refused(

@@ -76,7 +76,10 @@ impl Broker {
         };
         let Settled { intent, result } = self.commit_with_intent(&draft, at, change).await?;
         let result = result.map_err(|error| match error {
-            store::Error::Conflict => Error::new(Reason::Revision, "the client changed meanwhile"),
+            store::Error::Conflict => Error::new(
+                Reason::Revision,
+                "the API client was changed at the same time",
+            ),
             other => other.into(),
         });
         self.close_intent(intent, &draft, result).await

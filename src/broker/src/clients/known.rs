@@ -94,7 +94,10 @@ impl Broker {
             }
         }
         if !registry.knows(row.key) {
-            return Verified::No(format!("its wrapping key {} is not registered", row.key));
+            return Verified::No(format!(
+                "the wrapping key {} of the row is not registered",
+                row.key
+            ));
         }
         if registry.check(row.key, KeyUse::VerifyMac).is_err() {
             return Verified::NotAsked;
@@ -105,7 +108,9 @@ impl Broker {
             .verify_mac(row.key, &message, &row.mac, &verifier.caller);
         match verified.await {
             Ok(()) => Verified::Yes,
-            Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
+            Err(hsm::Error::MacRefused) => {
+                Verified::No("the MAC of the row does not verify".to_owned())
+            }
             Err(error) => {
                 tracing::info!(
                     %error,
@@ -147,7 +152,7 @@ impl Broker {
         }
         if !self.registry()?.knows(row.key) {
             return Err(refused(format!(
-                "its wrapping key {} is not registered",
+                "the wrapping key {} of the row is not registered",
                 row.key
             )));
         }
@@ -164,7 +169,7 @@ impl Broker {
         {
             Ok(()) => {}
             Err(hsm::Error::MacRefused) => {
-                return Err(refused("its MAC does not verify".to_owned()));
+                return Err(refused("the MAC of the row does not verify".to_owned()));
             }
             Err(error) => return Err(error.into()),
         }
@@ -172,7 +177,9 @@ impl Broker {
         if wanted == Wanted::InForce
             && let Some(problem) = document.grant().problem()
         {
-            return Err(refused(format!("the client {problem}")));
+            return Err(refused(format!(
+                "the grant of the API client is not valid: {problem}"
+            )));
         }
         Ok(Some(ClientCredential {
             id,

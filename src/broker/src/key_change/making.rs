@@ -83,8 +83,9 @@ impl MadeKey {
             Err(error) => {
                 tracing::error!(
                     wrapping_key = %id, %error,
-                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker token check` \
-                     shows it, and `keybroker key register` or `keybroker key remove` completes the change"
+                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker \
+                     token check` shows the key, and `keybroker key register` or `keybroker key remove` completes the \
+                     change"
                 );
             }
         }
@@ -113,7 +114,8 @@ impl Broker {
                 return Ok(());
             }
             if until.remaining().is_zero() {
-                let what = "the token workers did not check the new key in time; the log says why";
+                let what =
+                    "the token workers did not check the new key in time; the log shows the cause";
                 return Err(Error::new(Reason::TokenDown, what).explained("token", what));
             }
             tokio::time::sleep(CHECK_PAUSE).await;

@@ -123,7 +123,7 @@ impl Broker {
         let waiting = rows.find(|(row, _)| row.state == WrappingKeyState::PreActive);
         if let Some((row, _)) = waiting {
             let what = format!(
-                "key {} is pre-active already: confirm the backup of the token and activate the key with `keybroker key \
+                "key {} is already pre-active: confirm the backup of the token and activate the key with `keybroker key \
                  activate {}`",
                 row.id, row.id
             );

@@ -129,7 +129,7 @@ pub(super) fn failed_client(id: String, revision: u64, problem: &str) -> FailedR
         client = id,
         revision,
         problem,
-        "an API client cannot be moved to another wrapping key and stays as it is"
+        "an API client cannot be moved to another wrapping key; its row is unchanged"
     );
     FailedRow {
         id,

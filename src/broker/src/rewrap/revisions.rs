@@ -253,7 +253,7 @@ pub(super) fn failed_revision(row: &RowUnder, problem: &str) -> FailedRow {
         record = id.as_deref().unwrap_or_default(),
         revision,
         problem,
-        "a row cannot be re-wrapped and stays as it is"
+        "a row cannot be re-wrapped; the row is unchanged"
     );
     FailedRow {
         id: id.unwrap_or_default(),

@@ -101,7 +101,7 @@ impl Broker {
         let work = AssertUnwindSafe(self.rewrap_if_wanted(stop)).catch_unwind();
         if work.await.is_err() {
             metrics::REWRAP_RUNNING.set_flag(false);
-            tracing::error!("the re-wrap panicked; it is tried again");
+            tracing::error!("the re-wrap panicked; the broker tries the re-wrap again");
         }
     }
 
@@ -329,7 +329,7 @@ impl<'b> Run<'b> {
                 let blocked_by = error.reason().as_str();
                 // The cause is logged once, and not every second.
                 if self.progress.blocked_by != blocked_by {
-                    tracing::warn!(%error, "the re-wrap cannot go on at present; the broker tries again every second");
+                    tracing::warn!(%error, "the re-wrap cannot continue at present; the broker tries again every second");
                 }
                 blocked_by.clone_into(&mut self.progress.blocked_by);
             }

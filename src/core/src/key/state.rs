@@ -157,9 +157,9 @@ impl fmt::Display for IllegalTransition {
         write!(f, "a key that is {from} cannot become {to}; ")?;
         let next: Vec<&str> = from.next().iter().map(|state| state.as_str()).collect();
         match next.split_last() {
-            None => write!(f, "it cannot change at all"),
-            Some((only, [])) => write!(f, "it can only become {only}"),
-            Some((last, most)) => write!(f, "it can become {} or {last}", most.join(", ")),
+            None => write!(f, "the state of this key can never change"),
+            Some((only, [])) => write!(f, "the next state can only be {only}"),
+            Some((last, most)) => write!(f, "the next state can be {} or {last}", most.join(", ")),
         }
     }
 }
@@ -236,7 +236,7 @@ mod tests {
         let refused = Active.check_change(Destroyed).unwrap_err().to_string();
         assert_eq!(
             refused,
-            "a key that is active cannot become destroyed; it can become suspended, deactivated or compromised"
+            "a key that is active cannot become destroyed; the next state can be suspended, deactivated or compromised"
         );
     }
 

@@ -54,7 +54,7 @@ impl Purpose {
     pub(super) const fn risk(self) -> &'static str {
         match self.0 {
             Kind::Trust { risk, .. } => risk,
-            Kind::Secret(_) => "other users could replace it",
+            Kind::Secret(_) => "other users could replace the secret",
         }
     }
 

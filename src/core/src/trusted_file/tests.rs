@@ -260,9 +260,17 @@ fn only_a_regular_file_is_read_and_nothing_waits() {
         assert_eq!(check_if_present(path, TRUST).is_err(), path == &fifo);
     }
     let file = folder.file("file", 0o600);
-    refused(&file.join("below"), TRUST, &file, "and not a directory");
+    refused(
+        &file.join("below"),
+        TRUST,
+        &file,
+        ", but must be a directory",
+    );
     let error = check_directory(&file, TRUST).unwrap_err();
-    assert!(error.to_string().contains("and not a directory"), "{error}");
+    assert!(
+        error.to_string().contains(", but must be a directory"),
+        "{error}"
+    );
     // A link to an open descriptor has no path as its target.
     let open = File::open(&file).unwrap();
     let number = std::os::fd::AsRawFd::as_raw_fd(&open);
@@ -367,7 +375,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     let _listener = UnixListener::bind(&path).unwrap();
     assert!(check_socket(&path, &[], TRUST).is_ok());
     let error = check_socket(&folder.file("file", 0o600), &[], TRUST).unwrap_err();
-    assert!(error.to_string().contains("not a socket"), "{error}");
+    assert!(error.to_string().contains("must be a socket"), "{error}");
     let missing = check_socket(&directory.join("missing"), &[], TRUST).unwrap_err();
     assert!(missing.is_missing(), "{missing}");
     // The mode of a socket says who may connect, not who listens.

@@ -23,7 +23,7 @@ impl User {
     /// directory service. The group of a user who is not in `/etc/passwd` is unknown, because the group with the same number can
     /// have other members on this machine.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
-        let purpose = Purpose::trust("other users could choose who is trusted");
+        let purpose = Purpose::trust("other users could choose which users are trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;
         Ok(Self::find_in(&String::from_utf8_lossy(&users), name))
     }

@@ -63,14 +63,15 @@ impl KeyAdmin {
     pub fn cannot_make_keys(&self) -> Option<&'static str> {
         if self.is_one_of_several {
             return Some(
-                "the configuration has several tokens, and a key on only one of them would end the failover: make the key with \
-                 `keybroker --token NAME key generate`, copy it to the other tokens, and register it there with `keybroker key \
-                 register`",
+                "the configuration has several tokens, and a key on only one token would prevent a failover: make the \
+                 key with \
+                 `keybroker --token NAME key generate`, copy it to the other tokens, and register the key for each of \
+                 them with `keybroker key register`",
             );
         }
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Some(
-                "with `access_control = \"outside-pkcs11\"`, keys are made with the vendor's tool and registered with \
+                "with `access_control = \"outside-pkcs11\"`, keys must be made with the vendor's tool and registered with \
                  `keybroker key register`",
             );
         }

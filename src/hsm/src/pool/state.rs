@@ -84,7 +84,7 @@ impl Pool {
             }
         }
         if separator == ": " {
-            cause.push_str(": no token of the configuration shows this key");
+            cause.push_str(": no token of the configuration has this key");
         }
         Some(cause)
     }

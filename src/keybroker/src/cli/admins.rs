@@ -164,7 +164,7 @@ impl Admins {
                 .any(|problem| problem.contains(&row.id.to_string()))
             {
                 problems.push(format!(
-                    "key {}: no token that the command uses shows this key",
+                    "key {}: no token that the command uses has this key",
                     row.id
                 ));
             }
@@ -194,7 +194,7 @@ impl Admins {
         let at = self.at.borrow().get(&key).copied();
         let opened = at.and_then(|at| self.opened.get(at));
         let opened = opened.ok_or_else(|| {
-            let what = format!("key {key}: no token that the command uses shows this key");
+            let what = format!("key {key}: no token that the command uses has this key");
             Failure::new(Exit::Untrusted, what)
         })?;
         Ok(opened.admin.verify(key, message, mac)?)

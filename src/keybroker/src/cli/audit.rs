@@ -31,11 +31,11 @@ pub(super) enum Command {
     },
     /// Acknowledge that the files of the audit log were tampered with, and let the broker continue
     ///
-    /// Before you run this command, find the cause, and keep a copy of the log directory for the
-    /// auditors. The command prints what the broker found, and records who acknowledged the
-    /// finding. A running broker writes the acknowledgement into the audit log and continues within
-    /// a second. A stopped broker writes the acknowledgement at its next start. Missing entries
-    /// remain visible as a gap in the sequence numbers.
+    /// Before you run this command, find the cause and copy the log directory for the auditors. The
+    /// command prints the broker's finding, and records who acknowledged the finding. A running
+    /// broker writes the acknowledgement into the audit log and continues within a second. A
+    /// stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
+    /// a gap in the sequence numbers.
     Acknowledge,
     /// Remove the oldest segments of this instance's log, after you copy them to another machine
     ///
@@ -170,7 +170,7 @@ fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
     if let Some(tampering) = settings.tampering()? {
         let what = format!("the log was tampered with: {}", tampering.finding);
         return Err(Failure::new(Exit::Audit, what).hint(
-            "investigate, then run `keybroker audit acknowledge`, then repeat this command",
+            "find the cause, then run `keybroker audit acknowledge`, then repeat this command",
         ));
     }
     settings.request_removal(through, &local_operator())?;

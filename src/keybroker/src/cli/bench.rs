@@ -55,12 +55,12 @@ pub(super) enum Scenario {
     /// The token alone and the broker, in one run; each caller makes its next call as soon as it
     /// has an answer
     Steady,
-    /// Calls that start on a fixed schedule without waiting for earlier calls, at one or more rates
+    /// Calls that start on a schedule, at one or more rates, and do not wait for earlier calls
     Open,
     /// More calls than the broker can serve, with short and long deadlines
     Overload,
-    /// One principal that makes few calls, while the callers of another principal call without
-    /// pauses
+    /// One principal with few calls, and at the same time another principal whose callers never
+    /// pause
     Fairness,
     /// Throughput of many active connections, and memory of each idle connection
     Connections,
@@ -90,20 +90,20 @@ pub(super) struct Arguments {
     /// Process id of a running broker to measure; requires --endpoint [default: start a broker for the measurement]
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
-    /// Address of the running broker's status listener, if `status.address` has port 0
+    /// Address of the running broker's status listener; necessary if `status.address` has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
     /// Number of callers. Each caller makes one call at a time. Up to 256 callers have a TLS
-    /// connection each; more callers share 256 connections. The scenario `connections` takes a
-    /// list, and each caller then has its own connection [default: 64; `connections`: 1,64,1000]
+    /// connection each; more callers share 256 connections. The scenario `connections` takes a list
+    /// of numbers, and each caller has its own connection [default: 64; `connections`: 1,64,1000]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: Vec<u32>,
     /// Duration of each measurement of the broker, in seconds. `steady` also measures the token
-    /// alone before and after the broker, each time for about three quarters of this duration. In
-    /// `storm`, all members start their requests within this time
+    /// alone before and after the broker, each time for about three quarters of the duration. In
+    /// `storm`, all members start their requests within the duration
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Warm-up in seconds before the broker is measured
+    /// Warm-up time before each measurement of the broker, in seconds
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
     /// Number of users whose keys `bench` enrols and releases; `bench` reuses the users of an
@@ -116,46 +116,48 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Total number of calls per second, for all callers. `steady`: maximum [default: unlimited];
-    /// `open`: a list of rates [default: a quarter, half, three quarters and nine tenths of the
-    /// measured capacity]; `fairness`: calls of the principal with few calls [default: 5];
-    /// `restart`: calls of the client [default: 100]
+    /// Total number of calls per second, for all callers. In `steady`, the rate is a maximum
+    /// [default: unlimited]. In `open`, the option takes a list of rates [default: a quarter, half,
+    /// three quarters and nine tenths of the measured capacity]. In `fairness`, the rate applies to
+    /// the principal with few calls [default: 5]. In `restart`, the rate applies to the client
+    /// [default: 100]
     #[arg(
         long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
     rate: Vec<u32>,
-    /// Threads that measure the token alone (`steady`) [default: number of processors]
+    /// Number of threads that measure the token alone (scenario `steady`) [default: number of
+    /// processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
-    /// Rates of calls, as multiples of the measured capacity (`overload`) [default: 3,10]
+    /// Rates of calls, as multiples of the measured capacity (scenario `overload`) [default: 3,10]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100))]
     times: Vec<u32>,
-    /// Deadlines of the calls in milliseconds (`overload`) [default: 200,1000,5000]
+    /// Deadlines of the calls in milliseconds (scenario `overload`) [default: 200,1000,5000]
     #[arg(
         long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=600_000)
     )]
     deadlines_ms: Vec<u64>,
-    /// Numbers of callers that call without pauses; each number is measured separately (`fairness`)
-    /// [default: 0,16,250,1000]
+    /// Numbers of callers that never pause (scenario `fairness`) [default: 0,16,250,1000]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
     callers: Vec<u32>,
     /// PEM file with the certificate of the principal with few calls; this principal needs the role
-    /// `release` (`fairness`)
+    /// `release` (scenario `fairness`)
     #[arg(long, value_name = "FILE", requires = "light_key")]
     light_cert: Option<PathBuf>,
-    /// PEM file with the private key of the certificate in --light-cert (`fairness`)
+    /// PEM file with the private key of the certificate in --light-cert (scenario `fairness`)
     #[arg(long, value_name = "FILE", requires = "light_cert")]
     light_key: Option<PathBuf>,
-    /// Idle connections for the measurement of memory (`connections`) [default: 1000]
+    /// Number of idle connections whose memory is measured (scenario `connections`) [default: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     idle: Option<u32>,
-    /// Members that fetch their keys (`storm`) [default: 1000]
+    /// Number of members that fetch their keys (scenario `storm`) [default: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     members: Option<u32>,
-    /// Number of restarts (`restart`) [default: 1]
+    /// Number of restarts (scenario `restart`) [default: 1]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     restarts: Option<u32>,
-    /// Seed of the random start times of calls (`open`, `overload`, `fairness`, `storm`, `restart`) [default: 1]
+    /// Seed of the random start times of calls (scenarios `open`, `overload`, `fairness`, `storm`,
+    /// `restart`) [default: 1]
     #[arg(long, value_name = "NUMBER")]
     schedule_seed: Option<u64>,
     /// Also write the results to this file, as JSON

@@ -84,6 +84,6 @@ fn read(text: &str) -> Result<(Vec<Named>, String), ParseError> {
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     output_file::replace(path, text).map_err(|error| {
         let what = format!("cannot write {}: {error}", path.display());
-        Failure::new(Exit::Usage, what).hint("--out names a directory that exists")
+        Failure::new(Exit::Usage, what).hint("pass an existing directory with --out")
     })
 }

@@ -203,24 +203,26 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
     };
     let name = shown(token);
     let mut problems = Vec::new();
-    let mut wrong = |what: &str| problems.push(format!("[token]: token {name} {what}"));
+    let mut wrong = |what: &str| problems.push(format!("[token]: token {name}: {what}"));
     if token.oaep_bits.is_none() {
-        wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
+        wrong("the token does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
     if !token.sha256_hmac && !config.token().permits_integrity_key_in_worker() {
-        wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
+        wrong("the token does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
         "locked" => {
-            wrong("has a locked user PIN: unlock the user PIN with the security officer's PIN");
+            wrong(
+                "the token has a locked user PIN: unlock the user PIN with the security officer's PIN",
+            );
         }
         "not set" => {
             wrong(
-                "has no user PIN: set the user PIN with the vendor's tool, or initialise the token again",
+                "the token has no user PIN: set the user PIN with the vendor's tool, or initialise the token again",
             );
         }
         "final try" => wrong(
-            "locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
+            "the token locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
              reset the counter, or run `keybroker token retry-pin --force`",
         ),
         _ => {}

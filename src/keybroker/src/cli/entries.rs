@@ -27,7 +27,7 @@ pub(super) struct Filter {
     /// Show only entries with this reason, such as `POLICY`
     #[arg(long, value_name = "REASON")]
     reason: Option<String>,
-    /// Show only entries with this principal
+    /// Show only entries of this principal
     #[arg(long, value_name = "NAME")]
     principal: Option<String>,
     /// Show only entries about keys of this user

@@ -51,8 +51,8 @@ pub(super) enum Command {
     /// Use this command in three cases: `key generate` was interrupted, the key was made with the
     /// vendor's tool, or the token was restored to a device with another serial number. A key that
     /// is already registered keeps its state. The key must pass the checks of `token check`. If the
-    /// configuration has several tokens, use `--token NAME` to register a registered key for a
-    /// further token. Stop the broker before you run this command.
+    /// configuration has several tokens and the key is registered for one of them, `--token NAME`
+    /// registers the key for another token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -67,10 +67,10 @@ pub(super) enum Command {
     /// The command refuses a key that a row of the database needs. A removed key cannot be
     /// restored.
     Remove(removal::Remove),
-    /// Have a running broker generate and register a new wrapping key
+    /// Generate and register a new wrapping key through a running broker
     ///
     /// The command uses the broker's admin API. The broker generates, tests and registers the key
-    /// while it serves. The new key is pre-active until `key activate`, so that a backup of the
+    /// while it is running. The new key is pre-active until `key activate`, so that a backup of the
     /// token can be made first. When the new key becomes active, the previous active key is
     /// deactivated. A deactivated key still unwraps.
     Rotate(change::Rotate),
@@ -82,7 +82,7 @@ pub(super) enum Command {
     /// Resume a suspended key; the key becomes active if no other key is active, otherwise
     /// deactivated
     Resume(change::OneKey),
-    /// Deactivate a key: it still unwraps, but no longer wraps new user keys
+    /// Deactivate a key: the key still unwraps, but no longer wraps
     Deactivate(change::OneKey),
     /// Permanently stop the use of a key whose private key others may know
     ///
@@ -220,7 +220,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                     format!(", {}", file.instruction())
                 });
                 let what = format!(
-                    "key {} is on the token, but not registered: {failure}. After you repair the cause{pin}, run \
+                    "key {} is on the token, but not registered: {failure}. Repair the cause{pin}, then run \
                      `keybroker key register {}`",
                     key.id, key.id
                 );

@@ -36,7 +36,7 @@ pub(super) enum Command {
     ///
     /// The command changes nothing and can run while a broker serves. The command fails with exit code 12 if a row is damaged.
     Check(UserPin),
-    /// Copy all rows into another database of any engine, and verify the copy
+    /// Copy all rows to another database, which may use another engine, and verify the copy
     ///
     /// Before you run this command, stop every broker that uses either database. If the copy is interrupted, run the command
     /// again.

@@ -61,7 +61,7 @@ pub(super) enum Command {
 
 #[derive(Args, Debug)]
 pub(super) struct Init {
-    /// Label of the token, at most 32 bytes [default: `token.label`]
+    /// Label of the new token, at most 32 bytes [default: `token.label`]
     #[arg(long)]
     label: Option<String>,
     /// Serial number of an initialised token to erase permanently, together with every key on the
@@ -245,7 +245,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
     let has_keys = !shown.is_empty();
     let nothing_shown = if problems.is_empty() {
-        "the token holds no wrapping key"
+        "the token has no wrapping key"
     } else {
         "no key could be checked"
     };
@@ -308,7 +308,7 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
         (
             "verdict",
             json!(format!(
-                "is not on the token: the workers unwrap the integrity key from {path}"
+                "the integrity key is not on the token: the workers unwrap the integrity key from {path}"
             )),
         ),
         ("passes", json!(key.problem.is_none())),
@@ -537,8 +537,8 @@ pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &Regi
     }
     if let Ok(files) = IntegrityFiles::of(config.token(), row.id) {
         context.output.note(&format!(
-            "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
-             no row can be verified.",
+            "The backup must also contain {} and the configuration, which has the digest of this file. Rows can be \
+             verified only with this file.",
             files.path(row.id).display()
         ));
     }

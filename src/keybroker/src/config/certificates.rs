@@ -124,7 +124,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
         check_issuer(facts, found);
         if facts.life.age(certificate::now()) == Age::Over {
             let what = format!(
-                "this issuer certificate expired on {}, so clients refuse the chain; renew it",
+                "this issuer certificate expired on {}, so clients refuse the chain; renew the issuer certificate",
                 facts.life.ends()
             );
             found.problems.push(what);
@@ -140,27 +140,27 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     }
     if !facts.allows(Usage::Server) {
         found.problems.push(
-            "its extendedKeyUsage does not allow serverAuth, so clients refuse it; issue a certificate for server \
-             authentication".to_owned(),
+            "the extendedKeyUsage does not allow serverAuth, so clients refuse the certificate; issue a certificate \
+             for server authentication".to_owned(),
         );
     }
     if !facts.allows(Usage::Handshake) {
         found.problems.push(
-            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue a certificate with \
+            "the keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue a certificate with \
              digitalSignature".to_owned(),
         );
     }
     if facts.is_authority == Some(true) {
         found.problems.push(
-            "it is a CA certificate (CA:TRUE), which many clients refuse as a server certificate; issue a separate \
-             certificate for the server"
+            "the certificate is a CA certificate (CA:TRUE), which many clients refuse as a server certificate; issue \
+             a separate certificate for the server"
                 .to_owned(),
         );
     }
     // The TLS setup refuses certificates that have expired or are not valid yet.
     if facts.life.age(certificate::now()) == Age::Late {
         found.notes.push(format!(
-            "it expires soon, on {}; renew it",
+            "the certificate expires soon, on {}; renew the certificate",
             facts.life.ends()
         ));
     }
@@ -194,7 +194,7 @@ fn check_issuer(facts: &Facts, found: &mut Found) {
         ));
     } else if !facts.allows(Usage::Issuing) {
         found.problems.push(format!(
-            "the keyUsage of {:?} does not allow keyCertSign, so it cannot issue other certificates",
+            "the keyUsage of {:?} does not allow keyCertSign, so this CA cannot issue other certificates",
             facts.subject
         ));
     }

@@ -192,8 +192,10 @@ impl Config {
             ));
         }
         if self.listeners.is_empty() {
-            problems
-                .push("there is no [[listener]], so no caller could reach the broker".to_owned());
+            problems.push(
+                "the configuration has no [[listener]], so callers cannot reach the broker"
+                    .to_owned(),
+            );
         }
         let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
@@ -202,7 +204,7 @@ impl Config {
             && !taken.insert(remote.address)
         {
             problems.push(format!(
-                "[status.remote] {}: [status] has this address",
+                "[status.remote] {}: [status] uses the same address",
                 remote.address
             ));
         }
@@ -216,7 +218,7 @@ impl Config {
             }
             if listener.address.port() != 0 && !taken.insert(listener.address) {
                 problems.push(format!(
-                    "[[listener]] {}: another listener or [status] has this address",
+                    "[[listener]] {}: another listener or [status] uses the same address",
                     listener.address
                 ));
             }
@@ -226,7 +228,7 @@ impl Config {
     fn check_principals(&self, problems: &mut Vec<String>) {
         if self.principals.is_empty() && self.issuers.is_empty() {
             problems.push(
-                "there is no [[principal]] and no [[issuer]], so every call would be refused"
+                "the configuration has no [[principal]] and no [[issuer]], so the broker would refuse every call"
                     .to_owned(),
             );
         }
@@ -337,8 +339,8 @@ fn check_listener_tls(
 ) {
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
-            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without \
-             `client_ca_file`, no client certificate could be verified"
+            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; the broker \
+             needs `client_ca_file` to verify client certificates"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
@@ -357,7 +359,7 @@ fn check_listener_tls(
     for domain in &tls.trust_domains {
         if let Err(problem) = spiffe::check_trust_domain(domain) {
             problems.push(format!(
-                "{name}: `trust_domains` has {domain:?}, which {problem}"
+                "{name}: `trust_domains` has {domain:?}, which is not valid: {problem}"
             ));
         }
     }

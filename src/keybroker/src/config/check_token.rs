@@ -83,7 +83,7 @@ pub(super) fn token_problems(token: &Settings) -> Vec<String> {
                 if attribute_check::is_checked(exception) {
                     "without this attribute a key could leave the token"
                 } else {
-                    "the broker checks no attribute of this name"
+                    "the broker does not check an attribute with this name"
                 }
             ));
         }

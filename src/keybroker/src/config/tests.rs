@@ -150,7 +150,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# tls = \"verify\"",
         "tls = \"plaintext\"\nca_file = \"/ca.pem\"",
-        "verifies nothing",
+        "verifies no certificate",
     ),
     (
         "# connections_max = 10",
@@ -185,7 +185,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# defaults = true",
         "defaults = false",
-        "everything would be denied",
+        "would deny every request",
     ),
     (
         "# directory = \"/etc/keybroker/policies",
@@ -220,8 +220,8 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "instance = \"state\"",
         "`instance`",
     ),
-    ("127.0.0.1:8444", "127.0.0.1:8443", "has this address"),
-    ("127.0.0.1:8444", "127.0.0.1:9464", "has this address"),
+    ("127.0.0.1:8444", "127.0.0.1:8443", "uses the same address"),
+    ("127.0.0.1:8444", "127.0.0.1:9464", "uses the same address"),
     ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),
     ("SOFTHSM2_CONF =", "\"\" =", "cannot be set"),
     (
@@ -239,7 +239,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "audience = [\"keybroker\"]",
         "",
-        "issued for any other application",
+        "issued for other applications",
     ),
     (
         "issuer = \"https://",

@@ -33,7 +33,9 @@ pub enum SelectionError {
     #[error("the configuration has several tokens: pass `--token` with one of the names {0}")]
     NotChosen(String),
     /// No token has this name.
-    #[error("the configuration has no token with the name {name:?}; it has {names}")]
+    #[error(
+        "the configuration has no token with the name {name:?}; the configured names are {names}"
+    )]
     Unknown {
         /// The name that was given on the command line.
         name: String,
@@ -120,7 +122,7 @@ impl Tokens {
         let mut problems = Vec::new();
         if self.entries.len() > TOKENS_MAX {
             problems.push(format!(
-                "there are {} [[token]]; the broker uses at most {TOKENS_MAX} tokens",
+                "the configuration has {} [[token]] sections; the broker uses at most {TOKENS_MAX} tokens",
                 self.entries.len()
             ));
         }
@@ -133,7 +135,7 @@ impl Tokens {
             }
             if self.entries[..number].iter().any(|one| one.name == *name) {
                 problems.push(format!(
-                    "two [[token]] have the name {name:?}; set a different `name` for each token"
+                    "two [[token]] sections have the name {name:?}; set a different `name` for each token"
                 ));
             }
             problems.extend(self.problem_of_copy(token));
@@ -310,7 +312,7 @@ SOFTHSM2_CONF = "/b.conf"
             (
                 "name = \"b\"",
                 "name = \"a\"",
-                "two [[token]] have the name \"a\"",
+                "two [[token]] sections have the name \"a\"",
             ),
             ("name = \"b\"", "name = \"B\"", "[a-z0-9._-]"),
             ("copy_of = \"a\"", "copy_of = \"b\"", "the token itself"),

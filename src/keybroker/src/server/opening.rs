@@ -178,8 +178,8 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                     instance,
                     log = audit.id(),
                     "the database already lists other audit logs of this instance; the current audit log is added to the \
-                     list, because an operator acknowledged it or an earlier release made it. If this is unexpected, \
-                     find out who replaced the log"
+                     list, because an operator acknowledged the log, or an earlier release made the log. If you did \
+                     not expect a new log, find out who replaced it"
                 );
             }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
@@ -277,8 +277,8 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
         let what = if in_use {
             format!(
-                "{address} is in use by another keybroker or another program; stop that program, or choose another \
-                 address"
+                "{address} is in use by another keybroker process or another program; stop this program, or choose \
+                 another address"
             )
         } else {
             format!("cannot listen on {address}: {error}")
@@ -292,7 +292,7 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
                  redirect",
             ),
             std::io::ErrorKind::AddrNotAvailable => failure.hint(
-                "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
+                "no network interface of this machine has this address; use 0.0.0.0 or [::] to listen on all interfaces",
             ),
             _ => failure,
         }

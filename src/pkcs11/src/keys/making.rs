@@ -81,7 +81,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "the token did not remove {1} of key {0}, which this command made; remove it with the vendor's tool",
+                "the token did not remove {1} of key {0}, which this command made; remove the object with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),
@@ -244,7 +244,7 @@ fn make(
         }
     }
     Err(refused_pair.unwrap_or_else(|| {
-        Fault::new(Class::Ambiguous, "no key was made, but no call failed").into()
+        Fault::new(Class::Ambiguous, "no key was made, although no call failed").into()
     }))
 }
 
@@ -256,7 +256,7 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     }
     Err(Fault::new(
         Class::Untrusted,
-        format!("the token already holds an object with the new CKA_ID {id}"),
+        format!("the token already has an object with the new CKA_ID {id}"),
     ))
 }
 

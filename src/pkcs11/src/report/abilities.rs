@@ -197,16 +197,13 @@ pub(super) fn wrong_input(
     };
     report.errors.extend([
         told("a damaged ciphertext", decrypts(&damaged, None)?),
-        told(
-            "a ciphertext that is cut short",
-            decrypts(&good[1..], None)?,
-        ),
+        told("a truncated ciphertext", decrypts(&good[1..], None)?),
         told(
             "a ciphertext that is not below the modulus",
             decrypts(&vec![0xff; good.len()], None)?,
         ),
         told(
-            "a label where there is none",
+            "an OAEP label for a ciphertext without a label",
             decrypts(&good, Some(OTHER_LABEL))?,
         ),
         told("another label", decrypts(&labelled, Some(OTHER_LABEL))?),
@@ -242,7 +239,7 @@ fn wrong_macs(
     report.errors.extend([
         told("a wrong MAC", verifies(&forged)?),
         told(
-            "31 bytes of a MAC, with the last behind them in memory",
+            "the first 31 bytes of a MAC, with the last byte next to them in memory",
             verifies(&mac[..MAC_BYTES - 1])?,
         ),
     ]);

@@ -36,15 +36,15 @@ impl SessionThread {
         let from = job
             .envelope
             .as_ref()
-            .ok_or_else(|| malformed("a re-wrap without an envelope"))?;
+            .ok_or_else(|| malformed("the re-wrap has no envelope"))?;
         let target = job
             .target
             .as_ref()
-            .ok_or_else(|| malformed("a re-wrap without a target"))?;
+            .ok_or_else(|| malformed("the re-wrap has no target"))?;
         let algorithm = u8::try_from(job.new_algorithm)
             .ok()
             .and_then(Algorithm::from_number)
-            .ok_or_else(|| malformed("a re-wrap to an unknown algorithm"))?;
+            .ok_or_else(|| malformed("the algorithm of the re-wrap is unknown"))?;
         self.prepare(target, algorithm)?;
         // The MAC is verified first, so that the RSA key only decrypts bytes that were stored for this context.
         self.verify(&from.key_id, &from.message, &from.mac, deadline)?;

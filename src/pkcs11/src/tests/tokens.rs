@@ -32,7 +32,7 @@ fn selection_names_what_is_wrong() {
             serial: Some("1".to_owned()),
             ..settings()
         };
-        assert!(class(&both).contains("chosen twice"));
+        assert!(class(&both).contains("selected twice"));
         let no_module = Settings {
             module: folder.join("none.so"),
             ..settings()
@@ -45,7 +45,7 @@ fn selection_names_what_is_wrong() {
             module: text,
             ..settings()
         };
-        assert!(class(&no_library).contains("is not a shared library"));
+        assert!(class(&no_library).contains("the file is not a shared library"));
     });
 }
 

@@ -53,7 +53,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
         let what = format!(
-            "the database {shown} has mode {mode:04o}: other users can use it; run `chmod 600 {shown}`"
+            "the database {shown} has mode {mode:04o}: other users can use the database; run `chmod 600 {shown}`"
         );
         return Err(Error::Down(what.into()));
     }
@@ -105,17 +105,18 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
         };
         let (mode, owner) = (meta.mode() & 0o777, meta.uid());
         let problem = if !meta.is_file() {
-            "is not a regular file".to_owned()
+            "the path is not a regular file".to_owned()
         } else if !trusted.contains(&owner) {
-            format!("belongs to user {owner}")
+            format!("the file belongs to user {owner}")
         } else if mode & WRITABLE_BY_OTHERS != 0 {
             format!("has mode {mode:03o}")
         } else {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written this file, and SQLite would write its content into the \
-             database. If the file does not belong to the database, remove it. Then remove the write permission of other \
+            "{shown}: {problem}; another user could have written this file, and SQLite would write its content into \
+             the database. If the file does not belong to the database, remove the file. Then remove the write \
+             permission of other \
              users from the directory of the file"
         );
         return Err(Error::Down(what.into()));
@@ -272,15 +273,17 @@ fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
-        "is not a regular file".to_owned()
+        "the path is not a regular file".to_owned()
     } else if meta.nlink() > 1 {
-        "has more than one hard link, and SQLite would overwrite the file".to_owned()
+        "the file has more than one hard link, and SQLite would overwrite the file".to_owned()
     } else if is_foreign(meta.uid(), ours) {
-        format!("belongs to user {}", meta.uid())
+        format!("the file belongs to user {}", meta.uid())
     } else {
         return Ok(());
     };
-    Err(Error::Down(format!("{shown} {problem}; remove it").into()))
+    Err(Error::Down(
+        format!("{shown}: {problem}; remove {shown}").into(),
+    ))
 }
 
 /// Warns if other users can move the database in its directory while the broker is stopped.

@@ -60,7 +60,7 @@ async fn a_bad_key_file_stops_the_start() {
         (
             Some("{\"keys\": [{\"kty\": \"oct\", \"k\": \"AA\"}]}"),
             "jwks_file",
-            "its type is",
+            "the key's type is",
         ),
         (
             Some("{\"keys\": [{\"kty\": \"RSA\", \"n\": \"AQAB\", \"e\": \"AQAB\"}]}"),
@@ -333,7 +333,7 @@ async fn a_provider_that_is_down_at_the_start_is_asked_again() {
     service.stop();
     let running = Running::with(&[settings(&service, "")], quick);
     let token = service.user_token(ADA);
-    running.undecided(&token, "no key set is known").await;
+    running.undecided(&token, "no key set is available").await;
     service.resume();
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())
@@ -428,7 +428,7 @@ async fn a_bad_answer_leaves_the_last_good_set() {
                 location: Some(format!("{}{JWKS}", elsewhere.url())),
                 ..Answer::default()
             },
-            "redirects are not followed",
+            "does not follow redirects",
         ),
     ];
     for (path, answer, words) in bad {

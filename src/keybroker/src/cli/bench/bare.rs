@@ -152,7 +152,7 @@ pub(super) fn active(registry: &Registry, token: &Settings) -> Result<ExpectedKe
             let (id, name) = (row.id, &token.name);
             let what = format!("the active wrapping key {id} is not registered for token {name}");
             Failure::new(Exit::Untrusted, what)
-                .hint("pass `--token` with the name of a token that holds this wrapping key")
+                .hint("pass `--token` with the name of a token that has this wrapping key")
         })
 }
 

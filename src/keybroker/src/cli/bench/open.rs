@@ -75,7 +75,8 @@ pub(super) async fn capacity(bench: &Bench<'_>, session: &Session) -> Result<f64
     if measured.tally.answered() == 0 {
         let first = &measured.tally.first_error;
         return Err(nothing(&format!(
-            "no call was answered while the capacity was measured, and {errors} failed; the error of the first failed call: {first}"
+            "no call was answered while the capacity was measured, and {errors} calls failed; the error of the first \
+             failed call: {first}"
         )));
     }
     Ok(measured.per_s)

@@ -37,7 +37,7 @@ pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failur
     for (name, limit, wanted) in limits {
         if limit < usize::try_from(wanted).unwrap_or(usize::MAX) {
             let what = format!(
-                "this measurement needs {wanted} connections at once, and `limits.{name}` of the configuration is {limit}"
+                "this measurement needs {wanted} concurrent connections, but `limits.{name}` of the configuration is {limit}"
             );
             return Err(Failure::new(Exit::Configuration, what).hint(format!(
                 "set `{name} = {wanted}` or more in [limits], or measure fewer connections"
@@ -108,7 +108,8 @@ fn descriptors(connections: u64) -> Result<(), Failure> {
     }
     let maximum = limit.maximum.unwrap_or_default();
     let what = format!(
-        "this measurement opens {connections} connections at once and needs {needed} file descriptors, but the limit is {maximum}"
+        "this measurement opens {connections} concurrent connections and needs {needed} file descriptors, but the \
+         limit is {maximum}"
     );
     Err(Failure::new(Exit::Usage, what).hint(format!(
         "raise the hard limit (`ulimit -Hn {needed}` as root), or measure fewer connections"

@@ -205,7 +205,9 @@ impl Served {
     /// Stops the broker with SIGTERM and starts it again.
     pub(super) async fn restart(&mut self) -> Result<RestartTime, Failure> {
         let Some(started) = &mut self.started else {
-            return Err(internal("a broker that runs already cannot be restarted"));
+            return Err(internal(
+                "`bench` cannot restart a broker that it did not start",
+            ));
         };
         let began = Instant::now();
         started.terminate();

@@ -59,7 +59,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     fields.extend(figures(&single, &bare, &load));
     if !single.is_local() {
         output.note(
-            "note: the token's work takes no CPU time on this machine, so `share` is null; compare `broker_ops_per_s` with \
+            "note: the token's work uses no CPU time on this machine, so `share` is null; compare `broker_ops_per_s` with \
              `token_ops_per_s`",
         );
     }

@@ -273,7 +273,7 @@ impl Counts {
         let (count, first) = (self.failed, &self.first_failure);
         (count > 0).then(|| {
             format!(
-                "{count} members got no key and no answer to try again later; the error of the first of them: {first}"
+                "{count} members got neither a key nor an answer to try again later; the first error: {first}"
             )
         })
     }

@@ -94,7 +94,7 @@ impl Soak {
             ),
             self.chart(
                 "-latency",
-                "Latency of calls by the retry rule, during faults",
+                "Latency of calls that follow the retry rule, during faults",
                 Axis::logarithmic("milliseconds"),
                 vec![p50, p99],
             ),

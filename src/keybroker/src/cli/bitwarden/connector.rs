@@ -108,30 +108,31 @@ impl Connector {
     }
 
     fn check(&self, url: &str) -> Result<(), Failure> {
-        let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?} {why}"));
-        let parsed = Url::parse(url).map_err(|error| refuse(&format!("is no URL: {error}")))?;
+        let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?}: {why}"));
+        let parsed =
+            Url::parse(url).map_err(|error| refuse(&format!("this is not a URL: {error}")))?;
         if parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(refuse(
-                "has a query or a fragment, which Bitwarden clients would drop",
+                "the URL has a query or a fragment, which Bitwarden clients would drop",
             ));
         }
         if !parsed.username().is_empty() || parsed.password().is_some() {
             return Err(refuse(
-                "has a user name or a password; the access token identifies the user",
+                "the URL has a user name or a password; the access token identifies the user",
             ));
         }
         match parsed.scheme() {
             "https" => Ok(()),
             "http" if !self.allow_http => Err(refuse(
-                "is not https, and Bitwarden clients refuse plain http",
+                "the URL is not https, and Bitwarden clients refuse plain http",
             )
             .hint("for a test on this machine, pass --allow-http")),
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
-                "is not on this machine: over plain HTTP everyone on the network path could read the key and the \
+                "the host is not on this machine: over plain HTTP everyone on the network path could read the key and the \
                  access token",
             )),
-            _ => Err(refuse("is not https")),
+            _ => Err(refuse("the URL is not https")),
         }
     }
 

@@ -21,8 +21,8 @@ use super::{
 pub(in crate::cli) struct Derive {
     #[command(flatten)]
     account: Account,
-    /// New file for the master key, created with mode 0600; without --out and --out-fd, the command
-    /// does not output the master key
+    /// New file for the master key, created with mode 0600 [default: the command does not output
+    /// the master key]
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
     /// Number of an open file descriptor to write the master key to
@@ -60,7 +60,7 @@ pub(in crate::cli) struct ChangeKdf {
     /// Number of iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     new_iterations: Option<u32>,
-    /// Memory in MiB, if the new function is Argon2id [default: 64]
+    /// Memory of the new Argon2id function, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     new_memory_mib: Option<u32>,
     /// Parallelism of the new Argon2id function [default: 4]
@@ -109,7 +109,7 @@ impl ChangeKdf {
         fields.push(field("protected_key", protected.to_string()));
         output.note(
             "nothing has changed yet: the account gets the new KDF when the Bitwarden server accepts the new hash, KDF \
-             and protected user key together. After that, fetch the account's new `Key`, and run `keybroker bitwarden \
+             and protected user key together. Then fetch the account's new `Key`, and run `keybroker bitwarden \
              enrol` with this `Key` and the new master key",
         );
         output.fields(fields)

@@ -100,7 +100,7 @@ pub(in crate::cli) struct Fetch {
     /// Number of an open file descriptor to write the master key to
     #[arg(long, value_name = "N")]
     out_fd: Option<u32>,
-    /// Show the master key even on a terminal
+    /// Show the master key even if standard output is a terminal
     #[arg(long)]
     force: bool,
 }
@@ -141,7 +141,7 @@ pub(in crate::cli) struct Unlock {
     /// New file for the item's plain text, created with mode 0600
     #[arg(long, value_name = "FILE", requires = "item_file")]
     out: Option<PathBuf>,
-    /// Show the item even on a terminal
+    /// Show the item even if standard output is a terminal
     #[arg(long, requires = "item_file")]
     force: bool,
 }

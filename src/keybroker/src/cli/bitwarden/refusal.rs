@@ -103,8 +103,8 @@ fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Fail
 fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
     match (status.as_u16(), reason) {
         (400, Some("KEY_EXISTS")) => {
-            "the user already has a key, possibly a deleted one, and POST never overwrites: fetch the key and check \
-             whether it opens the account"
+            "the user already has a key, which may be deleted, and POST never overwrites a key: fetch the key, and \
+             check whether the key opens the account"
         }
         (400, _) => "the broker expects `{\"key\": \"<base64 of 32 bytes>\"}`",
         (401, _) => {
@@ -115,12 +115,12 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
             "no policy permits this action for this user; the operator can run `keybroker policy explain`"
         }
         (404, Some("KEY_NOT_FOUND")) => {
-            "the broker has no key for this user: it was not enrolled yet, or it was deleted"
+            "the broker has no key for this user: the key was not enrolled yet, or was deleted"
         }
-        (404, _) => "this path is not part of a Key Connector: check the path prefix in --url",
+        (404, _) => "a Key Connector does not have this path: check the path prefix in --url",
         (429, _) => "wait for the given time, then try again",
         (503, _) => {
-            "the token, the database or the audit log is unavailable; the broker's log shows which of them"
+            "the token, the database or the audit log is unavailable; the broker's log shows the cause"
         }
         (200..=299, _) => "Bitwarden clients treat every status except 200 as an error",
         (300..=399, _) => {

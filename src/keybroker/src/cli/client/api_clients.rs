@@ -22,14 +22,14 @@ const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Create an API client with its first secret; the secret is shown only once
+    /// Create an API client with its first secret; this secret is shown only once
     Create {
         #[command(flatten)]
         grant: Grant,
         #[command(flatten)]
         fresh: Fresh,
     },
-    /// Add another secret to an API client; the secret is shown only once
+    /// Add another secret to an API client; the new secret is shown only once
     AddSecret {
         /// Id of the API client, 32 hexadecimal digits
         #[arg(value_parser = arguments::client_id)]
@@ -63,7 +63,8 @@ pub(super) struct Grant {
     /// Description of the API client, 1 to 128 bytes
     #[arg(long)]
     label: String,
-    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must list it
+    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must
+    /// contain this role
     #[arg(
         long, required = true, num_args = 1..,
         value_parser = PossibleValuesParser::new(Role::ALL.map(Role::as_str))

@@ -101,7 +101,8 @@ impl Connection {
     pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
         let Some(ca) = &self.ca else {
             return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of the broker's certificate"));
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of \
+                    the broker's certificate"));
         };
         pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, &error))
@@ -171,7 +172,7 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
         ))
         .hint("--ca, --cert and --key are PEM files; --key must be the private key of the certificate in --cert"),
         BuildError::Credential(_) => {
-            usage("--token-file contains characters that no access token has".to_owned())
+            usage("--token-file contains characters that are not allowed in access tokens".to_owned())
         }
         other => usage(chain(&other)),
     })

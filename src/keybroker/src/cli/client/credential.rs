@@ -18,10 +18,10 @@ pub(super) struct Credential {
     /// Id of the API client to authenticate as; requires --client-secret-file
     #[arg(long, global = true, value_name = "ID")]
     client_id: Option<String>,
-    /// File with the secret of the API client; other users must not be able to read it
+    /// File with the secret of the API client, which other users must not be able to read
     #[arg(long, global = true, value_name = "FILE")]
     client_secret_file: Option<PathBuf>,
-    /// Authenticate with the access token in this file; other users must not be able to read it
+    /// Authenticate with the access token in this file, which other users must not be able to read
     #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
@@ -128,7 +128,7 @@ mod tests {
             refused(&bearer(written(folder.path(), text, 0o600)), word);
         }
         let file = written(folder.path(), "kbs_secret\u{1}", 0o600);
-        refused(&bearer(file), "no access token has");
+        refused(&bearer(file), "not allowed in access tokens");
         refused(&bearer(folder.path().join("absent")), "cannot read");
     }
 }

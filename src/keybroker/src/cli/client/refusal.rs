@@ -46,8 +46,8 @@ pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure
         return failure;
     };
     let cause = if has_certificate {
-        "the broker does not accept the certificate in --cert: compare its issuer with `client_ca_file` of the \
-         listener; the broker's log shows the cause"
+        "the broker does not accept the certificate in --cert: compare the issuer of this certificate with \
+         `client_ca_file` of the listener; the broker's log shows the cause"
     } else {
         "this listener requires a client certificate: pass --cert and --key"
     };
@@ -117,7 +117,7 @@ const fn hint(reason: Reason) -> &'static str {
             "a retry must send the same content as the first call; a different change needs a new request id"
         }
         Reason::Credential => {
-            "the credential is unknown, expired or revoked; the broker's log says which"
+            "the credential is unknown, expired or revoked; the broker's log shows the cause"
         }
         Reason::Policy => {
             "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
@@ -128,7 +128,7 @@ const fn hint(reason: Reason) -> &'static str {
          deleted"
         }
         Reason::Revision => {
-            "`client get` shows the current revision; check it before you repeat the change"
+            "`client get` shows the current revision; check this revision before you repeat the change"
         }
         Reason::RecordDamaged => {
             "do not replace the key: report the error to the operator, who can compare the row with a backup"

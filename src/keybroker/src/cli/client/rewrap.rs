@@ -22,7 +22,7 @@ const RATE_MAX: i64 = 1_000_000;
 pub(super) enum Command {
     /// Move all rows to the active wrapping key, which wraps new user keys
     Start {
-        /// Move only the rows of this wrapping key, 32 hexadecimal digits
+        /// Move only the rows under this wrapping key (its id, 32 hexadecimal digits)
         #[arg(long, value_name = "ID", value_parser = arguments::wrapping_key_id)]
         from: Option<WrappingKeyId>,
         #[command(flatten)]

@@ -101,7 +101,7 @@ fn note_next_step(
         "the active key is younger than --if-older-than; nothing was changed".to_owned()
     } else if key.state() == proto::WrappingKeyState::PreActive {
         format!(
-            "key {id} is registered and not used yet. Back up the token and test the restore, then run `keybroker key \
+            "key {id} is registered, but not used yet. Back up the token and test the restore, then run `keybroker key \
              activate {id} --backup-confirmed`"
         )
     } else if is_single {

@@ -94,7 +94,7 @@ fn refuse_registered(registry: &Registry, id: WrappingKeyId) -> Result<(), Failu
         return Ok(());
     };
     let what = format!(
-        "key {} is registered and {}; only a key that is not registered can be removed",
+        "key {} is registered and {}; only an unregistered key can be removed",
         row.id, row.state
     );
     Err(Failure::new(Exit::Untrusted, what)

@@ -141,7 +141,7 @@ async fn check_others(
     let keyless = store.keyless_rows().await?;
     if keyless > 0 {
         let detail = format!(
-            "{keyless} rows have NULL in a key column, so no list and no call can find them"
+            "{keyless} rows have NULL in a key column, so lists and calls cannot find these rows"
         );
         let finding = Finding::of_other(Problem::KeyMissing, detail);
         report.add(&**store, finding).await?;

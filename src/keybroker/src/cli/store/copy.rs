@@ -61,8 +61,9 @@ struct From {
     /// PEM file with the CA certificate of the source database server
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the source database, in addition to root and the user that
-    /// runs this command; may be repeated [default: `store.socket_users`]
+    /// Name or number of a user that may listen on the local socket of the source database, in
+    /// addition to root and the user that runs this command; may be repeated [default:
+    /// `store.socket_users`]
     #[arg(long = "from-socket-user", value_name = "USER", requires = "from_url")]
     from_socket_users: Vec<String>,
 }
@@ -83,8 +84,9 @@ struct To {
     /// PEM file with the CA certificate of the destination database server
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the destination database, in addition to root and the user
-    /// that runs this command; may be repeated [default: `store.socket_users`]
+    /// Name or number of a user that may listen on the local socket of the destination database, in
+    /// addition to root and the user that runs this command; may be repeated [default:
+    /// `store.socket_users`]
     #[arg(long = "to-socket-user", value_name = "USER")]
     to_socket_users: Vec<String>,
 }

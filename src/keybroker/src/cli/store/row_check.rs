@@ -258,7 +258,7 @@ impl<'a> RowChecker<'a> {
             self.awaited = None;
         }
         if row.revision > head.revision {
-            let detail = format!("the current revision is {}", head.revision);
+            let detail = format!("the current revision of the record is {}", head.revision);
             return bad(Problem::RevisionBeyondCurrent, detail);
         }
         let envelope = match Envelope::parse(&row.envelope) {

@@ -27,8 +27,8 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token; the command removes these keys afterwards and
-    /// records the test in the audit log
+    /// Also test with keys that the command stores on the token and removes afterwards; the audit
+    /// log records this test
     #[arg(long)]
     write: bool,
     /// Include the token's serial number in the report
@@ -100,7 +100,7 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     };
     let whose = |admin: &Admin| {
         if admin.is_login_of_another() {
-            "that of the first process (CKR_USER_ALREADY_LOGGED_IN)"
+            "the login of the first process (CKR_USER_ALREADY_LOGGED_IN)"
         } else {
             "a separate login"
         }
@@ -108,7 +108,7 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     match second {
         Ok(admin) => vec![
             answer("a login by a second process", WORKS),
-            answer("the login of the second process is", whose(&admin)),
+            answer("the login of the second process", whose(&admin)),
         ],
         Err(failure) => vec![answer("a login by a second process", &failure.to_string())],
     }
@@ -148,7 +148,7 @@ fn page(report: &Report) -> String {
     parts.push(table(&["", ""], identity_rows(report)));
     for (heading, answers) in [
         ("Sessions and login", &report.sessions),
-        ("What was tried with the keys", &report.positive),
+        ("Operations with the keys", &report.positive),
         ("Keys that stay on the token", &report.token_objects),
         ("Answers to wrong input", &report.errors),
     ] {
@@ -160,7 +160,7 @@ fn page(report: &Report) -> String {
             parts.push(table(&["Tried", "Result"], rows));
         }
     }
-    parts.push("## What must not work".to_owned());
+    parts.push("## Forbidden operations".to_owned());
     parts.push(negative_table(report));
     parts.push("## Attributes of the templates".to_owned());
     parts.push(attribute_table(report));
@@ -195,8 +195,8 @@ fn introduction(report: &Report) -> Vec<String> {
     ];
     let heading = match verdict.result {
         Outcome::Works => None,
-        Outcome::WorksWithExceptions => Some("What each exception accepts:"),
-        Outcome::Refused => Some("Why the broker cannot use this token:"),
+        Outcome::WorksWithExceptions => Some("Risks that the exceptions accept:"),
+        Outcome::Refused => Some("Reasons why the broker cannot use this token:"),
     };
     if let Some(heading) = heading {
         parts.push(heading.to_owned());
@@ -223,7 +223,7 @@ fn negative_table(report: &Report) -> String {
     });
     let headings = [
         "Test",
-        "What the token would do",
+        "Forbidden behaviour",
         "Result",
         "Code",
         "Session usable afterwards",
@@ -246,7 +246,7 @@ fn attribute_table(report: &Report) -> String {
         "Attribute",
         "In a template",
         "Read",
-        "Read by a length query",
+        "Result of a length query",
     ];
     table(&headings, rows)
 }

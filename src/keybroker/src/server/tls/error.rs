@@ -32,8 +32,8 @@ pub enum Error {
     },
     /// The listener requests client certificates, but no CA for them is configured.
     #[error(
-        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without `client_ca_file`, \
-         no client certificate could be verified"
+        "`client_certificates` requests client certificates, but `client_ca_file` is not set; the broker needs \
+         `client_ca_file` to verify client certificates"
     )]
     NoAuthorities,
     /// The file for the server's certificate contains no certificate.
@@ -51,7 +51,9 @@ pub enum Error {
         source: nom::Err<X509Error>,
     },
     /// The server's certificate is no longer valid.
-    #[error("{path} expired on {until}, so every client would refuse it; renew it")]
+    #[error(
+        "{path} expired on {until}, so every client would refuse the certificate; renew the certificate"
+    )]
     Expired {
         /// The path of the file.
         path: String,
@@ -118,8 +120,8 @@ pub enum Error {
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
-    /// The revocation lists cannot be used. The message ends with the error of the lists.
-    #[error("`client_crl_file` {path} {problem}")]
+    /// The revocation lists are refused. The error of the lists completes the message.
+    #[error("`client_crl_file` {path}: {problem}")]
     Lists {
         /// The path of the file.
         path: String,

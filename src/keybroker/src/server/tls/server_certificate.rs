@@ -65,7 +65,10 @@ pub(super) fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i
     }
     note_expiry(until, path);
     if life.age(now) == Age::Late {
-        tracing::warn!(certificate = %path.display(), until = %life.ends(), "the certificate expires soon; renew it");
+        tracing::warn!(
+            certificate = %path.display(), until = %life.ends(),
+            "the certificate expires soon; renew the certificate"
+        );
     }
     Ok(until)
 }

@@ -161,7 +161,7 @@ impl Version {
         let date = date(self.from);
         match &self.number {
             Some(number) => format!("number 0x{} of {date}", hex::encode(number)),
-            None => format!("without a number, of {date}"),
+            None => format!("list of {date}, without a number"),
         }
     }
 }

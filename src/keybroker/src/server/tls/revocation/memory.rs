@@ -288,7 +288,7 @@ impl Memory {
         } else {
             String::new()
         };
-        format!("; to accept the older list anyway, stop the broker and remove {lists}{versions}")
+        format!("; to accept the older list, stop the broker and remove {lists}{versions}")
     }
 
     /// Adds accepted lists. Unverified lists are not added.

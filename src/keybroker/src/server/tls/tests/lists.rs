@@ -297,7 +297,7 @@ fn the_problem_of_a_configured_authority_is_reported_before_others() {
     let reported = read(&format!("{damaged}{own}"), &memory)
         .left_out()
         .unwrap();
-    let first = "no longer has a list of \"CN=other CA\"";
+    let first = "the file no longer has a list of \"CN=other CA\"";
     assert!(reported.starts_with(first), "{reported}");
     assert!(reported.ends_with("and 5 more"), "{reported}");
 }

@@ -692,7 +692,7 @@ fn a_login_is_permitted_again_for_one_token() {
     assert!(refused.stderr.contains("pass `--token`"), "{refused:#?}");
     two.site
         .expect_ok(&["--token", "b", "token", "retry-pin", "--force"]);
-    let record = two.site.folder().join("audit.d/state/pins.json");
+    let record = two.site.audit_directory().join("state/pins.json");
     let record = fs::read_to_string(&record).unwrap_or_else(|error| panic!("{record:?}: {error}"));
     assert!(
         record.contains("\"final_try_allowed_for\":[\"b\"]"),

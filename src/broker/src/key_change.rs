@@ -14,7 +14,7 @@ use std::{
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
     error::{Error, Reason},
-    key::{WrappingKeyId, WrappingKeyState},
+    key::{KeyUse, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
 use keybroker_hsm::{Caller, Serving, TokenState, admin::KeyAdmin};
@@ -32,6 +32,8 @@ mod rotation;
 pub(super) use age::KeyAge;
 pub use rotation::{Rotated, Rotation};
 
+/// Numbers of rows from this number on are not counted: only a forged row has such a number.
+const SEQUENCE_LIMIT: u64 = 1 << 62;
 /// Time limit for the MAC of one row.
 const MAC_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -182,12 +184,19 @@ impl Broker {
             check_backup(row, new.backup_confirmed.is_some() || without_backup)?;
         }
         let mut planner = Planner::new(&registry);
+        let mut signer = id;
         if to == WrappingKeyState::Active {
             planner.deactivate_others(&registry, id, &state);
             planner.sign_tombstones(&registry, id);
+        } else if !to.allows(KeyUse::VerifyMac)
+            && let Some(other) = registry.integrity_key_without(id)
+        {
+            // This key must not authenticate the rows of the destroyed keys any more.
+            signer = other;
+            planner.sign_tombstones(&registry, id);
         }
         planner.change(row, new);
-        self.with_macs(planner, id).await
+        self.with_macs(planner, signer).await
     }
 
     /// Plans the registry row that marks a missing key as destroyed. The integrity key that is in use authenticates
@@ -339,7 +348,9 @@ struct Planner {
 
 impl Planner {
     fn new(registry: &Registry) -> Self {
+        // A row that is not verified may have any number.
         let sequences = registry.rows().map(|(row, _)| row.sequence);
+        let sequences = sequences.filter(|sequence| *sequence < SEQUENCE_LIMIT);
         Self {
             change: RegistryChange::default(),
             sequence: sequences.max().unwrap_or(0),
@@ -369,7 +380,10 @@ impl Planner {
     /// changes the row of the key `id`.
     fn sign_tombstones(&mut self, registry: &Registry, id: WrappingKeyId) {
         let tombstones = registry.rows().filter(|(row, problem)| {
-            row.state == WrappingKeyState::Destroyed && row.id != id && problem.is_none()
+            row.state == WrappingKeyState::Destroyed
+                && row.id != id
+                && problem.is_none()
+                && !registry.has_refused_change(row.id)
         });
         for (row, _) in tombstones {
             self.change(row, row.clone());
@@ -383,7 +397,8 @@ impl Planner {
             .rows()
             .filter(|(row, _)| row.id != id && row.state == WrappingKeyState::Active);
         for (row, problem) in active {
-            let problem = problem.or((!state.serves(row.id)).then_some("no token serves it"));
+            let is_unserved = !state.tokens.is_empty() && !state.serves(row.id);
+            let problem = problem.or(is_unserved.then_some("no token serves the key"));
             if let Some(problem) = problem {
                 tracing::warn!(
                     wrapping_key = %row.id, problem,

@@ -4,12 +4,12 @@
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::{
-    collections::BTreeSet,
     fmt,
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use keybroker_core::{
     call::Deadline,
     error::{Error, Reason},
@@ -45,16 +45,78 @@ pub(super) struct Registry {
     /// Changes of stored rows that the broker rejected, because their verification failed or they would undo a later
     /// change.
     refused_changes: Vec<RefusedChange>,
-    /// The places of the keys at the last successful read.
+    /// The places of the keys that could be read.
     places: Vec<PlaceRow>,
-    /// With several tokens, the keys that at least one token serves now. With one token, this set is empty.
-    served: BTreeSet<WrappingKeyId>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     row: RegistryRow,
     standing: Standing,
+    floor: Floor,
+}
+
+/// The lowest number that a later row of the key may have. The MAC of an older row is valid, too, so the MAC alone would allow
+/// an attacker to restore a former state of the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Floor {
+    /// The number of the last verified row or, if no row was verified yet, of the first row.
+    sequence: u64,
+    /// The state in that row.
+    state: WrappingKeyState,
+    is_verified: bool,
+}
+
+impl Floor {
+    /// Rejects a row that is older than the row of this floor.
+    fn check(&self, after: &RegistryRow) -> Result<(), RefusedChange> {
+        let went_back = after.sequence < self.sequence;
+        let without_a_number =
+            self.is_verified && after.sequence == self.sequence && after.state != self.state;
+        if !went_back && !without_a_number {
+            return Ok(());
+        }
+        Err(RefusedChange::SetBack {
+            id: after.id,
+            row: (after.sequence, after.state),
+            verified: (self.sequence, self.state),
+        })
+    }
+}
+
+/// The keys whose integrity keys may authenticate the rows of destroyed keys.
+#[derive(Debug)]
+struct Signers {
+    ids: Vec<WrappingKeyId>,
+    /// The reason why a row that none of these keys authenticates may be authentic in spite of that: a key cannot be used now.
+    undecided: Option<String>,
+}
+
+impl Signers {
+    /// Of the examined keys, a suspended or compromised key must not authenticate a row, because its integrity key may be
+    /// known to others.
+    fn of<'a>(examined: impl Iterator<Item = &'a Entry> + Clone) -> Self {
+        let keys = examined.filter(|entry| !entry.is_tombstone());
+        let able = keys.clone().filter(|entry| {
+            entry.standing == Standing::Verified && entry.row.state.allows(KeyUse::VerifyMac)
+        });
+        let ids: Vec<WrappingKeyId> = able.map(|entry| entry.row.id).collect();
+        let waiting = keys.clone().find(|entry| {
+            matches!(
+                entry.standing,
+                Standing::Unproved | Standing::Missing(_) | Standing::Unverified(_)
+            )
+        });
+        let waiting = waiting.map(|entry| {
+            format!(
+                "wrapping key {}, which may authenticate the row, cannot be used now",
+                entry.row.id
+            )
+        });
+        let none = || "no wrapping key that may authenticate the row can be used".to_owned();
+        let undecided = waiting.or_else(|| ids.is_empty().then(none));
+        Self { ids, undecided }
+    }
 }
 
 /// The result of the last check of a registered key.
@@ -90,17 +152,42 @@ enum RefusedChange {
         verified: (u64, WrappingKeyState),
     },
     /// The row does not match the token, or the MAC of the row is wrong.
-    #[error("{0}")]
-    Standing(String),
+    #[error("{cause}")]
+    Standing { id: WrappingKeyId, cause: String },
     /// The token cannot verify the row at present.
     #[error("registry row of wrapping key {0}: the token cannot verify the changed row")]
     Unverified(WrappingKeyId),
     /// The row does not exist any more.
     #[error("the row of wrapping key {0} was deleted from the registry")]
     Deleted(WrappingKeyId),
-    /// The rows with the places of the keys cannot be read.
-    #[error("the places of the wrapping keys cannot be read: {0}")]
-    UnreadablePlaces(String),
+    /// A row with a place of a key cannot be read.
+    #[error("a place of a wrapping key cannot be read: {0}")]
+    UnreadablePlace(String),
+}
+
+impl RefusedChange {
+    /// The refusal of a new row with this standing.
+    fn of(id: WrappingKeyId, standing: Standing) -> Self {
+        match standing {
+            Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
+                Self::Standing { id, cause }
+            }
+            Standing::Unproved | Standing::Unverified(_) | Standing::Verified => {
+                Self::Unverified(id)
+            }
+        }
+    }
+
+    /// The key whose change was refused.
+    const fn key(&self) -> Option<WrappingKeyId> {
+        match self {
+            Self::SetBack { id, .. }
+            | Self::Standing { id, .. }
+            | Self::Unverified(id)
+            | Self::Deleted(id) => Some(*id),
+            Self::UnreadablePlace(_) => None,
+        }
+    }
 }
 
 /// Reason why a key cannot be used for a call.
@@ -127,6 +214,58 @@ impl From<Refusal> for Error {
 }
 
 impl Entry {
+    /// The entry of a key whose row is read for the first time.
+    fn first(row: RegistryRow, standing: Standing) -> Self {
+        let floor = Floor {
+            sequence: row.sequence,
+            state: row.state,
+            is_verified: false,
+        };
+        Self {
+            row: row.clone(),
+            standing: Standing::Unproved,
+            floor,
+        }
+        .followed_by(row, standing)
+    }
+
+    /// The entry after another examination of the key. A row that is not verified does not raise the floor.
+    fn followed_by(&self, row: RegistryRow, standing: Standing) -> Self {
+        let floor = match &standing {
+            Standing::Verified => Floor {
+                sequence: row.sequence,
+                state: row.state,
+                is_verified: true,
+            },
+            // The first row was altered, so its number says nothing.
+            Standing::Altered(_) if !self.floor.is_verified && row == self.row => Floor {
+                sequence: 0,
+                ..self.floor
+            },
+            _ => self.floor,
+        };
+        Self {
+            row,
+            standing,
+            floor,
+        }
+    }
+
+    /// The row by which the workers search for the key. They search for a key that is marked as destroyed, too, as long as this
+    /// state is not verified: a key that exists must not be recorded as lost.
+    fn searched_row(&self) -> RegistryRow {
+        let is_doubtful = self.is_tombstone() && self.standing != Standing::Verified;
+        let state = if is_doubtful {
+            WrappingKeyState::Suspended
+        } else {
+            self.row.state
+        };
+        RegistryRow {
+            state,
+            ..self.row.clone()
+        }
+    }
+
     /// Checks that the key may be used for `key_use`. An altered row may contain a false state, so its key is refused
     /// in every state. An untrusted key on the token is also refused in every state.
     fn check(&self, key_use: KeyUse) -> Result<(), Refusal> {
@@ -135,6 +274,10 @@ impl Entry {
         match &self.standing {
             Standing::Untrusted(cause) | Standing::Altered(cause) => {
                 refused(Reason::TokenUntrusted, cause.clone())
+            }
+            Standing::Unverified(cause) if self.is_tombstone() => {
+                let error = Error::new(Reason::TokenDown, cause.clone());
+                Err(Refusal::Refused(error.retry_after(MISSING_KEY_RETRY)))
             }
             _ if !self.row.state.allows(key_use) => refused(
                 Reason::KeyState,
@@ -155,11 +298,6 @@ impl Entry {
         self.row.state == WrappingKeyState::Destroyed
     }
 
-    /// Whether the row is verified and its key is not destroyed.
-    fn is_verified_key(&self) -> bool {
-        self.standing == Standing::Verified && !self.is_tombstone()
-    }
-
     /// A problem that prevents the use of the key in any state.
     fn problem(&self) -> Option<&str> {
         match &self.standing {
@@ -174,24 +312,15 @@ impl Entry {
 }
 
 impl Registry {
-    /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the one that was
-    /// activated last. If no token serves that key, and a token serves another active key, returns the other key.
+    /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the key that was activated
+    /// last. A token that is unavailable for a moment does not change this key, so that no user key is wrapped under a key
+    /// that an administrator is about to retire.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
-        self.active_key(&self.served)
-    }
-
-    /// Returns the active wrapping key that was activated last, also while no token serves it. A change of keys and a
-    /// re-wrap refer to this key, so that a token that is unavailable for a moment does not change their target.
-    pub(super) fn newest_wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
-        self.active_key(&BTreeSet::new())
-    }
-
-    fn active_key(&self, served: &BTreeSet<WrappingKeyId>) -> Result<WrappingKeyId, Refusal> {
         let candidates = self
             .entries
             .iter()
             .filter(|entry| entry.row.purpose == Purpose::Plain);
-        best(candidates, KeyUse::Wrap, served).unwrap_or_else(|| {
+        best(candidates, KeyUse::Wrap).unwrap_or_else(|| {
             let error = Error::new(Reason::KeyState, "no wrapping key is active");
             Err(Refusal::Refused(error))
         })
@@ -200,7 +329,7 @@ impl Registry {
     /// Returns the wrapping key whose integrity key authenticates request ids and API clients. If no wrapping key is
     /// active, returns the newest wrapping key whose integrity key may still compute MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
-        best(self.entries.iter(), KeyUse::MakeMac, &self.served).unwrap_or_else(|| {
+        best(self.entries.iter(), KeyUse::MakeMac).unwrap_or_else(|| {
             let error = Error::new(
                 Reason::KeyState,
                 "no registered wrapping key can authenticate rows",
@@ -245,8 +374,8 @@ impl Registry {
         Err(Error::new(reason, what.clone()).explained("id", &what))
     }
 
-    /// The row of a key that the token does not show. An administrator who asks to record its loss learns why not. The
-    /// loss of a key can be recorded again if no key authenticates the tombstone any more.
+    /// The row of a key that the token does not show. If the loss of the key cannot be recorded, the error contains the reason.
+    /// The loss of a key can be recorded again if no key authenticates its row any more and no token shows the key.
     pub(super) fn missing(
         &self,
         id: WrappingKeyId,
@@ -254,15 +383,17 @@ impl Registry {
     ) -> Result<&RegistryRow, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
         let entry = self.entry(id).ok_or_else(unknown)?;
-        let is_shown = token_key(&state.keys, id).is_some();
         let what = match entry.standing {
             Standing::Missing(_) => return Ok(&entry.row),
-            Standing::Altered(_) if entry.is_tombstone() && !is_shown => return Ok(&entry.row),
+            Standing::Altered(_) if entry.is_tombstone() && is_absent(id, state) => {
+                return Ok(&entry.row);
+            }
             Standing::Verified if entry.is_tombstone() => {
                 format!("key {id} is already destroyed")
             }
             Standing::Unverified(_) => format!(
-                "the token that can verify the registry row of key {id} does not answer; try again when it does"
+                "the token that can verify the registry row of key {id} does not answer; repeat the command when the token \
+                 answers again"
             ),
             _ => format!(
                 "key {id} is not missing: the key is on the token, so its loss cannot be recorded"
@@ -300,7 +431,37 @@ impl Registry {
         });
         of_keys
             .chain(self.refused_changes.iter().map(RefusedChange::to_string))
+            .chain(self.left_active())
             .collect()
+    }
+
+    /// The keys that stayed active although another key was activated later, because no token could authenticate their change.
+    fn left_active(&self) -> impl Iterator<Item = String> {
+        let newest = self.wrapping_key().ok();
+        let active = self.entries.iter().filter(move |entry| {
+            entry.standing == Standing::Verified
+                && entry.row.state == WrappingKeyState::Active
+                && newest.is_some_and(|newest| newest != entry.row.id)
+        });
+        active.map(|entry| {
+            format!(
+                "wrapping key {} is still active, although another key was activated later: run `keybroker key deactivate {}`",
+                entry.row.id, entry.row.id
+            )
+        })
+    }
+
+    /// Whether a change of a key's row was refused, so that the row in the database is not the row in use.
+    pub(super) fn has_refused_change(&self, id: WrappingKeyId) -> bool {
+        self.refused_changes
+            .iter()
+            .any(|refused| refused.key() == Some(id))
+    }
+
+    /// Returns the wrapping key whose integrity key authenticates rows, if the key `without` may no longer be used.
+    pub(super) fn integrity_key_without(&self, without: WrappingKeyId) -> Option<WrappingKeyId> {
+        let others = self.entries.iter().filter(|entry| entry.row.id != without);
+        best(others, KeyUse::MakeMac)?.ok()
     }
 
     pub(super) fn row(&self, id: WrappingKeyId) -> Option<&RegistryRow> {
@@ -341,6 +502,7 @@ impl Registry {
         let entries = self.entries.iter();
         entries
             .filter_map(|entry| match &entry.standing {
+                _ if entry.is_tombstone() => None,
                 Standing::Missing(cause)
                 | Standing::Unverified(cause)
                 | Standing::Untrusted(cause) => Some(cause.as_str()),
@@ -370,20 +532,17 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used in this way. A key that a token serves is
-/// preferred. If none can be used, returns the reason of the key that the call could use soonest; `None` if the states of
+/// Returns the key that was activated last among the keys that may be used in this way. If none can be used, returns the reason of the key that the call could use soonest; `None` if the states of
 /// all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
-    served: &BTreeSet<WrappingKeyId>,
 ) -> Option<Result<WrappingKeyId, Refusal>> {
     let allowed = candidates.filter(|entry| entry.row.state.allows(key_use));
     let best = allowed.max_by_key(|entry| {
         let is_verified = entry.standing == Standing::Verified;
         let is_unproved = entry.standing == Standing::Unproved;
         (
-            is_verified && served.contains(&entry.row.id),
             is_verified,
             is_unproved,
             entry.row.state.may_wrap(),
@@ -465,14 +624,14 @@ impl Broker {
         if is_changed {
             tracing::info!("the registry of wrapping keys changed");
         }
-        if is_changed || fresh.served != known.served || self.is_logged_as_unreadable(&fresh) {
+        if is_changed || fresh.places != known.places || self.is_logged_as_unreadable(&fresh) {
             self.use_registry(fresh);
         }
         Ok(())
     }
 
-    /// Examines the rows of the registry. `known` is the registry that was examined before. A row that no token can
-    /// verify at present does not delay the changes of the other rows.
+    /// Examines the rows of the registry. `known` is the registry that was examined before. A row that no token can verify
+    /// now does not delay the changes of the other rows.
     async fn examine(
         &self,
         rows: Vec<RegistryRow>,
@@ -480,22 +639,32 @@ impl Broker {
         deadline: Deadline,
     ) -> Result<Registry, Error> {
         let mut fresh = Registry::default();
+        let (places, unreadable) = self.store.readable_places().await?;
+        fresh.places = places;
+        let refused = unreadable.into_iter().map(RefusedChange::UnreadablePlace);
+        fresh.refused_changes.extend(refused);
         let state = self.token.state();
-        fresh.served = served_keys(&state);
-        fresh.places = match self.store.places().await {
-            Ok(places) => places,
-            Err(error @ keybroker_store::Error::Corrupt(_)) => {
-                let unreadable = RefusedChange::UnreadablePlaces(error.to_string());
-                fresh.refused_changes.push(unreadable);
-                known.places.clone()
-            }
-            Err(error) => return Err(error.into()),
-        };
         // All rows share the deadline, so a token that does not answer must not delay the rows of another token.
-        let examined = rows
+        let examined = rows.iter().map(async |row| match known.entry(row.id) {
+            before if is_unverified_tombstone(row, before) => None,
+            before => Some(
+                self.examine_row(row.clone(), before, known, &state, deadline)
+                    .await,
+            ),
+        });
+        let examined = join_all(examined).await;
+        let signers = Signers::of(examined.iter().flatten().map(|(entry, _)| entry));
+        let checked = rows
             .into_iter()
-            .map(|row| self.examine_row(row, known, &state, deadline));
-        for (entry, refused) in futures_util::future::join_all(examined).await {
+            .zip(examined)
+            .map(async |(row, examined)| match examined {
+                Some(examined) => examined,
+                None => {
+                    let before = known.entry(row.id);
+                    self.examine_tombstone(row, before, &signers, &state).await
+                }
+            });
+        for (entry, refused) in join_all(checked).await {
             fresh.entries.push(entry);
             fresh.refused_changes.extend(refused);
         }
@@ -507,13 +676,7 @@ impl Broker {
                 fresh.entries.push(kept);
             }
         }
-        self.check_tombstones(&mut fresh, known, &state, deadline)
-            .await;
-        let mut rows: Vec<RegistryRow> = fresh
-            .entries
-            .iter()
-            .map(|entry| entry.row.clone())
-            .collect();
+        let mut rows: Vec<RegistryRow> = fresh.entries.iter().map(Entry::searched_row).collect();
         if let Some(awaited) = self.key_changes.awaited()
             && !fresh.knows(awaited.id)
         {
@@ -524,15 +687,16 @@ impl Broker {
         Ok(fresh)
     }
 
-    /// Examines one row. If its change is refused, the row that was examined before stays in use.
+    /// Examines one row. If its change is refused, the previous row stays in use.
     async fn examine_row(
         &self,
         row: RegistryRow,
+        before: Option<&Entry>,
         known: &Registry,
         state: &TokenState,
         deadline: Deadline,
     ) -> (Entry, Option<RefusedChange>) {
-        match known.entry(row.id) {
+        match before {
             Some(before) if before.row != row => {
                 match self.successor(before, row, state, deadline).await {
                     Ok(entry) => (entry, None),
@@ -542,7 +706,7 @@ impl Broker {
             Some(before) => (self.again(before, state, deadline).await, None),
             None => {
                 let standing = match self.standing(&row, state, deadline).await {
-                    // The workers learn of the key after this examination.
+                    // The workers get the list with the new key after this examination.
                     Standing::Missing(_)
                         if !known.entries.is_empty() && is_unexamined(&row, state) =>
                     {
@@ -550,80 +714,68 @@ impl Broker {
                     }
                     standing => standing,
                 };
-                (Entry { row, standing }, None)
+                (Entry::first(row, standing), None)
             }
         }
     }
 
-    /// Verifies the new rows of destroyed keys, which the integrity key of any other key authenticates. Without this check, a
-    /// person who can write to the database could mark a key as destroyed that exists.
-    async fn check_tombstones(
+    /// Examines the row of a destroyed key that is not verified yet. The integrity key of another key must authenticate the
+    /// row. Without this check, a person who can write to the database could mark an existing key as destroyed. If the row is
+    /// not authentic, a verified previous row stays in use.
+    async fn examine_tombstone(
         &self,
-        fresh: &mut Registry,
-        known: &Registry,
+        row: RegistryRow,
+        before: Option<&Entry>,
+        signers: &Signers,
         state: &TokenState,
-        deadline: Deadline,
-    ) {
-        let signers: Vec<WrappingKeyId> = fresh
-            .entries
-            .iter()
-            .rev()
-            .filter(|entry| entry.is_verified_key())
-            .map(|entry| entry.row.id)
-            .collect();
-        let mut refused = Vec::new();
-        for entry in &mut fresh.entries {
-            let before = known.entry(entry.row.id);
-            let is_new = before != Some(&*entry);
-            if !entry.is_tombstone() || entry.standing != Standing::Verified || !is_new {
-                continue;
-            }
-            let standing = self
-                .tombstone_standing(&entry.row, &signers, deadline)
-                .await;
-            let why = match &standing {
-                Standing::Verified => continue,
-                Standing::Altered(cause) => RefusedChange::Standing(cause.clone()),
-                _ => RefusedChange::Unverified(entry.row.id),
-            };
-            match before {
-                Some(before) if before.is_verified_key() => {
-                    refused.push(why);
-                    *entry = self.again(before, state, deadline).await;
+    ) -> (Entry, Option<RefusedChange>) {
+        let deadline = Deadline::after(REFRESH_TIMEOUT);
+        let Some(before) = before else {
+            let standing = self.tombstone_standing(&row, signers, deadline).await;
+            return (Entry::first(row, standing), None);
+        };
+        let refused = match before.floor.check(&row) {
+            Err(why) => why,
+            Ok(()) => {
+                let standing = self.tombstone_standing(&row, signers, deadline).await;
+                if standing == Standing::Verified || before.standing != Standing::Verified {
+                    return (before.followed_by(row, standing), None);
                 }
-                _ => entry.standing = standing,
+                RefusedChange::of(row.id, standing)
             }
-        }
-        fresh.refused_changes.extend(refused);
+        };
+        (self.again(before, state, deadline).await, Some(refused))
     }
 
-    /// Verifies the row of a destroyed key with the integrity keys of the other keys.
+    /// Verifies the row of a destroyed key with the integrity keys of the keys that may verify rows.
     async fn tombstone_standing(
         &self,
         tombstone: &RegistryRow,
-        signers: &[WrappingKeyId],
+        signers: &Signers,
         deadline: Deadline,
     ) -> Standing {
         let message = tombstone.tombstone_message();
-        let mut unverified = None;
-        for signer in signers {
-            let caller = hsm::Caller::background(deadline);
-            let job = self
-                .token
-                .verify_mac(*signer, &message, &tombstone.mac, &caller);
-            match job.await {
+        let caller = hsm::Caller::background(deadline);
+        let verified = signers.ids.iter().map(|signer| {
+            self.token
+                .verify_mac(*signer, &message, &tombstone.mac, &caller)
+        });
+        let mut unverified = signers.undecided.clone();
+        for result in join_all(verified).await {
+            match result {
                 Ok(()) => return Standing::Verified,
                 Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
-                Err(other) => unverified = Some(Standing::Unverified(other.to_string())),
+                Err(other) => unverified = Some(other.to_string()),
             }
         }
-        unverified.unwrap_or_else(|| {
-            altered(
+        match unverified {
+            Some(cause) => Standing::Unverified(cause),
+            None => altered(
                 tombstone,
-                "the key is marked as destroyed, but no integrity key authenticates this state; if the key that authenticated \
-                 the row is lost, too, record the loss again with `keybroker key lost`",
-            )
-        })
+                "the key is marked as destroyed, but no integrity key authenticates this state. If nobody recorded the loss of \
+                 the key, restore the row from a backup of the database",
+            ),
+        }
     }
 
     /// Examines an unchanged row. A row that the token has verified is not verified again while the token has its key.
@@ -631,6 +783,7 @@ impl Broker {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
             None if is_verified => Standing::Verified,
+            None if before.is_tombstone() => before.standing.clone(),
             // A worker that is being replaced may lack the newest keys.
             Some(Standing::Unproved) if is_verified => Standing::Verified,
             // The regular search for missing keys replaces workers, too.
@@ -639,10 +792,7 @@ impl Broker {
             }
             _ => self.standing(&before.row, state, deadline).await,
         };
-        Entry {
-            row: before.row.clone(),
-            standing,
-        }
+        before.followed_by(before.row.clone(), standing)
     }
 
     /// Examines a changed row. If the verification of the new row fails, returns the reason why the previous row stays
@@ -654,27 +804,15 @@ impl Broker {
         state: &TokenState,
         deadline: Deadline,
     ) -> Result<Entry, RefusedChange> {
-        let was_verified = before.standing == Standing::Verified;
-        // The number of an altered row says nothing. In every other case, a lower number is an older row.
-        if !matches!(before.standing, Standing::Altered(_)) {
-            check_successor(&before.row, &row)?;
-        }
+        before.floor.check(&row)?;
         let standing = self.standing(&row, state, deadline).await;
-        if !was_verified || standing == Standing::Verified {
-            return Ok(Entry { row, standing });
+        if before.standing != Standing::Verified || standing == Standing::Verified {
+            return Ok(before.followed_by(row, standing));
         }
-        Err(match standing {
-            Standing::Missing(why) | Standing::Untrusted(why) | Standing::Altered(why) => {
-                RefusedChange::Standing(why)
-            }
-            Standing::Unproved | Standing::Unverified(_) | Standing::Verified => {
-                RefusedChange::Unverified(row.id)
-            }
-        })
+        Err(RefusedChange::of(row.id, standing))
     }
 
-    /// Examines a row: compares it with the token, then verifies its MAC. The row of a destroyed key is verified later, with
-    /// the other keys.
+    /// Examines a row: compares it with the token, then verifies its MAC.
     async fn standing(
         &self,
         row: &RegistryRow,
@@ -683,9 +821,6 @@ impl Broker {
     ) -> Standing {
         if let Some(standing) = compare(row, state) {
             return standing;
-        }
-        if row.state == WrappingKeyState::Destroyed {
-            return Standing::Verified;
         }
         let caller = hsm::Caller::background(deadline);
         let message = row.mac_message();
@@ -863,40 +998,34 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
     None
 }
 
-/// Whether no token has said anything about a key yet.
+/// Whether the workers have searched for a key, and no token shows it.
+fn is_absent(id: WrappingKeyId, state: &TokenState) -> bool {
+    if token_key(&state.keys, id).is_some() || state.is_checking_keys {
+        return false;
+    }
+    let unusable = state.unusable.iter().find(|key| key.id == id);
+    match unusable.map(|key| &key.problem) {
+        Some(KeyProblem::Missing(_)) => true,
+        Some(KeyProblem::Untrusted(_)) => false,
+        // Of several tokens, only the token with the registered serial number is searched.
+        None => !state.tokens.is_empty(),
+    }
+}
+
+/// Whether the row marks a key as destroyed, and this state is not verified yet.
+fn is_unverified_tombstone(row: &RegistryRow, before: Option<&Entry>) -> bool {
+    let is_verified =
+        before.is_some_and(|before| before.standing == Standing::Verified && before.row == *row);
+    row.state == WrappingKeyState::Destroyed && !is_verified
+}
+
+/// Whether no token has reported a result for a key yet.
 fn is_unexamined(row: &RegistryRow, state: &TokenState) -> bool {
     !state.tokens.is_empty() && !state.unusable.iter().any(|key| key.id == row.id)
 }
 
-/// Of several tokens: the keys that a token serves.
-fn served_keys(state: &TokenState) -> BTreeSet<WrappingKeyId> {
-    let serving = state
-        .tokens
-        .iter()
-        .filter(|token| token.serving == Serving::Up);
-    serving
-        .flat_map(|token| token.keys.iter())
-        .map(|key| key.id)
-        .collect()
-}
-
 fn altered(row: &RegistryRow, what: &str) -> Standing {
     Standing::Altered(format!("registry row of wrapping key {}: {what}", row.id))
-}
-
-/// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is also valid. Without
-/// this check, an attacker could restore an earlier state of the key.
-fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), RefusedChange> {
-    let went_back = after.sequence < before.sequence;
-    let without_a_number = after.sequence == before.sequence && after.state != before.state;
-    if !went_back && !without_a_number {
-        return Ok(());
-    }
-    Err(RefusedChange::SetBack {
-        id: after.id,
-        row: (after.sequence, after.state),
-        verified: (before.sequence, before.state),
-    })
 }
 
 pub(super) fn token_key(keys: &[TokenKey], id: WrappingKeyId) -> Option<&TokenKey> {

@@ -203,7 +203,7 @@ impl Broker {
                 let run = found.ok().and_then(Result::ok).flatten();
                 RewrapView {
                     run: run.map(RunView::from),
-                    target: self.registry()?.newest_wrapping_key().ok(),
+                    target: self.registry()?.wrapping_key().ok(),
                     uses: Vec::new(),
                 }
             }
@@ -224,7 +224,7 @@ impl Broker {
         self.check_acknowledged()?;
         let registry = self.registry()?;
         if let Request::Start(new) = &request {
-            let target = registry.newest_wrapping_key()?;
+            let target = registry.wrapping_key()?;
             draft.wrapping_key(target);
             check_source(&registry, target, new.source)?;
         }
@@ -296,7 +296,7 @@ impl Broker {
         }
         Ok(RewrapView {
             run: run.map(RunView::from),
-            target: registry.newest_wrapping_key().ok(),
+            target: registry.wrapping_key().ok(),
             uses,
         })
     }

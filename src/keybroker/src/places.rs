@@ -65,17 +65,14 @@ impl Registry {
         })
     }
 
-    /// Reads the registry for a broker that starts. Damaged places do not prevent the start, because the keys on the tokens
-    /// of the registry rows need no places. The broker raises an alert about the damage.
+    /// Reads the registry for a broker that starts. A damaged place does not prevent the start: the broker raises an alert and
+    /// uses the other places.
     pub(crate) async fn read_for_service(store: &dyn Store) -> Result<Self, store::Error> {
         let rows = store.registry().await?;
-        let places = match store.places().await {
-            Err(store::Error::Corrupt(detail)) => {
-                tracing::warn!(%detail, "the places of the wrapping keys cannot be read");
-                Vec::new()
-            }
-            read => read?,
-        };
+        let (places, damaged) = store.readable_places().await?;
+        for detail in damaged {
+            tracing::warn!(%detail, "a place of a wrapping key cannot be read");
+        }
         Ok(Self { rows, places })
     }
 

@@ -153,8 +153,13 @@ impl PinRecord {
 
     /// Records the operator's permission to use the rejected PINs of this token once more. With `allow_final_try`, the
     /// permission also applies if one more wrong PIN would lock the token. The PINs of another token stay rejected.
-    /// Returns the number of PINs that may be used again.
-    pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
+    /// Returns the number of PINs that may be used again. If the configuration has only one token, all PINs in the record
+    /// belong to this token.
+    pub fn allow_retry(
+        &self,
+        allow_final_try: bool,
+        is_only_token: bool,
+    ) -> Result<usize, RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         // A damaged record is replaced.
         let mut fact = match self.read() {
@@ -162,8 +167,7 @@ impl PinRecord {
             read => read?,
         };
         let mut forgotten = 0;
-        let is_this =
-            |token: &&mut TokenPins| token.names.is_empty() || token.names.contains(&self.token);
+        let is_this = |token: &&mut TokenPins| is_only_token || token.names.contains(&self.token);
         for token in fact.tokens.values_mut().filter(is_this) {
             token.pins.retain_mut(|pin| match &mut pin.standing {
                 Standing::Proven { failing_since } => {
@@ -205,9 +209,7 @@ impl PinRecord {
             fact.tokens.pop_first();
         }
         let token = fact.tokens.entry(key.clone()).or_default();
-        if token.names.len() < NAMES_MAX {
-            token.names.insert(self.token.clone());
-        }
+        let is_new_name = token.names.len() < NAMES_MAX && token.names.insert(self.token.clone());
         if token.salt.len() != 2 * SALT_BYTES {
             let mut salt = [0; SALT_BYTES];
             aws_lc_rs::rand::fill(&mut salt)
@@ -216,6 +218,13 @@ impl PinRecord {
             token.pins.clear();
         }
         let hash = hash(pin, &token.salt)?;
+        if is_new_name {
+            // Another token had this name before.
+            for (_, other) in fact.tokens.iter_mut().filter(|(serial, _)| **serial != key) {
+                other.names.remove(&self.token);
+            }
+            self.write(&fact)?;
+        }
         Ok(Login {
             record: self,
             fact,
@@ -389,7 +398,7 @@ mod tests {
         let record = record(&folder);
         set(&record, "1", "right", proven());
         set(&record, "1", "wrong", rejected());
-        assert_eq!(record.allow_retry(true).unwrap(), 1);
+        assert_eq!(record.allow_retry(true, true).unwrap(), 1);
         assert_eq!(standing(&record, "1", "right"), Some(proven()));
         let mut login = record.begin("1", &pin("wrong")).unwrap();
         assert_eq!(login.standing(), None);
@@ -412,7 +421,7 @@ mod tests {
         let [a, b] = ["a", "b"].map(|name| record(&folder).of_token(name));
         set(&a, "1", "wrong", rejected());
         set(&b, "2", "wrong", rejected());
-        assert_eq!(a.allow_retry(true).unwrap(), 1);
+        assert_eq!(a.allow_retry(true, false).unwrap(), 1);
         assert_eq!(standing(&b, "2", "wrong"), Some(rejected()));
         let mut login = b.begin("2", &pin("wrong")).unwrap();
         assert!(!login.final_try_allowed());
@@ -426,6 +435,20 @@ mod tests {
         login.set(Some(rejected())).unwrap();
         drop(login);
         assert!(!a.begin("1", &pin("wrong")).unwrap().final_try_allowed());
+    }
+
+    /// The names of two tokens were exchanged in the configuration.
+    #[test]
+    fn a_retry_follows_the_name_of_a_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| record(&folder).of_token(name));
+        set(&a, "1", "wrong", rejected());
+        set(&b, "2", "wrong", rejected());
+        assert_eq!(standing(&b, "1", "wrong"), Some(rejected()));
+        assert_eq!(standing(&a, "2", "wrong"), Some(rejected()));
+        assert_eq!(a.allow_retry(false, false).unwrap(), 1);
+        assert_eq!(standing(&b, "1", "wrong"), Some(rejected()));
+        assert_eq!(standing(&a, "2", "wrong"), None);
     }
 
     #[test]
@@ -481,7 +504,7 @@ mod tests {
         record.state.write(FACT, b"{").unwrap();
         let error = record.begin("1", &pin("1234")).unwrap_err();
         assert!(error.to_string().contains("retry-pin"), "{error}");
-        record.allow_retry(false).unwrap();
+        record.allow_retry(false, true).unwrap();
         record.begin("1", &pin("1234")).unwrap();
     }
 }

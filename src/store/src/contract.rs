@@ -142,6 +142,10 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
     /// Returns all places of wrapping keys on further tokens, ordered by key and token.
     async fn places(&self) -> Result<Vec<PlaceRow>, Error>;
 
+    /// Returns the places that can be decoded, and the damage of each other row. One damaged row must not take the places
+    /// of all keys away from a broker.
+    async fn readable_places(&self) -> Result<(Vec<PlaceRow>, Vec<String>), Error>;
+
     /// Adds a place. Returns [`Error::Exists`] if the key already has a place on this token.
     async fn add_place(&self, row: &PlaceRow) -> Result<(), Error>;
 

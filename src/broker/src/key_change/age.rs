@@ -44,7 +44,7 @@ impl Broker {
     /// Returns the wrapping key in use and its age, or `None` if no key is in use.
     fn key_in_use(&self) -> Option<(WrappingKeyId, Duration)> {
         let registry = self.registry.load_full()?;
-        let id = registry.newest_wrapping_key().ok()?;
+        let id = registry.wrapping_key().ok()?;
         Some((id, age(registry.row(id)?)))
     }
 

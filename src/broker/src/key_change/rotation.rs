@@ -80,7 +80,7 @@ impl Broker {
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
         let decision = self.decide_rotation(call, rotation).await;
         let decision = self.or_record(&draft, decision).await?;
-        let previous = self.registry()?.newest_wrapping_key().ok();
+        let previous = self.registry()?.wrapping_key().ok();
         let (id, is_changed) = match decision {
             Decision::Keep(id) => {
                 draft.wrapping_key(id);
@@ -113,7 +113,7 @@ impl Broker {
         if rotation.back {
             return self.plan_return(&registry).await;
         }
-        if let (Some(limit), Ok(id)) = (rotation.if_older_than, registry.newest_wrapping_key())
+        if let (Some(limit), Ok(id)) = (rotation.if_older_than, registry.wrapping_key())
             && let Some(row) = registry.row(id)
             && age(row) < limit
         {
@@ -229,7 +229,7 @@ impl Broker {
         let registry = self.registry()?;
         let mut rows = registry.rows();
         let has_waiting = rows.any(|(row, _)| row.state == WrappingKeyState::PreActive);
-        if has_waiting || registry.newest_wrapping_key().ok() != previous {
+        if has_waiting || registry.wrapping_key().ok() != previous {
             return Err(from_commit(store::Error::Conflict));
         }
         let mut planner = Planner::new(&registry);
@@ -238,11 +238,7 @@ impl Broker {
             planner.sign_tombstones(&registry, made.id());
             WrappingKeyState::Active
         } else {
-            if let Some(row) = registry
-                .newest_wrapping_key()
-                .ok()
-                .and_then(|id| registry.row(id))
-            {
+            if let Some(row) = registry.wrapping_key().ok().and_then(|id| registry.row(id)) {
                 planner.change(row, row.clone());
             }
             WrappingKeyState::PreActive

@@ -181,9 +181,7 @@ impl Broker {
         to: WrappingKeyId,
     ) -> Result<(), Stop> {
         let registry = self.registry()?;
-        let is_target = registry
-            .newest_wrapping_key()
-            .is_ok_and(|target| target == to);
+        let is_target = registry.wrapping_key().is_ok_and(|target| target == to);
         if is_target && from.all(|id| registry.check(id, KeyUse::RewrapFrom).is_ok()) {
             Ok(())
         } else {

@@ -161,7 +161,7 @@ impl<'b> Run<'b> {
             let target = self
                 .broker
                 .registry()?
-                .newest_wrapping_key()
+                .wrapping_key()
                 .map_err(Error::from)?;
             match self.pass(target).await {
                 Ok(0) => break target,
@@ -254,7 +254,7 @@ impl<'b> Run<'b> {
         }
         self.counted = Some(Instant::now());
         let registry = self.broker.registry()?;
-        let target = registry.newest_wrapping_key().map_err(Error::from)?;
+        let target = registry.wrapping_key().map_err(Error::from)?;
         let mut left = 0;
         for source in sources(&registry, target, self.row.source) {
             let uses = self.broker.store.key_uses(source).await?;

@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use aws_lc_rs::digest::{SHA256, digest};
+use keybroker_core::key::KeyUse;
 use keybroker_hsm::Serving;
 use keybroker_store::{RegistryChange, RegistryUpdate};
 
@@ -306,8 +307,9 @@ async fn an_activation_authenticates_the_tombstones_again() {
     let again = change(&broker, A, KeyChange::Lose).await.unwrap_err();
     assert!(again.detail().contains("already destroyed"), "{again:?}");
 
-    // The row of another release, or one that was restored: no key authenticates it.
+    // No key authenticates the row any more. While a token shows the key, its loss cannot be recorded again.
     replace(&broker, &[tombstone(A, KEY, moved.sequence + 10)]).await;
+    tokens.shows(&[A, B, C]);
     broker.registry.store(None);
     let deadline = Deadline::after(Duration::from_secs(1));
     broker.load_registry(deadline).await.unwrap();
@@ -323,7 +325,7 @@ async fn an_activation_authenticates_the_tombstones_again() {
     assert_eq!(broker.registry().unwrap().problems(), [""; 0]);
 }
 
-/// The token of the active key dies. A key of another token can be activated, and wraps new user keys.
+/// The token of the active key dies. A key of another token can be activated, and wraps new user keys from then on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_of_another_token_takes_over_from_a_dead_token() {
     use WrappingKeyState::{Active, Deactivated};
@@ -345,13 +347,101 @@ async fn a_key_of_another_token_takes_over_from_a_dead_token() {
     );
     assert_eq!(broker.registry().unwrap().wrapping_key().unwrap(), B);
 
-    // An older activation does not win while its token is down, although it has the higher number.
-    replace(&broker, &[authentic(B, Active, 9)]).await;
+    // The dead token returns. Its key never wraps a user key again, also while the other token is down for a moment.
     tokens.are_down(&[B]);
     broker.refresh_registry().await.unwrap();
     let registry = broker.registry().unwrap();
-    assert_eq!(registry.wrapping_key().unwrap(), A);
-    assert_eq!(registry.newest_wrapping_key().unwrap(), B);
+    assert_eq!(registry.wrapping_key().unwrap(), B);
+    let problems = registry.problems().join("\n");
+    assert!(problems.contains("still active"), "{problems}");
+}
+
+/// A compromised key must not authenticate the destruction of another key: others may know its integrity key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compromised_key_destroys_no_other_key() {
+    use WrappingKeyState::{Active, Compromised, Deactivated, Destroyed};
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[A, B]);
+    let rows = [
+        authentic(A, Deactivated, 1),
+        authentic(B, Active, 2),
+        tombstone(C, A, 3),
+    ];
+    let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
+    let compromised = change(&broker, A, KeyChange::Compromise).await.unwrap();
+    assert_eq!(compromised, Compromised);
+    // The row that the key had authenticated is authenticated by the other key now.
+    let moved = broker.registry().unwrap().row(C).unwrap().clone();
+    assert_eq!(moved.mac, mac_by(B, &moved.tombstone_message()));
+
+    replace(&broker, &[tombstone(B, A, 20)]).await;
+    broker.refresh_registry().await.unwrap();
+    assert_eq!(state_in(&broker, B), Active);
+    let problems = broker.registry().unwrap().problems().join("\n");
+    assert!(
+        problems.contains("no integrity key authenticates"),
+        "{problems}"
+    );
+    assert_eq!(state_in(&broker, C), Destroyed);
+}
+
+/// A forged row of a destroyed key does not erase the memory of the row before, so no former state can be put back.
+#[tokio::test]
+async fn a_forged_row_is_no_step_back_to_a_former_state() {
+    use WrappingKeyState::{Active, Compromised, Deactivated, Destroyed};
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[A, B]);
+    let rows = [
+        authentic(A, Compromised, 5),
+        authentic(B, Active, 6),
+        tombstone(C, B, 7),
+    ];
+    let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
+    for (key, former) in [
+        (C, authentic(C, Deactivated, 3)),
+        (A, authentic(A, Active, 3)),
+    ] {
+        let expected = state_in(&broker, key);
+        replace(&broker, &[tombstone(key, KEY, 30)]).await;
+        broker.refresh_registry().await.unwrap();
+        assert_eq!(state_in(&broker, key), expected);
+        tokens.shows(&[A, B, C]);
+        replace(&broker, &[former]).await;
+        broker.refresh_registry().await.unwrap();
+        assert_eq!(state_in(&broker, key), expected);
+    }
+    assert_eq!(state_in(&broker, C), Destroyed);
+
+    // The same while the token of the key is away: a row that nobody verified does not lower the bar.
+    tokens.shows(&[B]);
+    broker.refresh_registry().await.unwrap();
+    replace(&broker, &[registered(A, Active, 40)]).await;
+    broker.refresh_registry().await.unwrap();
+    tokens.shows(&[A, B]);
+    broker.refresh_registry().await.unwrap();
+    replace(&broker, &[authentic(A, Active, 3)]).await;
+    broker.refresh_registry().await.unwrap();
+    assert!(broker.registry().unwrap().check(A, KeyUse::Wrap).is_err());
+}
+
+/// The row of a destroyed key that was deleted or put back in the database does not prevent a rotation.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_row_of_a_destroyed_key_blocks_no_activation() {
+    use WrappingKeyState::{Active, Deactivated};
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[B, C]);
+    let rows = [
+        tombstone(A, B, 5),
+        authentic(B, Active, 2),
+        authentic(C, Deactivated, 1),
+    ];
+    let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
+    replace(&broker, &[tombstone(A, B, 3)]).await;
+    let activate = KeyChange::Activate {
+        backup_confirmed: false,
+        without_backup: true,
+    };
+    assert_eq!(change(&broker, C, activate).await.unwrap(), Active);
 }
 
 /// A registered key whose tokens have not been asked yet is waited for. It is not reported as missing.

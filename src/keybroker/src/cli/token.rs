@@ -141,11 +141,13 @@ fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
         "token.retry_pin",
         |_: &mut Entry| {},
         || {
-            record.allow_retry(arguments.force).map_err(|error| {
-                let cause = std::error::Error::source(&error);
-                let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
-                Failure::new(Exit::Pin, format!("{error}{cause}"))
-            })
+            record
+                .allow_retry(arguments.force, !config.tokens.are_several())
+                .map_err(|error| {
+                    let cause = std::error::Error::source(&error);
+                    let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
+                    Failure::new(Exit::Pin, format!("{error}{cause}"))
+                })
         },
     )?;
     context.output.fields(vec![

@@ -295,6 +295,18 @@ impl<E: Engine> Store for EngineStore<E> {
         found.iter().map(rows::place).collect()
     }
 
+    async fn readable_places(&self) -> Result<(Vec<PlaceRow>, Vec<String>), Error> {
+        let found = self.query(E::sql().places, Vec::new()).await?;
+        let (mut places, mut damaged) = (Vec::new(), Vec::new());
+        for row in &found {
+            match rows::place(row) {
+                Ok(place) => places.push(place),
+                Err(error) => damaged.push(error.damage()),
+            }
+        }
+        Ok((places, damaged))
+    }
+
     async fn add_place(&self, row: &PlaceRow) -> Result<(), Error> {
         let values = rows::new_place(row);
         let inserted = self

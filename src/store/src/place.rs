@@ -9,8 +9,8 @@ use keybroker_core::{
     key::{ObjectId, ObjectIds, WrappingKeyId},
 };
 
-/// States that a further token contains a wrapping key. The registry row of the key names the first
-/// token.
+/// A row which states that a further token contains a wrapping key. The registry row of the key
+/// names the first token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlaceRow {
     /// The wrapping key.

@@ -51,7 +51,7 @@ impl KeyUse {
 }
 
 impl WrappingKeyState {
-    /// All states, in the order of a key's life.
+    /// All states, in the order of a key's life cycle.
     pub const ALL: [Self; 6] = [
         Self::PreActive,
         Self::Active,
@@ -61,7 +61,7 @@ impl WrappingKeyState {
         Self::Destroyed,
     ];
 
-    /// The text that is stored and shown.
+    /// The name of the state in the database and in output.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::PreActive => "pre-active",
@@ -142,7 +142,8 @@ impl fmt::Display for WrappingKeyState {
     }
 }
 
-/// A change of a state that is not in the table of transitions. The text contains the legal changes.
+/// A change of a state that is not in the table of transitions. The error message lists the legal
+/// changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IllegalTransition {
     /// The state of the key.

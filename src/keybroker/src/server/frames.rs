@@ -84,7 +84,7 @@ struct Frames {
     payload: usize,
 }
 
-/// The relevant facts about a sequence of bytes on a connection.
+/// The number of stream resets in a sequence of bytes, and whether the bytes are confidential.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
     resets: u32,

@@ -120,7 +120,7 @@ pub enum Error {
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
-    /// The revocation lists are refused. The error of the lists completes the message.
+    /// The revocation lists are refused. The source error, about the lists, completes the message.
     #[error("`client_crl_file` {path}: {problem}")]
     Lists {
         /// The path of the file.

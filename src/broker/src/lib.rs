@@ -13,8 +13,9 @@
 //! - A [`Released`] key is made only from a `Recorded` key. Only `journal` creates a `Recorded` key, from a key and its
 //!   audit entry, after the audit log has synced this entry.
 //!
-//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. A
-//! mutation runs in a separate task. Therefore a cancelled call cannot stop its mutation between the two entries.
+//! A release writes one audit entry. A mutation writes an intent before the commit and an outcome
+//! before the answer. A mutation runs in a separate task. Therefore a cancelled call cannot stop
+//! its mutation between the two entries.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 

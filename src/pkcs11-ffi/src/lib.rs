@@ -27,8 +27,8 @@
 //! by this crate. The dynamic loader loads the library only once, so `cryptoki` and this crate use
 //! the same library. The client module of p11-kit, however, makes a new connection with its own
 //! sessions for each function list. With the client module of p11-kit, `cryptoki` makes all calls
-//! of the list above, and `C_WrapKey` is not available. With this module, this crate uses its own
-//! connection only to find out whether a slot has a token.
+//! of the list above, and `C_WrapKey` is not available. For this client module, this crate uses its
+//! own connection only to find out whether a slot has a token.
 
 mod calls;
 mod token_info;
@@ -161,8 +161,8 @@ impl Session {
         }
     }
 
-    /// Reads one attribute, like [`Session::attribute`]. Also returns bytes that a token wrote although it reported
-    /// that the attribute is sensitive.
+    /// Reads one attribute, like [`Session::attribute`]. Also returns bytes that a token wrote
+    /// although the token reported that the attribute is sensitive.
     pub fn attribute_or_leak(
         &self,
         object: ObjectHandle,

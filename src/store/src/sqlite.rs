@@ -55,8 +55,8 @@ const READERS: u32 = 4;
 /// so that callers receive the reason for the wait.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// This limit is far longer than any disk operation. A shorter limit is unnecessary, because a file
-/// has no server that could be unavailable.
+/// This limit is far longer than the duration of any disk operation. A shorter limit is
+/// unnecessary, because a file has no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.

@@ -275,8 +275,8 @@ pub struct ExpectedKey {
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// Whether the key may be on another token. If the value is true, a token whose serial number
-    /// is not `token_serial` does not need the key.
+    /// Whether the key may be on another token. If the value is true, only the token with the
+    /// serial number `token_serial` must have the key.
     pub may_be_elsewhere: bool,
     /// Messages with MACs. Before the key is used, its integrity key must verify these MACs.
     pub proofs: Vec<Proof>,

@@ -87,7 +87,7 @@ impl Turns {
         })))
     }
 
-    /// Takes a place for a trial of a secret of the API client `id`. Returns `None` if all places
+    /// Takes a place for a trial of one of the secrets of `client`. Returns `None` if all places
     /// are taken.
     pub(super) fn place(&self, client: ClientId) -> Option<Place> {
         let mut state = self.state();

@@ -10,7 +10,8 @@ use std::{
 use moka::sync::Cache;
 
 const WINDOW: Duration = Duration::from_hours(1);
-/// Shortest time between two removals of old users, because a removal visits every user.
+/// Shortest time between two removals of outdated users from the counts. A removal examines every
+/// user.
 const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of services that are counted separately. Services come from the configuration and from API clients,
 /// so operators decide how many exist.

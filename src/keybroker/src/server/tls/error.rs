@@ -71,7 +71,7 @@ pub enum Error {
     /// The certificate of the private key is not the first certificate in the chain.
     #[error(
         "{path}: the certificate that belongs to the key {key_path} is number {number} of {count}; it must be the \
-         first, and each further certificate must be the issuer of the previous one"
+         first, followed by the certificate of its issuer and the certificates of further issuers in order"
     )]
     ChainOrder {
         /// The path of the file with the certificate chain.

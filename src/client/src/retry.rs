@@ -289,7 +289,7 @@ mod tests {
         assert!(too_short.count() < 50);
     }
 
-    /// Clients that are refused at the same moment do not return at the same moment.
+    /// Clients that are refused at the same moment do not retry at the same moment.
     #[test]
     fn refused_calls_spread_their_next_attempts() {
         const CLIENTS: usize = 2_000;
@@ -457,7 +457,7 @@ mod tests {
             for _ in 0..failures.min(7) {
                 let verdict = Verdict::Transient { delay: Some(asked) };
                 let pause = retries.after_failure(verdict, LONG, &mut bucket, now, random).unwrap();
-                // Floating-point seconds: to the microsecond.
+                // Floating-point seconds have rounding errors of less than a microsecond.
                 prop_assert!(pause + Duration::from_micros(1) >= asked);
                 prop_assert!(pause <= Duration::from_millis(asked_ms.max(1_000)) * 2);
             }

@@ -452,7 +452,7 @@ mod tests {
         assert_eq!(fixture.files().load(ID).unwrap(), key());
     }
 
-    /// A person with the public key can wrap a key.
+    /// Everyone with the public key can wrap a key.
     #[test]
     fn a_file_that_another_key_was_put_into_is_refused() {
         let fixture = Fixture::new(&key().to_text());

@@ -101,7 +101,7 @@ mod tests {
         assert!(releases.note_at("service", "d", minutes(1)));
         assert!(!releases.note_at("service", "e", minutes(2)));
         assert!(!releases.note_at("other", "d", minutes(2)));
-        // A user who is seen again counts once.
+        // A user whose key is released again counts only once.
         assert!(!releases.note_at("service", "c", minutes(30)));
         // The first two users have been removed by now, so two more users fit.
         assert!(!releases.note_at("service", "d", minutes(61)));

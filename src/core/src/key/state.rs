@@ -258,7 +258,7 @@ mod tests {
             }
         }
 
-        /// The stored text of a state is read back, and no other text is a state.
+        /// The stored name of each state can be parsed, and no other string is the name of a state.
         #[test]
         fn the_stored_text_is_read_back(state in state(), text in "[a-z-]{0,12}") {
             prop_assert_eq!(WrappingKeyState::parse(state.as_str()), Some(state));

@@ -26,10 +26,10 @@ pub enum CertificateError {
         "a client certificate with a SPIFFE id must have no other URI, but this certificate has {0:?}"
     )]
     SeveralUris(Vec<String>),
-    /// The SPIFFE id is not valid. The source of this error completes the sentence of the message.
+    /// The SPIFFE id is not valid. The message of the source error completes the sentence.
     #[error("the client certificate's SPIFFE id {id:?} is not valid: {problem}")]
     Id {
-        /// The SPIFFE id in the certificate.
+        /// The SPIFFE id as it is written in the certificate.
         id: String,
         /// The reason why the SPIFFE id is not valid.
         #[source]

@@ -7,13 +7,15 @@
 //! Every API calls the methods of [`Broker`]. The first argument of each use case is the [`Principal`]. The types
 //! enforce the order of the steps, so that no code path can leave out a step:
 //!
-//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates this permit.
+//! - Reading a record needs a [`KeyPermit`], which contains the address of the record. Only
+//!   [`keybroker_policy`] creates a permit.
 //!
 //! - A [`Released`] key is made only from a `Recorded` key. Only `journal` creates a `Recorded` key, from a key and its
 //!   audit entry, after the audit log has synced this entry.
 //!
-//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. A
-//! mutation runs in a separate task. Therefore a cancelled call cannot stop its mutation between the two entries.
+//! A release writes one audit entry. A mutation writes an intent before the commit and an outcome
+//! before the answer. A mutation runs in a separate task. Therefore a cancelled call cannot stop
+//! its mutation between the two entries.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
@@ -119,7 +121,7 @@ impl UserKeyRef {
     }
 }
 
-/// The parts from which a broker is built.
+/// The components from which a broker is built.
 #[derive(Debug)]
 pub struct Parts {
     /// The policy that permits or denies each action.
@@ -242,8 +244,8 @@ impl Broker {
         self.limits.may_log(address)
     }
 
-    /// Waits until the outcome of every running mutation is on disk. Afterwards, writes the counted refusals and the
-    /// times of last use. The listeners must be closed before this call.
+    /// Waits until the outcome of every running mutation is on disk. Then writes the counted
+    /// refusals and the times of last use. The listeners must be closed before this call.
     pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
@@ -295,9 +297,10 @@ impl Broker {
         error
     }
 
-    /// Checks whether a principal may perform an action on at least one of the keys. A batch needs this check first.
-    /// Afterwards, each item of the batch is decided separately. If the principal may use none of the keys, the
-    /// complete batch gets one refusal and one audit entry.
+    /// Checks whether a principal may perform an action on at least one of the keys. A batch of
+    /// keys needs this check before its items are decided. After this check, each item of the batch
+    /// is decided separately. If the principal may use none of the keys, the complete batch gets
+    /// one refusal and one audit entry.
     pub async fn admit(
         &self,
         principal: &Principal,
@@ -437,7 +440,8 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
         Reason::Bug => {
             keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
-        // Refusals because of overload are only counted, and one line per second reports the counts.
+        // Refusals because of overload are only counted, and one log line per second reports the
+        // counts.
         Reason::QueueFull => {
             tracing::debug!(call_id = %call.id, action = %action, error = %error, "call refused");
         }

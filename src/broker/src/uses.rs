@@ -62,7 +62,7 @@ impl Uses {
 }
 
 impl Broker {
-    /// Writes the noted times every few seconds, until `stop`.
+    /// Writes the noted times every few seconds, until `stop` is cancelled.
     pub(super) async fn write_uses(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(INTERVAL, stop);
         while ticks.next().await {

@@ -176,8 +176,8 @@ impl<'a, T: Send + 'a> Call<'a, T> {
             } else if failed.kind == ErrorKind::DeadlineExceeded && made > 0 {
                 self.shared.link.timed_out(began);
             }
-            // Once the answer to one attempt is lost, the outcome is unknown: a refusal of a later attempt says nothing
-            // about the earlier attempt.
+            // Once the answer to one attempt is lost, the outcome is unknown: a refusal of a later
+            // attempt does not show whether the earlier attempt made the change.
             outcome_unknown |= failed.outcome_unknown && made > 0 && self.safety != Safety::Read;
             if self.safety == Safety::Unidentified {
                 failed.verdict = Verdict::Permanent;

@@ -98,7 +98,7 @@ impl From<keybroker_core::error::Error> for InvalidField {
     }
 }
 
-/// The kind of a failed call.
+/// The kind of failure of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -111,8 +111,8 @@ pub enum ErrorKind {
     /// If the broker does not accept the client certificate, the first call over TLS 1.3 also fails with this kind of
     /// error.
     Connection,
-    /// The response has no reason, so it does not come from a broker's API. Possible senders are a proxy, another
-    /// service, or a listener that does not serve the called API.
+    /// The response has no reason, so it does not come from a broker's API. The sender may be a
+    /// proxy, another service, or a listener that does not serve the called API.
     UnexpectedResponse,
     /// The provider of access tokens failed. See [`std::error::Error::source`].
     Credential,
@@ -465,7 +465,8 @@ impl Classified {
             Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
             // The APIs of the broker send UNAVAILABLE and CANCELLED only with a reason. Proxies also send UNAVAILABLE.
             Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, Verdict::Disconnected),
-            // tonic itself makes a status that has a source, for example "h2 protocol error".
+            // A status with a source, for example "h2 protocol error", comes from tonic itself and
+            // not from the server.
             Code::Internal | Code::Unknown if is_local => {
                 (ErrorKind::Connection, Verdict::Disconnected)
             }

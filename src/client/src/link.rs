@@ -1,4 +1,4 @@
-//! Holds the connection of a client, and decides when to replace it.
+//! Contains the connection of a client, and decides when to replace the connection.
 //!
 //! When a peer stops answering or its host disappears, all later calls would wait until an HTTP/2 ping or TCP times
 //! out. Therefore a new channel replaces the old channel if a call reached its deadline and the old channel carried no

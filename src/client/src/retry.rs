@@ -3,21 +3,23 @@
 
 use std::time::{Duration, Instant};
 
-/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md` asks. Callers that failed at
-/// the same moment thus spread their next attempts over the whole pause.
+/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md` asks.
+/// Callers that failed at the same moment thus spread their next attempts over the complete pause.
 const JITTER_SPAN: f64 = 2.0;
-/// The jitter of a delay that the broker asks for. A delay that the broker asks for is never shortened, only prolonged
-/// by up to this share.
+/// The jitter of a delay that the broker asks for. This delay is never shortened, and is prolonged
+/// by at most this fraction of the delay.
 const DELAY_SPAN: f64 = 0.2;
-/// One retry in the unit of the bucket, which counts thousandths of a retry.
+/// One retry, in thousandths of a retry, which is the unit of the bucket.
 const MILLI: u64 = 1_000;
 
 /// How often and how fast a client repeats a failed attempt.
 ///
-/// Only safe calls are repeated: reads, and changes under the request id of their first attempt. The pauses start at
-/// `initial_backoff` and double up to `max_backoff`, each multiplied by a random factor from 0 to 2. A pause is at least as
-/// long as the broker asks for (`google.rpc.RetryInfo`), and up to a fifth longer. No attempt starts after the call's deadline. A call whose next pause would
-/// outlast its deadline fails immediately with the last error. Attempts of one call never run in parallel (no hedging).
+/// Only safe calls are repeated: reads, and changes under the request id of their first attempt.
+/// The pauses start at `initial_backoff` and double up to `max_backoff`, each multiplied by a
+/// random factor from 0 to 2. If the broker asks for a delay (`google.rpc.RetryInfo`), the pause is
+/// this delay or up to a fifth longer. No attempt starts after the call's deadline. A call whose
+/// next pause would outlast its deadline fails immediately with the last error. Attempts of one
+/// call never run in parallel (no hedging).
 ///
 /// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which is longer than the restart of a
 /// worker or of a broker.
@@ -73,10 +75,11 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// The bucket contains a number of permitted retries, and each repeated attempt removes one of these retries. The
-/// bucket fills over time, and by a fifth of a retry with each call that succeeds. In the long run, a client thus makes
-/// at most `per_second` retries per second, and one retry for every five calls that succeed. While the bucket is empty,
-/// a failed call is not repeated and returns its error.
+/// The bucket contains a number of permitted retries, and each repeated attempt removes one of
+/// these retries. The bucket fills over time, and by a fifth of a retry with each call that
+/// succeeds. In the long run, a client thus makes at most `per_second` retries per second, plus one
+/// retry for every five calls that succeed. While the bucket is empty, a failed call is not
+/// repeated and returns its error.
 ///
 /// A call that waits for a restart of about one second needs five to six retries. The default capacity of 100 retries
 /// is therefore enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of
@@ -129,7 +132,7 @@ impl Bucket {
         }
     }
 
-    /// Adds a fifth of a retry for a call that succeeded.
+    /// Adds a fifth of a retry to the bucket, for a call that succeeded.
     pub(crate) fn deposit(&mut self) {
         self.add(MILLI / 5);
     }
@@ -176,8 +179,9 @@ impl Retries {
         }
     }
 
-    /// Returns the pause before the next attempt, or `None` when the call must not be repeated. `random` is a random
-    /// number from the whole range of its type; `remaining` is the time until the deadline.
+    /// Returns the pause before the next attempt, or `None` when the call must not be repeated.
+    /// `random` is a random number from the complete range of its type; `remaining` is the time
+    /// until the deadline.
     pub(crate) fn after_failure(
         &mut self,
         verdict: Verdict,
@@ -285,7 +289,7 @@ mod tests {
         assert!(too_short.count() < 50);
     }
 
-    /// Clients that are refused at the same moment do not return at the same moment.
+    /// Clients that are refused at the same moment do not retry at the same moment.
     #[test]
     fn refused_calls_spread_their_next_attempts() {
         const CLIENTS: usize = 2_000;
@@ -453,7 +457,7 @@ mod tests {
             for _ in 0..failures.min(7) {
                 let verdict = Verdict::Transient { delay: Some(asked) };
                 let pause = retries.after_failure(verdict, LONG, &mut bucket, now, random).unwrap();
-                // Floating-point seconds: to the microsecond.
+                // Floating-point seconds have rounding errors of less than a microsecond.
                 prop_assert!(pause + Duration::from_micros(1) >= asked);
                 prop_assert!(pause <= Duration::from_millis(asked_ms.max(1_000)) * 2);
             }

@@ -402,7 +402,7 @@ pub enum Purpose {
 }
 
 impl Purpose {
-    /// The text that is stored and shown.
+    /// The name in the database and in output.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Plain => "plain",

@@ -25,7 +25,7 @@ impl KeyMaterial {
         }
     }
 
-    /// The bytes, for the token or for the answer of a release.
+    /// Returns the bytes, for the token or for the answer of a release.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }

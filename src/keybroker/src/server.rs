@@ -74,7 +74,7 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// Loopback addresses only.
     Loopback,
-    /// Any address. Anyone on the network path can then read keys and access tokens.
+    /// Any address. With this value, anyone on the network path can read keys and access tokens.
     Any,
 }
 
@@ -130,7 +130,7 @@ pub struct ListenerSettings {
     pub client_certificates: ClientCertificates,
     /// Networks of load balancers and proxies, whose connections transport calls of many clients.
     /// The limits for one network or one principal do not apply to these connections. Only the
-    /// limits for all connections apply.
+    /// limits for all connections together apply.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }
@@ -223,7 +223,7 @@ pub struct Limits {
     /// Maximum number of concurrent calls on a connection without an accepted client certificate.
     pub streams_without_certificate_max: u32,
     /// Maximum total size of the gRPC messages in progress on all connections, in bytes. The first
-    /// 4 KiB of each message do not count.
+    /// 4 KiB of each message do not count towards this limit.
     pub message_bytes_max: usize,
     /// Maximum duration of a call in milliseconds, and the deadline of calls that set no deadline.
     pub call_timeout_max_ms: u64,

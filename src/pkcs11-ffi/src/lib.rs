@@ -6,9 +6,10 @@
 //!   unchanged number of slots. For example, the remote client of p11-kit returns this code if its server has no token.
 //!   This crate repeats the call only a few times, and does not read the list if the number of slots is 0.
 //!
-//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`. The call fails if the text
-//!   is not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text. The
-//!   broker does not use the time.
+//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`.
+//!   `cryptoki` returns an error if the text is not a valid time, such as `21:38:18` from
+//!   opencryptoki before 3.11. This crate returns the time as text. The broker does not use the
+//!   time.
 //!
 //! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
@@ -22,10 +23,11 @@
 //!   Each call is a round trip to a device on the network. This crate passes a buffer in the first call. The caller
 //!   owns the buffer, so that no other buffer contains the plaintext.
 //!
-//! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
-//! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
-//! p11-kit, however, makes a new connection with its own sessions for each function list. With the client module of
-//! p11-kit, `cryptoki` makes all calls of the list above, and `C_WrapKey` is not available. This crate then uses its
+//! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and
+//! by this crate. The dynamic loader loads the library only once, so `cryptoki` and this crate use
+//! the same library. The client module of p11-kit, however, makes a new connection with its own
+//! sessions for each function list. With the client module of p11-kit, `cryptoki` makes all calls
+//! of the list above, and `C_WrapKey` is not available. For this client module, this crate uses its
 //! own connection only to find out whether a slot has a token.
 
 mod calls;
@@ -50,7 +52,7 @@ pub use token_info::TokenInfo;
 pub struct Module {
     cryptoki: Pkcs11,
     functions: Functions,
-    /// Whether both function lists share one state.
+    /// Whether the function lists of `cryptoki` and of this crate share their sessions.
     is_shared: bool,
 }
 
@@ -159,8 +161,8 @@ impl Session {
         }
     }
 
-    /// Reads one attribute, like [`Session::attribute`]. Also returns bytes that a token wrote although it reported
-    /// that the attribute is sensitive.
+    /// Reads one attribute, like [`Session::attribute`]. Also returns bytes that a token wrote
+    /// although the token reported that the attribute is sensitive.
     pub fn attribute_or_leak(
         &self,
         object: ObjectHandle,

@@ -1,8 +1,9 @@
 //! The admin worker: the process that loads the vendor's module for a command such as `keybroker key generate`.
 //!
-//! The command sends one request at a time over a socket pair and receives one answer to each request. The worker ends
-//! when the command closes the socket. If the module crashes or hangs, only this process is affected. The network and
-//! the database are in the process of the command.
+//! The command sends one request at a time over a socket pair and receives one answer to each
+//! request. The worker ends when the command closes the socket. If the module crashes or hangs,
+//! only this process is affected. The process of the command uses the network and the database; the
+//! admin worker uses neither.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 

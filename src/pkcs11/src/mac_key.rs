@@ -24,7 +24,7 @@ use keybroker_worker_protocol::{
 
 use crate::classify::{Class, Fault};
 
-/// Length of a key in bytes, equal to the output of the HMAC's hash (RFC 2104 section 3).
+/// Length of a key in bytes, equal to the length of the hash output (RFC 2104 section 3).
 const KEY_BYTES: usize = 32;
 /// Prefix of the plaintext of an integrity key's file. Because of this prefix, a wrapped user key cannot be used as an
 /// integrity key. The prefix is followed by the id of the wrapping key and the bytes of the integrity key.

@@ -129,9 +129,9 @@ pub(super) fn verify(
     }
 }
 
-/// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` from `C_Verify` itself
-/// mean that the MAC is wrong (PKCS#11 2.40, section 5.12). If `C_Verify` returns another code, the self-test shows
-/// whether the token works.
+/// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE`
+/// from `C_Verify` itself mean that the MAC is wrong (PKCS#11 2.40, section 5.12). If `C_Verify`
+/// returns another return code, the self-test shows whether the token works.
 fn verify_fault(error: Error) -> Fault {
     let states_it = matches!(
         error,
@@ -148,7 +148,8 @@ fn verify_fault(error: Error) -> Fault {
     }
 }
 
-/// Changes the class of a code that rejects an input to "ambiguous", because the code does not concern the MAC.
+/// Changes the class of a fault from [`Class::Input`] to [`Class::Ambiguous`], because the fault
+/// does not show that the MAC is wrong.
 fn not_about_the_mac(fault: Fault) -> Fault {
     let class = match fault.class {
         Class::Input => Class::Ambiguous,

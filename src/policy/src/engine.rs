@@ -14,7 +14,8 @@ use super::{
     vocabulary::{VOCABULARY, Wanted},
 };
 
-/// Returns the kept decision for a case, or makes a new decision if none is kept.
+/// Returns the cached decision for a case, or makes a new decision if the cache has no decision for
+/// the case.
 pub(super) fn decide(set: &Set, case: &Case<'_>) -> Verdict {
     let slice = set.slice_of(case.action, case.identity.kind);
     let kept = slice.and_then(|slice| Some((&slice.kept, slice.kept.inputs(case)?)));

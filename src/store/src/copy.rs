@@ -38,11 +38,12 @@ pub enum CopyError {
 /// The treatment of rows that are missing in the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
-    /// Missing rows are ignored. Used to check the target before a copy continues.
+    /// Missing rows are ignored, because the target is checked before an interrupted copy
+    /// continues.
     Ignore,
     /// The rows are added.
     Add,
-    /// Missing rows are an error. Used to check the target after a copy.
+    /// Missing rows are an error, because the target is checked after a copy.
     Refuse,
 }
 

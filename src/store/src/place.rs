@@ -1,4 +1,4 @@
-//! The row for the place of a wrapping key on a further token.
+//! The database row for a wrapping key on a further token.
 
 use keybroker_core::{
     call::Timestamp,
@@ -9,8 +9,8 @@ use keybroker_core::{
     key::{ObjectId, ObjectIds, WrappingKeyId},
 };
 
-/// States that a further token contains a wrapping key. The registry row of the key names the first
-/// token.
+/// States that a further token contains a wrapping key: a row of the table `wrapping_key_places`.
+/// The registry row of the key names the first token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlaceRow {
     /// The wrapping key.

@@ -74,7 +74,7 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
         limits: &'c Limits,
     ) -> BoxFuture<'c, Result<(), sqlx::Error>>;
 
-    /// Refuses a server that is too old or does not store texts byte by byte.
+    /// Refuses a server that is too old or does not store strings byte by byte.
     fn check_server(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
 
     /// Refuses a pooler that gives one session to several clients, because the settings and prepared statements of a session
@@ -266,7 +266,8 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
             _ => "see the log of the database server",
         }
     } else if chain(&error).contains("certificate") {
-        // The driver has no separate type for errors of its TLS library, so the text is searched.
+        // The driver has no separate type for errors of its TLS library, so the text of the error
+        // is searched.
         "the server's certificate cannot be verified: set `store.ca_file` to the certificate of the CA that issued it, \
          and use a host name from the server's certificate in `store.url`"
     } else if matches!(error, sqlx::Error::Tls(_)) {

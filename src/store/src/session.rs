@@ -68,8 +68,8 @@ pub(super) trait Columns {
     fn optional_integer(&self, column: &str) -> Result<Option<i64>, sqlx::Error>;
 }
 
-/// Reads a text from bytes. MySQL stores texts as bytes, because its text types have no collation that compares bytewise on
-/// every server.
+/// Converts bytes to a string. On MySQL, strings are stored as bytes, because MySQL's text types
+/// have no collation that compares bytewise on every server.
 fn utf8<'r>(column: &str, bytes: &'r [u8]) -> Result<&'r str, sqlx::Error> {
     std::str::from_utf8(bytes).map_err(|error| sqlx::Error::ColumnDecode {
         index: column.to_owned(),
@@ -84,8 +84,8 @@ async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
     done
 }
 
-/// Implements `Session` and `Columns` for an engine. `$bound` converts the text `$text` for
-/// sending, and `$read` reads a text from the column `$column` of the row `$self`.
+/// Implements `Session` and `Columns` for an engine. `$bound` converts the string `$text` for
+/// sending, and `$read` reads a string from the column `$column` of the row `$self`.
 macro_rules! engine {
     ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $column:ident => $read:expr) => {
         impl Session for $connection {

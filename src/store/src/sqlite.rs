@@ -35,7 +35,7 @@ mod place;
 /// no transaction has to lock single rows.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
-    // If no column has a name in double quotes, SQLite treats the name as a text.
+    // If a name in double quotes is not the name of a column, SQLite treats the name as a string.
     quote: '`',
     begin: "BEGIN IMMEDIATE",
     lock: None,
@@ -55,8 +55,8 @@ const READERS: u32 = 4;
 /// so that callers receive the reason for the wait.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// This limit is far longer than any disk operation. A shorter limit is unnecessary, because a file
-/// has no server that could be unavailable.
+/// This limit is far longer than the duration of any disk operation. A shorter limit is
+/// unnecessary, because a file has no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.
@@ -64,7 +64,7 @@ const TIME_LIMIT: Duration = Duration::from_mins(1);
 struct SqliteFile {
     writer: SqlitePool,
     reader: SqlitePool,
-    /// A connection that is never lent. While this connection is open, SQLite does not remove or
+    /// A connection that no caller uses. While this connection is open, SQLite does not remove or
     /// create the WAL.
     keeper: SqlitePool,
     place: Arc<place::Place>,

@@ -13,7 +13,7 @@ mod rewrap;
 
 use rewrap::RewrapStatements;
 
-/// Highest number of records whose uses one statement reads or stores.
+/// Number of records whose last uses one statement reads or stores.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
 
 /// Highest number of uses of API clients' secrets that one statement stores.
@@ -65,10 +65,10 @@ pub(super) struct Statements {
     pub(super) lock_record: Option<&'static str>,
     /// Parameter: record. Returns the record with its address.
     pub(super) record_by_id: &'static str,
-    /// Parameters: a row of the changes. The statement waits for a transaction that inserts a row
-    /// of the same call.
+    /// Parameters: all columns of the table `changes`. The statement waits for a transaction that
+    /// inserts a row of the same call.
     pub(super) insert_change: &'static str,
-    /// Parameters: calls, as many as [`CHANGES_MAX`]. Returns the identity of the database, and the
+    /// Parameters: the ids of [`CHANGES_MAX`] calls. Returns the identity of the database, and the
     /// number of given calls that have a mark. Returns no row if the database has no identity.
     pub(super) evidence: &'static str,
     /// Parameters: identity, at. If the database already has an identity, the statement inserts
@@ -86,7 +86,7 @@ pub(super) struct Statements {
     pub(super) count_keys: &'static str,
     /// Parameters: record, limit. Returns the number of revisions.
     pub(super) count_revisions: &'static str,
-    /// Parameters: a row of the revisions.
+    /// Parameters: all columns of the table `revisions`.
     pub(super) insert_revision: &'static str,
     /// Parameters: new revision, time of the change, record, current revision.
     pub(super) advance_record: &'static str,
@@ -118,14 +118,14 @@ pub(super) struct Statements {
     pub(super) delete_change: &'static str,
     /// Parameter: record.
     pub(super) delete_use: &'static str,
-    /// Parameters: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. The same row may occur
-    /// several times. If the stored time is later, it is not changed.
+    /// Parameters: [`RECORDS_AT_ONCE`] rows of the table `last_uses`. The same row may occur
+    /// several times. The statement does not replace a later stored time.
     pub(super) note_uses: &'static str,
-    /// Parameters: records, as many as [`RECORDS_AT_ONCE`]. Returns the times at which the given
+    /// Parameters: the ids of [`RECORDS_AT_ONCE`] records. Returns the times at which the given
     /// records were last released.
     pub(super) uses: &'static str,
-    /// Parameters: rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`]. The same row
-    /// may occur several times. If the stored time is later, it is not changed.
+    /// Parameters: [`CLIENT_USES_AT_ONCE`] rows of the table `client_uses`. The same row may occur
+    /// several times. The statement does not replace a later stored time.
     pub(super) note_client_uses: &'static str,
     /// Parameter: client. Returns the uses of the client's secrets, ordered by the number of the
     /// secret.

@@ -90,7 +90,7 @@ impl Default for Inbox {
 
 impl Inbox {
     /// Returns the buffer for the next read. After [`Inbox::take`] has found no message, the buffer
-    /// has at least one byte of room.
+    /// has at least one byte of free space.
     pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);

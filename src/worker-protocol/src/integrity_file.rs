@@ -117,8 +117,8 @@ pub enum IntegrityFileError {
 }
 
 impl IntegrityFileError {
-    /// Whether the error means that the file has other content than `keybroker` wrote. All other
-    /// errors are about settings, owner, mode or storage.
+    /// Whether the error means that the content of the file differs from the content that
+    /// `keybroker` wrote. All other errors are about settings, owner, mode or storage.
     pub fn is_about_content(&self) -> bool {
         matches!(self, Self::Changed { .. } | Self::Malformed { .. })
     }
@@ -375,7 +375,7 @@ fn sha256(bytes: &[u8]) -> String {
     hex::encode(digest::digest(&digest::SHA256, bytes))
 }
 
-/// Returns whether a text is a SHA-256 in the format of the configuration.
+/// Returns whether a string is a SHA-256 in the format of the configuration.
 pub fn is_sha256(text: &str) -> bool {
     let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     text.len() == 2 * digest::SHA256_OUTPUT_LEN && text.bytes().all(is_digit)
@@ -452,7 +452,7 @@ mod tests {
         assert_eq!(fixture.files().load(ID).unwrap(), key());
     }
 
-    /// A person with the public key can wrap a key.
+    /// Everyone with the public key can wrap a key.
     #[test]
     fn a_file_that_another_key_was_put_into_is_refused() {
         let fixture = Fixture::new(&key().to_text());

@@ -24,8 +24,8 @@ pub enum IntegrityKey {
     /// A generic secret key that may be used only with `CKM_SHA256_HMAC`.
     #[default]
     GenericSecret,
-    /// A key of type `CKK_SHA256_HMAC`, without length and allowed mechanisms in the template. For
-    /// `YubiHSM` 2.
+    /// A key of type `CKK_SHA256_HMAC` whose template contains neither the length nor the allowed
+    /// mechanisms. For `YubiHSM` 2.
     Sha256Hmac,
     /// A key of type `CKK_SHA256_HMAC` that the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`
     /// generates. For Entrust `nShield`.
@@ -133,8 +133,8 @@ pub struct Settings {
     #[serde(default)]
     pub integrity_key_digests: BTreeMap<String, String>,
     /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Templates do not
-    /// contain excepted attributes. If an excepted attribute is present, its value must still be
-    /// correct.
+    /// contain these attributes. If a key nevertheless has one of these attributes, its value must
+    /// be correct.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
@@ -226,8 +226,8 @@ impl Settings {
         }
     }
 
-    /// Returns the part of the settings that a worker needs. After this call, this process checks
-    /// files by the same rules as the process that sent the setup.
+    /// Returns the settings that a worker needs. After this call, this process checks files by the
+    /// same rules as the process that sent the setup.
     pub fn from_setup(setup: &Setup) -> Self {
         if !setup.read_only_mounts_count {
             trusted_file::ignore_read_only_mounts();
@@ -275,8 +275,8 @@ pub struct ExpectedKey {
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// Whether the key may be on another token. If the value is true, a token whose serial number
-    /// is not `token_serial` does not need the key.
+    /// Whether the key may be on another token. If the value is true, only the token with the
+    /// serial number `token_serial` must have the key.
     pub may_be_elsewhere: bool,
     /// Messages with MACs. Before the key is used, its integrity key must verify these MACs.
     pub proofs: Vec<Proof>,
@@ -323,8 +323,8 @@ impl From<TokenIdentity> for TokenInfo {
     }
 }
 
-/// Removes the padding of a text in `CK_TOKEN_INFO`. The PKCS#11 standard requires padding with
-/// blanks. Some modules pad texts with NUL, or end a text with a NUL.
+/// Removes the padding of a text field in `CK_TOKEN_INFO`. The PKCS#11 standard requires padding
+/// with blanks. Some modules pad text fields with NUL bytes, or end the text with a NUL byte.
 pub fn unpadded(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
     text.trim_end()

@@ -72,7 +72,7 @@ struct Arrived {
     /// `None` for a health check.
     principal: Option<Arc<Principal>>,
     call: Call,
-    /// Whether the caller's timeout could be read.
+    /// The error if the caller's timeout could not be read.
     timeout: Result<(), Error>,
 }
 
@@ -111,8 +111,8 @@ impl Context {
             && let Err(error) = self.broker.check_arrival(principal, &call)
         {
             // The answer must not be sent before the message has arrived, because HTTP/2 would
-            // count the stream as an error of the broker. After a thousand such errors, HTTP/2
-            // closes the connection with all its calls.
+            // count the stream as an error of the broker. After a thousand errors of this kind,
+            // HTTP/2 closes the connection with all its calls.
             discard(request.body_mut(), DISCARDED_BYTES_MAX).await;
             return answer(&error, id);
         }
@@ -252,8 +252,8 @@ impl Own {
             Code::Internal | Code::InvalidArgument | Code::Unknown => {
                 Self::Malformed("a protobuf message of this method")
             }
-            // If tonic's status `UNIMPLEMENTED` has a text, the cause is an unsupported compression, and the text lists the
-            // supported compressions.
+            // If tonic's status `UNIMPLEMENTED` has a message, the cause is an unsupported
+            // compression, and the message lists the supported compressions.
             Code::Unimplemented if !headers.contains_key(MESSAGE_HEADER) => Self::NoMethod,
             _ => Self::No,
         }

@@ -1,5 +1,6 @@
-//! Decides which trial may run Argon2id next. A trial deliberately costs much memory and time. Therefore only a few
-//! trials run concurrently, and the other trials wait.
+//! A trial is the verification of a secret with Argon2id. This module decides which trial may run
+//! next. A trial deliberately needs much memory and time. Therefore only a few trials run
+//! concurrently, and the other trials wait.
 //!
 //! Three lanes are served in this order: secrets that this broker accepted before, secrets of
 //! existing API clients, and secrets for unknown ids. In the second lane, the API clients take
@@ -17,7 +18,7 @@ use tokio::sync::oneshot;
 
 use keybroker_core::key::ClientId;
 
-/// Largest number of waiting trials in the lane of accepted secrets, and in the lane of unknown ids.
+/// Largest number of waiting trials in each of two lanes: accepted secrets and unknown ids.
 const WAITING_MAX: usize = 64;
 /// Largest number of waiting trials for existing clients.
 const KNOWN_WAITING_MAX: usize = 1_024;
@@ -60,13 +61,15 @@ type Waiting = oneshot::Sender<Turn>;
 /// The right to run one trial. When this value is dropped, the next waiting trial gets the right.
 pub(super) struct Turn(Option<Turns>);
 
-/// One of the places for trials of an API client's secrets. When this value is dropped, the place is free again.
+/// A place for one of the concurrent trials of an API client's secrets. When this value is dropped,
+/// the place is free again.
 pub(super) struct Place {
     turns: Turns,
     client: ClientId,
 }
 
-/// The permission for one of the concurrent look-ups. When this value is dropped, another look-up may begin.
+/// The permission for one look-up of an API client. When this value is dropped, another look-up may
+/// begin.
 pub(super) struct Lookup(Turns);
 
 impl fmt::Debug for Turns {
@@ -84,7 +87,7 @@ impl Turns {
         })))
     }
 
-    /// Takes a place for a trial of a secret of the API client `id`. Returns `None` if all places
+    /// Takes a place for a trial of one of the secrets of `client`. Returns `None` if all places
     /// are taken.
     pub(super) fn place(&self, client: ClientId) -> Option<Place> {
         let mut state = self.state();
@@ -100,7 +103,7 @@ impl Turns {
         })
     }
 
-    /// Takes a permission to look up an API client, unless too many look-ups are running.
+    /// Returns a permission to look up an API client, or `None` if too many look-ups are running.
     pub(super) fn lookup(&self) -> Option<Lookup> {
         let mut state = self.state();
         if state.lookups >= LOOKUPS_MAX {
@@ -139,8 +142,8 @@ impl Turns {
             drop(state);
             match next.send(Turn(Some(self.clone()))) {
                 Ok(()) => return,
-                // The caller of this trial has stopped waiting. The turn is taken out of its
-                // wrapper, because dropping the `Turn` would give the turn to a second trial.
+                // The caller of this trial has stopped waiting. The inner value is taken out of the
+                // `Turn`, because dropping the `Turn` would start a second trial.
                 Err(mut turn) => drop(turn.0.take()),
             }
         }
@@ -193,7 +196,8 @@ impl State {
         next.or_else(|| self.unknown.pop_front())
     }
 
-    /// Returns a trial of the API client whose turn it is, and moves this API client to the end of the order.
+    /// Returns a trial of the API client that is first in the order, and moves this API client to
+    /// the end of the order.
     fn next_known(&mut self) -> Option<Waiting> {
         let client = self.order.pop_front()?;
         let queue = self.known.get_mut(&client)?;

@@ -34,7 +34,7 @@ pub struct Rotation {
 pub struct Rotated {
     /// The new key or, if nothing was done, the key that is in use.
     pub key: WrappingKeyView,
-    /// The key that was in use before.
+    /// The key that was in use before the rotation.
     pub previous: Option<WrappingKeyId>,
     /// Whether anything was changed.
     pub is_changed: bool,
@@ -52,10 +52,11 @@ enum Decision {
 }
 
 impl Broker {
-    /// Makes a new wrapping key, or returns to the previous key. With [`Rotation::single`], the new key is active
-    /// before the answer. No other call fails or waits during the rotation. Without [`Rotation::single`], the new key
-    /// stays pre-active until an administrator activates it. When the new key becomes active, the previous key is
-    /// deactivated and still unwraps.
+    /// Makes a new wrapping key, or returns to the previous key. With [`Rotation::single`], the new
+    /// key is active before the caller gets the answer. No other call fails or waits during the
+    /// rotation. Without [`Rotation::single`], the new key stays pre-active until an administrator
+    /// activates it. When the new key becomes active, the previous key is deactivated and still
+    /// unwraps.
     pub async fn rotate_key(
         self: &Arc<Self>,
         principal: &Principal,
@@ -141,7 +142,7 @@ impl Broker {
             .rows()
             .filter(|(row, _)| row.state == WrappingKeyState::Deactivated);
         let Some((row, _)) = deactivated.max_by_key(|(row, _)| row.sequence) else {
-            let what = "there is no previous key: no registered key is deactivated";
+            let what = "there is no previous key: none of the registered keys is in the state `deactivated`";
             return Err(Error::new(Reason::KeyState, what).explained("id", what));
         };
         let row = registry.verified(row.id)?;
@@ -223,7 +224,7 @@ impl Broker {
         rotation: Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<RegistryChange, Error> {
-        // The workers need the row of the key before the key is registered.
+        // The workers need the row to test the key before the key is registered.
         let unregistered = made.row(WrappingKeyState::PreActive, 0).await?;
         self.prove_new_key(unregistered).await?;
         let registry = self.registry()?;

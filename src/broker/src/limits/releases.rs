@@ -10,7 +10,8 @@ use std::{
 use moka::sync::Cache;
 
 const WINDOW: Duration = Duration::from_hours(1);
-/// Shortest time between two removals of old users, because a removal visits every user.
+/// Shortest time between two removals of outdated users from the counts. A removal examines every
+/// user.
 const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of services that are counted separately. Services come from the configuration and from API clients,
 /// so operators decide how many exist.
@@ -100,7 +101,7 @@ mod tests {
         assert!(releases.note_at("service", "d", minutes(1)));
         assert!(!releases.note_at("service", "e", minutes(2)));
         assert!(!releases.note_at("other", "d", minutes(2)));
-        // A user who is seen again counts once.
+        // A user whose key is released again counts only once.
         assert!(!releases.note_at("service", "c", minutes(30)));
         // The first two users have been removed by now, so two more users fit.
         assert!(!releases.note_at("service", "d", minutes(61)));

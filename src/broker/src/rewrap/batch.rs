@@ -1,4 +1,5 @@
-//! The swap of a batch of rows, between a durable intent and a durable outcome.
+//! Replaces a batch of rows with their re-wrapped form, between a durable intent and a durable
+//! outcome.
 
 use std::fmt::Write as _;
 
@@ -18,8 +19,9 @@ use crate::{Broker, commit::Settled, journal::Draft};
 pub(super) type RowId = ([u8; 16], u64);
 
 impl Broker {
-    /// Swaps a batch of rows. The intent contains the digest of the rows in the batch. The outcome contains the digest
-    /// of the rows that were moved. `swap` must store the mark of the call. Returns whether each row was moved.
+    /// Runs `swap`, which replaces a batch of rows in the database. The intent contains the digest
+    /// of the rows in the batch. The outcome contains the digest of the rows that were moved.
+    /// `swap` must store the mark of the call. Returns whether each row was moved.
     pub(super) async fn swap_batch(
         &self,
         to: WrappingKeyId,

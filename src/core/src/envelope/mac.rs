@@ -195,7 +195,8 @@ struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        // Reserve the whole capacity now: a vector that grows leaves copies that are not overwritten.
+        // Reserve the full capacity now: a vector that grows leaves copies that are not
+        // overwritten.
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message

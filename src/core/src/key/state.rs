@@ -51,7 +51,7 @@ impl KeyUse {
 }
 
 impl WrappingKeyState {
-    /// All states, in the order of a key's life.
+    /// All states, in the order of a key's life cycle.
     pub const ALL: [Self; 6] = [
         Self::PreActive,
         Self::Active,
@@ -61,7 +61,7 @@ impl WrappingKeyState {
         Self::Destroyed,
     ];
 
-    /// The text that is stored and shown.
+    /// The name of the state in the database and in output.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::PreActive => "pre-active",
@@ -142,7 +142,8 @@ impl fmt::Display for WrappingKeyState {
     }
 }
 
-/// A change of a state that is not in the table of transitions. The text contains the legal changes.
+/// A change of a state that is not in the table of transitions. The error message lists the legal
+/// changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IllegalTransition {
     /// The state of the key.
@@ -257,7 +258,7 @@ mod tests {
             }
         }
 
-        /// The stored text of a state is read back, and no other text is a state.
+        /// The stored name of each state can be parsed, and no other string is the name of a state.
         #[test]
         fn the_stored_text_is_read_back(state in state(), text in "[a-z-]{0,12}") {
             prop_assert_eq!(WrappingKeyState::parse(state.as_str()), Some(state));

@@ -11,10 +11,12 @@ use keybroker_core::call::Deadline;
 
 use crate::{Error, job::Output};
 
-/// Before this time, no token counts as late. If a third of the remaining time is shorter, this third is the limit.
+/// A token counts as late only after this time. If a third of the job's remaining time is shorter,
+/// the third applies instead.
 const PATIENCE_MIN: Duration = Duration::from_millis(250);
 const PATIENCE_MIN_PARTS: u32 = 3;
-/// A token answers late if it takes longer than this many times the expected time.
+/// A token counts as late if its answer takes longer than the expected time multiplied by this
+/// factor.
 const PATIENCE_FACTOR: u32 = 4;
 /// Half of the remaining time is reserved for another token, unless the expected time is longer.
 const PATIENCE_MAX_PARTS: u32 = 2;

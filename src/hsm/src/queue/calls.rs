@@ -1,10 +1,11 @@
 //! Limits how many calls the front works on before their jobs reach the queue of the token. A call needs one of a fixed
 //! number of places.
 //!
-//! If the processors are slower than the token, calls would wait in the run queue of the async runtime, which ignores
-//! principals and deadlines. Therefore the front works on only a few calls concurrently. The other calls wait here, in
-//! the same order as in the token's queue: the principals are served in turns. A call that cannot be completed in time
-//! is refused before any work.
+//! If the processors are slower than the token, calls would wait in the run queue of the async
+//! runtime, which ignores principals and deadlines. Therefore the front works on only a few calls
+//! concurrently. The other calls wait here, in the same order as in the token's queue: the
+//! principals are served in turns. A call that cannot be completed in time is refused before the
+//! front works on the call.
 //!
 //! A call gives its place back when its job reaches the queue of the token, or when the call waits for something other
 //! than the processors.
@@ -46,8 +47,8 @@ const PLACES_PER_PROCESSOR: usize = 16;
 const WAITING_MAX: usize = 8_192;
 /// Assumed time for which a call needs its place, before the first measurement.
 const FIRST: Duration = Duration::from_micros(200);
-/// The quantum is less than the cost of every call. Therefore a turn serves one call for each unit of weight, whatever
-/// the estimates are.
+/// The quantum is less than the cost of every call. Therefore a turn serves one call for each unit
+/// of weight, regardless of the estimates.
 const QUANTUM: Duration = Duration::from_nanos(1);
 /// A call gives back its place after it has waited this long for the database.
 const SLOW: Duration = Duration::from_millis(50);
@@ -245,7 +246,7 @@ impl Waiter {
     }
 }
 
-/// A waiting call's claim to a place.
+/// The place for which a call waits, or which the call has just got.
 struct Turn {
     calls: Calls,
     answer: oneshot::Receiver<Result<(), Error>>,

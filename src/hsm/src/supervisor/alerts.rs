@@ -51,8 +51,8 @@ impl Alerts {
         })
     }
 
-    /// Returns the lines of intervals that have ended. If the alert was raised again during an interval, another
-    /// interval begins.
+    /// Returns the log lines for intervals that have ended. If the alert was raised again during an
+    /// interval, another interval begins.
     pub(super) fn due(&mut self, now: Duration) -> Vec<Line> {
         let mut lines = Vec::new();
         self.0.retain_mut(|held| {

@@ -45,7 +45,7 @@ const SILENCE: Duration = Duration::from_millis(250);
 /// Header of a frame of an unknown type on stream 0, with a payload of 1,015 bytes. With its header, the frame has 1 KiB.
 const FILLER_HEADER: [u8; 9] = [0, 0x03, 0xf7, 0xfa, 0, 0, 0, 0, 0];
 const FILLER_BYTES: usize = 1_024;
-/// Number of filler bytes. The number is larger than the library's read buffer, which contains at
+/// Number of filler bytes. The fillers are larger than the library's read buffer, which contains at
 /// most two frames of 16 KiB.
 const FILLERS_BYTES: usize = 48 * FILLER_BYTES;
 const PING_BYTES: usize = 17;
@@ -84,7 +84,7 @@ struct Frames {
     payload: usize,
 }
 
-/// The relevant facts about a sequence of bytes on a connection.
+/// The number of stream resets in a sequence of bytes, and whether the bytes are confidential.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
     resets: u32,

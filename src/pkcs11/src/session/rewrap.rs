@@ -16,8 +16,8 @@ use keybroker_worker_protocol::{
 
 use super::{SessionThread, Stop};
 
-/// The public key to which a session thread last re-wrapped. A run re-wraps many rows to one target, so the key is
-/// parsed only once.
+/// The public key of the target of a session thread's last re-wrap. A run re-wraps many rows to one
+/// target, so the key is parsed only once.
 #[derive(Debug)]
 pub(super) struct Target {
     spki: Vec<u8>,
@@ -78,8 +78,8 @@ impl SessionThread {
         Ok(())
     }
 
-    /// Returns the public key of a key of this worker. The worker computed the public key from the objects on the
-    /// token.
+    /// Returns the public key of one of this worker's wrapping keys. The worker computed the public
+    /// key from the objects on the token.
     fn own_spki(&self, own: &OwnKey) -> Result<&Vec<u8>, Stop> {
         let id = WrappingKeyId::from_slice(&own.key_id);
         let mut keys = self.shared.keys.iter();

@@ -130,7 +130,7 @@ impl Place {
     }
 
     /// Like `check`, but uses the result of the last examination if it found no problem and is not
-    /// older than `RECENT`. An examination costs four system calls.
+    /// older than `RECENT`. An examination needs four system calls.
     pub(super) fn check_recent(&self) -> Result<(), Error> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_recent = last.good.is_some_and(|good| good.elapsed() < RECENT);

@@ -31,7 +31,7 @@ pub(super) struct Bare {
     operations: u32,
     seconds: f64,
     cpu_ms: f64,
-    /// Number of times that a thread gave up the CPU to wait.
+    /// Number of voluntary context switches: a thread gave up the CPU to wait.
     waits: u32,
 }
 
@@ -117,7 +117,7 @@ pub(super) struct Facts {
     pub(super) model: String,
 }
 
-/// Reads the facts from the registry and the token.
+/// Reads the properties of the active wrapping key from the registry and the token.
 pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     let registry = block_on(async {
         let store = store::open(&config.store).await?;

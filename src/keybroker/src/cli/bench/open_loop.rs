@@ -29,7 +29,7 @@ const IN_PROGRESS_MAX: usize = 65_536;
 /// stopped.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// The random number generator `SplitMix64`. A measurement with the same seed has the same
+/// The random number generator `SplitMix64`. Two measurements with the same seed have the same
 /// schedule.
 #[derive(Clone, Debug)]
 pub(super) struct Random(u64);

@@ -133,7 +133,7 @@ struct Ready {
     status: SocketAddr,
 }
 
-/// The durations of the two parts of a restart.
+/// The durations of the stop and of the start in a restart.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RestartTime {
     /// Time from SIGTERM to the end of the process.
@@ -143,8 +143,8 @@ pub(super) struct RestartTime {
 }
 
 impl Served {
-    /// Finds the running broker of `--attach`, or starts a broker with the changed configuration,
-    /// if there is one.
+    /// Uses the running broker of `--attach`, or starts a broker with the changed configuration or,
+    /// without changes, with the operator's configuration.
     pub(super) async fn start(
         bench: &Bench<'_>,
         changed: Option<Changed>,

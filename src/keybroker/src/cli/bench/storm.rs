@@ -189,7 +189,8 @@ async fn fetch(rest: &Rest, user: &User, token: &str) -> Outcome {
     }
 }
 
-/// The counts of a storm. Every member is counted once.
+/// The numbers of members in a storm, by the outcome of their requests. Every member is counted
+/// once.
 struct Counts {
     keys: u64,
     within_goal: u64,
@@ -273,7 +274,7 @@ impl Counts {
         let (count, first) = (self.failed, &self.first_failure);
         (count > 0).then(|| {
             format!(
-                "{count} members got neither a key nor an answer to try again later; the first error: {first}"
+                "{count} members got neither a key nor a request to try again later; the first error: {first}"
             )
         })
     }

@@ -164,7 +164,7 @@ pub(in crate::cli) fn write_secret(path: &Path, material: &[u8]) -> Result<(), F
         })
 }
 
-/// A destination of a secret other than standard output.
+/// The file or descriptor to which a secret is written instead of standard output.
 pub(in crate::cli) enum Destination<'a> {
     /// A file that does not exist yet.
     NewFile(&'a Path),
@@ -173,8 +173,8 @@ pub(in crate::cli) enum Destination<'a> {
 }
 
 impl<'a> Destination<'a> {
-    /// Returns the destination that the options select. Call this function before the secret
-    /// exists, so that an unusable destination causes no loss.
+    /// Returns the destination that the options select. Call this function before the secret is
+    /// created, so that no secret is lost if the destination cannot be used.
     pub(in crate::cli) fn of(
         file: Option<&'a Path>,
         descriptor: Option<u32>,

@@ -71,7 +71,7 @@ pub enum Error {
     /// The certificate of the private key is not the first certificate in the chain.
     #[error(
         "{path}: the certificate that belongs to the key {key_path} is number {number} of {count}; it must be the \
-         first, and each further certificate must be the issuer of the previous one"
+         first, followed by the certificate of its issuer and the certificates of further issuers in order"
     )]
     ChainOrder {
         /// The path of the file with the certificate chain.
@@ -120,7 +120,7 @@ pub enum Error {
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
-    /// The revocation lists are refused. The error of the lists completes the message.
+    /// The revocation lists are refused. The source error, about the lists, completes the message.
     #[error("`client_crl_file` {path}: {problem}")]
     Lists {
         /// The path of the file.

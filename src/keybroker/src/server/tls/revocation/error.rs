@@ -72,8 +72,8 @@ pub enum ListsError {
         /// The error of the parser.
         source: nom::Err<X509Error>,
     },
-    /// A part of the file cannot be read.
-    #[error("the file has a part that cannot be read")]
+    /// A PEM block in the file cannot be read.
+    #[error("the file has a PEM block that cannot be read")]
     Block(#[source] pem::DamagedBlock),
     /// The file is too long.
     #[error("the file is longer than {0} bytes, so none of its lists is used")]

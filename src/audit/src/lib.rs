@@ -63,7 +63,7 @@ impl Settings {
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
-    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps facts about the log in the state
+    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps the state of the log in the state
     /// directory. The function refuses a log that is missing, a log that ends before the last durable entry, and a log
     /// with unacknowledged tampering.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
@@ -223,7 +223,7 @@ pub struct Entry {
     pub peer: Option<String>,
     /// Number of events that the entry represents, if it represents more than one event.
     pub count: Option<u64>,
-    /// Number of bytes of the audit log that the entry is about.
+    /// Number of bytes in the part of the audit log that the entry is about.
     pub bytes: Option<u64>,
     /// The API client that was created or changed.
     pub client: Option<ClientId>,

@@ -26,7 +26,8 @@ use super::{
 /// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
 /// Length of the period before the end of the log, in microseconds: the changes in this period may be missing in the
-/// state directory. One minute is a safe value, because the state directory is at most one second older than the log.
+/// state directory. One minute is a safe value, because the content of the state directory is at most one second older
+/// than the log.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
 /// Largest size of one torn group, in bytes. The value assumes a generous size for each line.
@@ -56,8 +57,8 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Reads all segments from the newest segment that began without open intents. Every intent in an older segment has
-    /// an outcome.
+    /// Reads the newest segment that began without open intents, and all later segments. Every intent in an older
+    /// segment has an outcome.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {

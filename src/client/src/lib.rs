@@ -1,6 +1,6 @@
 //! A gRPC client for Keybroker, which keeps users' keys wrapped under a key in an HSM.
 //!
-//! This library extends the generated stubs of [`keybroker_proto`] with the parts that every program needs: TLS,
+//! This library extends the generated stubs of [`keybroker_proto`] with the features that every program needs: TLS,
 //! credentials, a deadline on every call, safe retries, and errors that a program can act on.
 //!
 //! ```no_run

@@ -42,7 +42,7 @@ pub struct ClientCredential {
     pub id: ClientId,
     /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,
-    /// All other properties of the client.
+    /// The properties of the client except its id and revision.
     pub document: Document,
 }
 
@@ -113,7 +113,7 @@ impl Document {
         }
     }
 
-    /// The rights and the numbers of the live secrets in one line, for the audit log.
+    /// The rights and the numbers of the valid secrets in one line, for the audit log.
     pub fn summary(&self) -> String {
         let texts = |names: Vec<&str>| names.join(",");
         let roles = texts(self.roles.iter().map(|role| role.as_str()).collect());

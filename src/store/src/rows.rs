@@ -1,6 +1,6 @@
 //! Converts rows into domain types and back, for every engine. Only this module maps columns to
 //! fields. If a value cannot be decoded, the function returns an error with table and column. The
-//! program does not panic, and no record is missing.
+//! program does not panic on a damaged row, and does not silently leave out a record.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -362,7 +362,7 @@ pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
 /// Decodes the call and the time of a row of [`Table::Changes`].
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     let row = Reader::new(Table::Changes, row);
-    // The id belongs to a record or an API client.
+    // The column contains the id of a record or of an API client.
     row.array::<16>("record_id")?;
     let call = CallId::from_slice(row.bytes("call_id")?);
     Ok((
@@ -527,7 +527,7 @@ pub(super) fn place(row: &impl Columns) -> Result<PlaceRow, Error> {
     let integrity = row.bytes("integrity_cka_id")?;
     Ok(PlaceRow {
         key: row.wrapping_key("key_id")?,
-        // A token has a name of the same form as a user key.
+        // The name of a token has the same form as the name of a user key.
         token: row
             .parsed("token", |text| KeyName::parse(text).ok())?
             .to_string(),

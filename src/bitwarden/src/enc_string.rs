@@ -12,15 +12,15 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted text, in bytes. The longest text that clients encrypt is a note, which has at most a tenth of this
-/// length.
+/// Longest accepted text, in bytes. The longest text that clients encrypt is a note, which has at
+/// most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
 /// An encrypted text, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted texts of this type, but this crate never
-    /// writes texts of this type.
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted texts of this type, but
+    /// this crate never writes texts of this type.
     Aes256Cbc {
         /// 16 bytes.
         iv: Iv,

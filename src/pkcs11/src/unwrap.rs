@@ -1,5 +1,5 @@
-//! Unwraps integrity keys: the token decrypts the file of an integrity key, and this process keeps the integrity key in
-//! its memory.
+//! Unwraps integrity keys: the token decrypts the file of an integrity key, and this process keeps
+//! the integrity key in its memory.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 

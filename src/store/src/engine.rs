@@ -73,8 +73,8 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// own limit on statements, and applies when the database does not answer at all.
     fn time_limit(&self) -> Duration;
 
-    /// Limits the number of concurrent connections for a purpose (reading or writing), and the time for which a call
-    /// waits for a connection.
+    /// Limits the number of concurrent connections for a purpose (reading or writing), and the time
+    /// for which a call waits for a connection.
     fn limit(&self, _purpose: Purpose) -> Option<(&Semaphore, Duration)> {
         None
     }
@@ -377,7 +377,8 @@ impl End {
 enum Ended<T> {
     /// Nothing was committed.
     Without(Error),
-    /// The change may have been committed. The second value is the result of the transaction's work.
+    /// The change may have been committed. The second value is the result of the transaction's
+    /// work.
     Unknown(Error, T),
 }
 
@@ -400,8 +401,8 @@ where
 {
 }
 
-/// A connection for one use. When the lease is dropped, the connection is closed, unless the connection was returned to
-/// the pool.
+/// A connection for one use. When the lease is dropped, the connection is closed, unless the
+/// connection was returned to the pool.
 struct Lease<'l, E: Engine> {
     lender: &'l Lender<E>,
     purpose: Purpose,
@@ -548,8 +549,9 @@ impl<'l, E: Engine> Lease<'l, E> {
                 Err(Ended::Without(error))
             }
             (Ok(value), Err(error)) if is_commit => Err(Ended::of_commit(error, value)),
-            // The error of the work is more useful to the caller than the error of the rollback. Nothing was committed,
-            // because the transaction was rolled back or its connection is closed.
+            // The error of the work is more useful to the caller than the error of the rollback.
+            // Nothing was committed, because the transaction was rolled back or its connection is
+            // closed.
             (Err(error), Err(_)) | (Ok(_), Err(error)) => Err(Ended::Without(error)),
         }
     }
@@ -579,7 +581,8 @@ fn no_answer(limit: Duration) -> Error {
 
 fn backoff(attempt: u32) -> Duration {
     let ceiling = BACKOFF * 2_u32.saturating_pow(attempt.min(6));
-    // A random wait does not need a cryptographic generator: the random seed of a hasher is sufficient.
+    // A random wait does not need a cryptographic generator: the random seed of a hasher is
+    // sufficient.
     let random = RandomState::new().build_hasher().finish();
     let share = u32::try_from(random % 1_024).unwrap_or(0);
     ceiling / 2 + ceiling / 2 * share / 1_024

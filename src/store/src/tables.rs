@@ -155,8 +155,8 @@ pub trait Tables: Store {
     /// `skip` rows after the row `after`, or `skip` rows after the beginning if `after` is `None`.
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
-    /// Adds all rows unchanged. If an error occurs, no row is added. Returns [`Error::Exists`] if a new row conflicts
-    /// with an existing row.
+    /// Adds all rows unchanged. If an error occurs, no row is added. Returns [`Error::Exists`] if a
+    /// new row conflicts with an existing row.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
 
     /// Returns the stored data of the record with the id `record`.

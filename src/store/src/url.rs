@@ -5,7 +5,8 @@
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// The problem of a URL that cannot be used. This text never contains the URL, because the URL may include a password.
+/// The problem of a URL that cannot be used. This text never contains the URL, because the URL may
+/// include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(
@@ -90,8 +91,8 @@ pub(super) struct Place {
 /// The connection between the broker and a database server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// A connection over the network. A connection to a loopback address counts as a connection over the network,
-    /// because any user of the machine can listen on a loopback address.
+    /// A connection over the network. A connection to a loopback address counts as a connection
+    /// over the network, because any user of the machine can listen on a loopback address.
     Network { host: String, port: Option<u16> },
     /// A connection over a socket in the file system. For PostgreSQL, the path is the path of the
     /// socket's directory. For MySQL, the path is the path of the socket.

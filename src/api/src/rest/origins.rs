@@ -47,8 +47,8 @@ pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
 /// The origin that Safari sends for pages of its extensions.
 const FILES: &str = "file://";
 
-/// Returns whether a browser or an app could send this value in the header `origin`. Each app may use its own URL
-/// scheme, such as `bw-desktop-file`.
+/// Returns whether a browser or an app could send this value in the header `origin`. Each app may
+/// use its own URL scheme, such as `bw-desktop-file`.
 pub(super) fn is_origin(text: &str) -> bool {
     if text == FILES {
         return true;

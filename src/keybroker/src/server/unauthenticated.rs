@@ -1,6 +1,7 @@
-//! Limits connections by principal and network. Connections without a principal may be only a part of all connections,
-//! with a lower limit for each network. The connections of one principal may also be only a part of all connections.
-//! Therefore, neither unauthenticated peers nor a single client can use up all connections.
+//! Limits connections by principal and network. Connections without a principal may be only a part
+//! of all connections, with a lower limit for each network. The connections of one principal may
+//! also be only a part of all connections. Therefore, neither unauthenticated peers nor a single
+//! client can use up all connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -59,8 +60,8 @@ pub(super) struct Places {
 #[derive(Debug, Default)]
 struct Unauthenticated {
     all: usize,
-    /// The number of unauthenticated connections of each network. The map has at most one entry for each
-    /// unauthenticated connection.
+    /// The number of unauthenticated connections of each network. The map has at most one entry for
+    /// each unauthenticated connection.
     by_network: Counts<IpAddr>,
 }
 
@@ -74,8 +75,8 @@ impl Places {
         })
     }
 
-    /// Counts a connection without a principal, unless a limit is reached. If the network is `None`, only the limit for
-    /// all networks applies.
+    /// Counts a connection without a principal, unless a limit is reached. If the network is
+    /// `None`, only the limit for all networks applies.
     fn of_network(self: &Arc<Self>, network: Option<IpAddr>) -> Option<Place> {
         let mut taken = lock(&self.unauthenticated);
         if taken.all >= self.unauthenticated_max {
@@ -155,7 +156,8 @@ impl Full {
     }
 }
 
-/// Whether a principal was authenticated on a connection, and the limit towards which the connection counts.
+/// Whether a principal was authenticated on a connection, and the limit towards which the
+/// connection counts.
 #[derive(Debug)]
 pub(super) struct Authentication {
     places: Arc<Places>,
@@ -180,8 +182,8 @@ impl Authentication {
         })
     }
 
-    /// Counts a connection whose certificate identifies no principal, unless a limit is reached. A connection without a
-    /// network comes from a trusted proxy.
+    /// Counts a connection whose certificate identifies no principal, unless a limit is reached. A
+    /// connection without a network comes from a trusted proxy.
     pub(super) fn pending(places: &Arc<Places>, network: Option<IpAddr>) -> Result<Self, Full> {
         let place = places.of_network(network).ok_or(Full::Unauthenticated)?;
         Ok(Self {
@@ -216,8 +218,9 @@ impl Authentication {
         Arc::clone(&self.done)
     }
 
-    /// Records that the credential of a call was accepted. The connection then counts towards the limit of this
-    /// principal. If the principal has reached its limit, the connection remains unauthenticated and ends soon.
+    /// Records that the credential of a call was accepted. The connection then counts towards the
+    /// limit of this principal. If the principal has reached its limit, the connection remains
+    /// unauthenticated and ends soon.
     pub(super) fn complete(&self, principal: &Principal) {
         if self.is_done() {
             return;
@@ -286,7 +289,8 @@ mod tests {
             .collect();
         assert!(Authentication::pending(&places, one).is_err());
         let elsewhere = Authentication::pending(&places, other).unwrap();
-        // The number of unauthenticated connections decreases when a connection authenticates or ends.
+        // The number of unauthenticated connections decreases when a connection authenticates or
+        // ends.
         held[0].complete(&service("one"));
         held[0].complete(&service("two"));
         let next = Authentication::pending(&places, neighbour).unwrap();

@@ -22,7 +22,8 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-/// Maximum length of a PEM file, in bytes. The CA certificates of a Linux distribution take about 0.3 MiB in total.
+/// Maximum length of a PEM file, in bytes. The CA certificates of a Linux distribution take about
+/// 0.3 MiB in total.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");

@@ -29,7 +29,8 @@ use super::super::{
 /// Options that describe the principal, the address and the time of a request.
 #[derive(Args, Debug)]
 pub(super) struct Who {
-    /// Describe the `[[principal]]` that has this `san` in the configuration; the other options override its values
+    /// Describe the `[[principal]]` that has this `san` in the configuration; the other options
+    /// override its values
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
     /// JSON file that describes a principal; the names of its fields are the names of the options,

@@ -1,9 +1,9 @@
 //! The audit log. Each decision leaves one durable entry, which is written before the answer is sent.
 //!
 //! A log is a directory under an exclusive lock, with append-only segments of mode 0600. Each line is one RFC 8785
-//! (canonical JSON) object with integers only, and ends with LF. All entries of a log have the same `log_id`, and their
-//! sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot be made durable
-//! within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
+//! (canonical JSON) object in which every number is an integer, and ends with LF. All entries of a log have the same
+//! `log_id`, and their sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot
+//! be made durable within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
 
 use std::{borrow::Cow, path::PathBuf, time::Duration};
 
@@ -165,7 +165,8 @@ pub enum EntryKind {
     /// The result of an intent whose outcome could not be written in time, after a crash or while the log or the store
     /// was unavailable.
     Recovered,
-    /// An event of the log itself, for example that it was opened or closed, or that a torn tail was set aside.
+    /// An event of the log itself: for example, the log was opened or closed, or a torn tail was moved to a separate
+    /// file.
     System,
 }
 
@@ -315,7 +316,8 @@ enum Class {
     InUse,
     Slow,
     Tampered,
-    /// Tampering was found and the log is latched. The text of the error contains the remedy.
+    /// Tampering was found, and the log stays unavailable until an operator acknowledges the
+    /// tampering. The text of the error contains the remedy.
     Latched,
 }
 

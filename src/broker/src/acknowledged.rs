@@ -40,7 +40,7 @@ const CLOCKS_APART: Duration = Duration::from_hours(1);
 /// The content of the state file: the identity of the database, and the acknowledged changes.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database; `None` until it was read for the first time.
+    /// The identity of the database; `None` until it is read for the first time.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,
@@ -76,7 +76,7 @@ struct Known {
 /// The reason for refusing a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mismatch {
-    /// The database has another identity, or none.
+    /// The database has another identity, or no identity.
     OtherStore,
     /// The database does not contain the mark of an acknowledged change.
     NoMark,

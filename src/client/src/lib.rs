@@ -53,7 +53,7 @@
 //! `RetryInfo`. A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
-//! connection when the existing connection is lost, or when a call reached its deadline and the connection carried no
+//! connection when the existing connection is lost, or when a call reached its deadline and the connection received no
 //! answer during the call. [`Client::connect`] opens the connection before the first call, and
 //! [`Client::with_separate_connection`] returns a client with another connection.
 //!

@@ -18,11 +18,12 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes: the size of the database column. This limit applies to changes that add no secret, such as a
-/// revocation.
+/// Maximum length of a document, in bytes: the size of the database column. This limit applies to changes that add no
+/// secret, such as a revocation.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
-/// Longest document of a client that is created or gets a new secret. The difference to [`DOCUMENT_BYTES_MAX`] is reserved
-/// for changes that must never be refused: the dates of revocations, and stronger hashes.
+/// Maximum length of a document, in bytes, when a client is created or gets a new secret. The bytes between this limit
+/// and [`DOCUMENT_BYTES_MAX`] are reserved for changes that must never be refused: the dates of revocations, and
+/// stronger hashes.
 pub const GROWING_DOCUMENT_BYTES_MAX: usize = 24 * 1_024;
 /// Longest label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;

@@ -41,7 +41,7 @@ impl LastAnswer {
     }
 }
 
-/// The refusals of one job, and of the self-tests between them.
+/// The number of refusals of one job, and of the self-tests that ran between these refusals.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Refusals {
     job: u32,

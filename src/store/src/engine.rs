@@ -3,7 +3,7 @@
 //! Every use of a connection runs in a separate task. If the caller cancels its call, the task
 //! still completes its statement or transaction and returns the connection in its initial state. If
 //! a step failed, took too long or panicked, the connection is closed instead of returned.
-//! Therefore a lent connection is never inside a transaction of an earlier call.
+//! Therefore a connection from the pool is never inside a transaction of an earlier call.
 
 use std::{
     fmt,
@@ -141,7 +141,7 @@ impl<E: Engine> EngineStore<E> {
         })
     }
 
-    /// Runs work in a separate task until it ends.
+    /// Runs work in a separate task until the work ends.
     async fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -209,9 +209,9 @@ impl<E: Engine> EngineStore<E> {
         .await
     }
 
-    /// Runs a transaction until it ends. Failed work is rolled back. The work runs again if the
-    /// database rolled it back in favour of another transaction, or if the connection was lost
-    /// before the commit was sent.
+    /// Runs a transaction until it ends. If the work fails, the transaction is rolled back. The
+    /// work runs again if the database rolled it back in favour of another transaction, or if the
+    /// connection was lost before the commit was sent.
     async fn transaction<T, W>(&self, end: End, work: W) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -291,7 +291,8 @@ where
     work
 }
 
-/// Asks on another connection whether a change was committed. The connection of the change was lost during the commit.
+/// Uses another connection to find out whether a change was committed. The connection of the change was lost during the
+/// commit.
 async fn is_committed<E: Engine>(
     lender: &Lender<E>,
     retry: &mut Retry<'_>,
@@ -360,7 +361,7 @@ enum End {
     Commit,
     /// Commits a change with the mark of its call. Another connection can then find out whether the change was committed.
     CommitMarked(CallId),
-    /// Rolls back the work. Used by callers that need only the result.
+    /// Rolls back the work, for callers that need only the result of the work.
     Rollback,
 }
 

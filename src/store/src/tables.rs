@@ -91,7 +91,8 @@ impl Row {
         text
     }
 
-    /// Returns all values, for writing. Returns an error if a value could not be read.
+    /// Returns all values of the row, in order to write the row. Returns an error if a value could
+    /// not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
         all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))

@@ -1,6 +1,6 @@
-//! CORS: only pages of the configured origins may send requests; origins are compared as text. CORS
-//! does not protect the keys: every request for a key requires an access token. CORS prevents pages
-//! of other origins from sending requests in the browser of a user who has an access token.
+//! CORS: only pages of the configured origins may send requests; origins are compared as strings.
+//! CORS does not protect the keys: every request for a key requires an access token. CORS prevents
+//! pages of other origins from sending requests in the browser of a user who has an access token.
 
 use std::time::Duration;
 

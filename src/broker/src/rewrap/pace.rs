@@ -22,7 +22,7 @@ const IN_FLIGHT_MAX: usize = 16;
 pub(super) struct Pace {
     /// Rows per second; 0 for no limit.
     rate: Mutex<u32>,
-    /// Time at which the next row may begin.
+    /// Time at which the next row may be moved.
     next: Mutex<Instant>,
     /// The last known number of principals' jobs, and the time of its last increase.
     seen: Mutex<(u64, Option<Instant>)>,
@@ -65,7 +65,7 @@ impl Pace {
         self.give_way(token, job).await
     }
 
-    /// Runs a job that only the share of the run can delay, not the rate.
+    /// Runs a job that the share of the run can delay, but not the rate.
     pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if !self.is_called(token, Instant::now()) {
             return job.await;

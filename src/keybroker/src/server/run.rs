@@ -112,7 +112,7 @@ pub async fn run(
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
-            format!("a second signal, {name}, stopped the broker without a drain; the next start resolves the open changes"),
+            format!("a second signal, {name}, stopped the broker without a drain; the next start finds out whether the unfinished changes were committed"),
         )),
     }
 }

@@ -1,7 +1,7 @@
-//! Limits connections by principal and network. Connections without a principal may be only a part
-//! of all connections, with a lower limit for each network. The connections of one principal may
-//! also be only a part of all connections. Therefore, neither unauthenticated peers nor a single
-//! client can use up all connections.
+//! Limits connections by principal and network. Connections without a principal may make up only a
+//! part of all connections, with a lower limit for each network. The connections of one principal
+//! may also make up only a part of all connections. Therefore, neither unauthenticated peers nor a
+//! single client can use up all connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -137,10 +137,11 @@ impl Drop for Place {
     }
 }
 
-/// The limit because of which a connection is refused.
+/// The limit that causes the broker to refuse a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Full {
-    /// The maximum number of unauthenticated connections, in total or from the network, is open.
+    /// The number of unauthenticated connections, in total or from the network, has reached its
+    /// maximum.
     Unauthenticated,
     /// The principal has the maximum number of connections.
     Principal,
@@ -195,7 +196,7 @@ impl Authentication {
         })
     }
 
-    /// Disables the credentials of calls on this connection.
+    /// Stops calls on this connection from authenticating with credentials.
     #[must_use]
     pub(super) fn without_credentials(self) -> Self {
         Self {

@@ -162,8 +162,8 @@ pub enum EntryKind {
     Intent,
     /// The result of the intent with the same call id.
     Outcome,
-    /// The result of an intent whose outcome could not be written in time, after a crash or while the log or the store
-    /// was unavailable.
+    /// The result of an intent whose outcome could not be written in time, because of a crash or because the log or the
+    /// store was unavailable.
     Recovered,
     /// An event of the log itself: for example, the log was opened or closed, or a torn tail was moved to a separate
     /// file.

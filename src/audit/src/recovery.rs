@@ -2,8 +2,8 @@
 //!
 //! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes
 //! have a cause other than a crash. The broker does not append to a damaged log, because new entries would hide the
-//! damage: if the unreadable bytes were moved to another file, the sequence would have no gap. A loss of power can
-//! leave a hole inside the last group, which looks the same as a manual edit. Therefore a hole in the last group is
+//! damage. If the unreadable bytes were moved to another file, the sequence numbers would have no gap. A loss of power
+//! can leave a hole inside the last group, which looks the same as a manual edit. Therefore a hole in the last group is
 //! treated as damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.

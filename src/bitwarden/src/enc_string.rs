@@ -12,8 +12,8 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted text, in bytes. The longest text that clients encrypt is a note, which has at
-/// most a tenth of this length.
+/// Longest accepted encrypted text, in bytes. The longest text that clients encrypt is a note,
+/// which has at most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
 /// An encrypted text, well-formed but not yet verified.

@@ -25,8 +25,8 @@ mod rewrap;
 
 pub(super) use rewrap::{key_uses, row_under, run, run_values};
 
-/// Longest text of a serial number, in bytes. In PKCS#11, a serial number has 16 bytes, and each
-/// byte becomes at most three bytes of text.
+/// Longest serial number as text, in bytes. In PKCS#11, a serial number has 16 bytes, and each byte
+/// becomes at most three bytes of text.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
 /// The data of a row of [`Table::Records`].

@@ -274,7 +274,7 @@ impl Entry {
 pub struct Change {
     /// The call that made the change.
     pub call: CallId,
-    /// When the intent of the change was written.
+    /// Time at which the intent of the change was written.
     pub at: Timestamp,
     /// The action, as in the field `action`.
     pub action: String,
@@ -285,7 +285,7 @@ pub struct Change {
 pub struct OpenIntent {
     /// The call whose mutation was interrupted.
     pub call: CallId,
-    /// When the intent was written.
+    /// Time at which the intent was written.
     pub at: Timestamp,
     /// The intent, with the principal, the action and the record.
     pub intent: Entry,
@@ -302,7 +302,7 @@ impl OpenIntent {
     }
 }
 
-/// Why the log cannot be written.
+/// The reason why the log cannot be written.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("audit log: {text}")]
 pub struct Error {

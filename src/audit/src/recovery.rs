@@ -52,7 +52,7 @@ pub(super) struct Found {
     pub(super) open: HashMap<CallId, OpenIntent>,
     /// The newest completed changes, oldest first.
     pub(super) changes: VecDeque<Change>,
-    /// When the last entry was written.
+    /// Time at which the last entry was written.
     last_at: Option<Timestamp>,
 }
 

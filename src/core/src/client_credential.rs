@@ -61,9 +61,9 @@ pub struct Document {
     pub users: Option<Reach<UserId>>,
     /// The key names that a client with the role `release` may release.
     pub key_names: Option<Reach<KeyName>>,
-    /// When the client was created.
+    /// Time at which the client was created.
     pub created: Timestamp,
-    /// When the client was revoked with all its secrets.
+    /// Time at which the client was revoked with all its secrets.
     pub revoked: Option<Timestamp>,
     /// The secrets, in the order in which they were created.
     pub secrets: Vec<Secret>,
@@ -77,11 +77,11 @@ pub struct Secret {
     pub number: u32,
     /// The Argon2id hash, as a PHC string.
     pub phc: String,
-    /// When the secret was created.
+    /// Time at which the secret was created.
     pub created: Timestamp,
     /// The time from which the secret is no longer accepted.
     pub expires: Option<Timestamp>,
-    /// When the secret was revoked.
+    /// Time at which the secret was revoked.
     pub revoked: Option<Timestamp>,
 }
 

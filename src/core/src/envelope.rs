@@ -49,8 +49,8 @@ pub const ENVELOPE_BYTES_MAX: usize = HEADER_BYTES + WRAPPED_BYTES_MAX + MAC_BYT
 /// A MAC under an integrity key.
 pub type Mac = [u8; MAC_BYTES];
 
-/// How key material was wrapped. Every envelope contains the number of its algorithm, and a number is never reused for
-/// another algorithm.
+/// The algorithm with which key material is wrapped. Every envelope contains the number of its algorithm, and a number
+/// is never reused for another algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
@@ -294,7 +294,7 @@ impl Envelope {
         self.kind
     }
 
-    /// How the key material was wrapped.
+    /// The algorithm that wrapped the user key.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }

@@ -41,7 +41,8 @@ const LINE_LENGTH: usize = 64;
 /// writes a block of parameters before the key.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
-/// Why a file was refused. The text of the error is a clause that follows the name of the file.
+/// The reason why a file was refused. The text of the error is a clause that follows the name of
+/// the file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Binary DER.

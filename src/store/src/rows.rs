@@ -40,9 +40,9 @@ pub struct Head {
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
-    /// When it was created.
+    /// Time at which the record was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// Time of the last change of the record.
     pub updated: Timestamp,
     /// The time at which the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
@@ -60,13 +60,13 @@ impl Head {
 pub struct RevisionRow {
     /// The record to which the revision belongs.
     pub record: RecordId,
-    /// Which revision it is.
+    /// The number of the revision.
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
     /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
-    /// When it became current.
+    /// Time at which the revision became current.
     pub created: Timestamp,
 }
 

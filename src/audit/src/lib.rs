@@ -1,9 +1,9 @@
 //! The audit log. Each decision leaves one durable entry, which is written before the answer is sent.
 //!
 //! A log is a directory under an exclusive lock, with append-only segments of mode 0600. Each line is one RFC 8785
-//! (canonical JSON) object with integers only, and ends with LF. All entries of a log have the same `log_id`, and their
-//! sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot be made durable
-//! within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
+//! (canonical JSON) object in which every number is an integer, and ends with LF. All entries of a log have the same
+//! `log_id`, and their sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot
+//! be made durable within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
 
 use std::{borrow::Cow, path::PathBuf, time::Duration};
 
@@ -63,7 +63,7 @@ impl Settings {
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
-    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps facts about the log in the state
+    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps the state of the log in the state
     /// directory. The function refuses a log that is missing, a log that ends before the last durable entry, and a log
     /// with unacknowledged tampering.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
@@ -162,10 +162,11 @@ pub enum EntryKind {
     Intent,
     /// The result of the intent with the same call id.
     Outcome,
-    /// The result of an intent whose outcome could not be written in time, after a crash or while the log or the store
-    /// was unavailable.
+    /// The result of an intent whose outcome could not be written in time, because of a crash or because the log or the
+    /// store was unavailable.
     Recovered,
-    /// An event of the log itself, for example that it was opened or closed, or that a torn tail was set aside.
+    /// An event of the log itself: for example, the log was opened or closed, or a torn tail was moved to a separate
+    /// file.
     System,
 }
 
@@ -223,7 +224,7 @@ pub struct Entry {
     pub peer: Option<String>,
     /// Number of events that the entry represents, if it represents more than one event.
     pub count: Option<u64>,
-    /// Number of bytes of the audit log that the entry is about.
+    /// Number of bytes in the part of the audit log that the entry is about.
     pub bytes: Option<u64>,
     /// The API client that was created or changed.
     pub client: Option<ClientId>,
@@ -273,7 +274,7 @@ impl Entry {
 pub struct Change {
     /// The call that made the change.
     pub call: CallId,
-    /// When the intent of the change was written.
+    /// Time at which the intent of the change was written.
     pub at: Timestamp,
     /// The action, as in the field `action`.
     pub action: String,
@@ -284,7 +285,7 @@ pub struct Change {
 pub struct OpenIntent {
     /// The call whose mutation was interrupted.
     pub call: CallId,
-    /// When the intent was written.
+    /// Time at which the intent was written.
     pub at: Timestamp,
     /// The intent, with the principal, the action and the record.
     pub intent: Entry,
@@ -301,7 +302,7 @@ impl OpenIntent {
     }
 }
 
-/// Why the log cannot be written.
+/// The reason why the log cannot be written.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("audit log: {text}")]
 pub struct Error {
@@ -315,7 +316,8 @@ enum Class {
     InUse,
     Slow,
     Tampered,
-    /// Tampering was found and the log is latched. The text of the error contains the remedy.
+    /// Tampering was found, and the log stays unavailable until an operator acknowledges the
+    /// tampering. The text of the error contains the remedy.
     Latched,
 }
 

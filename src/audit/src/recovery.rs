@@ -1,10 +1,10 @@
 //! The state in which an earlier run left a log: the end of the log, its open intents, and a torn tail after a crash.
 //!
-//! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes are
-//! damage by another cause. The broker does not append to a damaged log, because new entries would hide the damage: if
-//! the unreadable bytes were moved to another file, the sequence would have no gap. A loss of power can leave a hole
-//! inside the last group, which looks the same as a manual edit. Therefore a hole in the last group is treated as
-//! damage, and an operator decides.
+//! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes
+//! have a cause other than a crash. The broker does not append to a damaged log, because new entries would hide the
+//! damage. If the unreadable bytes were moved to another file, the sequence numbers would have no gap. A loss of power
+//! can leave a hole inside the last group, which looks the same as a manual edit. Therefore a hole in the last group is
+//! treated as damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -26,7 +26,8 @@ use super::{
 /// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
 /// Length of the period before the end of the log, in microseconds: the changes in this period may be missing in the
-/// state directory. One minute is a safe value, because the state directory is at most one second older than the log.
+/// state directory. One minute is a safe value, because the content of the state directory is at most one second older
+/// than the log.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
 /// Largest size of one torn group, in bytes. The value assumes a generous size for each line.
@@ -51,13 +52,13 @@ pub(super) struct Found {
     pub(super) open: HashMap<CallId, OpenIntent>,
     /// The newest completed changes, oldest first.
     pub(super) changes: VecDeque<Change>,
-    /// When the last entry was written.
+    /// Time at which the last entry was written.
     last_at: Option<Timestamp>,
 }
 
 impl Found {
-    /// Reads all segments from the newest segment that began without open intents. Every intent in an older segment has
-    /// an outcome.
+    /// Reads the newest segment that began without open intents, and all later segments. Every intent in an older
+    /// segment has an outcome.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {

@@ -15,9 +15,9 @@ pub(super) struct Shared(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why nothing can be written; `None` if the last attempt to write succeeded.
+    /// The reason why nothing can be written; `None` if the last attempt to write succeeded.
     down: Option<Error>,
-    /// When the writer's unfinished request to the disk began.
+    /// Time at which the writer's unfinished request to the disk began.
     busy_since: Option<Instant>,
     /// Whether the hanging disk was already reported.
     stall_reported: bool,

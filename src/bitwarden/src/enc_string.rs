@@ -12,25 +12,26 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted text, in bytes. The longest text that clients write is a note, which has at
-/// most a tenth of this length.
+/// Longest accepted encrypted text, in bytes. The longest text that clients encrypt is a note,
+/// which has at most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
 /// An encrypted text, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC without a MAC. Old accounts contain texts of this type; this crate never writes them.
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted texts of this type, but
+    /// this crate never writes texts of this type.
     Aes256Cbc {
         /// 16 bytes.
         iv: Iv,
-        /// A multiple of 16 bytes.
+        /// The length is a multiple of 16 bytes.
         ciphertext: Vec<u8>,
     },
     /// Type 2: AES-256-CBC, then HMAC-SHA256 over IV and cipher text.
     Aes256CbcHmac {
         /// 16 bytes.
         iv: Iv,
-        /// A multiple of 16 bytes.
+        /// The length is a multiple of 16 bytes.
         ciphertext: Vec<u8>,
         /// 32 bytes.
         mac: Mac,
@@ -84,7 +85,7 @@ impl EncString {
             ciphertext,
             mac,
         };
-        // A longer text could not be parsed again.
+        // If the text is longer, `parse` refuses it.
         if made.to_string().len() > ENC_STRING_BYTES_MAX {
             return Err(Error::TooLong);
         }

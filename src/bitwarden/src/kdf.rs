@@ -1,4 +1,4 @@
-//! The two key derivation functions from a password to a master key.
+//! The two key derivation functions that derive a master key from a password.
 
 use argon2::{Algorithm, ParamsBuilder, Version};
 use aws_lc_rs::digest;

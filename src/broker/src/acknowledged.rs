@@ -4,7 +4,7 @@
 //! and changes nothing until an operator accepts the database.
 //!
 //! The broker stores the identity and the changes in the state directory, at most one second after a change. After a
-//! broker was killed, its next start reads the changes of the last second from the audit log. Each broker instance
+//! broker is killed, its next start reads the changes of the last second from the audit log. Each broker instance
 //! checks only the marks of the changes that it made.
 
 use std::{
@@ -33,13 +33,14 @@ use super::Broker;
 const LEGACY_FACT: &str = "acknowledged";
 /// Delay after which a caller may retry a call that was refused because of the database.
 const RETRY: Duration = Duration::from_secs(1);
-/// Margin for clock differences: a machine with another clock may purge a mark at the end of the retention period.
+/// Margin for clock differences: a machine whose clock is ahead may purge a mark shortly before the end of the
+/// retention period.
 const CLOCKS_APART: Duration = Duration::from_hours(1);
 
 /// The content of the state file: the identity of the database, and the acknowledged changes.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database; `None` until it was read for the first time.
+    /// The identity of the database; `None` until it is read for the first time.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,
@@ -75,7 +76,7 @@ struct Known {
 /// The reason for refusing a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mismatch {
-    /// The database has another identity, or none.
+    /// The database has another identity, or no identity.
     OtherStore,
     /// The database does not contain the mark of an acknowledged change.
     NoMark,
@@ -97,7 +98,7 @@ impl Mismatch {
 #[derive(Debug)]
 pub(super) struct Acknowledged {
     known: Mutex<Known>,
-    /// Whether the facts have changed since the state file was last written.
+    /// Whether the identity or the changes differ from the content of the state file.
     is_changed: AtomicBool,
     /// Reason for refusing the database; `None` if the database is accepted.
     mismatch: Mutex<Option<Mismatch>>,
@@ -287,8 +288,8 @@ impl Acknowledged {
         Ok(Some(known))
     }
 
-    /// Loads the facts that the previous run stored. If the previous run was killed, the audit log contains newer
-    /// changes than the state file.
+    /// Loads the identity and the changes that the previous run stored. If the previous run was killed, the audit log
+    /// contains newer changes than the state file.
     fn take_over(&self, logged: &[Change]) -> Result<(), Error> {
         let mut known = self.kept()?.unwrap_or_default();
         let accepted = known.accepted;
@@ -373,8 +374,8 @@ impl Broker {
         self.acknowledged.keep();
     }
 
-    /// Compares the identity and the marks of the database with the facts of this broker. Returns an error if the
-    /// database does not answer.
+    /// Compares the identity and the marks of the database with the state that this broker stored. Returns an error if
+    /// the database does not answer.
     async fn compare_store(&self) -> Result<Option<Mismatch>, keybroker_store::Error> {
         let (store, changes) = self.acknowledged.expected();
         let evidence = self.store.evidence(&changes).await?;
@@ -393,8 +394,8 @@ impl Broker {
         Ok(None)
     }
 
-    /// Compares the identity and the marks of the database with the facts of this broker, and accepts or refuses the
-    /// database.
+    /// Compares the identity and the marks of the database with the state that this broker stored, and accepts or
+    /// refuses the database.
     pub(super) async fn check_store_identity(&self) {
         let acknowledged = &self.acknowledged;
         let before = acknowledged.mismatch();
@@ -406,7 +407,7 @@ impl Broker {
             return;
         };
         if mismatch.is_some() {
-            // Stores the facts immediately, because the command that accepts a database reads them from the state file.
+            // Writes the state file immediately, because the command that accepts a database reads the state file.
             acknowledged.keep();
         }
         *acknowledged

@@ -186,7 +186,7 @@ impl Broker {
         .await
     }
 
-    /// Revokes an API client permanently, or one of its secrets.
+    /// Permanently revokes an API client or one of its secrets.
     pub async fn revoke_client(
         self: &Arc<Self>,
         principal: &Principal,

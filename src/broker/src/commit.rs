@@ -1,5 +1,5 @@
-//! The common part of changes to user keys and API clients. A change runs in a task that no caller can stop, and writes
-//! its intent before the commit and its outcome after the commit.
+//! The steps that changes to user keys and changes to API clients have in common. A change runs in a task that no
+//! caller can stop, and writes its intent before the commit and its outcome after the commit.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 

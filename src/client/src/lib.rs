@@ -1,6 +1,6 @@
 //! A gRPC client for Keybroker, which keeps users' keys wrapped under a key in an HSM.
 //!
-//! This library extends the generated stubs of [`keybroker_proto`] with the parts that every program needs: TLS,
+//! This library extends the generated stubs of [`keybroker_proto`] with the features that every program needs: TLS,
 //! credentials, a deadline on every call, safe retries, and errors that a program can act on.
 //!
 //! ```no_run
@@ -53,7 +53,7 @@
 //! `RetryInfo`. A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
-//! connection when the existing connection is lost, or when a call reached its deadline and the connection carried no
+//! connection when the existing connection is lost, or when a call reached its deadline and the connection received no
 //! answer during the call. [`Client::connect`] opens the connection before the first call, and
 //! [`Client::with_separate_connection`] returns a client with another connection.
 //!

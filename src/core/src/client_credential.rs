@@ -18,11 +18,12 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes: the size of the database column. This limit applies to changes that add no secret, such as a
-/// revocation.
+/// Maximum length of a document, in bytes: the size of the database column. This limit applies to changes that add no
+/// secret, such as a revocation.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
-/// Longest document of a client that is created or gets a new secret. The difference to [`DOCUMENT_BYTES_MAX`] is reserved
-/// for changes that must never be refused: the dates of revocations, and stronger hashes.
+/// Maximum length of a document, in bytes, when a client is created or gets a new secret. The bytes between this limit
+/// and [`DOCUMENT_BYTES_MAX`] are reserved for changes that must never be refused: the dates of revocations, and
+/// stronger hashes.
 pub const GROWING_DOCUMENT_BYTES_MAX: usize = 24 * 1_024;
 /// Longest label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;
@@ -42,7 +43,7 @@ pub struct ClientCredential {
     pub id: ClientId,
     /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,
-    /// All other properties of the client.
+    /// The properties of the client except its id and revision.
     pub document: Document,
 }
 
@@ -60,9 +61,9 @@ pub struct Document {
     pub users: Option<Reach<UserId>>,
     /// The key names that a client with the role `release` may release.
     pub key_names: Option<Reach<KeyName>>,
-    /// When the client was created.
+    /// Time at which the client was created.
     pub created: Timestamp,
-    /// When the client was revoked with all its secrets.
+    /// Time at which the client was revoked with all its secrets.
     pub revoked: Option<Timestamp>,
     /// The secrets, in the order in which they were created.
     pub secrets: Vec<Secret>,
@@ -76,11 +77,11 @@ pub struct Secret {
     pub number: u32,
     /// The Argon2id hash, as a PHC string.
     pub phc: String,
-    /// When the secret was created.
+    /// Time at which the secret was created.
     pub created: Timestamp,
     /// The time from which the secret is no longer accepted.
     pub expires: Option<Timestamp>,
-    /// When the secret was revoked.
+    /// Time at which the secret was revoked.
     pub revoked: Option<Timestamp>,
 }
 
@@ -113,7 +114,7 @@ impl Document {
         }
     }
 
-    /// The rights and the numbers of the live secrets in one line, for the audit log.
+    /// The rights and the numbers of the valid secrets in one line, for the audit log.
     pub fn summary(&self) -> String {
         let texts = |names: Vec<&str>| names.join(",");
         let roles = texts(self.roles.iter().map(|role| role.as_str()).collect());

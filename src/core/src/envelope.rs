@@ -49,8 +49,8 @@ pub const ENVELOPE_BYTES_MAX: usize = HEADER_BYTES + WRAPPED_BYTES_MAX + MAC_BYT
 /// A MAC under an integrity key.
 pub type Mac = [u8; MAC_BYTES];
 
-/// How key material was wrapped. Every envelope contains the number of its algorithm, and a number is never reused for
-/// another algorithm.
+/// The algorithm with which key material is wrapped. Every envelope contains the number of its algorithm, and a number
+/// is never reused for another algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
@@ -154,19 +154,19 @@ impl Kind {
     }
 }
 
-/// Why bytes are not an envelope. The cause is logged, and is not returned to callers.
+/// The reason why bytes are not a valid envelope. The cause is logged, and is not returned to callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// The bytes end before the last field of the envelope.
     #[error("the envelope is truncated")]
     Truncated,
-    /// A format version that this release does not know.
+    /// A format version that this release does not support.
     #[error("unknown envelope format version {0}")]
     Version(u8),
-    /// A kind that this release does not know.
+    /// A kind of envelope that this release does not support.
     #[error("unknown envelope kind {0}")]
     Kind(u8),
-    /// An algorithm that this release does not know.
+    /// An algorithm that this release does not support.
     #[error("unknown envelope algorithm {0}")]
     Algorithm(u8),
     /// A wrapped key whose length does not fit any permitted RSA key.
@@ -215,8 +215,9 @@ impl Unsealed {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// Returns the parts of the MAC message before and after the wrapped bytes of a future envelope. Use this function
-    /// to make the wrapped bytes and the MAC in one step. `wrapped_length` is the number of wrapped bytes: 256 to 512.
+    /// Returns the parts of the MAC message before and after the wrapped bytes, for an envelope that is not complete
+    /// yet. Use this function to make the wrapped bytes and the MAC in one step. `wrapped_length` is the number of
+    /// wrapped bytes: 256 to 512.
     pub fn message_around(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -293,7 +294,7 @@ impl Envelope {
         self.kind
     }
 
-    /// How the key material was wrapped.
+    /// The algorithm that wrapped the user key.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }

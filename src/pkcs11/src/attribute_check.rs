@@ -311,8 +311,8 @@ pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
         .find(|exception| exception.attribute == *name)
 }
 
-/// Reads every attribute of the rules. An excepted attribute may be absent or unreadable, because some tokens return an
-/// error for an unknown attribute. An excepted attribute must not have a wrong value.
+/// Reads every attribute of the rules. An attribute with an exception may be absent or unreadable, because some tokens
+/// return an error for an unknown attribute. An attribute with an exception must not have a wrong value.
 pub(super) fn inspect(
     session: &Session,
     object: ObjectHandle,
@@ -350,7 +350,7 @@ pub(super) fn inspect(
 
 /// Whether the key type implies the required mechanism. A key of type `CKK_SHA256_HMAC` has only one mechanism (PKCS
 /// #11 v3.0, section 2.20.8), so such keys need no list of allowed mechanisms. Some tokens also omit the length of
-/// these keys, because their tools make only one length (32 bytes, or the block size of 64 bytes).
+/// these keys, because their tools make keys of only one length (32 bytes, or the block size of 64 bytes).
 fn is_implied_by_type(
     session: &Session,
     object: ObjectHandle,
@@ -412,7 +412,7 @@ pub(super) fn is_imported(findings: &[Finding]) -> bool {
     lacks("CKA_LOCAL") && (lacks("CKA_NEVER_EXTRACTABLE") || lacks("CKA_ALWAYS_SENSITIVE"))
 }
 
-/// Refuses a key if any finding does not pass. The error lists all findings that do not pass.
+/// Refuses a key unless all findings pass. The error lists all findings that do not pass.
 pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     let wrong: Vec<&Finding> = findings
         .iter()

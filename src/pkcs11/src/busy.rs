@@ -1,9 +1,9 @@
-//! Handles tokens that refuse valid inputs while they are busy.
+//! Handles tokens that refuse valid inputs while the tokens are busy.
 //!
-//! Some devices return `CKR_FUNCTION_FAILED` if they have too many concurrent operations. The same code can mean a
-//! damaged input. Therefore a single refusal does not show the cause. A session repeats a refused job, and runs
-//! self-tests after each refusal until one passes. The self-tests show how often the token refuses valid inputs at this
-//! time. The job fails when it has been refused so often that its input is almost certainly damaged.
+//! Some devices return `CKR_FUNCTION_FAILED` if they have too many concurrent operations. The same return code can mean
+//! a damaged input. Therefore a single refusal does not show the cause. A session repeats a refused job, and runs
+//! self-tests after each refusal until one passes. The self-tests show how often the token currently refuses valid
+//! inputs. The job fails when it has been refused so often that its input is almost certainly damaged.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -41,7 +41,7 @@ impl LastAnswer {
     }
 }
 
-/// The refusals of one job, and of the self-tests between them.
+/// The number of refusals of one job, and of the self-tests that ran between these refusals.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Refusals {
     job: u32,

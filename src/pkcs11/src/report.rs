@@ -422,8 +422,9 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     })
 }
 
-/// Returns an integrity key of the first kind that the token makes. The kind in the settings is tried first. If the
-/// token makes no integrity key and the settings permit it, returns a key in the memory of this process.
+/// Returns an integrity key of the first kind that the token can make. The kind of integrity key in the settings is
+/// tried first. If the token makes no integrity key and the settings permit it, returns a key in the memory of this
+/// process.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
@@ -613,7 +614,7 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
-    // The session is opened first, so that a report that fails without a free session leaves no keys on the token.
+    // The session is opened first, so that the report leaves no keys on the token if no session is free.
     let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {

@@ -1,4 +1,5 @@
-//! Unwraps an integrity key from its file, on the token, into the memory of this process.
+//! Unwraps integrity keys: the token decrypts the file of an integrity key, and this process keeps
+//! the integrity key in its memory.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 

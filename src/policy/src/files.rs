@@ -99,7 +99,7 @@ pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// The reason why a file of policies cannot be read.
+/// The reason why a policy file cannot be read.
 #[derive(Debug, thiserror::Error)]
 enum FileError {
     #[error(

@@ -1,13 +1,13 @@
-//! A cache of decisions. A decision is kept if a new decision with the same inputs cannot be
+//! A cache of decisions. A decision is cached if a new decision with the same inputs cannot be
 //! different.
 //!
 //! A new decision takes tens of microseconds. Many decisions depend only on the action, the service
-//! and its grant, because no policy that can apply uses the resource or the call. If such a
-//! decision allows the action, the decision is kept with all its inputs, and is used again only for
-//! the same inputs. Therefore a change of the service's roles or grant leads to a new decision. A
-//! change of the policies replaces the set that contains the kept decisions.
+//! and its grant, because no policy that can apply uses the resource or the call. If a decision of
+//! this kind allows the action, the decision is cached with all its inputs, and is used again only
+//! for the same inputs. Therefore a change of the service's roles or grant leads to a new decision.
+//! A change of the policies replaces the policy set that contains the cached decisions.
 //!
-//! The syntax trees of the policies show whether the policies use other inputs. If a text in a
+//! The syntax trees of the policies show whether the policies use other inputs. If a string in a
 //! policy is equal to the name of a variable, the check assumes that the policy uses the variable.
 
 use std::{
@@ -24,27 +24,27 @@ use keybroker_core::{
 
 use super::{Case, verdict::Verdict, vocabulary::is_granted};
 
-/// Largest number of services whose decisions are kept. If there are more services, all kept
+/// Largest number of services whose decisions are cached. If there are more services, all cached
 /// decisions are dropped.
 const SERVICES_MAX: usize = 1_024;
-/// Largest number of kept decisions of one service.
+/// Largest number of cached decisions of one service.
 const DECISIONS_MAX: usize = 8;
 
 /// The context attribute that states whether the grant of the service covers the resource.
 /// [`Inputs`] contains the value of this attribute.
 const GRANTED: &str = "granted";
 
-/// If a policy names only entities of these types, its decisions may be kept. The name of a record
-/// in a policy counts as a use of the resource, because only the resource of the call has
+/// If a policy names only entities of these types, its decisions may be cached. A policy that names
+/// a record counts as a policy that uses the resource, because only the resource of the call has
 /// attributes.
 const FIXED_TYPES: [&str; 2] = ["Keybroker::Role", "Keybroker::Action"];
 
-/// The kept decisions of the policies for one action of services.
+/// The cached decisions of the policies for one action of services.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
     /// Whether a policy uses more inputs than [`Inputs`] contains.
     looks_further: bool,
-    /// The kept decisions, by the name of the service.
+    /// The cached decisions, by the name of the service.
     decisions: RwLock<HashMap<String, Vec<Decision>>>,
 }
 
@@ -59,7 +59,7 @@ struct Decision {
     verdict: Verdict,
 }
 
-/// All inputs of a kept decision.
+/// All inputs of a cached decision.
 #[derive(Debug)]
 pub(super) struct Inputs<'a> {
     name: &'a str,
@@ -88,7 +88,7 @@ impl Kept {
         self.looks_further |= looks_further(policy);
     }
 
-    /// Returns the inputs of a case, or `None` if the decision must not be kept because it may
+    /// Returns the inputs of a case, or `None` if the decision must not be cached because it may
     /// depend on other inputs.
     pub(super) fn inputs<'a>(&self, case: &Case<'a>) -> Option<Inputs<'a>> {
         // Each field is named, so that the compiler reports a new field here.
@@ -103,7 +103,7 @@ impl Kept {
             // Only users have a subject.
             subject: _,
             // Claims are in the context and in the tags. If a policy uses the context or tags, no
-            // decision is kept.
+            // decision is cached.
             claims: _,
         } = case.identity;
         let may_keep = *kind == Kind::Service && !self.looks_further;
@@ -128,7 +128,7 @@ impl Kept {
         Some(found.verdict.clone())
     }
 
-    /// Keeps a decision that allows the action, unless a policy could not be evaluated.
+    /// Caches a decision that allows the action, unless a policy could not be evaluated.
     pub(super) fn keep(&self, inputs: &Inputs<'_>, verdict: &Verdict) {
         if !verdict.allowed || !verdict.errors.is_empty() {
             return;
@@ -165,9 +165,9 @@ impl Kept {
     }
 }
 
-/// Whether a policy uses an input that is not in [`Inputs`]. Examples are attributes of the
-/// resource, context attributes except `granted`, tags, and entities whose type is not in
-/// [`FIXED_TYPES`].
+/// Whether a policy uses an input that is not in [`Inputs`]. Examples of other inputs are
+/// attributes of the resource, context attributes except `granted`, tags, and entities whose type
+/// is not in [`FIXED_TYPES`].
 fn looks_further(policy: &Value) -> bool {
     let resource = &policy["resource"];
     let is_any = resource["op"] == "All";

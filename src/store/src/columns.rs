@@ -62,7 +62,7 @@ macro_rules! tables {
             }
         }
 
-        /// Contains one value for each table.
+        /// A struct with one value for each table.
         #[derive(Debug)]
         pub(super) struct PerTable<T> {
             $($name: T,)+
@@ -123,7 +123,7 @@ tables! {
         client_id: Bytes, secret_number: Integer;
         used_us: Integer,
     }
-    /// The places of wrapping keys on further tokens.
+    /// The objects of wrapping keys on further tokens, if the configuration has several tokens.
     Places = wrapping_key_places {
         key_id: Bytes, token: Text;
         token_serial: Text, private_cka_id: Bytes, integrity_cka_id: Bytes, registered_us: Integer,

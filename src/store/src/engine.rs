@@ -3,7 +3,7 @@
 //! Every use of a connection runs in a separate task. If the caller cancels its call, the task
 //! still completes its statement or transaction and returns the connection in its initial state. If
 //! a step failed, took too long or panicked, the connection is closed instead of returned.
-//! Therefore a lent connection is never inside a transaction of an earlier call.
+//! Therefore a connection from the pool is never inside a transaction of an earlier call.
 
 use std::{
     fmt,
@@ -66,15 +66,15 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// The SQL of this engine, built once.
     fn sql() -> &'static Statements;
 
-    /// The pool of the connections for a purpose.
+    /// The pool of the connections for a purpose (reading or writing).
     fn pool(&self, purpose: Purpose) -> &Pool<Self::Database>;
 
     /// Longest time for which a call may use a connection. The limit is longer than the database's
     /// own limit on statements, and applies when the database does not answer at all.
     fn time_limit(&self) -> Duration;
 
-    /// Limits the number of concurrent connections for a purpose, and the time for which a call
-    /// waits for a connection.
+    /// Limits the number of concurrent connections for a purpose (reading or writing), and the time
+    /// for which a call waits for a connection.
     fn limit(&self, _purpose: Purpose) -> Option<(&Semaphore, Duration)> {
         None
     }
@@ -141,7 +141,7 @@ impl<E: Engine> EngineStore<E> {
         })
     }
 
-    /// Runs work in a separate task until it ends.
+    /// Runs work in a separate task until the work ends.
     async fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -209,9 +209,9 @@ impl<E: Engine> EngineStore<E> {
         .await
     }
 
-    /// Runs a transaction until it ends. Failed work is rolled back. The work runs again if the
-    /// database rolled it back in favour of another transaction, or if the connection was lost
-    /// before the commit was sent.
+    /// Runs a transaction until it ends. If the work fails, the transaction is rolled back. The
+    /// work runs again if the database rolled it back in favour of another transaction, or if the
+    /// connection was lost before the commit was sent.
     async fn transaction<T, W>(&self, end: End, work: W) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -291,7 +291,8 @@ where
     work
 }
 
-/// Asks on another connection whether a change was committed. The connection of the change was lost during the commit.
+/// Uses another connection to find out whether a change was committed. The connection of the change was lost during the
+/// commit.
 async fn is_committed<E: Engine>(
     lender: &Lender<E>,
     retry: &mut Retry<'_>,
@@ -360,7 +361,7 @@ enum End {
     Commit,
     /// Commits a change with the mark of its call. Another connection can then find out whether the change was committed.
     CommitMarked(CallId),
-    /// Rolls back the work. Used by callers that need only the result.
+    /// Rolls back the work, for callers that need only the result of the work.
     Rollback,
 }
 
@@ -377,7 +378,8 @@ impl End {
 enum Ended<T> {
     /// Nothing was committed.
     Without(Error),
-    /// The change may have been committed. The second value is the result of the work.
+    /// The change may have been committed. The second value is the result of the transaction's
+    /// work.
     Unknown(Error, T),
 }
 
@@ -400,7 +402,8 @@ where
 {
 }
 
-/// A connection for one use. The connection is closed when the lease is dropped, unless it was given back.
+/// A connection for one use. When the lease is dropped, the connection is closed, unless the
+/// connection was returned to the pool.
 struct Lease<'l, E: Engine> {
     lender: &'l Lender<E>,
     purpose: Purpose,
@@ -547,8 +550,9 @@ impl<'l, E: Engine> Lease<'l, E> {
                 Err(Ended::Without(error))
             }
             (Ok(value), Err(error)) if is_commit => Err(Ended::of_commit(error, value)),
-            // The error of the work is more useful than the error of the rollback. In both cases
-            // nothing was committed.
+            // The error of the work is more useful to the caller than the error of the rollback.
+            // Nothing was committed, because the transaction was rolled back or its connection is
+            // closed.
             (Err(error), Err(_)) | (Ok(_), Err(error)) => Err(Ended::Without(error)),
         }
     }
@@ -578,7 +582,8 @@ fn no_answer(limit: Duration) -> Error {
 
 fn backoff(attempt: u32) -> Duration {
     let ceiling = BACKOFF * 2_u32.saturating_pow(attempt.min(6));
-    // The random seed of a hasher is sufficient for this purpose.
+    // A random wait does not need a cryptographic generator: the random seed of a hasher is
+    // sufficient.
     let random = RandomState::new().build_hasher().finish();
     let share = u32::try_from(random % 1_024).unwrap_or(0);
     ceiling / 2 + ceiling / 2 * share / 1_024

@@ -266,7 +266,7 @@ pub(super) async fn purge(
 /// Returns with certainty whether the mutation of a call was committed. The function inserts the
 /// mark of the call, and waits for a transaction that has already inserted this mark. A transaction
 /// that has not yet inserted the mark has changed nothing and has sent no commit. The caller must
-/// roll back.
+/// roll back the transaction of the insert.
 pub(super) async fn is_committed(
     session: &mut impl Session,
     sql: &Statements,
@@ -287,8 +287,9 @@ pub(super) async fn ensure_identity(
     Ok(())
 }
 
-/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. On MySQL, an
-/// insert that skips a taken key would also hide other errors, so MySQL reports the duplicate key.
+/// Inserts a row, or returns `false` if a row with the same key exists. Most engines can skip the
+/// insert if a row with the same key exists. On MySQL, an insert that skips an existing key would
+/// also hide other errors, so MySQL reports the duplicate key.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,
     statement: &'static str,

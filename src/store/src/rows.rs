@@ -1,6 +1,6 @@
 //! Converts rows into domain types and back, for every engine. Only this module maps columns to
 //! fields. If a value cannot be decoded, the function returns an error with table and column. The
-//! program does not panic, and no record is missing.
+//! program does not panic on a damaged row, and does not silently leave out a record.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -25,8 +25,8 @@ mod rewrap;
 
 pub(super) use rewrap::{key_uses, row_under, run, run_values};
 
-/// Longest text of a serial number, in bytes. In PKCS#11, a serial number has 16 bytes, and each
-/// byte becomes at most three bytes of text.
+/// Longest serial number as text, in bytes. In PKCS#11, a serial number has 16 bytes, and each byte
+/// becomes at most three bytes of text.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
 /// The data of a row of [`Table::Records`].
@@ -40,9 +40,9 @@ pub struct Head {
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
-    /// When it was created.
+    /// Time at which the record was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// Time of the last change of the record.
     pub updated: Timestamp,
     /// The time at which the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
@@ -60,13 +60,13 @@ impl Head {
 pub struct RevisionRow {
     /// The record to which the revision belongs.
     pub record: RecordId,
-    /// Which revision it is.
+    /// The number of the revision.
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
     /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
-    /// When it became current.
+    /// Time at which the revision became current.
     pub created: Timestamp,
 }
 
@@ -362,7 +362,7 @@ pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
 /// Decodes the call and the time of a row of [`Table::Changes`].
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     let row = Reader::new(Table::Changes, row);
-    // The id belongs to a record or an API client.
+    // The column contains the id of a record or of an API client.
     row.array::<16>("record_id")?;
     let call = CallId::from_slice(row.bytes("call_id")?);
     Ok((
@@ -527,7 +527,7 @@ pub(super) fn place(row: &impl Columns) -> Result<PlaceRow, Error> {
     let integrity = row.bytes("integrity_cka_id")?;
     Ok(PlaceRow {
         key: row.wrapping_key("key_id")?,
-        // A token has a name of the same form as a user key.
+        // The name of a token has the same form as the name of a user key.
         token: row
             .parsed("token", |text| KeyName::parse(text).ok())?
             .to_string(),

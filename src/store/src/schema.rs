@@ -1,5 +1,5 @@
-//! The schema of a database, on any engine: its version, its pending migrations, and its usability
-//! by this release.
+//! The schema of a database, on any engine: its version, its pending migrations, and whether this
+//! release can use the schema.
 //!
 //! If older releases can still use the database after a migration, the name of the migration
 //! contains the earliest usable schema: `0009_notes_usable_from_8.up.sql`. The database stores the
@@ -20,7 +20,7 @@ use super::{
 pub struct SchemaStatus {
     /// Version of the database's schema; 0 if the database has no schema.
     pub current: i64,
-    /// Newest version that this binary supports.
+    /// Newest schema version that this binary supports.
     pub newest: i64,
     /// Whether this version of the broker can serve from the database.
     pub is_usable: bool,

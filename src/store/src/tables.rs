@@ -91,7 +91,8 @@ impl Row {
         text
     }
 
-    /// Returns all values, for writing. Returns an error if a value could not be read.
+    /// Returns all values of the row, in order to write the row. Returns an error if a value could
+    /// not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
         all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
@@ -155,8 +156,8 @@ pub trait Tables: Store {
     /// `skip` rows after the row `after`, or `skip` rows after the beginning if `after` is `None`.
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
-    /// Adds all rows unchanged, or no row after an error. Returns [`Error::Exists`] if a new row
-    /// conflicts with an existing row.
+    /// Adds all rows unchanged. If an error occurs, no row is added. Returns [`Error::Exists`] if a
+    /// new row conflicts with an existing row.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
 
     /// Returns the stored data of the record with the id `record`.

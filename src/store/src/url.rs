@@ -5,7 +5,8 @@
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// What is wrong with a URL. This text never contains the URL, because the URL may include a password.
+/// The problem of a URL that cannot be used. This text never contains the URL, because the URL may
+/// include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(
@@ -39,7 +40,7 @@ pub(super) enum UrlError {
     #[error("the URL has no host before the port")]
     NoHostBeforePort,
     #[error(
-        "the URL has parameters: only `?socket=` is supported, without a host; use the settings of [store] for the rest"
+        "the URL has parameters: only `?socket=` is supported, in a URL without a host; use the settings of [store] for other options"
     )]
     ServerParameters,
     #[error("the URL has parameters other than `?socket=`")]
@@ -50,7 +51,7 @@ pub(super) enum UrlError {
         "the URL has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
     )]
     NoBrackets,
-    #[error("the URL has a text in brackets that is not an IPv6 address")]
+    #[error("the text in brackets in the URL is not an IPv6 address")]
     NotIpv6,
     #[error("the URL has text after the `]` of the host: write a `:` before the port")]
     NoColon,
@@ -90,8 +91,8 @@ pub(super) struct Place {
 /// The connection between the broker and a database server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// A connection over the network. A loopback address counts as the network, because any user of
-    /// the machine can listen on a loopback address.
+    /// A connection over the network. A connection to a loopback address counts as a connection
+    /// over the network, because any user of the machine can listen on a loopback address.
     Network { host: String, port: Option<u16> },
     /// A connection over a socket in the file system. For PostgreSQL, the path is the path of the
     /// socket's directory. For MySQL, the path is the path of the socket.

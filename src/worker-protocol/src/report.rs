@@ -45,7 +45,8 @@ pub struct Report {
 pub struct Verdict {
     /// The overall result.
     pub result: Outcome,
-    /// The reasons why the token cannot be used, or the effect of each exception.
+    /// The reasons why the token cannot be used or, if the token can be used with attribute
+    /// exceptions, the risk of each exception.
     pub reasons: Vec<String>,
     /// The attributes to list in `token.attribute_exceptions`.
     pub attribute_exceptions: Vec<String>,
@@ -95,7 +96,7 @@ pub struct Identity {
     pub has_serial: bool,
     /// Whether another token of the module has the same label.
     pub label_is_shared: bool,
-    /// Whether the texts of the token are padded with NUL instead of blanks.
+    /// Whether the text fields of the token are padded with NUL instead of blanks.
     pub padded_with_nul: bool,
     /// The state of the token's clock: `none`, `valid`, or the text that the token returns instead
     /// of a valid time.
@@ -118,7 +119,7 @@ pub struct Answer {
     pub result: String,
 }
 
-/// An attribute of a template.
+/// An attribute of a key template, with the token's answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribute {
     /// The object: `RSA private key` or `integrity key`.
@@ -188,7 +189,7 @@ impl Report {
             worse.push("OAEP works only with SHA-1".to_owned());
         }
         let mut compared = vec![(&self.positive, &expected.positive)];
-        // A report that was made without `--write` has no tests with keys on the token.
+        // A report that was made without `--write` lacks the tests that create keys on the token.
         if !self.token_objects.is_empty() {
             compared.push((&self.token_objects, &expected.token_objects));
         }
@@ -243,7 +244,7 @@ impl Report {
 }
 
 impl Outcome {
-    /// Returns the result as text.
+    /// Returns the name of the result for the report.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Works => "works",

@@ -14,7 +14,7 @@ pub(super) fn at_stop(body: Body, stop: CancellationToken) -> Body {
     let last = stream::iter(std::iter::once_with(|| {
         let mut trailers = http::HeaderMap::new();
         let status = Status::unavailable("the broker is stopping");
-        // A text without control characters is always valid in a header.
+        // A string without control characters is always valid in a header.
         status.add_header(&mut trailers).ok();
         Ok(Frame::trailers(trailers))
     }));

@@ -81,8 +81,8 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
 }
 
 /// Checks the lifetime. A stolen access token can be used until it expires. Therefore an access
-/// token that never expires, for example by a provider's mistake, must be refused. Without `iat`,
-/// the remaining lifetime is checked.
+/// token that never expires, for example because of a provider's mistake, must be refused. Without
+/// `iat`, the remaining lifetime is checked.
 fn check_lifetime(
     settings: &Settings,
     said: &Said,
@@ -208,7 +208,7 @@ fn text(said: &Said, claim: &str) -> Option<String> {
 }
 
 /// Reads a time in seconds since 1970. A fraction of a second is cut off (RFC 7519 section 2). A
-/// number in a text is accepted, because some providers write the time as text.
+/// number in a string is accepted, because some providers write the time as a string.
 fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
     let seconds = match said.get(claim)? {
         Value::Number(number) => number.as_i64().or_else(|| {

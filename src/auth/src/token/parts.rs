@@ -11,7 +11,7 @@ use crate::{
 use super::refusal::{Cause, Refusal, shown};
 
 /// The header members that contain a key or the address of a key. A key inside the access token
-/// proves nothing, because everyone can create such an access token.
+/// proves nothing, because anyone can create such an access token.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.

@@ -12,7 +12,7 @@ use keybroker_hsm::Token;
 const QUIET_AFTER: Duration = Duration::from_secs(2);
 /// While principals are active, the run uses one session for about 1/16 of the time.
 const SHARE_PARTS: u32 = 16;
-/// Longest pause after a job. A token behind a network has many sessions, so a longer pause would not help callers.
+/// Longest pause after a job. A network HSM has many sessions, so a longer pause would not help callers.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Largest number of concurrent jobs of the run while no principal is active.
 const IN_FLIGHT_MAX: usize = 16;
@@ -22,11 +22,11 @@ const IN_FLIGHT_MAX: usize = 16;
 pub(super) struct Pace {
     /// Rows per second; 0 for no limit.
     rate: Mutex<u32>,
-    /// Time at which the next row may begin.
+    /// Time at which the next row may be moved.
     next: Mutex<Instant>,
     /// The last known number of principals' jobs, and the time of its last increase.
     seen: Mutex<(u64, Option<Instant>)>,
-    /// Lock for the only job of the run that is in progress while principals are active.
+    /// Lock that limits the run to one job at a time while principals are active.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -57,7 +57,7 @@ impl Pace {
         (sessions / 2).clamp(1, IN_FLIGHT_MAX)
     }
 
-    /// Runs a job of the run within the rate and the share of the run.
+    /// Runs a job of the re-wrap. The rate and the share of the run can delay the job.
     pub(super) async fn run<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if let Some(wait) = self.wait_for_rate(Instant::now()) {
             tokio::time::sleep(wait).await;
@@ -65,7 +65,7 @@ impl Pace {
         self.give_way(token, job).await
     }
 
-    /// Runs a job within the share of the run; the rate does not limit this job.
+    /// Runs a job that the share of the run can delay, but not the rate.
     pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if !self.is_called(token, Instant::now()) {
             return job.await;
@@ -88,7 +88,7 @@ impl Pace {
         Some(slot - now).filter(|wait| !wait.is_zero())
     }
 
-    /// Whether principals use the token.
+    /// Returns whether principals use the token.
     fn is_called(&self, token: &dyn Token, now: Instant) -> bool {
         self.is_called_at(token.jobs_of_principals(), now)
     }

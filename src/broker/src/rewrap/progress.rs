@@ -16,7 +16,7 @@ pub enum Phase {
     /// Rows are moved.
     #[default]
     Moving,
-    /// The token verifies every row under the target.
+    /// The token verifies every row under the target key.
     Verifying,
 }
 
@@ -47,11 +47,11 @@ pub struct Progress {
     pub changed_meanwhile: u64,
     /// Rows that could not be moved because they are damaged.
     pub failed: u64,
-    /// Rows under the target that the token verified after the last row was moved.
+    /// Rows under the target key that the token verified after the last row was moved.
     pub verified: u64,
     /// The first failed rows, including rows whose verification failed.
     pub failures: Vec<FailedRow>,
-    /// Rows that were moved per second, as a moving average.
+    /// Number of rows that are moved per second, as a moving average.
     pub rows_per_second: u64,
     /// Time at which the progress was stored, in UTC microseconds.
     pub updated_us: i64,

@@ -1,4 +1,4 @@
-//! Lets the token verify every row under the target, after the last row was moved.
+//! Lets the token verify every row under the target key, after the last row was moved.
 
 use futures_util::{
     FutureExt as _,
@@ -26,9 +26,10 @@ const CLOCK_SKEW_US: i64 = 60_000_000;
 const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {
-    /// Verifies the MAC of every revision and of every API client under the target. The rows that do not verify are listed with the
-    /// rows that could not be moved. A revision that a call writes during the verification is not verified: no such row was
-    /// moved, and the verification would never end if calls write revisions faster than the token verifies them.
+    /// Verifies the MAC of every revision and of every API client under the target key. The rows that do not verify are
+    /// listed with the rows that could not be moved. A revision that a call writes during the verification is not
+    /// verified, because the run did not move this revision. If the run also verified new revisions, the verification
+    /// would never end when calls write revisions faster than the token verifies them.
     pub(super) async fn verify(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         self.progress.phase = Phase::Verifying;
         self.progress.verified = 0;
@@ -81,7 +82,7 @@ impl Run<'_> {
             }
             for row in rows {
                 let Ok(row) = row else {
-                    // A row that cannot be decoded was listed when the clients were moved.
+                    // A row that cannot be decoded was already listed as a failed row when the clients were moved.
                     position.advance(row.err().and_then(|damaged| damaged.id));
                     continue;
                 };

@@ -8,8 +8,8 @@ use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
 
 use super::{Admin, AdminError};
 
-/// Wraps under one key, for use by one thread. Each wrapper has its own admin worker. As in the broker, the public-key
-/// operation runs in software and the token computes the MAC.
+/// Wraps key material under one key. Each thread needs a separate wrapper, because each wrapper has its own admin
+/// worker. As in the broker, the public-key operation runs in software and the token computes the MAC.
 #[derive(Debug)]
 pub struct Wrapper {
     admin: Admin,

@@ -11,8 +11,8 @@ const UNKNOWN: Duration = Duration::from_millis(1);
 /// average (as in RFC 6298).
 const AVERAGE_PARTS: u32 = 16;
 const DEVIATION_PARTS: u32 = 8;
-/// Largest number of kinds of jobs that are measured separately. A registry has few keys. Kinds of jobs beyond the
-/// limit get the assumed cost.
+/// Largest number of kinds of jobs that are measured separately. The limit is rarely reached, because a registry has
+/// few keys. Kinds of jobs beyond the limit get the assumed cost.
 const KEYS_MAX: usize = 1_024;
 
 /// The kind of job that a caller plans, before the record determines the key.
@@ -31,7 +31,7 @@ pub(crate) enum Operation {
     Mac,
     /// The job uses the RSA key in addition to the integrity key.
     Unwrap,
-    /// The job does the work of an unwrap and also wraps again.
+    /// The job unwraps the key material and wraps it again.
     Rewrap,
 }
 
@@ -123,12 +123,13 @@ impl Estimates {
             })
     }
 
-    /// Returns the lowest mean time and the lowest upper time of all jobs that the caller may plan. A job that would be
-    /// late with this estimate would be late with every estimate. Re-wraps are ignored, because callers do not plan
-    /// them.
+    /// Returns the lowest mean time and the lowest upper time of all jobs that the caller may plan. A job that would
+    /// miss its deadline with this estimate would miss its deadline with every estimate. Re-wraps are ignored, because
+    /// callers do not plan them.
     ///
-    /// For a planned unwrap, only measured unwraps count, if there are any. With the lower assumed cost of an unknown
-    /// job, the check on arrival would accept nearly every call that the queue refuses later.
+    /// For a planned unwrap, the function uses only measured unwraps, if an unwrap was measured. The assumed cost of an
+    /// unknown job is lower: with the assumed cost, the check on arrival would accept nearly every call that the queue
+    /// refuses later.
     pub(super) fn least(&self, planned: Planned) -> Estimate {
         let unknown = self.of(None);
         let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap());

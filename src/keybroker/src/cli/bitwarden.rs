@@ -1,5 +1,5 @@
-//! `keybroker bitwarden`: performs the key operations of a Bitwarden client, also with a Key
-//! Connector, to rehearse and support a migration.
+//! `keybroker bitwarden`: performs the key operations of a Bitwarden client, including those with a
+//! Key Connector, to rehearse and support a migration.
 
 use clap::Subcommand;
 

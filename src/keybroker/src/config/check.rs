@@ -188,7 +188,7 @@ impl Config {
         if connections_max <= self.listeners.len() {
             problems.push(format!(
                 "[limits]: `connections_max` is {connections_max}; it must be greater than the number of listeners, \
-                 because each listener reserves a place for its next connection"
+                 because each listener keeps one connection free for its next client"
             ));
         }
         if self.listeners.is_empty() {

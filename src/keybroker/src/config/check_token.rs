@@ -133,7 +133,7 @@ pub(super) fn integrity_key_problems(token: &Settings) -> Vec<String> {
         ));
     }
     for (id, digest) in &token.integrity_key_digests {
-        // The check compares the text of the id, because an id in capital letters would not match
+        // The check compares the id as a string, because an id in capital letters would not match
         // the name of any file.
         let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
         if !is_id {

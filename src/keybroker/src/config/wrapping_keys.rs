@@ -1,4 +1,4 @@
-//! The section `[wrapping_keys]`: the period of use of a wrapping key.
+//! The section `[wrapping_keys]`: how long a wrapping key may be used.
 
 use std::time::Duration;
 

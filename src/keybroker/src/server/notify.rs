@@ -1,5 +1,5 @@
-//! Notifies the service manager, if there is one, of the states ready, reloading and stopping
-//! (`sd_notify`), and sends watchdog notifications.
+//! If a service manager runs the broker, notifies the service manager of the states ready,
+//! reloading and stopping (`sd_notify`), and sends watchdog notifications.
 //!
 //! Before each watchdog notification, the process requests `/livez` from itself over a socket pair,
 //! which no other process can access. An answer shows that the runtime schedules tasks, polls
@@ -23,8 +23,8 @@ use super::status;
 
 const PROBE: &[u8] = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const ALIVE: &[u8] = b"HTTP/1.1 200 ";
-/// Number of watchdog notifications within the service manager's timeout. Therefore, two
-/// notifications may be late.
+/// Number of watchdog notifications within the service manager's timeout. With three notifications,
+/// the service manager tolerates two late notifications.
 const PINGS_PER_TIMEOUT: u32 = 3;
 
 /// The notifications of a running broker. Dropping this value ends the watchdog notifications.
@@ -87,8 +87,8 @@ pub(super) fn health(detail: &str) {
     say(&[NotifyState::Status(&line)]);
 }
 
-/// Sends states to the service manager, if there is one. An unreachable service manager does not
-/// stop the broker.
+/// Sends states to the service manager, if a service manager runs the broker. An unreachable
+/// service manager does not stop the broker.
 fn say(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "cannot notify the service manager");

@@ -96,8 +96,8 @@ pub async fn run(
     let started = match started {
         Ok(Some(started)) => started,
         unserved => {
-            // Stop the workers before this process ends. Otherwise, the service manager may kill a
-            // worker during its login.
+            // Stop the workers before this process ends. If this process ended first, the service
+            // manager might kill a worker during its login.
             if let Some(token) = token.get() {
                 token.drain_and_stop(Deadline::after(Duration::ZERO)).await;
             }
@@ -112,7 +112,7 @@ pub async fn run(
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
-            format!("a second signal, {name}, stopped the broker without a drain; the next start resolves the open changes"),
+            format!("a second signal, {name}, stopped the broker without a drain; the next start finds out whether the unfinished changes were committed"),
         )),
     }
 }
@@ -142,8 +142,8 @@ fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Fail
     Secrets::new(config.client_credentials.clone(), directory).map_err(|error| internal(&error))
 }
 
-/// Verifies the registry if the token is available. Otherwise, a background task verifies the
-/// registry later.
+/// Verifies the registry if the token is available. If the token is unavailable, a background task
+/// verifies the registry later.
 async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure> {
     if token.state().serves_a_key() {
         broker
@@ -252,9 +252,9 @@ struct Server {
 }
 
 impl Server {
-    /// Prepares all parts and opens the listeners. The order of the steps is: policies, ports and
-    /// certificates, audit log, database, token, registry, listeners. With this order, a failure
-    /// leaves no step half done.
+    /// Starts all components of the broker, and opens the listeners. The order of the steps is:
+    /// policies, ports and certificates, audit log, database, token, registry, listeners. With this
+    /// order, a failure leaves no step incomplete.
     async fn start(
         config: Config,
         program: PathBuf,
@@ -484,8 +484,8 @@ impl Server {
     /// its last entry.
     async fn stop(self) {
         // Stop the background tasks first, because one of them would overwrite the health
-        // `NOT_SERVING`. The broker waits only a short time for these tasks, because a check of the
-        // database may take a long time.
+        // `NOT_SERVING`. The broker waits only a short time for background tasks, because a check
+        // of the database may take a long time.
         self.stop_background.cancel();
         self.background.close();
         if time::timeout(LAME_DUCK, self.background.wait())

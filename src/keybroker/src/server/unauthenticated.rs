@@ -1,7 +1,7 @@
-//! Limits connections by principal and network. Connections without a principal may use only a part
-//! of all places, and each network may use only a part of this part. The connections of one
-//! principal may also use only a part of all places. Therefore, neither unauthenticated peers nor a
-//! single client can use all places.
+//! Limits connections by principal and network. Connections without a principal may make up only a
+//! part of all connections, with a lower limit for each network. The connections of one principal
+//! may also make up only a part of all connections. Therefore, neither unauthenticated peers nor a
+//! single client can use up all connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -18,13 +18,12 @@ use ipnet::IpNet;
 use keybroker_broker::limits;
 use keybroker_core::{counts::Counts, metrics, principal::Principal};
 
-/// Divisor for the share of the places for unauthenticated connections that one network may use: an
-/// eighth.
+/// Divisor for the share of unauthenticated connections that may come from one network: an eighth.
 const NETWORK_DIVISOR: usize = 8;
-/// Minimum number of places for one network.
+/// Minimum number of unauthenticated connections that one network may have.
 const NETWORK_MIN: usize = 8;
 
-/// The number of `places` that one network may use.
+/// Returns how many of the `places` for unauthenticated connections one network may use.
 fn per_network(places: usize) -> usize {
     (places / NETWORK_DIVISOR).max(NETWORK_MIN).min(places)
 }
@@ -49,7 +48,7 @@ pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr>
     })
 }
 
-/// The places of connections, counted by principal and network.
+/// The limits on connections, and the number of connections of each principal and network.
 #[derive(Debug)]
 pub(super) struct Places {
     unauthenticated_max: usize,
@@ -62,7 +61,7 @@ pub(super) struct Places {
 struct Unauthenticated {
     all: usize,
     /// The number of unauthenticated connections of each network. The map has at most one entry for
-    /// each place.
+    /// each unauthenticated connection.
     by_network: Counts<IpAddr>,
 }
 
@@ -76,8 +75,8 @@ impl Places {
         })
     }
 
-    /// Takes a place for a connection without a principal. If the network is `None`, only the limit
-    /// for all networks applies.
+    /// Counts a connection without a principal, unless a limit is reached. If the network is
+    /// `None`, only the limit for all networks applies.
     fn of_network(self: &Arc<Self>, network: Option<IpAddr>) -> Option<Place> {
         let mut taken = lock(&self.unauthenticated);
         if taken.all >= self.unauthenticated_max {
@@ -138,12 +137,13 @@ impl Drop for Place {
     }
 }
 
-/// The limit that leaves no place for a connection.
+/// The limit that causes the broker to refuse a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Full {
-    /// All places for unauthenticated connections, or all places of the network, are in use.
+    /// The number of unauthenticated connections, in total or from the network, has reached its
+    /// maximum.
     Unauthenticated,
-    /// All places of this principal are in use.
+    /// The principal has the maximum number of connections.
     Principal,
 }
 
@@ -157,7 +157,8 @@ impl Full {
     }
 }
 
-/// Whether a principal was authenticated on a connection, and the place of the connection.
+/// Whether a principal was authenticated on a connection, and the limit towards which the
+/// connection counts.
 #[derive(Debug)]
 pub(super) struct Authentication {
     places: Arc<Places>,
@@ -170,7 +171,7 @@ pub(super) struct Authentication {
 }
 
 impl Authentication {
-    /// Takes a place for a connection whose certificate identifies a principal.
+    /// Counts a connection whose certificate identifies a principal, unless the limit is reached.
     pub(super) fn done(places: &Arc<Places>, principal: &Principal) -> Result<Self, Full> {
         let place = places.of_principal(principal).ok_or(Full::Principal)?;
         Ok(Self {
@@ -182,8 +183,8 @@ impl Authentication {
         })
     }
 
-    /// Takes a place for a connection whose certificate identifies no principal. A connection without a network comes from a
-    /// trusted proxy.
+    /// Counts a connection whose certificate identifies no principal, unless a limit is reached. A
+    /// connection without a network comes from a trusted proxy.
     pub(super) fn pending(places: &Arc<Places>, network: Option<IpAddr>) -> Result<Self, Full> {
         let place = places.of_network(network).ok_or(Full::Unauthenticated)?;
         Ok(Self {
@@ -195,7 +196,7 @@ impl Authentication {
         })
     }
 
-    /// Disables the credentials of calls on this connection.
+    /// Stops calls on this connection from authenticating with credentials.
     #[must_use]
     pub(super) fn without_credentials(self) -> Self {
         Self {
@@ -219,7 +220,7 @@ impl Authentication {
     }
 
     /// Records that the credential of a call was accepted. The connection then counts towards the
-    /// limit of this principal. If the principal has no free place, the connection remains
+    /// limit of this principal. If the principal has reached its limit, the connection remains
     /// unauthenticated and ends soon.
     pub(super) fn complete(&self, principal: &Principal) {
         if self.is_done() {
@@ -244,7 +245,7 @@ impl Authentication {
     }
 }
 
-/// Counts a connection that was refused because no place was free.
+/// Counts a connection that was refused because of a limit.
 pub(super) fn refused(full: Full) {
     metrics::CONNECTIONS_REFUSED
         .with([full.cause()])
@@ -289,7 +290,7 @@ mod tests {
             .collect();
         assert!(Authentication::pending(&places, one).is_err());
         let elsewhere = Authentication::pending(&places, other).unwrap();
-        // A place for unauthenticated connections becomes free when a connection authenticates or
+        // The number of unauthenticated connections decreases when a connection authenticates or
         // ends.
         held[0].complete(&service("one"));
         held[0].complete(&service("two"));

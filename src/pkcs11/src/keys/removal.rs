@@ -13,7 +13,7 @@ use crate::{
 use super::{Place, find_one, integrity_ids, making::destroy};
 
 /// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects. An
-/// interrupted removal can be repeated: missing objects are no error if at least one object remains.
+/// interrupted removal can be repeated: missing objects are not an error if at least one object remains.
 ///
 /// The private key is removed first, because the other objects are useless without it. The session must be read-write.
 pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {

@@ -26,7 +26,7 @@ const DAMAGED_AT: usize = 40;
 /// If a thread waits at least this often per operation on average, the token does not compute in this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
 
-/// The result of one loop.
+/// The number of operations in a measurement, and how often threads waited during the operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
     /// Number of operations.
@@ -136,7 +136,7 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
         while began.elapsed() < LOOP {
             let started = Instant::now();
             let mechanism = probe.self_test.mechanism();
-            // Another part of the report contains the answers of the token.
+            // The token's answers are in another section of the report.
             let _answered = opened
                 .session
                 .decrypt(&mechanism, probe.pair.private, ciphertext);
@@ -224,7 +224,7 @@ fn milliseconds(what: &str, began: Instant) -> Rate {
     }
 }
 
-/// Converts to milliseconds with two decimals.
+/// Converts a duration to milliseconds with two decimals.
 fn rounded(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e5).round() / 100.0
 }

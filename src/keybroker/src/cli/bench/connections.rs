@@ -179,8 +179,8 @@ async fn idle_row(bench: &Bench<'_>, api: Api, count: u32) -> Result<Vec<Field>,
                         .connect(version)
                         .await
                         .map_err(|error| unanswered(&error))?;
-                    // The user has no key. Status 404 therefore proves that the broker accepted the
-                    // access token.
+                    // The user in the access token has no key. Status 404 therefore proves that the
+                    // broker accepted the access token.
                     match rest.fetch(&mut open, &token?).await {
                         Ok(answer) if answer.status == 404 => Ok(open),
                         Ok(answer) => Err(unanswered(&answer.describe())),

@@ -1,4 +1,4 @@
-//! The broker of a measurement with connected clients and users that have keys.
+//! The broker that is measured, its connected clients, and users that have keys.
 
 use std::{sync::Arc, time::Duration};
 

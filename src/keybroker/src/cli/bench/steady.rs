@@ -1,5 +1,5 @@
-//! The scenario `steady`: the bare token and the served broker in one run. Other load on the
-//! machine affects both measurements in the same way, so their ratio remains meaningful.
+//! The scenario `steady`: measures the token alone and the running broker in one run. Other load on
+//! the machine affects both measurements in the same way, so their ratio remains meaningful.
 
 use std::time::Duration;
 
@@ -95,8 +95,8 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // The broker's operations per CPU second, divided by the operations per CPU second of the bare loop. If the token uses no
-        // CPU time of this machine, the quotient is meaningless.
+        // The broker's operations per CPU second, divided by the operations per CPU second of the
+        // token alone. If the token uses no CPU time of this machine, the quotient is meaningless.
         (
             "share",
             single

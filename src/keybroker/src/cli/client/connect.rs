@@ -22,8 +22,8 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-/// Maximum length of a PEM file, in bytes. The CA certificates of a Linux distribution have about
-/// 0.3 MiB.
+/// Maximum length of a PEM file, in bytes. The CA certificates of a Linux distribution take about
+/// 0.3 MiB in total.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
@@ -88,7 +88,7 @@ impl Connection {
         self.timeout_ms = self.timeout_ms.max(least);
     }
 
-    /// The same connection with the certificate and the key of another principal.
+    /// Returns these options with the certificate and the key of another principal.
     pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
         Self {
             cert: Some(cert.to_owned()),

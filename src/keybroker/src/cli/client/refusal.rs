@@ -124,7 +124,7 @@ const fn hint(reason: Reason) -> &'static str {
         }
         Reason::KeyNotFound => "`client list` shows the records; a deleted record can be undeleted",
         Reason::KeyExists => {
-            "use `client replace` to store new material, or `client undelete` if the record is \
+            "use `client replace` to store new key material, or `client undelete` if the record is \
          deleted"
         }
         Reason::Revision => {

@@ -1,6 +1,6 @@
-//! Describes an example principal for an explanation. The description combines an entry of the
-//! configuration, a file and options. Options take precedence over the file, and the file takes
-//! precedence over the configuration.
+//! Describes an example principal for `keybroker policy explain`. The description combines an entry
+//! of the configuration, a file and options. Options take precedence over the file, and the file
+//! takes precedence over the configuration.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +29,8 @@ use super::super::{
 /// Options that describe the principal, the address and the time of a request.
 #[derive(Args, Debug)]
 pub(super) struct Who {
-    /// Describe the `[[principal]]` that has this `san` in the configuration; other options change the description
+    /// Describe the `[[principal]]` that has this `san` in the configuration; the other options
+    /// override its values
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
     /// JSON file that describes a principal; the names of its fields are the names of the options,
@@ -287,7 +288,7 @@ fn moment(text: &str) -> Result<Timestamp, Failure> {
         .map_err(|_| usage(format!("the time {text:?} is out of range")))
 }
 
-/// Parses a value in the spelling of the configuration.
+/// Parses a value that is spelled as in the configuration.
 fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|error| error.to_string())
 }

@@ -73,7 +73,7 @@ pub(super) struct Files {
 }
 
 /// The files for the server's certificate, and the files for client certificates. If the files of
-/// one part cannot be read, the other part can still be used.
+/// one group cannot be read, the broker can still use the files of the other group.
 pub(super) struct Found {
     pub(super) shown: Result<Shown, Error>,
     pub(super) trust: Result<Trust, Error>,
@@ -136,7 +136,8 @@ impl Trust {
     }
 }
 
-/// Adds a part with its length to a digest, so that different parts cannot have the same encoding.
+/// Adds the length of a byte string and the byte string to a digest, so that different inputs
+/// cannot have the same encoding.
 fn update(context: &mut digest::Context, part: &[u8]) {
     context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
     context.update(part);
@@ -163,8 +164,8 @@ impl Found {
         }
     }
 
-    /// Digest of the files, like [`Files::digest`]. If files of a part cannot be read, the digest
-    /// includes the error.
+    /// Digest of the files, like [`Files::digest`]. If the files of a group cannot be read, the
+    /// digest includes the error instead.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut context = digest::Context::new(&digest::SHA256);
         match &self.shown {

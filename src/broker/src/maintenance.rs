@@ -263,7 +263,8 @@ impl Broker {
         }
     }
 
-    /// Follows changes of the registry by other processes: by commands, or by another broker on the same database.
+    /// Loads changes that other processes made to the registry: commands, or another broker on the
+    /// same database.
     async fn follow_registry(&self) {
         if !self.store_is_up() || !self.token.state().serves_a_key() {
             return;

@@ -24,7 +24,8 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
-/// Time limit for one verification of rows with the token. A verification takes place once a second.
+/// Time limit for one verification of rows with the token. The broker verifies changed rows once a
+/// second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time for which a call waits until the workers have checked a key that was just registered.
 const PROOF_WAIT: Duration = Duration::from_secs(10);
@@ -45,7 +46,7 @@ pub(super) struct Registry {
     /// Changes of stored rows that the broker rejected, because their verification failed or they would undo a later
     /// change.
     refused_changes: Vec<RefusedChange>,
-    /// The places of the keys at the last successful read.
+    /// The tokens on which the keys are, as read at the last successful read.
     places: Vec<PlaceRow>,
     /// With several tokens, the keys that at least one token serves now. With one token, this set is empty.
     served: BTreeSet<WrappingKeyId>,
@@ -175,7 +176,8 @@ impl Entry {
 
 impl Registry {
     /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the one that was
-    /// activated last. If no token serves that key, and a token serves another active key, returns the other key.
+    /// activated last. If no token serves the key that was activated last, and a token serves
+    /// another active key, returns the other key.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
         self.active_key(&self.served)
     }
@@ -218,7 +220,8 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Checks that the workers have checked a key, with or without success.
+    /// Returns an error if the workers have not finished their check of a key. The result of the
+    /// check does not matter.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
@@ -245,8 +248,9 @@ impl Registry {
         Err(Error::new(reason, what.clone()).explained("id", &what))
     }
 
-    /// The row of a key that the token does not show. An administrator who asks to record its loss learns why not. The
-    /// loss of a key can be recorded again if no key authenticates the tombstone any more.
+    /// Returns the row of a key that is missing from the token. Otherwise, returns an error that
+    /// explains to the administrator why the loss of the key cannot be recorded. The loss of a key
+    /// can be recorded again if no key authenticates the tombstone any more.
     pub(super) fn missing(
         &self,
         id: WrappingKeyId,
@@ -335,8 +339,8 @@ impl Registry {
         altered.chain(refused).collect()
     }
 
-    /// Returns the causes for the alert about missing or untrusted keys on the token. A destroyed key is no cause,
-    /// because the token need not contain it.
+    /// Returns the causes for the alert about missing or untrusted keys on the token. A destroyed
+    /// key causes no alert, because the token need not contain the key.
     fn lost_keys(&self) -> Vec<&str> {
         let entries = self.entries.iter();
         entries
@@ -370,9 +374,9 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used in this way. A key that a token serves is
-/// preferred. If none can be used, returns the reason of the key that the call could use soonest; `None` if the states of
-/// all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used in this way. A key that
+/// a token serves is preferred. If no key can be used, returns the reason for the key that will
+/// probably be usable first. Returns `None` if the states of all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
@@ -393,8 +397,8 @@ fn best<'a>(
     Some(best.check(key_use).map(|()| best.row.id))
 }
 
-/// Function that computes the keys that must be on each token from the rows of the registry. Each result has the
-/// configured name of the token.
+/// Function that computes, from the rows of the registry, the keys that must be on each token. Each
+/// result has the configured name of the token.
 type Compute =
     dyn Fn(Vec<RegistryRow>, Vec<PlaceRow>) -> Vec<(String, Vec<ExpectedKey>)> + Send + Sync;
 
@@ -471,8 +475,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Examines the rows of the registry. `known` is the registry that was examined before. A row that no token can
-    /// verify at present does not delay the changes of the other rows.
+    /// Examines the rows of the registry. `known` is the result of the previous examination. A row
+    /// that no token can verify at present does not delay the changes of the other rows.
     async fn examine(
         &self,
         rows: Vec<RegistryRow>,
@@ -524,7 +528,7 @@ impl Broker {
         Ok(fresh)
     }
 
-    /// Examines one row. If its change is refused, the row that was examined before stays in use.
+    /// Examines one row. If the broker refuses a change of the row, the previous row stays in use.
     async fn examine_row(
         &self,
         row: RegistryRow,
@@ -542,7 +546,7 @@ impl Broker {
             Some(before) => (self.again(before, state, deadline).await, None),
             None => {
                 let standing = match self.standing(&row, state, deadline).await {
-                    // The workers learn of the key after this examination.
+                    // The workers get the id of the key after this check.
                     Standing::Missing(_)
                         if !known.entries.is_empty() && is_unexamined(&row, state) =>
                     {
@@ -556,7 +560,7 @@ impl Broker {
     }
 
     /// Verifies the new rows of destroyed keys, which the integrity key of any other key authenticates. Without this check, a
-    /// person who can write to the database could mark a key as destroyed that exists.
+    /// person who can write to the database could mark an existing key as destroyed.
     async fn check_tombstones(
         &self,
         fresh: &mut Registry,
@@ -626,14 +630,16 @@ impl Broker {
         })
     }
 
-    /// Examines an unchanged row. A row that the token has verified is not verified again while the token has its key.
+    /// Examines an unchanged row. A row that the token has verified is not verified again while the
+    /// token has the key of the row.
     async fn again(&self, before: &Entry, state: &TokenState, deadline: Deadline) -> Entry {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
             None if is_verified => Standing::Verified,
             // A worker that is being replaced may lack the newest keys.
             Some(Standing::Unproved) if is_verified => Standing::Verified,
-            // The regular search for missing keys replaces workers, too.
+            // The front also replaces workers when it searches for missing keys at regular
+            // intervals.
             Some(Standing::Unproved) if matches!(before.standing, Standing::Missing(_)) => {
                 before.standing.clone()
             }
@@ -655,7 +661,8 @@ impl Broker {
         deadline: Deadline,
     ) -> Result<Entry, RefusedChange> {
         let was_verified = before.standing == Standing::Verified;
-        // The number of an altered row says nothing. In every other case, a lower number is an older row.
+        // The number of an altered row is not reliable. In every other case, a lower number means
+        // an older row.
         if !matches!(before.standing, Standing::Altered(_)) {
             check_successor(&before.row, &row)?;
         }
@@ -737,7 +744,8 @@ impl Broker {
         self.registry.store(Some(Arc::new(registry)));
     }
 
-    /// Whether an alert says that the registry cannot be read, although it was read now.
+    /// Whether the last logged problems are no longer the problems of the registry that was just
+    /// read.
     fn is_logged_as_unreadable(&self, fresh: &Registry) -> bool {
         let logged = self.logged_problems.lock();
         let logged = logged.unwrap_or_else(PoisonError::into_inner);
@@ -783,8 +791,8 @@ impl Broker {
         })
     }
 
-    /// Asks the registry about a key for a call. If the key was just registered, waits until the workers have checked
-    /// it. Another broker may already use the key for the same client.
+    /// Looks up a key in the registry for a call. If the key was just registered, waits until the
+    /// workers have checked it. Another broker may already use the key for the same client.
     pub(super) async fn ask_registry<T>(
         &self,
         deadline: Deadline,
@@ -822,8 +830,8 @@ impl Broker {
 }
 
 /// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified. The
-/// row of a destroyed key matches also while a token still shows the key: another key authenticates the row, and a
-/// destroyed key is never used.
+/// row of a destroyed key matches even while a token still contains the key: another key
+/// authenticates the row, and a destroyed key is never used.
 fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
     if row.state == WrappingKeyState::Destroyed {
         return None;
@@ -833,7 +841,8 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         return Some(match unusable.map(|key| &key.problem) {
             Some(KeyProblem::Missing(cause)) => Standing::Missing(cause.clone()),
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
-            // With several tokens, the token with the key may be absent for long, so no call waits for it.
+            // With several tokens, the token with the key may be absent for a long time, so no call
+            // waits for this token.
             None if !state.tokens.is_empty() && !state.is_checking_keys => {
                 Standing::Missing("no token with the key was found yet".to_owned())
             }
@@ -863,12 +872,12 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
     None
 }
 
-/// Whether no token has said anything about a key yet.
+/// Whether no token has reported a problem of a key yet.
 fn is_unexamined(row: &RegistryRow, state: &TokenState) -> bool {
     !state.tokens.is_empty() && !state.unusable.iter().any(|key| key.id == row.id)
 }
 
-/// Of several tokens: the keys that a token serves.
+/// Returns the keys that at least one of several tokens serves.
 fn served_keys(state: &TokenState) -> BTreeSet<WrappingKeyId> {
     let serving = state
         .tokens

@@ -77,9 +77,10 @@ enum Target {
 
 /// Builds a [`Client`]. [`Client::builder`] and [`Client::builder_with_channel`] create a builder.
 ///
-/// A client of an endpoint needs `ca_file` or `ca_pem`. If several of `bearer_token`, `bearer_token_provider` and
-/// `api_client` are set, the credential that was set last is used. An access token or an API client replaces the
-/// client certificate, because the broker ignores the certificate of a call with an `authorization` header.
+/// A client that connects to an endpoint needs `ca_file` or `ca_pem`. If several of `bearer_token`,
+/// `bearer_token_provider` and `api_client` are set, the credential that was set last is used. An
+/// access token or an API client replaces the client certificate, because the broker ignores the
+/// certificate of a call with an `authorization` header.
 #[must_use = "a builder does nothing before `build`"]
 pub struct ClientBuilder {
     target: Target,

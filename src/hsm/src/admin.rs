@@ -51,14 +51,16 @@ const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
 /// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
 /// time.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
-/// Number of keys in one message, far below the longest frame.
+/// Maximum number of keys in one message. A message with this number of keys is far shorter than
+/// the longest frame.
 const KEYS_PER_FRAME: usize = 64;
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The token refused the request, the module crashed or hangs, or the request does not match the token.
+    /// The token refused the request, the module crashed or hung, or the request does not match the
+    /// token.
     #[error("{0}")]
     Token(String),
     /// The module cannot be loaded, or no token matches the settings. The module's environment may be incomplete.
@@ -67,7 +69,7 @@ pub enum AdminError {
     /// No PIN was given, or the token rejected the PIN.
     #[error("{0}")]
     Pin(String),
-    /// A key, an attribute or a MAC differs from what is required.
+    /// A key, an attribute or a MAC does not have the required value.
     #[error("{0}")]
     Untrusted(String),
     /// The PIN cannot be read.
@@ -403,8 +405,8 @@ impl Admin {
         }
     }
 
-    /// Tests the abilities of the token. If `write` is true, the worker also makes temporary keys on the token, and
-    /// removes them. Logs out at the end.
+    /// Tests the capabilities of the token. If `write` is true, the worker also makes temporary
+    /// keys on the token, and removes them. Logs out at the end.
     pub fn report(&self, pin: &PinSource, write: bool, serial: bool) -> Result<Report, AdminError> {
         let job = Job::MakeReport(MakeReport {
             pin: Some(pin.to_wire()?),

@@ -50,7 +50,7 @@ const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Queue {
     state: Mutex<State>,
     length_max: usize,
-    /// Number of jobs of principals that arrived since the start.
+    /// Number of principals' jobs that arrived since the start of the broker.
     of_principals: AtomicU64,
 }
 
@@ -213,7 +213,8 @@ impl Queue {
         self.state().waiting.len()
     }
 
-    /// Answers each waiting job that another token can do with this error, so that the other token gets the job.
+    /// Answers with this error each waiting job that another token can do, so that the other token
+    /// gets the job.
     pub(super) fn fail_with_alternative(&self, error: &Error) {
         let passed_on = self.state().waiting.take_if(|job| job.has_alternative);
         for job in passed_on {
@@ -273,8 +274,9 @@ impl State {
         }
     }
 
-    /// Refuses a job that would be too late behind the jobs that already wait. A job that a free session takes
-    /// immediately is always accepted, because its duration shows how fast the token is now.
+    /// Refuses a job that would finish too late because of the jobs that already wait. A job that a
+    /// free session takes immediately is always accepted, because its duration shows how fast the
+    /// token is now.
     fn check_in_time(
         &self,
         lane: &Lane,
@@ -311,8 +313,8 @@ impl State {
         })
     }
 
-    /// Makes room in a full queue. Removes abandoned and expired jobs. If there are none, removes the newest job of the
-    /// lane with the most work.
+    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no such
+    /// jobs, removes the newest job of the lane with the most work.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self
             .searched

@@ -132,7 +132,8 @@ pub enum Error {
     /// A concurrent call used the request id.
     #[error("the request id is in use")]
     RequestIdTaken,
-    /// A row cannot be decoded. The text contains table and column, but no stored bytes.
+    /// A row cannot be decoded. The text contains the names of the table and the column, but no
+    /// stored bytes.
     #[error("the database contains damaged data: {0}")]
     Corrupt(#[source] Detail),
     /// The schema is older or newer than the schema of this binary, or the settings do not describe a usable database.

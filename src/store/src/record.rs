@@ -93,7 +93,7 @@ pub struct NewRevision {
 }
 
 impl NewRevision {
-    /// The stored data of a record after its creation with `self` at the time `at`.
+    /// Returns the data of the record that is stored if `self` creates the record at the time `at`.
     pub fn record_info(&self, at: Timestamp) -> RecordInfo {
         RecordInfo {
             address: self.address.clone(),

@@ -15,7 +15,7 @@ tokio::task_local! {
 pub struct Abandoned(Arc<AtomicBool>);
 
 impl Abandoned {
-    /// The flag of the call that the current task works for. Outside of a call, the flag is never set.
+    /// The flag of the call that the current task works for. Outside a call, the flag is never set.
     pub fn current() -> Self {
         CURRENT.try_with(Self::clone).unwrap_or_default()
     }

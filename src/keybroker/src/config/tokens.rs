@@ -13,7 +13,7 @@ use serde::{
 use keybroker_core::key::KeyName;
 use keybroker_hsm as hsm;
 
-/// Maximum number of tokens. The record of PINs can contain this number of tokens.
+/// Maximum number of tokens. The record of PINs has space for this number of tokens.
 pub const TOKENS_MAX: usize = 16;
 
 /// The tokens of a configuration, in the order of the file.

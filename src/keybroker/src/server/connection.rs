@@ -274,7 +274,8 @@ impl Connection {
         }
     }
 
-    /// Identifies the peer and takes a place for the connection; `None` if no place is free.
+    /// Identifies the peer and reserves one of the permitted connections. Returns `None` if too
+    /// many connections are open.
     fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Client> {
         self.client_of(leaf)
             .inspect_err(|full| {
@@ -289,7 +290,7 @@ impl Connection {
             .ok()
     }
 
-    /// Identifies the peer from its certificate, and takes a place for the connection.
+    /// Identifies the peer from its certificate, and reserves one of the permitted connections.
     fn client_of(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Client, Full> {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
@@ -345,7 +346,7 @@ struct Client {
 
 /// The graceful shutdown of a connection, for both versions of HTTP.
 trait GracefulShutdown: Future<Output = Result<(), hyper::Error>> {
-    /// Stops accepting requests. The connection ends after the requests in progress.
+    /// Stops accepting requests. The connection ends when the requests in progress are complete.
     fn begin_shutdown(self: Pin<&mut Self>);
 }
 

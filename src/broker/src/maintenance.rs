@@ -32,8 +32,8 @@ pub struct Health {
     pub user_keys: bool,
     /// Whether the control plane can answer. The control plane requires the audit log.
     pub control: bool,
-    /// Description of all problems, for the log and for administrators; empty without a problem. Some problems do not
-    /// stop the service.
+    /// Description of all problems, for the log and for administrators; empty if there is no
+    /// problem. Some problems do not stop the service.
     pub detail: String,
 }
 
@@ -154,8 +154,9 @@ impl Broker {
         }
     }
 
-    /// Loads the intents that an earlier run left without an outcome, and resolves them as far as possible. Returns an
-    /// error if the facts that this instance keeps about its database cannot be read.
+    /// Loads the intents that an earlier run left without an outcome, and resolves them as far as
+    /// possible. Returns an error if the data that this instance keeps about its database cannot be
+    /// read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -246,7 +247,8 @@ impl Broker {
         metrics::STORE_UP.set_flag(up);
     }
 
-    /// Follows the registry in a separate loop, because a key that was just registered must be used soon.
+    /// Loads changes of the registry in a separate loop, because a key that was just registered
+    /// must be used soon.
     async fn follow_regularly(&self, stop: &CancellationToken) {
         loop {
             let pause = if self.has_unproved_key() {

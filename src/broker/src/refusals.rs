@@ -143,7 +143,7 @@ impl Refusals {
             let error = chain(&error);
             tracing::warn!(
                 %error,
-                "cannot remove the file with the refusals that the previous release counted; the next start counts these \
+                "cannot remove the file with the refusals that the previous version counted; the next start counts these \
                  refusals again"
             );
         }

@@ -99,8 +99,8 @@ enum RefusedChange {
     /// The row does not exist any more.
     #[error("the row of wrapping key {0} was deleted from the registry")]
     Deleted(WrappingKeyId),
-    /// The rows with the places of the keys cannot be read.
-    #[error("the places of the wrapping keys cannot be read: {0}")]
+    /// The rows of wrapping keys on further tokens cannot be read.
+    #[error("the rows of wrapping keys on further tokens cannot be read: {0}")]
     UnreadablePlaces(String),
 }
 
@@ -211,7 +211,8 @@ impl Registry {
         })
     }
 
-    /// Checks that a wrapping key may be used for a stored row. `key_use` is the kind of use.
+    /// Checks that a wrapping key may be used for a stored row. `key_use` is the intended use of
+    /// the key.
     pub(super) fn check(&self, id: WrappingKeyId, key_use: KeyUse) -> Result<(), Refusal> {
         let entry = self.entry(id).ok_or_else(|| {
             let detail = format!("wrapping key {id} of the envelope is not registered");
@@ -280,8 +281,8 @@ impl Registry {
         self.entry(id).is_some()
     }
 
-    /// Checks that user keys can be released or stored, because at least one key works. A key that the workers are
-    /// checking counts as working, because calls wait for the result.
+    /// Checks that user keys can be released or stored, because at least one wrapping key works. A
+    /// key that the workers are checking counts as working, because calls wait for the result.
     pub(super) fn check_service(&self) -> Result<(), Error> {
         let error = match self.wrapping_key() {
             Ok(_) | Err(Refusal::Unproved(_)) => return Ok(()),
@@ -374,9 +375,9 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used in this way. A key that
-/// a token serves is preferred. If no key can be used, returns the reason for the key that will
-/// probably be usable first. Returns `None` if the states of all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used for `key_use`. A key
+/// that a token serves is preferred. If no key can be used, returns the reason for the key that
+/// will probably be usable first. Returns `None` if the states of all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
@@ -426,9 +427,10 @@ impl fmt::Debug for Expect {
 
 impl Broker {
     /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, and
-    /// the fingerprint of every key. A difference between the registry and the token is reported and never repaired. A
-    /// key with a difference is refused, and the other keys are used. If no key can be used, returns an error. Until
-    /// this function succeeds, the broker wraps and unwraps nothing.
+    /// the fingerprint of every key. A difference between the registry and the token is reported
+    /// and never repaired. The broker refuses a key that differs from its registry row, and uses
+    /// the other keys. If no key can be used, returns an error. Until this function succeeds, the
+    /// broker wraps and unwraps nothing.
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let _turn = self.registry_refresh.lock().await;
         let rows = self.store.registry().await?;

@@ -214,7 +214,7 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own values).
     pub amr: BTreeSet<String>,
-    /// The class of the user's authentication.
+    /// The class of the user's authentication (claim `acr`).
     pub acr: Option<String>,
     /// When the user authenticated.
     pub authenticated: Option<Timestamp>,

@@ -48,8 +48,8 @@ pub use wrapper::Wrapper;
 const WORKER: &str = "token-admin-worker";
 /// Shortest timeout for a call that makes a key or initialises a token. Some devices need minutes to make a key.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
-/// time.
+/// Longest time for a worker to end after its socket was closed. The worker's own timeout for the
+/// module is shorter.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 /// Maximum number of keys in one message. A message with this number of keys is far shorter than
 /// the longest frame.
@@ -75,7 +75,8 @@ pub enum AdminError {
     /// The PIN cannot be read.
     #[error(transparent)]
     PinSource(#[from] PinError),
-    /// A user other than root and the user of this process can change a file that the module's environment refers to.
+    /// The module's environment refers to a file that a user other than root and the user of this
+    /// process can change.
     #[error(transparent)]
     Environment(#[from] PathError),
     /// The public key of a key on the token cannot be used.

@@ -42,7 +42,8 @@ pub use estimate::Planned;
 
 /// The shortest retry delay that an error contains.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
+/// Shortest interval between two searches of a full queue for abandoned jobs, so that refusals stay
+/// cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The queue and its workers.
@@ -177,7 +178,7 @@ impl Queue {
         }
     }
 
-    /// Records that a job of this kind took this time.
+    /// Records the duration of a job of this kind.
     #[cfg(test)]
     pub(super) fn measured_for_test(&self, kind: Kind, spent: Duration) {
         self.state().estimates.add(kind, spent);

@@ -56,7 +56,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// Longest time for the module to open the token. The front waits for a shorter time.
+/// Longest time for the module to open the token. The corresponding timeout of the front is
+/// shorter.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Niceness that is added to a worker, so that its CPU priority is lower than the front's priority.

@@ -142,7 +142,8 @@ pub enum Error {
     /// The database may lose writes that it acknowledged.
     #[error("{0}")]
     Durability(String),
-    /// The database rolled back this transaction in favour of another transaction. The rolled-back transaction may be repeated.
+    /// The database rolled back this transaction in favour of another transaction. It is safe to
+    /// repeat the rolled-back transaction.
     #[error("the database is busy: {0}")]
     Contended(#[source] Detail),
     /// Another process holds the lock of the database.

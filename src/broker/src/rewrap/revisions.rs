@@ -31,7 +31,7 @@ use super::{
 /// calls wait.
 const JOB_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Returns the caller of the jobs of a run.
+/// Returns the caller for the jobs of a run.
 pub(super) fn background() -> hsm::Caller {
     hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
 }

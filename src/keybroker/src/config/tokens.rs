@@ -26,7 +26,7 @@ pub struct Tokens {
     is_one_table: bool,
 }
 
-/// An error while a token is selected.
+/// The reason why no token could be selected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SelectionError {
     /// The configuration has several tokens, but the command line does not select a token.
@@ -81,8 +81,8 @@ impl Tokens {
         names.join(", ")
     }
 
-    /// The weights of principals while their calls wait for a place in the front. If tokens have
-    /// different weights for a principal, the highest weight applies.
+    /// The weights of principals that apply while their calls wait for a place in the front. If
+    /// tokens have different weights for a principal, the highest weight applies.
     pub fn weights(&self) -> BTreeMap<String, u32> {
         let mut weights = BTreeMap::new();
         for (principal, weight) in self.entries.iter().flat_map(|token| &token.weights) {

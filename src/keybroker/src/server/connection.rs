@@ -40,8 +40,8 @@ const HEADER_BYTES_MIN: usize = 16 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
 /// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes.
-/// HTTP/2 windows are set before a call can authenticate. Messages that are longer than the window
-/// need additional round trips.
+/// The HTTP/2 windows are set before a call can authenticate the caller. Messages that are longer
+/// than the window need additional round trips.
 const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
 /// The smallest permitted connection window of HTTP/2, in bytes (RFC 9113 section 6.9.2).
 const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;

@@ -47,7 +47,7 @@ text { font: 13px system-ui, \"Segoe UI\", Roboto, \"DejaVu Sans\", sans-serif; 
 }
 ";
 
-/// The way in which a chart shows its values.
+/// The form in which a chart shows its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
     Lines,

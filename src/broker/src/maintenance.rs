@@ -48,7 +48,7 @@ enum Resolved {
 }
 
 impl Broker {
-    /// Returns the state of the broker at its last check. Reads only memory.
+    /// Returns the state of the broker at its last check. The function reads only memory.
     pub fn health(&self) -> Health {
         let mut problems = Vec::new();
         let control = match self.audit.writable() {

@@ -46,7 +46,7 @@ pub(super) struct Registry {
     /// Changes of stored rows that the broker rejected, because their verification failed or they would undo a later
     /// change.
     refused_changes: Vec<RefusedChange>,
-    /// The tokens on which the keys are, as read at the last successful read.
+    /// The tokens that have each key, according to the last successful read.
     places: Vec<PlaceRow>,
     /// With several tokens, the keys that at least one token serves now. With one token, this set is empty.
     served: BTreeSet<WrappingKeyId>,

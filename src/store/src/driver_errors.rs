@@ -41,7 +41,7 @@ enum Meaning {
     ServerDamaged,
     /// The file is not a database.
     NotDatabase,
-    /// Another transaction won.
+    /// The statement conflicts with another transaction.
     Contended,
     /// Another connection may succeed.
     Disconnected,

@@ -176,7 +176,8 @@ impl Error {
         }
     }
 
-    /// Describes the damage of a stored row, without the driver's message. Lists contain this text.
+    /// Describes the damage of a stored row, without the driver's message. Lists of rows contain
+    /// this description.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),
@@ -251,7 +252,7 @@ mod tests {
             "store unavailable: cannot use the database: error communicating with database: connection refused; check \
              `store.url`"
         );
-        // A log line that also contains the causes does not repeat a text.
+        // A log line that also contains the causes contains each text only once.
         assert_eq!(error::chain(&error), text);
         let broker = error::Error::from(error);
         assert_eq!(broker.detail(), text);

@@ -59,8 +59,8 @@ const SOCKET_NAME: &str = ".s.PGSQL.";
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
 /// Environment variables that the driver reads and that the program cannot override. Some of the
-/// variables set the CAs for the server's certificate. Others set a client certificate or settings
-/// of the session.
+/// variables set the CAs for the server's certificate. Other variables set a client certificate or
+/// settings of the session.
 const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
 
 /// Returns a problem for each of [`VARIABLES`] that is set in the environment.

@@ -273,7 +273,7 @@ SOFTHSM2_CONF = "/b.conf"
         assert_eq!(names, [("a", 100), ("b", 50)]);
         assert_eq!(two.all()[1].environment["SOFTHSM2_CONF"], "/b.conf");
         assert_eq!(two.problems_of_list(), Vec::<String>::new());
-        // Serialisation keeps the form of the file.
+        // Serialisation keeps `[token]` or `[[token]]`, as in the file.
         for text in [TWO, "[token]\nmodule = \"/a.so\"\n"] {
             let document: Document = toml::from_str(text).unwrap();
             let written = toml::to_string(&document).unwrap();

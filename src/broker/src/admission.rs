@@ -35,8 +35,8 @@ impl Broker {
         }
     }
 
-    /// Refuses a call that the token certainly cannot serve in time. The admission check comes before the policy and
-    /// the store, so that a refusal costs little.
+    /// Refuses a call that the token certainly cannot serve in time. The broker makes the admission
+    /// check before it evaluates the policy and reads the store, so that a refusal costs little.
     pub(super) async fn check_admission(
         &self,
         caller: &Caller,

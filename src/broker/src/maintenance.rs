@@ -32,8 +32,8 @@ pub struct Health {
     pub user_keys: bool,
     /// Whether the control plane can answer. The control plane requires the audit log.
     pub control: bool,
-    /// Description of all problems, for the log and for administrators; empty without a problem. Some problems do not
-    /// stop the service.
+    /// Description of all problems, for the log and for administrators; empty if there is no
+    /// problem. Some problems do not stop the service.
     pub detail: String,
 }
 
@@ -48,7 +48,7 @@ enum Resolved {
 }
 
 impl Broker {
-    /// Returns the state of the broker at its last check. Reads only memory.
+    /// Returns the state of the broker at its last check. The function reads only memory.
     pub fn health(&self) -> Health {
         let mut problems = Vec::new();
         let control = match self.audit.writable() {
@@ -154,8 +154,9 @@ impl Broker {
         }
     }
 
-    /// Loads the intents that an earlier run left without an outcome, and resolves them as far as possible. Returns an
-    /// error if the facts that this instance keeps about its database cannot be read.
+    /// Loads the intents that an earlier run left without an outcome, and resolves them as far as
+    /// possible. Returns an error if the data that this instance keeps about its database cannot be
+    /// read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -246,7 +247,8 @@ impl Broker {
         metrics::STORE_UP.set_flag(up);
     }
 
-    /// Follows the registry in a separate loop, because a key that was just registered must be used soon.
+    /// Loads changes of the registry in a separate loop, because a key that was just registered
+    /// must be used soon.
     async fn follow_regularly(&self, stop: &CancellationToken) {
         loop {
             let pause = if self.has_unproved_key() {
@@ -263,7 +265,8 @@ impl Broker {
         }
     }
 
-    /// Follows changes of the registry by other processes: by commands, or by another broker on the same database.
+    /// Loads changes that other processes made to the registry: commands, or another broker on the
+    /// same database.
     async fn follow_registry(&self) {
         if !self.store_is_up() || !self.token.state().serves_a_key() {
             return;

@@ -34,7 +34,7 @@ use super::Broker;
 /// entry for each reason. An audit entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit
 /// log.
 const NETWORKS_MAX: usize = 256;
-/// Name of the state file in the previous release, without the name of the instance.
+/// Name of the state file in the previous version of Keybroker, without the name of the instance.
 const LEGACY_FACT: &str = "refusals";
 
 type Counts = HashMap<(Option<Network>, Refused), u64>;
@@ -64,7 +64,7 @@ struct Kept {
     /// The network; `None` for the count that several networks share.
     network: Option<Network>,
     reason: String,
-    /// The previous release stored no causes.
+    /// The previous version of Keybroker stored no causes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cause: Option<String>,
     count: u64,
@@ -123,8 +123,8 @@ impl Refusals {
         }
     }
 
-    /// Loads the counts of a run that was killed. Also loads the file of the previous release, whose name does not
-    /// contain the instance.
+    /// Loads the counts of a run that was killed. Also loads the file of the previous version of
+    /// Keybroker, whose name does not contain the instance.
     fn take_over(&self) {
         for fact in [&self.fact, LEGACY_FACT] {
             match self.state.read_json::<Vec<Kept>>(fact) {
@@ -143,7 +143,7 @@ impl Refusals {
             let error = chain(&error);
             tracing::warn!(
                 %error,
-                "cannot remove the file with the refusals that the previous release counted; the next start counts these \
+                "cannot remove the file with the refusals that the previous version counted; the next start counts these \
                  refusals again"
             );
         }
@@ -367,7 +367,7 @@ mod tests {
         }
     }
 
-    /// The previous release wrote `refusals` without an instance.
+    /// The previous version of Keybroker wrote `refusals` without an instance.
     #[test]
     fn counts_of_the_release_before_are_taken_over_once() {
         let folder = tempfile::tempdir().unwrap();

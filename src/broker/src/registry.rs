@@ -24,7 +24,8 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
-/// Time limit for one verification of rows with the token. A verification takes place once a second.
+/// Time limit for one verification of rows with the token. The broker verifies changed rows once a
+/// second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time for which a call waits until the workers have checked a key that was just registered.
 const PROOF_WAIT: Duration = Duration::from_secs(10);
@@ -45,7 +46,7 @@ pub(super) struct Registry {
     /// Changes of stored rows that the broker rejected, because their verification failed or they would undo a later
     /// change.
     refused_changes: Vec<RefusedChange>,
-    /// The places of the keys that could be read.
+    /// The tokens that have each key, as far as the rows can be read.
     places: Vec<PlaceRow>,
 }
 
@@ -160,8 +161,8 @@ enum RefusedChange {
     /// The row does not exist any more.
     #[error("the row of wrapping key {0} was deleted from the registry")]
     Deleted(WrappingKeyId),
-    /// A row with a place of a key cannot be read.
-    #[error("a place of a wrapping key cannot be read: {0}")]
+    /// A row that names a further token of a wrapping key cannot be read.
+    #[error("a row that names a further token of a wrapping key cannot be read: {0}")]
     UnreadablePlace(String),
 }
 
@@ -338,7 +339,8 @@ impl Registry {
         })
     }
 
-    /// Checks that a wrapping key may be used for a stored row. `key_use` is the kind of use.
+    /// Checks that a wrapping key may be used for a stored row. `key_use` is the intended use of
+    /// the key.
     pub(super) fn check(&self, id: WrappingKeyId, key_use: KeyUse) -> Result<(), Refusal> {
         let entry = self.entry(id).ok_or_else(|| {
             let detail = format!("wrapping key {id} of the envelope is not registered");
@@ -347,7 +349,8 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Checks that the workers have checked a key, with or without success.
+    /// Returns an error if the workers have not finished their check of a key. The result of the
+    /// check does not matter.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
@@ -374,8 +377,9 @@ impl Registry {
         Err(Error::new(reason, what.clone()).explained("id", &what))
     }
 
-    /// The row of a key that the token does not show. If the loss of the key cannot be recorded, the error contains the reason.
-    /// The loss of a key can be recorded again if no key authenticates its row any more and no token shows the key.
+    /// Returns the row of a key that is missing from the token. Otherwise, returns an error that explains why the loss of the
+    /// key cannot be recorded. The loss of a key can be recorded again if no key authenticates its row any more and no token
+    /// has the key.
     pub(super) fn missing(
         &self,
         id: WrappingKeyId,
@@ -407,8 +411,8 @@ impl Registry {
         self.entry(id).is_some()
     }
 
-    /// Checks that user keys can be released or stored, because at least one key works. A key that the workers are
-    /// checking counts as working, because calls wait for the result.
+    /// Checks that user keys can be released or stored, because at least one wrapping key works. A
+    /// key that the workers are checking counts as working, because calls wait for the result.
     pub(super) fn check_service(&self) -> Result<(), Error> {
         let error = match self.wrapping_key() {
             Ok(_) | Err(Refusal::Unproved(_)) => return Ok(()),
@@ -496,8 +500,8 @@ impl Registry {
         altered.chain(refused).collect()
     }
 
-    /// Returns the causes for the alert about missing or untrusted keys on the token. A destroyed key is no cause,
-    /// because the token need not contain it.
+    /// Returns the causes for the alert about missing or untrusted keys on the token. A destroyed
+    /// key causes no alert, because the token need not contain the key.
     fn lost_keys(&self) -> Vec<&str> {
         let entries = self.entries.iter();
         entries
@@ -532,8 +536,8 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used in this way. If none can be used, returns the reason of the key that the call could use soonest; `None` if the states of
-/// all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used for `key_use`. If no key can be used, returns the
+/// reason for the key that will probably be usable first. Returns `None` if the states of all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
@@ -552,8 +556,8 @@ fn best<'a>(
     Some(best.check(key_use).map(|()| best.row.id))
 }
 
-/// Function that computes the keys that must be on each token from the rows of the registry. Each result has the
-/// configured name of the token.
+/// Function that computes, from the rows of the registry, the keys that must be on each token. Each
+/// result has the configured name of the token.
 type Compute =
     dyn Fn(Vec<RegistryRow>, Vec<PlaceRow>) -> Vec<(String, Vec<ExpectedKey>)> + Send + Sync;
 
@@ -581,9 +585,10 @@ impl fmt::Debug for Expect {
 
 impl Broker {
     /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, and
-    /// the fingerprint of every key. A difference between the registry and the token is reported and never repaired. A
-    /// key with a difference is refused, and the other keys are used. If no key can be used, returns an error. Until
-    /// this function succeeds, the broker wraps and unwraps nothing.
+    /// the fingerprint of every key. A difference between the registry and the token is reported
+    /// and never repaired. The broker refuses a key that differs from its registry row, and uses
+    /// the other keys. If no key can be used, returns an error. Until this function succeeds, the
+    /// broker wraps and unwraps nothing.
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let _turn = self.registry_refresh.lock().await;
         let rows = self.store.registry().await?;
@@ -778,7 +783,8 @@ impl Broker {
         }
     }
 
-    /// Examines an unchanged row. A row that the token has verified is not verified again while the token has its key.
+    /// Examines an unchanged row. A row that the token has verified is not verified again while the
+    /// token has the key of the row.
     async fn again(&self, before: &Entry, state: &TokenState, deadline: Deadline) -> Entry {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
@@ -786,7 +792,8 @@ impl Broker {
             None if before.is_tombstone() => before.standing.clone(),
             // A worker that is being replaced may lack the newest keys.
             Some(Standing::Unproved) if is_verified => Standing::Verified,
-            // The regular search for missing keys replaces workers, too.
+            // The front also replaces workers when it searches for missing keys at regular
+            // intervals.
             Some(Standing::Unproved) if matches!(before.standing, Standing::Missing(_)) => {
                 before.standing.clone()
             }
@@ -872,7 +879,8 @@ impl Broker {
         self.registry.store(Some(Arc::new(registry)));
     }
 
-    /// Whether an alert says that the registry cannot be read, although it was read now.
+    /// Whether the last logged problems are no longer the problems of the registry that was just
+    /// read.
     fn is_logged_as_unreadable(&self, fresh: &Registry) -> bool {
         let logged = self.logged_problems.lock();
         let logged = logged.unwrap_or_else(PoisonError::into_inner);
@@ -918,8 +926,8 @@ impl Broker {
         })
     }
 
-    /// Asks the registry about a key for a call. If the key was just registered, waits until the workers have checked
-    /// it. Another broker may already use the key for the same client.
+    /// Looks up a key in the registry for a call. If the key was just registered, waits until the
+    /// workers have checked it. Another broker may already use the key for the same client.
     pub(super) async fn ask_registry<T>(
         &self,
         deadline: Deadline,
@@ -957,8 +965,8 @@ impl Broker {
 }
 
 /// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified. The
-/// row of a destroyed key matches also while a token still shows the key: another key authenticates the row, and a
-/// destroyed key is never used.
+/// row of a destroyed key matches even while a token still contains the key: another key
+/// authenticates the row, and a destroyed key is never used.
 fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
     if row.state == WrappingKeyState::Destroyed {
         return None;
@@ -968,7 +976,8 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         return Some(match unusable.map(|key| &key.problem) {
             Some(KeyProblem::Missing(cause)) => Standing::Missing(cause.clone()),
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
-            // With several tokens, the token with the key may be absent for long, so no call waits for it.
+            // With several tokens, the token with the key may be absent for a long time, so no call
+            // waits for this token.
             None if !state.tokens.is_empty() && !state.is_checking_keys => {
                 Standing::Missing("no token with the key was found yet".to_owned())
             }

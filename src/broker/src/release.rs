@@ -146,7 +146,7 @@ impl Broker {
         })
     }
 
-    /// Reads the record of a permit, if the record is active.
+    /// Reads the record for which the permit was issued, if the record is active.
     pub(super) async fn active_record(
         &self,
         permit: &KeyPermit,
@@ -160,7 +160,7 @@ impl Broker {
         }
     }
 
-    /// Reads the record of a permit, active or deleted.
+    /// Reads the record for which the permit was issued, whether the record is active or deleted.
     pub(super) async fn existing_record(
         &self,
         permit: &KeyPermit,

@@ -271,9 +271,10 @@ pub enum IntegrityPlace {
 }
 
 impl IntegrityPlace {
-    /// These bytes represent [`IntegrityPlace::Worker`] in the form that is stored and sent instead of a `CKA_ID`. No
-    /// object can be registered with these bytes as its `CKA_ID`. An earlier release of the broker, which does not know
-    /// these bytes, finds no object with this `CKA_ID` and refuses the wrapping key.
+    /// The broker stores and sends these bytes instead of a `CKA_ID` for
+    /// [`IntegrityPlace::Worker`]. No object can be registered with these bytes as its `CKA_ID`. An
+    /// earlier release of the broker, which does not recognise these bytes, finds no object with
+    /// this `CKA_ID` and refuses the wrapping key.
     const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
 
     /// The bytes that are stored and sent.
@@ -285,7 +286,8 @@ impl IntegrityPlace {
         }
     }
 
-    /// Reads a place from the bytes that are stored and sent. Returns `None` if there are too many bytes.
+    /// Parses the place of an integrity key from the bytes that are stored and sent. Returns `None`
+    /// if there are too many bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [] => Some(Self::Token),
@@ -306,8 +308,8 @@ pub struct ObjectIds {
 }
 
 impl ObjectIds {
-    /// Reads two byte strings in the form that is stored and sent. An empty string means the id of the wrapping key.
-    /// Returns `None` if a byte string is too long.
+    /// Parses the two places from the byte strings that are stored and sent. An empty string means
+    /// the id of the wrapping key. Returns `None` if a byte string is too long.
     pub fn from_slices(private: &[u8], integrity: &[u8]) -> Option<Self> {
         let private = match private {
             [] => None,
@@ -319,7 +321,7 @@ impl ObjectIds {
         })
     }
 
-    /// The `CKA_ID` of the RSA private key of a wrapping key with this id.
+    /// Returns the `CKA_ID` of the RSA private key of the wrapping key with this id.
     pub fn private_object(&self, id: WrappingKeyId) -> ObjectId {
         self.private.clone().unwrap_or_else(|| id.into())
     }
@@ -362,7 +364,8 @@ impl Revision {
         self.0
     }
 
-    /// The next revision. A record cannot reach the highest revision: the hardware fails before 2^63 replacements.
+    /// The next revision. In practice, a record cannot reach the highest revision, because no
+    /// hardware lasts for 2^63 replacements.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -375,7 +378,8 @@ impl fmt::Display for Revision {
     }
 }
 
-/// SHA-256 of a DER SubjectPublicKeyInfo. A fingerprint identifies a public key, regardless of where the key was read.
+/// SHA-256 of a DER SubjectPublicKeyInfo. A fingerprint identifies a public key, regardless of the
+/// source from which the key was read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 

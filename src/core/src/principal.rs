@@ -19,11 +19,13 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Permits the release of user keys and reading their metadata, but no enrolment, deletion or administration.
+    /// Permits releasing user keys and reading their metadata, but not enrolment, deletion or
+    /// administration.
     Release,
-    /// Permits the creation and replacement of user keys and reading their metadata, but no release.
+    /// Permits creating and replacing user keys and reading their metadata, but not releasing them.
     Enrol,
-    /// Permits deletion, undeletion and restoration of user keys and reading their metadata, but no release.
+    /// Permits deleting, undeleting and restoring user keys and reading their metadata, but not
+    /// releasing them.
     Lifecycle,
     /// Permits reading and changing wrapping keys, reading the token state and managing API clients, but no access to user
     /// keys or their metadata.
@@ -212,7 +214,7 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own values).
     pub amr: BTreeSet<String>,
-    /// The class of the user's authentication.
+    /// The class of the user's authentication (claim `acr`).
     pub acr: Option<String>,
     /// When the user authenticated.
     pub authenticated: Option<Timestamp>,

@@ -48,17 +48,19 @@ pub use wrapper::Wrapper;
 const WORKER: &str = "token-admin-worker";
 /// Shortest timeout for a call that makes a key or initialises a token. Some devices need minutes to make a key.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
-/// time.
+/// Longest time for a worker to end after its socket was closed. The worker's own timeout for the
+/// module is shorter.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
-/// Number of keys in one message, far below the longest frame.
+/// Maximum number of keys in one message. A message with this number of keys is far shorter than
+/// the longest frame.
 const KEYS_PER_FRAME: usize = 64;
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The token refused the request, the module crashed or hangs, or the request does not match the token.
+    /// The token refused the request, the module crashed or hung, or the request does not match the
+    /// token.
     #[error("{0}")]
     Token(String),
     /// The module cannot be loaded, or no token matches the settings. The module's environment may be incomplete.
@@ -67,13 +69,14 @@ pub enum AdminError {
     /// No PIN was given, or the token rejected the PIN.
     #[error("{0}")]
     Pin(String),
-    /// A key, an attribute or a MAC differs from what is required.
+    /// A key, an attribute or a MAC does not have the required value.
     #[error("{0}")]
     Untrusted(String),
     /// The PIN cannot be read.
     #[error(transparent)]
     PinSource(#[from] PinError),
-    /// A user other than root and the user of this process can change a file that the module's environment refers to.
+    /// The module's environment refers to a file that a user other than root and the user of this
+    /// process can change.
     #[error(transparent)]
     Environment(#[from] PathError),
     /// The public key of a key on the token cannot be used.
@@ -403,8 +406,8 @@ impl Admin {
         }
     }
 
-    /// Tests the abilities of the token. If `write` is true, the worker also makes temporary keys on the token, and
-    /// removes them. Logs out at the end.
+    /// Tests the capabilities of the token. If `write` is true, the worker also makes temporary
+    /// keys on the token, and removes them. Logs out at the end.
     pub fn report(&self, pin: &PinSource, write: bool, serial: bool) -> Result<Report, AdminError> {
         let job = Job::MakeReport(MakeReport {
             pin: Some(pin.to_wire()?),

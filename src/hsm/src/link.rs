@@ -42,7 +42,7 @@ pub(super) struct Link {
     found: Arc<Found>,
     /// Whether the worker must be replaced, because the expected keys have changed since it started.
     is_outdated: AtomicBool,
-    /// Number of jobs in `held` except self-tests, which can be read without the lock.
+    /// Number of jobs in `held`, except self-tests. The number can be read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,

@@ -42,7 +42,8 @@ pub use estimate::Planned;
 
 /// The shortest retry delay that an error contains.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
+/// Shortest interval between two searches of a full queue for abandoned jobs, so that refusals stay
+/// cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The queue and its workers.
@@ -50,7 +51,7 @@ const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Queue {
     state: Mutex<State>,
     length_max: usize,
-    /// Number of jobs of principals that arrived since the start.
+    /// Number of principals' jobs that arrived since the start of the broker.
     of_principals: AtomicU64,
 }
 
@@ -177,7 +178,7 @@ impl Queue {
         }
     }
 
-    /// Records that a job of this kind took this time.
+    /// Records the duration of a job of this kind.
     #[cfg(test)]
     pub(super) fn measured_for_test(&self, kind: Kind, spent: Duration) {
         self.state().estimates.add(kind, spent);
@@ -213,7 +214,8 @@ impl Queue {
         self.state().waiting.len()
     }
 
-    /// Answers each waiting job that another token can do with this error, so that the other token gets the job.
+    /// Answers with this error each waiting job that another token can do, so that the other token
+    /// gets the job.
     pub(super) fn fail_with_alternative(&self, error: &Error) {
         let passed_on = self.state().waiting.take_if(|job| job.has_alternative);
         for job in passed_on {
@@ -273,8 +275,9 @@ impl State {
         }
     }
 
-    /// Refuses a job that would be too late behind the jobs that already wait. A job that a free session takes
-    /// immediately is always accepted, because its duration shows how fast the token is now.
+    /// Refuses a job that would finish too late because of the jobs that already wait. A job that a
+    /// free session takes immediately is always accepted, because its duration shows how fast the
+    /// token is now.
     fn check_in_time(
         &self,
         lane: &Lane,
@@ -311,8 +314,8 @@ impl State {
         })
     }
 
-    /// Makes room in a full queue. Removes abandoned and expired jobs. If there are none, removes the newest job of the
-    /// lane with the most work.
+    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no such
+    /// jobs, removes the newest job of the lane with the most work.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self
             .searched

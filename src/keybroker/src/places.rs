@@ -71,7 +71,7 @@ impl Registry {
         let rows = store.registry().await?;
         let (places, damaged) = store.readable_places().await?;
         for detail in damaged {
-            tracing::warn!(%detail, "a place of a wrapping key cannot be read");
+            tracing::warn!(%detail, "a row that names a further token of a wrapping key cannot be read");
         }
         Ok(Self { rows, places })
     }

@@ -7,7 +7,7 @@ use cryptoki_sys::{
     CKF_USER_PIN_INITIALIZED, CKF_USER_PIN_LOCKED, CKF_WRITE_PROTECTED,
 };
 
-/// A copy of `CK_TOKEN_INFO`. Trailing blanks of texts are removed; NUL bytes are kept.
+/// A copy of `CK_TOKEN_INFO`. Trailing blanks of text fields are removed; NUL bytes are kept.
 #[derive(Clone, Debug)]
 pub struct TokenInfo {
     label: String,

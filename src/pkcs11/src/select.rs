@@ -16,8 +16,8 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// Time for which the start waits for an absent token. SoftHSM rewrites the token's file at each login, so the token
-/// can be absent for a moment while another process logs in.
+/// Time for which a process that starts waits for an absent token. SoftHSM rewrites the token's
+/// file at each login, so the token can be absent for a moment while another process logs in.
 const ABSENT_RETRY: Duration = Duration::from_secs(2);
 const ABSENT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -166,8 +166,8 @@ pub(super) struct Selected {
     pub(super) is_one_of_several: bool,
 }
 
-/// Effect of the serial numbers in the registry on the choice of a token. A registry without serial numbers has no
-/// effect.
+/// Effect of the serial numbers in the registry on the choice of a token. If the registry contains
+/// no serial numbers, it has no effect on the choice.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
     /// For `serve`: only a token with one of the registry's serial numbers is chosen. Another token with the same label

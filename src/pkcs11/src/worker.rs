@@ -56,7 +56,8 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// Longest time for the module to open the token. The front waits for a shorter time.
+/// Longest time for the module to open the token. The corresponding timeout of the front is
+/// shorter.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Niceness that is added to a worker, so that its CPU priority is lower than the front's priority.
@@ -121,7 +122,8 @@ fn serve() -> io::Result<()> {
     // The start itself has the same priority as the front, because calls may wait for the worker.
     give_way_to_front();
     let threads = start(sessions_open, &input, &output, &ended)?;
-    // The first session thread that detects the end of the socket reports it. The other session threads also end.
+    // The first session thread that reads the end of the socket reports that the socket was closed.
+    // The other session threads also end.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
     drop(token);
@@ -290,8 +292,9 @@ fn prove(
                 keys.push(proved);
                 continue;
             }
-            // The key may be on a declared copy of this token, which has the same serial number. If it is not, the
-            // regular search finds the key when it returns.
+            // The key may be on a declared copy of this token, which has the same serial number. If
+            // the key is missing from both tokens, the regular search finds the key when it is
+            // available again.
             Err(fault) if key.may_be_elsewhere && fault.class == Class::KeyMissing => {
                 tracing::warn!(key = %key.id, %fault, "a registered key is not on this token");
                 unusable.push(unusable_key(key, &fault));
@@ -319,7 +322,7 @@ fn unusable_key(key: &ExpectedKey, fault: &Fault) -> UnusableKey {
     }
 }
 
-/// Whether a fault of this class, which occurred during the check of a key, says nothing about the other keys.
+/// Whether a fault of this class during the check of a key concerns only this key.
 const fn concerns_one_key(class: Class) -> bool {
     matches!(
         class,
@@ -459,8 +462,8 @@ fn start(
         .collect()
 }
 
-/// Reads jobs from the socket, in turn with the other session threads. Each thread runs the jobs that it reads on its
-/// own session.
+/// Reads jobs from the socket, in turn with the other session threads. Each thread uses its own
+/// session to run the jobs that it reads.
 fn work(
     session: &mut SessionThread,
     input: &Mutex<Input>,

@@ -1,8 +1,8 @@
 //! Translates the broker's terms into Cedar entities, actions and context.
 //!
-//! Every question must conform to the schema, because the policies were validated against the same
-//! schema. The broker does not check each question against the schema. A test checks questions of
-//! every kind against the schema.
+//! Every request to Cedar must conform to the schema, because the policies were validated against
+//! the same schema. The broker does not check each request against the schema. A test checks
+//! requests of every kind against the schema.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -30,7 +30,7 @@ const PLAIN: &str = "plain";
 
 pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
 
-/// The parts that all questions have in common.
+/// The parts that all requests to Cedar have in common.
 pub(super) struct Vocabulary {
     pub(super) schema: Schema,
     user: EntityTypeName,
@@ -42,8 +42,8 @@ pub(super) struct Vocabulary {
     actions: HashMap<Action, AskedAction>,
 }
 
-/// An action in the form of Cedar. The place of the action in the hierarchy of actions is computed
-/// only once, because the computation takes longer than the evaluation of most policies.
+/// An action in the form of Cedar. The position of the action in the hierarchy of actions is
+/// computed only once, because the computation takes longer than the evaluation of most policies.
 struct AskedAction {
     uid: EntityUid,
     entities: Entities,
@@ -100,7 +100,7 @@ impl<'a> Attributes<'a> {
     }
 }
 
-/// A question in the form that Cedar requires.
+/// An authorization request in the form that Cedar requires.
 pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) entities: Entities,
@@ -158,8 +158,8 @@ impl Vocabulary {
         Some((*action, kind))
     }
 
-    /// Builds a question for Cedar. If `schema` is present, the question must conform to the
-    /// schema. Otherwise this function fails.
+    /// Builds a request to Cedar. If `schema` is present, the request must conform to the schema.
+    /// Otherwise this function fails.
     pub(super) fn ask(
         &self,
         case: &Case<'_>,
@@ -283,7 +283,8 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
     }
     match case.resource {
         Resource::UserKey { user, name, .. } => users.contains(user) && key_names.contains(name),
-        // A list of records shows every key name. A list that is not limited to one user also shows every user.
+        // A list of records shows all key names. If the list is not limited to one user, it also
+        // shows all users.
         Resource::UserKeys { user, .. } => {
             *key_names == Reach::All
                 && user.map_or(*users == Reach::All, |user| users.contains(user))

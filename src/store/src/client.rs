@@ -22,9 +22,9 @@ pub struct ClientRow {
     pub mac: Mac,
     /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
-    /// When it was created.
+    /// The time at which the API client was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// The time of the last change of the API client.
     pub updated: Timestamp,
 }
 

@@ -1,4 +1,5 @@
-//! The interface of the store for the rest of the program: SQL in domain terms.
+//! The interface of the store for the rest of the program, in terms of records and keys instead of
+//! SQL.
 
 use std::{collections::HashMap, fmt};
 
@@ -127,8 +128,8 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
 
     /// Adds and replaces registry rows in one transaction, and stores the mark of the call. Returns
     /// [`Error::Conflict`] if the MAC of a replaced row is not the expected MAC, and
-    /// [`Error::Exists`] if the new row's id is registered. After [`Error::Conflict`] and
-    /// [`Error::Exists`], nothing is changed.
+    /// [`Error::Exists`] if the new row's id is registered. If the function returns
+    /// [`Error::Conflict`] or [`Error::Exists`], the registry is unchanged.
     async fn change_registry(
         &self,
         change: &RegistryChange,
@@ -139,7 +140,7 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
     /// Replaces a registry row if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;
 
-    /// Returns all places of wrapping keys on further tokens, ordered by key and token.
+    /// Returns all rows of wrapping keys on further tokens, ordered by key and token.
     async fn places(&self) -> Result<Vec<PlaceRow>, Error>;
 
     /// Returns the places that can be decoded, and the damage of each other row. One damaged row must not take the places
@@ -149,7 +150,8 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
     /// Adds a place. Returns [`Error::Exists`] if the key already has a place on this token.
     async fn add_place(&self, row: &PlaceRow) -> Result<(), Error>;
 
-    /// Replaces a place if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
+    /// Replaces the row of a wrapping key on a further token if its MAC is still `expected`.
+    /// Returns [`Error::Conflict`] if the MAC is different.
     async fn update_place(&self, row: &PlaceRow, expected: &Mac) -> Result<(), Error>;
 
     /// Returns the API client with the id `id`.

@@ -41,13 +41,14 @@ enum Meaning {
     ServerDamaged,
     /// The file is not a database.
     NotDatabase,
-    /// Another transaction won.
+    /// The statement conflicts with another transaction.
     Contended,
     /// Another connection may succeed.
     Disconnected,
     /// The statement was prepared in another session.
     SharedSession,
-    /// The database cannot be read or written. The value is a remedy, if a remedy is known.
+    /// The database cannot be read or written. The value is the remedy, or `None` if no remedy is
+    /// known.
     Down(Option<&'static str>),
 }
 
@@ -161,8 +162,9 @@ fn of_postgres(error: &PgDatabaseError) -> Meaning {
         "53100" => Meaning::Down(Some(FULL_SERVER)),
         // admin_shutdown, crash_shutdown, cannot_connect_now
         "57P01" | "57P02" | "57P03" => Meaning::Disconnected,
-        // protocol_violation: PgBouncer uses this code for all of its errors. Only the text distinguishes "transaction blocks
-        // not allowed in statement pooling mode" from the loss of a server.
+        // protocol_violation: PgBouncer uses this code for all of its errors. Only the text of the
+        // error distinguishes "transaction blocks not allowed in statement pooling mode" from the
+        // loss of a server.
         "08P01" if error.message().contains("pooling mode") => Meaning::SharedSession,
         // connection exceptions
         code if code.starts_with("08") => Meaning::Disconnected,

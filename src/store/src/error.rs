@@ -132,7 +132,8 @@ pub enum Error {
     /// A concurrent call used the request id.
     #[error("the request id is in use")]
     RequestIdTaken,
-    /// A row cannot be decoded. The text contains table and column, but no stored bytes.
+    /// A row cannot be decoded. The text contains the names of the table and the column, but no
+    /// stored bytes.
     #[error("the database contains damaged data: {0}")]
     Corrupt(#[source] Detail),
     /// The schema is older or newer than the schema of this binary, or the settings do not describe a usable database.
@@ -141,7 +142,8 @@ pub enum Error {
     /// The database may lose writes that it acknowledged.
     #[error("{0}")]
     Durability(String),
-    /// The database rolled back this transaction in favour of another transaction. The rolled-back transaction may be repeated.
+    /// The database rolled back this transaction in favour of another transaction. It is safe to
+    /// repeat the rolled-back transaction.
     #[error("the database is busy: {0}")]
     Contended(#[source] Detail),
     /// Another process holds the lock of the database.
@@ -174,7 +176,8 @@ impl Error {
         }
     }
 
-    /// Describes the damage of a stored row, without the driver's message. Lists contain this text.
+    /// Describes the damage of a stored row, without the driver's message. Lists of rows contain
+    /// this description.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),
@@ -249,7 +252,7 @@ mod tests {
             "store unavailable: cannot use the database: error communicating with database: connection refused; check \
              `store.url`"
         );
-        // A log line that also contains the causes does not repeat a text.
+        // A log line that also contains the causes contains each text only once.
         assert_eq!(error::chain(&error), text);
         let broker = error::Error::from(error);
         assert_eq!(broker.detail(), text);

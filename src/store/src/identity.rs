@@ -19,7 +19,7 @@ pub struct StoreId([u8; 16]);
 pub struct Evidence {
     /// The identity of the database; absent if its row was removed.
     pub store: Option<StoreId>,
-    /// The number of the queried changes that left their mark in the database.
+    /// The number of queried changes whose marks are in the database.
     pub marks: usize,
 }
 

@@ -58,8 +58,9 @@ const SOCKET_NAME: &str = ".s.PGSQL.";
 /// The users under which database servers and their poolers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
-/// Environment variables that the driver reads and that the program cannot override. The variables
-/// set the CAs for the server's certificate, a client certificate and settings of the session.
+/// Environment variables that the driver reads and that the program cannot override. Some of the
+/// variables set the CAs for the server's certificate. Other variables set a client certificate or
+/// settings of the session.
 const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
 
 /// Returns a problem for each of [`VARIABLES`] that is set in the environment.

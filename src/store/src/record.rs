@@ -38,7 +38,7 @@ impl RecordState {
 pub struct RecordInfo {
     /// The address of the record.
     pub address: KeyAddress,
-    /// Its identity.
+    /// The id of the record.
     pub id: RecordId,
     /// Whether the record can be unwrapped.
     pub state: RecordState,
@@ -46,9 +46,9 @@ pub struct RecordInfo {
     pub revision: Revision,
     /// Wrapping key of the current revision.
     pub wrapping_key: WrappingKeyId,
-    /// When it was created.
+    /// The time at which the record was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// The time of the last change of the record.
     pub updated: Timestamp,
     /// The time at which the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
@@ -72,7 +72,7 @@ pub struct StoredRevision {
     pub envelope: Vec<u8>,
     /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
-    /// When it was written.
+    /// The time at which the revision was written.
     pub created: Timestamp,
 }
 
@@ -93,7 +93,7 @@ pub struct NewRevision {
 }
 
 impl NewRevision {
-    /// The stored data of a record after its creation with `self` at the time `at`.
+    /// Returns the data of the record that is stored if `self` creates the record at the time `at`.
     pub fn record_info(&self, at: Timestamp) -> RecordInfo {
         RecordInfo {
             address: self.address.clone(),

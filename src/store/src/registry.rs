@@ -28,7 +28,7 @@ pub struct RegistryRow {
     /// A number that increases with each change of a state in the registry. The active wrapping key
     /// with the highest number wraps new user keys.
     pub sequence: u64,
-    /// When it was registered.
+    /// The time at which the wrapping key was registered.
     pub registered: Timestamp,
     /// The time at which an administrator confirmed a backup of the token.
     pub backup_confirmed: Option<Timestamp>,

@@ -78,7 +78,7 @@ impl Socket {
         )
     }
 
-    /// Checks the path of the socket if it exists. A missing socket is no error, because a
+    /// Checks the path of the socket if it exists. A missing socket is not an error, because a
     /// configuration is often checked before the database server runs.
     pub(super) fn check_if_present(&self) -> Result<(), Error> {
         match self.check() {

@@ -126,7 +126,7 @@ pub enum SourceError {
     },
     /// The operation does not match the source of the issuer's keys. For example, the operation is
     /// for keys from a URL, but the source is a file.
-    #[error("internal error: the issuer's keys come from another kind of source")]
+    #[error("internal error: the operation does not match the source of the issuer's keys")]
     OtherSource,
     /// The CA file cannot be read.
     #[error("`ca_file`")]

@@ -45,7 +45,7 @@ impl MadeKey {
         self.key.id
     }
 
-    /// Makes the registry row of the key, with a MAC by its integrity key.
+    /// Makes the registry row of the key, with a MAC that the integrity key of the key makes.
     pub(super) async fn row(
         &self,
         state: WrappingKeyState,

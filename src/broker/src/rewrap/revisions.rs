@@ -31,7 +31,7 @@ use super::{
 /// calls wait.
 const JOB_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Returns the caller of the jobs of a run.
+/// Returns the caller for the jobs of a run.
 pub(super) fn background() -> hsm::Caller {
     hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
 }
@@ -49,7 +49,7 @@ pub(super) struct Page {
     failed: Vec<FailedRow>,
 }
 
-/// The numbers of a page after its swap.
+/// The numbers of moved, changed and failed rows of a page.
 #[derive(Default)]
 pub(super) struct Swapped {
     pub(super) moved: u64,
@@ -58,8 +58,8 @@ pub(super) struct Swapped {
 }
 
 impl Run<'_> {
-    /// Moves every revision under a wrapping key. Returns the number of rows that were moved or that another change altered
-    /// meanwhile.
+    /// Moves every revision under a wrapping key. Returns the number of rows that this run moved or
+    /// that another change altered in the meantime.
     pub(super) async fn move_revisions(
         &mut self,
         from: WrappingKeyId,
@@ -84,7 +84,7 @@ impl Run<'_> {
                 self.broker
                     .rewrap_page(self.stop, &self.pace, from, to, rows)
             );
-            // The previous page is counted even if the token failed with the next page.
+            // The previous page is counted even if the token failed on the next page.
             touched += self.count(swapped?);
             ready = next?;
             self.keep_up().await?;

@@ -15,7 +15,8 @@ tokio::task_local! {
 pub struct Abandoned(Arc<AtomicBool>);
 
 impl Abandoned {
-    /// The flag of the call that the current task works for. Outside of a call, the flag is never set.
+    /// Returns the flag of the call for which the current task works. Outside a call, the flag is
+    /// never set.
     pub fn current() -> Self {
         CURRENT.try_with(Self::clone).unwrap_or_default()
     }

@@ -1,4 +1,5 @@
-//! The caller of a connection: what the server knows about a call before an API handles it.
+//! The caller of a connection: the data that the server has about a call before an API handles the
+//! call.
 
 use std::{net::SocketAddr, sync::Arc};
 

@@ -49,7 +49,7 @@ pub(super) fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
 }
 
-/// The party that decides about the content of a FUSE file system.
+/// The party that controls the content of a FUSE file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FuseServer {
     /// virtiofs: the file system has the type of FUSE, but the host of this virtual machine serves it.

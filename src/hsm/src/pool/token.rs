@@ -147,7 +147,8 @@ impl Token for Pool {
             let output = self.run(need, caller, || job.clone()).await?;
             return rewrap.moved(&output);
         }
-        // No token has both keys. The first token encrypts for the new key, and the second token makes the MAC.
+        // No token has both wrapping keys. The first token encrypts for the new key, and the second
+        // token makes the MAC.
         let need = Need {
             second: None,
             ..need

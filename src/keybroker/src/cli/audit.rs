@@ -37,7 +37,7 @@ pub(super) enum Command {
     /// stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
     /// a gap in the sequence numbers.
     Acknowledge,
-    /// Remove the oldest segments of this instance's log, after you copy them to another machine
+    /// Remove the oldest segments of this instance's log; copy them to another machine first
     ///
     /// A running broker removes the segments within a second. A stopped broker removes the segments at its next start. An audit
     /// entry records who requested the removal of the segments. The newest segment is never removed. Do not delete segment files
@@ -51,7 +51,7 @@ pub(super) enum Command {
     Show {
         /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
-        /// Number of entries to show; shows the newest entries of the log
+        /// Number of entries to show, counted back from the newest entry
         #[arg(long, default_value_t = 20, value_name = "NUMBER")]
         last: usize,
         #[command(flatten)]

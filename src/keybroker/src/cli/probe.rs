@@ -20,7 +20,7 @@ const ANSWER_BYTES_MAX: u64 = 16_384;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Health check to make
+    /// Health check to run
     #[arg(default_value = "ready")]
     question: Question,
     /// Address of the broker's status listener [default: `status.address` of the configuration]

@@ -146,7 +146,7 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
 }
 
 /// Locks the database for this process, if the database is a file. If another process holds the
-/// lock, the failure has the given hint.
+/// lock, returns a failure with the given hint.
 fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);

@@ -55,7 +55,7 @@ pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
     }
     risks.extend(token.spared_tests.iter().map(|test| AcceptedRisk {
         setting: "spared_tests",
-        what: format!("the negative test {test} is not made"),
+        what: format!("the negative test {test} is not run"),
         gives_away: None,
     }));
     risks

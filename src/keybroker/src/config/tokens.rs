@@ -13,7 +13,7 @@ use serde::{
 use keybroker_core::key::KeyName;
 use keybroker_hsm as hsm;
 
-/// Maximum number of tokens. The record of PINs can contain this number of tokens.
+/// Maximum number of tokens. The record of PINs has space for this number of tokens.
 pub const TOKENS_MAX: usize = 16;
 
 /// The tokens of a configuration, in the order of the file.
@@ -26,7 +26,7 @@ pub struct Tokens {
     is_one_table: bool,
 }
 
-/// An error while a token is selected.
+/// The reason why no token could be selected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SelectionError {
     /// The configuration has several tokens, but the command line does not select a token.
@@ -81,8 +81,8 @@ impl Tokens {
         names.join(", ")
     }
 
-    /// The weights of principals while their calls wait for a place in the front. If tokens have
-    /// different weights for a principal, the highest weight applies.
+    /// The weights of principals that apply while their calls wait for a place in the front. If
+    /// tokens have different weights for a principal, the highest weight applies.
     pub fn weights(&self) -> BTreeMap<String, u32> {
         let mut weights = BTreeMap::new();
         for (principal, weight) in self.entries.iter().flat_map(|token| &token.weights) {
@@ -273,7 +273,7 @@ SOFTHSM2_CONF = "/b.conf"
         assert_eq!(names, [("a", 100), ("b", 50)]);
         assert_eq!(two.all()[1].environment["SOFTHSM2_CONF"], "/b.conf");
         assert_eq!(two.problems_of_list(), Vec::<String>::new());
-        // Serialisation keeps the form of the file.
+        // Serialisation keeps `[token]` or `[[token]]`, as in the file.
         for text in [TWO, "[token]\nmodule = \"/a.so\"\n"] {
             let document: Document = toml::from_str(text).unwrap();
             let written = toml::to_string(&document).unwrap();

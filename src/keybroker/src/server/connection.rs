@@ -40,8 +40,8 @@ const HEADER_BYTES_MIN: usize = 16 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
 /// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes.
-/// HTTP/2 windows are set before a call can authenticate. Messages that are longer than the window
-/// need additional round trips.
+/// The HTTP/2 windows are set before a call can authenticate the caller. Messages that are longer
+/// than the window need additional round trips.
 const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
 /// The smallest permitted connection window of HTTP/2, in bytes (RFC 9113 section 6.9.2).
 const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
@@ -274,7 +274,8 @@ impl Connection {
         }
     }
 
-    /// Identifies the peer and takes a place for the connection; `None` if no place is free.
+    /// Identifies the peer and reserves one of the permitted connections. Returns `None` if too
+    /// many connections are open.
     fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Client> {
         self.client_of(leaf)
             .inspect_err(|full| {
@@ -289,7 +290,7 @@ impl Connection {
             .ok()
     }
 
-    /// Identifies the peer from its certificate, and takes a place for the connection.
+    /// Identifies the peer from its certificate, and reserves one of the permitted connections.
     fn client_of(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Client, Full> {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
@@ -345,7 +346,7 @@ struct Client {
 
 /// The graceful shutdown of a connection, for both versions of HTTP.
 trait GracefulShutdown: Future<Output = Result<(), hyper::Error>> {
-    /// Stops accepting requests. The connection ends after the requests in progress.
+    /// Stops accepting requests. The connection ends when the requests in progress are complete.
     fn begin_shutdown(self: Pin<&mut Self>);
 }
 

@@ -66,7 +66,7 @@ impl<D: Database> Connections<D> {
 #[derive(Debug)]
 pub(super) struct Kept<D: Database> {
     pool: Pool<D>,
-    /// One place for each connection of the pool. A call with a place takes a kept connection or,
+    /// One permit for each connection of the pool. A call with a permit takes a kept connection or,
     /// if no connection is kept, opens a connection through the pool. Therefore the number of lent
     /// and kept connections never exceeds the limit of the pool.
     places: Semaphore,
@@ -99,8 +99,7 @@ impl<D: Database> Kept<D> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a place, and a connection for this place. Waits at most for the pool's
-    /// `acquire_timeout`.
+    /// Takes a permit and a connection. Waits at most for the pool's `acquire_timeout`.
     pub(super) async fn take(&self) -> Result<(Held<D>, SemaphorePermit<'_>), sqlx::Error> {
         let limit = self.pool.options().get_acquire_timeout();
         let taken = if let Ok(place) = self.places.try_acquire() {
@@ -189,8 +188,8 @@ impl<D: Database> Kept<D> {
     }
 }
 
-/// A lent connection, which may be in any state. Therefore dropping this value closes the
-/// connection.
+/// A connection that a caller uses and that may be in any state. Therefore dropping this value
+/// closes the connection.
 #[derive(Debug)]
 pub(super) struct Held<D: Database> {
     connection: Option<PoolConnection<D>>,

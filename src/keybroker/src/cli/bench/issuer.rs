@@ -31,7 +31,7 @@ const NAME: &str = "keybroker-bench";
 const ISSUER: &str = "https://keybroker-bench.invalid";
 const TENANT: &str = "keybroker-bench";
 const KEY_ID: &str = "bench";
-/// Lifetime of the access tokens in seconds: longer than a storm and its preparation.
+/// Lifetime of the access tokens in seconds: longer than a login storm and its preparation.
 const LIFETIME_S: u64 = 6 * 3_600;
 
 /// Signs access tokens. Clones share the key.

@@ -82,7 +82,7 @@ pub(super) async fn capacity(bench: &Bench<'_>, session: &Session) -> Result<f64
     Ok(measured.per_s)
 }
 
-/// The fields that are in every row of an open loop. The sum of the counts is `due`.
+/// The fields that are in every row of an open loop. The other counts add up to `due`.
 pub(super) fn counts(offered: &Offered) -> Vec<crate::cli::output::Field> {
     let tally = &offered.tally;
     vec![

@@ -47,7 +47,7 @@ text { font: 13px system-ui, \"Segoe UI\", Roboto, \"DejaVu Sans\", sans-serif; 
 }
 ";
 
-/// The way in which a chart shows its values.
+/// The form in which a chart shows its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
     Lines,
@@ -80,7 +80,8 @@ impl Axis {
         Self { title, kind }
     }
 
-    /// An axis with a place for each name. A value on this axis is the number of a place, from 0.
+    /// An axis with a position for each name. A value on this axis is the number of a position,
+    /// from 0.
     pub(super) fn categories(title: &'static str, names: impl Iterator<Item = String>) -> Self {
         let kind = Kind::Categories(names.collect());
         Self { title, kind }

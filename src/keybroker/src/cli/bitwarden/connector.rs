@@ -31,8 +31,8 @@ const JSON: &str = "application/json";
 const JSON_UTF8: &str = "application/json; charset=utf-8";
 /// Maximum length of an answer in bytes; longer answers are rejected.
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
-/// Maximum length of a file with CA certificates, in bytes. The CA file of a Linux distribution has
-/// about 0.3 MiB.
+/// Maximum length of a file with CA certificates, in bytes. The CA file of a Linux distribution is
+/// about 0.3 MiB long.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 
@@ -110,7 +110,7 @@ impl Connector {
     fn check(&self, url: &str) -> Result<(), Failure> {
         let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?}: {why}"));
         let parsed =
-            Url::parse(url).map_err(|error| refuse(&format!("this is not a URL: {error}")))?;
+            Url::parse(url).map_err(|error| refuse(&format!("the value is not a URL: {error}")))?;
         if parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(refuse(
                 "the URL has a query or a fragment, which Bitwarden clients would drop",

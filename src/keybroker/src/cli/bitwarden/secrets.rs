@@ -26,7 +26,7 @@ pub(super) fn enc_string(option: &str, path: &Path) -> Result<EncString, Failure
     })
 }
 
-/// The failure for an input that cannot be used.
+/// Returns the failure for an input that cannot be used.
 pub(super) fn unusable(error: bitwarden::Error) -> Failure {
     let hint = match error {
         bitwarden::Error::Decrypt => {

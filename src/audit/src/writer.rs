@@ -111,7 +111,7 @@ struct Newest {
 }
 
 impl Writer {
-    /// Creates a writer that continues after an earlier run.
+    /// Creates a writer that continues the log of an earlier run.
     pub(super) fn new(
         directory: &Path,
         log_id: String,
@@ -610,7 +610,7 @@ pub(super) fn acknowledged(principal: &str) -> Entry {
     entry
 }
 
-/// Shortens a principal from a state file to the length that a line can hold.
+/// Shortens a principal from a state file to the length that fits into a line.
 fn shortened(principal: &str) -> String {
     principal.chars().take(PRINCIPAL_MAX).collect()
 }

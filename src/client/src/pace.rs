@@ -26,7 +26,7 @@ const HTTP: u16 = 80;
 
 /// A connector for [`tonic::transport::Endpoint::connect_with_connector`] that makes at most three TCP connections per
 /// second. A connection beyond the limit fails immediately. Clones share the limit. [`crate::Client`] uses this
-/// connector. If your program makes a channel of its own, use this connector, too.
+/// connector. If your program creates its own channel, use this connector for the channel.
 #[derive(Clone, Debug, Default)]
 pub struct PacedConnector {
     made: Arc<Mutex<VecDeque<Instant>>>,

@@ -90,7 +90,8 @@ impl Life {
         }
     }
 
-    /// The age of the certificate at a time, which is given in seconds since 1970.
+    /// Returns whether the certificate is valid, near its end or expired at a given time, in
+    /// seconds since 1970.
     pub(crate) fn age(self, at: i64) -> Age {
         let length = self.until.saturating_sub(self.from);
         let warned = (length / WARN_PART).min(WARN_DAYS_MAX * SECONDS_PER_DAY);

@@ -277,8 +277,8 @@ pub(crate) fn init_token(
     module
         .init_token(slot, &auth_pin(so_pin), label)
         .map_err(|error| refused_so_pin(error.into()))?;
-    // After the initialisation, SoftHSM moves the token to another slot. The label identifies the token there, because
-    // no other token has the same label.
+    // After the initialisation, SoftHSM moves the token to another slot. The label identifies the token in its new
+    // slot, because no other token has the same label.
     let selector = Settings {
         label: Some(label.to_owned()),
         serial: None,
@@ -471,8 +471,8 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// Returns the place of a key. If the command did not send the `CKA_ID` of the key's objects, returns the place
-    /// where `key generate` makes keys.
+    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of these objects,
+    /// returns where `key generate` would store them.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,

@@ -30,7 +30,7 @@ const LOGIN_SELDOM: Duration = Duration::from_secs(15);
 const LATCHED: Duration = Duration::from_secs(2);
 /// Pause between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);
-/// The assumed duration of a worker's start, before a start was measured.
+/// The assumed duration of a worker's start, until the first start was measured.
 const START_EXPECTED: Duration = Duration::from_millis(300);
 
 /// An event to which the state machine reacts.
@@ -48,7 +48,7 @@ pub(super) enum Event {
     Stop,
 }
 
-/// The kind of loss of a worker.
+/// The reason why a worker was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loss {
     /// The worker's process ended or hung, or the token returned an error.

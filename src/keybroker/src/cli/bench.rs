@@ -163,7 +163,8 @@ pub(super) struct Arguments {
     /// Also write the results to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Text for the JSON document, such as the name of the machine or the token's settings
+    /// Note to include in the JSON document, such as the name of the machine or the token's
+    /// settings
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
     /// Commit of the measured program; the JSON document records this commit

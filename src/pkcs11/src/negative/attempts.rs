@@ -19,8 +19,8 @@ use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 pub(super) const SECRET_KEY_BYTES: u64 = 32;
-/// Length of the part of a key that is derived, in bytes. The part is so short that an attacker finds its value with
-/// 256 guesses.
+/// Length of a key that is derived from a part of another key, in bytes. The part is so short that an attacker finds
+/// its value with 256 guesses.
 pub(super) const PART_BYTES: u64 = 1;
 /// Length of the nonce of AES-GCM, in bytes.
 const NONCE_BYTES: usize = 12;
@@ -121,7 +121,7 @@ pub(super) fn wraps(
     })
 }
 
-/// Wraps a key under the AES key with a mechanism that `cryptoki` does not have.
+/// Wraps a key under the AES key with a mechanism that `cryptoki` does not support.
 pub(super) fn wraps_with(
     on: &Subjects<'_>,
     mechanism: WrapMechanism,

@@ -28,7 +28,7 @@ pub(super) enum Function {
 /// The KDF parameters that the account's settings show.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Parameters {
-    /// Salt of the account that the Bitwarden server sends before the login [default: the e-mail
+    /// Salt that the Bitwarden server sends for the account before the login [default: the e-mail
     /// address]
     #[arg(long, value_name = "TEXT", requires = "email")]
     salt: Option<String>,

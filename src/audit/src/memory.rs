@@ -1,4 +1,4 @@
-//! The facts that a broker instance keeps about its log outside the log's directory: how far the log is durable, which
+//! The facts that a broker instance keeps about its log outside the log's directory: the last durable entry, which
 //! segments it has, and whether its files were tampered with. The facts are in the state directory, so that they
 //! survive a restart and a replacement of the log's directory.
 //!

@@ -42,7 +42,7 @@ use super::{
 };
 
 /// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice the
-/// interval is less than the second within which tampering must be detected.
+/// interval is less than one second, the time within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// Time for which further entries are collected if the first entry of a group may wait.
@@ -187,7 +187,7 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // A caller that stopped waiting has refused its call. Therefore no entry may record that the action of the
+        // If a caller stopped waiting, its API call was refused. Therefore no entry may record that the action of the
         // refused call was done.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
@@ -206,8 +206,8 @@ impl Writer {
             .handle()
             .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
-            // If the receiver was dropped in the meantime, the caller has refused its call. Therefore the log may
-            // contain an action that did not happen, but every action that happened is in the log.
+            // If the receiver was dropped in the meantime, the API call was refused. Therefore the log may contain an
+            // action that did not happen, but every action that happened is in the log.
             let _gone = done.send(result.clone().map(|()| position));
         }
         self.rotate_if_full();
@@ -422,7 +422,8 @@ impl Writer {
         }
     }
 
-    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores how far the log is durable.
+    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores the position of the last
+    /// durable entry.
     fn probe(&mut self) {
         self.shared.busy();
         self.compared = Instant::now();

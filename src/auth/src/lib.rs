@@ -262,7 +262,7 @@ mod tests {
     fn certificate_until(sans: &[&str], until: time::OffsetDateTime) -> PeerCertificate {
         use rcgen::{CertificateParams, KeyPair, SanType};
         let mut params = CertificateParams::default();
-        // The common name must not count, even if no SAN contains it.
+        // The common name must not identify a principal, even if no SAN contains the common name.
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, "app.example.org");

@@ -178,8 +178,8 @@ impl Limits {
         })
     }
 
-    /// Counts a failed credential of an address. Returns an error if the address has reached the authentication failure
-    /// limit.
+    /// Counts a failed credential from an address. Returns an error if the address has reached the authentication
+    /// failure limit.
     pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
         let taken = self.failed_credentials.take(&network(address), 1);
         taken.map_err(used_up)

@@ -753,7 +753,7 @@ impl Admin {
     }
 
     /// Decrypts in a loop with `threads` threads until `until`, to measure the token without the broker. Returns the
-    /// number of operations, and the number of times that a thread waited.
+    /// number of operations, and the number of times that a thread waited for something other than the CPU.
     pub(crate) fn decrypt_loop(
         &self,
         id: WrappingKeyId,

@@ -101,7 +101,7 @@ pub(super) enum Refusal {
     Locked,
     /// One more wrong PIN would lock the token.
     FinalTry,
-    /// A login failed, and the token's flags show that the token has counted a wrong PIN since before the login.
+    /// A login failed, and the token's flags show that the token counted a wrong PIN.
     CounterRose,
     /// The token has never accepted the PIN, and all attempts for an unproven PIN are used up.
     Unproven,

@@ -42,7 +42,7 @@ pub(super) enum Event {
     Ready,
     /// The worker that was being started did not become ready.
     NotReady(NotReady, String),
-    /// A worker that was ready is lost.
+    /// A ready worker was lost.
     Lost(Loss, String),
     /// The broker stops.
     Stop,

@@ -1,6 +1,6 @@
-//! The facts that a broker instance keeps about its log outside the log's directory: the last durable entry, which
-//! segments it has, and whether its files were tampered with. The facts are in the state directory, so that they
-//! survive a restart and a replacement of the log's directory.
+//! The facts that a broker instance keeps about its log outside the log's directory: the last durable entry, the
+//! segments, and whether the log's files were tampered with. The facts are in the state directory, so that they survive
+//! a restart and a replacement of the log's directory.
 //!
 //! A damaged fact is treated as tampering, so that an operator can repair it with `keybroker audit acknowledge`.
 //!

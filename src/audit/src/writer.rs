@@ -47,7 +47,7 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// Time for which further entries are collected if the first entry of a group may wait.
 const COLLECTED_FOR: Duration = Duration::from_millis(3);
-/// If at least this many entries already wait, a group is written without the wait of `COLLECTED_FOR`.
+/// If at least this many entries already wait, the group is written without waiting for `COLLECTED_FOR`.
 const COLLECTED_MAX: usize = 64;
 
 /// The action of the entry that records the removal of old segments.
@@ -160,7 +160,8 @@ impl Writer {
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
-            // The range comes first, because `zip` would otherwise take one command that the loop does not handle.
+            // The range is the first operand of `zip`, because `zip` would otherwise take one command that the loop
+            // does not handle.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
                     Command::Append(waiting) | Command::AppendUnhurried(waiting) => {
@@ -494,7 +495,8 @@ impl Writer {
             return;
         }
         let removed = self.remove_segments(&memory, &removal);
-        // The operator's request is removed even if it failed. The operator's command reports which segments remain.
+        // The operator's request is removed even if the removal of the segments failed. The operator's command reports
+        // which segments remain.
         let finished = removed.and_then(|()| memory.forget_removal());
         if let Err(error) = finished
             && self.is_news(REMOVAL, &error)

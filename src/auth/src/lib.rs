@@ -1,9 +1,10 @@
 //! Authentication: converts a verified credential to a [`Principal`].
 //!
 //! The TLS handshake verifies a client certificate. This crate then looks up the certificate's SAN
-//! URIs and DNS names in the configured principals. Exactly one principal must match. The caller
-//! gets the same answer whether no principal matches or several principals match. If a call has an
-//! `authorization` header, the broker uses the header and ignores the certificate.
+//! URIs and DNS names in the configured principals. Exactly one configured principal must match the
+//! certificate. The caller gets the same answer whether no principal matches or several principals
+//! match. If a call has an `authorization` header, the broker uses the header and ignores the
+//! certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 

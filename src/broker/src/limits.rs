@@ -141,7 +141,8 @@ impl Limits {
         self.suppressed.swap(0, Ordering::Relaxed)
     }
 
-    /// Takes `count` calls from a principal's rate. If too few calls are left, the error contains the time to wait.
+    /// Counts `count` calls towards the rate limit of a principal. If too few calls are left, the error contains the
+    /// time to wait.
     pub fn take_calls(&self, principal: &Principal, count: usize) -> Result<(), Error> {
         let buckets = match principal.kind() {
             Kind::User => &self.users,

@@ -89,7 +89,7 @@ impl Functions {
         })))
     }
 
-    /// Calls `C_Initialize`, with a string if there is one.
+    /// Calls `C_Initialize`, optionally with a string.
     pub(crate) fn initialize(&self, reserved: Option<CString>) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
@@ -199,7 +199,8 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// Reads one attribute (`C_GetAttributeValue`). The first call already passes a buffer.
+    /// Reads one attribute (`C_GetAttributeValue`). The first call to the module already passes a
+    /// buffer, instead of only asking for the length.
     pub(crate) fn attribute(
         &self,
         session: &Session,

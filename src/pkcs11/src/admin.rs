@@ -309,7 +309,7 @@ fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Re
     Ok(())
 }
 
-/// Describes a rejected PIN of the security officer. `C_InitToken` with a wrong PIN changes nothing.
+/// Describes the rejection of the security officer's PIN. `C_InitToken` with a wrong PIN changes nothing.
 fn refused_so_pin(fault: Fault) -> AdminError {
     if fault.class != Class::Pin {
         return fault.into();
@@ -368,7 +368,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
     let problem = if info.so_pin_locked() {
         "the security officer's PIN is locked"
     } else if info.so_pin_final_try() {
-        "one more wrong security officer's PIN would lock the token: log in once with the vendor's tool to reset the \
+        "one more wrong PIN of the security officer would lock the token: log in once with the vendor's tool to reset the \
          counter"
     } else {
         return Ok(());

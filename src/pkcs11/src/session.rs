@@ -41,7 +41,7 @@ pub(super) struct Shared {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
-    /// Number of self-tests that all threads have begun. The number of self-tests selects the key of the next
+    /// Total number of self-tests that the threads have begun. The number of self-tests selects the key of the next
     /// self-test.
     pub(super) turn: AtomicUsize,
     /// Time at which the token last answered any session.

@@ -1,6 +1,6 @@
-//! Decides when the supervisor starts a worker, and which state it reports to callers. The state machine has no side
-//! effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of states and
-//! events, and a test compares the table with the code.
+//! Decides when the supervisor starts a worker, and which state the supervisor reports to callers. The state machine
+//! has no side effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of
+//! states and events, and a test compares the table with the code.
 
 use std::time::Duration;
 
@@ -136,8 +136,8 @@ impl Machine {
         }
     }
 
-    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only when there is one
-    /// ready worker more than configured. Therefore a replacement never reduces the number of sessions.
+    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only while one more worker
+    /// is ready than configured. Therefore a replacement never reduces the number of sessions.
     pub(super) fn set_outdated(&mut self, count: usize) {
         self.outdated = count;
     }

@@ -8,7 +8,7 @@ use std::ops::Range;
 /// Minimum Jaro-Winkler similarity between an unknown word and the word to suggest.
 const SIMILAR: f64 = 0.8;
 
-/// Sections that may occur several times. TOML requires double brackets for such sections.
+/// Sections that may occur several times. TOML requires double brackets for repeatable sections.
 const REPEATED: [&str; 4] = ["listener", "principal", "issuer", "token"];
 
 /// Names of integer types in the parser's messages.

@@ -147,7 +147,7 @@ pub(super) fn wraps_with_rsa_aes(on: &Subjects<'_>, key: ObjectHandle) -> Result
     })
 }
 
-/// Wraps the integrity key under an RSA public key. Any program could import such a public key. The test imports the
+/// Wraps the integrity key under an RSA public key. Any program could import an RSA public key. The test imports the
 /// public key of the wrapping key as a session object, and wraps under this object.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
     wraps_under(on, on.helpers.rsa, on.integrity(), |wrapping, key| {
@@ -310,7 +310,7 @@ pub(super) fn copies(
 }
 
 /// Decrypts with a forbidden mechanism. A token may refuse the mechanism at the beginning or at the end of the
-/// operation. If the token reports a problem of the ciphertext, it has accepted the mechanism.
+/// operation. If the token reports a problem with the ciphertext, the token has accepted the mechanism.
 pub(super) fn decrypts(
     on: &Subjects<'_>,
     mechanism: &Mechanism<'_>,
@@ -369,9 +369,9 @@ pub(super) fn signs(
     Ok(Done::It)
 }
 
-/// Verifies the first bytes of a MAC. In memory, wrong bytes follow these first bytes, because opencryptoki 3.8 ignores
-/// the length and compares all 32 bytes. This defect of opencryptoki does not allow a forgery, because the broker
-/// always passes 32 bytes.
+/// Verifies the first bytes of a MAC. In memory, wrong bytes follow the first bytes of the MAC, because opencryptoki
+/// 3.8 ignores the length and compares all 32 bytes. This defect of opencryptoki does not allow a forgery, because the
+/// broker always passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     let object = match &on.pair.integrity_key {

@@ -2,9 +2,9 @@
 //!
 //! With a list that is older than the accepted list, the broker would accept certificates that were
 //! revoked between the two lists. Therefore, the state directory contains a copy of each accepted
-//! list. If the configured file contains an older or damaged list, the broker uses the copy at its
-//! start. Each configured file and CA has a separate state file, because two listeners may use the
-//! same file with different CAs.
+//! list. If the configured file contains an older or damaged list, the broker uses the stored copy
+//! at its start. Each configured file and CA has a separate state file, because two listeners may
+//! use the same file with different CAs.
 //!
 //! Each stored list is verified again before its use. Only lists of configured CAs are stored.
 

@@ -131,8 +131,8 @@ impl Memory {
         self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
-    /// Whether the log must be recorded in the database. This applies to a log that this release or a later release
-    /// created, and to every log that was recorded in the database before.
+    /// Whether the log must be recorded in the database. The requirement applies to a log that this release or a later
+    /// release created, and to every log that was recorded in the database before.
     pub(super) fn is_binding_required(&self) -> Result<bool, Error> {
         match self.state.read(&self.name(BINDING)) {
             Ok(fact) => Ok(fact.is_some()),

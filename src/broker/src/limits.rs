@@ -149,7 +149,7 @@ impl Limits {
             Kind::Service => &self.services,
         };
         // All calls of a principal with too many rejected envelopes are refused, because each call could be another
-        // attempt to have an altered envelope accepted.
+        // attempt with a forged envelope.
         if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
             return Err(used_up(wait));
         }

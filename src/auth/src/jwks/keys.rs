@@ -182,8 +182,8 @@ impl Keys {
 
     /// Fetches the set again because `seen` does not contain a required key. Does not fetch if the
     /// last fetch for a missing key was less than `refetch` ago. Concurrent calls wait for the same
-    /// fetch. If the keys come from a key file, a missing key is not searched again, because key
-    /// files are read every two seconds.
+    /// fetch. If the keys come from a key file, a missing key counts as absent, because key files
+    /// are read every two seconds.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {

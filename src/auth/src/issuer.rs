@@ -370,7 +370,7 @@ pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> 
     };
     if !url.username().is_empty() || url.password().is_some() {
         return Some(
-            "this URL contains a user name or a password, and the broker fetches keys without credentials",
+            "this URL contains a user name or a password, but the broker fetches keys without credentials",
         );
     }
     match url.scheme() {

@@ -89,8 +89,8 @@ impl Memory {
         self.write(MARK, mark)
     }
 
-    /// Returns the stored tampering, unless an operator has acknowledged it. A damaged fact is
-    /// treated as tampering.
+    /// Returns the stored finding of tampering, unless an operator has acknowledged the finding. A
+    /// damaged fact is treated as tampering.
     pub(super) fn tampering(&self) -> Result<Option<Tampering>, Error> {
         match self.state.read_json(&self.name(TAMPERING)) {
             Err(error) if error.is_damaged() => Ok(Some(Tampering {

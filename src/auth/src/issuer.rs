@@ -84,8 +84,9 @@ pub enum Subject {
     Text,
 }
 
-/// Default values for the settings of an `[[issuer]]` section, for each supported software of
-/// issuers. A value in the `[[issuer]]` section takes precedence over the default value.
+/// Default values for the settings of an `[[issuer]]` section, for each kind of issuer software
+/// that Keybroker supports. A value in the `[[issuer]]` section takes precedence over the default
+/// value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {

@@ -1,4 +1,4 @@
-//! Counts of taken places for each key, with an upper limit, so that one principal or one network cannot take all
+//! Counts the places that each key has taken, with an upper limit, so that one principal or one network cannot take all
 //! places.
 
 use std::{collections::HashMap, hash::Hash};

@@ -136,8 +136,8 @@ impl Machine {
         }
     }
 
-    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only while one more worker
-    /// is ready than configured. Therefore a replacement never reduces the number of sessions.
+    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only while more workers
+    /// are ready than configured. Therefore a replacement never reduces the number of sessions.
     pub(super) fn set_outdated(&mut self, count: usize) {
         self.outdated = count;
     }

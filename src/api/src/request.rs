@@ -62,7 +62,7 @@ pub(crate) async fn run(
     };
     let running = async move {
         let response = work.await;
-        // The call keeps its place until the answer is sent. Without taken places, the connection
+        // The call keeps its place until the answer is sent. If no place were taken, the connection
         // would count as idle and could be closed.
         response.map(|body| held(body, place))
     };

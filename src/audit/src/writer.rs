@@ -42,12 +42,12 @@ use super::{
 };
 
 /// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice the
-/// interval is less than the second within which tampering must be detected.
+/// interval is less than one second, the time within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// Time for which further entries are collected if the first entry of a group may wait.
 const COLLECTED_FOR: Duration = Duration::from_millis(3);
-/// If at least this many entries already wait, a group is written without the wait of `COLLECTED_FOR`.
+/// If at least this many entries already wait, the group is written without waiting for `COLLECTED_FOR`.
 const COLLECTED_MAX: usize = 64;
 
 /// The action of the entry that records the removal of old segments.
@@ -111,7 +111,7 @@ struct Newest {
 }
 
 impl Writer {
-    /// Creates a writer that continues after an earlier run.
+    /// Creates a writer that continues the log of an earlier run.
     pub(super) fn new(
         directory: &Path,
         log_id: String,
@@ -160,7 +160,8 @@ impl Writer {
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
-            // The range comes first, because `zip` would otherwise take one command that the loop does not handle.
+            // The range is the first operand of `zip`, because `zip` would otherwise take one command that the loop
+            // does not handle.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
                     Command::Append(waiting) | Command::AppendUnhurried(waiting) => {
@@ -187,7 +188,7 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // A caller that stopped waiting has refused its call. Therefore no entry may record that the action of the
+        // If a caller stopped waiting, its API call was refused. Therefore no entry may record that the action of the
         // refused call was done.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
@@ -206,8 +207,8 @@ impl Writer {
             .handle()
             .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
-            // If the receiver was dropped in the meantime, the caller has refused its call. Therefore the log may
-            // contain an action that did not happen, but every action that happened is in the log.
+            // If the receiver was dropped in the meantime, the API call was refused. Therefore the log may contain an
+            // action that did not happen, but every action that happened is in the log.
             let _gone = done.send(result.clone().map(|()| position));
         }
         self.rotate_if_full();
@@ -422,7 +423,8 @@ impl Writer {
         }
     }
 
-    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores how far the log is durable.
+    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores the position of the last
+    /// durable entry.
     fn probe(&mut self) {
         self.shared.busy();
         self.compared = Instant::now();
@@ -493,7 +495,8 @@ impl Writer {
             return;
         }
         let removed = self.remove_segments(&memory, &removal);
-        // The operator's request is removed even if it failed. The operator's command reports which segments remain.
+        // The operator's request is removed even if the removal of the segments failed. The operator's command reports
+        // which segments remain.
         let finished = removed.and_then(|()| memory.forget_removal());
         if let Err(error) = finished
             && self.is_news(REMOVAL, &error)
@@ -610,7 +613,7 @@ pub(super) fn acknowledged(principal: &str) -> Entry {
     entry
 }
 
-/// Shortens a principal from a state file to the length that a line can hold.
+/// Shortens a principal from a state file to the length that fits into a line.
 fn shortened(principal: &str) -> String {
     principal.chars().take(PRINCIPAL_MAX).collect()
 }

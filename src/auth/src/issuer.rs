@@ -1,8 +1,8 @@
 //! The `[[issuer]]` sections specify the trusted issuers, the keys that verify their access tokens,
 //! and the required content of the access tokens.
 //!
-//! All rules about access tokens come from these settings. The rules never depend on an access
-//! token.
+//! All rules about access tokens come from these settings. The rules never depend on the content of
+//! an access token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -74,18 +74,19 @@ impl Algorithm {
     }
 }
 
-/// The form of the `sub` claim.
+/// The format of the `sub` claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Subject {
     /// A GUID. The name of the user is the GUID in lower case with hyphens.
     Guid,
-    /// The claim is any text that is a valid user name.
+    /// The claim is any string that is a valid user name.
     Text,
 }
 
-/// Default values for settings of an `[[issuer]]` section, by the software of the issuer. A value
-/// in the `[[issuer]]` section takes precedence over the default value.
+/// Default values for the settings of an `[[issuer]]` section, for each kind of issuer software
+/// that Keybroker supports. A value in the `[[issuer]]` section takes precedence over the default
+/// value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
@@ -370,7 +371,7 @@ pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> 
     };
     if !url.username().is_empty() || url.password().is_some() {
         return Some(
-            "this URL contains a user name or a password, and the broker fetches keys without credentials",
+            "this URL contains a user name or a password, but the broker fetches keys without credentials",
         );
     }
     match url.scheme() {

@@ -1,9 +1,10 @@
 //! Authentication: converts a verified credential to a [`Principal`].
 //!
 //! The TLS handshake verifies a client certificate. This crate then looks up the certificate's SAN
-//! URIs and DNS names in the configured principals. Exactly one principal must match. If no
-//! principal or several principals match, the caller gets the same answer. If a call has an
-//! `authorization` header, the broker uses the header and ignores the certificate.
+//! URIs and DNS names in the configured principals. Exactly one configured principal must match the
+//! certificate. The caller gets the same answer whether no principal matches or several principals
+//! match. If a call has an `authorization` header, the broker uses the header and ignores the
+//! certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
@@ -59,7 +60,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Returns a problem of a single principal, without a comparison with other principals.
+    /// Checks one principal, without a comparison with other principals, and returns the first
+    /// problem.
     pub fn problem(&self) -> Option<String> {
         let san = &self.san;
         if !(san.starts_with("URI:") || san.starts_with("DNS:")) || san.len() <= "URI:".len() {
@@ -261,7 +263,7 @@ mod tests {
     fn certificate_until(sans: &[&str], until: time::OffsetDateTime) -> PeerCertificate {
         use rcgen::{CertificateParams, KeyPair, SanType};
         let mut params = CertificateParams::default();
-        // The common name must not count, even if no SAN contains it.
+        // The common name must not identify a principal, even if no SAN contains the common name.
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, "app.example.org");

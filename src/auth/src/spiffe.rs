@@ -11,7 +11,7 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is not a SPIFFE id.
+/// The reason why a string is not a valid SPIFFE id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
     /// The id is too long.

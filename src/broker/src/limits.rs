@@ -3,7 +3,7 @@
 //! entry of an idle caller is dropped when it no longer affects a decision.
 //!
 //! When an address reaches the authentication failure limit, the broker refuses invalid credentials from this address.
-//! The broker no longer checks credentials from this address whose check is costly. The broker still accepts valid
+//! The broker no longer makes costly checks of credentials from this address. The broker still accepts valid
 //! credentials of known callers. Therefore a caller cannot lock out other callers at the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
@@ -79,8 +79,8 @@ pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
 /// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
-/// Idle time after which a caller's bucket is dropped. A bucket is full again after one minute, so no information is
-/// lost.
+/// Idle time after which a caller's bucket is dropped. A bucket is full again after one minute, so dropping the bucket
+/// loses no information.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
 /// Largest number of concurrent checks of costly credentials from one address.
@@ -141,13 +141,15 @@ impl Limits {
         self.suppressed.swap(0, Ordering::Relaxed)
     }
 
-    /// Takes `count` calls from a principal's rate. If too few calls are left, the error contains the time to wait.
+    /// Counts `count` calls towards the rate limit of a principal. If too few calls are left, the error contains the
+    /// time to wait.
     pub fn take_calls(&self, principal: &Principal, count: usize) -> Result<(), Error> {
         let buckets = match principal.kind() {
             Kind::User => &self.users,
             Kind::Service => &self.services,
         };
-        // A principal with too many rejected envelopes gets no more calls: each call could be another attempt.
+        // All calls of a principal with too many rejected envelopes are refused, because each call could be another
+        // attempt with a forged envelope.
         if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
             return Err(used_up(wait));
         }
@@ -177,14 +179,14 @@ impl Limits {
         })
     }
 
-    /// Counts a failed credential of an address. Returns an error if the address has reached the authentication failure
-    /// limit.
+    /// Counts a failed credential from an address. Returns an error if the address has reached the authentication
+    /// failure limit.
     pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
         let taken = self.failed_credentials.take(&network(address), 1);
         taken.map_err(used_up)
     }
 
-    /// Counts an envelope of a principal that the token rejected.
+    /// Counts an envelope that a principal sent and the token rejected.
     pub fn fail_envelope(&self, principal: &str) -> Result<(), Error> {
         let taken = self.refused_envelopes.take(principal, 1);
         taken.map_err(used_up)
@@ -246,7 +248,7 @@ impl fmt::Display for Network {
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 
-/// Shortens a text for a log line and replaces unusual characters. The text may contain parts of an unauthenticated
+/// Shortens a string for a log line and replaces unusual characters. The text may contain parts of an unauthenticated
 /// caller's credential.
 pub fn shortened(text: &str) -> String {
     const CHARS_MAX: usize = 300;

@@ -60,7 +60,7 @@ impl Broker {
         self.mutate(principal, call, key, change, request).await
     }
 
-    /// Marks a record deleted, if `expected` is its current revision.
+    /// Marks a record as deleted, if `expected` is its current revision.
     pub async fn delete(
         self: &Arc<Self>,
         principal: &Principal,
@@ -348,8 +348,8 @@ impl Broker {
     }
 }
 
-/// Converts the error of a commit. If another change of the record came between the check and the commit, returns the
-/// error that the check would return now.
+/// Converts the error of a commit. If another change of the record was committed between the check and the commit,
+/// returns the error that the check would return now.
 fn from_commit(error: store::Error, change: &Change) -> Error {
     match (&error, change) {
         (store::Error::State, Change::Undelete) => {

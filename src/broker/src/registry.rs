@@ -777,8 +777,8 @@ impl Broker {
             Some(cause) => Standing::Unverified(cause),
             None => altered(
                 tombstone,
-                "the key is marked as destroyed, but no integrity key authenticates this state. If nobody recorded the loss of \
-                 the key, restore the row from a backup of the database",
+                "the key is marked as destroyed, but no integrity key authenticates this state. If no administrator recorded \
+                 the loss of the key, restore the row from a backup of the database",
             ),
         }
     }

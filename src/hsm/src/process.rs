@@ -15,8 +15,8 @@ use std::{
 
 use keybroker_worker_protocol::Settings;
 
-/// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command with the front's
-/// end of the socket; the worker's end is its standard input.
+/// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command and the front's
+/// end of the socket; the worker's end is the worker's standard input.
 ///
 /// The environment of every worker contains exactly the variables of `[token.environment]`, both for `serve` and for
 /// commands.

@@ -45,7 +45,7 @@ pub(crate) enum NotReady {
     Busy,
     /// The token is unavailable, or the configuration does not match the token.
     Unavailable,
-    /// A login failed with a code that does not concern the PIN.
+    /// A login failed with a return code that does not concern the PIN.
     Login,
     /// The PIN was rejected or cannot be read, or the token must not be given the PIN again.
     Pin,
@@ -92,8 +92,9 @@ impl Failure {
     }
 }
 
-/// Starts a worker and waits until it is ready. If the worker fails or the broker stops first, this function tells the
-/// worker to end and waits for its end. A worker gets time to end before it is killed, because it may be logging in.
+/// Starts a worker and waits until it is ready. If the worker fails or the broker stops before the worker is ready,
+/// this function tells the worker to end and waits for its end. A worker gets time to end before it is killed, because
+/// it may be logging in.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
@@ -271,7 +272,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     })
 }
 
-/// Reads the worker's report about the keys that it could not use.
+/// Reads the worker's report about the keys that the worker could not use.
 fn unusable(reported: Vec<wire::UnusableKey>) -> Result<Vec<UnusableKey>, Failure> {
     let unusable = reported.into_iter().map(|key| {
         let id = WrappingKeyId::from_slice(&key.id).ok_or_else(|| {

@@ -49,7 +49,7 @@ pub(crate) struct Facts {
     pub(crate) life: Life,
 }
 
-/// A use of a certificate.
+/// A purpose for which a certificate may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Usage {
     /// Authentication of a TLS server.
@@ -90,7 +90,8 @@ impl Life {
         }
     }
 
-    /// The age of the certificate at a time, which is given in seconds since 1970.
+    /// Returns whether the certificate is valid, near its end or expired at the time `at`, which is
+    /// in seconds since 1970.
     pub(crate) fn age(self, at: i64) -> Age {
         let length = self.until.saturating_sub(self.from);
         let warned = (length / WARN_PART).min(WARN_DAYS_MAX * SECONDS_PER_DAY);

@@ -34,13 +34,14 @@ const LAST_BUFFER: usize = 64 * 1024;
 /// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits into this buffer.
 const WRAPPED_BUFFER: usize = 16 * 1024;
 
-/// Largest number of attempts to read the list of slots, because the number of slots can increase between two calls.
+/// Largest number of attempts to read the list of slots. An attempt fails if the number of slots increases between two
+/// calls.
 const SLOT_LIST_TRIES: usize = 4;
 /// Largest number of slots that the broker accepts from a module. Real modules have far fewer slots, and a larger
 /// number would only waste memory.
 const SLOTS_MAX: usize = 65_536;
 
-/// The function list of PKCS#11 2.40. Modules of later versions also have this list.
+/// The function list of PKCS#11 2.40. Modules for later versions of PKCS#11 also have this list.
 #[derive(Clone)]
 pub(crate) struct Functions(Arc<Loaded>);
 
@@ -88,7 +89,7 @@ impl Functions {
         })))
     }
 
-    /// Calls `C_Initialize`, with a string if there is one.
+    /// Calls `C_Initialize`, optionally with a string.
     pub(crate) fn initialize(&self, reserved: Option<CString>) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
@@ -104,8 +105,8 @@ impl Functions {
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard. `pReserved` is NULL, or a NUL-terminated string
-        // that is never freed.
+        // SAFETY: the argument points to a structure that begins with the `CK_C_INITIALIZE_ARGS` of the standard.
+        // `pReserved` is NULL, or a NUL-terminated string that is never freed.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }
@@ -198,7 +199,8 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// Reads one attribute (`C_GetAttributeValue`). The first call already passes a buffer.
+    /// Reads one attribute (`C_GetAttributeValue`). The first call to the module already passes a
+    /// buffer, instead of only asking for the length.
     pub(crate) fn attribute(
         &self,
         session: &Session,

@@ -277,8 +277,8 @@ pub(crate) fn init_token(
     module
         .init_token(slot, &auth_pin(so_pin), label)
         .map_err(|error| refused_so_pin(error.into()))?;
-    // After the initialisation, SoftHSM moves the token to another slot. The label identifies the token there, because
-    // no other token has the same label.
+    // After the initialisation, SoftHSM moves the token to another slot. The label identifies the token in its new
+    // slot, because no other token has the same label.
     let selector = Settings {
         label: Some(label.to_owned()),
         serial: None,
@@ -309,7 +309,7 @@ fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Re
     Ok(())
 }
 
-/// Describes a rejected PIN of the security officer. `C_InitToken` with a wrong PIN changes nothing.
+/// Describes the rejection of the security officer's PIN. `C_InitToken` with a wrong PIN changes nothing.
 fn refused_so_pin(fault: Fault) -> AdminError {
     if fault.class != Class::Pin {
         return fault.into();
@@ -368,7 +368,7 @@ fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
     let problem = if info.so_pin_locked() {
         "the security officer's PIN is locked"
     } else if info.so_pin_final_try() {
-        "one more wrong security officer's PIN would lock the token: log in once with the vendor's tool to reset the \
+        "one more wrong PIN of the security officer would lock the token: log in once with the vendor's tool to reset the \
          counter"
     } else {
         return Ok(());
@@ -471,8 +471,8 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// Returns the place of a key. If the command did not send the `CKA_ID` of the key's objects, returns the place
-    /// where `key generate` makes keys.
+    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of these objects,
+    /// returns where `key generate` would store them.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -753,7 +753,7 @@ impl Admin {
     }
 
     /// Decrypts in a loop with `threads` threads until `until`, to measure the token without the broker. Returns the
-    /// number of operations, and the number of times that a thread waited.
+    /// number of operations, and the number of times that a thread waited for something other than the CPU.
     pub(crate) fn decrypt_loop(
         &self,
         id: WrappingKeyId,

@@ -12,8 +12,8 @@ use cryptoki::error::RvError;
 use keybroker_pkcs11_ffi::TokenInfo;
 use serde::{Deserialize, Serialize};
 
-/// Largest number of logins with a PIN that the token has never accepted, if they fail with codes that do not concern
-/// the PIN.
+/// Largest number of logins with a PIN that the token has never accepted, if these logins fail with return codes that
+/// do not concern the PIN.
 const UNPROVEN_TRIES_MAX: u32 = 2;
 
 /// The flags of a token's counter of wrong user PINs.
@@ -101,7 +101,7 @@ pub(super) enum Refusal {
     Locked,
     /// One more wrong PIN would lock the token.
     FinalTry,
-    /// A login failed, and the token's flags show that the token counted a wrong PIN since that login.
+    /// A login failed, and the token's flags show that the token counted a wrong PIN.
     CounterRose,
     /// The token has never accepted the PIN, and all attempts for an unproven PIN are used up.
     Unproven,
@@ -114,11 +114,12 @@ pub(super) enum Refusal {
 pub(super) enum Answer {
     /// The PIN was accepted.
     Accepted,
-    /// The code proves that the PIN was not checked; therefore the token counted no wrong PIN.
+    /// The return code proves that the PIN was not checked; therefore the token counted no wrong
+    /// PIN.
     NotChecked,
-    /// The code says that the PIN was rejected.
+    /// The return code states that the token rejected the PIN.
     Rejected,
-    /// The code does not concern the PIN.
+    /// The return code does not concern the PIN.
     Unclear,
 }
 

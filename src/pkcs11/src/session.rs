@@ -41,7 +41,7 @@ pub(super) struct Shared {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
-    /// Number of self-tests that all threads have begun. The number of self-tests selects the key of the next
+    /// Total number of self-tests that the threads have begun. The number of self-tests selects the key of the next
     /// self-test.
     pub(super) turn: AtomicUsize,
     /// Time at which the token last answered any session.
@@ -233,7 +233,7 @@ impl SessionThread {
     /// refuses the job although the self-test passes.
     fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
         if fault.class == Class::Input && refusal == FailureClass::MacRefused {
-            // When a MAC is verified, the codes of this class have a definite meaning.
+            // When a MAC is verified, the return codes of this class have a definite meaning.
             return Stop::failed(refusal, fault.to_string());
         }
         self.current = None;
@@ -365,8 +365,8 @@ impl Stop {
         Self::Failed(failure(class, detail))
     }
 
-    /// If a session cannot be opened or a key is not found, the token counts as lost. After a token was removed or has
-    /// ended the login, its keys cannot be found.
+    /// If a session cannot be opened or a key is not found, the token counts as lost. If the token was removed or ended
+    /// the login, its keys cannot be found.
     fn from_open(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
@@ -376,7 +376,7 @@ impl Stop {
         Self::failed(class, fault.to_string())
     }
 
-    /// A wrong answer is worse than no answer: a token that returns a wrong result must not be used.
+    /// A token that returns a wrong result must not be used.
     fn from_self_test(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,

@@ -15,7 +15,7 @@
 //!
 //! - A mutation and its request id are committed together or not at all.
 //!
-//! The store never has access to key material. The store contains envelopes as bytes that it does not interpret.
+//! The store never has access to key material. The store contains envelopes, and does not interpret their bytes.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 

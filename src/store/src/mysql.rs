@@ -115,7 +115,8 @@ impl Server for MySqlOrMariaDb {
     ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
         async move {
             let is_mariadb = version(connection).await?.is_mariadb;
-            // `SET` accepts no placeholders. The only variable parts of the text are numbers that this program computes.
+            // `SET` accepts no placeholders. The only variable parts of the SQL text are numbers that this program
+            // computes.
             let set = session_settings(limits, is_mariadb);
             sqlx::raw_sql(AssertSqlSafe(set))
                 .execute(&mut *connection)

@@ -48,8 +48,8 @@ pub struct Settings {
     /// The URL of the database: `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`. For
     /// a local socket, add `?socket=` and an absolute path.
     pub url: Url,
-    /// Users, by name or number, that may listen on the local socket of `url`, in addition to root and the broker's user. The
-    /// default is the users that the packages of the database server and its pooler create.
+    /// Users, by name or number, that may listen on the local socket of `url`, in addition to root and the broker's
+    /// user. The default is a list of the users that the packages of the database server and its pooler create.
     #[serde(default)]
     pub socket_users: Option<Vec<String>>,
     /// File with the database user's password.

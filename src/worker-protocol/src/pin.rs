@@ -61,7 +61,7 @@ pub enum PinError {
     /// The file is missing, or other users can read or change it.
     #[error("the PIN file: {0}")]
     File(#[from] trusted_file::Error),
-    /// An error with the file or descriptor in which the error occurred.
+    /// An error, and the file or descriptor that caused the error.
     #[error("{place}: {source}")]
     In {
         /// The file or descriptor.

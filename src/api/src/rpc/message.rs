@@ -1,5 +1,5 @@
 //! Receives the complete message of a call before a service handles the call. The same length limit
-//! therefore applies to every route, including the routes of libraries.
+//! therefore applies to every route, including routes that libraries add.
 //!
 //! The memory for the messages of all connections together is limited. The first 4 KiB of each message do not count towards
 //! the limit, but every further byte does. If not enough memory is left, the call is refused. Calls do not wait for memory,

@@ -32,7 +32,7 @@ const PUBLISHED_WITHIN: Duration = Duration::from_mins(5);
 /// The intervals and time limits of a key set.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
-    /// Shortest time between two fetches because of unknown keys, so that callers with invented key ids cannot cause
+    /// Shortest time between two fetches that unknown keys cause, so that callers with invented key ids cannot cause
     /// load on the provider.
     pub(crate) refetch: Duration,
     /// Time between successful fetches.
@@ -45,7 +45,8 @@ pub(crate) struct Pace {
     pub(crate) keep: Duration,
     /// Interval at which key files are read and metrics are updated.
     pub(crate) look: Duration,
-    /// The largest age of a copy of the provider's key set when the broker fetches it.
+    /// The largest age that a copy of the provider's key set can have when the broker fetches the
+    /// copy.
     pub(crate) published_within: Duration,
 }
 
@@ -85,7 +86,7 @@ pub(crate) struct Keys {
     source: Source,
     current: ArcSwapOption<Held>,
     taking: SyncMutex<()>,
-    /// The start of the last fetch because of an unknown key.
+    /// The start of the last fetch that an unknown key caused.
     refetched: Arc<Mutex<Option<Instant>>>,
     /// The error of the last attempt to fetch or read the key set. The error is kept so that refusals can show it, and
     /// so that a repeated error is logged only once.
@@ -160,9 +161,9 @@ impl Keys {
     /// The key is absent only if the newest key set does not contain it. The newest set must not be
     /// an older copy from a cache. Therefore the newest set must have been fetched at least five
     /// minutes after the last set that contained the key, or after the access token was issued. Key
-    /// ids in the access tokens of other callers have no influence. If such key ids had an
-    /// influence, a caller who guesses the id of a future key could cause valid access tokens to be
-    /// rejected.
+    /// ids in the access tokens of other callers do not affect the result. If these key ids
+    /// affected the result, a caller who guesses the id of a future key could cause valid access
+    /// tokens to be rejected.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
@@ -179,10 +180,10 @@ impl Keys {
             || seen.is_some_and(|seen| is_up_to_date_at(seen.micros()))
     }
 
-    /// Fetches the set again because `seen` does not contain a required key. Fetches nothing if the
-    /// last fetch because of a missing key was less than `refetch` ago. Concurrent calls wait for
-    /// the same fetch. If the keys come from a key file, a missing key does not exist, because key
-    /// files are read every two seconds.
+    /// Fetches the set again because `seen` does not contain a required key. Does not fetch if the
+    /// last fetch for a missing key was less than `refetch` ago. Concurrent calls wait for the same
+    /// fetch. If the keys come from a key file, a missing key counts as absent, because key files
+    /// are read every two seconds.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {

@@ -318,10 +318,12 @@ async fn an_activation_authenticates_the_tombstones_again() {
         problems.contains("no integrity key authenticates"),
         "{problems}"
     );
-    assert_eq!(
-        change(&broker, A, KeyChange::Lose).await.unwrap(),
-        Destroyed
-    );
+    let refused = change(&broker, A, KeyChange::Lose).await.unwrap_err();
+    let detail = refused.detail();
+    assert!(detail.contains("the key is on the token"), "{refused:?}");
+    tokens.shows(&[B, C]);
+    let lost = change(&broker, A, KeyChange::Lose).await.unwrap();
+    assert_eq!(lost, Destroyed);
     assert_eq!(broker.registry().unwrap().problems(), [""; 0]);
 }
 

@@ -86,7 +86,7 @@ impl fmt::Display for Error {
             write!(f, "{path} is not trusted: ")?;
         }
         match &*self.problem {
-            // The component can be the absolute form of `path`.
+            // If `path` is relative, the component can be the absolute form of `path`.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
             }

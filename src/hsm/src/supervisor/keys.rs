@@ -167,7 +167,7 @@ impl Supervisor {
     }
 
     /// Publishes the keys that every worker has. A key that only some workers have is not published yet, because any
-    /// worker may get a job for it. While there is no worker, the last published keys remain.
+    /// worker may get a job for it. While there is no worker, the last published keys remain published.
     pub(super) fn publish_keys(&self) {
         let links = self.queue.links();
         let Some(newest) = links.iter().max_by_key(|link| link.generation()) else {

@@ -1,6 +1,6 @@
-//! Decides when the supervisor starts a worker, and which state it reports to callers. The state machine has no side
-//! effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of states and
-//! events, and a test compares the table with the code.
+//! Decides when the supervisor starts a worker, and which state the supervisor reports to callers. The state machine
+//! has no side effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of
+//! states and events, and a test compares the table with the code.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ const LOGIN_SELDOM: Duration = Duration::from_secs(15);
 const LATCHED: Duration = Duration::from_secs(2);
 /// Pause between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);
-/// The assumed duration of a worker's start, before a start was measured.
+/// The assumed duration of a worker's start, until the first start was measured.
 const START_EXPECTED: Duration = Duration::from_millis(300);
 
 /// An event to which the state machine reacts.
@@ -42,13 +42,13 @@ pub(super) enum Event {
     Ready,
     /// The worker that was being started did not become ready.
     NotReady(NotReady, String),
-    /// A worker that was ready is lost.
+    /// A ready worker was lost.
     Lost(Loss, String),
     /// The broker stops.
     Stop,
 }
 
-/// The kind of loss of a worker.
+/// The reason why a worker was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loss {
     /// The worker's process ended or hung, or the token returned an error.
@@ -136,8 +136,8 @@ impl Machine {
         }
     }
 
-    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only when there is one
-    /// ready worker more than configured. Therefore a replacement never reduces the number of sessions.
+    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only while more workers
+    /// are ready than configured. Therefore a replacement never reduces the number of sessions.
     pub(super) fn set_outdated(&mut self, count: usize) {
         self.outdated = count;
     }

@@ -1,5 +1,5 @@
-//! The tokens that a command for a complete database uses. Rows can belong to keys on several
-//! tokens, so the command logs in to each token.
+//! The tokens that are used by a command that reads a complete database. Rows can belong to keys on
+//! several tokens, so the command logs in to each token.
 
 use std::{
     cell::RefCell,

@@ -52,8 +52,8 @@ use users::Users;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Scenario {
-    /// The token alone and the broker, in one run; each caller makes its next call as soon as it
-    /// has an answer
+    /// The token alone and the broker, in one run; each caller makes its next call as soon as the
+    /// previous call is answered
     Steady,
     /// Calls that start on a schedule, at one or more rates, and do not wait for earlier calls
     Open,
@@ -90,17 +90,19 @@ pub(super) struct Arguments {
     /// Process id of a running broker to measure; requires --endpoint [default: start a broker for the measurement]
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
-    /// Address of the running broker's status listener; necessary if `status.address` has port 0
+    /// Address of the running broker's status listener; required if `status.address` in the
+    /// configuration has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
     /// Number of callers. Each caller makes one call at a time. Up to 256 callers have a TLS
-    /// connection each; more callers share 256 connections. The scenario `connections` takes a list
-    /// of numbers, and each caller has its own connection [default: 64; `connections`: 1,64,1000]
+    /// connection each; further callers share these connections. The scenario `connections` takes a
+    /// list of numbers, and each caller has its own connection [default: 64; `connections`:
+    /// 1,64,1000]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: Vec<u32>,
-    /// Duration of each measurement of the broker, in seconds. `steady` also measures the token
-    /// alone before and after the broker, each time for about three quarters of the duration. In
-    /// `storm`, all members start their requests within the duration
+    /// Duration of each measurement of the broker, in seconds. The scenario `steady` also measures
+    /// the token alone before and after the broker, each time for about three quarters of this
+    /// duration. In the scenario `storm`, all members start their requests within this duration
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// Warm-up time before each measurement of the broker, in seconds
@@ -116,11 +118,11 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Total number of calls per second, for all callers. In `steady`, the rate is a maximum
-    /// [default: unlimited]. In `open`, the option takes a list of rates [default: a quarter, half,
-    /// three quarters and nine tenths of the measured capacity]. In `fairness`, the rate applies to
-    /// the principal with few calls [default: 5]. In `restart`, the rate applies to the client
-    /// [default: 100]
+    /// Total number of calls per second, for all callers. In the scenario `steady`, the rate is a
+    /// maximum [default: unlimited]. In the scenario `open`, the option takes a list of rates
+    /// [default: a quarter, half, three quarters and nine tenths of the measured capacity]. In the
+    /// scenario `fairness`, the rate applies to the principal with few calls [default: 5]. In the
+    /// scenario `restart`, the rate applies to the client [default: 100]
     #[arg(
         long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
@@ -156,17 +158,18 @@ pub(super) struct Arguments {
     /// Number of restarts (scenario `restart`) [default: 1]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     restarts: Option<u32>,
-    /// Seed of the random start times of calls (scenarios `open`, `overload`, `fairness`, `storm`,
+    /// Seed for the random start times of calls (scenarios `open`, `overload`, `fairness`, `storm`,
     /// `restart`) [default: 1]
     #[arg(long, value_name = "NUMBER")]
     schedule_seed: Option<u64>,
     /// Also write the results to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Text for the JSON document, such as the name of the machine or the token's settings
+    /// Note to include in the JSON document, such as the name of the machine or the token's
+    /// settings
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
-    /// Commit of the measured program; the JSON document records this commit
+    /// Commit of the measured program, to include in the JSON document
     #[arg(long, value_name = "ID")]
     commit: Option<String>,
 }

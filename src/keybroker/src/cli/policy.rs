@@ -30,7 +30,7 @@ pub(super) enum Command {
 pub(super) struct Source {
     /// Use the policies in this directory instead of `policy.directory`. With this option, the
     /// command does not need a configuration. If a configuration exists, the command also checks
-    /// that it defines the principals in the policies
+    /// that the configuration defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
     /// Omit the default permits of the broker; requires --directory
@@ -122,7 +122,7 @@ fn row(problem: &Problem) -> Vec<Field> {
     ]
 }
 
-/// The failure of a command because of invalid policies.
+/// The error of a command that found invalid policies.
 fn refused(directory: Option<&Path>, problems: &[Problem]) -> Failure {
     let shown = directory.unwrap_or(Path::new("(shipped)")).display();
     let count = problems.len();

@@ -8,13 +8,14 @@ use std::ops::Range;
 /// Minimum Jaro-Winkler similarity between an unknown word and the word to suggest.
 const SIMILAR: f64 = 0.8;
 
-/// Sections that may occur several times. TOML requires double brackets for such sections.
+/// Sections that may occur several times. TOML requires double brackets for repeatable sections.
 const REPEATED: [&str; 4] = ["listener", "principal", "issuer", "token"];
 
 /// Names of integer types in the parser's messages.
 const WHOLE_NUMBERS: [&str; 7] = ["u64", "u32", "u16", "u8", "usize", "i64", "integer"];
 
-/// Returns advice for a message of the parser about a part of the text.
+/// Returns advice for a message of the parser; `span` is the part of the configuration file that
+/// the message is about.
 pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String> {
     let written = text.get(span.clone())?;
     let setting = setting(text, span.start);

@@ -22,7 +22,7 @@ use keybroker_core::error::chain;
 
 use super::{Api, ListenerSettings};
 
-/// The parts that the APIs of all listeners share: the broker, the limits and the stop signal.
+/// The objects that the APIs of all listeners share: the broker, the limits and the stop signal.
 pub(super) struct Apis<'a> {
     pub(super) config: &'a Config,
     pub(super) broker: &'a Arc<Broker>,

@@ -19,8 +19,8 @@ use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 pub(super) const SECRET_KEY_BYTES: u64 = 32;
-/// Length of the part of a key that is derived, in bytes. The part is so short that an attacker finds its value with
-/// 256 guesses.
+/// Length of a key that is derived from a part of another key, in bytes. The part is so short that an attacker finds
+/// its value with 256 guesses.
 pub(super) const PART_BYTES: u64 = 1;
 /// Length of the nonce of AES-GCM, in bytes.
 const NONCE_BYTES: usize = 12;
@@ -121,7 +121,7 @@ pub(super) fn wraps(
     })
 }
 
-/// Wraps a key under the AES key with a mechanism that `cryptoki` does not have.
+/// Wraps a key under the AES key with a mechanism that `cryptoki` does not support.
 pub(super) fn wraps_with(
     on: &Subjects<'_>,
     mechanism: WrapMechanism,
@@ -147,7 +147,7 @@ pub(super) fn wraps_with_rsa_aes(on: &Subjects<'_>, key: ObjectHandle) -> Result
     })
 }
 
-/// Wraps the integrity key under an RSA public key. Any program could import such a public key. The test imports the
+/// Wraps the integrity key under an RSA public key. Any program could import an RSA public key. The test imports the
 /// public key of the wrapping key as a session object, and wraps under this object.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
     wraps_under(on, on.helpers.rsa, on.integrity(), |wrapping, key| {
@@ -310,7 +310,7 @@ pub(super) fn copies(
 }
 
 /// Decrypts with a forbidden mechanism. A token may refuse the mechanism at the beginning or at the end of the
-/// operation. If the token reports a problem of the ciphertext, it has accepted the mechanism.
+/// operation. If the token reports a problem with the ciphertext, the token has accepted the mechanism.
 pub(super) fn decrypts(
     on: &Subjects<'_>,
     mechanism: &Mechanism<'_>,
@@ -369,9 +369,9 @@ pub(super) fn signs(
     Ok(Done::It)
 }
 
-/// Verifies the first bytes of a MAC. In memory, wrong bytes follow these first bytes, because opencryptoki 3.8 ignores
-/// the length and compares all 32 bytes. This defect of opencryptoki does not allow a forgery, because the broker
-/// always passes 32 bytes.
+/// Verifies the first bytes of a MAC. In memory, wrong bytes follow the first bytes of the MAC, because opencryptoki
+/// 3.8 ignores the length and compares all 32 bytes. This defect of opencryptoki does not allow a forgery, because the
+/// broker always passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     let object = match &on.pair.integrity_key {

@@ -116,7 +116,7 @@ fn fairness(document: &Document) -> Chart {
         Series::of_categories(name, values)
     };
     Chart {
-        title: "Latency of a principal with few calls beside another principal",
+        title: "Latency of a principal with few calls while another principal makes many calls",
         subtitle: subtitle(document),
         x: Axis::categories("callers of the other principal", names),
         y: Axis::linear("milliseconds"),

@@ -28,7 +28,7 @@ pub(super) enum Function {
 /// The KDF parameters that the account's settings show.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Parameters {
-    /// Salt of the account that the Bitwarden server sends before the login [default: the e-mail
+    /// Salt that the Bitwarden server sends for the account before the login [default: the e-mail
     /// address]
     #[arg(long, value_name = "TEXT", requires = "email")]
     salt: Option<String>,
@@ -38,7 +38,7 @@ pub(super) struct Parameters {
     /// Number of iterations [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     iterations: Option<u32>,
-    /// Memory of Argon2id in MiB [default: 64]
+    /// Memory that Argon2id uses, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     memory_mib: Option<u32>,
     /// Parallelism of Argon2id [default: 4]

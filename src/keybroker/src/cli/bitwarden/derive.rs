@@ -57,10 +57,11 @@ pub(in crate::cli) struct ChangeKdf {
     /// New key derivation function of the account
     #[arg(long, value_enum)]
     new_kdf: Function,
-    /// Number of iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
+    /// Number of iterations of the new key derivation function [default: 600000 for PBKDF2, 3 for
+    /// Argon2id]
     #[arg(long, value_name = "COUNT")]
     new_iterations: Option<u32>,
-    /// Memory of the new Argon2id function, in MiB [default: 64]
+    /// Memory that the new Argon2id function uses, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     new_memory_mib: Option<u32>,
     /// Parallelism of the new Argon2id function [default: 4]

@@ -16,8 +16,8 @@ use crate::{
     places::Registry,
 };
 
-/// Adds a row for the place of a new key on the token of this command. A configuration with only
-/// one token needs no row for the place, because the registry row describes the token.
+/// Adds the row that records that a new key is on the token of this command. A configuration with
+/// only one token needs no such row, because the registry row describes the token.
 pub(super) fn add(
     config: &Config,
     admin: &Admin,
@@ -32,9 +32,9 @@ pub(super) fn add(
     Ok(Some(place))
 }
 
-/// Registers a registered key also for the token of this command. First proves that the token has
-/// the same key: the public keys must be equal, and the integrity key must verify the MAC of the
-/// registry row.
+/// Registers a key for the token of this command; the key is already registered for another token.
+/// First proves that the token has the same key: the public keys must be equal, and the integrity
+/// key must verify the MAC of the registry row.
 pub(super) fn register(
     context: &Context,
     config: &Config,
@@ -80,8 +80,8 @@ pub(super) fn register(
     Ok(place)
 }
 
-/// Creates the row for the place of a key on the token of this command. The new row keeps a backup
-/// confirmation only for the token that the registry row names.
+/// Creates the row that records that a key is on the token of this command. The new row keeps a
+/// backup confirmation only for the token that the registry row names.
 fn new_place(
     config: &Config,
     admin: &Admin,

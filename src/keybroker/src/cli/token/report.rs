@@ -37,8 +37,8 @@ pub(in crate::cli) struct Arguments {
     /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse than the
-    /// report
+    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse
+    /// than in the report
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }
@@ -166,9 +166,9 @@ fn page(report: &Report) -> String {
     parts.push(attribute_table(report));
     parts.push("## Rates".to_owned());
     let place = match report.token_cpu_is_local {
-        Some(true) => "The token's operations take CPU time of the machine that wrote this page.",
+        Some(true) => "The token's operations use CPU time of the machine that wrote this page.",
         Some(false) => {
-            "The token's operations take no CPU time of the process that wrote this page."
+            "The token's operations use no CPU time of the process that wrote this page."
         }
         None => "The CPU time of the token's operations was not measured.",
     };
@@ -195,7 +195,7 @@ fn introduction(report: &Report) -> Vec<String> {
     ];
     let heading = match verdict.result {
         Outcome::Works => None,
-        Outcome::WorksWithExceptions => Some("Risks that the exceptions accept:"),
+        Outcome::WorksWithExceptions => Some("Risks of the permitted exceptions:"),
         Outcome::Refused => Some("Reasons why the broker cannot use this token:"),
     };
     if let Some(heading) = heading {

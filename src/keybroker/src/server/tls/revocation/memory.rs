@@ -2,9 +2,9 @@
 //!
 //! With a list that is older than the accepted list, the broker would accept certificates that were
 //! revoked between the two lists. Therefore, the state directory contains a copy of each accepted
-//! list. If the configured file contains an older or damaged list, the broker uses the copy at its
-//! start. Each configured file and CA has a separate state file, because two listeners may use the
-//! same file with different CAs.
+//! list. If the configured file contains an older or damaged list, the broker uses the stored copy
+//! at its start. Each configured file and CA has a separate state file, because two listeners may
+//! use the same file with different CAs.
 //!
 //! Each stored list is verified again before its use. Only lists of configured CAs are stored.
 
@@ -45,8 +45,8 @@ pub(in super::super) struct Memory {
     loaded: BTreeSet<AuthorityId>,
     /// The versions that an earlier release stored instead of lists. The broker only reads these versions.
     versions: BTreeMap<AuthorityId, Version>,
-    /// The place for the state files; `None` for a check of the configuration, which stores
-    /// nothing.
+    /// The directory and names of the state files; `None` for a check of the configuration, which
+    /// stores nothing.
     place: Option<Place>,
 }
 
@@ -60,7 +60,7 @@ pub(super) struct Accepted {
 }
 
 impl Accepted {
-    /// Whether the list is valid at a time and can be used to verify clients.
+    /// Whether the list is valid at a given time and can be used to verify clients.
     pub(super) fn is_valid(&self, now: i64) -> bool {
         self.is_usable && self.list.life.includes(now)
     }
@@ -332,8 +332,8 @@ impl Memory {
             }
         }
         if is_new {
-            // The files of accepted lists are kept even after the expiry. Otherwise, the broker
-            // could accept an older list again.
+            // The files of accepted lists are kept even after the lists expire. Otherwise, the
+            // broker could accept an older list again.
             let names = self.accepted.keys().map(|slot| place.name(slot));
             place.limit(&names.collect(), now)?;
         }

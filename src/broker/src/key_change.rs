@@ -1,8 +1,9 @@
 //! Changes of wrapping keys by administrators: rotation and changes of states.
 //!
-//! A change is planned from the verified registry. One transaction compares the MAC of each row that changes, and
-//! commits the change. If two brokers change the same key concurrently, one of them succeeds and the other gets an
-//! error. Each new row is authenticated by the integrity key of its own wrapping key.
+//! A change is planned from the verified registry. One transaction checks that each row still has
+//! the MAC that was read before, and commits the change. If two brokers change the same key
+//! concurrently, one of them succeeds and the other gets an error. Each new row is authenticated by
+//! the integrity key of its own wrapping key.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -48,7 +49,8 @@ pub enum KeyChange {
     },
     /// The key is not used until it is resumed.
     Suspend,
-    /// A suspended key is used again: it is active if no other key is active, and deactivated otherwise.
+    /// A suspended key is used again: the key becomes active if no other key is active, and
+    /// deactivated otherwise.
     Resume,
     /// The key unwraps, but no longer wraps.
     Deactivate,

@@ -38,7 +38,7 @@ pub enum Error {
         /// The cause of the failure.
         source: io::Error,
     },
-    /// The content of the file is not a fact of this kind.
+    /// The content of the file cannot be parsed as the expected type of fact.
     #[error("the state file {} is damaged", path.display())]
     Damaged {
         /// The file.
@@ -103,8 +103,8 @@ impl StateDirectory {
         }
     }
 
-    /// Replaces a fact. After the function returns, the new fact survives a power failure. After a crash before the return, the
-    /// file contains the old or the new fact.
+    /// Replaces a fact. After the function returns, the new fact survives a power failure. If the
+    /// process crashes before the function returns, the file contains the old or the new fact.
     ///
     /// Fails for a fact of more than 64 KiB, because [`StateDirectory::read`] would refuse the fact.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
@@ -261,7 +261,8 @@ impl StateDirectory {
         }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
-        // Remove the temporary file that an earlier process with this process id left if it was killed during a write.
+        // Remove the temporary file of an earlier process that had the same process id and was
+        // killed during a write.
         fs::remove_file(&unfinished).ok();
         let mut file = OpenOptions::new()
             .write(true)

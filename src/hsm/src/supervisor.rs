@@ -57,7 +57,7 @@ const STOPPING: &str = "the broker is stopping";
 /// The reason for a failed first start, if only an administrator can repair the cause.
 #[derive(Clone, Debug)]
 pub struct StartupError {
-    /// A message with the cause, its effect and the necessary action of an administrator.
+    /// A message with the cause, its effect and the action that an administrator must take.
     pub message: String,
     /// Whether a key or an attribute is wrong; `false` if the configuration is wrong.
     pub untrusted: bool,
@@ -359,9 +359,10 @@ impl Supervisor {
         self.decider().down(cause)
     }
 
-    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because a job changes
-    /// nothing on the token. If a job was already lost with `losses_max` workers, the job fails, because it may have
-    /// caused the losses. A job that another token can do fails, so that the other token gets it.
+    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because
+    /// a job changes nothing on the token. If a job was already lost with `losses_max` workers, the
+    /// job fails, because it may have caused the losses. If another token can do a job, the job
+    /// fails on this token, so that the other token gets the job.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());

@@ -65,8 +65,9 @@ impl Registry {
         })
     }
 
-    /// Reads the registry for a broker that starts. Damaged places do not prevent the start, because the keys on the tokens
-    /// of the registry rows need no places. The broker raises an alert about the damage.
+    /// Reads the registry for a broker that starts. The broker starts even if the rows of places
+    /// are damaged, because only the keys on further tokens need these rows. The broker raises an
+    /// alert about the damage.
     pub(crate) async fn read_for_service(store: &dyn Store) -> Result<Self, store::Error> {
         let rows = store.registry().await?;
         let places = match store.places().await {

@@ -131,7 +131,7 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
             }
         }
     }
-    Ok(Applies::No("a condition does not hold".to_owned()))
+    Ok(Applies::No("a condition is false".to_owned()))
 }
 
 /// Evaluates one part of a policy's scope.

@@ -80,7 +80,7 @@ pub(super) struct Slice {
     pub(super) policies: PolicySet,
     /// All words in `policies`, including all attributes and operators that the policies use.
     pub(super) words: HashSet<String>,
-    /// The kept decisions of `policies`.
+    /// The cached decisions of `policies`.
     pub(super) kept: Kept,
 }
 

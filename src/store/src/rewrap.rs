@@ -83,7 +83,7 @@ pub struct RevisionUnder {
 /// A row of a page of revisions.
 #[derive(Clone, Debug)]
 pub struct RowUnder {
-    /// Where the row is. The next page begins after the place of the last row.
+    /// The position of the row. The next page begins after the position of the last row.
     pub place: RevisionPlace,
     /// The row, or the reason why the row cannot be decoded.
     pub row: Result<RevisionUnder, Error>,
@@ -142,7 +142,7 @@ impl RunId {
 /// Whether rows are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
-    /// A broker moves rows, or will move rows after a broker has taken the run.
+    /// A broker moves rows, or the run waits for a broker to take the lease.
     Running,
     /// An administrator paused the run.
     Paused,
@@ -198,7 +198,7 @@ pub trait Rewraps: Send + Sync {
     /// The number of rows that need a wrapping key.
     async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error>;
 
-    /// Returns at most `limit` revisions under a wrapping key, beginning after a place, in the
+    /// Returns at most `limit` revisions under a wrapping key, beginning after a position, in the
     /// order of the primary key. `limit` is 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
     async fn revisions_under(
         &self,

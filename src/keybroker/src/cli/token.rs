@@ -45,8 +45,7 @@ pub(super) enum Command {
     /// broker that uses the token before you run this command, because the command puts load on the
     /// token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; this command does not require a
-    /// stop of the broker
+    /// Allow one more login with a PIN that the token rejected; the broker can keep running
     ///
     /// Keybroker records a hash of each rejected PIN in the state directory. Commands and workers
     /// do not send a rejected PIN to the same token again until you run this command. Run this

@@ -150,8 +150,8 @@ fn token_files(token: &Settings) -> Vec<String> {
     problems
 }
 
-/// Returns the problems of integrity key files. Problems of the settings for these files are
-/// reported elsewhere.
+/// Returns the problems of integrity key files. Another function reports problems of the settings
+/// for these files.
 fn integrity_file_problems(token: &Settings) -> Vec<String> {
     let is_set_well = integrity_key_problems(token).is_empty();
     match IntegrityFiles::permitted(token) {

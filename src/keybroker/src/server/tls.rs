@@ -73,7 +73,8 @@ pub(super) struct Tls {
     protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
     /// The certificate chain and private key in use. If the new chain or key is invalid, a change
-    /// of CA certificates or revocation lists is applied together with this chain and key.
+    /// of CA certificates or revocation lists is applied together with the chain and key that are
+    /// already in use.
     shown: Mutex<Shown>,
     /// The error of the last reload, so that the same error is reported only once.
     refused: Mutex<Option<String>>,

@@ -100,7 +100,7 @@ impl Finding {
         }
     }
 
-    /// A finding about a row that belongs to no record and no API client.
+    /// A finding about a row that belongs to neither a record nor an API client.
     pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
         Self {
             problem,
@@ -317,7 +317,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused, String::new())
     }
 
-    /// Checks a row that belongs to no record and no API client.
+    /// Checks a row that belongs to neither a record nor an API client.
     pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
         let unreadable = |problem, result: &Result<(), store::Error>| {
             let error = result.as_ref().err();

@@ -69,7 +69,7 @@ pub struct Settings {
     pub grantable_roles: BTreeSet<Role>,
     /// Memory of Argon2id, in KiB.
     pub argon2_memory_kib: u32,
-    /// Number of passes over the memory.
+    /// Number of passes of Argon2id over the memory.
     pub argon2_iterations: u32,
     /// Degree of parallelism.
     pub argon2_parallelism: u32,

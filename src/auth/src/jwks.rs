@@ -35,7 +35,7 @@ use error::{KeyError, LeftOut};
 pub use error::{SetError, SourceError};
 pub(super) use keys::{Keys, Newer, Pace};
 
-/// Longest key set and discovery document, in bytes.
+/// Maximum length of a key set or a discovery document, in bytes.
 pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
 /// Largest number of keys in a key set. Providers usually publish two or three keys.
 const KEYS_MAX: usize = 64;

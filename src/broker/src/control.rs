@@ -41,7 +41,7 @@ pub struct WrappingKeyView {
     pub on_token: Option<KeyOnToken>,
 }
 
-/// The public side of a wrapping key, read from the token.
+/// The public properties of a wrapping key, read from the token.
 #[derive(Clone, Debug)]
 pub struct KeyOnToken {
     /// Modulus length in bits.

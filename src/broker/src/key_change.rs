@@ -402,7 +402,8 @@ impl Planner {
     }
 }
 
-/// Converts the error of a commit. A conflict means that another broker or a command changed the registry first.
+/// Converts the error of a commit to the error for the caller. A conflict means that another broker
+/// or a command changed the registry first.
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {

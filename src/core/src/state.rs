@@ -178,7 +178,8 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock between processes, so that a process can read a fact and then replace it. Waits at most `timeout`.
+    /// Takes a lock that excludes other processes, so that this process can read a fact and then
+    /// replace it. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)

@@ -143,9 +143,9 @@ pub struct TokenState {
     pub queue_length: usize,
     /// Time at which a self-test last passed.
     pub last_self_test: Option<Timestamp>,
-    /// Whether workers are being replaced because the registered keys changed, so that `keys` may
-    /// not contain a key that was just registered. With several tokens, only the tokens that serve
-    /// are counted.
+    /// Whether workers are being replaced because the registered keys changed. Until the
+    /// replacement ends, `keys` may lack a key that was just registered. With several tokens, only
+    /// the tokens that serve are counted.
     pub is_checking_keys: bool,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
     /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.

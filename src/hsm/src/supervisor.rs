@@ -76,8 +76,8 @@ pub struct Supervisor {
     /// The token, and the keys that every worker serves.
     found: ArcSwap<Found>,
     serving: watch::Sender<Serving>,
-    /// The lock is also held during a change of the workers in the queue or of `serving`, because both depend on each
-    /// other.
+    /// The lock is also held while the workers in the queue or `serving` change, because the two
+    /// must match.
     machine: Mutex<Decider>,
     /// Notified when the state machine decides that a worker must be started.
     start: Notify,
@@ -309,7 +309,8 @@ impl Supervisor {
         self.publish_keys();
     }
 
-    /// Gives no more jobs to a lost worker. If the loss has several causes, only the first cause is reported.
+    /// Gives no more jobs to a lost worker. If the loss of a worker has several causes, only the
+    /// first cause is reported.
     fn dismiss(&self, link: &Link, loss: Loss, cause: &str) {
         let mut decider = self.decider();
         if self.queue.remove(link.generation()) {
@@ -472,7 +473,7 @@ impl Supervisor {
         found.wrap.get(&key).map(|key| key.algorithm())
     }
 
-    /// Returns a key with the properties that the workers found.
+    /// Returns a key with the properties that the workers read from the token.
     pub(crate) fn token_key(&self, key: WrappingKeyId) -> Option<TokenKey> {
         let found = self.found.load();
         found.keys.iter().find(|one| one.id == key).cloned()

@@ -336,7 +336,7 @@ impl Set {
         self.known.get(id)
     }
 
-    /// Returns all policies in their order.
+    /// Returns all policies in the order in which they were loaded.
     pub(super) fn in_order(&self) -> Vec<(&PolicyId, &Known)> {
         let mut all: Vec<_> = self.known.iter().collect();
         all.sort_by_key(|(_, known)| known.place);

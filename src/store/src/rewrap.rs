@@ -236,10 +236,10 @@ pub trait Rewraps: Send + Sync {
         call: CallId,
     ) -> Result<(), Error>;
 
-    /// Makes an instance the holder of a running run until `until`, or extends the instance's
-    /// lease. Returns `false` if another instance holds the run at `now`, or if the run is not
-    /// running. A lease of another instance that ends long after `until` counts as ended, because
-    /// only a wrong clock can cause such a lease.
+    /// Makes an instance the holder of a run in the state `Running` until `until`, or extends the
+    /// instance's lease. Returns `false` if another instance holds the run at `now`, or if the run
+    /// is not running. A lease of another instance that ends long after `until` counts as ended,
+    /// because only a wrong clock can cause such a lease.
     async fn hold_rewrap(
         &self,
         run: RunId,

@@ -59,8 +59,8 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
-    /// Marks the refusal as undecided: the issuer's keys can be fetched again after `wait`, and a
-    /// newer key may verify the access token.
+    /// Marks the verification as undecided: the issuer's keys can be fetched again after `wait`,
+    /// and a newer key may verify the access token.
     pub(super) fn undecided(self, wait: Duration) -> Self {
         if !self.may_change() {
             return self;

@@ -65,7 +65,7 @@ impl From<store::Error> for Stop {
     }
 }
 
-/// A run whose lease this broker has.
+/// A run for which this broker has the lease.
 pub(super) struct Run<'b> {
     pub(super) broker: &'b Broker,
     pub(super) stop: &'b CancellationToken,

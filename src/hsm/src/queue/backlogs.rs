@@ -47,7 +47,7 @@ const ANSWER_MAX: Duration = Duration::from_millis(20);
 pub(super) struct Load {
     /// Number of all sessions, at least 1.
     pub(super) sessions: u32,
-    /// Number of sessions that run a job now.
+    /// Number of sessions that are running a job.
     pub(super) busy: u32,
 }
 

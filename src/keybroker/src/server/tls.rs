@@ -107,10 +107,10 @@ enum Look {
 }
 
 impl Tls {
-    /// Loads the files. Any problem prevents the start, except for some invalid revocation lists.
-    /// An invalid list is ignored if its CA is not configured, or if another list of this CA is in
-    /// the file or was accepted before. Without a state directory, this function only checks the
-    /// configuration, and every invalid list is an error.
+    /// Loads the files. Every problem prevents the start, except that some invalid revocation lists
+    /// are ignored. An invalid list is ignored if its CA is not configured, or if another list of
+    /// this CA is in the file or was accepted before. Without a state directory, this function only
+    /// checks the configuration, and every invalid list is an error.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,

@@ -470,7 +470,7 @@ fn brief(problem: &str) -> String {
 }
 
 /// Returns the first characters of a string, with `...` if the string is longer. Each character
-/// outside printable ASCII becomes `?`, because an escape sequence would make the text longer.
+/// outside printable ASCII becomes `?`, because an escape sequence would make the string longer.
 fn plain(text: &str, chars_max: usize) -> String {
     let printable = |c: char| {
         if c.is_ascii() && !c.is_ascii_control() {

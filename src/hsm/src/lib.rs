@@ -5,8 +5,8 @@
 //! pair. The [`Supervisor`] replaces a worker that crashes, hangs or loses its token. The worker is
 //! in the crate `pkcs11`, on which this crate does not depend. The crate `worker-protocol` contains
 //! the code that the front and the workers share. Only the worker uses PKCS#11 mechanisms,
-//! attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a text
-//! for the log.
+//! attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a
+//! description for the log.
 //!
 //! Not protected: an attacker who runs code as the operating-system user of the worker is not isolated from the worker.
 
@@ -99,8 +99,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Number of jobs of principals that were queued since the start. A background task slows down while this number
-    /// increases.
+    /// Number of principals' jobs that were queued since the start. A background task slows down
+    /// while this number increases.
     fn jobs_of_principals(&self) -> u64;
 
     /// Returns [`Error::QueueFull`] if any planned job of this caller would certainly be refused. The broker calls this

@@ -35,12 +35,12 @@ pub(super) enum Class {
     /// missing key can also mean that the token is unavailable or has lost its login. This class comes from the search
     /// for keys, never from a return code.
     KeyMissing,
-    /// An object on the token has a property that is not allowed. This class comes from the
-    /// attribute check and the tests, never from a return code.
+    /// An object on the token has a property that is not allowed. This class comes from a check of
+    /// the worker, such as the attribute check, never from a return code.
     Untrusted,
 }
 
-/// A failure with its class, and with a text for the log.
+/// A failure with its class, and with a description for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) class: Class,

@@ -13,7 +13,7 @@ const OPERATORS_MAX: usize = 1_000;
 /// syntax tree.
 const IF_WEIGHT: usize = 4;
 
-/// Returns the first problem of a text, with its byte offset.
+/// Returns the first problem of a policy text, with its byte offset.
 pub(super) fn problem(text: &str) -> Option<(usize, String)> {
     let mut shape = Shape::default();
     let mut rest = text.char_indices().peekable();

@@ -344,8 +344,8 @@ impl<'a> RowChecker<'a> {
     ) -> Result<Option<Finding>, Failure> {
         let of = format!("request id {} of {}", scope.id, scope.principal);
         let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        // Rows from releases before schema 4 have no MAC. Rows without a MAC need no check, because
-        // the broker refuses a retry that refers to a row without a MAC.
+        // Rows from releases with a schema older than version 4 have no MAC. Rows without a MAC
+        // need no check, because the broker refuses a retry that refers to a row without a MAC.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };

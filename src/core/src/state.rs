@@ -87,8 +87,9 @@ impl StateDirectory {
         &self.path
     }
 
-    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the directory belongs to another user or
-    /// is accessible to others, or if the file is not a regular file or is longer than 64 KiB.
+    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the
+    /// directory belongs to another user or is accessible to others. Also fails if the file is not
+    /// a regular file or is longer than 64 KiB.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.read_up_to(name, FACT_BYTES_MAX)
     }

@@ -252,8 +252,8 @@ impl AuditLog {
         last_lines(&self.0.directory, limit, Some(self.0.shared.durable()))
     }
 
-    /// Writes the queued entries and a closing entry, and waits for them for at most
-    /// [`CLOSE_TIMEOUT`]. If the closing is interrupted, the next start opens the log as after a
+    /// Writes the queued entries and a closing entry, and waits at most [`CLOSE_TIMEOUT`] until the
+    /// entries are durable. If the closing is interrupted, the next start opens the log as after a
     /// crash.
     pub fn close(self) {
         let until = Instant::now() + CLOSE_TIMEOUT;

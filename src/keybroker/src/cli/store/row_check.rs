@@ -190,7 +190,7 @@ impl<'a> RowChecker<'a> {
         key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
     }
 
-    /// Whether the registry has not changed since it was last read.
+    /// Whether the registry is unchanged since the last read.
     pub(super) fn knows(&self, registry: &[RegistryRow]) -> bool {
         self.registry == registry
     }

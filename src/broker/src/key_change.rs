@@ -298,7 +298,7 @@ fn next_state(
         KeyChange::Lose => WrappingKeyState::Destroyed,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
-                "only a suspended key can be resumed, and this key is {}",
+                "only a suspended key can be resumed, but this key is {}",
                 row.state
             );
             return Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what));

@@ -431,12 +431,12 @@ fn ordinal(id: &PolicyId) -> usize {
 #[derive(Debug, thiserror::Error)]
 enum IdError {
     #[error(
-        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows the id"
     )]
     Malformed(String),
     #[error("@id({0:?}): this id is reserved, because it has another meaning in the audit log")]
     Reserved(String),
-    #[error("the policy id `{id}` is used twice: also in {other}")]
+    #[error("the policy id `{id}` is used twice; the other policy with this id is in {other}")]
     Taken { id: PolicyId, other: Arc<str> },
     #[error("policy `{id}` cannot be added")]
     Refused {

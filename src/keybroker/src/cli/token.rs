@@ -53,8 +53,8 @@ pub(super) enum Command {
     /// PIN. If the configuration has several tokens, pass `--token`: the permission applies to one
     /// token.
     RetryPin(RetryPin),
-    /// Record for every registered key on the token that you backed up the token and tested a
-    /// restore
+    /// Record that you backed up the token and tested a restore, for every registered key on the
+    /// token
     BackupConfirmed(UserPin),
 }
 
@@ -121,7 +121,7 @@ fn list(context: &Context) -> Result<(), Failure> {
             ]
         })
         .collect();
-    context.output.list(rows, "the module shows no token")?;
+    context.output.list(rows, "the module reports no token")?;
     if is_empty && let Some(hint) = environment::withheld(&config) {
         context.output.note(&format!("note: {hint}"));
     }

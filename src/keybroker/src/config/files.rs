@@ -196,13 +196,13 @@ enum Unusable {
         setting: &'static str,
         path: PathBuf,
     },
-    #[error("{setting}: this user cannot write to {}", path.display())]
+    #[error("{setting}: the user of this process cannot write to {}", path.display())]
     NotWritable {
         setting: &'static str,
         path: PathBuf,
         source: io::Error,
     },
-    #[error("{setting}: this user cannot read and write {}", path.display())]
+    #[error("{setting}: the user of this process cannot read and write {}", path.display())]
     NotAccessible {
         setting: &'static str,
         path: PathBuf,

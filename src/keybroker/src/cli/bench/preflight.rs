@@ -40,7 +40,7 @@ pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failur
                 "this measurement needs {wanted} concurrent connections, but `limits.{name}` of the configuration is {limit}"
             );
             return Err(Failure::new(Exit::Configuration, what).hint(format!(
-                "set `{name} = {wanted}` or more in [limits], or measure fewer connections"
+                "set `{name} = {wanted}` or more in [limits], or measure with fewer connections"
             )));
         }
     }
@@ -112,7 +112,7 @@ fn descriptors(connections: u64) -> Result<(), Failure> {
          limit is {maximum}"
     );
     Err(Failure::new(Exit::Usage, what).hint(format!(
-        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure fewer connections"
+        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure with fewer connections"
     )))
 }
 

@@ -25,7 +25,7 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 /// Pause between two attempts to take a lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Why a fact could not be read or written.
+/// Reason why a fact could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused the access, or other users can change the file.

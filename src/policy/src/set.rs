@@ -32,7 +32,7 @@ const SHIPPED_NAME: &str = "(shipped)";
 /// evaluated for each call.
 pub(super) const POLICIES_MAX: usize = 256;
 const ID_BYTES_MAX: usize = 64;
-/// The annotation with the name of a policy in the audit log.
+/// The annotation that specifies the name of a policy in the audit log.
 const ID_ANNOTATION: &str = "id";
 
 /// The numbers of policies and files.

@@ -9,8 +9,8 @@ use super::Error;
 /// damaged and have no readable key.
 pub const SKIPPED_MAX: u32 = 100_000;
 
-/// The start of a page: after a row with a readable key, and after a number of further rows without
-/// a readable key.
+/// The start of a page: the position after a row with a readable key and after a number of further
+/// rows without a readable key.
 ///
 /// Therefore a list can continue after at most [`SKIPPED_MAX`] consecutive damaged rows.
 #[derive(Clone, Debug, PartialEq, Eq)]

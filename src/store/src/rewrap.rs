@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::error::Error;
 
-/// Longest document of a run, in bytes.
+/// Maximum length of the encoded progress of a run, in bytes.
 pub const DOCUMENT_BYTES_MAX: usize = 32_768;
 
 /// The number of rows that need a wrapping key, by kind of row.
@@ -182,7 +182,7 @@ pub struct RunRow {
     /// The wrapping key whose rows are moved; `None` for all wrapping keys that do not wrap new
     /// user keys.
     pub source: Option<WrappingKeyId>,
-    /// The broker's document about the run, at most [`DOCUMENT_BYTES_MAX`] bytes.
+    /// The run's progress as the broker encodes it, at most [`DOCUMENT_BYTES_MAX`] bytes.
     pub document: Vec<u8>,
     /// The instance that moves rows; empty before the first instance begins.
     pub holder: String,

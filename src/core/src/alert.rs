@@ -8,7 +8,7 @@
 #[doc(hidden)]
 pub use tracing;
 
-/// How soon an operator must react to an alert.
+/// The urgency of an alert: how soon an operator must react.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
     /// An operator must react to the alert immediately. The release of user keys fails or may soon
@@ -49,7 +49,7 @@ macro_rules! alerts {
                 }
             }
 
-            /// How soon an operator must react to an alert.
+            /// The urgency of an alert: how soon an operator must react.
             pub const fn severity(self) -> Severity {
                 match self {
                     $(Self::$alert => Severity::$severity,)*

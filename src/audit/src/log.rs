@@ -82,8 +82,9 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
-        // The fact that the database must know the log is written before the log exists. Therefore, after an
-        // interrupted start, a new log is not mistaken for the log of an earlier release.
+        // Before the log is created, the state directory records that the database must list the
+        // log. Therefore, after an interrupted start, a new log is not mistaken for the log of an
+        // earlier release.
         if let Some(memory) = memory
             && acknowledgement.is_none()
             && !directory.join(segment::LOG_ID).exists()
@@ -166,15 +167,15 @@ impl AuditLog {
         &self.0.log_id
     }
 
-    /// Whether a database that was used with other logs of this instance must also know this log. The database need not
-    /// know two kinds of logs: a log of an earlier release until [`AuditLog::require_binding`] is called, and a log
-    /// with acknowledged tampering.
+    /// Whether a database that was used with other logs of this instance must also list this log.
+    /// Two kinds of logs need not be listed: a log of an earlier release until
+    /// [`AuditLog::require_binding`] is called, and a log with acknowledged tampering.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
 
-    /// Records that the database knows this log. At the next start of the broker, [`AuditLog::is_binding_required`] is
-    /// true.
+    /// Records that the database lists this log. At the next start of the broker,
+    /// [`AuditLog::is_binding_required`] is true.
     pub fn require_binding(&self) -> Result<(), Error> {
         match &self.0.memory {
             Some(memory) => memory.require_binding(),
@@ -182,8 +183,8 @@ impl AuditLog {
         }
     }
 
-    /// Latches the log until an operator acknowledges the finding, because the log has replaced a log that the database
-    /// knows. Returns the error for the caller.
+    /// Latches the log until an operator acknowledges the finding, because the log has replaced a
+    /// log that the database lists. Returns the error for the caller.
     pub fn refuse_unknown(&self) -> Error {
         let finding = unknown_to_database(&self.0.directory);
         match &self.0.memory {
@@ -205,8 +206,9 @@ impl AuditLog {
         Self::written(self.send(entry, Command::Append)?).await
     }
 
-    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for other entries, so that one
-    /// sync makes all entries durable. Use this function when the callers already wait for something else.
+    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for other
+    /// entries, so that one sync makes all entries durable. Use this function if the callers have
+    /// to wait for another operation in any case.
     pub async fn append_unhurried(&self, entry: Entry) -> Result<u64, Error> {
         Self::written(self.send(entry, Command::AppendUnhurried)?).await
     }
@@ -250,8 +252,9 @@ impl AuditLog {
         last_lines(&self.0.directory, limit, Some(self.0.shared.durable()))
     }
 
-    /// Writes the queued entries and a closing entry, and waits for them for at most [`CLOSE_TIMEOUT`]. If the closing
-    /// is interrupted, the next start completes the log.
+    /// Writes the queued entries and a closing entry, and waits at most [`CLOSE_TIMEOUT`] until the
+    /// entries are durable. If the closing is interrupted, the next start opens the log as after a
+    /// crash.
     pub fn close(self) {
         let until = Instant::now() + CLOSE_TIMEOUT;
         let asked = self.0.commands.send_deadline(Command::Close, until).is_ok();
@@ -276,8 +279,8 @@ pub struct ClosedLog {
 
 impl ClosedLog {
     pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
-        // If an operator has acknowledged tampering, a log that the database does not know is accepted, both by this
-        // function and by the broker when it opens the log.
+        // If an operator has acknowledged tampering, this function and the broker accept a log that
+        // the database does not list.
         let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
         let id = segment::existing_log_id(&directory)?;
         let is_binding_required =
@@ -342,9 +345,9 @@ fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
     }
 }
 
-/// Compares the directory with the mark: with the last entry that is known to be durable, and with the segments that
-/// existed. After an operator acknowledged tampering, entries may be missing. The sequence then continues after the
-/// missing entries, so that the gap stays visible.
+/// Compares the directory with the mark, which contains the last entry that is known to be durable
+/// and the segments that existed. After an operator acknowledged tampering, entries may be missing.
+/// The sequence then continues after the missing entries, so that the gap stays visible.
 fn compare_with_mark(
     memory: &Memory,
     log_id: &str,

@@ -11,9 +11,9 @@
 //! still has the matched hash, and the secret is not revoked or expired, the secret is accepted
 //! without another Argon2id trial. Therefore wrong secrets from other callers do not delay an API
 //! client whose secret this broker accepted before. An API client with a previously accepted secret
-//! waits for no turn, and the authentication failure limit does not apply to its calls. Secrets
-//! that were not accepted before wait for a turn in `turns`. Concurrent calls with the same secret
-//! share one trial.
+//! does not wait for a turn, and the authentication failure limit does not apply to its calls. A
+//! call with a secret that was not accepted before waits for a turn in `turns`. Concurrent calls
+//! with the same secret share one trial.
 //!
 //! Not guaranteed: hashes with older parameters may take less or more time to verify than hashes with the current
 //! parameters.
@@ -69,7 +69,7 @@ pub struct Settings {
     pub grantable_roles: BTreeSet<Role>,
     /// Memory of Argon2id, in KiB.
     pub argon2_memory_kib: u32,
-    /// Number of passes over the memory.
+    /// Number of passes of Argon2id over the memory.
     pub argon2_iterations: u32,
     /// Degree of parallelism.
     pub argon2_parallelism: u32,

@@ -35,7 +35,7 @@ use error::{KeyError, LeftOut};
 pub use error::{SetError, SourceError};
 pub(super) use keys::{Keys, Newer, Pace};
 
-/// Longest key set and discovery document, in bytes.
+/// Maximum length of a key set or a discovery document, in bytes.
 pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
 /// Largest number of keys in a key set. Providers usually publish two or three keys.
 const KEYS_MAX: usize = 64;
@@ -67,7 +67,7 @@ const RSA: [Algorithm; 6] = [
     Algorithm::PS512,
 ];
 
-/// A key set: the keys that an issuer has at one time.
+/// A key set: the public keys of an issuer at one point in time.
 #[derive(Debug)]
 pub(super) struct KeySet {
     keys: Vec<Key>,
@@ -93,7 +93,7 @@ struct Thumbprints {
 }
 
 /// The references to a key in the header of an access token. The references in the header only
-/// select the keys to try. A key is right if it verifies the signature.
+/// select the keys to try. Only a key that verifies the signature is accepted.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.
@@ -458,19 +458,19 @@ fn edwards(point: &[u8]) -> Result<Key, KeyError> {
     ))
 }
 
-/// Quotes and shortens a provider's text for the log.
+/// Quotes and shortens a string from a provider for the log.
 fn shown(text: &str) -> String {
     format!("{:?}", plain(text, SHOWN_CHARS_MAX))
 }
 
-/// Shortens a problem for the log. The message of a parser repeats the text that the parser cannot
-/// parse. A provider can make this text long, so the message is shortened.
+/// Shortens the description of a problem for the log. The message of a parser repeats the text that
+/// the parser cannot parse, and a provider may send a long text.
 fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }
 
-/// Returns the first characters of a text, with `...` if the text is longer. Each character outside
-/// printable ASCII becomes `?`, because an escape sequence would make the text longer.
+/// Returns the first characters of a string, with `...` if the string is longer. Each character
+/// outside printable ASCII becomes `?`, because an escape sequence would make the string longer.
 fn plain(text: &str, chars_max: usize) -> String {
     let printable = |c: char| {
         if c.is_ascii() && !c.is_ascii_control() {

@@ -78,7 +78,7 @@ impl MasterKey {
     /// Decrypts a wrapped user key. Returns bytes, because [`SymmetricKey`] cannot contain the
     /// longer user key of a new account. In an old account, the user key has type 0 and is
     /// encrypted directly with the master key. Type 0 has no MAC, so only the length of the result
-    /// shows whether the master key was right.
+    /// shows whether the master key was correct.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {
@@ -125,8 +125,8 @@ pub(super) fn pbkdf2_sha256(iterations: u32, salt: &[u8], secret: &[u8], out: &m
     pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, salt, secret, out);
 }
 
-/// The key of a user, organisation or device: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes in an account from
-/// before MACs were introduced.
+/// The key of a user, organisation or device: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes
+/// in an account that was created before MACs were introduced.
 pub struct SymmetricKey(Zeroizing<Vec<u8>>);
 
 impl SymmetricKey {
@@ -147,8 +147,8 @@ impl SymmetricKey {
         &self.0
     }
 
-    /// Decrypts a text whose type matches the length of this key. The MAC of an authenticated text
-    /// is checked before the text is decrypted.
+    /// Decrypts an encrypted string whose type matches the length of this key. If the encrypted
+    /// string has a MAC, the MAC is checked before the decryption.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match (encrypted, self.halves()) {
             (EncString::Aes256Cbc { iv, ciphertext }, None) => {

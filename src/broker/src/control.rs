@@ -34,13 +34,14 @@ pub struct WrappingKeyView {
     pub registered: Timestamp,
     /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
-    /// Problem that prevents the use of the key whatever its state is; `None` for a key without a problem.
+    /// The problem that prevents the use of the key in every state; `None` for a key without a
+    /// problem.
     pub problem: Option<String>,
     /// The public key on the token; `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,
 }
 
-/// The public side of a wrapping key, read from the token.
+/// The public properties of a wrapping key, read from the token.
 #[derive(Clone, Debug)]
 pub struct KeyOnToken {
     /// Modulus length in bits.

@@ -211,8 +211,9 @@ impl Broker {
         Ok(())
     }
 
-    /// Records the result of a decision and returns it. If the audit entry cannot be written, returns the error of the
-    /// audit log instead, because there must be no answer without an audit entry.
+    /// Records the result of a decision and returns it. If the audit entry cannot be written,
+    /// returns the error of the audit log instead of the result, because every answer needs an
+    /// audit entry.
     pub(super) async fn conclude<T>(
         &self,
         draft: Draft,

@@ -1,8 +1,9 @@
 //! Changes of wrapping keys by administrators: rotation and changes of states.
 //!
-//! A change is planned from the verified registry. One transaction compares the MAC of each row that changes, and
-//! commits the change. If two brokers change the same key concurrently, one of them succeeds and the other gets an
-//! error. Each new row is authenticated by the integrity key of its own wrapping key.
+//! A change is planned from the verified registry. One transaction checks that each row still has
+//! the MAC that was read before, and commits the change. If two brokers change the same key
+//! concurrently, one of them succeeds and the other gets an error. Each new row is authenticated by
+//! the integrity key of its own wrapping key.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -50,7 +51,8 @@ pub enum KeyChange {
     },
     /// The key is not used until it is resumed.
     Suspend,
-    /// A suspended key is used again: it is active if no other key is active, and deactivated otherwise.
+    /// A suspended key is used again: the key becomes active if no other key is active, and
+    /// deactivated otherwise.
     Resume,
     /// The key unwraps, but no longer wraps.
     Deactivate,
@@ -305,7 +307,7 @@ fn next_state(
         KeyChange::Lose => WrappingKeyState::Destroyed,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
-                "only a suspended key can be resumed, and this key is {}",
+                "only a suspended key can be resumed, but this key is {}",
                 row.state
             );
             return Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what));
@@ -415,7 +417,8 @@ impl Planner {
     }
 }
 
-/// Converts the error of a commit. A conflict means that another broker or a command changed the registry first.
+/// Converts the error of a commit to the error for the caller. A conflict means that another broker
+/// or a command changed the registry first.
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {

@@ -157,9 +157,9 @@ impl Broker {
         Err(Error::new(Reason::Limit, detail))
     }
 
-    /// Refuses a new revision if the record already has the largest permitted number of revisions. Old revisions are
-    /// not removed instead, because a caller could then replace a key repeatedly to remove revisions before their
-    /// retention period ends.
+    /// Refuses a new revision if the record already has the largest permitted number of revisions.
+    /// Old revisions are not removed to make room, because a caller could then replace a key
+    /// repeatedly to remove revisions before their retention period ends.
     async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
         let most = self.capacity.revisions_max;
         // The number of the current revision is an upper bound of the number of stored revisions.

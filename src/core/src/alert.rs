@@ -8,14 +8,15 @@
 #[doc(hidden)]
 pub use tracing;
 
-/// How soon an operator must react to an alert.
+/// The urgency of an alert: how soon an operator must react.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// An operator must react to the alert immediately. User keys are not released or may soon not be released, or
-    /// another program may have changed the token, the registry, the audit log or the complete database.
+    /// An operator must react to the alert immediately. The release of user keys fails or may soon
+    /// fail, or another program may have changed the token, the registry, the audit log or the
+    /// complete database.
     Critical,
-    /// An operator must react to the alert soon. The broker answers calls, but a part of the broker does not work, a
-    /// limit is near, or one caller is affected.
+    /// An operator must react to the alert soon. The broker answers calls, but one of its functions
+    /// does not work, a limit is near, or one caller is affected.
     Warning,
 }
 
@@ -48,7 +49,7 @@ macro_rules! alerts {
                 }
             }
 
-            /// How soon an operator must react to an alert.
+            /// The urgency of an alert: how soon an operator must react.
             pub const fn severity(self) -> Severity {
                 match self {
                     $(Self::$alert => Severity::$severity,)*

@@ -25,7 +25,7 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 /// Pause between two attempts to take a lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Why a fact could not be read or written.
+/// Reason why a fact could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused the access, or other users can change the file.
@@ -38,7 +38,7 @@ pub enum Error {
         /// The cause of the failure.
         source: io::Error,
     },
-    /// The content of the file is not a fact of this kind.
+    /// The content of the file cannot be parsed as the expected type of fact.
     #[error("the state file {} is damaged", path.display())]
     Damaged {
         /// The file.
@@ -87,8 +87,9 @@ impl StateDirectory {
         &self.path
     }
 
-    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the directory belongs to another user or
-    /// is accessible to others, or if the file is not a regular file or is longer than 64 KiB.
+    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the
+    /// directory belongs to another user or is accessible to others. Also fails if the file is not
+    /// a regular file or is longer than 64 KiB.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.read_up_to(name, FACT_BYTES_MAX)
     }
@@ -103,8 +104,8 @@ impl StateDirectory {
         }
     }
 
-    /// Replaces a fact. After the function returns, the new fact survives a power failure. After a crash before the return, the
-    /// file contains the old or the new fact.
+    /// Replaces a fact. After the function returns, the new fact survives a power failure. If the
+    /// process crashes before the function returns, the file contains the old or the new fact.
     ///
     /// Fails for a fact of more than 64 KiB, because [`StateDirectory::read`] would refuse the fact.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
@@ -178,7 +179,8 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock between processes, so that a process can read a fact and then replace it. Waits at most `timeout`.
+    /// Takes a lock that excludes other processes, so that this process can read a fact and then
+    /// replace it. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)
@@ -261,7 +263,8 @@ impl StateDirectory {
         }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
-        // Remove the temporary file that an earlier process with this process id left if it was killed during a write.
+        // Remove the temporary file of an earlier process that had the same process id and was
+        // killed during a write.
         fs::remove_file(&unfinished).ok();
         let mut file = OpenOptions::new()
             .write(true)

@@ -1,11 +1,12 @@
 //! The front's side of the token: the [`Token`] that the broker calls, and the [`Supervisor`] that implements it.
 //!
-//! The vendor's module never shares a process with the network. The [`Supervisor`] starts worker processes. A worker
-//! loads the module, logs in once and serves a fixed set of jobs over a socket pair. The [`Supervisor`] replaces a
-//! worker that crashes, hangs or loses its token. The worker is in the crate `pkcs11`, on which this crate does not
-//! depend. The crate `worker-protocol` contains the parts that both sides share. Only the worker uses PKCS#11
-//! mechanisms, attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a text for the
-//! log.
+//! The vendor's module never shares a process with the network. The [`Supervisor`] starts worker
+//! processes. A worker loads the module, logs in once and serves a fixed set of jobs over a socket
+//! pair. The [`Supervisor`] replaces a worker that crashes, hangs or loses its token. The worker is
+//! in the crate `pkcs11`, on which this crate does not depend. The crate `worker-protocol` contains
+//! the code that the front and the workers share. Only the worker uses PKCS#11 mechanisms,
+//! attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a
+//! description for the log.
 //!
 //! Not protected: an attacker who runs code as the operating-system user of the worker is not isolated from the worker.
 
@@ -98,8 +99,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Number of jobs of principals that were queued since the start. A background task slows down while this number
-    /// increases.
+    /// Number of principals' jobs that were queued since the start. A background task slows down
+    /// while this number increases.
     fn jobs_of_principals(&self) -> u64;
 
     /// Returns [`Error::QueueFull`] if any planned job of this caller would certainly be refused. The broker calls this
@@ -127,8 +128,8 @@ pub struct TokenState {
     pub priority: u8,
     /// Whether the token serves.
     pub serving: Serving,
-    /// A problem that an administrator must know although the token is still usable, such as a latched PIN. When the
-    /// last worker is lost, the problem prevents the start of a new worker.
+    /// A problem that an administrator must know about although the token is still usable, such as
+    /// a latched PIN. When the last worker is lost, the problem prevents the start of a new worker.
     pub note: Option<String>,
     /// The token information; `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
@@ -142,8 +143,9 @@ pub struct TokenState {
     pub queue_length: usize,
     /// Time at which a self-test last passed.
     pub last_self_test: Option<Timestamp>,
-    /// Whether workers are being replaced because the registered keys changed, so that `keys` may not contain a key that
-    /// was just registered. Of several tokens, only tokens that serve count.
+    /// Whether workers are being replaced because the registered keys changed. Until the
+    /// replacement ends, `keys` may lack a key that was just registered. With several tokens, only
+    /// the tokens that serve are counted.
     pub is_checking_keys: bool,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
     /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
@@ -206,7 +208,8 @@ pub struct UnusableKey {
     pub problem: KeyProblem,
 }
 
-/// Reason why an expected key cannot be used. The texts are causes for the log and for administrators.
+/// Reason why an expected key cannot be used. Each text is a cause, for the log and for
+/// administrators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyProblem {
     /// The key is missing from the token. The key may reappear, for example when the token is restored.
@@ -222,7 +225,7 @@ pub struct WorkerInfo {
     pub pid: u32,
     /// Number of session threads.
     pub sessions: usize,
-    /// Number of jobs that the worker has now.
+    /// Number of jobs that the worker currently has.
     pub jobs_in_flight: usize,
     /// Sequence number of the worker among all workers of this token.
     pub generation: u64,
@@ -231,8 +234,8 @@ pub struct WorkerInfo {
 /// Delay after which a caller may retry if the wrapping key is missing from the token.
 pub const MISSING_KEY_RETRY: Duration = Duration::from_secs(5);
 
-/// The class of a token failure. Each class requires a different reaction of the caller. PKCS#11 return codes never
-/// leave the worker.
+/// The class of a token failure. Each class requires a different reaction from the caller. PKCS#11
+/// return codes never leave the worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The MAC is wrong: the bytes differ from the bytes that were stored for this context.

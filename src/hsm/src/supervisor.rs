@@ -57,7 +57,7 @@ const STOPPING: &str = "the broker is stopping";
 /// The reason for a failed first start, if only an administrator can repair the cause.
 #[derive(Clone, Debug)]
 pub struct StartupError {
-    /// A message with the cause, its effect and the necessary action of an administrator.
+    /// A message with the cause, its effect and the action that an administrator must take.
     pub message: String,
     /// Whether a key or an attribute is wrong; `false` if the configuration is wrong.
     pub untrusted: bool,
@@ -76,8 +76,8 @@ pub struct Supervisor {
     /// The token, and the keys that every worker serves.
     found: ArcSwap<Found>,
     serving: watch::Sender<Serving>,
-    /// The lock is also held during a change of the workers in the queue or of `serving`, because both depend on each
-    /// other.
+    /// The lock is also held while the workers in the queue or `serving` change, because the two
+    /// must match.
     machine: Mutex<Decider>,
     /// Notified when the state machine decides that a worker must be started.
     start: Notify,
@@ -309,7 +309,8 @@ impl Supervisor {
         self.publish_keys();
     }
 
-    /// Gives no more jobs to a lost worker. If the loss has several causes, only the first cause is reported.
+    /// Gives no more jobs to a lost worker. If the loss of a worker has several causes, only the
+    /// first cause is reported.
     fn dismiss(&self, link: &Link, loss: Loss, cause: &str) {
         let mut decider = self.decider();
         if self.queue.remove(link.generation()) {
@@ -359,9 +360,10 @@ impl Supervisor {
         self.decider().down(cause)
     }
 
-    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because a job changes
-    /// nothing on the token. If a job was already lost with `losses_max` workers, the job fails, because it may have
-    /// caused the losses. A job that another token can do fails, so that the other token gets it.
+    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because
+    /// a job changes nothing on the token. If a job was already lost with `losses_max` workers, the
+    /// job fails, because it may have caused the losses. If another token can do a job, the job
+    /// fails on this token, so that the other token gets the job.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());
@@ -471,7 +473,7 @@ impl Supervisor {
         found.wrap.get(&key).map(|key| key.algorithm())
     }
 
-    /// Returns a key with the properties that the workers found.
+    /// Returns a key with the properties that the workers read from the token.
     pub(crate) fn token_key(&self, key: WrappingKeyId) -> Option<TokenKey> {
         let found = self.found.load();
         found.keys.iter().find(|one| one.id == key).cloned()

@@ -222,7 +222,7 @@ impl Config {
     }
 }
 
-/// The line and the column of a byte in a text.
+/// The line and the column of a byte in a file's text.
 fn place(text: &str, offset: usize) -> String {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;

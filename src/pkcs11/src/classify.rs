@@ -1,8 +1,8 @@
 //! The table that classifies return codes by their consequence for the job, the session and the worker.
 //!
-//! The meaning of a code depends on the token. SoftHSM returns `CKR_GENERAL_ERROR` for a damaged ciphertext, but also
-//! for a token that was removed. NSS returns `CKR_DEVICE_ERROR` for a wrong MAC. If a code is ambiguous, the result of
-//! a self-test decides instead of the code.
+//! The meaning of a return code depends on the token. SoftHSM returns `CKR_GENERAL_ERROR` for a
+//! damaged ciphertext, but also for a token that was removed. NSS returns `CKR_DEVICE_ERROR` for a
+//! wrong MAC. If a code is ambiguous, the result of a self-test decides instead of the code.
 
 use std::fmt;
 
@@ -17,11 +17,11 @@ pub(super) enum Class {
     SessionLost,
     /// The token or the module is lost. Only a new worker can use the token again.
     TokenLost,
-    /// The code is ambiguous, and the self-test decides.
+    /// The return code is ambiguous, so the result of a self-test determines the consequence.
     Ambiguous,
     /// The token has no free session, or memory is exhausted. The job may succeed later.
     BackOff,
-    /// The PIN was rejected, or the token must not be given the PIN.
+    /// The PIN was rejected, or must not be presented to the token.
     Pin,
     /// A login failed with a code that does not concern the PIN. This class comes from the login rules, never from a
     /// return code.
@@ -35,12 +35,12 @@ pub(super) enum Class {
     /// missing key can also mean that the token is unavailable or has lost its login. This class comes from the search
     /// for keys, never from a return code.
     KeyMissing,
-    /// An object on the token has a property that is not allowed. This class comes from the checks, never from a return
-    /// code.
+    /// An object on the token has a property that is not allowed. This class comes from a check of
+    /// the worker, such as the attribute check, never from a return code.
     Untrusted,
 }
 
-/// A failure with its class, and with a text for the log.
+/// A failure with its class, and with a description for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) class: Class,

@@ -1,6 +1,6 @@
-//! The error that occurs if Cedar refuses a question or the parts of a policy. Because this crate
-//! checks policies and questions first, the error means that this crate has a bug. Therefore a
-//! single error type with a cause for the log is sufficient.
+//! The error that occurs if Cedar refuses a policy question or the parts of a policy. Because this
+//! crate checks policies and policy questions first, the error means that this crate has a bug.
+//! Therefore a single error type with a cause for the log is sufficient.
 
 /// A failed call to Cedar.
 #[derive(Debug, thiserror::Error)]

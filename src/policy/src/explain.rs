@@ -1,4 +1,4 @@
-//! Explains a decision policy by policy.
+//! Explains a decision by the result of each policy.
 //!
 //! Each policy is evaluated alone, with all attributes of the case. If a policy does not apply, its
 //! parts are evaluated separately. The results show the part of the scope or the condition that
@@ -23,7 +23,8 @@ use super::{
 pub struct Explanation {
     /// The decision.
     pub verdict: Verdict,
-    /// All policies in force, in their order; empty if a rule in the code made the decision.
+    /// All policies in force, in the order in which they were loaded; empty if a rule in the code
+    /// made the decision.
     pub policies: Vec<PolicyView>,
 }
 

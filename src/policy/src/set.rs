@@ -32,7 +32,7 @@ const SHIPPED_NAME: &str = "(shipped)";
 /// evaluated for each call.
 pub(super) const POLICIES_MAX: usize = 256;
 const ID_BYTES_MAX: usize = 64;
-/// The annotation with the name of a policy in the audit log.
+/// The annotation that specifies the name of a policy in the audit log.
 const ID_ANNOTATION: &str = "id";
 
 /// The numbers of policies and files.
@@ -80,7 +80,7 @@ pub(super) struct Slice {
     pub(super) policies: PolicySet,
     /// All words in `policies`, including all attributes and operators that the policies use.
     pub(super) words: HashSet<String>,
-    /// The kept decisions of `policies`.
+    /// The cached decisions of `policies`.
     pub(super) kept: Kept,
 }
 
@@ -336,7 +336,7 @@ impl Set {
         self.known.get(id)
     }
 
-    /// Returns all policies in their order.
+    /// Returns all policies in the order in which they were loaded.
     pub(super) fn in_order(&self) -> Vec<(&PolicyId, &Known)> {
         let mut all: Vec<_> = self.known.iter().collect();
         all.sort_by_key(|(_, known)| known.place);
@@ -431,12 +431,12 @@ fn ordinal(id: &PolicyId) -> usize {
 #[derive(Debug, thiserror::Error)]
 enum IdError {
     #[error(
-        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows the id"
     )]
     Malformed(String),
     #[error("@id({0:?}): this id is reserved, because it has another meaning in the audit log")]
     Reserved(String),
-    #[error("the policy id `{id}` is used twice: also in {other}")]
+    #[error("the policy id `{id}` is used twice; the other policy with this id is in {other}")]
     Taken { id: PolicyId, other: Arc<str> },
     #[error("policy `{id}` cannot be added")]
     Refused {

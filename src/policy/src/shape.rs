@@ -6,13 +6,14 @@
 
 /// Deepest nesting of brackets.
 const DEPTH_MAX: usize = 32;
-/// Largest number of operator characters in one policy. Each character may add a level to the syntax tree.
+/// Largest number of operator characters in one policy. Each operator character may add a level to
+/// the syntax tree.
 const OPERATORS_MAX: usize = 1_000;
 /// One `if` counts as this number of operator characters, because it adds several levels to the
 /// syntax tree.
 const IF_WEIGHT: usize = 4;
 
-/// Returns the first problem of a text, with its byte offset.
+/// Returns the first problem of a policy text, with its byte offset.
 pub(super) fn problem(text: &str) -> Option<(usize, String)> {
     let mut shape = Shape::default();
     let mut rest = text.char_indices().peekable();

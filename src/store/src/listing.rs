@@ -1,5 +1,5 @@
-//! Pages of rows. A page contains a result for each row, because a row may be damaged, and the
-//! start of the next page.
+//! Pages of rows. A page contains the start of the next page, and a result for each row, because a
+//! row may be damaged.
 
 use keybroker_core::key::{ClientId, KeyName, RecordId, UserId};
 
@@ -9,8 +9,8 @@ use super::Error;
 /// damaged and have no readable key.
 pub const SKIPPED_MAX: u32 = 100_000;
 
-/// The start of a page: after a row with a readable key, and after a number of further rows without
-/// a readable key.
+/// The start of a page: the position after a row with a readable key and after a number of further
+/// rows without a readable key.
 ///
 /// Therefore a list can continue after at most [`SKIPPED_MAX`] consecutive damaged rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub enum Damage {
 }
 
 impl Damage {
-    /// Returns the name of the damage for lists. The name must never change.
+    /// Returns the name that lists show for the damage. The name must never change.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Unreadable => "unreadable",

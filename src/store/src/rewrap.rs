@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::error::Error;
 
-/// Longest document of a run, in bytes.
+/// Maximum length of the encoded progress of a run, in bytes.
 pub const DOCUMENT_BYTES_MAX: usize = 32_768;
 
 /// The number of rows that need a wrapping key, by kind of row.
@@ -83,7 +83,7 @@ pub struct RevisionUnder {
 /// A row of a page of revisions.
 #[derive(Clone, Debug)]
 pub struct RowUnder {
-    /// Where the row is. The next page begins after the place of the last row.
+    /// The position of the row. The next page begins after the position of the last row.
     pub place: RevisionPlace,
     /// The row, or the reason why the row cannot be decoded.
     pub row: Result<RevisionUnder, Error>,
@@ -142,7 +142,7 @@ impl RunId {
 /// Whether rows are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
-    /// A broker moves rows, or will move rows after a broker has taken the run.
+    /// A broker moves rows, or the run waits for a broker to take the lease.
     Running,
     /// An administrator paused the run.
     Paused,
@@ -182,7 +182,7 @@ pub struct RunRow {
     /// The wrapping key whose rows are moved; `None` for all wrapping keys that do not wrap new
     /// user keys.
     pub source: Option<WrappingKeyId>,
-    /// The broker's document about the run, at most [`DOCUMENT_BYTES_MAX`] bytes.
+    /// The run's progress as the broker encodes it, at most [`DOCUMENT_BYTES_MAX`] bytes.
     pub document: Vec<u8>,
     /// The instance that moves rows; empty before the first instance begins.
     pub holder: String,
@@ -198,7 +198,7 @@ pub trait Rewraps: Send + Sync {
     /// The number of rows that need a wrapping key.
     async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error>;
 
-    /// Returns at most `limit` revisions under a wrapping key, beginning after a place, in the
+    /// Returns at most `limit` revisions under a wrapping key, beginning after a position, in the
     /// order of the primary key. `limit` is 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
     async fn revisions_under(
         &self,
@@ -236,10 +236,10 @@ pub trait Rewraps: Send + Sync {
         call: CallId,
     ) -> Result<(), Error>;
 
-    /// Makes an instance the holder of a running run until `until`, or extends the instance's
-    /// lease. Returns `false` if another instance holds the run at `now`, or if the run is not
-    /// running. A lease of another instance that ends long after `until` counts as ended, because
-    /// only a wrong clock can cause such a lease.
+    /// Makes an instance the holder of a run in the state `Running` until `until`, or extends the
+    /// instance's lease. Returns `false` if another instance holds the run at `now`, or if the run
+    /// is not running. A lease of another instance that ends long after `until` counts as ended,
+    /// because only a wrong clock can cause such a lease.
     async fn hold_rewrap(
         &self,
         run: RunId,

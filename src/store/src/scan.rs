@@ -14,7 +14,8 @@ use super::{
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
-/// A row of the revisions, a row of the records, or two rows that belong together.
+/// A row of the revisions, a row of the records, or one row of each table if the rows belong
+/// together.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// The record; absent for a revision without a record.

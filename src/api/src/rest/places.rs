@@ -40,7 +40,7 @@ impl RetryPlaces {
     }
 
     /// Takes a place. Returns `None` if no place is free or if the principal already has its
-    /// maximum.
+    /// maximum number of places.
     pub(super) fn take(&self, principal: &str) -> Option<RetryPlace> {
         let mut taken = self.taken();
         let principal = principal.to_owned();

@@ -110,7 +110,7 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         }
     };
     if is_about_backup {
-        let what = "`backup_confirmed` and `without_backup` only with WRAPPING_KEY_CHANGE_ACTIVATE";
+        let what = "WRAPPING_KEY_CHANGE_ACTIVATE if `backup_confirmed` or `without_backup` is set";
         return Err(Error::violation("change", what));
     }
     Ok(change)

@@ -1,5 +1,5 @@
-//! The refusal of an access token, with a cause for the counter and a detail for the log. The
-//! access token is in neither the cause nor the detail.
+//! The refusal of an access token, with a cause for the counter and a detail for the log. Neither
+//! the cause nor the detail contains the access token.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use keybroker_core::error::{Error, Reason};
 
 /// The delay after which a caller may retry while the keys of an issuer are unknown.
 const KEYS_RETRY: Duration = Duration::from_secs(2);
-/// Longest text of an access token that is written to the log, in characters.
+/// Longest string from an access token that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 
 /// The causes of refusals. Each cause has a counter.
@@ -59,8 +59,8 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
-    /// Marks the refusal as undecided: the issuer's keys can be fetched again after `wait`, and a
-    /// newer key may verify the access token.
+    /// Marks the verification as undecided: the issuer's keys can be fetched again after `wait`,
+    /// and a newer key may verify the access token.
     pub(super) fn undecided(self, wait: Duration) -> Self {
         if !self.may_change() {
             return self;
@@ -146,7 +146,7 @@ impl Cause {
     }
 }
 
-/// Quotes and shortens a text of an access token for the log.
+/// Quotes and shortens a string from an access token for the log.
 pub(super) fn shown(text: &str) -> String {
     let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
     if cut.len() < text.len() {

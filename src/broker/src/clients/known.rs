@@ -193,13 +193,13 @@ impl Broker {
         self.clients_generation.load(Ordering::Acquire)
     }
 
-    /// Notes the current time as the last use of a secret of an API client.
+    /// Records the current time as the last use of a secret of an API client.
     pub fn note_client_use(&self, id: ClientId, secret: u32) {
         self.client_uses.note(id, secret);
     }
 
-    /// Replaces the stored hash of a secret with a stronger hash. If the row was changed in the meantime, leaves the
-    /// row unchanged.
+    /// Replaces the stored hash of a secret with a stronger hash. Does nothing if the row was
+    /// changed in the meantime.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;
         let known = credential.document.secrets.iter_mut();

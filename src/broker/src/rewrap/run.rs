@@ -32,7 +32,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 const LEASE_US: i64 = 15_000_000;
 /// Interval at which the holder renews its lease, stores its progress, and checks whether the run was paused.
 const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
-/// Interval between two counts of the remaining rows. The count reads an index.
+/// Interval between two counts of the remaining rows. A count reads only an index.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of rows per page.
 const PAGE_ROWS_MAX: u64 = 100;
@@ -65,7 +65,7 @@ impl From<store::Error> for Stop {
     }
 }
 
-/// A run whose lease this broker has.
+/// A run for which this broker has the lease.
 pub(super) struct Run<'b> {
     pub(super) broker: &'b Broker,
     pub(super) stop: &'b CancellationToken,
@@ -80,7 +80,7 @@ pub(super) struct Run<'b> {
 }
 
 impl Broker {
-    /// Works on requested runs until `stop`.
+    /// Works on requested runs until `stop` is cancelled.
     pub(crate) async fn rewrap_regularly(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         while ticks.next().await {

@@ -16,8 +16,8 @@ pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     OUTSIDE.scope(Cell::default(), work).await
 }
 
-/// Records that the current task spent this time outside the broker. The function does nothing if [`measured`] does not
-/// run the task's work.
+/// Records that the current task spent this time outside the broker. The function does nothing
+/// unless the task's work runs in [`measured`].
 pub fn note(outside: Duration) {
     OUTSIDE
         .try_with(|total| total.set(total.get() + outside))

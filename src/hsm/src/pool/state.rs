@@ -41,8 +41,9 @@ impl Member {
     }
 }
 
-/// Returns the keys that no token can use, although a token serves. If a key is missing from one token and untrusted on
-/// another token, the key counts as missing, because a missing key may reappear.
+/// Returns the keys that no token can use, although at least one token serves. If a key is missing
+/// from one token and untrusted on another token, the key counts as missing, because a missing key
+/// may reappear.
 fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
     let mut found: Vec<UnusableKey> = Vec::new();
     for one in tokens.iter().flat_map(|token| token.unusable.iter()) {

@@ -19,13 +19,14 @@ use super::estimate::Estimate;
 const BACKGROUND_TURNS: u32 = 16;
 /// Time for which the oldest job of a queue must have been late continuously before the newest job comes first.
 const STANDING_INTERVAL: Duration = Duration::from_millis(100);
-/// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
+/// A job is late when it has waited for more than this fraction of the time between its arrival and
+/// its deadline.
 const STANDING_PARTS: u32 = 4;
 
-/// The caution of a principal increases the expected wait of its jobs, in thousandths of the wait. The caution
-/// increases by `CAUTION_STEP` when an accepted job is too late, and decreases by `CAUTION_FALL` with each job that is
-/// in time. The caution corrects an expected wait that is too short because the token slows down or other principals
-/// arrive.
+/// The caution of a principal increases the expected wait of its jobs, in thousandths of the wait.
+/// The caution increases by `CAUTION_STEP` when an accepted job is too late, and decreases by
+/// `CAUTION_FALL` with each job that is in time. The caution corrects an expected wait that is too
+/// short because the token slows down or more principals send jobs.
 ///
 /// The caution is never less than `CAUTION_MIN`. The expected wait is a sum of estimates, so its error is proportional
 /// to the wait. Therefore the margin is also proportional to the wait. With a fixed margin, jobs with a long wait would
@@ -46,7 +47,7 @@ const ANSWER_MAX: Duration = Duration::from_millis(20);
 pub(super) struct Load {
     /// Number of all sessions, at least 1.
     pub(super) sessions: u32,
-    /// Number of sessions that run a job now.
+    /// Number of sessions that are running a job.
     pub(super) busy: u32,
 }
 
@@ -90,7 +91,7 @@ struct Backlog<J> {
     /// Whether the lane has already received the credit of its current turn.
     has_turn: bool,
     pressure: Pressure,
-    /// Thousandths of the expected wait that are added to it.
+    /// The increase of the expected wait, in thousandths of the wait.
     caution: u32,
 }
 
@@ -271,9 +272,10 @@ impl<J: Waiting> Backlogs<J> {
         own + limited
     }
 
-    /// Takes the next job, in turns among the lanes. Each turn serves jobs with a total cost of `quantum`, multiplied
-    /// by the weight of the principal. A job costs at most one quantum. If the quantum is the cost of the most
-    /// expensive job, each lane gets the same time. With a tiny quantum, each lane gets the same number of jobs.
+    /// Takes the next job. The lanes take turns. Each turn serves jobs with a total cost of
+    /// `quantum`, multiplied by the weight of the principal. A job costs at most one quantum. If
+    /// the quantum is the cost of the most expensive job, each lane gets the same time. With a tiny
+    /// quantum, each lane gets the same number of jobs.
     pub(super) fn pop(&mut self, quantum: Duration, now: Instant) -> Option<J> {
         let background = self.waiting.contains_key(&Lane::Background);
         if background && (self.turns.is_empty() || self.since_background >= BACKGROUND_TURNS - 1) {

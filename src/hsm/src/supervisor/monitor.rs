@@ -28,11 +28,12 @@ const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
 const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Number of consecutive failed self-tests after which a worker is replaced.
 const SELF_TEST_FAILURES_MAX: u32 = 3;
-/// The pause before a job is repeated after the token reported that it is busy.
+/// The pause before a job is repeated because the token reported that it was busy.
 const BACK_OFF: Duration = Duration::from_millis(5);
-/// Number of times that a job is given to another worker after the process of its worker ended. Therefore a job that
-/// crashes the module ends at most one worker more than this number. Callers cannot construct a job that crashes the
-/// RSA operation, because the RSA key is used only after the verification of the MAC.
+/// Number of times that a job is given to another worker after the process of its worker ended.
+/// Therefore a job that crashes the module can crash at most this number of workers plus one.
+/// Callers cannot construct a job that crashes the RSA operation, because the RSA key is used only
+/// after the verification of the MAC.
 const LOSSES_MAX_ENDED: u32 = 4;
 /// Number of times that a job is given to another worker after its worker hung or lost its token. The limit is lower
 /// than `LOSSES_MAX_ENDED`, because callers wait for seconds after a worker hung or lost its token.

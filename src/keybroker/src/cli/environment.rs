@@ -13,8 +13,8 @@ use super::exit::Failure;
 /// Prefix of Keybroker's own environment variables.
 const OURS_PREFIX: &str = "KEYBROKER_";
 
-/// Parts of variable names. PKCS#11 modules or the dynamic linker may read variables with these
-/// parts in their names.
+/// Parts of variable names. Substrings in the names of variables that PKCS#11 modules or the
+/// dynamic linker may read.
 const OF_MODULES: &[&str] = &[
     "PKCS11",
     "P11",
@@ -51,7 +51,8 @@ fn is_of_a_module(name: &str) -> bool {
             .any(|suffix| name.ends_with(suffix))
 }
 
-/// Adds a hint about variables that the module did not receive, if they may be the cause of the failure.
+/// Adds a hint about variables that the module did not receive, if these variables may be the cause
+/// of the failure.
 pub(super) fn explain(error: AdminError, config: &Config) -> Failure {
     let hint = hint(&error, config);
     let failure = Failure::from(error);

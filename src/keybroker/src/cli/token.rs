@@ -45,8 +45,7 @@ pub(super) enum Command {
     /// broker that uses the token before you run this command, because the command puts load on the
     /// token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; this command does not require a
-    /// stop of the broker
+    /// Allow one more login with a PIN that the token rejected; the broker can keep running
     ///
     /// Keybroker records a hash of each rejected PIN in the state directory. Commands and workers
     /// do not send a rejected PIN to the same token again until you run this command. Run this
@@ -54,8 +53,8 @@ pub(super) enum Command {
     /// PIN. If the configuration has several tokens, pass `--token`: the permission applies to one
     /// token.
     RetryPin(RetryPin),
-    /// Record for every registered key on the token that you backed up the token and tested a
-    /// restore
+    /// Record that you backed up the token and tested a restore, for every registered key on the
+    /// token
     BackupConfirmed(UserPin),
 }
 
@@ -122,7 +121,7 @@ fn list(context: &Context) -> Result<(), Failure> {
             ]
         })
         .collect();
-    context.output.list(rows, "the module shows no token")?;
+    context.output.list(rows, "the module reports no token")?;
     if is_empty && let Some(hint) = environment::withheld(&config) {
         context.output.note(&format!("note: {hint}"));
     }

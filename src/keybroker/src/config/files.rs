@@ -150,8 +150,8 @@ fn token_files(token: &Settings) -> Vec<String> {
     problems
 }
 
-/// Returns the problems of integrity key files. Problems of the settings for these files are
-/// reported elsewhere.
+/// Returns the problems of integrity key files. Another function reports problems of the settings
+/// for these files.
 fn integrity_file_problems(token: &Settings) -> Vec<String> {
     let is_set_well = integrity_key_problems(token).is_empty();
     match IntegrityFiles::permitted(token) {
@@ -196,13 +196,13 @@ enum Unusable {
         setting: &'static str,
         path: PathBuf,
     },
-    #[error("{setting}: this user cannot write to {}", path.display())]
+    #[error("{setting}: the user of this process cannot write to {}", path.display())]
     NotWritable {
         setting: &'static str,
         path: PathBuf,
         source: io::Error,
     },
-    #[error("{setting}: this user cannot read and write {}", path.display())]
+    #[error("{setting}: the user of this process cannot read and write {}", path.display())]
     NotAccessible {
         setting: &'static str,
         path: PathBuf,

@@ -73,7 +73,8 @@ pub(super) struct Tls {
     protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
     /// The certificate chain and private key in use. If the new chain or key is invalid, a change
-    /// of CA certificates or revocation lists is applied together with this chain and key.
+    /// of CA certificates or revocation lists is applied together with the chain and key that are
+    /// already in use.
     shown: Mutex<Shown>,
     /// The error of the last reload, so that the same error is reported only once.
     refused: Mutex<Option<String>>,
@@ -106,10 +107,10 @@ enum Look {
 }
 
 impl Tls {
-    /// Loads the files. Any problem prevents the start, except for some invalid revocation lists.
-    /// An invalid list is ignored if its CA is not configured, or if another list of this CA is in
-    /// the file or was accepted before. Without a state directory, this function only checks the
-    /// configuration, and every invalid list is an error.
+    /// Loads the files. Every problem prevents the start, except that some invalid revocation lists
+    /// are ignored. An invalid list is ignored if its CA is not configured, or if another list of
+    /// this CA is in the file or was accepted before. Without a state directory, this function only
+    /// checks the configuration, and every invalid list is an error.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,

@@ -19,8 +19,8 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore};
 
-/// If a lease lasts more than this number of times the length of a new lease, the clock was wrong
-/// when the lease was taken.
+/// Limit of a plausible lease, as a multiple of the length of a new lease. If a lease lasts longer,
+/// the clock was wrong when the lease was taken.
 const IMPLAUSIBLE_LEASES: i64 = 6;
 
 impl<E: Engine> EngineStore<E> {

@@ -36,8 +36,8 @@ pub(super) struct Callers {
 }
 
 impl Callers {
-    /// Starts callers and distributes them over the clients. With a rate, all callers together make
-    /// this number of calls per second.
+    /// Starts callers and distributes them over the clients. If a rate is set, all callers together
+    /// make this number of calls per second.
     pub(super) fn start(session: &Session, count: u32, rate: Option<u32>) -> Self {
         let mut callers = Self {
             tasks: JoinSet::new(),
@@ -60,7 +60,7 @@ impl Callers {
         callers
     }
 
-    /// Starts or ends the measurement. A call counts if it ended during the measurement.
+    /// Starts or ends the measurement. A call is counted if it ended during the measurement.
     pub(super) fn measure(&self, measuring: bool) {
         self.measuring.store(measuring, Ordering::Relaxed);
     }

@@ -118,8 +118,8 @@ fn row(callers: u32, heavy: &Tally, light: &Offered) -> Vec<Field> {
     row
 }
 
-/// Replaces the names of options in a connection failure with the names of the second principal's
-/// options.
+/// Replaces the names of options in the message of a connection failure with the names of the
+/// second principal's options.
 fn of_light(failure: Failure) -> Failure {
     let renamed = |text: &str| {
         text.replace("--cert", "--light-cert")

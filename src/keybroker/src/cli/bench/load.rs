@@ -14,7 +14,7 @@ use super::{callers::Callers, calls::Tally, cpu::CpuTime, metrics::Added, sessio
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) callers: u32,
-    /// Maximum calls per second of all callers together.
+    /// Maximum number of calls per second, for all callers together.
     pub(super) rate: Option<u32>,
     pub(super) warm_up: Duration,
     pub(super) duration: Duration,

@@ -10,7 +10,7 @@ use crate::{
 
 use super::{Arguments, Scenario, connections, fairness, or_default, session, storm};
 
-/// File descriptors of this program that are not connections.
+/// File descriptors of this program that are not used for connections.
 const RESERVE: u64 = 64;
 
 /// Rejects a measurement whose connections exceed a limit, and reports the limit that must be
@@ -40,7 +40,7 @@ pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failur
                 "this measurement needs {wanted} concurrent connections, but `limits.{name}` of the configuration is {limit}"
             );
             return Err(Failure::new(Exit::Configuration, what).hint(format!(
-                "set `{name} = {wanted}` or more in [limits], or measure fewer connections"
+                "set `{name} = {wanted}` or more in [limits], or measure with fewer connections"
             )));
         }
     }
@@ -70,7 +70,7 @@ fn wanted(arguments: &Arguments) -> Wanted {
             let active = or_default(&arguments.connections, &connections::ACTIVE);
             let active = active.into_iter().max().unwrap_or_default();
             let idle = arguments.idle.unwrap_or(connections::IDLE);
-            // One more connection enrols the users.
+            // One more connection is used to enrol the users.
             all(u64::from(active.max(idle)) + 1)
         }
         // One connection belongs to the principal that makes few calls.
@@ -78,8 +78,8 @@ fn wanted(arguments: &Arguments) -> Wanted {
             of_one_principal: shared,
             ..all(shared + u64::from(fairness::LIGHT_CONNECTIONS))
         },
-        // If the broker closes connections during a storm, the results show this, so the configured
-        // limits are not checked.
+        // For a storm, the configured limits are not checked, because the results show whether the
+        // broker closed connections.
         Scenario::Storm => Wanted {
             in_configuration: 1,
             of_one_principal: 1,
@@ -112,7 +112,7 @@ fn descriptors(connections: u64) -> Result<(), Failure> {
          limit is {maximum}"
     );
     Err(Failure::new(Exit::Usage, what).hint(format!(
-        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure fewer connections"
+        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure with fewer connections"
     )))
 }
 

@@ -56,7 +56,8 @@ pub(super) struct Rate {
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct Wait {
     /// Wait until the re-wrap ends, and show a progress bar on a terminal; the command fails with
-    /// exit code 12 if a row failed. Interrupting the command does not interrupt the re-wrap
+    /// exit code 12 if a row could not be re-wrapped. Interrupting the command does not interrupt
+    /// the re-wrap
     #[arg(long)]
     wait: bool,
 }

@@ -100,7 +100,7 @@ impl Finding {
         }
     }
 
-    /// A finding about a row that belongs to no record and no API client.
+    /// A finding about a row that belongs to neither a record nor an API client.
     pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
         Self {
             problem,
@@ -190,7 +190,7 @@ impl<'a> RowChecker<'a> {
         key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
     }
 
-    /// Whether the registry has not changed since it was last read.
+    /// Whether the registry is unchanged since the last read.
     pub(super) fn knows(&self, registry: &[RegistryRow]) -> bool {
         self.registry == registry
     }
@@ -317,7 +317,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused, String::new())
     }
 
-    /// Checks a row that belongs to no record and no API client.
+    /// Checks a row that belongs to neither a record nor an API client.
     pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
         let unreadable = |problem, result: &Result<(), store::Error>| {
             let error = result.as_ref().err();
@@ -344,8 +344,8 @@ impl<'a> RowChecker<'a> {
     ) -> Result<Option<Finding>, Failure> {
         let of = format!("request id {} of {}", scope.id, scope.principal);
         let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        // Rows from releases before schema 4 have no MAC. Rows without a MAC need no check, because
-        // the broker refuses a retry that refers to a row without a MAC.
+        // Rows from releases with a schema older than version 4 have no MAC. Rows without a MAC
+        // need no check, because the broker refuses a retry that refers to a row without a MAC.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };

@@ -30,7 +30,7 @@ async fn filled() -> std::sync::Arc<Site> {
     let (site, _) = broker.stop();
     // A requested re-wrap that has ended, and the place of the key on a token that this configuration does not have.
     site.sql(
-        "INSERT INTO rewraps VALUES (1, randomblob(16), 'done', 0, x'', '{}', '', 0, 1); \
+        "INSERT INTO rewraps VALUES (1, randomblob(16), 'done', 0, x'', CAST('{}' AS BLOB), '', 0, 1); \
          INSERT INTO wrapping_key_places \
          SELECT key_id, 'elsewhere', token_serial, x'', x'', registered_us, NULL, mac FROM wrapping_keys",
     );

@@ -13,9 +13,9 @@ use crate::{
 use super::{Place, find_one, integrity_ids, making::destroy};
 
 /// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects. An
-/// interrupted removal can be repeated: objects that are already gone are no error, as long as one object is left.
+/// interrupted removal can be repeated: missing objects are not an error if at least one object remains.
 ///
-/// The private key is removed first, because no object is secret without it. The session must be read-write.
+/// The private key is removed first, because the other objects are useless without it. The session must be read-write.
 pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {
     let own = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&own);

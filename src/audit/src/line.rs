@@ -76,7 +76,8 @@ impl<'a> Object<'a> {
         self.line.extend(b"\":");
     }
 
-    /// Writes a text that a caller may have chosen. The escapes of `serde_json` are the escapes that RFC 8785 requires.
+    /// Writes a string whose content a caller may have chosen. The escapes of `serde_json` are the escapes that RFC
+    /// 8785 requires.
     fn text(&mut self, name: &str, value: Option<&str>) {
         if let Some(value) = value {
             self.name(name);

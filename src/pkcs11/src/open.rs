@@ -171,8 +171,8 @@ impl OpenToken {
         let recorded = login.set(now.clone());
         drop(login);
         let Some(error) = error else {
-            // The login itself succeeded, but the success could not be recorded. If the PIN was unproven, the record
-            // still counts this login as a used attempt.
+            // The login itself succeeded, but the success could not be recorded. If the token had not accepted the PIN
+            // before, the record still counts this login as a used attempt.
             if let Err(error) = recorded {
                 tracing::warn!(%error, "cannot record that the PIN was accepted");
             }

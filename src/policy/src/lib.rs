@@ -181,9 +181,9 @@ pub struct Question<'a> {
     pub call: &'a Call,
 }
 
-/// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an
-/// explanation can use the identity of a caller who does not exist. Only a decision about a
-/// [`Question`] can create a [`Permit`].
+/// The data on which a policy decision is based: caller, action, resource, address and time. A case
+/// contains an [`Identity`] instead of a [`Principal`], so that an explanation can use the identity
+/// of a caller who does not exist. Only a decision about a [`Question`] can create a [`Permit`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
@@ -198,7 +198,7 @@ pub struct Case<'a> {
     pub at: Timestamp,
 }
 
-/// Proof that a policy allowed an action. Only [`Policy::decide`] creates one.
+/// Proof that a policy allowed an action. Only [`Policy::decide`] creates a `Permit`.
 #[derive(Debug)]
 pub struct Permit {
     policy: Arc<str>,
@@ -211,9 +211,9 @@ impl Permit {
     }
 }
 
-/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one.
-/// A read or change of the record takes the address only from this proof. Therefore a permit for
-/// one record cannot be used for another record.
+/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates a
+/// `KeyPermit`. Functions that read or change the record take the record's address only from this
+/// permit. Therefore a permit for one record cannot be used for another record.
 #[derive(Debug)]
 pub struct KeyPermit {
     policy: Arc<str>,

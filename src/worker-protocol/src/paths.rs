@@ -193,10 +193,10 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
 }
 
 /// Refuses files and directories in `token.environment` that other users could change, such as the
-/// file in `SOFTHSM2_CONF`. A module reads the location of its keys or loads further code from
-/// files whose names are in its environment. The value of a variable is checked if it is the
-/// absolute path of an existing file or directory, or a colon-separated list of such paths
-/// (`LD_LIBRARY_PATH`).
+/// file in `SOFTHSM2_CONF`. The environment of a module contains the names of files from which the
+/// module reads the location of its keys, or loads further code. The value of a variable is checked
+/// if it is the absolute path of an existing file or directory, or a colon-separated list of such
+/// paths (`LD_LIBRARY_PATH`).
 pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);

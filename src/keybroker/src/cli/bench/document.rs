@@ -32,7 +32,7 @@ pub(in crate::cli) struct Document {
     pub(in crate::cli) commit: Option<String>,
     /// The start of the run, in UTC (RFC 3339).
     pub(in crate::cli) started: String,
-    /// Duration of the complete run in seconds, with preparations.
+    /// Duration of the complete run in seconds, including preparations.
     pub(in crate::cli) duration_s: f64,
     pub(in crate::cli) machine: Machine,
     pub(in crate::cli) token: Token,

@@ -111,7 +111,7 @@ pub(super) async fn scan(
     Ok(report)
 }
 
-/// Checks the rows that belong to no record and no API client.
+/// Checks the rows that belong neither to a record nor to an API client.
 async fn check_others(
     context: &Context,
     store: &Arc<dyn Tables>,

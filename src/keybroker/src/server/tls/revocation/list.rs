@@ -251,7 +251,7 @@ fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
 }
 
 /// Rejects a list that the TLS library does not accept, such as a list with an unknown critical
-/// extension. A single list of this kind would prevent the creation of a verifier.
+/// extension. Even one unacceptable list would prevent the creation of the verifier.
 pub(super) fn check_for_handshake(
     issuer: &str,
     der: &CertificateRevocationListDer<'static>,

@@ -1,4 +1,4 @@
-//! Combines several tokens: each job goes to an available token that contains the job's key.
+//! Combines several tokens: gives each job to an available token that contains the job's key.
 //!
 //! Each token has its own [`Supervisor`], with its own workers, queue, PIN latch and metrics. The pool only decides
 //! which token gets a job. A job changes nothing on a token, so a job that failed on one token can be repeated on

@@ -37,7 +37,8 @@ pub(super) struct OpenToken {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// A session that keeps the login: the token ends a login when the last session of the process is closed.
+    /// A session that stays open to keep the login: the token ends a login when the last session of the process is
+    /// closed.
     pub(super) anchor: Session,
     /// Whether this process uses the login of another process, because the token reported that the other process was
     /// already logged in.

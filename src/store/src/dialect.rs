@@ -93,8 +93,8 @@ impl Dialect {
     }
 
     /// Inserts `rows` rows into a table whose only column besides the key is `used_us`. If a row
-    /// with the same key exists, the later time is kept. The values may contain the same row
-    /// several times.
+    /// with the same key exists, the later of the two times is stored. The values may contain the
+    /// same row several times.
     pub(super) fn note_latest(&self, table: Table, rows: usize) -> &'static str {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let row = format!("({})", places(table.columns().len()));

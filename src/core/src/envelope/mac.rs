@@ -60,8 +60,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// The parts of the message for the MAC of an envelope whose wrapped bytes are not known yet: the bytes of the message before and
-    /// after the wrapped bytes. `wrapped_length` is the number of wrapped bytes.
+    /// The message for the MAC of an envelope without the wrapped bytes, which are not known yet: the bytes before and
+    /// the bytes after the wrapped bytes. `wrapped_length` is the number of wrapped bytes.
     pub(super) fn around_envelope(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -196,7 +196,7 @@ struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        // Reserve the whole capacity now: a vector that grows leaves copies that are not overwritten.
+        // Reserve the full capacity now: a vector that grows leaves copies that are not overwritten.
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message

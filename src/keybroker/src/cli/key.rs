@@ -264,7 +264,7 @@ struct StoredKey {
 }
 
 impl StoredKey {
-    /// The instruction for the administrator, as the second part of a sentence.
+    /// The instruction for the administrator, as a clause that ends a sentence.
     fn instruction(&self) -> String {
         format!(
             "add `{} = \"{}\"` to [token.integrity_key_digests] in the configuration",

@@ -167,9 +167,10 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Makes the integrity key first, because more tokens refuse the integrity key than the RSA pair, and because making it
-/// takes less time. The integrity key gets the `CKA_ID` of the RSA pair. If the token then refuses the RSA pair, the
-/// integrity key is made again with a separate `CKA_ID`. Some tokens do not allow two objects with the same `CKA_ID`.
+/// Makes the integrity key first, because more tokens refuse the integrity key than the RSA pair, and because the
+/// integrity key takes less time to make. The integrity key gets the `CKA_ID` of the RSA pair. If the token then
+/// refuses the RSA pair, the integrity key is made again with a separate `CKA_ID`. Some tokens do not allow two objects
+/// with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,

@@ -20,8 +20,8 @@ use keybroker_core::call::Timestamp;
 
 use super::{super::to_array, Problem, error::ListsError};
 
-/// Divisor for the start of the alert about a missing newer list: the alert begins when a quarter
-/// of a list's validity period remains.
+/// Divisor of a list's validity period: the alert about a missing newer list begins when a quarter
+/// of the validity period remains.
 const LAST_PART: i64 = 4;
 
 /// A usable list.

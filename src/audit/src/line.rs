@@ -108,7 +108,7 @@ impl<'a> Object<'a> {
 /// Largest integer that all JSON parsers read in the same way (RFC 8785 section 3.2.2.3).
 const INTEGER_MAX: u64 = (1 << 53) - 1;
 
-/// A line that was read back, to verify the log or to find open intents.
+/// A line that was read from the log, to verify the log or to find open intents.
 #[derive(Clone, Debug)]
 pub(super) struct Parsed {
     pub(super) log_id: String,

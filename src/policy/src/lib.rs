@@ -345,7 +345,7 @@ impl Policy {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
 
-    /// Returns the decision for a case with the reason from each policy.
+    /// Returns the decision for a case, and the reason from each policy.
     pub fn explain(&self, case: &Case<'_>) -> Explanation {
         let policies = match floor(case) {
             Some(_) => Vec::new(),
@@ -357,10 +357,10 @@ impl Policy {
         }
     }
 
-    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. If
-    /// no signal announced a change, the change is loaded after two checks found the same content.
-    /// While an editor writes a file in place, the file is empty or incomplete for a moment. An
-    /// incomplete file may be valid but lack the forbid policies.
+    /// Loads changed files. If a file is invalid or missing, the current policies stay in force.
+    /// Without a SIGHUP, a change is loaded only after two checks found the same content. While an
+    /// editor writes a file in place, the file is empty or incomplete for a moment. An incomplete
+    /// file may be valid but lack the forbid policies.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {

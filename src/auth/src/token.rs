@@ -306,9 +306,9 @@ impl Issuer {
                 Newer::Same => None,
             };
             // The access token is rejected only if no newer key can verify it. While the provider
-            // may have a newer key, the access token is neither accepted nor rejected. Otherwise a
-            // caller with invented key ids could cause valid access tokens to be rejected after a
-            // key rotation.
+            // may have a newer key, the access token is neither accepted nor rejected. After a key
+            // rotation, an immediate rejection would let a caller with invented key ids cause the
+            // rejection of valid access tokens.
             if let Some(wait) = wait
                 && !self.is_hopeless(parts, named)
             {
@@ -376,8 +376,8 @@ impl Issuer {
         Err(refused)
     }
 
-    /// Checks everything except the expiry. This function is needed because the library reports an expired access token
-    /// before it checks `nbf`, `iss` and `aud`.
+    /// Checks everything except the expiry. The JWT library reports that an access token has expired before the library
+    /// checks `nbf`, `iss` and `aud`.
     fn verify_expired(
         &self,
         token: &[u8],

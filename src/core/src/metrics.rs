@@ -531,7 +531,7 @@ mod tests {
         assert_eq!(calls.len(), Action::ALL.len() * (Reason::ALL.len() + 1));
         assert!(calls.contains(&["user_key.unwrap", "OK"]));
         // A metric without labels starts with one series. A metric with a label whose values are not known in advance
-        // starts with none.
+        // starts without series.
         assert_eq!(BULK_RELEASES.0.known(), [[""; 0]]);
         assert!(POLICY_ERRORS.0.known().is_empty());
     }

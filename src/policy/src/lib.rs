@@ -422,8 +422,8 @@ enum Look {
 
 /// The rules in the code, which apply regardless of the policies.
 fn floor(case: &Case<'_>) -> Option<Verdict> {
-    // The configuration already refuses a principal with conflicting roles. This check also applies
-    // to a principal that does not come from the configuration.
+    // The configuration already refuses a principal with conflicting roles. Principals that do not
+    // come from the configuration are checked here.
     if conflict(&case.identity.roles).is_some() {
         return Some(Verdict::denied(SEPARATION_OF_DUTIES));
     }
@@ -432,8 +432,8 @@ fn floor(case: &Case<'_>) -> Option<Verdict> {
     if !case.resource.suits(case.action) {
         return Some(Verdict::denied(UNASKED));
     }
-    // The broker takes the tenant of a resource from the principal. This check also applies to a
-    // resource whose tenant does not come from the principal.
+    // The broker takes the tenant of a resource from the principal. Resources whose tenant has
+    // another source are checked here.
     match case.resource.tenant() {
         Some(tenant) if *tenant != case.identity.tenant => Some(Verdict::denied(OWN_TENANT)),
         _ => None,

@@ -80,8 +80,8 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the
-/// same in 32-bit and 64-bit files.
+/// Length of the first fields of an ELF header, up to and including `e_machine`. These fields are
+/// the same in 32-bit and 64-bit files.
 const ELF_BYTES: usize = 20;
 /// Values of `e_machine`, each with the name of the machine.
 const MACHINES: [(u16, &str); 8] = [

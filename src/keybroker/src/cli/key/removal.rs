@@ -66,8 +66,8 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The place where the settings say that the integrity key of an unregistered key is: on the token
-/// or in the workers.
+/// The place of an unregistered key's integrity key, which the settings determine: on the token or
+/// in the workers.
 fn place(config: &Config) -> ObjectIds {
     ObjectIds {
         private: None,

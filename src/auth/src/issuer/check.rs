@@ -175,7 +175,7 @@ impl Settings {
                     !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
                 if granted {
                     problems.push(
-                        "the issuer's access tokens are for users, who have no role and reach only their own keys: \
+                        "the issuer's access tokens are for users, who have no role and can release only their own keys: \
                          remove `roles`, `users` and `key_names`, or set `kind = \"service\"`"
                             .to_owned(),
                     );

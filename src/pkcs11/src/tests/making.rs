@@ -200,7 +200,7 @@ fn a_signing_key_signs_and_is_no_wrapping_key() {
                 .generate_key(2_048, Some(id(7)))
                 .unwrap_err()
                 .to_string();
-            assert!(taken.contains("already holds an object"), "{taken}");
+            assert!(taken.contains("already has an object"), "{taken}");
             drop(admin);
 
             let (settings, faulty) = faulty(folder);

@@ -8,6 +8,7 @@ use std::{
     process::{Command, Stdio},
     sync::mpsc,
     thread,
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -29,7 +30,9 @@ const VERIFICATION: i32 = 12;
 const NAMES: [&str; 3] = ["ada", "bob", "cyd"];
 const NEW_LABEL: &str = "ceremony";
 /// What the terminal shows when it waits for a custodian.
-const PROMPT: &str = "Press Enter";
+const NAME_PROMPT: &str = " and press Enter to see the share: ";
+const CLEAR_PROMPT: &str = "Press Enter to clear the screen: ";
+const SHARE_PROMPT: &str = "The text is not shown: ";
 
 /// A person with an SSH key.
 struct Person {
@@ -126,8 +129,36 @@ fn line_of(command: &Command) -> String {
     words.join(" ")
 }
 
-/// Runs a command at a terminal of its own. Presses Enter whenever the command waits for it.
+/// The answer of careful custodians to the first prompt in a text, with the end of the prompt.
+fn answer(all: &str, from: usize) -> Option<(usize, String)> {
+    let rest = &all[from..];
+    let prompts = [NAME_PROMPT, CLEAR_PROMPT, SHARE_PROMPT];
+    let found = prompts.map(|prompt| rest.find(prompt).map(|place| (place, prompt)));
+    let (place, prompt) = found.into_iter().flatten().min()?;
+    let end = from + place + prompt.len();
+    let text = match prompt {
+        NAME_PROMPT => {
+            let (_, name) = rest[..place].rsplit_once("Type the name ").unwrap();
+            name.to_owned()
+        }
+        CLEAR_PROMPT => String::new(),
+        _ => shares(&all[..end]).pop().unwrap(),
+    };
+    Some((end, text + "\n"))
+}
+
+/// Runs a command at a terminal of its own, with careful custodians.
 fn at_terminal(site: &Site, arguments: &[&str]) -> (Option<i32>, String) {
+    at_terminal_with(site, arguments, |_, text| vec![text])
+}
+
+/// Runs a command at a terminal of its own. `typed` gets the number of a prompt, from 0, and the answer of a careful
+/// custodian, and returns what is typed instead.
+fn at_terminal_with(
+    site: &Site,
+    arguments: &[&str],
+    typed: impl Fn(usize, String) -> Vec<String>,
+) -> (Option<i32>, String) {
     let line = line_of(&site.command(arguments));
     let mut child = Command::new("script")
         .args(["-q", "-e", "-c", &line, "/dev/null"])
@@ -146,7 +177,7 @@ fn at_terminal(site: &Site, arguments: &[&str]) -> (Option<i32>, String) {
             }
         }
     });
-    let (mut shown, mut pressed) = (Vec::new(), 0);
+    let (mut shown, mut from, mut number) = (Vec::new(), 0, 0);
     // The sender is dropped when the command has ended.
     loop {
         match receiver.recv_timeout(WAIT_MAX) {
@@ -157,10 +188,14 @@ fn at_terminal(site: &Site, arguments: &[&str]) -> (Option<i32>, String) {
                 panic!("no end: {}", String::from_utf8_lossy(&shown));
             }
         }
-        let prompts = String::from_utf8_lossy(&shown).matches(PROMPT).count();
-        while pressed < prompts {
-            input.write_all(b"\n").unwrap();
-            pressed += 1;
+        let all = String::from_utf8_lossy(&shown).into_owned();
+        while let Some((end, text)) = answer(&all, from) {
+            for part in typed(number, text) {
+                // The command may have ended.
+                input.write_all(part.as_bytes()).ok();
+                thread::sleep(Duration::from_millis(200));
+            }
+            (from, number) = (end, number + 1);
         }
     }
     let code = child.wait().unwrap().code();
@@ -392,6 +427,54 @@ fn changed_files_are_refused(held: &Held) {
     assert_refused(&held.verify("2"), VERIFICATION, &["another plan"]);
 }
 
+/// Each Enter is pressed twice, once at once and once after a moment. No share is shown before its custodian typed the
+/// name.
+#[test]
+fn a_second_press_of_enter_shows_no_share() {
+    let site = site_for_new_token();
+    let plan = plan_file(&site, &plan(&people(), &new_token(), ""));
+    let twice = |_: usize, text: String| vec![format!("{text}\n"), "\n".to_owned()];
+    let (_, shown) = at_terminal_with(&site, &["ceremony", "run", text_of(&plan)], twice);
+    let mut before = String::new();
+    let mut number = 0;
+    for line in shown.lines() {
+        if let Some(share) = shares(line).pop() {
+            number = share.split('-').next().unwrap().parse().unwrap();
+            let typed = format!("{NAME_PROMPT}{}", NAMES[number - 1]);
+            assert!(before.contains(&typed), "{shown}");
+            before.clear();
+        }
+        before.push_str(line);
+    }
+    assert!(number > 0, "{shown}");
+}
+
+/// A share that its custodian cannot type back was not written down, so the token is not initialised with the PIN.
+#[test]
+fn a_share_that_nobody_wrote_down_stops_the_ceremony() {
+    let site = site_for_new_token();
+    let plan = plan_file(&site, &plan(&people(), &new_token(), ""));
+    let careless = |number: usize, text: String| {
+        // The first custodian types the share wrongly once, and the second one always.
+        let is_wrong = number == 2 || (number > 5 && text.contains('-'));
+        vec![if is_wrong {
+            "2-ABCD\n".to_owned()
+        } else {
+            text
+        }]
+    };
+    let (code, shown) = at_terminal_with(&site, &["ceremony", "run", text_of(&plan)], careless);
+    assert_eq!(code, Some(PIN), "{shown}");
+    assert_eq!(shares(&shown).len(), 2 + 3, "{shown}");
+    assert!(
+        shown.contains("The share is right. ada keeps share 1"),
+        "{shown}"
+    );
+    assert!(shown.contains("bob did not type share 2"), "{shown}");
+    let listed = site.expect_ok(&["token", "list"]);
+    assert!(!listed.contains(NEW_LABEL), "{listed}");
+}
+
 #[test]
 fn only_the_terminal_shows_shares() {
     let held = held();
@@ -503,6 +586,7 @@ fn a_rehearsal_needs_nothing_and_leaves_nothing() {
         "Check: ",
         "ssh-keygen -Y sign -n keybroker-ceremony",
         "step 7: done",
+        "step 8: done",
     ] {
         assert!(
             rehearsed.stdout.contains(expected),
@@ -542,7 +626,7 @@ fn a_plan_with_several_tokens_is_rehearsed() {
     assert_eq!(rehearsed.code, Some(0), "{rehearsed:#?}");
     let shown: Value = serde_json::from_str(&rehearsed.stdout).unwrap();
     let steps = shown["rehearsed"].as_array().unwrap();
-    assert_eq!(steps.len(), 9, "{shown}");
+    assert_eq!(steps.len(), 10, "{shown}");
     assert!(steps.iter().all(|step| step["result"] == "done"), "{shown}");
     assert!(
         steps[7]["what"].as_str().unwrap().contains("token second"),
@@ -554,15 +638,16 @@ fn a_plan_with_several_tokens_is_rehearsed() {
 fn a_lost_terminal_leaves_the_token_blank() {
     let site = site_for_new_token();
     let plan = plan_file(&site, &plan(&people(), &new_token(), ""));
-    let output = Command::new("script")
-        .args(["-q", "-e", "-c"])
-        .arg(line_of(&site.command(&["ceremony", "run", text_of(&plan)])))
-        .arg("/dev/null")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let shown = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(output.status.code(), Some(USAGE), "{shown}");
+    // Ctrl-D ends the input while the first share is on the screen.
+    let ended =
+        |number: usize, text: String| vec![if number == 1 { "\x04".to_owned() } else { text }];
+    let (code, shown) = at_terminal_with(&site, &["ceremony", "run", text_of(&plan)], ended);
+    assert_eq!(code, Some(USAGE), "{shown}");
+    let (_, after) = shown.rsplit_once(CLEAR_PROMPT).unwrap();
+    assert!(
+        after.contains("\x1b[2J"),
+        "the screen was not cleared: {shown}"
+    );
     assert!(shown.contains("the terminal was lost"), "{shown}");
     let transcript = fs::read(site.folder().join("transcript.json")).unwrap();
     let content: Value = serde_json::from_slice(&transcript).unwrap();
@@ -751,7 +836,7 @@ fn a_failed_step_leaves_an_incomplete_transcript() {
         &failed,
         UNTRUSTED,
         &[
-            "step 3 failed",
+            "step 4 failed",
             "the plan demands",
             "was removed",
             "incomplete",
@@ -765,16 +850,20 @@ fn a_failed_step_leaves_an_incomplete_transcript() {
         .iter()
         .map(|step| step["result"].as_str().unwrap())
         .collect();
-    assert_eq!(results[..2], ["done", "done"]);
-    assert!(results[2].starts_with("failed: "), "{results:?}");
+    assert_eq!(results[..3], ["done", "done", "done"]);
+    assert!(results[3].starts_with("failed: "), "{results:?}");
     assert!(content["tokens"][0]["identity"]["serial"].is_string());
     let listed = site.expect_ok(&["key", "list", "-o", "json"]);
     assert_eq!(
         serde_json::from_str::<Value>(&listed).unwrap(),
         serde_json::json!([])
     );
-    let objects = site.token.pkcs11_tool(&["--list-objects"]);
-    assert!(objects.stdout.is_empty(), "{objects:?}");
+    let objects = site
+        .token
+        .pkcs11_tool(&["--list-objects", "--type", "privkey"]);
+    let objects = String::from_utf8_lossy(&objects.stdout);
+    assert_eq!(objects.matches("Private Key").count(), 1, "{objects}");
+    assert!(objects.contains("ceremony signing key"), "{objects}");
 
     let signature = people[0].sign(&transcript, "keybroker-ceremony");
     let refused = site.run(&[

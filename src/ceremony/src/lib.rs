@@ -17,6 +17,7 @@
 //! too. It does not prove that the program that ran the ceremony was the published one.
 
 pub mod canonical;
+pub mod complete;
 pub mod page;
 pub mod plan;
 pub mod script;

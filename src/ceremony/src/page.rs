@@ -125,11 +125,7 @@ fn of_key(key: &Key) -> Vec<String> {
         format!("  WRAPPING KEY {} ({})", key.name, key.id),
         format!("    RSA with {} bits, {}", key.bits, key.algorithm),
         format!("    public key SHA-256: {}", key.fingerprint),
-        format!(
-            "    integrity key: {}; registered: {}",
-            key.integrity_key,
-            if key.registered { "yes" } else { "no" }
-        ),
+        format!("    integrity key: {}", key.integrity_key),
         format!("    self-test: {}", key.self_test),
     ];
     if !key.tests_not_run.is_empty() {

@@ -10,8 +10,13 @@ use crate::{sha256_hex, share, ssh};
 pub const BYTES_MAX: u64 = 256 * 1024;
 /// Number of characters of a security officer's PIN, unless the plan says otherwise. A character has 5 bits.
 const SO_PIN_CHARACTERS: usize = 24;
-/// Permitted numbers of characters. Fewer than 16 characters have less than 80 bits.
-const SO_PIN_CHARACTERS_PERMITTED: std::ops::RangeInclusive<usize> = 16..=64;
+/// Permitted numbers of characters. The digests of the shares are public, so that custodians who lack one share can test
+/// guesses of the PIN without the token. With 24 characters, they need about 2^119 attempts.
+const SO_PIN_CHARACTERS_PERMITTED: std::ops::RangeInclusive<usize> = 24..=64;
+/// The algorithms of a wrapping key.
+pub(crate) const ALGORITHMS: [&str; 2] = ["RSA-OAEP-SHA-256", "RSA-OAEP-SHA-1"];
+/// Longest label of a token, in bytes (PKCS #11 version 3.1, section 5.5.7, `C_InitToken`).
+const LABEL_BYTES_MAX: usize = 32;
 /// Longest name of a person, a key or a token, in bytes.
 const NAME_BYTES_MAX: usize = 64;
 /// Longest title, in bytes.
@@ -167,6 +172,16 @@ impl Token {
                 "`initialise = true` needs `label`: the new token gets this label".to_owned(),
             );
         }
+        if self.initialise
+            && self
+                .label
+                .as_ref()
+                .is_some_and(|label| label.len() > LABEL_BYTES_MAX || label.trim() != label)
+        {
+            problems.push(format!(
+                "`label` of a new token must have at most {LABEL_BYTES_MAX} bytes, and no blank at its start or end"
+            ));
+        }
         if !SO_PIN_CHARACTERS_PERMITTED.contains(&self.so_pin_characters()) {
             problems.push(format!(
                 "`so_pin_characters` is {}, and must be from {} to {}",
@@ -204,13 +219,12 @@ impl Key {
         if self.id.as_ref().is_some_and(|id| !is_id(id)) {
             problems.push("`id` must have 32 hexadecimal digits in lower case".to_owned());
         }
-        let known = ["RSA-OAEP-SHA-256", "RSA-OAEP-SHA-1"];
         if let Some(other) = &self.algorithm
-            && !known.contains(&other.as_str())
+            && !ALGORITHMS.contains(&other.as_str())
         {
             problems.push(format!(
                 "`algorithm` is {other:?}, and must be one of {}",
-                known.join(", ")
+                ALGORITHMS.join(", ")
             ));
         }
         problems
@@ -307,6 +321,15 @@ impl Plan {
             "token",
             self.tokens.iter().map(|one| one.name.as_str()),
         ));
+        let mut selectors = BTreeSet::new();
+        for token in &self.tokens {
+            if !selectors.insert((&token.module, token.selector())) {
+                problems.push(format!(
+                    "token {:?}: another [[token]] has the same module and the same selector",
+                    token.name
+                ));
+            }
+        }
         let keys = || self.tokens.iter().flat_map(|token| &token.keys);
         problems.extend(problems_of_names(
             "key",
@@ -481,7 +504,7 @@ bits = 2048
             (
                 "so_pin_threshold = 2",
                 "so_pin_threshold = 2\nso_pin_characters = 8",
-                "from 16 to 64",
+                "from 24 to 64",
             ),
             (
                 "bits = 2048",
@@ -496,5 +519,30 @@ bits = 2048
         let (before, _) = all.split_once("[[token.key]]").unwrap();
         let message = Plan::parse(before).unwrap_err().to_string();
         assert!(message.contains("no key to generate"), "{message}");
+    }
+
+    /// The token would refuse these plans only after the custodians wrote down their shares.
+    #[test]
+    fn mistakes_that_a_token_would_refuse_late_are_named() {
+        for (from, to, expected) in [
+            (
+                "label = \"keybroker\"",
+                "label = \"keybroker-with-a-label-that-is-too-long\"",
+                "at most 32 bytes",
+            ),
+            (
+                "label = \"keybroker\"",
+                "label = \"keybroker \"",
+                "no blank",
+            ),
+            (
+                "[[token]]",
+                "[[token]]\nname = \"a\"\nmodule = \"/usr/lib/softhsm/libsofthsm2.so\"\nlabel = \"keybroker\"\n[[token]]",
+                "the same selector",
+            ),
+        ] {
+            let message = refusal(from, to);
+            assert!(message.contains(expected), "{to}: {message}");
+        }
     }
 }

@@ -13,12 +13,14 @@ pub enum Action {
     Initialise,
     /// Logs in and records what the token is.
     Identify,
-    /// Generates a wrapping key with its integrity key, checks, tests and registers them.
-    GenerateKey,
-    /// Generates the key that signs the transcript.
+    /// Generates the key that signs the transcript, and makes a trial signature.
     GenerateSigningKey,
+    /// Generates a wrapping key with its integrity key, checks and tests them.
+    GenerateKey,
     /// Signs the transcript with the key on each token.
     Sign,
+    /// Registers the wrapping key. This step is not in the transcript, which is complete and signed before.
+    Register,
 }
 
 /// A step of a ceremony.
@@ -40,7 +42,8 @@ pub struct Step {
     pub checks: Vec<String>,
 }
 
-/// The steps of a plan.
+/// The steps of a plan. `verify` compares their texts with the transcript, so that a change of a text needs another
+/// [`crate::transcript::FORMAT`].
 pub fn steps(plan: &Plan) -> Vec<Step> {
     let mut steps = Steps::default();
     steps.add(Step {
@@ -63,6 +66,15 @@ pub fn steps(plan: &Plan) -> Vec<Step> {
         checks: vec!["Each signature verifies with the public key in the transcript.".to_owned()],
         ..empty(Action::Sign)
     });
+    for (index, token) in plan.tokens.iter().enumerate().filter(|_| plan.register) {
+        for (key, planned) in token.keys.iter().enumerate() {
+            steps.add(Step {
+                token: Some(index),
+                key: Some(key),
+                ..step_of_registration(&planned.name)
+            });
+        }
+    }
     steps.0
 }
 
@@ -183,25 +195,39 @@ fn steps_of_token(plan: &Plan, token: &Token) -> Vec<Step> {
         ],
         ..empty(Action::Identify)
     });
-    for (index, key) in token.keys.iter().enumerate() {
-        steps.push(Step {
-            key: Some(index),
-            ..step_of_key(plan, token, key)
-        });
-    }
     steps.push(Step {
         who: OPERATOR.to_owned(),
         what: format!(
             "Generate the signing key of this ceremony on token {}: RSA with 3072 bits, which can only sign.",
             token.name
         ),
-        checks: vec!["Every attribute is read back: the key cannot leave the token.".to_owned()],
+        checks: vec![
+            "Every attribute is read back: the key cannot leave the token.".to_owned(),
+            "A trial signature verifies.".to_owned(),
+        ],
         ..empty(Action::GenerateSigningKey)
     });
+    for (index, key) in token.keys.iter().enumerate() {
+        steps.push(Step {
+            key: Some(index),
+            ..step_of_key(token, key)
+        });
+    }
     steps
 }
 
-fn step_of_key(plan: &Plan, token: &Token, key: &Key) -> Step {
+fn step_of_registration(key: &str) -> Step {
+    Step {
+        who: OPERATOR.to_owned(),
+        what: format!("Register wrapping key {key} in the database."),
+        checks: vec![
+            "`keybroker key list` shows the id and the fingerprint of the transcript.".to_owned(),
+        ],
+        ..empty(Action::Register)
+    }
+}
+
+fn step_of_key(token: &Token, key: &Key) -> Step {
     let id = key
         .id
         .as_deref()
@@ -219,15 +245,8 @@ fn step_of_key(plan: &Plan, token: &Token, key: &Key) -> Step {
     Step {
         who: OPERATOR.to_owned(),
         what: format!(
-            "Generate wrapping key {} on token {}: RSA with {} bits and {id}, and its integrity key{}.",
-            key.name,
-            token.name,
-            key.bits,
-            if plan.register {
-                "; register it in the database"
-            } else {
-                ""
-            }
+            "Generate wrapping key {} on token {}: RSA with {} bits and {id}, and its integrity key.",
+            key.name, token.name, key.bits
         ),
         checks,
         ..empty(Action::GenerateKey)
@@ -251,9 +270,10 @@ mod tests {
             Action::SplitSoPin,
             Action::Initialise,
             Action::Identify,
-            Action::GenerateKey,
             Action::GenerateSigningKey,
+            Action::GenerateKey,
             Action::Sign,
+            Action::Register,
         ];
         assert_eq!(actions(&text()), expected);
     }
@@ -264,10 +284,11 @@ mod tests {
         let expected = [
             Action::CheckNothingExists,
             Action::Identify,
-            Action::GenerateKey,
             Action::GenerateSigningKey,
+            Action::GenerateKey,
             Action::Sign,
         ];
+        let text = text.replace("quorum = 2", "quorum = 2\nregister = false");
         assert_eq!(actions(&text), expected);
     }
 

@@ -14,7 +14,8 @@
 //! The crate `blahaj` splits and combines. It is the maintained fork of `sharks` without the biased coefficients of
 //! RUSTSEC-2024-0398. Its arithmetic is not in constant time, which does not matter here: one person runs the command once.
 //!
-//! With fewer shares than the threshold, nothing is known about the PIN, except its length.
+//! Shares below the threshold say nothing about the PIN, except its length. With the public digests of the other shares,
+//! guesses of the PIN can be tested. The PIN has at least 120 random bits, so that this is of no use.
 //!
 //! Mitigation: M23 of `THREAT_MODEL.md`.
 
@@ -126,7 +127,8 @@ impl Share {
     }
 
     /// The digest of the share for the transcript: SHA-256, in hexadecimal. The value of a share is as long as the PIN
-    /// and random, so that its digest does not help to guess it.
+    /// and random, so that the digest does not help to guess it. Custodians who lack one share can use its digest to test
+    /// guesses of the PIN.
     pub fn digest(&self) -> String {
         let mut context = digest::Context::new(&digest::SHA256);
         context.update(DIGEST_DOMAIN);

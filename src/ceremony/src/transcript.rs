@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::{
     canonical::{self, CanonicalError},
+    complete,
     plan::{Plan, PlanError},
     sha256_hex, ssh,
 };
@@ -194,8 +195,6 @@ pub struct Key {
     pub self_test: String,
     /// Names of the negative tests that the token cannot run.
     pub tests_not_run: Vec<String>,
-    /// Whether the key was registered in the database.
-    pub registered: bool,
 }
 
 /// An attribute that was read back.
@@ -343,6 +342,9 @@ impl Transcript {
                 }
             }
         }
+        if self.status == Status::Complete {
+            found.extend(complete::problems(self, &plan));
+        }
         Ok(found)
     }
 }
@@ -353,7 +355,7 @@ pub(crate) fn base64(text: &str) -> Option<Vec<u8>> {
     base64ct::Base64::decode_vec(text).ok()
 }
 
-fn custodians(plan: &Plan) -> Result<Vec<Custodian>, ssh::SshError> {
+pub(crate) fn custodians(plan: &Plan) -> Result<Vec<Custodian>, ssh::SshError> {
     let one = |custodian: &crate::plan::Custodian| {
         Ok(Custodian {
             name: custodian.name.clone(),

@@ -80,7 +80,7 @@ pub fn verify(
             signatures.transcript_sha256
         ));
     }
-    problems.extend(problems_of_tokens(&transcript, &signatures, bytes));
+    problems.extend(problems_of_tokens(&transcript, &signatures, &sha256));
     let mut verified = Verified {
         transcript_sha256: sha256,
         tokens: transcript
@@ -105,6 +105,12 @@ pub fn verify(
     } else {
         Err(VerifyError::DoesNotFit(problems))
     }
+}
+
+/// What a signing key signs for a transcript with this SHA-256. Some tokens sign only short messages in one call, so the
+/// message does not have the transcript itself.
+pub fn statement(transcript_sha256: &str) -> String {
+    format!("keybroker-ceremony-statement/1\nSHA-256 of the transcript: {transcript_sha256}\n")
 }
 
 /// Reads the file with the signatures.
@@ -151,14 +157,17 @@ pub enum SignerError {
 fn problems_of_tokens(
     transcript: &Transcript,
     signatures: &Signatures,
-    bytes: &[u8],
+    sha256: &str,
 ) -> Vec<String> {
+    let message = statement(sha256);
     let mut problems = Vec::new();
     for token in &transcript.tokens {
         let of_token = |one: &&TokenSignature| one.token == token.name;
-        let problem = match signatures.tokens.iter().find(of_token) {
-            None => Some("there is no signature of its signing key".to_owned()),
-            Some(signature) => problem_of_token(token, signature, bytes),
+        let found: Vec<&TokenSignature> = signatures.tokens.iter().filter(of_token).collect();
+        let problem = match found[..] {
+            [] => Some("there is no signature of its signing key".to_owned()),
+            [signature] => problem_of_token(token, signature, message.as_bytes()),
+            [..] => Some("there are two signatures of its signing key".to_owned()),
         };
         problems.extend(problem.map(|one| format!("token {}: {one}", token.name)));
     }
@@ -177,7 +186,7 @@ fn problems_of_tokens(
     problems
 }
 
-fn problem_of_token(token: &Token, signature: &TokenSignature, bytes: &[u8]) -> Option<String> {
+fn problem_of_token(token: &Token, signature: &TokenSignature, message: &[u8]) -> Option<String> {
     let Some(public) = token
         .signing_key
         .as_ref()
@@ -190,7 +199,7 @@ fn problem_of_token(token: &Token, signature: &TokenSignature, bytes: &[u8]) -> 
             "its signature is not base 64, so the file with the signatures was changed".to_owned(),
         );
     };
-    let is_valid = verifies(&public, signature.algorithm, bytes, &made);
+    let is_valid = verifies(&public, signature.algorithm, message, &made);
     (!is_valid).then(|| {
         "its signature does not fit the transcript: the transcript, the public key or the signature was changed"
             .to_owned()
@@ -274,17 +283,23 @@ fn problem_of_quorum(
 
 #[cfg(test)]
 mod tests {
-    use base64ct::{Base64, Encoding as _};
-    use rsa::{
-        RsaPrivateKey, pkcs1v15, pkcs8::EncodePublicKey as _, sha2::Sha256,
-        signature::SignatureEncoding as _, signature::Signer as _,
+    use aws_lc_rs::{
+        encoding::{AsDer, PublicKeyX509Der},
+        rand::SystemRandom,
+        rsa::{KeyPair, KeySize},
+        signature::{KeyPair as _, RSA_PKCS1_SHA256},
     };
+    use base64ct::{Base64, Encoding as _};
 
     use super::*;
     use crate::{
         plan::tests::{ADA, BOB, text},
+        script,
         ssh::{NAMESPACE, tests::Person},
-        transcript::{SigningKey, tests::begun},
+        transcript::{
+            Attribute, Identity, Key as WrappingKey, ShareDigest, SigningKey, SoPin, Step,
+            tests::begun,
+        },
     };
 
     struct Ceremony {
@@ -292,6 +307,84 @@ mod tests {
         transcript: Transcript,
         bytes: Vec<u8>,
         signatures: Signatures,
+        signing_key: KeyPair,
+    }
+
+    fn public(key: &KeyPair) -> (String, String) {
+        let der = AsDer::<PublicKeyX509Der<'_>>::as_der(key.public_key()).unwrap();
+        (
+            Base64::encode_string(der.as_ref()),
+            sha256_hex(der.as_ref()),
+        )
+    }
+
+    fn attributes(object: &str) -> Vec<Attribute> {
+        let attribute = |finding: &str| Attribute {
+            object: object.to_owned(),
+            finding: finding.to_owned(),
+            passes: true,
+        };
+        ["CKA_SENSITIVE is true", "CKA_EXTRACTABLE is false"]
+            .map(attribute)
+            .to_vec()
+    }
+
+    /// Adds everything that the steps of the plan make.
+    fn completed(transcript: &mut Transcript, wrapping: &KeyPair, signing: &KeyPair) {
+        transcript.status = Status::Complete;
+        let steps = script::steps(&transcript.plan().unwrap());
+        transcript.steps = steps[..6]
+            .iter()
+            .map(|step| Step {
+                number: step.number,
+                what: step.what.clone(),
+                started: "2026-11-30T04:00:00Z".to_owned(),
+                ended: Some("2026-11-30T04:01:00Z".to_owned()),
+                result: "done".to_owned(),
+            })
+            .collect();
+        let token = &mut transcript.tokens[0];
+        token.initialised = true;
+        token.identity = Some(Identity {
+            module_sha256: "ab".repeat(32),
+            library: "library".to_owned(),
+            label: "keybroker".to_owned(),
+            serial: "0123".to_owned(),
+            manufacturer: "maker".to_owned(),
+            model: "model".to_owned(),
+            hardware_version: "1.0".to_owned(),
+            firmware_version: "1.0".to_owned(),
+        });
+        let share = |number: u64, custodian: &str| ShareDigest {
+            number,
+            custodian: custodian.to_owned(),
+            sha256: format!("{number:064}"),
+        };
+        token.so_pin = Some(SoPin {
+            threshold: 2,
+            characters: 24,
+            shares: vec![share(1, "ada"), share(2, "bob")],
+        });
+        let (public_key, fingerprint) = public(wrapping);
+        token.keys.push(WrappingKey {
+            name: "first".to_owned(),
+            id: "00".repeat(16),
+            bits: 2_048,
+            algorithm: "RSA-OAEP-SHA-256".to_owned(),
+            public_key,
+            fingerprint,
+            integrity_key: "token".to_owned(),
+            attributes: attributes("RSA private key"),
+            self_test: "passed".to_owned(),
+            tests_not_run: Vec::new(),
+        });
+        let (public_key, fingerprint) = public(signing);
+        token.signing_key = Some(SigningKey {
+            id: "01".to_owned(),
+            public_key,
+            fingerprint,
+            attributes: attributes("signing key"),
+        });
     }
 
     /// A complete transcript, signed by a key and by both custodians.
@@ -301,21 +394,26 @@ mod tests {
             .replace(ADA, &people[0].public())
             .replace(BOB, &people[1].public());
         let mut transcript = begun(&plan);
-        transcript.status = Status::Complete;
-        let mut random = rsa::rand_core::OsRng;
-        let private = RsaPrivateKey::new(&mut random, 2_048).unwrap();
-        let public = private.to_public_key().to_public_key_der().unwrap();
-        transcript.tokens[0].signing_key = Some(SigningKey {
-            id: "01".to_owned(),
-            public_key: Base64::encode_string(public.as_bytes()),
-            fingerprint: sha256_hex(public.as_bytes()),
-            attributes: Vec::new(),
-        });
+        let signing_key = KeyPair::generate(KeySize::Rsa3072).unwrap();
+        let wrapping = KeyPair::generate(KeySize::Rsa2048).unwrap();
+        completed(&mut transcript, &wrapping, &signing_key);
+        signed(people, transcript, signing_key)
+    }
+
+    fn signed(people: [Person; 2], transcript: Transcript, signing_key: KeyPair) -> Ceremony {
         let bytes = transcript.to_canonical().unwrap().into_bytes();
-        let mut signatures = Signatures::new(sha256_hex(&bytes));
-        let made = pkcs1v15::SigningKey::<Sha256>::new(private)
-            .sign(&bytes)
-            .to_vec();
+        let sha256 = sha256_hex(&bytes);
+        let message = statement(&sha256);
+        let mut signatures = Signatures::new(sha256);
+        let mut made = vec![0; signing_key.public_modulus_len()];
+        signing_key
+            .sign(
+                &RSA_PKCS1_SHA256,
+                &SystemRandom::new(),
+                message.as_bytes(),
+                &mut made,
+            )
+            .unwrap();
         signatures.tokens.push(TokenSignature {
             token: "default".to_owned(),
             algorithm: SignatureAlgorithm::RsaPkcs1Sha256,
@@ -329,7 +427,135 @@ mod tests {
             transcript,
             bytes,
             signatures,
+            signing_key,
         }
+    }
+
+    type Change = fn(&mut Transcript);
+
+    /// Everybody signs what they are given, so only the plan shows what is wrong.
+    fn assert_contradictions(changes: &[(Change, &str)]) {
+        let mut ceremony = ceremony();
+        let good = ceremony.transcript.clone();
+        for (change, expected) in changes {
+            let mut changed = good.clone();
+            change(&mut changed);
+            ceremony = signed(ceremony.people, changed, ceremony.signing_key);
+            let message = ceremony.refusal(&ceremony.bytes);
+            assert!(message.contains(expected), "{expected}: {message}");
+        }
+    }
+
+    #[test]
+    fn steps_and_tokens_that_are_not_those_of_the_plan_are_refused() {
+        assert_contradictions(&[
+            (|one| one.title = "another".to_owned(), "title"),
+            (|one| one.witnesses.clear(), "witnesses"),
+            (|one| one.steps.clear(), "0 steps, but the plan has 6"),
+            (|one| one.steps[4].what.push('x'), "step 5 is not that"),
+            (|one| one.steps[4].number = 9, "step 5 is not that"),
+            (
+                |one| one.steps[4].result = "failed: x".to_owned(),
+                "step 5 was not done",
+            ),
+            (|one| one.steps[4].ended = None, "step 5 was not done"),
+            (|one| one.tokens[0].module.push('x'), "module"),
+            (|one| one.tokens[0].initialised = false, "`initialise"),
+            (|one| one.tokens[0].identity = None, "what the token is"),
+            (
+                |one| identity(one).label.push('x'),
+                "its label is \"keybrokerx\"",
+            ),
+            (|one| identity(one).module_sha256.clear(), "of its module"),
+        ]);
+    }
+
+    #[test]
+    fn shares_that_are_not_those_of_the_plan_are_refused() {
+        assert_contradictions(&[
+            (|one| one.tokens[0].so_pin = None, "no shares"),
+            (|one| so_pin(one).threshold = 1, "threshold"),
+            (|one| so_pin(one).characters = 16, "length of the PIN"),
+            (
+                |one| drop(so_pin(one).shares.pop()),
+                "one for each custodian",
+            ),
+            (
+                |one| so_pin(one).shares[1].custodian = "ada".to_owned(),
+                "one for each custodian",
+            ),
+            (
+                |one| so_pin(one).shares[1].number = 1,
+                "one for each custodian",
+            ),
+            (
+                |one| so_pin(one).shares[1].sha256 = format!("{:064}", 1),
+                "digests",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn keys_that_are_not_those_of_the_plan_are_refused() {
+        assert_contradictions(&[
+            (|one| one.tokens[0].keys.clear(), "0 wrapping keys"),
+            (|one| key(one).name = "other".to_owned(), "key other"),
+            (|one| key(one).bits = 4_096, "2048 bits"),
+            (|one| key(one).algorithm = "none".to_owned(), "algorithm"),
+            (|one| key(one).integrity_key.clear(), "integrity key"),
+            (
+                |one| key(one).self_test = "wrong".to_owned(),
+                "self-test did not pass",
+            ),
+            (
+                |one| key(one).attributes[0].passes = false,
+                "does not pass: CKA_SENSITIVE",
+            ),
+            (
+                |one| drop(key(one).attributes.pop()),
+                "CKA_EXTRACTABLE was not read",
+            ),
+            (|one| one.tokens[0].signing_key = None, "no signing key"),
+            (
+                |one| signing_key(one).attributes.clear(),
+                "signing key: the attribute",
+            ),
+            (
+                |one| {
+                    let (public_key, fingerprint) = {
+                        let key = key(one);
+                        (key.public_key.clone(), key.fingerprint.clone())
+                    };
+                    let signing = signing_key(one);
+                    (signing.public_key, signing.fingerprint) = (public_key, fingerprint);
+                },
+                "RSA with 3072 bits",
+            ),
+            (
+                |one| {
+                    let signing = one.tokens[0].signing_key.clone().unwrap();
+                    let key = key(one);
+                    (key.public_key, key.fingerprint) = (signing.public_key, signing.fingerprint);
+                },
+                "the same public key",
+            ),
+        ]);
+    }
+
+    fn signing_key(transcript: &mut Transcript) -> &mut SigningKey {
+        transcript.tokens[0].signing_key.as_mut().unwrap()
+    }
+
+    fn identity(transcript: &mut Transcript) -> &mut Identity {
+        transcript.tokens[0].identity.as_mut().unwrap()
+    }
+
+    fn so_pin(transcript: &mut Transcript) -> &mut SoPin {
+        transcript.tokens[0].so_pin.as_mut().unwrap()
+    }
+
+    fn key(transcript: &mut Transcript) -> &mut WrappingKey {
+        &mut transcript.tokens[0].keys[0]
     }
 
     impl Ceremony {
@@ -406,6 +632,14 @@ mod tests {
         ceremony.signatures.custodians = vec![ada.clone(), ada.clone(), bob];
         let message = ceremony.refusal(&ceremony.bytes);
         assert!(message.contains("two signatures of ada"), "{message}");
+        let twice = ceremony.signatures.tokens[0].clone();
+        ceremony.signatures.tokens.push(twice);
+        let message = ceremony.refusal(&ceremony.bytes);
+        assert!(
+            message.contains("two signatures of its signing key"),
+            "{message}"
+        );
+        ceremony.signatures.tokens.pop();
         let made = &mut ceremony.signatures.tokens[0];
         made.algorithm = SignatureAlgorithm::RsaPssSha256;
         let message = ceremony.refusal(&ceremony.bytes);

@@ -210,17 +210,35 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
 }
 
 /// A key that was generated and registered.
-pub(super) struct Generated {
-    /// The key, with the results of its checks.
-    pub(super) checked: CheckedKey,
+struct Generated {
     row: RegistryRow,
     place: Option<PlaceRow>,
     file: Option<StoredKey>,
 }
 
+/// Registers a key that was generated and checked by the same admin worker. `rows` are the registered keys.
+pub(super) fn register_generated(
+    context: &Context,
+    config: &Config,
+    admin: &Admin,
+    rows: &[RegistryRow],
+    key: &CheckedKey,
+) -> Result<(), Failure> {
+    let describe = |entry: &mut Entry| entry.wrapping_key = Some(key.id);
+    audited(context, config, "wrapping_key.register", describe, || {
+        let register = || -> Result<(), Failure> {
+            let row = new_row(admin, key, rows)?;
+            insert(config, &row)?;
+            place::add(config, admin, key, &row)?;
+            Ok(())
+        };
+        register().map_err(|failure| not_registered(key.id, None, &failure))
+    })
+}
+
 /// Generates a key with `make`, writes the file of its integrity key if it needs one, and registers the key. `rows` are the
 /// registered keys.
-pub(super) fn generate_and_register(
+fn generate_and_register(
     context: &Context,
     config: &Config,
     admin: &Admin,
@@ -247,12 +265,7 @@ pub(super) fn generate_and_register(
             };
             let (row, place) =
                 register().map_err(|failure| not_registered(key.id, file.as_ref(), &failure))?;
-            Ok(Generated {
-                checked: key,
-                row,
-                place,
-                file,
-            })
+            Ok(Generated { row, place, file })
         },
     )
 }

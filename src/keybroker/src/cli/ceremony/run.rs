@@ -1,6 +1,7 @@
 //! `keybroker ceremony run`: does every step of a plan, and writes the transcript after each step.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
 };
@@ -12,7 +13,7 @@ use zeroize::Zeroizing;
 
 use keybroker_audit::Entry;
 use keybroker_ceremony::{
-    page,
+    complete, page,
     plan::Plan,
     script::{self, Action, Step},
     sha256_hex,
@@ -46,6 +47,9 @@ use super::{
     shares::{Display, Terminal},
     usage,
 };
+
+/// What a new signing key signs, to show that the token can sign.
+const TRIAL: &str = "keybroker-ceremony-trial/1\n";
 
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Run {
@@ -121,6 +125,8 @@ pub(super) struct Ceremony<'a> {
     /// The registered keys. `None` if the plan registers no key.
     registry: Option<Vec<RegistryRow>>,
     display: Display,
+    /// SHA-256 of the signed transcript. `None` until it is written.
+    signed: Option<String>,
     /// Kept until the end, so that no broker uses a SQLite database meanwhile.
     _lock: Option<store::StoreLock>,
 }
@@ -132,6 +138,8 @@ struct Open {
     so_pin: Option<Zeroizing<String>>,
     admin: Option<Admin>,
     signing_key: Option<(ObjectId, Vec<u8>)>,
+    /// The wrapping keys that were generated, in the order of the plan.
+    keys: Vec<CheckedKey>,
 }
 
 impl Open {
@@ -176,6 +184,7 @@ impl<'a> Ceremony<'a> {
                 so_pin: None,
                 admin: None,
                 signing_key: None,
+                keys: Vec::new(),
             };
             if planned.initialise {
                 checks::is_blank(planned, &open.config)?;
@@ -186,6 +195,7 @@ impl<'a> Ceremony<'a> {
             }
             tokens.push(open);
         }
+        are_different(&plan, &tokens)?;
         let transcript = begin(&plan, text, started)?;
         let mut ceremony = Self {
             context,
@@ -195,17 +205,20 @@ impl<'a> Ceremony<'a> {
             tokens,
             registry,
             display,
+            signed: None,
             _lock: lock,
         };
-        ceremony.claim_file()?;
+        ceremony.claim_files()?;
         Ok(ceremony)
     }
 
-    /// Creates the file of the transcript, with the first step as done.
-    fn claim_file(&mut self) -> Result<(), Failure> {
-        let path = &self.files.transcript;
-        File::create_new(path)
-            .map_err(|error| usage(format!("cannot create {}: {error}", path.display())))?;
+    /// Creates the files, so that no other process can use their names, and records the first step as done. The signatures
+    /// and the page are empty until the end.
+    fn claim_files(&mut self) -> Result<(), Failure> {
+        for path in self.files.all() {
+            File::create_new(path)
+                .map_err(|error| usage(format!("cannot create {}: {error}", path.display())))?;
+        }
         if let Some(first) = script::steps(&self.plan).first() {
             self.transcript.steps.push(transcript::Step {
                 number: first.number,
@@ -228,21 +241,47 @@ impl<'a> Ceremony<'a> {
                 .note(&format!("Step {} of {all}: {}", step.number, step.what));
             match step.action {
                 Action::CheckNothingExists => {}
-                Action::Sign => return self.complete(&step),
+                Action::Sign => self.complete(&step)?,
+                Action::Register => self.register(&step)?,
                 _ => self.do_step(&step)?,
             }
         }
-        Err(Failure::new(Exit::Internal, "the script has no last step"))
+        let sha256 = self
+            .signed
+            .ok_or_else(|| Failure::new(Exit::Internal, "the script does not sign"))?;
+        Ok(Ended {
+            transcript: self.transcript,
+            sha256,
+            files: self.files,
+        })
     }
 
     fn do_step(&mut self, step: &Step) -> Result<(), Failure> {
-        self.begin_step(step)?;
+        self.begin_step(step)
+            .map_err(|failure| self.explained(step, failure))?;
         let result = self.perform(step);
-        self.end_step(&result)?;
-        result.map_err(|failure| self.explained(step, failure))
+        self.recorded(step, result)
+    }
+
+    /// Records the result of a step. If this fails too, the failure of the step comes first.
+    fn recorded(&mut self, step: &Step, result: Result<(), Failure>) -> Result<(), Failure> {
+        let failure = match (self.end_step(&result), result) {
+            (Ok(()), Ok(())) => return Ok(()),
+            (Ok(()), Err(failure)) | (Err(failure), Ok(())) => failure,
+            (Err(unwritten), Err(failure)) => Failure {
+                message: format!("{failure}. The transcript does not say so: {unwritten}"),
+                ..failure
+            },
+        };
+        Err(self.explained(step, failure))
     }
 
     fn begin_step(&mut self, step: &Step) -> Result<(), Failure> {
+        self.add_step(step);
+        self.write()
+    }
+
+    fn add_step(&mut self, step: &Step) {
         self.transcript.steps.push(transcript::Step {
             number: step.number,
             what: step.what.clone(),
@@ -250,7 +289,6 @@ impl<'a> Ceremony<'a> {
             ended: None,
             result: "begun".to_owned(),
         });
-        self.write()
     }
 
     fn end_step(&mut self, result: &Result<(), Failure>) -> Result<(), Failure> {
@@ -286,7 +324,7 @@ impl<'a> Ceremony<'a> {
             Action::Identify => self.identify(token),
             Action::GenerateKey => self.generate_key(token, step.key.unwrap_or_default()),
             Action::GenerateSigningKey => self.generate_signing_key(token),
-            Action::CheckNothingExists | Action::Sign => Ok(()),
+            Action::CheckNothingExists | Action::Sign | Action::Register => Ok(()),
         }
     }
 
@@ -375,12 +413,10 @@ impl<'a> Ceremony<'a> {
         let admin = open.admin()?;
         let make = || made_as_planned(admin, planned);
         let (context, config) = (self.context, &open.config);
-        let checked = match &self.registry {
-            Some(rows) => key::generate_and_register(context, config, admin, rows, make)?.checked,
-            None => key::generate_without_registration(context, config, make)?,
-        };
-        let key = described(&planned.name, &checked, self.registry.is_some());
+        let checked = key::generate_without_registration(context, config, make)?;
+        let key = described(&planned.name, &checked);
         self.transcript.tokens[token].keys.push(key);
+        self.tokens[token].keys.push(checked);
         Ok(())
     }
 
@@ -399,74 +435,103 @@ impl<'a> Ceremony<'a> {
             id: key.object.to_string(),
             public_key: Base64::encode_string(&key.spki),
             fingerprint: sha256_hex(&key.spki),
-            attributes: attributes("signing key", &key.attributes),
+            attributes: attributes(complete::SIGNING_KEY, &key.attributes),
         });
         open.signing_key = Some((key.object, key.spki));
-        Ok(())
+        // A token that cannot sign is found before there is a wrapping key.
+        self.signature(token, TRIAL).map(drop)
     }
 
-    /// Signs the complete transcript on every token. The file of the transcript becomes complete only with the signatures.
-    fn complete(mut self, step: &Step) -> Result<Ended, Failure> {
+    /// Registers a key after the transcript is complete and signed. A failure does not change the transcript.
+    fn register(&self, step: &Step) -> Result<(), Failure> {
+        let lacks = || Failure::new(Exit::Internal, "the step has no key");
+        let (token, key) = step.token.zip(step.key).ok_or_else(lacks)?;
+        let open = self.tokens.get(token).ok_or_else(lacks)?;
+        let key = open.keys.get(key).ok_or_else(lacks)?;
+        let rows = self.registry.as_deref().unwrap_or_default();
+        key::register_generated(self.context, &open.config, open.admin()?, rows, key).map_err(
+            |failure| {
+                let what = format!("step {} failed: {failure}", step.number);
+                Failure::new(failure.exit, what).hint(format!(
+                    "the ceremony is complete and {} is signed by the token; only the registration is missing",
+                    self.files.transcript.display()
+                ))
+            },
+        )
+    }
+
+    /// Signs the complete transcript on every token. The file of the transcript becomes complete only with the signatures and
+    /// the page.
+    fn complete(&mut self, step: &Step) -> Result<(), Failure> {
         self.transcript.status = Status::Complete;
         self.transcript.ended = Timestamp::now().to_string();
-        let signed = self.signed();
-        match signed {
-            Ok((text, signatures)) => {
-                let sha256 = signatures.transcript_sha256.clone();
-                let list = signatures.to_text().map_err(|error| internal(&error))?;
-                replace(&self.files.signatures, &list)?;
-                replace(&self.files.transcript, &text)?;
-                replace(
-                    &self.files.page,
-                    &page::of_transcript(&self.transcript, &sha256),
-                )?;
-                let (transcript, files) = (self.transcript, self.files);
-                Ok(Ended {
-                    transcript,
-                    sha256,
-                    files,
-                })
+        match self.signed().and_then(|signed| self.write_all(&signed)) {
+            Ok(sha256) => {
+                self.signed = Some(sha256);
+                Ok(())
             }
             Err(failure) => {
                 self.transcript.status = Status::Incomplete;
-                self.begin_step(step)?;
-                self.end_step(&Err(failure.clone()))?;
-                Err(self.explained(step, failure))
+                self.add_step(step);
+                self.recorded(step, Err(failure))
             }
         }
     }
 
+    /// Writes the files of a complete ceremony, the transcript last. Returns the SHA-256 of the transcript.
+    fn write_all(&self, (text, signatures): &(String, Signatures)) -> Result<String, Failure> {
+        let sha256 = &signatures.transcript_sha256;
+        let list = signatures.to_text().map_err(|error| internal(&error))?;
+        replace(&self.files.signatures, &list)?;
+        replace(
+            &self.files.page,
+            &page::of_transcript(&self.transcript, sha256),
+        )?;
+        replace(&self.files.transcript, text)?;
+        Ok(sha256.clone())
+    }
+
     fn signed(&self) -> Result<(String, Signatures), Failure> {
+        let problems = complete::problems(&self.transcript, &self.plan);
+        if !problems.is_empty() {
+            return Err(Failure::new(Exit::Untrusted, problems.join("; ")));
+        }
         let text = self
             .transcript
             .to_canonical()
             .map_err(|error| internal(&error))?;
         let mut signatures = Signatures::new(sha256_hex(text.as_bytes()));
-        for (open, token) in self.tokens.iter().zip(&self.transcript.tokens) {
-            let (object, public) = open
-                .signing_key
-                .as_ref()
-                .ok_or_else(|| Failure::new(Exit::Internal, "there is no signing key"))?;
-            let made = open.admin()?.sign(object, text.as_bytes())?;
-            let algorithm = if made.pss {
-                SignatureAlgorithm::RsaPssSha256
-            } else {
-                SignatureAlgorithm::RsaPkcs1Sha256
-            };
-            if !verify::verifies(public, algorithm, text.as_bytes(), &made.signature) {
-                let what = format!(
-                    "the signature of token {:?} does not verify with the public key of its signing key",
-                    token.name
-                );
-                return Err(Failure::new(Exit::Untrusted, what));
-            }
-            signatures.tokens.push(TokenSignature {
-                token: token.name.clone(),
-                algorithm,
-                signature: Base64::encode_string(&made.signature),
-            });
+        let statement = verify::statement(&signatures.transcript_sha256);
+        for token in 0..self.tokens.len() {
+            signatures.tokens.push(self.signature(token, &statement)?);
         }
         Ok((text, signatures))
+    }
+
+    /// A signature by the signing key of a token. The signature was verified with the public key.
+    fn signature(&self, token: usize, message: &str) -> Result<TokenSignature, Failure> {
+        let (open, name) = (&self.tokens[token], &self.transcript.tokens[token].name);
+        let (object, public) = open
+            .signing_key
+            .as_ref()
+            .ok_or_else(|| Failure::new(Exit::Internal, "there is no signing key"))?;
+        let made = open.admin()?.sign(object, message.as_bytes())?;
+        let algorithm = if made.pss {
+            SignatureAlgorithm::RsaPssSha256
+        } else {
+            SignatureAlgorithm::RsaPkcs1Sha256
+        };
+        if !verify::verifies(public, algorithm, message.as_bytes(), &made.signature) {
+            let what = format!(
+                "the signature of token {name:?} does not verify with the public key of its signing key"
+            );
+            return Err(Failure::new(Exit::Untrusted, what));
+        }
+        Ok(TokenSignature {
+            token: name.clone(),
+            algorithm,
+            signature: Base64::encode_string(&made.signature),
+        })
     }
 
     /// Writes the transcript so far.
@@ -483,6 +548,24 @@ impl<'a> Ceremony<'a> {
 fn replace(path: &Path, text: &str) -> Result<(), Failure> {
     output_file::replace(path, text)
         .map_err(|error| usage(format!("cannot write {}: {error}", path.display())))
+}
+
+/// Two entries of the plan must not select the same token.
+fn are_different(plan: &Plan, tokens: &[Open]) -> Result<(), Failure> {
+    let mut seen = BTreeSet::new();
+    for (planned, open) in plan.tokens.iter().zip(tokens) {
+        let Some(admin) = &open.admin else { continue };
+        if !seen.insert((&planned.module, &admin.info().serial)) {
+            let what = format!(
+                "token {:?}: another token of the plan has the same serial number {:?}, so both are one token. Nothing was \
+                 changed",
+                planned.name,
+                admin.info().serial
+            );
+            return Err(Failure::new(Exit::Token, what));
+        }
+    }
+    Ok(())
 }
 
 fn number(value: usize) -> u64 {
@@ -561,8 +644,8 @@ fn made_as_planned(
     Err(Failure::new(Exit::Untrusted, what))
 }
 
-fn described(name: &str, checked: &CheckedKey, registered: bool) -> transcript::Key {
-    let mut found = attributes("RSA private key", &checked.private);
+fn described(name: &str, checked: &CheckedKey) -> transcript::Key {
+    let mut found = attributes(complete::PRIVATE_KEY, &checked.private);
     found.extend(attributes("integrity key", &checked.integrity));
     let integrity_key = match checked.objects.integrity {
         IntegrityPlace::Worker => "worker",
@@ -585,7 +668,6 @@ fn described(name: &str, checked: &CheckedKey, registered: bool) -> transcript::
             Some(problem) => problem.clone(),
         },
         tests_not_run: checked.not_tried.clone(),
-        registered,
     }
 }
 

@@ -8,6 +8,9 @@ use std::{
     io::{self, BufRead as _, BufReader, IsTerminal as _, Write as _},
 };
 
+use rustix::termios::{
+    LocalModes, OptionalActions, QueueSelector, Termios, tcflush, tcgetattr, tcsetattr,
+};
 use zeroize::Zeroizing;
 
 use keybroker_ceremony::{
@@ -19,8 +22,10 @@ use crate::cli::exit::{Exit, Failure};
 
 /// Clears the screen and the lines that can be scrolled back to, and moves the cursor to the top left.
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
-/// How often a custodian may type a share again.
+/// How often a custodian may type a share.
 const TRIES: u32 = 3;
+/// Room for a line of input, in bytes. A longer line is copied, and the first copy is not overwritten.
+const LINE_BYTES: usize = 1_024;
 
 /// Where shares are shown.
 #[derive(Debug)]
@@ -67,20 +72,66 @@ impl Terminal {
         })
     }
 
+    /// Shows a share until its custodian has typed it back. A share that nobody wrote down would be noticed only when it is
+    /// needed.
     fn show(&mut self, custodian: &str, share: &Share) -> Result<(), Failure> {
-        let number = share.number();
-        self.ask(&format!(
-            "{CLEAR}Share {number} is for {custodian}. Only {custodian} looks at the screen now.\r\nPress Enter to see the share."
-        ))?;
+        for _ in 0..TRIES {
+            self.confirm(custodian, share.number())?;
+            self.show_once(custodian, share)?;
+            if self.is_typed_back(custodian, share)? {
+                return self.write(&format!(
+                    "The share is right. {custodian} keeps share {}.\r\n",
+                    share.number()
+                ));
+            }
+            self.write("This is not the share. It is shown again.\r\n")?;
+        }
+        let what = format!(
+            "{custodian} did not type share {} as it was shown, so the PIN was discarded. The token was not changed",
+            share.number()
+        );
+        Err(Failure::new(Exit::Pin, what))
+    }
+
+    /// Waits until the custodian has typed their name. A bare Enter is not enough, because the custodian before may have
+    /// pressed Enter twice.
+    fn confirm(&mut self, custodian: &str, number: u8) -> Result<(), Failure> {
+        let prompt = format!(
+            "\r\nShare {number} is for {custodian}. Only {custodian} looks at the screen now.\r\n\
+             Type the name {custodian} and press Enter to see the share: "
+        );
+        while self.ask(&[&prompt])?.trim() != custodian {}
+        Ok(())
+    }
+
+    fn show_once(&mut self, custodian: &str, share: &Share) -> Result<(), Failure> {
         let line = share.to_line();
-        self.ask(&format!(
-            "{CLEAR}Share {number}, for {custodian}:\r\n\r\n    {}\r\n\r\nWrite the share down, with the number before the first \
-             hyphen. It is not shown again.\r\nPress Enter to clear the screen.",
-            *line
-        ))?;
-        self.write(&format!(
-            "{CLEAR}The screen was cleared. {custodian} keeps share {number}.\r\n"
-        ))
+        let before = format!(
+            "{CLEAR}Share {}, for {custodian}:\r\n\r\n    ",
+            share.number()
+        );
+        let after = "\r\n\r\nWrite the share down, with the number before the first hyphen.\r\n\
+                     Press Enter to clear the screen: ";
+        let asked = self.ask(&[&before, &line, after]);
+        // The screen is cleared even if the input ended.
+        let cleared = self.write(CLEAR);
+        asked.and(cleared)
+    }
+
+    /// Reads a line without showing it, and compares it with a share.
+    fn is_typed_back(&mut self, custodian: &str, share: &Share) -> Result<bool, Failure> {
+        let prompt = format!(
+            "{custodian} types share {} from the paper and presses Enter. The text is not shown: ",
+            share.number()
+        );
+        let _silent = Silent::start(&self.output).map_err(|error| lost(&error))?;
+        loop {
+            let line = self.ask(&[&prompt])?;
+            self.write("\r\n")?;
+            if !line.trim().is_empty() {
+                return Ok(Share::from_line(&line).is_ok_and(|typed| typed == *share));
+            }
+        }
     }
 
     fn write(&mut self, text: &str) -> Result<(), Failure> {
@@ -90,13 +141,49 @@ impl Terminal {
             .map_err(|error| lost(&error))
     }
 
-    fn ask(&mut self, text: &str) -> Result<(), Failure> {
-        self.write(text)?;
-        let mut line = String::new();
+    /// Discards what was typed so far, writes the parts of a prompt, and reads a line. The parts are written one by one, so
+    /// that no further copy of a share is made.
+    fn ask(&mut self, prompt: &[&str]) -> Result<Zeroizing<String>, Failure> {
+        self.discard_input()?;
+        for part in prompt {
+            self.write(part)?;
+        }
+        let mut line = Zeroizing::new(String::with_capacity(LINE_BYTES));
         match self.input.read_line(&mut line) {
             Ok(0) => Err(lost(&io::Error::from(io::ErrorKind::UnexpectedEof))),
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(line),
             Err(error) => Err(lost(&error)),
+        }
+    }
+
+    fn discard_input(&mut self) -> Result<(), Failure> {
+        let read = self.input.buffer().len();
+        self.input.consume(read);
+        tcflush(&self.output, QueueSelector::IFlush).map_err(|error| lost(&error.into()))
+    }
+}
+
+/// A terminal that does not show what is typed. The terminal shows it again when this value is dropped.
+struct Silent {
+    terminal: File,
+    before: Termios,
+}
+
+impl Silent {
+    fn start(terminal: &File) -> io::Result<Self> {
+        let terminal = terminal.try_clone()?;
+        let before = tcgetattr(&terminal)?;
+        let mut silent = before.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        tcsetattr(&terminal, OptionalActions::Flush, &silent)?;
+        Ok(Self { terminal, before })
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        if let Err(error) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
+            tracing::error!(%error, "the terminal does not show what is typed; run `stty echo`");
         }
     }
 }

@@ -394,7 +394,40 @@ fn a_ceremony_is_held_signed_and_verified() {
         &["does not fit the transcript"],
     );
 
+    the_key_is_shown(&held, key["fingerprint"].as_str().unwrap());
     changed_files_are_refused(&held);
+}
+
+/// A custodian reads the page that the transcript gives, and an auditor sees which key and token the transcript is about.
+fn the_key_is_shown(held: &Held, fingerprint: &str) {
+    let transcript = text_of(&held.transcript);
+    let shown = held.site.expect_ok(&["ceremony", "show", transcript]);
+    let page = fs::read_to_string(held.beside(".txt")).unwrap();
+    assert_eq!(shown.trim_end(), page.trim_end());
+    assert!(shown.contains(fingerprint), "{shown}");
+    let allowed = held.allowed_signers();
+    let verify = |fingerprint: &str| {
+        let list = text_of(&allowed);
+        held.site.run(&[
+            "ceremony",
+            "verify",
+            transcript,
+            "--allowed-signers",
+            list,
+            "--quorum",
+            "2",
+            "--key",
+            fingerprint,
+        ])
+    };
+    let verified = verify(fingerprint);
+    assert_eq!(verified.code, Some(0), "{verified:#?}");
+    let content = held.content();
+    let serial = content["tokens"][0]["initialised_serial"].as_str().unwrap();
+    for expected in [fingerprint, serial, content["started"].as_str().unwrap()] {
+        assert!(verified.stdout.contains(expected), "{verified:#?}");
+    }
+    assert_refused(&verify(&"0".repeat(64)), VERIFICATION, &["no wrapping key"]);
 }
 
 fn changed_files_are_refused(held: &Held) {
@@ -405,6 +438,10 @@ fn changed_files_are_refused(held: &Held) {
         changed[place] ^= 1;
         fs::write(&held.transcript, &changed).unwrap();
         let refused = held.verify("2");
+        assert_eq!(refused.code, Some(VERIFICATION), "{place}: {refused:#?}");
+        let refused = held
+            .site
+            .run(&["ceremony", "show", text_of(&held.transcript)]);
         assert_eq!(refused.code, Some(VERIFICATION), "{place}: {refused:#?}");
     }
     let text = String::from_utf8(good.clone()).unwrap();

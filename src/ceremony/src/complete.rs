@@ -101,6 +101,10 @@ fn problems_of_token(
             planned.initialise, token.initialised
         ));
     }
+    let serial = token.identity.as_ref().map(|identity| &identity.serial);
+    if planned.initialise && token.initialised_serial.as_ref() != serial {
+        found.push("the token is not the one that was initialised".to_owned());
+    }
     found.extend(problems_of_identity(token, planned));
     found.extend(problem_of_so_pin(token.so_pin.as_ref(), planned, plan));
     if token.keys.len() != planned.keys.len() {

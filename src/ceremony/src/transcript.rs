@@ -117,6 +117,8 @@ pub struct Token {
     pub identity: Option<Identity>,
     /// Whether the ceremony initialised the token.
     pub initialised: bool,
+    /// Serial number of the token that the ceremony initialised, known before the first login.
+    pub initialised_serial: Option<String>,
     /// The shares of the security officer's PIN.
     pub so_pin: Option<SoPin>,
     /// The wrapping keys that were generated.

@@ -60,10 +60,9 @@ pub fn verify(
     demands: Demands<'_>,
 ) -> Result<(Transcript, Verified), VerifyError> {
     let transcript = Transcript::parse(bytes)?;
-    let mut problems = transcript.contradictions()?;
-    if transcript.status != Status::Complete {
-        problems.push("the ceremony is incomplete: a step failed or did not end".to_owned());
-    }
+    let signatures = parse(signatures)?;
+    let sha256 = sha256_hex(bytes);
+    let mut problems = problems_before_custodians(&transcript, &signatures, &sha256)?;
     if let Some(sha256) = demands.plan_sha256
         && sha256 != transcript.plan.sha256
     {
@@ -72,15 +71,6 @@ pub fn verify(
             transcript.plan.sha256
         ));
     }
-    let signatures = parse(signatures)?;
-    let sha256 = sha256_hex(bytes);
-    if signatures.transcript_sha256 != sha256 {
-        problems.push(format!(
-            "the signatures are for a transcript with the SHA-256 {}, but this transcript has {sha256}",
-            signatures.transcript_sha256
-        ));
-    }
-    problems.extend(problems_of_tokens(&transcript, &signatures, &sha256));
     let mut verified = Verified {
         transcript_sha256: sha256,
         tokens: transcript
@@ -105,6 +95,38 @@ pub fn verify(
     } else {
         Err(VerifyError::DoesNotFit(problems))
     }
+}
+
+/// Checks everything but the custodians' signatures: what a custodian relies on before signing. Returns the transcript and
+/// its SHA-256.
+pub fn check(bytes: &[u8], signatures: &Signatures) -> Result<(Transcript, String), VerifyError> {
+    let transcript = Transcript::parse(bytes)?;
+    let sha256 = sha256_hex(bytes);
+    let problems = problems_before_custodians(&transcript, signatures, &sha256)?;
+    if problems.is_empty() {
+        Ok((transcript, sha256))
+    } else {
+        Err(VerifyError::DoesNotFit(problems))
+    }
+}
+
+fn problems_before_custodians(
+    transcript: &Transcript,
+    signatures: &Signatures,
+    sha256: &str,
+) -> Result<Vec<String>, VerifyError> {
+    let mut problems = transcript.contradictions()?;
+    if transcript.status != Status::Complete {
+        problems.push("the ceremony is incomplete: a step failed or did not end".to_owned());
+    }
+    if signatures.transcript_sha256 != sha256 {
+        problems.push(format!(
+            "the signatures are for a transcript with the SHA-256 {}, but this transcript has {sha256}",
+            signatures.transcript_sha256
+        ));
+    }
+    problems.extend(problems_of_tokens(transcript, signatures, sha256));
+    Ok(problems)
 }
 
 /// What a signing key signs for a transcript with this SHA-256. Some tokens sign only short messages in one call, so the
@@ -345,6 +367,7 @@ mod tests {
             .collect();
         let token = &mut transcript.tokens[0];
         token.initialised = true;
+        token.initialised_serial = Some("0123".to_owned());
         token.identity = Some(Identity {
             module_sha256: "ab".repeat(32),
             library: "library".to_owned(),
@@ -443,6 +466,9 @@ mod tests {
             ceremony = signed(ceremony.people, changed, ceremony.signing_key);
             let message = ceremony.refusal(&ceremony.bytes);
             assert!(message.contains(expected), "{expected}: {message}");
+            // A custodian is told before signing.
+            let checked = check(&ceremony.bytes, &ceremony.signatures);
+            assert!(checked.unwrap_err().to_string().contains(expected));
         }
     }
 
@@ -451,6 +477,10 @@ mod tests {
         assert_contradictions(&[
             (|one| one.title = "another".to_owned(), "title"),
             (|one| one.witnesses.clear(), "witnesses"),
+            (
+                |one| identity(one).serial.push('x'),
+                "not the one that was initialised",
+            ),
             (|one| one.steps.clear(), "0 steps, but the plan has 6"),
             (|one| one.steps[4].what.push('x'), "step 5 is not that"),
             (|one| one.steps[4].number = 9, "step 5 is not that"),

@@ -17,10 +17,29 @@ const NAMES_MAX: u32 = 16;
 /// device, a directory, a symbolic link or a file of another user. The temporary file is always a
 /// new file. No existing file is removed to make room for the temporary file.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
+    replace_after(path, text, |_| Ok(()))
+}
+
+/// Does the same as [`replace`], and returns only when the file and its name are on the disk.
+pub(crate) fn replace_durably(path: &Path, text: &str) -> io::Result<()> {
+    replace_after(path, text, File::sync_all)?;
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    File::open(folder)?.sync_all()
+}
+
+fn replace_after(
+    path: &Path,
+    text: &str,
+    written: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<()> {
     check_replaceable(path)?;
     let (mut file, partial) = create_beside(path)?;
     let written = file
         .write_all(text.as_bytes())
+        .and_then(|()| written(&file))
         .and_then(|()| fs::rename(&partial, path));
     if written.is_err() {
         // Removing the temporary file is safe, because this call created it.
@@ -82,6 +101,8 @@ mod tests {
         for text in ["first", "second"] {
             replace(&path, text).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
+            replace_durably(&path, "durable").unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), "durable");
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }

@@ -38,6 +38,10 @@ pub(super) enum Command {
     ///
     /// The rehearsal needs no configuration, and changes no token, database or audit log.
     Rehearse(rehearse::Rehearse),
+    /// Check a complete transcript and print it as a page; needs no token and no configuration
+    ///
+    /// Each custodian runs this command on a machine of their own before they sign.
+    Show(sign::Show),
     /// Add the signatures of custodians to a transcript
     ///
     /// Each custodian signs with `ssh-keygen -Y sign -n keybroker-ceremony -f KEY <TRANSCRIPT >NAME.sig`.
@@ -58,6 +62,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
     match command {
         Command::Run(arguments) => run::run(&arguments, context),
         Command::Rehearse(arguments) => rehearse::run(&arguments, context),
+        Command::Show(arguments) => sign::show(&arguments, context),
         Command::Sign(arguments) => sign::sign(&arguments, context),
         Command::Verify(arguments) => sign::verify(&arguments, context),
         Command::Combine(arguments) => combine::combine(&arguments, context),

@@ -38,6 +38,9 @@ pub(in crate::cli) struct Combine {
 pub(in crate::cli) struct UnlockPin {
     /// Transcript of the ceremony that made the shares
     transcript: PathBuf,
+    /// Serial number of the token, if the transcript does not have it because the ceremony failed
+    #[arg(long, value_name = "SERIAL")]
+    serial: Option<String>,
     #[command(flatten)]
     pin: UserPin,
 }
@@ -62,12 +65,7 @@ pub(super) fn combine(arguments: &Combine, context: &Context) -> Result<(), Fail
 pub(super) fn unlock_pin(arguments: &UnlockPin, context: &Context) -> Result<(), Failure> {
     let transcript = read_parsed(&arguments.transcript)?;
     let token = token(&transcript, context)?;
-    let serial = token.identity.as_ref().map(|one| one.serial.as_str()).ok_or_else(|| {
-        usage(format!(
-            "the transcript has no serial number of token {:?}, so it is not known which token the PIN is for",
-            token.name
-        ))
-    })?;
+    let serial = serial(token, arguments.serial.as_deref())?;
     let mut config = context.config_for_tokens()?;
     config.select_token(Some(&token.name))?;
     let _lock = store::lock(&config.store)?;
@@ -96,6 +94,23 @@ pub(super) fn unlock_pin(arguments: &UnlockPin, context: &Context) -> Result<(),
         ("serial", json!(info.serial)),
         ("user_pin", json!("set")),
     ])
+}
+
+/// The serial number in the transcript, or the given one if the transcript has none.
+fn serial<'a>(token: &'a Token, given: Option<&'a str>) -> Result<&'a str, Failure> {
+    let identity = token.identity.as_ref().map(|one| one.serial.as_str());
+    match (identity.or(token.initialised_serial.as_deref()), given) {
+        (Some(known), Some(given)) if known != given => Err(usage(format!(
+            "the transcript has the serial number {known:?} of token {:?}, not {given:?}",
+            token.name
+        ))),
+        (Some(serial), _) | (None, Some(serial)) => Ok(serial),
+        (None, None) => Err(usage(format!(
+            "the transcript has no serial number of token {:?}, so it is not known which token the PIN is for",
+            token.name
+        ))
+        .hint("pass the serial number that the failed step of the transcript names with --serial")),
+    }
 }
 
 fn read_parsed(path: &Path) -> Result<Transcript, Failure> {
@@ -132,4 +147,24 @@ fn token<'a>(transcript: &'a Transcript, context: &Context) -> Result<&'a Token,
             format!("the ceremony split the PINs of the tokens {names}, and of no other token"),
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The PIN of the security officer is presented to one token only.
+    #[test]
+    fn the_serial_number_of_the_transcript_comes_first() {
+        let failed = Token::default();
+        assert_eq!(serial(&failed, Some("1")).unwrap(), "1");
+        let refused = serial(&failed, None).unwrap_err();
+        assert!(refused.hint.unwrap().contains("--serial"));
+        let initialised = Token {
+            initialised_serial: Some("2".to_owned()),
+            ..Token::default()
+        };
+        assert_eq!(serial(&initialised, None).unwrap(), "2");
+        assert!(serial(&initialised, Some("1")).is_err());
+    }
 }

@@ -48,6 +48,9 @@ use super::{
     usage,
 };
 
+/// What a person does if only the user PIN is missing. Erasing the token is not needed, because the shares are valid.
+const HINT_OF_INITIALISATION: &str = "if the token is initialised but has no user PIN, do not erase it: `keybroker ceremony unlock-pin` \
+     with `--serial` sets the user PIN with the shares";
 /// What a new signing key signs, to show that the token can sign.
 const TRIAL: &str = "keybroker-ceremony-trial/1\n";
 
@@ -366,8 +369,8 @@ impl<'a> Ceremony<'a> {
         let label = self.plan.tokens[token].label.clone().unwrap_or_default();
         let (config, context) = (&open.config, self.context);
         let nothing_more = |_: &mut Entry| {};
-        change::audited(context, config, "token.init", nothing_more, || {
-            let (_, note) = admin::init_token(
+        let info = change::audited(context, config, "token.init", nothing_more, || {
+            let (info, note) = admin::init_token(
                 Path::new(OWN_PROGRAM),
                 config.token(),
                 &pin::state(config),
@@ -380,9 +383,11 @@ impl<'a> Ceremony<'a> {
             if let Some(note) = note {
                 context.output.note(&format!("note: {note}"));
             }
-            Ok(())
-        })?;
+            Ok(info)
+        })
+        .map_err(|failure: Failure| failure.hint(HINT_OF_INITIALISATION))?;
         self.transcript.tokens[token].initialised = true;
+        self.transcript.tokens[token].initialised_serial = Some(info.serial);
         Ok(())
     }
 
@@ -546,7 +551,7 @@ impl<'a> Ceremony<'a> {
 }
 
 fn replace(path: &Path, text: &str) -> Result<(), Failure> {
-    output_file::replace(path, text)
+    output_file::replace_durably(path, text)
         .map_err(|error| usage(format!("cannot write {}: {error}", path.display())))
 }
 

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use keybroker_ceremony::{
-    plan, sha256_hex,
+    page, plan, sha256_hex,
     ssh::{AllowedSigners, Signature},
     transcript::{Status, Transcript},
     verify::{self, Demands, VerifyError},
@@ -35,6 +35,12 @@ pub(in crate::cli) struct Sign {
 }
 
 #[derive(Args, Debug)]
+pub(in crate::cli) struct Show {
+    /// Transcript of the ceremony
+    transcript: PathBuf,
+}
+
+#[derive(Args, Debug)]
 pub(in crate::cli) struct Verify {
     /// Transcript of the ceremony; its signatures are in the file beside it with `.signatures` at the end of the name
     transcript: PathBuf,
@@ -47,12 +53,29 @@ pub(in crate::cli) struct Verify {
     /// Also check that the ceremony followed this plan
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
+    /// Also check that the ceremony made the wrapping key with this fingerprint, as `key list` shows it
+    #[arg(long, value_name = "SHA256")]
+    key: Option<String>,
 }
 
 impl From<VerifyError> for Failure {
     fn from(error: VerifyError) -> Self {
         Self::new(Exit::Verification, error.to_string())
     }
+}
+
+/// Prints what a custodian signs, from the transcript itself.
+pub(super) fn show(arguments: &Show, context: &Context) -> Result<(), Failure> {
+    let files = Files::beside(&arguments.transcript);
+    let bytes = read_transcript(&files.transcript)?;
+    let signatures = verify::parse(&read_signatures(&files.signatures)?)?;
+    let (transcript, sha256) = verify::check(&bytes, &signatures)?;
+    let page = page::of_transcript(&transcript, &sha256);
+    if context.output.is_json() {
+        let shown = json!({"transcript_sha256": sha256, "page": page});
+        return context.output.json(&shown);
+    }
+    context.output.text(page.trim_end())
 }
 
 pub(super) fn sign(arguments: &Sign, context: &Context) -> Result<(), Failure> {
@@ -65,10 +88,7 @@ pub(super) fn sign(arguments: &Sign, context: &Context) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Verification, what));
     }
     let mut signatures = verify::parse(&read_signatures(&files.signatures)?)?;
-    if signatures.transcript_sha256 != sha256_hex(&bytes) {
-        let what = format!("{} is of another transcript", files.signatures.display());
-        return Err(Failure::new(Exit::Verification, what));
-    }
+    verify::check(&bytes, &signatures)?;
     for path in &arguments.signatures {
         let refused =
             |what: String| Failure::new(Exit::Verification, format!("{}: {what}", path.display()));
@@ -79,7 +99,7 @@ pub(super) fn sign(arguments: &Sign, context: &Context) -> Result<(), Failure> {
         signatures.add(custodian, &text);
     }
     let text = signatures.to_text().map_err(|error| internal(&error))?;
-    output_file::replace(&files.signatures, &text).map_err(|error| {
+    output_file::replace_durably(&files.signatures, &text).map_err(|error| {
         usage(format!(
             "cannot write {}: {error}",
             files.signatures.display()
@@ -120,6 +140,13 @@ pub(super) fn verify(arguments: &Verify, context: &Context) -> Result<(), Failur
         plan_sha256: plan.as_deref(),
     };
     let (transcript, verified) = verify::verify(&bytes, &signatures, demands)?;
+    let keys = || transcript.tokens.iter().flat_map(|token| &token.keys);
+    if let Some(wanted) = &arguments.key
+        && !keys().any(|key| key.fingerprint == *wanted)
+    {
+        let what = format!("the ceremony made no wrapping key with the fingerprint {wanted}");
+        return Err(Failure::new(Exit::Verification, what));
+    }
     for reason in &verified.not_counted {
         context
             .output
@@ -129,8 +156,25 @@ pub(super) fn verify(arguments: &Verify, context: &Context) -> Result<(), Failur
         ("title", json!(transcript.title)),
         ("transcript_sha256", json!(verified.transcript_sha256)),
         ("plan_sha256", json!(transcript.plan.sha256)),
+        ("started", json!(transcript.started)),
+        ("ended", json!(transcript.ended)),
         ("tokens", json!(verified.tokens.join(", "))),
+        ("serials", json!(joined(&mut serials(&transcript)))),
+        (
+            "keys",
+            json!(joined(&mut keys().map(|key| &key.fingerprint))),
+        ),
         ("custodians", json!(verified.custodians.join(", "))),
         ("quorum", json!(arguments.quorum)),
     ])
+}
+
+/// The serial numbers of the tokens.
+fn serials(transcript: &Transcript) -> impl Iterator<Item = &String> {
+    let identities = transcript.tokens.iter().flat_map(|token| &token.identity);
+    identities.map(|identity| &identity.serial)
+}
+
+fn joined<'a>(texts: &mut dyn Iterator<Item = &'a String>) -> String {
+    texts.map(String::as_str).collect::<Vec<_>>().join(", ")
 }

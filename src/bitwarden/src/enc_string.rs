@@ -50,9 +50,9 @@ impl EncString {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));
         }
-        let (number, rest) = text
-            .split_once('.')
-            .ok_or(Error::Form("the text does not begin with a type and a dot"))?;
+        let (number, rest) = text.split_once('.').ok_or(Error::Form(
+            "the text does not begin with a type number and a dot",
+        ))?;
         let parts: Vec<&str> = rest.splitn(4, '|').collect();
         match (number, parts.as_slice()) {
             ("0", [iv, ciphertext]) => Ok(Self::Aes256Cbc {
@@ -123,7 +123,7 @@ impl fmt::Display for EncString {
 }
 
 fn decode(part: &str) -> Result<Vec<u8>, Error> {
-    Base64::decode_vec(part).map_err(|_| Error::Form("a part is not canonical base64"))
+    Base64::decode_vec(part).map_err(|_| Error::Form("a part of the text is not canonical base64"))
 }
 
 fn fixed<const LENGTH: usize>(part: &str, what: &'static str) -> Result<[u8; LENGTH], Error> {

@@ -68,20 +68,20 @@ pub enum Error {
         expected: &'static str,
     },
     /// The text is not an `EncString`.
-    #[error("not an encrypted text in Bitwarden's format: {0}")]
+    #[error("not an encrypted string in Bitwarden's format: {0}")]
     Form(&'static str),
     /// This crate does not read this type of `EncString`.
-    #[error("encrypted text of type {0}: only the types 0, 2 and 4 are supported")]
+    #[error("encrypted string of type {0}: only the types 0, 2 and 4 are supported")]
     Type(u8),
     /// This kind of key cannot be used with this type of `EncString`.
-    #[error("an encrypted text of type {0} cannot be decrypted with this kind of key")]
+    #[error("an encrypted string of type {0} cannot be decrypted with this kind of key")]
     KeyKind(u8),
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
     KeyPair,
     /// The MAC, the padding or OAEP is wrong. The error does not distinguish these causes, so that
     /// an attacker cannot use the error as an oracle.
-    #[error("the key is wrong, or the encrypted text was changed")]
+    #[error("the key is wrong, or the encrypted string was changed")]
     Decrypt,
     /// The plain text is too long for the type of encrypted text.
     #[error("the plain text is too long to be encrypted")]

@@ -112,7 +112,7 @@ impl fmt::Display for Error {
             Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
             Problem::HardLinks => write!(
                 f,
-                "{at} has more than one hard link in a directory where other users can add hard links: {risk}; copy the \
+                "{at} has more than one hard link, and is in a directory where other users can add hard links: {risk}; copy the \
                  file to another directory"
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),

@@ -351,7 +351,7 @@ impl Issuer {
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "the access token has no `kid`, and too many keys fit the `alg`: {:?}",
+                "the access token has no `kid`, and too many keys match the `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(

@@ -1,4 +1,5 @@
-//! Encrypted texts in Bitwarden's format: a type, a dot, and base64 parts that are separated by vertical bars.
+//! Encrypted strings in Bitwarden's format: a type, a dot, and base64 parts that are separated by
+//! vertical bars.
 
 use std::fmt;
 
@@ -12,14 +13,14 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted encrypted text, in bytes. The longest text that clients encrypt is a note,
+/// Longest accepted encrypted string, in bytes. The longest text that clients encrypt is a note,
 /// which has at most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
-/// An encrypted text, well-formed but not yet verified.
+/// An encrypted string, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted texts of this type, but
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted strings of this type, but
     /// this crate never writes texts of this type.
     Aes256Cbc {
         /// 16 bytes.
@@ -44,7 +45,7 @@ pub enum EncString {
 }
 
 impl EncString {
-    /// Parses an encrypted text strictly: the text must be canonical base64 with padding, with
+    /// Parses an encrypted string strictly: the text must be canonical base64 with padding, with
     /// nothing before or after. Therefore, each encrypted value has exactly one accepted text form.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {

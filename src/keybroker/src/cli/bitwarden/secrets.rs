@@ -1,4 +1,4 @@
-//! Reads the encrypted texts and the secrets for the `keybroker bitwarden` commands.
+//! Reads the encrypted strings and the secrets for the `keybroker bitwarden` commands.
 
 use std::{fs::File, io::Read as _, path::Path};
 
@@ -8,7 +8,8 @@ use keybroker_bitwarden::{ENC_STRING_BYTES_MAX, EncString};
 
 pub(super) use crate::cli::secrets::Source;
 
-/// Reads an encrypted text from a file. The text is not secret, so the file's mode is not checked.
+/// Reads an encrypted string from a file. The text is not secret, so the file's mode is not
+/// checked.
 pub(super) fn enc_string(option: &str, path: &Path) -> Result<EncString, Failure> {
     let unreadable =
         |why: String| Failure::new(Exit::Usage, format!("{option} {}: {why}", path.display()));

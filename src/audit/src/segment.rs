@@ -58,7 +58,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
             meta.uid()
         );
         let remedy = format!(
-            "run the command as user {owner} (`sudo -u '#{owner}' keybroker …`), or give the directory to user {ours}",
+            "run the command as user {owner} (`sudo -u '#{owner}' keybroker …`), or change the owner of the directory to user {ours}",
             owner = meta.uid()
         );
         return Err(fail("will not write into", path, cause, &remedy));

@@ -57,18 +57,18 @@ impl EncString {
         let parts: Vec<&str> = rest.splitn(4, '|').collect();
         match (number, parts.as_slice()) {
             ("0", [iv, ciphertext]) => Ok(Self::Aes256Cbc {
-                iv: fixed(iv, "the IV is not 16 bytes")?,
+                iv: fixed(iv, "the IV does not have 16 bytes")?,
                 ciphertext: blocks(ciphertext)?,
             }),
             ("2", [iv, ciphertext, mac]) => Ok(Self::Aes256CbcHmac {
-                iv: fixed(iv, "the IV is not 16 bytes")?,
+                iv: fixed(iv, "the IV does not have 16 bytes")?,
                 ciphertext: blocks(ciphertext)?,
-                mac: fixed(mac, "the MAC is not 32 bytes")?,
+                mac: fixed(mac, "the MAC does not have 32 bytes")?,
             }),
             ("4", [ciphertext]) => {
                 let ciphertext = decode(ciphertext)?;
                 if ciphertext.len() != RSA_BYTES {
-                    return Err(Error::Form("the RSA cipher text is not 256 bytes"));
+                    return Err(Error::Form("the RSA ciphertext does not have 256 bytes"));
                 }
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
@@ -135,7 +135,7 @@ fn blocks(part: &str) -> Result<Vec<u8>, Error> {
     let ciphertext = decode(part)?;
     if ciphertext.is_empty() || !ciphertext.len().is_multiple_of(BLOCK_BYTES) {
         return Err(Error::Form(
-            "the length of the cipher text is not a multiple of 16 bytes",
+            "the length of the ciphertext is not a multiple of 16 bytes",
         ));
     }
     Ok(ciphertext)

@@ -83,8 +83,8 @@ pub enum Error {
     /// an attacker cannot use the error as an oracle.
     #[error("the key is wrong, or the encrypted string was changed")]
     Decrypt,
-    /// The plain text is too long for the type of encrypted string.
-    #[error("the plain text is too long to be encrypted")]
+    /// The plaintext is too long for the type of encrypted string.
+    #[error("the plaintext is too long to be encrypted")]
     TooLong,
     /// The system cannot provide memory or random bytes.
     #[error("the system did not provide {0}")]

@@ -84,7 +84,7 @@ pub(super) enum Command {
     Resume(change::OneKey),
     /// Deactivate a key: the key can still unwrap user keys, but wraps no new user keys
     Deactivate(change::OneKey),
-    /// Permanently stop the use of a key whose private key others may know
+    /// Permanently stop the use of a compromised key, whose private key others may know
     ///
     /// The broker does not release user keys that are wrapped under a compromised key. No command
     /// makes the key usable again.

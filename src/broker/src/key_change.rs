@@ -422,8 +422,7 @@ impl Planner {
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {
-            let what = "another broker or a command changed the registry at the same time; this command changed \
-                nothing. Look at the keys again before you repeat the command";
+            let what = "another broker or a command changed the registry at the same time; this command changed nothing. Check the states of the keys before you repeat the command";
             Error::new(Reason::Revision, what).explained("id", what)
         }
         other => other.into(),

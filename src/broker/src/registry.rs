@@ -605,7 +605,7 @@ impl Broker {
                 tracing::warn!(
                     wrapping_key = %row.id,
                     "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
-                     wrapped under this wrapping key is lost; back the token up, test the restore, then run `keybroker token \
+                     wrapped under this wrapping key is lost; back up the token, test the restore, then run `keybroker token \
                      backup-confirmed`"
                 );
             }

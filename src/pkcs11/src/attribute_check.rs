@@ -243,8 +243,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_ALLOWED_MECHANISMS",
-        "a holder of the user PIN may decrypt with the wrapping key without OAEP, which allows padding oracles, and use the \
-         integrity key with another hash",
+        "a holder of the user PIN may decrypt with the wrapping key without OAEP (this allows padding oracles), and may use the integrity key with another hash",
     ),
     exception(
         "CKA_SIGN",

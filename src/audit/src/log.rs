@@ -369,7 +369,7 @@ fn compare_with_mark(
     };
     if mark.log_id != log_id {
         let finding = format!(
-            "the log has the id {log_id}, but entries were written to {}",
+            "the log has the id {log_id}, but entries were written to the log {}",
             mark.log_id
         );
         return Err(found_at_start(memory, finding));

@@ -367,7 +367,7 @@ impl Settings {
 /// Returns the reason why keys must not be fetched from a URL, or `None` if the URL is accepted.
 pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
-        return Some("this text is not a URL");
+        return Some("the value is not a URL");
     };
     if !url.username().is_empty() || url.password().is_some() {
         return Some(

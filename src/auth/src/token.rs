@@ -233,7 +233,7 @@ impl Tokens {
                 format!(" (the `exp` was {exp}, {age} s ago)")
             });
             return Err(Cause::Expired.because(format!(
-                "the `exp` has passed by more than {} s{ended}; the client needs a new access token",
+                "the `exp` has passed, even with the leeway of {} s{ended}; the client needs a new access token",
                 issuer.settings.leeway_s
             )));
         }
@@ -351,7 +351,7 @@ impl Issuer {
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "the access token has no `kid`, and too many keys fit the `alg`: {:?}",
+                "the access token has no `kid`, and too many keys match the `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
@@ -412,7 +412,7 @@ impl Issuer {
         let leeway = self.settings.leeway_s;
         match error.kind() {
             ErrorKind::InvalidSignature => Cause::Signature.because(
-                "the signature does not verify: the access token was changed, or signed with another key of the same name",
+                "the signature does not verify: the access token was changed, or signed with another key that has the same `kid`",
             ),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
                 "the `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"

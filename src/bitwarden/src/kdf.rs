@@ -99,7 +99,7 @@ impl Kdf {
                     "PBKDF2 has more than the 2,000,000 iterations that Bitwarden clients offer"
                 }
                 Self::Argon2id { .. } => {
-                    "Argon2id has more than the 10 iterations, 1,024 MiB and parallelism 16 that Bitwarden clients offer"
+                    "a parameter of Argon2id is more than the maximum that Bitwarden clients offer: 10 iterations, 1,024 MiB and parallelism 16"
                 }
             });
         }
@@ -114,7 +114,7 @@ impl Kdf {
                 let enough =
                     (memory_mib >= 64 && iterations >= 3) || (memory_mib >= 32 && iterations >= 6);
                 (!enough || parallelism < 4).then_some(
-                    "Argon2id has less than the recommended 64 MiB, 3 iterations and parallelism 4",
+                    "the parameters of Argon2id are weaker than the recommended 64 MiB, 3 iterations and parallelism 4",
                 )
             }
         }

@@ -108,7 +108,7 @@ impl KeyChanges {
     fn begin(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
         self.turn.try_lock().map_err(|_| {
             let what =
-                "another change of a wrapping key is in progress; try again when it has ended";
+                "another change of a wrapping key is in progress; try again when the other change has ended";
             Error::new(Reason::Revision, what).explained("id", what)
         })
     }
@@ -233,7 +233,7 @@ impl Broker {
             return Ok(());
         };
         let what = format!(
-            "key {id} may be on token {}, which does not serve; repair the token, or remove it from the configuration and restart \
+            "key {id} may be on token {}, which is not available; repair the token, or remove it from the configuration and restart \
              the broker",
             away.name
         );
@@ -400,11 +400,11 @@ impl Planner {
             .filter(|(row, _)| row.id != id && row.state == WrappingKeyState::Active);
         for (row, problem) in active {
             let is_unserved = !state.tokens.is_empty() && !state.serves(row.id);
-            let problem = problem.or(is_unserved.then_some("no token serves the key"));
+            let problem = problem.or(is_unserved.then_some("no available token has the key"));
             if let Some(problem) = problem {
                 tracing::warn!(
                     wrapping_key = %row.id, problem,
-                    "an active wrapping key was not deactivated, because this key cannot be used"
+                    "a wrapping key that cannot be used was not deactivated and remains active"
                 );
                 continue;
             }
@@ -422,8 +422,7 @@ impl Planner {
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {
-            let what = "another broker or a command changed the registry at the same time; this command changed \
-                nothing. Look at the keys again before you repeat the command";
+            let what = "another broker or a command changed the registry at the same time; this command changed nothing. Check the states of the keys before you repeat the command";
             Error::new(Reason::Revision, what).explained("id", what)
         }
         other => other.into(),

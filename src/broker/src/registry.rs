@@ -114,7 +114,8 @@ impl Signers {
                 entry.row.id
             )
         });
-        let none = || "no wrapping key that may authenticate the row can be used".to_owned();
+        let none =
+            || "none of the wrapping keys that may authenticate the row can be used".to_owned();
         let undecided = waiting.or_else(|| ids.is_empty().then(none));
         Self { ids, undecided }
     }
@@ -604,7 +605,7 @@ impl Broker {
                 tracing::warn!(
                     wrapping_key = %row.id,
                     "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
-                     wrapped under this wrapping key is lost; back the token up, test the restore, then run `keybroker token \
+                     wrapped under this wrapping key is lost; back up the token, test the restore, then run `keybroker token \
                      backup-confirmed`"
                 );
             }
@@ -858,8 +859,7 @@ impl Broker {
             if told.altered != altered && !altered.is_empty() {
                 keybroker_core::alert!(
                     Registry, cause = %altered,
-                    "rows of the wrapping-key registry do not verify; a row that was verified before stays in use, and a key \
-                     without a verified row is refused"
+                    "rows of the wrapping-key registry failed verification; the broker uses the last verified row of each wrapping key, and refuses wrapping keys without a verified row"
                 );
             }
             if told.lost != lost && !lost.is_empty() {
@@ -975,7 +975,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
             // With several tokens, the token with the key may be absent for a long time, so no call
             // waits for this token.
             None if !state.tokens.is_empty() && !state.is_checking_keys => {
-                Standing::Missing("no token with the key was found yet".to_owned())
+                Standing::Missing("no token with the key has been found yet".to_owned())
             }
             None => Standing::Unproved,
         });

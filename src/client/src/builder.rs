@@ -81,7 +81,7 @@ enum Target {
 /// `bearer_token_provider` and `api_client` are set, the credential that was set last is used. An
 /// access token or an API client replaces the client certificate, because the broker ignores the
 /// certificate of a call with an `authorization` header.
-#[must_use = "a builder does nothing before `build`"]
+#[must_use = "a builder does nothing until `build` is called"]
 pub struct ClientBuilder {
     target: Target,
     ca: Option<Pem>,

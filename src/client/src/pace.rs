@@ -44,7 +44,7 @@ impl PacedConnector {
         }
         if made.len() >= CONNECTIONS_MAX {
             return Err(io::Error::other(
-                "the server closed the last connections right after the TLS handshake",
+                "the server closed the most recent connections immediately after the TLS handshake",
             ));
         }
         made.push_back(now);

@@ -68,9 +68,9 @@ macro_rules! alerts {
 
 alerts! {
     TokenDown = "token-down", Critical, "No worker can use the token.";
-    TokenUntrusted = "token-untrusted", Critical, "The token answers but is not in the required state.";
+    TokenUntrusted = "token-untrusted", Critical, "The token answers, but an attribute, a key or a self-test is wrong.";
     PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no further login is made with this PIN.";
-    TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
+    TokenLogin = "token-login", Warning, "A login failed with a return code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
     FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
     ClientDamaged = "client-damaged", Warning, "The row of an API client is damaged.";

@@ -108,7 +108,9 @@ pub enum Error {
     )]
     Keys(usize),
     /// The file has so many unreadable parts that the rest of the file is ignored.
-    #[error("more than {0} parts of the file cannot be read; the rest of the file is ignored")]
+    #[error(
+        "more than {0} blocks or lines of the file cannot be read; the rest of the file is ignored"
+    )]
     TooDamaged(usize),
 }
 

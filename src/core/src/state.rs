@@ -294,7 +294,7 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
     let what = if meta.is_dir() { "directory" } else { "file" };
     let remedy = if meta.uid() == ours {
         let mode = if meta.is_dir() { "0700" } else { "0600" };
-        format!("other users can use the {what}; set the mode of the {what} to {mode}")
+        format!("other users can access the {what}; set the mode of the {what} to {mode}")
     } else {
         format!(
             "the {what} belongs to user {}, and this process runs as user {ours}; run the command as user {}",

@@ -101,8 +101,7 @@ fn other_kinds(making: Making) -> String {
         .collect();
     format!(
         ". If the token's keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If the token \
-         has no keys for HMAC-SHA-256 at all, set `integrity_key = \"worker\"`: the integrity key is then outside the \
-         token, which protects rows less (docs/tokens.md)",
+         has no keys for HMAC-SHA-256 at all, set `integrity_key = \"worker\"`: the integrity key is then outside the token, so the rows are less protected (docs/tokens.md)",
         others.join(" or ")
     )
 }

@@ -90,9 +90,9 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is absent (accepted by an exception) and should be",
+            Found::Excepted => "is absent (accepted by an exception); the expected value is",
             Found::ImpliedByType => "is absent, but the type of the key implies",
-            Found::Missing => "is absent and must be",
+            Found::Missing => "is absent; the required value is",
         };
         write!(f, "{} {found} {expected}", self.attribute)
     }
@@ -235,7 +235,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_MODIFIABLE",
-        "a holder of the user PIN may change the attributes of the keys that the token itself does not protect",
+        "a holder of the user PIN may change those attributes of the keys that the token itself does not protect",
     ),
     exception(
         "CKA_COPYABLE",
@@ -243,8 +243,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_ALLOWED_MECHANISMS",
-        "a holder of the user PIN may decrypt with the wrapping key without OAEP, which allows padding oracles, and use the \
-         integrity key with another hash",
+        "a holder of the user PIN may decrypt with the wrapping key without OAEP (this allows padding oracles), and may use the integrity key with another hash",
     ),
     exception(
         "CKA_SIGN",
@@ -257,7 +256,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_VERIFY",
-        "there is no risk: the integrity key must verify, and the self-test shows that the integrity key verifies",
+        "there is no risk: the integrity key must verify MACs, and the self-test shows that the integrity key verifies MACs",
     ),
     exception(
         "CKA_ENCRYPT",

@@ -346,7 +346,7 @@ pub const TESTS: &[NegativeTest] = &[
     ),
     input(
         "decrypt-extended",
-        "a ciphertext that is too long decrypts",
+        "a ciphertext that is too long can be decrypted",
         |on| decrypts_oaep(on, &[on.self_test.wrapped(), &[0]].concat()),
     ),
     changes(

@@ -261,7 +261,7 @@ fn find_now(
         several => Err(Fault::new(
             Class::Configuration,
             format!(
-                "more than one token with {wanted}, with the serial numbers {}: select one of these tokens with \
+                "more than one token has {wanted} (serial numbers {}): select one of these tokens with \
                  `token.serial`",
                 quoted(
                     several

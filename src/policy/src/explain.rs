@@ -125,14 +125,14 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
         for part in parts(&clause["body"], joint) {
             let (answer, text) = ask_condition(asked, part)?;
             if is_when && !matches!(answer, Answer::Yes) {
-                return Ok(Applies::No(format!("does not hold: {text}")));
+                return Ok(Applies::No(format!("condition not met: {text}")));
             }
             if !is_when && matches!(answer, Answer::Yes) {
                 return Ok(Applies::No(format!("unless: {text}")));
             }
         }
     }
-    Ok(Applies::No("a condition does not hold".to_owned()))
+    Ok(Applies::No("a condition is not met".to_owned()))
 }
 
 /// Evaluates one part of a policy's scope.

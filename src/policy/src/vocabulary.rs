@@ -180,11 +180,11 @@ impl Vocabulary {
             context,
             schema,
         )
-        .map_err(Error::on("make the request to Cedar"))?;
+        .map_err(Error::on("create the Cedar request"))?;
         let entities = action.entities.clone();
         let entities = entities
             .add_entities([principal, resource], schema)
-            .map_err(Error::on("make the entities of the request to Cedar"))?;
+            .map_err(Error::on("create the entities of the Cedar request"))?;
         Ok(Asked { request, entities })
     }
 

@@ -160,7 +160,7 @@ impl Server for MySqlOrMariaDb {
             let locked = locked.first().map(|row| row.optional_integer("locked"));
             if locked.transpose()?.flatten() != Some(1) {
                 return Err(Error::InUse(
-                    "another process is migrating this database; wait for it, then try again"
+                    "another process is migrating this database; wait until the migration has ended, then try again"
                         .to_owned(),
                 ));
             }

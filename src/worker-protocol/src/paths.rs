@@ -124,7 +124,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "the file is made for {}, but this machine is {}: install the module for the architecture of this machine",
+            "the file was built for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )

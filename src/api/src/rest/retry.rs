@@ -99,7 +99,7 @@ impl<'p> Retry<'p> {
         if self.last.is_some() {
             tracing::debug!(
                 request = %self.request.id, call_id = %id,
-                "the REST request makes another attempt with a new call id"
+                "the broker tries the REST request again with a new call id"
             );
         }
         self.last = Some(id);

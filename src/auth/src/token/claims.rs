@@ -166,7 +166,7 @@ fn subject(settings: &Settings, said: &Said) -> Result<UserId, Refusal> {
     };
     UserId::parse(&text).map_err(|error| {
         Cause::Subject.because(format!(
-            "the `sub` is {}, but a user must be {}",
+            "the `sub` is {}, but the `sub` of a user must be {}",
             shown(sub),
             error.detail()
         ))

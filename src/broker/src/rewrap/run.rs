@@ -116,7 +116,7 @@ impl Broker {
             Ok(Some(row)) if row.state == RunState::Running => row,
             Ok(_) => return,
             Err(error) => {
-                return tracing::debug!(%error, "cannot read whether a re-wrap was requested");
+                return tracing::debug!(%error, "cannot find out whether a re-wrap was requested");
             }
         };
         let mut run = Run::new(self, row, stop);
@@ -303,7 +303,7 @@ impl<'b> Run<'b> {
             keybroker_core::alert!(
                 RecordDamaged,
                 failed,
-                "some rows could not be re-wrapped, or do not verify afterwards; `keybroker rewrap status` lists them"
+                "some rows could not be re-wrapped, or failed verification afterwards; `keybroker rewrap status` lists these rows"
             );
         }
         tracing::info!(

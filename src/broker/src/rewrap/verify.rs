@@ -52,7 +52,7 @@ impl Run<'_> {
             let Some(last) = rows.last() else {
                 tracing::info!(
                     newer,
-                    "the verification left out revisions that were written after its begin"
+                    "the verification did not include revisions that were written after the verification began"
                 );
                 return Ok(());
             };

@@ -259,7 +259,7 @@ impl Message {
     fn finish(self) -> MacMessage {
         assert!(
             self.0.len() <= MESSAGE_BYTES_MAX,
-            "every field has a maximum"
+            "every field has a maximum length"
         );
         MacMessage(self.0)
     }
@@ -268,6 +268,6 @@ impl Message {
 /// The length of a field. The type of each field checks a maximum length, which is far below 65,536.
 pub(super) fn length_u16(length: usize) -> [u8; 2] {
     u16::try_from(length)
-        .expect("every field has a maximum below 65,536")
+        .expect("every field has a maximum length below 65,536")
         .to_be_bytes()
 }

@@ -75,7 +75,7 @@ impl Pool {
         if self.members.iter().any(|member| member.serves(key)) {
             return None;
         }
-        let mut cause = format!("no token serves wrapping key {key}");
+        let mut cause = format!("no available token has wrapping key {key}");
         let mut separator = ": ";
         for member in self.members.iter().filter(|member| member.is_for(key)) {
             if let Some(problem) = member.problem() {

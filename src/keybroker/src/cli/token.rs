@@ -552,7 +552,7 @@ pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
         return;
     }
     context.output.note(&format!(
-        "note: key {}: the token does not support these negative tests, so they were not made: {}",
+        "note: key {}: the token does not support these negative tests, so they were not run: {}",
         checked.id,
         checked.not_tried.join(", ")
     ));

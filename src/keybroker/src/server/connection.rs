@@ -283,7 +283,7 @@ impl Connection {
                 if let Some(left_out) = self.shared.refusals.count() {
                     tracing::warn!(
                         peer = %self.peer, cause = full.cause(), left_out,
-                        "connection refused, because the limit of connections for callers of this kind is reached"
+                        "connection refused, because the limit of unauthenticated connections, or of one principal's connections, is reached"
                     );
                 }
             })

@@ -178,7 +178,7 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                     instance,
                     log = audit.id(),
                     "the database already lists other audit logs of this instance; the current audit log is added to the \
-                     list, because an operator acknowledged the log, or an earlier release made the log. If you did \
+                     list, because an operator acknowledged the log, or an earlier version of the broker created the log. If you did \
                      not expect a new log, find out who replaced it"
                 );
             }

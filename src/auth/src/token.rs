@@ -225,8 +225,8 @@ impl Tokens {
         let (claims, is_expired, set) = issuer.verify(token, &parts).await?;
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
-            // The expiry is checked last. Therefore the error says that an access token is
-            // renewable only if a renewed access token of the same kind would be accepted.
+            // The expiry is checked last. Therefore a caller is told to renew the access token only
+            // if a renewed access token of the same kind would be accepted.
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;

@@ -77,8 +77,8 @@ impl MasterKey {
 
     /// Decrypts a wrapped user key. Returns bytes, because [`SymmetricKey`] cannot contain the
     /// longer user key of a new account. In an old account, the user key has type 0 and is
-    /// encrypted directly with the master key. Type 0 has no MAC, so only the length of the result
-    /// shows whether the master key was correct.
+    /// encrypted directly with the master key. An encrypted text of type 0 has no MAC, so only the
+    /// length of the result shows whether the master key was correct.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {

@@ -392,8 +392,9 @@ impl Planner {
         }
     }
 
-    /// Deactivates every other active key. A key that no token serves now remains active, because only its own integrity key
-    /// could authenticate the change. The broker wraps with the usable active key that has the highest number.
+    /// Deactivates every other active key. If no token serves an active key at present, this key remains active,
+    /// because only its own integrity key could authenticate the change. The broker wraps with the usable active key
+    /// that has the highest number.
     fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId, state: &TokenState) {
         let active = registry
             .rows()

@@ -89,13 +89,14 @@ impl Floor {
 #[derive(Debug)]
 struct Signers {
     ids: Vec<WrappingKeyId>,
-    /// The reason why a row that none of these keys authenticates may be authentic in spite of that: a key cannot be used now.
+    /// The reason why a row may be authentic although none of these keys authenticates it: a key cannot be used at
+    /// present.
     undecided: Option<String>,
 }
 
 impl Signers {
-    /// Of the examined keys, a suspended or compromised key must not authenticate a row, because its integrity key may be
-    /// known to others.
+    /// A suspended or compromised key must not authenticate the row of a destroyed key, because its integrity key may
+    /// be known to others.
     fn of<'a>(examined: impl Iterator<Item = &'a Entry> + Clone) -> Self {
         let keys = examined.filter(|entry| !entry.is_tombstone());
         let able = keys.clone().filter(|entry| {
@@ -252,8 +253,8 @@ impl Entry {
         }
     }
 
-    /// The row by which the workers search for the key. They search for a key that is marked as destroyed, too, as long as this
-    /// state is not verified: a key that exists must not be recorded as lost.
+    /// The row by which the workers search for the key. The workers also search for a key that is marked as destroyed
+    /// until this state is verified, because a key that exists must not be recorded as lost.
     fn searched_row(&self) -> RegistryRow {
         let is_doubtful = self.is_tombstone() && self.standing != Standing::Verified;
         let state = if is_doubtful {
@@ -314,8 +315,8 @@ impl Entry {
 
 impl Registry {
     /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the key that was activated
-    /// last. A token that is unavailable for a moment does not change this key, so that no user key is wrapped under a key
-    /// that an administrator is about to retire.
+    /// last. If a token is unavailable for a moment, the result stays the same, so that no user key is wrapped under a
+    /// key that an administrator is about to retire.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
         let candidates = self
             .entries
@@ -649,7 +650,8 @@ impl Broker {
         let refused = unreadable.into_iter().map(RefusedChange::UnreadablePlace);
         fresh.refused_changes.extend(refused);
         let state = self.token.state();
-        // All rows share the deadline, so a token that does not answer must not delay the rows of another token.
+        // The rows are examined concurrently, because all rows share the deadline, and a token that does not answer
+        // must not delay the rows of another token.
         let examined = rows.iter().map(async |row| match known.entry(row.id) {
             before if is_unverified_tombstone(row, before) => None,
             before => Some(

@@ -17,9 +17,9 @@ const MILLI: u64 = 1_000;
 /// Only safe calls are repeated: reads, and changes under the request id of their first attempt.
 /// The pauses start at `initial_backoff` and double up to `max_backoff`, each multiplied by a
 /// random factor from 0 to 2. If the broker asks for a delay (`google.rpc.RetryInfo`), the pause is
-/// this delay or up to a fifth longer. No attempt starts after the call's deadline. A call whose
-/// next pause would outlast its deadline fails immediately with the last error. Attempts of one
-/// call never run in parallel (no hedging).
+/// between this delay and 1.2 times this delay. No attempt starts after the call's deadline. A call
+/// whose next pause would outlast its deadline fails immediately with the last error. Attempts of
+/// one call never run in parallel (no hedging).
 ///
 /// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which is longer than the restart of a
 /// worker or of a broker.

@@ -16,7 +16,7 @@
 //! is forged with the public key alone; a row is altered. A changed row is refused before the RSA key is used.
 //!
 //! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback: an earlier
-//! row of the same record and revision number still verifies. A comparison of the store with the audit log finds
+//! row of the same record and revision number still has a valid MAC. A comparison of the store with the audit log finds
 //! deletions and rollbacks.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.

@@ -179,8 +179,8 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock that excludes other processes, so that this process can read a fact and then
-    /// replace it. Waits at most `timeout`.
+    /// Takes a lock that excludes other processes, so that this process can read a stored fact and
+    /// then replace this fact. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)

@@ -148,7 +148,8 @@ pub struct TokenState {
     /// the tokens that serve are counted.
     pub is_checking_keys: bool,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
-    /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
+    /// `Up` while every registered key is on a token that serves calls, and the other fields contain the data of all
+    /// tokens.
     pub tokens: Vec<TokenState>,
 }
 

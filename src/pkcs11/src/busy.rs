@@ -12,7 +12,8 @@ use std::{
 
 use keybroker_worker_protocol::frame;
 
-/// The job fails when the probability that a valid input is refused so often is at most this value.
+/// The input of a job counts as invalid, and the job fails, if the token would refuse a valid input
+/// equally often with at most this probability.
 const DOUBT_MAX: f64 = 1e-6;
 /// Number of refusals after which the session stops repeating a job. The job then waits for its next turn.
 pub(super) const REFUSALS_MAX: u32 = 64;

@@ -549,8 +549,8 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Whether a code is a refusal. Every code is a refusal, except for codes that mean that the token or the session is
-/// unusable at this time.
+/// Whether a return code counts as a refusal of the operation. Every return code counts as a refusal, except codes that
+/// mean that the token or the session is unusable at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

@@ -147,10 +147,10 @@ pub(crate) fn ignore_signals()
     Ok((runtime, signals))
 }
 
-/// Lowers the CPU priority of this thread, and of the threads that it starts, below that of the front. A module that
-/// computes in software, such as SoftHSM, would otherwise take most of the processors under load. The front could then
-/// not refuse calls in time, or answer them within their deadlines. Without the permission to change its priority, the
-/// process keeps its priority.
+/// Lowers the CPU priority of this thread, and of the threads that it starts, below the priority of the front. A module
+/// that computes in software, such as SoftHSM, would otherwise take most of the processors under load. The front could
+/// then not refuse calls in time, or answer them within their deadlines. Without the permission to change its priority,
+/// the process keeps its priority.
 fn give_way_to_front() {
     if let Err(error) = rustix::process::nice(NICENESS) {
         tracing::debug!(%error, "the worker keeps the CPU priority of the front");

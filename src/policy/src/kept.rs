@@ -2,8 +2,8 @@
 //! different.
 //!
 //! A new decision takes tens of microseconds. Many decisions depend only on the action, the service
-//! and its grant, because no policy that can apply uses the resource or the call. If a decision of
-//! this kind allows the action, the decision is cached with all its inputs, and is used again only
+//! and its grant, because no policy that can apply uses the resource or the call. If such a
+//! decision allows the action, the decision is cached with all its inputs, and is used again only
 //! for the same inputs. Therefore a change of the service's roles or grant leads to a new decision.
 //! A change of the policies replaces the policy set that contains the cached decisions.
 //!

@@ -496,8 +496,8 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Records a confirmed backup of this token for a key, either in the registry row or in the row of
-/// the key's place on this token.
+/// Records that the operator confirmed a backup of this token with the key. The record is in the
+/// registry row, or in the row of the key's place on this token.
 fn record_backup(
     config: &Config,
     admin: &Admin,

@@ -59,8 +59,8 @@ const UNVERIFIED_KEPT_MAX: usize = 128;
 const UNVERIFIED_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Maximum number of rejected lists in a log line, because a file may contain many lists.
 const PROBLEMS_SHOWN: usize = 5;
-/// Maximum length of a problem in the log, in characters, because the name of a CA may be very
-/// long.
+/// Maximum length of the description of a problem in the log, in characters, because the name of a
+/// CA may be very long.
 const PROBLEM_CHARS_MAX: usize = 600;
 
 /// A set of revocation lists: the lists in use, or the lists of a file.
@@ -233,8 +233,8 @@ impl Lists {
     /// contains lists of different CAs at each reload could otherwise fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
-        // The names of the CAs with a problem, as a set: searching a vector for each of many lists
-        // would be slow.
+        // A set of the names of the CAs with a problem. A vector would be slow, because the names
+        // are searched for each of many lists.
         let mut reported: BTreeSet<Vec<u8>> = self
             .problems
             .iter()

@@ -332,7 +332,8 @@ fn item(key: &UserKeyRef) -> proto::UnwrapUserKeyRequest {
 }
 
 fn released(answer: proto::UnwrapUserKeyResponse) -> Result<ReleasedKey, AttemptError> {
-    // The key material is taken first, so that it is overwritten even if the rest of the answer is invalid.
+    // The key material is moved out of the answer first, so that it is overwritten even if the rest of the answer is
+    // invalid.
     let key_material = KeyMaterial::new(answer.key_material);
     Ok(ReleasedKey {
         key_material: key_material

@@ -404,7 +404,8 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // A rejected input at this time is the input of the worker's own self-test, so the failure may be temporary.
+        // At this time, a rejected input can only be the input of the worker's own self-test, so the failure may be
+        // temporary.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }

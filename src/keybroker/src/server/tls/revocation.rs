@@ -19,7 +19,7 @@
 //! - A list is valid until its `nextUpdate`, and an alert is raised earlier. After the expiry, new
 //!   connections of the CA's clients are rejected until the file contains a newer list.
 //!
-//! If a CA is not configured, such as an intermediate CA, its list can be verified only in the
+//! If a CA (such as an intermediate CA) is not configured, its list can be verified only in the
 //! handshake. An attacker on the network path to the distribution point can replace an unverified
 //! list, so unverified lists are not stored across restarts.
 //!
@@ -228,9 +228,9 @@ impl Lists {
         Ok(())
     }
 
-    /// Keeps the lists in use of CAs that are not configured and have no list in the file, until
-    /// the lists expire. The number and size of these lists are limited, because a file that
-    /// contains lists of different CAs at each reload could otherwise fill the memory.
+    /// If a CA is not configured and has no list in the file, keeps the list that is in use for
+    /// this CA until the list expires. The number and size of the kept lists are limited, because a
+    /// file that contains lists of different CAs at each reload could otherwise fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
         // A set of the names of the CAs with a problem. A vector would be slow, because the names

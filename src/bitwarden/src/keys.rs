@@ -148,7 +148,7 @@ impl SymmetricKey {
     }
 
     /// Decrypts an encrypted string whose type matches the length of this key. If the encrypted
-    /// string has a MAC, the MAC is checked before the decryption.
+    /// text has a MAC, the MAC is checked before the decryption.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match (encrypted, self.halves()) {
             (EncString::Aes256Cbc { iv, ciphertext }, None) => {

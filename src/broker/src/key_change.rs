@@ -33,7 +33,8 @@ mod rotation;
 pub(super) use age::KeyAge;
 pub use rotation::{Rotated, Rotation};
 
-/// Numbers of rows from this number on are not counted: only a forged row has such a number.
+/// A row number that is not below this limit is ignored, because only a forged row has such a large
+/// number.
 const SEQUENCE_LIMIT: u64 = 1 << 62;
 /// Time limit for the MAC of one row.
 const MAC_TIMEOUT: Duration = Duration::from_secs(10);

@@ -281,7 +281,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// The reason, or `None` if this release of the library does not know the reason.
+    /// The reason, or `None` if this release of the library does not recognise the reason.
     pub fn reason(&self) -> Option<Reason> {
         Reason::ALL
             .into_iter()

@@ -82,7 +82,8 @@ pub(super) fn pause_after(refusals: u32) -> Duration {
 mod tests {
     use super::*;
 
-    /// Returns the number of refusals that proves damage, if this number of self-tests is refused after each refusal.
+    /// Returns the number of refusals that proves that the input is damaged, if this number of self-tests is refused
+    /// after each refusal.
     fn needed(self_tests_refused: u32) -> Option<u32> {
         let mut refusals = Refusals::default();
         (1..=REFUSALS_MAX).find(|_| {

@@ -65,7 +65,8 @@ impl Pace {
         self.give_way(token, job).await
     }
 
-    /// Runs a job that the share of the run can delay, but not the rate.
+    /// Runs a job that waits if the run has used up its share of the token. The limit on rows per
+    /// second does not apply to this job.
     pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if !self.is_called(token, Instant::now()) {
             return job.await;

@@ -29,7 +29,7 @@ impl Member {
         self.supervisor.is_serving() && self.supervisor.algorithm(key).is_some()
     }
 
-    /// Returns the reason why the token does not serve, or `None` if the token serves.
+    /// Returns the reason why the token does not serve calls, or `None` if the token serves calls.
     fn problem(&self) -> Option<String> {
         let state = self.supervisor.state();
         let name = &state.name;
@@ -41,9 +41,9 @@ impl Member {
     }
 }
 
-/// Returns the keys that no token can use, although at least one token serves. If a key is missing
-/// from one token and untrusted on another token, the key counts as missing, because a missing key
-/// may reappear.
+/// Returns the keys that no token can use, although at least one token serves calls. If a key is
+/// missing from one token and untrusted on another token, the key counts as missing, because a
+/// missing key may reappear.
 fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
     let mut found: Vec<UnusableKey> = Vec::new();
     for one in tokens.iter().flat_map(|token| token.unusable.iter()) {

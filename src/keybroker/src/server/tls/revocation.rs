@@ -66,8 +66,8 @@ const PROBLEM_CHARS_MAX: usize = 600;
 /// A set of revocation lists: the lists in use, or the lists of a file.
 #[derive(Debug)]
 pub(super) struct Lists {
-    /// The newest list of each CA. If a CA issues separate lists for several scopes, the newest
-    /// list of each scope.
+    /// The newest list of each CA. If a CA issues separate lists for several scopes, this field
+    /// contains the newest list of each scope.
     groups: BTreeMap<Slot, Arc<List>>,
     /// The configured CAs, with their names for messages.
     configured: BTreeMap<Authority, String>,

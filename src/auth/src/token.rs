@@ -3,9 +3,9 @@
 //! may do.
 //!
 //! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is
-//! forged, the signature does not verify. The header's `alg` must be an algorithm of both the
-//! issuer and the key. The header cannot select another algorithm. An access token that contains a
-//! key, or the address of a key, is refused.
+//! forged, the verification of the signature fails. The header's `alg` must be an algorithm of both
+//! the issuer and the key. The header cannot select another algorithm. An access token that
+//! contains a key, or the address of a key, is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 

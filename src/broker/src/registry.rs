@@ -168,7 +168,7 @@ enum RefusedChange {
 }
 
 impl RefusedChange {
-    /// The refusal of a new row with this standing.
+    /// Returns the reason for rejecting a new row whose last check had the result `standing`.
     fn of(id: WrappingKeyId, standing: Standing) -> Self {
         match standing {
             Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
@@ -239,7 +239,7 @@ impl Entry {
                 state: row.state,
                 is_verified: true,
             },
-            // The first row was altered, so its number says nothing.
+            // The first row was altered, so its number is not reliable.
             Standing::Altered(_) if !self.floor.is_verified && row == self.row => Floor {
                 sequence: 0,
                 ..self.floor
@@ -350,8 +350,8 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Returns an error if the workers have not finished their check of a key. The result of the
-    /// check does not matter.
+    /// Returns an error if the workers have not finished their check of a key. The function ignores
+    /// the result of the check.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),

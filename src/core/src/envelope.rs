@@ -89,7 +89,7 @@ impl Algorithm {
 }
 
 /// The context to which an envelope is bound: a record of the store, or a context that a client chose. An envelope of
-/// one kind never verifies as another kind.
+/// one kind is never valid as an envelope of another kind.
 #[derive(Clone, Copy, Debug)]
 pub enum Context<'a> {
     /// One revision of one record in the store.
@@ -102,7 +102,7 @@ pub enum Context<'a> {
         revision: Revision,
     },
     /// An envelope that a client stores itself. This kind of envelope is reserved for later releases. The MAC of a
-    /// client's envelope never verifies for a record.
+    /// client's envelope is never valid for a record.
     Client {
         /// The client's tenant.
         tenant: &'a Tenant,

@@ -23,8 +23,8 @@ pub(super) enum Class {
     BackOff,
     /// The PIN was rejected, or must not be presented to the token.
     Pin,
-    /// A login failed with a code that does not concern the PIN. This class comes from the login rules, never from a
-    /// return code.
+    /// A login failed with a code that does not concern the PIN. This class comes from the login rules, and never from
+    /// a return code.
     Login,
     /// The configuration or the key does not match the token. A retry cannot help.
     Configuration,

@@ -3,7 +3,7 @@
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
 //! sessions one after another and checks every key. After its checks, the worker reports the usable keys, and serves
 //! jobs until its socket is closed. The worker ignores SIGINT and SIGTERM, so that it can finish running jobs during a
-//! drain. The worker ends when the front closes the socket.
+//! drain. The worker process ends when the front process closes its end of the socket.
 //!
 //! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
 //! worker waits for its threads before it ends. If a thread does not return, the worker kills itself with SIGKILL,

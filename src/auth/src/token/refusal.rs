@@ -31,7 +31,7 @@ pub(crate) enum Cause {
     ManyKeys,
     /// The broker has no keys of the issuer.
     NoKeys,
-    /// The signature does not verify.
+    /// The verification of the signature failed.
     Signature,
     /// `exp` has passed.
     Expired,

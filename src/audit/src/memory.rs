@@ -147,8 +147,8 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. After the removal
-    /// of these facts, a log that is not recorded in the database is accepted.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. Afterwards, a log
+    /// that is not recorded in the database is accepted.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;

@@ -194,7 +194,7 @@ impl Broker {
         } else if !to.allows(KeyUse::VerifyMac)
             && let Some(other) = registry.integrity_key_without(id)
         {
-            // This key must not authenticate the rows of the destroyed keys any more.
+            // The changed key must not authenticate the rows of the destroyed keys any more.
             signer = other;
             planner.sign_tombstones(&registry, id);
         }

@@ -89,7 +89,7 @@ impl Floor {
 #[derive(Debug)]
 struct Signers {
     ids: Vec<WrappingKeyId>,
-    /// The reason why a row may be authentic although none of these keys authenticates it: a key cannot be used at
+    /// The reason why a row may be authentic although no key in `ids` authenticates it: another key cannot be used at
     /// present.
     undecided: Option<String>,
 }
@@ -724,7 +724,7 @@ impl Broker {
     }
 
     /// Examines the row of a destroyed key that is not verified yet. The integrity key of another key must authenticate the
-    /// row. Without this check, a person who can write to the database could mark an existing key as destroyed. If the row is
+    /// row. Otherwise, a person who can write to the database could mark an existing key as destroyed. If the row is
     /// not authentic, a verified previous row stays in use.
     async fn examine_tombstone(
         &self,
@@ -877,8 +877,8 @@ impl Broker {
         self.registry.store(Some(Arc::new(registry)));
     }
 
-    /// Whether the last logged problems are no longer the problems of the registry that was just
-    /// read.
+    /// Whether the problems of the registry that was just read differ from the problems that were
+    /// logged last.
     fn is_logged_as_unreadable(&self, fresh: &Registry) -> bool {
         let logged = self.logged_problems.lock();
         let logged = logged.unwrap_or_else(PoisonError::into_inner);

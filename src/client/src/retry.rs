@@ -3,11 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md` asks.
-/// Callers that failed at the same moment thus spread their next attempts over the complete pause.
+/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md`
+/// requires. Callers that failed at the same moment thus spread their next attempts over the
+/// complete pause.
 const JITTER_SPAN: f64 = 2.0;
-/// The jitter of a delay that the broker asks for. This delay is never shortened, and is prolonged
-/// by at most this fraction of the delay.
+/// The jitter of a delay that the broker asks for. The client never shortens this delay, and
+/// prolongs it by at most this fraction of the delay.
 const DELAY_SPAN: f64 = 0.2;
 /// One retry, in thousandths of a retry, which is the unit of the bucket.
 const MILLI: u64 = 1_000;

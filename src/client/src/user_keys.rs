@@ -24,7 +24,7 @@ use crate::{
 const CREATE: &str = "/keybroker.v1.UserKeyService/CreateUserKey";
 const REPLACE: &str = "/keybroker.v1.UserKeyService/ReplaceUserKey";
 
-/// Identifies a key by user and key name. The tenant follows from the caller's credential.
+/// Identifies a key by user and key name. The caller's credential determines the tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserKeyRef {
     /// The user that the key belongs to: 1 to 255 bytes of UTF-8 without control characters, compared bytewise.

@@ -314,8 +314,8 @@ impl State {
         })
     }
 
-    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no such
-    /// jobs, removes the newest job of the lane with the most work.
+    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no
+    /// abandoned or expired jobs, removes the newest job of the lane with the most work.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self
             .searched

@@ -471,8 +471,8 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of these objects,
-    /// returns where `key generate` would store them.
+    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of the objects, returns
+    /// where `key generate` would store them.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -503,7 +503,7 @@ impl Admin {
         }
     }
 
-    /// Opens a session and finds the handles of these keys.
+    /// Opens a session and finds the handles of the keys with the ids `ids`.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         let places = ids
             .iter()

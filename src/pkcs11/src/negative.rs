@@ -36,7 +36,7 @@ const IV: [u8; 16] = [0; 16];
 /// The keys that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// Keys that protect records. Only tests that cannot change a key are run on these keys.
+    /// Keys that protect records. Only tests that cannot change a key are run on keys in use.
     InUse,
     /// Session keys that were made for testing.
     Throwaway,

@@ -34,9 +34,9 @@ const DECISIONS_MAX: usize = 8;
 /// [`Inputs`] contains the value of this attribute.
 const GRANTED: &str = "granted";
 
-/// If a policy names only entities of these types, its decisions may be cached. A policy that names
-/// a record counts as a policy that uses the resource, because only the resource of the call has
-/// attributes.
+/// The types of entities that a policy may name without preventing the caching of its decisions. A
+/// policy that names a record counts as a policy that uses the resource, because only the resource
+/// of the call has attributes.
 const FIXED_TYPES: [&str; 2] = ["Keybroker::Role", "Keybroker::Action"];
 
 /// The cached decisions of the policies for one action of services.

@@ -1,5 +1,4 @@
-//! Checks the files to which the settings refer. Other users must not be able to change these
-//! files.
+//! Checks that other users cannot change the files to which the settings refer.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 

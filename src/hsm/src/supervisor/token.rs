@@ -87,7 +87,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers the waiting jobs if no worker is ready or expected. Without this answer, the jobs would wait until their
+    /// Answers the waiting jobs if no worker is ready or expected. Otherwise, the jobs would wait until their
     /// deadlines.
     pub(super) fn answer_without_workers(&self) {
         if !self.queue.has_links()

@@ -269,7 +269,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// Whether an unregistered wrapping key has no integrity key in the workers yet. A wrapping key
+/// Whether an unregistered wrapping key still needs an integrity key in the workers. A wrapping key
 /// without an integrity key cannot be checked.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
     let lacks = IntegrityFiles::of(config.token(), id)

@@ -313,7 +313,8 @@ fn make_rsa_pair(
 /// Reason why a token refuses to make a key, according to attempts with other templates.
 #[derive(Debug)]
 pub(crate) enum Cause {
-    /// The token makes the RSA pair and an integrity key of this kind if the templates also omit these attributes.
+    /// The token makes the RSA pair and an integrity key of the kind `integrity_key` if the templates also omit
+    /// `attributes`.
     Settings {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,

@@ -261,8 +261,8 @@ impl Writer {
     }
 
     /// Stores the finding in the state directory, for the next start and for the operator's command. If the finding
-    /// cannot be stored or has disappeared, a later probe stores it again: the state directory may be on a volume that
-    /// was unmounted and mounted again.
+    /// cannot be stored, a later probe stores it. A probe also stores a finding that has disappeared, because the state
+    /// directory may be on a volume that was unmounted and mounted again.
     fn remember_tampering(&mut self) {
         let Some(memory) = &self.memory else { return };
         let remembered = match memory.tampering() {

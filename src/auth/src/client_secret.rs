@@ -323,8 +323,8 @@ impl Secrets {
         tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // The key of the cache includes the generation, so that a call that arrives after a change of an API client
-        // gets no cached result from before the change.
+        // The key of the cache includes the generation. Therefore a call after a change of an API client never gets a
+        // cached result from before the change.
         let trial = self
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));

@@ -315,8 +315,8 @@ impl Entry {
 
 impl Registry {
     /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the key that was activated
-    /// last. If a token is unavailable for a moment, the result stays the same, so that no user key is wrapped under a
-    /// key that an administrator is about to retire.
+    /// last. If a token is unavailable for a moment, the result stays the same. Otherwise, user keys could be wrapped
+    /// under a key that an administrator is about to retire.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
         let candidates = self
             .entries

@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 /// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md`
-/// requires. Callers that failed at the same moment thus spread their next attempts over the
-/// complete pause.
+/// requires. Therefore the next attempts of callers that failed at the same moment are spread
+/// between 0 and twice the pause.
 const JITTER_SPAN: f64 = 2.0;
 /// The jitter of a delay that the broker asks for. The client never shortens this delay, and
 /// prolongs it by at most this fraction of the delay.
@@ -30,8 +30,8 @@ pub struct RetryPolicy {
     pub max_attempts: u32,
     /// Maximum number of attempts per call that may fail because of the connection. When this maximum is reached, the
     /// call fails with the last connection error. A value above `max_attempts` has no effect. The default of 14
-    /// attempts outlasts the restart of a broker. Use 3 for an interactive program: a broker that does not accept a
-    /// client certificate also closes the connection, and the person should not wait for 14 attempts. 0 counts as 1.
+    /// attempts outlasts the restart of a broker. Use 3 for an interactive program: a broker that rejects a client
+    /// certificate also closes the connection, and a person should not wait for 14 attempts. 0 counts as 1.
     pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,

@@ -157,8 +157,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The library repeats the call only if the whole call fails. The library does not repeat single items of a batch.
-    /// Request a refused item again if its refusal [is transient](Refusal::is_transient).
+    /// The library repeats the call only if the complete call fails. The library does not repeat single items of a
+    /// batch. Request a refused item again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],

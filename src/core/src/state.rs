@@ -1,5 +1,5 @@
 //! Small facts that one broker instance remembers across restarts, such as that the token rejected the PIN. Each fact is a file
-//! of mode 0600 in the directory `state` below the audit directory. A change of a fact replaces the whole file.
+//! of mode 0600 in the directory `state` below the audit directory. A change of a fact replaces the complete file.
 //!
 //! The directory belongs to one instance: two instances with the same directory would overwrite each other's facts.
 

@@ -160,9 +160,9 @@ impl Keys {
     ///
     /// The key is absent only if the newest key set does not contain it. The newest set must not be
     /// an older copy from a cache. Therefore the newest set must have been fetched at least five
-    /// minutes after one of two times: when a set last contained the key, or when the access token
-    /// was issued. The result does not depend on key ids in the access tokens of other callers,
-    /// because a caller who guesses the id of a future key must not cause the rejection of valid
+    /// minutes after a set last contained the key, or at least five minutes after the access token
+    /// was issued. The result does not depend on key ids in the access tokens of other callers.
+    /// Otherwise, a caller who guesses the id of a future key could cause the rejection of valid
     /// access tokens.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();

@@ -91,8 +91,8 @@ impl Pool {
     }
 
     /// Returns the common state of all tokens: `Up` unless a key needs a token that is unavailable or untrusted. If all
-    /// tokens of a key are up but the key is missing from them, the result is `Up`, because only the user keys under
-    /// this key are affected.
+    /// tokens of a key are up but the key is missing from them, the result is `Up`: only the user keys under this key
+    /// are affected.
     pub(super) fn serving(&self) -> Serving {
         for key in self.keys_in_use() {
             let Some(cause) = self.unserved_cause(key) else {

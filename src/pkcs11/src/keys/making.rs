@@ -327,8 +327,8 @@ pub(crate) enum Cause {
 }
 
 /// Tries to make session keys, to find the settings with which the token would make the key. For each kind of integrity
-/// key and for the RSA pair, makes at most two attempts, and one more attempt for each attribute for which an exception
-/// is permitted.
+/// key and for the RSA pair, makes at most two attempts, plus one attempt for each attribute that may have an
+/// exception.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,

@@ -69,7 +69,8 @@ struct Floor {
 }
 
 impl Floor {
-    /// Rejects a row that is older than the row of this floor.
+    /// Rejects a row whose number is below the floor. Also rejects another state with the number of
+    /// the verified row.
     fn check(&self, after: &RegistryRow) -> Result<(), RefusedChange> {
         let went_back = after.sequence < self.sequence;
         let without_a_number =

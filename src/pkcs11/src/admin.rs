@@ -444,7 +444,7 @@ impl Admin {
     }
 
     /// Logs in if the record of PINs allows the login. If `write` is true, the session is read-write, so that keys can
-    /// be made. If several tokens match the settings, the token with one of the registry's serial numbers is used.
+    /// be made. If several tokens match the settings, the token whose serial number is in the registry is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,

@@ -80,7 +80,7 @@ impl Pace {
         done
     }
 
-    /// Returns the time until the rate allows the next row.
+    /// Returns the time until the limit on rows per second allows the move of the next row.
     fn wait_for_rate(&self, now: Instant) -> Option<Duration> {
         let gap = Duration::from_secs(1).checked_div(self.rate())?;
         let mut next = lock(&self.next);

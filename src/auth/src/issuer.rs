@@ -1,7 +1,7 @@
 //! The `[[issuer]]` sections specify the trusted issuers, the keys that verify their access tokens,
 //! and the required content of the access tokens.
 //!
-//! All rules about access tokens come from these settings. The rules never depend on the content of
+//! All rules about access tokens come from the `[[issuer]]` sections, and never from the content of
 //! an access token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.

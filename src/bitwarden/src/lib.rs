@@ -9,7 +9,7 @@
 //!                    user who has no password any more                                          trusted devices
 //! ```
 //!
-//! The broker itself uses none of these operations. For the broker, a master key is 32 arbitrary bytes.
+//! The broker itself does not use the operations of this crate. For the broker, a master key is 32 arbitrary bytes.
 //!
 //! Not protected: an encrypted string of type 0 has no MAC, so a changed text may decrypt to a
 //! wrong value. For old accounts, this crate decrypts texts of type 0, but it never creates them.

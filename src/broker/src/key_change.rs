@@ -33,7 +33,8 @@ mod rotation;
 pub(super) use age::KeyAge;
 pub use rotation::{Rotated, Rotation};
 
-/// Numbers of rows from this number on are not counted: only a forged row has such a number.
+/// A row number that is not below this limit is ignored, because only a forged row has such a large
+/// number.
 const SEQUENCE_LIMIT: u64 = 1 << 62;
 /// Time limit for the MAC of one row.
 const MAC_TIMEOUT: Duration = Duration::from_secs(10);
@@ -193,7 +194,7 @@ impl Broker {
         } else if !to.allows(KeyUse::VerifyMac)
             && let Some(other) = registry.integrity_key_without(id)
         {
-            // This key must not authenticate the rows of the destroyed keys any more.
+            // The changed key must not authenticate the rows of the destroyed keys any more.
             signer = other;
             planner.sign_tombstones(&registry, id);
         }
@@ -392,8 +393,9 @@ impl Planner {
         }
     }
 
-    /// Deactivates every other active key. A key that no token serves now remains active, because only its own integrity key
-    /// could authenticate the change. The broker wraps with the usable active key that has the highest number.
+    /// Deactivates every other active key. If no token serves an active key at present, this key remains active,
+    /// because only its own integrity key could authenticate the change. The broker wraps with the usable active key
+    /// that has the highest number.
     fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId, state: &TokenState) {
         let active = registry
             .rows()

@@ -181,8 +181,8 @@ impl Broker {
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Other tasks only append intents to the list, so the first intent of the list is still the resolved
-            // intent.
+            // Other tasks only append intents to the list, so the intent that was just resolved is still the first in
+            // the list.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}

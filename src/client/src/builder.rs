@@ -135,7 +135,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Trusts these CA certificates, in PEM form. No other CA is trusted.
+    /// Trusts the CA certificates in `pem`, and no other CA.
     pub fn ca_pem(mut self, pem: impl Into<Vec<u8>>) -> Self {
         self.ca = Some(Pem::bytes(pem));
         self

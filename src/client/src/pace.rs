@@ -1,8 +1,8 @@
 //! A connector that limits the rate of new TCP connections.
 //!
-//! In TLS 1.3, a server rejects a client certificate only after the handshake. For the library tonic, the connection
-//! was established and then closed, so tonic opens the next connection without a pause. Without a limit, one call would
-//! cost the broker hundreds of handshakes.
+//! In TLS 1.3, a server rejects a client certificate only after the handshake. The library tonic treats the rejected
+//! connection as a successful connection that was closed later, so tonic opens the next connection without a pause.
+//! Without a limit, one call would cost the broker hundreds of handshakes.
 
 use std::{
     collections::VecDeque,

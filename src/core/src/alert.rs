@@ -4,7 +4,7 @@
 //! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
 //! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
 
-/// The macro `alert!` uses this path, because the macro expands in crates that may not depend on `tracing`.
+/// The macro `alert!` uses this path, because the macro also expands in crates that do not depend on `tracing`.
 #[doc(hidden)]
 pub use tracing;
 

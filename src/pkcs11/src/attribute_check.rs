@@ -216,7 +216,7 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
 pub struct Exception {
     /// The attribute's name in the standard.
     pub attribute: &'static str,
-    /// Possible misuse of a key without this attribute by a person who has the user PIN, in one sentence.
+    /// A sentence that describes how a person with the user PIN could misuse a key without this attribute.
     pub gives_away: &'static str,
 }
 

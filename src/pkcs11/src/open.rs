@@ -84,8 +84,8 @@ impl OpenToken {
     }
 
     /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN,
-    /// this function does not log in. If several tokens match the settings, the token with one of the registry's serial
-    /// numbers is chosen.
+    /// this function does not log in. If several tokens match the settings, the token whose serial number is in the
+    /// registry is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,

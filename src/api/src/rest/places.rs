@@ -1,5 +1,5 @@
 //! The places for REST requests that wait for their next attempt. A waiting request occupies a connection and the memory of its
-//! body, so the places limit the number of waiting requests, in total and for each principal.
+//! body, so the number of places limits the waiting requests, in total and for each principal.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -130,8 +130,8 @@ impl<'p> Retry<'p> {
     }
 }
 
-/// Counts a request as waiting until this value is dropped, which also happens if the task of the
-/// request ends.
+/// A request counts as waiting until this value is dropped. The value is also dropped if the task
+/// of the request ends.
 struct Paused;
 
 impl Paused {

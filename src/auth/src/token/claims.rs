@@ -95,8 +95,8 @@ fn check_lifetime(
         .saturating_sub(issued.unwrap_or(now).micros())
         / MICROS_PER_SECOND;
     let minutes = settings.token_lifetime_max_minutes;
-    // Without `iat`, a time of the provider's clock is compared with the broker's clock, and the
-    // two clocks may differ.
+    // Without `iat`, the `exp`, which comes from the provider's clock, is compared with the
+    // broker's clock, and the two clocks may differ.
     let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
     if life <= i64::from(minutes) * 60 + leeway {
         return Ok(());

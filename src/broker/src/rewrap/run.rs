@@ -32,7 +32,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 const LEASE_US: i64 = 15_000_000;
 /// Interval at which the holder renews its lease, stores its progress, and checks whether the run was paused.
 const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
-/// Interval between two counts of the remaining rows. A count reads only an index.
+/// Interval between two counts of the remaining rows. A count is cheap, because the database reads
+/// only an index.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of rows per page.
 const PAGE_ROWS_MAX: u64 = 100;

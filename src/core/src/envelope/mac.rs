@@ -1,6 +1,6 @@
-//! The messages that an integrity key authenticates. Each kind of message has its own domain string, so that a MAC for one kind
-//! never verifies for another kind. The length of a field of variable length precedes the field, so that two different inputs
-//! never result in the same message.
+//! The messages that an integrity key authenticates. Each kind of message has its own domain string, so that a MAC for
+//! one kind is never valid for another kind. The length of a field of variable length precedes the field, so that two
+//! different inputs never result in the same message.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 

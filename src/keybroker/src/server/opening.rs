@@ -94,9 +94,10 @@ pub(super) async fn open_audit(
 
 const MIGRATE: &str = "store.migrate";
 
-/// Migrates the database to the schema of this release, if the configuration permits migrations. A
-/// migration has an intent and an outcome in the audit log, and holds the lock of the database.
-/// First writes the missing outcomes of interrupted migrations of earlier starts.
+/// Migrates the database to the schema of this release, if the configuration permits migrations.
+/// The function writes an intent and an outcome of the migration to the audit log, and holds the
+/// lock of the database during the migration. First writes the missing outcomes of interrupted
+/// migrations of earlier starts.
 pub(super) async fn migrate(
     settings: &store::Settings,
     audit: &AuditLog,

@@ -87,7 +87,7 @@ impl Connection {
         self.timeout_ms = self.timeout_ms.max(least);
     }
 
-    /// Returns these options with the certificate and the key of another principal.
+    /// Returns a copy of the options with the certificate and the key of another principal.
     pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
         Self {
             cert: Some(cert.to_owned()),

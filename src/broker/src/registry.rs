@@ -539,8 +539,9 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used for `key_use`. If no key can be used, returns the
-/// reason for the key that will probably be usable first. Returns `None` if the states of all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used for `key_use`. If no key can be used,
+/// returns the reason why the key that will probably be usable first cannot be used yet. Returns `None` if the states
+/// of all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,

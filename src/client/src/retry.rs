@@ -4,8 +4,8 @@
 use std::time::{Duration, Instant};
 
 /// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md`
-/// requires. Therefore the next attempts of callers that failed at the same moment are spread
-/// between 0 and twice the pause.
+/// requires. Therefore the next attempts of callers that failed at the same moment are spread over
+/// the time from 0 to twice the pause.
 const JITTER_SPAN: f64 = 2.0;
 /// The jitter of a delay that the broker asks for. The client never shortens this delay, and
 /// prolongs it by at most this fraction of the delay.

@@ -304,8 +304,8 @@ impl Pool {
         })
     }
 
-    /// Runs a job on a token that contains its key. If the token fails or is late, another token gets the same job, if
-    /// the deadline allows. The caller gets the first answer.
+    /// Runs a job on a token that contains its key. If the token fails or is late and enough time is left, another
+    /// token gets the same job. The caller gets the first answer.
     async fn run(
         &self,
         need: Need,

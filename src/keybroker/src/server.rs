@@ -131,7 +131,8 @@ pub struct ListenerSettings {
     pub client_certificates: ClientCertificates,
     /// Networks of load balancers and proxies, whose connections transport calls of many clients.
     /// The limits for one network or one principal do not apply to the connections of trusted
-    /// proxies. Only the limits for all connections together apply.
+    /// proxies. Of the limits on connections, only the limits for all connections together apply to
+    /// trusted proxies.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }

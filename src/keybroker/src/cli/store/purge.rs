@@ -78,8 +78,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The retention time in days. The option cannot make this time shorter than the configured time,
-/// because users rely on the configured time.
+/// The retention time in days. The option cannot make the retention time shorter than the
+/// configured time, because users rely on the configured time.
 fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
     let promised = settings.retention_days;
     match arguments.older_than {

@@ -1,4 +1,4 @@
-//! Counts the places that each key has taken, with an upper limit, so that one principal or one network cannot take all
+//! Counts the places that each principal or network has taken, with an upper limit, so that one of them cannot take all
 //! places.
 
 use std::{collections::HashMap, hash::Hash};
@@ -24,7 +24,7 @@ impl<K: Hash + Eq> Counts<K> {
         has_room
     }
 
-    /// Frees one place of `key`.
+    /// Releases one of the places that `key` has taken.
     pub fn give_back(&mut self, key: &K) {
         if let Some(count) = self.0.get_mut(key) {
             *count -= 1;

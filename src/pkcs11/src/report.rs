@@ -434,8 +434,8 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
 }
 
 /// Returns an integrity key of the first kind that the token can make. The kind of integrity key in the settings is
-/// tried first. If the token makes no integrity key and the settings permit it, returns a key in the memory of this
-/// process.
+/// tried first. If the token makes no integrity key, returns a key in the memory of this process, provided that the
+/// settings permit such a key.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
@@ -625,7 +625,7 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
-    // The session is opened first, so that the report leaves no keys on the token if no session is free.
+    // This session is opened before any key is created. If no session is free, no key remains on the token.
     let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
@@ -687,8 +687,8 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
     let file = settings.module.file_name().unwrap_or_default();
     let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
-    // The report omits the content of the string, because reports are published and the string may contain names and
-    // passwords.
+    // The report omits the content of `initialize_string`, because reports are published and the content may include
+    // names and passwords.
     lines.extend(
         settings
             .initialize_string

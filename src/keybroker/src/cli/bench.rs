@@ -52,8 +52,8 @@ use users::Users;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Scenario {
-    /// The token alone and the broker, in one run; each caller makes its next call as soon as the
-    /// previous call is answered
+    /// Measures the token alone and the broker in one run; each caller makes its next call as soon
+    /// as the previous call is answered
     Steady,
     /// Calls that start on a schedule, at one or more rates, and do not wait for earlier calls
     Open,
@@ -175,8 +175,8 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    /// Rejects options that the scenario would ignore, and lists for options that take a single
-    /// value in this scenario.
+    /// Rejects an option that the scenario would ignore. Also rejects a list of values for an
+    /// option that takes a single value in this scenario.
     fn check(&self) -> Result<(), Failure> {
         use Scenario::{Connections, Fairness, Open, Overload, Restart, Steady, Storm};
         let options: [(&str, bool, &[Scenario]); 14] = [

@@ -385,7 +385,13 @@ impl<'a> Ceremony<'a> {
             }
             Ok(info)
         })
-        .map_err(|failure: Failure| failure.hint(HINT_OF_INITIALISATION))?;
+        .map_err(|failure: Failure| {
+            let hint = failure
+                .hint
+                .as_ref()
+                .map_or_else(String::new, |hint| format!("{hint}. "));
+            failure.hint(format!("{hint}{HINT_OF_INITIALISATION}"))
+        })?;
         self.transcript.tokens[token].initialised = true;
         self.transcript.tokens[token].initialised_serial = Some(info.serial);
         Ok(())

@@ -175,6 +175,6 @@ fn serials(transcript: &Transcript) -> impl Iterator<Item = &String> {
     identities.map(|identity| &identity.serial)
 }
 
-fn joined<'a>(texts: &mut dyn Iterator<Item = &'a String>) -> String {
+fn joined(texts: &mut dyn Iterator<Item = &String>) -> String {
     texts.map(String::as_str).collect::<Vec<_>>().join(", ")
 }

@@ -58,6 +58,14 @@ impl Draft {
         draft
     }
 
+    /// Begins the entry of a change of a wrapping key that the broker itself makes.
+    pub(super) fn of_broker(call: CallId, action: &'static str, key: WrappingKeyId) -> Self {
+        let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
+        entry.call_id = Some(call);
+        entry.wrapping_key = Some(key);
+        Self(entry)
+    }
+
     /// Sets how many rows the entry stands for, and the SHA-256 of their ids.
     pub(super) fn rows(&mut self, count: usize, digest: String) {
         self.0.count = u64::try_from(count).ok();

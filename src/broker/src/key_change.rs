@@ -20,17 +20,20 @@ use keybroker_core::{
 };
 use keybroker_hsm::{Caller, Serving, admin::KeyAdmin};
 use keybroker_store as store;
-use keybroker_store::{RegistryChange, RegistryRow, RegistryUpdate};
+use keybroker_store::{DestructionChange, RegistryChange, RegistryRow, RegistryUpdate};
 
 use super::{
     Broker, WrappingKeyView, commit::Settled, control::view, journal::Draft, registry::Registry,
 };
 
 mod age;
+mod destruction;
 mod making;
 mod rotation;
 
 pub(super) use age::KeyAge;
+pub(super) use destruction::Scheduled;
+pub use destruction::{DestructionRules, Wait};
 pub use rotation::{Rotated, Rotation};
 
 /// Time limit for the MAC of one row.
@@ -57,6 +60,10 @@ pub enum KeyChange {
     Compromise,
     /// The key is missing from the token and will not return: it counts as destroyed from now on.
     Lose,
+    /// The key is destroyed after a waiting time. Its state does not change before.
+    Destroy(Wait),
+    /// The scheduled destruction of the key is cancelled.
+    Keep,
 }
 
 impl KeyChange {
@@ -69,6 +76,9 @@ impl KeyChange {
             Self::Deactivate => Action::DeactivateKey,
             Self::Compromise => Action::CompromiseKey,
             Self::Lose => Action::LoseKey,
+            Self::Destroy(Wait::None) => Action::DestroyKeyNow,
+            Self::Destroy(_) => Action::DestroyKey,
+            Self::Keep => Action::KeepKey,
         }
     }
 }
@@ -142,7 +152,7 @@ impl Broker {
             .await?;
         draft.wrapping_key(id);
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
-        let planned = self.plan_state_change(call, id, change).await;
+        let planned = self.plan_state_change(principal, call, id, change).await;
         let planned = self.or_record(&draft, planned).await?;
         self.commit_key_change(call, &draft, planned).await?;
         drop(turn);
@@ -151,6 +161,7 @@ impl Broker {
 
     async fn plan_state_change(
         &self,
+        principal: &Principal,
         call: &Call,
         id: WrappingKeyId,
         change: KeyChange,
@@ -162,11 +173,19 @@ impl Broker {
         self.ask_registry(call.deadline, |registry| registry.check_examined(id))
             .await?;
         let registry = self.registry()?;
-        if change == KeyChange::Lose {
-            return self.plan_loss(&registry, id).await;
+        match change {
+            KeyChange::Lose => return self.plan_loss(&registry, id).await,
+            KeyChange::Destroy(wait) => {
+                return self.plan_destruction(&registry, id, wait, principal).await;
+            }
+            KeyChange::Keep => return self.plan_keeping(&registry, id).await,
+            _ => {}
         }
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
+        if change != KeyChange::Compromise {
+            self.check_not_scheduled(row).await?;
+        }
         let mut new = RegistryRow {
             state: to,
             ..row.clone()
@@ -186,7 +205,10 @@ impl Broker {
             planner.deactivate_others(&registry, id);
         }
         planner.change(row, new);
-        self.with_macs(planner).await
+        let mut planned = self.with_macs(planner).await?;
+        // A schedule is bound to the number of the registry row, which has changed.
+        planned.destruction = Some(DestructionChange::Remove(id));
+        Ok(planned)
     }
 
     /// Plans the tombstone of a missing key. The integrity key that is in use authenticates it.
@@ -205,7 +227,9 @@ impl Broker {
         let mut planner = Planner::new(registry);
         planner.change(row, tombstone);
         let content = |row: &RegistryRow| (signer, row.tombstone_message());
-        self.authenticated(planner, content).await
+        let mut planned = self.authenticated(planner, content).await?;
+        planned.destruction = Some(DestructionChange::Remove(id));
+        Ok(planned)
     }
 
     /// Checks that every configured token serves. A token that does not serve may hold the key, and the loss of a key cannot be
@@ -265,9 +289,11 @@ impl Broker {
 
     /// Applies a committed change in this broker.
     async fn apply_key_change(&self) {
-        if let Err(error) = self.refresh_registry().await {
+        let read = self.refresh_registry().await;
+        if let Err(error) = read.and(self.read_destructions().await) {
             tracing::warn!(%error, "cannot read the changed registry yet; the broker tries again within a second");
         }
+        self.remember_registry().await;
     }
 
     fn view_of(&self, id: WrappingKeyId) -> Result<WrappingKeyView, Error> {
@@ -276,7 +302,10 @@ impl Broker {
         let mut rows = registry.rows();
         let found = rows.find(|(row, _)| row.id == id);
         let found = found.ok_or_else(|| Error::new(Reason::KeyNotFound, format!("key {id}")))?;
-        Ok(view(found, &state))
+        Ok(WrappingKeyView {
+            destroyed_at: self.scheduled.due(found.0),
+            ..view(found, &state)
+        })
     }
 }
 
@@ -291,7 +320,8 @@ fn next_state(
         KeyChange::Suspend => WrappingKeyState::Suspended,
         KeyChange::Deactivate => WrappingKeyState::Deactivated,
         KeyChange::Compromise => WrappingKeyState::Compromised,
-        KeyChange::Lose => WrappingKeyState::Destroyed,
+        KeyChange::Lose | KeyChange::Destroy(_) => WrappingKeyState::Destroyed,
+        KeyChange::Keep => row.state,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
                 "only a suspended key can be resumed, and this key is {}",
@@ -308,12 +338,16 @@ fn next_state(
             }
         }
     };
-    let legal = row.state.check_change(to);
-    legal.map_err(|illegal| {
+    legal(row.state, to)?;
+    Ok(to)
+}
+
+/// Refuses a change of a state that is not legal, and says which are.
+fn legal(from: WrappingKeyState, to: WrappingKeyState) -> Result<(), Error> {
+    from.check_change(to).map_err(|illegal| {
         let text = illegal.to_string();
         Error::caused(Reason::KeyState, illegal).explained("id", &text)
-    })?;
-    Ok(to)
+    })
 }
 
 /// Refuses to activate a key that is in no backup: the first user key that it wraps would be lost together with the token.

@@ -23,6 +23,9 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
+mod destroyed;
+pub(super) mod memory;
+
 /// Time limit for the verification of a few rows with the token, which happens once a second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time for which a call waits until the workers have checked a key that was just registered.
@@ -358,6 +361,15 @@ impl Expect {
     ) -> Self {
         Self(Arc::new(compute))
     }
+
+    /// The keys of each token, by the configured name of the token.
+    pub(super) fn of(
+        &self,
+        rows: Vec<RegistryRow>,
+        places: Vec<PlaceRow>,
+    ) -> Vec<(String, Vec<ExpectedKey>)> {
+        (self.0)(rows, places)
+    }
 }
 
 impl fmt::Debug for Expect {
@@ -377,7 +389,8 @@ impl Broker {
         if rows.is_empty() {
             tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
         }
-        let registry = self.examine(rows, &Registry::default(), deadline).await?;
+        let mut registry = self.examine(rows, &Registry::default(), deadline).await?;
+        self.compare_with_memory(&mut registry)?;
         if let Some(error) = registry.first_failure() {
             return Err(error);
         }
@@ -392,6 +405,7 @@ impl Broker {
             }
         }
         self.use_registry(registry);
+        self.remember_registry().await;
         Ok(())
     }
 
@@ -405,7 +419,8 @@ impl Broker {
         };
         let found = self.store.registry().await?;
         let deadline = Deadline::after(REFRESH_TIMEOUT);
-        let fresh = self.examine(found, &known, deadline).await?;
+        let mut fresh = self.examine(found, &known, deadline).await?;
+        self.registry_memory.compare(&mut fresh);
         if fresh.entries != known.entries || fresh.refused_changes != known.refused_changes {
             tracing::info!("the registry of wrapping keys changed");
             self.use_registry(fresh);
@@ -426,7 +441,12 @@ impl Broker {
         for row in rows {
             let entry = match known.entry(row.id) {
                 Some(before) if before.row != row => {
-                    match self.successor(before, row, &state, deadline).await? {
+                    let successor = if row.state == WrappingKeyState::Destroyed {
+                        self.destroyed_row(before, row, known, deadline).await?
+                    } else {
+                        self.successor(before, row, &state, deadline).await?
+                    };
+                    match successor {
                         Ok(entry) => entry,
                         Err(why) => {
                             fresh.refused_changes.push(why);
@@ -462,7 +482,7 @@ impl Broker {
         {
             rows.push(awaited);
         }
-        self.token.expect_keys((self.expect.0)(rows, places));
+        self.token.expect_keys(self.expect.of(rows, places));
         Ok(fresh)
     }
 
@@ -497,7 +517,7 @@ impl Broker {
         Ok(())
     }
 
-    async fn is_authentic(
+    pub(super) async fn is_authentic(
         &self,
         tombstone: &RegistryRow,
         signers: &[WrappingKeyId],

@@ -191,6 +191,10 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
             false,
         ),
         rotate_after: None,
+        destruction: DestructionRules {
+            days: 30,
+            tokens: Vec::new(),
+        },
         accepted_risks: Vec::new(),
     });
     broker

@@ -341,7 +341,7 @@ impl Admin {
     }
 
     /// Removes the objects of a wrapping key and its integrity key from the token. Nothing can bring them back. Returns
-    /// the number of removed objects.
+    /// the number of removed objects, which is 0 if the token has none of them.
     pub fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
         let job = Job::RemoveKey(RemoveKey {
             key_id: id.as_bytes().to_vec(),

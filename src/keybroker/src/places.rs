@@ -3,10 +3,13 @@
 //! A registry row contains the serial number of the token on which the key was registered. A key that is on further tokens has
 //! one more row for each of them, by the configured name of the token. With one token, the registry row alone decides.
 
-use keybroker_core::key::{ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState};
+use keybroker_core::{
+    call::Timestamp,
+    key::{ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState},
+};
 use keybroker_hsm::{ExpectedKey, Proof, Settings};
 use keybroker_store as store;
-use keybroker_store::{PlaceRow, RegistryRow, Store};
+use keybroker_store::{DestructionRow, PlaceRow, RegistryRow, Store};
 use keybroker_worker_protocol::unpadded;
 
 /// The rows of the registry: the wrapping keys, and their places on further tokens.
@@ -16,6 +19,8 @@ pub(crate) struct Registry {
     pub(crate) rows: Vec<RegistryRow>,
     /// Their places on further tokens.
     pub(crate) places: Vec<PlaceRow>,
+    /// Their scheduled destructions.
+    pub(crate) destructions: Vec<DestructionRow>,
 }
 
 /// A registered key as it must be on one token.
@@ -61,6 +66,11 @@ impl Registry {
         Ok(Self {
             rows: store.registry().await?,
             places: store.places().await?,
+            destructions: match store.destructions().await {
+                // A damaged schedule must not hide the keys. A broker raises an alert about it.
+                Err(store::Error::Corrupt(_)) => Vec::new(),
+                read => read?,
+            },
         })
     }
 
@@ -69,6 +79,13 @@ impl Registry {
         self.places
             .iter()
             .find(|place| place.key == key && place.token == token)
+    }
+
+    /// When a key is destroyed; absent if no destruction is scheduled, or if the key was changed afterwards.
+    pub(crate) fn destroyed_at(&self, row: &RegistryRow) -> Option<Timestamp> {
+        let mut rows = self.destructions.iter();
+        let of_key = |one: &&DestructionRow| one.key == row.id && one.sequence == row.sequence;
+        rows.find(of_key).map(|one| one.due)
     }
 
     /// The registered keys that are not destroyed and may be on a token. A key without a row for this token is expected on the
@@ -176,10 +193,7 @@ fn proofs(key: &KeyHere<'_>) -> Vec<Proof> {
 
 #[cfg(test)]
 mod tests {
-    use keybroker_core::{
-        call::Timestamp,
-        key::{Fingerprint, Purpose},
-    };
+    use keybroker_core::key::{Fingerprint, Purpose};
 
     use super::*;
 
@@ -214,6 +228,7 @@ mod tests {
         Registry {
             rows: vec![row],
             places: places.iter().map(place).collect(),
+            destructions: Vec::new(),
         }
     }
 

@@ -727,7 +727,7 @@ impl Admin {
         })
     }
 
-    /// Removes the objects of a key from the token. Returns the number of removed objects.
+    /// Removes the objects of a key from the token. Returns the number of removed objects, which is 0 if the token has none of them.
     pub(crate) fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
         let place = self.place(id);
         self.secrets.borrow_mut().remove(&id);

@@ -5,15 +5,12 @@ use cryptoki::object::{Attribute, ObjectClass, ObjectHandle};
 use keybroker_core::key::{IntegrityPlace, ObjectId};
 use keybroker_pkcs11_ffi::Session;
 
-use crate::{
-    calling,
-    classify::{Class, Fault},
-};
+use crate::{calling, classify::Fault};
 
 use super::{Place, find_one, integrity_ids, making::destroy};
 
-/// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects. An
-/// interrupted removal can be repeated: objects that are already gone are no error, as long as one object is left.
+/// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects,
+/// which is 0 if the token has none of them. An interrupted removal can be repeated: objects that are already gone are no error.
 ///
 /// The private key is removed first, because no object is secret without it. The session must be read-write.
 pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {
@@ -30,12 +27,6 @@ pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {
             .map(|object| ("the RSA public key", object)),
     );
     objects.extend(integrity_key.map(|object| ("the integrity key", object)));
-    if objects.is_empty() {
-        return Err(Fault::new(
-            Class::KeyMissing,
-            format!("the token has no object of key {}", key.id),
-        ));
-    }
     let mut removed = 0;
     for (what, object) in objects {
         destroy(session, object).map_err(|fault| {

@@ -1308,6 +1308,9 @@ pub struct WrappingKey {
     /// bytes.
     #[prost(string, tag = "10")]
     pub problem: ::prost::alloc::string::String,
+    /// When the key is destroyed; absent if no destruction is scheduled.
+    #[prost(message, optional, tag = "11")]
+    pub destroy_time: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1803,6 +1806,14 @@ pub struct ChangeWrappingKeyStateRequest {
     /// With WRAPPING_KEY_CHANGE_ACTIVATE: activate the key although no backup contains it.
     #[prost(bool, tag = "4")]
     pub without_backup: bool,
+    /// With WRAPPING_KEY_CHANGE_DESTROY: the waiting time in days, from `wrapping_keys.destroy_after_days` of the broker's configuration to
+    /// 3,650; 0 for the configured number.
+    #[prost(uint32, tag = "5")]
+    pub destroy_after_days: u32,
+    /// With WRAPPING_KEY_CHANGE_DESTROY: the word "irreversibly" to destroy the key without the waiting time, which policies decide about
+    /// separately; else empty.
+    #[prost(string, tag = "6")]
+    pub destroy_now: ::prost::alloc::string::String,
 }
 /// Response of ChangeWrappingKeyState.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2018,6 +2029,11 @@ pub enum WrappingKeyChange {
     Compromise = 5,
     /// The key is missing from the token and will not return: it counts as destroyed, and its user keys are lost.
     Lose = 6,
+    /// The key is destroyed after a waiting time. The state of the key does not change before. Refused while a row needs the key, and
+    /// while no other key wraps new user keys.
+    Destroy = 7,
+    /// The scheduled destruction of the key is cancelled.
+    Keep = 8,
 }
 impl WrappingKeyChange {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2033,6 +2049,8 @@ impl WrappingKeyChange {
             Self::Deactivate => "WRAPPING_KEY_CHANGE_DEACTIVATE",
             Self::Compromise => "WRAPPING_KEY_CHANGE_COMPROMISE",
             Self::Lose => "WRAPPING_KEY_CHANGE_LOSE",
+            Self::Destroy => "WRAPPING_KEY_CHANGE_DESTROY",
+            Self::Keep => "WRAPPING_KEY_CHANGE_KEEP",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2045,6 +2063,8 @@ impl WrappingKeyChange {
             "WRAPPING_KEY_CHANGE_DEACTIVATE" => Some(Self::Deactivate),
             "WRAPPING_KEY_CHANGE_COMPROMISE" => Some(Self::Compromise),
             "WRAPPING_KEY_CHANGE_LOSE" => Some(Self::Lose),
+            "WRAPPING_KEY_CHANGE_DESTROY" => Some(Self::Destroy),
+            "WRAPPING_KEY_CHANGE_KEEP" => Some(Self::Keep),
             _ => None,
         }
     }

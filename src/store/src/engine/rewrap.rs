@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 
 use crate::{
-    Error, REQUEST_KEPT_US,
+    Error,
     mutations::{expect_one, insert_unless_taken},
     rewrap::{
         ClientMove, KeyUses, RevisionMove, RevisionPlace, Rewraps, RowUnder, RunId, RunRow,
@@ -20,7 +20,7 @@ use keybroker_core::{
 use super::{End, Engine, EngineStore};
 
 /// A lease that lasts more than this many times as long as a new one was given by a clock that was wrong.
-const IMPLAUSIBLE_LEASES: i64 = 6;
+pub(super) const IMPLAUSIBLE_LEASES: i64 = 6;
 
 impl<E: Engine> EngineStore<E> {
     /// Runs one statement for each list of values and stores the mark of the call, in one transaction. `first` is the id of the first
@@ -55,9 +55,9 @@ impl<E: Engine> EngineStore<E> {
 #[async_trait]
 impl<E: Engine> Rewraps for EngineStore<E> {
     async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error> {
-        let since = Timestamp::now().micros() - REQUEST_KEPT_US;
-        let values = vec![key.into(), key.into(), key.into(), since.into()];
-        let found = self.query(E::sql().rewrap.uses, values).await?;
+        let found = self
+            .query(E::sql().rewrap.uses, rows::values_of_uses(key))
+            .await?;
         rows::key_uses(found.first().ok_or(Error::NotFound)?)
     }
 

@@ -54,9 +54,19 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;
     admin.know([(id, &place(&config))])?;
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
-    let removed = audited(context, &config, "wrapping_key.remove", describe, || {
-        Ok(admin.remove_key(id)?)
-    })?;
+    let removed = audited(
+        context,
+        &config,
+        "wrapping_key.remove",
+        describe,
+        || match admin.remove_key(id)? {
+            0 => {
+                let what = format!("the token has no object of key {id}");
+                Err(Failure::new(Exit::Untrusted, what))
+            }
+            removed => Ok(removed),
+        },
+    )?;
     context.output.fields(vec![
         ("id", json!(id.to_string())),
         ("removed_objects", json!(removed)),

@@ -1,0 +1,16 @@
+//! SHA-256 digests as text.
+
+use std::fmt::Write as _;
+
+use aws_lc_rs::digest::Digest;
+
+/// A digest as hexadecimal digits.
+pub(super) fn hex_of(digest: &Digest) -> String {
+    let bytes = digest.as_ref();
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        // Writing to a String cannot fail.
+        let _written = write!(text, "{byte:02x}");
+    }
+    text
+}

@@ -32,6 +32,7 @@ use crate::{
 mod cut_off;
 mod measure;
 mod requests;
+mod states;
 mod tokens;
 
 /// A re-wrap of the test suite takes seconds; one of the long test takes minutes.

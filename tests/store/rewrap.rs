@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
-    key::{Revision, Tenant, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, Purpose, Revision, Tenant, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_store::{
-    ClientMove, ClientRow, Error, KeyUses, RequestScope, RequestStamp, RevisionMove, RevisionPlace,
-    RunId, RunRow, RunState, Stamp, Store,
+    ClientMove, ClientRow, Error, KeyUses, RegistryRow, RequestScope, RequestStamp, RevisionMove,
+    RevisionPlace, RunId, RunRow, RunState, Stamp, Store,
 };
 use tokio::task::JoinSet;
 
@@ -201,6 +201,54 @@ pub(crate) async fn a_row_that_is_not_as_it_was_read_is_not_swapped(engine: &Eng
             .unwrap()
             .is_empty()
     );
+}
+
+/// The state of a key that was changed after the rows were read ends the swap, before any row.
+pub(crate) async fn no_row_is_swapped_against_the_state_of_a_key(engine: &Engine) {
+    let store = engine.open().await;
+    three(&store).await;
+    let row = |id, state, mac| RegistryRow {
+        id,
+        fingerprint: Fingerprint([1; 32]),
+        objects: ObjectIds::default(),
+        purpose: Purpose::Plain,
+        state,
+        token_serial: "0123".to_owned(),
+        sequence: 1,
+        registered: Timestamp::from_micros(1),
+        backup_confirmed: None,
+        mac: [mac; 32],
+    };
+    let mut rows = [
+        row(KEY, WrappingKeyState::Deactivated, 1),
+        row(NEW, WrappingKeyState::Active, 2),
+    ];
+    for row in &rows {
+        store.register(row).await.unwrap();
+    }
+    for (number, state) in [
+        (1, WrappingKeyState::Suspended),
+        (0, WrappingKeyState::Compromised),
+        (1, WrappingKeyState::Compromised),
+        (1, WrappingKeyState::Deactivated),
+        (0, WrappingKeyState::Suspended),
+    ] {
+        let before = rows[number].clone();
+        rows[number].state = state;
+        let changed = store.update_registry(&rows[number], &before.mac).await;
+        changed.unwrap();
+        let call = CallId::fresh();
+        let refused = store
+            .move_revisions(vec![to_new(1, 1, "user 1 1")], call)
+            .await;
+        assert!(matches!(refused, Err(Error::State)), "{state}: {refused:?}");
+        assert!(!store.committed_by(call).await.unwrap());
+        store.update_registry(&before, &before.mac).await.unwrap();
+        rows[number] = before;
+    }
+    assert!(under(&store, NEW).await.is_empty());
+    let moved = store.move_revisions(vec![to_new(1, 1, "user 1 1")], CallId::fresh());
+    assert_eq!(moved.await.unwrap(), [true]);
 }
 
 pub(crate) async fn of_concurrent_swaps_one_wins(engine: &Engine) {

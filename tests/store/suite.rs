@@ -86,6 +86,7 @@ on_every_engine!(
     rows_under_a_key_are_paged_and_counted,
     a_swap_changes_the_envelope_and_nothing_else,
     a_row_that_is_not_as_it_was_read_is_not_swapped,
+    no_row_is_swapped_against_the_state_of_a_key,
     of_concurrent_swaps_one_wins,
     a_swap_is_not_in_the_way_of_changes,
     a_request_id_is_kept_although_its_record_was_moved,

@@ -200,7 +200,7 @@ pub trait Rewraps: Send + Sync {
     ) -> Result<Vec<RowUnder>, Error>;
 
     /// Swaps envelopes and stores the mark of the call, in one transaction. Returns for each swap whether the row still contained the
-    /// old envelope.
+    /// old envelope, and [`Error::State`] without any swap if the state of a registered key forbids the move.
     async fn move_revisions(
         &self,
         moves: Vec<RevisionMove>,
@@ -208,7 +208,7 @@ pub trait Rewraps: Send + Sync {
     ) -> Result<Vec<bool>, Error>;
 
     /// Swaps the MACs of API clients and stores the mark of the call, in one transaction. Returns for each swap whether the row still
-    /// contained the old MAC.
+    /// contained the old MAC, and [`Error::State`] without any swap if the state of a registered key forbids the move.
     async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error>;
 
     /// The run that was requested last.

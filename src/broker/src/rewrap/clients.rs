@@ -1,5 +1,7 @@
 //! Moves API clients, which have only a MAC: the old integrity key verifies the MAC, and the new integrity key makes another one.
 
+use std::collections::BTreeSet;
+
 use keybroker_core::{
     call::CallId,
     key::{ClientId, WrappingKeyId},
@@ -103,14 +105,18 @@ impl Broker {
         to: WrappingKeyId,
         moves: Vec<ClientMove>,
     ) -> Result<Swapped, Stop> {
-        self.check_move(moves.iter().map(|one| one.from), to)?;
+        let from: BTreeSet<WrappingKeyId> = moves.iter().map(|one| one.from).collect();
+        self.check_move(from.iter().copied(), to)?;
         let ids: Vec<RowId> = moves
             .iter()
             .map(|one| (*one.id.as_bytes(), one.revision))
             .collect();
         let call = CallId::fresh();
         let swap = self.store.move_clients(moves, call);
-        let swapped = self.swap_batch(to, &ids, call, swap).await?;
+        let swapped = match self.swap_batch(to, &ids, call, swap).await {
+            Ok(swapped) => swapped,
+            Err(error) => return Err(self.why_not_swapped(error, from, to).await),
+        };
         Ok(Swapped::of(&swapped))
     }
 }

@@ -1,6 +1,6 @@
 //! Moves revisions of records. The token re-wraps a page of rows while the page before is swapped.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::{
     FutureExt as _,
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use keybroker_core::{
     call::{CallId, Deadline},
     envelope::{Context, Envelope, Kind},
+    error::{Error, Reason},
     key::{KeyUse, Revision, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
@@ -186,9 +187,28 @@ impl Broker {
         }
     }
 
+    /// Why the store refused a swap. The store refuses it if the state of a key was changed after [`Self::check_move`].
+    pub(super) async fn why_not_swapped(
+        &self,
+        error: Error,
+        from: BTreeSet<WrappingKeyId>,
+        to: WrappingKeyId,
+    ) -> Stop {
+        if error.reason() != Reason::KeyState {
+            return Stop::Failed(error);
+        }
+        if let Err(unreadable) = self.refresh_registry().await {
+            return Stop::Failed(unreadable);
+        }
+        // A row of the registry that was edited changes nothing in the verified registry.
+        let checked = self.check_move(from.into_iter(), to);
+        checked.err().unwrap_or(Stop::Failed(error))
+    }
+
     /// Swaps the envelopes of a page.
     async fn swap_page(&self, to: WrappingKeyId, page: Page) -> Result<Swapped, Stop> {
-        self.check_move(page.moves.iter().map(|one| one.from), to)?;
+        let from: BTreeSet<WrappingKeyId> = page.moves.iter().map(|one| one.from).collect();
+        self.check_move(from.iter().copied(), to)?;
         let ids: Vec<RowId> = page
             .moves
             .iter()
@@ -196,7 +216,10 @@ impl Broker {
             .collect();
         let call = CallId::fresh();
         let swap = self.store.move_revisions(page.moves, call);
-        let swapped = self.swap_batch(to, &ids, call, swap).await?;
+        let swapped = match self.swap_batch(to, &ids, call, swap).await {
+            Ok(swapped) => swapped,
+            Err(error) => return Err(self.why_not_swapped(error, from, to).await),
+        };
         Ok(Swapped {
             failed: page.failed,
             ..Swapped::of(&swapped)

@@ -1,5 +1,7 @@
 //! The calls of [`Rewraps`], for any engine.
 
+use std::collections::BTreeSet;
+
 use async_trait::async_trait;
 
 use crate::{
@@ -10,11 +12,12 @@ use crate::{
         RunState,
     },
     rows,
-    session::{Session as _, Value},
+    session::{Columns as _, Session, Value},
+    statements::Statements,
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::WrappingKeyId,
+    key::{KeyUse, WrappingKeyId, WrappingKeyState},
 };
 
 use super::{End, Engine, EngineStore};
@@ -24,11 +27,13 @@ pub(super) const IMPLAUSIBLE_LEASES: i64 = 6;
 
 impl<E: Engine> EngineStore<E> {
     /// Runs one statement for each list of values and stores the mark of the call, in one transaction. `first` is the id of the first
-    /// row. Returns for each list of values whether the statement changed a row.
+    /// row. Returns for each list of values whether the statement changed a row, and [`Error::State`] if the state of a key forbids its
+    /// use.
     async fn swap(
         &self,
         statement: &'static str,
         first: Option<Value>,
+        keys: BTreeSet<(WrappingKeyId, bool)>,
         swaps: Vec<Vec<Value>>,
         call: CallId,
     ) -> Result<Vec<bool>, Error> {
@@ -37,10 +42,11 @@ impl<E: Engine> EngineStore<E> {
         };
         let at = Timestamp::now();
         self.transaction(End::CommitMarked(call), move |session, sql| {
-            let (first, swaps) = (first.clone(), swaps.clone());
+            let (first, swaps, keys) = (first.clone(), swaps.clone(), keys.clone());
             Box::pin(async move {
                 let mark = rows::new_change(call, first, at);
                 expect_one(session.execute(sql.insert_change, mark).await?)?;
+                check_states(session, sql, &keys).await?;
                 let mut changed = Vec::with_capacity(swaps.len());
                 for values in swaps {
                     changed.push(session.execute(statement, values).await? == 1);
@@ -50,6 +56,42 @@ impl<E: Engine> EngineStore<E> {
         })
         .await
     }
+}
+
+/// The keys of a swap, each with whether rows are moved to it.
+fn keys_of(
+    pairs: impl Iterator<Item = (WrappingKeyId, WrappingKeyId)>,
+) -> BTreeSet<(WrappingKeyId, bool)> {
+    pairs
+        .flat_map(|(from, to)| [(from, false), (to, true)])
+        .collect()
+}
+
+/// Locks the registry rows of the keys of a swap, and checks their states. A change of a state that was committed before is noticed, and
+/// a later one waits until the swap is committed. The caller has verified the registry before, so this check only has to find a change.
+async fn check_states(
+    session: &mut impl Session,
+    sql: &'static Statements,
+    keys: &BTreeSet<(WrappingKeyId, bool)>,
+) -> Result<(), Error> {
+    for (key, is_target) in keys {
+        let found = session
+            .rows(sql.rewrap.key_state, vec![(*key).into()])
+            .await?;
+        let Some(row) = found.first() else {
+            continue;
+        };
+        let key_use = if *is_target {
+            KeyUse::Wrap
+        } else {
+            KeyUse::RewrapFrom
+        };
+        let state = WrappingKeyState::parse(row.text("state")?);
+        if !state.is_some_and(|state| state.allows(key_use)) {
+            return Err(Error::State);
+        }
+    }
+    Ok(())
 }
 
 #[async_trait]
@@ -95,9 +137,10 @@ impl<E: Engine> Rewraps for EngineStore<E> {
                 Value::Bytes(one.old),
             ]
         };
+        let keys = keys_of(moves.iter().map(|one| (one.from, one.to)));
         let swaps = moves.into_iter().map(values).collect();
         let statement = E::sql().rewrap.move_revision;
-        self.swap(statement, first, swaps, call).await
+        self.swap(statement, first, keys, swaps, call).await
     }
 
     async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error> {
@@ -112,9 +155,10 @@ impl<E: Engine> Rewraps for EngineStore<E> {
                 (&one.old).into(),
             ]
         };
+        let keys = keys_of(moves.iter().map(|one| (one.from, one.to)));
         let swaps = moves.into_iter().map(values).collect();
         let statement = E::sql().rewrap.move_client;
-        self.swap(statement, first, swaps, call).await
+        self.swap(statement, first, keys, swaps, call).await
     }
 
     async fn rewrap_run(&self) -> Result<Option<RunRow>, Error> {

@@ -10,6 +10,8 @@ pub(crate) struct RewrapStatements {
     pub(crate) uses: &'static str,
     /// Values: key, record twice, revision to start after, limit. Returns revisions with the addresses of their records.
     pub(crate) page: &'static str,
+    /// Value: key. Returns the state of the key, and locks its row until the transaction ends.
+    pub(crate) key_state: &'static str,
     /// Values: new envelope, new key, record, revision, old key, old envelope.
     pub(crate) move_revision: &'static str,
     /// Values: new MAC, new key, client, revision, old key, old MAC.
@@ -51,6 +53,10 @@ impl RewrapStatements {
                  WHERE v.wrapping_key_id = ? AND v.record_id >= ? AND (v.record_id > ? OR v.revision > ?) \
                  ORDER BY v.record_id, v.revision LIMIT ?",
             ),
+            key_state: sql(&format!(
+                "SELECT state FROM wrapping_keys WHERE key_id = ? {}",
+                dialect.lock.unwrap_or_default()
+            )),
             move_revision: sql("UPDATE revisions SET envelope = ?, wrapping_key_id = ? \
                  WHERE record_id = ? AND revision = ? AND wrapping_key_id = ? AND envelope = ?"),
             move_client: sql("UPDATE clients SET mac = ?, key_id = ? \

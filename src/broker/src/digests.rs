@@ -2,7 +2,12 @@
 
 use std::fmt::Write as _;
 
-use aws_lc_rs::digest::Digest;
+use aws_lc_rs::digest::{self, Digest};
+
+/// The SHA-256 of bytes, as hexadecimal digits.
+pub(super) fn sha256(bytes: &[u8]) -> String {
+    hex_of(&digest::digest(&digest::SHA256, bytes))
+}
 
 /// A digest as hexadecimal digits.
 pub(super) fn hex_of(digest: &Digest) -> String {

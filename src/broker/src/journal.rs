@@ -13,7 +13,7 @@ use keybroker_core::{
 use keybroker_hsm::leave;
 use keybroker_policy::{KeyPermit, Resource};
 
-use super::{Broker, overload::is_overload};
+use super::{Broker, digests::sha256, overload::is_overload};
 
 /// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates this value, from a
 /// result and the draft of its entry. Therefore the entry of one release cannot stand for another release.
@@ -131,6 +131,17 @@ impl Draft {
 
     pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {
         self.0.wrapping_key = Some(key);
+    }
+
+    /// Sets the SHA-256 of a stored envelope. If the wrapping key is compromised later, the digest tells a row that the broker made
+    /// from a row that the holder of the key made.
+    pub(super) fn envelope(&mut self, envelope: &[u8]) {
+        self.0.digest = Some(sha256(envelope));
+    }
+
+    /// Removes the digest of an envelope that was not stored.
+    pub(super) fn no_envelope(&mut self) {
+        self.0.digest = None;
     }
 
     pub(super) fn kind(&self, kind: EntryKind) -> Self {

@@ -184,6 +184,8 @@ pub struct Broker {
     registry_refresh: tokio::sync::Mutex<()>,
     /// The problems of the registry that were logged last.
     logged_problems: Mutex<LoggedProblems>,
+    /// The directory in which this instance keeps facts across restarts.
+    state: StateDirectory,
     /// What this instance remembers about the registry.
     registry_memory: RegistryMemory,
     /// The changes of wrapping keys that this broker makes.
@@ -223,6 +225,7 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             logged_problems: Mutex::default(),
+            state: parts.state.clone(),
             registry_memory: RegistryMemory::new(parts.state.clone(), &parts.instance),
             key_changes: KeyChanges::new(parts.key_admin),
             expect: parts.expect,

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use keybroker_core::{
     call::{CallId, Timestamp},
     envelope::Mac,
-    key::{ClientId, ID_BYTES, KeyAddress, RecordId, Revision, WrappingKeyId},
+    key::{ClientId, ID_BYTES, KeyAddress, KeyUse, RecordId, Revision, WrappingKeyId},
 };
 
 use super::error::Error;
@@ -200,10 +200,12 @@ pub trait Rewraps: Send + Sync {
     ) -> Result<Vec<RowUnder>, Error>;
 
     /// Swaps envelopes and stores the mark of the call, in one transaction. Returns for each swap whether the row still contained the
-    /// old envelope, and [`Error::State`] without any swap if the state of a registered key forbids the move.
+    /// old envelope, and [`Error::State`] without any swap if the state of a registered key forbids the move. `source` is the use
+    /// of the old wrapping keys: [`KeyUse::RewrapFrom`], or [`KeyUse::RewrapListed`] if every row is listed.
     async fn move_revisions(
         &self,
         moves: Vec<RevisionMove>,
+        source: KeyUse,
         call: CallId,
     ) -> Result<Vec<bool>, Error>;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use keybroker_core::{
     call::CallId,
-    key::{ClientId, WrappingKeyId},
+    key::{ClientId, KeyUse, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
 use keybroker_store::{ClientMove, ClientRow, DamagedClient, Position};
@@ -106,7 +106,7 @@ impl Broker {
         moves: Vec<ClientMove>,
     ) -> Result<Swapped, Stop> {
         let from: BTreeSet<WrappingKeyId> = moves.iter().map(|one| one.from).collect();
-        self.check_move(from.iter().copied(), to)?;
+        self.check_move(from.iter().copied(), to, KeyUse::RewrapFrom)?;
         let ids: Vec<RowId> = moves
             .iter()
             .map(|one| (*one.id.as_bytes(), one.revision))
@@ -115,7 +115,10 @@ impl Broker {
         let swap = self.store.move_clients(moves, call);
         let swapped = match self.swap_batch(to, &ids, call, swap).await {
             Ok(swapped) => swapped,
-            Err(error) => return Err(self.why_not_swapped(error, from, to).await),
+            Err(error) => {
+                let source = KeyUse::RewrapFrom;
+                return Err(self.why_not_swapped(error, from, to, source).await);
+            }
         };
         Ok(Swapped::of(&swapped))
     }

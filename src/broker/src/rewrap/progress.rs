@@ -36,6 +36,8 @@ pub struct FailedRow {
 pub struct Progress {
     /// The principal that requested the run.
     pub requested_by: String,
+    /// Whether the source is a compromised wrapping key, from which only listed rows are moved.
+    pub from_compromised: bool,
     /// What the holder does.
     pub phase: Phase,
     /// Revisions that were moved.

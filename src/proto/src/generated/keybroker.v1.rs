@@ -1614,7 +1614,8 @@ pub struct RewrapFailure {
     #[prost(uint64, tag = "2")]
     pub revision: u64,
     /// The problem, by the names of `store check`, such as "mac-refused" or "envelope-unreadable"; "unwrap-failed" if the token could
-    /// not decrypt although the MAC is valid. Later releases may add other values.
+    /// not decrypt although the MAC is valid; "not-listed" for a row under a compromised wrapping key that no list contains. Later
+    /// releases may add other values.
     #[prost(string, tag = "3")]
     pub problem: ::prost::alloc::string::String,
 }
@@ -1707,6 +1708,10 @@ pub struct StartRewrapRequest {
     /// Highest number of rows per second: 1 to 1,000,000. 0 for no limit.
     #[prost(uint32, tag = "2")]
     pub rows_per_second_max: u32,
+    /// The source is a compromised wrapping key. Only the revisions that `keybroker audit envelopes` listed on the host of a broker are
+    /// moved. User keys under a compromised wrapping key count as disclosed, also those that were moved.
+    #[prost(bool, tag = "3")]
+    pub from_compromised: bool,
 }
 /// Response of StartRewrap.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -1,6 +1,6 @@
 //! The calls of [`Rewraps`], for any engine.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use async_trait::async_trait;
 
@@ -33,7 +33,7 @@ impl<E: Engine> EngineStore<E> {
         &self,
         statement: &'static str,
         first: Option<Value>,
-        keys: BTreeSet<(WrappingKeyId, bool)>,
+        keys: BTreeMap<WrappingKeyId, KeyUse>,
         swaps: Vec<Vec<Value>>,
         call: CallId,
     ) -> Result<Vec<bool>, Error> {
@@ -58,12 +58,13 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
-/// The keys of a swap, each with whether rows are moved to it.
+/// The keys of a swap, each with its use. `source` is the use of the old wrapping keys.
 fn keys_of(
     pairs: impl Iterator<Item = (WrappingKeyId, WrappingKeyId)>,
-) -> BTreeSet<(WrappingKeyId, bool)> {
+    source: KeyUse,
+) -> BTreeMap<WrappingKeyId, KeyUse> {
     pairs
-        .flat_map(|(from, to)| [(from, false), (to, true)])
+        .flat_map(|(from, to)| [(from, source), (to, KeyUse::Wrap)])
         .collect()
 }
 
@@ -72,22 +73,17 @@ fn keys_of(
 async fn check_states(
     session: &mut impl Session,
     sql: &'static Statements,
-    keys: &BTreeSet<(WrappingKeyId, bool)>,
+    keys: &BTreeMap<WrappingKeyId, KeyUse>,
 ) -> Result<(), Error> {
-    for (key, is_target) in keys {
+    for (key, key_use) in keys {
         let found = session
             .rows(sql.rewrap.key_state, vec![(*key).into()])
             .await?;
         let Some(row) = found.first() else {
             continue;
         };
-        let key_use = if *is_target {
-            KeyUse::Wrap
-        } else {
-            KeyUse::RewrapFrom
-        };
         let state = WrappingKeyState::parse(row.text("state")?);
-        if !state.is_some_and(|state| state.allows(key_use)) {
+        if !state.is_some_and(|state| state.allows(*key_use)) {
             return Err(Error::State);
         }
     }
@@ -124,6 +120,7 @@ impl<E: Engine> Rewraps for EngineStore<E> {
     async fn move_revisions(
         &self,
         moves: Vec<RevisionMove>,
+        source: KeyUse,
         call: CallId,
     ) -> Result<Vec<bool>, Error> {
         let first = moves.first().map(|one| one.record.into());
@@ -137,7 +134,7 @@ impl<E: Engine> Rewraps for EngineStore<E> {
                 Value::Bytes(one.old),
             ]
         };
-        let keys = keys_of(moves.iter().map(|one| (one.from, one.to)));
+        let keys = keys_of(moves.iter().map(|one| (one.from, one.to)), source);
         let swaps = moves.into_iter().map(values).collect();
         let statement = E::sql().rewrap.move_revision;
         self.swap(statement, first, keys, swaps, call).await
@@ -155,7 +152,10 @@ impl<E: Engine> Rewraps for EngineStore<E> {
                 (&one.old).into(),
             ]
         };
-        let keys = keys_of(moves.iter().map(|one| (one.from, one.to)));
+        let keys = keys_of(
+            moves.iter().map(|one| (one.from, one.to)),
+            KeyUse::RewrapFrom,
+        );
         let swaps = moves.into_iter().map(values).collect();
         let statement = E::sql().rewrap.move_client;
         self.swap(statement, first, keys, swaps, call).await

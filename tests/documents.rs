@@ -519,7 +519,7 @@ fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
             )
         })
         .collect();
-    assert_eq!(rows("| Test | What the token would do"), tests);
+    assert_eq!(rows("| Test | Forbidden behaviour"), tests);
 }
 
 /// `docs/metrics.md` lists each metric as the code declares it, and no other; and no part of the code makes one that is not declared.

@@ -26,7 +26,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_client(false)
         .build_server(false)
         .skip_debug(SECRET)
-        // The setup is much larger than the other jobs, which are far more frequent.
+        // The setup is boxed, because it is much larger than the other jobs and the other jobs are
+        // far more frequent.
         .boxed(".keybroker.worker.v1.Request.job.setup")
         .compile_fds(worker)?;
     Ok(())

@@ -268,7 +268,7 @@ async fn lines_cut_off_the_end_are_found_by_verification() {
     // Every line that is left is good.
     assert_eq!(verify(&path).unwrap().problems, Vec::<String>::new());
     let problems = settings.verify_instance().unwrap().problems;
-    assert!(problems[0].contains("was durable"), "{problems:?}");
+    assert!(problems[0].contains("was already durable"), "{problems:?}");
 }
 
 /// The acknowledgement of one finding says nothing of the next.

@@ -217,7 +217,7 @@ fn a_broker_serves_from_a_newer_schema_that_only_adds_to_its_own_and_says_so() {
             *text = text.replace("[store]", &section);
         });
         let broker = Broker::start_on(Arc::clone(&site));
-        assert!(broker.site.log().contains("finish the upgrade"));
+        assert!(broker.site.log().contains("upgrade this broker, too"));
         drop(broker);
     }
     let finished = site.run(&["store", "migrate"]);

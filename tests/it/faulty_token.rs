@@ -248,7 +248,7 @@ async fn a_job_that_changes_its_worker_is_logged_with_its_call() {
             })
             .collect()
     };
-    let before = calls("token job sent to a worker");
+    let before = calls("a token job was sent to a worker");
     assert!(!before.is_empty(), "{}", broker.site.log());
     let pid = until("the worker", || broker.workers().first().copied());
     let hang = Fault {
@@ -260,7 +260,7 @@ async fn a_job_that_changes_its_worker_is_logged_with_its_call() {
     let releaser = Caller::of(&broker, "releaser");
     let call = tokio::spawn(async move { releaser.unwrap("ada").await });
     let id = until("the job at the worker", || {
-        let sent = calls("token job sent to a worker");
+        let sent = calls("a token job was sent to a worker");
         sent.get(before.len()).cloned()
     });
     send(pid, Signal::KILL);

@@ -171,7 +171,7 @@ fn a_host_that_no_machine_has_is_refused() {
         "a blank",
         &site.run(&["config", "check"]),
         CONFIGURATION,
-        &["[store]: `url` has ' ' in its host"],
+        &["[store]: `url`: the URL has ' ' in the host"],
     );
 }
 
@@ -269,7 +269,7 @@ fn a_damaged_database_is_told_from_another_file() {
     for side in ["-wal", "-shm"] {
         fs::remove_file(format!("{}{side}", database.display())).ok();
     }
-    let words = ["holds damaged data", "SQLite", "restore a backup"];
+    let words = ["contains damaged data", "SQLite", "restore a backup"];
     says("half of it", &site.run(&["key", "list"]), STORE, &words);
 }
 

@@ -287,7 +287,7 @@ async fn a_lost_key_is_buried_and_a_forged_burial_is_not_believed() {
         &broker,
         &["lost", &older, "--yes"],
         "KEY_STATE",
-        &["destroyed already"],
+        &["already destroyed"],
     );
     until("the end of the problem", || {
         let line = format!("keybroker_wrapping_key_usable{{wrapping_key=\"{older}\"}} 1");
@@ -455,7 +455,7 @@ async fn each_state_does_what_the_table_says() {
             &broker,
             &arguments,
             "KEY_STATE",
-            &["it can only become destroyed"],
+            &["the next state can only be destroyed"],
         );
     }
     others_and_unknown_keys_are_refused(&broker, &older);
@@ -571,7 +571,7 @@ async fn a_new_key_waits_for_the_backup() {
         &broker,
         &["rotate"],
         "KEY_STATE",
-        &["pre-active already", &new],
+        &["already pre-active", &new],
     );
     not_changed(
         &broker,

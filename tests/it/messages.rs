@@ -80,7 +80,7 @@ const CERTIFICATES: [(&str, Mistake, &[&str]); 13] = [
     (
         "an expired certificate",
         |site| site.pki.issue_expired_server(),
-        &["expired on 2020-02-01", "renew it"],
+        &["expired on 2020-02-01", "renew the certificate"],
     ),
     (
         "a certificate of tomorrow",
@@ -198,7 +198,7 @@ fn config_check_reports_an_end_that_is_near_for_the_lifetime_of_the_certificate(
         let finished = site.run(&["config", "check"]);
         says("a certificate in use", &finished, 0, &[]);
         assert_eq!(
-            finished.stderr.contains("it expires soon, on"),
+            finished.stderr.contains("the certificate expires soon, on"),
             is_late,
             "{until}: {finished:#?}"
         );
@@ -663,7 +663,7 @@ fn a_client_certificate_without_a_name_is_told_from_an_unknown_one() {
         ),
         (
             pki::UNKNOWN,
-            "no [[principal]] has a `san` that the client certificate contains",
+            "no [[principal]] has a `san` that matches a name in the client certificate",
         ),
     ] {
         let finished = Finished::from(client(&broker, name, &["list"]).output().unwrap());

@@ -98,7 +98,7 @@ async fn a_bad_or_missing_policy_leaves_the_old_ones_in_force() {
 
     fs::remove_file(directory.join("net.cedar")).unwrap();
     alerts(2);
-    assert!(broker.site.log().contains("net.cedar: is missing"));
+    assert!(broker.site.log().contains("net.cedar: the file is missing"));
     refused(releaser.unwrap("ada").await, "POLICY");
     assert_eq!(decided_by(&broker, "not-from-here"), 2);
 

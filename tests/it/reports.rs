@@ -167,14 +167,11 @@ fn a_report_leaves_nothing_and_tells_no_secret() {
     }
     // SoftHSM ends the keys of a session with the login, and gives its handle to no other.
     assert_eq!(
-        session_row(
-            &report,
-            "a handle from before C_Logout, of a key of the session"
-        ),
+        session_row(&report, "a handle of a session key from before C_Logout"),
         "ObjectHandleInvalid"
     );
     assert_eq!(
-        session_row(&report, "the login of the second process is"),
+        session_row(&report, "the login of the second process"),
         "a separate login"
     );
     // Only the run that made keys on the token is a change.
@@ -199,7 +196,7 @@ fn a_shared_login_is_a_line_of_its_own() {
     faulty.set_profile("pkcs11-proxy");
     let report = read(&site.expect_ok(&["-o", "json", "token", "report"]));
     assert_eq!(session_row(&report, "a login by a second process"), WORKS);
-    let whose = session_row(&report, "the login of the second process is");
+    let whose = session_row(&report, "the login of the second process");
     assert!(whose.contains("CKR_USER_ALREADY_LOGGED_IN"), "{whose}");
 }
 

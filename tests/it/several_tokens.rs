@@ -19,6 +19,7 @@ use tonic::Request;
 use crate::{
     client::{Caller, eventually, reason},
     faulty::{Faulty, VARIABLE},
+    keys::{put_back, remove_objects},
     modules::{Maker, Stand},
     process::{Broker, send, until},
     site::{Options, Site},
@@ -645,6 +646,60 @@ async fn each_key_is_used_on_its_own_token() {
     two.a.behave("");
     let key = eventually(|| releaser.unwrap("first")).await;
     assert_eq!(key.key_material, MATERIAL);
+}
+
+/// A key disappears from the token on which it was registered, and returns. The other token serves meanwhile, and the first
+/// token gets calls again without a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_returns_to_its_token_is_used_again() {
+    let two = Two::fresh(Options::default());
+    let id = two.key();
+    let broker = Broker::start_on(Arc::clone(&two.site));
+    for name in ["a", "b"] {
+        until_whole(&broker, name, 1).await;
+    }
+    let (enroller, releaser) = (
+        Caller::of(&broker, "enroller"),
+        Caller::of(&broker, "releaser"),
+    );
+    enroller.create("ada", MATERIAL).await.unwrap();
+    let objects = remove_objects(&two.site, &id);
+    kill_workers(&broker, "a").await;
+    until_keys(&broker, "a", 0).await;
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+    put_back(&objects);
+    until_keys(&broker, "a", 1).await;
+    assert_eq!(releaser.unwrap("ada").await.unwrap().key_material, MATERIAL);
+}
+
+/// Waits until the workers of a token show this number of keys.
+async fn until_keys(broker: &Broker, name: &str, count: usize) {
+    let deadline = Instant::now() + Duration::from_mins(1);
+    loop {
+        let state = state_of(broker, name).await;
+        if state.serving() == TokenServing::Up && state.wrapping_key_ids.len() == count {
+            return;
+        }
+        assert!(Instant::now() < deadline, "token {name}: {state:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// The permission to log in again is given to one token, so the command asks for its name.
+#[test]
+fn a_login_is_permitted_again_for_one_token() {
+    let two = Two::fresh(Options::default());
+    let refused = two.site.run(&["token", "retry-pin"]);
+    assert_eq!(refused.code, Some(2), "{refused:#?}");
+    assert!(refused.stderr.contains("pass `--token`"), "{refused:#?}");
+    two.site
+        .expect_ok(&["--token", "b", "token", "retry-pin", "--force"]);
+    let record = two.site.audit_directory().join("state/pins.json");
+    let record = fs::read_to_string(&record).unwrap_or_else(|error| panic!("{record:?}: {error}"));
+    assert!(
+        record.contains("\"final_try_allowed_for\":[\"b\"]"),
+        "{record}"
+    );
 }
 
 /// Tokens of different vendors beside each other: SoftHSM decrypts with SHA-1 only, Kryoptic with SHA-256.

@@ -31,7 +31,7 @@ async fn filled() -> std::sync::Arc<Site> {
     // A requested re-wrap that has ended, the place of the key on a token that this configuration does not have, and a scheduled
     // destruction.
     site.sql(
-        "INSERT INTO rewraps VALUES (1, randomblob(16), 'done', 0, x'', x'7b7d', '', 0, 1); \
+        "INSERT INTO rewraps VALUES (1, randomblob(16), 'done', 0, x'', CAST('{}' AS BLOB), '', 0, 1); \
          INSERT INTO wrapping_key_places \
          SELECT key_id, 'elsewhere', token_serial, x'', x'', registered_us, NULL, mac FROM wrapping_keys; \
          INSERT INTO key_destructions \

@@ -95,7 +95,7 @@ fn a_locked_token_gets_no_login() {
     let words = [
         "the user PIN is locked (CKF_USER_PIN_LOCKED)",
         "no login was tried",
-        "Unlock it with the security officer's PIN",
+        "Unlock the user PIN with the security officer's PIN",
     ];
     commands_say(&site, PIN, &words);
     serve_says(&site, &words);
@@ -206,7 +206,7 @@ fn keys_that_cannot_be_read_are_not_called_missing() {
     let words = ["CKA_SENSITIVE", "FunctionFailed from C_GetAttributeValue"];
     says("token check", &checked, UNTRUSTED, &words);
     assert!(
-        !checked.stdout.contains("holds no wrapping key"),
+        !checked.stdout.contains("has no wrapping key"),
         "{checked:#?}"
     );
 }

@@ -217,7 +217,7 @@ async fn every_bad_token_is_credential_and_no_more() {
         "`exp` has passed",
         "`aud` contains none",
         "which is not a GUID",
-        "a key that an access token itself contains",
+        "does not trust keys that an access token itself contains",
     ] {
         assert!(log.contains(words), "{words}");
     }

@@ -242,7 +242,7 @@ pub(crate) async fn clients_that_do_not_decode_are_corrupt_by_name(engine: &Engi
         };
         let id = (column != "client_id").then(|| client_id(1));
         assert_eq!((damaged.id, damaged.damage), (id, Damage::Unreadable));
-        let detail = format!("the database holds damaged data: clients.{column}");
+        let detail = format!("the database contains damaged data: clients.{column}");
         assert_eq!(damaged.detail, detail);
         // A lookup does not find a row whose id was cut.
         if let Some(id) = id {

@@ -8,7 +8,7 @@ use http_body_util::BodyExt as _;
 /// Longest time for discarding a body.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Reads and discards the rest of a body, up to this number of bytes and for at most one second.
+/// Reads and discards the rest of a body, up to `bytes_max` bytes and for at most one second.
 pub(crate) async fn discard(body: &mut Body, bytes_max: usize) {
     let discarding = async {
         let mut left = bytes_max;

@@ -1,5 +1,5 @@
-//! Gives the fuzz targets in `tests/fuzz-targets` access to parsers of this crate. Programs do not
-//! use this module.
+//! Gives the fuzz targets in `tests/fuzz-targets` access to parsers of this crate. Only the fuzz
+//! targets use this module.
 
 use std::convert::Infallible;
 

@@ -23,7 +23,7 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 
-/// Why a call has no answer from its handler.
+/// The reason why a call has no answer from its handler.
 #[derive(Debug)]
 pub(crate) enum Unanswered {
     /// The call did not begin, and has no audit entry yet.
@@ -62,8 +62,8 @@ pub(crate) async fn run(
     };
     let running = async move {
         let response = work.await;
-        // The call keeps its place until the answer is sent, because the connection would otherwise look idle and could be
-        // closed.
+        // The call keeps its place until the answer is sent. If no place were taken, the connection
+        // would count as idle and could be closed.
         response.map(|body| held(body, place))
     };
     let abandoned = Abandoned::default();
@@ -83,7 +83,7 @@ pub(crate) async fn run(
     }
 }
 
-/// Returns a body that keeps `what` until the body is sent or dropped.
+/// Wraps a body, so that `what` is dropped together with the body.
 fn held(body: Body, what: impl Send + 'static) -> Body {
     Body::new(body.map_frame(move |frame| {
         let _ = &what;

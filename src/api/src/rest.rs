@@ -1,13 +1,15 @@
 //! The REST API, which implements the Key Connector interface of Bitwarden clients. The API parses requests, calls the
 //! broker, and converts answers and errors.
 //!
-//! `GET /user-keys` returns the key of the access token's user. `POST /user-keys` stores a key and never replaces an
-//! existing key. `PUT /user-keys` stores a key and replaces an existing key. `GET /alive` and `GET /now` return the time,
-//! and `GET /health` returns whether the broker can release keys; these three requests need no credential.
+//! `GET /user-keys` returns the key of the access token's user. `POST /user-keys` stores a key and
+//! never replaces an existing key. `PUT /user-keys` stores a key and replaces an existing key. `GET
+//! /alive` and `GET /now` return the time, and `GET /health` returns whether the broker can release
+//! keys. `/alive`, `/now` and `/health` need no credential.
 //!
-//! Clients log their user out after an error, and treat every status except 200 as an error. The API therefore retries
-//! calls to the broker during short outages of the token, the store or the audit log, and returns 404 only if the user
-//! has no key. The user is the subject of the credential; a request cannot select another user.
+//! Clients log their user out after an error, and treat every status except 200 as an error.
+//! Therefore the API retries calls to the broker during short outages of the token, the store or
+//! the audit log. The API returns 404 only if the user has no key. The user is the subject of the
+//! credential; a request cannot select another user.
 //!
 //! Mitigation: M21 of `THREAT_MODEL.md`.
 
@@ -45,7 +47,8 @@ pub struct Context {
 }
 
 impl Context {
-    /// Makes the context of the REST API. `retries` has the places for requests that wait for their next attempt.
+    /// Creates the context of the REST API. `retries` limits the number of requests that wait for
+    /// their next attempt.
     pub fn new(
         broker: Arc<Broker>,
         call_timeout_max: Duration,

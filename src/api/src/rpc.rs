@@ -128,7 +128,7 @@ impl AuthenticatedCall {
     fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         let entered = request.extensions().get::<Self>().cloned();
         entered.ok_or_else(|| {
-            let error = Error::new(Reason::Bug, "the call did not pass the middleware");
+            let error = Error::new(Reason::Bug, "the call did not pass through the middleware");
             status::to_status(&error, CallId::fresh())
         })
     }

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// Largest number of extents in a mark. A log has more than one extent only after an operator acknowledged that
-/// segments are missing.
+/// Maximum number of extents in a mark. A log has more than one extent only after an operator
+/// acknowledged that segments are missing.
 const EXTENTS_MAX: usize = 256;
 
 /// A range of segments without a gap in their numbers.
@@ -21,7 +21,7 @@ pub(super) struct Extent {
     pub(super) first: u64,
     /// Number of the last segment.
     pub(super) last: u64,
-    /// Total number of durable bytes in these segments.
+    /// Total number of durable bytes in the segments.
     pub(super) bytes: u64,
 }
 
@@ -46,8 +46,8 @@ pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent>
     extents.split_off(surplus)
 }
 
-/// Returns a description of the segments and bytes that are missing from a stored extent. Since the extent was stored,
-/// segments may have been added, and the last segment may have grown.
+/// Returns a description of the segments and bytes that a stored extent contains and the log no longer contains. Since
+/// the extent was stored, segments may have been added, and the last segment may have grown.
 pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<String> {
     let mut bytes = 0_u64;
     let mut next = extent.first;

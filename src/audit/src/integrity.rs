@@ -38,7 +38,8 @@ impl Written {
 pub(super) struct Files {
     directory: PathBuf,
     own: FileId,
-    /// The file system of the parent directory. If this device number changes, a volume was mounted or unmounted.
+    /// The file system of the parent directory. If the device number changes, a volume was mounted
+    /// or unmounted.
     parent_device: u64,
     log_id: Written,
     lock: FileId,
@@ -119,7 +120,7 @@ impl Files {
             None => Ok(()),
             Some(number) => Err(tampered(
                 &segment::segment_path(&self.directory, *number),
-                "was created by another process",
+                "the file was created by another process",
             )),
         }
     }
@@ -133,14 +134,20 @@ impl Files {
             .is_ok_and(|meta| FileId::of(&meta).device != self.parent_device)
             || matches!(&looked, Ok(meta) if FileId::of(meta).device != self.own.device);
         if is_elsewhere {
-            let what = "is on another file system than before: its volume was unmounted, or another volume was mounted over it";
+            let what = "the directory is on a different file system than before: the volume was unmounted, or another \
+                volume was mounted at this path";
             return Err(tampered(&self.directory, what));
         }
-        looked.and_then(|_| Err(tampered(&self.directory, "was replaced")))
+        looked.and_then(|_| {
+            Err(tampered(
+                &self.directory,
+                "the original file or directory was replaced",
+            ))
+        })
     }
 
-    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed write
-    /// after this check.
+    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed
+    /// write after the check.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());
@@ -158,12 +165,15 @@ impl Files {
         let path = segment::segment_path(&self.directory, number);
         let meta = Self::look(&path)?;
         if FileId::of(&meta) != written.id {
-            return Err(tampered(&path, "was replaced"));
+            return Err(tampered(
+                &path,
+                "the original file or directory was replaced",
+            ));
         }
         let bytes = meta.len();
         if bytes != written.bytes {
             let what = format!(
-                "has {bytes} bytes, but {} bytes were written",
+                "the file has {bytes} bytes, but {} bytes were written",
                 written.bytes
             );
             return Err(tampered(&path, &what));
@@ -175,7 +185,10 @@ impl Files {
         if same(&Self::look(path)?) {
             Ok(())
         } else {
-            Err(tampered(path, "was replaced"))
+            Err(tampered(
+                path,
+                "the original file or directory was replaced",
+            ))
         }
     }
 
@@ -183,9 +196,10 @@ impl Files {
     /// the file system.
     fn look(path: &Path) -> Result<Metadata, Error> {
         fs::symlink_metadata(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                tampered(path, "was removed or renamed")
-            }
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => tampered(
+                path,
+                "the original file or directory was removed or renamed",
+            ),
             _ => unreadable(path, &error),
         })
     }
@@ -200,7 +214,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 fn tampered(path: &Path, what: &str) -> Error {
-    Error::tampered(format!("{} {what}", path.display()))
+    Error::tampered(format!("{}: {what}", path.display()))
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> Error {

@@ -1,9 +1,9 @@
 //! The audit log. Each decision leaves one durable entry, which is written before the answer is sent.
 //!
 //! A log is a directory under an exclusive lock, with append-only segments of mode 0600. Each line is one RFC 8785
-//! (canonical JSON) object with integers only, and ends with LF. All entries of a log have the same `log_id`, and their
-//! sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot be made durable
-//! within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
+//! (canonical JSON) object in which every number is an integer, and ends with LF. All entries of a log have the same
+//! `log_id`, and their sequence numbers have no gaps. One thread writes and syncs entries in groups. If an entry cannot
+//! be made durable within [`APPEND_TIMEOUT`], the caller gets an error and must refuse the request (fail closed).
 
 use std::{borrow::Cow, path::PathBuf, time::Duration};
 
@@ -44,7 +44,7 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// The parent directory, of mode 0700. `serve` writes to the subdirectory with the name `audit.instance`, and each
-    /// run of a changing command writes to a subdirectory `cli-…/`.
+    /// run of a command that changes something writes to a subdirectory `cli-…/`.
     pub directory: PathBuf,
     /// Name of this instance's log below the directory: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "default_instance")]
@@ -55,7 +55,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Opens the log with this name. Creates the log's directory, and also the audit directory above the log's
+    /// Opens the log with the name `name`. Creates the log's directory, and also the audit directory above the log's
     /// directory if the parent of the audit directory exists.
     pub fn open(&self, name: &str) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
@@ -63,9 +63,9 @@ impl Settings {
         AuditLog::open(&self.directory.join(name), self.segment_bytes_max)
     }
 
-    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps facts about the log in the state
+    /// Opens the log of this instance. Unlike [`Settings::open`], this function keeps the state of the log in the state
     /// directory. The function refuses a log that is missing, a log that ends before the last durable entry, and a log
-    /// with tampering that no operator has acknowledged.
+    /// with unacknowledged tampering.
     pub fn open_instance(&self) -> Result<(AuditLog, Vec<OpenIntent>), Error> {
         segment::prepare_directory(&self.directory)?;
         segment::note_open_directory(&self.directory);
@@ -77,19 +77,18 @@ impl Settings {
     }
 
     /// Examines the files of this instance's log without opening it, because a broker may be using it. Like
-    /// [`Settings::open_instance`], refuses a log that is missing or that has tampering which no operator has
-    /// acknowledged.
+    /// [`Settings::open_instance`], this function refuses a log that is missing or that has unacknowledged tampering.
     pub fn examine_instance(&self) -> Result<ClosedLog, Error> {
         ClosedLog::examine(self.directory.join(&self.instance), self.memory())
     }
 
-    /// Returns the tampering with the log of this instance that no operator has acknowledged.
+    /// Returns the unacknowledged tampering with the log of this instance.
     pub fn tampering(&self) -> Result<Option<Tampering>, Error> {
         self.memory().tampering()
     }
 
     /// Acknowledges detected tampering on behalf of an operator. A running broker processes the acknowledgement within
-    /// a second, and a stopped broker at its next start.
+    /// a second. A stopped broker processes the acknowledgement at its next start.
     pub fn acknowledge_tampering(
         &self,
         tampering: &Tampering,
@@ -104,15 +103,15 @@ impl Settings {
     }
 
     /// Requests the removal of the oldest segments up to number `through`, on behalf of an operator. The newest segment
-    /// is never removed. A running broker removes the segments within a second, and a stopped broker at its next start.
-    /// An audit entry records the removal.
+    /// is never removed. A running broker removes the segments within a second. A stopped broker removes the segments
+    /// at its next start. An audit entry records the removal.
     pub fn request_removal(&self, through: u64, principal: &str) -> Result<(), Error> {
         let principal = principal.to_owned();
         let removal = memory::Removal { principal, through };
         self.memory().request_removal(&removal)
     }
 
-    /// Whether a requested removal has not been carried out yet.
+    /// Whether a requested removal is still pending.
     pub fn is_removal_pending(&self) -> Result<bool, Error> {
         Ok(self.memory().removal()?.is_some())
     }
@@ -131,7 +130,10 @@ impl Settings {
             mark => verify::verify_to(&directory, mark?)?,
         };
         if let Some(tampering) = memory.tampering()? {
-            let what = format!("found while the broker was running: {}", tampering.finding);
+            let what = format!(
+                "the broker found the tampering while it was running: {}",
+                tampering.finding
+            );
             report.problems.push(what);
         }
         Ok(report)
@@ -160,10 +162,11 @@ pub enum EntryKind {
     Intent,
     /// The result of the intent with the same call id.
     Outcome,
-    /// The result of an intent whose outcome could not be written in time: after a crash, or because the log or the
+    /// The result of an intent whose outcome could not be written in time, because of a crash or because the log or the
     /// store was unavailable.
     Recovered,
-    /// An event of the log itself, for example that it was opened or closed, or that a torn tail was set aside.
+    /// An event of the log itself: for example, the log was opened or closed, or a torn tail was moved to a separate
+    /// file.
     System,
 }
 
@@ -171,20 +174,20 @@ pub enum EntryKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// The action was done. In an intent, this result means that the action is about to be done.
+    /// The action was done. In an intent, `Ok` means that the action is about to be done.
     Ok,
     /// Policy or authentication refused the action.
     Denied,
     /// The action failed, and nothing was released or changed.
     Failed,
-    /// The action may have been done, completely or in part. In the outcome of a recovered intent, this result means
-    /// that the outcome can no longer be determined. In the entry of a command that failed after its first changes, the
+    /// The action may have been done, completely or in part. In the outcome of a recovered intent, `Unknown` means that
+    /// the outcome can no longer be determined. In the entry of a command that failed after its first changes, the
     /// count is the smallest possible number of completed changes.
     Unknown,
 }
 
-/// One entry, before the log adds `log_id`, sequence number and time. A field that is `None` is left out of the entry's
-/// line.
+/// An entry without the values that the log adds: `log_id`, sequence number and time. A field that is `None` is left
+/// out of the entry's line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The kind of the entry.
@@ -219,9 +222,9 @@ pub struct Entry {
     pub cause: Option<Cow<'static, str>>,
     /// The address from which the connection came.
     pub peer: Option<String>,
-    /// Number of events that this entry represents, if it represents more than one event.
+    /// Number of events that the entry represents, if it represents more than one event.
     pub count: Option<u64>,
-    /// Number of bytes of the audit log that this entry concerns.
+    /// Number of bytes in the part of the audit log that the entry is about.
     pub bytes: Option<u64>,
     /// The API client that was created or changed.
     pub client: Option<ClientId>,
@@ -271,7 +274,7 @@ impl Entry {
 pub struct Change {
     /// The call that made the change.
     pub call: CallId,
-    /// When the intent of the change was written.
+    /// Time at which the intent of the change was written.
     pub at: Timestamp,
     /// The action, as in the field `action`.
     pub action: String,
@@ -282,7 +285,7 @@ pub struct Change {
 pub struct OpenIntent {
     /// The call whose mutation was interrupted.
     pub call: CallId,
-    /// When the intent was written.
+    /// Time at which the intent was written.
     pub at: Timestamp,
     /// The intent, with the principal, the action and the record.
     pub intent: Entry,
@@ -299,7 +302,7 @@ impl OpenIntent {
     }
 }
 
-/// Why the log cannot be written.
+/// The reason why the log cannot be written.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("audit log: {text}")]
 pub struct Error {
@@ -313,7 +316,8 @@ enum Class {
     InUse,
     Slow,
     Tampered,
-    /// Tampering was found and the log is latched. The text of the error contains the remedy.
+    /// Tampering was found, and the log stays unavailable until an operator acknowledges the
+    /// tampering. The text of the error contains the remedy.
     Latched,
 }
 
@@ -361,7 +365,7 @@ impl Error {
         self.class == Class::InUse
     }
 
-    /// Whether the entry may still become durable although its caller was refused.
+    /// Whether the entry may still become durable although its caller got an error.
     pub fn may_appear(&self) -> bool {
         self.class == Class::Slow
     }

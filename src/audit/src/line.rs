@@ -244,7 +244,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the name of a caller contains, the entry is one canonical line that can be read back.
+        /// The entry is one canonical line that can be read back, even if the name of a caller contains unusual
+        /// characters.
         #[test]
         fn any_text_gives_one_canonical_line(peer in any::<String>(), principal in any::<String>()) {
             let mut entry = Entry::new(EntryKind::Intent, "user_key.create", Outcome::Ok);

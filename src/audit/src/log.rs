@@ -24,7 +24,7 @@ use super::{
 /// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
 const QUEUE_MAX: usize = 8_192;
 
-/// The audit log of one instance. Clones share it. The writer ends when the last clone is dropped, or after
+/// The audit log of one instance. Clones share the same log. The writer ends when the last clone is dropped, or after
 /// [`AuditLog::close`].
 #[derive(Clone)]
 pub struct AuditLog(Arc<Inner>);
@@ -54,7 +54,8 @@ impl fmt::Debug for AuditLog {
 
 impl AuditLog {
     /// Opens the log in a directory, and creates the directory if its parent exists. Returns the intents without an
-    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records this.
+    /// outcome. If a crash has left a torn tail, the tail is moved to a separate file, and an audit entry records the
+    /// move.
     pub fn open(
         directory: &Path,
         segment_bytes_max: u64,
@@ -81,8 +82,9 @@ impl AuditLog {
         };
         segment::prepare_directory(directory)?;
         let lock = segment::lock(directory)?;
-        // This fact is written before the log exists. Therefore, after an interrupted start, a new log is not mistaken
-        // for the log of an earlier release.
+        // Before the log is created, the state directory records that the database must list the
+        // log. Therefore, after an interrupted start, a new log is not mistaken for the log of an
+        // earlier release.
         if let Some(memory) = memory
             && acknowledgement.is_none()
             && !directory.join(segment::LOG_ID).exists()
@@ -165,15 +167,15 @@ impl AuditLog {
         &self.0.log_id
     }
 
-    /// Whether the database must know this log, if the database was used with other logs of this instance. There are
-    /// two kinds of logs that the database need not know: a log of an earlier release until
-    /// [`AuditLog::require_binding`] is called, and a log with tampering that an operator has acknowledged.
+    /// Whether a database that was used with other logs of this instance must also list this log.
+    /// Two kinds of logs need not be listed: a log of an earlier release until
+    /// [`AuditLog::require_binding`] is called, and a log with acknowledged tampering.
     pub fn is_binding_required(&self) -> bool {
         self.0.is_binding_required
     }
 
-    /// Records that the database knows this log. At the next start of the broker, [`AuditLog::is_binding_required`] is
-    /// true.
+    /// Records that the database lists this log. At the next start of the broker,
+    /// [`AuditLog::is_binding_required`] is true.
     pub fn require_binding(&self) -> Result<(), Error> {
         match &self.0.memory {
             Some(memory) => memory.require_binding(),
@@ -181,8 +183,8 @@ impl AuditLog {
         }
     }
 
-    /// Latches the log until an operator acknowledges the finding, because the log has replaced a log that the database
-    /// knows. Returns the error for the caller.
+    /// Latches the log until an operator acknowledges the finding, because the log has replaced a
+    /// log that the database lists. Returns the error for the caller.
     pub fn refuse_unknown(&self) -> Error {
         let finding = unknown_to_database(&self.0.directory);
         match &self.0.memory {
@@ -204,8 +206,9 @@ impl AuditLog {
         Self::written(self.send(entry, Command::Append)?).await
     }
 
-    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for others, so that one sync makes
-    /// all of them durable. For times at which the callers wait for something else anyway.
+    /// Does the same as [`AuditLog::append`], but the entry may wait a few milliseconds for other
+    /// entries, so that one sync makes all entries durable. Use this function if the callers have
+    /// to wait for another operation in any case.
     pub async fn append_unhurried(&self, entry: Entry) -> Result<u64, Error> {
         Self::written(self.send(entry, Command::AppendUnhurried)?).await
     }
@@ -249,8 +252,9 @@ impl AuditLog {
         last_lines(&self.0.directory, limit, Some(self.0.shared.durable()))
     }
 
-    /// Writes the queued entries and a closing entry, and waits for them for at most [`CLOSE_TIMEOUT`]. If the closing
-    /// is interrupted, the next start completes the log.
+    /// Writes the queued entries and a closing entry, and waits at most [`CLOSE_TIMEOUT`] until the
+    /// entries are durable. If the closing is interrupted, the next start opens the log as after a
+    /// crash.
     pub fn close(self) {
         let until = Instant::now() + CLOSE_TIMEOUT;
         let asked = self.0.commands.send_deadline(Command::Close, until).is_ok();
@@ -264,7 +268,7 @@ impl AuditLog {
     }
 }
 
-/// The log of an instance, which this process has not opened.
+/// The log of an instance that this process has examined but not opened.
 #[derive(Debug)]
 pub struct ClosedLog {
     directory: PathBuf,
@@ -275,8 +279,8 @@ pub struct ClosedLog {
 
 impl ClosedLog {
     pub(super) fn examine(directory: PathBuf, memory: Memory) -> Result<Self, Error> {
-        // An operator's acknowledgement also accepts a log that the database does not know, here and when the broker
-        // opens the log.
+        // If an operator has acknowledged tampering, this function and the broker accept a log that
+        // the database does not list.
         let is_acknowledged = acknowledgement(&memory, &directory)?.is_some();
         let id = segment::existing_log_id(&directory)?;
         let is_binding_required =
@@ -309,7 +313,7 @@ fn unknown_to_database(directory: &Path) -> String {
     format!(
         "the log in {} is new, but the database was used with other logs of this instance. If this host or replica is \
          new, give it a unique instance name with `audit.instance`, or with KEYBROKER_AUDIT_INSTANCE in the environment, \
-         and start again. If it is not new, its log was replaced, lost or moved while the broker was stopped",
+         and start again. Otherwise, the log was replaced, lost or moved while the broker was stopped",
         directory.display()
     )
 }
@@ -341,9 +345,9 @@ fn mark(memory: &Memory) -> Result<Option<Mark>, Error> {
     }
 }
 
-/// Compares the directory with the last entry that is known to be durable, and with the segments that existed. After an
-/// operator acknowledged tampering, entries may be missing. In this case, the sequence continues after the missing
-/// entries, so that the gap stays visible.
+/// Compares the directory with the mark, which contains the last entry that is known to be durable
+/// and the segments that existed. After an operator acknowledged tampering, entries may be missing.
+/// The sequence then continues after the missing entries, so that the gap stays visible.
 fn compare_with_mark(
     memory: &Memory,
     log_id: &str,
@@ -372,7 +376,7 @@ fn compare_with_mark(
     }
     if found.last_sequence < mark.sequence {
         let finding = format!(
-            "the log ends with entry {}, but entry {} was durable",
+            "the log ends with entry {}, but entry {} was already durable",
             found.last_sequence, mark.sequence
         );
         return Err(found_at_start(memory, finding));

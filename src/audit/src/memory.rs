@@ -1,10 +1,10 @@
-//! The facts that a broker instance keeps about its log outside the log's directory: how far the log is durable, which
-//! segments it has, and whether its files were tampered with. The facts are in the state directory, so that they are
-//! kept after a restart and if the log's directory is replaced.
+//! The facts that a broker instance keeps about its log outside the log's directory: the last durable entry, the
+//! segments, and whether the log's files were tampered with. The facts are in the state directory, so that they survive
+//! a restart and a replacement of the log's directory.
 //!
-//! A damaged fact is treated as tampering, so that an operator can use `keybroker audit acknowledge` in this case, too.
+//! A damaged fact is treated as tampering, so that an operator can repair it with `keybroker audit acknowledge`.
 //!
-//! Not protected: a process that can write to the state directory can change these facts.
+//! Not protected: a process that can write to the state directory can change the facts.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -25,8 +25,8 @@ pub(super) struct Memory {
     instance: String,
 }
 
-/// The mark of a log: the last entry that is known to be durable. The mark may be one second older than the log, but is
-/// never ahead of the log.
+/// The mark of a log: the last entry that is known to be durable. The mark may be up to one second older than the log,
+/// but never refers to an entry that is not in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Mark {
     pub(super) log_id: String,
@@ -89,8 +89,8 @@ impl Memory {
         self.write(MARK, mark)
     }
 
-    /// Returns tampering that no operator has acknowledged. If the stored fact is damaged, this is treated as
-    /// tampering.
+    /// Returns the stored finding of tampering, unless an operator has acknowledged the finding. A
+    /// damaged fact is treated as tampering.
     pub(super) fn tampering(&self) -> Result<Option<Tampering>, Error> {
         match self.state.read_json(&self.name(TAMPERING)) {
             Err(error) if error.is_damaged() => Ok(Some(Tampering {
@@ -131,8 +131,8 @@ impl Memory {
         self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
-    /// Whether the database must know the log, because a release that makes this check has created the log or recorded
-    /// it in the database.
+    /// Whether the log must be recorded in the database. The requirement applies to a log that this release or a later
+    /// release created, and to every log that was recorded in the database before.
     pub(super) fn is_binding_required(&self) -> Result<bool, Error> {
         match self.state.read(&self.name(BINDING)) {
             Ok(fact) => Ok(fact.is_some()),
@@ -147,16 +147,15 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. This removal also
-    /// has the effect that a log is accepted which the database does not know.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. After the removal
+    /// of these facts, a log that is not recorded in the database is accepted.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;
         self.remove(TAMPERING)
     }
 
-    /// Returns the request to remove segments that has not been carried out yet. A request that cannot be parsed is
-    /// ignored.
+    /// Returns the pending request to remove segments. A request that cannot be parsed is ignored.
     pub(super) fn removal(&self) -> Result<Option<Removal>, Error> {
         match self.state.read_json(&self.name(REMOVAL)) {
             Err(error) if error.is_damaged() => Ok(None),

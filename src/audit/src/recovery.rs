@@ -1,10 +1,10 @@
 //! The state in which an earlier run left a log: the end of the log, its open intents, and a torn tail after a crash.
 //!
-//! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes are
-//! damage by another cause. The broker does not append to a damaged log, because this would hide the damage: if the
-//! unreadable bytes were moved to another file, the sequence would have no gap. A loss of power can leave a hole inside
-//! the last group, which looks the same as a manual edit. Therefore a hole in the last group is treated as damage, and
-//! an operator decides.
+//! A crash damages only the end of the log: the group of entries that was being written. All other unreadable bytes
+//! have a cause other than a crash. The broker does not append to a damaged log, because new entries would hide the
+//! damage. If the unreadable bytes were moved to another file, the sequence numbers would have no gap. A loss of power
+//! can leave a hole inside the last group, which looks the same as a manual edit. Therefore a hole in the last group is
+//! treated as damage, and an operator decides.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -26,7 +26,8 @@ use super::{
 /// Largest number of changes that are remembered.
 const CHANGES_MAX: usize = 16;
 /// Length of the period before the end of the log, in microseconds: the changes in this period may be missing in the
-/// state directory. One minute is a safe value, because the state directory is at most one second older than the log.
+/// state directory. One minute is a safe value, because the content of the state directory is at most one second older
+/// than the log.
 const CHANGES_WITHIN_US: i64 = 60_000_000;
 
 /// Largest size of one torn group, in bytes. The value assumes a generous size for each line.
@@ -51,13 +52,13 @@ pub(super) struct Found {
     pub(super) open: HashMap<CallId, OpenIntent>,
     /// The newest completed changes, oldest first.
     pub(super) changes: VecDeque<Change>,
-    /// When the last entry was written.
+    /// Time at which the last entry was written.
     last_at: Option<Timestamp>,
 }
 
 impl Found {
-    /// Reads all segments from the newest segment that began without open intents. Older segments cannot contain an
-    /// intent without an outcome.
+    /// Reads the newest segment that began without open intents, and all later segments. Every intent in an older
+    /// segment has an outcome.
     pub(super) fn read(directory: &Path) -> Result<Self, Error> {
         let numbers = segment::segments(directory)?;
         let mut found = Self {
@@ -81,8 +82,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Also reads the changes of the previous segment, if that segment was closed shortly before the end of the log and
-    /// so may contain the newest changes.
+    /// Also reads the changes of the previous segment, which may contain the newest changes, if that segment was closed
+    /// shortly before the end of the log.
     fn read_older_changes(
         &mut self,
         directory: &Path,
@@ -97,7 +98,7 @@ impl Found {
             return Ok(());
         }
         let mut older = Self::default();
-        // Damage in this older segment is ignored here; `audit verify` reports it.
+        // Damage in the older segment is ignored, because `audit verify` reports the damage.
         segment::lines(&segment::segment_path(directory, number), |line: Line| {
             if let Some(entry) = line.entry {
                 older.track(&entry);
@@ -130,9 +131,9 @@ impl Found {
         let torn = bad <= TORN_BYTES_MAX && !good_after_bad && self.newest == Some(number);
         if bad > 0 && !torn {
             return Err(Error::new(format!(
-                "{} is damaged at byte {good}, and a crash of the broker does not cause such damage: someone changed the \
-                 file, or the machine lost power while the disk wrote blocks out of order; keep the log for the auditors \
-                 and start a new log with another `audit.instance`",
+                "{} is damaged at byte {good}: someone changed the file, or the machine lost power while the disk \
+                 wrote blocks out of order. A crash of the broker does not cause this damage. Keep the log for the \
+                 auditors, and start a new log with another `audit.instance`",
                 path.display()
             )));
         }
@@ -159,7 +160,7 @@ impl Found {
         }
     }
 
-    /// Copies a torn tail into a separate file. After this copy, the writer truncates the segment.
+    /// Copies a torn tail into a separate file. After the copy, the writer truncates the segment.
     pub(super) fn set_aside(&self, directory: &Path) -> Result<(), Error> {
         let Some(number) = self.newest.filter(|_| self.torn_bytes > 0) else {
             return Ok(());

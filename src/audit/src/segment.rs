@@ -32,8 +32,8 @@ fn fail(what: &str, path: &Path, cause: impl std::fmt::Display, remedy: &str) ->
     Error::new(format!("{what} {}: {cause}; {remedy}", path.display()))
 }
 
-/// Builds an error from an error of the operating system. The remedy depends on the kind of error; `otherwise` is the
-/// remedy for all other kinds.
+/// Converts an error of the operating system. The remedy depends on the kind of error; `otherwise` is the remedy for
+/// all other kinds.
 fn fail_io(what: &str, path: &Path, error: &io::Error, otherwise: &str) -> Error {
     let known = remedy(path, error);
     fail(what, path, error, known.as_deref().unwrap_or(otherwise))
@@ -54,7 +54,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     let ours = rustix::process::geteuid().as_raw();
     if meta.is_dir() && meta.uid() != ours {
         let cause = format!(
-            "it belongs to user {}, and this process runs as user {ours}",
+            "the directory belongs to user {}, but this process runs as user {ours}",
             meta.uid()
         );
         let remedy = format!(
@@ -70,13 +70,13 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
         return Err(fail(
             "will not write into",
             path,
-            "it is not a directory",
+            "the path is not a directory",
             &remedy,
         ));
     }
     if meta.mode() & OPEN_TO_OTHERS != 0 {
         let cause = format!(
-            "it has mode {:04o}, so other users can use it",
+            "the directory has mode {:04o}, so other users can use the directory",
             meta.mode() & 0o7777
         );
         let remedy = format!("run `chmod 700 {}`", path.display());
@@ -133,8 +133,8 @@ pub(super) fn log_id(directory: &Path) -> Result<String, Error> {
     }
     let path = directory.join(LOG_ID);
     if path.exists() {
-        // A previous start crashed after it created the file and before it wrote the id of the log. No entry can refer
-        // to this file yet.
+        // A previous start crashed after it created the file and before it wrote the id of the log. No entry contains
+        // the id of this log yet.
         remove(&path)?;
     }
     let mut bytes = [0; 16];
@@ -155,7 +155,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
         return Err(fail(
             "cannot read",
             &path,
-            "it is not a regular file",
+            "the path is not a regular file",
             remedy,
         ));
     }
@@ -167,7 +167,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
             return Err(fail(
                 "invalid log id in",
                 &path,
-                "its length is wrong",
+                "the length of the id is wrong",
                 remedy,
             ));
         }
@@ -184,9 +184,9 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     if directory.exists() && !segments(directory)?.is_empty() {
         let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "the audit log has segments, but not the file",
+            "the audit log has segments, but no id; cannot read",
             &path,
-            "it is missing",
+            "the file does not exist",
             remedy,
         ));
     }
@@ -275,7 +275,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
         .filter_map(|entry| {
             let name = entry.file_name();
             let number = name.to_str()?.strip_suffix(".jsonl")?.parse().ok()?;
-            // A file is not a segment if its number is spelled in another way or is too large to be reached.
+            // A file is not a segment if its number has another spelling or is larger than the maximum.
             let ours = number <= NUMBER_MAX && name == *segment_name(number);
             ours.then_some(number)
         })

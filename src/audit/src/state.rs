@@ -1,4 +1,4 @@
-//! The writer's state. The handles of a log read this state directly and do not ask the writer's thread, because the
+//! The writer's state. The handles of a log read the state directly and do not ask the writer's thread, because the
 //! thread may wait for a hanging disk.
 
 use std::{
@@ -15,9 +15,9 @@ pub(super) struct Shared(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// Why nothing can be written; `None` if the last attempt to write succeeded.
+    /// The reason why nothing can be written; `None` if the last attempt to write succeeded.
     down: Option<Error>,
-    /// When the writer's unfinished request to the disk began.
+    /// Time at which the writer's unfinished request to the disk began.
     busy_since: Option<Instant>,
     /// Whether the hanging disk was already reported.
     stall_reported: bool,
@@ -80,7 +80,7 @@ impl Shared {
         self.moving()
     }
 
-    /// Returns an error while a request to the disk takes longer than the time for which a call waits for its entry.
+    /// Returns an error while a request to the disk takes longer than a call waits for its entry.
     pub(super) fn moving(&self) -> Result<(), Error> {
         let mut state = self.state();
         if !state.hangs() {

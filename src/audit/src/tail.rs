@@ -79,7 +79,7 @@ fn of_segment(path: &Path, limit: usize, end: Option<u64>) -> std::io::Result<Ve
     let wanted = u64::try_from(limit).unwrap_or(u64::MAX);
     let least = end.saturating_sub(LINE_BYTES_MAX.saturating_mul(wanted.saturating_add(1)));
     let (mut blocks, mut start, mut found) = (Vec::new(), end, 0);
-    // The loop needs one LF more than lines, because an LF ends the line before the first line.
+    // To read N lines, the loop needs N + 1 LFs, because an LF also ends the line before the first line.
     while start > least && found <= limit {
         let bytes = BLOCK_BYTES.min(start);
         start -= bytes;

@@ -1,12 +1,13 @@
 //! Verifies a log without a broker: every line must be canonical, all entries must have the same log id, and the
 //! sequence must have no gaps.
 //!
-//! The log of an instance is also compared with the last entry that the instance knows to be durable. The comparison
-//! detects lines that were removed from the end of the log, up to the last second before the broker stopped.
+//! The log of an instance is also compared with the last entry that the instance recorded as
+//! durable. The comparison detects lines that were removed from the end of the log, except lines
+//! from the last second before the broker stopped.
 //!
-//! Not detected: a value that was replaced by another valid value, and a log that was completely rewritten by an
-//! attacker who can write to the log's files and the state directory. Signed checkpoints would detect these changes,
-//! but are not implemented yet.
+//! Verification does not detect a value that was replaced by another valid value. An attacker who
+//! can write to the log's files and the state directory can also rewrite the complete log
+//! undetected. Signed checkpoints would detect both changes, but are not implemented yet.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -36,13 +37,14 @@ pub struct Report {
     pub last_sequence: u64,
     /// Number of intents without an outcome: changes that are running, or that were interrupted and not resolved yet.
     pub open_intents: u64,
-    /// Number of torn tails that were set aside after a crash.
+    /// Number of torn tails (incomplete last entries) that the broker moved to separate files after
+    /// a crash.
     pub torn_tails: u64,
     /// All problems; empty for a valid log.
     pub problems: Vec<String>,
 }
 
-/// Largest number of problems in a report. For a log with more problems, a longer list would be of no use.
+/// Largest number of problems in a report. For a log with more problems, a longer list would not be useful.
 const PROBLEMS_MAX: usize = 100;
 
 /// Verifies all segments of a log.
@@ -50,7 +52,8 @@ pub fn verify(directory: &Path) -> Result<Report, Error> {
     verify_to(directory, None)
 }
 
-/// Verifies all segments of a log, and that the log reaches the entry in the mark.
+/// Verifies all segments of a log, and checks that the log contains the last durable entry, which
+/// `mark` identifies.
 pub(super) fn verify_to(directory: &Path, mark: Option<Mark>) -> Result<Report, Error> {
     let path = directory.join(segment::LOG_ID);
     let log_id = fs::read_to_string(&path).map_err(|error| {
@@ -129,7 +132,7 @@ impl Check<'_> {
         if line.log_id != self.log_id {
             self.problem(&format!("entry {sequence} belongs to another log"));
         }
-        // Sequence numbers of canonical lines are limited, so this cannot overflow.
+        // Sequence numbers of canonical lines are limited, so the addition cannot overflow.
         let expected = self.report.last_sequence + 1;
         let may_begin_here = self.begins_at.is_none() && self.number > 1;
         self.begins_at.get_or_insert(*sequence);
@@ -176,7 +179,7 @@ impl Check<'_> {
             self.problem(&what);
         } else if self.report.last_sequence < mark.sequence {
             let what = format!(
-                "the log ends with entry {}, but entry {} was durable",
+                "the log ends with entry {}, but entry {} was already durable",
                 self.report.last_sequence, mark.sequence
             );
             self.problem(&what);

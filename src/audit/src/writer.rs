@@ -1,14 +1,14 @@
 //! The only thread that writes a log. The thread takes the queued entries, writes them together, syncs once, and only
 //! then answers the callers. During a sync, the entries of the next group collect in the queue. If the first entry of a
-//! group may wait, the thread first sleeps for a short time, in which more entries collect: each sync costs processor
-//! time, and a token on the same machine needs the same processors.
+//! group may wait, the thread first sleeps for a short time, in which more entries collect. Larger groups need fewer
+//! syncs, and each sync costs processor time that a token on the same machine needs.
 //!
 //! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
 //! reports the loss once and then treats the file as clean. Therefore, after a failure, the segment is truncated to its
 //! durable length and a new segment is begun.
 //!
 //! If another process has removed, replaced, truncated or added files, the cause is tampering and not a disk failure.
-//! In this case, the log is latched, and nothing is written until an operator acknowledges the finding.
+//! After tampering, the log is latched, and nothing is written until an operator acknowledges the finding.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -41,13 +41,13 @@ use super::{
     state::Shared,
 };
 
-/// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice this
-/// interval is less than the second within which tampering must be detected.
+/// Interval at which all files are checked, and at which the writer retries while the log is unavailable. Twice the
+/// interval is less than one second, the time within which tampering must be detected.
 const PROBE_INTERVAL: Duration = Duration::from_millis(400);
 
 /// Time for which further entries are collected if the first entry of a group may wait.
 const COLLECTED_FOR: Duration = Duration::from_millis(3);
-/// If at least this many entries already wait, a group is written without `COLLECTED_FOR`.
+/// If at least this many entries already wait, the group is written without waiting for `COLLECTED_FOR`.
 const COLLECTED_MAX: usize = 64;
 
 /// The action of the entry that records the removal of old segments.
@@ -64,7 +64,7 @@ pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
 
 pub(super) enum Command {
     Append(Waiting),
-    /// Like [`Command::Append`], for an entry that may wait up to `COLLECTED_FOR` for others.
+    /// Like [`Command::Append`], but the entry may wait for further entries for up to `COLLECTED_FOR`.
     AppendUnhurried(Waiting),
     Close,
 }
@@ -111,7 +111,7 @@ struct Newest {
 }
 
 impl Writer {
-    /// Creates a writer that continues after an earlier run.
+    /// Creates a writer that continues the log of an earlier run.
     pub(super) fn new(
         directory: &Path,
         log_id: String,
@@ -154,14 +154,14 @@ impl Writer {
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             if matches!(first, Command::AppendUnhurried(_)) && commands.len() < COLLECTED_MAX {
-                // The thread sleeps and does not wait on the channel, because each further entry
-                // would wake it.
+                // The thread sleeps and does not wait on the channel, because each further entry would wake the thread.
                 std::thread::sleep(COLLECTED_FOR);
             }
             let mut group = Vec::new();
             let mut closing = false;
             let more = commands.try_iter();
-            // The range comes first, because `zip` would otherwise take one command more than the loop handles.
+            // The range is the first operand of `zip`, because `zip` would otherwise take one command that the loop
+            // does not handle.
             for (_, command) in (0..GROUP_MAX).zip(std::iter::once(first).chain(more)) {
                 match command {
                     Command::Append(waiting) | Command::AppendUnhurried(waiting) => {
@@ -171,7 +171,7 @@ impl Writer {
                 }
             }
             self.commit(group);
-            // A busy log has no idle time in which the probe could run, so the probe runs here.
+            // A busy log has no idle time in which the probe could run, so the probe also runs after each group.
             if self.compared.elapsed() >= PROBE_INTERVAL {
                 self.probe();
             }
@@ -188,8 +188,8 @@ impl Writer {
     }
 
     fn commit(&mut self, mut group: Vec<Waiting>) {
-        // A caller that stopped waiting has refused its call. Therefore no entry may record that the action of this
-        // call was done.
+        // If a caller stopped waiting, its API call was refused. Therefore no entry may record that the action of the
+        // refused call was done.
         group.retain(|(_, done)| !done.is_closed());
         let group = self.without_moot(group);
         if group.is_empty() {
@@ -207,8 +207,8 @@ impl Writer {
             .handle()
             .record(metrics::to_float(group.len()));
         for (position, (_, done)) in (first..).zip(group) {
-            // If the receiver was dropped in the meantime, the caller has refused its call. Therefore the log may
-            // contain an action that did not happen, but every action that happened is in the log.
+            // If the receiver was dropped in the meantime, the API call was refused. Therefore the log may contain an
+            // action that did not happen, but every action that happened is in the log.
             let _gone = done.send(result.clone().map(|()| position));
         }
         self.rotate_if_full();
@@ -278,7 +278,7 @@ impl Writer {
         }
     }
 
-    /// Whether the error differs from the last error about this subject.
+    /// Whether the error differs from the last error of the same operation.
     fn is_news(&mut self, subject: &'static str, error: &Error) -> bool {
         let text = error.to_string();
         let is_news = self.complaints.get(subject) != Some(&text);
@@ -369,8 +369,8 @@ impl Writer {
         self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
-        // This field is set before anything else can fail, so that the next attempt removes this
-        // file and uses its number again.
+        // The field is set before another step can fail, so that the next attempt removes the new file and uses its
+        // number again.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,
@@ -423,7 +423,8 @@ impl Writer {
         }
     }
 
-    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores how far the log is durable.
+    /// Runs at a fixed interval: checks the files, reopens a log that failed, and stores the position of the last
+    /// durable entry.
     fn probe(&mut self) {
         self.shared.busy();
         self.compared = Instant::now();
@@ -494,7 +495,8 @@ impl Writer {
             return;
         }
         let removed = self.remove_segments(&memory, &removal);
-        // The operator's request is removed even if it failed. The operator's command reports which segments remain.
+        // The operator's request is removed even if the removal of the segments failed. The operator's command reports
+        // which segments remain.
         let finished = removed.and_then(|()| memory.forget_removal());
         if let Err(error) = finished
             && self.is_news(REMOVAL, &error)
@@ -506,8 +508,8 @@ impl Writer {
         }
     }
 
-    /// Writes the audit entry, then stores a mark without the segments, then removes the files. Because of this order,
-    /// an interruption does not look like tampering.
+    /// Writes the audit entry, then stores a mark without the segments, then removes the files. Because of the order of
+    /// these steps, an interruption does not look like tampering.
     fn remove_segments(&mut self, memory: &Memory, removal: &Removal) -> Result<(), Error> {
         let newest = self.newest.as_ref().map_or(0, |newest| newest.number);
         let is_old = |number: u64| number <= removal.through && number < newest;
@@ -611,7 +613,7 @@ pub(super) fn acknowledged(principal: &str) -> Entry {
     entry
 }
 
-/// Shortens a principal from a state file to the length that a line can hold.
+/// Shortens a principal from a state file to the length that fits into a line.
 fn shortened(principal: &str) -> String {
     principal.chars().take(PRINCIPAL_MAX).collect()
 }

@@ -1,4 +1,5 @@
-//! Reads the names of a verified client certificate. The handshake has already checked the chain.
+//! Reads the names of a verified client certificate. The TLS handshake has already verified the
+//! certificate chain.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,7 +12,7 @@ use super::spiffe;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 
-/// Why a client certificate does not identify a caller.
+/// The reason why a client certificate does not identify a caller.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
     /// The certificate does not parse.
@@ -25,10 +26,10 @@ pub enum CertificateError {
         "a client certificate with a SPIFFE id must have no other URI, but this certificate has {0:?}"
     )]
     SeveralUris(Vec<String>),
-    /// The SPIFFE id is not valid. The source of this error completes the sentence of the message.
-    #[error("the client certificate's SPIFFE id {id:?} {problem}")]
+    /// The SPIFFE id is not valid. The message of the source error completes the sentence.
+    #[error("the client certificate's SPIFFE id {id:?} is not valid: {problem}")]
     Id {
-        /// The SPIFFE id in the certificate.
+        /// The SPIFFE id as it is written in the certificate.
         id: String,
         /// The reason why the SPIFFE id is not valid.
         #[source]
@@ -39,14 +40,15 @@ pub enum CertificateError {
         "the SPIFFE id of the client certificate is in the trust domain {found:?}, but this listener accepts only {accepted:?}"
     )]
     TrustDomain {
-        /// The trust domain of the id.
+        /// The trust domain of the SPIFFE id.
         found: String,
         /// The trust domains that the listener accepts.
         accepted: BTreeSet<String>,
     },
 }
 
-/// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used, because it has no type and no rules.
+/// The names of a peer, as `URI:…` and `DNS:…`. The common name is never used, because no standard
+/// defines its type or format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerCertificate {
     sans: BTreeSet<String>,
@@ -116,8 +118,9 @@ impl PeerCertificate {
     }
 }
 
-/// Returns the trust domain of the SPIFFE id, if there is one. A certificate with a SPIFFE id must have no other URI
-/// (X509-SVID section 2). If there were two URIs, different programs could use different URIs.
+/// Returns the trust domain of the SPIFFE id, if the certificate has a SPIFFE id. A certificate
+/// with a SPIFFE id must have no other URI (X509-SVID section 2). If a certificate had two URIs,
+/// two programs could identify the caller by different URIs.
 fn trust_domain(names: &[GeneralName<'_>]) -> Result<Option<String>, CertificateError> {
     let uris: Vec<&str> = names
         .iter()

@@ -1,17 +1,19 @@
-//! Verifies the secrets of API clients with Argon2id (RFC 9106). Argon2id deliberately costs much memory and time.
-//! Therefore Argon2id runs outside the async threads and has a separate limit. An unknown id, a revoked API client
-//! and a wrong secret cost the same time and get the same answer.
+//! Verifies the secrets of API clients with Argon2id (RFC 9106). Argon2id deliberately costs much
+//! memory and time. Therefore Argon2id runs outside the async threads and has a separate limit. An
+//! unknown id, a revoked API client and a wrong secret take the same time and get the same answer.
 //!
 //! An accepted secret is remembered for one minute under a keyed hash, so that most calls need neither Argon2id nor a
 //! look-up of the API client. When any API client is changed through this broker, all remembered secrets are forgotten.
 //! A change through another broker takes effect after at most one minute.
 //!
-//! For a day after a secret was last used, the broker also remembers which stored hash the secret matched. After the
-//! first minute, the broker looks the API client up again. If the API client still has this hash, and the secret is not
-//! revoked or expired, the secret is accepted without another Argon2id trial. Therefore wrong secrets from other
-//! callers do not delay an API client that this broker knows: it waits for no turn, and the authentication failure
-//! limit does not apply to it. Secrets that were not accepted before wait for a turn in `turns`. Concurrent calls with
-//! the same secret share one trial.
+//! For a day after a secret was last used, the broker also remembers which stored hash the secret
+//! matched. After the first minute, the broker looks up the API client again. If the API client
+//! still has the matched hash, and the secret is not revoked or expired, the secret is accepted
+//! without another Argon2id trial. Therefore wrong secrets from other callers do not delay an API
+//! client whose secret this broker accepted before. An API client with a previously accepted secret
+//! does not wait for a turn, and the authentication failure limit does not apply to its calls. A
+//! call with a secret that was not accepted before waits for a turn in `turns`. Concurrent calls
+//! with the same secret share one trial.
 //!
 //! Not guaranteed: hashes with older parameters may take less or more time to verify than hashes with the current
 //! parameters.
@@ -44,13 +46,13 @@ mod turns;
 
 use turns::{Lane, Turns};
 
-/// How long an accepted secret is remembered.
+/// Time for which an accepted secret is remembered.
 const REMEMBERED: Duration = Duration::from_mins(1);
 /// Largest number of accepted secrets that are remembered.
 const REMEMBERED_MAX: u64 = 10_000;
 /// Time for which the broker remembers which stored hash a secret matched, counted from the last use of the secret.
 const PROVEN: Duration = Duration::from_hours(24);
-/// Largest number of secrets whose matching hash is remembered.
+/// Largest number of secrets for which the matching hash is remembered.
 const PROVEN_MAX: u64 = 10_000;
 /// Largest number of secrets that are tried at the same time.
 const TRIALS_MAX: u64 = 10_000;
@@ -67,7 +69,7 @@ pub struct Settings {
     pub grantable_roles: BTreeSet<Role>,
     /// Memory of Argon2id, in KiB.
     pub argon2_memory_kib: u32,
-    /// Number of passes over the memory.
+    /// Number of passes of Argon2id over the memory.
     pub argon2_iterations: u32,
     /// Degree of parallelism.
     pub argon2_parallelism: u32,
@@ -86,8 +88,8 @@ impl Default for Settings {
     }
 }
 
-/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory in KiB, and number
-/// of passes. All pairs of parameters are equally strong.
+/// The minimum parameters of Argon2id that OWASP recommends (Password Storage Cheat Sheet): memory
+/// in KiB, and number of passes. All pairs in this list are equally strong.
 const FLOOR: [(u32, u32); 5] = [
     (47_104, 1),
     (19_456, 2),
@@ -123,7 +125,7 @@ impl Settings {
         })
     }
 
-    /// Hashes a secret with these parameters. Returns a PHC string.
+    /// Hashes a secret with the parameters in `self`. Returns a PHC string.
     pub fn hash(&self, secret: &[u8]) -> Result<String, Error> {
         let broken =
             |error: &dyn fmt::Display| Error::new(Reason::Bug, format!("Argon2id: {error}"));
@@ -162,13 +164,13 @@ pub trait Directory: Send + Sync + fmt::Debug + 'static {
     /// Returns an API client, or `None` if the API client does not exist.
     async fn client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error>;
 
-    /// Returns a number that changes with each change of any client through this broker.
+    /// Returns a number that changes whenever an API client is changed through this broker.
     fn generation(&self) -> u64;
 
-    /// Notes that a secret was accepted, with the current time.
+    /// Records the current time as the last use of a secret.
     fn note_use(&self, id: ClientId, secret: u32);
 
-    /// Replaces the weak hash of an accepted secret with this stronger hash.
+    /// Replaces the weak hash of an accepted secret with the stronger hash `phc`.
     fn improve(&self, credential: ClientCredential, secret: u32, phc: String);
 }
 
@@ -185,7 +187,8 @@ pub struct Secrets {
     trials: Cache<(Tag, u64), Arc<Trial>>,
     key: hmac::Key,
     turns: Turns,
-    /// A hash that no secret matches. This hash fills the list of hashes up to the fixed length of the list.
+    /// A hash that no secret matches. The list of hashes is filled with this hash up to the fixed
+    /// length of the list.
     dummy: Arc<str>,
 }
 
@@ -217,8 +220,8 @@ struct Match {
     better: Option<String>,
 }
 
-/// The fact that Argon2id has matched a secret with these stored hashes. A secret needs no trial while its API client
-/// has one of these hashes.
+/// Proof that a secret matched a stored hash in a trial with Argon2id. While the API client still
+/// has a hash in `hashes`, the secret needs no further trial.
 #[derive(Clone, Debug)]
 struct Proof {
     /// SHA-256 of the matched hash, and of the stronger hash that may have replaced the matched hash.
@@ -238,8 +241,8 @@ impl Proof {
         })
     }
 
-    /// Returns the number of the valid secret that this proof applies to. If the hash has weak parameters, returns
-    /// `None`: the following trial replaces the hash with a stronger one.
+    /// Returns the number of the valid secret to which this proof applies. Returns `None` if the
+    /// hash has weak parameters, because the next trial replaces the hash with a stronger hash.
     fn holds(&self, credential: &ClientCredential, settings: &Settings) -> Option<u32> {
         let mut live = credential.document.live_secrets(Timestamp::now());
         let secret = live.find(|secret| secret.number == self.number)?;
@@ -297,7 +300,7 @@ impl Secrets {
             known
         } else {
             let is_proven = self.proven.contains_key(&tag);
-            // The turn is held until the trial has ended.
+            // The trial keeps its turn until the trial ends.
             let _turn = (!is_proven).then(budget).transpose()?;
             self.shared_trial(id, secret, tag, generation).await?
         };
@@ -348,7 +351,8 @@ impl Secrets {
         let id = ClientId::from_hex(id);
         let proof = self.proven.get(&tag);
         let credential;
-        // The place is held until the trial has ended. Only trials for existing API clients hold a place.
+        // The trial occupies its place until the trial ends. Only trials for existing API clients
+        // occupy a place.
         let _place;
         match (id, &proof) {
             (None, _) => credential = None,
@@ -357,7 +361,7 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // The place is taken before the database and the token are asked, because the capacity of the database
+                // The trial takes a place before the look-up, because the capacity of the database
                 // and of the token is limited, too.
                 let place = self.turns.place(id).ok_or_else(overloaded)?;
                 let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
@@ -368,7 +372,8 @@ impl Secrets {
         if let (Some(proof), Some(credential)) = (&proof, &credential)
             && let Some(number) = proof.holds(credential, &self.settings)
         {
-            // The proof is inserted again, so that the day starts at the last use.
+            // The proof is inserted again, so that it is kept for a day after the last use of the
+            // secret.
             self.proven.insert(tag, proof.clone());
             let matched = Match {
                 number,
@@ -448,8 +453,8 @@ fn overloaded() -> Error {
     Error::new(Reason::Rate, detail).retry_after(RETRY)
 }
 
-/// The hashes with which a secret is compared. The number of hashes is the same for every id, so that the duration does
-/// not show whether an API client exists.
+/// The hashes with which a secret is compared. The number of hashes is the same for every id, so
+/// the duration of a trial does not show whether an API client exists.
 struct Hashes(Vec<(Option<u32>, String)>);
 
 impl Hashes {

@@ -1,4 +1,5 @@
-//! Gives the fuzz targets of `tests/fuzz-targets` access to parsers of this crate. No program uses this module.
+//! Gives the fuzz targets of `tests/fuzz-targets` access to parsers of this crate. Only the fuzz
+//! targets use this module.
 
 use serde_json::{Map, Value};
 

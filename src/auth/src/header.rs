@@ -21,8 +21,9 @@ pub(super) enum Presented<'a> {
     },
 }
 
-/// Reads the credential of a call, which must have exactly one `authorization` header: a proxy in front of the broker
-/// might check one of two headers while the broker uses the other header.
+/// Reads the credential of a call, which must have exactly one `authorization` header. If there
+/// were two headers, a proxy in front of the broker might check one header while the broker uses
+/// the other header.
 pub(super) fn read<'a>(values: &[&'a [u8]]) -> Result<Presented<'a>, &'static str> {
     let [value] = values else {
         return Err("the call has several `authorization` headers");

@@ -1,7 +1,8 @@
-//! The `[[issuer]]` sections: which issuers are trusted, which keys verify their access tokens, and what the access
-//! tokens must contain.
+//! The `[[issuer]]` sections specify the trusted issuers, the keys that verify their access tokens,
+//! and the required content of the access tokens.
 //!
-//! All rules about access tokens come from these settings. No rule is taken from an access token.
+//! All rules about access tokens come from these settings. The rules never depend on the content of
+//! an access token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -22,7 +23,8 @@ mod check;
 
 pub use check::problems;
 
-/// A signature algorithm. All algorithms are asymmetric, because with a shared secret the verifier could also sign.
+/// A signature algorithm. All algorithms are asymmetric. With a symmetric algorithm, the verifier
+/// could also sign access tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names of RFC 7518 and RFC 8037")]
 pub enum Algorithm {
@@ -51,7 +53,7 @@ impl Algorithm {
         Self::EdDSA,
     ];
 
-    /// The name in the header of an access token.
+    /// Returns the name that the header of an access token uses for the algorithm.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::RS256 => "RS256",
@@ -72,18 +74,19 @@ impl Algorithm {
     }
 }
 
-/// The form of the `sub` claim.
+/// The format of the `sub` claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Subject {
     /// A GUID. The name of the user is the GUID in lower case with hyphens.
     Guid,
-    /// Any text that is a valid user name.
+    /// The claim is any string that is a valid user name.
     Text,
 }
 
-/// Default values for settings of an `[[issuer]]` section, by the software of the issuer. A value
-/// in the section takes precedence.
+/// Default values for the settings of an `[[issuer]]` section, for each kind of issuer software
+/// that Keybroker supports. A value in the `[[issuer]]` section takes precedence over the default
+/// value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
@@ -91,7 +94,8 @@ pub enum Profile {
     Bitwarden,
 }
 
-/// One `[[issuer]]` section of the configuration, after its profile and the defaults were applied.
+/// One `[[issuer]]` section of the configuration, with the values of its profile and with defaults
+/// for settings that are not set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Written")]
 pub struct Settings {
@@ -105,23 +109,23 @@ pub struct Settings {
     /// The URL of the discovery document, if it is not below `issuer`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discovery_url: Option<String>,
-    /// The URL of the key set, instead of discovery.
+    /// The URL of the key set, used instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwks_url: Option<String>,
-    /// A file with the key set, instead of discovery.
+    /// A file with the key set, used instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jwks_file: Option<PathBuf>,
-    /// A PEM file with public keys, instead of discovery.
+    /// A PEM file with public keys, used instead of discovery.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pem_file: Option<PathBuf>,
     /// Whether keys may be fetched over plain HTTP.
     pub allow_http: bool,
-    /// A PEM file with the CAs for the provider's certificate, instead of the public CAs.
+    /// A PEM file with the CAs for the provider's certificate, used instead of the public CAs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
     /// Interval at which the key set is fetched.
     pub refresh_minutes: u32,
-    /// How long the last valid key set is used while the provider is unavailable.
+    /// Time for which the last valid key set is used while the provider is unavailable.
     pub keep_hours: u32,
     /// Longest lifetime of the issuer's access tokens, from `iat` to `exp`.
     pub token_lifetime_max_minutes: u32,
@@ -129,11 +133,13 @@ pub struct Settings {
     pub algorithms: BTreeSet<Algorithm>,
     /// Largest accepted difference between the clock of the provider and the clock of the broker, in seconds.
     pub leeway_s: u32,
-    /// The accepted audiences: `aud` must contain one of them. If this list is empty, `aud` is not checked.
+    /// The accepted audiences. The claim `aud` must contain at least one of the audiences. If this
+    /// list is empty, `aud` is not checked.
     pub audience: BTreeSet<String>,
-    /// The accepted types: `typ` in the header must be one of them. If this list is empty, `typ` is not checked.
+    /// The accepted types. The member `typ` in the header must be one of the types. If this list is
+    /// empty, `typ` is not checked.
     pub token_types: BTreeSet<String>,
-    /// The required scopes: `scope` or `scp` must contain all of them.
+    /// The required scopes. The claim `scope` or `scp` must contain all required scopes.
     pub required_scopes: BTreeSet<String>,
     /// The claims that an access token must have, each with its permitted values. A claim without
     /// listed values may have any value.
@@ -142,19 +148,19 @@ pub struct Settings {
     pub subject: Subject,
     /// Whether the holders of the access tokens are users or services.
     pub kind: Kind,
-    /// The tenant whose records the holders of the access tokens can reach.
+    /// The tenant whose records the holders of the access tokens can access.
     pub tenant: Tenant,
     /// Whether another issuer may also identify the users that this issuer identifies.
     pub shared_users: bool,
     /// The roles of the services, if the holders are services.
     pub roles: BTreeSet<Role>,
-    /// The users whose keys the services may release, if the services have the role `release`.
+    /// The users whose keys services with the role `release` may release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// The names of the keys that the services may release, if the services have the role `release`.
+    /// The names of the keys that services with the role `release` may release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
-    /// The claims that policies can use, each with the name that it has in policies.
+    /// The claims that policies can use, each with its name in policies.
     pub attributes: BTreeMap<String, String>,
     /// The claims that contain organisations.
     pub organisation_claims: BTreeSet<String>,
@@ -176,7 +182,7 @@ pub(super) enum KeySource {
     Pem(PathBuf),
 }
 
-/// An `[[issuer]]` section as it is in the configuration file.
+/// An `[[issuer]]` section with exactly the settings that the configuration file contains.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Written {
@@ -254,8 +260,9 @@ struct Presets {
 }
 
 impl Profile {
-    /// Returns the values for access tokens of a login by password, passkey or single sign-on, and of a user's API key.
-    /// Access tokens that a Bitwarden server issues for other purposes do not match these values.
+    /// Returns the values for access tokens that a user gets by a login with password, passkey,
+    /// single sign-on or API key. Access tokens that a Bitwarden server issues for other purposes
+    /// do not match the returned values.
     fn presets(self) -> Presets {
         match self {
             Self::Bitwarden => Presets {
@@ -357,21 +364,23 @@ impl Settings {
     }
 }
 
-/// Returns the reason why keys must not be fetched from a URL, or `None` if they may be fetched.
+/// Returns the reason why keys must not be fetched from a URL, or `None` if the URL is accepted.
 pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
-        return Some("is not a URL");
+        return Some("this text is not a URL");
     };
     if !url.username().is_empty() || url.password().is_some() {
-        return Some("contains a user name or password, which a key set does not need");
+        return Some(
+            "this URL contains a user name or a password, but the broker fetches keys without credentials",
+        );
     }
     match url.scheme() {
         "https" => None,
         "http" if allow_http => None,
         "http" => Some(
-            "is plain http, so everyone on the network path could replace the keys; use https, or set \
+            "this URL is plain http, so everyone on the network path could replace the keys; use https, or set \
              `allow_http = true` if you control the whole network path",
         ),
-        _ => Some("is neither https nor http"),
+        _ => Some("this URL is neither https nor http"),
     }
 }

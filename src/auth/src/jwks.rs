@@ -1,8 +1,8 @@
 //! The keys that verify an issuer's access tokens, read from a key set or a PEM file.
 //!
-//! A key is used only for its own purpose: its type, its curve, its `use`, its `key_ops` and its `alg` all limit the
-//! algorithms that it may verify. Keys for other purposes are ignored. Weak and malformed keys are refused and reported
-//! by name, and the rest of the set is used. A set without a valid key is refused.
+//! A key's type, curve, `use`, `key_ops` and `alg` all limit the algorithms for which the key is
+//! used. Keys for other purposes are ignored. Weak and malformed keys are refused and reported by
+//! name, and the rest of the set is used. A set without a valid key is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -35,7 +35,7 @@ use error::{KeyError, LeftOut};
 pub use error::{SetError, SourceError};
 pub(super) use keys::{Keys, Newer, Pace};
 
-/// Longest key set and discovery document, in bytes.
+/// Maximum length of a key set or a discovery document, in bytes.
 pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
 /// Largest number of keys in a key set. Providers usually publish two or three keys.
 const KEYS_MAX: usize = 64;
@@ -48,14 +48,14 @@ const EXPONENT_MIN: u32 = 65_537;
 const EXPONENT_BITS_MAX: usize = 33;
 /// Largest number of keys that are tried for an access token without a `kid`.
 const TRIES_MAX: usize = 4;
-/// The name in the log for a key without a `kid`.
+/// The name that the log uses for a key without a `kid`.
 const WITHOUT_NAME: &str = "(key without `kid`)";
 /// Longest key name that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 /// Longest text about a key or a provider's answer that is written to the log, in characters.
 const PROBLEM_CHARS_MAX: usize = 200;
-/// Largest number of refused keys of a set that the log lists by name. The number of refused keys has a limit in the
-/// log, because the provider decides how many keys there are.
+/// Largest number of refused keys of a set that the log lists by name. The log lists a limited
+/// number of refused keys, because the provider decides how many keys a set contains.
 const REFUSED_NAMED_MAX: usize = KEYS_MAX;
 
 const RSA: [Algorithm; 6] = [
@@ -67,7 +67,7 @@ const RSA: [Algorithm; 6] = [
     Algorithm::PS512,
 ];
 
-/// A key set: the keys that an issuer has at one time.
+/// A key set: the public keys of an issuer at one point in time.
 #[derive(Debug)]
 pub(super) struct KeySet {
     keys: Vec<Key>,
@@ -92,8 +92,8 @@ struct Thumbprints {
     sha256: Option<String>,
 }
 
-/// The references to a key in the header of an access token. These references only choose the keys to try; the
-/// signature decides which key is right.
+/// The references to a key in the header of an access token. The references in the header only
+/// select the keys to try. Only a key that verifies the signature is accepted.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Named<'a> {
     /// `kid`.
@@ -104,7 +104,7 @@ pub(super) struct Named<'a> {
     pub(super) sha256: Option<&'a str>,
 }
 
-/// Why a key of a set is not used.
+/// The reason why a key of a set is not used.
 enum Unused {
     /// The key is for another purpose, such as encryption.
     Other(String),
@@ -112,7 +112,7 @@ enum Unused {
     Bad(KeyError),
 }
 
-/// Why a key set has no key for an access token.
+/// The reason why a key set has no key for an access token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoKey {
     /// No key matches. A newer key set may contain a matching key.
@@ -258,8 +258,9 @@ impl KeySet {
         &self.refused[..self.refused.len().min(REFUSED_NAMED_MAX)]
     }
 
-    /// Returns the keys to try for an access token: the keys that its header refers to or, if the header does not refer
-    /// to a key, all keys. Only keys that match the algorithm are returned.
+    /// Returns the keys to try for an access token. If the header of the access token refers to
+    /// keys, only these keys are returned. Otherwise, all keys are returned. Only keys that match
+    /// the algorithm are returned.
     pub(super) fn find(
         &self,
         named: Named<'_>,
@@ -283,7 +284,8 @@ impl KeySet {
         if found.is_empty() {
             return Err(NoKey::OtherAlgorithm);
         }
-        // A key set without `kid`s is a file that an operator chose, so all of its keys are tried.
+        // A set of keys without `kid` comes from a file that an operator chose, so all of its keys
+        // are tried.
         if named.kid.is_none() && !are_unnamed && found.len() > TRIES_MAX {
             return Err(NoKey::TooMany);
         }
@@ -345,13 +347,13 @@ impl Jwk {
             .as_deref()
             .is_some_and(|purpose| purpose != "sig")
         {
-            return Err(Unused::Other("its `use` is not `sig`".to_owned()));
+            return Err(Unused::Other("the key's `use` is not `sig`".to_owned()));
         }
         if let Some(operations) = &self.key_ops
             && !operations.iter().any(|operation| operation == "verify")
         {
             return Err(Unused::Other(
-                "its `key_ops` do not allow `verify`".to_owned(),
+                "the key's `key_ops` do not allow `verify`".to_owned(),
             ));
         }
         let key = self.public_key()?;
@@ -363,7 +365,7 @@ impl Jwk {
             .collect();
         if algorithms.is_empty() {
             let alg = shown(wanted.unwrap_or(""));
-            return Err(Unused::Other(format!("its `alg` is {alg}")));
+            return Err(Unused::Other(format!("the key's `alg` is {alg}")));
         }
         let plain = |text: String| text.trim_end_matches('=').to_owned();
         Ok(Key {
@@ -396,7 +398,7 @@ impl Jwk {
             ("OKP", Some("Ed25519")) => member(&self.x, "x").and_then(|x| edwards(&x)),
             (kty, curve) => {
                 let kind = format!(
-                    "its type is {} {}",
+                    "the key's type is {} {}",
                     shown(kty),
                     curve.map_or_else(String::new, shown)
                 );
@@ -456,19 +458,19 @@ fn edwards(point: &[u8]) -> Result<Key, KeyError> {
     ))
 }
 
-/// Quotes and shortens a provider's text for the log.
+/// Quotes and shortens a string from a provider for the log.
 fn shown(text: &str) -> String {
     format!("{:?}", plain(text, SHOWN_CHARS_MAX))
 }
 
-/// Shortens a problem for the log. The text is shortened because the message of a parser repeats the text that the
-/// parser does not understand, and a provider can make this text long.
+/// Shortens the description of a problem for the log. The message of a parser repeats the text that
+/// the parser cannot parse, and a provider may send a long text.
 fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }
 
-/// Returns the first characters of a text, with `...` if the text is longer. Each character that
-/// is not printable ASCII becomes `?`, because an escape sequence would make the text longer.
+/// Returns the first characters of a string, with `...` if the string is longer. Each character
+/// outside printable ASCII becomes `?`, because an escape sequence would make the string longer.
 fn plain(text: &str, chars_max: usize) -> String {
     let printable = |c: char| {
         if c.is_ascii() && !c.is_ascii_control() {

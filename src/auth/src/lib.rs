@@ -1,9 +1,10 @@
-//! Authentication: turns a verified credential into a [`Principal`].
+//! Authentication: converts a verified credential to a [`Principal`].
 //!
-//! For a client certificate, which the TLS handshake has verified, the SAN URIs and DNS names are looked up in the
-//! configured principals. Exactly one principal must match: a certificate that matches no principal and a certificate
-//! that matches several principals are refused with the same answer. If a call has an `authorization` header, the
-//! broker uses the header and ignores the certificate.
+//! The TLS handshake verifies a client certificate. This crate then looks up the certificate's SAN
+//! URIs and DNS names in the configured principals. Exactly one configured principal must match the
+//! certificate. The caller gets the same answer whether no principal matches or several principals
+//! match. If a call has an `authorization` header, the broker uses the header and ignores the
+//! certificate.
 //!
 //! Mitigations: M2, M4 of `THREAT_MODEL.md`.
 
@@ -39,27 +40,28 @@ use client_secret::Secrets;
 use header::Presented;
 use token::Tokens;
 
-/// One `[[principal]]` of the configuration.
+/// One `[[principal]]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// The SAN that identifies this caller, compared bytewise: `URI:spiffe://example.org/app` or `DNS:app.example.org`.
     pub san: String,
-    /// The tenant whose records the caller can reach.
+    /// The tenant whose records the caller can access.
     #[serde(default)]
     pub tenant: Tenant,
     /// The roles of the caller.
     pub roles: BTreeSet<Role>,
-    /// The users whose keys the caller may release, if the caller has the role `release`.
+    /// The users whose keys a caller with the role `release` may release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
-    /// The names of the keys that the caller may release, if the caller has the role `release`.
+    /// The names of the keys that a caller with the role `release` may release.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
 }
 
 impl Settings {
-    /// Returns a problem of this principal, without a comparison with other principals.
+    /// Checks one principal, without a comparison with other principals, and returns the first
+    /// problem.
     pub fn problem(&self) -> Option<String> {
         let san = &self.san;
         if !(san.starts_with("URI:") || san.starts_with("DNS:")) || san.len() <= "URI:".len() {
@@ -77,11 +79,11 @@ impl Settings {
             && let Err(problem) = spiffe::trust_domain(uri)
         {
             return Some(format!(
-                "principal {san:?} {problem}, so its `san` is not a valid SPIFFE id"
+                "the `san` of principal {san:?} is not a valid SPIFFE id: {problem}"
             ));
         }
         let problem = self.grant().problem()?;
-        Some(format!("principal {san:?} {problem}"))
+        Some(format!("principal {san:?}: {problem}"))
     }
 
     fn grant(&self) -> Grant {
@@ -113,7 +115,7 @@ impl Settings {
     }
 }
 
-/// Whether the headers contain a credential that is costly to check: the secret of an API client.
+/// Whether the headers contain the secret of an API client, which is costly to check.
 pub fn is_costly(headers: &[&[u8]]) -> bool {
     headers.iter().any(|value| {
         let scheme = value.trim_ascii().get(..header::BASIC.len());
@@ -121,7 +123,7 @@ pub fn is_costly(headers: &[&[u8]]) -> bool {
     })
 }
 
-/// Why the configured principals are refused.
+/// The reason why the configured principals are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     /// One principal has a problem, which [`Settings::problem`] describes.
@@ -186,8 +188,8 @@ impl Authenticator {
         let Some(peer) = peer else {
             return refuse("the call has no client certificate and no `authorization` header");
         };
-        // The expiry is checked for each call, because the certificate of a resumed or long-lived connection was
-        // verified only when the connection began.
+        // The expiry is checked for each call. A certificate may expire during a long connection,
+        // or before a TLS session is resumed without a new verification.
         if peer.remaining().is_zero() {
             return refuse("the client certificate has expired");
         }
@@ -201,7 +203,7 @@ impl Authenticator {
         }
         let Some(principal) = matching.next() else {
             return refuse(format!(
-                "no [[principal]] has a `san` that the client certificate contains: {:?}",
+                "no [[principal]] has a `san` that matches a name in the client certificate: {:?}",
                 peer.sans()
             ));
         };
@@ -261,7 +263,7 @@ mod tests {
     fn certificate_until(sans: &[&str], until: time::OffsetDateTime) -> PeerCertificate {
         use rcgen::{CertificateParams, KeyPair, SanType};
         let mut params = CertificateParams::default();
-        // The common name must not count, even if no SAN contains it.
+        // The common name must not identify a principal, even if no SAN contains the common name.
         params
             .distinguished_name
             .push(rcgen::DnType::CommonName, "app.example.org");

@@ -1,7 +1,7 @@
 //! SPIFFE ids: `spiffe://<trust domain>/<path>` (SPIFFE-ID and X509-SVID standards).
 //!
-//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. If other software might treat a different
-//! spelling as the same id, this spelling is refused.
+//! SPIFFE ids are compared bytewise, so an id must have exactly one spelling. An id is refused if
+//! other software might treat it as equal to an id with another spelling.
 //!
 //! Mitigation: M2 of `THREAT_MODEL.md`.
 
@@ -11,33 +11,33 @@ const TRUST_DOMAIN_BYTES_MAX: usize = 255;
 const ID_BYTES_MAX: usize = 2_048;
 const SCHEME: &str = "spiffe://";
 
-/// Why a text is not a SPIFFE id. The message has no subject: the caller puts the text before it.
+/// The reason why a string is not a valid SPIFFE id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
     /// The id is too long.
-    #[error("has more than {ID_BYTES_MAX} bytes")]
+    #[error("the id has more than {ID_BYTES_MAX} bytes")]
     Length,
     /// The scheme is not `spiffe`, or contains capital letters.
-    #[error("does not begin with {SCHEME:?}, in lower case")]
+    #[error("the id does not begin with {SCHEME:?}, in lower case")]
     Scheme,
     /// The id identifies a trust domain and not a workload.
-    #[error("has no path, so it identifies a trust domain and not a workload")]
+    #[error("the id has no path, so it identifies a trust domain and not a workload")]
     NoPath,
     /// A segment of the path is empty.
-    #[error("has an empty path, a double slash or a slash at its end")]
+    #[error("the id has an empty path, a double slash or a slash at its end")]
     EmptySegment,
     /// A segment of the path is `.` or `..`, which refers to another segment.
-    #[error("has a `.` or `..` in its path")]
+    #[error("the path of the id contains `.` or `..`")]
     DotSegment,
     /// The path contains a character that is not allowed.
-    #[error("has characters in its path that are not in [a-zA-Z0-9._-] or /")]
+    #[error("the path of the id contains characters other than [a-zA-Z0-9._-] and /")]
     PathCharacter,
     /// The trust domain is not valid.
-    #[error("has a trust domain that is not 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
+    #[error("the trust domain must be 1 to {TRUST_DOMAIN_BYTES_MAX} bytes of [a-z0-9._-]")]
     TrustDomain,
 }
 
-/// Whether a URI has the scheme of SPIFFE ids. The URI need not be a valid SPIFFE id.
+/// Whether a URI has the scheme of SPIFFE ids, even if the URI is not a valid SPIFFE id.
 pub fn is_claimed(uri: &str) -> bool {
     let scheme = uri.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe"))

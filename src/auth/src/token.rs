@@ -1,9 +1,10 @@
-//! Bearer tokens (RFC 7519, RFC 9068). The configuration decides what an access token must contain; the access token
-//! only says who its holder is.
+//! Verifies access tokens (RFC 7519, RFC 9068). The configuration specifies the required content of
+//! an access token. The access token only identifies its holder.
 //!
-//! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is forged, the signature
-//! does not verify. The header's `alg` must be an algorithm of both the issuer and the key, and chooses nothing. An
-//! access token that contains a key, or the address of a key, is refused.
+//! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is
+//! forged, the signature does not verify. The header's `alg` must be an algorithm of both the
+//! issuer and the key. The header cannot select another algorithm. An access token that contains a
+//! key, or the address of a key, is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -35,14 +36,15 @@ mod tests;
 use parts::Parts;
 use refusal::{Cause, Refusal, shown};
 
-/// Default limit for the length of an access token, in bytes. Providers list each group or organisation of a user in
-/// the access token. With 180 organisations, an access token has 9 to 11 KB.
+/// Default limit for the length of an access token, in bytes. Providers list each group or
+/// organisation of a user in the access token. With 180 organisations, an access token is 9 to 11
+/// KB long.
 pub const TOKEN_BYTES_MAX: usize = 16 * 1024;
 /// Total size of the verified access tokens that are remembered, in bytes.
 const VERIFIED_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// Memory that a remembered access token takes in addition to its claims, in bytes.
 const VERIFIED_OVERHEAD: usize = 1024;
-/// The issuer label for access tokens whose issuer is not configured.
+/// The value of the label `issuer` for access tokens whose issuer is not configured.
 const UNKNOWN_ISSUER: &str = "unknown";
 /// Longest time for which a verified access token is remembered.
 const VERIFIED_FOR: Duration = Duration::from_mins(1);
@@ -73,13 +75,13 @@ struct Verified {
     issuer: usize,
     /// Digest of the key set that verified the access token.
     set: [u8; 32],
-    /// The end of the access token's validity, as a time of day.
+    /// The end of the access token's validity, on the wall clock.
     until: Timestamp,
-    /// When the access token was verified, on the monotonic clock.
+    /// The time of the verification, on the monotonic clock.
     since: Instant,
 }
 
-/// Why the configured issuers are refused.
+/// The reason why the configured issuers are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum IssuerError {
     /// The settings of an issuer are wrong.
@@ -96,8 +98,8 @@ pub enum IssuerError {
 }
 
 impl Tokens {
-    /// Creates a verifier. The settings of the issuers must be valid individually and in combination. The providers may
-    /// be unavailable at this time.
+    /// Creates a verifier. The settings of the issuers must be valid individually and in
+    /// combination. The providers may be unavailable when the verifier is created.
     pub fn new(issuers: &[Settings]) -> Result<Self, IssuerError> {
         Self::paced(issuers, Pace::of)
     }
@@ -147,16 +149,16 @@ impl Tokens {
         }
     }
 
-    /// Refreshes the key sets regularly until `stop`.
+    /// Refreshes the key sets regularly until `stop` is cancelled.
     pub async fn refresh(self: Arc<Self>, stop: CancellationToken) {
         let issuers = self.issuers.iter();
         let refreshing = issuers.map(|issuer| Arc::clone(&issuer.keys).refresh(stop.clone()));
         futures_util::future::join_all(refreshing).await;
     }
 
-    /// Waits until every provider was asked for its keys once, with or without success, or until `limit` has passed. If
-    /// the broker did not wait, it would refuse valid access tokens right after its start, and some client programs log
-    /// the user out after such a refusal.
+    /// Waits until the broker has requested the keys of every provider once, successfully or not,
+    /// but at most for `limit`. A broker that does not wait would refuse valid access tokens
+    /// immediately after its start. Some client programs log the user out after a refusal.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
         let is_open = |issuer: &Arc<Issuer>| {
@@ -167,8 +169,8 @@ impl Tokens {
         }
     }
 
-    /// Returns the principal that an access token identifies. The log contains the reason of a refusal; the caller does
-    /// not learn the reason.
+    /// Returns the principal that an access token identifies. The reason for a refusal is only in
+    /// the log. The caller does not get the reason for a refusal.
     pub async fn verify(&self, token: &[u8]) -> Result<Arc<Principal>, Error> {
         let mut name = "";
         self.find(token, &mut name).await.map_err(|refusal| {
@@ -193,7 +195,7 @@ impl Tokens {
         })
     }
 
-    /// Verifies an access token. Sets `name` to the name of the issuer as soon as the issuer is known.
+    /// Verifies an access token. Sets `name` to the name of the issuer when the issuer is known.
     async fn find<'a>(
         &'a self,
         token: &[u8],
@@ -201,7 +203,7 @@ impl Tokens {
     ) -> Result<Arc<Principal>, Refusal> {
         if token.len() > self.token_bytes_max {
             return Err(Cause::Oversized.because(format!(
-                "it is too long: {} bytes, and `limits.access_token_bytes_max` is {}",
+                "the access token is too long: {} bytes, but `limits.access_token_bytes_max` is {}",
                 token.len(),
                 self.token_bytes_max
             )));
@@ -213,7 +215,7 @@ impl Tokens {
         let parts = Parts::read(token)?;
         let Some(at) = self.by_name.get(parts.issuer()?).copied() else {
             return Err(Cause::Issuer.because(format!(
-                "its `iss` is {}, which no [[issuer]] has",
+                "the `iss` is {}, which no [[issuer]] has",
                 shown(parts.issuer()?)
             )));
         };
@@ -222,15 +224,15 @@ impl Tokens {
         let (claims, is_expired, set) = issuer.verify(token, &parts).await?;
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
-            // The expiry is checked last: the error says that an access token is renewable only if a renewed access
-            // token of the same kind would be accepted.
+            // The expiry is checked last. Therefore the error says that an access token is
+            // renewable only if a renewed access token of the same kind would be accepted.
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
-                format!(": it was {exp}, {age} s ago")
+                format!(" (the `exp` was {exp}, {age} s ago)")
             });
             return Err(Cause::Expired.because(format!(
-                "its `exp` has passed by more than {} s{ended}; its holder needs a new access token",
+                "the `exp` has passed by more than {} s{ended}; the client needs a new access token",
                 issuer.settings.leeway_s
             )));
         }
@@ -247,8 +249,8 @@ impl Tokens {
         Ok(principal)
     }
 
-    /// Returns the principal of an access token that was verified within the last minute, if the keys are still the
-    /// same.
+    /// Returns the principal of an access token that was verified within the last minute, if the
+    /// issuer's key set has not changed since then.
     fn remembered(&self, digest: &[u8; 32]) -> Option<Arc<Principal>> {
         let known = self.verified.get(digest)?;
         let set = self.issuers[known.issuer].keys.current().ok();
@@ -294,16 +296,17 @@ impl Issuer {
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
-                // If the access token has no `iat` or no `kid`, the age of its key is unknown. If the age is unknown,
-                // the provider's answer decides.
+                // Without both `iat` and `kid`, the age of the access token's key is unknown. If
+                // the age of its key is unknown, an access token is rejected even if the provider's
+                // answer may be an outdated copy.
                 Newer::SameCopy(wait) => {
                     (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }
                 Newer::Same => None,
             };
-            // The access token is rejected only if no newer key can verify it. If there may be a newer key, the outcome stays
-            // undecided, because a caller with invented key ids could otherwise cause valid access tokens to be rejected
-            // after a key rotation.
+            // The access token is rejected only if no newer key can verify it. While a newer key
+            // may exist, the outcome stays undecided. Otherwise a caller with invented key ids
+            // could cause valid access tokens to be rejected after a key rotation.
             if let Some(wait) = wait
                 && !self.is_hopeless(parts, named)
             {
@@ -314,8 +317,8 @@ impl Issuer {
         Ok((claims, is_expired, set))
     }
 
-    /// Whether no key set of the provider can verify the access token, because the provider has no such key or the
-    /// access token was issued in the future.
+    /// Whether no key set of the provider can verify the access token: the provider has no key with
+    /// its `kid`, or its `iat` is in the future.
     fn is_hopeless(&self, parts: &Parts, named: Named<'_>) -> bool {
         let issued_s = parts.issued_s();
         let leeway_s = i64::from(self.settings.leeway_s);
@@ -336,21 +339,21 @@ impl Issuer {
         let keys = set.find(named, algorithm).map_err(|why| match why {
             NoKey::Unknown => Cause::KeyId.because(match named.kid {
                 Some(kid) => format!(
-                    "its `kid` is {}, which is none of {:?}",
+                    "the `kid` is {}, which is none of {:?}",
                     shown(kid),
                     set.names()
                 ),
                 None => format!(
-                    "its `x5t` or `x5t#S256` is not the thumbprint of a certificate of the keys {:?}",
+                    "the `x5t` or `x5t#S256` is not the thumbprint of a certificate of the keys {:?}",
                     set.names()
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "it has no `kid`, and too many keys fit its `alg`: {:?}",
+                "the access token has no `kid`, and too many keys fit the `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
-                "its `alg` is {}, which is not the algorithm of its key",
+                "the `alg` is {}, which is not the algorithm of the key",
                 algorithm.as_str()
             )),
         })?;
@@ -407,19 +410,19 @@ impl Issuer {
         let leeway = self.settings.leeway_s;
         match error.kind() {
             ErrorKind::InvalidSignature => Cause::Signature.because(
-                "its signature does not verify: the access token was changed, or signed with another key of the same name",
+                "the signature does not verify: the access token was changed, or signed with another key of the same name",
             ),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
-                "its `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
+                "the `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"
             )),
             ErrorKind::InvalidAudience => Cause::Audience.because(format!(
-                "its `aud` contains none of the accepted audiences {:?}",
+                "the `aud` contains none of the accepted audiences {:?}",
                 self.settings.audience
             )),
             ErrorKind::MissingRequiredClaim(claim) => {
-                Cause::Claim.because(format!("it has no `{claim}` claim, or the claim has the wrong type"))
+                Cause::Claim.because(format!("the access token has no `{claim}` claim, or the claim has the wrong type"))
             }
-            ErrorKind::InvalidIssuer => Cause::Issuer.because("its `iss` is not a string"),
+            ErrorKind::InvalidIssuer => Cause::Issuer.because("the `iss` is not a string"),
             _ => Cause::Malformed.because(format!("{error}")),
         }
     }

@@ -12,24 +12,26 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted text, in bytes. The longest text that clients write, a note, has a tenth of this length.
+/// Longest accepted encrypted text, in bytes. The longest text that clients encrypt is a note,
+/// which has at most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
 /// An encrypted text, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC without a MAC. Old accounts contain texts of this type; this crate never writes them.
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted texts of this type, but
+    /// this crate never writes texts of this type.
     Aes256Cbc {
         /// 16 bytes.
         iv: Iv,
-        /// A multiple of 16 bytes.
+        /// The length is a multiple of 16 bytes.
         ciphertext: Vec<u8>,
     },
     /// Type 2: AES-256-CBC, then HMAC-SHA256 over IV and cipher text.
     Aes256CbcHmac {
         /// 16 bytes.
         iv: Iv,
-        /// A multiple of 16 bytes.
+        /// The length is a multiple of 16 bytes.
         ciphertext: Vec<u8>,
         /// 32 bytes.
         mac: Mac,
@@ -42,15 +44,15 @@ pub enum EncString {
 }
 
 impl EncString {
-    /// Parses an encrypted text strictly: canonical base64 with padding, and nothing before or after it. Therefore,
-    /// each encrypted value has exactly one accepted text form.
+    /// Parses an encrypted text strictly: the text must be canonical base64 with padding, with
+    /// nothing before or after. Therefore, each encrypted value has exactly one accepted text form.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));
         }
         let (number, rest) = text
             .split_once('.')
-            .ok_or(Error::Form("it does not begin with a type and a dot"))?;
+            .ok_or(Error::Form("the text does not begin with a type and a dot"))?;
         let parts: Vec<&str> = rest.splitn(4, '|').collect();
         match (number, parts.as_slice()) {
             ("0", [iv, ciphertext]) => Ok(Self::Aes256Cbc {
@@ -70,10 +72,10 @@ impl EncString {
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
             ("0" | "2" | "4", _) => Err(Error::Form(
-                "it does not have the number of parts that its type requires",
+                "the text does not have the number of parts that its type requires",
             )),
             ("1" | "3" | "5" | "6" | "7", _) => Err(Error::Type(number.parse().unwrap_or(0))),
-            _ => Err(Error::Form("its type is unknown")),
+            _ => Err(Error::Form("the type is unknown")),
         }
     }
 
@@ -83,7 +85,7 @@ impl EncString {
             ciphertext,
             mac,
         };
-        // This crate must be able to read every text that it writes.
+        // If the text is longer, `parse` refuses it.
         if made.to_string().len() > ENC_STRING_BYTES_MAX {
             return Err(Error::TooLong);
         }

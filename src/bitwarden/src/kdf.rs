@@ -1,4 +1,4 @@
-//! The two key derivation functions from a password to a master key.
+//! The two key derivation functions that derive a master key from a password.
 
 use argon2::{Algorithm, ParamsBuilder, Version};
 use aws_lc_rs::digest;
@@ -10,8 +10,8 @@ use super::{Error, MASTER_KEY_BYTES, MasterKey, Password, keys::pbkdf2_sha256};
 /// parallelism of Argon2id.
 const OFFERED_ITERATIONS_MAX: u32 = 2_000_000;
 const OFFERED_ARGON2ID_MAX: [u32; 3] = [10, 1_024, 16];
-/// The largest values that this crate accepts for existing accounts. With these values, a derivation takes about a
-/// minute, or 4 GiB of memory.
+/// The largest values that this crate accepts for existing accounts. With the largest values, a
+/// derivation takes about a minute (PBKDF2) or 4 GiB of memory (Argon2id).
 const ITERATIONS_MAX: u32 = 100_000_000;
 const ARGON2ID_MAX: [u32; 3] = [100, 4_096, 255];
 
@@ -35,7 +35,7 @@ pub enum Kdf {
 }
 
 impl Kdf {
-    /// The default of new accounts until 2026, which is also the minimum that OWASP recommends.
+    /// The default for new accounts until 2026, which is also the minimum that OWASP recommends.
     pub const PBKDF2_RECOMMENDED: Self = Self::Pbkdf2 {
         iterations: 600_000,
     };
@@ -46,9 +46,10 @@ impl Kdf {
         parallelism: 4,
     };
 
-    /// Checks the parameters of an existing account. Weaker parameters than clients accept are refused, because a
-    /// server that sends them may want to guess the password. Stronger parameters than clients offer are accepted up to
-    /// a limit for time and memory, because clients can open such accounts.
+    /// Checks the parameters of an existing account. Parameters that clients would refuse as too
+    /// weak are refused, because a server that sends weak parameters may want to guess the
+    /// password. Parameters above the values that clients offer are accepted up to a limit, because
+    /// clients can open such accounts.
     pub fn check(self) -> Result<(), Error> {
         self.check_up_to(ITERATIONS_MAX, ARGON2ID_MAX)
     }
@@ -88,8 +89,9 @@ impl Kdf {
         }
     }
 
-    /// A warning about parameters that are weak or stronger than clients offer; `None` if the parameters are good. The
-    /// Argon2id default of 2026 (32 MiB, 6 iterations) requires as much work as 64 MiB and 3 iterations.
+    /// Returns a warning if the parameters are weak or above the values that clients offer. The
+    /// Argon2id default of 2026 (32 MiB, 6 iterations) requires as much work as 64 MiB and 3
+    /// iterations.
     pub fn warning(self) -> Option<&'static str> {
         if self.check().is_ok() && self.check_new().is_err() {
             return Some(match self {

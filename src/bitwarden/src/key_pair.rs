@@ -1,5 +1,5 @@
-//! RSA-2048 with OAEP and SHA-1, which clients use to give a user key to a trusted device or an organisation. OAEP
-//! does not require a collision-resistant hash, and all clients use SHA-1.
+//! RSA-2048 with OAEP and SHA-1, with which clients encrypt a user key for a trusted device or an
+//! organisation. OAEP does not require a collision-resistant hash, and all clients use SHA-1.
 
 use std::fmt;
 

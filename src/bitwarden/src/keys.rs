@@ -15,9 +15,9 @@ use super::{EncString, Error, MASTER_KEY_BYTES, Password, cipher};
 /// Length of a symmetric key: 32 bytes for AES-256 and 32 bytes for HMAC-SHA256.
 const SYMMETRIC_KEY_BYTES: usize = 64;
 const HALF: usize = SYMMETRIC_KEY_BYTES / 2;
-/// Iterations of the hash for the login.
+/// Number of PBKDF2 iterations for the hash that a client sends to log in.
 const AUTHENTICATION_ITERATIONS: u32 = 1;
-/// Iterations of the hash with which a client checks the password offline.
+/// Number of PBKDF2 iterations for the hash with which a client checks the password offline.
 const LOCAL_ITERATIONS: u32 = 2;
 
 /// The key that wraps a user key. A master key is derived from a password, or is random for a user who never had a
@@ -25,7 +25,7 @@ const LOCAL_ITERATIONS: u32 = 2;
 pub struct MasterKey(Zeroizing<Vec<u8>>);
 
 impl MasterKey {
-    /// Takes exactly 32 bytes.
+    /// Creates a master key from exactly 32 bytes.
     pub fn from_bytes(bytes: Zeroizing<Vec<u8>>) -> Result<Self, Error> {
         if bytes.len() == MASTER_KEY_BYTES {
             return Ok(Self(bytes));
@@ -47,13 +47,13 @@ impl MasterKey {
         self.0.ct_eq(&other.0).into()
     }
 
-    /// The hash that a client sends to log in, in base64. A person who has this hash can log in unless a second factor
-    /// is required.
+    /// The hash that a client sends to log in, in base64. If no second factor is required, this
+    /// hash is sufficient to log in.
     pub fn authentication_hash(&self, password: &Password) -> Zeroizing<String> {
         self.hash(password, AUTHENTICATION_ITERATIONS)
     }
 
-    /// The hash with which a client recognises the password, in base64.
+    /// The hash with which a client checks the password offline, in base64.
     pub fn local_hash(&self, password: &Password) -> Zeroizing<String> {
         self.hash(password, LOCAL_ITERATIONS)
     }
@@ -75,9 +75,10 @@ impl MasterKey {
         SymmetricKey::from_bytes(stretched)
     }
 
-    /// Decrypts a wrapped user key. The result is bytes, because [`SymmetricKey`] cannot hold the user key of a new
-    /// account. In an old account, the user key has type 0 and is encrypted directly with the master key. Type 0 has
-    /// no MAC, so only the length of the result shows whether the master key was right.
+    /// Decrypts a wrapped user key. Returns bytes, because [`SymmetricKey`] cannot contain the
+    /// longer user key of a new account. In an old account, the user key has type 0 and is
+    /// encrypted directly with the master key. Type 0 has no MAC, so only the length of the result
+    /// shows whether the master key was correct.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {
@@ -124,19 +125,19 @@ pub(super) fn pbkdf2_sha256(iterations: u32, salt: &[u8], secret: &[u8], out: &m
     pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, salt, secret, out);
 }
 
-/// The key of a user, organisation or device: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes in an account from
-/// before MACs were introduced.
+/// The key of a user, organisation or device: 64 bytes for AES-256-CBC and HMAC-SHA256, or 32 bytes
+/// in an account that was created before MACs were introduced.
 pub struct SymmetricKey(Zeroizing<Vec<u8>>);
 
 impl SymmetricKey {
-    /// Takes 64 or 32 bytes.
+    /// Creates a key from 64 or 32 bytes.
     pub fn from_bytes(bytes: Zeroizing<Vec<u8>>) -> Result<Self, Error> {
         match bytes.len() {
             SYMMETRIC_KEY_BYTES | HALF => Ok(Self(bytes)),
             found => Err(Error::Length {
                 what: "the symmetric key",
                 found,
-                expected: "64, or 32 in an old account; longer keys (COSE) are not supported",
+                expected: "64 bytes, or 32 bytes in an old account; longer keys (COSE) are not supported",
             }),
         }
     }
@@ -146,8 +147,8 @@ impl SymmetricKey {
         &self.0
     }
 
-    /// Decrypts a text whose type matches this kind of key. The MAC of an authenticated text is checked before the
-    /// text is decrypted.
+    /// Decrypts an encrypted string whose type matches the length of this key. If the encrypted
+    /// string has a MAC, the MAC is checked before the decryption.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match (encrypted, self.halves()) {
             (EncString::Aes256Cbc { iv, ciphertext }, None) => {

@@ -1,5 +1,6 @@
-//! The key operations of a Bitwarden client: master keys from passwords, the hash for the login, wrapped user keys and
-//! encrypted texts. With this crate, a migration can be rehearsed and supported without a client.
+//! The key operations of a Bitwarden client: master keys from passwords, the hash for the login,
+//! wrapped user keys and encrypted texts. With this crate, an operator can test a migration without
+//! a Bitwarden client.
 //!
 //! ```text
 //! password, e-mail --KDF--> master key (32 bytes) --HKDF-Expand--> stretched key (64) --EncString 2--> user key (64)
@@ -10,9 +11,9 @@
 //!
 //! The broker itself uses none of these operations. For the broker, a master key is 32 arbitrary bytes.
 //!
-//! Not protected: type 0 is not authenticated, so a changed text of this type may decrypt to a wrong value. This crate
-//! reads texts of type 0 for old accounts and never writes them. Keys of type 7 (COSE) are handled as bytes; the crate
-//! cannot decrypt with them.
+//! Not protected: type 0 is not authenticated, so a changed text of type 0 may decrypt to a wrong
+//! value. This crate reads texts of type 0 for old accounts, but never writes a text of type
+//! 0. Keys of type 7 (COSE) are handled as bytes. This crate cannot decrypt with keys of type 7.
 
 mod account;
 mod cipher;
@@ -32,7 +33,7 @@ pub use keys::{MasterKey, SymmetricKey};
 /// Length in bytes of a master key, and of the key that a Key Connector stores.
 pub const MASTER_KEY_BYTES: usize = 32;
 
-/// Why a part of a Bitwarden account cannot be used.
+/// The reason why a part of a Bitwarden account cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The e-mail address is not valid.
@@ -78,8 +79,8 @@ pub enum Error {
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
     KeyPair,
-    /// The MAC, the padding or OAEP is wrong. The error does not say which of them, so that an attacker cannot use the
-    /// error as an oracle.
+    /// The MAC, the padding or OAEP is wrong. The error does not distinguish these causes, so that
+    /// an attacker cannot use the error as an oracle.
     #[error("the key is wrong, or the encrypted text was changed")]
     Decrypt,
     /// The plain text is too long for the type of encrypted text.

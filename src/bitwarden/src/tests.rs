@@ -119,7 +119,8 @@ fn vector_5_authentication_hash_of_argon2id() {
     );
 }
 
-/// Tests the whole way from the password to the user key, including the value that is sent to a Key Connector.
+/// Tests all steps from the password to the user key, including the value that is sent to a Key
+/// Connector.
 #[test]
 fn vector_6_end_to_end() {
     let password = password("asdfasdfasdf");
@@ -273,7 +274,7 @@ fn what_is_encrypted_is_read_again() {
     assert_eq!(key.encrypt(&most), Err(Error::TooLong));
 }
 
-/// A type 4 text of this crate is read by an independent implementation.
+/// An independent implementation can decrypt a type 4 text of this crate.
 #[test]
 fn another_implementation_of_rsa_reads_type_4() {
     let private = rsa::RsaPrivateKey::from_pkcs8_der(&device_private_key()).unwrap();
@@ -330,7 +331,7 @@ fn every_changed_byte_is_noticed() {
     assert_eq!(other.decrypt(&whole).unwrap_err(), Error::Decrypt);
 }
 
-/// One block less, with a MAC that no longer matches.
+/// The text lacks one block, so its MAC does not match.
 #[test]
 fn a_truncated_text_is_noticed() {
     let key = symmetric(USER_KEY);
@@ -404,8 +405,8 @@ fn texts_that_are_not_well_formed_are_refused() {
         format!("2.{iv}|AAAA|{mac}"),
         format!("2.AAAA|{block}|{mac}"),
         format!("2.{iv}|{block}|AAAA"),
-        // Texts that are not canonical: bits that belong to no byte, missing padding, other alphabets, white space
-        // inside.
+        // Texts that are not canonical, because of unused bits, missing padding, other alphabets or
+        // white space.
         format!("2.AAAAAAAAAAAAAAAAAAAAAB==|{block}|{mac}"),
         format!("2.AAAAAAAAAAAAAAAAAAAAAA|{block}|{mac}"),
         format!("2.AAAAAAAAAAAAAAAAAAAA_A==|{block}|{mac}"),
@@ -474,7 +475,7 @@ fn kdf_parameters_keep_their_limits() {
     }
 }
 
-/// Clients open such accounts, so that their owner can reduce the parameters.
+/// Clients open accounts with too strong parameters, so that the owner can reduce the parameters.
 #[test]
 fn an_account_above_what_clients_offer_is_opened_with_a_warning_and_cannot_be_made() {
     for kdf in [

@@ -1,11 +1,11 @@
-//! What this instance remembers about its database: the identity of the database, and the newest changes that the
-//! broker acknowledged. Each acknowledged change left a mark in the database. If the identity differs or one of the
-//! marks is missing, the broker uses another database, or an earlier state of its database. In this case, the broker
-//! releases and changes nothing until an operator accepts the database.
+//! Detects that a broker instance was connected to another database, or to an earlier state of its database. The
+//! instance remembers the identity of the database, and the newest changes that the broker acknowledged. Each
+//! acknowledged change leaves a mark in the database. If the identity differs or a mark is missing, the broker releases
+//! and changes nothing until an operator accepts the database.
 //!
-//! The broker stores these facts in the state directory at most one second after they change. The changes that a broker
-//! acknowledged in the last second before it was killed are read from its audit log. Each broker instance checks only
-//! the marks of the changes that it made.
+//! The broker stores the identity and the changes in the state directory, at most one second after a change. After a
+//! broker is killed, its next start reads the changes of the last second from the audit log. Each broker instance
+//! checks only the marks of the changes that it made.
 
 use std::{
     collections::VecDeque,
@@ -29,22 +29,22 @@ use keybroker_store::{CHANGES_MAX, Store, StoreId};
 
 use super::{Broker, registry::memory};
 
-/// The name of the state file in the previous release, which did not contain the instance.
+/// Name of the state file in the previous release, without the name of the instance.
 const LEGACY_FACT: &str = "acknowledged";
-/// The delay after which a refused caller may retry, so that an operator can act in the meantime.
+/// Delay after which a caller may retry a call that was refused because of the database.
 const RETRY: Duration = Duration::from_secs(1);
-/// A margin for clock differences, because another machine may decide by its own clock when the retention period ends
-/// and a mark is purged.
+/// Margin for clock differences: a machine whose clock is ahead may purge a mark shortly before the end of the
+/// retention period.
 const CLOCKS_APART: Duration = Duration::from_hours(1);
 
-/// The facts in the form in which the state directory stores them.
+/// The content of the state file: the identity of the database, and the acknowledged changes.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
-    /// The identity of the database; `None` until it was read for the first time.
+    /// The identity of the database; `None` until it is read for the first time.
     store: Option<String>,
     /// The newest changes, oldest first.
     changes: Vec<KeptChange>,
-    /// When an operator last accepted a database. Changes in the audit log that are older than this time are ignored.
+    /// Time at which an operator last accepted a database. Older changes in the audit log are ignored.
     #[serde(default)]
     accepted_us: i64,
 }
@@ -55,8 +55,8 @@ struct KeptChange {
     at_us: i64,
 }
 
-/// The stored facts in the form of this release, or in the form of the previous release, which remembered only one
-/// change.
+/// The content of the state file as this release or the previous release writes it. The previous release stored only
+/// one change.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Fact {
@@ -64,7 +64,7 @@ enum Fact {
     Before(KeptChange),
 }
 
-/// The facts in the form in which the running broker keeps them.
+/// The parsed content of the state file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     store: Option<StoreId>,
@@ -76,7 +76,7 @@ struct Known {
 /// The reason for refusing a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mismatch {
-    /// The database has another identity, or none.
+    /// The database has another identity, or no identity.
     OtherStore,
     /// The database does not contain the mark of an acknowledged change.
     NoMark,
@@ -98,9 +98,9 @@ impl Mismatch {
 #[derive(Debug)]
 pub(super) struct Acknowledged {
     known: Mutex<Known>,
-    /// Whether some of the known facts are not stored in the state directory yet.
+    /// Whether the identity or the changes differ from the content of the state file.
     is_changed: AtomicBool,
-    /// Why the database is refused; `None` when it is accepted.
+    /// Reason for refusing the database; `None` if the database is accepted.
     mismatch: Mutex<Option<Mismatch>>,
     retention: Duration,
     state: StateDirectory,
@@ -113,7 +113,7 @@ fn fact_of(instance: &str) -> String {
     format!("acknowledged-{instance}")
 }
 
-/// Reads the stored facts of an instance, including facts that the previous release wrote.
+/// Reads the state file of an instance, including a state file of the previous release.
 fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::Error> {
     let found = match state.read_json::<Fact>(fact)? {
         None => state.read_json::<Fact>(LEGACY_FACT)?,
@@ -125,21 +125,22 @@ fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::
 /// The result of [`accept_restored`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Acceptance {
-    /// The broker already knows the database, so there was nothing to accept.
+    /// The database matches the state file, so no acceptance was necessary.
     AlreadyKnown,
     /// Only rows of the registry were refused, because they were earlier than those that the broker remembered. The next start of the
     /// broker accepts them.
     Registry,
     /// The database was accepted.
     Accepted {
-        /// The call id of the newest change that the broker no longer remembers, if it remembered a change.
+        /// Call id of the newest change that the state file contained before the acceptance.
         forgotten: Option<String>,
     },
 }
 
-/// Accepts the database in its current state, unless the broker already knows the database. Also accepts earlier rows of the registry. After the acceptance, the
-/// broker no longer remembers the previous identity of the database and the acknowledged changes. A damaged state file
-/// is replaced. Returns an error if the state directory cannot be used, or if the database does not answer.
+/// Accepts the database in its current state, unless the database already matches the state file. Also accepts earlier
+/// rows of the registry. The acceptance replaces the previous identity and removes the acknowledged changes from the
+/// state file. A damaged state file is replaced. Returns an error if the state directory cannot be used, or if the
+/// database does not answer.
 pub async fn accept_restored(
     state: &StateDirectory,
     instance: &str,
@@ -202,7 +203,7 @@ impl From<&Known> for Kept {
 }
 
 impl Known {
-    /// Parses the stored facts. Returns `None` if an id cannot be parsed.
+    /// Parses the content of the state file. Returns `None` if an id cannot be parsed.
     fn read(kept: &Kept) -> Option<Self> {
         let store = match &kept.store {
             Some(id) => Some(StoreId::from_hex(id)?),
@@ -285,7 +286,7 @@ impl Acknowledged {
         }
     }
 
-    /// Reads the facts from the state directory.
+    /// Reads and parses the state file.
     fn kept(&self) -> Result<Option<Known>, Error> {
         let kept = read_fact(&self.state, &self.fact).map_err(Unusable::State)?;
         let Some(kept) = kept else {
@@ -296,8 +297,8 @@ impl Acknowledged {
         Ok(Some(known))
     }
 
-    /// Loads the facts of the previous run. If the previous run was killed, the audit log contains newer changes than
-    /// the state file.
+    /// Loads the identity and the changes that the previous run stored. If the previous run was killed, the audit log
+    /// contains newer changes than the state file.
     fn take_over(&self, logged: &[Change]) -> Result<(), Error> {
         let mut known = self.kept()?.unwrap_or_default();
         let accepted = known.accepted;
@@ -357,8 +358,8 @@ impl Broker {
         Ok(())
     }
 
-    /// Notes a committed change. Returns an error if the change was committed to a database that is not the one that
-    /// this broker knows.
+    /// Remembers a committed change. Returns an error if the change was committed to a database that does not match the
+    /// state file.
     pub(super) async fn acknowledge(&self, call: CallId, at: Timestamp) -> Result<(), Error> {
         if matches!(self.compare_store().await, Ok(Some(_))) {
             self.check_store_identity().await;
@@ -368,7 +369,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Returns an error while the database is not the database that this broker knows.
+    /// Returns an error while the database is refused.
     pub(super) fn check_acknowledged(&self) -> Result<(), Error> {
         match self.acknowledged.mismatch() {
             None => Ok(()),
@@ -382,7 +383,8 @@ impl Broker {
         self.acknowledged.keep();
     }
 
-    /// Compares the database with the known facts. Returns an error if the database does not answer.
+    /// Compares the identity and the marks of the database with the state that this broker stored. Returns an error if
+    /// the database does not answer.
     async fn compare_store(&self) -> Result<Option<Mismatch>, keybroker_store::Error> {
         let (store, changes) = self.acknowledged.expected();
         let evidence = self.store.evidence(&changes).await?;
@@ -401,7 +403,8 @@ impl Broker {
         Ok(None)
     }
 
-    /// Checks that the database is the database that this broker knows.
+    /// Compares the identity and the marks of the database with the state that this broker stored, and accepts or
+    /// refuses the database.
     pub(super) async fn check_store_identity(&self) {
         let acknowledged = &self.acknowledged;
         let before = acknowledged.mismatch();
@@ -413,7 +416,7 @@ impl Broker {
             return;
         };
         if mismatch.is_some() {
-            // The facts are stored now, so that the operator's command reads the current facts.
+            // Writes the state file immediately, because the command that accepts a database reads the state file.
             acknowledged.keep();
         }
         *acknowledged
@@ -424,9 +427,9 @@ impl Broker {
             Some(mismatch) if before.is_none() => keybroker_core::alert!(
                 StoreRestored,
                 cause = mismatch.text(),
-                "this is another database, or an earlier state of the database that this broker used; no key is released \
-                 or changed until the right database is back, or an operator accepts the current database with \
-                 `keybroker store accept-restored`"
+                "the database was replaced by another database, or by an earlier state of this database; no key is \
+                 released or changed until the right database is back, or an operator accepts the current database \
+                 with `keybroker store accept-restored`"
             ),
             None if before.is_some() => tracing::warn!("the broker accepts the database again"),
             _ => {}

@@ -1,4 +1,5 @@
-//! Refuses calls that cannot be done in time, and lets releases take turns at the processors.
+//! Refuses calls that cannot finish before their deadline, and limits how many releases use the processors
+//! concurrently.
 //!
 //! Mitigation: M8 of `THREAT_MODEL.md`.
 
@@ -15,7 +16,7 @@ use keybroker_hsm::{Caller, Entered, Planned};
 use super::{Broker, journal::Draft, observe, overload::is_overload};
 
 impl Broker {
-    /// Refuses a release that the token certainly cannot do in time, before its message is read.
+    /// Refuses a release before its message is read, if the token certainly cannot finish the release in time.
     pub fn check_arrival(&self, principal: &Principal, call: &Call) -> Result<(), Error> {
         let started = Instant::now();
         let checked = self
@@ -29,13 +30,13 @@ impl Broker {
                 observe(Action::Unwrap, call, started.elapsed(), &refused);
                 refused
             }
-            // A call whose deadline has passed gets a separate entry, like every other failed call.
+            // A call whose deadline has passed gets its own audit entry later, like every other failed call.
             Ok(()) | Err(_) => Ok(()),
         }
     }
 
-    /// Refuses a call that the token certainly cannot serve in time. This check comes before the policy and the store,
-    /// so that a refusal costs little.
+    /// Refuses a call that the token certainly cannot serve in time. The broker makes the admission
+    /// check before it evaluates the policy and reads the store, so that a refusal costs little.
     pub(super) async fn check_admission(
         &self,
         caller: &Caller,
@@ -52,7 +53,7 @@ impl Broker {
         self.admitted(checked, principal, call, action).await
     }
 
-    /// Waits until the front can work on a release. Refuses a release that cannot be done in time.
+    /// Waits until the front can work on a release. Refuses a release that cannot finish before its deadline.
     pub(super) async fn enter(&self, principal: &Principal, call: &Call) -> Result<Entered, Error> {
         let entered = self.calls.enter(&self.releaser(principal, call)).await;
         self.admitted(entered, principal, call, Action::Unwrap)
@@ -85,7 +86,8 @@ impl Broker {
         self.overload.note(Some(name), action.as_str(), error);
     }
 
-    /// The caller of a release, whose deadline leaves time to record and send the key after the token's answer.
+    /// Returns the caller of a release, with an earlier deadline for the token. The remaining time is for the audit
+    /// entry and the answer.
     pub(super) fn releaser(&self, principal: &Principal, call: &Call) -> Caller {
         Caller::principal(principal.name(), self.calls.job_deadline(call.deadline))
     }

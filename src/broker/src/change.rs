@@ -1,4 +1,4 @@
-//! The change of a record as the caller requests it.
+//! Changes of records that callers request.
 
 use keybroker_core::{
     call::{Call, RequestId},
@@ -41,8 +41,7 @@ impl Change {
     }
 }
 
-/// A running mutation, which owns all its data because it can run longer than the call that started
-/// it.
+/// A running mutation. The value owns all its data, because a mutation can run longer than the call that started it.
 pub(super) struct Mutation {
     pub(super) principal: Principal,
     pub(super) call: Call,

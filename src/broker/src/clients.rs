@@ -1,9 +1,9 @@
 //! API clients. Administrators create, list and revoke API clients, and give them new secrets. An API client is
 //! authenticated only after the token has verified the client's stored row.
 //!
-//! An administrator can give an API client only roles that the configuration allows to be granted at run time, and only
-//! in the administrator's own tenant. An administrator can create an API client that releases keys only if the
-//! configuration allows this.
+//! An administrator can grant only the roles that the configuration permits, and only to API clients of the
+//! administrator's own tenant. Administrators can create API clients that release keys only if the configuration
+//! permits such clients.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -60,7 +60,7 @@ pub struct NewClient {
     pub users: Option<Reach<UserId>>,
     /// The names of the keys that the API client may release, if it gets the role `release`.
     pub key_names: Option<Reach<KeyName>>,
-    /// When the first secret of the API client expires.
+    /// Time at which the first secret of the API client expires.
     pub expires: Option<Timestamp>,
 }
 
@@ -71,13 +71,13 @@ pub struct ClientView {
     pub id: ClientId,
     /// The stored settings and secrets of the client.
     pub document: Document,
-    /// When each secret was last accepted, by the secret's number.
+    /// Number of each secret, and the time at which the secret was last accepted.
     pub uses: Vec<(u32, Timestamp)>,
-    /// Whether the token verified the row's MAC for this answer. The value is `false` if the token was unavailable.
+    /// Whether the token verified the row's MAC for this answer; `false` if the token was unavailable.
     pub is_verified: bool,
 }
 
-/// A new secret of an API client. No later answer contains this secret.
+/// A new secret of an API client. The broker returns a secret only once, when the secret is created.
 #[derive(Debug)]
 pub struct CreatedSecret {
     /// The API client to which the secret belongs.
@@ -97,8 +97,8 @@ pub struct ClientPage {
     pub next: Option<Position<ClientId>>,
 }
 
-/// A permitted change of an API client, which owns all its data because it can run longer than the call that started
-/// it.
+/// A permitted change of an API client. The value owns all its data, because a change can run longer than the call that
+/// started it.
 struct ClientChange {
     broker: Arc<Broker>,
     principal: Principal,
@@ -137,7 +137,7 @@ impl Broker {
         .await
     }
 
-    /// Adds a secret to an API client. The API client then has two valid secrets, until the old secret is revoked.
+    /// Adds a secret to an API client. The API client has two valid secrets until the old secret is revoked.
     pub async fn add_client_secret(
         self: &Arc<Self>,
         principal: &Principal,
@@ -186,7 +186,7 @@ impl Broker {
         .await
     }
 
-    /// Revokes an API client permanently, or one of its secrets.
+    /// Permanently revokes an API client or one of its secrets.
     pub async fn revoke_client(
         self: &Arc<Self>,
         principal: &Principal,
@@ -229,7 +229,7 @@ impl Broker {
         .await
     }
 
-    /// Asks policy for a permit, then runs a change of an API client in a separate task.
+    /// Asks the policy for a permit, then runs a change of an API client in a separate task.
     async fn change_client<T, F>(
         self: &Arc<Self>,
         action: Action,
@@ -390,7 +390,7 @@ impl Broker {
         let (secret, phc) = self.fresh_secret().await?;
         document.add_secret(phc, now, new.expires);
         if !document.may_grow() {
-            let what = "shorter: users and key names together may take at most 24 KiB";
+            let what = "shorter: the users and key names together can have at most 24 KiB";
             return Err(Error::violation("users", what));
         }
         let credential = ClientCredential {

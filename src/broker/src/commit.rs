@@ -1,5 +1,5 @@
-//! The common part of changes to user keys and API clients. A change runs in a task that no caller can stop, and writes
-//! its intent before the commit and its outcome after the commit.
+//! The steps that changes to user keys and changes to API clients have in common. A change runs in a task that no
+//! caller can stop, and writes its intent before the commit and its outcome after the commit.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
@@ -31,7 +31,7 @@ pub(super) struct Settled<T> {
 }
 
 impl Broker {
-    /// Runs a change to its end in a separate task.
+    /// Runs a change to completion in a separate task.
     pub(super) async fn run_change<T: Send + 'static>(
         self: &Arc<Self>,
         action: Action,
@@ -46,8 +46,8 @@ impl Broker {
     }
 
     /// Makes the intent durable, commits the change, and adds the change to the list of changes by which the broker
-    /// recognises its database. Returns an error if the change was not begun, or if its outcome is unknown. If the
-    /// outcome is unknown, `maintain` asks the store until it is known.
+    /// recognises its database. Returns an error if the change was not started, or if its outcome is unknown.
+    /// `maintain` asks the store for an unknown outcome until the store answers.
     pub(super) async fn commit_with_intent<T>(
         &self,
         draft: &Draft,

@@ -30,19 +30,20 @@ pub struct WrappingKeyView {
     pub purpose: Purpose,
     /// The state of the key (NIST SP 800-57 part 1).
     pub state: WrappingKeyState,
-    /// When the key was registered.
+    /// Time of the key's registration.
     pub registered: Timestamp,
     /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
     /// When the key is destroyed. The value is `None` if no destruction is scheduled.
     pub destroyed_at: Option<Timestamp>,
-    /// A problem that prevents the use of the key in any state. The value is `None` for a key without a problem.
+    /// The problem that prevents the use of the key in every state; `None` for a key without a
+    /// problem.
     pub problem: Option<String>,
-    /// The public key on the token. The value is `None` for a destroyed key, and until the first worker is ready.
+    /// The public key on the token; `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,
 }
 
-/// The public side of a wrapping key, read from the token.
+/// The public properties of a wrapping key, read from the token.
 #[derive(Clone, Debug)]
 pub struct KeyOnToken {
     /// Modulus length in bits.
@@ -103,7 +104,7 @@ impl Broker {
     ) -> Result<Vec<String>, Error> {
         let audit = self.audit.clone();
         self.read_async(principal, call, Action::ReadAudit, async move {
-            // A read of a file blocks the thread, so the files must not be read on an async thread.
+            // Reading a file blocks the thread, so the files must not be read on an async thread.
             match tokio::task::spawn_blocking(move || audit.tail(limit)).await {
                 Ok(entries) => entries.map_err(Error::from),
                 Err(source) => Err(TaskFailed::of("reading the audit log", source)),

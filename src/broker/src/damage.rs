@@ -18,7 +18,7 @@ pub(super) fn report_records<'a>(
         keybroker_core::alert!(
             RecordDamaged, call_id = %call.id, action = %action, record,
             damage = row.damage.as_str(), detail = row.detail,
-            "a stored record is damaged; compare it with a backup before you replace it"
+            "a stored record is damaged; compare the record with a backup before you replace the record"
         );
     });
 }

@@ -16,7 +16,7 @@ use keybroker_policy::{KeyPermit, Resource};
 use super::{Broker, digests::sha256, overload::is_overload};
 
 /// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates this value, from a
-/// result and the draft of its entry. Therefore the entry of one release cannot stand for another release.
+/// result and the draft of its entry. Therefore each release needs its own audit entry.
 #[derive(Debug)]
 pub(super) struct Recorded<T>(T);
 
@@ -66,7 +66,7 @@ impl Draft {
         Self(entry)
     }
 
-    /// Sets how many rows the entry stands for, and the SHA-256 of their ids.
+    /// Sets the number of rows that the entry records, and the SHA-256 of their ids.
     pub(super) fn rows(&mut self, count: usize, digest: String) {
         self.0.count = u64::try_from(count).ok();
         self.0.digest = Some(digest);
@@ -153,7 +153,7 @@ impl Draft {
 
 impl Broker {
     /// Makes the intent of a mutation durable. If the audit log is too slow, the caller is refused, but the intent may
-    /// still be written. In this case, `maintain` later records the outcome of the intent.
+    /// still be written. If the intent was written, `maintain` records its outcome later.
     pub(super) async fn record_intent(
         &self,
         draft: &Draft,
@@ -202,7 +202,7 @@ impl Broker {
         mut draft: Draft,
         error: &Error,
     ) -> Result<(), Error> {
-        // A refused call waits only for the disk.
+        // A refused call gives back its place, because it only has to wait for the disk.
         leave();
         let Draft(entry) = &mut draft;
         if entry.kind == EntryKind::Decision && is_overload(error) {
@@ -216,7 +216,8 @@ impl Broker {
         {
             tracing::warn!(
                 principal,
-                "too many envelopes of one principal were rejected; the broker refuses this principal's calls for a while"
+                "too many envelopes of one principal were rejected; the broker refuses this principal's calls for a \
+                 limited time"
             );
         }
         draft.0.outcome = if error.reason() == Reason::Policy {
@@ -229,8 +230,9 @@ impl Broker {
         Ok(())
     }
 
-    /// Records the result of a decision and returns it. If the audit entry cannot be written, returns the error of the
-    /// audit log instead, because there must be no answer without an audit entry.
+    /// Records the result of a decision and returns it. If the audit entry cannot be written,
+    /// returns the error of the audit log instead of the result, because every answer needs an
+    /// audit entry.
     pub(super) async fn conclude<T>(
         &self,
         draft: Draft,

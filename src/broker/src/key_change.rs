@@ -1,8 +1,9 @@
 //! Changes of wrapping keys by administrators: rotation and changes of states.
 //!
-//! A change is decided on the verified registry, and committed in one transaction that compares the MAC of each row that
-//! it replaces. Of two brokers that change the same key at the same time, one makes its change and the other gets an
-//! error. Every new row has a MAC by its own integrity key.
+//! A change is planned from the verified registry. One transaction checks that each row still has
+//! the MAC that was read before, and commits the change. If two brokers change the same key
+//! concurrently, one of them succeeds and the other gets an error. Each new row is authenticated by
+//! the integrity key of its own wrapping key.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -13,12 +14,11 @@ use std::{
 
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
-    envelope::mac::MacMessage,
     error::{Error, Reason},
-    key::{WrappingKeyId, WrappingKeyState},
+    key::{KeyUse, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::{Caller, Serving, admin::KeyAdmin};
+use keybroker_hsm::{Caller, Serving, TokenState, admin::KeyAdmin};
 use keybroker_store as store;
 use keybroker_store::{DestructionChange, RegistryChange, RegistryRow, RegistryUpdate};
 
@@ -36,6 +36,8 @@ pub(super) use destruction::Scheduled;
 pub use destruction::{DestructionRules, Wait};
 pub use rotation::{Rotated, Rotation};
 
+/// Numbers of rows from this number on are not counted: only a forged row has such a number.
+const SEQUENCE_LIMIT: u64 = 1 << 62;
 /// Time limit for the MAC of one row.
 const MAC_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -52,13 +54,14 @@ pub enum KeyChange {
     },
     /// The key is not used until it is resumed.
     Suspend,
-    /// A suspended key is used again: it is active if no other key is active, and deactivated otherwise.
+    /// A suspended key is used again: the key becomes active if no other key is active, and
+    /// deactivated otherwise.
     Resume,
     /// The key unwraps, but no longer wraps.
     Deactivate,
     /// The key is never used again.
     Compromise,
-    /// The key is missing from the token and will not return: it counts as destroyed from now on.
+    /// The key is permanently missing from the token, and counts as destroyed from now on.
     Lose,
     /// The key is destroyed after a waiting time. Its state does not change before.
     Destroy(Wait),
@@ -67,7 +70,7 @@ pub enum KeyChange {
 }
 
 impl KeyChange {
-    /// The action that policies decide about.
+    /// Returns the action that the policy evaluates.
     pub const fn action(self) -> Action {
         match self {
             Self::Activate { .. } => Action::ActivateKey,
@@ -87,9 +90,9 @@ impl KeyChange {
 #[derive(Debug)]
 pub(super) struct KeyChanges {
     admin: KeyAdmin,
-    /// Held during a change, so that this broker makes one change at a time.
+    /// Lock that is held during a change, so that this broker makes one change at a time.
     turn: tokio::sync::Mutex<()>,
-    /// A key that was made and is not registered yet, which the workers already have to check.
+    /// A new key that the workers must check before its registration.
     awaited: Mutex<Option<RegistryRow>>,
 }
 
@@ -102,7 +105,7 @@ impl KeyChanges {
         }
     }
 
-    /// The row of the key that is not registered yet, but that the workers have to check.
+    /// Returns the row of the new key that the workers must check before its registration.
     pub(super) fn awaited(&self) -> Option<RegistryRow> {
         self.lock_awaited().clone()
     }
@@ -111,7 +114,7 @@ impl KeyChanges {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a change. Refuses a second change at the same time.
+    /// Begins a change. Returns an error if another change is in progress.
     fn begin(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
         self.turn.try_lock().map_err(|_| {
             let what =
@@ -122,8 +125,8 @@ impl KeyChanges {
 }
 
 impl Broker {
-    /// Changes the state of a wrapping key. This broker applies the change before the answer, and each other broker on
-    /// the same database within about a second.
+    /// Changes the state of a wrapping key. This broker applies the change before the answer. The other brokers on the
+    /// same database apply the change within about a second.
     pub async fn change_key_state(
         self: &Arc<Self>,
         principal: &Principal,
@@ -169,7 +172,7 @@ impl Broker {
         call.deadline.check()?;
         self.check_acknowledged()?;
         self.refresh_registry().await?;
-        // Another broker may have registered the key a moment ago.
+        // Another broker may have just registered the key.
         self.ask_registry(call.deadline, |registry| registry.check_examined(id))
             .await?;
         let registry = self.registry()?;
@@ -181,6 +184,7 @@ impl Broker {
             KeyChange::Keep => return self.plan_keeping(&registry, id).await,
             _ => {}
         }
+        let state = self.token.state();
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
         if change != KeyChange::Compromise {
@@ -201,23 +205,32 @@ impl Broker {
             check_backup(row, new.backup_confirmed.is_some() || without_backup)?;
         }
         let mut planner = Planner::new(&registry);
+        let mut signer = id;
         if to == WrappingKeyState::Active {
-            planner.deactivate_others(&registry, id);
+            planner.deactivate_others(&registry, id, &state);
+            planner.sign_tombstones(&registry, id);
+        } else if !to.allows(KeyUse::VerifyMac)
+            && let Some(other) = registry.integrity_key_without(id)
+        {
+            // This key must not authenticate the rows of the destroyed keys any more.
+            signer = other;
+            planner.sign_tombstones(&registry, id);
         }
         planner.change(row, new);
-        let mut planned = self.with_macs(planner).await?;
+        let mut planned = self.with_macs(planner, signer).await?;
         // A schedule is bound to the number of the registry row, which has changed.
         planned.destruction = Some(DestructionChange::Remove(id));
         Ok(planned)
     }
 
-    /// Plans the tombstone of a missing key. The integrity key that is in use authenticates it.
+    /// Plans the registry row that marks a missing key as destroyed. The integrity key that is in use authenticates
+    /// this row.
     async fn plan_loss(
         &self,
         registry: &Registry,
         id: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
-        let row = registry.missing(id)?;
+        let row = registry.missing(id, &self.token.state())?;
         self.check_no_token_is_away(id)?;
         let signer = registry.integrity_key()?;
         let tombstone = RegistryRow {
@@ -226,14 +239,14 @@ impl Broker {
         };
         let mut planner = Planner::new(registry);
         planner.change(row, tombstone);
-        let content = |row: &RegistryRow| (signer, row.tombstone_message());
-        let mut planned = self.authenticated(planner, content).await?;
+        planner.sign_tombstones(registry, id);
+        let mut planned = self.with_macs(planner, signer).await?;
         planned.destruction = Some(DestructionChange::Remove(id));
         Ok(planned)
     }
 
-    /// Checks that every configured token serves. A token that does not serve may hold the key, and the loss of a key cannot be
-    /// undone.
+    /// Checks that every configured token is available. An unavailable token may contain the key, and recording a loss
+    /// cannot be undone.
     fn check_no_token_is_away(&self, id: WrappingKeyId) -> Result<(), Error> {
         let state = self.token.state();
         let away = state
@@ -251,22 +264,22 @@ impl Broker {
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
     }
 
-    /// Makes the MACs of the changed rows, each with its own integrity key.
-    async fn with_macs(&self, planner: Planner) -> Result<RegistryChange, Error> {
-        let content = |row: &RegistryRow| (row.id, row.mac_message());
-        self.authenticated(planner, content).await
-    }
-
-    /// Makes the MACs of the changed rows. `content` returns the key whose integrity key makes the MAC of a row, and the message.
-    async fn authenticated(
+    /// Computes the MACs of the changed rows. The integrity key of each wrapping key authenticates the row of this wrapping
+    /// key. The integrity key of `tombstone_signer` authenticates the rows of destroyed keys.
+    async fn with_macs(
         &self,
         planner: Planner,
-        content: impl Fn(&RegistryRow) -> (WrappingKeyId, MacMessage),
+        tombstone_signer: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
         let mut change = planner.change;
         for update in &mut change.updates {
+            let row = &update.row;
+            let (signer, message) = if row.state == WrappingKeyState::Destroyed {
+                (tombstone_signer, row.tombstone_message())
+            } else {
+                (row.id, row.mac_message())
+            };
             let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
-            let (signer, message) = content(&update.row);
             update.row.mac = self.token.mac(signer, &message, &caller).await?;
         }
         Ok(change)
@@ -309,7 +322,7 @@ impl Broker {
     }
 }
 
-/// The state into which a change brings a key.
+/// Returns the state of a key after a change.
 fn next_state(
     registry: &Registry,
     row: &RegistryRow,
@@ -324,7 +337,7 @@ fn next_state(
         KeyChange::Keep => row.state,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
-                "only a suspended key can be resumed, and this key is {}",
+                "only a suspended key can be resumed, but this key is {}",
                 row.state
             );
             return Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what));
@@ -350,7 +363,8 @@ fn legal(from: WrappingKeyState, to: WrappingKeyState) -> Result<(), Error> {
     })
 }
 
-/// Refuses to activate a key that is in no backup: the first user key that it wraps would be lost together with the token.
+/// Refuses to activate a key without a backup: if the token were lost, every user key that this key wraps would be
+/// lost, too.
 fn check_backup(row: &RegistryRow, is_accepted: bool) -> Result<(), Error> {
     if is_accepted || row.state != WrappingKeyState::PreActive || row.backup_confirmed.is_some() {
         return Ok(());
@@ -370,7 +384,9 @@ struct Planner {
 
 impl Planner {
     fn new(registry: &Registry) -> Self {
+        // A row that is not verified may have any number.
         let sequences = registry.rows().map(|(row, _)| row.sequence);
+        let sequences = sequences.filter(|sequence| *sequence < SEQUENCE_LIMIT);
         Self {
             change: RegistryChange::default(),
             sequence: sequences.max().unwrap_or(0),
@@ -383,7 +399,7 @@ impl Planner {
         self.sequence
     }
 
-    /// Adds a change of a row. Its MAC is made later.
+    /// Adds the change of a row to the transaction. The MAC of the new row is computed later.
     fn change(&mut self, before: &RegistryRow, after: RegistryRow) {
         let row = RegistryRow {
             sequence: self.next_sequence(),
@@ -395,17 +411,34 @@ impl Planner {
         });
     }
 
-    /// Deactivates every other active key. A key that is missing from the token stays as it is, because only its own
-    /// integrity key could authenticate the change; a key with a higher number that can be used comes before it.
-    fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId) {
+    /// Adds the rows of the destroyed keys, so that the integrity key in use authenticates these rows again. Otherwise the
+    /// rows could not be verified after the destruction of the key that authenticated them before. The transaction already
+    /// changes the row of the key `id`.
+    fn sign_tombstones(&mut self, registry: &Registry, id: WrappingKeyId) {
+        let tombstones = registry.rows().filter(|(row, problem)| {
+            row.state == WrappingKeyState::Destroyed
+                && row.id != id
+                && problem.is_none()
+                && !registry.has_refused_change(row.id)
+        });
+        for (row, _) in tombstones {
+            self.change(row, row.clone());
+        }
+    }
+
+    /// Deactivates every other active key. A key that no token serves now remains active, because only its own integrity key
+    /// could authenticate the change. The broker wraps with the usable active key that has the highest number.
+    fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId, state: &TokenState) {
         let active = registry
             .rows()
             .filter(|(row, _)| row.id != id && row.state == WrappingKeyState::Active);
         for (row, problem) in active {
+            let is_unserved = !state.tokens.is_empty() && !state.serves(row.id);
+            let problem = problem.or(is_unserved.then_some("no token serves the key"));
             if let Some(problem) = problem {
                 tracing::warn!(
                     wrapping_key = %row.id, problem,
-                    "an active wrapping key was not deactivated, because it cannot be used"
+                    "an active wrapping key was not deactivated, because this key cannot be used"
                 );
                 continue;
             }
@@ -418,12 +451,13 @@ impl Planner {
     }
 }
 
-/// Converts the error of a commit. A conflict means that another broker or a command changed the registry first.
+/// Converts the error of a commit to the error for the caller. A conflict means that another broker
+/// or a command changed the registry first.
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {
-            let what = "another broker or a command changed the registry at the same time; nothing was changed here. Look at \
-                        the keys again before you repeat the command";
+            let what = "another broker or a command changed the registry at the same time; this command changed \
+                nothing. Look at the keys again before you repeat the command";
             Error::new(Reason::Revision, what).explained("id", what)
         }
         other => other.into(),

@@ -1,18 +1,21 @@
-//! The use cases of the broker. This crate is the only way from a call to a user key.
+//! The use cases of the broker. A call can reach a user key only through this crate.
 //!
 //! ```text
 //! authenticate -> Principal -> policy -> record from SQL -> token job: MAC, then RSA -> audit entry durable -> answer
 //! ```
 //!
-//! Every API calls a method of [`Broker`], which takes the [`Principal`] first. The types enforce the order of the
-//! steps, so that no code path can leave out a step:
+//! Every API calls the methods of [`Broker`]. The first argument of each use case is the [`Principal`]. The types
+//! enforce the order of the steps, so that no code path can leave out a step:
 //!
-//! - The record is read at the address of a [`KeyPermit`], and only [`keybroker_policy`] creates this permit.
+//! - Reading a record needs a [`KeyPermit`], which contains the address of the record. Only
+//!   [`keybroker_policy`] creates a permit.
+//!
 //! - A [`Released`] key is made only from a `Recorded` key. Only `journal` creates a `Recorded` key, from a key and its
 //!   audit entry, after the audit log has synced this entry.
 //!
-//! A release writes one entry. A mutation writes an intent before the commit and an outcome before the answer. A
-//! mutation runs in a separate task, so that a caller that ends its call cannot stop it between the two entries.
+//! A release writes one audit entry. A mutation writes an intent before the commit and an outcome
+//! before the answer. A mutation runs in a separate task. Therefore a cancelled call cannot stop
+//! its mutation between the two entries.
 //!
 //! Mitigation: M5 of `THREAT_MODEL.md`.
 
@@ -119,7 +122,7 @@ impl UserKeyRef {
     }
 }
 
-/// The parts from which a broker is built.
+/// The components from which a broker is built.
 #[derive(Debug)]
 pub struct Parts {
     /// The policy that permits or denies each action.
@@ -132,23 +135,23 @@ pub struct Parts {
     pub token: Arc<dyn Token>,
     /// The call rates and failure limits of the callers.
     pub limits: Arc<Limits>,
-    /// Weights of principals, by name, if many calls wait: `token.weights`.
+    /// Weights of principals in the queue of the token, by the principal's name: `token.weights`.
     pub weights: BTreeMap<String, u32>,
     /// The settings of API clients, including the roles that they may be given.
     pub client_rules: ClientRules,
-    /// The directory in which this instance keeps facts across restarts.
+    /// The directory for the data of this instance that must survive a restart.
     pub state: StateDirectory,
     /// Name of this instance among the brokers that share the state directory.
     pub instance: String,
     /// The shortest time for which the database keeps the marks of changes.
     pub retention: Duration,
-    /// Limits on what is stored for one user.
+    /// Limits on the data that is stored for one user.
     pub capacity: Capacity,
-    /// The rule that says which keys must be on each token.
+    /// The rule that determines which keys must be on each token.
     pub expect: Expect,
     /// Starts the short-lived admin workers that make wrapping keys.
     pub key_admin: KeyAdmin,
-    /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`. `None` for no limit.
+    /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`; `None` for no limit.
     pub rotate_after: Option<Duration>,
     /// How wrapping keys are destroyed.
     pub destruction: DestructionRules,
@@ -175,7 +178,7 @@ pub struct Broker {
     store: Arc<dyn Store>,
     token: Arc<dyn Token>,
     limits: Arc<Limits>,
-    /// The releases that the front works on.
+    /// The releases that are in progress in the front.
     calls: Calls,
     /// The verified registry, or `None` until the token has verified the MAC of every row. Without a verified registry,
     /// the broker wraps and unwraps nothing.
@@ -201,10 +204,10 @@ pub struct Broker {
     acknowledged: Acknowledged,
     capacity: Capacity,
     accepted_risks: Vec<String>,
-    /// A number that grows with each change of an API client that this broker makes.
+    /// Counter that is incremented with each change of an API client through this broker.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
-    /// Name of this instance, by which it holds a re-wrap.
+    /// Name of this instance in the lease of a re-wrap.
     instance: String,
     /// The running mutations. A mutation can run longer than the call that started it.
     mutations: TaskTracker,
@@ -247,13 +250,13 @@ impl Broker {
         })
     }
 
-    /// Whether the limits allow a log line that an unauthenticated caller at this address causes.
+    /// Whether the log limits allow another line about an unauthenticated caller at this address.
     pub fn may_log(&self, address: IpAddr) -> bool {
         self.limits.may_log(address)
     }
 
-    /// Waits until every running mutation has its outcome on disk. Afterwards, writes the counted refusals and the
-    /// times of last use. The listeners must be closed before this call.
+    /// Waits until the outcome of every running mutation is on disk. Then writes the counted
+    /// refusals and the times of last use. The listeners must be closed before this call.
     pub async fn finish(self: &Arc<Self>, deadline: Deadline) {
         self.mutations.close();
         if tokio::time::timeout(deadline.remaining(), self.mutations.wait())
@@ -305,8 +308,9 @@ impl Broker {
         error
     }
 
-    /// Checks whether a principal may perform an action on at least one of the keys. A batch is checked in this way
-    /// before each of its items is decided separately. If the principal may use none of the keys, the whole batch gets
+    /// Checks whether a principal may perform an action on at least one of the keys. A batch of
+    /// keys needs this check before its items are decided. After this check, each item of the batch
+    /// is decided separately. If the principal may use none of the keys, the complete batch gets
     /// one refusal and one audit entry.
     pub async fn admit(
         &self,
@@ -338,7 +342,7 @@ impl Broker {
         refused
     }
 
-    /// Asks policy for a permit, and records a denial.
+    /// Asks the policy for a permit, and records a denial.
     async fn permit(
         &self,
         principal: &Principal,
@@ -355,8 +359,8 @@ impl Broker {
         }
     }
 
-    /// Asks policy for a permit on one user key, and records a denial. The steps after the policy take the address of
-    /// the key from the permit.
+    /// Asks the policy for a permit on one user key, and records a denial. The steps after the policy take the address
+    /// of the key from the permit.
     async fn permit_key(
         &self,
         principal: &Principal,
@@ -403,12 +407,12 @@ impl Broker {
     }
 
     fn store_is_up(&self) -> bool {
-        // A database that the broker does not know is detected at the start, before the first probe.
+        // A database that does not match the state file is detected at the start, before the first probe.
         self.store_up.load(Ordering::Relaxed) && !self.acknowledged.is_missing()
     }
 }
 
-/// Runs a use case, measures it, and writes the log line that carries the call id.
+/// Runs a use case, measures its time, and writes the log line with the call id.
 async fn observed<T>(
     action: Action,
     call: &Call,
@@ -418,8 +422,8 @@ async fn observed<T>(
     let (result, outside) = outside_time::measured(work).await;
     let total = started.elapsed();
     if action == Action::Unwrap && result.is_ok() {
-        // Only a release is measured, because it runs exactly one job on the token. The rest of the call's time is
-        // spent in the broker.
+        // Only the overhead of a release is measured, because a release runs exactly one job on the token. The overhead
+        // is the time of the call without the time of the token job.
         metrics::CALL_OVERHEAD
             .handle()
             .record(total.saturating_sub(outside));
@@ -441,13 +445,14 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
             metrics::RECORDS_DAMAGED.increment();
             keybroker_core::alert!(
                 RecordDamaged, call_id = %call.id, action = %action, error = %error,
-                "a stored record does not verify; compare it with a backup before you replace it"
+                "a stored record does not verify; compare the record with a backup before you replace the record"
             );
         }
         Reason::Bug => {
             keybroker_core::alert!(Bug, call_id = %call.id, action = %action, error = %error, "internal error");
         }
-        // Refusals because of overload are only counted, and one line per second reports the counts.
+        // Refusals because of overload are only counted, and one log line per second reports the
+        // counts.
         Reason::QueueFull => {
             tracing::debug!(call_id = %call.id, action = %action, error = %error, "call refused");
         }
@@ -455,13 +460,12 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
     }
 }
 
-/// Returns the identity of a caller for the queue of the token. The jobs of each principal wait in a queue of their
-/// own.
+/// Returns the identity of a caller for the queue of the token. The jobs of each principal wait in a separate queue.
 fn caller(principal: &Principal, call: &Call) -> Caller {
     Caller::principal(principal.name(), call.deadline)
 }
 
-/// Waits for the result of a store or token call, or returns `DEADLINE` when the call's time is up.
+/// Waits for the result of a store or token call, or returns `DEADLINE` when the call's deadline passes.
 async fn within<T, E>(call: &Call, work: impl Future<Output = Result<T, E>>) -> Result<T, Error>
 where
     Error: From<E>,
@@ -489,5 +493,5 @@ impl TaskFailed {
     }
 }
 
-/// How long a caller should wait before a retry if the broker is starting.
+/// Delay after which a caller should retry while the broker is starting.
 const START_RETRY: Duration = Duration::from_secs(1);

@@ -1,10 +1,10 @@
-//! Limits for each caller: call rates, an authentication failure limit, and alerts when one service releases the keys
-//! of unusually many users or a record is replaced unusually often. All state is bounded. The entry of an idle caller
-//! is dropped when it no longer affects a decision.
+//! Limits for each caller: call rates and an authentication failure limit. Alerts report a service that releases the
+//! keys of unusually many users, and a record that is replaced unusually often. The size of all state is bounded. The
+//! entry of an idle caller is dropped when it no longer affects a decision.
 //!
-//! When an address reaches the authentication failure limit, the broker refuses its invalid credentials, and does not
-//! check its credentials that are costly to check. The broker still accepts a valid credential of a known caller, so
-//! that no caller can lock out another caller at the same address.
+//! When an address reaches the authentication failure limit, the broker refuses invalid credentials from this address.
+//! The broker no longer makes costly checks of credentials from this address. The broker still accepts valid
+//! credentials of known callers. Therefore a caller cannot lock out other callers at the same address.
 //!
 //! Mitigation: M18 of `THREAT_MODEL.md`.
 
@@ -42,15 +42,15 @@ mod replacements;
 use releases::Releases;
 use replacements::Replacements;
 
-/// The `[rates]` section of the configuration. Every rate has a default, and none can be switched off.
+/// The `[rates]` section of the configuration. Every rate has a default and cannot be switched off.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Calls per minute of one user.
+    /// Largest number of calls per minute for each user.
     pub user_calls_per_minute: u32,
-    /// Calls per minute of one service. Each item of a batch counts as a call.
+    /// Largest number of calls per minute for each service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Failed credentials per minute of one address, and rejected envelopes per minute of one principal.
+    /// Largest number per minute of failed credentials for each address, and of rejected envelopes for each principal.
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
@@ -70,21 +70,20 @@ impl Default for Settings {
     }
 }
 
-/// The highest rate that can be set.
+/// Largest value of the rate settings.
 pub const RATE_MAX: u32 = 60_000_000;
-/// Largest value of the setting for the number of users of one service before an alert is raised.
+/// Largest value of the setting `released_users_per_hour`.
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
-/// Largest value of the setting for the number of replacements of one record before an alert is raised.
+/// Largest value of the setting `replacements_per_hour`.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
 
 /// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
-/// Idle time after which a caller's bucket is dropped. A bucket is full again after one minute, so no information is
-/// lost.
+/// Idle time after which a caller's bucket is dropped. A bucket is full again after one minute, so dropping the bucket
+/// loses no information.
 const FORGOTTEN_AFTER: Duration = Duration::from_mins(2);
 
-/// Largest number of credentials of one address that are checked concurrently, for credentials that are costly to
-/// check.
+/// Largest number of concurrent checks of costly credentials from one address.
 const TURNS_MAX: usize = 8;
 /// The delay after which a caller may retry if its address already runs the largest number of costly checks.
 const TURN_RETRY: Duration = Duration::from_millis(500);
@@ -124,7 +123,7 @@ impl Limits {
         })
     }
 
-    /// Whether the limits allow a log line that an unauthenticated caller at this address causes. A line that exceeds
+    /// Whether the log limits allow another line about an unauthenticated caller at this address. A line that exceeds
     /// the limits is counted as suppressed.
     pub fn may_log(&self, address: IpAddr) -> bool {
         let network = Network::of(address);
@@ -137,18 +136,20 @@ impl Limits {
         may
     }
 
-    /// Returns the number of suppressed lines since the last call of this function.
+    /// Returns the number of lines that were suppressed since the previous call of this function.
     pub fn take_suppressed(&self) -> u64 {
         self.suppressed.swap(0, Ordering::Relaxed)
     }
 
-    /// Takes `count` calls from a principal's rate. If too few calls are left, the error contains the time to wait.
+    /// Counts `count` calls towards the rate limit of a principal. If too few calls are left, the error contains the
+    /// time to wait.
     pub fn take_calls(&self, principal: &Principal, count: usize) -> Result<(), Error> {
         let buckets = match principal.kind() {
             Kind::User => &self.users,
             Kind::Service => &self.services,
         };
-        // A principal with too many rejected envelopes gets no more calls: each call could be another attempt.
+        // All calls of a principal with too many rejected envelopes are refused, because each call could be another
+        // attempt with a forged envelope.
         if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
             return Err(used_up(wait));
         }
@@ -159,15 +160,14 @@ impl Limits {
     }
 
     /// Returns an error while an address has reached the authentication failure limit. The error contains the time
-    /// until the next permitted attempt. During this time, credentials of this address that are costly to check are not
-    /// checked.
+    /// until the next permitted attempt. During this time, costly credentials from this address are not checked.
     pub fn check_address(&self, address: IpAddr) -> Result<(), Error> {
         let closed = self.failed_credentials.empty_for(&network(address));
         closed.map_or(Ok(()), |wait| Err(used_up(wait)))
     }
 
-    /// Reserves a concurrent check of a credential that is costly to check. Each address may run only a few of these
-    /// checks at a time, so that one address cannot block all others.
+    /// Reserves one of the concurrent checks of costly credentials for an address. Each address may run only a few
+    /// costly checks concurrently, so that one address cannot block all others.
     pub fn take_turn(&self, address: IpAddr) -> Result<OwnedSemaphorePermit, Error> {
         let turns = self
             .turns
@@ -179,20 +179,20 @@ impl Limits {
         })
     }
 
-    /// Counts a failed credential of an address. Returns an error if the address has reached the authentication failure
-    /// limit.
+    /// Counts a failed credential from an address. Returns an error if the address has reached the authentication
+    /// failure limit.
     pub fn fail_address(&self, address: IpAddr) -> Result<(), Error> {
         let taken = self.failed_credentials.take(&network(address), 1);
         taken.map_err(used_up)
     }
 
-    /// Counts an envelope of a principal that the token rejected.
+    /// Counts an envelope that a principal sent and the token rejected.
     pub fn fail_envelope(&self, principal: &str) -> Result<(), Error> {
         let taken = self.refused_envelopes.take(principal, 1);
         taken.map_err(used_up)
     }
 
-    /// Notes that a service released a key of a user. Returns `true` if the service exceeds the number of users per
+    /// Records that a service released a key of a user. Returns `true` if the service exceeds the limit of users per
     /// hour and no alert about the service was raised within the last hour.
     pub fn note_release(&self, principal: &Principal, user: &str) -> bool {
         principal.kind() == Kind::Service && self.releases.note(principal.name(), user)
@@ -219,12 +219,12 @@ fn used_up(wait: Duration) -> Error {
     .retry_after(wait)
 }
 
-/// A network of callers, by which refusals are counted and logged: an IPv4 /24 or an IPv6 /64.
+/// The network of a caller's address: an IPv4 /24 or an IPv6 /64. Refusals are counted and logged per network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Network(IpAddr);
 
 impl Network {
-    /// The network of an address.
+    /// Returns the network of an address.
     pub fn of(address: IpAddr) -> Self {
         const HOST_BITS: u32 = 8;
         Self(match network(address) {
@@ -243,13 +243,13 @@ impl fmt::Display for Network {
     }
 }
 
-/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. [`shortened`]
-/// limits a line to about 600 bytes, so these lines add less than 5 MB per hour to the log.
+/// Largest number of log lines per minute about unauthenticated callers, for each network and in total. The function
+/// [`shortened`] limits a line to about 600 bytes, so these lines add less than 5 MB per hour to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 
-/// Shortens a text that contains parts of an unauthenticated caller's credential, and replaces unusual characters, for
-/// a log line.
+/// Shortens a string for a log line and replaces unusual characters. The text may contain parts of an unauthenticated
+/// caller's credential.
 pub fn shortened(text: &str) -> String {
     const CHARS_MAX: usize = 300;
     let printable = |c: char| {
@@ -267,7 +267,7 @@ pub fn shortened(text: &str) -> String {
 }
 
 /// Groups IPv6 addresses by /64, so that a caller does not get a new limit by changing its address within one network.
-/// A home usually has a /64 (RFC 6177).
+/// A home network usually has at least a /64 (RFC 6177).
 pub fn network(address: IpAddr) -> IpAddr {
     const HOST_BITS: u32 = 64;
     match address.to_canonical() {
@@ -285,7 +285,7 @@ struct Buckets<K> {
 #[derive(Debug)]
 struct Bucket {
     limiter: DefaultDirectRateLimiter,
-    /// The time until which the bucket is empty, according to the last wait that was reported.
+    /// Time at which the last reported wait ends; the bucket is empty until then.
     empty_until: Mutex<Option<Instant>>,
 }
 
@@ -309,8 +309,8 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
         }
     }
 
-    /// Takes `count` calls from a bucket. If the bucket does not contain so many, takes none and returns how long to
-    /// wait. If `count` is above the capacity of the bucket, takes the whole bucket.
+    /// Takes `count` calls from a bucket. If the bucket contains fewer calls, takes none and returns the time to wait.
+    /// If `count` exceeds the capacity of the bucket, takes all calls of a full bucket.
     fn take<Q>(&self, who: &Q, count: usize) -> Result<(), Duration>
     where
         Q: Hash + Eq + ToOwned<Owned = K> + ?Sized,
@@ -335,8 +335,7 @@ impl<K: Hash + Eq + Send + Sync + 'static> Buckets<K> {
         Err(wait)
     }
 
-    /// Returns how long the bucket will still be empty, according to the last wait that was reported. Takes no call
-    /// from the bucket.
+    /// Returns the remaining time of the last reported wait, without taking a call from the bucket.
     fn empty_for<Q>(&self, who: &Q) -> Option<Duration>
     where
         Q: Hash + Eq + ?Sized,
@@ -435,14 +434,15 @@ mod tests {
         let short = shortened(&hostile);
         assert!(short.len() <= 303, "{}", short.len());
         assert!(short.chars().all(|c| c.is_ascii() && !c.is_ascii_control()));
-        assert_eq!(shortened("its `exp` has passed"), "its `exp` has passed");
+        assert_eq!(shortened("the `exp` has passed"), "the `exp` has passed");
     }
 
-    /// Refusals from constantly changing addresses add a limited number of log lines. The others are counted.
+    /// Refusals from constantly changing addresses add a limited number of log lines. The other refusals are only
+    /// counted.
     #[test]
     fn unauthenticated_callers_do_not_fill_the_log() {
         const REFUSALS: u32 = 100_000;
-        // On a busy machine the test takes long enough for a bucket to fill up again.
+        // On a busy machine, the test takes long enough for a bucket to fill up again.
         let bounds = |per_minute: u32, begun: Instant| {
             let seconds = u32::try_from(begun.elapsed().as_secs()).unwrap() + 1;
             per_minute..=per_minute + per_minute * seconds / 60 + 1

@@ -17,7 +17,7 @@ use keybroker_store::REQUEST_KEPT_US;
 use super::{Broker, ticks::Ticks};
 
 const TICK: Duration = Duration::from_secs(1);
-/// Pause between two looks at the registry while the workers check a key that was just registered.
+/// Pause between two reads of the registry while the workers check a new key.
 const UNPROVED_PAUSE: Duration = Duration::from_millis(100);
 /// The store is unavailable when it does not answer a probe within this time.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
@@ -27,12 +27,13 @@ const TICKS_PER_HOUR: u64 = 3_600;
 /// The health of the broker's services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Health {
-    /// Whether user keys can be released and changed, which needs token, store and audit log.
+    /// Whether user keys can be released and changed. The service for user keys requires the token, the store and the
+    /// audit log.
     pub user_keys: bool,
-    /// Whether the control plane can answer, which needs the audit log.
+    /// Whether the control plane can answer. The control plane requires the audit log.
     pub control: bool,
-    /// All problems, for the log and for administrators; empty when there are none. Some problems do not stop the
-    /// service.
+    /// Description of all problems, for the log and for administrators; empty if there is no
+    /// problem. Some problems do not stop the service.
     pub detail: String,
 }
 
@@ -41,12 +42,13 @@ enum Resolved {
     Yes,
     /// A transaction that has not ended may still commit the change.
     UnderWay,
-    /// The store or the audit log is unavailable. No other intent is tried now, because the attempt would fail too.
+    /// The store or the audit log is unavailable. The other intents are not looked up now, because their lookup would
+    /// fail, too.
     Unavailable,
 }
 
 impl Broker {
-    /// Returns the state of the broker at its last check. Reads only memory.
+    /// Returns the state of the broker at its last check. The function reads only memory.
     pub fn health(&self) -> Health {
         let mut problems = Vec::new();
         let control = match self.audit.writable() {
@@ -79,7 +81,7 @@ impl Broker {
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
         let user_keys = problems.is_empty();
-        // The token is usable in spite of the notes that follow.
+        // The following notes describe risks and warnings; the token is usable.
         let risks = self.accepted_risks.iter().cloned();
         let of_keys = registry.map_or_else(Vec::new, |registry| registry.problems());
         let of_keys = of_keys.into_iter().chain(self.key_age_note());
@@ -123,7 +125,8 @@ impl Broker {
         }
     }
 
-    /// Writes counts in a separate loop, because a hanging database must not delay the counts by more than a second.
+    /// Writes the counts of refusals in a separate loop, because a hanging database must not delay the counts by more
+    /// than a second.
     async fn record_refusals(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         let mut count: u64 = 0;
@@ -153,8 +156,9 @@ impl Broker {
         }
     }
 
-    /// Takes over the intents that an earlier run left without an outcome, and resolves them as far as possible.
-    /// Returns an error if the facts that this instance keeps about its database cannot be read.
+    /// Loads the intents that an earlier run left without an outcome, and resolves them as far as
+    /// possible. Returns an error if the data that this instance keeps about its database cannot be
+    /// read.
     pub async fn recover(&self, open: Vec<OpenIntent>) -> Result<(), Error> {
         self.take_over_refusals();
         self.take_over_acknowledged().await?;
@@ -165,7 +169,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Leaves an intent to the next tick, because its outcome could not be determined or recorded.
+    /// Leaves an intent for the next tick, because its outcome could not be determined or recorded.
     pub(super) fn resolve_later(&self, intent: OpenIntent) {
         self.unresolved().push(intent);
     }
@@ -184,7 +188,8 @@ impl Broker {
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}
-                // This intent is tried again after the other intents, whose outcome may be known already.
+                // The intent is looked up again after the other intents, because the outcome of another intent may be
+                // known already.
                 Resolved::UnderWay => unresolved.push(intent),
                 Resolved::Unavailable => {
                     unresolved.insert(0, intent);
@@ -244,7 +249,8 @@ impl Broker {
         metrics::STORE_UP.set_flag(up);
     }
 
-    /// Follows the registry in a separate loop, because a key that was just registered must be used soon.
+    /// Loads changes of the registry in a separate loop, because a key that was just registered
+    /// must be used soon.
     async fn follow_regularly(&self, stop: &CancellationToken) {
         loop {
             let pause = if self.has_unproved_key() {
@@ -261,7 +267,8 @@ impl Broker {
         }
     }
 
-    /// Follows changes of the registry by other processes: by commands, or by another broker on the same database.
+    /// Loads changes that other processes made to the registry: commands, or another broker on the
+    /// same database.
     async fn follow_registry(&self) {
         if !self.store_is_up() || !self.token.state().serves_a_key() {
             return;

@@ -60,7 +60,7 @@ impl Broker {
         self.mutate(principal, call, key, change, request).await
     }
 
-    /// Marks a record deleted, if `expected` is its current revision.
+    /// Marks a record as deleted, if `expected` is its current revision.
     pub async fn delete(
         self: &Arc<Self>,
         principal: &Principal,
@@ -211,8 +211,8 @@ impl Broker {
         Ok(Prepared::Ready(Box::new((commit, stamp))))
     }
 
-    /// Commits a prepared change. The caller's deadline is checked once at the start; after that, a change that has
-    /// begun runs until its outcome is recorded.
+    /// Commits a prepared change. The caller's deadline is checked only at the start. Afterwards, the change runs until
+    /// its outcome is recorded.
     async fn commit(
         &self,
         mutation: &Mutation,
@@ -265,8 +265,8 @@ impl Broker {
     }
 
     /// Raises an alert about a record that is replaced unusually often: another person may be using the caller's
-    /// credential, or a failing program may be retrying. The check refuses nothing. If the check fails, the call still
-    /// succeeds, because the change is already committed.
+    /// credential, or a failing program may be retrying. The check never makes the call fail, because the change is
+    /// already committed.
     async fn watch_replacements(&self, mutation: &Mutation, info: &RecordInfo) {
         let Some(telling) = self.limits.telling_revision(info.revision) else {
             return;
@@ -307,9 +307,9 @@ impl Broker {
         }
     }
 
-    /// Looks a second time for an earlier call with the same request id, after an error that a concurrent change of the
-    /// record can cause. The earlier call may have been committed after the first look. If there was an earlier call,
-    /// this call is a retry and gets the answer of the earlier call.
+    /// Looks again for an earlier call with the same request id, after an error that a concurrent change of the record
+    /// can cause. The earlier call may have been committed after the first lookup. If there was an earlier call, this
+    /// call is a retry and gets the answer of the earlier call.
     async fn earlier_after(
         &self,
         mutation: &Mutation,
@@ -349,8 +349,8 @@ impl Broker {
     }
 }
 
-/// Converts the error of a commit. If another change of the record came between the check and the commit, returns the
-/// error that the check would have returned after this other change.
+/// Converts the error of a commit. If another change of the record was committed between the check and the commit,
+/// returns the error that the check would return now.
 fn from_commit(error: store::Error, change: &Change) -> Error {
     match (&error, change) {
         (store::Error::State, Change::Undelete) => {

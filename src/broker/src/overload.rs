@@ -1,6 +1,7 @@
-//! Calls that were refused because the token or the database cannot do the work in time. An overload causes so many
-//! refusals that they cannot each have an audit entry and a log line. Therefore the refusals are counted for each
-//! principal and action, and the counts are recorded once a second. A refused call released and changed nothing.
+//! Calls that were refused because the token or the database cannot do the work in time. An
+//! overload causes so many refusals that the broker cannot write an audit entry and a log line for
+//! each refusal. Therefore the refusals are counted for each principal and action, and the counts
+//! are recorded once a second. A refused call does not release or change anything.
 //!
 //! A broker that is killed loses the counts of the last second.
 //!
@@ -21,12 +22,13 @@ use keybroker_core::{
 
 use super::Broker;
 
-/// Largest number of pairs of principal and action that are counted separately within a second. Principals beyond this
-/// number share one audit entry for each action. An audit entry has about 300 bytes, so an hour of overload by many
-/// principals adds less than 80 MB to the audit log.
+/// Largest number of pairs of principal and action that are counted separately within a second.
+/// When this number is reached, all further principals share one audit entry for each action. An
+/// audit entry has about 300 bytes, so an hour of overload by many principals adds less than 80 MB
+/// to the audit log.
 const CALLERS_MAX: usize = 64;
 
-/// The principal and action of refused calls. The principal is `None` in the count that several principals share.
+/// The principal and action of refused calls. The principal is `None` in a count that several principals share.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     principal: Option<(String, Tenant)>,
@@ -74,7 +76,7 @@ impl Overload {
     }
 }
 
-/// Whether an error is counted instead of being recorded individually.
+/// Whether refusals with this error are counted and not recorded individually.
 pub(super) fn is_overload(error: &Error) -> bool {
     error.reason() == Reason::QueueFull
 }

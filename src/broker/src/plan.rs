@@ -1,4 +1,5 @@
-//! Prepares a mutation: checks the state of the record and makes the new revision on the token. Nothing is changed yet.
+//! Prepares a mutation: checks the state of the record and makes the new revision on the token. The preparation does
+//! not change the database.
 
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -19,7 +20,7 @@ use super::{
     within,
 };
 
-/// The change that the store is asked to commit.
+/// The change that the store must commit.
 pub(super) enum Commit {
     Create(NewRevision),
     /// The new revision, and the record before the change.
@@ -43,8 +44,7 @@ impl Commit {
         }
     }
 
-    /// Returns the record as it will be after this change, if the change is committed at the time `at` and no other
-    /// change comes first.
+    /// Returns the record after this change. `at` is the time of the commit.
     pub(super) fn result(&self, at: Timestamp) -> RecordInfo {
         match self {
             Self::Create(new) => new.record_info(at),
@@ -144,7 +144,7 @@ impl Broker {
         }
     }
 
-    /// Refuses a new key of a user who already has as many keys as may be stored.
+    /// Refuses a new key if the user already has the largest permitted number of keys.
     async fn check_keys(&self, call: &Call, address: &KeyAddress) -> Result<(), Error> {
         let most = self.capacity.keys_per_user_max;
         let count = self.store.count_keys(&address.tenant, &address.user, most);
@@ -158,9 +158,9 @@ impl Broker {
         Err(Error::new(Reason::Limit, detail))
     }
 
-    /// Refuses a new revision of a record that already has as many revisions as may be stored. Old revisions are not
-    /// removed to make room, because a caller could then end the retention period of old revisions by replacing the key
-    /// repeatedly.
+    /// Refuses a new revision if the record already has the largest permitted number of revisions.
+    /// Old revisions are not removed to make room, because a caller could then replace a key
+    /// repeatedly to remove revisions before their retention period ends.
     async fn check_revisions(&self, call: &Call, info: &RecordInfo) -> Result<(), Error> {
         let most = self.capacity.revisions_max;
         // The number of the current revision is an upper bound of the number of stored revisions.

@@ -20,7 +20,7 @@ pub struct ListRequest {
     pub user: Option<UserId>,
     /// Whether deleted records are listed in addition to active records.
     pub deleted: bool,
-    /// The position at which the previous page ended.
+    /// Position at which the previous page ended.
     pub from: Position<(UserId, KeyName)>,
     /// Number of records, 1 to 1,000.
     pub limit: u32,
@@ -31,7 +31,7 @@ pub struct ListRequest {
 pub struct RecordView {
     /// The stored metadata.
     pub info: RecordInfo,
-    /// When the key of this record was last released, if the time was stored.
+    /// Time of the last release of this record's key, if the time was stored.
     pub used: Option<Timestamp>,
 }
 
@@ -40,11 +40,11 @@ pub struct RecordView {
 pub struct PageRow<T, D, K> {
     /// The content of the row, or a description of the damage.
     pub content: Result<T, D>,
-    /// The position at which a page begins that follows this row.
+    /// The position after this row, from which the next page can begin.
     pub end: Position<K>,
 }
 
-/// One page of records, ordered by user, then key name, bytewise.
+/// One page of records, ordered bytewise by user and then by key name.
 #[derive(Clone, Debug)]
 pub struct ListPage {
     /// The records. A damaged record is listed with the fields that can be read.
@@ -144,8 +144,8 @@ impl Broker {
         Ok(ListPage { rows, next })
     }
 
-    /// Reads when each record was last released. If the times cannot be read, the failure is logged, and the call still
-    /// succeeds.
+    /// Reads the time at which each record was last released. If the times cannot be read, the failure is logged, and
+    /// the call still succeeds.
     async fn uses_of(
         &self,
         call: &Call,

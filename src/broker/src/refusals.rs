@@ -1,8 +1,8 @@
-//! Refusals before authentication, which are counted per network and minute, so that an unauthenticated caller cannot
-//! fill the audit log or the log, no matter how many addresses it uses.
+//! Counts refusals before authentication per network and minute. Therefore an unauthenticated caller with many
+//! addresses cannot fill the audit log or the log.
 //!
-//! Counts are written to the audit log once a minute. Until then, the counts are also stored in the state directory
-//! once a second, so that a broker that is killed loses the counts of only one second.
+//! Counts are written to the audit log once a minute. In addition, the counts are stored in the state directory once a
+//! second. Therefore a broker that is killed loses the counts of at most one second.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -34,7 +34,7 @@ use super::Broker;
 /// entry for each reason. An audit entry has about 300 bytes, so an hour of refusals adds less than 5 MB to the audit
 /// log.
 const NETWORKS_MAX: usize = 256;
-/// The name of the state file in the previous release, which did not contain the instance.
+/// Name of the state file in the previous version of Keybroker, without the name of the instance.
 const LEGACY_FACT: &str = "refusals";
 
 type Counts = HashMap<(Option<Network>, Refused), u64>;
@@ -43,7 +43,7 @@ type Counts = HashMap<(Option<Network>, Refused), u64>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Refused {
     reason: Reason,
-    /// Why the handshake failed; `None` for a refused call.
+    /// Cause of a failed handshake; `None` for a refused call.
     cause: Option<&'static str>,
 }
 
@@ -64,7 +64,7 @@ struct Kept {
     /// The network; `None` for the count that several networks share.
     network: Option<Network>,
     reason: String,
-    /// The previous release stored no causes.
+    /// The previous version of Keybroker stored no causes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cause: Option<String>,
     count: u64,
@@ -123,8 +123,8 @@ impl Refusals {
         }
     }
 
-    /// Loads the counts of a run that was killed, including a file that the previous release wrote without the name of
-    /// the instance.
+    /// Loads the counts of a run that was killed. Also loads the file of the previous version of
+    /// Keybroker, whose name does not contain the instance.
     fn take_over(&self) {
         for fact in [&self.fact, LEGACY_FACT] {
             match self.state.read_json::<Vec<Kept>>(fact) {
@@ -136,14 +136,14 @@ impl Refusals {
                 }
             }
         }
-        // The counts are stored before the old file is removed. If the process is killed between these two steps, the
-        // refusals are counted twice, but none is lost.
+        // The counts are stored before the old file is removed. If the process is killed between storing and removal,
+        // the refusals are counted twice, but no refusal is lost.
         self.keep();
         if let Err(error) = self.state.remove(LEGACY_FACT) {
             let error = chain(&error);
             tracing::warn!(
                 %error,
-                "cannot remove the file with the refusals that the previous release counted; the next start counts these \
+                "cannot remove the file with the refusals that the previous version counted; the next start counts these \
                  refusals again"
             );
         }
@@ -253,8 +253,8 @@ impl Broker {
                 }),
         )
         .await;
-        // The counts are stored before further refusals are counted, so that the next run does not count the refusals
-        // again that are already in the audit log.
+        // Stores the remaining counts immediately. Without this step, the next run would count refusals that are
+        // already in the audit log.
         self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();
         if suppressed > 0 {
@@ -299,7 +299,8 @@ mod tests {
         assert!(refusals.take().is_empty());
     }
 
-    /// The 1,300 addresses of one IPv6 network, and all addresses of one IPv4 network, leave one count each.
+    /// The 1,300 addresses of one IPv6 network, and all addresses of one IPv4 network, share one count for each
+    /// network.
     #[test]
     fn the_addresses_of_one_network_share_one_count() {
         let folder = tempfile::tempdir().unwrap();
@@ -324,7 +325,8 @@ mod tests {
         assert_eq!(shown, ["192.0.2.0/24 256", "2001:db8::/64 1300"]);
     }
 
-    /// A broker that is killed writes no entry. The next run takes over what was counted up to a second before.
+    /// A broker that is killed writes no entry. The next run loads the counts that the broker stored at most a second
+    /// earlier.
     #[test]
     fn what_a_killed_broker_had_counted_is_taken_over() {
         let folder = tempfile::tempdir().unwrap();
@@ -339,7 +341,7 @@ mod tests {
         let counts = next.take();
         assert_eq!(counts[&(Some(peer), CREDENTIAL)], 5);
         assert_eq!(counts[&(None, EXPIRED)], 7);
-        // The audit log has these counts now, so they are not taken over again.
+        // The audit log contains these counts now, so they are not loaded again.
         next.is_changed.store(true, Ordering::Relaxed);
         next.keep();
         let third = refusals(&folder);
@@ -365,7 +367,7 @@ mod tests {
         }
     }
 
-    /// The previous release wrote `refusals` without an instance.
+    /// The previous version of Keybroker wrote `refusals` without an instance.
     #[test]
     fn counts_of_the_release_before_are_taken_over_once() {
         let folder = tempfile::tempdir().unwrap();

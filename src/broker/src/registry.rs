@@ -1,5 +1,5 @@
-//! The registry of wrapping keys. The token verifies each row before the broker uses it. Each key is checked alone: a key
-//! that is missing from the token, or whose row was altered, does not affect the other keys.
+//! The registry of wrapping keys. The token verifies each row before the broker uses it. Each key is checked
+//! separately: a key that is missing from the token, or an altered row, does not affect the other keys.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use keybroker_core::{
     call::Deadline,
     error::{Error, Reason},
@@ -23,56 +24,125 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
-mod destroyed;
 pub(super) mod memory;
 
-/// Time limit for the verification of a few rows with the token, which happens once a second.
+/// Time limit for one verification of rows with the token. The broker verifies changed rows once a
+/// second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest time for which a call waits until the workers have checked a key that was just registered.
 const PROOF_WAIT: Duration = Duration::from_secs(10);
-/// How often such a call looks whether the key can be used now. The look reads only memory.
+/// Interval at which a waiting call checks whether the new key can be used. The check reads only memory.
 const PROOF_PAUSE: Duration = Duration::from_millis(20);
 
-/// The problems of the registry at its last check, as they were logged.
+/// The problems of the registry that were logged after its last check.
 #[derive(Debug, Default)]
 pub(super) struct LoggedProblems {
     altered: String,
     lost: String,
 }
 
-/// The registered wrapping keys, with the result of the last check of each.
+/// The registered wrapping keys, with the result of the last check of each key.
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     entries: Vec<Entry>,
-    /// Changes of stored rows that were not taken over, because they do not verify or would undo a later change.
+    /// Changes of stored rows that the broker rejected, because their verification failed or they would undo a later
+    /// change.
     refused_changes: Vec<RefusedChange>,
+    /// The tokens that have each key, as far as the rows can be read.
+    places: Vec<PlaceRow>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     row: RegistryRow,
     standing: Standing,
+    floor: Floor,
+}
+
+/// The lowest number that a later row of the key may have. The MAC of an older row is valid, too, so the MAC alone would allow
+/// an attacker to restore a former state of the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Floor {
+    /// The number of the last verified row or, if no row was verified yet, of the first row.
+    sequence: u64,
+    /// The state in that row.
+    state: WrappingKeyState,
+    is_verified: bool,
+}
+
+impl Floor {
+    /// Rejects a row that is older than the row of this floor.
+    fn check(&self, after: &RegistryRow) -> Result<(), RefusedChange> {
+        let went_back = after.sequence < self.sequence;
+        let without_a_number =
+            self.is_verified && after.sequence == self.sequence && after.state != self.state;
+        if !went_back && !without_a_number {
+            return Ok(());
+        }
+        Err(RefusedChange::SetBack {
+            id: after.id,
+            row: (after.sequence, after.state),
+            verified: (self.sequence, self.state),
+        })
+    }
+}
+
+/// The keys whose integrity keys may authenticate the rows of destroyed keys.
+#[derive(Debug)]
+struct Signers {
+    ids: Vec<WrappingKeyId>,
+    /// The reason why a row that none of these keys authenticates may be authentic in spite of that: a key cannot be used now.
+    undecided: Option<String>,
+}
+
+impl Signers {
+    /// Of the examined keys, a suspended or compromised key must not authenticate a row, because its integrity key may be
+    /// known to others.
+    fn of<'a>(examined: impl Iterator<Item = &'a Entry> + Clone) -> Self {
+        let keys = examined.filter(|entry| !entry.is_tombstone());
+        let able = keys.clone().filter(|entry| {
+            entry.standing == Standing::Verified && entry.row.state.allows(KeyUse::VerifyMac)
+        });
+        let ids: Vec<WrappingKeyId> = able.map(|entry| entry.row.id).collect();
+        let waiting = keys.clone().find(|entry| {
+            matches!(
+                entry.standing,
+                Standing::Unproved | Standing::Missing(_) | Standing::Unverified(_)
+            )
+        });
+        let waiting = waiting.map(|entry| {
+            format!(
+                "wrapping key {}, which may authenticate the row, cannot be used now",
+                entry.row.id
+            )
+        });
+        let none = || "no wrapping key that may authenticate the row can be used".to_owned();
+        let undecided = waiting.or_else(|| ids.is_empty().then(none));
+        Self { ids, undecided }
+    }
 }
 
 /// The result of the last check of a registered key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Standing {
-    /// The token has verified the row, and the state of the row decides about the use of the key.
+    /// The token has verified the row, so the state in the row determines how the key may be used.
     Verified,
-    /// The workers have not checked the key yet, because it was registered a moment ago.
+    /// The workers have not checked the key yet, because it was registered recently.
     Unproved,
-    /// The token does not show the key.
+    /// The key is missing from the token.
     Missing(String),
-    /// The key on the token is not as it must be.
+    /// No token can verify the row now, because the token with the key does not answer.
+    Unverified(String),
+    /// The key on the token failed the attribute check, the self-test or a comparison.
     Untrusted(String),
-    /// The row does not match the token, or its MAC does not verify.
+    /// The row does not match the token, or the MAC of the row is wrong.
     Altered(String),
 }
 
-/// Why a change of a stored row was not taken over.
+/// Reason for rejecting a change of a stored row.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 enum RefusedChange {
-    /// The row would undo a later change. The MAC of an older row is valid, too.
+    /// The row would undo a later change. An attacker can restore an older row, because its MAC is valid.
     #[error(
         "registry row of wrapping key {id}: the row has number {} ({}), but the last verified row had number {} ({})",
         row.0, row.1, verified.0, verified.1
@@ -81,21 +151,49 @@ enum RefusedChange {
         id: WrappingKeyId,
         /// Number and state of the row.
         row: (u64, WrappingKeyState),
-        /// Number and state of the row that was verified last.
+        /// Number and state of the last verified row.
         verified: (u64, WrappingKeyState),
     },
-    /// The row does not match the token, or does not verify.
-    #[error("{0}")]
-    Standing(String),
+    /// The row does not match the token, or the MAC of the row is wrong.
+    #[error("{cause}")]
+    Standing { id: WrappingKeyId, cause: String },
     /// The token cannot verify the row at present.
     #[error("registry row of wrapping key {0}: the token cannot verify the changed row")]
     Unverified(WrappingKeyId),
     /// The row does not exist any more.
     #[error("the row of wrapping key {0} was deleted from the registry")]
     Deleted(WrappingKeyId),
+    /// A row that names a further token of a wrapping key cannot be read.
+    #[error("a row that names a further token of a wrapping key cannot be read: {0}")]
+    UnreadablePlace(String),
 }
 
-/// Why a key cannot be used for a call.
+impl RefusedChange {
+    /// The refusal of a new row with this standing.
+    fn of(id: WrappingKeyId, standing: Standing) -> Self {
+        match standing {
+            Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
+                Self::Standing { id, cause }
+            }
+            Standing::Unproved | Standing::Unverified(_) | Standing::Verified => {
+                Self::Unverified(id)
+            }
+        }
+    }
+
+    /// The key whose change was refused.
+    const fn key(&self) -> Option<WrappingKeyId> {
+        match self {
+            Self::SetBack { id, .. }
+            | Self::Standing { id, .. }
+            | Self::Unverified(id)
+            | Self::Deleted(id) => Some(*id),
+            Self::UnreadablePlace(_) => None,
+        }
+    }
+}
+
+/// Reason why a key cannot be used for a call.
 #[derive(Debug)]
 pub(super) enum Refusal {
     /// The workers have not checked the key yet. The call may wait.
@@ -110,7 +208,7 @@ impl From<Refusal> for Error {
             Refusal::Refused(error) => error,
             Refusal::Unproved(id) => {
                 let detail = format!(
-                    "wrapping key {id} was registered a moment ago, and the token workers have not checked it yet"
+                    "wrapping key {id} is new, and the token workers have not checked this key yet"
                 );
                 Self::new(Reason::TokenDown, detail).retry_after(START_RETRY)
             }
@@ -119,8 +217,60 @@ impl From<Refusal> for Error {
 }
 
 impl Entry {
-    /// Checks that the key may be used in this way. The state of an altered row cannot be trusted, so the key of such a row
-    /// is refused in every state. The same applies to a key that is not as it must be on the token.
+    /// The entry of a key whose row is read for the first time.
+    fn first(row: RegistryRow, standing: Standing) -> Self {
+        let floor = Floor {
+            sequence: row.sequence,
+            state: row.state,
+            is_verified: false,
+        };
+        Self {
+            row: row.clone(),
+            standing: Standing::Unproved,
+            floor,
+        }
+        .followed_by(row, standing)
+    }
+
+    /// The entry after another examination of the key. A row that is not verified does not raise the floor.
+    fn followed_by(&self, row: RegistryRow, standing: Standing) -> Self {
+        let floor = match &standing {
+            Standing::Verified => Floor {
+                sequence: row.sequence,
+                state: row.state,
+                is_verified: true,
+            },
+            // The first row was altered, so its number says nothing.
+            Standing::Altered(_) if !self.floor.is_verified && row == self.row => Floor {
+                sequence: 0,
+                ..self.floor
+            },
+            _ => self.floor,
+        };
+        Self {
+            row,
+            standing,
+            floor,
+        }
+    }
+
+    /// The row by which the workers search for the key. They search for a key that is marked as destroyed, too, as long as this
+    /// state is not verified: a key that exists must not be recorded as lost.
+    fn searched_row(&self) -> RegistryRow {
+        let is_doubtful = self.is_tombstone() && self.standing != Standing::Verified;
+        let state = if is_doubtful {
+            WrappingKeyState::Suspended
+        } else {
+            self.row.state
+        };
+        RegistryRow {
+            state,
+            ..self.row.clone()
+        }
+    }
+
+    /// Checks that the key may be used for `key_use`. An altered row may contain a false state, so its key is refused
+    /// in every state. An untrusted key on the token is also refused in every state.
     fn check(&self, key_use: KeyUse) -> Result<(), Refusal> {
         let id = self.row.id;
         let refused = |reason, detail: String| Err(Refusal::Refused(Error::new(reason, detail)));
@@ -128,14 +278,18 @@ impl Entry {
             Standing::Untrusted(cause) | Standing::Altered(cause) => {
                 refused(Reason::TokenUntrusted, cause.clone())
             }
+            Standing::Unverified(cause) if self.is_tombstone() => {
+                let error = Error::new(Reason::TokenDown, cause.clone());
+                Err(Refusal::Refused(error.retry_after(MISSING_KEY_RETRY)))
+            }
             _ if !self.row.state.allows(key_use) => refused(
                 Reason::KeyState,
                 format!("wrapping key {id} is {}", self.row.state),
             ),
             Standing::Verified => Ok(()),
             Standing::Unproved => Err(Refusal::Unproved(id)),
-            Standing::Missing(cause) => {
-                let detail = format!("wrapping key {id} is missing: {cause}");
+            Standing::Missing(cause) | Standing::Unverified(cause) => {
+                let detail = format!("wrapping key {id} cannot be used now: {cause}");
                 let error = Error::new(Reason::TokenDown, detail);
                 Err(Refusal::Refused(error.retry_after(MISSING_KEY_RETRY)))
             }
@@ -152,16 +306,18 @@ impl Entry {
         match &self.standing {
             Standing::Verified => None,
             Standing::Unproved => Some("the token workers have not checked the key yet"),
-            Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
-                Some(cause)
-            }
+            Standing::Missing(cause)
+            | Standing::Unverified(cause)
+            | Standing::Untrusted(cause)
+            | Standing::Altered(cause) => Some(cause),
         }
     }
 }
 
 impl Registry {
-    /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the one that was
-    /// activated last.
+    /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the key that was activated
+    /// last. A token that is unavailable for a moment does not change this key, so that no user key is wrapped under a key
+    /// that an administrator is about to retire.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
         let candidates = self
             .entries
@@ -173,16 +329,20 @@ impl Registry {
         })
     }
 
-    /// Returns the wrapping key whose integrity key authenticates request ids and API clients: the active wrapping key
-    /// or, if no wrapping key is active, the newest wrapping key that may still make MACs.
+    /// Returns the wrapping key whose integrity key authenticates request ids and API clients. If no wrapping key is
+    /// active, returns the newest wrapping key whose integrity key may still compute MACs.
     pub(super) fn integrity_key(&self) -> Result<WrappingKeyId, Refusal> {
         best(self.entries.iter(), KeyUse::MakeMac).unwrap_or_else(|| {
-            let error = Error::new(Reason::KeyState, "no wrapping key may be used");
+            let error = Error::new(
+                Reason::KeyState,
+                "no registered wrapping key can authenticate rows",
+            );
             Err(Refusal::Refused(error))
         })
     }
 
-    /// Checks that a wrapping key may be used in this way for a stored row.
+    /// Checks that a wrapping key may be used for a stored row. `key_use` is the intended use of
+    /// the key.
     pub(super) fn check(&self, id: WrappingKeyId, key_use: KeyUse) -> Result<(), Refusal> {
         let entry = self.entry(id).ok_or_else(|| {
             let detail = format!("wrapping key {id} of the envelope is not registered");
@@ -191,7 +351,8 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Checks that the workers have checked a key. The result of their check may be a problem.
+    /// Returns an error if the workers have not finished their check of a key. The result of the
+    /// check does not matter.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
@@ -199,13 +360,16 @@ impl Registry {
         }
     }
 
-    /// The row of a key, if the token has verified the row. An administrator who asks for a change learns why not.
+    /// Returns the row of a key, if the token has verified the row. The error tells the administrator why a change is
+    /// not possible.
     pub(super) fn verified(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
         let entry = self.entry(id).ok_or_else(unknown)?;
         let reason = match entry.standing {
             Standing::Verified => return Ok(&entry.row),
-            Standing::Unproved | Standing::Missing(_) => Reason::TokenDown,
+            Standing::Unproved | Standing::Missing(_) | Standing::Unverified(_) => {
+                Reason::TokenDown
+            }
             Standing::Untrusted(_) | Standing::Altered(_) => Reason::TokenUntrusted,
         };
         let what = format!(
@@ -215,15 +379,30 @@ impl Registry {
         Err(Error::new(reason, what.clone()).explained("id", &what))
     }
 
-    /// The row of a key that the token does not show. An administrator who asks to record its loss learns why not.
-    pub(super) fn missing(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
+    /// Returns the row of a key that is missing from the token. Otherwise, returns an error that explains why the loss of the
+    /// key cannot be recorded. The loss of a key can be recorded again if no key authenticates its row any more and no token
+    /// has the key.
+    pub(super) fn missing(
+        &self,
+        id: WrappingKeyId,
+        state: &TokenState,
+    ) -> Result<&RegistryRow, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
         let entry = self.entry(id).ok_or_else(unknown)?;
         let what = match entry.standing {
             Standing::Missing(_) => return Ok(&entry.row),
-            _ if entry.is_tombstone() => format!("key {id} is destroyed already"),
+            Standing::Altered(_) if entry.is_tombstone() && is_absent(id, state) => {
+                return Ok(&entry.row);
+            }
+            Standing::Verified if entry.is_tombstone() => {
+                format!("key {id} is already destroyed")
+            }
+            Standing::Unverified(_) => format!(
+                "the token that can verify the registry row of key {id} does not answer; repeat the command when the token \
+                 answers again"
+            ),
             _ => format!(
-                "key {id} is not missing: the token shows it, so its loss cannot be recorded"
+                "key {id} is not missing: the key is on the token, so its loss cannot be recorded"
             ),
         };
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
@@ -234,8 +413,8 @@ impl Registry {
         self.entry(id).is_some()
     }
 
-    /// Checks that user keys can be released or stored, because at least one key works. A key that the workers are checking
-    /// counts as a key that works, because calls wait for it.
+    /// Checks that user keys can be released or stored, because at least one wrapping key works. A
+    /// key that the workers are checking counts as working, because calls wait for the result.
     pub(super) fn check_service(&self) -> Result<(), Error> {
         let error = match self.wrapping_key() {
             Ok(_) | Err(Refusal::Unproved(_)) => return Ok(()),
@@ -249,7 +428,7 @@ impl Registry {
         if is_read_only { Ok(()) } else { Err(error) }
     }
 
-    /// The problems of single keys, for the log and for administrators.
+    /// Returns the problems of individual keys, for the log and for administrators.
     pub(super) fn problems(&self) -> Vec<String> {
         let entries = self.entries.iter();
         let of_keys = entries.filter_map(|entry| {
@@ -258,14 +437,44 @@ impl Registry {
         });
         of_keys
             .chain(self.refused_changes.iter().map(RefusedChange::to_string))
+            .chain(self.left_active())
             .collect()
+    }
+
+    /// The keys that stayed active although another key was activated later, because no token could authenticate their change.
+    fn left_active(&self) -> impl Iterator<Item = String> {
+        let newest = self.wrapping_key().ok();
+        let active = self.entries.iter().filter(move |entry| {
+            entry.standing == Standing::Verified
+                && entry.row.state == WrappingKeyState::Active
+                && newest.is_some_and(|newest| newest != entry.row.id)
+        });
+        active.map(|entry| {
+            format!(
+                "wrapping key {} is still active, although another key was activated later: run `keybroker key deactivate {}`",
+                entry.row.id, entry.row.id
+            )
+        })
+    }
+
+    /// Whether a change of a key's row was refused, so that the row in the database is not the row in use.
+    pub(super) fn has_refused_change(&self, id: WrappingKeyId) -> bool {
+        self.refused_changes
+            .iter()
+            .any(|refused| refused.key() == Some(id))
+    }
+
+    /// Returns the wrapping key whose integrity key authenticates rows, if the key `without` may no longer be used.
+    pub(super) fn integrity_key_without(&self, without: WrappingKeyId) -> Option<WrappingKeyId> {
+        let others = self.entries.iter().filter(|entry| entry.row.id != without);
+        best(others, KeyUse::MakeMac)?.ok()
     }
 
     pub(super) fn row(&self, id: WrappingKeyId) -> Option<&RegistryRow> {
         self.entry(id).map(|entry| &entry.row)
     }
 
-    /// The rows, each with the reason why its key cannot be used.
+    /// Returns each row and, if its key cannot be used, the reason.
     pub(super) fn rows(&self) -> impl Iterator<Item = (&RegistryRow, Option<&str>)> {
         self.entries
             .iter()
@@ -282,7 +491,7 @@ impl Registry {
             .any(|entry| entry.standing == Standing::Unproved)
     }
 
-    /// The causes for the alert about the stored registry.
+    /// Returns the causes for the alert about altered rows of the registry.
     fn altered_rows(&self) -> Vec<String> {
         let entries = self.entries.iter();
         let altered = entries.filter_map(|entry| match &entry.standing {
@@ -293,12 +502,16 @@ impl Registry {
         altered.chain(refused).collect()
     }
 
-    /// The causes for the alert about keys on the token. A destroyed key is no cause, because it needs no key on the token.
+    /// Returns the causes for the alert about missing or untrusted keys on the token. A destroyed
+    /// key causes no alert, because the token need not contain the key.
     fn lost_keys(&self) -> Vec<&str> {
         let entries = self.entries.iter();
         entries
             .filter_map(|entry| match &entry.standing {
-                Standing::Missing(cause) | Standing::Untrusted(cause) => Some(cause.as_str()),
+                _ if entry.is_tombstone() => None,
+                Standing::Missing(cause)
+                | Standing::Unverified(cause)
+                | Standing::Untrusted(cause) => Some(cause.as_str()),
                 _ => None,
             })
             .collect()
@@ -311,11 +524,13 @@ impl Registry {
             .any(|entry| entry.standing == Standing::Verified);
         let first = self.entries.iter().find(|entry| entry.problem().is_some());
         let first = first.filter(|_| !has_usable)?;
-        // The state does not matter here: no use of an unverified key is permitted.
+        // The state is irrelevant here: no use of an unverified key is permitted.
         Some(match &first.standing {
             Standing::Unproved => Refusal::Unproved(first.row.id).into(),
-            Standing::Missing(cause) => Error::new(Reason::TokenUntrusted, cause.clone()),
-            Standing::Untrusted(cause) | Standing::Altered(cause) => {
+            Standing::Unverified(cause) => {
+                Error::new(Reason::TokenDown, cause.clone()).retry_after(START_RETRY)
+            }
+            Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
                 Error::new(Reason::TokenUntrusted, cause.clone())
             }
             Standing::Verified => return None,
@@ -323,8 +538,8 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used in this way. If none can be used, returns the
-/// reason of the key that the call could use soonest; `None` if the states of all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used for `key_use`. If no key can be used, returns the
+/// reason for the key that will probably be usable first. Returns `None` if the states of all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
@@ -343,11 +558,12 @@ fn best<'a>(
     Some(best.check(key_use).map(|()| best.row.id))
 }
 
-/// Computes the keys that must be on each token, by the configured name of the token, from the rows of the registry.
+/// Function that computes, from the rows of the registry, the keys that must be on each token. Each
+/// result has the configured name of the token.
 type Compute =
     dyn Fn(Vec<RegistryRow>, Vec<PlaceRow>) -> Vec<(String, Vec<ExpectedKey>)> + Send + Sync;
 
-/// The rule that says which keys must be on each token. The rule depends on the configuration of the tokens.
+/// The rule that determines which keys must be on each token. The rule depends on the configuration of the tokens.
 #[derive(Clone)]
 pub struct Expect(Arc<Compute>);
 
@@ -362,7 +578,7 @@ impl Expect {
         Self(Arc::new(compute))
     }
 
-    /// The keys of each token, by the configured name of the token.
+    /// Returns the keys of each token, by the configured name of the token.
     pub(super) fn of(
         &self,
         rows: Vec<RegistryRow>,
@@ -380,9 +596,10 @@ impl fmt::Debug for Expect {
 
 impl Broker {
     /// Reads the registry and verifies it against the token: the MAC of every row, the serial number of the token, and
-    /// the fingerprint of every key. A difference between the registry and the token is reported and never repaired. A
-    /// key with such a difference is refused, and the other keys are used. If no key can be used, returns an error.
-    /// Until this function succeeds, the broker wraps and unwraps nothing.
+    /// the fingerprint of every key. A difference between the registry and the token is reported
+    /// and never repaired. The broker refuses a key that differs from its registry row, and uses
+    /// the other keys. If no key can be used, returns an error. Until this function succeeds, the
+    /// broker wraps and unwraps nothing.
     pub async fn load_registry(&self, deadline: Deadline) -> Result<(), Error> {
         let _turn = self.registry_refresh.lock().await;
         let rows = self.store.registry().await?;
@@ -409,10 +626,10 @@ impl Broker {
         Ok(())
     }
 
-    /// Loads the changes that another process made to the registry, after the token has verified them. For a row that
-    /// does not verify, or that would undo a later change, the row that was verified last stays in use.
+    /// Loads the changes that another process made to the registry, after the token has verified them. If the
+    /// verification of a row fails, or the row would undo a later change, the last verified row stays in use.
     pub(super) async fn refresh_registry(&self) -> Result<(), Error> {
-        // Refreshes run one at a time, so that older rows never replace newer ones.
+        // Only one refresh runs at a time, so that older rows never replace newer rows.
         let _turn = self.registry_refresh.lock().await;
         let Some(known) = self.registry.load_full() else {
             return Ok(());
@@ -421,165 +638,199 @@ impl Broker {
         let deadline = Deadline::after(REFRESH_TIMEOUT);
         let mut fresh = self.examine(found, &known, deadline).await?;
         self.registry_memory.compare(&mut fresh);
-        if fresh.entries != known.entries || fresh.refused_changes != known.refused_changes {
+        let is_changed =
+            fresh.entries != known.entries || fresh.refused_changes != known.refused_changes;
+        if is_changed {
             tracing::info!("the registry of wrapping keys changed");
+        }
+        if is_changed || fresh.places != known.places || self.is_logged_as_unreadable(&fresh) {
             self.use_registry(fresh);
         }
         Ok(())
     }
 
-    /// Examines the rows of the registry. `known` is the registry that was examined before.
+    /// Examines the rows of the registry. `known` is the registry that was examined before. A row that no token can verify
+    /// now does not delay the changes of the other rows.
     async fn examine(
         &self,
         rows: Vec<RegistryRow>,
         known: &Registry,
         deadline: Deadline,
     ) -> Result<Registry, Error> {
-        let places = self.store.places().await?;
-        let state = self.token.state();
         let mut fresh = Registry::default();
-        for row in rows {
-            let entry = match known.entry(row.id) {
-                Some(before) if before.row != row => {
-                    let successor = if row.state == WrappingKeyState::Destroyed {
-                        self.destroyed_row(before, row, known, deadline).await?
-                    } else {
-                        self.successor(before, row, &state, deadline).await?
-                    };
-                    match successor {
-                        Ok(entry) => entry,
-                        Err(why) => {
-                            fresh.refused_changes.push(why);
-                            self.again(before, &state, deadline).await?
-                        }
-                    }
+        let (places, unreadable) = self.store.readable_places().await?;
+        fresh.places = places;
+        let refused = unreadable.into_iter().map(RefusedChange::UnreadablePlace);
+        fresh.refused_changes.extend(refused);
+        let state = self.token.state();
+        // All rows share the deadline, so a token that does not answer must not delay the rows of another token.
+        let examined = rows.iter().map(async |row| match known.entry(row.id) {
+            before if is_unverified_tombstone(row, before) => None,
+            before => Some(
+                self.examine_row(row.clone(), before, known, &state, deadline)
+                    .await,
+            ),
+        });
+        let examined = join_all(examined).await;
+        let signers = Signers::of(examined.iter().flatten().map(|(entry, _)| entry));
+        let checked = rows
+            .into_iter()
+            .zip(examined)
+            .map(async |(row, examined)| match examined {
+                Some(examined) => examined,
+                None => {
+                    let before = known.entry(row.id);
+                    self.examine_tombstone(row, before, &signers, &state).await
                 }
-                Some(before) => self.again(before, &state, deadline).await?,
-                None => Entry {
-                    standing: self.standing(&row, &state, deadline).await?,
-                    row,
-                },
-            };
+            });
+        for (entry, refused) in join_all(checked).await {
             fresh.entries.push(entry);
+            fresh.refused_changes.extend(refused);
         }
         for before in &known.entries {
             if !fresh.knows(before.row.id) && before.standing != Standing::Unproved {
                 let deleted = RefusedChange::Deleted(before.row.id);
                 fresh.refused_changes.push(deleted);
-                fresh
-                    .entries
-                    .push(self.again(before, &state, deadline).await?);
+                let kept = self.again(before, &state, deadline).await;
+                fresh.entries.push(kept);
             }
         }
-        self.check_tombstones(&mut fresh, known, deadline).await?;
-        let mut rows: Vec<RegistryRow> = fresh
-            .entries
-            .iter()
-            .map(|entry| entry.row.clone())
-            .collect();
+        let mut rows: Vec<RegistryRow> = fresh.entries.iter().map(Entry::searched_row).collect();
         if let Some(awaited) = self.key_changes.awaited()
             && !fresh.knows(awaited.id)
         {
             rows.push(awaited);
         }
-        self.token.expect_keys(self.expect.of(rows, places));
+        self.token
+            .expect_keys(self.expect.of(rows, fresh.places.clone()));
         Ok(fresh)
     }
 
-    /// Verifies the new rows of destroyed keys, which the integrity key of any other key authenticates. Without this check, a
-    /// person who can write to the database could mark a key as destroyed that is only missing.
-    async fn check_tombstones(
+    /// Examines one row. If its change is refused, the previous row stays in use.
+    async fn examine_row(
         &self,
-        fresh: &mut Registry,
+        row: RegistryRow,
+        before: Option<&Entry>,
         known: &Registry,
-        deadline: Deadline,
-    ) -> Result<(), Error> {
-        let signers: Vec<WrappingKeyId> = fresh
-            .entries
-            .iter()
-            .rev()
-            .filter(|entry| entry.standing == Standing::Verified && !entry.is_tombstone())
-            .map(|entry| entry.row.id)
-            .collect();
-        for entry in &mut fresh.entries {
-            let is_new = known.entry(entry.row.id) != Some(&*entry);
-            if entry.is_tombstone()
-                && entry.standing == Standing::Verified
-                && is_new
-                && !self.is_authentic(&entry.row, &signers, deadline).await?
-            {
-                entry.standing = altered(
-                    &entry.row,
-                    "the key is marked as destroyed, but no key authenticates that",
-                );
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) async fn is_authentic(
-        &self,
-        tombstone: &RegistryRow,
-        signers: &[WrappingKeyId],
-        deadline: Deadline,
-    ) -> Result<bool, Error> {
-        let message = tombstone.tombstone_message();
-        for signer in signers {
-            let caller = hsm::Caller::background(deadline);
-            let job = self
-                .token
-                .verify_mac(*signer, &message, &tombstone.mac, &caller);
-            match job.await {
-                Ok(()) => return Ok(true),
-                Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
-                Err(other) => return Err(other.into()),
-            }
-        }
-        Ok(false)
-    }
-
-    /// Examines an unchanged row. A row that the token has verified is not verified again while the token has its key.
-    async fn again(
-        &self,
-        before: &Entry,
         state: &TokenState,
         deadline: Deadline,
-    ) -> Result<Entry, Error> {
+    ) -> (Entry, Option<RefusedChange>) {
+        match before {
+            Some(before) if before.row != row => {
+                match self.successor(before, row, state, deadline).await {
+                    Ok(entry) => (entry, None),
+                    Err(why) => (self.again(before, state, deadline).await, Some(why)),
+                }
+            }
+            Some(before) => (self.again(before, state, deadline).await, None),
+            None => {
+                let standing = match self.standing(&row, state, deadline).await {
+                    // The workers get the list with the new key after this examination.
+                    Standing::Missing(_)
+                        if !known.entries.is_empty() && is_unexamined(&row, state) =>
+                    {
+                        Standing::Unproved
+                    }
+                    standing => standing,
+                };
+                (Entry::first(row, standing), None)
+            }
+        }
+    }
+
+    /// Examines the row of a destroyed key that is not verified yet. The integrity key of another key must authenticate the
+    /// row. Without this check, a person who can write to the database could mark an existing key as destroyed. If the row is
+    /// not authentic, a verified previous row stays in use.
+    async fn examine_tombstone(
+        &self,
+        row: RegistryRow,
+        before: Option<&Entry>,
+        signers: &Signers,
+        state: &TokenState,
+    ) -> (Entry, Option<RefusedChange>) {
+        let deadline = Deadline::after(REFRESH_TIMEOUT);
+        let Some(before) = before else {
+            let standing = self.tombstone_standing(&row, signers, deadline).await;
+            return (Entry::first(row, standing), None);
+        };
+        let refused = match before.floor.check(&row) {
+            Err(why) => why,
+            Ok(()) => {
+                let standing = self.tombstone_standing(&row, signers, deadline).await;
+                if standing == Standing::Verified || before.standing != Standing::Verified {
+                    return (before.followed_by(row, standing), None);
+                }
+                RefusedChange::of(row.id, standing)
+            }
+        };
+        (self.again(before, state, deadline).await, Some(refused))
+    }
+
+    /// Verifies the row of a destroyed key with the integrity keys of the keys that may verify rows.
+    async fn tombstone_standing(
+        &self,
+        tombstone: &RegistryRow,
+        signers: &Signers,
+        deadline: Deadline,
+    ) -> Standing {
+        let message = tombstone.tombstone_message();
+        let caller = hsm::Caller::background(deadline);
+        let verified = signers.ids.iter().map(|signer| {
+            self.token
+                .verify_mac(*signer, &message, &tombstone.mac, &caller)
+        });
+        let mut unverified = signers.undecided.clone();
+        for result in join_all(verified).await {
+            match result {
+                Ok(()) => return Standing::Verified,
+                Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
+                Err(other) => unverified = Some(other.to_string()),
+            }
+        }
+        match unverified {
+            Some(cause) => Standing::Unverified(cause),
+            None => altered(
+                tombstone,
+                "the key is marked as destroyed, but no integrity key authenticates this state. If no administrator recorded \
+                 the loss of the key, restore the row from a backup of the database",
+            ),
+        }
+    }
+
+    /// Examines an unchanged row. A row that the token has verified is not verified again while the
+    /// token has the key of the row.
+    async fn again(&self, before: &Entry, state: &TokenState, deadline: Deadline) -> Entry {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
             None if is_verified => Standing::Verified,
-            // A worker that is being replaced may not have the keys that were registered last.
+            None if before.is_tombstone() => before.standing.clone(),
+            // A worker that is being replaced may lack the newest keys.
             Some(Standing::Unproved) if is_verified => Standing::Verified,
-            _ => self.standing(&before.row, state, deadline).await?,
+            // The front also replaces workers when it searches for missing keys at regular
+            // intervals.
+            Some(Standing::Unproved) if matches!(before.standing, Standing::Missing(_)) => {
+                before.standing.clone()
+            }
+            _ => self.standing(&before.row, state, deadline).await,
         };
-        Ok(Entry {
-            row: before.row.clone(),
-            standing,
-        })
+        before.followed_by(before.row.clone(), standing)
     }
 
-    /// Examines a changed row. Returns the reason why the row before it stays in use, if the new row does not verify.
+    /// Examines a changed row. If the verification of the new row fails, returns the reason why the previous row stays
+    /// in use.
     async fn successor(
         &self,
         before: &Entry,
         row: RegistryRow,
         state: &TokenState,
         deadline: Deadline,
-    ) -> Result<Result<Entry, RefusedChange>, Error> {
-        let was_verified = before.standing == Standing::Verified;
-        if was_verified && let Err(why) = check_successor(&before.row, &row) {
-            return Ok(Err(why));
+    ) -> Result<Entry, RefusedChange> {
+        before.floor.check(&row)?;
+        let standing = self.standing(&row, state, deadline).await;
+        if before.standing != Standing::Verified || standing == Standing::Verified {
+            return Ok(before.followed_by(row, standing));
         }
-        let standing = self.standing(&row, state, deadline).await?;
-        if !was_verified || standing == Standing::Verified {
-            return Ok(Ok(Entry { row, standing }));
-        }
-        Ok(Err(match standing {
-            Standing::Missing(why) | Standing::Untrusted(why) | Standing::Altered(why) => {
-                RefusedChange::Standing(why)
-            }
-            Standing::Unproved | Standing::Verified => RefusedChange::Unverified(row.id),
-        }))
+        Err(RefusedChange::of(row.id, standing))
     }
 
     /// Examines a row: compares it with the token, then verifies its MAC.
@@ -588,28 +839,25 @@ impl Broker {
         row: &RegistryRow,
         state: &TokenState,
         deadline: Deadline,
-    ) -> Result<Standing, Error> {
+    ) -> Standing {
         if let Some(standing) = compare(row, state) {
-            return Ok(standing);
-        }
-        if token_key(&state.keys, row.id).is_none() {
-            // Only the row of a destroyed key needs no key on the token.
-            return Ok(Standing::Verified);
+            return standing;
         }
         let caller = hsm::Caller::background(deadline);
         let message = row.mac_message();
         let job = self.token.verify_mac(row.id, &message, &row.mac, &caller);
         match job.await {
-            Ok(()) => Ok(Standing::Verified),
-            Err(hsm::Error::MacRefused) => {
-                Ok(altered(row, "its MAC does not verify: the row was altered"))
-            }
-            Err(hsm::Error::KeyMissing { cause, .. }) => Ok(Standing::Missing(cause)),
-            Err(other) => Err(other.into()),
+            Ok(()) => Standing::Verified,
+            Err(hsm::Error::MacRefused) => altered(
+                row,
+                "the MAC of the row does not verify: the row was altered",
+            ),
+            Err(hsm::Error::KeyMissing { cause, .. }) => Standing::Missing(cause),
+            Err(other) => Standing::Unverified(other.to_string()),
         }
     }
 
-    /// Puts an examined registry into use, and raises alerts about new problems.
+    /// Starts to use an examined registry, and raises alerts about new problems.
     fn use_registry(&self, registry: Registry) {
         for entry in &registry.entries {
             let usable = entry.standing == Standing::Verified;
@@ -635,14 +883,22 @@ impl Broker {
             if told.lost != lost && !lost.is_empty() {
                 keybroker_core::alert!(
                     WrappingKey, cause = %lost,
-                    "registered wrapping keys cannot be used; user keys under these wrapping keys are not released, and the \
-                     other wrapping keys are used"
+                    "some registered wrapping keys cannot be used; user keys under these wrapping keys are not \
+                     released, and the other wrapping keys stay in use"
                 );
             }
             told.altered = altered;
             told.lost = lost;
         }
         self.registry.store(Some(Arc::new(registry)));
+    }
+
+    /// Whether the last logged problems are no longer the problems of the registry that was just
+    /// read.
+    fn is_logged_as_unreadable(&self, fresh: &Registry) -> bool {
+        let logged = self.logged_problems.lock();
+        let logged = logged.unwrap_or_else(PoisonError::into_inner);
+        logged.altered != fresh.altered_rows().join("; ")
     }
 
     /// Logs that the registry cannot be read. The rows that were verified last stay in use.
@@ -665,7 +921,7 @@ impl Broker {
         told.altered = cause;
     }
 
-    /// Whether a registered key waits for its check by the workers.
+    /// Whether the workers have not checked a registered key yet.
     pub(super) fn has_unproved_key(&self) -> bool {
         let registry = self.registry.load();
         registry.as_ref().is_some_and(|known| known.has_unproved())
@@ -684,8 +940,8 @@ impl Broker {
         })
     }
 
-    /// Asks the registry about a key for a call. If the key was registered a moment ago, waits until the workers have
-    /// checked it, because the call may come from a client of another broker that already uses the key.
+    /// Looks up a key in the registry for a call. If the key was just registered, waits until the
+    /// workers have checked it. Another broker may already use the key for the same client.
     pub(super) async fn ask_registry<T>(
         &self,
         deadline: Deadline,
@@ -705,8 +961,8 @@ impl Broker {
         }
     }
 
-    /// Checks that a wrapping key may be used in this way. A key that is not known is looked up in the database, because
-    /// another broker may have registered it after this broker last read the registry.
+    /// Checks that a wrapping key may be used for `key_use`. An unknown key is looked up in the database, because
+    /// another broker may have just registered it.
     pub(super) async fn check_key(
         &self,
         deadline: Deadline,
@@ -722,32 +978,33 @@ impl Broker {
     }
 }
 
-/// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified.
+/// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified. The
+/// row of a destroyed key matches even while a token still contains the key: another key
+/// authenticates the row, and a destroyed key is never used.
 fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
+    if row.state == WrappingKeyState::Destroyed {
+        return None;
+    }
     let Some(key) = token_key(&state.keys, row.id) else {
-        if row.state == WrappingKeyState::Destroyed {
-            // The integrity key of a destroyed wrapping key is destroyed too, so nothing can verify the row, and a
-            // destroyed key is never used.
-            return None;
-        }
         let unusable = state.unusable.iter().find(|key| key.id == row.id);
         return Some(match unusable.map(|key| &key.problem) {
             Some(KeyProblem::Missing(cause)) => Standing::Missing(cause.clone()),
             Some(KeyProblem::Untrusted(cause)) => Standing::Untrusted(cause.clone()),
-            // With several tokens, the token with the key may be absent for long, so no call waits for it.
-            None if !state.tokens.is_empty() => {
-                Standing::Missing("no token has shown the key yet".to_owned())
+            // With several tokens, the token with the key may be absent for a long time, so no call
+            // waits for this token.
+            None if !state.tokens.is_empty() && !state.is_checking_keys => {
+                Standing::Missing("no token with the key was found yet".to_owned())
             }
             None => Standing::Unproved,
         });
     };
     let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
-    // Of several tokens, each compares the serial number when its workers start.
+    // With several tokens, the workers of each token compare the serial number when they start.
     if state.tokens.is_empty() && serial != hsm::unpadded(&row.token_serial) {
         return Some(altered(
             row,
             &format!(
-                "registered for the token with serial {:?}, but this token has serial {serial:?}",
+                "the key is registered for the token with serial {:?}, but this token has serial {serial:?}",
                 row.token_serial
             ),
         ));
@@ -764,23 +1021,34 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
     None
 }
 
-fn altered(row: &RegistryRow, what: &str) -> Standing {
-    Standing::Altered(format!("registry row of wrapping key {}: {what}", row.id))
+/// Whether the workers have searched for a key, and no token shows it.
+fn is_absent(id: WrappingKeyId, state: &TokenState) -> bool {
+    if token_key(&state.keys, id).is_some() || state.is_checking_keys {
+        return false;
+    }
+    let unusable = state.unusable.iter().find(|key| key.id == id);
+    match unusable.map(|key| &key.problem) {
+        Some(KeyProblem::Missing(_)) => true,
+        Some(KeyProblem::Untrusted(_)) => false,
+        // Of several tokens, only the token with the registered serial number is searched.
+        None => !state.tokens.is_empty(),
+    }
 }
 
-/// Rejects a row of the registry that replaces a newer row of its key. The MAC of an older row is valid too, so the MAC
-/// alone would allow an attacker to restore a former state of the key.
-fn check_successor(before: &RegistryRow, after: &RegistryRow) -> Result<(), RefusedChange> {
-    let went_back = after.sequence < before.sequence;
-    let without_a_number = after.sequence == before.sequence && after.state != before.state;
-    if !went_back && !without_a_number {
-        return Ok(());
-    }
-    Err(RefusedChange::SetBack {
-        id: after.id,
-        row: (after.sequence, after.state),
-        verified: (before.sequence, before.state),
-    })
+/// Whether the row marks a key as destroyed, and this state is not verified yet.
+fn is_unverified_tombstone(row: &RegistryRow, before: Option<&Entry>) -> bool {
+    let is_verified =
+        before.is_some_and(|before| before.standing == Standing::Verified && before.row == *row);
+    row.state == WrappingKeyState::Destroyed && !is_verified
+}
+
+/// Whether no token has reported a result for a key yet.
+fn is_unexamined(row: &RegistryRow, state: &TokenState) -> bool {
+    !state.tokens.is_empty() && !state.unusable.iter().any(|key| key.id == row.id)
+}
+
+fn altered(row: &RegistryRow, what: &str) -> Standing {
+    Standing::Altered(format!("registry row of wrapping key {}: {what}", row.id))
 }
 
 pub(super) fn token_key(keys: &[TokenKey], id: WrappingKeyId) -> Option<&TokenKey> {

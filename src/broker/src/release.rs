@@ -28,7 +28,7 @@ pub struct Released {
 }
 
 impl Released {
-    /// Makes a released key from an unwrapped key whose release is recorded.
+    /// Creates a released key from an unwrapped key. The audit entry of its release is already on disk.
     fn new(unwrapped: Recorded<Unwrapped>) -> Self {
         let Unwrapped {
             material, revision, ..
@@ -47,7 +47,7 @@ impl Released {
     }
 }
 
-/// A key as the token returned it, before its release is recorded.
+/// An unwrapped key from the token, before the audit entry of its release is on disk.
 #[derive(Debug)]
 struct Unwrapped {
     record: RecordId,
@@ -146,7 +146,7 @@ impl Broker {
         })
     }
 
-    /// Reads the record of a permit, if the record is active.
+    /// Reads the record for which the permit was issued, if the record is active.
     pub(super) async fn active_record(
         &self,
         permit: &KeyPermit,
@@ -160,7 +160,7 @@ impl Broker {
         }
     }
 
-    /// Reads the record of a permit, active or deleted.
+    /// Reads the record for which the permit was issued, whether the record is active or deleted.
     pub(super) async fn existing_record(
         &self,
         permit: &KeyPermit,
@@ -170,12 +170,14 @@ impl Broker {
         self.check_acknowledged()?;
         let record = within(call, leave_if_slow(self.store.record(permit.address())))
             .await?
-            .ok_or_else(|| Error::new(Reason::KeyNotFound, "no record at this address"))?;
+            .ok_or_else(|| {
+                Error::new(Reason::KeyNotFound, "no record with this user and key name")
+            })?;
         draft.record(record.info.id, record.info.revision);
         Ok(record)
     }
 
-    /// Parses a stored envelope and checks that its wrapping key may be used to read.
+    /// Parses a stored envelope and checks that its wrapping key may unwrap.
     pub(super) async fn readable_envelope(
         &self,
         call: &Call,

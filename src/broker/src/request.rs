@@ -1,5 +1,5 @@
-//! Request ids: a retry of a mutation gets the answer of the first attempt. If a request id is used again with other
-//! content, the mutation is refused.
+//! Request ids: a retry of a mutation gets the answer of the first attempt. If a request id is used again with
+//! different content, the mutation is refused.
 //!
 //! Mitigation: M12 of `THREAT_MODEL.md`.
 
@@ -18,7 +18,7 @@ use keybroker_store::{RecordInfo, RequestRecord, RequestScope, RequestStamp, req
 use super::{Broker, UserKeyRef, caller, change::Change, registry::Registry, within};
 
 impl Broker {
-    /// Returns the request id with a MAC of the request's content, which the token makes.
+    /// Returns the request id with a MAC of the request's content. The token computes the MAC.
     pub(super) async fn request_stamp(
         &self,
         principal: &Principal,
@@ -49,7 +49,7 @@ impl Broker {
         })
     }
 
-    /// Adds the future result of the mutation and the MAC of this result to a stamp.
+    /// Adds the expected result of the mutation, and a MAC of this result, to the stamp of a request.
     pub(super) async fn with_result(
         &self,
         token: &hsm::Caller,
@@ -132,7 +132,7 @@ impl Broker {
         } else if same {
             Ok(Some(earlier.result))
         } else {
-            let detail = "the request id was used with other content";
+            let detail = "the request id was used before with other content";
             Err(Error::new(Reason::RequestIdReused, detail))
         }
     }

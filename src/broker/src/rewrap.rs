@@ -1,16 +1,17 @@
 //! Re-wrap: moves all rows from the wrapping keys that no longer wrap to the wrapping key that wraps new user keys.
 //!
-//! An administrator requests a run, which the database remembers. Every broker that uses the database looks for the run once a second,
-//! and one of them holds it by a lease. The holder reads rows page by page, lets the token re-wrap each row, and swaps the envelopes by
-//! comparing them with the bytes that were read. What was done shows in the rows alone: a row under an old wrapping key is still to be
-//! done. Therefore a run can be cut off at any moment and goes on when a broker next serves, and two brokers that believe to hold the
-//! run move no row twice.
+//! An administrator requests a run, and the database stores the request. Every broker on the database looks for a run
+//! once a second, and one broker acquires its lease. The holder of the lease reads rows page by page and lets the token
+//! re-wrap each row. The holder replaces an envelope only if the stored bytes have not changed since they were read.
+//! The rows themselves show the progress: a row under an old wrapping key must still be moved. Therefore a run can be
+//! interrupted at any moment, and a broker continues it later. Two brokers that both assume that they have the lease
+//! never move a row twice.
 //!
-//! The target of a run never comes from the database. It is always the wrapping key that wraps new user keys.
+//! The target of a run is always the wrapping key that wraps new user keys, and is never read from the database.
 //!
 //! Mitigation: M22 of `THREAT_MODEL.md`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use keybroker_core::{
     call::{Call, Timestamp},
@@ -36,6 +37,9 @@ mod verify;
 use listed::Listed;
 pub use progress::{FailedRow, Phase, Progress};
 
+/// Time limit for the read of a changed run if the deadline of the call has already passed.
+const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What an administrator requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NewRun {
@@ -47,19 +51,19 @@ pub struct NewRun {
     pub from_compromised: bool,
 }
 
-/// The run that was requested last, and how many rows need which wrapping key.
+/// The run that was requested last, and the number of rows under each wrapping key.
 #[derive(Clone, Debug)]
 pub struct RewrapView {
-    /// The run; `None` if none was ever requested.
+    /// The run; `None` if no run was ever requested.
     pub run: Option<RunView>,
     /// The wrapping key to which rows are moved; `None` if no wrapping key is active.
     pub target: Option<WrappingKeyId>,
-    /// How many rows need each registered wrapping key, in the order of the registry.
+    /// Number of rows under each registered wrapping key, in the order of the registry.
     pub uses: Vec<(WrappingKeyId, KeyUses)>,
 }
 
 impl RewrapView {
-    /// The number of revisions and API clients that the run has still to move, including those that failed.
+    /// Returns the number of revisions and API clients that the run must still move, including failed rows.
     pub fn left(&self) -> u64 {
         let source = self.run.as_ref().and_then(|run| run.source);
         self.uses
@@ -74,17 +78,17 @@ impl RewrapView {
 /// A run as administrators see it.
 #[derive(Clone, Debug)]
 pub struct RunView {
-    /// Whether rows are moved.
+    /// Whether the run is running, paused or done.
     pub state: RunState,
-    /// The wrapping key whose rows are moved; `None` for all others than the target.
+    /// The wrapping key whose rows are moved; `None` for all wrapping keys other than the target.
     pub source: Option<WrappingKeyId>,
     /// Highest number of rows per second; 0 for no limit.
     pub rate: u32,
-    /// When the run was requested.
+    /// Time at which the run was requested.
     pub started: Timestamp,
-    /// The instance that moves rows; empty before the first one begins.
+    /// The broker instance that moves rows; empty before the first instance begins.
     pub holder: String,
-    /// What the holder last stored.
+    /// The progress that the holder last stored.
     pub progress: Progress,
 }
 
@@ -119,7 +123,7 @@ enum Request {
 }
 
 impl Broker {
-    /// Requests a run. If the last run has not ended, nothing is changed.
+    /// Requests a run. If the last run has not ended, the request changes nothing.
     pub async fn start_rewrap(
         self: &Arc<Self>,
         principal: &Principal,
@@ -129,7 +133,7 @@ impl Broker {
         self.change_run(principal, call, Request::Start(new)).await
     }
 
-    /// Pauses the run. If no run is running, nothing is changed.
+    /// Pauses the run. If no run is running, the request changes nothing.
     pub async fn pause_rewrap(
         self: &Arc<Self>,
         principal: &Principal,
@@ -138,7 +142,7 @@ impl Broker {
         self.change_run(principal, call, Request::Pause).await
     }
 
-    /// Lets a paused run go on, with another rate if `rate` is present. If no run is paused, nothing is changed.
+    /// Resumes a paused run, with another rate if `rate` is present. If no run is paused, the request changes nothing.
     pub async fn resume_rewrap(
         self: &Arc<Self>,
         principal: &Principal,
@@ -149,7 +153,7 @@ impl Broker {
             .await
     }
 
-    /// Returns the run that was requested last, and how many rows need which wrapping key.
+    /// Returns the run that was requested last, and the number of rows under each wrapping key.
     pub async fn rewrap(&self, principal: &Principal, call: &Call) -> Result<RewrapView, Error> {
         let view = Box::pin(self.view(call));
         self.read_async(principal, call, Action::ReadWrappingKeys, view)
@@ -194,11 +198,25 @@ impl Broker {
             self.conclude(draft, Ok(())).await?;
             false
         };
-        let view = self.view(call).await?;
+        let view = match self.view(call).await {
+            Ok(view) => view,
+            // The change is committed, so a slow count of rows must not be the answer.
+            Err(error) if is_changed => {
+                tracing::warn!(%error, "the rows under each wrapping key could not be counted in time");
+                let found = tokio::time::timeout(VIEW_TIMEOUT, self.store.rewrap_run()).await;
+                let run = found.ok().and_then(Result::ok).flatten();
+                RewrapView {
+                    run: run.map(RunView::from),
+                    target: self.registry()?.wrapping_key().ok(),
+                    uses: Vec::new(),
+                }
+            }
+            Err(error) => return Err(error),
+        };
         Ok(ChangedRun { view, is_changed })
     }
 
-    /// Returns the change that the request makes, or `None` if the state of the run leaves nothing to change.
+    /// Returns the change that the request causes, or `None` if the request does not change the run.
     async fn prepare_run(
         &self,
         principal: &Principal,
@@ -243,7 +261,7 @@ impl Broker {
         Ok(change)
     }
 
-    /// Commits a change of the run. Returns `false` if another administrator was faster.
+    /// Commits a change of the run. Returns `false` if another administrator changed the run first.
     async fn commit_run(&self, call: &Call, draft: &Draft, change: Change) -> Result<bool, Error> {
         let commit = async {
             match &change {
@@ -267,7 +285,7 @@ impl Broker {
         let result = result.map_err(|error| match error {
             store::Error::Conflict => Error::new(
                 Reason::Revision,
-                "another call changed the re-wrap meanwhile",
+                "another call changed the re-wrap at the same time",
             ),
             other => other.into(),
         });
@@ -335,13 +353,13 @@ fn new_run(principal: &Principal, new: NewRun) -> Result<RunRow, Error> {
     })
 }
 
-/// Refuses a source from which no row can be moved.
+/// Returns an error if rows cannot be moved from this source.
 fn check_source(registry: &Registry, target: WrappingKeyId, new: &NewRun) -> Result<(), Error> {
     let Some(source) = new.source else {
         return Ok(());
     };
     if source == target {
-        let what = "the id of a wrapping key other than the one that wraps new user keys";
+        let what = "the id of a wrapping key that does not wrap new user keys";
         return Err(Error::violation("source_wrapping_key_id", what));
     }
     if !registry.knows(source) {
@@ -361,8 +379,8 @@ fn check_source(registry: &Registry, target: WrappingKeyId, new: &NewRun) -> Res
     Ok(registry.check(source, KeyUse::RewrapListed)?)
 }
 
-/// The wrapping keys from which a run moves rows. Rows stay where they are if the state of their wrapping key forbids a re-wrap, or
-/// if the wrapping key cannot be used at present.
+/// Returns the wrapping keys from which a run moves rows. A run does not move rows whose wrapping key cannot be used at
+/// present or has a state that forbids a re-wrap.
 fn sources(
     registry: &Registry,
     target: WrappingKeyId,

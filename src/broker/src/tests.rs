@@ -1,4 +1,4 @@
-//! Tests of moments that a real token cannot be made to hit, such as an answer exactly when the time is up.
+//! Tests of situations that cannot be produced with a real token, such as an answer exactly at the deadline.
 
 use std::{thread, time::Duration};
 
@@ -21,11 +21,13 @@ use keybroker_store::{ClientRow, RegistryRow};
 
 use super::*;
 
+mod registry;
+
 const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
 const SUSPENDED: WrappingKeyId = WrappingKeyId::from_bytes([8; 16]);
 const SERIAL: &str = "0001";
 
-/// A token that answers every call, but a wrap only after its deadline has passed.
+/// A token that completes each wrap only after the deadline of the wrap.
 #[derive(Debug)]
 struct LateToken;
 
@@ -105,26 +107,31 @@ impl Token for LateToken {
     }
 
     fn state(&self) -> TokenState {
-        TokenState {
-            name: String::new(),
-            priority: 0,
-            serving: Serving::Up,
-            note: None,
-            info: Some(TokenInfo {
-                label: "late".to_owned(),
-                serial: SERIAL.to_owned(),
-                model: String::new(),
-            }),
-            keys: [KEY, SUSPENDED].map(token_key_called).into(),
-            unusable: Arc::new([]),
-            workers: Vec::new(),
-            queue_length: 0,
-            last_self_test: None,
-            tokens: Vec::new(),
-        }
+        state_of(Serving::Up, &[KEY, SUSPENDED], Vec::new())
     }
 
     fn expect_keys(&self, _keys: Vec<(String, Vec<hsm::ExpectedKey>)>) {}
+}
+
+fn state_of(serving: Serving, keys: &[WrappingKeyId], tokens: Vec<TokenState>) -> TokenState {
+    TokenState {
+        name: String::new(),
+        priority: 0,
+        serving,
+        note: None,
+        info: Some(TokenInfo {
+            label: "late".to_owned(),
+            serial: SERIAL.to_owned(),
+            model: String::new(),
+        }),
+        keys: keys.iter().map(|id| token_key_called(*id)).collect(),
+        unusable: Arc::new([]),
+        workers: Vec::new(),
+        queue_length: 0,
+        last_self_test: None,
+        is_checking_keys: false,
+        tokens,
+    }
 }
 
 fn token_key_called(id: WrappingKeyId) -> TokenKey {
@@ -153,18 +160,26 @@ fn registered(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> Regi
 }
 
 async fn broker(folder: &std::path::Path) -> Arc<Broker> {
+    let rows = [
+        registered(SUSPENDED, WrappingKeyState::Suspended, 1),
+        registered(KEY, WrappingKeyState::Active, 2),
+    ];
+    broker_with(folder, Arc::new(LateToken), &rows).await
+}
+
+async fn broker_with(
+    folder: &std::path::Path,
+    token: Arc<dyn Token>,
+    rows: &[RegistryRow],
+) -> Arc<Broker> {
     let url = format!("sqlite:{}", folder.join("keybroker.db").display());
     let settings = serde_json::from_value(serde_json::json!({ "url": url })).unwrap();
     store::migrate(&settings, false).await.unwrap();
     let store = store::open(&settings).await.unwrap();
-    for row in [
-        registered(SUSPENDED, WrappingKeyState::Suspended, 1),
-        registered(KEY, WrappingKeyState::Active, 2),
-    ] {
-        store.register(&row).await.unwrap();
+    for row in rows {
+        store.register(row).await.unwrap();
     }
     let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
-    let token = Arc::new(LateToken);
     let broker = Broker::new(Parts {
         policy: Policy::load(&keybroker_policy::Settings::default()).unwrap(),
         audit,
@@ -266,7 +281,7 @@ fn client_document() -> Document {
     document
 }
 
-/// A problem that an operator has to look at is told apart from a temporary one.
+/// A problem that requires an operator differs from a temporary problem.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     const LATER: WrappingKeyId = WrappingKeyId::from_bytes([9; 16]);
@@ -279,7 +294,7 @@ async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     for (number, key, document, expected) in [
         (1, KEY, good.clone(), None),
         (2, SUSPENDED, good.clone(), Some(Reason::KeyState)),
-        // The key was registered after this broker started. The broker reads the registry again and learns that.
+        // The key was registered after this broker started. The broker reads the registry again and finds the new key.
         (3, LATER, good.clone(), Some(Reason::TokenDown)),
         (4, NOBODYS, good, Some(Reason::Credential)),
         (5, KEY, b"{}".to_vec(), Some(Reason::Credential)),

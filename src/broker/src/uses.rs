@@ -1,5 +1,6 @@
-//! Records when each key was last released. A release notes the time in memory, under a short lock. A background task
-//! writes the notes to the database. If a note is lost, nothing else is affected.
+//! Records the time at which each key was last released. A release notes the time in memory, under a short lock. A
+//! background task writes the times to the database. If a noted time is lost, only the displayed last use is out of
+//! date.
 
 use std::{
     collections::HashMap,
@@ -16,12 +17,12 @@ use keybroker_core::{call::Timestamp, key::RecordId, metrics};
 
 use super::{Broker, ticks::Ticks};
 
-/// Largest number of records whose last release is noted in memory. While the database is unavailable or slow, notes
-/// for records beyond this number are lost.
+/// Largest number of records whose last release is noted in memory. While the database is unavailable or slow, the
+/// times of further records are lost.
 const NOTED_MAX: usize = 65_536;
-/// Number of notes per transaction.
+/// Largest number of noted times per transaction.
 const WRITTEN_AT_ONCE: usize = 500;
-/// Largest number of transactions per write, so that notes do not delay the requests of clients.
+/// Largest number of transactions per write, so that the writes do not delay the requests of clients.
 const TRANSACTIONS_MAX: usize = 5;
 const INTERVAL: Duration = Duration::from_secs(5);
 
@@ -33,7 +34,7 @@ pub(super) struct Uses {
 }
 
 impl Uses {
-    /// Notes the release of a record, with the current time.
+    /// Notes the current time as the last release of a record.
     pub(super) fn note(&self, record: RecordId) {
         self.put(record, Timestamp::now());
     }
@@ -49,7 +50,8 @@ impl Uses {
         *latest = at.max(*latest);
     }
 
-    /// Takes all notes, sorted. All brokers write in this order, so that their transactions cannot deadlock.
+    /// Removes all noted times from memory and returns them sorted. All brokers write in this order, so that their
+    /// transactions cannot deadlock.
     fn take(&self) -> Vec<(RecordId, Timestamp)> {
         let mut noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner);
         let noted = std::mem::take(&mut *noted);
@@ -60,7 +62,7 @@ impl Uses {
 }
 
 impl Broker {
-    /// Writes the notes every few seconds, until `stop`.
+    /// Writes the noted times every few seconds, until `stop` is cancelled.
     pub(super) async fn write_uses(&self, stop: &CancellationToken) {
         let mut ticks = Ticks::every(INTERVAL, stop);
         while ticks.next().await {
@@ -71,7 +73,7 @@ impl Broker {
         }
     }
 
-    /// Writes the notes in at most `transactions_max` transactions. Notes that are not written are kept for the next
+    /// Writes the noted times in at most `transactions_max` transactions. The remaining times are kept for the next
     /// call.
     pub(super) async fn flush_uses(&self, transactions_max: usize) {
         let uses = self.uses.take();
@@ -118,7 +120,7 @@ mod tests {
         for number in 0..NOTED_MAX + 10 {
             uses.put(record(number), at(1));
         }
-        // A record that is already noted is still updated.
+        // A release of an already noted record still updates its time.
         uses.put(record(0), at(2));
         let taken = uses.take();
         assert_eq!((taken.len(), taken[0]), (NOTED_MAX, (record(0), at(2))));

@@ -19,13 +19,13 @@ use crate::{
     retry::RetryPolicy,
 };
 
-/// Deadline of a call that does not set one.
+/// Default deadline of a call.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Longest wait for a connection: half of the default deadline, so that there is time for another attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection that is silent for this long during a call is checked with an HTTP/2 ping.
+/// Time without traffic during a call after which the client sends an HTTP/2 ping.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
-/// A connection that leaves a ping unanswered for this long is closed.
+/// Time without an answer to a ping after which the client closes the connection.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const USER_AGENT: &str = concat!("keybroker-client/", env!("CARGO_PKG_VERSION"));
 
@@ -77,9 +77,10 @@ enum Target {
 
 /// Builds a [`Client`]. [`Client::builder`] and [`Client::builder_with_channel`] create a builder.
 ///
-/// A client of an endpoint needs `ca_file` or `ca_pem`. If several of `bearer_token`, `bearer_token_provider` and
-/// `api_client` are set, the credential that was set last is used. An access token or an API client replaces the
-/// client certificate, because the broker ignores the certificate of a call with an `authorization` header.
+/// A client that connects to an endpoint needs `ca_file` or `ca_pem`. If several of `bearer_token`,
+/// `bearer_token_provider` and `api_client` are set, the credential that was set last is used. An
+/// access token or an API client replaces the client certificate, because the broker ignores the
+/// certificate of a call with an `authorization` header.
 #[must_use = "a builder does nothing before `build`"]
 pub struct ClientBuilder {
     target: Target,
@@ -217,8 +218,8 @@ impl ClientBuilder {
         self
     }
 
-    /// Builds the client and reads its files. [`Client::connect`] or the first call opens the connection. A lost
-    /// connection is opened again.
+    /// Builds the client and reads its files. [`Client::connect`] or the first call opens the
+    /// connection. The client opens a lost connection again.
     ///
     /// This method must be called within a tokio runtime.
     ///

@@ -176,8 +176,8 @@ impl<'a, T: Send + 'a> Call<'a, T> {
             } else if failed.kind == ErrorKind::DeadlineExceeded && made > 0 {
                 self.shared.link.timed_out(began);
             }
-            // Once the answer to one attempt is lost, the outcome is unknown: a refusal of a later attempt says nothing
-            // about the earlier attempt.
+            // Once the answer to one attempt is lost, the outcome is unknown: a refusal of a later
+            // attempt does not show whether the earlier attempt made the change.
             outcome_unknown |= failed.outcome_unknown && made > 0 && self.safety != Safety::Read;
             if self.safety == Safety::Unidentified {
                 failed.verdict = Verdict::Permanent;
@@ -227,11 +227,11 @@ impl<'a, T: Send + 'a> Call<'a, T> {
     }
 }
 
-/// A call that changes nothing. Await the call to make it. [`deadline`](Self::deadline) sets another deadline than the
-/// client's.
+/// A call that changes nothing. The call is made only when it is awaited. [`deadline`](Self::deadline) overrides the
+/// client's deadline.
 ///
 /// If the call releases a key, the broker writes an audit entry for each attempt that reaches the broker.
-#[must_use = "a call is made only when it is awaited"]
+#[must_use = "the call is sent only when this future is awaited"]
 pub struct Read<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Read<'a, T> {
@@ -246,13 +246,13 @@ impl<'a, T: Send + 'a> Read<'a, T> {
     }
 }
 
-/// A change with a request id, by which the broker recognises a repetition. Await the change to make it.
+/// A change with a request id, by which the broker recognises a repetition. The change is made only when it is awaited.
 ///
 /// The library chooses a new request id unless you set one with [`request_id`](Self::request_id). All attempts of the
 /// call carry the same request id. A program that must finish a change after a restart chooses the request id with
 /// [`new_request_id`], and stores this id together with the planned change. After the restart, the program repeats the
 /// call with the same request id and content within 24 hours.
-#[must_use = "a call is made only when it is awaited"]
+#[must_use = "the call is sent only when this future is awaited"]
 pub struct Change<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> Change<'a, T> {
@@ -277,7 +277,7 @@ impl<'a, T: Send + 'a> Change<'a, T> {
 /// A change that has no request id in the protocol, so the broker would treat a repetition as another change. The
 /// library makes only one attempt. After an error with [`outcome_unknown`](Error::outcome_unknown), find out whether
 /// the change was made before you make the call again.
-#[must_use = "a call is made only when it is awaited"]
+#[must_use = "the call is sent only when this future is awaited"]
 pub struct NonIdempotent<'a, T>(Call<'a, T>);
 
 impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
@@ -295,7 +295,7 @@ impl<'a, T: Send + 'a> NonIdempotent<'a, T> {
 macro_rules! awaitable {
     ($($name:ident),*) => {$(
         impl<'a, T: Send + 'a> $name<'a, T> {
-            /// Sets the deadline of this call, from the moment it is awaited. The deadline includes all attempts and
+            /// Sets the time limit of the call, which starts when the call is awaited and includes all attempts and
             /// pauses.
             pub fn deadline(mut self, deadline: Duration) -> Self {
                 self.0.deadline = deadline;

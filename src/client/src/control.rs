@@ -1,8 +1,8 @@
 //! Calls of the admin API, for administrators and auditors. The calls are about wrapping keys, the re-wrap, the token,
 //! the audit log and API clients.
 //!
-//! The calls return the messages of the protocol. Only `create_client_credential` and `add_client_secret` return a
-//! secret, in a [`ClientSecret`].
+//! The calls return protobuf messages. Only `create_client_credential` and `add_client_secret` return a secret, in a
+//! [`ClientSecret`].
 
 use keybroker_core::key::{ClientId, WrappingKeyId};
 use keybroker_proto::{self as proto, control_service_client::ControlServiceClient};
@@ -29,7 +29,7 @@ pub struct IssuedSecret {
 
 /// Calls of the admin API. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Lists the registered wrapping keys in the order in which they were registered or last changed their state.
+    /// Lists the registered wrapping keys, ordered by the time of the registration or of the last change of state.
     pub fn list_wrapping_keys(&self) -> Read<'_, Vec<proto::WrappingKey>> {
         Read::new(self.shared(), |attempt| async move {
             let request = attempt.request(proto::ListWrappingKeysRequest {});
@@ -84,7 +84,7 @@ impl Client {
         })
     }
 
-    /// Returns the re-wrap that was requested last, and how many rows need which wrapping key.
+    /// Returns the re-wrap that was requested last, and the number of rows under each wrapping key.
     pub fn get_rewrap(&self) -> Read<'_, proto::GetRewrapResponse> {
         Read::new(self.shared(), |attempt| async move {
             let request = attempt.request(proto::GetRewrapRequest {});
@@ -92,8 +92,8 @@ impl Client {
         })
     }
 
-    /// Lets the brokers move all rows to the wrapping key that wraps new user keys. A repeated call starts no second re-wrap, so the
-    /// call is retried like a read.
+    /// Requests a re-wrap: the brokers move all rows to the wrapping key that wraps new user keys. A repeated call
+    /// starts no second re-wrap, so the call is retried like a read.
     pub fn start_rewrap(
         &self,
         start: proto::StartRewrapRequest,
@@ -112,8 +112,8 @@ impl Client {
         })
     }
 
-    /// Lets a paused re-wrap go on. `rows_per_second_max` replaces the limit of rows per second if it is present; 0 means no limit.
-    /// The call is retried like a read, because a repeated call changes nothing.
+    /// Resumes a paused re-wrap. If present, `rows_per_second_max` replaces the limit of rows per second; 0 means no
+    /// limit. The call is retried like a read, because a repeated call changes nothing.
     pub fn resume_rewrap(
         &self,
         rows_per_second_max: Option<u32>,
@@ -181,8 +181,8 @@ impl Client {
 
 /// Changes of wrapping keys. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Makes a new wrapping key, or returns to the previous one. A change runs to its end even if this call's deadline
-    /// passes.
+    /// Makes a new wrapping key, or activates the wrapping key that was deactivated last. The broker completes a change
+    /// even if the call's deadline passes.
     pub fn rotate_wrapping_key(
         &self,
         rotation: proto::RotateWrappingKeyRequest,

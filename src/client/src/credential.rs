@@ -1,5 +1,5 @@
-//! Credentials that a call carries in its `authorization` header. A call without this header authenticates with the
-//! client certificate.
+//! Credentials that a call carries in its `authorization` header. A call without an `authorization` header
+//! authenticates with the client certificate.
 
 use std::{fmt, pin::Pin, sync::Arc};
 
@@ -21,7 +21,7 @@ macro_rules! secret_text {
                 Self(Zeroizing::new(text.into()))
             }
 
-            /// The text. Do not log it.
+            /// The text of the secret. Do not log the text.
             pub fn expose(&self) -> &str {
                 &self.0
             }

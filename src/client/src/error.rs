@@ -25,7 +25,7 @@ const TONIC_DEADLINE: &str = "Timeout expired";
 /// An error of any type that another crate returns to this crate.
 pub type BoxError = Box<dyn StdError + Send + Sync + 'static>;
 
-/// Why a client cannot be built. Nothing has been sent.
+/// Why a client cannot be built. The library has not sent anything.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
@@ -57,11 +57,11 @@ pub enum BuildError {
         source: tonic::transport::Error,
     },
     /// An access token or the secret of an API client contains a character that an HTTP header cannot carry.
-    #[error("the {0} contains a character that an HTTP header cannot carry")]
+    #[error("the {0} contains a character that is not allowed in an HTTP header")]
     Credential(&'static str),
 }
 
-/// A user, key name or request id that is not valid. Nothing has been sent.
+/// A user, key name or request id that is not valid. The library has not sent anything.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field} must be {requirement}")]
 pub struct InvalidField {
@@ -98,7 +98,7 @@ impl From<keybroker_core::error::Error> for InvalidField {
     }
 }
 
-/// The kind of a failed call.
+/// The kind of failure of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -108,10 +108,11 @@ pub enum ErrorKind {
     DeadlineExceeded,
     /// The connection could not be made, or ended during the call.
     ///
-    /// If the broker does not accept the client certificate, the first call over TLS 1.3 also fails with this kind.
+    /// If the broker does not accept the client certificate, the first call over TLS 1.3 also fails with this kind of
+    /// error.
     Connection,
-    /// The response has no reason, so it does not come from a broker's API. Possible senders are a proxy, another
-    /// service, or a listener that does not serve the called API.
+    /// The response has no reason, so it does not come from a broker's API. The sender may be a
+    /// proxy, another service, or a listener that does not serve the called API.
     UnexpectedResponse,
     /// The provider of access tokens failed. See [`std::error::Error::source`].
     Credential,
@@ -158,14 +159,14 @@ impl Error {
         self.source.as_deref()?.downcast_ref()
     }
 
-    /// The number of attempts that were made. An attempt for which the provider of access tokens failed does not
-    /// count.
+    /// The number of attempts that were made. The number does not include attempts for which the provider of access
+    /// tokens failed.
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// The request id of a change, which all its attempts carried. `None` for reads and for changes without a request
-    /// id.
+    /// The request id of a change, which all attempts of the change carried. `None` for reads and for changes without a
+    /// request id.
     pub fn request_id(&self) -> Option<RequestId> {
         self.request_id
     }
@@ -181,12 +182,12 @@ impl Error {
     }
 
     /// Whether the call is a change that may or may not have been made. Either an attempt got no answer, or the broker
-    /// answered that it does not know the outcome because its database or audit log failed meanwhile.
+    /// answered that it does not know the outcome because its database or audit log failed during the call.
     ///
     /// To find out whether the change was made, repeat the call with the same content and [request
-    /// id](Self::request_id) within 24 hours. If the first call took effect, the broker returns its answer again. If
-    /// the first call did not take effect, the repeated call takes effect. A change of API clients has no request id;
-    /// list the API clients instead.
+    /// id](Self::request_id) within 24 hours. If the first call took effect, the broker returns the answer of the first
+    /// call again. If the first call did not take effect, the repeated call takes effect. A change of API clients has
+    /// no request id: to find out whether the change was made, list the API clients.
     pub fn outcome_unknown(&self) -> bool {
         self.outcome_unknown
     }
@@ -221,9 +222,7 @@ impl fmt::Display for Error {
                 f.write_str("the connection failed or ended during the call")?;
             }
             (ErrorKind::UnexpectedResponse, _) => {
-                f.write_str(
-                    "the response does not come from a Keybroker broker; check the endpoint",
-                )?;
+                f.write_str("the response does not come from a broker; check the endpoint")?;
             }
             (ErrorKind::Credential, _) => f.write_str("the provider of access tokens failed")?,
             (ErrorKind::InvalidResponse, _) => {
@@ -282,7 +281,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// The reason, or `None` if this release does not know it.
+    /// The reason, or `None` if this release of the library does not know the reason.
     pub fn reason(&self) -> Option<Reason> {
         Reason::ALL
             .into_iter()
@@ -309,7 +308,7 @@ impl Refusal {
         self.retry_delay
     }
 
-    /// The id of the call in the broker's log and audit log. Report this id when you ask the operator for help.
+    /// The id of the call in the broker's log and audit log. Report the call id when you ask the operator for help.
     pub fn call_id(&self) -> Option<CallId> {
         self.call_id
     }
@@ -466,7 +465,8 @@ impl Classified {
             Code::DeadlineExceeded => (ErrorKind::DeadlineExceeded, Verdict::Permanent),
             // The APIs of the broker send UNAVAILABLE and CANCELLED only with a reason. Proxies also send UNAVAILABLE.
             Code::Unavailable | Code::Cancelled => (ErrorKind::Connection, Verdict::Disconnected),
-            // tonic itself makes a status that has a source, for example "h2 protocol error".
+            // A status with a source, for example "h2 protocol error", comes from tonic itself and
+            // not from the server.
             Code::Internal | Code::Unknown if is_local => {
                 (ErrorKind::Connection, Verdict::Disconnected)
             }
@@ -513,7 +513,7 @@ mod tests {
         Classified::of(status.into())
     }
 
-    /// The table of `docs/errors.md`. Every reason outside it fails again in the same way.
+    /// The table of `docs/errors.md`. A call that fails with a reason outside the table would fail again.
     #[test]
     fn transient_reasons_are_those_of_the_documentation() {
         let page = include_str!("../../../docs/errors.md");
@@ -521,7 +521,7 @@ mod tests {
         let mut named: Vec<&str> = Vec::new();
         for word in rule.split('`').skip(1).step_by(2) {
             let is_reason = Reason::ALL.iter().any(|reason| reason.as_str() == word);
-            // The explanations below the list name some of them again.
+            // The explanations below the list name some of the reasons again.
             if is_reason && !named.contains(&word) {
                 named.push(word);
             }

@@ -78,7 +78,7 @@ impl From<ServingStatus> for ServiceHealth {
 
 /// Health checks of the services, for which a caller needs no role. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Returns whether a service of the broker can do its work. Every gRPC listener answers this call, including a
+    /// Returns whether a service of the broker can do its work. Every gRPC listener answers a health check, including a
     /// listener that does not serve the service. For a service that cannot do its work, the result is `Ok` with
     /// [`ServiceHealth::NotServing`].
     pub fn check_health(&self, service: Service) -> Read<'_, ServiceHealth> {
@@ -100,7 +100,7 @@ impl Client {
 mod tests {
     use super::*;
 
-    /// `name` is what the protocol says, in both directions.
+    /// `name` returns the name of the state in the protocol, for every state.
     #[test]
     fn states_have_the_names_of_the_protocol() {
         for number in 0..=3 {

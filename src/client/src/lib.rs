@@ -1,6 +1,6 @@
 //! A gRPC client for Keybroker, which keeps users' keys wrapped under a key in an HSM.
 //!
-//! This library extends the generated stubs of [`keybroker_proto`] with the parts that every program needs: TLS,
+//! This library extends the generated stubs of [`keybroker_proto`] with the features that every program needs: TLS,
 //! credentials, a deadline on every call, safe retries, and errors that a program can act on.
 //!
 //! ```no_run
@@ -37,9 +37,9 @@
 //!
 //! # Credentials
 //!
-//! A client authenticates with its certificate ([`identity_files`](ClientBuilder::identity_files)), with access tokens of
-//! an OpenID provider ([`bearer_token_provider`](ClientBuilder::bearer_token_provider)), or as an API client with an id and
-//! a secret ([`api_client`](ClientBuilder::api_client)).
+//! A client has one of three kinds of credentials: a certificate ([`identity_files`](ClientBuilder::identity_files)),
+//! access tokens of an OpenID provider ([`bearer_token_provider`](ClientBuilder::bearer_token_provider)), or the id and
+//! secret of an API client ([`api_client`](ClientBuilder::api_client)).
 //!
 //! # Deadlines and retries
 //!
@@ -53,7 +53,7 @@
 //! `RetryInfo`. A [`RetryBudget`] limits the retries of all calls of the client together.
 //!
 //! Connections are not balanced: a client has one connection to one address of its endpoint. The client opens a new
-//! connection when the existing connection is lost, or when a call reached its deadline and the connection carried no
+//! connection when the existing connection is lost, or when a call reached its deadline and the connection received no
 //! answer during the call. [`Client::connect`] opens the connection before the first call, and
 //! [`Client::with_separate_connection`] returns a client with another connection.
 //!
@@ -71,11 +71,11 @@
 //! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
 //! output is redacted. The library also overwrites the key material of a request message after the message was encoded.
 //!
-//! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer, the
-//! HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
-//! `authorization` header. The copies stay in freed memory until the memory is used for other data. A memory dump or swap
-//! of your process can therefore contain keys that were released to it. Turn off core dumps and swap if keys must not reach
-//! a disk.
+//! The libraries that this library uses make copies that are not overwritten: the encoded message in tonic's buffer,
+//! the HTTP/2 frames and TLS records of hyper, h2 and rustls, the received message before it is decoded, and the
+//! `authorization` header. Copies that are not overwritten stay in freed memory until the memory is used for other
+//! data. A memory dump or swap of your process can therefore contain keys that were released to the process. Turn off
+//! core dumps and swap if keys must not reach a disk.
 
 use std::sync::Arc;
 
@@ -132,9 +132,9 @@ impl Client {
         ClientBuilder::with_channel(channel)
     }
 
-    /// Connects now, in one attempt within the client's deadline. Use this method to find out before the first call whether
-    /// the broker can be reached. If you do not use this method, the first call opens the connection. For a client over a
-    /// channel of your own, this method does nothing.
+    /// Connects immediately, in one attempt within the client's deadline. Use this method to find out before the first
+    /// call whether the broker can be reached. If you do not use this method, the first call opens the connection. For
+    /// a client over a channel of your own, this method does nothing.
     ///
     /// # Errors
     /// Returns an error of the kind [`ErrorKind::Connection`], with the cause as its [source](std::error::Error::source),

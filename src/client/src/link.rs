@@ -1,4 +1,4 @@
-//! Holds the connection of a client, and decides when to replace it.
+//! Contains the connection of a client, and decides when to replace the connection.
 //!
 //! When a peer stops answering or its host disappears, all later calls would wait until an HTTP/2 ping or TCP times
 //! out. Therefore a new channel replaces the old channel if a call reached its deadline and the old channel carried no
@@ -63,7 +63,7 @@ impl Link {
         }
     }
 
-    /// Makes a connection now.
+    /// Opens a connection immediately.
     pub(crate) async fn connect(&self) -> Result<(), Error> {
         let Some(endpoint) = &self.endpoint else {
             return Ok(());

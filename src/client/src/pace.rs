@@ -1,8 +1,8 @@
 //! A connector that limits the rate of new TCP connections.
 //!
-//! In TLS 1.3, a server rejects a client certificate only after the handshake. The library tonic then sees a connection
-//! that was made and closed, and opens the next connection without a pause. Without a limit, one call would cost the
-//! broker hundreds of handshakes.
+//! In TLS 1.3, a server rejects a client certificate only after the handshake. For the library tonic, the connection
+//! was established and then closed, so tonic opens the next connection without a pause. Without a limit, one call would
+//! cost the broker hundreds of handshakes.
 
 use std::{
     collections::VecDeque,
@@ -26,7 +26,7 @@ const HTTP: u16 = 80;
 
 /// A connector for [`tonic::transport::Endpoint::connect_with_connector`] that makes at most three TCP connections per
 /// second. A connection beyond the limit fails immediately. Clones share the limit. [`crate::Client`] uses this
-/// connector; use it too if your program makes a channel of its own.
+/// connector. If your program creates its own channel, use this connector for the channel.
 #[derive(Clone, Debug, Default)]
 pub struct PacedConnector {
     made: Arc<Mutex<VecDeque<Instant>>>,

@@ -3,24 +3,26 @@
 
 use std::time::{Duration, Instant};
 
-/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md` asks. Callers that failed at
-/// the same moment thus spread their next attempts over the whole pause.
+/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md` asks.
+/// Callers that failed at the same moment thus spread their next attempts over the complete pause.
 const JITTER_SPAN: f64 = 2.0;
-/// The jitter of a delay that the broker asks for. A delay that the broker asks for is never shortened, only prolonged
-/// by up to this share.
+/// The jitter of a delay that the broker asks for. This delay is never shortened, and is prolonged
+/// by at most this fraction of the delay.
 const DELAY_SPAN: f64 = 0.2;
-/// One retry in the unit of the bucket, which counts thousandths of a retry.
+/// One retry, in thousandths of a retry, which is the unit of the bucket.
 const MILLI: u64 = 1_000;
 
 /// How often and how fast a client repeats a failed attempt.
 ///
-/// Only safe calls are repeated: reads, and changes under the request id of their first attempt. The pauses start at
-/// `initial_backoff` and double up to `max_backoff`, each multiplied by a random factor from 0 to 2. A pause is at least as
-/// long as the broker asks for (`google.rpc.RetryInfo`), and up to a fifth longer. No attempt starts after the call's deadline. A call whose next pause would
-/// outlast its deadline fails immediately with the last error. Attempts of one call never run in parallel (no hedging).
+/// Only safe calls are repeated: reads, and changes under the request id of their first attempt.
+/// The pauses start at `initial_backoff` and double up to `max_backoff`, each multiplied by a
+/// random factor from 0 to 2. If the broker asks for a delay (`google.rpc.RetryInfo`), the pause is
+/// this delay or up to a fifth longer. No attempt starts after the call's deadline. A call whose
+/// next pause would outlast its deadline fails immediately with the last error. Attempts of one
+/// call never run in parallel (no hedging).
 ///
-/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which outlasts the restart of a worker or
-/// of a broker.
+/// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which is longer than the restart of a
+/// worker or of a broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Maximum number of attempts per call, including the first attempt. 1 means no retries; 0 counts as 1. Default 14.
@@ -73,14 +75,15 @@ impl RetryPolicy {
 /// A token bucket that limits the retries of a client and all its clones, so that clients of an overloaded broker do
 /// not multiply its load.
 ///
-/// The bucket contains a number of retries, and each retry takes one of them. The bucket fills over time, and by a
-/// fifth of a retry with each call that succeeds. In the long run, a client thus makes at most `per_second` retries per
-/// second, and one for every five calls that succeed. While the bucket is empty, a failed call is not repeated and
-/// returns its error.
+/// The bucket contains a number of permitted retries, and each repeated attempt removes one of
+/// these retries. The bucket fills over time, and by a fifth of a retry with each call that
+/// succeeds. In the long run, a client thus makes at most `per_second` retries per second, plus one
+/// retry for every five calls that succeed. While the bucket is empty, a failed call is not
+/// repeated and returns its error.
 ///
 /// A call that waits for a restart of about one second needs five to six retries. The default capacity of 100 retries
 /// is therefore enough for about 16 calls that wait at the same time. Set `capacity` to six times the number of
-/// concurrent calls if all of them must outlast a restart.
+/// concurrent calls if all these calls must succeed despite a restart of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
     /// Number of retries in the full bucket; the bucket starts full. Default 100.
@@ -129,7 +132,7 @@ impl Bucket {
         }
     }
 
-    /// Adds a fifth of a retry for a call that succeeded.
+    /// Adds a fifth of a retry to the bucket, for a call that succeeded.
     pub(crate) fn deposit(&mut self) {
         self.add(MILLI / 5);
     }
@@ -176,8 +179,9 @@ impl Retries {
         }
     }
 
-    /// Returns the pause before the next attempt, or `None` when the call must not be repeated. `random` is a random
-    /// number from the whole range of its type; `remaining` is the time until the deadline.
+    /// Returns the pause before the next attempt, or `None` when the call must not be repeated.
+    /// `random` is a random number from the complete range of its type; `remaining` is the time
+    /// until the deadline.
     pub(crate) fn after_failure(
         &mut self,
         verdict: Verdict,
@@ -236,7 +240,7 @@ mod tests {
         )
     }
 
-    /// All pauses of a call whose every attempt fails, with this random number.
+    /// Returns all pauses of a call whose attempts all fail, with this random number.
     fn pauses(random: u32) -> Vec<Duration> {
         let now = Instant::now();
         let mut bucket = bucket(100, 0, now);
@@ -285,7 +289,7 @@ mod tests {
         assert!(too_short.count() < 50);
     }
 
-    /// Clients that are refused at the same moment do not return at the same moment.
+    /// Clients that are refused at the same moment do not retry at the same moment.
     #[test]
     fn refused_calls_spread_their_next_attempts() {
         const CLIENTS: usize = 2_000;
@@ -302,13 +306,14 @@ mod tests {
                     .unwrap();
                 *windows.entry(pause.as_millis() / window_ms).or_default() += 1;
             }
-            // Ten windows of the same width: each has a tenth of the attempts, and no one has a fifth of them.
+            // Of ten windows of the same width, each has about a tenth of the attempts, and none has a fifth of the
+            // attempts.
             let most = windows.values().max().unwrap();
             assert!(*most < CLIENTS / 5, "{windows:?}");
         }
     }
 
-    /// A minute with 500 calls per second. Whatever share of the attempts is refused, the retries stay within the budget.
+    /// A minute with 500 calls per second. For every share of refused attempts, the retries stay within the budget.
     #[test]
     fn a_client_does_not_multiply_the_load_of_an_overloaded_broker() {
         const CALLS_PER_SECOND: u32 = 500;
@@ -318,7 +323,7 @@ mod tests {
             let start = Instant::now();
             let budget = RetryBudget::default();
             let mut bucket = Bucket::full(budget, start);
-            // Attempts by time; each carries the retries of its call.
+            // The attempts by time, each with the retries of its call.
             let mut due = std::collections::BTreeMap::new();
             for number in 0..CALLS_PER_SECOND * SECONDS {
                 let at = Duration::from_secs(1) * number / CALLS_PER_SECOND;
@@ -424,7 +429,7 @@ mod tests {
         let mut bucket = bucket(2, 10, start);
         assert!(bucket.withdraw(start) && bucket.withdraw(start));
         assert!(!bucket.withdraw(start));
-        // Ten a second: one after 100 ms, and not a second one.
+        // At ten retries per second, one retry is permitted after 100 ms, and a second retry is not.
         let later = start + Duration::from_millis(100);
         assert!(bucket.withdraw(later));
         assert!(!bucket.withdraw(later));
@@ -434,7 +439,7 @@ mod tests {
         assert!(!bucket.withdraw(later));
         bucket.deposit();
         assert!(bucket.withdraw(later));
-        // Never more than it holds.
+        // The bucket never contains more than its capacity.
         let much_later = start + Duration::from_hours(1);
         assert!(bucket.withdraw(much_later) && bucket.withdraw(much_later));
         assert!(!bucket.withdraw(much_later));
@@ -452,7 +457,7 @@ mod tests {
             for _ in 0..failures.min(7) {
                 let verdict = Verdict::Transient { delay: Some(asked) };
                 let pause = retries.after_failure(verdict, LONG, &mut bucket, now, random).unwrap();
-                // Floating-point seconds: to the microsecond.
+                // Floating-point seconds have rounding errors of less than a microsecond.
                 prop_assert!(pause + Duration::from_micros(1) >= asked);
                 prop_assert!(pause <= Duration::from_millis(asked_ms.max(1_000)) * 2);
             }

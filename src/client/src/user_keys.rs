@@ -86,7 +86,7 @@ pub struct UserKey {
     pub delete_time: Option<Timestamp>,
     /// When the key was last released. The broker stores the time of a release with a delay of a few seconds, and may
     /// lose this time. Only [`get_user_key`](Client::get_user_key) and [`list_user_keys`](Client::list_user_keys)
-    /// return this time.
+    /// return the time of the last release.
     pub last_use_time: Option<Timestamp>,
 }
 
@@ -177,8 +177,8 @@ impl Client {
         })
     }
 
-    /// Enrols a key: the broker wraps and stores it. The call never overwrites a record. If the user has an active or
-    /// deleted record with this key name, the call fails with the reason
+    /// Enrols a key: the broker wraps and stores the key. The call never overwrites a record. If the user has an active
+    /// or deleted record with this key name, the call fails with the reason
     /// [`KeyExists`](keybroker_core::error::Reason::KeyExists).
     pub fn create_user_key<'a>(
         &'a self,
@@ -347,7 +347,7 @@ fn item_result(
     match result.result {
         Some(ItemResult::Released(answer)) => released(answer).map(Ok),
         Some(ItemResult::Error(error)) => Ok(Err(Refusal::of_item(error.reason, error.message))),
-        None => Err(AttemptError::Invalid("the result of an item is absent")),
+        None => Err(AttemptError::Invalid("an item has no result")),
     }
 }
 

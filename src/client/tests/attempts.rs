@@ -37,7 +37,7 @@ enum Answer {
     Never,
 }
 
-/// The parts of an attempt that the tests look at.
+/// The parts of an attempt that the tests check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     request_id: String,
@@ -246,7 +246,7 @@ async fn all_attempts_of_a_change_carry_one_request_id_and_the_material() {
     let began = Instant::now();
     let stored = client.create_user_key(&key(), &material()).await.unwrap();
     assert_eq!(stored.key, key());
-    // 20, 40 and 80 ms, less a fifth of jitter.
+    // 20, 40 and 80 ms, minus a fifth for jitter.
     assert!(began.elapsed() >= Duration::from_millis(112));
     let seen = script.seen.lock().unwrap();
     assert_eq!(seen.len(), 4);

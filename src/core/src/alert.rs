@@ -1,5 +1,5 @@
-//! Alerts: conditions that a person has to look at. This module has the only list of alerts. `docs/operations.md` has a section
-//! for each alert, and a test compares the sections with this list.
+//! Alerts: conditions to which an operator must react. This module has the only list of alerts. `docs/operations.md`
+//! has a section for each alert, and a test compares the sections with this list.
 //!
 //! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
 //! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
@@ -8,14 +8,15 @@
 #[doc(hidden)]
 pub use tracing;
 
-/// How soon a person has to look at an alert.
+/// The urgency of an alert: how soon an operator must react.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
-    /// A person has to look immediately. User keys are not released or may soon not be released, or another program may have
-    /// changed the token, the registry, the audit log or the database as a whole.
+    /// An operator must react to the alert immediately. The release of user keys fails or may soon
+    /// fail, or another program may have changed the token, the registry, the audit log or the
+    /// complete database.
     Critical,
-    /// A person has to look soon. The broker answers calls, but a part of the broker does not work, a limit is near, or one
-    /// caller is affected.
+    /// An operator must react to the alert soon. The broker answers calls, but one of its functions
+    /// does not work, a limit is near, or one caller is affected.
     Warning,
 }
 
@@ -48,14 +49,14 @@ macro_rules! alerts {
                 }
             }
 
-            /// How soon a person has to look at an alert.
+            /// The urgency of an alert: how soon an operator must react.
             pub const fn severity(self) -> Severity {
                 match self {
                     $(Self::$alert => Severity::$severity,)*
                 }
             }
 
-            /// What the alert means, in one sentence.
+            /// The meaning of the alert, in one sentence.
             pub const fn meaning(self) -> &'static str {
                 match self {
                     $(Self::$alert => $meaning,)*

@@ -136,7 +136,7 @@ impl Deadline {
 pub struct Call {
     /// The call id that the server created.
     pub id: CallId,
-    /// Where the connection comes from, `address:port`, or `local` for the command line.
+    /// The origin of the connection: `address:port`, or `local` for the command line.
     pub peer: String,
     /// When the call must be answered.
     pub deadline: Deadline,

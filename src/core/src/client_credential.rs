@@ -18,11 +18,12 @@ use crate::{
     principal::{Grant, Reach, Role},
 };
 
-/// Longest document, in bytes: the size of the database column. This limit applies to changes that add no secret, such as a
-/// revocation.
+/// Maximum length of a document, in bytes: the size of the database column. This limit applies to changes that add no
+/// secret, such as a revocation.
 pub const DOCUMENT_BYTES_MAX: usize = 32 * 1_024;
-/// Longest document of a client that is created or gets a new secret. The difference to [`DOCUMENT_BYTES_MAX`] is reserved
-/// for changes that must never be refused: the dates of revocations, and stronger hashes.
+/// Maximum length of a document, in bytes, when a client is created or gets a new secret. The bytes between this limit
+/// and [`DOCUMENT_BYTES_MAX`] are reserved for changes that must never be refused: the dates of revocations, and
+/// stronger hashes.
 pub const GROWING_DOCUMENT_BYTES_MAX: usize = 24 * 1_024;
 /// Longest label, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;
@@ -42,7 +43,7 @@ pub struct ClientCredential {
     pub id: ClientId,
     /// The revision of the document, which starts at 1 and grows with each change.
     pub revision: u64,
-    /// All other fields.
+    /// The properties of the client except its id and revision.
     pub document: Document,
 }
 
@@ -54,15 +55,15 @@ pub struct Document {
     pub label: String,
     /// The tenant whose records the client can access.
     pub tenant: Tenant,
-    /// Its roles.
+    /// The roles of the client.
     pub roles: BTreeSet<Role>,
     /// The users whose keys a client with the role `release` may release.
     pub users: Option<Reach<UserId>>,
     /// The key names that a client with the role `release` may release.
     pub key_names: Option<Reach<KeyName>>,
-    /// When it was created.
+    /// Time at which the client was created.
     pub created: Timestamp,
-    /// When the client was revoked with all its secrets.
+    /// Time at which the client was revoked with all its secrets.
     pub revoked: Option<Timestamp>,
     /// The secrets, in the order in which they were created.
     pub secrets: Vec<Secret>,
@@ -72,15 +73,15 @@ pub struct Document {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Secret {
-    /// Starts at 1. The number of a secret is never reused for its client.
+    /// The number of the secret. The numbers of a client's secrets start at 1, and no number is used twice.
     pub number: u32,
     /// The Argon2id hash, as a PHC string.
     pub phc: String,
-    /// When it was made.
+    /// Time at which the secret was created.
     pub created: Timestamp,
-    /// The time from which the secret is not accepted any more.
+    /// The time from which the secret is no longer accepted.
     pub expires: Option<Timestamp>,
-    /// When it was revoked.
+    /// Time at which the secret was revoked.
     pub revoked: Option<Timestamp>,
 }
 
@@ -113,7 +114,7 @@ impl Document {
         }
     }
 
-    /// The rights and the numbers of the live secrets in one line, for the audit log.
+    /// The rights and the numbers of the valid secrets in one line, for the audit log.
     pub fn summary(&self) -> String {
         let texts = |names: Vec<&str>| names.join(",");
         let roles = texts(self.roles.iter().map(|role| role.as_str()).collect());
@@ -144,7 +145,8 @@ impl Document {
             .filter(move |secret| !is_revoked && secret.is_live(now))
     }
 
-    /// Adds a secret. If the client already has many secrets, the oldest expired or revoked secret is removed.
+    /// Adds a secret. If the client already has the maximum number of secrets, the oldest expired or revoked secret is
+    /// removed.
     pub fn add_secret(&mut self, phc: String, now: Timestamp, expires: Option<Timestamp>) -> u32 {
         let number = self.secrets.last().map_or(1, |last| last.number + 1);
         if self.secrets.len() >= SECRETS_MAX
@@ -183,8 +185,8 @@ impl Document {
     }
 }
 
-/// SHA-256 of a document. The MAC of an API client covers this digest instead of the document, because a document may be longer
-/// than the input that a token accepts.
+/// SHA-256 of a document. The MAC of an API client covers the digest instead of the document, because a document may be
+/// longer than the input that a token accepts.
 pub fn digest_of(document: &[u8]) -> [u8; 32] {
     let digest = digest::digest(&digest::SHA256, document);
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
@@ -203,7 +205,7 @@ impl PlainSecret {
         Some(Self(Zeroizing::new(format!("{SECRET_PREFIX}{}", *encoded))))
     }
 
-    /// The secret as text, for the one answer that shows it.
+    /// The secret as text, for the only answer that shows the secret.
     pub fn expose(&self) -> &str {
         &self.0
     }

@@ -1,4 +1,5 @@
-//! Counts by key with an upper limit, for places that one principal or one network must not take alone.
+//! Counts the places that each key has taken, with an upper limit, so that one principal or one network cannot take all
+//! places.
 
 use std::{collections::HashMap, hash::Hash};
 
@@ -13,7 +14,7 @@ impl<K> Default for Counts<K> {
 }
 
 impl<K: Hash + Eq> Counts<K> {
-    /// Takes a place for `key`, unless it has `max` places already. Returns whether a place was taken.
+    /// Takes a place for `key`, unless `key` already has `max` places. Returns whether a place was taken.
     pub fn take(&mut self, key: K, max: usize) -> bool {
         let taken = self.0.get(&key).copied().unwrap_or(0);
         let has_room = taken < max;
@@ -23,7 +24,7 @@ impl<K: Hash + Eq> Counts<K> {
         has_room
     }
 
-    /// Gives one place of `key` back.
+    /// Frees one place of `key`.
     pub fn give_back(&mut self, key: &K) {
         if let Some(count) = self.0.get_mut(key) {
             *count -= 1;

@@ -49,15 +49,15 @@ pub const ENVELOPE_BYTES_MAX: usize = HEADER_BYTES + WRAPPED_BYTES_MAX + MAC_BYT
 /// A MAC under an integrity key.
 pub type Mac = [u8; MAC_BYTES];
 
-/// How key material was wrapped. Every envelope contains the number of its algorithm, and a number is never reused for
-/// another algorithm.
+/// The algorithm with which key material is wrapped. Every envelope contains the number of its algorithm, and a number
+/// is never reused for another algorithm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// RSA-OAEP with SHA-256 for hash and MGF1, empty label (RFC 8017 section 7.1).
     RsaOaepSha256,
-    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. It is only for tokens whose OAEP
-    /// supports no other hash, and only if the operator sets `allow_oaep_sha1`. The collision attacks on SHA-1 do not apply to OAEP, but no new
-    /// design should use SHA-1.
+    /// RSA-OAEP with SHA-1 for hash and MGF1, empty label. This algorithm is only for tokens whose OAEP supports no
+    /// other hash, and only if the operator sets `allow_oaep_sha1`. The collision attacks on SHA-1 do not apply to
+    /// OAEP, but no new design should use SHA-1.
     RsaOaepSha1,
 }
 
@@ -88,7 +88,8 @@ impl Algorithm {
     }
 }
 
-/// What an envelope belongs to. An envelope of one kind never verifies as another kind.
+/// The context to which an envelope is bound: a record of the store, or a context that a client chose. An envelope of
+/// one kind never verifies as another kind.
 #[derive(Clone, Copy, Debug)]
 pub enum Context<'a> {
     /// One revision of one record in the store.
@@ -135,7 +136,7 @@ impl ClientContext {
     }
 }
 
-/// Who stores the envelope.
+/// The party that stores the envelope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The store.
@@ -153,19 +154,19 @@ impl Kind {
     }
 }
 
-/// Why bytes are not an envelope. The cause is logged, and is not returned to callers.
+/// The reason why bytes are not a valid envelope. The cause is logged, and is not returned to callers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
     /// The bytes end before the last field of the envelope.
     #[error("the envelope is truncated")]
     Truncated,
-    /// A format version that this release does not know.
+    /// A format version that this release does not support.
     #[error("unknown envelope format version {0}")]
     Version(u8),
-    /// A kind that this release does not know.
+    /// A kind of envelope that this release does not support.
     #[error("unknown envelope kind {0}")]
     Kind(u8),
-    /// An algorithm that this release does not know.
+    /// An algorithm that this release does not support.
     #[error("unknown envelope algorithm {0}")]
     Algorithm(u8),
     /// A wrapped key whose length does not fit any permitted RSA key.
@@ -195,7 +196,7 @@ pub struct Unsealed {
 }
 
 impl Unsealed {
-    /// An envelope from wrapped bytes of a permitted length, their algorithm and their wrapping key.
+    /// Creates an envelope from wrapped bytes of a permitted length, their algorithm and their wrapping key.
     pub fn new(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -214,8 +215,9 @@ impl Unsealed {
         MacMessage::envelope(self.algorithm, self.wrapping_key, &self.wrapped, context)
     }
 
-    /// Returns the bytes of the MAC message of a future envelope before and after its wrapped bytes, for a process that makes the
-    /// wrapped bytes and the MAC at once. `wrapped_length` is the number of wrapped bytes: 256 to 512.
+    /// Returns the parts of the MAC message before and after the wrapped bytes, for an envelope that is not complete
+    /// yet. Use this function to make the wrapped bytes and the MAC in one step. `wrapped_length` is the number of
+    /// wrapped bytes: 256 to 512.
     pub fn message_around(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -244,7 +246,7 @@ impl Unsealed {
 }
 
 impl Envelope {
-    /// Reads an envelope; does not verify its MAC.
+    /// Reads an envelope without verifying its MAC.
     pub fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
         let mut rest = bytes;
         match take_byte(&mut rest)? {
@@ -287,12 +289,12 @@ impl Envelope {
         bytes
     }
 
-    /// Who stores the envelope: the broker or the client.
+    /// The party that stores the envelope: the broker or the client.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// How the key material was wrapped.
+    /// The algorithm that wrapped the user key.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }

@@ -5,8 +5,8 @@
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-/// Why a call failed, as far as the caller may know. The list of reasons is frozen: `docs/errors.md` documents each reason, and a
-/// test of the wire contract fails if a reason is renamed.
+/// The reason for a failed call, in the form that the caller may see. The list of reasons is frozen: `docs/errors.md`
+/// documents each reason, and a test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// The request is malformed; the violations name the invalid fields.
@@ -25,7 +25,8 @@ pub enum Reason {
     Revision,
     /// A stored envelope cannot be parsed, or its MAC does not verify.
     RecordDamaged,
-    /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of this rejection.
+    /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of the
+    /// rejection.
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
@@ -152,7 +153,7 @@ impl fmt::Display for Reason {
 pub struct Violation {
     /// Path of the field in the request, with the names in the protobuf definition.
     pub field: &'static str,
-    /// What the field must be.
+    /// The requirement that the field does not meet.
     pub description: Cow<'static, str>,
 }
 
@@ -207,8 +208,8 @@ impl Error {
         }
     }
 
-    /// Adds an explanation that the caller receives, at most [`EXPLANATION_BYTES_MAX`] bytes of it. Only for calls of
-    /// administrators, who may know the state of the token and of the registry.
+    /// Adds an explanation for the caller, truncated to [`EXPLANATION_BYTES_MAX`] bytes. Use this function only for
+    /// calls of administrators, who may know the state of the token and of the registry.
     #[must_use]
     pub fn explained(mut self, field: &'static str, explanation: &str) -> Self {
         let end = explanation.floor_char_boundary(EXPLANATION_BYTES_MAX);
@@ -228,7 +229,8 @@ impl Error {
         }
     }
 
-    /// Marks the error as caused by a credential that has expired but is otherwise valid, so that its holder has to renew it.
+    /// Marks the error as caused by a credential that has expired but is otherwise valid. The holder has to renew the
+    /// credential.
     #[must_use]
     pub fn renewable(self) -> Self {
         Self {

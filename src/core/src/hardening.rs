@@ -1,5 +1,5 @@
 //! Protects the memory of a process. Every process of the project first disables core dumps, and prevents other
-//! processes of the same user from reading its memory.
+//! processes of the same user from reading the memory of the process.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -12,10 +12,10 @@ use rustix::{
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Core dumps cannot be disabled, so a core dump of this process could be written.
-    #[error("core dumps cannot be disabled")]
+    #[error("cannot disable core dumps")]
     CoreDumps(#[source] Errno),
     /// Another process of the same user could read the memory of this process.
-    #[error("the process cannot be made unreadable for other processes of its user")]
+    #[error("cannot prevent other processes of this user from reading the memory of this process")]
     Dumpable(#[source] Errno),
 }
 

@@ -49,7 +49,7 @@ impl Tenant {
         }
     }
 
-    /// As text.
+    /// The value as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -85,7 +85,7 @@ impl KeyName {
         }
     }
 
-    /// As text.
+    /// The value as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -104,7 +104,7 @@ impl UserId {
         }
     }
 
-    /// As text.
+    /// The value as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -135,7 +135,7 @@ macro_rules! as_text {
 }
 as_text!(Tenant, KeyName, UserId);
 
-/// The address of a record: what identifies one user key to a caller.
+/// The address of a record: the tenant, the user and the key name, which identify one user key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyAddress {
     /// Owner of the record.
@@ -153,17 +153,17 @@ macro_rules! id {
         pub struct $name([u8; ID_BYTES]);
 
         impl $name {
-            /// From exactly 16 bytes.
+            /// Creates an id from exactly 16 bytes.
             pub const fn from_bytes(bytes: [u8; ID_BYTES]) -> Self {
                 Self(bytes)
             }
 
-            /// An id from a slice; `None` unless the slice has exactly 16 bytes.
+            /// Returns the id in a slice, or `None` if the slice does not have exactly 16 bytes.
             pub fn from_slice(bytes: &[u8]) -> Option<Self> {
                 bytes.try_into().ok().map(Self)
             }
 
-            /// From 32 hexadecimal digits.
+            /// Parses 32 hexadecimal digits.
             pub fn from_hex(text: &str) -> Option<Self> {
                 let mut bytes = [0; ID_BYTES];
                 hex::decode_to_slice(text, &mut bytes).ok()?;
@@ -219,14 +219,14 @@ impl ObjectId {
     /// Longest id, in bytes.
     pub const BYTES_MAX: usize = 255;
 
-    /// An id from bytes; `None` if their length is not permitted.
+    /// Returns the id in a slice, or `None` if its length is not permitted.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         (1..=Self::BYTES_MAX)
             .contains(&bytes.len())
             .then(|| Self(bytes.into()))
     }
 
-    /// From hexadecimal digits.
+    /// Parses hexadecimal digits.
     pub fn from_hex(text: &str) -> Option<Self> {
         hex::decode(text)
             .ok()
@@ -257,7 +257,7 @@ impl fmt::Debug for ObjectId {
     }
 }
 
-/// Where an integrity key is.
+/// The place of an integrity key.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IntegrityPlace {
     /// The integrity key is on the token, with the same `CKA_ID` as the RSA private key.
@@ -265,18 +265,19 @@ pub enum IntegrityPlace {
     Token,
     /// The integrity key is on the token, with this separate `CKA_ID`.
     Object(ObjectId),
-    /// The integrity key is in the memory of the workers, which unwrap it from a file. This place is for tokens that do not
-    /// support HMAC keys.
+    /// The integrity key is in the memory of the workers, which unwrap it from a file. The place `Worker` is for tokens
+    /// that do not support HMAC keys.
     Worker,
 }
 
 impl IntegrityPlace {
-    /// These bytes stand for [`IntegrityPlace::Worker`] where a `CKA_ID` is stored and sent. No object can be registered with
-    /// these bytes as its `CKA_ID`. A release that does not know these bytes finds no object with this `CKA_ID` and refuses the
-    /// wrapping key.
+    /// The broker stores and sends these bytes instead of a `CKA_ID` for
+    /// [`IntegrityPlace::Worker`]. No object can be registered with these bytes as its `CKA_ID`. An
+    /// earlier release of the broker, which does not recognise these bytes, finds no object with
+    /// this `CKA_ID` and refuses the wrapping key.
     const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
 
-    /// As stored and sent.
+    /// The bytes that are stored and sent.
     pub fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Token => &[],
@@ -285,7 +286,8 @@ impl IntegrityPlace {
         }
     }
 
-    /// Reads a place from the bytes that are stored and sent. Returns `None` if there are too many bytes.
+    /// Parses the place of an integrity key from the bytes that are stored and sent. Returns `None`
+    /// if there are too many bytes.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [] => Some(Self::Token),
@@ -306,8 +308,8 @@ pub struct ObjectIds {
 }
 
 impl ObjectIds {
-    /// Reads two byte strings as stored and sent. An empty string stands for the id of the wrapping key. Returns `None` if a byte
-    /// string is too long.
+    /// Parses the two places from the byte strings that are stored and sent. An empty string means
+    /// the id of the wrapping key. Returns `None` if a byte string is too long.
     pub fn from_slices(private: &[u8], integrity: &[u8]) -> Option<Self> {
         let private = match private {
             [] => None,
@@ -319,7 +321,7 @@ impl ObjectIds {
         })
     }
 
-    /// The `CKA_ID` of the RSA private key of a wrapping key with this id.
+    /// Returns the `CKA_ID` of the RSA private key of the wrapping key with this id.
     pub fn private_object(&self, id: WrappingKeyId) -> ObjectId {
         self.private.clone().unwrap_or_else(|| id.into())
     }
@@ -352,7 +354,7 @@ impl Revision {
     /// The revision of a new record.
     pub const FIRST: Self = Self(1);
 
-    /// A revision from its number; `None` if the number is out of range.
+    /// Returns the revision with this number, or `None` if the number is out of range.
     pub fn new(number: u64) -> Option<Self> {
         (number >= 1 && i64::try_from(number).is_ok()).then_some(Self(number))
     }
@@ -362,7 +364,8 @@ impl Revision {
         self.0
     }
 
-    /// The next revision. A record cannot reach the highest revision: the hardware fails before 2^63 replacements.
+    /// The next revision. In practice, a record cannot reach the highest revision, because no
+    /// hardware lasts for 2^63 replacements.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -375,7 +378,8 @@ impl fmt::Display for Revision {
     }
 }
 
-/// SHA-256 of a DER SubjectPublicKeyInfo. A fingerprint identifies a public key, regardless of where the key was read.
+/// SHA-256 of a DER SubjectPublicKeyInfo. A fingerprint identifies a public key, regardless of the
+/// source from which the key was read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 
@@ -391,18 +395,18 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-/// What a wrapping key may be used for. An RSA key has one purpose, so that no key can both decrypt and unwrap.
+/// The purpose of a wrapping key. An RSA key has one purpose, so that no key can both decrypt and unwrap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Purpose {
     /// `CKA_DECRYPT`: user keys are released in plain text.
     Plain,
-    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. Reserved.
+    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. This purpose is reserved.
     Sealed,
 }
 
 impl Purpose {
-    /// As stored and shown.
+    /// The name in the database and in output.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Plain => "plain",
@@ -410,7 +414,7 @@ impl Purpose {
         }
     }
 
-    /// From the stored text.
+    /// Parses the stored text.
     pub fn parse(text: &str) -> Option<Self> {
         [Self::Plain, Self::Sealed]
             .into_iter()
@@ -450,7 +454,7 @@ mod tests {
         }
     }
 
-    /// No `CKA_ID` stands for another place than it did when it was stored.
+    /// A place keeps its meaning when its `CKA_ID` is stored and read back.
     #[test]
     fn the_place_of_an_integrity_key_is_stored_and_read_back() {
         let id = ObjectId::from_slice(&[7]).unwrap();

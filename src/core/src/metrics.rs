@@ -261,7 +261,7 @@ pub trait Metric: Sync {
         self.declaration().help
     }
 
-    /// Names of its labels.
+    /// The names of the labels.
     fn labels(&self) -> Vec<&'static str> {
         let labels = self.declaration().labels.iter();
         labels.map(|label| label.name).collect()
@@ -388,11 +388,14 @@ declare! {
         ALERTS = "keybroker_alerts_total" [ALERT] "Alerts that were logged, by name.";
         CALLS = "keybroker_calls_total" [ACTION, OUTCOME] "Calls of authenticated principals, by action and outcome.";
         REFUSALS = "keybroker_refusals_total" [REASON] "Calls and connections that were refused before a principal was authenticated.";
-        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Times that a service released keys of unusually many users.";
+        BULK_RELEASES = "keybroker_bulk_releases_total" [] "Number of times that a service released keys of unusually \
+            many users.";
         RECORDS_DAMAGED = "keybroker_records_damaged_total" [] "Damaged rows that calls found in the database.";
         REST_CALLS = "keybroker_rest_calls_total" [METHOD, STATUS] "Requests to /user-keys, by HTTP status.";
-        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Times that a REST request waited for the end of a short fault instead of failing.";
-        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately because too many requests, in total or of one principal, waited for their next attempt.";
+        REST_RETRIES = "keybroker_rest_retries_total" [REASON] "Number of times that a REST request waited for the \
+            end of a short fault instead of failing.";
+        REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately \
+            because too many requests (in total or of one principal) were waiting for their next attempt.";
         MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
         CLIENT_SECRETS_REFUSED =
             "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
@@ -401,12 +404,15 @@ declare! {
         POLICY_ERRORS = "keybroker_policy_errors_total" [POLICY] "Policies that could not be evaluated for a call.";
         POLICY_RELOAD_FAILURES = "keybroker_policy_reload_failures_total" [] "Changed policies that were refused.";
         AUDIT_TAMPERING =
-            "keybroker_audit_tampering_total" [] "Times that the broker found that another process had changed the files of the audit log.";
+            "keybroker_audit_tampering_total" [] "Number of times that the broker found that another process had \
+             changed the files of the audit log.";
         LAST_USES_DROPPED =
-            "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many times of last use waited to be stored.";
+            "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many of them were \
+             waiting to be stored.";
         LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Suppressed log lines about unauthenticated callers.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
-        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Times that a new connection had to wait because the limit of connections was reached.";
+        CONNECTIONS_FULL = "keybroker_connections_full_total" [] "Number of times that a new connection had to wait \
+            because the limit of connections was reached.";
         ACCEPT_FAILURES = "keybroker_accept_failures_total" [] "Failed attempts to accept a connection.";
         HANDSHAKES_FAILED = "keybroker_handshakes_failed_total" [HANDSHAKE_CAUSE] "Connections that ended before their first call.";
         TLS_RELOAD_FAILURES = "keybroker_tls_reload_failures_total" [] "Changed TLS files that were refused.";
@@ -423,9 +429,11 @@ declare! {
         REST_RETRIES_WAITING = "keybroker_rest_retries_waiting" [] "REST requests that wait for their next attempt.";
         CALLS_WAITING = "keybroker_calls_waiting" [] "Releases that wait until the front can work on them.";
         CONNECTIONS = "keybroker_connections" [] "Open connections of all listeners.";
-        CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "When a listener's certificate expires, in seconds since 1970.";
+        CERTIFICATE_EXPIRY = "keybroker_certificate_expiry_timestamp_seconds" [FILE] "Time when a listener's \
+            certificate expires, in seconds since 1970.";
         CLIENT_CRL_EXPIRY =
-            "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "When the first of a listener's revocation lists expires, in seconds since 1970.";
+            "keybroker_client_crl_expiry_timestamp_seconds" [FILE] "Time when the first of a listener's revocation \
+             lists expires, in seconds since 1970.";
         CLIENT_CRL_PROBLEMS =
             "keybroker_client_crl_problems" [FILE] "Revocation lists of a listener that are refused or missing; the lists that were accepted before stay in use until they expire.";
         ISSUER_KEYS_AGE = "keybroker_issuer_keys_age_seconds" [ISSUER] "Time since the key set of an issuer was fetched.";
@@ -435,13 +443,15 @@ declare! {
         STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
         REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
         REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
-        REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that the re-wrap of this broker had still to move when they were last counted.";
+        REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that this broker's re-wrap \
+            still had to move at the last count.";
         WRAPPING_KEY_USABLE =
             "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, in any state, else 0.";
-        WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user keys was registered; 0 if there is none.";
+        WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user \
+            keys was registered; 0 if no key wraps new user keys.";
         KEY_DESTRUCTIONS_SCHEDULED = "keybroker_key_destructions_scheduled" [] "Wrapping keys whose destruction is scheduled.";
         KEY_DESTRUCTIONS_DUE = "keybroker_key_destructions_due" [] "Wrapping keys whose scheduled destruction is due and not done yet.";
-        TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while the token serves, else 0.";
+        TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";
         TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last self-test of the token succeeded.";
@@ -450,9 +460,10 @@ declare! {
     histograms {
         CALL_DURATION = "keybroker_call_duration_seconds" [ACTION] SECONDS "Time from the start of a call to its outcome.";
         CALL_OVERHEAD =
-            "keybroker_call_overhead_seconds" [] SECONDS "Time that the broker takes for an unwrap, without the time in the queue and on the token.";
+            "keybroker_call_overhead_seconds" [] SECONDS "Time that the broker needs for an unwrap, without the time \
+             in the queue and on the token.";
         TOKEN_QUEUE_WAIT = "keybroker_token_queue_wait_seconds" [TOKEN] SECONDS "Time that jobs waited for a session of the token.";
-        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [TOKEN] SECONDS "Time that the token takes for a job.";
+        TOKEN_OPERATION = "keybroker_token_operation_duration_seconds" [TOKEN] SECONDS "Time that the token needs for a job.";
         AUDIT_GROUP_ENTRIES = "keybroker_audit_group_entries" [] ENTRIES "Audit entries that became durable together.";
     }
 }
@@ -521,7 +532,8 @@ mod tests {
         let calls = CALLS.0.known();
         assert_eq!(calls.len(), Action::ALL.len() * (Reason::ALL.len() + 1));
         assert!(calls.contains(&["user_key.unwrap", "OK"]));
-        // Without a label there is one series; with one whose values are not known in advance, none.
+        // A metric without labels starts with one series. A metric with a label whose values are not known in advance
+        // starts with none.
         assert_eq!(BULK_RELEASES.0.known(), [[""; 0]]);
         assert!(POLICY_ERRORS.0.known().is_empty());
     }

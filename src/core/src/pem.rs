@@ -1,9 +1,10 @@
 //! Reads PEM files (RFC 7468) completely or not at all. Only a file of revocation lists is an exception: [`revocation_lists`]
 //! returns its readable blocks and reports the others.
 //!
-//! A PEM parser usually skips text that it does not understand. In a file that decides who is trusted, a skipped block is a
-//! certificate authority, an intermediate certificate or a key that is missing without an error. Therefore this module splits the
-//! file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then decodes each block.
+//! A PEM parser usually skips text that it does not understand. If a parser skips a block in a file that decides who is
+//! trusted, a certificate authority, an intermediate certificate or a key is missing without an error. Therefore this
+//! module splits the file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then decodes
+//! each block.
 //!
 //! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. The
 //! module refuses everything else that is not a block of a permitted kind, with the line number and a remedy.
@@ -33,14 +34,15 @@ const LABEL_BYTES_MAX: usize = 64;
 /// Highest number of unreadable parts of a file of revocation lists. After this number of unreadable parts, the rest of the file
 /// is ignored.
 pub const DAMAGED_BLOCKS_MAX: usize = 1_000;
-/// Characters in a line of base64 (RFC 7468, section 2).
+/// Number of characters in a line of base64 (RFC 7468, section 2).
 const LINE_LENGTH: usize = 64;
 
 /// Labels of the blocks that may precede a key or a certificate chain, and are ignored. For example, `openssl ecparam -genkey`
 /// writes a block of parameters before the key.
 const PARAMETERS: [&str; 2] = ["EC PARAMETERS", "DH PARAMETERS"];
 
-/// Why a file was refused. The text of the error is a clause that follows the name of the file.
+/// The reason why a file was refused. The text of the error is a clause that follows the name of
+/// the file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Binary DER.
@@ -49,7 +51,7 @@ pub enum Error {
          `openssl pkey`, for a revocation list `openssl crl`)"
     )]
     Der,
-    /// The file is UTF-16, as some editors write it.
+    /// The file is UTF-16, which some editors write.
     #[error("the file is UTF-16; save it as UTF-8 or ASCII")]
     Utf16,
     /// A line that looks like a BEGIN or END line but is malformed.
@@ -68,7 +70,7 @@ pub enum Error {
         label: String,
     },
     /// An END line without a BEGIN line.
-    #[error("line {0} ends a block that does not begin; the file is damaged")]
+    #[error("line {0} is an END line without a BEGIN line; the file is damaged")]
     StrayEnd(usize),
     /// The content of a block is not base64.
     #[error("the block {label} that begins in line {line} cannot be decoded: {source}")]
@@ -77,7 +79,7 @@ pub enum Error {
         line: usize,
         /// The label in the BEGIN line.
         label: String,
-        /// What the parser says.
+        /// The message of the parser.
         #[source]
         source: Box<pem::Error>,
     },
@@ -98,11 +100,11 @@ pub enum Error {
         remedy: &'static str,
     },
     /// The file contains no block of the required kind.
-    #[error("it contains no {0} in PEM")]
+    #[error("the file contains no {0} in PEM")]
     Nothing(&'static str),
     /// The file contains several private keys, but only one is used.
     #[error(
-        "it contains {0} private keys; keep only the private key that belongs to the certificate"
+        "the file contains {0} private keys; keep only the private key that belongs to the certificate"
     )]
     Keys(usize),
     /// The file has so many unreadable parts that the rest of the file is ignored.
@@ -117,7 +119,7 @@ pub enum Place {
     Block(usize),
     /// The part is the text between the block with this number and the next block.
     After(usize),
-    /// The part is the text before the first block, or a whole file without a block.
+    /// The part is the text before the first block, or a complete file without a block.
     Beginning,
 }
 
@@ -135,9 +137,9 @@ impl fmt::Display for Place {
 #[derive(Debug, thiserror::Error)]
 #[error("{place}")]
 pub struct DamagedBlock {
-    /// Where it is.
+    /// The position of the part in the file.
     pub place: Place,
-    /// What is wrong with the part.
+    /// The reason why the part is unreadable.
     #[source]
     pub source: Error,
 }
@@ -160,12 +162,12 @@ impl fmt::Debug for Block {
 }
 
 impl Block {
-    /// The kind of the block; absent if the parser does not know the label.
+    /// The kind of the block; absent if the parser does not recognise the label.
     pub fn kind(&self) -> Option<SectionKind> {
         self.kind
     }
 
-    /// Its content.
+    /// The content of the block.
     pub fn der(&self) -> &[u8] {
         &self.der
     }
@@ -213,7 +215,7 @@ fn remedy(label: &str) -> &'static str {
             "the block is a certificate request; use the certificate that the CA issued for this request"
         }
         "X509 CRL" => {
-            "the block is a revocation list; put it into the file that the setting for revocation lists names"
+            "the block is a revocation list; move this block to the file of the setting for revocation lists"
         }
         "CERTIFICATE" => "a certificate does not belong in this file; remove the certificate",
         _ if label.ends_with("PRIVATE KEY") => {
@@ -356,13 +358,13 @@ struct Scan<'a> {
     text: &'a [u8],
     /// The position at which the search for the next block begins; absent at the end of the file.
     at: Option<usize>,
-    /// The reason why the file as a whole is refused.
+    /// The reason why the complete file is refused.
     refused: Option<Error>,
     /// The number of BEGIN lines so far.
     blocks: usize,
-    /// The place of the part that was read last.
+    /// The position of the part that was read last.
     place: Place,
-    /// The last position whose line number was computed, and this line number.
+    /// The last position whose line number was computed, and the line number itself.
     counted: (usize, usize),
 }
 
@@ -400,7 +402,8 @@ impl<'a> Scan<'a> {
 
     /// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
     fn check_between(&mut self, from: usize, to: usize) -> Result<(), Error> {
-        // Include the last dash of the END line before the text: a `BEGIN` or `END` directly after this dash has too few dashes.
+        // The search includes the last dash of the END line before the text, to find a `BEGIN` or `END` with too few
+        // dashes that follows this dash directly.
         let before = from.saturating_sub(1);
         let between = &self.text[before..to];
         if let Some(offset) = find_marker(between, b"BEGIN ") {
@@ -521,7 +524,7 @@ fn block(body: &[u8], label: String, line: usize) -> Result<Block, Error> {
     }
 }
 
-/// Whether a file is in DER. A PEM file may begin with text whose first byte is that of DER.
+/// Whether a file is in DER. A PEM file may begin with text whose first byte is also the first byte of DER.
 pub fn is_der(bytes: &[u8]) -> bool {
     bytes.first() == Some(&DER_SEQUENCE) && find(bytes, BEGIN).is_none()
 }

@@ -19,11 +19,13 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Permits the release of user keys and reading their metadata, but no enrolment, deletion or administration.
+    /// Permits releasing user keys and reading their metadata, but not enrolment, deletion or
+    /// administration.
     Release,
-    /// Permits the creation and replacement of user keys and reading their metadata, but no release.
+    /// Permits creating and replacing user keys and reading their metadata, but not releasing them.
     Enrol,
-    /// Permits deletion, undeletion and restoration of user keys and reading their metadata, but no release.
+    /// Permits deleting, undeleting and restoring user keys and reading their metadata, but not
+    /// releasing them.
     Lifecycle,
     /// Permits reading and changing wrapping keys, reading the token state and managing API clients, but no access to user
     /// keys or their metadata.
@@ -62,7 +64,7 @@ impl Role {
     }
 }
 
-/// What kind of caller a principal is.
+/// The kind of a principal: a user or a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -94,7 +96,7 @@ impl Credential {
     }
 }
 
-/// The users or key names that a service may release: all, or those listed.
+/// The users or key names that a service may release: all of them, or only the listed ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reach<T: Ord> {
     /// All users or all key names; in the configuration `["*"]`.
@@ -113,7 +115,7 @@ impl<T: Ord> Reach<T> {
     }
 }
 
-/// The text that stands for all users or key names.
+/// The text that means all users or all key names.
 const ALL: &str = "*";
 
 impl<T: Ord + AsRef<str>> Serialize for Reach<T> {
@@ -158,20 +160,21 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Describes what is wrong with the grant, in a clause that follows the name of the service.
+    /// Describes what is wrong with the grant.
     pub fn problem(&self) -> Option<String> {
         if self.roles.is_empty() {
-            return Some("has no role, so it could do nothing".to_owned());
+            return Some("the principal has no role, so it could do nothing".to_owned());
         }
         if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
             return Some(
-                "has the role `auditor` and a tenant, but the audit log covers all tenants: remove the tenant"
+                "the principal has the role `auditor` and a tenant, but the audit log covers all tenants: remove the tenant"
                     .to_owned(),
             );
         }
         if let Some((one, other)) = conflict(&self.roles) {
             return Some(format!(
-                "has the roles `{}` and `{}`: administrators and auditors of the broker must not be able to obtain keys",
+                "the principal has the roles `{}` and `{}`, but administrators and auditors of the broker must not be \
+                 able to obtain keys",
                 one.as_str(),
                 other.as_str()
             ));
@@ -179,8 +182,8 @@ impl Grant {
         let is_limited = self.users.is_some() || self.key_names.is_some();
         if self.roles.contains(&Role::Release) && !is_limited {
             return Some(
-                "has the role `release` without a limit: set `users` or `key_names` to the users or key names that it \
-                 may release, or to [\"*\"] for all"
+                "the principal has the role `release` without a limit: set `users` or `key_names` to the users or key names \
+                 that the principal may release, or to [\"*\"] for all"
                     .to_owned(),
             );
         }
@@ -206,12 +209,12 @@ pub fn conflict(roles: &BTreeSet<Role>) -> Option<(Role, Role)> {
     })
 }
 
-/// The attributes of a credential's holder other than the name. The policies of operators can use these attributes.
+/// The attributes of a credential's holder other than the name. The policies of operators can use the attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Claims {
     /// How the user authenticated (RFC 8176, or the provider's own values).
     pub amr: BTreeSet<String>,
-    /// Class of that authentication.
+    /// The class of the user's authentication (claim `acr`).
     pub acr: Option<String>,
     /// When the user authenticated.
     pub authenticated: Option<Timestamp>,
@@ -301,7 +304,8 @@ impl fmt::Display for Principal {
     }
 }
 
-/// What a caller asks the broker to do. Each action has one name in policies, in the audit log and in metrics.
+/// An action that a caller requests from the broker. Each action has one name in policies, in the audit log and in
+/// metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Action {
     /// Store a new user key, without the right to read a user key.
@@ -332,15 +336,15 @@ pub enum Action {
     RevokeClient,
     /// Read the stored data of API clients, without the right to change them.
     ListClients,
-    /// Make a new wrapping key, or return to the previous one.
+    /// Make a new wrapping key, or return to the previous wrapping key.
     RotateKey,
-    /// Make a wrapping key the one that wraps new user keys.
+    /// Activate a wrapping key, so that it wraps new user keys.
     ActivateKey,
-    /// Stop the use of a wrapping key for a time.
+    /// Stop the use of a wrapping key temporarily.
     SuspendKey,
     /// End the suspension of a wrapping key.
     ResumeKey,
-    /// Let a wrapping key unwrap, but no longer wrap.
+    /// Deactivate a wrapping key, so that it unwraps but no longer wraps.
     DeactivateKey,
     /// Stop the use of a wrapping key permanently.
     CompromiseKey,

@@ -22,7 +22,8 @@ pub fn remedy(path: &Path, error: &io::Error) -> Option<String> {
     }
 }
 
-/// Names the user who can use the path: the owner of the longest part of the path that this process can examine.
+/// Returns a remedy that contains the owner of the path, or of the deepest parent directory that
+/// this process can examine.
 fn denied(path: &Path) -> Option<String> {
     let ours = rustix::process::geteuid().as_raw();
     let (at, owner) = path
@@ -38,7 +39,7 @@ fn denied(path: &Path) -> Option<String> {
     })
 }
 
-/// The error with its remedy, as one text.
+/// The error with its remedy, as one string.
 pub fn with_remedy(path: &Path, error: &io::Error) -> String {
     match remedy(path, error) {
         Some(remedy) => format!("{error}; {remedy}"),
@@ -46,8 +47,8 @@ pub fn with_remedy(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// The error with its remedy, as an error of the same kind. Use this function for a source error whose text is shown
-/// last.
+/// The error with its remedy, as an error of the same kind. Use this function for an error that is the last source in a
+/// chain of errors.
 pub fn explained(path: &Path, error: io::Error) -> io::Error {
     match remedy(path, &error) {
         Some(remedy) => io::Error::new(error.kind(), format!("{error}; {remedy}")),

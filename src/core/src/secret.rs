@@ -6,8 +6,8 @@ use zeroize::Zeroizing;
 
 use crate::error::Error;
 
-/// Longest key material, in bytes. OAEP with SHA-256 under RSA-2048 can hold this length, so every record fits
-/// every permitted wrapping key (RFC 8017 section 7.1.1: 256 - 2 * 32 - 2).
+/// Longest key material, in bytes. OAEP with SHA-256 under RSA-2048 can encrypt this number of bytes, so every
+/// permitted wrapping key can wrap every user key (RFC 8017 section 7.1.1: 256 - 2 * 32 - 2).
 pub const KEY_MATERIAL_BYTES_MAX: usize = 190;
 
 /// A user key in plain text, 1 to 190 bytes.
@@ -25,7 +25,7 @@ impl KeyMaterial {
         }
     }
 
-    /// The bytes, for the token or for the answer of a release.
+    /// Returns the bytes, for the token or for the answer of a release.
     pub fn expose(&self) -> &[u8] {
         &self.0
     }

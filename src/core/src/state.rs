@@ -25,7 +25,7 @@ const OPEN_TO_OTHERS: u32 = 0o077;
 /// Pause between two attempts to take a lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Why a fact could not be read or written.
+/// Reason why a fact could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused the access, or other users can change the file.
@@ -35,15 +35,15 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The cause of the failure.
         source: io::Error,
     },
-    /// The content of the file is not a fact of this kind.
+    /// The content of the file cannot be parsed as the expected type of fact.
     #[error("the state file {} is damaged", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Where it is damaged.
+        /// The error of the JSON parser, with the position of the damage.
         source: serde_json::Error,
     },
 }
@@ -82,13 +82,14 @@ impl StateDirectory {
         }
     }
 
-    /// Its path.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the directory belongs to another user or
-    /// is accessible to others, or if the file is not a regular file or is longer than 64 KiB.
+    /// Reads a fact. Returns `None` if the fact was never written. Fails if the file or the
+    /// directory belongs to another user or is accessible to others. Also fails if the file is not
+    /// a regular file or is longer than 64 KiB.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.read_up_to(name, FACT_BYTES_MAX)
     }
@@ -103,8 +104,8 @@ impl StateDirectory {
         }
     }
 
-    /// Replaces a fact. After the function returns, the new fact survives a power failure. After a crash before the return, the
-    /// file contains the old or the new fact.
+    /// Replaces a fact. After the function returns, the new fact survives a power failure. If the
+    /// process crashes before the function returns, the file contains the old or the new fact.
     ///
     /// Fails for a fact of more than 64 KiB, because [`StateDirectory::read`] would refuse the fact.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
@@ -118,7 +119,7 @@ impl StateDirectory {
             .map_err(|source| fail("cannot write the state file", &path, source))
     }
 
-    /// The names of the facts that begin with `prefix` and end with `suffix`, ordered by the time when they were written.
+    /// Returns the names of the facts that begin with `prefix` and end with `suffix`, oldest fact first.
     pub fn names(&self, prefix: &str, suffix: &str) -> Result<Vec<String>, Error> {
         self.list(prefix, suffix)
             .map_err(|source| fail("cannot list the state directory", &self.path, source))
@@ -178,7 +179,8 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock between processes, so that a process can read a fact and then replace it. Waits at most `timeout`.
+    /// Takes a lock that excludes other processes, so that this process can read a fact and then
+    /// replace it. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)
@@ -215,7 +217,7 @@ impl StateDirectory {
     fn prepare(&self) -> io::Result<()> {
         if let Some(parent) = self.path.parent() {
             make(parent)?;
-            // A command of another user must not create a directory that the broker cannot use.
+            // A command that another user runs must not create a directory that the broker cannot use.
             let owner = fs::metadata(parent)?.uid();
             if owner != rustix::process::geteuid().as_raw() {
                 return Err(io::Error::other(format!(
@@ -238,12 +240,14 @@ impl StateDirectory {
             .open(path)?;
         let meta = file.metadata()?;
         if !meta.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
+            return Err(io::Error::other("the path is not a regular file"));
         }
         check(&meta)?;
         if meta.len() > bytes_max {
             let kib = bytes_max / 1024;
-            return Err(io::Error::other(format!("it is longer than {kib} KiB")));
+            return Err(io::Error::other(format!(
+                "the file is longer than {kib} KiB"
+            )));
         }
         let mut bytes = Vec::new();
         file.take(bytes_max).read_to_end(&mut bytes)?;
@@ -259,7 +263,8 @@ impl StateDirectory {
         }
         self.prepare()?;
         let unfinished = path.with_extension(format!("{}.tmp", std::process::id()));
-        // Remove the temporary file that an earlier process with this process id left if it was killed during a write.
+        // Remove the temporary file of an earlier process that had the same process id and was
+        // killed during a write.
         fs::remove_file(&unfinished).ok();
         let mut file = OpenOptions::new()
             .write(true)
@@ -375,7 +380,7 @@ mod tests {
     #[test]
     fn a_lock_is_held_by_one() {
         let folder = tempfile::tempdir().unwrap();
-        // The audit directory is made with it.
+        // The audit directory is created together with the state directory.
         let state = StateDirectory::below(&folder.path().join("audit"));
         let held = state.lock("lock", Duration::ZERO).unwrap();
         state.lock("lock", Duration::ZERO).unwrap_err();

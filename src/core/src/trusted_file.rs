@@ -1,35 +1,40 @@
 //! Opens the files and directories that decide who is trusted, what is loaded and what is configured, and the files that contain
 //! a secret.
 //!
-//! A file is accepted only if no other user can change or replace it. The path is resolved from the root directory, one component
-//! at a time, through descriptors. Symbolic links are followed by this module and not by the kernel. Therefore every directory on
-//! the way is examined, and nothing can be exchanged between the examination and the use. These rules apply:
+//! A file is accepted only if no other user can change or replace it. The path is resolved from the
+//! root directory, one component at a time, through descriptors. This module resolves symbolic
+//! links itself, instead of the kernel. Therefore every directory in the path is examined, and no
+//! component can be replaced between the examination and the use. These rules apply:
 //!
-//! - Each directory belongs to root or to the user of this process, and neither its group nor others can write to it. Two kinds
-//!   of directory that others can write to are also accepted. In a sticky directory (`/tmp`, or a Secret that Kubernetes mounts),
-//!   other users cannot rename or remove entries of root or of the user of this process, so only such entries are followed, and a
-//!   file with several hard links is refused. In a read-only mount of a container, no process that sees the mount can change
-//!   anything.
+//! - Each directory belongs to root or to the user of this process, and neither its group nor
+//!   others can write to it. Two kinds of directory that others can write to are also accepted. In
+//!   a sticky directory (`/tmp`, or a Secret that Kubernetes mounts), other users cannot rename or
+//!   remove entries of root or of the user of this process. Therefore only entries of root or of
+//!   the user of this process are accepted, and a file with several hard links is refused. In a
+//!   read-only mount of a container, no process that can access the mount can change its files.
 //!
 //! - The file is a regular file. A FIFO, a device or a socket is refused, and the error says what the file is. The file is opened
 //!   without blocking, so that a FIFO cannot hang the process. The file is examined and read through the same descriptor.
 //!
-//! - The file belongs to root or to the user of this process, and neither its group nor others can write to it. Others cannot
-//!   read a file that contains a secret. If a secret belongs to root, its group may read it, because root chose the group
-//!   (systemd credentials, Kubernetes Secrets with `fsGroup`).
+//! - The file belongs to root or to the user of this process, and neither its group nor others can write to it. Other
+//!   users cannot read a file that contains a secret. If a secret belongs to root, its group may read it, because root
+//!   chose the group (systemd credentials, Kubernetes Secrets with `fsGroup`).
 //!
-//! A read-only mount is accepted as protection only in a container, and only if its file system is not that of the root
-//! directory. Where systemd runs, a read-only mount is not accepted. With settings such as `ProtectSystem=strict`, a service sees
-//! the host's file systems read-only, while other users of the host can still write to them. The front tells its workers whether
-//! read-only mounts are accepted.
+//! A read-only mount is accepted as protection only in a container, and only if its file system is
+//! not the file system of the root directory. On a machine with systemd, no read-only mount is
+//! accepted. With settings such as `ProtectSystem=strict`, the host's file systems are read-only
+//! for the service, but other users of the host can still write to them. The front tells its
+//! workers whether read-only mounts are accepted.
 //!
-//! A FUSE mount is never accepted as read-only, because the process that serves it decides about content and owners. A FUSE mount
-//! of another user is refused. For a socket, no read-only mount is accepted, because the process that listens can write to the
+//! A FUSE mount is never accepted as read-only, because the process that implements the mount
+//! controls the content and owners of its files. A FUSE mount of another user is refused. For a
+//! socket, no read-only mount is accepted, because the process that listens can write to the
 //! directory.
 //!
-//! The path of another program's socket must also meet the rules of this module, but the users of that program are also accepted
-//! as owners ([`check_socket`]). The directories above a file that this process writes must also meet the rules of this module,
-//! but their groups may have the write permission ([`check_above`]).
+//! The rules of this module also apply to the path of another program's socket, but the users of
+//! that program are also accepted as owners ([`check_socket`]). The directories above a file that
+//! this process writes must also meet the rules of this module, but their groups may have the write
+//! permission ([`check_above`]).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -63,15 +68,15 @@ use walk::{Target, WRITABLE_BY_ALL, Walk, kind_of};
 /// First component of a path to a systemd credential.
 const CREDENTIALS_DIRECTORY: &str = "$CREDENTIALS_DIRECTORY";
 const CREDENTIALS_VARIABLE: &str = "CREDENTIALS_DIRECTORY";
-/// The user number of the superuser.
+/// The UID of the superuser.
 const ROOT: u32 = 0;
 const READABLE_BY_GROUP: u32 = 0o040;
 const READABLE_BY_OTHERS: u32 = 0o044;
 /// Smallest buffer that is reserved for a file, in bytes, unless the limit of the caller is smaller.
 const RESERVED_BYTES_MAX: u64 = 64 * 1024;
 
-/// Whether a path is absolute or refers to a systemd credential. Other paths are refused, because a service has no useful working
-/// directory.
+/// Whether a path is absolute or refers to a systemd credential. Other paths are refused, because
+/// the working directory of a service is not fixed.
 pub fn is_absolute(path: &Path) -> bool {
     path.is_absolute() || path.starts_with(CREDENTIALS_DIRECTORY)
 }
@@ -84,7 +89,7 @@ pub fn not_absolute(path: &Path) -> String {
         ""
     };
     format!(
-        "{:?}: it must be an absolute path, because a service has no working directory{tilde}",
+        "{:?}: the value must be an absolute path, because the working directory of a service is not fixed{tilde}",
         path.display().to_string()
     )
 }
@@ -112,8 +117,8 @@ pub fn open(path: &Path, purpose: Purpose) -> Result<File, Error> {
     walk.open_file().map(|(file, _)| file)
 }
 
-/// Checks a file and the directories above it, and reads the whole file of at most `bytes_max` bytes. The bytes are overwritten
-/// when they are dropped.
+/// Checks a file and the directories above it, and reads the complete file. The file may have at
+/// most `bytes_max` bytes. The bytes are overwritten when they are dropped.
 pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<Vec<u8>>, Error> {
     let expanded = expand(path)?;
     let walk = Walk::new(&expanded, purpose);
@@ -125,7 +130,7 @@ pub fn read(path: &Path, bytes_max: u64, purpose: Purpose) -> Result<Zeroizing<V
     if meta.len() > bytes_max {
         return Err(failed(Problem::TooLong(bytes_max)));
     }
-    // Reserve the whole capacity now: a vector that grows leaves copies that are not overwritten.
+    // Reserve the full capacity now: a vector that grows leaves copies that are not overwritten.
     let reserved = meta.len().max(RESERVED_BYTES_MAX.min(bytes_max)) + 1;
     let mut bytes = Zeroizing::new(Vec::with_capacity(
         usize::try_from(reserved).unwrap_or_default(),
@@ -189,14 +194,15 @@ pub fn check_above(path: &Path, purpose: Purpose) -> Result<(), Error> {
 /// Properties of the path of a socket that passed [`check_socket`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketPlace {
-    /// Whether a directory on the way is sticky and writable by others. In a sticky directory, every user can create another
-    /// socket after the first socket is removed.
+    /// Whether a directory in the path is sticky and writable by others. In a sticky directory, every user can create
+    /// another socket after the first socket is removed.
     pub is_shared: bool,
 }
 
-/// Checks the path of a socket on which another program listens: every directory on the way, and the owner of the socket. `users`
-/// are the users of the program that listens. Files and directories of these users are trusted like those of root, and their own
-/// groups may write to directories on the way (`/run/postgresql` of Debian has mode 2775).
+/// Checks the path of a socket on which another program listens: every directory in the path, and the owner of the
+/// socket. `users` are the users of the program that listens. Files and directories of `users` are trusted like files
+/// and directories of root. The groups of `users` may write to directories in the path (`/run/postgresql` of Debian has
+/// mode 2775).
 pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<SocketPlace, Error> {
     let walk = Walk {
         users,
@@ -216,8 +222,8 @@ pub fn check_socket(path: &Path, users: &[User], purpose: Purpose) -> Result<Soc
     })
 }
 
-/// The group of a file that its group can read and others cannot read. Returns `None` if the group cannot read the file, if
-/// others can read it, or if its mode is unknown.
+/// Returns the group of a file if the group can read the file and others cannot. Returns `None` if the group cannot
+/// read the file, if others can read the file, or if the mode is unknown.
 pub fn reading_group(path: &Path) -> Option<u32> {
     let meta = std::fs::metadata(expand(path).ok()?).ok()?;
     (meta.mode() & READABLE_BY_OTHERS == READABLE_BY_GROUP).then(|| meta.gid())

@@ -1,9 +1,9 @@
-//! The command's side of an admin worker. A one-shot command uses this module to administer tokens and keys; the admin
-//! worker holds the vendor's module.
+//! The command's side of an admin worker. A command uses this module to administer tokens and keys; the admin worker
+//! process loads the vendor's module.
 //!
-//! The vendor's module never shares a process with the network or the database, neither in `serve` nor in a command. If
-//! the module crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If
-//! the module hangs, the command gets the error after a timeout.
+//! In `serve` and in commands, the vendor's module always runs in a process without network and database. If the module
+//! crashes, the command gets an [`AdminError`] with the signal, the function and the path of the module. If the module
+//! hangs, the command gets the error after a timeout.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -44,36 +44,39 @@ mod wrapper;
 pub use key_admin::KeyAdmin;
 pub use wrapper::Wrapper;
 
-/// The hidden command that runs the worker.
+/// Name of the hidden command that runs the admin worker.
 const WORKER: &str = "token-admin-worker";
-/// Shortest timeout for a call that makes a key or initialises a token. Some devices take minutes.
+/// Shortest timeout for a call that makes a key or initialises a token. Some devices need minutes to make a key.
 const SLOW_CALL_TIMEOUT_MIN: Duration = Duration::from_mins(5);
-/// Longest time for a worker to end after its socket was closed. The worker itself waits for the module for a shorter
-/// time.
+/// Longest time for a worker to end after its socket was closed. The worker's own timeout for the
+/// module is shorter.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
-/// Number of keys in one message, far below the longest frame.
+/// Maximum number of keys in one message. A message with this number of keys is far shorter than
+/// the longest frame.
 const KEYS_PER_FRAME: usize = 64;
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 /// Class of an administrative failure, with its message.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// The token refused the request, the module crashed or hangs, or the request does not match the token.
+    /// The token refused the request, the module crashed or hung, or the request does not match the
+    /// token.
     #[error("{0}")]
     Token(String),
-    /// The module does not load, or shows no matching token. The module's environment may be incomplete.
+    /// The module cannot be loaded, or no token matches the settings. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
     /// No PIN was given, or the token rejected the PIN.
     #[error("{0}")]
     Pin(String),
-    /// A key, an attribute or a MAC differs from what is required.
+    /// A key, an attribute or a MAC does not have the required value.
     #[error("{0}")]
     Untrusted(String),
     /// The PIN cannot be read.
     #[error(transparent)]
     PinSource(#[from] PinError),
-    /// A user other than root and the user of this process can change a file that the module's environment refers to.
+    /// The module's environment refers to a file that a user other than root and the user of this
+    /// process can change.
     #[error(transparent)]
     Environment(#[from] PathError),
     /// The public key of a key on the token cannot be used.
@@ -100,16 +103,15 @@ impl From<wire::AdminFailure> for AdminError {
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
 pub struct Listed {
-    /// Slot number, which changes when tokens are initialised.
+    /// Slot number. Slot numbers may change when tokens are initialised.
     pub slot: u64,
     /// Label, serial number and model of the token.
     pub info: TokenInfo,
-    /// Whether it was initialised.
+    /// Whether the token is initialised.
     pub initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub pin_state: String,
-    /// The supported modulus lengths of RSA-OAEP, in bits. The value is `None` if the token does not list the
-    /// mechanism.
+    /// The supported modulus lengths of RSA-OAEP, in bits; `None` if the token does not list the mechanism.
     pub oaep_bits: Option<RangeInclusive<u64>>,
     /// Whether the token lists HMAC with SHA-256.
     pub sha256_hmac: bool,
@@ -130,13 +132,13 @@ pub struct CheckedKey {
     pub spki: Vec<u8>,
     /// Modulus length in bits.
     pub modulus_bits: usize,
-    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
+    /// The algorithm that the capability probe chose; `None` if the key was rejected.
     pub algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub integrity: Vec<Finding>,
-    /// Why the key must not be used. The value is `None` if the key passed all checks.
+    /// Reason why the key must not be used; `None` if the key passed all checks.
     pub problem: Option<String>,
     /// Names of the negative tests that cannot be run on this token.
     pub not_tried: Vec<String>,
@@ -152,7 +154,7 @@ pub struct Finding {
     pub attribute: String,
     /// The value that was found and the value that is required.
     pub verdict: String,
-    /// Whether this attribute permits use of the key.
+    /// Whether this attribute permits the use of the key.
     pub passes: bool,
 }
 
@@ -168,9 +170,9 @@ pub fn list_tokens(program: &Path, settings: &Settings) -> Result<Vec<Listed>, A
     }
 }
 
-/// Initialises a token with a label and sets its user PIN. An initialised token is erased only if its serial number is
-/// given, and everything on it is then lost permanently. The PINs of this token are removed from the record of PINs.
-/// Returns the token and a note for the operator, if there is one.
+/// Initialises a token with a label and sets its user PIN. If the token is already initialised, `erase_serial` must be
+/// its serial number. Initialising a token again erases its content permanently. The PINs of this token are removed
+/// from the record of PINs. Returns the token and a note for the operator, if there is one.
 pub fn init_token(
     program: &Path,
     settings: &Settings,
@@ -236,12 +238,12 @@ impl Admin {
         }
     }
 
-    /// The token that is open.
+    /// Returns the information of the open token.
     pub fn info(&self) -> &TokenInfo {
         &self.info
     }
 
-    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process had already
+    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process was already
     /// logged in.
     pub fn is_login_of_another(&self) -> bool {
         self.is_login_of_another
@@ -256,8 +258,8 @@ impl Admin {
         self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the worker the `CKA_ID` of each key's objects. If the worker does not know the `CKA_ID` of a key's
-    /// objects, it looks for the `CKA_ID` that `key generate` sets.
+    /// Tells the worker the `CKA_ID` of each key's objects. For other keys, the worker looks for the `CKA_ID` that `key
+    /// generate` sets.
     pub fn know<'a>(
         &self,
         keys: impl IntoIterator<Item = (WrappingKeyId, &'a ObjectIds)>,
@@ -302,7 +304,7 @@ impl Admin {
     }
 
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. If a
-    /// check fails, the worker removes the keys from the token. This function does not add the key to the registry.
+    /// check fails, the worker removes the keys from the token. Making a key does not add the key to the registry.
     pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         let job = Job::GenerateKey(GenerateKey { modulus_bits });
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
@@ -340,8 +342,8 @@ impl Admin {
         }
     }
 
-    /// Removes the objects of a wrapping key and its integrity key from the token. Nothing can bring them back. Returns
-    /// the number of removed objects, which is 0 if the token has none of them.
+    /// Permanently removes the objects of a wrapping key and its integrity key from the token. Returns the number of
+    /// removed objects, which is 0 if the token has none of them.
     pub fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
         let job = Job::RemoveKey(RemoveKey {
             key_id: id.as_bytes().to_vec(),
@@ -352,7 +354,7 @@ impl Admin {
         }
     }
 
-    /// Makes a MAC with the integrity key of this wrapping key.
+    /// Computes a MAC with the integrity key of this wrapping key.
     pub fn mac(&self, id: WrappingKeyId, message: &MacMessage) -> Result<Mac, AdminError> {
         let job = Job::Mac(wire::Mac {
             key_id: id.as_bytes().to_vec(),
@@ -364,7 +366,8 @@ impl Admin {
         }
     }
 
-    /// Whether a MAC verifies. The worker searches for each integrity key once and then keeps the key's handle.
+    /// Returns whether a MAC is correct. The worker searches for each integrity key once and then keeps the key's
+    /// handle.
     pub fn verify(
         &self,
         id: WrappingKeyId,
@@ -382,8 +385,8 @@ impl Admin {
         }
     }
 
-    /// Decrypts in a loop with `threads` threads for `seconds` seconds, to measure the token alone. Returns the number
-    /// of operations, and how often a thread waited for something other than the CPU.
+    /// Decrypts in a loop with `threads` threads for `seconds` seconds, to measure the token without the broker.
+    /// Returns the number of operations, and the number of times that a thread waited for something other than the CPU.
     pub fn decrypt_loop(
         &self,
         id: WrappingKeyId,
@@ -403,8 +406,8 @@ impl Admin {
         }
     }
 
-    /// Tests the abilities of the token. If `write` is true, the worker also makes keys that stay on the token for a
-    /// short time, and removes them. The login ends afterwards.
+    /// Tests the capabilities of the token. If `write` is true, the worker also makes temporary
+    /// keys on the token, and removes them. Logs out at the end.
     pub fn report(&self, pin: &PinSource, write: bool, serial: bool) -> Result<Report, AdminError> {
         let job = Job::MakeReport(MakeReport {
             pin: Some(pin.to_wire()?),
@@ -471,7 +474,7 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
     })
 }
 
-/// An admin worker: its process and the command's end of the socket. When this value is dropped, the process ends.
+/// An admin worker: its process and the command's end of the socket. Dropping this value ends the process.
 #[derive(Debug)]
 struct Worker {
     child: Child,
@@ -492,8 +495,8 @@ impl Worker {
         let (mut command, stream) =
             process::command(program, settings, WORKER).map_err(AdminError::Start)?;
         let child = command.spawn().map_err(AdminError::Start)?;
-        // `command` still holds the worker's end of the socket. As long as this end is open in this process, the end of
-        // the worker is not noticed.
+        // `command` contains the worker's end of the socket. If this process kept the worker's end open, it could not
+        // detect that the worker ended.
         drop(command);
         Ok(Self {
             child,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use keybroker_core::call::Deadline;
 
-/// The caller of a job, and the deadline until which the result is useful. The jobs of each principal wait in a queue
-/// of their own.
+/// The caller of a job, and the deadline until which the result is useful. The jobs of each principal wait in a
+/// separate queue.
 #[derive(Clone, Debug)]
 pub struct Caller {
     lane: Lane,
@@ -13,7 +13,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// A principal, identified by its name. The jobs of principals take turns.
+    /// Returns a caller that is a principal with this name. The token serves the principals in turns.
     pub fn principal(name: impl Into<Arc<str>>, deadline: Deadline) -> Self {
         Self {
             lane: Lane::Principal(name.into()),
@@ -21,8 +21,8 @@ impl Caller {
         }
     }
 
-    /// The caller is the broker itself, for work that is not part of a call. Background work gets a small share of the
-    /// token's time, no matter how many callers wait.
+    /// Returns a caller that is the broker itself, for work that is not part of a call. Background work gets a small
+    /// share of the token's time, even if many callers wait.
     pub fn background(deadline: Deadline) -> Self {
         Self {
             lane: Lane::Background,

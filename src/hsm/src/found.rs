@@ -1,4 +1,4 @@
-//! What a worker found on its token.
+//! The token and keys that workers find when they start.
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -21,17 +21,17 @@ pub(super) struct Job {
     pub(super) work: Work,
     pub(super) caller: Caller,
     pub(super) done: oneshot::Sender<Answer>,
-    /// Whether the caller of the call has stopped waiting, while the call still waits for the job.
+    /// Set when the remote caller has stopped waiting, although the call in the broker still waits for the job.
     pub(super) abandoned: Abandoned,
     pub(super) queued: Instant,
-    /// How long the job waited for a session.
+    /// Time that the job waited for a session.
     pub(super) waited: Duration,
-    /// Whether another token can do the job. Such a job fails as soon as its worker is lost, so that the other token gets
-    /// it, and does not wait for a replacement worker.
+    /// Whether another token can do the job. When the worker of this job is lost, the job fails immediately and goes to
+    /// the other token. The job does not wait for a replacement worker.
     pub(super) has_alternative: bool,
     /// Whether the job was already repeated once because of a lost session.
     pub(super) retried: bool,
-    /// Number of workers that were lost while they held the job.
+    /// Number of workers that were lost while they had the job.
     pub(super) losses: u32,
     /// The caller's span, which carries the id of the call into the log lines about this job.
     pub(super) span: Span,

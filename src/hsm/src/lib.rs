@@ -1,10 +1,12 @@
 //! The front's side of the token: the [`Token`] that the broker calls, and the [`Supervisor`] that implements it.
 //!
-//! The vendor's module never shares a process with the network. [`Supervisor`] starts worker processes. A worker loads
-//! the module, logs in once and serves a closed set of jobs over a socket pair. [`Supervisor`] replaces a worker that
-//! crashes, hangs or loses its token. The crate `pkcs11` contains the worker, and this crate does not depend on it: the
-//! parts that both sides share are in `worker-protocol`. Only the worker uses PKCS#11 mechanisms, attributes, handles
-//! and return codes. This crate sees a failure as an [`Error`] class with a text for the log.
+//! The vendor's module never shares a process with the network. The [`Supervisor`] starts worker
+//! processes. A worker loads the module, logs in once and serves a fixed set of jobs over a socket
+//! pair. The [`Supervisor`] replaces a worker that crashes, hangs or loses its token. The worker is
+//! in the crate `pkcs11`, on which this crate does not depend. The crate `worker-protocol` contains
+//! the code that the front and the workers share. Only the worker uses PKCS#11 mechanisms,
+//! attributes, handles and return codes. In this crate, a failure is an [`Error`] class with a
+//! description for the log.
 //!
 //! Not protected: an attacker who runs code as the operating-system user of the worker is not isolated from the worker.
 
@@ -38,11 +40,11 @@ pub use pool::{Entry, Pool};
 pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};
 pub use supervisor::{StartupError, Supervisor};
 
-/// The operations of a token that the broker needs. Only [`Token::unwrap`] uses the RSA key, after the MAC has
-/// verified.
+/// The operations of a token that the broker needs. Only [`Token::unwrap`] and [`Token::rewrap`] use the RSA key, after
+/// the verification of the MAC.
 #[async_trait]
 pub trait Token: Send + Sync + fmt::Debug + 'static {
-    /// Wraps key material. The public-key operation runs in software, and the token makes the MAC.
+    /// Wraps key material. The public-key operation runs in software, and the token computes the MAC.
     async fn wrap(
         &self,
         key: WrappingKeyId,
@@ -51,8 +53,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Verifies the MAC over context and wrapped bytes, then decrypts. The verification and the decryption are one job
-    /// on the token.
+    /// Verifies the MAC of the context and the wrapped bytes, then decrypts the wrapped bytes. The verification and the
+    /// decryption are one job on the token.
     async fn unwrap(
         &self,
         envelope: &Envelope,
@@ -60,7 +62,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<KeyMaterial, Error>;
 
-    /// Verifies the MAC for the old context and makes a MAC for the new context. The RSA key is not used.
+    /// Verifies the MAC for the old context and computes a MAC for the new context. The RSA key is not used.
     async fn rebind(
         &self,
         envelope: &Envelope,
@@ -69,7 +71,7 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Makes a MAC with the integrity key of this wrapping key.
+    /// Computes a MAC with the integrity key of this wrapping key.
     async fn mac(
         &self,
         key: WrappingKeyId,
@@ -86,9 +88,9 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<(), Error>;
 
-    /// Moves an envelope to another wrapping key: verifies the MAC, decrypts, wraps again and makes the new MAC. The key material
-    /// stays inside the worker process. If the new wrapping key is on another token, that token makes the new MAC. The job is
-    /// idempotent. The new envelope has the algorithm of the new wrapping key.
+    /// Moves an envelope to another wrapping key: verifies the MAC, decrypts, wraps again and computes the new MAC. The
+    /// key material stays inside the worker process. If the new wrapping key is on another token, the other token
+    /// computes the new MAC. The job is idempotent. The new envelope has the algorithm of the new wrapping key.
     async fn rewrap(
         &self,
         envelope: &Envelope,
@@ -97,7 +99,8 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         caller: &Caller,
     ) -> Result<Envelope, Error>;
 
-    /// Number of jobs of principals that were queued since the start. A background task slows down while this number grows.
+    /// Number of principals' jobs that were queued since the start. A background task slows down
+    /// while this number increases.
     fn jobs_of_principals(&self) -> u64;
 
     /// Returns [`Error::QueueFull`] if any planned job of this caller would certainly be refused. The broker calls this
@@ -107,12 +110,12 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// Whether jobs wait for a free session.
     fn is_saturated(&self) -> bool;
 
-    /// The last known state. This function never waits for the token.
+    /// Returns the last known state, without waiting for the token.
     fn state(&self) -> TokenState;
 
-    /// Sets the keys that must be on each token, by the configured name of the token, according to the registry. If the keys changed, the workers are replaced
-    /// one after another, without an interruption. This function does not wait for that: a key can be used as soon as
-    /// [`TokenState::keys`] contains it.
+    /// Sets the keys that must be on each token according to the registry. The configured name identifies a token. If
+    /// the keys changed, the workers are replaced one after another, without an interruption. The function does not
+    /// wait until the workers are replaced. A key can be used as soon as [`TokenState::keys`] contains the key.
     fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>);
 }
 
@@ -121,14 +124,14 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
 pub struct TokenState {
     /// The configured name of the token; empty for the state of several tokens together.
     pub name: String,
-    /// The configured priority of the token. For several tokens together, the highest priority.
+    /// The configured priority of the token. The state of several tokens together contains the highest priority.
     pub priority: u8,
     /// Whether the token serves.
     pub serving: Serving,
-    /// A problem that an administrator must know although the token is still usable, such as a latched PIN. After the
-    /// last worker is lost, this problem prevents the start of a new worker.
+    /// A problem that an administrator must know about although the token is still usable, such as
+    /// a latched PIN. When the last worker is lost, the problem prevents the start of a new worker.
     pub note: Option<String>,
-    /// The token information. The value is `None` until the first worker is ready.
+    /// The token information; `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
     /// The keys that every worker found on the token.
     pub keys: Arc<[TokenKey]>,
@@ -138,17 +141,33 @@ pub struct TokenState {
     pub workers: Vec<WorkerInfo>,
     /// Number of jobs in the queue.
     pub queue_length: usize,
-    /// When a self-test last passed.
+    /// Time at which a self-test last passed.
     pub last_self_test: Option<Timestamp>,
+    /// Whether workers are being replaced because the registered keys changed. Until the
+    /// replacement ends, `keys` may lack a key that was just registered. With several tokens, only
+    /// the tokens that serve are counted.
+    pub is_checking_keys: bool,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
     /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
     pub tokens: Vec<TokenState>,
 }
 
 impl TokenState {
-    /// Whether at least one key has a token that serves.
+    /// Whether at least one key has an available token.
     pub fn serves_a_key(&self) -> bool {
         self.serving == Serving::Up || self.tokens.iter().any(|token| token.serving == Serving::Up)
+    }
+
+    /// Whether a token that has this key serves.
+    pub fn serves(&self, key: WrappingKeyId) -> bool {
+        let has_key = |state: &Self| {
+            state.serving == Serving::Up && state.keys.iter().any(|found| found.id == key)
+        };
+        if self.tokens.is_empty() {
+            has_key(self)
+        } else {
+            self.tokens.iter().any(has_key)
+        }
     }
 }
 
@@ -156,12 +175,12 @@ impl TokenState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
     /// At least one worker is ready and its self-test passes. The state is also `Up` for up to five seconds after the
-    /// last worker was lost, while the next worker starts. Until their deadlines, calls wait for the next worker.
+    /// last worker was lost, while the next worker starts. Calls wait for the next worker until their deadlines.
     Up,
-    /// No worker is ready, and the supervisor repeatedly tries to start a worker. The value is the cause, for the log
+    /// No worker is ready, and the supervisor repeatedly tries to start a worker. The text is the cause, for the log
     /// and for administrators.
     Down(String),
-    /// The attributes, the self-test, the keys or the PIN are wrong. The value is the cause.
+    /// The attributes, the self-test, the keys or the PIN are wrong; the text is the cause.
     Untrusted(String),
 }
 
@@ -185,14 +204,15 @@ pub struct TokenKey {
 pub struct UnusableKey {
     /// The id of the key.
     pub id: WrappingKeyId,
-    /// Why the key cannot be used.
+    /// Reason why the key cannot be used.
     pub problem: KeyProblem,
 }
 
-/// Why an expected key cannot be used. The values are causes for the log and for administrators.
+/// Reason why an expected key cannot be used. Each text is a cause, for the log and for
+/// administrators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyProblem {
-    /// The token does not show the key. The key may return, for example when the token is restored.
+    /// The key is missing from the token. The key may reappear, for example when the token is restored.
     Missing(String),
     /// The public key, an attribute, the self-test or a negative test is wrong.
     Untrusted(String),
@@ -205,35 +225,35 @@ pub struct WorkerInfo {
     pub pid: u32,
     /// Number of session threads.
     pub sessions: usize,
-    /// Number of jobs that the worker holds now.
+    /// Number of jobs that the worker currently has.
     pub jobs_in_flight: usize,
-    /// A number that grows by one with each started worker.
+    /// Sequence number of the worker among all workers of this token.
     pub generation: u64,
 }
 
-/// The delay after which a caller may retry if the token does not show the wrapping key.
+/// Delay after which a caller may retry if the wrapping key is missing from the token.
 pub const MISSING_KEY_RETRY: Duration = Duration::from_secs(5);
 
-/// The class of a token failure. There is a class for each different reaction of the caller. PKCS#11 return codes never
-/// leave the worker.
+/// The class of a token failure. Each class requires a different reaction from the caller. PKCS#11
+/// return codes never leave the worker.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    /// A MAC does not verify: the bytes differ from the bytes that were stored for this context.
+    /// The MAC is wrong: the bytes differ from the bytes that were stored for this context.
     #[error("the MAC does not verify")]
     MacRefused,
-    /// The MAC verified and the self-test passes, but the RSA operation failed: the wrapped bytes were already damaged
-    /// when the MAC was made.
+    /// The RSA operation failed, although the MAC is valid and the self-test passes. The wrapped bytes were already
+    /// damaged when the MAC was computed.
     #[error(
         "unwrap failed, although the MAC of the envelope is valid and the self-test passes: {0}"
     )]
     Damaged(String),
-    /// The deadline passed before a token call began, or before its result arrived.
+    /// The deadline passed before the token call began, or before the result arrived.
     #[error("the deadline passed before the token answered")]
     Deadline,
     /// The token cannot do the work before the deadline, or the queue is full.
     #[error("the token cannot do the work in time")]
     QueueFull {
-        /// The delay before a retry, random within a range.
+        /// Delay before a retry, random within a range.
         retry_after: Duration,
     },
     /// The token is unavailable.
@@ -247,7 +267,7 @@ pub enum Error {
     /// The token must not be used.
     #[error("token not trusted: {0}")]
     Untrusted(String),
-    /// The token does not show the key, although it serves other keys.
+    /// The key is missing from the token, although the token serves other keys.
     #[error("wrapping key {key} is missing: {cause}")]
     KeyMissing {
         /// The id of the key.
@@ -255,8 +275,8 @@ pub enum Error {
         /// The cause, for the log.
         cause: String,
     },
-    /// The workers do not know the key.
-    #[error("wrapping key {0} is not known to the workers")]
+    /// The key is not among the expected keys of the workers.
+    #[error("the workers do not have wrapping key {0}")]
     UnknownKey(WrappingKeyId),
 }
 
@@ -276,7 +296,7 @@ impl From<Error> for error::Error {
                 Self::new(Reason::TokenDown, detail).retry_after(MISSING_KEY_RETRY)
             }
             Error::Untrusted(_) => Self::new(Reason::TokenUntrusted, detail),
-            // The registry and the token disagree, and only an operator can repair that.
+            // The registry and the token differ, and only an operator can repair the difference.
             Error::UnknownKey(_) => Self::new(Reason::TokenUntrusted, detail),
         }
     }

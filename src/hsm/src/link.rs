@@ -1,4 +1,4 @@
-//! The front's end of one worker: its process, its socket and the jobs that it holds.
+//! The front's end of one worker: the worker's process, its socket and its current jobs.
 
 use std::{
     collections::HashMap,
@@ -27,9 +27,9 @@ use keybroker_worker_protocol::{
 
 use crate::{found::Found, job::Job, process};
 
-/// A worker is treated as hanging when it has not answered a job this long after the job's deadline.
+/// If a job is unanswered for this time after its deadline, its worker counts as hanging.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
-/// How often a worker that gets no more jobs is checked for jobs that it still runs.
+/// Interval at which a retired worker is checked for unfinished jobs.
 const RETIREMENT_PAUSE: Duration = Duration::from_millis(5);
 
 /// The front's data about one worker, and its connection to the worker.
@@ -42,21 +42,21 @@ pub(super) struct Link {
     found: Arc<Found>,
     /// Whether the worker must be replaced, because the expected keys have changed since it started.
     is_outdated: AtomicBool,
-    /// Number of jobs in `held` except self-tests. This number can be read without the lock.
+    /// Number of jobs in `held`, except self-tests. The number can be read without the lock.
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
     flush: Notify,
-    /// A cancellation signal: it is cancelled when the worker must end now, and `State` contains the cause.
+    /// Cancelled when the worker must end now; `State` contains the cause.
     ended: CancellationToken,
-    /// Cancelled when another worker has replaced this worker, so that this worker ends after its jobs.
+    /// Cancelled when another worker has replaced this worker. The replaced worker ends after its jobs.
     retired: CancellationToken,
 }
 
 #[derive(Default)]
 struct State {
     held: HashMap<u64, Job>,
-    /// Bytes that did not fit into the socket yet.
+    /// Bytes that have not fitted into the socket yet.
     unsent: Outbox,
     cause: Option<String>,
 }
@@ -129,7 +129,7 @@ impl Link {
         self.is_outdated.load(Ordering::Relaxed)
     }
 
-    /// Marks the worker as one that must be replaced.
+    /// Marks the worker for replacement.
     pub(super) fn outdate(&self) {
         self.is_outdated.store(true, Ordering::Relaxed);
     }
@@ -155,8 +155,8 @@ impl Link {
         self.in_flight() < self.sessions && !self.ended.is_cancelled()
     }
 
-    /// Sends a job to the worker directly, not through another task. The socket buffer has room for many times the jobs
-    /// that a worker may hold.
+    /// Sends a job to the worker directly, not through another task. The socket buffer is many times larger than the
+    /// jobs that a worker may have.
     pub(super) fn assign(&self, mut job: Job) {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         if !job.work.is_self_test() {
@@ -165,7 +165,10 @@ impl Link {
         let deadline_ns = frame::monotonic_ns().saturating_add(
             u64::try_from(job.caller.deadline().remaining().as_nanos()).unwrap_or(u64::MAX),
         );
-        tracing::debug!(parent: &job.span, pid = self.pid, generation = self.generation, job = id, "token job sent to a worker");
+        tracing::debug!(
+            parent: &job.span, pid = self.pid, generation = self.generation, job = id,
+            "a token job was sent to a worker"
+        );
         let mut state = self.state();
         state.unsent.push(job.work.stamped(id, deadline_ns));
         state.held.insert(id, job);
@@ -204,8 +207,8 @@ impl Link {
         }
     }
 
-    /// Reads replies and passes each to `take` with its job. Returns the reason when the socket is closed or a reply is
-    /// invalid.
+    /// Reads replies and passes each reply to `take` with its job. If the socket is closed or a reply is invalid,
+    /// returns the reason.
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
         let mut inbox = Inbox::default();
         loop {
@@ -223,7 +226,7 @@ impl Link {
                     Ok(Some(reply)) => {
                         let Some(job) = self.take_job(reply.id) else {
                             return format!(
-                                "the worker answered job {}, which it was not given",
+                                "the worker answered job {}, but the front did not send this job to the worker",
                                 reply.id
                             );
                         };
@@ -256,7 +259,7 @@ impl Link {
         self.state().cause.clone().unwrap_or_default()
     }
 
-    /// Whether the worker holds a job that is long past its deadline. The caller of this job already has an answer, but
+    /// Whether the worker has a job that is long past its deadline. The caller of this job already has an answer, but
     /// the session thread that runs the job hangs.
     pub(super) fn is_wedged(&self) -> bool {
         let now = Instant::now();
@@ -266,7 +269,7 @@ impl Link {
             .any(|job| job.caller.deadline().instant() + WEDGED_AFTER < now)
     }
 
-    /// Removes and returns all jobs that the worker holds.
+    /// Removes and returns all jobs of the worker.
     pub(super) fn take_jobs(&self) -> Vec<Job> {
         self.busy.store(0, Ordering::Relaxed);
         self.state().held.drain().map(|(_, job)| job).collect()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use keybroker_core::metrics::{self, CounterHandle, GaugeHandle, HistogramHandle, to_float};
 
-/// The series of one token, by its configured name.
+/// The metric series of one token, labelled with the token's configured name.
 #[derive(Clone, Debug)]
 pub(crate) struct Measures {
     pub(crate) operation: HistogramHandle,
@@ -32,7 +32,7 @@ impl Measures {
             self_test_age: metrics::TOKEN_SELF_TEST_AGE.with(name()),
             pin_latched: metrics::TOKEN_PIN_LATCHED.with(name()),
         };
-        // A rate must include the first event.
+        // The series starts at zero, so that a rate includes the first event.
         measures.worker_restarts.increment(0);
         measures.failovers.increment(0);
         measures

@@ -1,9 +1,9 @@
-//! Several tokens as one: each job goes to a token that holds its key and serves.
+//! Combines several tokens: each job goes to an available token that contains the job's key.
 //!
-//! Each token has its own [`Supervisor`], with its own workers, queue, PIN latch and metrics. The pool only decides which
-//! token gets a job. A job changes nothing on a token, so a job that a token failed to do can be repeated on another
-//! token. Therefore a token that crashes, hangs or is locked out costs no call that another token can serve before its
-//! deadline. With one token there is no pool: the broker uses the supervisor itself.
+//! Each token has its own [`Supervisor`], with its own workers, queue, PIN latch and metrics. The pool only decides
+//! which token gets a job. A job changes nothing on a token, so a job that failed on one token can be repeated on
+//! another token. Therefore the failure of one token causes no failed call if another token can serve the call before
+//! its deadline. With one token, the broker uses the supervisor directly and not the pool.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -37,16 +37,16 @@ mod state;
 mod tests;
 mod token;
 
-/// A token that has failed to answer in time gets no jobs for this time, if another token can do them. Its workers
-/// run self-tests meanwhile, and a worker that hangs is replaced.
+/// A token that failed to answer in time gets no jobs for this time, if another token can do the jobs. Meanwhile,
+/// self-tests check the workers of the token, and a hanging worker is replaced.
 const SUSPECTED: Duration = Duration::from_secs(1);
-/// A token that was given no job for this time gets the next job that it can do within a quarter of the job's time. Its
-/// estimates would otherwise never change.
+/// A token without a job for this time gets the next job that it can do within a quarter of the job's time. Without
+/// such probes, the estimates of the token would never change.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_PARTS: u32 = 4;
-/// The delay before a retry that an error contains while no token has shown a key.
+/// Delay before a retry, in the error for a key that no token has yet.
 const ABSENT_RETRY: Duration = Duration::from_secs(1);
-/// How long a start waits for the other tokens after every key has a token that serves.
+/// Time that a start waits for the other tokens after every key has an available token.
 const OTHERS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A token of a pool: its settings, and the keys that must be on it.
@@ -54,7 +54,7 @@ const OTHERS_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Entry {
     /// The settings of the token.
     pub settings: Settings,
-    /// The keys that the token must show. A token without keys is not opened.
+    /// The keys that the token must contain. The broker does not open a token without keys.
     pub keys: Vec<ExpectedKey>,
 }
 
@@ -63,9 +63,9 @@ pub struct Entry {
 pub struct Pool {
     /// The tokens with keys, by descending priority.
     members: Vec<Member>,
-    /// Names of the tokens for which no key is registered. These tokens are not opened.
+    /// Names of the tokens for which no key is registered. The broker does not open these tokens.
     unused: Vec<String>,
-    /// The time to which the times of the members refer.
+    /// Epoch of the pool: the times of its members are milliseconds since this moment.
     epoch: Instant,
 }
 
@@ -74,19 +74,19 @@ pub struct Pool {
 struct Member {
     priority: u8,
     supervisor: Arc<Supervisor>,
-    /// Until when the token is suspected of hanging, in milliseconds since the epoch of the pool.
+    /// Time until which the token is suspected of hanging, in milliseconds since the epoch of the pool.
     suspected_until_ms: AtomicU64,
-    /// When the token was last given a job, in milliseconds since the epoch of the pool.
+    /// Time at which the token last got a job, in milliseconds since the epoch of the pool.
     last_job_ms: AtomicU64,
 }
 
-/// What a job needs of a token.
+/// A job's requirements for a token.
 #[derive(Clone, Copy, Debug)]
 struct Need {
     kind: Kind,
     /// The algorithm of the envelope that the job decrypts.
     algorithm: Option<Algorithm>,
-    /// A second key that the token must hold: the new wrapping key of a re-wrap.
+    /// A second key that the token must contain: the new wrapping key of a re-wrap.
     second: Option<WrappingKeyId>,
 }
 
@@ -95,7 +95,7 @@ struct Need {
 struct Choice {
     /// Index of the token in `Pool::members`.
     member: usize,
-    /// When the job is expected to be done; `None` if no worker is ready, so that the job waits for a worker.
+    /// Expected time until the job is done; `None` if no worker is ready and the job waits for a worker.
     expected: Option<Duration>,
 }
 
@@ -109,8 +109,8 @@ impl Member {
         }
     }
 
-    /// Whether the token holds the keys of a job and can use the algorithm of the job's envelope. A token whose OAEP
-    /// supports SHA-256 supports SHA-1, too.
+    /// Whether the token contains the keys of a job and supports the algorithm of the job's envelope. A token whose
+    /// OAEP supports SHA-256 supports SHA-1, too.
     fn holds(&self, need: Need) -> bool {
         let Some(own) = self.supervisor.algorithm(need.kind.key()) else {
             return false;
@@ -123,7 +123,8 @@ impl Member {
         can_decrypt && has_second
     }
 
-    /// Whether the estimates of the token are old, and the job can be done even if the token is much slower than before.
+    /// Whether the estimates of the token are old and the job can be a probe. A job can be a probe if it would be in
+    /// time even on a much slower token.
     fn is_due_for_a_probe(&self, now_ms: u64, expected: Duration, caller: &Caller) -> bool {
         let idle_ms = now_ms.saturating_sub(self.last_job_ms.load(Ordering::Relaxed));
         idle_ms >= millis(PROBE_INTERVAL) && expected * PROBE_PARTS <= caller.deadline().remaining()
@@ -150,8 +151,8 @@ impl Pool {
         for token in &unused {
             tracing::warn!(
                 %token,
-                "no wrapping key is registered for this token, so the token is not used; register a key that it holds with \
-                 `keybroker key register`"
+                "no wrapping key is registered for this token, so the token is not used; register a key of this token \
+                 with `keybroker key register`"
             );
         }
         Arc::new(Self::of(members, unused))
@@ -167,7 +168,7 @@ impl Pool {
         }
     }
 
-    /// The token that the broker uses: the only token itself, or this pool.
+    /// Returns the token that the broker uses: the supervisor of a single token, or this pool.
     pub fn token(self: &Arc<Self>) -> Arc<dyn Token> {
         match self.members.as_slice() {
             [only] if self.unused.is_empty() => Arc::<Supervisor>::clone(&only.supervisor),
@@ -175,8 +176,8 @@ impl Pool {
         }
     }
 
-    /// Waits until the first attempt to start the workers of each token has ended. Does not wait long for a token
-    /// without which every key has a token that serves. Returns the state afterwards.
+    /// Waits until the first attempt to start the workers of each token has ended. Does not wait long for a token if
+    /// the other tokens already serve every key. Returns the state after the wait.
     pub async fn settled(&self) -> Serving {
         if let [only] = self.members.as_slice() {
             return only.supervisor.settled().await;
@@ -198,7 +199,7 @@ impl Pool {
         self.serving()
     }
 
-    /// Why no token can serve, if only an administrator can repair it.
+    /// Returns the reason why no token can serve, if only an administrator can repair the cause.
     pub fn startup_error(&self) -> Option<StartupError> {
         if let [only] = self.members.as_slice() {
             return only.supervisor.startup_error();
@@ -244,9 +245,9 @@ impl Pool {
         }
     }
 
-    /// Chooses a token for a job, among the tokens that are not in `tried`: by priority, and among equal priority by the
-    /// expected time until the job is done. A token of lower priority is chosen only if no token of higher priority
-    /// does the job in time. If no token does the job in time, the token that is done first is chosen.
+    /// Chooses a token for a job among the tokens that are not in `tried`. A token of lower priority is chosen only if
+    /// no token of higher priority can do the job in time. Among tokens of equal priority, or if no token can do the
+    /// job in time, the token that would finish first is chosen.
     fn choose(&self, need: Need, caller: &Caller, tried: &[usize]) -> Option<Choice> {
         let now_ms = self.now_ms();
         let mut in_time: Option<(u8, Choice)> = None;
@@ -286,7 +287,7 @@ impl Pool {
             .or_else(|| self.awaited(need, tried))
     }
 
-    /// The token on which a job waits for a worker, because no token has a worker that is ready.
+    /// Returns the token on which a job waits for a worker, because no token has a ready worker.
     fn awaited(&self, need: Need, tried: &[usize]) -> Option<Choice> {
         let waits = |serves: bool| {
             self.members.iter().enumerate().position(|(at, member)| {
@@ -302,8 +303,8 @@ impl Pool {
         })
     }
 
-    /// Runs a job on a token that holds its key. If the token fails or answers late, another token gets the job, as long
-    /// as the deadline allows it. The first answer counts.
+    /// Runs a job on a token that contains its key. If the token fails or is late, another token gets the same job, if
+    /// the deadline allows. The caller gets the first answer.
     async fn run(
         &self,
         need: Need,
@@ -316,7 +317,7 @@ impl Pool {
         };
         loop {
             attempts.begin(choice.member);
-            // A token without a worker is no alternative: the job is better repeated on the chosen token.
+            // A token without a worker is no alternative: repeating the job on the chosen token is faster.
             let alternative = self.choose(need, caller, attempts.tried());
             let has_alternative = alternative.is_some_and(|choice| choice.expected.is_some());
             if let Some(member) = self.members.get(choice.member) {
@@ -344,7 +345,7 @@ impl Pool {
                     }
                     Done::Late(member) => {
                         let next = self.choose(need, caller, attempts.tried());
-                        // A token without a worker would only let the job wait a second time.
+                        // On a token without a worker, the job would only wait again.
                         if let Some(next) = next.filter(|next| next.expected.is_some()) {
                             if self.has_worker(member) {
                                 self.suspect(member);
@@ -370,12 +371,12 @@ impl Pool {
         }
     }
 
-    /// The error for a key that no token has shown yet.
+    /// Returns the error for a key that no worker has found yet.
     fn absent(&self, key: WrappingKeyId) -> Error {
         Error::Down {
             cause: match self.unserved_cause(key) {
                 Some(cause) => cause,
-                None => format!("wrapping key {key} is on no token of the configuration"),
+                None => format!("no token of the configuration has wrapping key {key}"),
             },
             retry_after: ABSENT_RETRY,
         }

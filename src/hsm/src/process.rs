@@ -1,4 +1,4 @@
-//! Starting a worker process, and describing how it ended.
+//! Starts worker processes, and describes how they ended.
 
 use std::{
     io,
@@ -15,8 +15,8 @@ use std::{
 
 use keybroker_worker_protocol::Settings;
 
-/// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command with the front's
-/// end of the socket; the worker's end is its standard input.
+/// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command and the front's
+/// end of the socket; the worker's end is the worker's standard input.
 ///
 /// The environment of every worker contains exactly the variables of `[token.environment]`, both for `serve` and for
 /// commands.
@@ -39,8 +39,7 @@ pub(crate) fn command(
     Ok((command, ours))
 }
 
-/// The names of the signals that usually end a process: the signals of defects, and the signals that people and the
-/// kernel send.
+/// Names of the signals that usually end a process: signals after a defect, and signals that users or the kernel send.
 const SIGNALS: [(i32, &str); 10] = [
     (3, "SIGQUIT"),
     (4, "SIGILL"),

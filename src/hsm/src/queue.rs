@@ -1,8 +1,9 @@
 //! The queue of jobs that wait for a session, and the workers that take them. The front has only one queue. The queue
-//! is bounded, and decides about fairness and waiting times. A worker holds at most one job per session thread.
+//! is bounded, and determines fairness and waiting times. A worker has at most one job per session thread.
 //!
 //! A job that cannot be done in time is refused when it arrives, so that the token works only for callers who still
-//! wait. Principals take turns ([`backlogs`]). The duration of a job is estimated for each key ([`estimate`]).
+//! wait. The token serves the principals in turns ([`backlogs`]). The duration of a job is estimated for each key
+//! ([`estimate`]).
 //!
 //! Mitigation: M8 of `THREAT_MODEL.md`.
 
@@ -41,7 +42,8 @@ pub use estimate::Planned;
 
 /// The shortest retry delay that an error contains.
 const RETRY_MIN: Duration = Duration::from_millis(10);
-/// A full queue is searched for abandoned jobs at most this often, so that refusals stay cheap.
+/// Shortest interval between two searches of a full queue for abandoned jobs, so that refusals stay
+/// cheap.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The queue and its workers.
@@ -49,7 +51,7 @@ const SEARCH_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Queue {
     state: Mutex<State>,
     length_max: usize,
-    /// Number of jobs of principals that arrived since the start.
+    /// Number of principals' jobs that arrived since the start of the broker.
     of_principals: AtomicU64,
 }
 
@@ -62,14 +64,14 @@ struct State {
     queue_wait: HistogramHandle,
 }
 
-/// How soon a token could do a job that it is not given yet.
+/// Estimate of the time at which a token would complete a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Offer {
     /// No worker is ready.
     NoWorker,
-    /// The job would be done after this time, before its deadline.
+    /// The job would be completed after this time, before its deadline.
     InTime(Duration),
-    /// The job would be done after this time, which is too late.
+    /// The job would be completed after this time, but too late.
     TooLate(Duration),
 }
 
@@ -125,15 +127,15 @@ impl Queue {
         Ok(())
     }
 
-    /// Refuses a caller whose jobs would certainly be refused, whatever key they use. This check reads only the state
-    /// of the queue, so it is cheap.
+    /// Returns an error if all jobs of this caller would certainly be refused, for every key. The check is cheap,
+    /// because it reads only the state of the queue.
     pub(super) fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {
         let state = self.state();
         let least = state.estimates.least(planned);
         state.check_in_time(caller.lane(), least, caller.deadline(), Instant::now())
     }
 
-    /// Estimates when a job of this kind would be done. The queue does not change.
+    /// Estimates the time at which a job of this kind would be completed. Does not change the queue.
     pub(super) fn offer(&self, kind: Kind, caller: &Caller) -> Offer {
         let state = self.state();
         let (sessions, busy) = state.sessions();
@@ -141,7 +143,7 @@ impl Queue {
             return Offer::NoWorker;
         }
         let job = state.estimates.of(Some(kind));
-        // On average, half of each running job is still to be done.
+        // On average, half of each running job remains.
         let wait = (state.waiting.work() + job.mean * count(busy) / 2) / count(sessions);
         let deadline = caller.deadline();
         let in_time = state.check_in_time(caller.lane(), job, deadline, Instant::now());
@@ -167,16 +169,16 @@ impl Queue {
         self.state().dispatch();
     }
 
-    /// Records the time for which a job occupied its session, as the front sees it. If the module computes in software
-    /// on the same processors, this time is much longer than the time in the module, because the thread of the session
-    /// also waits for a processor.
+    /// Records the time for which a job occupied its session, as the front measures it. A module that computes in
+    /// software uses the same processors as the front. The occupied time is then much longer than the time in the
+    /// module, because the session thread also waits for a processor.
     pub(super) fn served(&self, job: &Job) {
         if let Some(kind) = Kind::of(&job.work) {
             self.state().estimates.add(kind, job.occupied());
         }
     }
 
-    /// Records that a job of this kind took this time.
+    /// Records the duration of a job of this kind.
     #[cfg(test)]
     pub(super) fn measured_for_test(&self, kind: Kind, spent: Duration) {
         self.state().estimates.add(kind, spent);
@@ -212,7 +214,8 @@ impl Queue {
         self.state().waiting.len()
     }
 
-    /// Answers the waiting jobs that another token can do with this error, so that the other token gets them.
+    /// Answers with this error each waiting job that another token can do, so that the other token
+    /// gets the job.
     pub(super) fn fail_with_alternative(&self, error: &Error) {
         let passed_on = self.state().waiting.take_if(|job| job.has_alternative);
         for job in passed_on {
@@ -272,8 +275,9 @@ impl State {
         }
     }
 
-    /// Refuses a job that would be too late behind the jobs that already wait. A job that a free session takes
-    /// immediately is always accepted, because its duration shows how fast the token is now.
+    /// Refuses a job that would finish too late because of the jobs that already wait. A job that a
+    /// free session takes immediately is always accepted, because its duration shows how fast the
+    /// token is now.
     fn check_in_time(
         &self,
         lane: &Lane,
@@ -285,9 +289,8 @@ impl State {
         if deadline.remaining().is_zero() {
             return Err(Error::Deadline);
         }
-        // If there is no worker, nothing is known about the speed of the token, and a replacement worker is starting.
-        // A background job is not refused, because background jobs have a guaranteed share of the
-        // turns (`BACKGROUND_TURNS`).
+        // Without a worker, the speed of the token is unknown, and a replacement worker is starting. A background job
+        // is not refused, because background jobs have a guaranteed share of the turns (`BACKGROUND_TURNS`).
         if sessions == 0
             || *lane == Lane::Background
             || (busy < sessions && self.waiting.is_empty())
@@ -304,15 +307,15 @@ impl State {
             .map_err(refusal)
     }
 
-    /// The number of sessions, and how many of them run a job.
+    /// Returns the number of sessions, and the number of sessions that run a job.
     fn sessions(&self) -> (usize, usize) {
         self.links.iter().fold((0, 0), |(sessions, busy), link| {
             (sessions + link.sessions(), busy + link.in_flight())
         })
     }
 
-    /// Makes room in a full queue. Removes abandoned and expired jobs, or else the newest job of the lane with the most
-    /// work.
+    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no such
+    /// jobs, removes the newest job of the lane with the most work.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self
             .searched
@@ -348,8 +351,8 @@ fn count(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }
 
-/// Returns an error with the delay before a retry. The delay is random within a range, so that callers that were
-/// refused at the same time do not all retry at the same time.
+/// Returns an error with the delay before a retry. The delay is random within a range, so that callers who were refused
+/// together do not retry together.
 fn refusal(wait: Duration) -> Error {
     let wait = wait.max(RETRY_MIN);
     Error::QueueFull {

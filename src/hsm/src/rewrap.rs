@@ -1,4 +1,4 @@
-//! The jobs of a re-wrap, and the reading of their results.
+//! Creates the jobs of a re-wrap, and reads their results.
 
 use keybroker_core::{
     envelope::{Context, Envelope, MAC_BYTES, Mac, Unsealed},
@@ -20,7 +20,7 @@ pub(super) struct Rewrap<'a> {
 }
 
 impl Rewrap<'_> {
-    /// The job for a worker that has both wrapping keys.
+    /// Returns the job for a worker that has both wrapping keys.
     pub(super) fn on_one_token(&self) -> Result<request::Job, Error> {
         let [before, after] = Unsealed::message_around(
             self.to.algorithm,
@@ -36,7 +36,7 @@ impl Rewrap<'_> {
         })))
     }
 
-    /// The job for a worker that has only the old wrapping key.
+    /// Returns the job for a worker that has only the old wrapping key.
     pub(super) fn for_another(&self) -> request::Job {
         self.job(Target::Spki(self.to.spki.clone()))
     }
@@ -80,7 +80,7 @@ impl Rewrap<'_> {
     }
 }
 
-/// An envelope and its context as the job of an unwrap.
+/// Returns the unwrap job for an envelope and its context.
 pub(super) fn unwrap(envelope: &Envelope, context: &Context<'_>) -> wire::Unwrap {
     wire::Unwrap {
         key_id: envelope.wrapping_key().as_bytes().to_vec(),
@@ -91,7 +91,7 @@ pub(super) fn unwrap(envelope: &Envelope, context: &Context<'_>) -> wire::Unwrap
     }
 }
 
-/// Returns a key that the token holds.
+/// Returns a key that was found on the token.
 pub(super) fn key(keys: &[TokenKey], id: WrappingKeyId) -> Result<&TokenKey, Error> {
     keys.iter()
         .find(|key| key.id == id)

@@ -36,7 +36,7 @@ pub(super) struct Failure {
     pub(super) detail: String,
 }
 
-/// The reason why a worker did not become ready. The state machine treats each reason in its own way.
+/// The reason why a worker did not become ready. The state machine reacts differently to each reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotReady {
     /// The process ended, hung or could not be started; this failure does not show a problem of the token.
@@ -45,7 +45,7 @@ pub(crate) enum NotReady {
     Busy,
     /// The token is unavailable, or the configuration does not match the token.
     Unavailable,
-    /// A login failed with a code that does not concern the PIN.
+    /// A login failed with a return code that does not concern the PIN.
     Login,
     /// The PIN was rejected or cannot be read, or the token must not be given the PIN again.
     Pin,
@@ -54,8 +54,8 @@ pub(crate) enum NotReady {
 }
 
 impl NotReady {
-    /// Classifies a failure. `first` is true for the first attempt of this process: a key that is missing later, after
-    /// it was found once, means that the token is unavailable.
+    /// Classifies a failure. `first` is true for the first attempt of this process. In a later attempt, a missing key
+    /// means that the token is unavailable, because an earlier worker found the key.
     pub(crate) fn of(class: FailureClass, first: bool) -> Self {
         match class {
             FailureClass::BackOff => Self::Busy,
@@ -76,7 +76,7 @@ impl Failure {
         }
     }
 
-    /// Makes a failure that the worker did not report itself.
+    /// Creates a failure that the worker did not report itself.
     fn crashed(detail: impl Into<String>) -> Self {
         Self {
             class: None,
@@ -84,7 +84,8 @@ impl Failure {
         }
     }
 
-    /// Returns the reason of the failure for the state machine. `first` is true for the first attempt of this process.
+    /// Returns the reason for the failure, for the state machine. `first` is true for the first attempt of this
+    /// process.
     pub(super) fn why(&self, first: bool) -> NotReady {
         self.class
             .map_or(NotReady::Crashed, |class| NotReady::of(class, first))
@@ -92,8 +93,8 @@ impl Failure {
 }
 
 /// Starts a worker and waits until it is ready. If the worker fails or the broker stops before the worker is ready,
-/// this function tells the worker to end and waits until it has ended. The worker gets time to end before it is killed,
-/// because it may be in the middle of its login.
+/// this function tells the worker to end and waits for its end. A worker gets time to end before it is killed, because
+/// it may be logging in.
 pub(super) async fn worker(
     program: &Path,
     settings: &Settings,
@@ -183,7 +184,7 @@ fn setup(
     }
     check_environment(&settings.environment)
         .map_err(|error| Failure::new(FailureClass::Configuration, error.to_string()))?;
-    // The path is resolved here, because the worker does not have the front's environment.
+    // The front resolves the path, because the worker does not have the front's environment.
     let pin_file = settings
         .pin_file
         .as_deref()
@@ -260,7 +261,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
         && expected.iter().all(is_reported);
     if !same {
         return Err(untrusted(
-            "the worker did not report on exactly the expected keys".to_owned(),
+            "the keys that the worker reported are not the expected keys".to_owned(),
         ));
     }
     Ok(Found {
@@ -271,7 +272,7 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
     })
 }
 
-/// Reads the report on the keys that a worker could not use.
+/// Reads the worker's report about the keys that the worker could not use.
 fn unusable(reported: Vec<wire::UnusableKey>) -> Result<Vec<UnusableKey>, Failure> {
     let unusable = reported.into_iter().map(|key| {
         let id = WrappingKeyId::from_slice(&key.id).ok_or_else(|| {

@@ -1,6 +1,6 @@
-//! Keeps the workers running: starts them one after another, runs a self-test on each worker every second, and replaces
-//! a worker that crashes, hangs or loses its token. [`machine::Machine`] decides what to do and when; this module
-//! carries out the decisions.
+//! Starts the workers one after another, and runs a self-test on each worker every second. Replaces a worker that
+//! crashes, hangs or loses its token. The state machine [`machine::Machine`] makes the decisions, and this module
+//! carries them out.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -54,12 +54,12 @@ const TICK: Duration = Duration::from_millis(250);
 /// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
 
-/// The reason why the first start failed, if only an administrator can repair it.
+/// The reason for a failed first start, if only an administrator can repair the cause.
 #[derive(Clone, Debug)]
 pub struct StartupError {
-    /// A message that says what happened, what it means and what an administrator has to do.
+    /// A message with the cause, its effect and the action that an administrator must take.
     pub message: String,
-    /// Whether a key or an attribute is wrong. The value is `false` if the configuration is wrong.
+    /// Whether a key or an attribute is wrong; `false` if the configuration is wrong.
     pub untrusted: bool,
 }
 
@@ -76,8 +76,8 @@ pub struct Supervisor {
     /// The token, and the keys that every worker serves.
     found: ArcSwap<Found>,
     serving: watch::Sender<Serving>,
-    /// The lock is held during a change of the workers in the queue or of `serving`, because these two depend on each
-    /// other.
+    /// The lock is also held while the workers in the queue or `serving` change, because the two
+    /// must match.
     machine: Mutex<Decider>,
     /// Notified when the state machine decides that a worker must be started.
     start: Notify,
@@ -89,7 +89,7 @@ pub struct Supervisor {
     tasks: TaskTracker,
 }
 
-/// The state machine with its clock and its alerts.
+/// The state machine, its clock and its alerts.
 #[derive(Debug)]
 struct Decider {
     machine: Machine,
@@ -99,7 +99,7 @@ struct Decider {
 }
 
 impl Decider {
-    /// The error for callers while the token is unavailable, with the time until a worker is expected.
+    /// Returns the error for callers while the token is unavailable, with the expected time until a worker is ready.
     fn down(&self, cause: &str) -> Error {
         Error::Down {
             cause: cause.to_owned(),
@@ -167,13 +167,13 @@ impl Supervisor {
     /// Waits until the first attempt to start the workers has ended. Returns the state after this attempt.
     pub async fn settled(&self) -> Serving {
         let mut settled = self.settled.subscribe();
-        // The supervisor holds the sender of this channel, so the wait cannot fail.
+        // The supervisor owns the sender of this channel, so the wait cannot fail.
         let waited = settled.wait_for(|settled| *settled).await.is_ok();
         debug_assert!(waited);
         self.serving.borrow().clone()
     }
 
-    /// Why the first attempt failed, if only an administrator can repair it.
+    /// Returns the reason for a failed first start, if only an administrator can repair the cause.
     pub fn startup_error(&self) -> Option<StartupError> {
         self.startup_error
             .lock()
@@ -188,7 +188,7 @@ impl Supervisor {
             self.apply(&mut decider, Event::Stop);
             self.serving
                 .send_replace(Serving::Down(STOPPING.to_owned()));
-            tracing::info!(token = %self.settings.name, "the broker accepts no more token jobs");
+            tracing::info!(token = %self.settings.name, "the broker no longer accepts token jobs");
             if !self.queue.has_links() {
                 self.queue.fail_all(&decider.down(STOPPING));
             }
@@ -229,7 +229,7 @@ impl Supervisor {
         }
     }
 
-    /// Starts one worker and adds it to the queue, unless the broker stops meanwhile.
+    /// Starts one worker and adds it to the queue, unless the broker stops first.
     async fn start_worker(self: Arc<Self>) {
         let expected = self.expected.load_full();
         let started = start::worker(
@@ -246,8 +246,8 @@ impl Supervisor {
             Err(failure) => self.note_failed_start(failure),
         }
         self.publish_metrics();
-        // One worker is enough for the token to be usable, even if the next worker does not start: a token may allow
-        // fewer sessions than the configuration demands.
+        // The token is usable with one worker, even if the next worker does not start. A token may allow fewer sessions
+        // than the configuration requires.
         if failed || self.decider().machine.is_full() {
             self.settled.send_replace(true);
         }
@@ -309,8 +309,8 @@ impl Supervisor {
         self.publish_keys();
     }
 
-    /// Gives no more jobs to a worker that is lost. If a worker is lost for several causes, only the first cause is
-    /// reported.
+    /// Gives no more jobs to a lost worker. If the loss of a worker has several causes, only the
+    /// first cause is reported.
     fn dismiss(&self, link: &Link, loss: Loss, cause: &str) {
         let mut decider = self.decider();
         if self.queue.remove(link.generation()) {
@@ -360,9 +360,10 @@ impl Supervisor {
         self.decider().down(cause)
     }
 
-    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because a job changes
-    /// nothing on the token. If a job was already lost with `losses_max` workers, the job fails, because it may be the
-    /// reason why these workers were lost. A job that another token can do fails, so that the other token gets it.
+    /// Queues the jobs of a lost worker again, for another worker. Repeating a job is safe, because
+    /// a job changes nothing on the token. If a job was already lost with `losses_max` workers, the
+    /// job fails, because it may have caused the losses. If another token can do a job, the job
+    /// fails on this token, so that the other token gets the job.
     fn take_back(&self, jobs: Vec<Job>, losses_max: u32, cause: &str) {
         let decider = self.decider();
         let refusal = decider.refusal(&self.serving.borrow());
@@ -443,11 +444,12 @@ impl Supervisor {
                 .collect(),
             queue_length: self.queue.len(),
             last_self_test: self.last_self_test(),
+            is_checking_keys: self.outdated() > 0,
             tokens: Vec::new(),
         }
     }
 
-    /// The configured name of the token.
+    /// Returns the configured name of the token.
     pub(crate) fn name(&self) -> &str {
         &self.settings.name
     }
@@ -465,13 +467,13 @@ impl Supervisor {
         self.expected.load_full()
     }
 
-    /// The algorithm with which a key wraps; `None` if not every worker serves the key.
+    /// Returns the algorithm with which a key wraps, or `None` if a worker does not serve the key.
     pub(crate) fn algorithm(&self, key: WrappingKeyId) -> Option<Algorithm> {
         let found = self.found.load();
         found.wrap.get(&key).map(|key| key.algorithm())
     }
 
-    /// A key as the last started worker found it.
+    /// Returns a key with the properties that the workers read from the token.
     pub(crate) fn token_key(&self, key: WrappingKeyId) -> Option<TokenKey> {
         let found = self.found.load();
         found.keys.iter().find(|one| one.id == key).cloned()

@@ -1,4 +1,4 @@
-//! Reads facts of a certificate for messages: its names, its purposes and its validity.
+//! Reads the names, the permitted uses and the validity of a certificate, for messages.
 //!
 //! The TLS library decides whether a peer is accepted; this module has no part in the decision.
 
@@ -14,13 +14,14 @@ use keybroker_core::call::Timestamp;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// Longest time between the first warning and the expiry of a certificate, in days.
+/// Maximum time between the first warning and the expiry of a certificate, in days.
 const WARN_DAYS_MAX: i64 = 30;
-/// The warning begins when a fifth of the validity remains, if this time is less than `WARN_DAYS_MAX`. Automatic
-/// renewal usually takes place when a third or a half of the validity remains.
+/// The broker warns when a fifth of the validity period remains, but at most `WARN_DAYS_MAX` days
+/// before expiry. Automatic renewal usually takes place when a third or a half of the validity
+/// period remains.
 const WARN_PART: i64 = 5;
 
-/// Why a certificate cannot be read.
+/// An error while a certificate is read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// The data is not an X.509 certificate.
@@ -31,24 +32,24 @@ pub(crate) enum Error {
     Extension(#[source] X509Error),
 }
 
-/// The facts of a certificate.
+/// The contents of a certificate that messages and checks need.
 #[derive(Clone, Debug)]
 pub(crate) struct Facts {
     /// Distinguished name of the subject.
     pub(crate) subject: String,
-    /// Whether subject and issuer are equal.
+    /// Whether the subject and the issuer are equal.
     pub(crate) is_self_issued: bool,
     /// Whether the certificate is a CA; `None` for X.509 version 1, which has no such field.
     pub(crate) is_authority: Option<bool>,
     /// Subject alternative names that TLS clients compare: DNS names and IP addresses.
     pub(crate) hosts: Vec<String>,
-    /// Uses that `keyUsage` and `extendedKeyUsage` allow.
+    /// Uses that `keyUsage` and `extendedKeyUsage` permit.
     usages: Vec<Usage>,
-    /// The validity of the certificate.
+    /// The validity period of the certificate.
     pub(crate) life: Life,
 }
 
-/// A use of a certificate.
+/// A purpose for which a certificate may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Usage {
     /// Authentication of a TLS server.
@@ -61,22 +62,22 @@ pub(crate) enum Usage {
     Issuing,
 }
 
-/// First and last second of a certificate's validity, in seconds since 1970.
+/// The first and the last second of a certificate's validity period, in seconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Life {
     pub(crate) from: i64,
     pub(crate) until: i64,
 }
 
-/// The relation of a time to the validity of a certificate.
+/// Whether a certificate is not valid yet, valid, near its end or expired at a given time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Age {
-    /// Not valid yet.
+    /// The certificate is not valid yet.
     Early,
     Good,
-    /// Valid, but near the end, so a renewal is due.
+    /// The certificate is valid, but expires soon and must be renewed.
     Late,
-    /// Expired.
+    /// The certificate has expired.
     Over,
 }
 
@@ -89,7 +90,8 @@ impl Life {
         }
     }
 
-    /// The relation of a time, in seconds since 1970, to this validity.
+    /// Returns whether the certificate is valid, near its end or expired at the time `at`, which is
+    /// in seconds since 1970.
     pub(crate) fn age(self, at: i64) -> Age {
         let length = self.until.saturating_sub(self.from);
         let warned = (length / WARN_PART).min(WARN_DAYS_MAX * SECONDS_PER_DAY);
@@ -104,12 +106,12 @@ impl Life {
         }
     }
 
-    /// The beginning of the validity, for messages.
+    /// The start of the validity period, for messages.
     pub(crate) fn begins(self) -> Timestamp {
         date(self.from)
     }
 
-    /// The end of the validity, for messages.
+    /// The end of the validity period, for messages.
     pub(crate) fn ends(self) -> Timestamp {
         date(self.until)
     }
@@ -137,7 +139,7 @@ impl Facts {
         let names = names.map_or(&[][..], |names| &names.value.general_names);
         let is_authority = match constraints {
             Some(constraints) => Some(constraints.value.ca),
-            // Only X.509 version 3 has extensions.
+            // Only X.509 version 3 certificates have extensions.
             None => (certificate.version.0 >= 2).then_some(false),
         };
         let purpose = |is: fn(&ExtendedKeyUsage<'_>) -> bool| {
@@ -168,7 +170,8 @@ impl Facts {
 }
 
 impl Facts {
-    /// Whether the certificate allows a use. A certificate without `keyUsage` and `extendedKeyUsage` allows every use.
+    /// Whether the certificate permits a use. A certificate without `keyUsage` and
+    /// `extendedKeyUsage` permits every use.
     pub(crate) fn allows(&self, usage: Usage) -> bool {
         self.usages.contains(&usage)
     }
@@ -189,7 +192,7 @@ fn host(name: &GeneralName<'_>) -> Option<String> {
     }
 }
 
-/// Whether a private key belongs to a certificate; `None` for an unsupported kind of key.
+/// Whether a private key belongs to a certificate; `None` if the type of the key is not supported.
 pub(crate) fn is_key_of(certificate: &CertificateDer<'_>, key: &PrivateKeyDer<'_>) -> Option<bool> {
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
     let public = key.public_key()?;
@@ -201,7 +204,8 @@ pub(crate) fn is_key_of(certificate: &CertificateDer<'_>, key: &PrivateKeyDer<'_
 mod tests {
     use super::*;
 
-    /// A certificate that lives for a day is renewed after half of it; thirty days before its end it does not exist.
+    /// A warning time of thirty days for every certificate would be longer than the validity of a
+    /// short-lived certificate.
     #[test]
     fn a_certificate_is_late_by_its_own_lifetime() {
         for (days, late_hours) in [

@@ -51,8 +51,9 @@ use output::{Format, Output};
 const COMMAND_LOG: &str = "error,rustls=off,rustls_platform_verifier=off";
 const CONFIG_DEFAULT: &str = "/etc/keybroker/keybroker.toml";
 
-/// The executable of this process, from which workers are started. The link refers to the running executable even after an
-/// upgrade has replaced the file at its path, so workers always have the version of this process.
+/// The executable of this process, from which workers are started. The link refers to the running
+/// executable even after an upgrade replaced the file, so workers always have the version of this
+/// process.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// Keep users' keys wrapped under a key in an HSM, and release them to authorised callers.
@@ -65,7 +66,8 @@ struct Cli {
     /// Format of results
     #[arg(short, long, global = true, default_value = "table")]
     output: Format,
-    /// Name of the token to use; needed by commands that use one token if the configuration has several
+    /// Name of the token to use; required if the configuration has several tokens and the command
+    /// uses only one
     #[arg(long, global = true, value_name = "NAME")]
     token: Option<String>,
     #[command(subcommand)]
@@ -103,7 +105,8 @@ enum Command {
     /// Perform the key operations of a Bitwarden client, to rehearse and support a migration
     #[command(subcommand)]
     Bitwarden(bitwarden::Command),
-    /// Measure the broker on the configured token under one of several kinds of load
+    /// Measure the broker's performance with the configured token, under one of several kinds of
+    /// load
     Bench(Box<bench::Arguments>),
     /// Draw charts and write tables from the JSON files of `bench`
     BenchReport(bench_report::Arguments),
@@ -126,7 +129,7 @@ enum Command {
 struct Context {
     config_file: PathBuf,
     output: Output,
-    /// The name of the token that the command line selects.
+    /// The value of `--token`.
     token: Option<String>,
 }
 
@@ -149,7 +152,8 @@ impl Context {
         })
     }
 
-    /// Reads and checks the configuration for a command that starts an admin worker, and selects the token of the command.
+    /// Reads and checks the configuration for a command that starts an admin worker. Selects the
+    /// token of the command.
     fn config_for_token(&self) -> Result<Config, Failure> {
         let mut config = self.config()?;
         config.select_token(self.token.as_deref())?;
@@ -158,8 +162,8 @@ impl Context {
         Ok(config)
     }
 
-    /// Reads and checks the configuration for a command that starts admin workers for several tokens. Selects the token of the
-    /// command line if there is one.
+    /// Reads and checks the configuration for a command that starts admin workers for several
+    /// tokens. Selects the token that `--token` names, if the option is set.
     fn config_for_tokens(&self) -> Result<Config, Failure> {
         let mut config = self.config()?;
         if self.token.is_some() {
@@ -202,7 +206,8 @@ pub fn main() -> ExitCode {
     if let Err(error) = hardening::harden() {
         return finish(&context, Err(Failure::new(Exit::Internal, chain(&error))));
     }
-    // If two crypto providers are linked into the process, rustls panics at its first use unless one of them is installed.
+    // If the process contains two crypto providers and none is installed as the default, rustls
+    // panics at its first use.
     let _installed_before = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let is_service = matches!(cli.command, Command::TokenWorker | Command::Serve(_));
     telemetry::init_logs(is_service, if is_service { "info" } else { COMMAND_LOG });
@@ -222,8 +227,8 @@ pub fn main() -> ExitCode {
     finish(&context, result)
 }
 
-/// Turns a panic into a failure with the exit code for internal errors. The panic hook has logged the source location and left
-/// out the panic message.
+/// Turns a panic into a failure with the exit code for internal errors. The panic hook logs the
+/// source location without the panic message.
 fn without_panic(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         let what = "internal error in keybroker; the line above shows the source location";

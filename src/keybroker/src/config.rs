@@ -1,5 +1,5 @@
-//! The configuration file, which is one typed document. Unknown fields are refused. `keybroker.example.toml` explains every
-//! setting.
+//! Reads the configuration file into typed settings, and rejects unknown fields.
+//! `keybroker.example.toml` explains every setting.
 
 use std::{
     env,
@@ -36,81 +36,81 @@ pub use tokens::{SelectionError, TOKENS_MAX, Tokens};
 /// Environment variable that takes precedence over `audit.instance`, so that replicas can share a configuration file.
 pub const INSTANCE_VARIABLE: &str = "KEYBROKER_AUDIT_INSTANCE";
 
-/// Longest configuration file, in bytes.
+/// Maximum length of a configuration file, in bytes.
 const BYTES_MAX: u64 = 1024 * 1024;
-/// Byte order marks of UTF-16.
+/// The byte order marks of UTF-16, which Keybroker does not support.
 const UTF16_MARKS: [&[u8]; 2] = [b"\xff\xfe", b"\xfe\xff"];
 const CONFIGURATION: Purpose = Purpose::trust(
-    "other users could change the configuration, which decides who receives keys and which code receives the PIN",
+    "other users could change the configuration, which determines who receives keys and which code receives the PIN",
 );
 
 /// The result of examining the files of the configuration.
 #[derive(Debug, Default)]
 pub struct FileReport {
-    /// The problems, each with its remedy.
+    /// The problems with their solutions.
     pub problems: Vec<String>,
     /// Remarks that are not problems, for example about the content of PEM files or about secrets that a group can read.
     pub notes: Vec<String>,
 }
 
-/// The whole configuration.
+/// The complete configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// `[token]`, or one `[[token]]` for each of several tokens.
+    /// The `[token]` section, or a `[[token]]` section for each of several tokens.
     #[serde(rename = "token")]
     pub tokens: Tokens,
-    /// `[store]`.
+    /// The `[store]` section.
     pub store: store::Settings,
-    /// `[audit]`.
+    /// The `[audit]` section.
     pub audit: audit::Settings,
-    /// `[status]`.
+    /// The `[status]` section.
     pub status: server::StatusSettings,
-    /// `[policy]`.
+    /// The `[policy]` section.
     #[serde(default)]
     pub policy: policy::Settings,
-    /// `[limits]`.
+    /// The `[limits]` section.
     #[serde(default)]
     pub limits: server::Limits,
-    /// `[rates]`.
+    /// The `[rates]` section.
     #[serde(default)]
     pub rates: limits::Settings,
-    /// `[rest]`.
+    /// The `[rest]` section.
     #[serde(default)]
     pub rest: rest::Settings,
-    /// `[[listener]]`.
+    /// The `[[listener]]` sections.
     #[serde(rename = "listener", default)]
     pub listeners: Vec<server::ListenerSettings>,
-    /// `[[principal]]`.
+    /// The `[[principal]]` sections.
     #[serde(rename = "principal", default)]
     pub principals: Vec<auth::Settings>,
-    /// `[client_credentials]`.
+    /// The `[client_credentials]` section.
     #[serde(default)]
     pub client_credentials: auth::client_secret::Settings,
-    /// `[wrapping_keys]`.
+    /// The `[wrapping_keys]` section.
     #[serde(default)]
     pub wrapping_keys: wrapping_keys::Settings,
-    /// `[[issuer]]`.
+    /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,
 }
 
-/// Why a configuration file cannot be used.
+/// An error while a configuration file is loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file cannot be read, or other users could change it.
     #[error("the configuration: {0}")]
     File(#[source] trusted_file::Error),
-    /// The file has the encoding UTF-16.
+    /// The file is encoded in UTF-16.
     #[error("{} is UTF-16", path.display())]
     Utf16 {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
     },
     /// The file is not UTF-8.
     #[error("{} is not UTF-8", path.display())]
     NotUtf8 {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// The position of the first invalid byte.
         source: str::Utf8Error,
@@ -118,9 +118,9 @@ pub enum LoadError {
     /// The text is not a valid configuration.
     #[error("{}: {source}", path.display())]
     Document {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// The problem of the text.
+        /// The problem in the text.
         source: ParseError,
     },
 }
@@ -147,25 +147,26 @@ impl LoadError {
     }
 }
 
-/// Why a text is not a valid configuration. The message has the position but does not repeat the line, because a secret in an
-/// unknown field must not reach the log.
+/// An error while a configuration is parsed. The message contains the position but not the line,
+/// because a line may contain a secret, which must not reach the log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub struct ParseError {
     text: String,
-    /// Advice on what to write instead of the invalid text; `None` if there is no advice.
+    /// Advice on how to correct the invalid text; `None` if there is no advice.
     hint: Option<String>,
 }
 
 impl ParseError {
-    /// Advice on what to write instead of the invalid text; `None` if there is no advice.
+    /// Advice on how to correct the invalid text; `None` if there is no advice.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 }
 
 impl Config {
-    /// Reads a file. If the environment sets the name of the instance, this name replaces the name in the file.
+    /// Reads a file. If `KEYBROKER_AUDIT_INSTANCE` is set, its value replaces the name of the
+    /// instance in the file.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let bytes = trusted_file::read(path, BYTES_MAX, CONFIGURATION).map_err(LoadError::File)?;
         if UTF16_MARKS.iter().any(|mark| bytes.starts_with(mark)) {
@@ -177,25 +178,28 @@ impl Config {
             path: path.to_owned(),
             source,
         })?;
-        // An editor's byte order mark is not part of the document.
+        // Editors may add a byte order mark, which is not part of the TOML document.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut config = Self::parse(text).map_err(|source| LoadError::Document {
             path: path.to_owned(),
             source,
         })?;
         if let Some(instance) = env::var_os(INSTANCE_VARIABLE) {
-            // An instance name that is not UTF-8 is reported with the other problems of the configuration.
+            // An instance name that is not UTF-8 is reported together with the other problems of
+            // the configuration.
             config.audit.instance = instance.to_string_lossy().into_owned();
         }
         Ok(config)
     }
 
-    /// The token that commands for one token use: the only token, or the token that [`Config::select_token`] selected.
+    /// The token for commands that use one token: the only token, or the token that
+    /// [`Config::select_token`] selected.
     pub fn token(&self) -> &hsm::Settings {
         self.tokens.selected()
     }
 
-    /// Selects the token that commands for one token use. Without a name, the configuration must have only one token.
+    /// Selects the token for commands that use one token. If no name is given, the configuration
+    /// must have only one token.
     pub fn select_token(&mut self, name: Option<&str>) -> Result<(), SelectionError> {
         self.tokens.select(name)
     }
@@ -218,7 +222,7 @@ impl Config {
     }
 }
 
-/// Line and column of a byte in a text.
+/// The line and the column of a byte in a file's text.
 fn place(text: &str, offset: usize) -> String {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;

@@ -1,5 +1,5 @@
-//! Keybroker keeps an RSA private key non-extractable in an HSM, stores user keys wrapped under this key, and releases a user key
-//! only to an authorised caller.
+//! Keybroker stores user keys that are wrapped under a non-extractable RSA key in an HSM, and
+//! releases a user key only to an authorised caller.
 //!
 //! This crate is the program: configuration ([`config`]), listeners ([`server`]), commands ([`cli`]), logs and metrics
 //! ([`telemetry`]). The `broker` crate releases keys. A release has these steps: authenticate the caller, evaluate the policies,

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use tikv_jemallocator::Jemalloc;
 use zeroizing_alloc::ZeroAlloc;
 
-/// Overwrites every heap block before it is freed. The buffers of the TLS, HTTP and protobuf libraries contain user keys, and
-/// these libraries do not overwrite them. If a block grows, the old block is overwritten after its content was copied. A
-/// thread of jemalloc returns free pages to the operating system within ten seconds, so that a flood of calls does not
-/// increase the memory of an idle broker permanently.
+/// Overwrites every heap block before the block is freed. The buffers of the TLS, HTTP and protobuf
+/// libraries contain user keys, and these libraries do not overwrite their buffers. If a block
+/// grows, its content is copied to a new block, and then the old block is overwritten. A thread of
+/// jemalloc returns free pages to the operating system within ten seconds. Therefore, a flood of
+/// calls does not permanently increase the memory use of the broker.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<Jemalloc> = ZeroAlloc(Jemalloc);
 

@@ -1,5 +1,6 @@
-//! Writes output files that contain no secrets. In a directory such as `/tmp`, another user could create a symbolic link with the
-//! name of the output file. If root wrote through this link, any file could be overwritten.
+//! Writes output files that contain no secrets. In a directory such as `/tmp`, another user could
+//! create a symbolic link with the name of the output file. If root then wrote the output file, the
+//! target of the link would be overwritten.
 
 use std::{
     ffi::OsString,
@@ -9,12 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Maximum number of names that are tried for the temporary file.
+/// Maximum number of names to try for the temporary file.
 const NAMES_MAX: u32 = 16;
 
-/// Replaces a file atomically, so that a reader never sees a partial file. Fails if `path` exists and is not a regular file of
-/// the same user, such as a device, a directory, a symbolic link or a file of another user. The temporary file is always a new
-/// file, and no existing file is removed to create it.
+/// Replaces a file atomically, so that a reader never sees a partial file. Fails if `path` is a
+/// device, a directory, a symbolic link or a file of another user. The temporary file is always a
+/// new file. No existing file is removed to make room for the temporary file.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
     check_replaceable(path)?;
     let (mut file, partial) = create_beside(path)?;
@@ -22,7 +23,7 @@ pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
         .write_all(text.as_bytes())
         .and_then(|()| fs::rename(&partial, path));
     if written.is_err() {
-        // This call has created the temporary file, so removing it is safe.
+        // Removing the temporary file is safe, because this call created it.
         fs::remove_file(&partial).ok();
     }
     written

@@ -1,7 +1,8 @@
-//! Which wrapping keys a token must hold, according to the registry.
+//! Determines from the registry which wrapping keys a token must have.
 //!
-//! A registry row contains the serial number of the token on which the key was registered. A key that is on further tokens has
-//! one more row for each of them, by the configured name of the token. With one token, the registry row alone decides.
+//! A registry row contains the serial number of the token on which the key was registered. For each
+//! further token that has the key, the registry contains a row with the configured name of the
+//! token. If only one token is configured, only the registry row is relevant.
 
 use keybroker_core::{
     call::Timestamp,
@@ -17,23 +18,23 @@ use keybroker_worker_protocol::unpadded;
 pub(crate) struct Registry {
     /// The wrapping keys.
     pub(crate) rows: Vec<RegistryRow>,
-    /// Their places on further tokens.
+    /// The places of the wrapping keys on further tokens.
     pub(crate) places: Vec<PlaceRow>,
     /// Their scheduled destructions.
     pub(crate) destructions: Vec<DestructionRow>,
 }
 
-/// A registered key as it must be on one token.
+/// A registered key, with its expected properties on one token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KeyHere<'a> {
     /// The registry row of the key.
     pub(crate) row: &'a RegistryRow,
-    /// The place of the key on this token; absent if the registry row describes this token.
+    /// The place of the key on this token; `None` if the registry row describes this token.
     pub(crate) place: Option<&'a PlaceRow>,
 }
 
 impl KeyHere<'_> {
-    /// Where the objects of the key are on this token.
+    /// The ids of the key's objects on this token.
     pub(crate) fn objects(&self) -> &ObjectIds {
         self.place.map_or(&self.row.objects, |place| &place.objects)
     }
@@ -43,7 +44,7 @@ impl KeyHere<'_> {
         self.objects().private_object(self.row.id)
     }
 
-    /// The registered serial number of this token.
+    /// The serial number of this token in the registry.
     pub(crate) fn serial(&self) -> &str {
         let padded = self
             .place
@@ -51,7 +52,7 @@ impl KeyHere<'_> {
         unpadded(padded)
     }
 
-    /// Whether a backup of this token is confirmed for the key.
+    /// Whether a backup of this token with the key was confirmed.
     pub(crate) fn is_backup_confirmed(&self) -> bool {
         match self.place {
             Some(place) => place.backup_confirmed.is_some(),
@@ -74,7 +75,23 @@ impl Registry {
         })
     }
 
-    /// The place of a key on a token; absent if there is no such row.
+    /// Reads the registry for a broker that starts. A damaged place does not prevent the start: the broker raises an alert and
+    /// uses the other places.
+    pub(crate) async fn read_for_service(store: &dyn Store) -> Result<Self, store::Error> {
+        let rows = store.registry().await?;
+        let (places, damaged) = store.readable_places().await?;
+        for detail in damaged {
+            tracing::warn!(%detail, "a row that names a further token of a wrapping key cannot be read");
+        }
+        // A broker that starts needs no schedules to find its keys.
+        Ok(Self {
+            rows,
+            places,
+            ..Self::default()
+        })
+    }
+
+    /// The place of a key on a token; `None` if the registry has no row for this place.
     pub(crate) fn place(&self, key: WrappingKeyId, token: &str) -> Option<&PlaceRow> {
         self.places
             .iter()
@@ -88,8 +105,8 @@ impl Registry {
         rows.find(of_key).map(|one| one.due)
     }
 
-    /// The registered keys that are not destroyed and may be on a token. A key without a row for this token is expected on the
-    /// token with the serial number in the registry row, unless that token is a declared copy.
+    /// The registered keys that are not destroyed and may be on a token. Includes keys without a
+    /// row for this token, unless the token is a declared copy.
     pub(crate) fn may_be_on<'a>(&'a self, token: &Settings) -> Vec<KeyHere<'a>> {
         let rows = self
             .rows
@@ -110,8 +127,8 @@ impl Registry {
         keys
     }
 
-    /// The registered keys that a command must find on a token with this serial number. If the token is the only one, it must hold
-    /// every key.
+    /// The registered keys that a command must find on a token with this serial number. The only
+    /// token of a configuration must have every key.
     pub(crate) fn needed_on<'a>(
         &'a self,
         token: &Settings,
@@ -125,8 +142,9 @@ impl Registry {
         }
     }
 
-    /// The keys that the workers of a token look for. If there are several tokens, the token must also verify the MACs of the
-    /// registry before a key is used: otherwise another token with another integrity key could refuse every row.
+    /// The keys that the workers of a token search for. With several tokens, each token must first
+    /// verify the MACs of the registry, because a token with a wrong integrity key would reject
+    /// every row.
     pub(crate) fn expected(&self, token: &Settings, is_one_of_several: bool) -> Vec<ExpectedKey> {
         let keys = self.may_be_on(token).into_iter();
         keys.map(|key| ExpectedKey {
@@ -144,8 +162,8 @@ impl Registry {
         .collect()
     }
 
-    /// The names of the tokens that hold a key, as far as the registry contains them. If the registry contains no name, the
-    /// serial number stands for the token.
+    /// The names of the tokens that have a key, according to the registry. The result contains the
+    /// serial number of a token if its name is unknown.
     pub(crate) fn tokens_of(&self, row: &RegistryRow, configured: &[Settings]) -> Vec<String> {
         let named = self.places.iter().filter(|place| place.key == row.id);
         let mut tokens: Vec<String> = named.map(|place| place.token.clone()).collect();
@@ -166,7 +184,8 @@ impl Registry {
     }
 }
 
-/// The token of a registry row: the only token of the configuration, or else the token with this serial number.
+/// The name of the token that a registry row describes: the only configured token, or the token
+/// with the row's serial number.
 fn home_of(row: &RegistryRow, configured: &[Settings]) -> String {
     let serial = unpadded(&row.token_serial);
     let by_serial = configured
@@ -260,7 +279,8 @@ mod tests {
         );
         assert_eq!(further.proofs.len(), 2);
         assert_eq!(further.objects.private_object(ID).to_string(), "09");
-        // A declared copy has the serial number of its original, so only a separate row shows that the copy holds a key.
+        // A declared copy has the serial number of its original, so only a separate row shows that
+        // the copy has a key.
         assert!(
             registry
                 .expected(&token("c", "copy_of = \"a\""), true)

@@ -1,4 +1,4 @@
-//! `keybroker serve`: listeners, limits, start and stop of the broker.
+//! `keybroker serve`: the listeners, the limits, and the start and stop of the broker.
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
@@ -59,47 +59,50 @@ impl Api {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientCertificates {
-    /// The listener refuses a connection without an accepted certificate.
+    /// The listener closes a connection without an accepted certificate.
     #[default]
     Required,
     /// The listener accepts connections without a certificate. A call without any credential is refused with `CREDENTIAL`.
     Optional,
-    /// The listener does not request certificates; every call has its credential in a header.
+    /// The listener does not request certificates. Every call must have a credential in a header.
     None,
 }
 
-/// The addresses that are allowed for a listener without TLS.
+/// The addresses that are permitted for a listener without TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Plaintext {
     /// Loopback addresses only.
     Loopback,
-    /// Any address; everyone on the network path can read keys and access tokens.
+    /// Any address. With this value, anyone on the network path can read keys and access tokens.
     Any,
 }
 
-/// TLS settings of a listener. All files are PEM; the broker reads them again on SIGHUP and when their content changes.
+/// TLS settings of a listener. All files have the PEM format. The broker reads the files again on
+/// SIGHUP and when their content changes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TlsSettings {
-    /// Certificate chain; the server's certificate is the first.
+    /// File with the certificate chain, which begins with the server's certificate.
     pub certificate_file: PathBuf,
-    /// Private key; only its owner may read it.
+    /// File with the private key; other users must not have permission to read the file.
     pub key_file: PathBuf,
-    /// CA certificates that client certificates must chain to.
+    /// File with the CA certificates that verify client certificates.
     pub client_ca_file: Option<PathBuf>,
-    /// Revocation lists of the CAs in `client_ca_file`. If this file is not set, client certificates are not checked for
-    /// revocation.
+    /// File with the revocation lists of the CAs in `client_ca_file`. If this setting is missing,
+    /// the broker does not check whether client certificates were revoked.
     pub client_crl_file: Option<PathBuf>,
-    /// Certificates of further CAs whose lists are in `client_crl_file`, such as intermediate CAs. The certificates in this
-    /// file only verify revocation lists and are not trust anchors.
+    /// File with the certificates of further CAs whose lists are in `client_crl_file`, such as
+    /// intermediate CAs. The certificates in this file only verify revocation lists and are not
+    /// trust anchors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_crl_issuers_file: Option<PathBuf>,
-    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If the value is false, a certificate without
-    /// `extendedKeyUsage` is accepted, too.
+    /// Whether a client certificate must have the `extendedKeyUsage` `clientAuth`. If the value is
+    /// false, the broker also accepts certificates without `extendedKeyUsage`.
     #[serde(default = "default_client_auth_usage_required")]
     pub client_auth_usage_required: bool,
-    /// Trust domains of accepted SPIFFE ids. If this set is empty, every trust domain is accepted.
+    /// Trust domains whose SPIFFE ids the broker accepts. If this set is empty, the broker accepts
+    /// every trust domain.
     #[serde(default)]
     pub trust_domains: BTreeSet<String>,
 }
@@ -125,15 +128,17 @@ pub struct ListenerSettings {
     /// Whether the listener requests client certificates.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
-    /// Networks of load balancers and proxies. Connections from these networks carry calls of many clients. Only the limits for
-    /// all connections together apply to these connections, and not the limits for one network or one principal.
+    /// Networks of load balancers and proxies, whose connections transport calls of many clients.
+    /// The limits for one network or one principal do not apply to these connections. Only the
+    /// limits for all connections together apply.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }
 
 impl ListenerSettings {
-    /// Reads the TLS files as `serve` does, and returns their contents; `None` for a listener without TLS. The error message
-    /// contains the file and the remedy.
+    /// Reads the TLS files in the same way as `serve`, and returns the numbers of certificates and
+    /// lists; `None` for a listener without TLS. The error message contains the file and the
+    /// solution.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
@@ -175,7 +180,7 @@ pub struct RemoteStatusSettings {
 }
 
 impl RemoteStatusSettings {
-    /// Whether clients must have a certificate, which depends on `client_ca_file`.
+    /// Whether clients must present a certificate: `Required` if `client_ca_file` is set.
     pub fn client_certificates(&self) -> ClientCertificates {
         let has_authorities = self
             .tls
@@ -188,7 +193,8 @@ impl RemoteStatusSettings {
         }
     }
 
-    /// Reads the TLS files of the remote status listener as `serve` does, and returns their contents; `None` without TLS.
+    /// Reads the TLS files of the remote status listener in the same way as `serve`, and returns
+    /// the numbers of certificates and lists; `None` without TLS.
     pub fn check_tls(&self) -> Result<Option<TlsContents>, TlsError> {
         Ok(self.load_tls(None)?.map(|tls| tls.contents()))
     }
@@ -210,24 +216,24 @@ pub struct Limits {
     pub connections_max: usize,
     /// Maximum number of open connections of one principal.
     pub connections_per_principal_max: usize,
-    /// Longest time for a TLS handshake.
+    /// Maximum duration of a TLS handshake, in milliseconds.
     pub handshake_timeout_ms: u64,
     /// Maximum number of concurrent calls on one connection.
     pub streams_per_connection_max: u32,
     /// Maximum number of concurrent calls on a connection without an accepted client certificate.
     pub streams_without_certificate_max: u32,
-    /// Maximum number of bytes of gRPC messages in progress on all connections together. The first 4 KiB of each message do not
-    /// count.
+    /// Maximum total size of the gRPC messages in progress on all connections, in bytes. The first
+    /// 4 KiB of each message do not count towards this limit.
     pub message_bytes_max: usize,
-    /// Longest time for a call, and the time limit of a call that sets no deadline.
+    /// Maximum duration of a call in milliseconds, and the deadline of calls that set no deadline.
     pub call_timeout_max_ms: u64,
-    /// Age at which a connection receives GOAWAY.
+    /// Age in milliseconds at which a connection receives GOAWAY.
     pub connection_age_max_ms: u64,
-    /// Longest wait for open calls when the broker stops.
+    /// Maximum time for which a stopping broker waits for open calls, in milliseconds.
     pub drain_timeout_ms: u64,
-    /// Longest access token, in bytes.
+    /// Maximum length of an access token, in bytes.
     pub access_token_bytes_max: usize,
-    /// Whether gRPC reflection is offered.
+    /// Whether the broker offers gRPC server reflection.
     pub reflection: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Logs and metrics of this process.
+//! Sets up the logs and metrics of this process.
 
 use std::io::IsTerminal as _;
 
@@ -16,12 +16,13 @@ pub fn init_logs(json: bool, default_filter: &str) {
         EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default_filter));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        // A failure to write the log (disk full, pipe closed) must not end a call. By default, the tracing library
-        // reports a failed write on standard error, and panics if standard error is the log.
+        // A failure to write the log (disk full, pipe closed) must not end a call. By default, the
+        // tracing library panics if writing the log to standard error fails.
         .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let set = if json {
-        // The current span has the call id; the list of all spans would repeat it.
+        // The current span already contains the call id; the list of all spans would repeat the
+        // call id.
         builder
             .json()
             .flatten_event(true)
@@ -40,7 +41,8 @@ pub fn init_logs(json: bool, default_filter: &str) {
     }
 }
 
-/// Logs the source location of a panic, but not its message, which may contain data of a caller.
+/// Logs the source location of a panic without the panic message, because the message may contain
+/// data of a caller.
 pub fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
@@ -54,7 +56,7 @@ pub fn install_panic_hook() {
     }));
 }
 
-/// Installs the recorder that `/metrics` renders, with every metric of the broker.
+/// Installs the metrics recorder for `/metrics`, and registers every metric of the broker.
 pub fn init_metrics() -> Result<PrometheusHandle, BuildError> {
     let mut builder = PrometheusBuilder::new();
     for metric in metrics::ALL {

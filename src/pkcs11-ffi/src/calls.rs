@@ -34,19 +34,20 @@ const LAST_BUFFER: usize = 64 * 1024;
 /// Length in bytes of the buffer for a wrapped key. The longest RSA private key in PKCS #8 fits into this buffer.
 const WRAPPED_BUFFER: usize = 16 * 1024;
 
-/// Largest number of attempts to read the list of slots while their number grows.
+/// Largest number of attempts to read the list of slots. An attempt fails if the number of slots increases between two
+/// calls.
 const SLOT_LIST_TRIES: usize = 4;
-/// Largest number of slots that is accepted from a module. Real modules have far fewer slots, and a larger number would
-/// only waste memory.
+/// Largest number of slots that the broker accepts from a module. Real modules have far fewer slots, and a larger
+/// number would only waste memory.
 const SLOTS_MAX: usize = 65_536;
 
-/// The function list of PKCS#11 2.40, which modules of all later versions have too.
+/// The function list of PKCS#11 2.40. Modules for later versions of PKCS#11 also have this list.
 #[derive(Clone)]
 pub(crate) struct Functions(Arc<Loaded>);
 
 struct Loaded {
     list: CK_FUNCTION_LIST,
-    /// The functions exist only while the library is loaded.
+    /// Keeps the library loaded, because the functions exist only while it is loaded.
     _library: cryptoki_sys::Pkcs11,
 }
 
@@ -57,7 +58,7 @@ impl fmt::Debug for Functions {
 }
 
 /// The arguments of `C_Initialize` with the extension of NSS: `pReserved` is the string, followed by a field that must
-/// be NULL. Modules other than NSS read only the fields of the standard.
+/// be NULL. Modules other than NSS read only the standard fields.
 #[repr(C)]
 struct InitializeArguments {
     standard: CK_C_INITIALIZE_ARGS,
@@ -66,21 +67,21 @@ struct InitializeArguments {
 
 impl Functions {
     pub(crate) fn load(path: &Path) -> Result<Self> {
-        // SAFETY: `cryptoki` has loaded the same file before, so no initialiser runs here. The operator states that the
-        // file is a PKCS#11 module with the types of the standard; no code can check that.
+        // SAFETY: `cryptoki` has already loaded the same file, so no initialiser runs here. The operator declares that
+        // the file is a PKCS#11 module with the types of the standard; code cannot check this declaration.
         let library = unsafe { cryptoki_sys::Pkcs11::new(path) }.map_err(Error::LibraryLoading)?;
         if library.C_GetFunctionList.is_err() {
             return Err(Error::MissingSymbol("C_GetFunctionList"));
         }
         let mut list: *mut CK_FUNCTION_LIST = ptr::null_mut();
-        // SAFETY: the function exists, and the argument points to a pointer that it may write.
+        // SAFETY: the function exists, and the argument points to a pointer that the function may write.
         let code = unsafe { library.C_GetFunctionList(&raw mut list) };
         Rv::from(code).into_result(Function::GetFunctionList)?;
         if list.is_null() {
             return Err(Error::NullFunctionPointer);
         }
-        // SAFETY: the function succeeded, so the pointer, which is not NULL, points to the module's list. The module
-        // does not change its function list.
+        // SAFETY: the function succeeded and the pointer is not NULL, so the pointer points to the module's list. The
+        // module does not change its function list.
         let list = unsafe { *list };
         Ok(Self(Arc::new(Loaded {
             list,
@@ -88,7 +89,7 @@ impl Functions {
         })))
     }
 
-    /// Calls `C_Initialize`, with a string if there is one.
+    /// Calls `C_Initialize`, optionally with a string.
     pub(crate) fn initialize(&self, reserved: Option<CString>) -> Result<()> {
         let function = self.0.list.C_Initialize.ok_or(Error::NullFunctionPointer)?;
         let mut arguments = InitializeArguments {
@@ -104,8 +105,8 @@ impl Functions {
             },
             reserved_by_nss: ptr::null_mut(),
         };
-        // SAFETY: the argument points to the arguments of the standard, with NULL or a string that ends with NUL and lives as
-        // long as the process.
+        // SAFETY: the argument points to a structure that begins with the `CK_C_INITIALIZE_ARGS` of the standard.
+        // `pReserved` is NULL, or a NUL-terminated string that is never freed.
         let code = unsafe { function((&raw mut arguments).cast()) };
         Rv::from(code).into_result(Function::Initialize)
     }
@@ -135,7 +136,7 @@ impl Functions {
         let mut ids: Vec<CK_SLOT_ID> = Vec::new();
         for _ in 0..SLOT_LIST_TRIES {
             let (count, is_filled) = match self.slot_list(&mut ids) {
-                // The number of slots has grown since the last call, and the module may have filled nothing.
+                // The number of slots has increased since the last call, and the module may not have filled the buffer.
                 Err(Error::Pkcs11(RvError::BufferTooSmall, _)) => (self.slot_list(&mut [])?, false),
                 result => (result?, true),
             };
@@ -162,8 +163,8 @@ impl Functions {
         self.slot_list(&mut [])
     }
 
-    /// Fills the buffer with the slots that have a token, and returns their number. If the buffer is empty, the module
-    /// is asked only for the number of slots.
+    /// Fills the buffer with the slots that have a token, and returns the number of these slots. With an empty buffer,
+    /// the module only returns the number.
     fn slot_list(&self, ids: &mut [CK_SLOT_ID]) -> Result<usize> {
         let function = self
             .0
@@ -198,7 +199,8 @@ impl Functions {
         Ok(info.into())
     }
 
-    /// Reads one attribute (`C_GetAttributeValue`), with a buffer in the first call.
+    /// Reads one attribute (`C_GetAttributeValue`). The first call to the module already passes a
+    /// buffer, instead of only asking for the length.
     pub(crate) fn attribute(
         &self,
         session: &Session,
@@ -232,9 +234,9 @@ impl Functions {
             pValue: buffer.as_mut_ptr().cast(),
             ulValueLen: CK_ULONG::try_from(buffer.len())?,
         };
-        // SAFETY: the argument points to one attribute, which contains the address of a buffer that the function may
-        // write, and its length. The attribute and the buffer live until the function returns. The handles are numbers,
-        // which the module checks.
+        // SAFETY: the argument points to one attribute, which contains the address and the length of a writable buffer.
+        // The attribute and the buffer live until the function returns. The handles are numbers, which the module
+        // checks.
         let code = unsafe { function(session.handle(), object.handle(), &raw mut attribute, 1) };
         let code = Rv::from(code);
         let is_withheld = matches!(
@@ -251,8 +253,8 @@ impl Functions {
             .ok()
             .and_then(|length| buffer.get(..length))
             .ok_or(Error::InvalidValue)?;
-        // A token that withholds a value may leave the length unchanged. If the token wrote bytes although it withholds
-        // the value, these bytes may be the value.
+        // A token that withholds a value may leave the length unchanged. If the buffer contains a byte other than zero,
+        // the buffer may contain the withheld value.
         if is_withheld && value.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
@@ -303,9 +305,9 @@ impl Functions {
         };
         let mut wrapped = vec![0_u8; WRAPPED_BUFFER];
         let mut length = CK_ULONG::try_from(wrapped.len())?;
-        // SAFETY: the mechanism has no parameter, or that of the standard. The buffer has room for `length` bytes. The
-        // mechanism, its parameter, the buffer and `length` live until the function returns. The handles are numbers,
-        // which the module checks.
+        // SAFETY: the mechanism has no parameter, or the parameter that the standard requires. The buffer has room for
+        // `length` bytes. The mechanism, its parameter, the buffer and `length` live until the function returns. The
+        // handles are numbers, which the module checks.
         let code = unsafe {
             function(
                 session.handle(),
@@ -336,7 +338,7 @@ type InputOutput = unsafe extern "C" fn(
 ) -> CK_RV;
 
 impl Functions {
-    /// Calls `C_Decrypt` once. `C_DecryptInit` must have succeeded.
+    /// Calls `C_Decrypt` once, after a successful `C_DecryptInit`.
     pub(crate) fn decrypt(
         &self,
         session: &Session,
@@ -352,7 +354,7 @@ impl Functions {
         )
     }
 
-    /// Calls `C_Sign` once. `C_SignInit` must have succeeded.
+    /// Calls `C_Sign` once, after a successful `C_SignInit`.
     pub(crate) fn sign(&self, session: &Session, input: &[u8], output: &mut [u8]) -> Result<usize> {
         call_once(self.0.list.C_Sign, Function::Sign, session, input, output)
     }
@@ -392,7 +394,6 @@ fn call_once(
 pub(crate) enum Value {
     /// The value of the attribute.
     Given(Attribute),
-    /// Bytes that the token wrote although it answered that it withholds the attribute, or that the object does not
-    /// have the attribute.
+    /// Bytes that the token wrote although it reported that the attribute is sensitive or does not exist.
     Leaked(Attribute),
 }

@@ -1,27 +1,34 @@
 //! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] dereference to the types of `cryptoki` and replace or add seven calls:
+//! [`Module`] and [`Session`] dereference to the types of `cryptoki`, and replace or add the following seven calls:
 //!
-//! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` but needs no
-//!   more room than before. The remote client of p11-kit returns `CKR_BUFFER_TOO_SMALL` in this way if its server has
-//!   no token. This crate repeats the call only a few times, and reads no list if the number of slots is 0.
-//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`, and fails if the text is
-//!   not a valid time, such as `21:38:18` from opencryptoki before 3.11. This crate returns the time as text, and the
-//!   broker does not use it.
+//! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` with an
+//!   unchanged number of slots. For example, the remote client of p11-kit returns this code if its server has no token.
+//!   This crate repeats the call only a few times, and does not read the list if the number of slots is 0.
+//!
+//! - `C_GetTokenInfo`: `cryptoki` 0.12 parses the time of a token with `CKF_CLOCK_ON_TOKEN`.
+//!   `cryptoki` returns an error if the text is not a valid time, such as `21:38:18` from
+//!   opencryptoki before 3.11. This crate returns the time as text. The broker does not use the
+//!   time.
+//!
 //! - `C_GetAttributeValue` for attributes of any length: `cryptoki` first asks for the length without a buffer. The
 //!   query for the length fails with the remote client of p11-kit, and with nShield for some attributes. This crate
 //!   passes a buffer in the first call.
-//! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
-//! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
-//! - `C_Decrypt` and `C_Sign`: `cryptoki` 0.12 calls each of them twice, the first time for the length of the output. Each
-//!   call is a round trip to a device on the network. This crate passes a buffer in the first call. The caller owns the
-//!   buffer, so that the plaintext exists only there.
 //!
-//! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and by this crate. The
-//! dynamic loader loads the library only once, so `cryptoki` and this crate use the same library. The client module of
-//! p11-kit, however, makes a new connection with its own sessions for each function list. With a module of this kind,
-//! `cryptoki` makes all calls of this list except `C_WrapKey`, which is not made. This crate then opens a connection of
-//! its own only to find out whether there is a slot with a token.
+//! - `C_Initialize` with a string in `pReserved`: the softoken of NSS requires this string.
+//!
+//! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
+//!
+//! - `C_Decrypt` and `C_Sign`: `cryptoki` 0.12 calls each of them twice, the first time for the length of the output.
+//!   Each call is a round trip to a device on the network. This crate passes a buffer in the first call. The caller
+//!   owns the buffer, so that no other buffer contains the plaintext.
+//!
+//! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and
+//! by this crate. The dynamic loader loads the library only once, so `cryptoki` and this crate use
+//! the same library. The client module of p11-kit, however, makes a new connection with its own
+//! sessions for each function list. With the client module of p11-kit, `cryptoki` makes all calls
+//! of the list above, and `C_WrapKey` is not available. For this client module, this crate uses its
+//! own connection only to find out whether a slot has a token.
 
 mod calls;
 mod token_info;
@@ -45,7 +52,7 @@ pub use token_info::TokenInfo;
 pub struct Module {
     cryptoki: Pkcs11,
     functions: Functions,
-    /// Whether both function lists share one state.
+    /// Whether the function lists of `cryptoki` and of this crate share their sessions.
     is_shared: bool,
 }
 
@@ -59,8 +66,8 @@ impl Module {
         })
     }
 
-    /// Calls `C_Initialize` with locking by the operating system: without locking, SoftHSM crashes as soon as two
-    /// threads use it. The string becomes `pReserved`. Modules that expect no string refuse a string.
+    /// Calls `C_Initialize` with locking by the operating system. Without locking, SoftHSM crashes when two threads use
+    /// it. `reserved` becomes `pReserved`. Modules that do not expect a string return an error for a string.
     pub fn initialize(&mut self, reserved: Option<CString>) -> Result<()> {
         if let Some(text) = reserved {
             return self.functions.initialize(Some(text));
@@ -154,8 +161,8 @@ impl Session {
         }
     }
 
-    /// Does the same as [`Session::attribute`], but also returns bytes that a token wrote although it answered that it
-    /// withholds the attribute.
+    /// Reads one attribute, like [`Session::attribute`]. Also returns bytes that a token wrote
+    /// although the token reported that the attribute is sensitive.
     pub fn attribute_or_leak(
         &self,
         object: ObjectHandle,
@@ -176,8 +183,8 @@ impl Session {
         }
     }
 
-    /// Reads one attribute in the way of `cryptoki`, which first asks for the length. The token report uses this to
-    /// show whether a token answers such a query.
+    /// Reads one attribute with `cryptoki`, which first queries the length. The token report shows whether a token
+    /// answers the query for the length.
     pub fn attribute_by_length_query(
         &self,
         object: ObjectHandle,
@@ -187,8 +194,8 @@ impl Session {
         Ok(read.into_iter().next())
     }
 
-    /// Wraps a key under another key (`C_WrapKey`). `None` if this crate cannot call the module with the session,
-    /// because each function list of the module has its own sessions.
+    /// Wraps a key under another key (`C_WrapKey`). Returns `None` if the function list of this crate cannot use the
+    /// session, because each function list of the module has its own sessions.
     pub fn wrap_key_with(
         &self,
         mechanism: WrapMechanism,
@@ -202,7 +209,7 @@ impl Session {
 
 impl Session {
     /// Decrypts (`C_DecryptInit`, `C_Decrypt`) into a buffer, and returns the length of the plaintext in bytes. If the
-    /// plaintext is longer than the buffer, returns `CKR_BUFFER_TOO_SMALL`. After any error the operation may still be
+    /// plaintext is longer than the buffer, returns `CKR_BUFFER_TOO_SMALL`. After an error, the operation may still be
     /// active in the session.
     pub fn decrypt_into(
         &self,
@@ -219,8 +226,8 @@ impl Session {
         functions.decrypt(&self.cryptoki, ciphertext, plaintext)
     }
 
-    /// Signs or makes a MAC (`C_SignInit`, `C_Sign`) into a buffer, and returns the length of the output in bytes. Errors
-    /// are as for [`Session::decrypt_into`].
+    /// Writes a signature or a MAC (`C_SignInit`, `C_Sign`) into a buffer, and returns its length in bytes. The errors
+    /// are the same as for [`Session::decrypt_into`].
     pub fn sign_into(
         &self,
         mechanism: &Mechanism<'_>,

@@ -1,5 +1,5 @@
-//! Tests that need no token. The crate that uses these calls tests them on a token, with a module that misbehaves on
-//! command.
+//! Tests that need no token. The tests of the crate `pkcs11` make these calls on a token, with a module that simulates
+//! faults.
 
 use std::path::Path;
 
@@ -30,7 +30,8 @@ fn a_clock_may_be_anything() {
     }
 }
 
-/// SoftHSM expects NULL in `pReserved`, as the standard requires, so its error shows that the string arrived.
+/// SoftHSM expects NULL in `pReserved`, as the standard requires, so the error shows that the module received the
+/// string.
 #[test]
 fn the_string_of_c_initialize_reaches_the_module() {
     let mut module = Module::load(&softhsm::module()).unwrap();
@@ -39,7 +40,7 @@ fn the_string_of_c_initialize_reaches_the_module() {
         matches!(refused, Err(Error::Pkcs11(RvError::ArgumentsBad, _))),
         "{refused:?}"
     );
-    // Without a string, the same call gets as far as the configuration.
+    // Without a string, the module accepts the arguments and reads its configuration.
     let plain = module.initialize(None);
     assert!(
         !matches!(plain, Err(Error::Pkcs11(RvError::ArgumentsBad, _))),

@@ -7,7 +7,7 @@ use cryptoki_sys::{
     CKF_USER_PIN_INITIALIZED, CKF_USER_PIN_LOCKED, CKF_WRITE_PROTECTED,
 };
 
-/// A copy of `CK_TOKEN_INFO`. Blanks at the ends of texts are removed; NUL bytes are kept.
+/// A copy of `CK_TOKEN_INFO`. Trailing blanks of text fields are removed; NUL bytes are kept.
 #[derive(Clone, Debug)]
 pub struct TokenInfo {
     label: String,
@@ -121,7 +121,8 @@ impl TokenInfo {
         &self.serial_number
     }
 
-    /// The time in the form of the token: 16 digits in the standard. Meaningless without `CKF_CLOCK_ON_TOKEN`.
+    /// The token's time, in the token's own format (16 digits in the standard). The value is meaningless without
+    /// `CKF_CLOCK_ON_TOKEN`.
     pub fn utc_time(&self) -> &str {
         &self.utc_time
     }
@@ -138,12 +139,12 @@ impl TokenInfo {
         (version.major, version.minor)
     }
 
-    /// Largest number of sessions that one application may open. 0 means no limit.
+    /// Largest number of sessions that one application may open; 0 means no limit.
     pub fn max_session_count(&self) -> Option<u64> {
         count(self.raw.ulMaxSessionCount)
     }
 
-    /// Largest number of read-write sessions that one application may open. 0 means no limit.
+    /// Largest number of read-write sessions that one application may open; 0 means no limit.
     pub fn max_rw_session_count(&self) -> Option<u64> {
         count(self.raw.ulMaxRwSessionCount)
     }

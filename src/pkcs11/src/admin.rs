@@ -38,13 +38,13 @@ pub(crate) use verifier::Verifier;
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
-/// Returns the negative tests that are run only with keys that end with the session.
+/// Returns the negative tests that are run only with session keys.
 fn tests_that_change_a_key() -> Vec<&'static str> {
     let tests = negative::TESTS.iter().filter(|test| test.changes_the_key);
     tests.map(|test| test.name).collect()
 }
 
-/// Describes the settings with which the token would make the keys that it refused, and the risks of these settings.
+/// Describes the settings with which the token would make the refused keys, and the risks of these settings.
 fn helped_by_settings(
     refusal: &Refusal,
     integrity_key: IntegrityKey,
@@ -110,16 +110,16 @@ fn other_kinds(making: Making) -> String {
 /// The class of an administrative failure, with its message.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum AdminError {
-    /// There is no module or no token, or the token does not match the request.
+    /// The token refused the request, or does not match the request.
     #[error("{0}")]
     Token(String),
-    /// The module does not load, or shows no matching token. The module's environment may be incomplete.
+    /// The module cannot be loaded, or no token matches the settings. The module's environment may be incomplete.
     #[error("{0}")]
     NoToken(String),
     /// The user PIN or, when a token is initialised, the security officer's PIN is missing or was rejected.
     #[error("{0}")]
     Pin(String),
-    /// The new user PIN does not match the limits of the token.
+    /// The new user PIN is too short or too long for the token.
     #[error("{0}")]
     NewPin(String),
     /// A key, an attribute or a MAC differs from what is required.
@@ -145,11 +145,11 @@ impl From<Fault> for AdminError {
 /// A token as `token list` shows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Listed {
-    /// Slot number, which changes when tokens are initialised.
+    /// Slot number. Slot numbers may change when tokens are initialised.
     pub(crate) slot: u64,
     /// Label, serial number and model of the token.
     pub(crate) info: TokenInfo,
-    /// Whether it was initialised.
+    /// Whether the token is initialised.
     pub(crate) initialised: bool,
     /// Whether the user PIN is locked, or will be locked after one more wrong PIN.
     pub(crate) pin_state: &'static str,
@@ -162,7 +162,7 @@ pub(crate) struct Listed {
 }
 
 impl Listed {
-    /// Describes a token that is open. The command needs only the token's names.
+    /// Describes the open token. Only `info` contains real values, because the command needs nothing else.
     pub(crate) fn of(info: &TokenInfo) -> Self {
         Self {
             slot: 0,
@@ -187,13 +187,13 @@ pub(crate) struct CheckedKey {
     pub(crate) spki: Vec<u8>,
     /// Modulus length in bits.
     pub(crate) modulus_bits: usize,
-    /// The algorithm that the capability probe chose. The value is `None` if the key was rejected.
+    /// The algorithm that the capability probe chose; `None` if the key was rejected.
     pub(crate) algorithm: Option<Algorithm>,
     /// The results of the attribute check of the RSA private key.
     pub(crate) private: Vec<Finding>,
     /// The results of the attribute check of the integrity key.
     pub(crate) integrity_key: Vec<Finding>,
-    /// Why the key must not be used. The value is `None` if the key passed all checks.
+    /// Reason why the key must not be used; `None` if the key passed all checks.
     pub(crate) problem: Option<String>,
     /// The negative tests that cannot be run on this token.
     pub(crate) not_tried: Vec<&'static str>,
@@ -204,7 +204,7 @@ pub(crate) struct CheckedKey {
 /// Lists all slots with a token, initialised or not. Needs no PIN.
 pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError> {
     let module = module::load(settings)?;
-    // Tokens are also listed if the settings are not valid, because the list helps to find the right settings.
+    // Lists the tokens even if the settings are invalid, because the list helps to find the right settings.
     let selector = select::Selector::from_settings(settings).ok();
     let mut listed = Vec::new();
     calling::next("C_GetSlotList");
@@ -249,8 +249,8 @@ fn oaep_bits(module: &Module, slot: Slot) -> Option<RangeInclusive<u64>> {
     Some(bits(info.min_key_size())..=bits(info.max_key_size()))
 }
 
-/// Initialises a token with a label and sets its user PIN. An initialised token is erased only if its serial number is
-/// given, and everything on it is then lost permanently.
+/// Initialises a token with a label and sets its user PIN. If the token is already initialised, `erase_serial` must be
+/// its serial number. Initialising a token again erases its content permanently.
 pub(crate) fn init_token(
     settings: &Settings,
     label: &str,
@@ -277,8 +277,8 @@ pub(crate) fn init_token(
     module
         .init_token(slot, &auth_pin(so_pin), label)
         .map_err(|error| refused_so_pin(error.into()))?;
-    // After the initialisation, SoftHSM moves the token to another slot. The token is found again by its label, which
-    // no other token has.
+    // After the initialisation, SoftHSM moves the token to another slot. The label identifies the token in its new
+    // slot, because no other token has the same label.
     let selector = Settings {
         label: Some(label.to_owned()),
         serial: None,
@@ -309,7 +309,7 @@ fn set_user_pin(module: &Module, slot: Slot, so_pin: &Pin, user_pin: &Pin) -> Re
     Ok(())
 }
 
-/// Describes a rejected PIN of the security officer. `C_InitToken` with a wrong PIN changes nothing.
+/// Describes the rejection of the security officer's PIN. `C_InitToken` with a wrong PIN changes nothing.
 fn refused_so_pin(fault: Fault) -> AdminError {
     if fault.class != Class::Pin {
         return fault.into();
@@ -332,16 +332,16 @@ fn takes(info: &PkcsTokenInfo) -> String {
 /// Checks that the token can return the label unchanged, because commands find the token by its label.
 fn check_label(label: &str) -> Result<(), AdminError> {
     let problem = if label.is_empty() || label.chars().any(char::is_control) {
-        "must have 1 to 32 bytes and no control characters"
+        "the label must have 1 to 32 bytes and no control characters"
     } else if label.len() > LABEL_BYTES {
-        "is longer than 32 bytes of UTF-8"
+        "the label is longer than 32 bytes of UTF-8"
     } else if label != label.trim() {
-        "begins or ends with a blank, which tokens cannot distinguish from padding"
+        "the label begins or ends with a blank, which tokens cannot distinguish from padding"
     } else {
         return Ok(());
     };
     Err(AdminError::Token(format!(
-        "the token label {label:?} {problem}. Nothing was changed"
+        "token label {label:?}: {problem}. Nothing was changed"
     )))
 }
 
@@ -358,17 +358,17 @@ fn pin_problem(what: &str, pin: &Pin, info: &PkcsTokenInfo) -> Option<String> {
     })
 }
 
-/// Refuses an attempt that could lock the security officer's PIN. Wrong PINs of the security officer are counted too,
-/// and a token that has locked this PIN can no longer be administered.
+/// Refuses an attempt that could lock the security officer's PIN. A token counts wrong PINs of the security officer,
+/// and cannot be administered after it has locked this PIN.
 fn check_so_counter(info: &PkcsTokenInfo) -> Result<(), AdminError> {
-    // A blank token accepts any PIN, and its flags mean nothing.
+    // An uninitialised token accepts any PIN, and its flags have no meaning.
     if !info.token_initialized() {
         return Ok(());
     }
     let problem = if info.so_pin_locked() {
         "the security officer's PIN is locked"
     } else if info.so_pin_final_try() {
-        "one more wrong security officer's PIN would lock the token: log in once with the vendor's tool to reset the \
+        "one more wrong PIN of the security officer would lock the token: log in once with the vendor's tool to reset the \
          counter"
     } else {
         return Ok(());
@@ -385,8 +385,8 @@ fn blank_slot(module: &Module, label: &str) -> Result<Slot, AdminError> {
             blank.get_or_insert(slot);
         } else if unpadded(info.label()) == label {
             return Err(AdminError::Token(format!(
-                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To \
-                 erase it and every key on it permanently, pass --erase-serial {}",
+                "a token with the label {label:?} already exists (serial {}). Nothing was changed. To erase this \
+                 token and every key on it permanently, pass --erase-serial {}",
                 unpadded(info.serial_number()),
                 unpadded(info.serial_number())
             )));
@@ -443,8 +443,8 @@ impl Admin {
         Self::open_one_of(settings, record, pin.into(), write, &[])
     }
 
-    /// Logs in if the record of PINs allows the login. The session is read-write if keys are to be made. If several
-    /// tokens match the settings, the token with one of the registry's serial numbers is used.
+    /// Logs in if the record of PINs allows the login. If `write` is true, the session is read-write, so that keys can
+    /// be made. If several tokens match the settings, the token with one of the registry's serial numbers is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,
@@ -471,7 +471,8 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// If the command did not send the `CKA_ID` of a key's objects, returns the place where `key generate` makes keys.
+    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of these objects,
+    /// returns where `key generate` would store them.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -511,12 +512,13 @@ impl Admin {
         self.token.session(&places)
     }
 
-    /// The token that is open.
+    /// Returns the information of the open token.
     pub(crate) fn info(&self) -> &TokenInfo {
         &self.token.info
     }
 
-    /// Whether the token answered the login with the code for "another process is already logged in".
+    /// Whether the token answered the login with `CKR_USER_ALREADY_LOGGED_IN`, because another process was already
+    /// logged in.
     pub(crate) fn is_login_of_another(&self) -> bool {
         self.token.is_login_of_another
     }
@@ -526,9 +528,8 @@ impl Admin {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. A
-    /// key that fails one of these checks is removed from the token. This function does not add the key to the
-    /// registry.
+    /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. If a
+    /// check fails, the key is removed from the token. Making a key does not add the key to the registry.
     pub(crate) fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
@@ -554,7 +555,7 @@ impl Admin {
                     return self.with_integrity_key_file(checked);
                 }
                 None => format!(
-                    "it has {} bits instead of {modulus_bits}",
+                    "the key has {} bits instead of {modulus_bits}",
                     checked.modulus_bits
                 ),
                 Some(problem) => problem.clone(),
@@ -571,9 +572,9 @@ impl Admin {
         )))
     }
 
-    /// Makes keys that end with the session, to check that the token can do what is needed and refuses what it must
-    /// refuse. Returns the names of the negative tests that were not run: on a token that makes no keys that end with
-    /// the session, these are the tests that change a key.
+    /// Makes session keys, to check that the token performs the necessary operations and refuses the forbidden
+    /// operations. Returns the names of the negative tests that were not run. A token without session keys skips the
+    /// tests that change a key.
     fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
         let terms = Terms::of(&self.settings);
@@ -609,7 +610,7 @@ impl Admin {
                 Subject::Throwaway,
             )
         });
-        // If the removal fails, the keys end with the session.
+        // If the removal fails, the token removes the keys when the session ends.
         let _removed = made.remove(session);
         match tried {
             Err(fault) if matches!(fault.class, Class::Configuration | Class::Untrusted) => {
@@ -623,7 +624,7 @@ impl Admin {
         }
     }
 
-    /// Adds the cause to a refusal, if the cause can be determined.
+    /// Returns the error for a refusal, with the cause if the cause can be determined.
     fn explained(&self, refusal: Refusal) -> AdminError {
         let Some(making) = refusal.making else {
             return refusal.fault.into();
@@ -650,8 +651,8 @@ impl Admin {
         }
     }
 
-    /// Returns the key. If the integrity key was made in the memory of this process, adds the content of the integrity
-    /// key's file.
+    /// If the integrity key was made in the memory of this process, adds the content of the integrity key's file to the
+    /// key.
     fn with_integrity_key_file(&self, checked: CheckedKey) -> Result<CheckedKey, AdminError> {
         let (IntegrityPlace::Worker, Some(algorithm)) =
             (&checked.objects.integrity, checked.algorithm)
@@ -734,14 +735,13 @@ impl Admin {
         Ok(keys::remove(&self.token.anchor, &place)?)
     }
 
-    /// Makes a MAC with the integrity key of this wrapping key.
+    /// Computes a MAC with the integrity key of this wrapping key.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = self.pair(id)?;
         Ok(operation::mac(&self.token.anchor, &pair, message)?)
     }
 
-    /// Makes the report with keys that end with the session and, if allowed, with keys that stay on the token for a
-    /// short time. The login ends afterwards.
+    /// Makes the report with session keys and, if allowed, with temporary keys on the token. Logs out at the end.
     pub(crate) fn report(
         &self,
         pin: Option<&Pin>,
@@ -752,8 +752,8 @@ impl Admin {
         Ok(report::make(&self.token, &self.settings, pin, allowed)?)
     }
 
-    /// Decrypts in a loop with `threads` threads until `until`, to measure the token alone. Returns the number of
-    /// operations, and how often a thread waited.
+    /// Decrypts in a loop with `threads` threads until `until`, to measure the token without the broker. Returns the
+    /// number of operations, and the number of times that a thread waited for something other than the CPU.
     pub(crate) fn decrypt_loop(
         &self,
         id: WrappingKeyId,

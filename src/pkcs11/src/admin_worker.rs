@@ -1,8 +1,9 @@
-//! The admin worker: the process that holds the vendor's module for a one-shot command such as `keybroker key generate`.
+//! The admin worker: the process that loads the vendor's module for a command such as `keybroker key generate`.
 //!
-//! The command sends one request at a time over a socket pair and receives one answer to each request. The worker ends
-//! when the command closes the socket. A crash or a hang of the module affects only this process, and not the command,
-//! which uses the network and the database.
+//! The command sends one request at a time over a socket pair and receives one answer to each
+//! request. The worker ends when the command closes the socket. If the module crashes or hangs,
+//! only this process is affected. The process of the command uses the network and the database; the
+//! admin worker uses neither.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
@@ -61,7 +62,7 @@ fn serve() -> io::Result<()> {
     let reported = Arc::clone(&replies);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // A failed report is ignored: if the command has ended, the socket is closed, and this process ends too.
+        // A failed report is ignored: if the command has ended, the socket is closed, and this process ends, too.
         let _sent = lock(&reported).send(calling);
     });
     let mut inbox = Inbox::default();
@@ -69,7 +70,7 @@ fn serve() -> io::Result<()> {
     while let Some(request) = inbox.receive::<AdminRequest>(&mut input)? {
         let outcome = match request.job {
             Some(job) => state.run(&job).unwrap_or_else(|error| failure(&error)),
-            None => failure(&AdminError::Token("a request without a job".to_owned())),
+            None => failure(&AdminError::Token("the request has no job".to_owned())),
         };
         lock(&replies).send(outcome)?;
     }
@@ -183,7 +184,7 @@ impl State {
             .ok_or_else(|| AdminError::Token("no token is open".to_owned()))
     }
 
-    /// Records where the objects of keys are. The handles of keys that were found earlier are discarded.
+    /// Records the `CKA_ID` of the objects of keys. The handles of keys that were found earlier are discarded.
     fn know(&mut self, job: &KnowKeys) -> Result<Outcome, AdminError> {
         self.verifier = None;
         let token = self
@@ -202,7 +203,7 @@ impl State {
         ))
     }
 
-    /// Verifies a MAC. Each integrity key is searched for once, at the first MAC under this key.
+    /// Verifies a MAC. The worker searches for each integrity key once, when it verifies the first MAC with this key.
     fn verify(&mut self, id: &[u8], message: &[u8], mac: &[u8]) -> Result<Outcome, AdminError> {
         let id = key_id(id)?;
         let admin = self
@@ -252,6 +253,7 @@ fn parse(setup: Option<&Setup>) -> Result<Parsed, AdminError> {
     Ok(Parsed {
         settings: Settings::from_setup(setup),
         record: PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
+            .of_token(&setup.token_name)
             .of_copy(&setup.pin_record_name),
     })
 }

@@ -1,9 +1,9 @@
 //! The attribute check: the properties that a key must have before it is used. Each attribute is read back from the
 //! token individually.
 //!
-//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose per key prevents the wrap/decrypt
-//! attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of a key cannot
-//! be changed.
+//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose for each key prevents the
+//! wrap/decrypt attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of
+//! a key cannot be changed.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -57,9 +57,9 @@ impl Mechanism {
 pub enum Found {
     /// The attribute has the required value.
     AsExpected,
-    /// The attribute has a value that is not the required value.
+    /// The attribute has a wrong value.
     Wrong,
-    /// The attribute is absent or cannot be read, and an exception in the configuration accepts that.
+    /// The attribute is absent or cannot be read, but the configuration contains an exception for the attribute.
     Excepted,
     /// The attribute is absent, but the key type implies the required value (`CKK_SHA256_HMAC`).
     ImpliedByType,
@@ -90,16 +90,16 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is absent, which an exception accepts, and should be",
+            Found::Excepted => "is absent (accepted by an exception) and should be",
             Found::ImpliedByType => "is absent, but the type of the key implies",
-            Found::Missing => "is absent, must be",
+            Found::Missing => "is absent and must be",
         };
         write!(f, "{} {found} {expected}", self.attribute)
     }
 }
 
 impl Finding {
-    /// Whether this attribute permits use of the key.
+    /// Whether this attribute permits the use of the key.
     pub fn passes(&self) -> bool {
         matches!(
             self.found,
@@ -119,7 +119,7 @@ pub(super) type Rule = (&'static str, AttributeType, Expected);
 const TRUE: Expected = Expected::Flag(true);
 const FALSE: Expected = Expected::Flag(false);
 
-/// The rules for every key: a key is a secret that was made on the token, stays there and does not change.
+/// The rules for every key: the token made the key, keeps it secret, and neither exports nor changes it.
 const EVERY_KEY: [Rule; 9] = [
     ("CKA_TOKEN", AttributeType::Token, TRUE),
     ("CKA_PRIVATE", AttributeType::Private, TRUE),
@@ -181,8 +181,8 @@ pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     (
         "CKA_VALUE_LEN",
         AttributeType::ValueLen,
-        // The length of the hash function's output (NIST SP 800-107, section 5.3.4). A person who has the database could
-        // find a shorter integrity key by trying all values.
+        // The length of the hash function's output (NIST SP 800-107, section 5.3.4). With a copy of the database, an
+        // attacker could find a shorter integrity key by brute force.
         Expected::AtLeastBytes(32),
     ),
     (
@@ -209,14 +209,14 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
     rules
 }
 
-/// An attribute that `token.attribute_exceptions` may list, because some tokens do not support it, with the risk of the
-/// exception. No exception allows a key to leave the token: `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`,
+/// An attribute that `token.attribute_exceptions` may list, with the risk of the exception. Some tokens do not support
+/// the attribute. No exception allows a key to leave the token: `CKA_TOKEN`, `CKA_PRIVATE`, `CKA_SENSITIVE`,
 /// `CKA_EXTRACTABLE`, `CKA_ALWAYS_SENSITIVE` and `CKA_NEVER_EXTRACTABLE` are always required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exception {
     /// The attribute's name in the standard.
     pub attribute: &'static str,
-    /// What a holder of the user PIN can do with a key that does not have this attribute, in one sentence.
+    /// Possible misuse of a key without this attribute by a person who has the user PIN, in one sentence.
     pub gives_away: &'static str,
 }
 
@@ -227,15 +227,15 @@ const fn exception(attribute: &'static str, gives_away: &'static str) -> Excepti
     }
 }
 
-/// All attributes that may be excepted.
+/// All attributes for which an exception is permitted.
 pub const EXCEPTIONS: &[Exception] = &[
     exception(
         "CKA_LOCAL",
-        "the token does not say whether a key was made on it, so copies of a key may exist elsewhere",
+        "the token does not show whether a key was made on the token, so copies of a key may exist elsewhere",
     ),
     exception(
         "CKA_MODIFIABLE",
-        "a holder of the user PIN may change those attributes of the keys that the token itself does not fix",
+        "a holder of the user PIN may change the attributes of the keys that the token itself does not protect",
     ),
     exception(
         "CKA_COPYABLE",
@@ -299,7 +299,7 @@ pub fn exceptions_in_use(names: &[String]) -> impl Iterator<Item = Exception> {
         .filter(|exception| names.iter().any(|name| name == exception.attribute))
 }
 
-/// Returns the exception for an attribute, if the attribute may be excepted.
+/// Returns the exception for an attribute, if an exception is permitted.
 pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
     let (name, ..) = RSA_PRIVATE
         .iter()
@@ -311,8 +311,8 @@ pub(super) fn exceptable(kind: AttributeType) -> Option<Exception> {
         .find(|exception| exception.attribute == *name)
 }
 
-/// Reads every attribute of the rules. An excepted attribute may be absent or unreadable, because some tokens fail when
-/// they are asked for an attribute that they do not know. An excepted attribute must not have a wrong value.
+/// Reads every attribute of the rules. An attribute with an exception may be absent or unreadable, because some tokens
+/// return an error for an unknown attribute. An attribute with an exception must not have a wrong value.
 pub(super) fn inspect(
     session: &Session,
     object: ObjectHandle,
@@ -348,10 +348,9 @@ pub(super) fn inspect(
         .collect()
 }
 
-/// Whether the key type implies the required mechanism. A key of type `CKK_SHA256_HMAC` is for one mechanism (PKCS #11
-/// v3.0, section 2.20.8), so tokens with such keys need no list of allowed mechanisms. Some of these tokens do not
-/// return the length of the key either, because their tools make such keys in one length only (32 bytes, or the 64
-/// bytes of a block).
+/// Whether the key type implies the required mechanism. A key of type `CKK_SHA256_HMAC` has only one mechanism (PKCS
+/// #11 v3.0, section 2.20.8), so such keys need no list of allowed mechanisms. Some tokens also omit the length of
+/// these keys, because their tools make keys of only one length (32 bytes, or the block size of 64 bytes).
 fn is_implied_by_type(
     session: &Session,
     object: ObjectHandle,
@@ -372,8 +371,8 @@ fn is_implied_by_type(
     ))
 }
 
-/// Whether a failed read means that the token returned a value that `cryptoki` does not know, for example a vendor's
-/// mechanism in a list. Such a value is never the required value.
+/// Whether a read failed because `cryptoki` does not support the returned value, for example a vendor's mechanism in a
+/// list. An unsupported value is never the required value.
 fn is_another_value(error: &Error) -> bool {
     matches!(
         error,
@@ -381,7 +380,7 @@ fn is_another_value(error: &Error) -> bool {
     )
 }
 
-/// Adds a hint to the error of a failed read: the setting for a token that does not support the attribute.
+/// Adds a hint to the error of a failed read: the setting for tokens that do not support the attribute.
 fn unreadable(fault: Fault, name: &str, kind: AttributeType) -> Fault {
     let is_about_it = is_about_the_attribute(&fault);
     let fault = fault.about(name);
@@ -402,8 +401,8 @@ fn is_about_the_attribute(fault: &Fault) -> bool {
     )
 }
 
-/// Whether the findings show a key that was made elsewhere and then imported: it was not made on the token, and was
-/// once extractable or readable. The broker never uses an imported key.
+/// Whether the findings show an imported key: the key was not made on the token, and was once extractable or readable.
+/// The broker never uses an imported key.
 pub(super) fn is_imported(findings: &[Finding]) -> bool {
     let lacks = |name| {
         findings
@@ -413,7 +412,7 @@ pub(super) fn is_imported(findings: &[Finding]) -> bool {
     lacks("CKA_LOCAL") && (lacks("CKA_NEVER_EXTRACTABLE") || lacks("CKA_ALWAYS_SENSITIVE"))
 }
 
-/// Refuses a key if any finding does not pass. The error lists all findings that do not pass.
+/// Refuses a key unless all findings pass. The error lists all findings that do not pass.
 pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     let wrong: Vec<&Finding> = findings
         .iter()
@@ -427,7 +426,7 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "{what} was imported: {}. The key has been outside the token, so copies of the key may exist, and it \
+                "{what} was imported: {}. The key was outside the token, so copies of the key may exist, and the key \
                  must never protect user keys. No setting accepts an imported key; make a key on the token with \
                  `keybroker key generate` or with the vendor's tool",
                 named.join("; ")
@@ -444,7 +443,7 @@ pub(super) fn require(what: &str, findings: &[Finding]) -> Result<(), Fault> {
     ))
 }
 
-/// Returns a hint: the setting with which the key would be accepted, or what else to do.
+/// Returns a hint: the setting with which the key would be accepted, or another remedy.
 fn remedy(wrong: &[&Finding]) -> String {
     if let [finding] = wrong
         && finding.attribute == "CKA_PRIVATE"
@@ -498,8 +497,8 @@ pub(super) fn accept(exceptions: &[Exception]) -> String {
     )
 }
 
-/// Reads one attribute. Returns `None` if the token does not have the attribute. An empty list of mechanisms means that
-/// the mechanisms are not restricted: some tokens return an empty list although they do not have the attribute.
+/// Reads one attribute. Returns `None` if the token does not have the attribute. An empty list of mechanisms counts as
+/// an absent attribute, because some tokens without the attribute return an empty list.
 pub(super) fn read(
     session: &Session,
     object: ObjectHandle,

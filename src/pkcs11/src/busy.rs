@@ -1,9 +1,9 @@
-//! A token that refuses good inputs while it is busy.
+//! Handles tokens that refuse valid inputs while the tokens are busy.
 //!
-//! Some devices answer `CKR_FUNCTION_FAILED` if they have more operations than they can do at the same time. The same code
-//! also means a damaged input. One refusal therefore says little. A session repeats a refused job, and runs self-tests after
-//! each refusal until one passes. The self-tests show how often the token refuses good inputs at this time. The job has
-//! failed when a good input would very rarely be refused so often.
+//! Some devices return `CKR_FUNCTION_FAILED` if they have too many concurrent operations. The same return code can mean
+//! a damaged input. Therefore a single refusal does not show the cause. A session repeats a refused job, and runs
+//! self-tests after each refusal until one passes. The self-tests show how often the token currently refuses valid
+//! inputs. The job fails when it has been refused so often that its input is almost certainly damaged.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -12,24 +12,24 @@ use std::{
 
 use keybroker_worker_protocol::frame;
 
-/// Largest probability that a good input is refused as often as the input of the job.
+/// The job fails when the probability that a valid input is refused so often is at most this value.
 const DOUBT_MAX: f64 = 1e-6;
-/// Refusals of one job after which the session gives up. The job then waits for its next turn.
+/// Number of refusals after which the session stops repeating a job. The job then waits for its next turn.
 pub(super) const REFUSALS_MAX: u32 = 64;
-/// Pause after the first refusal. Each further pause is twice as long as the one before.
+/// Pause after the first refusal. Each further pause is twice as long as the previous pause.
 const FIRST_PAUSE: Duration = Duration::from_micros(250);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_millis(2);
 
-/// When the token last answered, for all sessions of a worker.
+/// Time at which the token last answered any session of a worker.
 #[derive(Debug, Default)]
 pub(super) struct LastAnswer {
-    /// `CLOCK_MONOTONIC` in nanoseconds; 0 stands for never.
+    /// `CLOCK_MONOTONIC` in nanoseconds; 0 means never.
     answered_ns: AtomicU64,
 }
 
 impl LastAnswer {
-    /// Notes that an operation of any session succeeded.
+    /// Records that an operation of a session succeeded now.
     pub(super) fn note(&self) {
         self.answered_ns
             .store(frame::monotonic_ns(), Ordering::Relaxed);
@@ -41,7 +41,7 @@ impl LastAnswer {
     }
 }
 
-/// The refusals of one job, and of the self-tests between them.
+/// The number of refusals of one job, and of the self-tests that ran between these refusals.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Refusals {
     job: u32,
@@ -49,21 +49,21 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
-    /// Counts a refusal of the job, after which this number of self-tests was refused before one passed.
+    /// Counts a refusal of the job, and the number of self-tests that the token refused before a self-test passed.
     pub(super) fn add(&mut self, self_tests_refused: u32) {
         self.job = self.job.saturating_add(1);
         self.self_tests = self.self_tests.saturating_add(self_tests_refused);
     }
 
-    /// The refusals of the job.
+    /// Returns the number of refusals of the job.
     pub(super) fn count(self) -> u32 {
         self.job
     }
 
-    /// Whether the refusals of the job say something about its input.
+    /// Whether the number of refusals proves that the input of the job is damaged.
     pub(super) fn are_conclusive(self) -> bool {
-        // One self-test passed after each refusal of the job. The estimate is that of Laplace: with few self-tests, it does
-        // not depend on luck. A self-test has more operations than the refused one, so it is refused more often.
+        // One self-test passed after each refusal of the job. The refusal rate is Laplace's estimate, which remains
+        // cautious with few self-tests. A self-test has more operations than the job, so it is refused more often.
         let refused = f64::from(self.self_tests.saturating_add(1));
         let all = f64::from(self.self_tests.saturating_add(self.job).saturating_add(2));
         let exponent = i32::try_from(self.job).unwrap_or(i32::MAX);
@@ -71,7 +71,7 @@ impl Refusals {
     }
 }
 
-/// The pause after this number of refusals, from 1.
+/// Returns the pause after this number of refusals. The first refusal has the number 1.
 pub(super) fn pause_after(refusals: u32) -> Duration {
     let doublings = refusals.saturating_sub(1).min(31);
     FIRST_PAUSE.saturating_mul(1 << doublings).min(PAUSE_MAX)
@@ -81,7 +81,7 @@ pub(super) fn pause_after(refusals: u32) -> Duration {
 mod tests {
     use super::*;
 
-    /// The refusals of a job that are needed if this number of self-tests is refused after each of them.
+    /// Returns the number of refusals that proves damage, if this number of self-tests is refused after each refusal.
     fn needed(self_tests_refused: u32) -> Option<u32> {
         let mut refusals = Refusals::default();
         (1..=REFUSALS_MAX).find(|_| {

@@ -1,12 +1,12 @@
-//! Reports to the parent process which PKCS#11 function is called next, so that the parent can say in which function
-//! the module crashed or hangs.
+//! Reports the name of each PKCS#11 function to the parent process before the call. If the module crashes or hangs, the
+//! parent can name the function.
 
 use std::sync::{
     Mutex, PoisonError,
     atomic::{AtomicBool, Ordering},
 };
 
-/// Receives the name of the PKCS#11 function that is called next.
+/// Callback that receives the name of a PKCS#11 function before the call.
 type Report = Box<dyn FnMut(&'static str) + Send>;
 
 static IS_REPORTED: AtomicBool = AtomicBool::new(false);

@@ -1,14 +1,14 @@
 //! The table that classifies return codes by their consequence for the job, the session and the worker.
 //!
-//! The same code means different things on different tokens. `CKR_GENERAL_ERROR` is SoftHSM's answer to a damaged
-//! ciphertext, but also to a token that was removed. `CKR_DEVICE_ERROR` is the answer of NSS to a wrong MAC. If a code
-//! is ambiguous, the result of a self-test decides instead of the code.
+//! The meaning of a return code depends on the token. SoftHSM returns `CKR_GENERAL_ERROR` for a
+//! damaged ciphertext, but also for a token that was removed. NSS returns `CKR_DEVICE_ERROR` for a
+//! wrong MAC. If a code is ambiguous, the result of a self-test decides instead of the code.
 
 use std::fmt;
 
 use cryptoki::error::{Error, RvError};
 
-/// What a failure means for the job, the session and the worker.
+/// The consequence of a failure for the job, the session and the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     /// The input is wrong, and the session can be used again.
@@ -17,30 +17,30 @@ pub(super) enum Class {
     SessionLost,
     /// The token or the module is lost. Only a new worker can use the token again.
     TokenLost,
-    /// The code is ambiguous, and the self-test decides.
+    /// The return code is ambiguous, so the result of a self-test determines the consequence.
     Ambiguous,
     /// The token has no free session, or memory is exhausted. The job may succeed later.
     BackOff,
-    /// The PIN was rejected, or the token must not be given the PIN.
+    /// The PIN was rejected, or must not be presented to the token.
     Pin,
     /// A login failed with a code that does not concern the PIN. This class comes from the login rules, never from a
     /// return code.
     Login,
     /// The configuration or the key does not match the token. A retry cannot help.
     Configuration,
-    /// The module does not load, or shows no matching token. The module's environment may be incomplete. This class
-    /// comes from the search for a token, never from a return code.
+    /// The module cannot be loaded, or no token matches the settings. The module's environment may be incomplete. This
+    /// class comes from the search for a token, never from a return code.
     NoToken,
-    /// A registered key is not found. If a key is not found at the first start, an administrator has to act. Later, the
-    /// cause can also be a token that is unavailable or has lost its login. This class comes from the search for keys,
-    /// never from a return code.
+    /// A registered key is not found. If a key is missing at the first start, an administrator must act. Later, a
+    /// missing key can also mean that the token is unavailable or has lost its login. This class comes from the search
+    /// for keys, never from a return code.
     KeyMissing,
-    /// An object on the token has a property that is not allowed. This class comes from the checks, never from a return
-    /// code.
+    /// An object on the token has a property that is not allowed. This class comes from a check of
+    /// the worker, such as the attribute check, never from a return code.
     Untrusted,
 }
 
-/// A failure with its class, and with a text for the log.
+/// A failure with its class, and with a description for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) class: Class,
@@ -71,7 +71,7 @@ impl Fault {
         }
     }
 
-    /// Puts the subject of the failure in front of the failure's text.
+    /// Prepends the subject of the failure to its text.
     pub(super) fn about(self, what: &str) -> Self {
         Self {
             class: self.class,
@@ -89,7 +89,8 @@ impl fmt::Display for Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         match error {
-            // Both the return code and the name of the C function are needed to find problems of an HSM.
+            // The text contains the return code and the name of the C function, because both are necessary to diagnose
+            // an HSM.
             Error::Pkcs11(code, function) => {
                 Self::new(classify(code), format!("{code:?} from C_{function:?}"))
             }
@@ -154,7 +155,7 @@ mod tests {
 
     use RvError as Rv;
 
-    /// One row for each code with which a token can answer a job. A change of the table must change this list.
+    /// The codes that a token can return for a job. A change of `classify` requires a change of this list.
     const TABLE: &[(Class, &[Rv])] = &[
         (
             Class::Input,

@@ -1,5 +1,5 @@
-//! Makes, finds and checks the keys on the token. A new key gets a value for every usage flag. Each key must be found
-//! exactly once, and must pass the attribute check and the self-test.
+//! Makes, finds and checks the keys on the token. The template of a new key sets every usage flag. Each key must be
+//! found exactly once, and must pass the attribute check and the self-test.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -38,11 +38,11 @@ pub(super) use templates::{
     public_template,
 };
 
-/// Prefix for deriving the `CKA_ID` of an integrity key, on a token that does not allow the integrity key to have the
-/// `CKA_ID` of its wrapping key.
+/// Prefix for deriving a separate `CKA_ID` for an integrity key, on tokens that do not allow two objects with the same
+/// `CKA_ID`.
 const OWN_ID_DOMAIN: &[u8] = b"keybroker/integrity-key-id/v1";
 
-/// A wrapping key to find, with the `CKA_ID` of its objects.
+/// A wrapping key, with the `CKA_ID`s by which its objects are found.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) id: WrappingKeyId,
@@ -78,7 +78,7 @@ pub(super) struct KeyPair {
     pub(super) integrity_key: MacKey,
 }
 
-/// The public side of a wrapping key, computed from the private object.
+/// The public key of a wrapping key, computed from the private object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PublicSide {
     pub(super) spki: Vec<u8>,
@@ -109,7 +109,7 @@ pub(super) fn writing_session(module: &Module, slot: Slot) -> Result<Session, Fa
     module.open_rw_session(slot).map_err(no_session)
 }
 
-/// Adds a hint to the error of a token that has no free session: the settings that reduce the number of sessions.
+/// Adds a hint to the error of a token without a free session: the settings that reduce the number of sessions.
 fn no_session(error: Error) -> Fault {
     let is_full = matches!(error, Error::Pkcs11(RvError::SessionCount, _));
     let fault = Fault::from(error);
@@ -123,7 +123,7 @@ fn no_session(error: Error) -> Fault {
     }
 }
 
-/// One session with the handles of the keys. One thread owns the session from its opening to its end.
+/// One session with the handles of the keys. Only one thread uses the session.
 #[derive(Debug)]
 pub(super) struct KeySession {
     pub(super) session: Session,
@@ -131,8 +131,8 @@ pub(super) struct KeySession {
 }
 
 impl KeySession {
-    /// Opens a session and finds the keys again. A handle is valid until the sessions of its login end; an old handle
-    /// may refer to another object.
+    /// Opens a session and finds the keys again. A handle is valid only until the sessions of its login end. Later, the
+    /// handle may refer to another object.
     pub(super) fn open(module: &Module, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = keys
@@ -157,9 +157,8 @@ impl KeyPair {
     }
 }
 
-/// Returns the `CKA_ID` of an integrity key on a token that does not allow the key to have the `CKA_ID` of its wrapping
-/// key. The `CKA_ID` is derived from the wrapping key's id, so that the integrity key can be found before it is
-/// registered.
+/// Returns the separate `CKA_ID` of an integrity key, for tokens that do not allow two objects with the same `CKA_ID`.
+/// The `CKA_ID` is derived from the wrapping key's id, so that the integrity key can be found before it is registered.
 fn own_integrity_id(id: WrappingKeyId) -> ObjectId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(OWN_ID_DOMAIN);
@@ -168,8 +167,8 @@ fn own_integrity_id(id: WrappingKeyId) -> ObjectId {
     ObjectId::from_slice(&digest.as_ref()[..ID_BYTES]).expect("16 bytes are a permitted length")
 }
 
-/// Finds both objects of a key: exactly one RSA private key, and exactly one secret key. There is no secret key on the
-/// token if the integrity key is in the memory of this process.
+/// Finds both objects of a key: exactly one RSA private key, and exactly one secret key. If the integrity key is in the
+/// memory of this process, finds only the RSA private key.
 pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
     let id = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&id);
@@ -208,7 +207,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
     Err(missing(key, "integrity key", &candidates[0]))
 }
 
-/// The `CKA_ID`s that an integrity key may have on the token, if the registry does not name one.
+/// Returns the `CKA_ID`s that an integrity key may have if the registry does not contain its `CKA_ID`.
 fn integrity_ids(key: &Place) -> [ObjectId; 2] {
     let private = key.objects.private.clone();
     [
@@ -239,14 +238,14 @@ fn missing(key: &Place, what: &str, object: &ObjectId) -> Fault {
     Fault::new(
         Class::KeyMissing,
         format!(
-            "the {what}{of} with CKA_ID {object} is not on the token. If the registry contains the key, check that this is the \
-             right token and that it was restored completely"
+            "the {what}{of} with CKA_ID {object} is not on the token. If the registry contains the key, check that \
+             this is the right token, and that the token was restored completely"
         ),
     )
 }
 
-/// Finds an object. Also searches for a second object with this id, because the token would decide which of the two is
-/// used.
+/// Finds an object. Returns an error if there is a second object with the same id, because the choice would depend on
+/// the token.
 fn find_one(
     session: &Session,
     class: ObjectClass,
@@ -268,7 +267,7 @@ fn find_one(
         return Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token holds more than one {what} with CKA_ID {id}; find out where these objects came from before \
+                "the token has more than one {what} with CKA_ID {id}; find out where these objects came from before \
                  you remove one of them"
             ),
         ));
@@ -310,8 +309,8 @@ pub(super) fn inspect(
     })
 }
 
-/// Returns the public key, computed from modulus and exponent of the *private* object, because any user of the token
-/// can replace a public object.
+/// Returns the public key, computed from the modulus and exponent of the *private* object. Any user of the token can
+/// replace a public object.
 pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSide, Fault> {
     let untrusted = |what: String| {
         Fault::new(
@@ -322,17 +321,19 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     let Some(Attribute::KeyType(KeyType::RSA)) =
         attribute_check::read(session, pair.private, AttributeType::KeyType)?
     else {
-        return Err(untrusted("it is not an RSA key".to_owned()));
+        return Err(untrusted("the object is not an RSA key".to_owned()));
     };
     let Some(Attribute::Modulus(modulus)) =
         attribute_check::read(session, pair.private, AttributeType::Modulus)?
     else {
-        return Err(untrusted("it has no CKA_MODULUS".to_owned()));
+        return Err(untrusted("the object has no CKA_MODULUS".to_owned()));
     };
     let Some(Attribute::PublicExponent(exponent)) =
         attribute_check::read(session, pair.private, AttributeType::PublicExponent)?
     else {
-        return Err(untrusted("it has no CKA_PUBLIC_EXPONENT".to_owned()));
+        return Err(untrusted(
+            "the object has no CKA_PUBLIC_EXPONENT".to_owned(),
+        ));
     };
     let (spki, modulus_bits) =
         oaep::spki(&modulus, &exponent).map_err(|error| untrusted(error.to_string()))?;
@@ -343,8 +344,8 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
     })
 }
 
-/// Returns the `CKA_ID` of all RSA private keys on the token. Keys without a `CKA_ID` are ignored, because nothing can
-/// refer to them.
+/// Returns the `CKA_ID` of all RSA private keys on the token. Keys without a `CKA_ID` are ignored, because the registry
+/// cannot refer to them.
 pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
@@ -362,12 +363,12 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     Ok(ids)
 }
 
-/// The id of all keys that end with their session; such keys need no unique id.
+/// Returns the common id of all session keys, which need no unique id.
 pub(super) fn no_id() -> WrappingKeyId {
     WrappingKeyId::from_bytes([0; ID_BYTES])
 }
 
-/// Combines an RSA key and an integrity key of one session that were made separately.
+/// Combines an RSA key and an integrity key that were made separately in one session.
 pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),

@@ -1,9 +1,12 @@
-//! All code that uses PKCS#11. No other crate refers to mechanisms, attributes, handles or return codes.
+//! All code that uses PKCS#11. No other crate uses the mechanisms, attributes, handles or return
+//! codes of PKCS#11.
 //!
-//! [`worker`] is the token worker: the process that `serve` starts, which holds the vendor's module and serves a closed
-//! set of jobs. [`admin_worker`] is the process that a one-shot command starts to administer tokens and keys (`admin`).
-//! Both processes open a token in the same way (`open`): they load the module, select the token, log in once if the
-//! record of PINs allows it, find the keys, check their attributes and run the self-test.
+//! The module [`worker`] is the token worker. `serve` starts this process, which loads the vendor's
+//! module and serves a fixed set of jobs. The module [`admin_worker`] is the process that a command
+//! starts to administer tokens and keys (`admin`). Both processes open a token in the same way
+//! (`open`). Both processes load the module, select the token, and log in once if the record of
+//! PINs allows the login. Then both processes find the keys, check the attributes and run the
+//! self-test.
 
 mod admin;
 pub mod admin_worker;

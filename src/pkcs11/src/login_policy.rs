@@ -1,10 +1,10 @@
-//! The rules that decide whether a PIN is sent to a token, and how the token's answer is interpreted. These functions
-//! use no token, file or clock.
+//! The rules that decide whether a PIN is sent to a token, and how the token's answer is interpreted. The functions of
+//! this module are pure: they use no token, file or clock.
 //!
-//! A token counts wrong PINs and locks after a few of them. Modules return many different codes for a wrong PIN, and
-//! some return the same codes while a device restarts. Therefore a return code decides alone only if it concerns the
-//! PIN. For other codes, the history of this PIN on this token decides, together with the counter flags of
-//! `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
+//! A token counts wrong PINs, and locks the PIN after a few wrong attempts. Modules return many different codes for a
+//! wrong PIN, and some return the same codes while a device restarts. Therefore a return code alone is sufficient only
+//! if it concerns the PIN. For other codes, the decision also uses the history of this PIN on this token and the
+//! counter flags of `CK_TOKEN_INFO` (PKCS#11 3.0 section 3.3).
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -12,8 +12,8 @@ use cryptoki::error::RvError;
 use keybroker_pkcs11_ffi::TokenInfo;
 use serde::{Deserialize, Serialize};
 
-/// Largest number of logins that may fail with codes that do not concern the PIN, before the PIN has been accepted
-/// once.
+/// Largest number of logins with a PIN that the token has never accepted, if these logins fail with return codes that
+/// do not concern the PIN.
 const UNPROVEN_TRIES_MAX: u32 = 2;
 
 /// The flags of a token's counter of wrong user PINs.
@@ -39,10 +39,10 @@ impl Counter {
         }
     }
 
-    /// Describes how many attempts the token still allows, as an addition to a message.
+    /// Describes the remaining attempts that the token allows, as an addition to a message.
     pub(super) fn describe(self) -> &'static str {
         if self.locked {
-            "; the user PIN is locked now"
+            "; the user PIN is now locked"
         } else if self.final_try {
             "; one more wrong PIN locks the token"
         } else if self.low {
@@ -60,12 +60,12 @@ impl Counter {
     }
 }
 
-/// The history of one PIN on one token. A PIN that was never sent to the token has no standing.
+/// The history of one PIN on one token. There is no history for a PIN that was never sent to the token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "standing", rename_all = "kebab-case")]
 pub(super) enum Standing {
-    /// The PIN was sent to the token, and the token neither accepted nor rejected it. This state is also recorded
-    /// before the first login, so that the attempt counts even if the process is killed during the login.
+    /// The PIN was sent to the token, and the token neither accepted nor rejected it. The state `Unproven` is also
+    /// recorded before the first login, so that the attempt counts even if the process is killed during the login.
     Unproven {
         /// Number of logins with this PIN so far.
         tries: u32,
@@ -88,22 +88,22 @@ pub(super) enum Standing {
 /// Whether a login is allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// Log in. If a standing is given, record this standing before the login.
+    /// Log in. If there is a [`Standing`], record it before the login.
     Login(Option<Standing>),
     /// Do not log in.
     Refuse(Refusal),
 }
 
-/// Why a login is not allowed.
+/// Reason why a login is not allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     /// The token reports that the user PIN is locked.
     Locked,
     /// One more wrong PIN would lock the token.
     FinalTry,
-    /// A login failed, and the token's counter shows that the token has counted a wrong PIN since then.
+    /// A login failed, and the token's flags show that the token counted a wrong PIN.
     CounterRose,
-    /// The PIN has never been accepted, and has used up the attempts of an unproven PIN.
+    /// The token has never accepted the PIN, and all attempts for an unproven PIN are used up.
     Unproven,
     /// The token rejected this PIN before.
     Rejected(String),
@@ -114,11 +114,12 @@ pub(super) enum Refusal {
 pub(super) enum Answer {
     /// The PIN was accepted.
     Accepted,
-    /// The code proves that the PIN was not checked; therefore the token counted no wrong PIN.
+    /// The return code proves that the PIN was not checked; therefore the token counted no wrong
+    /// PIN.
     NotChecked,
-    /// The code says that the PIN was rejected.
+    /// The return code states that the token rejected the PIN.
     Rejected,
-    /// The code does not concern the PIN.
+    /// The return code does not concern the PIN.
     Unclear,
 }
 
@@ -195,8 +196,8 @@ pub(super) fn decide(
     }
 }
 
-/// Returns the standing after a login. `was` is the standing before [`decide`], and `begun` is the standing that was
-/// recorded before the login. `after` is `None` if the token no longer answers.
+/// Returns the history of the PIN after a login. `was` is the history before [`decide`], and `begun` is the history
+/// that was recorded before the login. `after` is `None` if the token no longer answers.
 pub(super) fn conclude(
     was: Option<&Standing>,
     begun: Option<&Standing>,
@@ -245,7 +246,7 @@ mod tests {
         ..FINAL
     };
 
-    /// A simulated token with a strict counter, and a PIN that it is given repeatedly.
+    /// A simulated token with a strict counter, and a PIN that is sent to the token repeatedly.
     struct History {
         standing: Option<Standing>,
         logins: u32,
@@ -302,7 +303,7 @@ mod tests {
         );
     }
 
-    /// The token counted the failure, so its code was an answer to a wrong PIN.
+    /// The token counted the failure, so its return code was a response to a wrong PIN.
     #[test]
     fn a_counter_that_rises_ends_the_tries_of_a_proven_pin() {
         let mut history = History::new();
@@ -314,7 +315,7 @@ mod tests {
         let mut history = History::new();
         history.show(Answer::Accepted, QUIET, QUIET);
         history.show(Answer::Unclear, QUIET, QUIET);
-        // The rise of the counter is seen only before the next login.
+        // The new counter flag is detected only before the next login.
         assert!(!history.show(Answer::Accepted, LOW, LOW));
     }
 
@@ -369,7 +370,7 @@ mod tests {
         assert_eq!(decide(Some(&proven), QUIET, false), Decision::Login(None));
     }
 
-    /// A process that is killed between the two calls has used up its attempt.
+    /// If a process is killed between the two calls, its attempt is used up.
     #[test]
     fn a_login_is_recorded_before_it_is_made() {
         let Decision::Login(Some(begun)) = decide(None, QUIET, false) else {

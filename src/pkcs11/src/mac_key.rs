@@ -1,9 +1,9 @@
-//! Integrity keys. An integrity key is an object on the token. For a token without keys for HMAC, the integrity key is a
-//! secret in the memory of this process; the token unwraps this secret from a file.
+//! Integrity keys. An integrity key is usually an object on the token. For a token without HMAC keys, the integrity key
+//! is a secret in the memory of this process; the token unwraps this secret from a file.
 //!
-//! An integrity key in memory protects the rows against a person who steals or changes the database. An integrity key in memory
-//! does not protect the rows against a person who can read the memory of a worker. The memory is not locked, so it can be swapped
-//! out; it is overwritten when it is freed.
+//! An integrity key in memory protects the rows against an attacker who can change the database. An integrity key in
+//! memory does not protect the rows against an attacker who can read the memory of a worker. The memory is not locked,
+//! so the operating system can swap it out. The memory is overwritten when it is freed.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -24,14 +24,14 @@ use keybroker_worker_protocol::{
 
 use crate::classify::{Class, Fault};
 
-/// Length of a key in bytes, equal to the output of the HMAC's hash (RFC 2104 section 3).
+/// Length of a key in bytes, equal to the length of the hash output (RFC 2104 section 3).
 const KEY_BYTES: usize = 32;
 /// Prefix of the plaintext of an integrity key's file. Because of this prefix, a wrapped user key cannot be used as an
 /// integrity key. The prefix is followed by the id of the wrapping key and the bytes of the integrity key.
 const DOMAIN: &[u8] = b"keybroker/integrity-key/v1";
 const PLAINTEXT_BYTES: usize = DOMAIN.len() + ID_BYTES + KEY_BYTES;
 
-/// An integrity key that is ready for use, or that has to be unwrapped first.
+/// The integrity key of a wrapping key: an object on the token, or a secret of this process.
 #[derive(Clone, Debug)]
 pub(super) enum MacKey {
     /// An object on the token.
@@ -49,7 +49,7 @@ impl MacKey {
         }
     }
 
-    /// Returns the secret in the memory of this process, if it is there.
+    /// Returns the secret in the memory of this process, if it is unwrapped.
     pub(super) fn secret(&self) -> Option<&WorkerKey> {
         match self {
             Self::OnToken(_) => None,
@@ -64,9 +64,9 @@ impl From<ObjectHandle> for MacKey {
     }
 }
 
-/// A key for HMAC-SHA-256 in the memory of this process. The bytes of the key are overwritten when the last copy of this
-/// value is dropped. The library that makes the MACs leaves internal states on the stack; they are as useful to an
-/// attacker as the key itself.
+/// A key for HMAC-SHA-256 in the memory of this process. The bytes of the key are overwritten when the last copy of
+/// this value is dropped. The library that computes the MACs leaves internal states on the stack, which are as useful
+/// to an attacker as the key itself.
 #[derive(Clone)]
 pub(super) struct WorkerKey(Arc<Zeroizing<[u8; KEY_BYTES]>>);
 
@@ -120,7 +120,7 @@ impl WorkerKey {
         mac
     }
 
-    /// Returns whether a MAC is right. The comparison takes constant time. A MAC with a wrong length is not accepted.
+    /// Returns whether a MAC is correct. The comparison takes constant time. A MAC with a wrong length is rejected.
     pub(super) fn verifies(&self, message: &[u8], mac: &[u8]) -> bool {
         hmac::verify(&self.hmac(), message, mac).is_ok()
     }
@@ -132,7 +132,7 @@ impl WorkerKey {
         spki: &[u8],
         algorithm: Algorithm,
     ) -> Result<WrappedIntegrityKey, Fault> {
-        // The whole capacity is allocated at once, because a vector that grows leaves copies that are not overwritten.
+        // The full capacity is allocated at the start, because a growing vector leaves copies that are not overwritten.
         let mut plaintext = Zeroizing::new(Vec::with_capacity(PLAINTEXT_BYTES));
         plaintext.extend_from_slice(DOMAIN);
         plaintext.extend_from_slice(id.as_bytes());
@@ -169,8 +169,8 @@ mod tests {
         [domain, id.as_bytes(), key].concat()
     }
 
-    /// The expected MAC is that of RFC 4231, test case 1. Its key is padded with zeros here to the length of an
-    /// integrity key, which does not change the MAC, because HMAC itself pads a short key with zeros (RFC 2104, section
+    /// The expected MAC comes from RFC 4231, test case 1. The test pads the key with zeros to the length of an
+    /// integrity key. The padding does not change the MAC, because HMAC pads short keys with zeros (RFC 2104, section
     /// 2).
     #[test]
     fn a_mac_is_that_of_the_standard() {
@@ -197,7 +197,7 @@ mod tests {
         assert!(!WorkerKey::random().unwrap().verifies(b"message", &mac));
     }
 
-    /// The file holds the ciphertext of a user key, or an integrity key of another wrapping key.
+    /// A plaintext with a wrong prefix, wrapping key or length is rejected.
     #[test]
     fn only_a_plaintext_of_this_wrapping_key_is_an_integrity_key() {
         let other = WrappingKeyId::from_bytes([8; ID_BYTES]);

@@ -31,8 +31,8 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
     let unfit = |detail: String| Fault::new(Class::NoToken, detail);
     if !path.is_absolute() {
         return Err(unfit(format!(
-            "`token.module` is {shown}: it must be an absolute path, so that no search path decides \
-             which library sees the PIN"
+            "`token.module` is {shown}, which is not an absolute path; use an absolute path, so that no search path \
+             determines which library receives the PIN"
         )));
     }
     check_module(path).map_err(|error| unfit(error.to_string()))?;
@@ -53,7 +53,8 @@ pub(super) fn load_timed(settings: &Settings) -> Result<(Module, Duration), Faul
     calling::next("C_Initialize");
     let began = Instant::now();
     match module.initialize(reserved) {
-        // Another part of this process has already initialised the module. A module has only one state per process.
+        // Other code in this process has already initialised the module. All code in a process
+        // shares the state of a module.
         Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {
             Ok((module, began.elapsed()))
         }
@@ -75,11 +76,13 @@ fn configuration_hint(path: &Path) -> String {
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
     softhsm_problem(path, &environment).unwrap_or_else(|| {
-        "check the module's own configuration and [token.environment], which is the whole environment of the module".to_owned()
+        "check the module's own configuration and [token.environment], which is the complete environment of the \
+         module".to_owned()
     })
 }
 
-/// Explains a rejection of the arguments of `C_Initialize`. Of these arguments, only the string can be configured.
+/// Explains a rejection of the arguments of `C_Initialize`. Of the arguments of `C_Initialize`,
+/// only the string can be configured.
 fn arguments_hint(settings: &Settings) -> &'static str {
     if settings.initialize_string.is_some() {
         "the module expects another string, or none, in `token.initialize_string`"

@@ -1,9 +1,9 @@
-//! A negative test tries an operation that must fail with a key. The attribute check relies on the attributes that the
-//! token reports; negative tests do not. If the token performs the operation, the test fails: the token is not used,
-//! and the message contains the name of the test.
+//! A negative test tries an operation that must fail with a key. In contrast to the attribute check, a negative test
+//! does not rely on the attributes that the token reports. If the token performs the operation, the test fails: the
+//! token is not used, and the message contains the name of the test.
 //!
-//! If an exception in the configuration accepts a failed test, the failure is reported, but the token is still used. No
-//! exception accepts a key that can be read, wrapped, or copied with weaker attributes.
+//! If an exception in the configuration accepts a failed test, the failure is reported, but the token is still used. An
+//! exception never accepts a key that can be read, wrapped, or copied with weaker attributes.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -30,15 +30,15 @@ use attempts::{
     wraps_under_rsa, wraps_with, wraps_with_gcm, wraps_with_rsa_aes,
 };
 
-/// The value of the IV does not matter, because the wrapped key is never unwrapped.
+/// The IV may have any value, because the wrapped key is never unwrapped.
 const IV: [u8; 16] = [0; 16];
 
 /// The keys that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// Keys that protect records. Only tests that change nothing are run on these keys.
+    /// Keys that protect records. Only tests that cannot change a key are run on these keys.
     InUse,
-    /// Keys that were made for testing and end with the session.
+    /// Session keys that were made for testing.
     Throwaway,
 }
 
@@ -47,9 +47,9 @@ pub(super) enum Subject {
 pub struct NegativeTest {
     /// The name of the test in `token.spared_tests` and in messages.
     pub name: &'static str,
-    /// What the success of the operation means, as a sentence without a full stop.
+    /// The security consequence if the operation succeeds, as a sentence without a full stop.
     pub meaning: &'static str,
-    /// The attribute exception that accepts a failure of this test.
+    /// Name of the attribute exception that accepts a failure of this test.
     pub accepted_by: Option<&'static str>,
     /// Whether the operation changes a key if it succeeds. A test that may change a key is run only on keys that were
     /// made for testing.
@@ -57,8 +57,7 @@ pub struct NegativeTest {
     /// Whether the test needs an integrity key that is an object on the token. If the integrity key is not on the
     /// token, the test is not run.
     needs_integrity_object: bool,
-    /// Whether `token.spared_tests` may contain the test. The tests that try to read a key, to wrap it, or to copy it
-    /// with weaker attributes are always run.
+    /// Whether `token.spared_tests` may contain the test. Tests that try to read, wrap or copy a key are always run.
     pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
 }
@@ -69,7 +68,7 @@ impl std::fmt::Debug for NegativeTest {
     }
 }
 
-/// The result of a test in which no call failed with a return code.
+/// The result of a test without an error from a call.
 #[derive(Debug)]
 enum Done {
     /// The forbidden operation succeeded.
@@ -78,7 +77,7 @@ enum Done {
     Kept(Fault),
     /// The operation had no effect that an attacker can use, or the token does not offer the operation for any key.
     Nothing,
-    /// The test cannot be run, because the token does not perform the operation with any other key either.
+    /// The test cannot be run, because the token does not perform the operation even with a permitted key.
     NotMade,
 }
 
@@ -329,17 +328,15 @@ pub const TESTS: &[NegativeTest] = &[
         "the integrity key makes MACs with another hash (CKM_SHA512_HMAC)",
         |on| signs(on, &Mechanism::Sha512Hmac, on.integrity()),
     )),
-    input(
-        "verify-short-mac",
-        "a MAC that is cut short verifies",
-        |on| verifies(on, 31),
-    ),
+    input("verify-short-mac", "a truncated MAC verifies", |on| {
+        verifies(on, 31)
+    }),
     input("verify-empty-mac", "an empty MAC verifies", |on| {
         verifies(on, 0)
     }),
     input(
         "decrypt-truncated",
-        "a ciphertext that is cut short decrypts",
+        "a truncated ciphertext decrypts",
         // The ciphertext is truncated at its end. If only a leading zero byte were removed, the ciphertext would be the
         // same number, which some tokens accept.
         |on| {
@@ -436,13 +433,13 @@ const fn changes(
 /// The settings for the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// The attribute exceptions. If an exception accepts a risk, the risk is reported, but the token is still used.
+    /// The attribute exceptions. A risk that an exception accepts is reported, and the token is used.
     pub(super) exceptions: &'a [String],
     /// The names of the tests that are not run.
     pub(super) spared: &'a [String],
 }
 
-/// The results of the negative tests that are no reason to refuse the token.
+/// The results of negative tests that do not prevent the use of the token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Report {
     /// The meanings of failed tests that an exception accepts.
@@ -491,8 +488,8 @@ pub(super) fn run(
     Ok(report)
 }
 
-/// Runs the wanted tests that apply to the key, and passes each result with the session of the test to `take`. The run ends if
-/// a session cannot be opened or `take` returns an error.
+/// Runs the requested tests that apply to the key, and passes each result and the session of the test to `take`. The
+/// run ends if a session cannot be opened or `take` returns an error.
 fn for_each_wanted(
     open: impl Fn() -> Result<KeySession, Fault>,
     pair: &KeyPair,
@@ -551,8 +548,8 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Whether a code is a refusal. Every code is a refusal, except for codes that mean that the token or the session
-/// cannot do anything at this time.
+/// Whether a code is a refusal. Every code is a refusal, except for codes that mean that the token or the session is
+/// unusable at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

@@ -1,5 +1,5 @@
-//! Opens a token: loads the module, selects the token, logs in once, and finds, checks and self-tests the keys. Workers
-//! and one-shot commands use the same code.
+//! Opens a token: loads the module, selects the token and logs in once. After the login, finds the keys, checks their
+//! attributes and runs their self-tests. Workers and admin workers use the same code.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -39,8 +39,8 @@ pub(super) struct OpenToken {
     pub(super) info: TokenInfo,
     /// A session that keeps the login: the token ends a login when the last session of the process is closed.
     pub(super) anchor: Session,
-    /// Whether this process uses the login of another process: the token reported that the other process had already
-    /// logged in.
+    /// Whether this process uses the login of another process, because the token reported that the other process was
+    /// already logged in.
     pub(super) is_login_of_another: bool,
     pub(super) times: Times,
 }
@@ -49,7 +49,7 @@ pub(super) struct OpenToken {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
     pub(super) initialize: Duration,
-    /// `None` for a token that is used without a login.
+    /// Duration of `C_Login`; `None` for a token that is used without a login.
     pub(super) login: Option<Duration>,
 }
 
@@ -82,9 +82,9 @@ impl OpenToken {
         )
     }
 
-    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. If there is no
-    /// PIN, no login is made. If several tokens match the settings, the token with one of the registry's serial numbers
-    /// is chosen.
+    /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN,
+    /// this function does not log in. If several tokens match the settings, the token with one of the registry's serial
+    /// numbers is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,
@@ -129,7 +129,7 @@ impl OpenToken {
     }
 
     /// Calls `C_Login` once, after a check of the record of PINs, and records the answer of the token. Returns whether
-    /// another process was already logged in, and how long the call took.
+    /// another process was already logged in, and the duration of the call.
     fn log_in(
         &self,
         record: &PinRecord,
@@ -171,19 +171,19 @@ impl OpenToken {
         let recorded = login.set(now.clone());
         drop(login);
         let Some(error) = error else {
-            // The login itself succeeded. If the PIN was unproven, the record therefore still counts this login as a
-            // used attempt.
+            // The login itself succeeded, but the success could not be recorded. If the PIN was unproven, the record
+            // still counts this login as a used attempt.
             if let Err(error) = recorded {
                 tracing::warn!(%error, "cannot record that the PIN was accepted");
             }
             return Ok((false, took));
         };
-        // On some tokens, a login applies to several processes, and another process has already logged in. The token
-        // did not check the PIN. The attribute check and the self-test decide whether this login can be used.
+        // On some tokens, a login applies to several processes, and another process was already logged in. The token
+        // did not check the PIN. The attribute check and the self-test show whether this process can use the login.
         if matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) {
             tracing::info!(
                 token = self.info.label,
-                "another process is already logged in to the token; this process shares that login"
+                "another process is already logged in to the token; this process shares its login"
             );
             return Ok((true, took));
         }
@@ -191,8 +191,7 @@ impl OpenToken {
         Err(self.failed_login(&error, answer, now.as_ref(), after))
     }
 
-    /// Adds an explanation to a failure that occurred after the login, if the login of another process may be the
-    /// cause.
+    /// If the login of another process may be the cause of a failure, adds an explanation to the failure.
     pub(super) fn explained(&self, fault: Fault) -> Fault {
         let may_be_the_login = matches!(
             fault.class,
@@ -351,8 +350,8 @@ impl OpenToken {
     }
 }
 
-/// Checks that a token can be used without a PIN: it must not require a login, and the settings must say that access is
-/// controlled elsewhere.
+/// Checks that a token may be used without a PIN: the token must not require a login, and the settings must declare
+/// access control outside PKCS#11.
 fn require_no_login(
     module: &Module,
     slot: Slot,
@@ -375,8 +374,8 @@ fn require_no_login(
     ))
 }
 
-/// Refuses a token if several tokens match the settings and only the registry tells them apart: a person who can write
-/// to the database must not be able to choose the token that is given the PIN.
+/// Refuses a login if several tokens match the settings and only the registry distinguishes them. An attacker who can
+/// write to the database must not be able to choose the token that gets the PIN.
 fn unproven_twin(info: &TokenInfo) -> Fault {
     Fault::new(
         Class::Configuration,
@@ -388,8 +387,7 @@ fn unproven_twin(info: &TokenInfo) -> Fault {
     )
 }
 
-/// Refuses a token with a PIN pad, which waits for a person at each login, so that a broker could not restart
-/// unattended.
+/// Refuses a token with a PIN pad. A PIN pad needs a person at each login, so the broker could not restart unattended.
 fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), Fault> {
     calling::next("C_GetTokenInfo");
     if !module.get_token_info(slot)?.protected_authentication_path() {
@@ -398,8 +396,8 @@ fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} takes its PIN at a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to start without a person; no \
-             login was tried. Use a token that takes its PIN from the program",
+            "{} reads its PIN from a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to \
+             start without a person; no login was tried. Use a token that accepts its PIN from the program",
             named(info)
         ),
     ))
@@ -410,7 +408,7 @@ pub(super) fn auth_pin(pin: &Pin) -> AuthPin {
     AuthPin::new(pin.expose().into())
 }
 
-/// The end of every message about a PIN that must not be used again.
+/// Last sentence of every message about a PIN that must not be used again.
 const ONCE: &str = "The broker does not use this PIN on this token again, because tokens lock after a few wrong PINs. \
                     Correct the PIN file, or run `keybroker token retry-pin` if the PIN is right";
 
@@ -425,21 +423,21 @@ fn fault_of(error: &Error) -> Fault {
     }
 }
 
-/// Explains why no login was made.
+/// Returns a failure that explains why a login is not allowed.
 fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
     let token = named(info);
     let what = match refusal {
         Refusal::Locked => format!(
-            "{token}: the user PIN is locked (CKF_USER_PIN_LOCKED); no login was tried. Unlock it with the security \
-             officer's PIN"
+            "{token}: the user PIN is locked (CKF_USER_PIN_LOCKED); no login was tried. Unlock the user PIN with the \
+             security officer's PIN"
         ),
         Refusal::FinalTry => format!(
-            "{token}: one more wrong PIN would lock it (CKF_USER_PIN_FINAL_TRY); no login was tried. Log in once with \
+            "{token}: one more wrong PIN would lock the token (CKF_USER_PIN_FINAL_TRY); no login was tried. Log in \
+             once with \
              the vendor's tool to reset the counter, or run `keybroker token retry-pin --force` if you are sure of the PIN"
         ),
         Refusal::CounterRose => format!(
-            "{token}: its counter of wrong PINs has risen since a login of the broker failed; no login was tried. \
-             {ONCE}"
+            "{token}: the counter of wrong PINs increased after a failed login of the broker; no login was tried. {ONCE}"
         ),
         Refusal::Unproven => format!(
             "{token}: no login with this PIN has ever succeeded, and two logins failed or were interrupted; no further \
@@ -453,7 +451,7 @@ fn refused(refusal: &Refusal, info: &TokenInfo) -> Fault {
 }
 
 impl From<RecordError> for Fault {
-    /// The login is refused, because a wrong PIN could be used repeatedly without the record of PINs. The failure class
+    /// Without the record of PINs, a wrong PIN could be used repeatedly, so the login is refused. The failure class
     /// allows retries, because a full disk or a busy lock is temporary.
     fn from(error: RecordError) -> Self {
         let mut detail = error.to_string();

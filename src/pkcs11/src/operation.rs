@@ -28,9 +28,11 @@ use crate::{
     mac_key::MacKey,
 };
 
-/// Room for a plaintext, in bytes: the modulus of the longest key. Some modules want as much room as the modulus has.
+/// Size of the buffer for a plaintext, in bytes: the length of the longest modulus. Some modules require a buffer of
+/// the length of the modulus.
 const PLAINTEXT_BYTES_MAX: usize = 512;
-/// Room for a MAC, in bytes. More than a MAC needs, so that a MAC of a wrong length is noticed.
+/// Size of the buffer for a MAC, in bytes. The buffer is larger than a MAC, so that a MAC of a wrong length is
+/// detected.
 const SIGNATURE_BYTES_MAX: usize = 512;
 /// Length of the self-test's plaintext, in bytes.
 const SELF_TEST_BYTES: usize = 32;
@@ -57,8 +59,8 @@ pub(super) fn decrypt(
     Ok(plaintext)
 }
 
-/// Makes a MAC. The token makes the MAC with `C_Sign` if the integrity key is on the token; otherwise, this process
-/// makes the MAC.
+/// Computes a MAC. If the integrity key is on the token, the token computes the MAC with `C_Sign`; otherwise, this
+/// process computes the MAC.
 pub(super) fn mac(session: &Session, pair: &KeyPair, message: &[u8]) -> Result<Mac, Fault> {
     match &pair.integrity_key {
         MacKey::OnToken(object) => mac_with(session, *object, message),
@@ -74,7 +76,7 @@ fn not_unwrapped(id: WrappingKeyId) -> Fault {
     )
 }
 
-/// Makes a MAC with an integrity key that has no wrapping key yet (`C_Sign`).
+/// Computes a MAC with an integrity key that has no wrapping key yet (`C_Sign`).
 pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> Result<Mac, Fault> {
     calling::next("C_Sign");
     let mut made = [0; SIGNATURE_BYTES_MAX];
@@ -89,8 +91,8 @@ pub(super) fn mac_with(session: &Session, key: ObjectHandle, message: &[u8]) -> 
         })
 }
 
-/// Verifies a MAC with `C_Verify`. If the token does not have `C_Verify`, makes the MAC with `C_Sign` and compares the
-/// MACs in constant time. If the integrity key is not on the token, this process verifies the MAC. The error for a
+/// Verifies a MAC with `C_Verify`. If the token does not have `C_Verify`, computes the MAC with `C_Sign` and compares
+/// both MACs in constant time. If the integrity key is not on the token, this process verifies the MAC. The error for a
 /// wrong MAC is [`Class::Input`] or, on some tokens, [`Class::Ambiguous`].
 pub(super) fn verify(
     session: &Session,
@@ -127,8 +129,9 @@ pub(super) fn verify(
     }
 }
 
-/// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE` from `C_Verify` itself
-/// say that the MAC is wrong (PKCS#11 2.40, section 5.12). If `C_Verify` returns another code, the self-test decides.
+/// Classifies a failed verification. Only `CKR_SIGNATURE_INVALID` and `CKR_SIGNATURE_LEN_RANGE`
+/// from `C_Verify` itself mean that the MAC is wrong (PKCS#11 2.40, section 5.12). If `C_Verify`
+/// returns another return code, the self-test shows whether the token works.
 fn verify_fault(error: Error) -> Fault {
     let states_it = matches!(
         error,
@@ -145,7 +148,8 @@ fn verify_fault(error: Error) -> Fault {
     }
 }
 
-/// Changes the class of a code that rejects an input to "ambiguous", because the code says nothing about the MAC.
+/// Changes the class of a fault from [`Class::Input`] to [`Class::Ambiguous`], because the fault
+/// does not show that the MAC is wrong.
 fn not_about_the_mac(fault: Fault) -> Fault {
     let class = match fault.class {
         Class::Input => Class::Ambiguous,
@@ -154,7 +158,8 @@ fn not_about_the_mac(fault: Fault) -> Fault {
     Fault { class, ..fault }
 }
 
-/// The self-test of one key: a ciphertext with its known plaintext, made once per worker and checked often.
+/// The self-test of one key: a ciphertext with its known plaintext. Each worker creates the self-test once and runs it
+/// often.
 #[derive(Clone, Debug)]
 pub(super) struct SelfTest {
     algorithm: Algorithm,
@@ -207,13 +212,13 @@ impl SelfTest {
         Err(Fault::new(
             Class::Untrusted,
             format!(
-                "the token failed the self-test of key {}: the token decrypted the known ciphertext to another plaintext",
+                "the token failed the self-test of key {}: the token decrypted the known ciphertext to a wrong plaintext",
                 pair.id
             ),
         ))
     }
 
-    /// Decrypts on the token and compares the plaintext, then makes a MAC and verifies it.
+    /// Decrypts on the token and compares the plaintext, then computes a MAC and verifies it.
     pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         self.decrypt(session, pair)?;
         self.makes_a_mac(session, pair)
@@ -224,8 +229,7 @@ impl SelfTest {
         verify(session, pair, &self.plaintext, &mac)
     }
 
-    /// Checks that the token can make and verify a MAC. A token that cannot do HMAC is refused with a message that
-    /// names HMAC as the cause.
+    /// Checks that the token can compute and verify a MAC. The error for a token without HMAC names HMAC as the cause.
     fn authenticates(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let made = self.makes_a_mac(session, pair);
         made.map_err(|fault| {
@@ -264,7 +268,7 @@ impl SelfTest {
     }
 }
 
-/// Checks whether the token can use a key for OAEP with SHA-256, or with SHA-1 if the operator allows SHA-1. Also
+/// Determines whether the token can use a key for OAEP with SHA-256 or, if the operator allows SHA-1, with SHA-1. Also
 /// checks that the token rejects a wrong MAC. `open` returns a new session for each attempt, because some tokens leave
 /// a failed operation active in its session.
 pub(super) fn probe(
@@ -286,7 +290,7 @@ pub(super) fn probe(
     let self_test = choose(attempt, allow_oaep_sha1)?;
     let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
     authenticates().or_else(|fault| match fault.class {
-        // The token may have been busy for a moment, so the operation is tried once more.
+        // The token may have been busy, so the operation is repeated once.
         Class::Ambiguous => authenticates(),
         _ => Err(fault),
     })?;
@@ -303,7 +307,7 @@ fn is_refusal(fault: &Fault) -> bool {
 }
 
 /// Selects the first supported algorithm. SHA-1 is selected only if the token rejects SHA-256 twice, because a
-/// transient error must not lead to the weaker hash function.
+/// transient error must not cause the use of the weaker hash function.
 fn choose<T>(
     attempt: impl Fn(Algorithm) -> Result<T, Fault>,
     allow_oaep_sha1: bool,
@@ -345,7 +349,7 @@ mod tests {
 
     use super::*;
 
-    /// The choice when SHA-256 fails this number of times with this class.
+    /// Returns the choice if SHA-256 fails this number of times with this class.
     fn chosen(failures: u32, class: Class) -> Result<Algorithm, Class> {
         let left = Cell::new(failures);
         let attempt = |algorithm| {

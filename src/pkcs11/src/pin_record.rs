@@ -1,16 +1,20 @@
-//! The record of the PINs that were sent to tokens. The record is kept in the state directory, so that it is not lost
+//! The record of the PINs that were sent to tokens. The record is stored in the state directory, so that it remains
 //! when a process ends.
 //!
-//! For each serial number, the record contains a salted Argon2id hash of the PIN. A PIN is recognised by this hash and
-//! not by its file, because a new version of a file or of a Kubernetes Secret can contain the old PIN. The process that
-//! has read the PIN compares it with the hash; this process is a worker or a command, never the front.
+//! For each serial number, the record contains a salted Argon2id hash of the PIN. The hash identifies a PIN. The PIN
+//! file is not sufficient, because a new version of a file or of a Kubernetes Secret can contain the old PIN. A worker
+//! or an admin worker reads the PIN and compares the PIN with the hash. The front never reads a PIN.
 //!
-//! Not protected: a person who can read the state directory can try all short PINs against a hash. The state directory
+//! Not protected: an attacker who can read the state directory can find a short PIN by brute force. The state directory
 //! is as confidential as the PIN file.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    time::Duration,
+};
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use serde::{Deserialize, Serialize};
@@ -22,14 +26,16 @@ use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
-/// Longest wait for another process to release the lock. A login on a slow device takes less time.
+/// Longest wait for another process to release the lock. A login takes less time, even on a slow device.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Version of the record's format.
 const FORMAT: u32 = 1;
-/// Largest numbers of PINs per token and of tokens in the record. If there are too many PINs, the oldest PIN is
-/// removed; if there are too many tokens, the token with the lowest serial number is removed.
+/// Largest number of PINs per token, and largest number of tokens in the record. If there are too many PINs, the oldest
+/// PIN is removed. If there are too many tokens, the token with the lowest serial number is removed.
 const PINS_MAX: usize = 8;
-const TOKENS_MAX: usize = 16;
+const TOKENS_MAX: usize = 32;
+/// Largest number of names for one token. The configuration has at most 16 tokens.
+const NAMES_MAX: usize = 16;
 const SALT_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Parameters of Argon2id: the first choice of the OWASP Password Storage Cheat Sheet. A worker computes one hash
@@ -37,7 +43,7 @@ const HASH_BYTES: usize = 32;
 const MEMORY_KIB: u32 = 19_456;
 const ITERATIONS: u32 = 2;
 
-/// Why the record cannot be read or written.
+/// Reason why the record cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// The state directory cannot be used.
@@ -58,21 +64,23 @@ pub enum RecordError {
     Hash(&'static str),
 }
 
-/// The record of the PINs of one broker instance.
+/// The record of the PINs that one broker instance has sent to tokens.
 #[derive(Clone, Debug)]
 pub struct PinRecord {
     state: StateDirectory,
+    /// The configured name of the token; empty if a command concerns every token.
+    token: String,
     /// The configured name of the token, if the token is a declared copy of another token with the same serial number.
     copy: Option<String>,
 }
 
-/// The record as stored.
+/// The record in its stored form.
 #[derive(Debug, Serialize, Deserialize)]
 struct Fact {
     format: u32,
-    /// Whether the operator allowed the next login to use a token's last attempt.
+    /// The configured names of the tokens whose next login may use the last attempt, because the operator allowed that.
     #[serde(default)]
-    final_try_allowed: bool,
+    final_try_allowed_for: BTreeSet<String>,
     /// The PINs of each token, by its serial number. The key of a declared copy also contains the name of the copy.
     #[serde(default)]
     tokens: BTreeMap<String, TokenPins>,
@@ -82,7 +90,7 @@ impl Fact {
     fn empty() -> Self {
         Self {
             format: FORMAT,
-            final_try_allowed: false,
+            final_try_allowed_for: BTreeSet::new(),
             tokens: BTreeMap::new(),
         }
     }
@@ -91,6 +99,9 @@ impl Fact {
 /// The PINs of one token, oldest first.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct TokenPins {
+    /// The configured names under which the token was used; empty in a record of an earlier release.
+    #[serde(default)]
+    names: BTreeSet<String>,
     /// The salt in hexadecimal digits. Argon2id gets the digits and not the decoded bytes.
     salt: String,
     pins: Vec<KnownPin>,
@@ -107,29 +118,48 @@ struct KnownPin {
 impl PinRecord {
     /// Returns the record in a state directory.
     pub fn new(state: StateDirectory) -> Self {
-        Self { state, copy: None }
+        Self {
+            state,
+            token: String::new(),
+            copy: None,
+        }
     }
 
-    /// Returns the record for a declared copy of another token. The PINs of a copy are kept apart from those of the original,
-    /// although both have the same serial number. An empty name stands for a token that is not a declared copy.
+    /// Returns the record for the token with this configured name.
+    #[must_use]
+    pub fn of_token(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.token);
+        self
+    }
+
+    /// Returns the record for a declared copy of another token. The PINs of a copy and of its original are recorded
+    /// separately, although both tokens have the same serial number. An empty name means that the token is not a
+    /// declared copy.
     #[must_use]
     pub fn of_copy(mut self, name: &str) -> Self {
         self.copy = (!name.is_empty()).then(|| name.to_owned());
         self
     }
 
-    /// The key of a token in the record.
+    /// Returns the map key of a token in the record.
     fn key(&self, serial: &str) -> String {
         match &self.copy {
             None => serial.to_owned(),
-            // No serial number has this form, because it has at most 16 characters.
+            // The map key of a copy differs from every serial number, because a serial number has at most 16
+            // characters.
             Some(name) => format!("{serial} (copy {name})"),
         }
     }
 
-    /// Records the operator's permission to use rejected PINs once more. With `allow_final_try`, the permission also
-    /// applies to a token that one more wrong PIN would lock. Returns the number of PINs that may be used again.
-    pub fn allow_retry(&self, allow_final_try: bool) -> Result<usize, RecordError> {
+    /// Records the operator's permission to use the rejected PINs of this token once more. With `allow_final_try`, the
+    /// permission also applies if one more wrong PIN would lock the token. The PINs of another token stay rejected.
+    /// Returns the number of PINs that may be used again. If the configuration has only one token, all PINs in the record
+    /// belong to this token.
+    pub fn allow_retry(
+        &self,
+        allow_final_try: bool,
+        is_only_token: bool,
+    ) -> Result<usize, RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         // A damaged record is replaced.
         let mut fact = match self.read() {
@@ -137,7 +167,8 @@ impl PinRecord {
             read => read?,
         };
         let mut forgotten = 0;
-        for token in fact.tokens.values_mut() {
+        let is_this = |token: &&mut TokenPins| is_only_token || token.names.contains(&self.token);
+        for token in fact.tokens.values_mut().filter(is_this) {
             token.pins.retain_mut(|pin| match &mut pin.standing {
                 Standing::Proven { failing_since } => {
                     forgotten += usize::from(failing_since.take().is_some());
@@ -149,12 +180,16 @@ impl PinRecord {
                 }
             });
         }
-        fact.final_try_allowed = allow_final_try;
+        if allow_final_try {
+            fact.final_try_allowed_for.insert(self.token.clone());
+        } else {
+            fact.final_try_allowed_for.remove(&self.token);
+        }
         self.write(&fact)?;
         Ok(forgotten)
     }
 
-    /// Removes the PINs of a token that was initialised, because the token has a new PIN.
+    /// Removes the PINs of a token after its initialisation, because the token has a new PIN.
     pub fn forget(&self, serial: &str) -> Result<(), RecordError> {
         let _lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -164,8 +199,8 @@ impl PinRecord {
         self.write(&fact)
     }
 
-    /// Begins a login with a PIN on the token with this serial number. No other process of this broker instance logs in
-    /// until the returned value is dropped.
+    /// Begins a login with a PIN on the token with this serial number. Until the returned value is dropped, no other
+    /// process of this broker instance can log in.
     pub(super) fn begin(&self, serial: &str, pin: &Pin) -> Result<Login<'_>, RecordError> {
         let lock = self.state.lock(LOCK, LOCK_TIMEOUT)?;
         let mut fact = self.read()?;
@@ -174,6 +209,7 @@ impl PinRecord {
             fact.tokens.pop_first();
         }
         let token = fact.tokens.entry(key.clone()).or_default();
+        let is_new_name = token.names.len() < NAMES_MAX && token.names.insert(self.token.clone());
         if token.salt.len() != 2 * SALT_BYTES {
             let mut salt = [0; SALT_BYTES];
             aws_lc_rs::rand::fill(&mut salt)
@@ -182,6 +218,13 @@ impl PinRecord {
             token.pins.clear();
         }
         let hash = hash(pin, &token.salt)?;
+        if is_new_name {
+            // Another token had this name before.
+            for (_, other) in fact.tokens.iter_mut().filter(|(serial, _)| **serial != key) {
+                other.names.remove(&self.token);
+            }
+            self.write(&fact)?;
+        }
         Ok(Login {
             record: self,
             fact,
@@ -234,22 +277,23 @@ impl Login<'_> {
         Some(&known.standing)
     }
 
-    /// Whether the operator allowed the use of the token's last attempt.
+    /// Whether the operator allowed a login even if the token has only one attempt left.
     pub(super) fn final_try_allowed(&self) -> bool {
-        self.fact.final_try_allowed
+        self.fact.final_try_allowed_for.contains(&self.record.token)
     }
 
-    /// Records a standing if it has changed, and removes the operator's permission to use the token's last attempt.
+    /// Records the history of the PIN if it has changed, and removes the operator's permission to use the token's last
+    /// attempt.
     pub(super) fn set(&mut self, standing: Option<Standing>) -> Result<(), RecordError> {
-        if self.standing() == standing.as_ref() && !self.fact.final_try_allowed {
+        let had_permission = self.fact.final_try_allowed_for.remove(&self.record.token);
+        if self.standing() == standing.as_ref() && !had_permission {
             return Ok(());
         }
-        self.fact.final_try_allowed = false;
         let token = self.fact.tokens.entry(self.key.clone()).or_default();
         token.pins.retain(|pin| pin.hash != self.hash);
         if let Some(standing) = standing {
             if matches!(standing, Standing::Proven { .. }) {
-                // A token has one user PIN, so another PIN that was accepted before is no longer valid.
+                // A token has only one user PIN, so another PIN that the token accepted earlier is no longer valid.
                 token
                     .pins
                     .retain(|pin| !matches!(pin.standing, Standing::Proven { .. }));
@@ -317,7 +361,7 @@ mod tests {
     fn a_pin_is_known_by_its_content_and_the_serial_number() {
         let folder = tempfile::tempdir().unwrap();
         set(&record(&folder), "1", "123456", rejected());
-        // Another process sees this state.
+        // Another process reads the same state.
         let again = record(&folder);
         assert_eq!(standing(&again, "1", "123456"), Some(rejected()));
         assert_eq!(standing(&again, "1", "123457"), None);
@@ -330,8 +374,8 @@ mod tests {
         assert!(!text.contains("123456"), "{text}");
     }
 
-    /// Tokens with one serial number share the record, because a wrong PIN could lock the token that both names mean. A declared
-    /// copy is another token.
+    /// Two configured tokens with the same serial number share the record, because both may be the same token. A
+    /// declared copy is a different token.
     #[test]
     fn only_a_declared_copy_has_a_record_of_its_own() {
         let folder = tempfile::tempdir().unwrap();
@@ -354,7 +398,7 @@ mod tests {
         let record = record(&folder);
         set(&record, "1", "right", proven());
         set(&record, "1", "wrong", rejected());
-        assert_eq!(record.allow_retry(true).unwrap(), 1);
+        assert_eq!(record.allow_retry(true, true).unwrap(), 1);
         assert_eq!(standing(&record, "1", "right"), Some(proven()));
         let mut login = record.begin("1", &pin("wrong")).unwrap();
         assert_eq!(login.standing(), None);
@@ -368,6 +412,43 @@ mod tests {
                 .unwrap()
                 .final_try_allowed()
         );
+    }
+
+    /// An operator who corrected the PIN of one token must not spend the last attempt of another token.
+    #[test]
+    fn a_retry_concerns_one_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| record(&folder).of_token(name));
+        set(&a, "1", "wrong", rejected());
+        set(&b, "2", "wrong", rejected());
+        assert_eq!(a.allow_retry(true, false).unwrap(), 1);
+        assert_eq!(standing(&b, "2", "wrong"), Some(rejected()));
+        let mut login = b.begin("2", &pin("wrong")).unwrap();
+        assert!(!login.final_try_allowed());
+        login.set(Some(rejected())).unwrap();
+        drop(login);
+        let mut login = a.begin("1", &pin("wrong")).unwrap();
+        assert!(
+            login.final_try_allowed(),
+            "another token took the permission"
+        );
+        login.set(Some(rejected())).unwrap();
+        drop(login);
+        assert!(!a.begin("1", &pin("wrong")).unwrap().final_try_allowed());
+    }
+
+    /// The names of two tokens were exchanged in the configuration.
+    #[test]
+    fn a_retry_follows_the_name_of_a_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| record(&folder).of_token(name));
+        set(&a, "1", "wrong", rejected());
+        set(&b, "2", "wrong", rejected());
+        assert_eq!(standing(&b, "1", "wrong"), Some(rejected()));
+        assert_eq!(standing(&a, "2", "wrong"), Some(rejected()));
+        assert_eq!(a.allow_retry(false, false).unwrap(), 1);
+        assert_eq!(standing(&b, "1", "wrong"), Some(rejected()));
+        assert_eq!(standing(&a, "2", "wrong"), None);
     }
 
     #[test]
@@ -405,6 +486,7 @@ mod tests {
                 standing: long.clone(),
             });
             let token_pins = TokenPins {
+                names: ["one-token".to_owned(), "another".to_owned()].into(),
                 salt: "0".repeat(2 * SALT_BYTES),
                 pins: pins.collect(),
             };
@@ -422,7 +504,7 @@ mod tests {
         record.state.write(FACT, b"{").unwrap();
         let error = record.begin("1", &pin("1234")).unwrap_err();
         assert!(error.to_string().contains("retry-pin"), "{error}");
-        record.allow_retry(false).unwrap();
+        record.allow_retry(false, true).unwrap();
         record.begin("1", &pin("1234")).unwrap();
     }
 }

@@ -1,6 +1,5 @@
 //! The report on a token: its identity, its abilities, and the forbidden operations that it performs. All tests use
-//! keys that end with the session. Keys that stay on the token are made only if the operator allows it, and are
-//! removed.
+//! session keys. Temporary keys on the token are made only if the operator allows them, and are removed.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -42,17 +41,17 @@ mod rates;
 
 pub(crate) use rates::{Counted, waits_of_this_thread};
 
-/// Largest number of sessions that are opened to find the limit.
+/// Largest number of sessions that are opened to find the token's limit.
 const SESSIONS_MAX: usize = 64;
 const MODULUS_BITS: u32 = 2_048;
-const OLD_HANDLE: &str = "a handle from before C_Logout, of a key of the session";
+const OLD_HANDLE: &str = "a handle of a session key from before C_Logout";
 /// Number of digits of a time in the form `YYYYMMDDhhmmss00`.
 const CLOCK_DIGITS: usize = 16;
 
 /// The operator's permissions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Allowed {
-    /// Whether keys may be made that stay on the token for a short time.
+    /// Whether temporary keys may be made on the token.
     pub(crate) write: bool,
     /// Whether the report may contain the serial number.
     pub(crate) serial: bool,
@@ -80,7 +79,7 @@ impl Kind {
         }
     }
 
-    /// Returns the template for a key of a session, without the attributes whose names are in `left_out`.
+    /// Returns the template for a session key, without the attributes whose names are in `left_out`.
     fn template(self, left_out: &[&str]) -> Vec<Attribute> {
         let id = keys::no_id();
         let template = match self {
@@ -92,7 +91,7 @@ impl Kind {
         })
     }
 
-    /// Returns the attributes of the template that may be excepted.
+    /// Returns the attributes of the template for which an exception is permitted.
     fn exceptable(self) -> Vec<String> {
         let template = self.template(&[]);
         let excepted = template
@@ -101,7 +100,7 @@ impl Kind {
         excepted.map(name_of).collect()
     }
 
-    /// Makes a key that ends with the session.
+    /// Makes a session key.
     fn make(self, session: &Session, bits: u32, left_out: &[&str]) -> Result<ObjectHandle, Error> {
         let template = self.template(left_out);
         if let Self::IntegrityKey(kind) = self {
@@ -123,8 +122,8 @@ fn name_of(attribute: &Attribute) -> String {
     attribute.attribute_type().to_string()
 }
 
-/// Returns the return code of a failure, without the name of the function, because the name of the test already says
-/// which function failed.
+/// Returns the return code of a failure, without the name of the function. The name of the test already identifies the
+/// function.
 fn code(error: &Error) -> String {
     match error {
         Error::Pkcs11(code, _) => format!("{code:?}"),
@@ -144,7 +143,7 @@ fn told(name: impl Into<String>, result: impl Into<String>) -> Answer {
     }
 }
 
-/// Keys that end with their session and have all attributes that the token accepts.
+/// Session keys with all attributes that the token accepts.
 struct Probe {
     pair: KeyPair,
     public: PublicSide,
@@ -157,7 +156,7 @@ struct Findings {
     integrity_key: IntegrityKey,
     exceptions: Vec<String>,
     allow_oaep_sha1: bool,
-    /// Why the token cannot be used.
+    /// Reasons why the token cannot be used.
     reasons: Vec<String>,
 }
 
@@ -185,7 +184,7 @@ impl Findings {
     }
 }
 
-/// Makes the report. The login ends afterwards.
+/// Makes the report and logs out at the end.
 pub(crate) fn make(
     token: &OpenToken,
     settings: &Settings,
@@ -339,8 +338,8 @@ fn sessions(token: &OpenToken, pin: Option<&Pin>) -> Vec<Answer> {
     answers
 }
 
-/// Finds out which sessions a logout ends, and whether the handle of a key is still valid after the next login. This is
-/// the last part of the report.
+/// Tests which sessions a logout ends, and whether the handle of a key is still valid after the next login. The test of
+/// the logout is the last part of the report.
 fn after_logout(
     token: &OpenToken,
     pin: Option<&Pin>,
@@ -359,7 +358,7 @@ fn after_logout(
         .anchor
         .find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY)]);
     report.sessions.push(told(
-        "private keys seen after C_Logout",
+        "private keys visible after C_Logout",
         found.map_or_else(|error| code(&error), |found| found.len().to_string()),
     ));
     // The report logs in again only with a PIN that the token has already accepted from this process.
@@ -386,19 +385,18 @@ fn after_logout(
         }
         used => answer(OLD_HANDLE, &used),
     });
-    // If the logout fails, the login ends with the process.
+    // If the logout fails, the token logs out when the process ends.
     let _ended = token.anchor.logout();
 }
 
-/// A key that ends with its session, and the attributes that the token refused in the key's template, each with the
-/// return code.
+/// A session key, and the attributes that the token refused in the key's template, each with the return code.
 struct Made {
     object: ObjectHandle,
     refused: Vec<(String, String)>,
 }
 
-/// Makes a key with all attributes that the token accepts. If the token refuses the template, tries the attributes one
-/// by one.
+/// Makes a key with all attributes that the token accepts. If the token refuses the template, tries each attribute
+/// separately.
 fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     if let Ok(object) = kind.make(session, MODULUS_BITS, &[]) {
         return Ok(Made {
@@ -424,8 +422,9 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
     })
 }
 
-/// Returns the first kind of integrity key that the token makes, beginning with the kind of the settings. If the token
-/// makes no integrity key and the settings permit it, returns a key in the memory of this process.
+/// Returns an integrity key of the first kind that the token can make. The kind of integrity key in the settings is
+/// tried first. If the token makes no integrity key and the settings permit it, returns a key in the memory of this
+/// process.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
@@ -514,7 +513,7 @@ fn check_attribute(
     findings: &mut Findings,
 ) {
     let (name, attribute_type, _) = rule;
-    // The key ends with the session, so `CKA_TOKEN` is not checked.
+    // The key is a session key, so `CKA_TOKEN` is not checked.
     if *attribute_type == AttributeType::Token || findings.exceptions.iter().any(|it| it == name) {
         return;
     }
@@ -538,11 +537,11 @@ fn check_attribute(
 
 fn destroy(session: &Session, object: ObjectHandle) {
     calling::next("C_DestroyObject");
-    // If the removal fails, the object ends with the session.
+    // If the removal fails, the token removes the object when the session ends.
     let _destroyed = session.destroy_object(object);
 }
 
-/// Creates the self-test for the algorithm that the token supports, according to the answers so far.
+/// Creates the self-test for the algorithm that the token supports, according to the results so far.
 fn chosen(
     report: &Report,
     public: &PublicSide,
@@ -606,7 +605,7 @@ fn negative(
     Ok(())
 }
 
-/// Tests keys that stay on the token: they are made, found by another session, checked and removed.
+/// Makes keys on the token, finds them with another session, checks them and removes them.
 fn on_token(
     token: &OpenToken,
     settings: &Settings,
@@ -615,8 +614,7 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
-    // The session is opened before any key is made, because a token without a free session must not keep the keys of a
-    // failed report.
+    // The session is opened first, so that the report leaves no keys on the token if no session is free.
     let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {
@@ -678,7 +676,8 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
     let file = settings.module.file_name().unwrap_or_default();
     let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
-    // The content of the string is left out, because it may contain names and passwords, and reports are published.
+    // The report omits the content of the string, because reports are published and the string may contain names and
+    // passwords.
     lines.extend(
         settings
             .initialize_string
@@ -714,7 +713,7 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
 }
 
-/// The template of a secret key of this type for tests.
+/// Returns the template of a secret key of this type for tests.
 fn secret_template(key_type: KeyType) -> Vec<Attribute> {
     vec![
         Attribute::Class(ObjectClass::SECRET_KEY),

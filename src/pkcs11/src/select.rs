@@ -16,23 +16,23 @@ use crate::{
     classify::{Class, Fault},
 };
 
-/// How long the start waits for an absent token. Another process that logs in can hide the token for a moment, because
-/// SoftHSM rewrites the token's file at each login.
+/// Time for which a process that starts waits for an absent token. SoftHSM rewrites the token's
+/// file at each login, so the token can be absent for a moment while another process logs in.
 const ABSENT_RETRY: Duration = Duration::from_secs(2);
 const ABSENT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Why the settings do not select a token.
+/// Reason why the settings do not select a token.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SelectorError {
-    #[error("no token is chosen: set one of `token.label`, `token.serial` and `token.uri`")]
+    #[error("no token is selected: set one of `token.label`, `token.serial` and `token.uri`")]
     None,
     #[error(
-        "the token is chosen twice: set only one of `token.label`, `token.serial` and `token.uri`"
+        "the token is selected twice: set only one of `token.label`, `token.serial` and `token.uri`"
     )]
     Twice,
     #[error("`token.uri` must begin with `pkcs11:`")]
     Scheme,
-    #[error("`token.uri` must have no query: module and PIN have their own settings")]
+    #[error("`token.uri` must have no query: the module and the PIN have separate settings")]
     Query,
     #[error("`token.uri`: {0:?} has no value")]
     NoValue(String),
@@ -119,7 +119,7 @@ impl Selector {
             && same(&self.model, info.model())
     }
 
-    /// The required label, serial number, manufacturer and model; `None` where any value matches.
+    /// Returns the required label, serial number, manufacturer and model; `None` matches any value.
     pub(super) fn parts(&self) -> [Option<&str>; 4] {
         [&self.label, &self.serial, &self.manufacturer, &self.model].map(Option::as_deref)
     }
@@ -162,12 +162,12 @@ fn percent_decode(text: &str) -> Result<String, SelectorError> {
 pub(super) struct Selected {
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// Whether other tokens match the settings too, so that a serial number in the registry selected this token.
+    /// Whether other tokens also match the settings, so that a serial number in the registry selected this token.
     pub(super) is_one_of_several: bool,
 }
 
-/// How the serial numbers in the registry affect the choice of a token. If the registry contains no serial numbers, it
-/// does not affect the choice.
+/// Effect of the serial numbers in the registry on the choice of a token. If the registry contains
+/// no serial numbers, it has no effect on the choice.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
     /// For `serve`: only a token with one of the registry's serial numbers is chosen. Another token with the same label
@@ -189,7 +189,7 @@ impl Registered<'_> {
     }
 }
 
-/// Finds the only initialised token that matches. If no token matches, searches again for a while.
+/// Finds the only initialised token that matches. If no token matches, repeats the search for up to two seconds.
 pub(super) fn find(
     module: &Module,
     selector: &Selector,
@@ -261,7 +261,8 @@ fn find_now(
         several => Err(Fault::new(
             Class::Configuration,
             format!(
-                "more than one token with {wanted}, with the serial numbers {}: choose one of these tokens by `token.serial`",
+                "more than one token with {wanted}, with the serial numbers {}: select one of these tokens with \
+                 `token.serial`",
                 quoted(
                     several
                         .iter()
@@ -307,7 +308,7 @@ pub(super) fn list(module: &Module) -> Result<Vec<(Slot, keybroker_pkcs11_ffi::T
     Ok(tokens)
 }
 
-/// The token information (`C_GetTokenInfo`) without padding.
+/// Returns the token information (`C_GetTokenInfo`) without padding.
 pub(super) fn describe(info: &keybroker_pkcs11_ffi::TokenInfo) -> TokenInfo {
     TokenInfo {
         label: unpadded(info.label()).to_owned(),
@@ -330,7 +331,7 @@ mod tests {
         assert_eq!(selector.label.as_deref(), Some("My token"));
         assert_eq!(selector.serial.as_deref(), Some("0a1b"));
         assert_eq!(selector.describe(), r#"label "My token", serial "0a1b""#);
-        // RFC 3986 section 3.1: the scheme is compared without case.
+        // RFC 3986 section 3.1: the comparison of the scheme ignores case.
         let upper = Selector::from_uri("PKCS11:token=My%20token;serial=0a1b");
         assert_eq!(upper, Ok(selector));
     }

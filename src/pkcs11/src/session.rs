@@ -1,4 +1,4 @@
-//! One session thread of a worker, which takes one job at a time and runs it on its own session.
+//! One session thread of a worker. The thread takes one job at a time and runs the job on its own session.
 //!
 //! Mitigations: M8, M10 of `THREAT_MODEL.md`.
 
@@ -31,8 +31,8 @@ use crate::{
 
 mod rewrap;
 
-/// Self-tests in a row that a token may refuse with an ambiguous code before the token counts as lost. With the pauses
-/// between them, a token that has left is noticed within a tenth of a second.
+/// Number of consecutive self-tests that a token may refuse with an ambiguous code before the token counts as lost.
+/// Including the pauses, a lost token is detected within a tenth of a second.
 const SELF_TESTS_MAX: u32 = 16;
 
 /// The state that all session threads of a worker share.
@@ -41,9 +41,10 @@ pub(super) struct Shared {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) keys: Vec<ProvedKey>,
-    /// Number of self-tests that all threads have begun, which chooses the key of the next self-test.
+    /// Total number of self-tests that the threads have begun. The number of self-tests selects the key of the next
+    /// self-test.
     pub(super) turn: AtomicUsize,
-    /// When the token last answered any session.
+    /// Time at which the token last answered any session.
     pub(super) last_answer: LastAnswer,
 }
 
@@ -57,8 +58,8 @@ impl Shared {
 /// The result of a job: bytes for the front, or a failure.
 pub(super) type Outcome = Result<Zeroizing<Vec<u8>>, wire::Failure>;
 
-/// The session of one thread, which is replaced after every failure of a token call, because some tokens leave an
-/// operation active in it.
+/// A session thread with its session. The session is replaced after every failed token call, because some tokens leave
+/// an operation active in the session.
 #[derive(Debug)]
 pub(super) struct SessionThread {
     shared: Arc<Shared>,
@@ -66,7 +67,7 @@ pub(super) struct SessionThread {
     target: Option<rewrap::Target>,
 }
 
-/// Why an attempt returned no bytes.
+/// Reason why an attempt returned no bytes.
 enum Stop {
     /// The job has failed.
     Failed(wire::Failure),
@@ -76,7 +77,7 @@ enum Stop {
     /// token refuses the job often enough, the job has failed: see [`Refusals`].
     Doubted {
         refusal: wire::Failure,
-        /// The self-tests that the token refused before one passed.
+        /// Number of self-tests that the token refused before a self-test passed.
         self_tests_refused: u32,
     },
 }
@@ -95,15 +96,12 @@ impl SessionThread {
         let started = Instant::now();
         let outcome = match work.job() {
             Some(job) => self.run_job(job, work.deadline_ns()),
-            None => Err(failure(
-                FailureClass::Unspecified,
-                "a request without a job",
-            )),
+            None => Err(failure(FailureClass::Unspecified, "the request has no job")),
         };
         (outcome, started.elapsed())
     }
 
-    /// Runs a job. Repeats the job at most once after a lost session, and a few times after a refusal by the token.
+    /// Runs a job. Repeats the job at most once after a lost session, and several times after refusals by the token.
     fn run_job(&mut self, job: &Job, deadline: u64) -> Outcome {
         let (mut lost, mut refusals, mut refused_as) = (false, Refusals::default(), None);
         loop {
@@ -141,7 +139,7 @@ impl SessionThread {
     }
 
     fn attempt(&mut self, job: &Job, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
-        // To open a session is a call to the token too, so the deadline is checked before it.
+        // Opening a session is also a call to the token, so the deadline is checked first.
         check_deadline(deadline)?;
         if self.current.is_none() {
             let session = self
@@ -163,7 +161,7 @@ impl SessionThread {
                 self.mac(&job.key_id, &job.new_message, deadline)
             }
             Job::Unwrap(job) => {
-                // The MAC is verified first: bytes that were not stored for this context never reach the RSA key.
+                // The MAC is verified first, so that the RSA key only decrypts bytes that were stored for this context.
                 self.verify(&job.key_id, &job.message, &job.mac, deadline)?;
                 self.decrypt(job, deadline)
             }
@@ -182,7 +180,7 @@ impl SessionThread {
         let made = operation::mac(&session.session, pair, message);
         made.inspect(|_| self.shared.last_answer.note())
             .map(|mac| Zeroizing::new(mac.to_vec()))
-            // No input of a caller can make the computation of a MAC fail, so the failure means that the token is busy.
+            // A caller's input cannot make the computation of a MAC fail, so the failure means that the token is busy.
             .map_err(|fault| self.stop(fault, key, deadline, FailureClass::BackOff))
     }
 
@@ -231,11 +229,11 @@ impl SessionThread {
         Ok((session, pair))
     }
 
-    /// Decides what a fault means for a job with this key. `refusal` is the failure class if the token refuses the job
-    /// although its self-test passes.
+    /// Determines the consequence of a fault for a job with this key. `refusal` is the failure class if the token
+    /// refuses the job although the self-test passes.
     fn stop(&mut self, fault: Fault, key: &[u8], deadline: u64, refusal: FailureClass) -> Stop {
         if fault.class == Class::Input && refusal == FailureClass::MacRefused {
-            // For the verification of a MAC, the codes of this class are not ambiguous.
+            // When a MAC is verified, the return codes of this class have a definite meaning.
             return Stop::failed(refusal, fault.to_string());
         }
         self.current = None;
@@ -265,10 +263,10 @@ impl SessionThread {
     }
 
     /// Opens a new session and runs the self-test of this key on it. Repeats the self-test if its failure is ambiguous,
-    /// because a busy token refuses the self-test as it refuses a job.
+    /// because a busy token refuses self-tests, too.
     ///
-    /// If the token refuses every self-test, but answers another session meanwhile, the token is busy and not lost. Returns
-    /// the number of refused self-tests before the one that passed.
+    /// If the token refuses every self-test, but answers another session meanwhile, the token is busy and not lost.
+    /// Returns the number of refused self-tests before a self-test passed.
     fn revive(&mut self, key: &[u8], deadline: u64) -> Result<u32, Stop> {
         let (mut refusals, since) = (0, frame::monotonic_ns());
         loop {
@@ -311,7 +309,7 @@ impl SessionThread {
         Ok(tested)
     }
 
-    /// Each call tests the next key in turn, so that a self-test takes no longer on a token with many keys.
+    /// Each call tests the next key in turn, so that a self-test takes the same time on a token with many keys.
     fn self_test(&mut self, deadline: u64) -> Result<(), Stop> {
         check_deadline(deadline)?;
         let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
@@ -334,7 +332,7 @@ impl SessionThread {
             | Class::Pin
             | Class::Login => Err(Stop::from_self_test(&fault)),
             // An error of these classes may be temporary and is no reason to replace the worker. A self-test in another
-            // session decides.
+            // session decides whether the worker is replaced.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
                 self.revive(key.as_bytes(), deadline).map(drop)
@@ -357,7 +355,7 @@ fn check_deadline(deadline: u64) -> Result<(), Stop> {
     } else {
         Err(Stop::failed(
             FailureClass::Deadline,
-            "the deadline passed before the call of the token",
+            "the deadline passed before the call to the token",
         ))
     }
 }
@@ -367,8 +365,8 @@ impl Stop {
         Self::Failed(failure(class, detail))
     }
 
-    /// If a session cannot be opened or a key is not found, the token counts as lost: after a token was removed or has
-    /// ended the login, the module shows a token without keys.
+    /// If a session cannot be opened or a key is not found, the token counts as lost. If the token was removed or ended
+    /// the login, its keys cannot be found.
     fn from_open(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,
@@ -378,7 +376,7 @@ impl Stop {
         Self::failed(class, fault.to_string())
     }
 
-    /// A wrong answer is worse than no answer: a token that gives wrong answers must not be used.
+    /// A token that returns a wrong result must not be used.
     fn from_self_test(fault: &Fault) -> Self {
         let class = match fault.class {
             Class::BackOff => FailureClass::BackOff,

@@ -115,7 +115,7 @@ fn record() -> PinRecord {
     PinRecord::new(StateDirectory::below(&Path::new(&folder).join("audit")))
 }
 
-/// The same token, through the module that fails on command.
+/// Settings for the same token, with a module that simulates failures.
 fn faulty(folder: &Path) -> (Settings, Faulty) {
     let faulty = Faulty::in_folder(folder.join("faults"), Path::new(MODULE));
     let settings = Settings {
@@ -125,7 +125,7 @@ fn faulty(folder: &Path) -> (Settings, Faulty) {
     (settings, faulty)
 }
 
-/// A key as `key generate` makes it.
+/// A key like those that `key generate` makes.
 fn generated(session: &Session) -> KeyPair {
     let settings = settings();
     let made = keys::generate(session, 2_048, Terms::of(&settings));

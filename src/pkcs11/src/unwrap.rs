@@ -1,4 +1,5 @@
-//! Unwraps an integrity key from its file, on the token, into the memory of this process.
+//! Unwraps integrity keys: the token decrypts the file of an integrity key, and this process keeps
+//! the integrity key in its memory.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -13,8 +14,8 @@ use crate::{
     operation,
 };
 
-/// Reads the file of an integrity key, if the configuration has the digest of the file, and unwraps the integrity key
-/// on the token.
+/// If the configuration contains the digest of an integrity key's file, reads the file and unwraps the integrity key on
+/// the token.
 pub(super) fn integrity_key(
     session: &Session,
     pair: &KeyPair,

@@ -1,9 +1,9 @@
-//! The token worker: the process that holds the vendor's module, and nothing else.
+//! The token worker: the process that loads the vendor's module and has no other task.
 //!
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
-//! sessions one after another, checks every key, reports which keys it can use, and serves jobs until its socket is closed. The
-//! worker ignores SIGINT and SIGTERM, so that running jobs are finished during a drain: the worker ends when the front
-//! closes the socket.
+//! sessions one after another and checks every key. After its checks, the worker reports the usable keys, and serves
+//! jobs until its socket is closed. The worker ignores SIGINT and SIGTERM, so that it can finish running jobs during a
+//! drain. The worker ends when the front closes the socket.
 //!
 //! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
 //! worker waits for its threads before it ends. If a thread does not return, the worker kills itself with SIGKILL,
@@ -51,15 +51,16 @@ use crate::{
     session::{self, SessionThread, Shared},
 };
 
-/// Longest time for the session threads to return after the socket has ended.
+/// Longest time for the session threads to return after the socket was closed.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval at which the worker checks that the front is running.
 const FRONT_INTERVAL: Duration = Duration::from_secs(1);
 const JOIN_PAUSE: Duration = Duration::from_millis(10);
-/// Longest time for the module to open the token. The front waits for a shorter time.
+/// Longest time for the module to open the token. The corresponding timeout of the front is
+/// shorter.
 const OPEN_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// How far the CPU priority of a worker is below that of the front, as a niceness.
+/// Niceness that is added to a worker, so that its CPU priority is lower than the front's priority.
 const NICENESS: i32 = 5;
 
 /// Runs the hidden command `keybroker token-worker`.
@@ -92,7 +93,7 @@ fn serve() -> io::Result<()> {
     let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
-        // A failed report is ignored: if the front has ended, the socket is closed, and this process ends too.
+        // A failed report is ignored: if the front has ended, the socket is closed, and this process ends, too.
         let _sent = progress.send(0, calling, Duration::ZERO);
     });
     let sessions = usize::try_from(setup.sessions).unwrap_or(1).max(1);
@@ -118,10 +119,11 @@ fn serve() -> io::Result<()> {
     first_reply.send(0, Outcome::Ready(ready), Duration::ZERO)?;
     let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
-    // The start itself has the priority of the front, because calls may wait for it.
+    // The start itself has the same priority as the front, because calls may wait for the worker.
     give_way_to_front();
     let threads = start(sessions_open, &input, &output, &ended)?;
-    // The first session thread that finds the end of the socket reports it. The others follow.
+    // The first session thread that reads the end of the socket reports that the socket was closed.
+    // The other session threads also end.
     let ended = end.recv().unwrap_or(Ok(()));
     join(threads);
     drop(token);
@@ -129,7 +131,7 @@ fn serve() -> io::Result<()> {
 }
 
 /// Replaces the default action of SIGINT and SIGTERM, which would end the process. The returned values keep the
-/// handlers installed; nothing reads the signals.
+/// handlers installed. The signals themselves are never read.
 pub(crate) fn ignore_signals()
 -> io::Result<(tokio::runtime::Runtime, [tokio::signal::unix::Signal; 2])> {
     use tokio::signal::unix::{SignalKind, signal};
@@ -147,16 +149,16 @@ pub(crate) fn ignore_signals()
 
 /// Lowers the CPU priority of this thread, and of the threads that it starts, below that of the front. A module that
 /// computes in software, such as SoftHSM, would otherwise take most of the processors under load. The front could then
-/// not refuse calls in time, or answer them within their deadlines. A process without the permission to change its
-/// priority keeps it.
+/// not refuse calls in time, or answer them within their deadlines. Without the permission to change its priority, the
+/// process keeps its priority.
 fn give_way_to_front() {
     if let Err(error) = rustix::process::nice(NICENESS) {
-        tracing::debug!(%error, "the CPU priority of the worker stays that of the front");
+        tracing::debug!(%error, "the worker keeps the CPU priority of the front");
     }
 }
 
-/// Ends this process if the module hangs while it opens the token. The front would end this process too, but the front
-/// may itself have ended. The limit applies until the returned value is dropped.
+/// Ends this process if the module hangs while it opens the token. The front would also end this process, but the front
+/// itself may have ended. The limit applies until the returned value is dropped.
 fn limit_opening() -> Sender<()> {
     let (opened, is_open) = crossbeam_channel::bounded(0);
     thread::spawn(move || {
@@ -174,13 +176,13 @@ fn kill_ourselves() {
     let _never_returns = rustix::process::kill_process(ourselves, rustix::process::Signal::KILL);
 }
 
-/// Ends this process a few seconds after the front has closed its end of the socket or has ended, even if this process
-/// hangs in the module or does not read the socket yet. If this process did not end, the next front could not use the
-/// token's sessions that this process holds.
+/// Ends this process a few seconds after the front has closed its end of the socket or has ended. The process ends even
+/// if it hangs in the module or does not read the socket yet. If this process continued to run, the next front could
+/// not use the sessions that this process has open on the token.
 ///
-/// The function watches the socket instead of using the parent-death signal, because Linux sends that signal when the
-/// *thread* that started this process ends. The function also checks the parent, in case another process holds a copy
-/// of the front's end.
+/// The function does not use the parent-death signal, because Linux sends this signal when the *thread* that started
+/// this process ends. The function also checks the parent process, because another process may have a copy of the
+/// front's end of the socket.
 pub(crate) fn end_with_front(stream: UnixStream) {
     let front = rustix::process::getppid();
     thread::spawn(move || {
@@ -227,6 +229,7 @@ fn open(
     sessions: usize,
 ) -> Result<Opened, Fault> {
     let record = PinRecord::new(StateDirectory::at(Path::new(&setup.state_directory)))
+        .of_token(&setup.token_name)
         .of_copy(&setup.pin_record_name);
     let expected = setup
         .keys
@@ -253,8 +256,7 @@ fn open(
         turn: AtomicUsize::new(0),
         last_answer: LastAnswer::default(),
     });
-    // The sessions are opened one after another, so that a token that refuses the second session is not asked for a
-    // third session.
+    // The sessions are opened one after another. If the token refuses a session, no further session is opened.
     let mut open = Vec::with_capacity(sessions);
     for _ in 0..sessions {
         open.push(SessionThread::new(
@@ -270,8 +272,8 @@ fn open(
     })
 }
 
-/// Checks every expected key. A key that is missing or wrong does not prevent the use of the other keys. Fails if no
-/// expected key can be used, or if the token itself failed.
+/// Checks every expected key. A key that is missing or wrong does not prevent the use of the other keys. Returns an
+/// error if no expected key can be used, or if the token itself failed.
 fn prove(
     token: &OpenToken,
     settings: &Settings,
@@ -290,9 +292,12 @@ fn prove(
                 keys.push(proved);
                 continue;
             }
-            // The key is on a declared copy of this token, which has the same serial number.
+            // The key may be on a declared copy of this token, which has the same serial number. If
+            // the key is missing from both tokens, the regular search finds the key when it is
+            // available again.
             Err(fault) if key.may_be_elsewhere && fault.class == Class::KeyMissing => {
                 tracing::warn!(key = %key.id, %fault, "a registered key is not on this token");
+                unusable.push(unusable_key(key, &fault));
                 continue;
             }
             Err(fault) => token.explained(fault),
@@ -300,11 +305,7 @@ fn prove(
         if !concerns_one_key(fault.class) {
             return Err(fault);
         }
-        unusable.push(UnusableKey {
-            id: key.id.as_bytes().to_vec(),
-            is_missing: fault.class == Class::KeyMissing,
-            detail: fault.to_string(),
-        });
+        unusable.push(unusable_key(key, &fault));
         first.get_or_insert(fault);
     }
     match first {
@@ -313,7 +314,15 @@ fn prove(
     }
 }
 
-/// Whether a fault of this class, which occurred during the check of a key, says nothing about the other keys.
+fn unusable_key(key: &ExpectedKey, fault: &Fault) -> UnusableKey {
+    UnusableKey {
+        id: key.id.as_bytes().to_vec(),
+        is_missing: fault.class == Class::KeyMissing,
+        detail: fault.to_string(),
+    }
+}
+
+/// Whether a fault of this class during the check of a key concerns only this key.
 const fn concerns_one_key(class: Class) -> bool {
     matches!(
         class,
@@ -327,15 +336,18 @@ fn is_here(key: &ExpectedKey, token: &OpenToken) -> bool {
     !key.may_be_elsewhere || unpadded(&key.token_serial) == token.info.serial
 }
 
-/// Verifies the registry's MACs with the integrity key of this token. A token with another integrity key would refuse every
-/// row of the wrapping key, so the wrapping key must not be used on this token.
+/// Verifies the registry's MACs with the integrity key of this token. A token with another integrity key would reject
+/// every row under the wrapping key, so the wrapping key must not be used on this token.
 fn verify_proofs(token: &OpenToken, place: &Place, key: &ExpectedKey) -> Result<(), Fault> {
     if key.proofs.is_empty() {
         return Ok(());
     }
     let session = token.session(std::slice::from_ref(place))?;
     let pair = session.pair(key.id).ok_or_else(|| {
-        let what = format!("wrapping key {} was not found again", key.id);
+        let what = format!(
+            "wrapping key {} was found before, but is no longer on the token",
+            key.id
+        );
         Fault::new(Class::KeyMissing, what)
     })?;
     for proof in &key.proofs {
@@ -371,7 +383,7 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
         }),
         _ => Err(Fault::new(
             Class::Configuration,
-            "a malformed key in the setup",
+            "the setup contains a malformed key",
         )),
     }
 }
@@ -392,8 +404,7 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // If the token rejects an input at this time, the input is that of the worker's own self-test, so the failure
-        // may be temporary.
+        // A rejected input at this time is the input of the worker's own self-test, so the failure may be temporary.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }
@@ -416,7 +427,7 @@ fn ready(token: &OpenToken, shared: &Shared, unusable: Vec<UnusableKey>) -> Read
     }
 }
 
-/// The socket, with bytes received after the last message.
+/// The socket, with the bytes that were received after the last message.
 struct Input {
     stream: UnixStream,
     inbox: Inbox,
@@ -444,15 +455,15 @@ fn start(
                 .name(format!("session-{number}"))
                 .spawn(move || {
                     let result = work(&mut session, &input, &mut replies);
-                    // Only the first result is read, but the channel has room for all results.
+                    // Only the first result is read, but the channel has space for all results.
                     let _heard = ended.send(result);
                 })
         })
         .collect()
 }
 
-/// Takes jobs from the socket in turn with the other session threads. The thread that reads a job from the socket also
-/// runs this job on its own session.
+/// Reads jobs from the socket, in turn with the other session threads. Each thread uses its own
+/// session to run the jobs that it reads.
 fn work(
     session: &mut SessionThread,
     input: &Mutex<Input>,

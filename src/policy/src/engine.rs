@@ -1,5 +1,5 @@
-//! Makes a decision: the engine evaluates all policies that can apply. If a forbid applies, the action is denied. If no
-//! forbid and at least one permit applies, the action is allowed.
+//! Makes a decision by evaluating all policies that can apply. If a forbid policy applies, the
+//! action is denied. If only permit policies apply, the action is allowed.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -14,7 +14,8 @@ use super::{
     vocabulary::{VOCABULARY, Wanted},
 };
 
-/// Returns the decision for a case: the kept one if there is one, otherwise a new one.
+/// Returns the cached decision for a case, or makes a new decision if the cache has no decision for
+/// the case.
 pub(super) fn decide(set: &Set, case: &Case<'_>) -> Verdict {
     let slice = set.slice_of(case.action, case.identity.kind);
     let kept = slice.and_then(|slice| Some((&slice.kept, slice.kept.inputs(case)?)));
@@ -58,10 +59,11 @@ pub(super) fn evaluate_all(set: &Set, case: &Case<'_>) -> Verdict {
     )
 }
 
-/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing attribute. It is
-/// safe to ignore a permit, because an ignored permit allows nothing. It is not safe to ignore a forbid: a caller who
-/// finds an input that cannot be evaluated could do what the forbid is meant to deny. Therefore, a forbid that cannot
-/// be evaluated denies the action.
+/// Cedar ignores a policy that it cannot evaluate, for example because of an overflow or a missing
+/// attribute. It is safe to ignore a permit policy, because an ignored permit policy allows
+/// nothing. It is not safe to ignore a forbid policy, because a caller could bypass the policy with
+/// an input that cannot be evaluated. Therefore a forbid policy that cannot be evaluated denies the
+/// action.
 fn verdict(set: &Set, response: &Response) -> Verdict {
     let errors: Vec<(&Known, String)> = response
         .diagnostics()

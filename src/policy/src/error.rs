@@ -1,5 +1,6 @@
-//! The error that occurs if Cedar refuses a question or the parts of a policy. This crate checks policies and questions
-//! first, so each such error is a defect of this crate. Therefore, one error type with the cause for the log is enough.
+//! The error that occurs if Cedar refuses a policy question or the parts of a policy. Because this
+//! crate checks policies and policy questions first, the error means that this crate has a bug.
+//! Therefore a single error type with a cause for the log is sufficient.
 
 /// A failed call to Cedar.
 #[derive(Debug, thiserror::Error)]
@@ -10,7 +11,7 @@ pub(crate) struct Error {
 }
 
 impl Error {
-    /// Adds the failed action to a cause, as an infinitive.
+    /// Adds the failed action to a cause. `action` is an infinitive without "to".
     pub(crate) fn on<E>(action: &'static str) -> impl Fn(E) -> Self
     where
         E: std::error::Error + Send + Sync + 'static,

@@ -1,7 +1,8 @@
-//! Explains a decision policy by policy.
+//! Explains a decision by the result of each policy.
 //!
-//! Each policy is evaluated alone, with all attributes of the case. If a policy does not apply, its parts are evaluated
-//! separately, to find the part of its scope that does not match or the condition that is not met.
+//! Each policy is evaluated alone, with all attributes of the case. If a policy does not apply, its
+//! parts are evaluated separately. The results show the part of the scope or the condition that
+//! does not match.
 
 use std::sync::Arc;
 
@@ -22,7 +23,8 @@ use super::{
 pub struct Explanation {
     /// The decision.
     pub verdict: Verdict,
-    /// All policies in force, in their order. This list is empty if a rule in the code made the decision.
+    /// All policies in force, in the order in which they were loaded; empty if a rule in the code
+    /// made the decision.
     pub policies: Vec<PolicyView>,
 }
 
@@ -157,7 +159,7 @@ fn ask_condition(asked: &Asked, condition: &Value) -> Result<(Answer, String), E
     Ok((ask(asked, policy)?, inner))
 }
 
-/// A policy that permits everything.
+/// Returns a policy that permits every action, in Cedar's JSON form.
 fn bare() -> Value {
     json!({
         "effect": "permit",

@@ -18,7 +18,7 @@ use super::{
 pub(super) const FILES_MAX: usize = 64;
 /// Longest file, in bytes.
 pub(super) const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// Longest file name, in bytes. The audit log contains the file name if a policy has no id.
+/// Longest file name, in bytes. If a policy has no id, the audit log contains the name of its file.
 const NAME_BYTES_MAX: usize = 64;
 /// Largest number of ignored files that are reported by name.
 const IGNORED_MAX: usize = 8;
@@ -50,7 +50,7 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
         }
         if names.len() > FILES_MAX {
             let what = format!(
-                "{shown} holds more than {FILES_MAX} files with the suffix {SUFFIX}; combine some of them"
+                "{shown} contains more than {FILES_MAX} files with the suffix {SUFFIX}; combine some of them"
             );
             return Err(Problem::of(what).into());
         }
@@ -71,7 +71,8 @@ pub(super) fn read(settings: &Settings) -> Result<Vec<Source>, Problems> {
     }
 }
 
-/// Returns the names of a few files that are not read because their names do not end in `.cedar`, sorted.
+/// Returns the sorted names of a few files that are not read because their names do not end in
+/// `.cedar`.
 pub(super) fn ignored(settings: &Settings) -> Vec<String> {
     let directory = settings.directory.as_deref();
     let entries = directory.and_then(|directory| fs::read_dir(directory).ok());
@@ -98,7 +99,7 @@ pub(super) fn digest(sources: &[Source]) -> [u8; 32] {
     digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
-/// Why a file of policies cannot be read.
+/// The reason why a policy file cannot be read.
 #[derive(Debug, thiserror::Error)]
 enum FileError {
     #[error(
@@ -107,7 +108,7 @@ enum FileError {
     Name,
     #[error(transparent)]
     File(#[from] trusted_file::Error),
-    #[error("is not UTF-8; save it as UTF-8")]
+    #[error("the file is not UTF-8; save it as UTF-8")]
     NotUtf8(#[from] FromUtf8Error),
 }
 
@@ -119,7 +120,7 @@ fn read_file(path: &Path, name: &str) -> Result<String, FileError> {
     }
     let mut bytes = trusted_file::read(path, FILE_BYTES_MAX, POLICIES)?;
     let text = String::from_utf8(mem::take(&mut *bytes))?;
-    // A byte order mark that an editor wrote is not part of a policy.
+    // A byte order mark at the start of a file is not part of a policy.
     Ok(text
         .strip_prefix('\u{feff}')
         .map(str::to_owned)

@@ -1,12 +1,14 @@
-//! Decisions that are kept, because a new one could not differ.
+//! A cache of decisions. A decision is cached if a new decision with the same inputs cannot be
+//! different.
 //!
-//! A new decision takes tens of microseconds. Many decisions depend only on the service, the action and its grant: the policies
-//! that can apply look neither at the resource nor at the call. Such a permit is kept with everything that it depends on, and is
-//! used again only for the same values. A change of the service's roles or grant therefore needs a new decision. A change of the
-//! policies replaces the set that contains the kept decisions.
+//! A new decision takes tens of microseconds. Many decisions depend only on the action, the service
+//! and its grant, because no policy that can apply uses the resource or the call. If a decision of
+//! this kind allows the action, the decision is cached with all its inputs, and is used again only
+//! for the same inputs. Therefore a change of the service's roles or grant leads to a new decision.
+//! A change of the policies replaces the policy set that contains the cached decisions.
 //!
-//! Whether policies look at something else is read from their syntax trees. The check errs on one side: a text that looks like the
-//! name of a variable counts as this variable.
+//! The syntax trees of the policies show whether the policies use other inputs. If a string in a
+//! policy is equal to the name of a variable, the check assumes that the policy uses the variable.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -22,24 +24,27 @@ use keybroker_core::{
 
 use super::{Case, verdict::Verdict, vocabulary::is_granted};
 
-/// Largest number of services whose decisions are kept. Beyond it, all are made again.
+/// Largest number of services whose decisions are cached. If there are more services, all cached
+/// decisions are dropped.
 const SERVICES_MAX: usize = 1_024;
-/// Largest number of kept decisions of one service.
+/// Largest number of cached decisions of one service.
 const DECISIONS_MAX: usize = 8;
 
-/// The context attribute that states whether the grant of the service covers the resource. Its value is a part of [`Inputs`].
+/// The context attribute that states whether the grant of the service covers the resource.
+/// [`Inputs`] contains the value of this attribute.
 const GRANTED: &str = "granted";
 
-/// The types of entities that a policy may name and whose decision may be kept. The name of a record in a policy also looks
-/// at the resource: only the resource of the call has attributes.
+/// If a policy names only entities of these types, its decisions may be cached. A policy that names
+/// a record counts as a policy that uses the resource, because only the resource of the call has
+/// attributes.
 const FIXED_TYPES: [&str; 2] = ["Keybroker::Role", "Keybroker::Action"];
 
-/// The kept decisions of the policies for one action of services.
+/// The cached decisions of the policies for one action of services.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
-    /// Whether a policy looks at more than [`Inputs`] contains.
+    /// Whether a policy uses more inputs than [`Inputs`] contains.
     looks_further: bool,
-    /// By the name of the service.
+    /// The cached decisions, by the name of the service.
     decisions: RwLock<HashMap<String, Vec<Decision>>>,
 }
 
@@ -54,7 +59,7 @@ struct Decision {
     verdict: Verdict,
 }
 
-/// Everything that a kept decision depends on.
+/// All inputs of a cached decision.
 #[derive(Debug)]
 pub(super) struct Inputs<'a> {
     name: &'a str,
@@ -78,14 +83,15 @@ impl Inputs<'_> {
 }
 
 impl Kept {
-    /// Adds a policy, in Cedar's JSON form, to those that make the decisions.
+    /// Adds a policy, in Cedar's JSON form, to the policies that make the decisions.
     pub(super) fn admit(&mut self, policy: &Value) {
         self.looks_further |= looks_further(policy);
     }
 
-    /// The inputs of a case. `None` if the decision may depend on something else and is not to be kept.
+    /// Returns the inputs of a case, or `None` if the decision must not be cached because it may
+    /// depend on other inputs.
     pub(super) fn inputs<'a>(&self, case: &Case<'a>) -> Option<Inputs<'a>> {
-        // Each field is named, so that a new one cannot be forgotten here.
+        // Each field is named, so that the compiler reports a new field here.
         let Identity {
             name,
             credential,
@@ -96,7 +102,8 @@ impl Kept {
             key_names,
             // Only users have a subject.
             subject: _,
-            // Claims are in the context and in the tags. Policies that look at these are never kept.
+            // Claims are in the context and in the tags. If a policy uses the context or tags, no
+            // decision is cached.
             claims: _,
         } = case.identity;
         let may_keep = *kind == Kind::Service && !self.looks_further;
@@ -121,7 +128,7 @@ impl Kept {
         Some(found.verdict.clone())
     }
 
-    /// Keeps a permit, unless a policy could not be evaluated.
+    /// Caches a decision that allows the action, unless a policy could not be evaluated.
     pub(super) fn keep(&self, inputs: &Inputs<'_>, verdict: &Verdict) {
         if !verdict.allowed || !verdict.errors.is_empty() {
             return;
@@ -158,8 +165,9 @@ impl Kept {
     }
 }
 
-/// Whether a policy looks at the resource beyond its type, at the context beyond `granted`, at tags, or at an entity that it
-/// names and that is not of a fixed type.
+/// Whether a policy uses an input that is not in [`Inputs`]. Examples of other inputs are
+/// attributes of the resource, context attributes except `granted`, tags, and entities whose type
+/// is not in [`FIXED_TYPES`].
 fn looks_further(policy: &Value) -> bool {
     let resource = &policy["resource"];
     let is_any = resource["op"] == "All";

@@ -1,12 +1,13 @@
 //! Policy decisions: this crate alone decides what a principal may do. An action is denied unless a policy permits it.
 //!
-//! The rules are Cedar policies: those that come with the broker (`default.cedar`) and those of the operator. All these
-//! policies are validated against one schema before the broker uses them. Two rules are in the code, so that no file
-//! can change them: a principal with conflicting roles may do nothing, and no principal has access to the keys of
-//! another tenant.
+//! The rules are Cedar policies: the policies that come with the broker (`default.cedar`) and the
+//! policies of the operator. All policies are validated against the same schema before the broker
+//! uses the policies. Two rules are in the code, so no file can change them. A principal with
+//! conflicting roles may do nothing, and no principal has access to the keys of another tenant.
 //!
-//! The policies are always loaded and replaced as a whole. If a file is invalid at the start, the broker does not
-//! start. If a file is invalid at a later reload, the current policies stay in force.
+//! All policies are always loaded and replaced together. If a file is invalid at the start, the
+//! broker does not start. If a file is invalid at a later reload, the current policies stay in
+//! force.
 //!
 //! Mitigation: M4 of `THREAT_MODEL.md`.
 
@@ -62,7 +63,8 @@ const RESERVED: [&str; 4] = [DEFAULT_DENY, SEPARATION_OF_DUTIES, OWN_TENANT, UNA
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Whether the broker's own permits are in force. The broker's own forbids are always in force.
+    /// Whether the broker's own permit policies are in force. The broker's own forbid policies are
+    /// always in force.
     pub defaults: bool,
     /// The directory with the operator's policies, `*.cedar`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -79,7 +81,8 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Returns a problem of this section of the configuration, without reading the policies.
+    /// Returns a problem of the `[policy]` section of the configuration, without reading the
+    /// policies.
     pub fn problem(&self) -> Option<String> {
         let directory = self.directory.as_deref();
         match directory {
@@ -88,7 +91,8 @@ impl Settings {
                 trusted_file::not_absolute(path)
             )),
             None if !self.defaults => Some(
-                "[policy]: `defaults` is false and there is no `directory`, so everything would be denied".to_owned(),
+                "[policy]: `defaults` is false and `directory` is not set, so the broker would deny every \
+                 request".to_owned(),
             ),
             _ => None,
         }
@@ -99,8 +103,8 @@ impl Settings {
         Ok(Set::load(self)?.summary())
     }
 
-    /// Returns a remark for each file of the directory that is not read: a policy has no effect if its file name does
-    /// not end in `.cedar`.
+    /// Returns a remark for each file of the directory that is not read because its name does not
+    /// end in `.cedar`.
     pub fn ignored_files(&self) -> Vec<String> {
         let remark = |name| {
             format!(
@@ -110,8 +114,8 @@ impl Settings {
         files::ignored(self).into_iter().map(remark).collect()
     }
 
-    /// Returns the principals that the operator's policies refer to by name, each with its policy. The function does
-    /// not check whether these principals exist.
+    /// Returns the principals that the operator's policies refer to by name, each with its policy.
+    /// The function does not check whether the returned principals exist.
     pub fn named_principals(&self) -> Result<Vec<NamedPrincipal>, Problems> {
         Set::load(self)?.named_principals()
     }
@@ -129,7 +133,7 @@ pub enum Resource<'a> {
         /// The name that distinguishes the user keys of one user.
         name: &'a KeyName,
     },
-    /// The records of one user, or of the whole tenant.
+    /// The records of one user, or of all users of a tenant.
     UserKeys {
         /// The tenant of the records.
         tenant: &'a Tenant,
@@ -169,7 +173,7 @@ impl Resource<'_> {
 pub struct Question<'a> {
     /// The caller.
     pub principal: &'a Principal,
-    /// What the caller wants to do.
+    /// The action that the caller requests.
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
@@ -177,13 +181,14 @@ pub struct Question<'a> {
     pub call: &'a Call,
 }
 
-/// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an explanation can use
-/// an invented identity. Only the answer to a [`Question`] can be a [`Permit`].
+/// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an
+/// explanation can use the identity of a caller who does not exist. Only a decision about a
+/// [`Question`] can create a [`Permit`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
     pub identity: &'a Identity,
-    /// What the caller wants to do.
+    /// The action that the caller requests.
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
@@ -206,9 +211,9 @@ impl Permit {
     }
 }
 
-/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one. The read or change
-/// that follows takes the address only from this proof, so that a permit for one record cannot be used for another
-/// record.
+/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one.
+/// A read or change of the record takes the address only from this proof. Therefore a permit for
+/// one record cannot be used for another record.
 #[derive(Debug)]
 pub struct KeyPermit {
     policy: Arc<str>,
@@ -257,7 +262,7 @@ pub struct Policy {
 /// The results of the last check of the files.
 #[derive(Debug, Default)]
 struct Watch {
-    /// The problem that was reported last, so that it is reported once instead of every second.
+    /// The problem that was reported last, so that the same problem is not reported every second.
     refused: Option<String>,
     /// Digest of new content that the last check found for the first time.
     seen: Option<[u8; 32]>,
@@ -279,8 +284,8 @@ impl Policy {
 
     /// Decides whether an action is allowed.
     pub fn decide(&self, question: &Question<'_>) -> Result<Permit, Denied> {
-        // The APIs set the address of every caller. If the address is missing, the action is denied, because a decision
-        // for an invented address could be wrong.
+        // The APIs set the address of every caller. If the address is missing, the action is
+        // denied, because a decision for a default address could be wrong.
         let Ok(peer) = question.call.peer.parse::<SocketAddr>() else {
             keybroker_core::alert!(Bug, call_id = %question.call.id, "a call has no peer address");
             return Err(Denied {
@@ -334,7 +339,8 @@ impl Policy {
         })
     }
 
-    /// Returns the decision for a case. This decision is only for display, because it is not a [`Permit`].
+    /// Returns the decision for a case. This decision is only for display: it is not a [`Permit`],
+    /// so it cannot authorise an action.
     pub fn evaluate(&self, case: &Case<'_>) -> Verdict {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
@@ -351,9 +357,10 @@ impl Policy {
         }
     }
 
-    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. A change that no
-    /// signal announced is loaded after two checks have found the same content. An editor that writes in place leaves
-    /// an empty or incomplete file for a moment, and an incomplete file may be valid but lack the forbids.
+    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. If
+    /// no signal announced a change, the change is loaded after two checks found the same content.
+    /// While an editor writes a file in place, the file is empty or incomplete for a moment. An
+    /// incomplete file may be valid but lack the forbid policies.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {
@@ -405,17 +412,18 @@ impl Policy {
 
 /// The result of a check of the files.
 enum Look {
-    /// The files are the same as those in force.
+    /// The files are equal to the files in force.
     Same,
-    /// The files have changed, and are checked again later or were already rejected.
+    /// The files have changed. The changed files will be checked again later, or were already
+    /// rejected.
     Waiting,
     New(Box<Set>),
 }
 
 /// The rules in the code, which apply regardless of the policies.
 fn floor(case: &Case<'_>) -> Option<Verdict> {
-    // The configuration already refuses a principal with conflicting roles. This check also covers every other way to
-    // create a principal.
+    // The configuration already refuses a principal with conflicting roles. This check also applies
+    // to a principal that does not come from the configuration.
     if conflict(&case.identity.roles).is_some() {
         return Some(Verdict::denied(SEPARATION_OF_DUTIES));
     }
@@ -424,8 +432,8 @@ fn floor(case: &Case<'_>) -> Option<Verdict> {
     if !case.resource.suits(case.action) {
         return Some(Verdict::denied(UNASKED));
     }
-    // The broker takes the tenant of a resource from the principal. This check also covers a resource whose tenant has
-    // another source.
+    // The broker takes the tenant of a resource from the principal. This check also applies to a
+    // resource whose tenant does not come from the principal.
     match case.resource.tenant() {
         Some(tenant) if *tenant != case.identity.tenant => Some(Verdict::denied(OWN_TENANT)),
         _ => None,

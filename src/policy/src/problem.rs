@@ -1,4 +1,4 @@
-//! Problems of policies, each with its place in a file.
+//! Problems of policies, each with its position in a file.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub(super) struct Source {
 pub struct Problem {
     /// Name of the file.
     pub file: Option<String>,
-    /// Line and column, both from 1.
+    /// Line and column, both counted from 1.
     pub place: Option<(usize, usize)>,
     /// The description of the problem.
     pub message: String,
@@ -88,7 +88,7 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// Converts a byte offset to line and column, both from 1.
+/// Converts a byte offset to line and column, both counted from 1.
 pub(super) fn place(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line = before.matches('\n').count() + 1;

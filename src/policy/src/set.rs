@@ -1,4 +1,4 @@
-//! A set of policies: parsing, naming, validation and counting.
+//! Parses, names, validates and counts the policies of a set.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -28,10 +28,11 @@ use super::{
 
 const SHIPPED: &str = include_str!("default.cedar");
 const SHIPPED_NAME: &str = "(shipped)";
-/// Largest number of policies of the operator, because each of them can be evaluated for each call.
+/// Largest number of the operator's policies. The number is limited because each policy may be
+/// evaluated for each call.
 pub(super) const POLICIES_MAX: usize = 256;
 const ID_BYTES_MAX: usize = 64;
-/// The annotation with the name of a policy in the audit log.
+/// The annotation that specifies the name of a policy in the audit log.
 const ID_ANNOTATION: &str = "id";
 
 /// The numbers of policies and files.
@@ -61,7 +62,8 @@ pub struct NamedPrincipal {
 /// The properties of a policy apart from its text.
 #[derive(Clone, Debug)]
 pub(super) struct Known {
-    /// The position among all policies. If several policies lead to a decision, the first of them is shown.
+    /// The position among all policies. If several policies lead to a decision, the first policy is
+    /// shown.
     pub(super) place: usize,
     pub(super) effect: Effect,
     pub(super) id: Arc<str>,
@@ -69,15 +71,16 @@ pub(super) struct Known {
     pub(super) origin: Arc<str>,
 }
 
-/// The policies that can apply to one action and kind of principal. Each policy takes about one microsecond, and each
-/// attribute takes about half a microsecond. Therefore, a decision evaluates only the policies that can apply, and only
-/// with the attributes that these policies use.
+/// The policies that can apply to one action and kind of principal. The evaluation of a policy
+/// takes about one microsecond, and passing an attribute to Cedar takes about half a microsecond.
+/// Therefore, a decision evaluates only the policies that can apply, and only with the attributes
+/// that these policies use.
 #[derive(Debug, Default)]
 pub(super) struct Slice {
     pub(super) policies: PolicySet,
-    /// All words of these policies, which include all attributes and operators that the policies use.
+    /// All words in `policies`, including all attributes and operators that the policies use.
     pub(super) words: HashSet<String>,
-    /// The decisions that these policies made, as far as they may be kept.
+    /// The cached decisions of `policies`.
     pub(super) kept: Kept,
 }
 
@@ -86,8 +89,8 @@ pub(super) struct Slice {
 pub(super) struct Set {
     policies: PolicySet,
     known: HashMap<PolicyId, Known>,
-    /// Every id with its file, including the ids of shipped policies that are not in force, so that an id in the audit
-    /// log has only one meaning.
+    /// The ids of all policies, each with its file. The ids of shipped policies that are not in
+    /// force are included, so that an id in the audit log has only one meaning.
     taken: HashMap<PolicyId, Arc<str>>,
     /// The policies for each action and kind of principal.
     slices: HashMap<(Action, Kind), Slice>,
@@ -154,8 +157,7 @@ impl Set {
             Problems(each.collect())
         })?;
         if parsed.num_of_templates() > 0 {
-            let what =
-                "has a template (`?principal`, `?resource`), which the broker does not support";
+            let what = "the file has a template (`?principal`, `?resource`), which the broker does not support";
             return Err(Problem::in_file(&source.name, what).into());
         }
         let mut policies: Vec<_> = parsed.policies().collect();
@@ -202,8 +204,8 @@ impl Set {
         }
     }
 
-    /// Validates all policies. Cedar's warnings are problems, too. For example, a forbid that can never apply is a
-    /// mistake that would remain unnoticed.
+    /// Validates all policies. Cedar's warnings count as problems, too: for example, an operator
+    /// would not notice a forbid policy that can never apply.
     fn validate(&self, sources: &[Source]) -> Vec<Problem> {
         let validator = Validator::new(VOCABULARY.schema.clone());
         let result = validator.validate(&self.policies, ValidationMode::Strict);
@@ -229,7 +231,7 @@ impl Set {
             }
         };
         let mut problems: Vec<Problem> = errors.chain(warnings).map(problem).collect();
-        // Cedar reports a mistake several times, once for each action of the policy, in no particular order.
+        // Cedar reports a mistake once for each action of the policy, in no particular order.
         problems.sort();
         problems.dedup_by(|one, other| (&one.file, one.place) == (&other.file, other.place));
         problems
@@ -265,7 +267,8 @@ impl Set {
         Ok(())
     }
 
-    /// Returns an error if a file whose policies are in force no longer exists, because its removal may be an accident.
+    /// Returns an error if a file whose policies are in force no longer exists, because the file
+    /// may have been removed by accident.
     pub(super) fn check_none_is_gone(&self, sources: &[Source]) -> Result<(), Problems> {
         let there: HashSet<&str> = sources.iter().map(|source| source.name.as_str()).collect();
         let gone = self
@@ -275,7 +278,8 @@ impl Set {
         let problems: Vec<Problem> = gone
             .map(|(name, count)| {
                 let what = format!(
-                    "is missing, but {count} of the policies in force come from this file; restore the file. To withdraw \
+                    "the file is missing, but {count} of the policies in force come from this file; restore the file. \
+                     To withdraw \
                      its policies, first replace the file with an empty file, or restart the broker"
                 );
                 Problem::in_file(name, what)
@@ -332,7 +336,7 @@ impl Set {
         self.known.get(id)
     }
 
-    /// Returns all policies in their order.
+    /// Returns all policies in the order in which they were loaded.
     pub(super) fn in_order(&self) -> Vec<(&PolicyId, &Known)> {
         let mut all: Vec<_> = self.known.iter().collect();
         all.sort_by_key(|(_, known)| known.place);
@@ -356,7 +360,7 @@ impl Set {
         }
     }
 
-    /// Updates the metrics with the numbers of permits and forbids.
+    /// Updates the metrics with the numbers of permit policies and forbid policies.
     pub(super) fn report(&self) {
         let Summary {
             permits, forbids, ..
@@ -423,16 +427,16 @@ fn ordinal(id: &PolicyId) -> usize {
         .unwrap_or(usize::MAX)
 }
 
-/// Why a policy cannot be added under its id.
+/// The reason why a policy cannot be added under its id.
 #[derive(Debug, thiserror::Error)]
 enum IdError {
     #[error(
-        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows it"
+        "@id({0:?}): an id must be 1 to {ID_BYTES_MAX} bytes of [A-Za-z0-9._-], because the audit log shows the id"
     )]
     Malformed(String),
-    #[error("@id({0:?}): this id has another meaning in the audit log")]
+    #[error("@id({0:?}): this id is reserved, because it has another meaning in the audit log")]
     Reserved(String),
-    #[error("the policy id `{id}` is used twice: also in {other}")]
+    #[error("the policy id `{id}` is used twice; the other policy with this id is in {other}")]
     Taken { id: PolicyId, other: Arc<str> },
     #[error("policy `{id}` cannot be added")]
     Refused {

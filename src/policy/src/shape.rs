@@ -1,17 +1,19 @@
-//! Limits for a policy text before it is parsed: nesting depth and number of operators.
+//! Limits the nesting depth and the number of operators of a policy text before the text is parsed.
 //!
-//! Cedar's parser and validator, and the code that clones or drops their results, use recursion without a limit. A file
-//! with very deep nesting would exhaust the stack and end the process, even in a reload. With these limits, deep
-//! nesting is an ordinary problem of the file.
+//! Cedar's parser and validator, and the code that clones or drops their results, use recursion
+//! without a limit. A file with very deep nesting would exhaust the stack and end the process, even
+//! in a reload. With these limits, a file with deep nesting is reported as an ordinary problem.
 
 /// Deepest nesting of brackets.
 const DEPTH_MAX: usize = 32;
-/// Largest number of operator characters in one policy. Each character may add a level to the syntax tree.
+/// Largest number of operator characters in one policy. Each operator character may add a level to
+/// the syntax tree.
 const OPERATORS_MAX: usize = 1_000;
-/// One `if` adds as many levels to the syntax tree as this number of operator characters.
+/// One `if` counts as this number of operator characters, because it adds several levels to the
+/// syntax tree.
 const IF_WEIGHT: usize = 4;
 
-/// Returns the first problem of a text, with its byte offset.
+/// Returns the first problem of a policy text, with its byte offset.
 pub(super) fn problem(text: &str) -> Option<(usize, String)> {
     let mut shape = Shape::default();
     let mut rest = text.char_indices().peekable();
@@ -62,15 +64,16 @@ impl Shape {
     fn take(&mut self, c: char) {
         match c {
             '[' => {
-                // `a["b"]["c"]` is also a chain of operators.
+                // `[` also counts as an operator, because `a["b"]["c"]` nests like a chain of
+                // operators.
                 self.depth += 1;
                 self.operators += 1;
             }
             '(' | '{' => self.depth += 1,
             ')' | ']' | '}' => self.depth = self.depth.saturating_sub(1),
             '&' | '|' | '+' | '-' | '*' | '.' | '!' | '<' | '>' | '=' => self.operators += 1,
-            // After an unclosed bracket, a semicolon does not end the policy. The parser then reports the unclosed
-            // bracket.
+            // After an unclosed bracket, a semicolon does not end the policy. The parser reports
+            // the unclosed bracket later.
             ';' if self.depth == 0 => self.operators = 0,
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! Tests that the policies keep their promises.
+//! Tests the documented properties of the policies.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -63,7 +63,7 @@ fn ada() -> Identity {
     ada
 }
 
-/// A service with these roles and a grant for all keys.
+/// Returns a service with the roles `roles` and a grant for all keys.
 fn service(roles: &[Role]) -> Identity {
     Identity {
         name: "URI:spiffe://example.org/service".to_owned(),
@@ -81,7 +81,7 @@ fn shipped() -> Arc<Policy> {
     Policy::load(&Settings::default()).unwrap()
 }
 
-/// A policy set with these files of an operator.
+/// Returns a policy set with the files `files` of an operator.
 fn with_files(files: &[(&str, &str)]) -> Result<(tempfile::TempDir, Arc<Policy>), Problems> {
     let folder = tempfile::tempdir().unwrap();
     for (name, text) in files {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-/// A decision with the policies that led to it.
+/// A decision with the policies that led to the decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     /// Whether the action is allowed.

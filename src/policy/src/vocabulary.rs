@@ -1,7 +1,8 @@
 //! Translates the broker's terms into Cedar entities, actions and context.
 //!
-//! Every question that is built here must conform to the schema, because the policies were validated against this
-//! schema. The broker does not check each question against the schema. Instead, a test checks questions of every kind.
+//! Every request to Cedar must conform to the schema, because the policies were validated against
+//! the same schema. The broker does not check each request against the schema. A test checks
+//! requests of every kind against the schema.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -29,7 +30,7 @@ const PLAIN: &str = "plain";
 
 pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
 
-/// The parts that all questions have in common.
+/// The parts that all requests to Cedar have in common.
 pub(super) struct Vocabulary {
     pub(super) schema: Schema,
     user: EntityTypeName,
@@ -41,8 +42,8 @@ pub(super) struct Vocabulary {
     actions: HashMap<Action, AskedAction>,
 }
 
-/// An action in the form of Cedar. Its place in the hierarchy of actions is computed once, because that takes longer than the
-/// evaluation of most policies.
+/// An action in the form of Cedar. The position of the action in the hierarchy of actions is
+/// computed only once, because the computation takes longer than the evaluation of most policies.
 struct AskedAction {
     uid: EntityUid,
     entities: Entities,
@@ -99,7 +100,7 @@ impl<'a> Attributes<'a> {
     }
 }
 
-/// A question in the form that Cedar requires.
+/// An authorization request in the form that Cedar requires.
 pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) entities: Entities,
@@ -157,8 +158,8 @@ impl Vocabulary {
         Some((*action, kind))
     }
 
-    /// Builds a question for Cedar. If `schema` is present, the function fails if the question does not conform to the
-    /// schema.
+    /// Builds a request to Cedar. If `schema` is present, the request must conform to the schema.
+    /// Otherwise this function fails.
     pub(super) fn ask(
         &self,
         case: &Case<'_>,
@@ -197,7 +198,7 @@ impl Vocabulary {
                 attributes.add_some("subject", identity.subject.as_ref(), |user| {
                     text(user.as_str())
                 });
-                // A person has no role, even if a claim contains one.
+                // A person has no role, even if a claim contains a role.
                 (&self.user, Vec::new())
             }
             Kind::Service => {
@@ -254,8 +255,9 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     attributes.add_some("device", claims.device.as_deref(), text);
     attributes.add("organisations", || texts(&claims.organisations));
     attributes.add("granted", || Value::new_bool(is_granted(case)));
-    // A socket for both address families reports IPv4 addresses in IPv6 form, which Cedar does not recognise as IPv4.
-    // Because of the conversion, rules about IPv4 addresses apply to these addresses.
+    // A socket for both address families reports IPv4 addresses in IPv6 form, which Cedar does not
+    // recognise as IPv4. After the conversion to IPv4 form, policies about IPv4 addresses apply to
+    // such addresses.
     attributes.add("peer", || {
         Value::new_ip(case.peer.to_canonical().to_string())
     });
@@ -266,8 +268,9 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }
 
-/// Whether the grant of a service covers the resource. The broker itself checks the grant, because a grant may list
-/// thousands of users, and it would take too long to pass these users to Cedar for every call.
+/// Whether the grant of a service covers the resource. The broker itself checks the grant, because
+/// a grant may list thousands of users. Passing thousands of users to Cedar for every call would
+/// take too long.
 pub(super) fn is_granted(case: &Case<'_>) -> bool {
     let Identity {
         kind,
@@ -280,7 +283,8 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
     }
     match case.resource {
         Resource::UserKey { user, name, .. } => users.contains(user) && key_names.contains(name),
-        // A list of records shows every key name. A list that is not limited to one user also shows every user.
+        // A list of records shows all key names. If the list is not limited to one user, it also
+        // shows all users.
         Resource::UserKeys { user, .. } => {
             *key_names == Reach::All
                 && user.map_or(*users == Reach::All, |user| users.contains(user))
@@ -289,7 +293,7 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
     }
 }
 
-/// Returns at least 0: if the provider's clock is ahead, the authentication counts as new.
+/// Returns at least 0. If the provider's clock is ahead, the authentication counts as new.
 fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
     (now.micros().saturating_sub(at.micros()) / MICROS_PER_SECOND).max(0)
 }

@@ -1,4 +1,5 @@
-//! An API client as a row: its document, which the store does not interpret, and its MAC.
+//! A row of the table of API clients, with the client's document, which the store does not
+//! interpret, and its MAC.
 
 use keybroker_core::{
     call::Timestamp,
@@ -12,18 +13,18 @@ use keybroker_core::{
 pub struct ClientRow {
     /// The id that the client sends with its secret.
     pub id: ClientId,
-    /// The revision of the document, which starts at 1 and grows with each change.
+    /// The revision of the document, which starts at 1 and increases by 1 with each change.
     pub revision: u64,
     /// The document as bytes that are not parsed yet.
     pub document: Vec<u8>,
-    /// A MAC by an integrity key over the id, the revision and the document, so that a person who can write to the
-    /// database cannot give a client another secret or another role.
+    /// A MAC with an integrity key over the id, the revision and the document. Because of the MAC,
+    /// a person who can write to the database cannot give a client another secret or another role.
     pub mac: Mac,
     /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
-    /// When it was created.
+    /// The time at which the API client was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// The time of the last change of the API client.
     pub updated: Timestamp,
 }
 

@@ -1,5 +1,5 @@
-//! The tables with their columns. All statements are built from this list, and rows are read by the names of the
-//! columns.
+//! The tables with their columns. All statements are built from this list, and the code that reads
+//! rows uses the names of the columns.
 
 use super::slow::Named;
 
@@ -31,8 +31,9 @@ macro_rules! tables {
         }
 
         impl Table {
-            /// All tables, in the order in which a copy fills them. Each table comes after the tables to which its rows
-            /// refer. The registry is last, because no broker serves from a database without a registry.
+            /// All tables, in the order in which a copy fills them. Each table comes after the
+            /// tables to which its rows refer. The registry is last, because a broker does not
+            /// serve from a database without a registry.
             pub const ALL: [Self; [$(Self::$table),+].len()] = [$(Self::$table),+];
 
             /// The name of the table in the database.
@@ -42,7 +43,7 @@ macro_rules! tables {
                 }
             }
 
-            /// All columns, beginning with those of the primary key.
+            /// All columns, beginning with the columns of the primary key.
             pub(super) const fn columns(self) -> &'static [Column] {
                 match self {
                     $(Self::$table => &[
@@ -61,7 +62,7 @@ macro_rules! tables {
             }
         }
 
-        /// One value for each table.
+        /// A struct with one value for each table.
         #[derive(Debug)]
         pub(super) struct PerTable<T> {
             $($name: T,)+
@@ -93,19 +94,20 @@ tables! {
         record_id: Bytes, revision: Integer;
         envelope: Bytes, wrapping_key_id: Bytes, created_us: Integer,
     }
-    /// The marks of changes, which show after a crash whether a mutation was committed.
+    /// The marks of changes. After a crash, a mark shows that a mutation was committed.
     Changes = changes {
         call_id: Bytes;
         record_id: Bytes, changed_us: Integer,
     }
-    /// Request ids, each with the record as it was after the mutation.
+    /// The request ids of mutations, each with the state of the record immediately after the
+    /// mutation.
     Requests = requests {
         tenant: Text, principal: Text, request_id: Bytes;
         content_mac: Bytes, key_id: Bytes, record_id: Bytes, user: Text, key_name: Text, state: Text,
         revision: Integer, wrapping_key_id: Bytes, created_us: Integer, updated_us: Integer,
         deleted_us: OptionalInteger, used_us: Integer, result_mac: Bytes,
     }
-    /// When records were last released.
+    /// The time of the last release of each record.
     LastUses = last_uses {
         record_id: Bytes;
         used_us: Integer,
@@ -116,12 +118,12 @@ tables! {
         revision: Integer, document: Bytes, mac: Bytes, key_id: Bytes, created_us: Integer,
         updated_us: Integer,
     }
-    /// When the secrets of API clients were last accepted.
+    /// The time at which each secret of an API client was last accepted.
     ClientUses = client_uses {
         client_id: Bytes, secret_number: Integer;
         used_us: Integer,
     }
-    /// The places of wrapping keys on further tokens.
+    /// The objects of wrapping keys on further tokens, if the configuration has several tokens.
     Places = wrapping_key_places {
         key_id: Bytes, token: Text;
         token_serial: Text, private_cka_id: Bytes, integrity_cka_id: Bytes, registered_us: Integer,
@@ -143,7 +145,7 @@ tables! {
 }
 
 impl Table {
-    /// All columns except those of the primary key.
+    /// All columns except the columns of the primary key.
     pub(super) fn values(self) -> &'static [Column] {
         &self.columns()[self.key().len()..]
     }

@@ -1,4 +1,5 @@
-//! The interface of the store for the rest of the program: SQL in domain terms.
+//! The interface of the store for the rest of the program, in terms of records and keys instead of
+//! SQL.
 
 use std::{collections::HashMap, fmt};
 
@@ -38,10 +39,10 @@ pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// Succeeds if the store can be read and written.
     async fn ping(&self) -> Result<(), Error>;
 
-    /// The record at an address, active or deleted, with its current envelope.
+    /// Returns the active or deleted record at an address, with its current envelope.
     async fn record(&self, address: &KeyAddress) -> Result<Option<Record>, Error>;
 
-    /// The envelope of one revision, current or superseded.
+    /// Returns the envelope of a current or superseded revision.
     async fn revision(
         &self,
         record: RecordId,
@@ -51,9 +52,10 @@ pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// Inserts a record at [`Revision::FIRST`]. Returns [`Error::Exists`] if an active or deleted record has the address.
     async fn create(&self, new: NewRevision, stamp: Stamp) -> Result<RecordInfo, Error>;
 
-    /// Inserts all records in one transaction. If an address is taken, the function inserts no record and returns
-    /// [`Error::Exists`]. The function stores no marks of calls. Use this function to fill a database, not for a mutation that
-    /// has an intent in the audit log.
+    /// Inserts all records in one transaction. If an address is taken, the function inserts no
+    /// record and returns [`Error::Exists`]. The function stores no marks of calls. Use this
+    /// function only to fill a database. Do not use this function for a mutation that has an intent
+    /// in the audit log.
     async fn create_many(&self, new: Vec<NewRevision>, at: Timestamp) -> Result<(), Error>;
 
     /// Makes `new` the current revision of an active record, to replace the user key or to restore an earlier revision. Returns
@@ -72,57 +74,64 @@ pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// Makes a deleted record active. Returns [`Error::State`] if the record is already active.
     async fn undelete(&self, record: RecordId, stamp: Stamp) -> Result<RecordInfo, Error>;
 
-    /// The number of records of a user, including deleted ones, counted up to `most`.
+    /// Returns the number of records of a user, including deleted records, counted up to `most`.
     async fn count_keys(&self, tenant: &Tenant, user: &UserId, most: u32) -> Result<u32, Error>;
 
-    /// The number of stored revisions of a record, counted up to `most`.
+    /// Returns the number of stored revisions of a record, counted up to `most`.
     async fn count_revisions(&self, record: RecordId, most: u32) -> Result<u32, Error>;
 
-    /// One page of records, ordered bytewise by user and then key name. A row that cannot be decoded, or that was set back to an
-    /// earlier revision, is listed as damaged and does not end the page.
+    /// Returns one page of records, ordered bytewise by user and then by key name. A row that
+    /// cannot be decoded, or that was set back to an earlier revision, is listed as damaged and
+    /// does not end the page.
     async fn list(
         &self,
         query: &ListQuery,
     ) -> Result<Vec<Result<RecordInfo, DamagedRecord>>, Error>;
 
-    /// The result of an earlier mutation with this request id, within the last 24 hours.
+    /// Returns the result of an earlier mutation with the request id in `scope`, within the last 24
+    /// hours.
     async fn request(&self, scope: &RequestScope) -> Result<Option<RequestRecord>, Error>;
 
-    /// Whether the mutation of a call was committed. The broker uses the result to resolve intents that have no outcome after a
-    /// crash.
+    /// Returns whether the mutation of a call was committed. The broker uses the result to resolve
+    /// intents that have no outcome after a crash.
     async fn committed_by(&self, call: CallId) -> Result<bool, Error>;
 
-    /// The identity of the database, and how many of these changes (at most [`CHANGES_MAX`](crate::CHANGES_MAX)) left their mark
-    /// in the database. The function is a plain read: it does not wait for transactions, and does not count a change that is
-    /// still in progress.
+    /// Returns the identity of the database, and the number of calls in `calls` (at most
+    /// [`CHANGES_MAX`](crate::CHANGES_MAX)) whose mark is in the database. The function does not
+    /// wait for transactions, and does not count a change that is still in progress.
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error>;
 
-    /// Whether the database was used with this audit log of an instance.
+    /// Whether the database was used with the audit log `log_id` of an instance.
     async fn audit_log(&self, instance: &str, log_id: &str) -> Result<KnownLog, Error>;
 
-    /// Records that the database is used with this audit log of an instance.
+    /// Records that the database is used with the audit log `log_id` of an instance.
     async fn add_audit_log(&self, instance: &str, log_id: &str, at: Timestamp)
     -> Result<(), Error>;
 
-    /// Removes the request ids that were used before this time, and returns their number.
+    /// Removes the request ids that were used before the time `before`, and returns the number of
+    /// removed request ids.
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error>;
 
-    /// Stores when records were last released, in a separate table, because a read must not rewrite the row of a record. A stored
-    /// time that is later is kept.
+    /// Stores the times at which records were last released. The times are in a separate table,
+    /// because a read must not rewrite the row of a record. If the stored time is later, it is not
+    /// changed.
     async fn note_uses(&self, uses: &[(RecordId, Timestamp)]) -> Result<(), Error>;
 
-    /// The known times when records were last released. A row that cannot be decoded is left out and raises an alert.
+    /// Returns the times at which records were last released. Records without a known time are
+    /// omitted. A row that cannot be decoded is left out and raises an alert.
     async fn last_uses(&self, records: &[RecordId]) -> Result<HashMap<RecordId, Timestamp>, Error>;
 
-    /// All registry rows, ordered by sequence.
+    /// Returns all registry rows, ordered by sequence.
     async fn registry(&self) -> Result<Vec<RegistryRow>, Error>;
 
     /// Adds a registry row. Returns [`Error::Exists`] if the id is already registered.
     async fn register(&self, row: &RegistryRow) -> Result<(), Error>;
 
-    /// Adds and replaces registry rows in one transaction, and stores the mark of the call. Returns [`Error::Conflict`] if
-    /// the MAC of a replaced row is not the expected one or if a row needs the key that no row may need, and
-    /// [`Error::Exists`] if the new row's id is registered. After either error, nothing is changed.
+    /// Adds and replaces registry rows in one transaction, and stores the mark of the call. Returns
+    /// [`Error::Conflict`] if the MAC of a replaced row is not the expected MAC or if a row needs the key that no row may
+    /// need, and
+    /// [`Error::Exists`] if the new row's id is registered. If the function returns
+    /// [`Error::Conflict`] or [`Error::Exists`], the registry is unchanged.
     async fn change_registry(
         &self,
         change: &RegistryChange,
@@ -133,20 +142,26 @@ pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// Replaces a registry row if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
     async fn update_registry(&self, row: &RegistryRow, expected: &Mac) -> Result<(), Error>;
 
-    /// All places of wrapping keys on further tokens, ordered by key and token.
+    /// Returns all rows of wrapping keys on further tokens, ordered by key and token.
     async fn places(&self) -> Result<Vec<PlaceRow>, Error>;
+
+    /// Returns the rows of wrapping keys on further tokens that can be decoded, and a description of the damage of each other
+    /// row. A broker can therefore use the undamaged rows.
+    async fn readable_places(&self) -> Result<(Vec<PlaceRow>, Vec<String>), Error>;
 
     /// Adds a place. Returns [`Error::Exists`] if the key already has a place on this token.
     async fn add_place(&self, row: &PlaceRow) -> Result<(), Error>;
 
-    /// Replaces a place if its MAC is still `expected`. Returns [`Error::Conflict`] if the MAC is different.
+    /// Replaces the row of a wrapping key on a further token if its MAC is still `expected`.
+    /// Returns [`Error::Conflict`] if the MAC is different.
     async fn update_place(&self, row: &PlaceRow, expected: &Mac) -> Result<(), Error>;
 
-    /// An API client.
+    /// Returns the API client with the id `id`.
     async fn client(&self, id: ClientId) -> Result<Option<ClientRow>, Error>;
 
-    /// At most `limit` API clients from a position on, ordered bytewise by id. The limit is 1 to [`PAGE_SIZE_MAX`]. A row that
-    /// cannot be decoded is listed as damaged and does not end the page.
+    /// Returns at most `limit` API clients, beginning at a position, ordered bytewise by id. The
+    /// limit is 1 to [`PAGE_SIZE_MAX`]. A row that cannot be decoded is listed as damaged and does
+    /// not end the page.
     async fn clients(
         &self,
         from: &Position<ClientId>,
@@ -160,12 +175,14 @@ pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// does not change. Returns [`Error::Conflict`] unless `row.revision` is the successor of the stored revision.
     async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error>;
 
-    /// Stores when secrets of API clients were last accepted. The second element of each tuple is the number of the secret. The
-    /// times are in a separate table, because a read must not rewrite a document. A stored time that is later is kept.
+    /// Stores the times at which secrets of API clients were last accepted. The second element of
+    /// each tuple is the number of the secret. The times are in a separate table, because a read
+    /// must not rewrite a document. If the stored time is later, it is not changed.
     async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error>;
 
-    /// The numbers of the secrets of a client, each with the time when the secret was last accepted, as far as known. A row that
-    /// cannot be decoded is left out and raises an alert.
+    /// Returns the numbers of a client's secrets, each with the time at which the secret was last
+    /// accepted. Secrets without a known time are omitted. A row that cannot be decoded is left out
+    /// and raises an alert.
     async fn client_uses(&self, id: ClientId) -> Result<Vec<(u32, Timestamp)>, Error>;
 
     /// Closes every connection. Later calls fail.

@@ -1,10 +1,11 @@
 //! Copies a database into another database of the same or of another engine, row by row and byte for byte.
 //!
-//! Both databases are read side by side in the order of their keys, which is the same on every engine. Therefore, an interrupted
-//! copy can continue, and rows that only the target has are detected. After the copy, both databases are read again in the same
-//! order. This second reading shows that the databases are equal, and that the source was not changed during the copy. A row may
-//! still change after the second reading has passed it. Every change of a record leaves a mark, so the marks are read once more
-//! at the end ([`Copy::look_again`]).
+//! Both databases are read side by side in the order of their keys, which is the same on every
+//! engine. Therefore an interrupted copy can continue, and the copy detects rows that exist only in
+//! the target. After the copy, both databases are read again in the same order. The second reading
+//! shows that the databases are equal, and that the source was not changed during the copy. A row
+//! may still change after the second reading has read it. Every change of a record leaves a mark,
+//! so the marks are read once more at the end ([`Copy::look_again`]).
 
 use std::{cmp::Ordering, sync::Arc};
 
@@ -14,7 +15,7 @@ use super::{
     tally::Tally,
 };
 
-/// Why a copy stopped.
+/// The reason why a copy stopped.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CopyError {
     /// The source database failed.
@@ -23,25 +24,26 @@ pub enum CopyError {
     /// The target database failed.
     #[error("the destination database: {0}")]
     Target(#[source] Error),
-    /// The target has a row that the source does not have.
+    /// A row of the target is missing in the source.
     #[error("the destination database has a row that the source database does not have: {0}")]
     Extra(String),
-    /// Both databases have a row with this key, and the rows differ.
+    /// Both databases have a row with the same key, and the rows differ.
     #[error("a row differs: {0}")]
     Differs(String),
-    /// The target does not have a row of the source although everything was copied.
+    /// A row of the source is missing in the target although all rows were copied.
     #[error("the source database has a row that the destination database does not have: {0}")]
     Missing(String),
 }
 
-/// What to do with rows that the target does not have.
+/// The treatment of rows that are missing in the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lacking {
-    /// Missing rows are ignored, in order to check the target before a copy continues.
+    /// Missing rows are ignored, because the target is checked before an interrupted copy
+    /// continues.
     Ignore,
     /// The rows are added.
     Add,
-    /// Missing rows are an error, in order to check the target after a copy.
+    /// Missing rows are an error, because the target is checked after a copy.
     Refuse,
 }
 
@@ -61,7 +63,7 @@ pub struct Copy {
 pub struct Walked {
     /// The number of rows of the source.
     pub rows: u64,
-    /// The number of rows that the target did not have.
+    /// The number of rows that were missing in the target.
     pub lacking: u64,
 }
 
@@ -133,7 +135,8 @@ impl Copy {
         Ok(())
     }
 
-    /// Gives the identity of the source to the target after the copy, so that the brokers that know the source accept the copy.
+    /// Copies the identity of the source to the target after the copy, so that brokers that used
+    /// the source accept the target.
     pub async fn carry_identity(&self) -> Result<(), CopyError> {
         let source = self.from.evidence(&[]).await.map_err(CopyError::Source)?;
         let Some(id) = source.store else {
@@ -153,7 +156,8 @@ impl Copy {
         }
         waiting.clear();
         added.map_err(|error| match error {
-            // The comparison would have found a row with the same key, so the conflict is in another unique value.
+            // The conflict is about another unique value, because the comparison would have found a
+            // row with the same key.
             Error::Exists => CopyError::Extra(format!(
                 "{}, which conflicts with a row to be added",
                 table.name()

@@ -1,5 +1,6 @@
-//! The differences between the SQL of the engines. Statements are written once, in [`crate::statements`]. When the program uses
-//! an engine for the first time, a dialect converts each statement into the text for this engine.
+//! The differences between the SQL of the engines. Statements are written once, in
+//! [`crate::statements`]. When the program uses an engine for the first time, the engine's dialect
+//! converts each statement to a text for the engine.
 
 use super::columns::{Column, Kind, Table};
 
@@ -11,10 +12,11 @@ pub(super) struct Dialect {
     pub(super) quote: char,
     /// Begins a transaction in which each statement sees everything that was committed before the statement began.
     pub(super) begin: &'static str,
-    /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction locks the whole database.
+    /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction
+    /// locks the entire database.
     pub(super) lock: Option<&'static str>,
-    /// Ends an `INSERT` that inserts nothing if the row exists. The text is empty for an engine that has no such clause and
-    /// reports the duplicate.
+    /// Ends an `INSERT` that inserts nothing if the row exists. The text is empty for an engine
+    /// that has no such clause and reports the duplicate row as an error.
     pub(super) unless_taken: &'static str,
     pub(super) upsert: Upsert,
     pub(super) limited_delete: LimitedDelete,
@@ -24,11 +26,11 @@ pub(super) struct Dialect {
     pub(super) has_migrations: &'static str,
     /// Reads names and values of the settings that affect durability, as text.
     pub(super) durability: &'static str,
-    /// The columns of the query `durability` that contain the name and the value of a setting.
+    /// The two columns of the query `durability` that contain the name and the value of a setting.
     pub(super) durability_columns: [&'static str; 2],
 }
 
-/// How a statement marks the position of a value.
+/// The syntax with which a statement marks the position of a value.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Placeholder {
     /// `?`
@@ -37,31 +39,32 @@ pub(super) enum Placeholder {
     Dollar,
 }
 
-/// How a statement inserts a row, or increases the time of an existing row.
+/// The syntax with which a statement inserts a row or increases the time of an existing row.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Upsert {
     /// `ON CONFLICT … DO UPDATE`; the statement may contain a row several times.
     Conflict,
-    /// `ON CONFLICT … DO UPDATE`; the engine refuses a statement that contains a row several times, so equal rows are merged
-    /// first.
+    /// `ON CONFLICT … DO UPDATE`; the engine refuses a statement that contains a row several times,
+    /// so rows with the same key are merged first.
     ConflictOnce,
     /// `ON DUPLICATE KEY UPDATE`
     DuplicateKey,
 }
 
-/// How a statement deletes at most a given number of rows.
+/// The syntax with which a statement deletes at most a given number of rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum LimitedDelete {
     /// `DELETE … LIMIT`
     Limit,
-    /// A subquery selects the keys of the rows.
+    /// `DELETE … WHERE … IN (SELECT … LIMIT)`
     Subquery,
 }
 
 impl Dialect {
-    /// The text of a statement for this engine. In the statement, `?` marks the position of a value, and `"` surrounds the name
-    /// of a column that is a keyword. A statement cannot contain `?` or `"` with another meaning. Each text is kept until the
-    /// process ends; there is one text for each statement and engine.
+    /// The text of a statement for this engine. In the statement, `?` marks the position of a
+    /// value, and `"` surrounds the name of a column that is a keyword. A statement cannot contain
+    /// `?` or `"` with another meaning. The text for each statement and engine is kept until the
+    /// process ends.
     pub(super) fn text(&self, statement: &str) -> &'static str {
         let mut text = String::with_capacity(statement.len() + 64);
         let mut values = 0;
@@ -89,8 +92,9 @@ impl Dialect {
         self.text(&format!("{}{}", insert(table), self.unless_taken))
     }
 
-    /// Inserts this number of rows into a table whose only column besides the key is `used_us`. If a row with the same key
-    /// exists, the later time is kept. The values may contain a row several times.
+    /// Inserts `rows` rows into a table whose only column besides the key is `used_us`. If a row
+    /// with the same key exists, the later time is kept. The values may contain the same row
+    /// several times.
     pub(super) fn note_latest(&self, table: Table, rows: usize) -> &'static str {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let row = format!("({})", places(table.columns().len()));
@@ -147,7 +151,7 @@ pub(super) fn assignments(columns: &[Column]) -> String {
     assigned.join(", ")
 }
 
-/// Placeholders for this number of values.
+/// Returns placeholders for `values` values.
 pub(super) fn places(values: usize) -> String {
     vec!["?"; values].join(", ")
 }

@@ -1,4 +1,4 @@
-//! The meaning of the drivers' errors. Each engine has a separate table, because the engines have different error codes, and one
+//! The meaning of the drivers' errors. Each engine has a separate table, because the same error
 //! code has different meanings on different engines.
 
 use sqlx::{
@@ -31,7 +31,7 @@ const SQLITE_CANTOPEN: i64 = 14;
 /// In SQLite, the low byte of an extended result code is the primary result code.
 const PRIMARY_CODE: i64 = 0xff;
 
-/// What an error of a driver means.
+/// The meaning of an error of a driver.
 enum Meaning {
     /// Rows contradict each other.
     Contradiction,
@@ -41,13 +41,14 @@ enum Meaning {
     ServerDamaged,
     /// The file is not a database.
     NotDatabase,
-    /// Another transaction won.
+    /// The statement conflicts with another transaction.
     Contended,
     /// Another connection may succeed.
     Disconnected,
-    /// The session is not the session for which the statement was prepared.
+    /// The statement was prepared in another session.
     SharedSession,
-    /// The database cannot be read or written. The value is a remedy, if a remedy is known.
+    /// The database cannot be read or written. The value is the remedy, or `None` if no remedy is
+    /// known.
     Down(Option<&'static str>),
 }
 
@@ -57,8 +58,9 @@ impl From<sqlx::Error> for Error {
             sqlx::Error::ColumnDecode { index, .. } => {
                 return Self::Corrupt(Detail::caused(format!("column {index}"), error));
             }
-            // The pool times out only while a store is opened, when no connection is in use. In an open store, the code that
-            // lends connections distinguishes a full pool from an outage.
+            // The pool times out only while a store is opened, when no connection is in use. After
+            // the store was opened, the code that lends connections distinguishes a full pool from
+            // an outage.
             sqlx::Error::PoolTimedOut => {
                 return Self::Disconnected(
                     "no connection in time: the database does not accept connections".into(),
@@ -68,7 +70,7 @@ impl From<sqlx::Error> for Error {
         };
         match meaning {
             Meaning::Contradiction => Self::Corrupt(
-                Detail::caused("the database has rows that contradict each other", error)
+                Detail::caused("the database contains rows that contradict each other", error)
                     .remedy("compare with a backup"),
             ),
             Meaning::FileDamaged => Self::Corrupt(
@@ -95,7 +97,7 @@ impl From<sqlx::Error> for Error {
     }
 }
 
-/// Whether the error says that rows or files of the database are damaged.
+/// Whether the error means that rows or files of the database are damaged.
 pub(super) fn is_damage(error: &sqlx::Error) -> bool {
     matches!(
         meaning(error),
@@ -141,8 +143,8 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
         }
         Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
         Some(SQLITE_IOERR) => Meaning::Down(Some(
-            "if the file system of the database is full, free space, because SQLite needs free space even for reads; if \
-             it is not full, look for disk errors in the kernel's log",
+            "if the file system of the database is full, free space, because SQLite needs free space even for reads; \
+             otherwise, look for disk errors in the kernel's log",
         )),
         _ => Meaning::Down(None),
     }
@@ -160,8 +162,9 @@ fn of_postgres(error: &PgDatabaseError) -> Meaning {
         "53100" => Meaning::Down(Some(FULL_SERVER)),
         // admin_shutdown, crash_shutdown, cannot_connect_now
         "57P01" | "57P02" | "57P03" => Meaning::Disconnected,
-        // protocol_violation: PgBouncer uses this code for all of its errors. Only the text distinguishes "transaction blocks
-        // not allowed in statement pooling mode" from the loss of a server.
+        // protocol_violation: PgBouncer uses this code for all of its errors. Only the text of the
+        // error distinguishes "transaction blocks not allowed in statement pooling mode" from the
+        // loss of a server.
         "08P01" if error.message().contains("pooling mode") => Meaning::SharedSession,
         // connection exceptions
         code if code.starts_with("08") => Meaning::Disconnected,

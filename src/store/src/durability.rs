@@ -1,6 +1,7 @@
-//! Checks whether the database keeps acknowledged writes. Durability depends on settings that the server's administrator
-//! can weaken, so the settings are read before the broker serves. A failover can lead to a server with other settings, so
-//! the settings are read again on each new connection.
+//! Checks whether the database keeps acknowledged writes. Durability depends on settings that the
+//! server's administrator can weaken, so the settings are read before the broker serves. After a
+//! failover, the server may have other settings. Therefore the settings are read again on each new
+//! connection.
 
 use super::{Error, session::Columns};
 
@@ -87,7 +88,8 @@ impl Found {
         let mut weak = Vec::new();
         self.expect(&mut weak, "fsync", "on", |v| v == "on");
         self.expect(&mut weak, "full_page_writes", "on", |v| v == "on");
-        // If there is no synchronous standby, the weaker values also wait for the local disk.
+        // Without a synchronous standby, a commit waits for the local disk even with `local` and
+        // `remote_write`.
         let standbys = self.value("synchronous_standby_names").unwrap_or_default();
         self.expect(&mut weak, "synchronous_commit", "on or remote_apply", |v| {
             ["on", "remote_apply"].contains(&v)
@@ -151,7 +153,7 @@ pub(super) fn announce(weaknesses: &[Weakness]) {
         tracing::warn!(
             setting = weak.name,
             value = %weak.value,
-            "the database may lose acknowledged writes in a power failure, and the configuration accepts this"
+            "the database may lose acknowledged writes in a power failure, and the configuration accepts this risk"
         );
     }
 }
@@ -210,7 +212,7 @@ mod tests {
         assert!(with(&[("log_bin", "ON"), ("sync_binlog", "1")]).is_empty());
     }
 
-    /// What cannot be read is not known to be good.
+    /// A setting that cannot be read counts as too weak.
     #[test]
     fn a_setting_that_is_missing_is_weak() {
         assert_eq!(names(&found(&[]).sqlite()), ["synchronous"]);

@@ -1,8 +1,9 @@
 //! The parts of the store that are the same for all engines.
 //!
-//! Every use of a connection runs in a separate task. A caller that ends its call only stops waiting: the task completes its
-//! statement or transaction and returns the connection in its initial state. If a step failed, took too long or panicked, the
-//! connection is closed instead of returned. So a connection is never lent inside the transaction of another call.
+//! Every use of a connection runs in a separate task. If the caller cancels its call, the task
+//! still completes its statement or transaction and returns the connection in its initial state. If
+//! a step failed, took too long or panicked, the connection is closed instead of returned.
+//! Therefore a connection from the pool is never inside a transaction of an earlier call.
 
 use std::{
     fmt,
@@ -45,10 +46,11 @@ const ATTEMPTS_MAX: u32 = 8;
 /// again.
 const BACKOFF: Duration = Duration::from_millis(4);
 
-/// The time that a call waits for a database that has just become unavailable, such as a server that is restarted. After this
-/// time, calls fail immediately until the outage ends.
+/// The time for which a call waits for a database that has just become unavailable, for example
+/// because its server restarts. After this time, calls fail immediately until the outage ends.
 const OUTAGE_WAITED_OUT: Duration = Duration::from_millis(2_500);
-/// The time for which a call tries other connections while the database answers other calls. Callers wait for about five seconds.
+/// The time for which a call tries other connections while the database answers other calls.
+/// Callers wait about five seconds for the store.
 const RETRIED_FOR: Duration = Duration::from_millis(4_500);
 /// The wait before a call tries another connection. The wait doubles up to [`RECONNECT_WAIT_MAX`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(5);
@@ -65,26 +67,28 @@ pub(super) trait Engine: fmt::Debug + Send + Sync + 'static {
     /// The SQL of this engine, built once.
     fn sql() -> &'static Statements;
 
-    /// The connections for a purpose.
+    /// The pool of the connections for a purpose (reading or writing).
     fn pool(&self, purpose: Purpose) -> &Pool<Self::Database>;
 
-    /// How long a call may use a connection. The limit is longer than the database's own limit on statements, and applies when
-    /// the database does not answer at all.
+    /// Longest time for which a call may use a connection. The limit is longer than the database's
+    /// own limit on statements, and applies when the database does not answer at all.
     fn time_limit(&self) -> Duration;
 
-    /// Limits the concurrent connections for a purpose, and the time that a call waits for one.
+    /// Limits the number of concurrent connections for a purpose (reading or writing), and the time
+    /// for which a call waits for a connection.
     fn limit(&self, _purpose: Purpose) -> Option<(&Semaphore, Duration)> {
         None
     }
 
-    /// Fails if the database is not the one that was opened. Called before each use of a connection, and after each commit before
-    /// it is acknowledged. A read may use the result of a recent check.
+    /// Fails if the database is not the database that was opened. The function is called before
+    /// each use of a connection, and between each commit and its acknowledgement. A read may use
+    /// the result of a recent check.
     fn check_place(&self, _purpose: Purpose) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Fails if another user may listen on the socket of the server. Called before a connection is taken from the pool, because
-    /// the pool may open a new connection.
+    /// Fails if another user may listen on the socket of the server. The function is called before
+    /// a connection is taken from the pool, because the pool may open a new connection.
     fn check_socket(&self) -> Result<(), Error> {
         Ok(())
     }
@@ -119,7 +123,7 @@ struct Lender<E: Engine> {
 #[derive(Debug)]
 pub(super) struct EngineStore<E: Engine> {
     lender: Arc<Lender<E>>,
-    /// The tasks in progress. Tasks can outlive their callers.
+    /// The tasks in progress. A task can run longer than its caller waits.
     tasks: TaskTracker,
 }
 
@@ -138,7 +142,7 @@ impl<E: Engine> EngineStore<E> {
         })
     }
 
-    /// Runs work in a separate task until it ends.
+    /// Runs work in a separate task until the work ends.
     async fn spawn<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
@@ -176,7 +180,7 @@ impl<E: Engine> EngineStore<E> {
                     Err(error) => Err(error),
                 };
                 match result {
-                    // A query changes nothing, so it can be repeated.
+                    // A query changes nothing, so the query can be repeated.
                     Err(Error::Disconnected(what)) => retry.wait(what).await?,
                     result => {
                         if result.is_ok() {
@@ -197,7 +201,7 @@ impl<E: Engine> EngineStore<E> {
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
-    /// Runs one statement that changes rows, and returns their number.
+    /// Runs one statement that changes rows, and returns the number of changed rows.
     async fn execute(&self, statement: &'static str, values: Vec<Value>) -> Result<u64, Error> {
         self.transaction(End::Commit, move |session, _| {
             let values = values.clone();
@@ -206,8 +210,9 @@ impl<E: Engine> EngineStore<E> {
         .await
     }
 
-    /// Runs a transaction until it ends. Failed work is rolled back. The work may run more than once: if the database undid it in
-    /// favour of another transaction, and if the connection was lost before the commit was sent.
+    /// Runs a transaction until it ends. If the work fails, the transaction is rolled back. The
+    /// work runs again if the database rolled it back in favour of another transaction, or if the
+    /// connection was lost before the commit was sent.
     async fn transaction<T, W>(&self, end: End, work: W) -> Result<T, Error>
     where
         T: Send + 'static,
@@ -248,7 +253,7 @@ impl<E: Engine> EngineStore<E> {
                             lender.probe.answered(Purpose::Write);
                             return Ok(value);
                         }
-                        // The change was not made, so it can be repeated.
+                        // The change was not made, so the change can be repeated.
                         let Error::Disconnected(what) = error else {
                             return Err(error);
                         };
@@ -257,7 +262,7 @@ impl<E: Engine> EngineStore<E> {
                     }
                     Err(Ended::Without(Error::Contended(what))) => what,
                     Err(Ended::Without(error)) => {
-                        // The database answered, even if the answer is not what the caller wanted.
+                        // The database answered the call, although with an error.
                         if !matches!(error, Error::Down(_) | Error::Busy(_)) {
                             lender.probe.answered(Purpose::Write);
                         }
@@ -277,7 +282,8 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
-/// Gives a closure the type of [`Work`]. The compiler does not infer the type where a closure is bound to a variable.
+/// Returns the closure unchanged. Without this function, the compiler cannot infer that a closure
+/// in a variable implements [`Work`].
 fn as_work<E, T, W>(work: W) -> W
 where
     E: Engine,
@@ -286,7 +292,8 @@ where
     work
 }
 
-/// Asks on another connection whether a change was committed. The connection of the change was lost during the commit.
+/// Uses another connection to find out whether a change was committed. The connection of the change was lost during the
+/// commit.
 async fn is_committed<E: Engine>(
     lender: &Lender<E>,
     retry: &mut Retry<'_>,
@@ -300,7 +307,8 @@ async fn is_committed<E: Engine>(
             Ok(lease) => lease.transaction(End::Rollback, &work).await,
             Err(error) => Err(Ended::Without(error)),
         };
-        // The change may have been made, so no other error may state that the change was not made.
+        // The change may have been made. Therefore every error here must be `OutcomeUnknown`,
+        // because other errors state that the change was not made.
         match result {
             Ok(committed) => return Ok(committed),
             Err(Ended::Without(
@@ -316,7 +324,7 @@ async fn is_committed<E: Engine>(
     }
 }
 
-/// The time that a call may spend on lost connections.
+/// Limits the time for which a call retries after lost connections.
 struct Retry<'p> {
     probe: &'p probe::Probe,
     purpose: Purpose,
@@ -334,7 +342,7 @@ impl<'p> Retry<'p> {
         }
     }
 
-    /// Waits before the next attempt, or fails if there is none.
+    /// Waits before the next attempt, or fails if no further attempt is permitted.
     async fn wait(&mut self, what: Detail) -> Result<(), Error> {
         self.probe.lost(self.purpose);
         let has_time = self.begun.elapsed() + self.wait < RETRIED_FOR;
@@ -348,13 +356,13 @@ impl<'p> Retry<'p> {
     }
 }
 
-/// How a transaction ends if its work succeeds.
+/// The last step of a transaction whose work succeeded.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Commit,
     /// Commits a change with the mark of its call. Another connection can then find out whether the change was committed.
     CommitMarked(CallId),
-    /// Undoes the work, for a caller that only wants to know the result.
+    /// Rolls back the work, for callers that need only the result of the work.
     Rollback,
 }
 
@@ -367,11 +375,12 @@ impl End {
     }
 }
 
-/// How a transaction failed.
+/// The failure of a transaction.
 enum Ended<T> {
     /// Nothing was committed.
     Without(Error),
-    /// The change may have been committed. Contains the result of the work.
+    /// The change may have been committed. The second value is the result of the transaction's
+    /// work.
     Unknown(Error, T),
 }
 
@@ -394,7 +403,8 @@ where
 {
 }
 
-/// A connection for one use. The connection is closed when the lease is dropped, unless it was given back.
+/// A connection for one use. When the lease is dropped, the connection is closed, unless the
+/// connection was returned to the pool.
 struct Lease<'l, E: Engine> {
     lender: &'l Lender<E>,
     purpose: Purpose,
@@ -439,13 +449,14 @@ impl<'l, E: Engine> Lease<'l, E> {
             _permit: permit,
             _count: probe.leased(purpose),
         };
-        // Check again, because the call may have waited for the connection.
+        // Check the database again, because the call may have waited for the connection.
         engine.check_place(purpose)?;
         Ok(lease)
     }
 
-    /// Why a call got no connection in time. If all connections are lent to calls that get answers, the pool is full, which is no
-    /// outage, and the call fails immediately. If no call gets an answer, it is unknown whether the database still works.
+    /// The reason why a call got no connection in time. If all connections are in use and the
+    /// database answers other calls, the pool is full. If the database answers no call, the
+    /// database may be unavailable, and the caller may retry.
     fn not_obtained(engine: &E, probe: &probe::Probe, purpose: Purpose, begun: Instant) -> Error {
         let pool = engine.pool(purpose);
         let other = match purpose {
@@ -468,7 +479,8 @@ impl<'l, E: Engine> Lease<'l, E> {
         let is_answering = probe.has_answered_since(purpose, begun)
             || (shares_pool && probe.has_answered_since(other, begun));
         if is_answering {
-            // Only the engines of a database server share one pool, and only the size of this pool is configured.
+            // Reads and writes share one pool only on database servers, and only the size of this
+            // pool is configurable.
             let remedy = if shares_pool {
                 MORE_CONNECTIONS
             } else {
@@ -522,7 +534,8 @@ impl<'l, E: Engine> Lease<'l, E> {
         };
         match (result, ended) {
             (Ok(value), Ok(())) => {
-                // A commit into a removed file is lost when the broker ends, so the outcome is unknown.
+                // If the database file was removed, the commit is lost when the broker ends.
+                // Therefore the outcome is unknown.
                 if let Err(error) = self.lender.engine.check_place(Purpose::Write) {
                     return Err(if is_commit {
                         Ended::Unknown(error, value)
@@ -538,15 +551,17 @@ impl<'l, E: Engine> Lease<'l, E> {
                 Err(Ended::Without(error))
             }
             (Ok(value), Err(error)) if is_commit => Err(Ended::of_commit(error, value)),
-            // The first error says more than the failed rollback. In both cases nothing was committed.
+            // The error of the work is more useful to the caller than the error of the rollback.
+            // Nothing was committed, because the transaction was rolled back or its connection is
+            // closed.
             (Err(error), Err(_)) | (Ok(_), Err(error)) => Err(Ended::Without(error)),
         }
     }
 }
 
 impl<T> Ended<T> {
-    /// Interprets the error of a commit. Only a server that undid the change in favour of another transaction reports that
-    /// nothing was committed.
+    /// Interprets the error of a commit. Only the error `Contended` proves that nothing was
+    /// committed: the server rolled back the change in favour of another transaction.
     fn of_commit(error: Error, value: T) -> Self {
         match error {
             Error::Contended(_) => Self::Without(error),
@@ -568,7 +583,8 @@ fn no_answer(limit: Duration) -> Error {
 
 fn backoff(attempt: u32) -> Duration {
     let ceiling = BACKOFF * 2_u32.saturating_pow(attempt.min(6));
-    // Hashers have random seeds, which are random enough for this purpose.
+    // A random wait does not need a cryptographic generator: the random seed of a hasher is
+    // sufficient.
     let random = RandomState::new().build_hasher().finish();
     let share = u32::try_from(random % 1_024).unwrap_or(0);
     ceiling / 2 + ceiling / 2 * share / 1_024

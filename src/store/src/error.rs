@@ -1,4 +1,4 @@
-//! The errors of the store, and the errors that callers of the broker receive for them.
+//! The errors of the store, and their conversion to the errors that callers of the broker receive.
 
 use std::{borrow::Cow, error::Error as StdError, fmt, io, path::Path, sync::Arc, time::Duration};
 
@@ -14,22 +14,23 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// An error of the driver or of the operating system, or another error of the store.
 type Cause = Arc<dyn StdError + Send + Sync>;
 
-/// What failed, the cause and the remedy, as in `cannot open /x: permission denied; run the command as …`.
+/// The failed action, the cause and the remedy, as in `cannot open /x: permission denied; run the
+/// command as …`.
 #[derive(Clone, Debug)]
 pub struct Detail {
-    /// What failed; empty if the text of the cause is sufficient.
+    /// The failed action; empty if the text of the cause is sufficient.
     what: Cow<'static, str>,
     cause: Option<Cause>,
     remedy: Option<Cow<'static, str>>,
 }
 
 impl Detail {
-    /// A detail that has only a cause.
+    /// Creates a detail that has only a cause.
     pub(super) fn of(cause: impl StdError + Send + Sync + 'static) -> Self {
         Self::caused("", cause)
     }
 
-    /// A detail with the failed action and the error that caused it.
+    /// Creates a detail with the failed action and the error that caused the failure.
     pub(super) fn caused(
         what: impl Into<Cow<'static, str>>,
         cause: impl StdError + Send + Sync + 'static,
@@ -41,7 +42,8 @@ impl Detail {
         }
     }
 
-    /// A failed access to a file, with a remedy if the error implies one.
+    /// Creates the error for a failed access to a file. If the cause implies a remedy, the error
+    /// contains the remedy.
     pub(super) fn of_file(what: &str, path: &Path, error: io::Error) -> Self {
         let remedy = remedy(path, &error).map(Cow::Owned);
         Self {
@@ -58,7 +60,7 @@ impl Detail {
         }
     }
 
-    /// Adds a remedy, unless the detail already has one.
+    /// Adds a remedy, unless the detail already has a remedy.
     pub(super) fn or_remedy(self, remedy: &'static str) -> Self {
         Self {
             remedy: self.remedy.or(Some(remedy.into())),
@@ -102,7 +104,7 @@ impl StdError for Detail {
 #[derive(Debug, thiserror::Error)]
 #[error("a pooler in front of PostgreSQL gives one session to several clients")]
 pub(super) struct SharedSession {
-    /// The error that revealed the shared session, if there was one.
+    /// The error of the driver that revealed the shared session, if any.
     pub(super) source: Option<sqlx::Error>,
 }
 
@@ -130,8 +132,9 @@ pub enum Error {
     /// A concurrent call used the request id.
     #[error("the request id is in use")]
     RequestIdTaken,
-    /// A row cannot be decoded. The text contains table and column, but no stored bytes.
-    #[error("the database holds damaged data: {0}")]
+    /// A row cannot be decoded. The text contains the names of the table and the column, but no
+    /// stored bytes.
+    #[error("the database contains damaged data: {0}")]
     Corrupt(#[source] Detail),
     /// The schema is older or newer than the schema of this binary, or the settings do not describe a usable database.
     #[error("{0}")]
@@ -139,13 +142,15 @@ pub enum Error {
     /// The database may lose writes that it acknowledged.
     #[error("{0}")]
     Durability(String),
-    /// The database rolled back this transaction in favour of another transaction. The rolled-back transaction may be repeated.
+    /// The database rolled back this transaction in favour of another transaction. It is safe to
+    /// repeat the rolled-back transaction.
     #[error("the database is busy: {0}")]
     Contended(#[source] Detail),
     /// Another process holds the lock of the database.
     #[error("{0}")]
     InUse(String),
-    /// The connection was lost while a change was committed, and the database could not be asked whether the change was made.
+    /// The connection was lost while a change was committed, and the store could not find out
+    /// whether the change was made.
     #[error("the outcome of the change is not known: {0}")]
     OutcomeUnknown(#[source] Detail),
     /// The connection was lost or refused, so another connection may succeed. The store converts this error into [`Self::Down`]
@@ -162,8 +167,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// The error for callers of the store. A lost connection becomes [`Self::Down`], because callers do not try another
-    /// connection.
+    /// Converts an error to the error for callers of the store. A lost connection becomes
+    /// [`Self::Down`], because the store has already tried other connections.
     pub(super) fn settled(self) -> Self {
         match self {
             Self::Disconnected(what) => Self::Down(what),
@@ -171,7 +176,8 @@ impl Error {
         }
     }
 
-    /// Describes the damage of a stored row, without the driver's message. Lists contain this text.
+    /// Describes the damage of a stored row, without the driver's message. Lists of rows contain
+    /// this description.
     pub(super) fn damage(&self) -> String {
         match self {
             Self::Corrupt(detail) => Self::Corrupt(Detail::from(detail.what.clone())).to_string(),
@@ -203,7 +209,8 @@ impl From<Error> for error::Error {
             Error::Exists => Reason::KeyExists,
             Error::NotFound => Reason::KeyNotFound,
             Error::State => Reason::KeyState,
-            // A concurrent call uses the same request id. A retry finds the result of the concurrent call.
+            // A concurrent call uses the same request id. A retry returns the result of the
+            // concurrent call.
             Error::Revision { .. } | Error::Conflict | Error::RequestIdTaken => Reason::Revision,
             Error::Corrupt(_) => Reason::RecordDamaged,
             Error::Busy(_) => Reason::QueueFull,
@@ -245,7 +252,7 @@ mod tests {
             "store unavailable: cannot use the database: error communicating with database: connection refused; check \
              `store.url`"
         );
-        // A log that prints the causes as well repeats nothing.
+        // A log line that also contains the causes contains each text only once.
         assert_eq!(error::chain(&error), text);
         let broker = error::Error::from(error);
         assert_eq!(broker.detail(), text);
@@ -271,7 +278,7 @@ mod tests {
         let damaged = Error::Corrupt(Detail::caused("records.state", refused()));
         assert_eq!(
             damaged.damage(),
-            "the database holds damaged data: records.state"
+            "the database contains damaged data: records.state"
         );
     }
 }

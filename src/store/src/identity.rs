@@ -1,6 +1,7 @@
-//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores the identity next to
-//! its audit log, in order to detect a different database. The identifier of a database server is not suitable: this
-//! identifier can change for legitimate reasons, and SQLite has no identifier.
+//! The identity of a database: 16 random bytes that `store migrate` writes once. A broker stores
+//! the identity next to its audit log, in order to detect a different database. The identifier of a
+//! database server is not suitable, because the identifier can change for legitimate reasons and
+//! SQLite has no identifier.
 
 use std::fmt;
 
@@ -13,12 +14,12 @@ pub const CHANGES_MAX: usize = 16;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct StoreId([u8; 16]);
 
-/// Evidence that a database is the database that a broker knows.
+/// Evidence that a database is the database that a broker used before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// The identity of the database; absent if its row was removed.
     pub store: Option<StoreId>,
-    /// The number of the queried changes that left their mark in the database.
+    /// The number of queried changes whose marks are in the database.
     pub marks: usize,
 }
 

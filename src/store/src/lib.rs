@@ -1,4 +1,5 @@
-//! The store: records, revisions, the registry of wrapping keys and request ids in SQL, behind one trait.
+//! The store of records, revisions, the registry of wrapping keys and request ids. The store uses
+//! SQL databases, and its interface is a trait.
 //!
 //! The store gives these guarantees, which the conformance suite tests on every engine:
 //!
@@ -14,7 +15,7 @@
 //!
 //! - A mutation and its request id are committed together or not at all.
 //!
-//! The store never has access to key material. The store contains envelopes as bytes that it does not interpret.
+//! The store never has access to key material. The store contains envelopes, and does not interpret their bytes.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
@@ -86,14 +87,14 @@ pub async fn open(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Own).await?)
 }
 
-/// Opens a database for a broker that serves. The database may also have the schema of a later release, if the migrations of that
-/// release declare that this release can use the schema.
+/// Opens a database for a broker that serves. The database may also have the schema of a later
+/// release if the migrations of the later release declare that this binary can use the schema.
 pub async fn open_to_serve(settings: &Settings) -> Result<Arc<dyn Store>, Error> {
     Ok(open_whole(settings, Accepted::Usable).await?)
 }
 
-/// Opens a database for a command that reads whole tables. The time limits are longer than those of a broker, because no call
-/// with a deadline waits for the command.
+/// Opens a database for a command that reads complete tables. The time limits are longer than the
+/// time limits of a broker, because no call with a deadline waits for the command.
 pub async fn open_tables(settings: &Settings) -> Result<Arc<dyn Tables>, Error> {
     open_whole(&settings.for_command(), Accepted::Own).await
 }
@@ -110,7 +111,7 @@ async fn open_whole(settings: &Settings, accepted: Accepted) -> Result<Arc<dyn T
 pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationReport, Error> {
     match settings.target()? {
         Target::Sqlite(path) => {
-            // A dry run must leave no file behind, not even a lock file.
+            // A dry run must not create any file, including a lock file.
             let _lock = if dry_run { None } else { Some(lock(settings)?) };
             sqlite::file::migrate(&path, dry_run).await
         }
@@ -119,8 +120,8 @@ pub async fn migrate(settings: &Settings, dry_run: bool) -> Result<MigrationRepo
     }
 }
 
-/// Whether a database was used with an audit log of an instance. A database that does not exist, or whose schema does not have
-/// the table of audit logs yet, was used with no audit log.
+/// Whether a database was used with an audit log of an instance. Returns [`KnownLog::None`] if the
+/// database or its table of audit logs does not exist.
 pub async fn known_audit_log(
     settings: &Settings,
     instance: &str,

@@ -1,16 +1,18 @@
-//! Pages of rows, of which some may be damaged: the result for each row, and the start of the next page.
+//! Pages of rows. A page contains the start of the next page, and a result for each row, because a
+//! row may be damaged.
 
 use keybroker_core::key::{ClientId, KeyName, RecordId, UserId};
 
 use super::Error;
 
-/// Highest number of damaged rows without a readable key before the start of a page. The limit bounds how many rows a
-/// page token can make the database skip.
+/// Highest number of rows that a page token can make the database skip. The skipped rows are
+/// damaged and have no readable key.
 pub const SKIPPED_MAX: u32 = 100_000;
 
-/// The start of a page: after the row with this key, and after a number of further rows whose key could not be read.
+/// The start of a page: the position after a row with a readable key and after a number of further
+/// rows without a readable key.
 ///
-/// Therefore, a list can continue after damaged rows, of which at most [`SKIPPED_MAX`] may be consecutive.
+/// Therefore a list can continue after at most [`SKIPPED_MAX`] consecutive damaged rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position<K> {
     /// Key of the last row with a readable key; `None` at the beginning.
@@ -55,7 +57,7 @@ impl<K> Position<K> {
     }
 }
 
-/// What is wrong with a stored row.
+/// The damage of a stored row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Damage {
     /// A column cannot be decoded, or the current revision is missing.
@@ -67,7 +69,7 @@ pub enum Damage {
 }
 
 impl Damage {
-    /// Stable name, as shown in lists.
+    /// Returns the name that lists show for the damage. The name must never change.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Unreadable => "unreadable",
@@ -93,7 +95,7 @@ pub struct DamagedRecord {
 }
 
 impl DamagedRecord {
-    /// The row's position in the order of a list, if it could be read.
+    /// The row's position in the order of a list, if the position could be read.
     pub fn key(&self) -> Option<(UserId, KeyName)> {
         Some((self.user.clone()?, self.name.clone()?))
     }
@@ -102,7 +104,7 @@ impl DamagedRecord {
 /// A damaged row of the API clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedClient {
-    /// The id of the client, if it could be read.
+    /// The id of the client, if the id could be read.
     pub id: Option<ClientId>,
     /// What is wrong.
     pub damage: Damage,

@@ -1,9 +1,10 @@
 //! Changes of records inside a transaction, with the same steps on every engine.
 //!
-//! A transaction inserts the mark of its call first, and sends each further statement only after the answer to the previous
-//! statement. Therefore, a transaction that has not inserted its mark has changed nothing and sent no commit. A later insert of
-//! the same mark waits for a transaction that has inserted the mark, and shows with certainty whether the call was committed
-//! ([`is_committed`]).
+//! A transaction inserts the mark of its call first, and sends each further statement only after
+//! the answer to the previous statement. Therefore a transaction without a mark has changed nothing
+//! and has sent no commit. To find out with certainty whether a call was committed,
+//! [`is_committed`] inserts the same mark. The insert waits for a transaction that has already
+//! inserted the mark.
 
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -183,8 +184,9 @@ async fn set_state(
     })
 }
 
-/// Locks a record, so that it cannot change before the transaction ends. One statement locks the record, and the next statement
-/// reads the record, because a statement that waited for a lock sees the other tables as they were before the wait.
+/// Locks a record, so that it cannot change before the transaction ends. One statement locks the
+/// record, and the next statement reads the record. A single statement that waits for the lock
+/// would read the other tables in their state before the wait.
 async fn locked(
     session: &mut impl Session,
     sql: &Statements,
@@ -228,8 +230,9 @@ async fn insert_request(
     }
 }
 
-/// Whether a result is the expected result, apart from the wrapping key: a re-wrap may have moved the current revision to another
-/// wrapping key after the expected result was computed. The expected result is stored, because its MAC was made beforehand.
+/// Whether a result is the expected result, apart from the wrapping key. A re-wrap may have moved
+/// the current revision to another wrapping key after the expected result was computed. The
+/// expected result is stored, because the token has already made the MAC of the expected result.
 fn is_same_change(expected: &RecordInfo, info: &RecordInfo) -> bool {
     let moved = RecordInfo {
         wrapping_key: info.wrapping_key,
@@ -238,8 +241,8 @@ fn is_same_change(expected: &RecordInfo, info: &RecordInfo) -> bool {
     moved == *info
 }
 
-/// Removes a record with all its revisions if the record was deleted before this time and is still deleted. Returns whether the
-/// function removed the record.
+/// Removes a record with all its revisions if the record was deleted before the time `before` and
+/// is still deleted. Returns whether the record was removed.
 pub(super) async fn purge(
     session: &mut impl Session,
     sql: &Statements,
@@ -260,9 +263,10 @@ pub(super) async fn purge(
     Ok(true)
 }
 
-/// Returns with certainty whether the mutation of a call was committed. The function inserts the mark of the call, and waits for
-/// a transaction that has already inserted this mark. A transaction that has not inserted the mark has changed nothing, and no
-/// commit of this transaction was sent. The caller must roll back.
+/// Returns with certainty whether the mutation of a call was committed. The function inserts the
+/// mark of the call, and waits for a transaction that has already inserted this mark. A transaction
+/// that has not yet inserted the mark has changed nothing and has sent no commit. The caller must
+/// roll back the transaction of the insert.
 pub(super) async fn is_committed(
     session: &mut impl Session,
     sql: &Statements,
@@ -273,7 +277,7 @@ pub(super) async fn is_committed(
     Ok(!insert_unless_taken(session, sql.insert_change, mark).await?)
 }
 
-/// Writes an identity for a database that has none.
+/// Writes an identity if the database has no identity.
 pub(super) async fn ensure_identity(
     session: &mut impl Session,
     sql: &Statements,
@@ -283,8 +287,9 @@ pub(super) async fn ensure_identity(
     Ok(())
 }
 
-/// Inserts a row, or returns `false` if its key is taken. Most engines can skip the insert if the key is taken. On MySQL, an
-/// insert that skips a taken key would also hide other errors, so MySQL reports the duplicate key.
+/// Inserts a row, or returns `false` if a row with the same key exists. Most engines can skip the
+/// insert if a row with the same key exists. On MySQL, an insert that skips an existing key would
+/// also hide other errors, so MySQL reports the duplicate key.
 pub(super) async fn insert_unless_taken(
     session: &mut impl Session,
     statement: &'static str,

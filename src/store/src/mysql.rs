@@ -22,10 +22,12 @@ use super::{
     url::{Place, Transport},
 };
 
-/// The session sets the isolation level READ COMMITTED, which is sufficient with a locked row: see `postgres.rs`. The default
-/// level, REPEATABLE READ, would lock gaps between rows, and would read old data after a wait.
+/// The session sets the isolation level READ COMMITTED. `postgres.rs` explains why READ COMMITTED
+/// is sufficient with a locked row. The default isolation level REPEATABLE READ would lock gaps
+/// between rows, and would read old data after waiting for a lock.
 ///
-/// The statements do not use `INSERT IGNORE`, because it would also hide values that do not fit.
+/// The statements do not use `INSERT IGNORE`, because `INSERT IGNORE` also hides errors about
+/// values that do not fit.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
     quote: '`',
@@ -49,7 +51,7 @@ static MIGRATOR: Migrator = sqlx::migrate!("../../migrations/mysql");
 const PORT: u16 = 3_306;
 /// The users under which database servers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["mysql", "mariadb"];
-/// Older versions of MySQL parse CHECK constraints but ignore them.
+/// Older versions of MySQL ignore CHECK constraints.
 const OLDEST_MYSQL: [u32; 3] = [8, 0, 16];
 const OLDEST_MARIADB: [u32; 3] = [10, 6, 0];
 
@@ -59,8 +61,8 @@ const LOCK_MIGRATIONS: &str =
 const UNLOCK_MIGRATIONS: &str =
     "SELECT RELEASE_LOCK(CONCAT('keybroker.', LEFT(SHA2(DATABASE(), 256), 40)))";
 
-/// A broker without calls keeps its connections open with one probe per second. A shorter limit on idle time would close idle
-/// connections between two probes.
+/// Shortest limit on idle time. A broker without calls sends one probe per second, and a shorter
+/// limit could close connections between two probes.
 const IDLE_MIN_S: f64 = 10.0;
 
 #[derive(Debug)]
@@ -85,7 +87,7 @@ impl Server for MySqlOrMariaDb {
             .username(&place.user)
             .database(&place.database)
             .pipes_as_concat(false)
-            // By default, the driver logs the whole statement on every call.
+            // By default, the driver logs the complete statement on every call.
             .disable_statement_logging();
         if let Some(password) = settings.password()? {
             options = options.password(&password);
@@ -113,7 +115,8 @@ impl Server for MySqlOrMariaDb {
     ) -> BoxFuture<'c, Result<(), sqlx::Error>> {
         async move {
             let is_mariadb = version(connection).await?.is_mariadb;
-            // `SET` accepts no placeholders. The only variable parts of the text are numbers that this program computes.
+            // `SET` accepts no placeholders. The only variable parts of the SQL text are numbers that this program
+            // computes.
             let set = session_settings(limits, is_mariadb);
             sqlx::raw_sql(AssertSqlSafe(set))
                 .execute(&mut *connection)
@@ -169,7 +172,7 @@ impl Server for MySqlOrMariaDb {
     }
 }
 
-/// A migration that adds a column. MySQL has no `ADD COLUMN` that does nothing if the column already exists.
+/// A migration that adds a column. In MySQL, `ADD COLUMN` fails if the column already exists.
 struct AddedColumn {
     /// Version of the migration.
     version: i64,
@@ -186,9 +189,10 @@ const ADDED_COLUMNS: [AddedColumn; 1] = [AddedColumn {
     remove: "ALTER TABLE requests DROP COLUMN result_mac",
 }];
 
-/// Runs the migrations. Each statement of a migration is committed separately, so an interrupted migration leaves its mark and a
-/// part of its changes. All statements of a migration can be repeated, except those that add a column. Therefore, the function
-/// removes the columns that an interrupted migration added, and runs the migration again from its beginning.
+/// Runs the migrations. Each statement of a migration is committed separately, so an interrupted
+/// migration leaves its mark and some of its changes. All statements of a migration can be
+/// repeated, except statements that add a column. Therefore the function first removes the columns
+/// that an interrupted migration added, and then runs the migration again from its beginning.
 async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     if !connection
         .rows(SQL.has_migrations, Vec::new())
@@ -219,11 +223,12 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
     })
 }
 
-/// The settings of a session. A limit on idle time ends a transaction whose client or network failed. Without the limit on idle
-/// time, the server would hold the locks until TCP detects the failure, hours later. MySQL has a limit on idle time only for
-/// whole connections. The pool detects a closed connection before it lends the connection.
+/// The settings of a session. A limit on idle time ends a transaction whose client or network
+/// failed. Without the limit on idle time, the server would hold the locks until TCP detects the
+/// failure, hours later. In MySQL, the limit on idle time applies to all connections, even outside
+/// transactions. A closed connection is detected before its next use.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
-    // These settings need whole seconds, and at least one second.
+    // The unit of these settings is seconds, and the minimum is one second.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
     let lock = seconds(limits.lock);
     let idle = seconds(limits.statement * 2);
@@ -271,8 +276,8 @@ async fn version(connection: &mut MySqlConnection) -> Result<Version, sqlx::Erro
 mod tests {
     use super::*;
 
-    /// No statement uses a function that MySQL 8.0 or 9 removed. The suite runs on MariaDB, which still has some of
-    /// them.
+    /// No statement uses a function that MySQL 8.0 or 9 removed. The tests run on MariaDB, which
+    /// still has some of the removed functions.
     #[test]
     fn no_statement_calls_a_function_that_newer_versions_of_mysql_do_not_have() {
         let mut texts = vec![LOCK_MIGRATIONS.to_owned(), UNLOCK_MIGRATIONS.to_owned()];
@@ -301,7 +306,7 @@ mod tests {
         }
     }
 
-    /// The suite has no MySQL: what it is told is at least looked at.
+    /// The tests do not run on MySQL, so this test at least checks the text of the settings.
     #[test]
     fn a_transaction_whose_client_is_gone_ends_on_both() {
         let limits = Limits {

@@ -1,4 +1,4 @@
-//! The place of a wrapping key on a further token, as a row.
+//! The database row for a wrapping key on a further token.
 
 use keybroker_core::{
     call::Timestamp,
@@ -9,7 +9,8 @@ use keybroker_core::{
     key::{ObjectId, ObjectIds, WrappingKeyId},
 };
 
-/// States that a token holds a wrapping key, in addition to the token in the registry row of the key.
+/// States that a further token contains a wrapping key: a row of the table `wrapping_key_places`.
+/// The registry row of the key names the first token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlaceRow {
     /// The wrapping key.
@@ -18,14 +19,14 @@ pub struct PlaceRow {
     pub token: String,
     /// Serial number of the token.
     pub token_serial: String,
-    /// Where the objects of the wrapping key are on this token.
+    /// The location of the objects of the wrapping key on this token.
     pub objects: ObjectIds,
-    /// When the key was registered for this token.
+    /// The time at which the key was registered for this token.
     pub registered: Timestamp,
-    /// When a backup of this token was confirmed.
+    /// The time at which an administrator confirmed a backup of this token.
     pub backup_confirmed: Option<Timestamp>,
-    /// A MAC over all fields above by the integrity key of the wrapping key. Each token that truly holds the wrapping key
-    /// verifies it.
+    /// A MAC over all preceding fields, made with the integrity key of the wrapping key. A token
+    /// can verify this MAC only if the token really contains the wrapping key.
     pub mac: Mac,
 }
 

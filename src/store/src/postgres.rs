@@ -29,8 +29,8 @@ use super::{
     url::{Place, Transport},
 };
 
-/// READ COMMITTED with a locked row is sufficient: every transaction changes one record, which it locks, and constraints
-/// enforce uniqueness.
+/// The isolation level READ COMMITTED is sufficient: every transaction changes one record and locks
+/// this record first, and constraints enforce uniqueness.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Dollar,
     quote: '"',
@@ -58,8 +58,9 @@ const SOCKET_NAME: &str = ".s.PGSQL.";
 /// The users under which database servers and their poolers run in the packages of Linux distributions.
 pub(super) const SOCKET_USERS: [&str; 2] = ["postgres", "pgbouncer"];
 
-/// Environment variables that the driver reads and the program cannot reset: other authorities for the server's
-/// certificate, a client certificate, and settings of the session.
+/// Environment variables that the driver reads and that the program cannot override. Some of the
+/// variables set the CAs for the server's certificate. Other variables set a client certificate or
+/// settings of the session.
 const VARIABLES: [&str; 4] = ["PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGOPTIONS"];
 
 /// Returns a problem for each of [`VARIABLES`] that is set in the environment.
@@ -103,7 +104,7 @@ impl Server for PostgreSql {
             .database(&place.database)
             .application_name("keybroker")
             .extra_float_digits(None)
-            // By default, the driver logs the whole statement on every call.
+            // By default, the driver logs the complete statement on every call.
             .disable_statement_logging()
             .password(
                 settings
@@ -175,8 +176,8 @@ impl Server for PostgreSql {
                 "UTF8" => Ok(()),
                 other => {
                     let what = format!(
-                        "the database has the encoding {other}, which cannot represent every user name; create it \
-                         again with ENCODING 'UTF8'"
+                        "the database has the encoding {other}, which cannot represent every user name; create the \
+                         database again with ENCODING 'UTF8'"
                     );
                     Err(Error::Schema(what.into()))
                 }
@@ -185,10 +186,11 @@ impl Server for PostgreSql {
         .boxed()
     }
 
-    /// A setting of the first connection's session must be visible only to this connection, even while the second connection has
-    /// a transaction. A pooler in transaction mode gives the most recently used session to the transaction of the second
-    /// connection. Other clients of the pooler may take the session before this transaction begins, so the check is repeated
-    /// several times.
+    /// A setting in the session of the first connection must be invisible to the second connection,
+    /// even inside a transaction of the second connection. A pooler in transaction mode gives the
+    /// most recently used session to the transaction of the second connection. Other clients of the
+    /// pooler may take the session before this transaction begins, so the check is repeated several
+    /// times.
     fn check_pooler<'c>(
         first: &'c mut PgConnection,
         second: &'c mut PgConnection,
@@ -224,7 +226,8 @@ impl Server for PostgreSql {
         found.postgres()
     }
 
-    /// The driver holds an advisory lock during the migrations, and runs each migration with its mark in one transaction.
+    /// The driver keeps an advisory lock during the migrations, and runs each migration together
+    /// with its mark in one transaction.
     fn migrate(connection: &mut PgConnection) -> BoxFuture<'_, Result<(), Error>> {
         async move {
             MIGRATOR
@@ -249,7 +252,8 @@ pub(super) fn socket_file(path: &Path) -> PathBuf {
     directory.join(format!("{SOCKET_NAME}{port}"))
 }
 
-/// A socket is given by its directory, or by its own path if the port is not the default.
+/// A setting specifies a socket by the socket's directory or, if the port is not the default, by
+/// the socket's own path.
 fn split_socket(path: &Path) -> (&Path, u16) {
     let port = path
         .file_name()

@@ -27,7 +27,8 @@ pub struct Purge {
     before: Timestamp,
 }
 
-/// One batch of a purge. The records of a batch are purged in one transaction, and its revisions in another transaction.
+/// One batch of a purge. The records of a batch are purged in one transaction, and the revisions of
+/// the batch in another transaction.
 #[derive(Clone, Debug, Default)]
 pub struct Portion {
     /// Deleted records.
@@ -39,7 +40,8 @@ pub struct Portion {
 }
 
 impl Purge {
-    /// A purge of everything that was deleted or superseded before this time.
+    /// Begins a purge of all records that were deleted, and all revisions that were superseded,
+    /// before the time `before`.
     pub fn new(store: Arc<dyn Tables>, before: Timestamp) -> Self {
         Self {
             scan: Scan::new(Arc::clone(&store)),
@@ -48,8 +50,8 @@ impl Purge {
         }
     }
 
-    /// Returns the next batch, or `None` at the end. A batch may have nothing to purge and contain only the number of examined
-    /// rows. Rows that cannot be decoded are not changed.
+    /// Returns the next batch, or `None` at the end. If a batch has no rows to purge, it contains
+    /// only the number of examined rows. Rows that cannot be decoded are not changed.
     pub async fn next(&mut self) -> Result<Option<Portion>, Error> {
         let mut portion = Portion::default();
         let (mut seen, mut chosen) = (0, 0);
@@ -106,9 +108,10 @@ impl Purge {
     }
 }
 
-/// Removes the marks of mutations that were committed before this time, or only counts these marks if `dry_run` is true. Marks
-/// are stored in the order of time, so the function ends at the first page without an old mark. A mark that cannot be decoded is
-/// not changed and raises an alert.
+/// Removes the marks of mutations that were committed before the time `before`. If `dry_run` is
+/// true, the function only counts these marks. Marks are stored in chronological order, so the
+/// function ends at the first page without an old mark. A mark that cannot be decoded is not
+/// changed and raises an alert.
 pub async fn forget_changes(
     store: &dyn Tables,
     before: Timestamp,
@@ -130,7 +133,7 @@ pub async fn forget_changes(
             }
         }
         if old.is_empty() && has_damaged {
-            // If a page has only damaged marks, the next page may still have old marks.
+            // Even if all marks of a page are damaged, the next page may contain old marks.
             continue;
         }
         if old.is_empty() {

@@ -38,7 +38,7 @@ impl RecordState {
 pub struct RecordInfo {
     /// The address of the record.
     pub address: KeyAddress,
-    /// Its identity.
+    /// The id of the record.
     pub id: RecordId,
     /// Whether the record can be unwrapped.
     pub state: RecordState,
@@ -46,11 +46,11 @@ pub struct RecordInfo {
     pub revision: Revision,
     /// Wrapping key of the current revision.
     pub wrapping_key: WrappingKeyId,
-    /// When it was created.
+    /// The time at which the record was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// The time of the last change of the record.
     pub updated: Timestamp,
-    /// When the record was deleted; absent for an active record.
+    /// The time at which the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 
@@ -72,7 +72,7 @@ pub struct StoredRevision {
     pub envelope: Vec<u8>,
     /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
-    /// When it was written.
+    /// The time at which the revision was written.
     pub created: Timestamp,
 }
 
@@ -93,7 +93,7 @@ pub struct NewRevision {
 }
 
 impl NewRevision {
-    /// The stored data of a record that was created with this revision at this time.
+    /// Returns the data of the record that is stored if `self` creates the record at the time `at`.
     pub fn record_info(&self, at: Timestamp) -> RecordInfo {
         RecordInfo {
             address: self.address.clone(),
@@ -113,7 +113,7 @@ impl NewRevision {
 pub struct Stamp {
     /// The id of the call, for recovery after a crash.
     pub call: CallId,
-    /// The moment of the change.
+    /// The time of the change.
     pub at: Timestamp,
     /// The request id, if the client sent one.
     pub request: Option<RequestStamp>,
@@ -124,12 +124,12 @@ pub struct Stamp {
 pub struct RequestStamp {
     /// The scope in which the request id is unique.
     pub scope: RequestScope,
-    /// The MAC by the integrity key over the action and the content of the request.
+    /// The MAC with the integrity key over the action and the content of the request.
     pub content: Mac,
     /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
-    /// The expected result of the mutation, and the MAC over this result. If the actual result would be different, nothing is
-    /// changed.
+    /// The expected result of the mutation, and the MAC over this result. If the actual result is
+    /// different, nothing is changed.
     pub result: Option<(RecordInfo, Mac)>,
 }
 
@@ -144,22 +144,23 @@ pub struct RequestScope {
     pub id: RequestId,
 }
 
-/// A request id that was used, with the result of its mutation.
+/// A used request id, with the result of its mutation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestRecord {
-    /// The MAC by the integrity key over the action and the content of the request.
+    /// The MAC with the integrity key over the action and the content of the request.
     pub content: Mac,
     /// The wrapping key whose integrity key made the MAC.
     pub key: WrappingKeyId,
-    /// The MAC by the integrity key over scope, content and result; absent in a row that was written before schema 4.
+    /// The MAC with the integrity key over scope, content and result; absent in a row that was
+    /// written before schema 4.
     pub result_mac: Option<Mac>,
-    /// The record as it was after the mutation, which is also the content of the first answer. Later changes of the record do not
-    /// affect this value.
+    /// The state of the record immediately after the mutation, which is also the content of the
+    /// first answer. Later changes of the record do not affect this value.
     pub result: RecordInfo,
 }
 
-/// The message that the MAC of a stored answer must cover: the scope of the request id, the MAC over the content of the request,
-/// and the answer.
+/// Returns the message that the MAC of a stored answer must cover. The message consists of the
+/// scope of the request id, the MAC over the content of the request, and the answer.
 pub fn request_message(scope: &RequestScope, content: &Mac, result: &RecordInfo) -> MacMessage {
     let deleted = result.deleted.map(|at| at.micros().to_be_bytes());
     MacMessage::request_result(&[

@@ -1,4 +1,4 @@
-//! A wrapping key as a row of the registry.
+//! The registry row of a wrapping key.
 
 use keybroker_core::{
     call::Timestamp,
@@ -11,13 +11,13 @@ use keybroker_core::{
 
 use super::destruction::DestructionChange;
 
-/// The stored form of one wrapping key. The registry does not contain public keys, which always come
-/// from the token.
+/// The stored form of one wrapping key. The registry does not contain public keys, because the
+/// broker always reads public keys from the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegistryRow {
-    /// Its id.
+    /// The id of the wrapping key.
     pub id: WrappingKeyId,
-    /// Where the objects of the wrapping key are.
+    /// The location of the objects of the wrapping key.
     pub objects: ObjectIds,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -25,17 +25,18 @@ pub struct RegistryRow {
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,
-    /// Serial number of the token that holds the key.
+    /// Serial number of the token that contains the key.
     pub token_serial: String,
-    /// A number that grows with each change of a state in the registry. The active wrapping key with the highest number
-    /// wraps new user keys.
+    /// A number that increases with each change of a state in the registry. The active wrapping key
+    /// with the highest number wraps new user keys.
     pub sequence: u64,
-    /// When it was registered.
+    /// The time at which the wrapping key was registered.
     pub registered: Timestamp,
-    /// When a backup of the token was confirmed.
+    /// The time at which an administrator confirmed a backup of the token.
     pub backup_confirmed: Option<Timestamp>,
-    /// A MAC over all fields above by the integrity key of this wrapping key, so that a person who can write to the
-    /// database cannot change `compromised` back to `active`.
+    /// A MAC over all preceding fields, made with the integrity key of this wrapping key. Because
+    /// of the MAC, a person who can write to the database cannot change `compromised` back to
+    /// `active`.
     pub mac: Mac,
 }
 
@@ -52,12 +53,13 @@ pub struct RegistryChange {
     pub unneeded: Option<WrappingKeyId>,
 }
 
-/// A row of the registry that replaces the row with another MAC.
+/// The new content of a registry row, and the MAC of the row that it replaces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegistryUpdate {
     /// The new row.
     pub row: RegistryRow,
-    /// The MAC of the stored row. If the stored row has another MAC, it was changed meanwhile.
+    /// The MAC of the stored row. A different MAC shows that the stored row was changed after it
+    /// was read.
     pub expected: Mac,
 }
 

@@ -1,9 +1,10 @@
-//! What a re-wrap needs of the store: the rows under a wrapping key, the swap of single envelopes and MACs, and the run that was
-//! requested.
+//! The functions of the store for a re-wrap: finding the rows under a wrapping key, swapping single
+//! envelopes and MACs, and storing the requested run.
 //!
-//! A swap compares the stored bytes with the bytes that were read, and replaces only what the wrapping key made: the envelope, or the
-//! MAC. A swap never changes the material, the revision or the times of a row. Therefore a row that another change or another broker
-//! altered in between keeps that alteration, and no row is moved twice.
+//! A swap compares the stored bytes with the bytes that were read, and replaces only the envelope
+//! or the MAC that the wrapping key made. A swap never changes the material, the revision or the
+//! times of a row. Therefore a swap does not overwrite a row that another change or another broker
+//! altered in between, and no row is moved twice.
 
 use async_trait::async_trait;
 
@@ -15,17 +16,19 @@ use keybroker_core::{
 
 use super::error::Error;
 
-/// Longest document of a run, in bytes.
+/// Maximum length of the encoded progress of a run, in bytes.
 pub const DOCUMENT_BYTES_MAX: usize = 32_768;
 
-/// How many rows need a wrapping key, by kind of row.
+/// The number of rows that need a wrapping key, by kind of row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KeyUses {
-    /// Revisions of records, current and superseded, also of deleted records. They need the RSA key and the integrity key.
+    /// Current and superseded revisions of records, including deleted records. Revisions need the
+    /// RSA key and the integrity key of the wrapping key.
     pub revisions: u64,
-    /// API clients. They need the integrity key.
+    /// API clients. API clients need the integrity key of the wrapping key.
     pub clients: u64,
-    /// Answers to request ids that are not older than 24 hours. They need the integrity key until they expire.
+    /// Answers to request ids that are not older than 24 hours. Stored answers need the integrity
+    /// key of the wrapping key until the answers expire.
     pub requests: u64,
 }
 
@@ -36,7 +39,8 @@ impl KeyUses {
     }
 }
 
-/// The position of a revision in the order of the primary key, also of a row that cannot be decoded.
+/// The position of a revision in the order of the primary key. A row that cannot be decoded also
+/// has a position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RevisionPlace {
     pub(super) record: Vec<u8>,
@@ -44,7 +48,7 @@ pub struct RevisionPlace {
 }
 
 impl RevisionPlace {
-    /// The position before all rows: no record id is empty.
+    /// The position before all rows, with an empty record id.
     pub const START: Self = Self {
         record: Vec::new(),
         revision: 0,
@@ -72,14 +76,16 @@ pub struct RevisionUnder {
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
+    /// When the revision was created. A move of the row does not change this time.
+    pub created: Timestamp,
 }
 
 /// A row of a page of revisions.
 #[derive(Clone, Debug)]
 pub struct RowUnder {
-    /// Where the row is. The next page begins after the place of the last row.
+    /// The position of the row. The next page begins after the position of the last row.
     pub place: RevisionPlace,
-    /// The row, or why it cannot be decoded.
+    /// The row, or the reason why the row cannot be decoded.
     pub row: Result<RevisionUnder, Error>,
 }
 
@@ -136,7 +142,7 @@ impl RunId {
 /// Whether rows are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
-    /// A broker moves rows, or does so as soon as one can.
+    /// A broker moves rows, or the run waits for a broker to take the lease.
     Running,
     /// An administrator paused the run.
     Paused,
@@ -162,8 +168,9 @@ impl RunState {
     }
 }
 
-/// The run that was requested last. The row has no MAC: a person who can write to the database can begin, pause and end a run. The
-/// row does not contain the target of the run, which is always the wrapping key that wraps new user keys.
+/// The run that was requested last. The row has no MAC, so a person who can write to the database
+/// can begin, pause and end a run. The row does not contain the target of the run, which is always
+/// the wrapping key that wraps new user keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunRow {
     /// The id of the run.
@@ -172,26 +179,27 @@ pub struct RunRow {
     pub state: RunState,
     /// Highest number of rows per second; 0 for no limit.
     pub rate: u32,
-    /// The wrapping key whose rows are moved; `None` for all wrapping keys that no longer wrap.
+    /// The wrapping key whose rows are moved; `None` for all wrapping keys that do not wrap new
+    /// user keys.
     pub source: Option<WrappingKeyId>,
-    /// The broker's document about the run, at most [`DOCUMENT_BYTES_MAX`] bytes.
+    /// The run's progress as the broker encodes it, at most [`DOCUMENT_BYTES_MAX`] bytes.
     pub document: Vec<u8>,
-    /// The instance that moves rows; empty before the first one begins.
+    /// The instance that moves rows; empty before the first instance begins.
     pub holder: String,
-    /// Until when the holder works alone.
+    /// The time until which only the holder works on the run.
     pub lease: Timestamp,
-    /// When the run was requested.
+    /// The time at which the run was requested.
     pub started: Timestamp,
 }
 
 /// The operations of a store for a re-wrap.
 #[async_trait]
 pub trait Rewraps: Send + Sync {
-    /// How many rows need a wrapping key.
+    /// The number of rows that need a wrapping key.
     async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error>;
 
-    /// At most `limit` revisions under a wrapping key after a place, in the order of the primary key. `limit` is 1 to
-    /// [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
+    /// Returns at most `limit` revisions under a wrapping key, beginning after a position, in the
+    /// order of the primary key. `limit` is 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
     async fn revisions_under(
         &self,
         key: WrappingKeyId,
@@ -199,9 +207,10 @@ pub trait Rewraps: Send + Sync {
         limit: u32,
     ) -> Result<Vec<RowUnder>, Error>;
 
-    /// Swaps envelopes and stores the mark of the call, in one transaction. Returns for each swap whether the row still contained the
-    /// old envelope, and [`Error::State`] without any swap if the state of a registered key forbids the move. `source` is the use
-    /// of the old wrapping keys: [`KeyUse::RewrapFrom`], or [`KeyUse::RewrapListed`] if every row is listed.
+    /// Swaps envelopes and stores the mark of the call, in one transaction. For each swap, returns
+    /// whether the row still contained the old envelope. Returns [`Error::State`] without any swap if the state of a
+    /// registered key forbids the move. `source` is the use of the old wrapping keys: [`KeyUse::RewrapFrom`], or
+    /// [`KeyUse::RewrapListed`] if every row is listed.
     async fn move_revisions(
         &self,
         moves: Vec<RevisionMove>,
@@ -209,8 +218,9 @@ pub trait Rewraps: Send + Sync {
         call: CallId,
     ) -> Result<Vec<bool>, Error>;
 
-    /// Swaps the MACs of API clients and stores the mark of the call, in one transaction. Returns for each swap whether the row still
-    /// contained the old MAC, and [`Error::State`] without any swap if the state of a registered key forbids the move.
+    /// Swaps the MACs of API clients and stores the mark of the call, in one transaction. For each
+    /// swap, returns whether the row still contained the old MAC. Returns [`Error::State`] without any swap if the state of
+    /// a registered key forbids the move.
     async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error>;
 
     /// The run that was requested last.
@@ -219,8 +229,8 @@ pub trait Rewraps: Send + Sync {
     /// Stores a new run, and the mark of the call. Returns [`Error::Conflict`] if another run has not ended.
     async fn start_rewrap(&self, run: &RunRow, call: CallId) -> Result<(), Error>;
 
-    /// Changes the state of a run, and its rate if `rate` is present, and stores the mark of the call. Returns [`Error::Conflict`] if
-    /// the run is no longer in the state `from`.
+    /// Changes the state of a run and stores the mark of the call. If `rate` is present, the rate
+    /// is changed, too. Returns [`Error::Conflict`] if the run is no longer in the state `from`.
     async fn change_rewrap(
         &self,
         run: RunId,
@@ -230,9 +240,10 @@ pub trait Rewraps: Send + Sync {
         call: CallId,
     ) -> Result<(), Error>;
 
-    /// Makes an instance the holder of a running run until `until`, or prolongs its lease. Returns `false` if another instance holds
-    /// the run at `now`, or if the run is not running. A lease of another instance that ends long after `until` counts as ended,
-    /// because only a clock that was wrong gives such a lease.
+    /// Makes an instance the holder of a run in the state `Running` until `until`, or extends the
+    /// instance's lease. Returns `false` if another instance holds the run at `now`, or if the run
+    /// is not running. A lease of another instance that ends long after `until` counts as ended,
+    /// because only a wrong clock can cause such a lease.
     async fn hold_rewrap(
         &self,
         run: RunId,

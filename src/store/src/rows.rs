@@ -1,5 +1,6 @@
-//! Converts rows into domain types and back, for every engine. Only this module knows which column belongs to which field. A
-//! value that cannot be decoded results in an error with its table and column, and never in a panic or a missing record.
+//! Converts rows into domain types and back, for every engine. Only this module maps columns to
+//! fields. If a value cannot be decoded, the function returns an error with table and column. The
+//! program does not panic on a damaged row, and does not silently leave out a record.
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
@@ -25,11 +26,11 @@ mod rewrap;
 
 pub(super) use rewrap::{key_uses, row_under, run, run_values, values_of_uses};
 
-/// A serial number has 16 bytes in PKCS#11, and each byte becomes at most three bytes of text. No token has a longer serial
-/// number, and no MAC covers a longer serial number.
+/// Longest serial number as text, in bytes. In PKCS#11, a serial number has 16 bytes, and each byte
+/// becomes at most three bytes of text.
 const TOKEN_SERIAL_BYTES_MAX: usize = 48;
 
-/// A row of the records.
+/// The data of a row of [`Table::Records`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Head {
     /// Its identity.
@@ -40,33 +41,33 @@ pub struct Head {
     pub state: RecordState,
     /// Current revision.
     pub revision: Revision,
-    /// When it was created.
+    /// Time at which the record was created.
     pub created: Timestamp,
-    /// When it last changed.
+    /// Time of the last change of the record.
     pub updated: Timestamp,
-    /// When the record was deleted; absent for an active record.
+    /// The time at which the record was deleted; absent for an active record.
     pub deleted: Option<Timestamp>,
 }
 
 impl Head {
-    /// Whether the record was deleted before this time and is still deleted.
+    /// Whether the record was deleted before the time `before` and is still deleted.
     pub fn is_deleted_since(&self, before: Timestamp) -> bool {
         self.state == RecordState::Deleted && self.deleted.is_some_and(|at| at < before)
     }
 }
 
-/// A row of the revisions.
+/// The data of a row of [`Table::Revisions`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RevisionRow {
     /// The record to which the revision belongs.
     pub record: RecordId,
-    /// Which revision it is.
+    /// The number of the revision.
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
     /// The id of the wrapping key that the row contains.
     pub wrapping_key: WrappingKeyId,
-    /// When it became current.
+    /// Time at which the revision became current.
     pub created: Timestamp,
 }
 
@@ -188,15 +189,17 @@ impl Head {
     }
 }
 
-/// A record at a known address with its current revision. The function does not check that the revision is the newest revision.
+/// Decodes a record at a known address with its current revision. The function does not check that
+/// the revision is the newest revision.
 fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo, Error> {
     let head = Reader::new(Table::Records, row).head(address)?;
     let wrapping_key = Reader::new(Table::Revisions, row).wrapping_key("wrapping_key_id")?;
     Ok(head.with_wrapping_key(wrapping_key))
 }
 
-/// Refuses a record that was set back: the revision in its row is not the newest stored revision. The earlier revision was valid
-/// once, and its MAC still verifies.
+/// Refuses a record that was set back to an earlier revision: the revision in its row is not the
+/// newest stored revision. This check is necessary because the MAC of the earlier revision still
+/// verifies.
 fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = row
         .optional_integer("newest_revision")
@@ -214,7 +217,7 @@ fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     Err(Error::Corrupt(what.into()))
 }
 
-/// A record at a known address, with its current envelope.
+/// Decodes a record at a known address, with its current envelope.
 pub(super) fn record(row: &impl Columns, address: KeyAddress) -> Result<Record, Error> {
     let info = unchecked_info(row, address)?;
     require_newest(row, &info)?;
@@ -225,7 +228,7 @@ pub(super) fn record(row: &impl Columns, address: KeyAddress) -> Result<Record, 
     })
 }
 
-/// A record with its address.
+/// Decodes a record with its address.
 pub(super) fn info(row: &impl Columns) -> Result<RecordInfo, Error> {
     let address = Reader::new(Table::Records, row).address()?;
     let info = unchecked_info(row, address)?;
@@ -233,7 +236,7 @@ pub(super) fn info(row: &impl Columns) -> Result<RecordInfo, Error> {
     Ok(info)
 }
 
-/// A row of a page of records.
+/// Decodes a row of a page of records.
 pub(super) fn listed_record(row: &impl Columns) -> Result<RecordInfo, DamagedRecord> {
     let records = Reader::new(Table::Records, row);
     let damaged = |damage: Damage, error: &Error| DamagedRecord {
@@ -251,7 +254,7 @@ pub(super) fn listed_record(row: &impl Columns) -> Result<RecordInfo, DamagedRec
     Ok(info)
 }
 
-/// A row of a page of API clients.
+/// Decodes a row of a page of API clients.
 pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClient> {
     client(row).map_err(|error| DamagedClient {
         id: client_id(row),
@@ -260,13 +263,13 @@ pub(super) fn listed_client(row: &impl Columns) -> Result<ClientRow, DamagedClie
     })
 }
 
-/// The id of an API client, if it can be read although the rest of the row cannot.
+/// Decodes the id of an API client, if the id can be read. The rest of the row may be damaged.
 pub(super) fn client_id(row: &impl Columns) -> Option<ClientId> {
     row.bytes("client_id").ok().and_then(ClientId::from_slice)
 }
 
-/// Decodes the rows of a table that contains only times of use. A damaged row is left out and raises an alert, so that the other
-/// rows can be used.
+/// Decodes the rows of a table that contains only times of use. A damaged row is skipped and raises
+/// an alert, so that the other rows can be used.
 pub(super) fn readable<R, T>(
     table: Table,
     rows: &[R],
@@ -276,14 +279,17 @@ pub(super) fn readable<R, T>(
         decode(row)
             .inspect_err(|error| {
                 metrics::RECORDS_DAMAGED.increment();
-                keybroker_core::alert!(RecordDamaged, table = table.name(), %error, "a stored row cannot be decoded and is left out");
+                keybroker_core::alert!(
+                    RecordDamaged, table = table.name(), %error,
+                    "a stored row cannot be decoded and is omitted"
+                );
             })
             .ok()
     });
     decoded.collect()
 }
 
-/// A row of [`Table::Records`].
+/// Decodes a row of [`Table::Records`].
 pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
     let row = Reader::new(Table::Records, row);
     let head = row.head(row.address()?)?;
@@ -293,7 +299,7 @@ pub(super) fn head(row: &impl Columns) -> Result<Head, Error> {
     Ok(head)
 }
 
-/// A new row of [`Table::Records`] for an active record.
+/// Returns the values of a new row of [`Table::Records`] for an active record.
 pub(super) fn new_record(new: &NewRevision, at: Timestamp) -> Vec<Value> {
     vec![
         new.record.into(),
@@ -308,7 +314,7 @@ pub(super) fn new_record(new: &NewRevision, at: Timestamp) -> Vec<Value> {
     ]
 }
 
-/// A row of [`Table::Revisions`].
+/// Decodes a row of [`Table::Revisions`].
 pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
     let row = Reader::new(Table::Revisions, row);
     Ok(RevisionRow {
@@ -320,7 +326,7 @@ pub(super) fn revision(row: &impl Columns) -> Result<RevisionRow, Error> {
     })
 }
 
-/// The stored data of a known revision.
+/// Decodes the stored data of a known revision.
 pub(super) fn stored_revision(
     row: &impl Columns,
     revision: Revision,
@@ -334,7 +340,7 @@ pub(super) fn stored_revision(
     })
 }
 
-/// The result of the query for the audit logs of an instance.
+/// Decodes the result of the query for the audit logs of an instance.
 pub(super) fn known_log(row: &impl Columns) -> Result<KnownLog, Error> {
     Ok(match (row.integer("known")?, row.integer("this")?) {
         (0, _) => KnownLog::None,
@@ -343,7 +349,7 @@ pub(super) fn known_log(row: &impl Columns) -> Result<KnownLog, Error> {
     })
 }
 
-/// A new row of [`Table::Revisions`].
+/// Returns the values of a new row of [`Table::Revisions`].
 pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
     vec![
         new.record.into(),
@@ -354,10 +360,10 @@ pub(super) fn new_revision(new: &NewRevision, at: Timestamp) -> Vec<Value> {
     ]
 }
 
-/// The call and the time of a row of [`Table::Changes`].
+/// Decodes the call and the time of a row of [`Table::Changes`].
 pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     let row = Reader::new(Table::Changes, row);
-    // The id belongs to a record or an API client.
+    // The column contains the id of a record or of an API client.
     row.array::<16>("record_id")?;
     let call = CallId::from_slice(row.bytes("call_id")?);
     Ok((
@@ -366,12 +372,13 @@ pub(super) fn change(row: &impl Columns) -> Result<(CallId, Timestamp), Error> {
     ))
 }
 
-/// A row of [`Table::Changes`]. `changed` is the id of the record or of the API client.
+/// Returns the values of a new row of [`Table::Changes`]. `changed` is the id of the record or of
+/// the API client.
 pub(super) fn new_change(call: CallId, changed: impl Into<Value>, at: Timestamp) -> Vec<Value> {
     vec![call.into(), changed.into(), at.into()]
 }
 
-/// A row of [`Table::Requests`].
+/// Decodes a row of [`Table::Requests`].
 pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord), Error> {
     let row = Reader::new(Table::Requests, row);
     row.time("used_us")?;
@@ -382,7 +389,7 @@ pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord
         id: id.ok_or_else(|| row.corrupt("request_id"))?,
     };
     let head = row.head(row.address()?)?;
-    // The column is empty in a row of a release that did not write this MAC.
+    // Older releases did not write this MAC, so the column may be empty.
     let result_mac = match row.bytes("result_mac")? {
         [] => None,
         _ => Some(row.array("result_mac")?),
@@ -396,7 +403,7 @@ pub(super) fn request(row: &impl Columns) -> Result<(RequestScope, RequestRecord
     Ok((scope, record))
 }
 
-/// The key of a row of [`Table::Requests`].
+/// Returns the values of the key of a row of [`Table::Requests`].
 pub(super) fn request_key(scope: &RequestScope) -> Vec<Value> {
     vec![
         scope.tenant.as_str().into(),
@@ -405,7 +412,7 @@ pub(super) fn request_key(scope: &RequestScope) -> Vec<Value> {
     ]
 }
 
-/// A row of [`Table::Requests`].
+/// Returns the values of a new row of [`Table::Requests`].
 pub(super) fn new_request(
     scope: &RequestScope,
     request: &RequestRecord,
@@ -431,18 +438,18 @@ pub(super) fn new_request(
     values
 }
 
-/// A row of [`Table::LastUses`].
+/// Decodes a row of [`Table::LastUses`].
 pub(super) fn last_use(row: &impl Columns) -> Result<(RecordId, Timestamp), Error> {
     let row = Reader::new(Table::LastUses, row);
     Ok((row.record_id()?, row.time("used_us")?))
 }
 
-/// A row of [`Table::LastUses`].
+/// Returns the values of a new row of [`Table::LastUses`].
 pub(super) fn new_last_use((record, at): &(RecordId, Timestamp)) -> Vec<Value> {
     vec![(*record).into(), (*at).into()]
 }
 
-/// The number of a secret, and when it was last accepted.
+/// Decodes the number of a secret, and the time at which the secret was last accepted.
 pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> {
     let row = Reader::new(Table::ClientUses, row);
     let number = u32::try_from(row.positive("secret_number")?);
@@ -452,18 +459,18 @@ pub(super) fn client_use(row: &impl Columns) -> Result<(u32, Timestamp), Error> 
     ))
 }
 
-/// A row of [`Table::ClientUses`].
+/// Checks a row of [`Table::ClientUses`].
 pub(super) fn client_use_row(row: &impl Columns) -> Result<(), Error> {
     Reader::new(Table::ClientUses, row).array::<16>("client_id")?;
     client_use(row).map(drop)
 }
 
-/// A row of [`Table::ClientUses`].
+/// Returns the values of a new row of [`Table::ClientUses`].
 pub(super) fn new_client_use(client: ClientId, secret: u32, at: Timestamp) -> Vec<Value> {
     vec![client.into(), secret.into(), at.into()]
 }
 
-/// A row of [`Table::WrappingKeys`].
+/// Decodes a row of [`Table::WrappingKeys`].
 pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
     let row = Reader::new(Table::WrappingKeys, row);
     let token_serial = row.text("token_serial")?;
@@ -487,14 +494,14 @@ pub(super) fn registry(row: &impl Columns) -> Result<RegistryRow, Error> {
     })
 }
 
-/// A row of [`Table::WrappingKeys`].
+/// Returns the values of a new row of [`Table::WrappingKeys`].
 pub(super) fn new_registry(row: &RegistryRow) -> Vec<Value> {
     let mut values = vec![row.id.into()];
     values.extend(registry_values(row));
     values
 }
 
-/// [`Table::values`] of [`Table::WrappingKeys`].
+/// Returns the values of a row of [`Table::WrappingKeys`] for [`Table::values`].
 pub(super) fn registry_values(row: &RegistryRow) -> Vec<Value> {
     vec![
         row.fingerprint.0.as_slice().into(),
@@ -510,7 +517,7 @@ pub(super) fn registry_values(row: &RegistryRow) -> Vec<Value> {
     ]
 }
 
-/// A row of [`Table::Places`].
+/// Decodes a row of [`Table::Places`].
 pub(super) fn place(row: &impl Columns) -> Result<PlaceRow, Error> {
     let row = Reader::new(Table::Places, row);
     let token_serial = row.text("token_serial")?;
@@ -521,7 +528,7 @@ pub(super) fn place(row: &impl Columns) -> Result<PlaceRow, Error> {
     let integrity = row.bytes("integrity_cka_id")?;
     Ok(PlaceRow {
         key: row.wrapping_key("key_id")?,
-        // A token has a name of the same form as a user key.
+        // The name of a token has the same form as the name of a user key.
         token: row
             .parsed("token", |text| KeyName::parse(text).ok())?
             .to_string(),
@@ -534,14 +541,14 @@ pub(super) fn place(row: &impl Columns) -> Result<PlaceRow, Error> {
     })
 }
 
-/// A row of [`Table::Places`].
+/// Returns the values of a new row of [`Table::Places`].
 pub(super) fn new_place(row: &PlaceRow) -> Vec<Value> {
     let mut values = vec![row.key.into(), row.token.as_str().into()];
     values.extend(place_values(row));
     values
 }
 
-/// [`Table::values`] of [`Table::Places`].
+/// Returns the values of a row of [`Table::Places`] for [`Table::values`].
 pub(super) fn place_values(row: &PlaceRow) -> Vec<Value> {
     vec![
         row.token_serial.as_str().into(),
@@ -586,7 +593,7 @@ pub(super) fn new_destruction(row: &DestructionRow) -> Vec<Value> {
     ]
 }
 
-/// A row of [`Table::Clients`]. The function does not parse the document.
+/// Decodes a row of [`Table::Clients`]. The function does not parse the document.
 pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
     let row = Reader::new(Table::Clients, row);
     let document = row.bytes("document")?;
@@ -604,7 +611,7 @@ pub(super) fn client(row: &impl Columns) -> Result<ClientRow, Error> {
     })
 }
 
-/// A row of [`Table::Clients`].
+/// Returns the values of a new row of [`Table::Clients`].
 pub(super) fn new_client(row: &ClientRow) -> Vec<Value> {
     vec![
         row.id.into(),

@@ -14,7 +14,8 @@ use super::{
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
 
-/// A row of the revisions, a row of the records, or both if they belong together.
+/// A row of the revisions, a row of the records, or one row of each table if the rows belong
+/// together.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// The record; absent for a revision without a record.
@@ -23,7 +24,7 @@ pub struct Found {
     pub revision: Option<Result<RevisionRow, Error>>,
     /// Whether this result is the first for its record.
     pub is_first: bool,
-    /// When a later revision became current; absent if no later revision was found.
+    /// The time at which a later revision became current; absent if no later revision was found.
     pub superseded: Option<Timestamp>,
 }
 
@@ -38,7 +39,7 @@ impl Found {
         self.revision.as_ref().and_then(|row| row.as_ref().ok())
     }
 
-    /// The record and revision, if the revision was superseded before this time.
+    /// The record and revision, if the revision was superseded before the time `before`.
     pub fn superseded_before(&self, before: Timestamp) -> Option<Superseded> {
         let (head, row) = (self.good_head()?, self.good_revision()?);
         let is_old = row.revision < head.revision && self.superseded? < before;
@@ -61,8 +62,9 @@ pub struct Superseded {
     pub revision: Revision,
 }
 
-/// Reads records and revisions side by side, in the order of the record ids. While a broker runs, a record that changes during
-/// the scan may be seen with one revision too few or too many. A record that does not change during the scan is seen correctly.
+/// Reads records together with their revisions, in the order of the record ids. If a broker changes
+/// a record during the scan, the results may lack a revision of this record or contain an
+/// additional revision. For other records, the results are correct.
 #[derive(Debug)]
 pub struct Scan {
     store: Arc<dyn Tables>,
@@ -74,7 +76,7 @@ pub struct Scan {
 }
 
 impl Scan {
-    /// From the beginning.
+    /// Creates a scan that starts at the beginning.
     pub fn new(store: Arc<dyn Tables>) -> Self {
         Self {
             store,
@@ -101,7 +103,7 @@ impl Scan {
             let (head, has_revision) = match (&record, &revision) {
                 (None, None) => return Ok(None),
                 (Some(record), Some(revision)) if record == revision => (self.head(), true),
-                // The next revision belongs to an earlier record, which does not exist.
+                // The next revision belongs to a record that does not exist.
                 (Some(record), Some(revision)) if revision < record => (None, true),
                 (None, Some(_)) => (None, true),
                 (Some(_), _) => {
@@ -165,12 +167,12 @@ fn record_of(row: &Row) -> Value {
 pub struct FoundClient {
     /// The id of the client; absent for a row without a valid id.
     pub id: Option<ClientId>,
-    /// The whole row, if it can be decoded.
+    /// The decoded row, or the error of a row that cannot be decoded.
     pub row: Result<ClientRow, Error>,
 }
 
-/// Reads the API clients in the order of their ids. Each row is read as a whole, so an API client that changes during the scan is
-/// seen in its old or in its new state.
+/// Reads the API clients in the order of their ids. One query reads a complete row. Therefore, if
+/// an API client changes during the scan, the result contains its old or its new state.
 #[derive(Debug)]
 pub struct ClientScan {
     store: Arc<dyn Tables>,
@@ -178,7 +180,7 @@ pub struct ClientScan {
 }
 
 impl ClientScan {
-    /// From the beginning.
+    /// Creates a scan that starts at the beginning.
     pub fn new(store: Arc<dyn Tables>) -> Self {
         Self {
             store,
@@ -196,16 +198,16 @@ impl ClientScan {
     }
 }
 
-/// A row of a table that contains neither records or revisions nor API clients.
+/// A row of one of the tables in [`OtherScan::TABLES`].
 #[derive(Clone, Debug)]
 pub enum FoundOther {
     /// A request id and its stored answer.
     Request(Box<Result<(RequestScope, RequestRecord), Error>>),
     /// The mark of a change.
     Change(Result<(), Error>),
-    /// The time when a record was last released.
+    /// The time at which a record was last released.
     LastUse(Result<(), Error>),
-    /// The time when a secret of an API client was last accepted.
+    /// The time at which a secret of an API client was last accepted.
     ClientUse(Result<(), Error>),
 }
 
@@ -226,7 +228,7 @@ impl OtherScan {
         Table::ClientUses,
     ];
 
-    /// From the beginning.
+    /// Creates a scan that starts at the beginning.
     pub fn new(store: Arc<dyn Tables>) -> Self {
         Self {
             store,

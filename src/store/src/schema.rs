@@ -1,7 +1,9 @@
-//! The schema of a database, on any engine: its version, its pending migrations, and whether this release can use it.
+//! The schema of a database, on any engine: its version, its pending migrations, and whether this
+//! release can use the schema.
 //!
-//! If a migration only adds to the schema, its name contains the earliest schema whose release can still use the database:
-//! `0009_notes_usable_from_8.up.sql`. The database stores the name, so that a release can read the names of later migrations.
+//! If older releases can still use the database after a migration, the name of the migration
+//! contains the earliest usable schema: `0009_notes_usable_from_8.up.sql`. The database stores the
+//! name, so that a release can read the names of later migrations.
 
 use std::cmp::Ordering;
 
@@ -18,13 +20,13 @@ use super::{
 pub struct SchemaStatus {
     /// Version of the database's schema; 0 if the database has no schema.
     pub current: i64,
-    /// Newest version that this binary knows.
+    /// Newest schema version that this binary supports.
     pub newest: i64,
     /// Whether this version of the broker can serve from the database.
     pub is_usable: bool,
 }
 
-/// The text before the number at the end of a migration's description.
+/// In a migration's description, the text before the earliest usable schema.
 const USABLE_FROM: &str = " usable from ";
 
 /// The schemas that a caller accepts.
@@ -32,31 +34,33 @@ const USABLE_FROM: &str = " usable from ";
 pub(super) enum Accepted {
     /// The caller accepts only the schema of this binary.
     Own,
-    /// The caller also accepts a newer schema, if its migrations declare that a release with the schema of this binary can use
-    /// it.
+    /// The caller also accepts a newer schema if its migrations declare that this binary can use
+    /// the schema.
     Usable,
 }
 
 /// The result of a migration, or of a dry run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrationReport {
-    /// Version before.
+    /// Version of the schema before the migration.
     pub before: i64,
-    /// Version after.
+    /// Version of the schema after the migration.
     pub newest: i64,
-    /// The migrations between these versions, in order.
+    /// The migrations between the two versions, in order.
     pub pending: Vec<String>,
 }
 
-/// The newest schema that this binary knows.
+/// The newest schema that this binary supports.
 pub(super) fn newest(migrator: &Migrator) -> i64 {
     migrator.iter().map(|m| m.version).max().unwrap_or(0)
 }
 
-/// The schema version of a database; 0 if the database has no schema. `known` is the newest version that this binary knows.
+/// The schema version of a database; 0 if the database has no schema. `known` is the newest version
+/// that this binary supports.
 ///
-/// An unfinished migration is not counted, because this release runs the migration again. An unfinished migration of a later
-/// release is counted, because the migration may already have changed data that this release reads.
+/// An unfinished migration is not counted, because this release runs the migration again. An
+/// unfinished migration of a later release is counted, because the migration may already have
+/// changed data that this release reads.
 pub(super) async fn current(
     session: &mut impl Session,
     sql: &Statements,
@@ -80,8 +84,8 @@ pub(super) async fn current(
 /// The first schema with the table of audit logs.
 const AUDIT_LOGS_SINCE: i64 = 6;
 
-/// Whether a database was used with an audit log of an instance. A database with a schema before [`AUDIT_LOGS_SINCE`] has
-/// recorded no audit logs.
+/// Whether a database was used with an audit log of an instance. A database with a schema before
+/// [`AUDIT_LOGS_SINCE`] has no table of audit logs.
 pub(super) async fn known_audit_log(
     session: &mut impl Session,
     sql: &Statements,
@@ -96,7 +100,7 @@ pub(super) async fn known_audit_log(
     rows::known_log(found.first().ok_or(Error::NotFound)?)
 }
 
-/// Refuses a schema that is older than this binary's, or newer than the caller accepts.
+/// Refuses a schema that is older than the schema of this binary, or newer than the caller accepts.
 pub(super) async fn require(
     accepted: Accepted,
     session: &mut impl Session,
@@ -121,7 +125,8 @@ pub(super) async fn require(
             tracing::warn!(
                 schema = current,
                 schema_of_this_release = newest,
-                "a later release migrated the database; this release can still use the database, but finish the upgrade"
+                "a later release migrated the database; this release can still use the database, but upgrade this \
+                 broker, too"
             );
             Ok(())
         }
@@ -175,7 +180,8 @@ pub(super) fn none(migrator: &Migrator) -> SchemaStatus {
     }
 }
 
-/// The earliest schema whose release can still use the database after a migration with this description.
+/// The earliest schema whose releases can still use the database after a migration with the
+/// description `description`.
 fn usable_from(description: &str) -> Option<i64> {
     let (_, number) = description.rsplit_once(USABLE_FROM)?;
     number.parse().ok()
@@ -221,7 +227,7 @@ mod tests {
         }
     }
 
-    /// A release learns of later migrations by these names, on whichever engine it runs.
+    /// A release reads the names of later migrations, on every engine.
     #[test]
     fn the_engines_have_the_same_migrations_and_none_names_a_schema_that_is_not_earlier() {
         let names = |engine: &str| -> BTreeSet<String> {

@@ -1,5 +1,5 @@
-//! Databases on servers, which several broker instances can use. Connections are verified, prepared and checked before they
-//! transfer any data.
+//! Databases on servers. Several broker instances can use the same database. Connections are
+//! verified, prepared and checked before they transfer any data.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -34,13 +34,15 @@ use super::{
     url::Place,
 };
 
-/// Time limit for the first connection and for migrations, for which no caller waits.
+/// Time limit for connections that no caller waits for: the first connection and the connections
+/// for migrations.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_mins(5);
 /// Longest lifetime of a connection. A new connection uses the current address of the host name, and checks the server's
 /// certificate and settings again.
 const LIFETIME_MAX: Duration = Duration::from_mins(30);
-/// Additional time after the server's own limit on a statement, for a server that does not answer at all.
+/// Additional time after the server's own limit on a statement, in case the server does not answer
+/// at all.
 const BEYOND_STATEMENT: Duration = Duration::from_secs(1);
 
 type ConnectionOf<S> = <<S as Server>::Database as Database>::Connection;
@@ -59,8 +61,9 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
 
     fn migrator() -> &'static Migrator;
 
-    /// The options of a connection. The options contain nothing from the environment of the process. The function fails if the
-    /// driver would use a variable from the environment.
+    /// The options of a connection. The options contain nothing from the environment of the
+    /// process. The function fails if the environment contains a variable that the driver would
+    /// use.
     fn options(settings: &Settings, place: &Place) -> Result<OptionsOf<Self>, Error>
     where
         Self: Sized;
@@ -71,7 +74,7 @@ pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
         limits: &'c Limits,
     ) -> BoxFuture<'c, Result<(), sqlx::Error>>;
 
-    /// Refuses a server that is too old or does not store texts byte by byte.
+    /// Refuses a server that is too old or does not store strings byte by byte.
     fn check_server(connection: &mut ConnectionOf<Self>) -> BoxFuture<'_, Result<(), Error>>;
 
     /// Refuses a pooler that gives one session to several clients, because the settings and prepared statements of a session
@@ -139,8 +142,8 @@ pub(super) async fn open<S: Server>(
     }))
 }
 
-/// Waits for the pool's first connection. The pool itself waits only as long as a call waits for a connection, but a server may
-/// be slower while server and broker start at the same time.
+/// Waits for the pool's first connection. The pool's own time limit is the time for which a call
+/// waits for a connection. A server may be slower if server and broker start at the same time.
 async fn fill<D: Database>(pool: &Pool<D>) -> Result<(), Error> {
     let until = Instant::now() + CONNECT_TIMEOUT;
     loop {
@@ -195,8 +198,8 @@ pub(super) async fn migrate<S: Server>(
     Ok(report)
 }
 
-/// Runs the migrations with longer time limits, because a migration may take long and may have to wait for a migration by another
-/// instance.
+/// Runs the migrations with longer time limits, because a migration may take a long time and may
+/// wait for a migration by another instance.
 async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(), Error> {
     let limits = Limits {
         statement: Duration::from_hours(1),
@@ -206,8 +209,8 @@ async fn run_migrations<S: Server>(connection: &mut ConnectionOf<S>) -> Result<(
     S::migrate(connection).await
 }
 
-/// Checks the local socket of the server, then connects. Also returns the socket if later connections must check the socket
-/// again.
+/// Checks the local socket of the server, then connects. The function also returns the socket if
+/// later connections must check the socket again.
 async fn connect<S: Server>(
     options: &OptionsOf<S>,
     settings: &Settings,
@@ -263,7 +266,8 @@ fn unreachable(shown: &str, error: sqlx::Error) -> Error {
             _ => "see the log of the database server",
         }
     } else if chain(&error).contains("certificate") {
-        // The driver has no separate type for errors of its TLS library, so the text is searched.
+        // The driver has no separate type for errors of its TLS library, so the text of the error
+        // is searched.
         "the server's certificate cannot be verified: set `store.ca_file` to the certificate of the CA that issued it, \
          and use a host name from the server's certificate in `store.url`"
     } else if matches!(error, sqlx::Error::Tls(_)) {
@@ -304,8 +308,8 @@ struct Connections {
 }
 
 impl Connections {
-    /// Changes may use half of the connections. There are at least two connections, so that at least one connection is always
-    /// free for reads.
+    /// Permits changes to use half of the connections. There are at least two connections, so at
+    /// least one connection is always free for reads.
     fn of(settings: &Settings) -> Self {
         let all = settings.connections_max.max(2);
         Self {
@@ -360,7 +364,7 @@ struct OnServer<S: Server> {
     time_limit: Duration,
 }
 
-/// Omits the options, which contain the password.
+/// The output omits the options, which contain the password.
 impl<S: Server> fmt::Debug for OnServer<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct(S::NAME)

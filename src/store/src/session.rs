@@ -1,5 +1,6 @@
-//! One connection of any engine: statements with their values, and rows that are read by the names of their columns. The
-//! drivers of all engines support statements and named columns, but have no common trait for them.
+//! One connection of any engine: statements with their values, and rows that are read by the names
+//! of their columns. The drivers of all engines support statements and named columns, but do not
+//! have a common trait for statements and rows.
 
 use std::{fmt, time::Instant};
 
@@ -16,7 +17,8 @@ use keybroker_core::{
 
 use super::{StoreId, slow};
 
-/// A value for a statement. A value is owned, because statements can outlive their callers.
+/// A value for a statement. A value is owned, because a statement can run longer than its caller
+/// waits.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Value {
     Bytes(Vec<u8>),
@@ -25,15 +27,15 @@ pub(super) enum Value {
     OptionalInteger(Option<i64>),
 }
 
-/// Omits the content, because envelopes and names must not be logged.
+/// The output omits the content, because envelopes and names must not be logged.
 impl fmt::Debug for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Value")
     }
 }
 
-/// A connection that runs statements. The placeholders in a statement have the form of the engine. Values are in the order of the
-/// statement's placeholders.
+/// A connection that runs statements. The placeholders in a statement have the syntax of the
+/// engine. Values are in the order of the statement's placeholders.
 pub(super) trait Session: Send {
     type Row: Columns + Send + 'static;
 
@@ -66,8 +68,8 @@ pub(super) trait Columns {
     fn optional_integer(&self, column: &str) -> Result<Option<i64>, sqlx::Error>;
 }
 
-/// Reads a text from bytes. MySQL stores texts as bytes, because its text types have no collation that compares bytewise on
-/// every server.
+/// Converts bytes to a string. On MySQL, strings are stored as bytes, because MySQL's text types
+/// have no collation that compares bytewise on every server.
 fn utf8<'r>(column: &str, bytes: &'r [u8]) -> Result<&'r str, sqlx::Error> {
     std::str::from_utf8(bytes).map_err(|error| sqlx::Error::ColumnDecode {
         index: column.to_owned(),
@@ -82,8 +84,8 @@ async fn timed<T>(statement: &'static str, work: impl Future<Output = T>) -> T {
     done
 }
 
-/// Implements `Session` and `Columns` for an engine. `$text => $bound` is how a text is sent; `$self, $column => $read` is how a
-/// text is read.
+/// Implements `Session` and `Columns` for an engine. `$bound` converts the string `$text` for
+/// sending, and `$read` reads a string from the column `$column` of the row `$self`.
 macro_rules! engine {
     ($connection:ty, $row:ty, $text:ident => $bound:expr, $self:ident, $column:ident => $read:expr) => {
         impl Session for $connection {
@@ -175,7 +177,7 @@ impl From<u32> for Value {
     }
 }
 
-/// All numbers of the program are far below 2^63.
+/// All numbers that the program stores are far below 2^63.
 impl From<u64> for Value {
     fn from(number: u64) -> Self {
         Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))

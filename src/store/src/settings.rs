@@ -1,7 +1,7 @@
 //! The `[store]` section of the configuration: the database, its connection, and the required settings.
 //!
-//! The URL must not contain a password. The password is read from a file or from the environment when a connection is made, and
-//! no field that is shown contains it.
+//! The URL must not contain a password. The password is read from a file or from the environment
+//! whenever a connection is opened. No field of the settings contains the password.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -31,13 +31,14 @@ use super::{
 
 /// Longest content of a password file.
 const PASSWORD_BYTES_MAX: usize = 4_096;
-/// Longest file of authorities, in bytes. The file of authorities of a Linux distribution has 0.3 MiB.
+/// Longest `ca_file`, in bytes. The file with all CAs of a Linux distribution is about 0.3 MiB
+/// long.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide which database server is trusted");
 
 #[derive(Debug, thiserror::Error)]
-#[error("`store.url` {0}")]
+#[error("`store.url`: {0}")]
 struct InUrl(#[source] UrlError);
 
 /// The `[store]` section of the configuration.
@@ -47,8 +48,8 @@ pub struct Settings {
     /// The URL of the database: `sqlite:/absolute/path.db`, `postgres://user@host/database` or `mysql://user@host/database`. For
     /// a local socket, add `?socket=` and an absolute path.
     pub url: Url,
-    /// Users, by name or number, that may listen on the local socket of `url`, in addition to root and the broker's user. The
-    /// default is the users that the packages of the database server and its pooler create.
+    /// Users, by name or number, that may listen on the local socket of `url`, in addition to root and the broker's
+    /// user. The default is a list of the users that the packages of the database server and its pooler create.
     #[serde(default)]
     pub socket_users: Option<Vec<String>>,
     /// File with the database user's password.
@@ -57,10 +58,10 @@ pub struct Settings {
     /// Environment variable with the database user's password.
     #[serde(default)]
     pub password_variable: Option<String>,
-    /// Whether the certificate of the server is verified, or TLS is not used.
+    /// Whether connections use TLS with a verified server certificate, or no TLS.
     #[serde(default)]
     pub tls: Tls,
-    /// PEM file with the authorities that may have issued the server's certificate.
+    /// PEM file with the CAs that may have issued the server's certificate.
     #[serde(default)]
     pub ca_file: Option<PathBuf>,
     /// Whether the broker runs pending migrations at its start, instead of refusing to start.
@@ -69,20 +70,20 @@ pub struct Settings {
     /// Highest number of connections to a database server.
     #[serde(default = "defaults::connections_max")]
     pub connections_max: u32,
-    /// How long a call waits for a connection.
+    /// Longest time for which a call waits for a connection, in milliseconds.
     #[serde(default = "defaults::acquire_timeout_ms")]
     pub acquire_timeout_ms: u64,
-    /// How long a statement may run on a database server.
+    /// Longest time for which a statement may run on a database server, in milliseconds.
     #[serde(default = "defaults::statement_timeout_ms")]
     pub statement_timeout_ms: u64,
-    /// How long a statement waits for a lock that another transaction holds.
+    /// Longest time for which a statement waits for a lock of another transaction, in milliseconds.
     #[serde(default = "defaults::lock_timeout_ms")]
     pub lock_timeout_ms: u64,
-    /// Number of days for which a superseded revision or a deleted record can be restored. `store purge` removes only older
-    /// revisions and records.
+    /// Number of days for which a superseded revision or a deleted record can be restored. `store
+    /// purge` removes only revisions and records that are older than `retention_days`.
     #[serde(default = "defaults::retention_days")]
     pub retention_days: u32,
-    /// Highest number of stored revisions of a record, including superseded ones.
+    /// Highest number of stored revisions of a record, including superseded revisions.
     #[serde(default = "defaults::revisions_max")]
     pub revisions_max: u32,
     /// Highest number of user keys of one user, including deleted user keys.
@@ -93,14 +94,16 @@ pub struct Settings {
     pub accept_weaker_durability: Vec<String>,
 }
 
-/// The protection of a network connection. A local socket needs no TLS.
+/// The protection of a network connection. This setting does not apply to a local socket, which
+/// needs no TLS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tls {
     /// TLS with a verified certificate is required.
     #[default]
     Verify,
-    /// No TLS is used. Everyone on the network path can read and change all data except the content of the envelopes.
+    /// No TLS is used. Every machine on the network path can read and change all data except the
+    /// content of the envelopes.
     Plaintext,
 }
 
@@ -135,7 +138,8 @@ mod defaults {
     }
 }
 
-/// The URL of a database. The text form of the URL hides a password that the URL contains by mistake.
+/// The URL of a database. The text form of the URL hides the password of a URL that contains a
+/// password by mistake.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Url(String);
@@ -147,7 +151,7 @@ impl<T: Into<String>> From<T> for Url {
 }
 
 impl Url {
-    /// The URL as configured, for connections and not for logs.
+    /// The URL as configured. Use this text for connections, but not for logs.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -208,7 +212,7 @@ impl Settings {
         Target::parse(self.url.as_str()).map_err(|error| Error::Schema(Detail::of(InUrl(error))))
     }
 
-    /// The local socket of the database server, if `url` contains one.
+    /// The local socket of the database server, if `url` contains a local socket.
     pub(super) fn socket(&self) -> Result<Option<Socket>, Error> {
         let (path, usual) = match self.target()? {
             Target::Postgres(Place {
@@ -224,7 +228,7 @@ impl Settings {
         Socket::new(path, self.socket_users.as_deref(), &usual).map(Some)
     }
 
-    /// Checks the path of the local socket, if there is one.
+    /// Checks the path of the local socket, if `url` contains a socket.
     fn check_socket(&self) -> Result<(), Error> {
         match self.socket()? {
             Some(socket) => socket.check_if_present(),
@@ -245,7 +249,7 @@ impl Settings {
         let mut problems = Vec::new();
         match Target::parse(self.url.as_str()) {
             Ok(_) => {}
-            Err(what) => problems.push(format!("[store]: `url` {what}")),
+            Err(what) => problems.push(format!("[store]: `url`: {what}")),
         }
         if self.password_file.is_some() && self.password_variable.is_some() {
             problems.push(
@@ -255,7 +259,8 @@ impl Settings {
         }
         if self.tls == Tls::Plaintext && self.ca_file.is_some() {
             problems.push(
-                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies nothing; remove one of them"
+                "[store]: `ca_file` is set, but `tls = \"plaintext\"` verifies no certificate; remove one of the two \
+                 settings"
                     .to_owned(),
             );
         }
@@ -348,7 +353,7 @@ impl Settings {
         Ok(Some(Zeroizing::new(password)))
     }
 
-    /// The number of certificates in `ca_file`; `None` if there is no usable file.
+    /// The number of certificates in `ca_file`; `None` without a usable file.
     pub fn authorities_count(&self) -> Option<usize> {
         let pem = self.authorities().ok()??;
         pem::certificates(&pem)
@@ -374,7 +379,8 @@ impl Settings {
         Ok(Some(pem::encode(&certificates).into_bytes()))
     }
 
-    /// The settings for a command, which has longer time limits because no caller waits for it.
+    /// The settings for a command. A command has longer time limits, because no caller waits for
+    /// its result.
     pub(super) fn for_command(&self) -> Self {
         const STATEMENT_MS: u64 = 60_000;
         const CONNECTION_MS: u64 = 10_000;
@@ -396,7 +402,7 @@ impl Settings {
 
 fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
     let refused = |what: &str| {
-        let what = format!("[store] `password_file`: {} {what}", path.display());
+        let what = format!("[store] `password_file`: {}: {what}", path.display());
         Err(Error::Schema(what.into()))
     };
 
@@ -407,19 +413,21 @@ fn read_password(path: &Path) -> Result<Zeroizing<String>, Error> {
         Ok(text) => Zeroizing::new(text),
         Err(error) => {
             drop(Zeroizing::new(error.into_bytes()));
-            return refused("is not UTF-8");
+            return refused("the password is not UTF-8");
         }
     };
     if text.starts_with('\u{feff}') {
         return refused(
-            "begins with a UTF-8 byte order mark, which is not part of a password; save the file without a byte order mark",
+            "the password begins with a UTF-8 byte order mark, which is not part of a password; save the file without \
+             a byte order mark",
         );
     }
-    // Remove the line break with which editors end a file. A password never ends with a line break.
+    // Remove the line break that an editor may have added at the end of the file. A password never
+    // ends with a line break.
     let length = text.trim_end_matches(['\r', '\n']).len();
     text.truncate(length);
     if text.is_empty() {
-        return refused("is empty");
+        return refused("the password is empty");
     }
     Ok(text)
 }

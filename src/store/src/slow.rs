@@ -1,4 +1,5 @@
-//! Logs slow statements by name and not by text, each at most once a minute.
+//! Logs slow statements. A log line contains the name of a statement instead of its text. Each
+//! statement is logged at most once a minute.
 
 use std::{
     collections::HashMap,
@@ -8,7 +9,8 @@ use std::{
 
 use keybroker_core::metrics;
 
-/// A statement is slow if it took longer than this time, including its wait for locks.
+/// A statement is slow if it took longer than this time, including the time for which it waited for
+/// locks.
 const SLOW: Duration = Duration::from_secs(1);
 /// Shortest interval between two log lines about one statement. Each log line contains the number of lines that were
 /// omitted since the previous log line.
@@ -16,7 +18,7 @@ const INTERVAL: Duration = Duration::from_mins(1);
 
 static SEEN: LazyLock<Mutex<Seen>> = LazyLock::new(Mutex::default);
 
-/// Records how long a statement took, whether it failed or not.
+/// Records the duration of a statement, even if the statement failed.
 pub(super) fn note(statement: &'static str, took: Duration) {
     if took < SLOW {
         return;
@@ -40,7 +42,8 @@ pub(super) fn note(statement: &'static str, took: Duration) {
 pub(super) fn learn(names: Vec<(&'static str, String)>) {
     let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
     for (statement, name) in names {
-        // The leaked memory is bounded: the program has some hundred statements.
+        // The amount of leaked memory is bounded, because the program has only a few hundred
+        // statements.
         seen.names
             .entry(statement)
             .or_insert_with(|| Box::leak(name.into_boxed_str()));
@@ -81,7 +84,7 @@ impl Seen {
     }
 }
 
-/// A set of statements, each with the name of its field.
+/// A statement, or a struct of statements. The name of each statement is the name of its field.
 pub(super) trait Named {
     fn names_below(&self, name: &str, names: &mut Vec<(&'static str, String)>);
 }
@@ -100,7 +103,7 @@ impl<T: Named> Named for Option<T> {
     }
 }
 
-/// Defines a struct of statements whose names are the names of its fields.
+/// Defines a struct of statements, and implements [`Named`] for the struct.
 macro_rules! named {
     ($(#[$attribute:meta])* $sees:vis struct $name:ident {
         $($(#[$of_field:meta])* $field_sees:vis $field:ident: $type:ty,)*

@@ -1,13 +1,15 @@
-//! Checks the local socket of a database server before anything is sent through it. The driver sends a password in clear text to
-//! a server that asks for it. Therefore a process of another user must not be able to listen in place of the server.
+//! Checks the local socket of a database server before anything is sent through it. The driver
+//! sends the password in clear text if the server requests the password. Therefore a process of
+//! another user must not be able to listen in place of the server.
 //!
-//! The path must meet the rules of `trusted_file`, but the users of the database server are also accepted as owners. The process
-//! that listens must run as one of these users, as the broker's user or as root. In a sticky directory such as `/tmp`, another
-//! user can create a socket while the server is stopped. Therefore, the path of a socket in a sticky directory is checked again
-//! before each use of a connection.
+//! The path must meet the rules of `trusted_file`, but the users of the database server are also
+//! accepted as owners. The listening process must run as one of the users of the database server,
+//! as the broker's user or as root. In a sticky directory such as `/tmp`, another user can create a
+//! socket while the server is stopped. Therefore the path of a socket in a sticky directory is
+//! checked again before each use of a connection.
 //!
-//! One case is not protected: the server stops, and another user creates a socket in a sticky directory between the check and the
-//! driver's `connect`.
+//! Not protected: between the check and the driver's `connect`, the server may stop and another
+//! user may create a socket in a sticky directory.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
@@ -37,7 +39,8 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// A socket on which these users, given by name or number, may listen. Users in `usual` that do not exist are ignored.
+    /// Creates a socket on which only the specified users may listen. `named` contains names or
+    /// numbers of users. Users in `usual` that do not exist are ignored.
     pub(super) fn new(
         path: PathBuf,
         named: Option<&[String]>,
@@ -75,7 +78,8 @@ impl Socket {
         )
     }
 
-    /// Checks the path of the socket if it exists. A configuration is often checked before the database server runs.
+    /// Checks the path of the socket if it exists. A missing socket is not an error, because a
+    /// configuration is often checked before the database server runs.
     pub(super) fn check_if_present(&self) -> Result<(), Error> {
         match self.check() {
             Err(error) if !error.is_missing() => Err(refused(error)),
@@ -137,7 +141,8 @@ fn unknown_user(name: &str) -> Error {
 mod tests {
     use super::*;
 
-    /// A container rarely has the users of the packages: its refusal must not send the reader to the name of one.
+    /// A container rarely has the users of the packages. Therefore the message in a container must
+    /// not suggest such a user name.
     #[test]
     fn a_refusal_says_that_no_default_user_exists() {
         let remedy = |named: Option<&[String]>, usual: &[&str]| {

@@ -1,7 +1,8 @@
-//! SQLite, the embedded default database, which one broker instance can use.
+//! SQLite, the embedded default database. Only one broker instance can use a SQLite database.
 //!
-//! One connection writes, and several read. The database uses WAL with `synchronous = FULL`, so that an acknowledged
-//! commit survives a power loss (NORMAL may lose the last commits).
+//! One connection writes, and several connections read. The database uses WAL with `synchronous =
+//! FULL`, so that an acknowledged commit survives a power loss. With `synchronous = NORMAL`, the
+//! last commits may be lost.
 
 use std::{
     io,
@@ -29,11 +30,12 @@ use super::{
 pub(super) mod file;
 mod place;
 
-/// A transaction takes the write lock when it begins. A transaction that read before it took the lock would fail if
-/// another transaction wrote in between. Therefore, no transaction has to lock single rows.
+/// A transaction takes the write lock when it begins. If a transaction took the lock after a read,
+/// the transaction would fail if another transaction wrote in between. Because of the write lock,
+/// no transaction has to lock single rows.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
-    // SQLite treats a name in double quotes as a text if no column has this name.
+    // If a name in double quotes is not the name of a column, SQLite treats the name as a string.
     quote: '`',
     begin: "BEGIN IMMEDIATE",
     lock: None,
@@ -49,11 +51,12 @@ const DIALECT: Dialect = Dialect {
 static SQL: LazyLock<Statements> = LazyLock::new(|| Statements::of_engine(&DIALECT));
 
 const READERS: u32 = 4;
-/// How long a call waits for a connection. The limit is shorter than the deadlines of most callers, so that they
-/// receive the reason for the wait.
+/// Longest time for which a call waits for a connection. The limit is shorter than most deadlines,
+/// so that callers receive the reason for the wait.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(4);
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// This limit is far longer than any disk operation. A file has no server that could be unavailable.
+/// This limit is far longer than the duration of any disk operation. A shorter limit is
+/// unnecessary, because a file has no server that could be unavailable.
 const TIME_LIMIT: Duration = Duration::from_mins(1);
 
 /// A SQLite database file.
@@ -61,7 +64,8 @@ const TIME_LIMIT: Duration = Duration::from_mins(1);
 struct SqliteFile {
     writer: SqlitePool,
     reader: SqlitePool,
-    /// One connection that is never lent. While this connection is open, SQLite neither removes nor creates a WAL.
+    /// A connection that no caller uses. While this connection is open, SQLite does not remove or
+    /// create the WAL.
     keeper: SqlitePool,
     place: Arc<place::Place>,
 }
@@ -75,11 +79,12 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .pragma("trusted_schema", "OFF")
         .create_if_missing(false)
-        // By default, the driver logs the whole statement on every call.
+        // By default, the driver logs the complete statement on every call.
         .disable_statement_logging()
 }
 
-/// The only connection that writes. The connection stays open, because each reopening would check the WAL again.
+/// The pool for the only connection that writes. The connection stays open, because every new
+/// connection checks the WAL.
 fn writer(path: &Path) -> SqlitePool {
     SqlitePoolOptions::new()
         .max_connections(1)
@@ -90,7 +95,8 @@ fn writer(path: &Path) -> SqlitePool {
         .connect_lazy_with(options(path))
 }
 
-/// The connections that read. A new connection is refused if it opened another file than the first connection.
+/// The connections that read. A new connection is refused if it has not opened the same file as the
+/// first connection.
 fn reader(path: &Path, place: Arc<place::Place>) -> SqlitePool {
     SqlitePoolOptions::new()
         .max_connections(READERS)

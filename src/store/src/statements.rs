@@ -1,5 +1,6 @@
-//! Every statement, in one form for all engines. A [`Dialect`] converts each statement into the text for one engine. `?` marks
-//! the position of a value. The values and their order are the same on each engine. Rows are read by the names of their columns.
+//! All SQL statements, in a form that does not depend on the engine. A [`Dialect`] converts each
+//! statement into the text for one engine. `?` marks the position of a value. The parameters and
+//! their order are the same on each engine. The code that reads rows uses the names of the columns.
 
 use super::{
     columns::{PerTable, Table},
@@ -12,7 +13,7 @@ mod rewrap;
 
 use rewrap::RewrapStatements;
 
-/// Highest number of records whose uses one statement reads or stores.
+/// Number of records whose last uses one statement reads or stores.
 pub(super) const RECORDS_AT_ONCE: usize = 50;
 
 /// Highest number of uses of API clients' secrets that one statement stores.
@@ -27,7 +28,7 @@ const RECORD: &str = "r.record_id AS record_id, r.state AS state, r.revision AS 
 const ADDRESS: &str = r#"r.tenant AS tenant, r."user" AS "user", r.key_name AS key_name"#;
 const RECORDS: &str = "records r LEFT JOIN revisions v \
                        ON v.record_id = r.record_id AND v.revision = r.revision";
-/// A row with an unreadable state is also listed, as damaged.
+/// A row with an unreadable state is also selected, and is listed as damaged.
 const STATE_WANTED: &str = "(? = 1 OR r.state <> 'deleted' OR r.state IS NULL)";
 
 named! {
@@ -35,63 +36,70 @@ named! {
 #[derive(Debug)]
 pub(super) struct Statements {
     pub(super) begin: &'static str,
-    /// Value: an empty call id. The statement changes no row, and fails if the database cannot be changed.
+    /// Parameter: an empty call id. The statement changes no row, and fails if the database cannot
+    /// be changed.
     pub(super) probe: &'static str,
     /// Reads at most one row.
     pub(super) probe_read: &'static str,
 
-    /// Values: tenant, user, key name. Returns the record and its envelope.
+    /// Parameters: tenant, user, key name. Returns the record and its envelope.
     pub(super) record: &'static str,
-    /// Values: record, revision. Returns the envelope, wrapping key and time.
+    /// Parameters: record, revision. Returns the envelope, wrapping key and time.
     pub(super) revision: &'static str,
-    /// Values: tenant, user to start after (twice), key name to start after, 1 to include deleted records, limit, rows to skip.
-    /// Returns records with their addresses.
+    /// Parameters: tenant, user to start after (twice), key name to start after, 1 to include
+    /// deleted records, limit, rows to skip. Returns records with their addresses.
     pub(super) page: &'static str,
-    /// Values: tenant, user, key name to start after, 1 to include deleted records, limit, rows to skip. Returns records with
-    /// their addresses.
+    /// Parameters: tenant, user, key name to start after, 1 to include deleted records, limit, rows
+    /// to skip. Returns records with their addresses.
     pub(super) page_of_user: &'static str,
-    /// Values: tenant, principal, request id, time after which the id was used. Returns the request.
+    /// Parameters: tenant, principal, request id, time after which the id was used. Returns the
+    /// request.
     pub(super) request: &'static str,
-    /// The registry, by sequence.
+    /// Returns the registry, ordered by sequence.
     pub(super) registry: &'static str,
-    /// The places of wrapping keys, by key and token.
+    /// Returns the places of wrapping keys, ordered by key and token.
     pub(super) places: &'static str,
 
-    /// Value: record. Locks the record until the transaction ends. `None` if a transaction locks the whole database.
+    /// Parameter: record. Locks the record until the transaction ends. `None` if a transaction
+    /// locks the entire database.
     pub(super) lock_record: Option<&'static str>,
-    /// Value: record. Returns the record with its address.
+    /// Parameter: record. Returns the record with its address.
     pub(super) record_by_id: &'static str,
-    /// Values: a row of the changes. The statement waits for a transaction that inserts a row of the same call.
+    /// Parameters: all columns of the table `changes`. The statement waits for a transaction that
+    /// inserts a row of the same call.
     pub(super) insert_change: &'static str,
-    /// Values: calls, as many as [`CHANGES_MAX`]. Returns the identity of the database, and how many of the calls left a mark.
-    /// Returns no row if the database has no identity.
+    /// Parameters: the ids of [`CHANGES_MAX`] calls. Returns the identity of the database, and the
+    /// number of given calls that have a mark. Returns no row if the database has no identity.
     pub(super) evidence: &'static str,
-    /// Values: identity, at. Inserts nothing if the database has an identity.
+    /// Parameters: identity, at. If the database already has an identity, the statement inserts
+    /// nothing.
     pub(super) insert_identity: &'static str,
-    /// Value: identity.
+    /// Parameter: identity.
     pub(super) update_identity: &'static str,
-    /// Values: log, instance. Returns how many audit logs the instance has, and how many of these are the given log.
+    /// Parameters: log, instance. Returns the number of audit logs of the instance, and 1 if the
+    /// given log is among these audit logs, otherwise 0.
     pub(super) audit_logs: &'static str,
-    /// Values: instance, log, at. If the instance already has the log, the statement inserts nothing or fails with a duplicate
-    /// key.
+    /// Parameters: instance, log, at. If the instance already has the log, the statement inserts
+    /// nothing or fails with a duplicate key.
     pub(super) insert_audit_log: &'static str,
-    /// Values: tenant, user, limit. Returns the number of records, including deleted ones.
+    /// Parameters: tenant, user, limit. Returns the number of records, including deleted records.
     pub(super) count_keys: &'static str,
-    /// Values: record, limit. Returns the number of revisions.
+    /// Parameters: record, limit. Returns the number of revisions.
     pub(super) count_revisions: &'static str,
-    /// Values: a row of the revisions.
+    /// Parameters: all columns of the table `revisions`.
     pub(super) insert_revision: &'static str,
-    /// Values: new revision, time of the change, record, current revision.
+    /// Parameters: new revision, time of the change, record, current revision.
     pub(super) advance_record: &'static str,
-    /// Values: state, time of the change, time of the deletion, record.
+    /// Parameters: state, time of the change, time of the deletion, record.
     pub(super) set_state: &'static str,
-    /// Values: tenant, principal, request id, time until which the id was used.
+    /// Parameters: tenant, principal, request id, time until which the id was used.
     pub(super) forget_request: &'static str,
-    /// Values: used before, limit.
+    /// Parameters: used before, limit.
     pub(super) forget_requests: &'static str,
-    /// Values: all columns of the registry except the key, then the key and the current MAC.
+    /// Parameters: all columns of the registry except the key, then the key and the current MAC.
     pub(super) update_registry: &'static str,
-    /// Values: all columns of a place except those of the key, then the columns of the key and the current MAC.
+    /// Parameters: all columns of a place except the key, then the columns of the key and the
+    /// current MAC.
     pub(super) update_place: &'static str,
 
     /// The scheduled destructions, by key.
@@ -103,37 +111,41 @@ pub(super) struct Statements {
     /// Values: key, MAC.
     pub(super) end_destruction: &'static str,
 
-    /// Value: client. Returns the whole row.
+    /// Parameter: client. Returns the complete row.
     pub(super) client: &'static str,
-    /// Values: new revision, document, MAC, key, time of the change, client, current revision.
+    /// Parameters: new revision, document, MAC, wrapping key, time of the change, client, current
+    /// revision.
     pub(super) update_client: &'static str,
 
-    /// Values: record, revision. The statement does not delete a current revision.
+    /// Parameters: record, revision. The statement does not delete a current revision.
     pub(super) delete_superseded: &'static str,
-    /// Value: record.
+    /// Parameter: record.
     pub(super) delete_revisions: &'static str,
-    /// Value: record.
+    /// Parameter: record.
     pub(super) delete_record: &'static str,
-    /// Value: call.
+    /// Parameter: call.
     pub(super) delete_change: &'static str,
-    /// Value: record.
+    /// Parameter: record.
     pub(super) delete_use: &'static str,
-    /// Values: rows of the last uses, as many as [`RECORDS_AT_ONCE`]. The same row may occur several times. A stored time that is
-    /// later is kept.
+    /// Parameters: [`RECORDS_AT_ONCE`] rows of the table `last_uses`. The same row may occur
+    /// several times. The statement does not replace a later stored time.
     pub(super) note_uses: &'static str,
-    /// Values: records, as many as [`RECORDS_AT_ONCE`]. Returns when these records were last released.
+    /// Parameters: the ids of [`RECORDS_AT_ONCE`] records. Returns the times at which the given
+    /// records were last released.
     pub(super) uses: &'static str,
-    /// Values: rows of the uses of secrets, as many as [`CLIENT_USES_AT_ONCE`]. The same row may occur several times. A stored
-    /// time that is later is kept.
+    /// Parameters: [`CLIENT_USES_AT_ONCE`] rows of the table `client_uses`. The same row may occur
+    /// several times. The statement does not replace a later stored time.
     pub(super) note_client_uses: &'static str,
-    /// Value: client. Returns the uses of the client's secrets, ordered by the number of the secret.
+    /// Parameter: client. Returns the uses of the client's secrets, ordered by the number of the
+    /// secret.
     pub(super) uses_of_client: &'static str,
 
     pub(super) clock: Option<&'static str>,
     pub(super) has_migrations: &'static str,
-    /// The newest completed migration, if there is one.
+    /// Returns the newest completed migration, if any.
     pub(super) newest_migration: &'static str,
-    /// Value: version. Returns the completed migrations after this version, with their descriptions.
+    /// Parameter: version. Returns the completed migrations after the given version, with their
+    /// descriptions.
     pub(super) later_migrations: &'static str,
     pub(super) durability: &'static str,
 
@@ -151,11 +163,11 @@ pub(super) struct OfTable {
     pub(super) count: &'static str,
     /// Returns the number of rows with NULL in a column of the key.
     pub(super) keyless: &'static str,
-    /// Values: the key to start after, limit, rows to skip. If the key has several columns, the value of its first column occurs
-    /// twice. Returns all columns.
+    /// Parameters: the key to start after, limit, rows to skip. If the key has several columns, the
+    /// parameters contain the value of the first column twice. Returns all columns.
     pub(super) page: &'static str,
-    /// Values: all columns. If the row exists, the statement inserts nothing or fails with a duplicate key: see
-    /// [`insert_unless_taken`](super::mutations::insert_unless_taken).
+    /// Parameters: all columns. If the row exists, the statement inserts nothing or fails with a
+    /// duplicate key: see [`insert_unless_taken`](super::mutations::insert_unless_taken).
     pub(super) insert: &'static str,
 }
 }
@@ -323,8 +335,8 @@ impl OfTable {
     fn of_engine(dialect: &Dialect, table: Table) -> Self {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let after = match table.key() {
-            // Not every engine uses an index for a comparison of several columns. All engines use an index for a comparison of
-            // only the first column.
+            // For a comparison of several columns, some engines do not use an index. For a
+            // comparison of only the first column, all engines use an index.
             [first, _, ..] => {
                 let places = places(table.key().len());
                 format!("{} >= ? AND ({key}) > ({places})", first.name)

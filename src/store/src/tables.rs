@@ -1,6 +1,6 @@
-//! The database as tables, for commands that process the whole database. Rows are read in the order of their keys, page by page,
-//! so that memory use is bounded and an interrupted job can start again. A row that cannot be decoded is reported and not
-//! skipped.
+//! The database as tables, for commands that process all rows. Rows are read in the order of their
+//! keys, page by page, so that memory use is bounded and an interrupted job can start again. A row
+//! that cannot be decoded is reported instead of skipped.
 
 use std::fmt;
 
@@ -25,7 +25,7 @@ pub use super::{
 /// Rows per page.
 pub const PAGE_ROWS: usize = 500;
 
-/// One row as it is stored. A value that the driver could not decode is absent.
+/// One stored row. A value that the driver could not decode is absent.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row {
     table: Table,
@@ -33,7 +33,7 @@ pub struct Row {
     values: Vec<Option<Value>>,
 }
 
-/// Omits the values, because there are many.
+/// The output omits the values, because a row has many values.
 impl fmt::Debug for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Row({})", self.table.name())
@@ -57,7 +57,7 @@ impl Row {
         }
     }
 
-    /// A row with these values, in the order of [`Table::columns`].
+    /// Creates a row with `values`, which are in the order of [`Table::columns`].
     #[cfg(test)]
     pub(super) fn new(table: Table, values: Vec<Value>) -> Self {
         assert_eq!(values.len(), table.columns().len(), "{}", table.name());
@@ -76,7 +76,7 @@ impl Row {
         self.key().iter().all(Option::is_some)
     }
 
-    /// Identifies the row for people: its table and its key.
+    /// Identifies the row in messages by its table and its key.
     pub(super) fn place(&self) -> String {
         let mut text = self.table.name().to_owned();
         for value in self.key() {
@@ -91,7 +91,8 @@ impl Row {
         text
     }
 
-    /// All values, for writing. Returns an error if a value could not be read.
+    /// Returns all values of the row, in order to write the row. Returns an error if a value could
+    /// not be read.
     pub(super) fn to_values(&self) -> Result<Vec<Value>, Error> {
         let all: Option<Vec<Value>> = self.values.iter().cloned().collect();
         all.ok_or_else(|| Error::Corrupt(format!("a row of {}", self.table.name()).into()))
@@ -106,7 +107,8 @@ impl Row {
     }
 }
 
-/// Allows the same code to decode a row from any source. A value that does not have the requested type is treated as not found.
+/// Allows the same code to decode a row of a query and a row of a page. A value that does not have
+/// the requested type is treated as not found.
 impl Columns for Row {
     fn bytes(&self, column: &str) -> Result<&[u8], sqlx::Error> {
         match self.value(column)? {
@@ -137,27 +139,28 @@ impl Columns for Row {
     }
 }
 
-/// The operations that the commands for a whole database need in addition to [`Store`].
+/// Additional operations for commands that process all rows of a database.
 #[async_trait]
 pub trait Tables: Store {
-    /// The current time of the database server; `None` for a SQLite file.
+    /// Returns the current time of the database server, or `None` for a SQLite file.
     async fn clock(&self) -> Result<Option<Timestamp>, Error>;
 
-    /// The number of rows of a table.
+    /// Returns the number of rows of a table.
     async fn count(&self, table: Table) -> Result<u64, Error>;
 
-    /// The number of rows, in all tables, that have NULL in a column of the key. No page and no call finds rows with NULL in the
-    /// key.
+    /// Returns the number of rows, in all tables, that have NULL in a column of the key. Pages and
+    /// calls do not find rows with NULL in the key.
     async fn keyless_rows(&self) -> Result<u64, Error>;
 
-    /// At most [`PAGE_ROWS`] rows of a table, in the order of their keys. The page begins after the row `after`, or at the first
-    /// row if `after` is `None`, and leaves out the first `skip` rows.
+    /// Returns at most [`PAGE_ROWS`] rows of a table, in the order of their keys. The page begins
+    /// `skip` rows after the row `after`, or `skip` rows after the beginning if `after` is `None`.
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error>;
 
-    /// Adds rows as they are, all of them or none. Returns [`Error::Exists`] if a new row conflicts with an existing row.
+    /// Adds all rows unchanged. If an error occurs, no row is added. Returns [`Error::Exists`] if a
+    /// new row conflicts with an existing row.
     async fn insert(&self, table: Table, rows: &[Row]) -> Result<(), Error>;
 
-    /// The stored data of a record, by its id.
+    /// Returns the stored data of the record with the id `record`.
     async fn record_by_id(&self, record: RecordId) -> Result<Option<RecordInfo>, Error>;
 
     /// Removes superseded revisions, and returns the removed revisions. A current revision is not removed.
@@ -166,18 +169,19 @@ pub trait Tables: Store {
         revisions: &[(RecordId, Revision)],
     ) -> Result<Vec<(RecordId, Revision)>, Error>;
 
-    /// Removes the records that were deleted before this time and are still deleted, with all their revisions. Returns the
-    /// removed records.
+    /// Removes the records that were deleted before the time `before` and are still deleted, with
+    /// all their revisions. Returns the removed records.
     async fn purge_records(
         &self,
         records: &[RecordId],
         deleted_before: Timestamp,
     ) -> Result<Vec<RecordId>, Error>;
 
-    /// Gives the database the identity of another database that was copied into it.
+    /// Replaces the identity of the database with the identity of another database that was copied
+    /// into this database.
     async fn adopt_identity(&self, id: StoreId) -> Result<(), Error>;
 
-    /// Removes the marks of these calls, and returns how many marks existed.
+    /// Removes the marks of calls, and returns the number of removed marks.
     async fn forget_changes(&self, calls: &[CallId]) -> Result<u64, Error>;
 }
 
@@ -187,8 +191,8 @@ pub(super) struct Cursor {
     table: Table,
     page: std::vec::IntoIter<Row>,
     next: Option<Row>,
-    /// The last row with a readable key; `skip` is the number of rows that were read after this row. The next page begins after
-    /// these rows.
+    /// The last row with a readable key; `skip` is the number of rows that were read after this
+    /// row. The next page begins after the last row that was read.
     last: Option<Row>,
     skip: u64,
     at_end: bool,
@@ -206,7 +210,7 @@ impl Cursor {
         }
     }
 
-    /// The row that [`Self::take`] will return.
+    /// Returns the row that [`Self::take`] will return next.
     pub(super) async fn peek(&mut self, store: &dyn Tables) -> Result<Option<&Row>, Error> {
         if self.next.is_none() {
             self.next = self.page.next();

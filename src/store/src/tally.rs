@@ -1,4 +1,4 @@
-//! Counts the rows that a long job has changed so far, for the report if the job fails before its end.
+//! Counts the rows that a long job has changed. If the job fails, the report contains this number.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -10,7 +10,8 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Call this function before an attempt to change rows. After the function was called, rows may have been changed.
+    /// Records that rows may have been changed. Call this function before the first attempt to
+    /// change rows.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::Relaxed);
     }
@@ -21,12 +22,13 @@ impl Tally {
         self.rows.fetch_add(rows, Ordering::Relaxed);
     }
 
-    /// The number of rows that are known to be changed.
+    /// The number of rows that were certainly changed.
     pub fn rows(&self) -> u64 {
         self.rows.load(Ordering::Relaxed)
     }
 
-    /// The number of rows that are known to be changed; `None` before the first attempt to change rows.
+    /// The number of rows that were certainly changed; `None` before the first attempt to change
+    /// rows.
     pub fn rows_if_begun(&self) -> Option<u64> {
         self.begun.load(Ordering::Relaxed).then(|| self.rows())
     }

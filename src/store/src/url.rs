@@ -1,73 +1,75 @@
-//! The URL of a database. The broker parses the URL instead of the driver, because some URL parameters of the drivers
-//! disable TLS.
+//! The URL of a database. The broker parses the URL itself, because some URL parameters of the
+//! drivers disable TLS.
 //!
 //! Mitigation: M17 of `THREAT_MODEL.md`.
 
 use std::{net::Ipv6Addr, path::PathBuf};
 
-/// What is wrong with a URL, as a clause that follows the name of the setting. This text never contains the URL,
-/// because the URL may include a password.
+/// The problem of a URL that cannot be used. This text never contains the URL, because the URL may
+/// include a password.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum UrlError {
     #[error(
-        "must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
+        "the URL must be `sqlite:` and the absolute path of a file, `postgres://user@host/database` or \
          `mysql://user@host/database`; for a local socket, omit the host and append `?socket=` and the absolute path of \
          the socket"
     )]
     Form,
-    #[error("must be `sqlite:` and the absolute path of a file")]
+    #[error("the URL must be `sqlite:` and the absolute path of a file")]
     NotAbsolute,
     #[error(
-        "contains `{found}`, but a SQLite URL has no parameters: use the settings of [store]; if the path \
+        "the URL contains `{found}`, but a SQLite URL has no parameters: use the settings of [store]; if the path \
          contains the character, write `{encoded}`"
     )]
     FileParameters { found: char, encoded: &'static str },
     #[error(
-        "contains `#`, which begins a fragment and would be ignored; write `%23` if a name contains the character"
+        "the URL contains `#`, which begins a fragment and would be ignored; write `%23` if a name contains the character"
     )]
     Fragment,
-    #[error("has no user: write `user@` before the host")]
+    #[error("the URL has no user: write `user@` before the host")]
     NoUser,
     #[error(
-        "contains a password, which logs and process lists would show; put it into a file named by \
-         `password_file`, or into an environment variable named by `password_variable`"
+        "the URL contains a password, which logs and process lists would show; set `password_file` or \
+         `password_variable` instead"
     )]
     Password,
-    #[error("has no database name: append `/` and the name")]
+    #[error("the URL has no database name: append `/` and the name")]
     NoDatabase,
-    #[error("has no host and no `?socket=`")]
+    #[error("the URL has no host and no `?socket=`")]
     NoHost,
-    #[error("has no host before the port")]
+    #[error("the URL has no host before the port")]
     NoHostBeforePort,
     #[error(
-        "has parameters: only `?socket=` is supported, without a host; use the settings of [store] for the rest"
+        "the URL has parameters: only `?socket=` is supported, in a URL without a host; use the settings of [store] for other options"
     )]
     ServerParameters,
-    #[error("has parameters other than `?socket=`")]
+    #[error("the URL has parameters other than `?socket=`")]
     SocketParameters,
-    #[error("has a socket path that is not absolute")]
+    #[error("the URL has a socket path that is not absolute")]
     SocketNotAbsolute,
     #[error(
-        "has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
+        "the URL has an IPv6 address that is not in brackets: write `[::1]`, or `[::1]:5433` with a port"
     )]
     NoBrackets,
-    #[error("has a text in brackets that is not an IPv6 address")]
+    #[error("the text in brackets in the URL is not an IPv6 address")]
     NotIpv6,
-    #[error("has text after the `]` of the host: write a `:` before the port")]
+    #[error("the URL has text after the `]` of the host: write a `:` before the port")]
     NoColon,
-    #[error("has {0:?} in its host, which no DNS name or IP address contains")]
+    #[error(
+        "the URL has {0:?} in the host, but this character is not allowed in DNS names and IP addresses"
+    )]
     Host(char),
-    #[error("has a port that is not 1 to 65535")]
+    #[error("the URL has a port that is not 1 to 65535")]
     Port,
     #[error(
-        "has a `%` that is not followed by two hexadecimal digits, or `%` escapes that are not UTF-8"
+        "the URL has a `%` that is not followed by two hexadecimal digits, or `%` escapes that are not UTF-8"
     )]
     Encoding,
-    #[error("has a control character")]
+    #[error("the URL has a control character")]
     ControlCharacter,
 }
 
-/// Where a database is.
+/// The location of a database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     /// A file.
@@ -86,14 +88,14 @@ pub(super) struct Place {
     pub(super) transport: Transport,
 }
 
-/// How the broker connects to a database server.
+/// The connection between the broker and a database server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// Over the network. A loopback address also belongs to the network, because any user of the machine can listen on
-    /// it.
+    /// A connection over the network. A connection to a loopback address counts as a connection
+    /// over the network, because any user of the machine can listen on a loopback address.
     Network { host: String, port: Option<u16> },
-    /// Over a socket in the file system. The path is that of the directory for PostgreSQL, and that of the socket for
-    /// MySQL.
+    /// A connection over a socket in the file system. For PostgreSQL, the path is the path of the
+    /// socket's directory. For MySQL, the path is the path of the socket.
     Socket(PathBuf),
 }
 
@@ -142,7 +144,7 @@ impl Place {
         Ok(place)
     }
 
-    /// Whether data that is sent to the database stays inside the kernel of this machine.
+    /// Whether the connection uses a local socket, so that no data leaves this machine.
     pub(super) fn is_local(&self) -> bool {
         matches!(self.transport, Transport::Socket(_))
     }
@@ -168,8 +170,8 @@ fn socket(query: &str) -> Result<Transport, UrlError> {
     }
 }
 
-/// Parses the path of a file. Parameters after the path, which other programs accept, would become a part of the file
-/// name.
+/// Parses the path of a file. Parameters after the path are refused, because they would become a
+/// part of the file name.
 fn file(text: &str) -> Result<PathBuf, UrlError> {
     if let Some(found) = text.chars().find(|c| ['?', '#'].contains(c)) {
         let encoded = if found == '?' { "%3F" } else { "%23" };
@@ -188,7 +190,7 @@ fn network(text: &str) -> Result<Transport, UrlError> {
         Some(rest) => {
             let (host, port) = rest.split_once(']').ok_or(UrlError::NoBrackets)?;
             let host = decode(host)?;
-            // A link-local address has the name of its network interface after a `%`.
+            // In a link-local address, the name of the network interface follows a `%`.
             let address = host.split('%').next().unwrap_or("");
             if address.parse::<Ipv6Addr>().is_err() {
                 return Err(UrlError::NotIpv6);
@@ -226,7 +228,8 @@ fn network(text: &str) -> Result<Transport, UrlError> {
     Ok(Transport::Network { host, port })
 }
 
-/// Decodes percent-encoding in every part of every URL. User names of managed databases contain an `@`.
+/// Decodes percent-encoding in a part of a URL, such as the `@` in a user name of a managed
+/// database.
 fn decode(text: &str) -> Result<String, UrlError> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
@@ -329,9 +332,9 @@ mod tests {
             ("postgres://me@::1/keys", "brackets"),
             ("postgres://me@[db]/keys", "IPv6"),
             ("postgres://me@:5433/keys", "no host"),
-            ("postgres://me@local host/keys", "' ' in its host"),
-            ("mysql://me@local%20host/keys", "' ' in its host"),
-            ("mysql://me@%2Frun%2Fmysqld/keys", "'/' in its host"),
+            ("postgres://me@local host/keys", "' ' in the host"),
+            ("mysql://me@local%20host/keys", "' ' in the host"),
+            ("mysql://me@%2Frun%2Fmysqld/keys", "'/' in the host"),
             ("oracle://me@db/keys", "must be"),
             ("postgres:me@db/keys", "must be"),
             ("postgres://db/keys", "no user"),

@@ -14,7 +14,7 @@ const PREFIX_BYTES: usize = 4;
 /// Initial capacity of an [`Outbox`] in bytes, enough for the usual number of waiting frames.
 const OUTBOX_BYTES: usize = 4 * 1024;
 
-/// The bytes that the socket has not accepted yet. Sent bytes are overwritten immediately.
+/// Frames that the socket has not accepted yet. Sent bytes are overwritten immediately.
 #[derive(Debug)]
 pub struct Outbox {
     bytes: Zeroizing<Vec<u8>>,
@@ -36,7 +36,7 @@ impl Outbox {
         let length = message.encoded_len();
         let needed = self.bytes.len() + PREFIX_BYTES + length;
         if needed > self.bytes.capacity() {
-            // A vector that grows automatically would leave a copy that is not overwritten.
+            // If the vector grew automatically, its old copy would not be overwritten.
             let mut grown = Vec::with_capacity(needed * 2);
             grown.extend(&*self.bytes);
             self.bytes = Zeroizing::new(grown);
@@ -48,7 +48,7 @@ impl Outbox {
             .expect("a vector grows as far as it must");
     }
 
-    /// The bytes still to be sent.
+    /// The bytes that were not sent yet.
     pub fn rest(&self) -> &[u8] {
         &self.bytes[self.sent..]
     }
@@ -69,7 +69,7 @@ impl Outbox {
     }
 }
 
-/// Received bytes that are not a complete message yet. Messages that were taken out are
+/// Received bytes that the caller has not taken yet. Bytes of messages that were removed are
 /// overwritten.
 #[derive(Debug)]
 pub struct Inbox {
@@ -89,7 +89,8 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Returns the buffer for the next read. The buffer is not empty if [`Inbox::take`] found no message.
+    /// Returns the buffer for the next read. After [`Inbox::take`] has found no message, the buffer
+    /// has at least one byte of free space.
     pub fn room(&mut self) -> &mut [u8] {
         if self.end == self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -105,7 +106,7 @@ impl Inbox {
         self.end += count;
     }
 
-    /// Takes out the next complete message; `None` if it has not arrived completely.
+    /// Removes and returns the next message; `None` if no complete message has arrived.
     pub fn take<M: Message + Default>(&mut self) -> io::Result<Option<M>> {
         let Some((prefix, rest)) =
             self.bytes[self.start..self.end].split_first_chunk::<PREFIX_BYTES>()
@@ -154,7 +155,7 @@ fn length(prefix: [u8; PREFIX_BYTES]) -> io::Result<usize> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "frame too long"))
 }
 
-/// The current `CLOCK_MONOTONIC` in nanoseconds. Front and worker share this clock.
+/// The current `CLOCK_MONOTONIC` in nanoseconds. Front and workers use the same clock.
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
@@ -198,8 +199,8 @@ mod tests {
         }
     }
 
-    /// The frames are longer in total than an inbox, so that an incomplete frame moves to the start
-    /// of the buffer.
+    /// Together, the frames are longer than an inbox, so that an incomplete frame moves to the
+    /// start of the buffer.
     #[test]
     fn messages_taken_out_are_overwritten() {
         let mut secret = request(1);

@@ -1,9 +1,10 @@
 //! Files with wrapped integrity keys, for tokens that do not support HMAC keys (`token.integrity_key = "worker"`).
 //!
-//! Each file contains the integrity key of one wrapping key, wrapped under the RSA key of this wrapping key. Anyone with the
-//! public key can wrap a key, so the ciphertext does not prove who created it. Therefore, the SHA-256 of each file is in the
-//! configuration, and the file is never in the database. A person who can write to the database cannot choose the integrity key
-//! that verifies the rows.
+//! Each file contains the integrity key of one wrapping key, wrapped under the RSA key of this
+//! wrapping key. Everyone with the public key can wrap a key, so a ciphertext does not prove its
+//! origin. Therefore the configuration contains the SHA-256 of each file, and the files are never
+//! in the database. As a result, a person who can write to the database cannot choose the integrity
+//! key that verifies the rows.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -31,13 +32,13 @@ use crate::Settings;
 const FORMAT: &str = "keybroker-integrity-key/1";
 /// Longest file, in bytes: the ciphertext of an RSA-4096 key has 1,024 hexadecimal digits.
 const BYTES_MAX: u64 = 4_096;
-/// Longest ciphertext, in bytes: that of an RSA-4096 key.
+/// Longest ciphertext, in bytes: the ciphertext of an RSA-4096 key.
 const CIPHERTEXT_BYTES_MAX: usize = 512;
 const EXTENSION: &str = "json";
 const INTEGRITY_KEY: Purpose = Purpose::secret("wrapped integrity key");
 const DIRECTORY: Purpose = Purpose::trust("other users could replace the wrapped integrity keys");
 
-/// Why a wrapped integrity key cannot be used.
+/// The reason why a wrapped integrity key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IntegrityFileError {
     /// The configuration does not permit integrity keys in the memory of the workers.
@@ -66,8 +67,9 @@ pub enum IntegrityFileError {
     },
     /// The digest of the file differs from the configured digest.
     #[error(
-        "the wrapped integrity key {} was changed: its SHA-256 is not the one in [token.integrity_key_digests]. A person \
-         who chose the content of the file could forge rows; restore the file from a backup, and find out who changed it",
+        "the wrapped integrity key {} was changed: its SHA-256 differs from the digest in \
+         [token.integrity_key_digests]. A person who chose the content of the file could forge rows; restore the file \
+         from a backup, and find out who changed the file",
         path.display()
     )]
     Changed {
@@ -79,7 +81,7 @@ pub enum IntegrityFileError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with the content.
+        /// The problem of the content.
         source: ContentError,
     },
     /// The file is missing, or other users can read or change it.
@@ -93,7 +95,7 @@ pub enum IntegrityFileError {
     List {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The user of this process cannot create files in the directory.
@@ -101,7 +103,7 @@ pub enum IntegrityFileError {
     NotWritable {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The file cannot be written.
@@ -109,57 +111,57 @@ pub enum IntegrityFileError {
     Write {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
 
 impl IntegrityFileError {
-    /// Whether the content of the file is not what `keybroker` wrote. All other errors are about settings, owner, mode or
-    /// storage.
+    /// Whether the error means that the content of the file differs from the content that
+    /// `keybroker` wrote. All other errors are about settings, owner, mode or storage.
     pub fn is_about_content(&self) -> bool {
         matches!(self, Self::Changed { .. } | Self::Malformed { .. })
     }
 }
 
-/// Why the content of a file is not a wrapped integrity key.
+/// The reason why the content of a file is not a wrapped integrity key.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
     /// The content is not a JSON object with the required fields.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
     /// The value of `format` is not known.
-    #[error("its format is not {FORMAT:?}")]
+    #[error("the value of `format` is not {FORMAT:?}")]
     Format,
     /// The value of `wrapping_key` is not a key id.
     #[error("`wrapping_key` is not a key id")]
     WrappingKey,
-    /// The value of `algorithm` is not known.
+    /// The value of `algorithm` is unknown.
     #[error("`algorithm` is not known")]
     Algorithm,
     /// The value of `ciphertext` is not hexadecimal or does not have the required length.
     #[error("`ciphertext` is not hexadecimal, or has another length")]
     Ciphertext,
     /// The integrity key belongs to another wrapping key.
-    #[error("it is of {0}")]
+    #[error("the file is for wrapping key {0}")]
     OtherKey(WrappingKeyId),
 }
 
 fn describe_file(error: &trusted_file::Error) -> String {
     let remedy = if error.is_missing() {
-        "; without this file no row can be verified: restore the file from a backup"
+        "; rows can be verified only with this file: restore the file from a backup"
     } else {
         ""
     };
     format!("the wrapped integrity key: {error}{remedy}")
 }
 
-/// An integrity key as it is stored: wrapped under the RSA key.
+/// An integrity key that is wrapped under an RSA key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrappedIntegrityKey {
     /// The wrapping key to which the integrity key belongs.
     pub wrapping_key: WrappingKeyId,
-    /// How it is wrapped.
+    /// The algorithm with which the integrity key is wrapped.
     pub algorithm: Algorithm,
     /// The ciphertext that the token decrypts.
     pub ciphertext: Vec<u8>,
@@ -225,7 +227,8 @@ impl<'a> IntegrityFiles<'a> {
         Self::permitted(settings)?.ok_or(IntegrityFileError::NotPermitted(id))
     }
 
-    /// Returns the files of a token, or `None` if its settings do not permit integrity keys in the memory of the workers.
+    /// Returns the files of a token, or `None` if the token's settings do not permit integrity keys
+    /// in the memory of the workers.
     pub fn permitted(settings: &'a Settings) -> Result<Option<Self>, IntegrityFileError> {
         if !settings.permits_integrity_key_in_worker() {
             return Ok(None);
@@ -242,14 +245,15 @@ impl<'a> IntegrityFiles<'a> {
         self.directory.join(format!("{id}.{EXTENSION}"))
     }
 
-    /// Checks that no other user can change the directory. Returns the path of the directory with `$CREDENTIALS_DIRECTORY`
-    /// replaced.
+    /// Checks that no other user can change the directory. Returns the path of the directory, in
+    /// which `$CREDENTIALS_DIRECTORY` is replaced with its value.
     pub fn check_directory(&self) -> Result<PathBuf, IntegrityFileError> {
         trusted_file::check_directory(self.directory, DIRECTORY)
             .map_err(IntegrityFileError::Directory)
     }
 
-    /// Checks the directory, and checks that the user of this process can create files in it.
+    /// Checks the directory, and checks that the user of this process can create files in the
+    /// directory.
     pub fn check_writable(&self) -> Result<(), IntegrityFileError> {
         let path = self.check_directory()?;
         access(&path, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
@@ -260,26 +264,27 @@ impl<'a> IntegrityFiles<'a> {
         })
     }
 
-    /// Returns whether there is a file of a wrapping key. The content of the file is not checked.
+    /// Returns whether a wrapping key has a file. The function does not check the content of the
+    /// file.
     pub fn has(&self, id: WrappingKeyId) -> bool {
         let path = self.path(id);
         trusted_file::expand(&path).is_ok_and(|path| path.symlink_metadata().is_ok())
     }
 
-    /// Returns whether the configuration has the digest of the file of a wrapping key. A file with a configured digest was in
-    /// use.
+    /// Returns whether the configuration has the digest of the file of a wrapping key. A configured
+    /// digest shows that the file was in use.
     pub fn is_pinned(&self, id: WrappingKeyId) -> bool {
         self.digests.contains_key(&id.to_string())
     }
 
-    /// Reads the file of a wrapping key, if the file has the configured digest.
+    /// Reads the file of a wrapping key. Fails if the file does not have the configured digest.
     pub fn load(&self, id: WrappingKeyId) -> Result<WrappedIntegrityKey, IntegrityFileError> {
         let path = self.path(id);
         let bytes = trusted_file::read(&path, BYTES_MAX, INTEGRITY_KEY)
             .map_err(IntegrityFileError::File)?;
         match self.digests.get(&id.to_string()) {
             None => return Err(IntegrityFileError::NotPinned { id, path }),
-            // Both digests are public, so the comparison need not take constant time.
+            // Both digests are public, so a comparison in variable time is safe.
             Some(digest) if *digest != sha256(&bytes) => {
                 return Err(IntegrityFileError::Changed { path });
             }
@@ -324,8 +329,8 @@ impl<'a> IntegrityFiles<'a> {
         Ok((path, sha256(text.as_bytes())))
     }
 
-    /// Returns the problems of all files whose digests are configured, and of all files in the directory that have no configured
-    /// digest.
+    /// Returns the problems of all files with a configured digest, and of all other files in the
+    /// directory.
     pub fn problems(&self) -> Vec<IntegrityFileError> {
         let directory = match self.check_directory() {
             Ok(directory) => directory,
@@ -370,7 +375,7 @@ fn sha256(bytes: &[u8]) -> String {
     hex::encode(digest::digest(&digest::SHA256, bytes))
 }
 
-/// Returns whether a text is a SHA-256 in the format of the configuration.
+/// Returns whether a string is a SHA-256 in the format of the configuration.
 pub fn is_sha256(text: &str) -> bool {
     let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     text.len() == 2 * digest::SHA256_OUTPUT_LEN && text.bytes().all(is_digit)
@@ -447,7 +452,7 @@ mod tests {
         assert_eq!(fixture.files().load(ID).unwrap(), key());
     }
 
-    /// A person with the public key can wrap a key.
+    /// Everyone with the public key can wrap a key.
     #[test]
     fn a_file_that_another_key_was_put_into_is_refused() {
         let fixture = Fixture::new(&key().to_text());
@@ -506,9 +511,9 @@ mod tests {
         long.ciphertext = vec![1; 513];
         let good = key().to_text();
         for (text, word) in [
-            (other.to_text(), "it is of 08"),
+            (other.to_text(), "the file is for wrapping key 08"),
             (long.to_text(), "another length"),
-            (good.replace("/1", "/2"), "its format"),
+            (good.replace("/1", "/2"), "the value of `format`"),
             (good.replace("SHA-256", "SHA-512"), "`algorithm`"),
             (good.replace('{', "{\"more\": 1,"), "unknown field"),
             ("{}".to_owned(), "missing field"),

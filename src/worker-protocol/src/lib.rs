@@ -1,5 +1,6 @@
-//! The common parts of the front and its workers: the messages on their socket pair, the settings of a token, the PIN,
-//! and RSA-OAEP with the public key. This crate contains no code for PKCS#11 and no code that starts workers.
+//! The code that the front and its workers share: the messages on their socket pair, the settings
+//! of a token, the PIN, and RSA-OAEP with the public key. This crate contains no code for PKCS#11
+//! and no code that starts workers.
 
 pub mod frame;
 pub mod integrity_file;

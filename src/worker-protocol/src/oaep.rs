@@ -1,5 +1,5 @@
-//! RSA-OAEP with the public key, in software. Wrapping needs no secret, so it does not need the
-//! token.
+//! RSA-OAEP with the public key, in software. Wrapping needs only the public key, so the token is
+//! not needed.
 //!
 //! Mitigation: M9 of `THREAT_MODEL.md`.
 
@@ -16,7 +16,7 @@ use keybroker_core::{envelope::Algorithm, key::Fingerprint};
 /// Smallest and largest permitted modulus, in bits.
 pub const MODULUS_BITS: std::ops::RangeInclusive<usize> = 2_048..=4_096;
 
-/// Why a public key cannot be used, or why it could not wrap.
+/// The reason why a public key cannot be used, or why wrapping failed.
 #[derive(Debug, thiserror::Error)]
 pub enum OaepError {
     /// The key is not an RSA key of a permitted size.
@@ -36,7 +36,7 @@ pub enum OaepError {
     Encrypt,
 }
 
-/// A public key that is ready to wrap.
+/// A public key that can wrap user keys.
 #[derive(Debug)]
 pub struct WrapKey {
     key: OaepPublicEncryptingKey,
@@ -56,7 +56,7 @@ impl WrapKey {
         self.algorithm
     }
 
-    /// The modulus length in bits. Every permitted length fits into the return type.
+    /// The modulus length in bits. All permitted lengths fit into the return type.
     pub fn modulus_bits(&self) -> u32 {
         u32::try_from(self.key.key_size_bits()).unwrap_or(0)
     }

@@ -1,4 +1,5 @@
-//! Checks the files to which the settings refer, which other users must not be able to change.
+//! Checks the files to which the settings refer. Other users must not be able to change these
+//! files.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -21,7 +22,7 @@ const MODULE: Purpose = Purpose::trust("other users could replace the code that 
 const ENVIRONMENT: Purpose =
     Purpose::trust("other users could change what the PKCS#11 module reads or loads");
 
-/// Why a file to which the settings refer must not be used.
+/// The reason why a file to which the settings refer must not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PathError {
     /// The module does not exist.
@@ -39,7 +40,7 @@ pub enum PathError {
     #[error("the PKCS#11 module: {0}")]
     Module(#[source] trusted_file::Error),
     /// The file is not a shared library for this machine.
-    #[error("{} {problem}; correct `token.module`", path.display())]
+    #[error("{}: {problem}; correct `token.module`", path.display())]
     NotALibrary {
         /// The path of the module.
         path: PathBuf,
@@ -56,12 +57,12 @@ pub enum PathError {
     },
 }
 
-/// Refuses a module that does not exist, that other users could replace, or that is not a shared library for this
-/// machine. The check matters because the module receives the PIN.
+/// Checks that the module exists, that other users cannot replace it, and that it is a shared
+/// library for this machine. The check is important because the module receives the PIN.
 pub fn check_module(path: &Path) -> Result<(), PathError> {
     let file = match trusted_file::open(path, MODULE) {
-        // The loader opens the path again later. There is no race with the check, because only root and the user of
-        // this process can change the target of the path.
+        // The loader opens the path again later. Between the check and the loading, only root and
+        // the user of this process can change the target of the path.
         Ok(file) => file,
         Err(source) if source.is_missing() => {
             let path = path.to_owned();
@@ -79,10 +80,10 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the same for 32 and 64
-/// bits.
+/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the
+/// same in 32-bit and 64-bit files.
 const ELF_BYTES: usize = 20;
-/// Values of `e_machine` with the names of the machines.
+/// Values of `e_machine`, each with the name of the machine.
 const MACHINES: [(u16, &str); 8] = [
     (3, "32-bit x86"),
     (20, "32-bit PowerPC"),
@@ -94,14 +95,14 @@ const MACHINES: [(u16, &str); 8] = [
     (243, "RISC-V"),
 ];
 
-/// Returns the reason why a file is not a shared library for this machine. The dynamic linker would only report "No
-/// such file or directory" for a library of another machine.
+/// Returns the reason why a file is not a shared library for this machine. Without this check, the
+/// dynamic linker would report only "No such file or directory" for a library of another machine.
 fn elf_problem(mut file: &File) -> Option<String> {
     let mut header = [0; ELF_BYTES];
     if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF") {
-        return Some("is not a shared library".to_owned());
+        return Some("the file is not a shared library".to_owned());
     }
-    // In byte 5 of the ELF header, the value 2 means big endian.
+    // The value 2 in byte 5 of the ELF header means big endian.
     let pair = [header[18], header[19]];
     let machine = if header[5] == 2 {
         u16::from_be_bytes(pair)
@@ -123,15 +124,15 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "is made for {}, but this machine is {}: install the module for the architecture of this machine",
+            "the file is made for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )
     })
 }
 
-/// Returns the problem of SoftHSM's configuration file, if there is a problem. SoftHSM's own message contains neither
-/// the file nor the cause. `environment` is the environment of the module.
+/// Returns the problem of SoftHSM's configuration file, if any. SoftHSM's own message contains
+/// neither the file nor the cause. `environment` is the environment of the module.
 pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) -> Option<String> {
     let named = environment.get(SOFTHSM_VARIABLE);
     let is_softhsm = module
@@ -182,7 +183,7 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
              0700"
         ));
     }
-    // SoftHSM rewrites the file of a token at each login.
+    // SoftHSM must be able to write, because it rewrites the file of a token at each login.
     let needed = Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK;
     access(directory, needed).is_err().then(|| {
         format!(
@@ -191,10 +192,11 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
     })
 }
 
-/// Refuses files and directories in `token.environment` that other users could change, such as the file of
-/// `SOFTHSM2_CONF`. A module reads the location of its keys, or loads further code, from the files that its environment
-/// names. The value of a variable is checked if it is the absolute path of an existing file or directory, or a
-/// colon-separated list of such paths (`LD_LIBRARY_PATH`).
+/// Refuses files and directories in `token.environment` that other users could change, such as the
+/// file in `SOFTHSM2_CONF`. A module reads the location of its keys or loads further code from
+/// files whose names are in its environment. The value of a variable is checked if it is the
+/// absolute path of an existing file or directory, or a colon-separated list of such paths
+/// (`LD_LIBRARY_PATH`).
 pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);

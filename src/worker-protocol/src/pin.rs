@@ -1,5 +1,5 @@
-//! The user PIN, which comes from a file that only its owner can read, from a descriptor, or from a person who types
-//! it. A PIN never comes from an argument or an environment variable.
+//! The user PIN, which comes from a file that only its owner can read, from a descriptor, or from a
+//! terminal. A PIN never comes from an argument or an environment variable.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -21,35 +21,38 @@ const PIN_BYTES_MAX: usize = 255;
 const UTF8_MARK: &str = "\u{feff}";
 const PIN_FILE: Purpose = Purpose::secret("PIN");
 
-/// Why a PIN cannot be read or is refused. No error message contains any part of the PIN.
+/// The reason why a PIN cannot be read or is refused. No error message contains any part of the
+/// PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
     /// The text begins with a byte order mark, which some editors write.
     #[error(
-        "it begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
+        "the PIN begins with a UTF-8 byte order mark, which is not part of a PIN; save the file without a byte order mark"
     )]
     ByteOrderMark,
     /// The text begins or ends with a space or a tab.
     #[error(
-        "it begins or ends with a blank, which would use up a login attempt; remove the blank, or change the PIN of the token to one without a blank"
+        "the PIN begins or ends with a blank, which would use up a login attempt; remove the blank, or change the PIN \
+         of the token to a PIN without a blank"
     )]
     Blank,
     /// The text is empty, or consists only of a line end.
-    #[error("it is empty")]
+    #[error("the PIN is empty")]
     Empty,
-    /// The text has a line end in the middle.
+    /// The text has more than one line.
     #[error(
-        "it holds more than one line; a PIN is one line: write it with `printf '%s' PIN > FILE`"
+        "the PIN has more than one line, but a PIN is one line: write the PIN with `printf '%s' PIN > FILE`"
     )]
     Lines,
     /// The text contains a control character.
     #[error(
-        "it holds a control character, such as a NUL byte, which is not part of a PIN; write it with `printf '%s' PIN > FILE`"
+        "the PIN contains a control character, such as a NUL byte, which is not part of a PIN; write the PIN with \
+         `printf '%s' PIN > FILE`"
     )]
     ControlCharacter,
-    /// The text is longer than a PIN may be.
+    /// The text is longer than the longest permitted PIN.
     #[error(
-        "it is longer than {PIN_BYTES_MAX} bytes, which is too long for a PIN; check that this is the right file"
+        "the PIN is longer than {PIN_BYTES_MAX} bytes, which is too long; check that this is the right file"
     )]
     TooLong,
     /// The PIN cannot be read.
@@ -58,7 +61,7 @@ pub enum PinError {
     /// The file is missing, or other users can read or change it.
     #[error("the PIN file: {0}")]
     File(#[from] trusted_file::Error),
-    /// Another error of this type, with the file or descriptor in which it occurred.
+    /// An error, and the file or descriptor that caused the error.
     #[error("{place}: {source}")]
     In {
         /// The file or descriptor.
@@ -71,9 +74,10 @@ pub enum PinError {
 fn describe_read(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::InvalidData => {
-            "it is not UTF-8 text; an editor may have saved it as UTF-16 or Latin-1: save it as UTF-8".to_owned()
+            "the PIN is not UTF-8 text; an editor may have saved the file as UTF-16 or Latin-1: save the file as \
+             UTF-8".to_owned()
         }
-        _ => format!("it cannot be read: {error}"),
+        _ => format!("cannot read the PIN: {error}"),
     }
 }
 
@@ -87,8 +91,9 @@ impl fmt::Debug for Pin {
 }
 
 impl Pin {
-    /// Takes a PIN from text. One LF or CRLF at the end is not part of the PIN. Invisible characters that editors add
-    /// are refused, so that they do not use up one of the few attempts that a token allows.
+    /// Creates a PIN from text. One LF or CRLF at the end is not part of the PIN. Invisible
+    /// characters that editors add are refused, because a wrong PIN would use up one of the token's
+    /// few login attempts.
     pub fn from_text(text: String) -> Result<Self, PinError> {
         let text = Zeroizing::new(text);
         let pin = text.strip_suffix('\n').unwrap_or(&text);
@@ -114,8 +119,9 @@ impl Pin {
         Ok(Self(Zeroizing::new(pin.to_owned())))
     }
 
-    /// Reads a PIN from a file. The file must belong to the user of this process and be readable only for this user, or
-    /// it must belong to root, who may also let a group read it.
+    /// Reads a PIN from a file. The file must belong to the user of this process and be readable
+    /// only by this user. Alternatively, the file may belong to root, and then a group may also
+    /// read the file.
     pub fn from_file(path: &Path) -> Result<Self, PinError> {
         let path = resolve(path)?;
         let file = trusted_file::open(&path, PIN_FILE)?;
@@ -141,7 +147,8 @@ impl Pin {
     }
 
     fn from_reader(reader: impl Read) -> Result<Self, PinError> {
-        // Allocate the final capacity now: a string that grows would leave copies that are not overwritten.
+        // The full capacity is allocated first, because a growing string leaves copies that are not
+        // overwritten.
         let mut text = Zeroizing::new(String::with_capacity(PIN_BYTES_MAX + 2));
         let limit = u64::try_from(PIN_BYTES_MAX + 2).expect("a small number");
         reader.take(limit).read_to_string(&mut text)?;
@@ -157,17 +164,18 @@ impl Pin {
 /// The source of a PIN for a worker.
 #[derive(Debug)]
 pub enum PinSource {
-    /// A file that the worker reads itself, so that the process that starts the worker does not have the PIN.
+    /// A file that the worker reads itself, so that the PIN is never in the process that starts the
+    /// worker.
     File(PathBuf),
-    /// A PIN that a person typed, or that was read from a descriptor.
+    /// A PIN that was typed at a terminal or read from a descriptor.
     Text(Pin),
-    /// No PIN, for a token that is used without a login.
+    /// No PIN is needed, because the token is used without a login.
     NotNeeded,
 }
 
 impl PinSource {
-    /// Returns the form that is sent to the worker. The path is resolved here, because the worker does not have the
-    /// environment of this process.
+    /// Returns the message that is sent to the worker. The path is resolved here, because the
+    /// worker does not have the environment of this process.
     pub fn to_wire(&self) -> Result<wire::PinSource, PinError> {
         let source = match self {
             Self::File(path) => Some(Source::File(resolve(path)?.to_string_lossy().into_owned())),

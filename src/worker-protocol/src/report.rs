@@ -1,15 +1,15 @@
-//! The report about a token, as `keybroker token report` publishes it. A worker creates the report, and the command
-//! displays and compares it.
+//! The report about a token, which `keybroker token report` publishes. A worker creates the report,
+//! and the command displays and compares it.
 
 use serde::{Deserialize, Serialize};
 
 /// Version of the report's format.
 pub const FORMAT: u32 = 1;
 
-/// Name of the answer that shows whether the keys stored on the token were removed.
+/// Name of the test that shows whether the test keys were removed from the token.
 pub const REMOVED: &str = "removed";
 
-/// The whole report, which contains no PIN, no key and no label.
+/// The complete report, which contains no PIN, no key and no label.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The version of the format: [`FORMAT`].
@@ -32,29 +32,31 @@ pub struct Report {
     pub errors: Vec<Answer>,
     /// Tests with keys that stay on the token. Empty without `--write`.
     pub token_objects: Vec<Answer>,
-    /// Rates, which are not compared with another report because the machine may have had other work during the
-    /// measurement.
+    /// Rates, which are not compared with an earlier report because other work of the machine may
+    /// have affected the measurement.
     pub rates: Vec<Rate>,
-    /// Whether the token's work uses CPU time of this machine; absent if that could not be measured.
+    /// Whether the token's work uses CPU time of this machine; absent if the CPU time could not be
+    /// measured.
     pub token_cpu_is_local: Option<bool>,
 }
 
 /// The conclusion about the token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
-    /// The short result.
+    /// The overall result.
     pub result: Outcome,
-    /// Why the token cannot be used, or what each exception accepts.
+    /// The reasons why the token cannot be used or, if the token can be used with attribute
+    /// exceptions, the risk of each exception.
     pub reasons: Vec<String>,
     /// The attributes to list in `token.attribute_exceptions`.
     pub attribute_exceptions: Vec<String>,
-    /// Whether OAEP works only with SHA-1.
+    /// Whether RSA-OAEP works only with SHA-1 on this token.
     pub allow_oaep_sha1: bool,
     /// Lines for the section `[token]`; empty if the token cannot be used.
     pub settings: Vec<String>,
 }
 
-/// The short result, from good to bad.
+/// The results of a report, from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
@@ -89,21 +91,22 @@ pub struct Identity {
     pub firmware_version: String,
     /// Serial number, if the user requested it.
     pub serial: Option<String>,
-    /// Whether the token has a serial number. The report contains no digest of the serial number, because reports are
-    /// published and a digest does not hide a short number.
+    /// Whether the token has a serial number. The report contains no digest of the serial number,
+    /// because reports are published and a short number could be guessed from its digest.
     pub has_serial: bool,
     /// Whether another token of the module has the same label.
     pub label_is_shared: bool,
-    /// Whether the texts of the token are padded with NUL instead of blanks.
+    /// Whether the text fields of the token are padded with NUL instead of blanks.
     pub padded_with_nul: bool,
-    /// The clock of the token: `none`, `valid`, or the text that the token returns instead of a valid time.
+    /// The state of the token's clock: `none`, `valid`, or the text that the token returns instead
+    /// of a valid time.
     pub clock: String,
     /// Flags of the token, in hexadecimal.
     pub flags: String,
     /// Length of the shortest and of the longest PIN, in bytes.
     pub pin_bytes: [u64; 2],
-    /// Largest numbers of sessions and of read-write sessions according to the token. 0 means no limit; absent if the
-    /// token reports no number.
+    /// Largest numbers of sessions and of read-write sessions according to the token. The value 0
+    /// means that there is no limit. The value is absent if the token reports no number.
     pub sessions_max: [Option<u64>; 2],
 }
 
@@ -112,20 +115,20 @@ pub struct Identity {
 pub struct Answer {
     /// The name of the test.
     pub name: String,
-    /// `works`, a return code, or a description of the finding.
+    /// The result: `works`, a return code, or a description of the problem.
     pub result: String,
 }
 
-/// An attribute of a template.
+/// An attribute of a key template, with the token's answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribute {
-    /// `RSA private key` or `integrity key`.
+    /// The object: `RSA private key` or `integrity key`.
     pub object: String,
     /// The attribute's name in the PKCS#11 standard.
     pub attribute: String,
-    /// `accepted`, `ignored`, or the return code of the rejection.
+    /// The token's answer to the attribute in a template: `accepted`, `ignored`, or a return code.
     pub in_template: String,
-    /// The attribute's value as the token returns it.
+    /// The value that the token returns for the attribute.
     pub read: String,
     /// The token's answer to a query for the attribute's length.
     pub length_query: String,
@@ -136,17 +139,17 @@ pub struct Attribute {
 pub struct NegativeAnswer {
     /// Name of the test.
     pub name: String,
-    /// The consequence if the token performs the function.
+    /// The consequence for the broker if the token performs the function.
     pub meaning: String,
     /// The result: `refused`, `SUCCEEDED`, `not made` or `not answered`.
     pub result: String,
-    /// The return code, if there is one.
+    /// The return code, if any.
     pub code: Option<String>,
     /// Whether the session of the test was usable after the test.
     pub session_is_usable: bool,
 }
 
-/// The result of a negative test if the token performed the function that it must refuse.
+/// The result of a negative test if the token performed a function that the token must refuse.
 pub const SUCCEEDED: &str = "SUCCEEDED";
 /// The result of a positive test if the function works.
 pub const WORKS: &str = "works";
@@ -154,15 +157,16 @@ pub const WORKS: &str = "works";
 /// A measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
-    /// What was measured.
+    /// The name of the measured operation.
     pub name: String,
     /// The value, in operations per second or in milliseconds; the name contains the unit.
     pub value: f64,
 }
 
 impl Report {
-    /// Lists the points in which this report is worse than an earlier report about the same token. Improvements are not
-    /// listed. If the earlier report refused the token, this report cannot be worse.
+    /// Lists the results of this report that are worse than in the earlier report `expected` about
+    /// the same token. Improvements are not listed. The list is empty if the earlier report refused
+    /// the token.
     pub fn worse_than(&self, expected: &Self) -> Vec<String> {
         let mut worse = Vec::new();
         let (now, then) = (&self.verdict, &expected.verdict);
@@ -178,14 +182,14 @@ impl Report {
         }
         for exception in &now.attribute_exceptions {
             if !then.attribute_exceptions.contains(exception) {
-                worse.push(format!("the exception {exception} is needed"));
+                worse.push(format!("the exception {exception} is necessary"));
             }
         }
         if now.allow_oaep_sha1 && !then.allow_oaep_sha1 {
             worse.push("OAEP works only with SHA-1".to_owned());
         }
         let mut compared = vec![(&self.positive, &expected.positive)];
-        // A report without `--write` has no tests with keys on the token.
+        // A report that was made without `--write` lacks the tests that create keys on the token.
         if !self.token_objects.is_empty() {
             compared.push((&self.token_objects, &expected.token_objects));
         }
@@ -194,7 +198,10 @@ impl Report {
                 let found = now.iter().find(|now| now.name == answer.name);
                 let result = found.map_or("missing", |now| now.result.as_str());
                 if result != WORKS {
-                    worse.push(format!("{} worked before, now: {result}", answer.name));
+                    worse.push(format!(
+                        "{}: worked before; the result is now {result}",
+                        answer.name
+                    ));
                 }
             }
         }
@@ -227,7 +234,7 @@ impl Report {
             let result = found.map_or("missing", |now| now.in_template.as_str());
             if then.in_template == "accepted" && result != "accepted" {
                 worse.push(format!(
-                    "{} in the template of the {} was accepted before, now: {result}",
+                    "{} in the template of the {}: accepted before; the result is now {result}",
                     then.attribute, then.object
                 ));
             }
@@ -237,7 +244,7 @@ impl Report {
 }
 
 impl Outcome {
-    /// The result as text.
+    /// Returns the name of the result for the report.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Works => "works",

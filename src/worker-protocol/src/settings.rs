@@ -1,4 +1,5 @@
-//! The settings of a token: how to find it, which keys it must have, and the token information.
+//! The settings of a token, the keys that a token must have, and the information that a token
+//! returns.
 
 use std::{
     collections::BTreeMap,
@@ -15,16 +16,19 @@ use keybroker_core::{
 
 use crate::wire::{Setup, TokenIdentity};
 
-/// The kind of object of an integrity key, and the mechanism with which the token generates it.
+/// The kind of object of an integrity key, and the mechanism with which the token generates the
+/// object.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IntegrityKey {
     /// A generic secret key that may be used only with `CKM_SHA256_HMAC`.
     #[default]
     GenericSecret,
-    /// `CKK_SHA256_HMAC`, without length and allowed mechanisms in the template. For `YubiHSM` 2.
+    /// A key of type `CKK_SHA256_HMAC` whose template contains neither the length nor the allowed
+    /// mechanisms. For `YubiHSM` 2.
     Sha256Hmac,
-    /// `CKK_SHA256_HMAC`, generated with the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`. For Entrust `nShield`.
+    /// A key of type `CKK_SHA256_HMAC` that the vendor mechanism `CKM_NC_SHA256_HMAC_KEY_GEN`
+    /// generates. For Entrust `nShield`.
     Nshield,
     /// A key in the memory of the workers instead of an object on the token. A file contains the key, wrapped under the
     /// RSA key. This kind is for tokens that do not support HMAC keys.
@@ -40,7 +44,7 @@ impl IntegrityKey {
         Self::Worker,
     ];
 
-    /// The name in the configuration.
+    /// Returns the name of the kind in the configuration.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::GenericSecret => "generic-secret",
@@ -50,7 +54,7 @@ impl IntegrityKey {
         }
     }
 
-    /// Parses the name in the configuration.
+    /// Parses the name of a kind in the configuration.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
@@ -68,17 +72,18 @@ pub enum AccessControl {
     OutsidePkcs11,
 }
 
-/// The `[token]` section of the configuration: which token to use, and how.
+/// The `[token]` section of the configuration, which selects a token and configures its use.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// Name of the token in messages, metrics, commands and the registry: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "Settings::default_name")]
     pub name: String,
-    /// Jobs go to the tokens with the highest priority first.
+    /// Priority of the token. The pool prefers tokens with a higher priority.
     #[serde(default = "Settings::default_priority")]
     pub priority: u8,
-    /// Name of the token of which this token is a copy with the same serial number, such as a copied `SoftHSM` directory.
+    /// Name of the original token, if this token is a copy with the same serial number, such as a
+    /// copied `SoftHSM` directory.
     #[serde(default)]
     pub copy_of: Option<String>,
     /// Path of the vendor's PKCS#11 library.
@@ -89,8 +94,8 @@ pub struct Settings {
     pub serial: Option<String>,
     /// RFC 7512 PKCS#11 URI of the token, with token attributes only (`pkcs11:token=…;serial=…`).
     pub uri: Option<String>,
-    /// File with the user PIN, which only its owner may read. `$CREDENTIALS_DIRECTORY/` at the beginning stands for the
-    /// directory of systemd credentials.
+    /// File with the user PIN, which only its owner may read. At the beginning of the path,
+    /// `$CREDENTIALS_DIRECTORY/` means the directory of systemd credentials.
     pub pin_file: Option<PathBuf>,
     /// Number of worker processes. Set `workers` to 1 if the token accepts only one process at a time.
     #[serde(default = "Settings::default_workers")]
@@ -98,16 +103,16 @@ pub struct Settings {
     /// Number of session threads in each worker.
     #[serde(default = "Settings::default_sessions_per_worker")]
     pub sessions_per_worker: usize,
-    /// Largest number of waiting jobs. If the queue is full, a further job is refused with `QUEUE_FULL`, or replaces a
-    /// job of the principal with the most waiting jobs.
+    /// Largest number of waiting jobs. If the queue is full, a further job is refused with
+    /// `QUEUE_FULL` or replaces a job of the principal with the most waiting jobs.
     #[serde(default = "Settings::default_queue_length_max")]
     pub queue_length_max: usize,
-    /// Weights of principals, by name, which apply while jobs of several principals wait. A principal with weight 4
-    /// gets four times the share of a principal that is not listed.
+    /// Weights of principals, by name. While jobs of several principals wait, a principal with
+    /// weight 4 gets four times the share of a principal without a weight.
     #[serde(default)]
     pub weights: BTreeMap<String, u32>,
-    /// Longest time for one call of the module in a command, in milliseconds. Commands that generate a key or
-    /// initialise a token allow at least five minutes for this call.
+    /// Longest time for one call of the module in a command, in milliseconds. For generating a key
+    /// or initialising a token, the limit is at least five minutes.
     #[serde(default = "Settings::default_call_timeout_ms")]
     pub call_timeout_ms: u64,
     /// Allows RSA-OAEP with SHA-1 if the token supports no other hash.
@@ -116,34 +121,37 @@ pub struct Settings {
     /// The access control that decides which programs may use the keys.
     #[serde(default)]
     pub access_control: AccessControl,
-    /// The kind of object of this token's integrity keys.
+    /// The kind of object of the integrity keys on this token.
     #[serde(default)]
     pub integrity_key: IntegrityKey,
-    /// Directory with the files of wrapped integrity keys, for `integrity_key = "worker"`. There is one file `ID.json`
-    /// for each wrapping key.
+    /// Directory with the files of wrapped integrity keys, for `integrity_key = "worker"`. The
+    /// directory contains a file `ID.json` for each wrapping key.
     #[serde(default)]
     pub integrity_key_directory: Option<PathBuf>,
     /// SHA-256 of each file in `integrity_key_directory`, by the id of its wrapping key. Ids and digests are written as
     /// hexadecimal digits.
     #[serde(default)]
     pub integrity_key_digests: BTreeMap<String, String>,
-    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Excepted attributes are left out of
-    /// templates. An excepted attribute may be absent, but must not have a wrong value.
+    /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Templates do not
+    /// contain these attributes. If a key nevertheless has one of these attributes, its value must
+    /// be correct.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
     #[serde(default)]
     pub spared_tests: Vec<String>,
-    /// String for `C_Initialize` (`pReserved`). Some modules need this string; most modules refuse it.
+    /// String for `C_Initialize` (`pReserved`). Some modules need this string, but most modules
+    /// refuse this string.
     #[serde(default)]
     pub initialize_string: Option<String>,
-    /// All environment variables of a worker, such as `SOFTHSM2_CONF`. A worker has no other environment variables.
+    /// The complete environment of a worker, such as `SOFTHSM2_CONF`.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
 }
 
 impl Settings {
-    /// Whether the token is used without a login: there is no PIN file, and access is controlled outside PKCS#11.
+    /// Returns true if the token is used without a login: access is controlled outside PKCS#11, and
+    /// no PIN file is configured.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
     }
@@ -160,9 +168,9 @@ impl Settings {
         Some(trusted_file::expand(directory).unwrap_or_else(|_| directory.to_owned()))
     }
 
-    /// The name under which the record of PINs keeps the PINs of a declared copy. A token that is no declared copy has no
-    /// such name: its PINs are kept under its serial number, so that every token with this serial number has the same
-    /// record.
+    /// The name under which the record of PINs keeps the PINs of a token with `copy_of`. Returns
+    /// `None` for other tokens, whose PINs are kept under the serial number of the token. Therefore
+    /// all tokens with the same serial number share a record.
     pub fn pin_record_name(&self) -> Option<&str> {
         self.copy_of.as_ref().map(|_| self.name.as_str())
     }
@@ -191,8 +199,8 @@ impl Settings {
         30_000
     }
 
-    /// Builds the setup that tells a worker which token to open. The caller must set the sessions, the PIN and the keys
-    /// of the setup.
+    /// Creates the setup message, which specifies the token that a worker opens. The caller must
+    /// set the sessions, the PIN and the keys of the setup.
     pub fn to_setup(&self, state_directory: &Path) -> Setup {
         Setup {
             module: self.module.to_string_lossy().into_owned(),
@@ -213,12 +221,13 @@ impl Settings {
             read_only_mounts_count: trusted_file::read_only_mounts_count(),
             initialize_string: self.initialize_string.clone().unwrap_or_default(),
             pin_record_name: self.pin_record_name().unwrap_or_default().to_owned(),
+            token_name: self.name.clone(),
             ..Setup::default()
         }
     }
 
-    /// Returns the part of the settings that a worker needs. From now on, this process checks files by the same rules
-    /// as the process that sent the setup.
+    /// Returns the settings that a worker needs. After this call, this process checks files by the
+    /// same rules as the process that sent the setup.
     pub fn from_setup(setup: &Setup) -> Self {
         if !setup.read_only_mounts_count {
             trusted_file::ignore_read_only_mounts();
@@ -260,20 +269,21 @@ impl Settings {
 pub struct ExpectedKey {
     /// The id of the key.
     pub id: WrappingKeyId,
-    /// Where the objects of the wrapping key are.
+    /// The location of the objects of the wrapping key.
     pub objects: ObjectIds,
-    /// Serial number of the token that holds the key.
+    /// Serial number of the token that contains the key.
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
-    /// Whether the key may be on another token: if the token has another serial number than `token_serial`, the key is
-    /// left out.
+    /// Whether the key may be on another token. If the value is true, only the token with the
+    /// serial number `token_serial` must have the key.
     pub may_be_elsewhere: bool,
-    /// Messages with their MACs that the integrity key must verify before the key is used.
+    /// Messages with MACs. Before the key is used, its integrity key must verify these MACs.
     pub proofs: Vec<Proof>,
 }
 
-/// A message with its MAC. A token that verifies the MAC has the integrity key that made the MAC.
+/// A message with its MAC. If a token can verify the MAC, the token has the integrity key that made
+/// the MAC.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proof {
     /// The message.
@@ -313,8 +323,8 @@ impl From<TokenIdentity> for TokenInfo {
     }
 }
 
-/// Removes the padding of a text in `CK_TOKEN_INFO`. The PKCS#11 standard requires padding with blanks. Some modules
-/// pad with NUL, or end the text with a NUL.
+/// Removes the padding of a text field in `CK_TOKEN_INFO`. The PKCS#11 standard requires padding
+/// with blanks. Some modules pad text fields with NUL bytes, or end the text with a NUL byte.
 pub fn unpadded(text: &str) -> &str {
     let text = text.split('\0').next().unwrap_or_default();
     text.trim_end()

@@ -16,21 +16,23 @@ use std::fmt;
 include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
 
 impl fmt::Debug for Mac {
-    /// Omits the message, because the message for a request id contains key material.
+    /// The debug output omits the message, because the message for a request id contains key
+    /// material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mac").finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for VerifyMac {
-    /// Omits the message, because the message for a request id contains key material.
+    /// The debug output omits the message, because the message for a request id contains key
+    /// material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VerifyMac").finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for Reply {
-    /// Omits the outcome, because it may be key material.
+    /// The debug output omits the outcome, because the outcome may be key material.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reply")
             .field("id", &self.id)
@@ -58,7 +60,7 @@ impl fmt::Debug for PinSource {
 }
 
 impl fmt::Debug for pin_source::Source {
-    /// Omits the PIN.
+    /// The debug output omits the PIN.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => f.debug_tuple("File").field(path).finish(),

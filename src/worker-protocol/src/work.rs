@@ -1,10 +1,11 @@
-//! One token job in the form that front and worker share.
+//! A token job in the form that front and workers share.
 
 use zeroize::Zeroize as _;
 
 use crate::wire::{Request, request::Job};
 
-/// A request, which is overwritten when dropped because the message of a MAC may contain key material.
+/// A request. The request is overwritten when it is dropped, because the message of a MAC may
+/// contain key material.
 #[derive(Debug)]
 pub struct Work(Request);
 
@@ -18,7 +19,7 @@ impl Work {
         })
     }
 
-    /// Takes a request that was received over the socket.
+    /// Creates a job from a request that was received over the socket.
     pub fn from_wire(request: Request) -> Self {
         Self(request)
     }

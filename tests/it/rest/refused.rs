@@ -323,10 +323,10 @@ async fn a_flood_of_bad_tokens_is_told_to_stop_and_a_good_one_goes_on() {
     let log = rest.broker.site.log();
     let line = log
         .lines()
-        .find(|line| line.contains("its `exp` has passed"));
+        .find(|line| line.contains("the `exp` has passed"));
     let line = line.unwrap_or_else(|| panic!("{log}"));
     assert!(
-        line.contains(" s ago; its holder needs a new access token"),
+        line.contains(" s ago); the client needs a new access token"),
         "{line}"
     );
     let (site, _) = rest.broker.stop();

@@ -17,10 +17,11 @@ use keybroker_core::{
 };
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
-/// Retry delay of an answer, in seconds, if the error specifies none.
+/// Retry delay of an answer, in seconds, if the error specifies no delay.
 const RETRY_SECONDS: u64 = 5;
 
-/// Returns the HTTP status for a reason. The match is exhaustive, so that a new reason must have a status.
+/// Returns the HTTP status for a reason. The match is exhaustive, so the compiler requires a status
+/// for each new reason.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn status(reason: Reason) -> StatusCode {
     match reason {
@@ -43,8 +44,8 @@ const fn status(reason: Reason) -> StatusCode {
         | Reason::KeyState
         | Reason::Deadline
         | Reason::Revision => StatusCode::SERVICE_UNAVAILABLE,
-        // `RecordDamaged` and `Bug` do not have status 503, because clients retry after 503, and a retry would not
-        // help.
+        // Clients retry after status 503. A retry does not help after `RecordDamaged` and `Bug`, so
+        // their status is 500.
         Reason::RecordDamaged | Reason::Bug => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -54,7 +55,8 @@ pub(super) fn refusal(error: &Error, id: CallId) -> Response<Body> {
     refusal_as(status(error.reason()), error, id)
 }
 
-/// Like [`refusal`], but with the HTTP status that the caller of this function selects.
+/// The answer to a failed call, with the HTTP status `status` instead of the usual status of the
+/// reason.
 pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Response<Body> {
     let reason = error.reason();
     let violation = error.violations().first();
@@ -86,7 +88,7 @@ pub(super) fn refusal_as(status: StatusCode, error: &Error, id: CallId) -> Respo
     response
 }
 
-/// A delay in whole seconds, rounded up, and at least one second.
+/// Converts a delay to whole seconds, rounded up, but at least one second.
 fn seconds(delay: Option<Duration>) -> u64 {
     delay.map_or(RETRY_SECONDS, |delay| {
         let part = u64::from(delay.subsec_nanos() > 0);
@@ -163,7 +165,7 @@ mod tests {
         }
     }
 
-    /// A client that reads 404 posts a new key.
+    /// A client that receives 404 sends a new key with POST.
     #[test]
     fn one_reason_alone_is_404() {
         for reason in Reason::ALL {
@@ -172,7 +174,7 @@ mod tests {
         }
     }
 
-    /// The page for operators says the same.
+    /// `docs/bitwarden.md` must list the status of each reason.
     #[test]
     fn the_documentation_has_every_status() {
         let page = include_str!("../../../../docs/bitwarden.md");

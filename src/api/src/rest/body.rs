@@ -18,16 +18,17 @@ use keybroker_core::{
 
 use crate::discard::discard;
 
-/// Length of a user's key in a Key Connector, in bytes.
+/// Length of a user key in the Key Connector interface, in bytes.
 pub(super) const KEY_BYTES: usize = 32;
-/// Longest accepted body of a request, in bytes. The body that Bitwarden clients send has about 60 bytes.
+/// Longest accepted body of a request, in bytes. The body that Bitwarden clients send is about 60
+/// bytes long.
 const BODY_BYTES_MAX: usize = 4 * 1_024;
 /// Longest time for receiving a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest part of a refused body that is discarded, in bytes.
 const DISCARDED_BYTES_MAX: usize = 2 * 1_024 * 1_024;
 
-/// Why a body is refused.
+/// The reason why a body is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Malformed {
     /// The content type is not JSON.
@@ -62,21 +63,20 @@ impl Malformed {
             Self::TooLarge => Error::violation("body", "at most 4 KiB"),
             Self::Slow => Error::new(Reason::Deadline, "the body did not arrive in time"),
             Self::Broken => Error::violation("body", "complete"),
-            Self::Json => Error::violation("body", "a JSON object with a string `key`"),
+            Self::Json => Error::violation("body", "a JSON object whose `key` is a string"),
             Self::Base64 => Error::violation("key", "standard base64, with padding"),
-            Self::Length => Error::violation(
-                "key",
-                "32 bytes in standard base64, which are 44 characters",
-            ),
+            Self::Length => Error::violation("key", "32 bytes in standard base64 (44 characters)"),
         }
     }
 }
 
-/// Reads the key from a request. At most `BODY_BYTES_MAX` bytes of the body are kept in memory.
+/// Reads the user key from the body of a request. At most `BODY_BYTES_MAX` bytes of the body are
+/// kept in memory.
 pub(crate) async fn key(headers: &HeaderMap, mut body: Body) -> Result<KeyMaterial, Malformed> {
     let text = text(headers, &mut body).await;
     if let Err(Malformed::ContentType | Malformed::TooLarge) = text {
-        // If a connection is closed with unread bytes, the client may not receive the answer.
+        // If the broker closes a connection before it has read all bytes, the client may not
+        // receive the answer.
         discard(&mut body, DISCARDED_BYTES_MAX).await;
     }
     parse(&text?)

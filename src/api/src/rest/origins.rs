@@ -1,16 +1,16 @@
-//! CORS: only pages of the configured origins may send requests; origins are compared as text. CORS is not what
-//! protects keys: every request for a key requires an access token. CORS prevents pages of other origins from sending
-//! requests in the browser of a user who has an access token.
+//! CORS: only pages of the configured origins may send requests; origins are compared as strings.
+//! CORS does not protect the keys: every request for a key requires an access token. CORS prevents
+//! pages of other origins from sending requests in the browser of a user who has an access token.
 
 use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue, Method, header, uri::Uri};
 use tower_http::cors::CorsLayer;
 
-/// How long a browser may cache the answer to a preflight.
+/// Time for which a browser may cache the answer to a preflight request.
 const PREFLIGHT_KEPT: Duration = Duration::from_hours(1);
 
-/// The request headers of Bitwarden's TypeScript clients and of clients that use its SDK.
+/// The request headers that Bitwarden's TypeScript clients and clients with Bitwarden's SDK send.
 const REQUEST_HEADERS: [HeaderName; 12] = [
     header::AUTHORIZATION,
     header::CONTENT_TYPE,
@@ -47,8 +47,8 @@ pub(super) fn layer(allowed: &[String]) -> Option<CorsLayer> {
 /// The origin that Safari sends for pages of its extensions.
 const FILES: &str = "file://";
 
-/// Whether a browser or an app could send this text as `origin`. Apps use schemes of their own, such as
-/// `bw-desktop-file`.
+/// Returns whether a browser or an app could send this value in the header `origin`. Each app may
+/// use its own URL scheme, such as `bw-desktop-file`.
 pub(super) fn is_origin(text: &str) -> bool {
     if text == FILES {
         return true;

@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use keybroker_core::counts::Counts;
 
-/// One principal may have this part of all places, as a divisor.
+/// The number of all places is divided by this number to get the maximum for one principal.
 const PRINCIPAL_DIVISOR: usize = 16;
-/// One principal may have this many places if there are so many: a member has several devices.
+/// Every principal may take at least this number of places, because a user may have several
+/// devices.
 const PRINCIPAL_MIN: usize = 4;
 
-/// The places for waiting requests. A clone has the same places.
+/// The places for waiting requests. All clones share the same places.
 #[derive(Clone, Debug)]
 pub struct RetryPlaces(Arc<Shared>);
 
@@ -24,12 +25,12 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Taken {
     total: usize,
-    /// By name of the principal.
+    /// The number of taken places of each principal, by the principal's name.
     by_principal: Counts<String>,
 }
 
 impl RetryPlaces {
-    /// Makes this number of places. With 0 places, no request waits.
+    /// Creates `places` places. With 0 places, no request waits.
     pub fn new(places: usize) -> Self {
         Self(Arc::new(Shared {
             places,
@@ -38,7 +39,8 @@ impl RetryPlaces {
         }))
     }
 
-    /// Takes a place. Returns `None` if no place is free or if the principal has its share.
+    /// Takes a place. Returns `None` if no place is free or if the principal already has its
+    /// maximum number of places.
     pub(super) fn take(&self, principal: &str) -> Option<RetryPlace> {
         let mut taken = self.taken();
         let principal = principal.to_owned();
@@ -58,7 +60,7 @@ impl RetryPlaces {
     }
 }
 
-/// A place, until it is dropped.
+/// A taken place. When this value is dropped, the place is free again.
 #[derive(Debug)]
 pub(super) struct RetryPlace {
     places: RetryPlaces,

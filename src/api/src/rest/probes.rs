@@ -42,8 +42,8 @@ pub(super) async fn health(State(context): State<Context>, method: Method) -> Re
     response
 }
 
-/// Answers a request for any other path. The reason differs from the reason for a user without a key, so that
-/// an operator can recognise a wrong URL.
+/// Answers a request for an unknown path with status 404. A request for a user without a key also
+/// gets status 404, but with a different reason, so an operator can recognise a wrong URL.
 pub(super) async fn nothing() -> Response<Body> {
     let error = Error::violation(
         "path",

@@ -142,8 +142,8 @@ impl Context {
 }
 
 impl UserRequest {
-    /// Refuses a body and writes an audit entry. If the status is not 400, the connection is closed, because more of the body
-    /// may follow.
+    /// Refuses a request whose body is malformed, and writes an audit entry. If the status is not 400, the connection
+    /// is closed, because more of the body may follow.
     async fn malformed(&self, action: Action, malformed: body::Malformed) -> Response<Body> {
         let (principal, call) = (&self.principal, &self.call);
         let error = malformed.error();

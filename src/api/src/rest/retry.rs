@@ -10,7 +10,8 @@ use keybroker_core::{
 
 use super::places::RetryPlaces;
 
-/// Longest time for all retries of one request. Clients and proxies wait for an answer for at least half a minute.
+/// Longest time for all retries of one request. Clients and proxies wait at least half a minute for
+/// an answer.
 const RETRY_TIME_MAX: Duration = Duration::from_secs(8);
 /// Maximum number of retries of one request, over all calls that the request needs.
 const REPETITIONS_MAX: u32 = 5;
@@ -24,7 +25,8 @@ const LEFT_FOR_A_TRY: Duration = Duration::from_millis(500);
 
 /// The state of the retries of one request. A request may need several calls, which share the time and the number of retries.
 ///
-/// Each attempt is a separate call in the audit log. An entry with an unknown outcome therefore belongs to exactly one change.
+/// Each attempt is a separate call in the audit log. Therefore an audit entry with an unknown
+/// outcome belongs to exactly one change.
 pub(super) struct Retry<'p> {
     request: Call,
     until: Instant,
@@ -37,7 +39,7 @@ pub(super) struct Retry<'p> {
 }
 
 impl<'p> Retry<'p> {
-    /// Prepares the retries of a request of this principal. The first call has the id of the request.
+    /// Prepares the retries of a request by `principal`. The first call has the id of the request.
     pub(super) fn new(request: Call, places: RetryPlaces, principal: &'p str) -> Self {
         let until = Instant::now() + RETRY_TIME_MAX;
         Self {
@@ -88,7 +90,7 @@ impl<'p> Retry<'p> {
         }
     }
 
-    /// Returns the next call that the request needs.
+    /// Returns the call for the next attempt.
     fn next(&mut self) -> Call {
         let id = match self.last {
             None => self.request.id,
@@ -109,8 +111,9 @@ impl<'p> Retry<'p> {
         }
     }
 
-    /// Returns the pause before the next attempt, or `None` if no further attempt is permitted. After `QUEUE_FULL`, the pause is
-    /// at least the broker's retry delay, if enough time is left.
+    /// Returns the pause before the next attempt, or `None` if no further attempt is permitted.
+    /// After `QUEUE_FULL`, the pause is at least as long as the broker's retry delay if enough time
+    /// is left.
     fn pause(&mut self, error: &Error) -> Option<Duration> {
         if !is_transient(error.reason()) || self.repetitions == REPETITIONS_MAX {
             return None;
@@ -127,7 +130,8 @@ impl<'p> Retry<'p> {
     }
 }
 
-/// Counts a request that waits for its next attempt, also if its task ends meanwhile.
+/// Counts a request as waiting until this value is dropped, which also happens if the task of the
+/// request ends.
 struct Paused;
 
 impl Paused {
@@ -143,14 +147,16 @@ impl Drop for Paused {
     }
 }
 
-/// Randomises a pause between four fifths and the full length, so that callers that failed together do not retry together.
+/// Chooses a random pause between four fifths of `pause` and the full `pause`. Because the pause is
+/// random, callers that failed at the same time retry at different times.
 fn jittered(pause: Duration) -> Duration {
     let [.., random] = *CallId::fresh().as_bytes();
     pause * 4 / 5 + pause * u32::from(random) / (5 * 256)
 }
 
-/// Whether a call that failed for this reason may succeed soon if it is repeated. A rate limit is not transient, because the
-/// caller has exceeded it. `DEADLINE` is transient, because it may be the time limit of one attempt.
+/// Whether a call that failed for this reason may soon succeed on a retry. `RATE` is not transient,
+/// because the caller itself must send fewer requests. `DEADLINE` is transient, because perhaps
+/// only the time limit of one attempt has passed.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn is_transient(reason: Reason) -> bool {
     match reason {
@@ -236,7 +242,7 @@ mod tests {
         }
     }
 
-    /// Each step is a separate call, also when nothing goes wrong.
+    /// Each step is a separate call, even if no attempt fails.
     #[tokio::test]
     async fn every_step_has_an_id_and_a_deadline_of_its_own() {
         let request = call(Duration::from_secs(30));
@@ -267,7 +273,7 @@ mod tests {
         }
     }
 
-    /// Over all steps of a request.
+    /// The limit of retries applies to all steps of a request together.
     #[test]
     fn repetitions_are_counted() {
         let mut retry = retry(Duration::from_secs(30));
@@ -301,7 +307,7 @@ mod tests {
         }
     }
 
-    /// A request that is refused for lack of places leaves them free for those that wait already.
+    /// A request that gets no place is answered with the error of its first attempt.
     #[tokio::test]
     async fn waiting_requests_cannot_fill_the_broker() {
         let places = RetryPlaces::new(1);
@@ -322,7 +328,7 @@ mod tests {
         assert!(taken.is_none() && places.take("bob").is_some());
     }
 
-    /// The pause is at least the time that the broker asks for.
+    /// The pause is at least as long as the broker's retry delay.
     #[test]
     fn a_full_queue_is_left_alone_for_as_long_as_it_asks() {
         let mut retry = retry(Duration::from_secs(30));

@@ -52,7 +52,7 @@ impl UserRequest {
         Ok(answer::json(StatusCode::OK, &body))
     }
 
-    /// Stores the key of a user who has none.
+    /// Stores the key of a user who has no key.
     pub(super) async fn post(
         &self,
         retry: &mut Retry<'_>,
@@ -62,8 +62,8 @@ impl UserRequest {
         Ok(answer::empty(StatusCode::OK))
     }
 
-    /// Stores a key and replaces an existing one. A deleted key is not replaced, because only an operator may undelete
-    /// it.
+    /// Stores a key and replaces an existing key. A deleted key is not replaced, because only an
+    /// operator may undelete it.
     pub(super) async fn put(
         &self,
         retry: &mut Retry<'_>,
@@ -87,8 +87,8 @@ impl UserRequest {
             }
         }
         result.map_err(|error| match error.reason() {
-            // The record is deleted. The answer is that the key exists, because after 404 a client would treat the
-            // user as new.
+            // The record is deleted. The reason in the answer is `KeyExists`, because a client
+            // would treat the user as new after status 404.
             Reason::KeyNotFound => Error::new(Reason::KeyExists, error.detail()),
             _ => error,
         })?;

@@ -29,10 +29,10 @@ const USERS_MAX: usize = 1_000;
 const KEY_NAMES_MAX: usize = 100;
 const ALL: &str = "*";
 
-/// Prefix of page tokens for API clients. Page tokens for user keys have another prefix.
+/// Prefix of page tokens for API clients. Page tokens for user keys have a different prefix.
 const TOKEN_PREFIX: &str = "c1";
-/// Prefix of page tokens that also contain a number of rows without a readable id, which the next page
-/// skips.
+/// Prefix of page tokens that contain an id and a number of rows. The next page skips this number
+/// of rows, whose ids are not readable.
 const TOKEN_PREFIX_WITH_SKIP: &str = "c2";
 
 pub(super) async fn create(

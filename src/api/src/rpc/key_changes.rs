@@ -10,11 +10,11 @@ use keybroker_proto as proto;
 
 use super::{AuthenticatedCall, convert::wrapping_key};
 
-/// Length of a new key if the caller asks for none, in bits.
+/// Length of a new key, in bits, if the caller specifies no length.
 const BITS_DEFAULT: u32 = 3_072;
 const BITS: [u32; 3] = [2_048, 3_072, 4_096];
 const HOURS_PER_DAY: u64 = 24;
-/// The longest age that a caller can ask for, in days: about a hundred years.
+/// The longest age that a caller can specify, in days: about a hundred years.
 const DAYS_MAX: u32 = 36_500;
 /// The longest waiting time of a destruction, in days: about ten years.
 const WAIT_DAYS_MAX: u32 = 3_650;
@@ -121,7 +121,7 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         }
     };
     if is_about_backup {
-        let what = "`backup_confirmed` and `without_backup` only with WRAPPING_KEY_CHANGE_ACTIVATE";
+        let what = "WRAPPING_KEY_CHANGE_ACTIVATE if `backup_confirmed` or `without_backup` is set";
         return Err(Error::violation("change", what));
     }
     Ok(change)

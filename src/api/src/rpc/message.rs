@@ -1,5 +1,5 @@
-//! Receives the whole message of a call before a service handles the call. The same length limit therefore applies to every
-//! route, including the routes of libraries.
+//! Receives the complete message of a call before a service handles the call. The same length limit
+//! therefore applies to every route, including routes that libraries add.
 //!
 //! The memory for the messages of all connections together is limited. The first 4 KiB of each message do not count towards
 //! the limit, but every further byte does. If not enough memory is left, the call is refused. Calls do not wait for memory,
@@ -36,7 +36,7 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct Memory(Arc<Semaphore>);
 
 impl Memory {
-    /// Makes a limit of this number of bytes.
+    /// Limits the messages in progress to `bytes` bytes in total.
     pub fn new(bytes: usize) -> Self {
         Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
     }
@@ -118,7 +118,7 @@ impl Memory {
     }
 }
 
-/// The length that the prefix of a message states.
+/// Returns the length that the prefix of a message states.
 fn declared(message: &[u8]) -> Option<usize> {
     let length = message.get(1..PREFIX_BYTES)?.try_into().ok()?;
     usize::try_from(u32::from_be_bytes(length)).ok()

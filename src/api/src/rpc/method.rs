@@ -14,7 +14,7 @@ pub(super) fn is_watch(path: &str) -> bool {
     path == "/grpc.health.v1.Health/Watch"
 }
 
-/// Whether a method releases one key, which takes one job on the token.
+/// Whether a method releases exactly one key, which needs one job on the token.
 pub(super) fn is_unwrap(path: &str) -> bool {
     path == "/keybroker.v1.UserKeyService/UnwrapUserKey"
 }
@@ -52,7 +52,8 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
         (CONTROL_SERVICE, "StartRewrap" | "PauseRewrap" | "ResumeRewrap") => Action::Rewrap,
         (CONTROL_SERVICE, "RotateWrappingKey") => Action::RotateKey,
-        // The message decides which of the actions on the state of a key is asked for.
+        // The path does not show which action the caller requests: the message specifies the new
+        // state of the key.
         (CONTROL_SERVICE, "ChangeWrappingKeyState") => Action::ActivateKey,
         _ => return None,
     };

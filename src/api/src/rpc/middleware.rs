@@ -60,18 +60,19 @@ pub(super) fn wrap(routes: Router, context: Context) -> Router {
         let context = context.clone();
         async move { context.run(request, next).await }
     });
-    // The layer surrounds a single fallback route. With separate routes, unauthenticated callers could find out which routes
-    // exist, because axum would add a header only to the answers of known routes.
+    // The layer applies to a single fallback route. With separate routes, unauthenticated callers
+    // could find out which routes exist, because axum would add a header only to the answers of
+    // known routes.
     Router::new().fallback_service(routes).layer(layer)
 }
 
-/// A call whose headers were read.
+/// A call after its headers were read.
 struct Arrived {
     caller: Caller,
     /// `None` for a health check.
     principal: Option<Arc<Principal>>,
     call: Call,
-    /// Whether the caller's timeout could be read.
+    /// The error if the caller's timeout could not be read.
     timeout: Result<(), Error>,
 }
 
@@ -84,8 +85,9 @@ impl Context {
                 id,
             );
         };
-        // Health checks are for load balancers, which have no principal. All other methods require an authenticated caller, and
-        // unauthenticated callers do not learn which methods exist.
+        // Health checks are for load balancers, which have no principal. All methods except health
+        // checks require an authenticated caller. Therefore unauthenticated callers do not learn
+        // which methods exist.
         let principal = match caller.principal() {
             Ok(principal) => Some(Arc::clone(principal)),
             Err(_) if method::is_health(request.uri().path()) => None,
@@ -108,8 +110,9 @@ impl Context {
             && method::is_unwrap(path)
             && let Err(error) = self.broker.check_arrival(principal, &call)
         {
-            // If the answer were sent before the message has arrived, HTTP/2 would count the stream as an error of the broker,
-            // and would close the connection with all its calls after a thousand such errors.
+            // The answer must not be sent before the message has arrived, because HTTP/2 would
+            // count the stream as an error of the broker. After a thousand errors of this kind,
+            // HTTP/2 closes the connection with all its calls.
             discard(request.body_mut(), DISCARDED_BYTES_MAX).await;
             return answer(&error, id);
         }
@@ -179,7 +182,7 @@ impl Context {
         let _in_progress = CallInProgress::new();
         let path = request.uri().path().to_owned();
         let received = self.memory.receive(request, deadline.instant()).await;
-        // The call keeps its share of the memory until there is an answer.
+        // The call keeps its share of the memory until the handler has returned an answer.
         let (mut request, _share) = match received {
             Ok(received) => received,
             Err(error) => {
@@ -249,8 +252,8 @@ impl Own {
             Code::Internal | Code::InvalidArgument | Code::Unknown => {
                 Self::Malformed("a protobuf message of this method")
             }
-            // If tonic's status `UNIMPLEMENTED` has a text, the cause is an unsupported compression, and the text lists the
-            // supported compressions.
+            // If tonic's status `UNIMPLEMENTED` has a message, the cause is an unsupported
+            // compression, and the message lists the supported compressions.
             Code::Unimplemented if !headers.contains_key(MESSAGE_HEADER) => Self::NoMethod,
             _ => Self::No,
         }

@@ -16,9 +16,10 @@ use super::convert;
 pub(super) const TOKEN_BYTES_MAX: usize = 1_024;
 /// Version of page tokens that contain only the key of the last row on the page.
 const VERSION: char = '1';
-/// Version of page tokens that also contain a number of rows without a readable key, which the next page skips.
+/// Version of page tokens that contain a key and a number of rows. The next page skips this number
+/// of rows, whose keys are not readable.
 const VERSION_WITH_SKIP: char = '2';
-/// A separator that cannot occur in a user id, which has no control characters.
+/// A separator that cannot occur in a user id, because user ids contain no control characters.
 const SEPARATOR: char = '\u{1f}';
 
 /// Bytes before each field: one for the tag, and at most three for a length within a message.
@@ -31,8 +32,8 @@ pub(super) struct Filled<M, D, K> {
     pub(super) next: Option<Position<K>>,
 }
 
-/// Converts as many rows as fit into a message; the next page begins after them. The longest row is much shorter than a message,
-/// so every page has at least one row.
+/// Converts as many rows as fit into a message. The next page begins after the last converted row.
+/// The longest row is much shorter than a message, so every page has at least one row.
 pub(super) fn fill<V, W, K, M: Message, D: Message>(
     rows: Vec<PageRow<V, W, K>>,
     next: Option<Position<K>>,

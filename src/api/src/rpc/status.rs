@@ -16,7 +16,8 @@ use keybroker_core::{
 /// The `domain` of every `google.rpc.ErrorInfo`, which must never change.
 pub(super) const DOMAIN: &str = "keybroker.v1";
 
-/// Returns the gRPC code for a reason. The match is exhaustive, so that a new reason must have a code.
+/// Returns the gRPC code for a reason. The match is exhaustive, so the compiler requires a code for
+/// each new reason.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) const fn code(reason: Reason) -> Code {
     match reason {
@@ -58,7 +59,8 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
         details.set_bad_request(violations);
     }
     if let Some(delay) = error.retry_delay() {
-        // The delay is increased by up to a half, so that callers that were refused together do not retry together.
+        // The delay is increased by a random part, at most a half, so that callers that were
+        // refused at the same time retry at different times.
         details.set_retry_info(Some(spread(delay, delay / 2)));
     }
     let text = format!("{} (call {call})", reason.text());
@@ -103,7 +105,8 @@ mod tests {
         }
     }
 
-    /// The list of reasons is frozen: the documentation has each, with its code.
+    /// The list of reasons must not change, and the documentation must contain each reason with its
+    /// code.
     #[test]
     fn the_documentation_has_every_reason() {
         let text = include_str!("../../../../docs/errors.md");

@@ -14,11 +14,12 @@ pub(super) fn at_stop(body: Body, stop: CancellationToken) -> Body {
     let last = stream::iter(std::iter::once_with(|| {
         let mut trailers = http::HeaderMap::new();
         let status = Status::unavailable("the broker is stopping");
-        // A text without control characters is always valid in a header.
+        // A string without control characters is always valid in a header.
         status.add_header(&mut trailers).ok();
         Ok(Frame::trailers(trailers))
     }));
-    // If the body ends before the stop, it has its own trailers, and nothing after them is read.
+    // If the body ends before the broker stops, the body's own trailers end the stream, and `last`
+    // is not read.
     let frames = BodyStream::new(body).take_until(stop.cancelled_owned());
     Body::new(StreamBody::new(frames.chain(last)))
 }

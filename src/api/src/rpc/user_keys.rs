@@ -135,8 +135,8 @@ impl UserKeyService for UserKeys {
             .iter()
             .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
         let keys: Vec<_> = keys.collect();
-        // If the caller may unwrap none of the keys, the broker refuses the whole batch and writes
-        // a single audit entry.
+        // If the caller may unwrap none of the keys, the broker refuses the complete batch and
+        // writes a single audit entry.
         self.broker
             .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
             .await

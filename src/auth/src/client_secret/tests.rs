@@ -63,7 +63,8 @@ struct Setup {
     secrets: Secrets,
 }
 
-/// Parameters that take no time. A configuration cannot contain them.
+/// Parameters with which Argon2id takes almost no time. A configuration cannot contain such
+/// parameters.
 fn quick() -> Settings {
     Settings {
         argon2_memory_kib: 64,
@@ -179,7 +180,7 @@ async fn a_revoked_client_has_no_secret() {
 
 #[tokio::test]
 async fn a_secret_that_expires_while_it_is_remembered_is_refused() {
-    // Long enough for the first check on a busy machine.
+    // This time is long enough for the first check on a busy machine.
     let soon = Timestamp::from_micros(Timestamp::now().micros() + 3_000_000);
     let setup = setup(&["good"], |document| {
         document.secrets[0].expires = Some(soon);
@@ -210,7 +211,8 @@ async fn without_a_budget_only_what_was_good_counts() {
     assert_eq!(setup.asked(), asked);
 }
 
-/// Wrong secrets from many addresses take all turns. A client that was accepted before needs none.
+/// Wrong secrets from many addresses take all turns. A client that was accepted before needs no
+/// turn.
 #[tokio::test]
 async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_every_turn() {
     let setup = setup(&["good"], |_| {});
@@ -270,8 +272,8 @@ async fn a_secret_that_was_accepted_is_refused_once_its_stored_hash_is_another()
     setup.show(ID, "other").await.unwrap();
 }
 
-/// A broker that has just started knows no secret. The first call of a client waits for one trial, not for those of
-/// other clients.
+/// A broker that has just started knows no secret. The first call of a client waits for only one
+/// trial, and not for the trials of other clients.
 #[tokio::test]
 async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     let setup = setup(&["good"], |_| {});
@@ -295,7 +297,7 @@ async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     accepted.unwrap();
 }
 
-/// A secret that was valid and no longer is gets treated like any other secret.
+/// An expired or revoked secret is treated like any other wrong secret.
 #[tokio::test]
 async fn a_secret_that_was_good_is_tried_once_without_a_budget() {
     let setup = setup(&["good"], |_| {});
@@ -330,7 +332,7 @@ async fn a_directory_that_is_down_takes_no_turn_and_is_not_the_callers_fault() {
     let slow = Duration::from_millis(500);
     *setup.known.slow.lock().unwrap() = slow;
     setup.known.is_away.store(true, Ordering::Relaxed);
-    // More trials than there are turns, each for another client.
+    // More trials than turns, each for a different client.
     let ids: Vec<String> = (0..64).map(|number| format!("{number:032x}")).collect();
     let asking = ids.iter().map(|id| setup.show(id, "good"));
     let looking = async {

@@ -1,10 +1,11 @@
-//! Decides which trial may run Argon2id next. A trial deliberately costs much memory and time. Therefore only a few
-//! trials run concurrently, and the other trials wait.
+//! A trial is the verification of a secret with Argon2id. This module decides which trial may run
+//! next. A trial deliberately needs much memory and time. Therefore only a few trials run
+//! concurrently, and the other trials wait.
 //!
-//! There are three lanes, in this order: secrets that this broker accepted before, secrets for API clients that exist,
-//! and secrets for ids that do not exist. In the second lane, the API clients take turns, so that guesses at the secret
-//! of one API client delay only this API client. Each lane is bounded, and a trial that finds its lane full is refused
-//! immediately.
+//! Three lanes are served in this order: secrets that this broker accepted before, secrets of
+//! existing API clients, and secrets for unknown ids. In the second lane, the API clients take
+//! turns, so that guesses at the secret of one API client delay only this API client. Each lane is
+//! bounded, and a trial that finds its lane full is refused immediately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -17,12 +18,12 @@ use tokio::sync::oneshot;
 
 use keybroker_core::key::ClientId;
 
-/// Largest number of waiting trials in the lane of accepted secrets, and in the lane of unknown ids.
+/// Largest number of waiting trials in each of two lanes: accepted secrets and unknown ids.
 const WAITING_MAX: usize = 64;
 /// Largest number of waiting trials for existing clients.
 const KNOWN_WAITING_MAX: usize = 1_024;
-/// Largest number of concurrent trials of one API client's secrets. A trial counts from the look-up of the API client
-/// until the answer.
+/// Largest number of concurrent trials of one API client's secrets. A trial counts towards this
+/// limit from the look-up of the API client until the answer.
 const CLIENT_MAX: usize = 16;
 /// Largest number of concurrent look-ups of API clients for secrets that were not accepted before.
 const LOOKUPS_MAX: usize = 256;
@@ -38,7 +39,7 @@ pub(super) enum Lane {
     Unknown,
 }
 
-/// The free turns and the waiting trials.
+/// The number of free turns, and the trials that wait for a turn.
 #[derive(Clone)]
 pub(super) struct Turns(Arc<Mutex<State>>);
 
@@ -51,7 +52,7 @@ struct State {
     /// The API clients in `known`, in the order of their turns.
     order: VecDeque<ClientId>,
     unknown: VecDeque<Waiting>,
-    /// The number of trials of each API client that are between look-up and answer.
+    /// For each API client, the number of trials between look-up and answer.
     places: HashMap<ClientId, usize>,
 }
 
@@ -60,13 +61,15 @@ type Waiting = oneshot::Sender<Turn>;
 /// The right to run one trial. When this value is dropped, the next waiting trial gets the right.
 pub(super) struct Turn(Option<Turns>);
 
-/// One of the places for trials of an API client's secrets. When this value is dropped, the place is free again.
+/// A place for one of the concurrent trials of an API client's secrets. When this value is dropped,
+/// the place is free again.
 pub(super) struct Place {
     turns: Turns,
     client: ClientId,
 }
 
-/// The permission for one of the concurrent look-ups. When this value is dropped, another look-up may begin.
+/// The permission for one look-up of an API client. When this value is dropped, another look-up may
+/// begin.
 pub(super) struct Lookup(Turns);
 
 impl fmt::Debug for Turns {
@@ -84,7 +87,8 @@ impl Turns {
         })))
     }
 
-    /// Takes a place for a trial of this API client's secrets. Returns `None` if all places are taken.
+    /// Takes a place for a trial of one of the secrets of `client`. Returns `None` if all places
+    /// are taken.
     pub(super) fn place(&self, client: ClientId) -> Option<Place> {
         let mut state = self.state();
         let taken = state.places.entry(client).or_default();
@@ -99,7 +103,7 @@ impl Turns {
         })
     }
 
-    /// Takes a permission to look up an API client, unless too many look-ups are running.
+    /// Returns a permission to look up an API client, or `None` if too many look-ups are running.
     pub(super) fn lookup(&self) -> Option<Lookup> {
         let mut state = self.state();
         if state.lookups >= LOOKUPS_MAX {
@@ -138,8 +142,8 @@ impl Turns {
             drop(state);
             match next.send(Turn(Some(self.clone()))) {
                 Ok(()) => return,
-                // The caller of this trial has stopped waiting. The turn is taken out of its wrapper, because a dropped
-                // `Turn` would pass the turn on a second time.
+                // The caller of this trial has stopped waiting. The inner value is taken out of the
+                // `Turn`, because dropping the `Turn` would start a second trial.
                 Err(mut turn) => drop(turn.0.take()),
             }
         }
@@ -192,7 +196,8 @@ impl State {
         next.or_else(|| self.unknown.pop_front())
     }
 
-    /// Returns a trial of the API client whose turn it is, and moves this API client to the end of the order.
+    /// Returns a trial of the API client that is first in the order, and moves this API client to
+    /// the end of the order.
     fn next_known(&mut self) -> Option<Waiting> {
         let client = self.order.pop_front()?;
         let queue = self.known.get_mut(&client)?;
@@ -206,7 +211,8 @@ impl State {
     }
 }
 
-/// Adds a trial if there is room. If the queue is full, trials whose callers have stopped waiting are removed first.
+/// Adds a trial to its lane if the lane is not full. If the queue is full, trials whose callers
+/// have stopped waiting are removed first.
 fn push(queue: &mut VecDeque<Waiting>, waiting: Waiting) -> bool {
     if queue.len() >= WAITING_MAX {
         queue.retain(|waiting| !waiting.is_closed());
@@ -287,7 +293,7 @@ mod tests {
         for lane in lanes {
             waiting.push(queued(&turns, lane).await);
         }
-        // The position of each trial in the list above.
+        // The position of each trial in the preceding list.
         for expected in [5, 1, 4, 2, 3, 0] {
             drop(running.take());
             running = waiting[expected].as_mut().await;

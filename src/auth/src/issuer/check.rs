@@ -1,4 +1,5 @@
-//! Checks the settings of issuers. These checks come after the checks of the settings' names and types.
+//! Checks the settings of issuers. The checks of this module run after the names and types of the
+//! settings were checked.
 
 use std::{collections::HashSet, ops::RangeInclusive};
 
@@ -43,7 +44,7 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
 }
 
 impl Settings {
-    /// Returns the problems of this issuer, without a comparison with other issuers.
+    /// Returns the problems of a single issuer, without a comparison with other issuers.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         self.check_names(&mut problems);
@@ -110,8 +111,9 @@ impl Settings {
         };
         if let Some(problem) = url_problem(&url, self.allow_http) {
             problems.push(format!(
-                "`{name}` makes the broker fetch keys from {url:?}, which {problem}; if the keys are not below the issuer's URL, set \
-                 `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
+                "`{name}` makes the broker fetch keys from {url:?}, but {problem}. If the keys are not below the \
+                 issuer's URL, \
+                 set `discovery_url`, `jwks_url`, `jwks_file` or `pem_file`"
             ));
         }
     }
@@ -153,8 +155,9 @@ impl Settings {
             && self.required_claims.is_empty();
         if is_anyones {
             problems.push(
-                "an access token that the provider issued for any other application would be accepted: set `audience`. \
-                 If the provider's access tokens have no audience, set `required_scopes` or `required_claims`"
+                "without `audience`, the broker would accept access tokens that the provider issued for other \
+                 applications: set `audience`. If the provider's access tokens have no audience, set \
+                 `required_scopes` or `required_claims`"
                     .to_owned(),
             );
         }
@@ -165,7 +168,7 @@ impl Settings {
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
-                    .map(|problem| format!("each service of this issuer {problem}")),
+                    .map(|problem| format!("services of this issuer: {problem}")),
             ),
             Kind::User => {
                 let granted =
@@ -267,7 +270,7 @@ audience = ["keybroker"]
                 "is not a URL",
             ),
             ("https://", "https://user:secret@", "password"),
-            ("audience = [\"keybroker\"]", "", "any other application"),
+            ("audience = [\"keybroker\"]", "", "other applications"),
             (
                 "audience",
                 "algorithms = []\naudience",

@@ -1,5 +1,5 @@
-//! Key ids of earlier key sets. These key ids show whether an access token was signed with a withdrawn key, or with a
-//! new key that was not fetched yet.
+//! Key ids of earlier key sets. The remembered key ids show whether an access token was signed with
+//! a withdrawn key, or with a new key that the broker has not fetched yet.
 
 use aws_lc_rs::digest;
 use keybroker_core::call::Timestamp;
@@ -28,8 +28,9 @@ struct Former {
 }
 
 impl Withdrawn {
-    /// Returns the withdrawn keys after a change of sets. `before` contains the key ids of the previous set, which was
-    /// last fetched at `seen`; `now` contains the key ids of the current set.
+    /// Returns the withdrawn keys after the previous set was replaced with the current set.
+    /// `before` contains the key ids of the previous set, which was last fetched at `seen`; `now`
+    /// contains the key ids of the current set.
     pub(super) fn after<'a>(
         &self,
         before: impl Iterator<Item = &'a str>,
@@ -47,8 +48,8 @@ impl Withdrawn {
         Self(former)
     }
 
-    /// Returns the start of the last fetch whose key set contained this key. Returns `None` if the current set contains
-    /// the key, or if no earlier set contained it.
+    /// Returns the start of the last fetch whose key set contained this key. Returns `None` if the
+    /// current set contains the key, or if no earlier set contained the key.
     pub(super) fn last_seen(&self, kid: &str) -> Option<Timestamp> {
         let name = name_of(kid);
         let found = self.0.iter().find(|former| former.name == name)?;
@@ -70,7 +71,7 @@ mod tests {
         let two = one.after(["b", "c"].into_iter(), at(2), ["a"].into_iter());
         assert!(two.last_seen("a").is_none());
         assert_eq!(two.last_seen("b"), Some(at(2)));
-        // The last fetch whose set contained the key counts, not the first.
+        // The last fetch whose set contained the key counts, and not the first such fetch.
         let back = two.after(["a"].into_iter(), at(3), ["b"].into_iter());
         let gone = back.after(["b"].into_iter(), at(4), ["c"].into_iter());
         assert_eq!(gone.last_seen("b"), Some(at(4)));

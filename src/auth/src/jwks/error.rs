@@ -1,4 +1,4 @@
-//! Why a key, a key set, or the source of a key set is refused.
+//! The errors that explain why a key, a key set, or the source of a key set is refused.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use keybroker_core::{pem, trusted_file};
 
 use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS, SET_BYTES_MAX};
 
-/// Why a public key is not used.
+/// The reason why a public key is not used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum KeyError {
     #[error("RSA modulus of {0} bits; {min} to {max} bits are accepted", min = RSA_BITS.start(), max = RSA_BITS.end())]
@@ -35,7 +35,9 @@ pub(super) enum KeyError {
     Ed25519Length(usize),
     #[error("an Ed25519 key that is not a point of the curve")]
     Ed25519Point,
-    #[error("an Ed25519 key of small order, with which one signature fits many messages")]
+    #[error(
+        "an Ed25519 key of small order, for which one signature can be valid for many messages"
+    )]
     Ed25519SmallOrder,
     #[error("an Ed25519 key that is not in its canonical encoding")]
     Ed25519Encoding,
@@ -43,22 +45,22 @@ pub(super) enum KeyError {
     Ed25519(#[source] KeyRejected),
     #[error("a public key of a type that is not supported for access tokens")]
     Type,
-    #[error("it has no `{0}`")]
+    #[error("the member `{0}` is missing")]
     Missing(&'static str),
-    #[error("its `{member}` is not base64url")]
+    #[error("the member `{member}` is not base64url")]
     Base64 {
         member: &'static str,
         source: base64ct::Error,
     },
-    #[error("it is not a JSON Web Key")]
+    #[error("the entry is not a JSON Web Key")]
     Json(#[source] serde_json::Error),
 }
 
-/// Why a key set is refused as a whole.
+/// The reason why a complete key set is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SetError {
     /// The text is not a JSON Web Key Set.
-    #[error("it is not a JSON Web Key Set")]
+    #[error("the content is not a JSON Web Key Set")]
     Json(#[source] serde_json::Error),
     /// The file is not valid PEM.
     #[error(transparent)]
@@ -71,15 +73,15 @@ pub enum SetError {
     Certificate(#[source] nom::Err<X509Error>),
     /// The file contains a private key, which must not be on this machine.
     #[error(
-        "it contains a private key, which can sign access tokens for any user; remove the private key from this machine, \
-         and write the public key with `openssl pkey -in private.pem -pubout`"
+        "the file contains a private key, which can sign access tokens for any user; remove the private key from this \
+         machine, and write the public key with `openssl pkey -in private.pem -pubout`"
     )]
     PrivateKey,
     /// No key of the set can be used.
-    #[error("it contains no public key that verifies signatures{0}")]
+    #[error("the key set contains no public key that verifies signatures{0}")]
     NoKey(LeftOut),
     /// The set has more keys than any provider needs.
-    #[error("it contains more than {KEYS_MAX} keys")]
+    #[error("the key set contains more than {KEYS_MAX} keys")]
     TooMany,
 }
 
@@ -88,23 +90,27 @@ pub enum SetError {
 pub struct LeftOut {
     /// Weak or malformed keys.
     pub(super) refused: Vec<String>,
-    /// The keys for purposes other than signatures.
+    /// The names of the keys for purposes other than signatures.
     pub(super) other: Vec<String>,
 }
 
 impl std::fmt::Display for LeftOut {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if !self.refused.is_empty() {
-            write!(f, "; weak or malformed: {}", self.refused.join("; "))?;
+            write!(f, "; weak or malformed keys: {}", self.refused.join("; "))?;
         }
         if !self.other.is_empty() {
-            write!(f, "; for other purposes than signatures: {:?}", self.other)?;
+            write!(
+                f,
+                "; keys for purposes other than signatures: {:?}",
+                self.other
+            )?;
         }
         Ok(())
     }
 }
 
-/// Why the keys of an issuer could not be read or fetched.
+/// The reason why the keys of an issuer could not be read or fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The key file cannot be read.
@@ -115,11 +121,12 @@ pub enum SourceError {
     Set {
         /// File or URL.
         place: String,
-        /// The reason of the refusal.
+        /// The reason for the refusal.
         source: SetError,
     },
-    /// The operation is for keys from a URL, but the issuer's keys come from a file, or the other way round.
-    #[error("internal error: the issuer's keys come from another kind of source")]
+    /// The operation does not match the source of the issuer's keys. For example, the operation is
+    /// for keys from a URL, but the source is a file.
+    #[error("internal error: the operation does not match the source of the issuer's keys")]
     OtherSource,
     /// The CA file cannot be read.
     #[error("`ca_file`")]
@@ -163,7 +170,8 @@ pub enum SourceError {
     },
     /// The server answered with a redirect.
     #[error(
-        "{url}: answered {status}; redirects are not followed: configure the URL to which the server redirects"
+        "{url}: the server answered with status {status}; the broker does not follow redirects: configure the URL to \
+         which the server redirects"
     )]
     Redirect {
         /// The requested URL.
@@ -172,7 +180,7 @@ pub enum SourceError {
         status: StatusCode,
     },
     /// The status of the answer is not 200.
-    #[error("{url}: answered {status}")]
+    #[error("{url}: the server answered with status {status}")]
     Status {
         /// The requested URL.
         url: String,
@@ -208,7 +216,7 @@ pub enum SourceError {
         configured: String,
     },
     /// The discovery document contains a URL from which keys must not be fetched.
-    #[error("{url}: the discovery document has the `jwks_uri` {jwks_uri:?}, which {problem}")]
+    #[error("{url}: the discovery document has the `jwks_uri` {jwks_uri:?}, but {problem}")]
     KeysUrl {
         /// The requested URL.
         url: String,
@@ -222,10 +230,10 @@ pub enum SourceError {
     Task(#[source] JoinError),
 }
 
-/// Why no key set is available to verify an access token.
+/// The reason why no key set is available to verify an access token.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum NoSet {
-    #[error("no key set is known: {0}")]
+    #[error("no key set is available: {0}")]
     Unknown(Arc<str>),
     #[error("the last valid key set is older than `keep_hours`: {0}")]
     Old(Arc<str>),

@@ -16,7 +16,7 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError};
 
-/// Longest CA file, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
+/// Longest CA file, in bytes. The CA file of a Linux distribution is about 0.3 MiB long.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose =
     Purpose::trust("other users could decide whose access tokens are accepted");
@@ -52,7 +52,7 @@ fn authorities(path: &Path) -> Result<Vec<Certificate>, SourceError> {
     tracing::info!(
         file = shown(),
         certificates = ders.len(),
-        "read the CA certificates from `ca_file` of an issuer"
+        "the CA certificates in `ca_file` of an issuer were read"
     );
     ders.iter()
         .map(|der| Certificate::from_der(der))
@@ -87,7 +87,8 @@ impl Fetcher {
         })
     }
 
-    /// Fetches the key set. If the URL of the key set is in a discovery document, fetches the discovery document first.
+    /// Fetches the key set. If the URL of the key set is in a discovery document, the function
+    /// fetches the discovery document first.
     pub(super) async fn fetch(&self) -> Result<KeySet, SourceError> {
         let url = match &self.source {
             KeySource::Discovery(url) => self.discover(url).await?,
@@ -95,8 +96,8 @@ impl Fetcher {
             KeySource::Set(_) | KeySource::Pem(_) => return Err(SourceError::OtherSource),
         };
         let bytes = self.get(&url).await?;
-        // The key set is parsed in a separate thread, because this takes a large part of a second for a set with many
-        // long RSA keys.
+        // The key set is parsed in a separate thread, because parsing a set with many long RSA keys
+        // takes a large part of a second.
         let parsing = tokio::task::spawn_blocking(move || KeySet::parse_jwks(&bytes));
         let parsed = parsing.await.map_err(SourceError::Task)?;
         parsed.map_err(|source| SourceError::Set { place: url, source })

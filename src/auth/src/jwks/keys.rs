@@ -21,8 +21,8 @@ use keybroker_core::{
 
 use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
 
-/// How key files are checked: other users may read them, but must not be able to change them. A person who controls a key in a
-/// key file can sign access tokens for every user.
+/// The check of key files: other users may read a key file, but must not be able to change it. A
+/// person who controls a key in a key file can sign access tokens for every user.
 const KEYS: Purpose = Purpose::trust("other users could decide whose access tokens are accepted");
 
 /// Time after which every copy of a key set is up to date. Before this time, caches and replicas between the provider
@@ -32,7 +32,7 @@ const PUBLISHED_WITHIN: Duration = Duration::from_mins(5);
 /// The intervals and time limits of a key set.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
-    /// Shortest time between two fetches because of unknown keys, so that callers with invented key ids cannot cause
+    /// Shortest time between two fetches that unknown keys cause, so that callers with invented key ids cannot cause
     /// load on the provider.
     pub(crate) refetch: Duration,
     /// Time between successful fetches.
@@ -41,11 +41,12 @@ pub(crate) struct Pace {
     pub(crate) retry_first: Duration,
     /// Longest time between a failed attempt and the next attempt.
     pub(crate) retry_last: Duration,
-    /// How long a key set is used after it was fetched.
+    /// Time for which a key set is used after the broker fetched it.
     pub(crate) keep: Duration,
     /// Interval at which key files are read and metrics are updated.
     pub(crate) look: Duration,
-    /// The largest age of a copy of the provider's key set when the broker fetches it.
+    /// The largest age that a copy of the provider's key set can have when the broker fetches the
+    /// copy.
     pub(crate) published_within: Duration,
 }
 
@@ -63,7 +64,7 @@ impl Pace {
     }
 }
 
-/// The result of looking for a newer key set.
+/// The result of a search for a newer key set.
 #[derive(Debug)]
 pub(crate) enum Newer {
     /// A newer key set was fetched and is in use now.
@@ -85,7 +86,7 @@ pub(crate) struct Keys {
     source: Source,
     current: ArcSwapOption<Held>,
     taking: SyncMutex<()>,
-    /// The start of the last fetch because of an unknown key.
+    /// The start of the last fetch that an unknown key caused.
     refetched: Arc<Mutex<Option<Instant>>>,
     /// The error of the last attempt to fetch or read the key set. The error is kept so that refusals can show it, and
     /// so that a repeated error is logged only once.
@@ -108,8 +109,8 @@ enum Source {
 }
 
 impl Keys {
-    /// Creates the keys of an issuer. A key file is read immediately and must be valid. A provider may be unavailable
-    /// at this time.
+    /// Creates the keys of an issuer. A key file is read immediately and must be valid. A provider
+    /// may be unavailable when the broker starts.
     pub(crate) fn new(settings: &Settings, pace: Pace) -> Result<Self, SourceError> {
         let keys = Self {
             name: settings.name.clone(),
@@ -131,7 +132,8 @@ impl Keys {
         Ok(keys)
     }
 
-    /// Returns the current key set, or an error if there is no key set or it is too old.
+    /// Returns the current key set, or an error if no key set is available or the key set is too
+    /// old.
     pub(crate) fn current(&self) -> Result<Arc<KeySet>, NoSet> {
         let held = self.current.load();
         let problem = || {
@@ -147,19 +149,21 @@ impl Keys {
         Ok(Arc::clone(&held.set))
     }
 
-    /// The error of the last attempt to refresh the set; `None` if it succeeded.
+    /// The error of the last attempt to refresh the set; `None` if the attempt succeeded.
     pub(crate) fn problem(&self) -> Option<String> {
         let problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
         problem.clone()
     }
 
-    /// Whether the provider is known to have no key with this id. `issued_s` is the `iat` of the access token, in
-    /// seconds since 1970.
+    /// Whether the broker can be sure that the provider has no key with this id. `issued_s` is the
+    /// `iat` of the access token, in seconds since 1970.
     ///
-    /// The key is absent only if the newest key set does not contain it. The newest set must also have been fetched so late
-    /// that it cannot be an older copy from a cache: five minutes after the last set that contained the key, or five minutes
-    /// after the access token was issued. Key ids in the access tokens of other callers have no influence: a caller who invents
-    /// the id of a future key could otherwise cause valid access tokens to be rejected.
+    /// The key is absent only if the newest key set does not contain it. The newest set must not be
+    /// an older copy from a cache. Therefore the newest set must have been fetched at least five
+    /// minutes after the last set that contained the key, or after the access token was issued. Key
+    /// ids in the access tokens of other callers do not affect the result. If these key ids
+    /// affected the result, a caller who guesses the id of a future key could cause valid access
+    /// tokens to be rejected.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
@@ -176,9 +180,10 @@ impl Keys {
             || seen.is_some_and(|seen| is_up_to_date_at(seen.micros()))
     }
 
-    /// Fetches the set once more because `seen` does not contain a key. Fetches nothing if the last fetch for this
-    /// reason was less than `refetch` ago. Concurrent calls wait for the same fetch. A key that is not in a key file
-    /// does not exist, because key files are read every two seconds.
+    /// Fetches the set again because `seen` does not contain a required key. Does not fetch if the
+    /// last fetch for a missing key was less than `refetch` ago. Concurrent calls wait for the same
+    /// fetch. If the keys come from a key file, a missing key counts as absent, because key files
+    /// are read every two seconds.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {
@@ -216,7 +221,7 @@ impl Keys {
         }
     }
 
-    /// Keeps the set up to date until `stop`.
+    /// Keeps the key set up to date until `stop` is cancelled.
     pub(crate) async fn refresh(self: Arc<Self>, stop: CancellationToken) {
         let mut retry = self.pace.retry_first;
         let mut due = Instant::now();
@@ -245,7 +250,7 @@ impl Keys {
         }
     }
 
-    /// Reads or fetches the set once. Returns whether that succeeded.
+    /// Reads or fetches the key set once. Returns whether that succeeded.
     async fn update(&self) -> bool {
         let begun = Timestamp::now();
         let outcome = match &self.source {

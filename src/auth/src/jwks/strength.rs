@@ -1,8 +1,10 @@
-//! Checks that detect useless public keys: keys for which anyone can forge signatures, and keys that are not valid.
+//! Checks that detect unusable public keys: keys for which anyone can forge signatures, and keys
+//! that are not valid.
 //!
-//! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (NIST curves), RFC 8032 (Ed25519),
-//! and Chalkias, Garillot and Nikolaenko 2020 (Ed25519 keys of small order). Not tested: whether an RSA modulus is
-//! prime or has factors that are close to each other. These tests cost too much for a key set that is read again every
+//! Sources: NIST SP 800-89 section 5.3.3 and FIPS 186-5 (RSA), SEC 1 section 3.2.2 (NIST curves),
+//! RFC 8032 (Ed25519), and Chalkias, Garillot and Nikolaenko 2020 (Ed25519 keys of small order).
+//! The checks do not find an RSA modulus that is prime or whose factors are close to each other.
+//! Tests for prime moduli and close factors would take too long for a key set that is read every
 //! few seconds.
 
 use aws_lc_rs::signature::{self, ParsedPublicKey, VerificationAlgorithm};
@@ -48,8 +50,9 @@ pub(super) fn check_rsa(modulus: &[u8], exponent: &[u8]) -> Result<(), KeyError>
 /// Returns the smallest prime factor of an odd number, if the factor is below [`FACTOR_MIN`].
 fn small_factor(modulus: &BigUint) -> Option<u32> {
     let is_divisor = |number: &BigUint, divisor: u32| number % divisor == BigUint::from(0_u8);
-    // Each step tests three divisors with only one division of the long number, because this division is costly.
-    // Divisors that are not prime need no special treatment, because a smaller factor is found first.
+    // Each step tests three divisors with only one division of the long number, because this
+    // division is costly. If a divisor is not prime, its prime factors are smaller divisors, which
+    // were tested before.
     (3..FACTOR_MIN).step_by(6).find_map(|first| {
         let divisors = [first, first + 2, first + 4];
         let product: u64 = divisors.map(u64::from).into_iter().product();

@@ -83,7 +83,7 @@ fn point_of(key: &rcgen::KeyPair) -> Vec<u8> {
     key.public_key_raw().to_vec()
 }
 
-/// A set with one valid key and all the bad ones, and words of each expected problem.
+/// A set with one valid key and all bad keys, and words of each expected problem.
 fn weak_set() -> (Value, Vec<(String, &'static str)>) {
     let good = point_of(&fresh(&rcgen::PKCS_ED25519));
     let mut keys = vec![json!({"kid": "good", "kty": "OKP", "crv": "Ed25519", "x": encode(&good)})];
@@ -211,7 +211,7 @@ fn keys_of_a_set_without_weak_ones_are_all_used() {
     assert!(read.refused().is_empty(), "{:?}", read.refused());
 }
 
-/// RSA keys with these names. The keys after the first have thumbprints if requested.
+/// Returns RSA keys with the names `names`. The keys after the first have thumbprints if requested.
 fn rsa_set(names: &[&str], thumbprints: bool) -> KeySet {
     let n = encode(&good_modulus().to_bytes_be());
     let keys: Vec<Value> = names
@@ -260,7 +260,7 @@ fn a_thumbprint_chooses_where_the_set_knows_it() {
     // In a set without certificates, a thumbprint does not restrict the keys.
     let unknown = rsa_set(&["a", "b"], false);
     assert_eq!(count(&unknown, of(Some("x"), None)), Ok(2));
-    // The `kid` is more specific.
+    // If an access token has a `kid`, the thumbprint is not used.
     let both = Named {
         kid: Some("a"),
         ..of(Some("e-sha1"), None)
@@ -268,7 +268,7 @@ fn a_thumbprint_chooses_where_the_set_knows_it() {
     assert_eq!(count(&known, both), Ok(1));
 }
 
-/// A hostile provider can choose names and mistakes, but cannot make the log lines about them longer.
+/// A hostile provider can choose names and mistakes, but cannot make the log lines longer.
 #[test]
 fn what_a_provider_puts_into_a_log_line_is_short_and_plain() {
     let hostile = "\u{10ffff}\n\"".repeat(5_000);

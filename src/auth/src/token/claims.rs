@@ -1,4 +1,5 @@
-//! Checks the claims of a verified access token against the issuer's configuration, and reads the identity from them.
+//! Checks the claims of a verified access token against the issuer's configuration, and reads the
+//! identity from the claims.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,7 +21,7 @@ const SCOPE_CLAIMS: [&str; 2] = ["scope", "scp"];
 
 type Said = Map<String, Value>;
 
-/// Returns the identity that an access token describes, and the time until which it is valid.
+/// Returns the identity that an access token describes, and the end of its validity.
 pub(crate) fn identity(
     settings: &Settings,
     said: &Said,
@@ -30,7 +31,8 @@ pub(crate) fn identity(
     check_scopes(settings, said)?;
     check_claims(settings, said)?;
     let subject = subject(settings, said)?;
-    let expires = moment(said, "exp").ok_or_else(|| Cause::Claim.because("it has no `exp`"))?;
+    let expires =
+        moment(said, "exp").ok_or_else(|| Cause::Claim.because("the access token has no `exp`"))?;
     check_lifetime(settings, said, expires, now)?;
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     let until = Timestamp::from_micros(expires.micros().saturating_add(leeway));
@@ -66,20 +68,21 @@ fn check_issued(settings: &Settings, said: &Said, now: Timestamp) -> Result<(), 
         return Ok(());
     };
     let Some(issued) = moment(said, "iat") else {
-        return Err(Cause::Claim.because(format!("its `iat` is {value}, which is not a time")));
+        return Err(Cause::Claim.because(format!("the `iat` is {value}, which is not a time")));
     };
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     if issued.micros() > now.micros().saturating_add(leeway) {
         return Err(Cause::NotYetValid.because(format!(
-            "its `iat` is {issued}, more than {} s in the future: check the clocks of the issuer and of this machine",
+            "the `iat` is {issued}, more than {} s in the future: check the clocks of the issuer and of this machine",
             settings.leeway_s
         )));
     }
     Ok(())
 }
 
-/// Checks the lifetime. A stolen access token can be used until it expires, so a provider's mistake must not lead to an
-/// access token that never expires. If there is no `iat`, the remaining lifetime is checked.
+/// Checks the lifetime. A stolen access token can be used until it expires. Therefore an access
+/// token that never expires, for example because of a provider's mistake, must be refused. Without
+/// `iat`, the remaining lifetime is checked.
 fn check_lifetime(
     settings: &Settings,
     said: &Said,
@@ -92,19 +95,19 @@ fn check_lifetime(
         .saturating_sub(issued.unwrap_or(now).micros())
         / MICROS_PER_SECOND;
     let minutes = settings.token_lifetime_max_minutes;
-    // If there is no `iat`, a time of the provider's clock is compared with the broker's clock, and the clocks may
-    // differ.
+    // Without `iat`, a time of the provider's clock is compared with the broker's clock, and the
+    // two clocks may differ.
     let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
     if life <= i64::from(minutes) * 60 + leeway {
         return Ok(());
     }
     let from = if issued.is_some() {
-        "its `iat`"
+        "the `iat`"
     } else {
-        "the current time (it has no `iat`)"
+        "the current time (the access token has no `iat`)"
     };
     Err(Cause::Lifetime.because(format!(
-        "its `exp` is {life} s after {from}, but `token_lifetime_max_minutes` of the issuer is {minutes}"
+        "the `exp` is {life} s after {from}, but `token_lifetime_max_minutes` of the issuer is {minutes}"
     )))
 }
 
@@ -120,7 +123,7 @@ fn check_scopes(settings: &Settings, said: &Said) -> Result<(), Refusal> {
     match settings.required_scopes.difference(&scopes).next() {
         None => Ok(()),
         Some(missing) => Err(Cause::Scope.because(format!(
-            "its `scope` lacks {missing:?}; it has {}",
+            "the `scope` lacks {missing:?}; the scopes are {}",
             shown(
                 &scopes
                     .iter()
@@ -136,12 +139,12 @@ fn check_claims(settings: &Settings, said: &Said) -> Result<(), Refusal> {
     for (claim, accepted) in &settings.required_claims {
         let values = texts(said.get(claim));
         if values.is_empty() {
-            return Err(Cause::Claim.because(format!("it has no `{claim}`")));
+            return Err(Cause::Claim.because(format!("the access token has no `{claim}`")));
         }
         if !accepted.is_empty() && values.is_disjoint(accepted) {
             let values: Vec<&str> = values.iter().map(String::as_str).collect();
             return Err(Cause::Claim.because(format!(
-                "its `{claim}` is {}, which is none of {accepted:?}",
+                "the `{claim}` is {}, which is none of {accepted:?}",
                 shown(&values.join(" "))
             )));
         }
@@ -156,14 +159,14 @@ fn subject(settings: &Settings, said: &Said) -> Result<UserId, Refusal> {
         Subject::Guid => match Uuid::try_parse(sub) {
             Ok(guid) if !guid.is_nil() => guid.hyphenated().to_string(),
             _ => {
-                let detail = format!("its `sub` is {}, which is not a GUID", shown(sub));
+                let detail = format!("the `sub` is {}, which is not a GUID", shown(sub));
                 return Err(Cause::Subject.because(detail));
             }
         },
     };
     UserId::parse(&text).map_err(|error| {
         Cause::Subject.because(format!(
-            "its `sub` is {}, but a user must be {}",
+            "the `sub` is {}, but a user must be {}",
             shown(sub),
             error.detail()
         ))
@@ -204,8 +207,8 @@ fn text(said: &Said, claim: &str) -> Option<String> {
     texts(said.get(claim)).into_iter().next()
 }
 
-/// Reads a time in seconds since 1970. A fraction is cut off (RFC 7519 section 2). A number in a text is accepted,
-/// because some providers write the time as text.
+/// Reads a time in seconds since 1970. A fraction of a second is cut off (RFC 7519 section 2). A
+/// number in a string is accepted, because some providers write the time as a string.
 fn moment(said: &Said, claim: &str) -> Option<Timestamp> {
     let seconds = match said.get(claim)? {
         Value::Number(number) => number.as_i64().or_else(|| {

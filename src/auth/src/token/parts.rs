@@ -10,8 +10,8 @@ use crate::{
 
 use super::refusal::{Cause, Refusal, shown};
 
-/// The header members that contain a key or the address of a key. A key that comes with the access token proves
-/// nothing.
+/// The header members that contain a key or the address of a key. A key inside the access token
+/// proves nothing, because anyone can create such an access token.
 const KEYS_OF_ITS_OWN: [&str; 4] = ["jku", "jwk", "x5u", "x5c"];
 
 /// The header and the claims, both unverified.
@@ -25,7 +25,7 @@ impl Parts {
         let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
         let [header, claims, _signature] = parts[..] else {
             return Err(Cause::Malformed.because(format!(
-                "it has {} parts instead of three, so it is not a signed JSON Web Token",
+                "the access token has {} parts instead of three, so it is not a signed JSON Web Token",
                 parts.len()
             )));
         };
@@ -36,7 +36,7 @@ impl Parts {
                 .and_then(|json| serde_json::from_slice(&json).ok())
                 .ok_or_else(|| {
                     Cause::Malformed
-                        .because(format!("its {name} is not a JSON object in base64url"))
+                        .because(format!("the {name} is not a JSON object in base64url"))
                 })
         };
         Ok(Self {
@@ -49,7 +49,7 @@ impl Parts {
     /// issuer.
     pub(super) fn issuer(&self) -> Result<&str, Refusal> {
         let issuer = self.claims.get("iss").and_then(Value::as_str);
-        issuer.ok_or_else(|| Cause::Issuer.because("it has no `iss`"))
+        issuer.ok_or_else(|| Cause::Issuer.because("the access token has no `iss`"))
     }
 
     /// Returns the time of issue that the access token claims, in seconds since 1970.
@@ -57,32 +57,34 @@ impl Parts {
         self.claims.get("iat").and_then(Value::as_i64)
     }
 
-    /// Returns the algorithm of the access token, if the issuer may use the algorithm. Refuses headers with keys or
-    /// with unknown extensions.
+    /// Returns the algorithm of the access token if the issuer's configuration permits this
+    /// algorithm. Refuses headers with keys or with unknown extensions.
     pub(super) fn algorithm(&self, settings: &Settings) -> Result<Algorithm, Refusal> {
         for member in KEYS_OF_ITS_OWN {
             if self.header.contains_key(member) {
                 return Err(Cause::Header.because(format!(
-                    "its header has `{member}`: a key that an access token itself contains proves nothing"
+                    "the header has `{member}`, but the broker does not trust keys that an access token itself \
+                     contains or refers to"
                 )));
             }
         }
         if self.header.contains_key("crit") {
             return Err(Cause::Header
-                .because("its header has `crit`, but the broker supports no extensions"));
+                .because("the header has `crit`, but the broker supports no extensions"));
         }
         let name = self.header.get("alg").and_then(Value::as_str).unwrap_or("");
         let algorithm = Algorithm::parse(name).filter(|one| settings.algorithms.contains(one));
         algorithm.ok_or_else(|| {
             Cause::Algorithm.because(format!(
-                "its `alg` is {}, but `algorithms` of the issuer is {:?}",
+                "the `alg` is {}, but `algorithms` of the issuer is {:?}",
                 shown(name),
                 settings.algorithms
             ))
         })
     }
 
-    /// Checks `typ`. `application/` may be omitted and case is ignored (RFC 9068 section 2.1).
+    /// Checks `typ`. The prefix `application/` may be omitted, and case is ignored (RFC 9068
+    /// section 2.1).
     pub(super) fn check_type(&self, settings: &Settings) -> Result<(), Refusal> {
         if settings.token_types.is_empty() {
             return Ok(());
@@ -99,7 +101,7 @@ impl Parts {
             return Ok(());
         }
         Err(Cause::Type.because(format!(
-            "its `typ` is {}, but `token_types` of the issuer is {:?}",
+            "the `typ` is {}, but `token_types` of the issuer is {:?}",
             shown(name),
             settings.token_types
         )))
@@ -110,7 +112,7 @@ impl Parts {
         let text = |member: &str| match self.header.get(member) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.as_str())),
-            Some(_) => Err(Cause::Malformed.because(format!("its `{member}` is not a string"))),
+            Some(_) => Err(Cause::Malformed.because(format!("the `{member}` is not a string"))),
         };
         Ok(Named {
             kid: text("kid")?,

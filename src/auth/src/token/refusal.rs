@@ -1,5 +1,5 @@
-//! Why an access token is refused: a cause for the counter and a detail for the log. Neither the cause nor the detail
-//! contains the access token.
+//! The refusal of an access token, with a cause for the counter and a detail for the log. Neither
+//! the cause nor the detail contains the access token.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use keybroker_core::error::{Error, Reason};
 
 /// The delay after which a caller may retry while the keys of an issuer are unknown.
 const KEYS_RETRY: Duration = Duration::from_secs(2);
-/// Longest text of an access token that is written to the log, in characters.
+/// Longest string from an access token that is written to the log, in characters.
 const SHOWN_CHARS_MAX: usize = 100;
 
 /// The causes of refusals. Each cause has a counter.
@@ -21,7 +21,7 @@ pub(crate) enum Cause {
     Issuer,
     /// The `alg` is not allowed for the issuer, or does not match the key.
     Algorithm,
-    /// The header contains a key or asks for an unknown extension.
+    /// The header contains a key or requires an unknown extension.
     Header,
     /// The `typ` is not one of the types in the issuer's configuration.
     Type,
@@ -29,7 +29,7 @@ pub(crate) enum Cause {
     KeyId,
     /// The access token has no `kid`, and more keys match than the broker tries.
     ManyKeys,
-    /// The issuer's keys are not known.
+    /// The broker has no keys of the issuer.
     NoKeys,
     /// The signature does not verify.
     Signature,
@@ -45,7 +45,7 @@ pub(crate) enum Cause {
     Scope,
     /// A required claim is missing, or has none of the permitted values.
     Claim,
-    /// The `sub` is not a valid user.
+    /// The `sub` is not a valid user name.
     Subject,
 }
 
@@ -59,8 +59,8 @@ pub(crate) struct Refusal {
 }
 
 impl Refusal {
-    /// Marks the refusal as undecided: the issuer's keys can be fetched again after this time, and a newer key may
-    /// verify the access token.
+    /// Marks the verification as undecided: the issuer's keys can be fetched again after `wait`,
+    /// and a newer key may verify the access token.
     pub(super) fn undecided(self, wait: Duration) -> Self {
         if !self.may_change() {
             return self;
@@ -82,18 +82,20 @@ impl Refusal {
         matches!(self.cause, Cause::KeyId | Cause::Signature)
     }
 
-    /// Returns the error for the caller, with this detail for the log. An access token that cannot be verified now is
-    /// not reported as rejected.
+    /// Returns the error for the caller, with `detail` for the log. The error does not report an
+    /// access token as rejected while its verification is undecided.
     pub(super) fn error(&self, detail: String) -> Error {
         match (self.cause, self.undecided) {
-            // After a key rotation, every access token from a network may refer to a key that the broker has not
-            // fetched yet, so the attempt does not count as failed. An attacker can also make access tokens with an
-            // unknown `kid` and a current `iat`. These access tokens cost no signature check, and the limits on
-            // connections and on log lines apply to the attacker.
+            // After a key rotation, all valid access tokens may refer to a key that the broker has
+            // not fetched yet. Therefore the attempt does not count towards the authentication
+            // failure limit. An attacker can also make access tokens with an unknown `kid` and a
+            // current `iat`. An access token with an unknown `kid` costs no signature check, and
+            // the limits on connections and on log lines apply to the attacker, too.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }
-            // The signature was checked, so this attempt was costly and counts as failed.
+            // The signature was checked, which is costly. Therefore this attempt counts towards the
+            // authentication failure limit.
             (_, Some(wait)) => Error::new(Reason::IdentityDown, detail)
                 .retry_after(whole_seconds(wait))
                 .failed_attempt(),
@@ -144,7 +146,7 @@ impl Cause {
     }
 }
 
-/// Quotes and shortens a text of an access token for the log.
+/// Quotes and shortens a string from an access token for the log.
 pub(super) fn shown(text: &str) -> String {
     let mut cut: String = text.chars().take(SHOWN_CHARS_MAX).collect();
     if cut.len() < text.len() {

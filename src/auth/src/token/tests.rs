@@ -35,7 +35,7 @@ fn quick(_: &Settings) -> Pace {
     }
 }
 
-/// An issuer as an operator of Bitwarden configures it, with additional lines.
+/// The configuration of an issuer for Bitwarden, with additional lines.
 fn settings(service: &Identity, lines: &str) -> Settings {
     let mut text = format!(
         "name = \"vault\"\nissuer = \"{}\"\nprofile = \"bitwarden\"\n",
@@ -327,7 +327,7 @@ fn bad_tokens(service: &Identity) -> Vec<(&'static str, String, &'static str)> {
         (
             "oversized",
             claims(json!({"pad": "x".repeat(TOKEN_BYTES_MAX)})),
-            "it is too long",
+            "the access token is too long",
         ),
     ]
 }
@@ -345,9 +345,9 @@ async fn every_bad_token_is_refused_for_its_reason() {
     running.accepted(&service.user_token(ADA)).await;
 }
 
-/// An expired access token is reported as renewable only if a renewed access token would be accepted. Everything except
-/// the time is verified first. Otherwise an access token for another service, which never counts as a failure, could be
-/// sent without limit.
+/// An expired access token is reported as renewable only if a renewed access token would be
+/// accepted. Everything except the time is verified first. Otherwise a caller could send an access
+/// token for another service without limit, because such an access token never counts as a failure.
 #[tokio::test]
 async fn only_a_token_whose_one_fault_is_its_age_is_renewable() {
     let service = Identity::start(Options::default());
@@ -427,7 +427,7 @@ async fn leeway_is_as_configured() {
     }
 }
 
-/// An access token with 180 organisations in one claim, as a member of all of them has.
+/// The access token of a user who is a member of 180 organisations, which are in one claim.
 #[tokio::test]
 async fn a_token_of_a_user_with_many_organisations_is_accepted_and_the_limit_is_named() {
     let service = Identity::start(Options::default());
@@ -448,7 +448,7 @@ async fn a_token_of_a_user_with_many_organisations_is_accepted_and_the_limit_is_
     assert_eq!(principal.identity().claims.organisations.len(), 180);
     let longer = with(400);
     let words = format!(
-        "too long: {} bytes, and `limits.access_token_bytes_max` is 16384",
+        "too long: {} bytes, but `limits.access_token_bytes_max` is 16384",
         longer.len()
     );
     running.refused(&longer, &words).await;
@@ -475,11 +475,13 @@ async fn a_token_that_lives_longer_than_its_issuers_may_is_refused() {
     running
         .refused(
             &with(long),
-            "86410 s after its `iat`, but `token_lifetime_max_minutes`",
+            "86410 s after the `iat`, but `token_lifetime_max_minutes`",
         )
         .await;
     let eternal = json!({"iat": null, "exp": u32::MAX});
-    running.refused(&with(eternal), "it has no `iat`").await;
+    running
+        .refused(&with(eternal), "the access token has no `iat`")
+        .await;
     running
         .accepted(&with(json!({"iat": null, "exp": now() + day})))
         .await;
@@ -582,10 +584,10 @@ async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     running.accepted(&sign("ES256", "ec")).await;
     running.accepted(&sign("EdDSA", "ed")).await;
     running
-        .refused(&sign("EdDSA", "ec"), "not the algorithm of its key")
+        .refused(&sign("EdDSA", "ec"), "not the algorithm of the key")
         .await;
     running
-        .refused(&sign("ES256", "key-1"), "not the algorithm of its key")
+        .refused(&sign("ES256", "key-1"), "not the algorithm of the key")
         .await;
     running
         .refused(
@@ -649,7 +651,7 @@ async fn issuers_are_told_apart_by_their_iss() {
         .await;
 }
 
-/// The service signs with another library than the one under test.
+/// The service does not sign with the library that is under test.
 #[test]
 fn the_double_makes_real_signatures() {
     let service = Identity::start(Options::default());
@@ -673,7 +675,7 @@ fn the_double_makes_real_signatures() {
     assert_eq!(pem.names(), ["(key without `kid`)"]);
 }
 
-/// In an earlier release, a file of two joined keys yielded only one of them, and a key in PKCS #1 was reported as
+/// An earlier release read only one key from a file with two keys, and reported a key in PKCS #1 as
 /// missing.
 #[test]
 fn every_key_of_a_pem_file_counts() {

@@ -1,4 +1,5 @@
-//! Changes of API clients, in the same order as changes of user keys: durable intent, commit, durable outcome, answer.
+//! Changes of API clients. The steps have the same order as for user keys: durable intent, commit, durable outcome,
+//! answer.
 
 use std::sync::atomic::Ordering;
 
@@ -13,7 +14,7 @@ use keybroker_store as store;
 use keybroker_store::ClientRow;
 
 impl Broker {
-    /// Asks policy for a permit on the control plane, and begins the audit entry of the change.
+    /// Asks the policy for a permit on the control plane, and begins the audit entry of the change.
     pub(crate) async fn begin_control_change(
         &self,
         principal: &Principal,
@@ -68,14 +69,17 @@ impl Broker {
         let at = Timestamp::now();
         let change = async {
             let result = commit.await;
-            // The generation also grows if the outcome of the change is unknown, because cached data of the API client
+            // The generation is also incremented if the outcome of the change is unknown, because the cached API client
             // may be out of date.
             self.clients_generation.fetch_add(1, Ordering::Release);
             result
         };
         let Settled { intent, result } = self.commit_with_intent(&draft, at, change).await?;
         let result = result.map_err(|error| match error {
-            store::Error::Conflict => Error::new(Reason::Revision, "the client changed meanwhile"),
+            store::Error::Conflict => Error::new(
+                Reason::Revision,
+                "the API client was changed at the same time",
+            ),
             other => other.into(),
         });
         self.close_intent(intent, &draft, result).await

@@ -1,5 +1,5 @@
-//! Reads API clients from the store and verifies their rows with the token. Also makes the new row of a changed API
-//! client.
+//! Reads API clients from the store and verifies their rows with the token. The token also computes the MAC of a
+//! changed row.
 //!
 //! Mitigation: M20 of `THREAT_MODEL.md`.
 
@@ -22,16 +22,16 @@ const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 /// The purpose for which an API client is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// The API client is to be authenticated or changed. The state of the row's wrapping key must allow its use.
+    /// The API client is to be authenticated or changed. The state of the row's wrapping key must permit the use of the
+    /// key.
     InForce,
-    /// The API client is to be revoked permanently. This is possible even if the wrapping key of its row must no longer
-    /// be used. A row that cannot be verified is no risk in this case, because a revoked API client cannot
-    /// authenticate.
+    /// The API client is to be revoked permanently. A revocation does not require a usable wrapping key. Revoking an
+    /// unverified row is no risk, because a revoked API client cannot authenticate.
     ToEnd,
 }
 
-/// Longest time for which a page of a list waits for the token. Rows that are not verified by then are listed as
-/// unverified.
+/// Longest time for which a page of a list waits for the token. Rows that the token has not verified within this time
+/// are listed as unverified.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Verifies the rows of one page with the token, until the token fails or the time limit is reached.
@@ -54,8 +54,8 @@ impl PageVerifier {
     }
 }
 
-/// Returns the caller of token jobs that concern one API client. These jobs wait in the API client's own queue,
-/// together with the jobs of its calls.
+/// Returns the caller of token jobs that concern one API client. The jobs wait in the same queue as the jobs of the API
+/// client's calls.
 fn caller_about(id: ClientId) -> hsm::Caller {
     hsm::Caller::principal(id.principal_name(), Deadline::after(MAC_TIMEOUT))
 }
@@ -94,7 +94,10 @@ impl Broker {
             }
         }
         if !registry.knows(row.key) {
-            return Verified::No(format!("its wrapping key {} is not registered", row.key));
+            return Verified::No(format!(
+                "the wrapping key {} of the row is not registered",
+                row.key
+            ));
         }
         if registry.check(row.key, KeyUse::VerifyMac).is_err() {
             return Verified::NotAsked;
@@ -105,7 +108,9 @@ impl Broker {
             .verify_mac(row.key, &message, &row.mac, &verifier.caller);
         match verified.await {
             Ok(()) => Verified::Yes,
-            Err(hsm::Error::MacRefused) => Verified::No("its MAC does not verify".to_owned()),
+            Err(hsm::Error::MacRefused) => {
+                Verified::No("the MAC of the row does not verify".to_owned())
+            }
             Err(error) => {
                 tracing::info!(
                     %error,
@@ -117,8 +122,8 @@ impl Broker {
         }
     }
 
-    /// Returns an API client for authentication, after the token has verified its row. `None` if the client does not
-    /// exist.
+    /// Returns an API client for authentication, after the token has verified its row. Returns `None` if the client
+    /// does not exist.
     pub async fn verified_client(&self, id: ClientId) -> Result<Option<ClientCredential>, Error> {
         self.client_for(Wanted::InForce, id).await
     }
@@ -147,7 +152,7 @@ impl Broker {
         }
         if !self.registry()?.knows(row.key) {
             return Err(refused(format!(
-                "its wrapping key {} is not registered",
+                "the wrapping key {} of the row is not registered",
                 row.key
             )));
         }
@@ -164,7 +169,7 @@ impl Broker {
         {
             Ok(()) => {}
             Err(hsm::Error::MacRefused) => {
-                return Err(refused("its MAC does not verify".to_owned()));
+                return Err(refused("the MAC of the row does not verify".to_owned()));
             }
             Err(error) => return Err(error.into()),
         }
@@ -172,7 +177,9 @@ impl Broker {
         if wanted == Wanted::InForce
             && let Some(problem) = document.grant().problem()
         {
-            return Err(refused(format!("the client {problem}")));
+            return Err(refused(format!(
+                "the grant of the API client is not valid: {problem}"
+            )));
         }
         Ok(Some(ClientCredential {
             id,
@@ -186,13 +193,13 @@ impl Broker {
         self.clients_generation.load(Ordering::Acquire)
     }
 
-    /// Notes that a secret of an API client was accepted, with the current time.
+    /// Records the current time as the last use of a secret of an API client.
     pub fn note_client_use(&self, id: ClientId, secret: u32) {
         self.client_uses.note(id, secret);
     }
 
-    /// Replaces the stored hash of a secret with a stronger hash. If another change of the row came first, leaves the
-    /// row unchanged.
+    /// Replaces the stored hash of a secret with a stronger hash. Does nothing if the row was
+    /// changed in the meantime.
     pub async fn improve_client(&self, mut credential: ClientCredential, secret: u32, phc: String) {
         let id = credential.id;
         let known = credential.document.secrets.iter_mut();
@@ -223,8 +230,8 @@ impl Broker {
         wanted: Wanted,
     ) -> Result<ClientCredential, Error> {
         let unknown = || Error::new(Reason::KeyNotFound, format!("API client {id}"));
-        // An API client whose row is damaged cannot authenticate, and learns only that its credential is refused. The
-        // administrator of the API client learns the cause.
+        // An API client with a damaged row only gets the answer that its credential is refused. The administrator of
+        // the API client gets the cause.
         let damaged = |error: Error| match error.reason() {
             Reason::Credential => Error::new(Reason::RecordDamaged, error.detail()),
             _ => error,
@@ -238,7 +245,7 @@ impl Broker {
         Ok(credential)
     }
 
-    /// Returns the next row of a client, with its MAC from the token.
+    /// Returns the next revision of a client's row, with a MAC that the token computes.
     pub(super) async fn next_row(&self, credential: ClientCredential) -> Result<ClientRow, Error> {
         let too_long = || {
             Error::new(

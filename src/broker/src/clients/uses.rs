@@ -1,5 +1,5 @@
-//! Records when secrets of API clients were last accepted. Notes are kept in memory, and a background task writes them
-//! to the database. If a note is lost, nothing else is affected.
+//! Records when secrets of API clients were last accepted. The times are kept in memory, and a background task writes
+//! them to the database. If a noted time is lost, only the displayed last use is out of date.
 
 use std::{
     collections::HashMap,
@@ -23,7 +23,7 @@ impl ClientUses {
         }
     }
 
-    /// Takes all notes, sorted in the order in which every broker writes them.
+    /// Removes all noted times from memory, and returns them in the order in which every broker writes them.
     fn take(&self) -> Vec<(ClientId, u32, Timestamp)> {
         let noted = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let uses = noted.into_iter().map(|((id, secret), at)| (id, secret, at));
@@ -34,7 +34,8 @@ impl ClientUses {
 }
 
 impl Broker {
-    /// Writes the notes. Notes that cannot be written are dropped; the next use notes the time again.
+    /// Writes the noted times to the database. Times that cannot be written are dropped; the next use of the secret
+    /// notes a new time.
     pub(crate) async fn flush_client_uses(&self) {
         let uses = self.client_uses.take();
         if uses.is_empty() {

@@ -1,4 +1,4 @@
-//! The age of the wrapping key that is in use: a metric, a note in the health, and an alert.
+//! Reports the age of the wrapping key that is in use: with a metric, a note in the health details, and an alert.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -13,7 +13,7 @@ use super::rotation::age;
 
 const DAY: Duration = Duration::from_hours(24);
 
-/// The limit of the age, and the alert that was raised last.
+/// The age limit of wrapping keys, and the last alert that was raised.
 #[derive(Debug)]
 pub(crate) struct KeyAge {
     limit: Option<Duration>,
@@ -29,7 +29,7 @@ impl KeyAge {
         }
     }
 
-    /// Whether an alert about this key is due: once a day.
+    /// Whether an alert about this key is due. The alert is repeated once a day.
     fn is_due(&self, id: WrappingKeyId) -> bool {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let is_told = told.is_some_and(|(key, at)| key == id && at.elapsed() < DAY);
@@ -41,7 +41,7 @@ impl KeyAge {
 }
 
 impl Broker {
-    /// The wrapping key in use and its age; `None` if no key is in use.
+    /// Returns the wrapping key in use and its age, or `None` if no key is in use.
     fn key_in_use(&self) -> Option<(WrappingKeyId, Duration)> {
         let registry = self.registry.load_full()?;
         let id = registry.wrapping_key().ok()?;
@@ -64,7 +64,7 @@ impl Broker {
         }
     }
 
-    /// The key in use, its age in days and the limit in days, if the key is too old.
+    /// If the key in use is too old, returns the key, its age in days and the limit in days.
     fn overdue_key(&self) -> Option<(WrappingKeyId, u64, u64)> {
         let limit = self.key_age.limit?;
         let (id, age) = self.key_in_use()?;
@@ -72,7 +72,7 @@ impl Broker {
         (age > limit).then(|| (id, days(age), days(limit)))
     }
 
-    /// A sentence without a full stop about a key that is too old, for the details of the health.
+    /// If the key in use is too old, returns a sentence without a full stop for the health details.
     pub(crate) fn key_age_note(&self) -> Option<String> {
         let (id, days, limit) = self.overdue_key()?;
         Some(format!(

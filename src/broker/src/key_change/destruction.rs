@@ -199,7 +199,7 @@ impl Broker {
         let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
         let message = schedule.mac_message();
         schedule.mac = self.token.mac(signer, &message, &caller).await?;
-        let mut change = self.with_macs(planner).await?;
+        let mut change = self.with_macs(planner, id).await?;
         change.destruction = Some(DestructionChange::Schedule(schedule));
         Ok(change)
     }
@@ -226,7 +226,7 @@ impl Broker {
         }
         let mut planner = Planner::new(registry);
         planner.change(row, row.clone());
-        let mut change = self.with_macs(planner).await?;
+        let mut change = self.with_macs(planner, id).await?;
         change.destruction = Some(DestructionChange::Remove(id));
         Ok(change)
     }

@@ -45,7 +45,7 @@ impl MadeKey {
         self.key.id
     }
 
-    /// Makes the registry row of the key, with a MAC by its integrity key.
+    /// Makes the registry row of the key, with a MAC that the integrity key of the key makes.
     pub(super) async fn row(
         &self,
         state: WrappingKeyState,
@@ -83,14 +83,15 @@ impl MadeKey {
             Err(error) => {
                 tracing::error!(
                     wrapping_key = %id, %error,
-                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker token check` \
-                     shows it, and `keybroker key register` or `keybroker key remove` completes the change"
+                    "a new wrapping key is on the token but not registered, and could not be removed; `keybroker \
+                     token check` shows the key, and `keybroker key register` or `keybroker key remove` completes the \
+                     change"
                 );
             }
         }
     }
 
-    /// Ends the admin worker, which takes a moment.
+    /// Ends the admin worker on a blocking thread.
     pub(super) async fn close(self) {
         let ended = tokio::task::spawn_blocking(move || drop(self));
         if ended.await.is_err() {
@@ -100,8 +101,8 @@ impl MadeKey {
 }
 
 impl Broker {
-    /// Waits until the workers have checked a key that is not registered yet, so that its first use needs no wait. If this
-    /// function fails, the workers do not expect the key any more.
+    /// Waits until the workers have checked a key that is not registered yet. Therefore the first call that uses the
+    /// key does not wait.
     pub(super) async fn prove_new_key(&self, row: RegistryRow) -> Result<(), Error> {
         let id = row.id;
         *self.key_changes.lock_awaited() = Some(row);
@@ -113,14 +114,15 @@ impl Broker {
                 return Ok(());
             }
             if until.remaining().is_zero() {
-                let what = "the token workers did not check the new key in time; the log says why";
+                let what =
+                    "the token workers did not check the new key in time; the log shows the cause";
                 return Err(Error::new(Reason::TokenDown, what).explained("token", what));
             }
             tokio::time::sleep(CHECK_PAUSE).await;
         }
     }
 
-    /// Ends the wait for a key that is registered now, or that was not registered.
+    /// Ends the check of a new key by the workers, after the key was registered or discarded.
     pub(super) fn forget_new_key(&self) {
         *self.key_changes.lock_awaited() = None;
     }
@@ -137,7 +139,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Converts the error of an admin worker. The administrator who made the call learns the cause.
+/// Converts the error of an admin worker. The error tells the administrator the cause.
 fn from_admin(error: AdminError) -> Error {
     let reason = match &error {
         AdminError::Token(_) | AdminError::NoToken(_) | AdminError::Start(_) => Reason::TokenDown,

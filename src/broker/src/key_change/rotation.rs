@@ -1,4 +1,4 @@
-//! Rotation: a new wrapping key is made, and wraps new user keys from then on.
+//! Rotation: makes a new wrapping key, which wraps new user keys from then on.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -16,16 +16,16 @@ use crate::{Broker, WrappingKeyView, commit::Settled, journal::Draft, registry::
 
 use super::{Planner, from_commit, making::MadeKey};
 
-/// What an administrator asks for.
+/// An administrator's request for a rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rotation {
     /// Length of the new RSA modulus in bits: 2048, 3072 or 4096.
     pub modulus_bits: u32,
-    /// Do nothing if the wrapping key that is in use is younger than this.
+    /// Do nothing if the wrapping key that is in use is younger than this duration.
     pub if_older_than: Option<Duration>,
-    /// Activate the new key at once, although no backup contains it. Otherwise the new key stays pre-active.
+    /// Activate the new key immediately, although no backup contains it. If `false`, the new key stays pre-active.
     pub single: bool,
-    /// Return to the previous key instead of making a new one.
+    /// Return to the previous key instead of making a new key.
     pub back: bool,
 }
 
@@ -34,7 +34,7 @@ pub struct Rotation {
 pub struct Rotated {
     /// The new key or, if nothing was done, the key that is in use.
     pub key: WrappingKeyView,
-    /// The key that was in use before.
+    /// The key that was in use before the rotation.
     pub previous: Option<WrappingKeyId>,
     /// Whether anything was changed.
     pub is_changed: bool,
@@ -43,7 +43,7 @@ pub struct Rotated {
 /// The decision about a rotation.
 #[derive(Debug)]
 enum Decision {
-    /// The key in use is young enough.
+    /// Keep the key in use, because it is younger than the requested age.
     Keep(WrappingKeyId),
     /// Return to this key.
     Back(Box<RegistryChange>, WrappingKeyId),
@@ -52,9 +52,11 @@ enum Decision {
 }
 
 impl Broker {
-    /// Makes a new wrapping key, or returns to the previous one. With [`Rotation::single`], the new key wraps new user keys
-    /// before the answer, and no call fails or waits meanwhile. Otherwise the new key stays pre-active until it is
-    /// activated. The key that was in use is deactivated: it still unwraps.
+    /// Makes a new wrapping key, or returns to the previous key. With [`Rotation::single`], the new
+    /// key is active before the caller gets the answer. No other call fails or waits during the
+    /// rotation. Without [`Rotation::single`], the new key stays pre-active until an administrator
+    /// activates it. When the new key becomes active, the previous key is deactivated and still
+    /// unwraps.
     pub async fn rotate_key(
         self: &Arc<Self>,
         principal: &Principal,
@@ -122,7 +124,7 @@ impl Broker {
         let waiting = rows.find(|(row, _)| row.state == WrappingKeyState::PreActive);
         if let Some((row, _)) = waiting {
             let what = format!(
-                "key {} is pre-active already: confirm the backup of the token and activate the key with `keybroker key \
+                "key {} is already pre-active: confirm the backup of the token and activate the key with `keybroker key \
                  activate {}`",
                 row.id, row.id
             );
@@ -142,18 +144,19 @@ impl Broker {
             .filter(|(row, _)| row.state == WrappingKeyState::Deactivated)
             .filter(|(row, _)| !ending.contains(&row.id));
         let Some((row, _)) = deactivated.max_by_key(|(row, _)| row.sequence) else {
-            let what = "there is no previous key: no registered key is deactivated";
+            let what = "there is no previous key: none of the registered keys is in the state `deactivated`";
             return Err(Error::new(Reason::KeyState, what).explained("id", what));
         };
         let row = registry.verified(row.id)?;
         let mut planner = Planner::new(registry);
-        planner.deactivate_others(registry, row.id);
+        planner.deactivate_others(registry, row.id, &self.token.state());
+        planner.sign_tombstones(registry, row.id);
         let active = RegistryRow {
             state: WrappingKeyState::Active,
             ..row.clone()
         };
         planner.change(row, active);
-        let change = self.with_macs(planner).await?;
+        let change = self.with_macs(planner, row.id).await?;
         Ok(Decision::Back(Box::new(change), row.id))
     }
 
@@ -165,7 +168,7 @@ impl Broker {
         rotation: Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<WrappingKeyId, Error> {
-        // The intent comes before the key, because the key on the token is a change, too.
+        // The intent is written before the key is made, because making a key changes the token.
         let at = Timestamp::now();
         let intent = self.record_intent(&draft, at).await?;
         let serials = serials(&*self.registry()?);
@@ -181,7 +184,7 @@ impl Broker {
         self.forget_new_key();
         match &registered {
             Ok(()) => made.close().await,
-            // The row may have been committed, so the key must stay.
+            // The row may have been committed, so the key must stay on the token.
             Err(error) if error.is_outcome_unknown() => made.close().await,
             Err(_) => made.discard().await,
         }
@@ -203,7 +206,7 @@ impl Broker {
         };
         let commit = async { self.store.change_registry(&planned, call.id, at).await };
         let settled = self.settle(intent, draft, at, commit).await;
-        // Without a definite answer, the row may have been committed.
+        // Without a definite answer of the store, the row may have been committed.
         let Settled { intent, result } = settled.map_err(Error::outcome_unknown)?;
         let is_committed = result.is_ok();
         let result = result.map_err(from_commit);
@@ -215,15 +218,15 @@ impl Broker {
         }
     }
 
-    /// Plans the rows for a new key. Fails if `previous` is no longer the key in use. Every plan also changes the row of the
-    /// key in use, so that of two brokers that rotate at the same time only one succeeds.
+    /// Plans the rows for a new key. Fails if `previous` is no longer the key in use. Every plan also changes the row
+    /// of the key in use. Therefore only one of two concurrent rotations succeeds.
     async fn plan_new(
         &self,
         made: &MadeKey,
         rotation: Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<RegistryChange, Error> {
-        // The workers need the row of the key before the key is registered.
+        // The workers need the row to test the key before the key is registered.
         let unregistered = made.row(WrappingKeyState::PreActive, 0).await?;
         self.prove_new_key(unregistered).await?;
         let registry = self.registry()?;
@@ -234,7 +237,8 @@ impl Broker {
         }
         let mut planner = Planner::new(&registry);
         let state = if rotation.single {
-            planner.deactivate_others(&registry, made.id());
+            planner.deactivate_others(&registry, made.id(), &self.token.state());
+            planner.sign_tombstones(&registry, made.id());
             WrappingKeyState::Active
         } else {
             if let Some(row) = registry.wrapping_key().ok().and_then(|id| registry.row(id)) {
@@ -243,19 +247,19 @@ impl Broker {
             WrappingKeyState::PreActive
         };
         let sequence = planner.next_sequence();
-        let mut change = self.with_macs(planner).await?;
+        let mut change = self.with_macs(planner, made.id()).await?;
         change.insert = Some(made.row(state, sequence).await?);
         Ok(change)
     }
 }
 
-/// How long ago a key was registered. A clock that was set back makes no key old.
+/// Returns the time since a key was registered, or zero if the registration is in the future by the local clock.
 pub(super) fn age(row: &RegistryRow) -> Duration {
     let micros = Timestamp::now().micros() - row.registered.micros();
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }
 
-/// The distinct serial numbers of the tokens of the registered keys.
+/// Returns the distinct serial numbers of the tokens of the registered keys.
 fn serials(registry: &Registry) -> Vec<String> {
     let rows = registry
         .rows()

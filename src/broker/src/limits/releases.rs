@@ -10,14 +10,15 @@ use std::{
 use moka::sync::Cache;
 
 const WINDOW: Duration = Duration::from_hours(1);
-/// Shortest time between two removals of old users, because a removal visits every user.
+/// Shortest time between two removals of outdated users from the counts. A removal examines every
+/// user.
 const FORGETTING_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of services that are counted separately. Services come from the configuration and from API clients,
 /// so operators decide how many exist.
 const SERVICES_MAX: u64 = 1_000;
 
-/// Users are counted by hashes under a random key of this process. If two users have the same hash, only the count is
-/// too small.
+/// Counts users by keyed hashes; each process has its own random key. If two users have the same hash, the count is too
+/// small by one.
 pub(super) struct Releases {
     users_max: usize,
     hasher: RandomState,
@@ -52,7 +53,7 @@ impl Releases {
         }
     }
 
-    /// Returns `true` if the service exceeds the number of users per hour and no alert about the service was raised
+    /// Returns `true` if the service exceeds the limit of users per hour and no alert about the service was raised
     /// within the last hour.
     pub(super) fn note(&self, service: &str, user: &str) -> bool {
         self.note_at(service, user, Instant::now())
@@ -100,9 +101,9 @@ mod tests {
         assert!(releases.note_at("service", "d", minutes(1)));
         assert!(!releases.note_at("service", "e", minutes(2)));
         assert!(!releases.note_at("other", "d", minutes(2)));
-        // A user who is seen again counts once.
+        // A user whose key is released again counts only once.
         assert!(!releases.note_at("service", "c", minutes(30)));
-        // The first two users are forgotten by now, so there is room for two more.
+        // The first two users have been removed by now, so two more users fit.
         assert!(!releases.note_at("service", "d", minutes(61)));
         assert!(!releases.note_at("service", "e", minutes(61)));
         assert!(releases.note_at("service", "f", minutes(62)));

@@ -11,8 +11,8 @@ use keybroker_core::key::{RecordId, Revision};
 
 /// The shortest time between two alerts about the same record.
 const INTERVAL: Duration = Duration::from_hours(1);
-/// Largest number of records whose alert is remembered. When a thousand alerts were raised within an hour, further
-/// records raise no alert until the oldest alert is an hour old.
+/// Maximum number of records for which the time of the last alert is kept. After a thousand alerts
+/// within an hour, further records cause no alert until the oldest alert is an hour old.
 const RECORDS_MAX: usize = 1_000;
 
 #[derive(Debug)]

@@ -266,13 +266,10 @@ mod tests {
     }
 
     fn registry(rows: &[RegistryRow]) -> Registry {
-        let entry = |row: &RegistryRow| Entry {
-            row: row.clone(),
-            standing: Standing::Verified,
-        };
+        let entry = |row: &RegistryRow| Entry::first(row.clone(), Standing::Verified);
         Registry {
             entries: rows.iter().map(entry).collect(),
-            refused_changes: Vec::new(),
+            ..Registry::default()
         }
     }
 

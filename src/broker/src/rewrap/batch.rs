@@ -1,4 +1,5 @@
-//! The swap of a batch of rows, between a durable intent and a durable outcome.
+//! Replaces a batch of rows with their re-wrapped form, between a durable intent and a durable
+//! outcome.
 
 use aws_lc_rs::digest;
 
@@ -12,12 +13,13 @@ use keybroker_store as store;
 
 use crate::{Broker, commit::Settled, digests::hex_of, journal::Draft};
 
-/// The ids of the rows of a batch: the id of the record or API client, and its revision.
+/// The id of a row in a batch: the id of the record or API client, and its revision.
 pub(super) type RowId = ([u8; 16], u64);
 
 impl Broker {
-    /// Swaps a batch of rows. The intent has the digest of the rows that are about to be moved, and the outcome that of the rows that
-    /// were moved. `swap` must store the mark of the call. Returns for each row whether it was moved.
+    /// Runs `swap`, which replaces a batch of rows in the database. The intent contains the digest
+    /// of the rows in the batch. The outcome contains the digest of the rows that were moved.
+    /// `swap` must store the mark of the call. Returns whether each row was moved.
     pub(super) async fn swap_batch(
         &self,
         to: WrappingKeyId,
@@ -44,8 +46,8 @@ impl Broker {
     }
 }
 
-/// The SHA-256 of the ids and revisions of rows, in their order, as hexadecimal digits. An id has 16 bytes, and a revision is a
-/// big-endian integer of 8 bytes.
+/// Returns the SHA-256 of the ids and revisions of rows, in the order of the rows, as hexadecimal digits. An id has 16
+/// bytes, and a revision is a big-endian integer of 8 bytes.
 fn digest_of(rows: &[RowId]) -> String {
     let mut context = digest::Context::new(&digest::SHA256);
     for (id, revision) in rows {
@@ -59,7 +61,7 @@ fn digest_of(rows: &[RowId]) -> String {
 mod tests {
     use super::*;
 
-    /// The values of another implementation: `printf '…' | xxd -r -p | sha256sum`.
+    /// The expected values come from another implementation: `printf '…' | xxd -r -p | sha256sum`.
     #[test]
     fn the_digest_covers_ids_and_revisions_in_order() {
         assert_eq!(

@@ -1,4 +1,5 @@
-//! Moves API clients, which have only a MAC: the old integrity key verifies the MAC, and the new integrity key makes another one.
+//! Moves the rows of API clients, which contain a MAC and no envelope. The old integrity key verifies the MAC, and the
+//! new integrity key computes a new MAC.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +19,7 @@ use super::{
     run::{Run, Stop},
 };
 
-/// API clients per page.
+/// Number of API clients per page.
 const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {
@@ -91,7 +92,8 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Makes the MAC of an API client with another integrity key, after the integrity key of its row has verified the stored MAC.
+    /// Verifies the stored MAC of an API client with the integrity key of its row, then computes a MAC with another
+    /// integrity key.
     async fn new_mac(&self, row: &ClientRow, to: WrappingKeyId) -> Result<[u8; 32], hsm::Error> {
         let message = row.mac_message();
         self.token
@@ -136,7 +138,7 @@ pub(super) fn failed_client(id: String, revision: u64, problem: &str) -> FailedR
         client = id,
         revision,
         problem,
-        "an API client cannot be moved to another wrapping key and stays as it is"
+        "an API client cannot be moved to another wrapping key; its row is unchanged"
     );
     FailedRow {
         id,

@@ -1,5 +1,5 @@
-//! How fast rows are moved: without a limit while no principal calls, with a small share of the token while principals call, and
-//! never faster than the rate that an administrator set.
+//! Controls how fast rows are moved. While principals make calls, the run gets a small share of the token. A run never
+//! exceeds the rate that an administrator set.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -8,13 +8,13 @@ use std::{
 
 use keybroker_hsm::Token;
 
-/// Principals count as calling until this long after their last job.
+/// Principals count as active until this time has passed after their last job.
 const QUIET_AFTER: Duration = Duration::from_secs(2);
-/// While principals call, one session works for the run for at most one part in this many of the time.
+/// While principals are active, the run uses one session for about 1/16 of the time.
 const SHARE_PARTS: u32 = 16;
-/// Longest pause after a job. A token behind a network has many sessions, so a longer pause would not help callers.
+/// Longest pause after a job. A network HSM has many sessions, so a longer pause would not help callers.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// Most jobs in flight while no principal calls.
+/// Largest number of concurrent jobs of the run while no principal is active.
 const IN_FLIGHT_MAX: usize = 16;
 
 /// The pace of a run.
@@ -22,11 +22,11 @@ const IN_FLIGHT_MAX: usize = 16;
 pub(super) struct Pace {
     /// Rows per second; 0 for no limit.
     rate: Mutex<u32>,
-    /// When the next row may be begun.
+    /// Time at which the next row may be moved.
     next: Mutex<Instant>,
-    /// The jobs of principals that were last counted, and when their number last grew.
+    /// The last known number of principals' jobs, and the time of its last increase.
     seen: Mutex<(u64, Option<Instant>)>,
-    /// Held by the only job that runs while principals call.
+    /// Lock that limits the run to one job at a time while principals are active.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -49,15 +49,15 @@ impl Pace {
         *lock(&self.rate)
     }
 
-    /// How many jobs may be in flight while no principal calls: half of the sessions, so that the first call after a quiet time finds a
-    /// free session.
+    /// Returns the number of concurrent jobs of the run while no principal is active. The run uses half of the
+    /// sessions, so that a new call finds a free session.
     pub(super) fn in_flight(token: &dyn Token) -> usize {
         let workers = token.state().workers;
         let sessions: usize = workers.iter().map(|worker| worker.sessions).sum();
         (sessions / 2).clamp(1, IN_FLIGHT_MAX)
     }
 
-    /// Runs a job of the run at its pace.
+    /// Runs a job of the re-wrap. The rate and the share of the run can delay the job.
     pub(super) async fn run<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if let Some(wait) = self.wait_for_rate(Instant::now()) {
             tokio::time::sleep(wait).await;
@@ -65,7 +65,7 @@ impl Pace {
         self.give_way(token, job).await
     }
 
-    /// Runs a job that the rate does not limit.
+    /// Runs a job that the share of the run can delay, but not the rate.
     pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if !self.is_called(token, Instant::now()) {
             return job.await;
@@ -79,7 +79,7 @@ impl Pace {
         done
     }
 
-    /// Returns how long the next row has to wait for its time.
+    /// Returns the time until the rate allows the next row.
     fn wait_for_rate(&self, now: Instant) -> Option<Duration> {
         let gap = Duration::from_secs(1).checked_div(self.rate())?;
         let mut next = lock(&self.next);
@@ -88,7 +88,7 @@ impl Pace {
         Some(slot - now).filter(|wait| !wait.is_zero())
     }
 
-    /// Whether principals use the token.
+    /// Returns whether principals use the token.
     fn is_called(&self, token: &dyn Token, now: Instant) -> bool {
         self.is_called_at(token.jobs_of_principals(), now)
     }
@@ -103,7 +103,7 @@ impl Pace {
     }
 }
 
-/// The pause after a job that took this long.
+/// Returns the pause after a job that took the time `job`.
 fn pause(job: Duration) -> Duration {
     (job * (SHARE_PARTS - 1)).min(PAUSE_MAX)
 }

@@ -1,4 +1,5 @@
-//! The progress of a run, which its holder stores as JSON once a second, so that every broker can show it.
+//! The progress of a run. The holder of the run stores the progress as JSON once a second, so that every broker can
+//! show it.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,29 +9,29 @@ use keybroker_store::RUN_DOCUMENT_BYTES_MAX;
 /// Highest number of failed rows that are listed. Further failed rows are only counted.
 const FAILURES_MAX: usize = 50;
 
-/// What the holder of a run does.
+/// The current activity of a run's holder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Rows are moved.
     #[default]
     Moving,
-    /// The token verifies every row under the target.
+    /// The token verifies every row under the target key.
     Verifying,
 }
 
-/// A row that could not be moved, or that does not verify afterwards.
+/// A row that could not be moved, or whose verification failed after the move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailedRow {
     /// The id of the record or of the API client, as hexadecimal digits; empty if it cannot be read.
     pub id: String,
     /// The revision of the record or of the API client; 0 if it cannot be read.
     pub revision: u64,
-    /// What is wrong, by the names that `store check` uses.
+    /// The problem, as `store check` names it.
     pub problem: String,
 }
 
-/// How far a run is.
+/// The progress of a run, as its holder stores it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Progress {
@@ -38,7 +39,7 @@ pub struct Progress {
     pub requested_by: String,
     /// Whether the source is a compromised wrapping key, from which only listed rows are moved.
     pub from_compromised: bool,
-    /// What the holder does.
+    /// The current activity of the holder.
     pub phase: Phase,
     /// Revisions that were moved.
     pub revisions_moved: u64,
@@ -48,23 +49,23 @@ pub struct Progress {
     pub changed_meanwhile: u64,
     /// Rows that could not be moved because they are damaged.
     pub failed: u64,
-    /// Rows under the target that the token verified after the last row was moved.
+    /// Rows under the target key that the token verified after the last row was moved.
     pub verified: u64,
-    /// The first of the failed rows, and of the rows that do not verify.
+    /// The first failed rows, including rows whose verification failed.
     pub failures: Vec<FailedRow>,
-    /// Rows that were moved per second, as a moving average.
+    /// Number of rows that are moved per second, as a moving average.
     pub rows_per_second: u64,
-    /// When this was stored, in UTC microseconds.
+    /// Time at which the progress was stored, in UTC microseconds.
     pub updated_us: i64,
-    /// When the run ended, in UTC microseconds; 0 before.
+    /// Time at which the run ended, in UTC microseconds; 0 if the run has not ended.
     pub ended_us: i64,
-    /// Why the run cannot go on at present; empty if it can.
+    /// Reason why the run cannot continue at present; empty if the run can continue.
     pub blocked_by: String,
 }
 
 impl Progress {
-    /// Reads a stored document. A document that cannot be read gives the progress of a run that has just begun, because nothing
-    /// depends on it.
+    /// Reads a stored document. If the document cannot be read, returns the progress of a new run. The document is only
+    /// for display.
     pub(super) fn read(document: &[u8]) -> Self {
         serde_json::from_slice(document).unwrap_or_else(|error| {
             tracing::warn!(%error, "the stored progress of the re-wrap cannot be read");
@@ -72,7 +73,7 @@ impl Progress {
         })
     }
 
-    /// The document to store. Never longer than the column.
+    /// Returns the document to store. The document always fits the database column.
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let mut short = self.clone();
         short.updated_us = Timestamp::now().micros();
@@ -88,7 +89,7 @@ impl Progress {
         }
     }
 
-    /// Counts a row that failed, and lists it if there is room.
+    /// Counts a failed row, and adds it to the list unless the list is full.
     pub(super) fn fail(&mut self, row: FailedRow) {
         self.failed = self.failed.saturating_add(1);
         metrics::REWRAP_ROWS.with(["failed"]).increment(1);
@@ -97,7 +98,7 @@ impl Progress {
         }
     }
 
-    /// Counts the rows that a batch left as it found them, because they had changed in the meantime.
+    /// Counts the rows that a batch did not move because they changed in the meantime.
     pub(super) fn note_changed(&mut self, rows: u64) {
         self.changed_meanwhile = self.changed_meanwhile.saturating_add(rows);
         metrics::REWRAP_ROWS
@@ -105,7 +106,8 @@ impl Progress {
             .increment(rows);
     }
 
-    /// Counts revisions that were moved. No sum overflows, because a writer of the database can choose the stored numbers.
+    /// Counts revisions that were moved. The addition saturates, because an attacker who can write to the database can
+    /// store any number.
     pub(super) fn count_revisions(&mut self, rows: u64) {
         self.revisions_moved = self.revisions_moved.saturating_add(rows);
     }
@@ -120,12 +122,12 @@ impl Progress {
         self.verified = self.verified.saturating_add(1);
     }
 
-    /// The number of rows that were moved.
+    /// Returns the number of rows that were moved.
     pub fn moved(&self) -> u64 {
         self.revisions_moved.saturating_add(self.clients_moved)
     }
 
-    /// Forgets the failed rows, before all rows are tried again.
+    /// Clears the failed rows before another pass tries all rows again.
     pub(super) fn begin_pass(&mut self) {
         self.phase = Phase::Moving;
         self.failed = 0;
@@ -138,7 +140,7 @@ impl Progress {
 mod tests {
     use super::*;
 
-    /// A writer of the database can store any number.
+    /// An attacker who can write to the database can store any number.
     #[test]
     fn no_stored_number_stops_the_broker() {
         let largest = u64::MAX;

@@ -1,4 +1,4 @@
-//! Moves revisions of records. The token re-wraps a page of rows while the page before is swapped.
+//! Moves revisions of records. The token re-wraps one page of rows while the store swaps the previous page.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -28,15 +28,16 @@ use super::{
     run::{Run, Stop},
 };
 
-/// Time limit for one job of a run. The queue gives background work a share of the token's time, however many calls wait.
+/// Time limit for one job of a run. The queue reserves a share of the token's time for background work, even if many
+/// calls wait.
 const JOB_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The caller of the jobs of a run.
+/// Returns the caller for the jobs of a run.
 pub(super) fn background() -> hsm::Caller {
     hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
 }
 
-/// What became of one row on the token.
+/// The result of re-wrapping one row on the token.
 enum Moved {
     Ready(RevisionMove),
     Failed(FailedRow),
@@ -49,7 +50,7 @@ pub(super) struct Page {
     failed: Vec<FailedRow>,
 }
 
-/// The numbers of a page after its swap.
+/// The numbers of moved, changed and failed rows of a page.
 #[derive(Default)]
 pub(super) struct Swapped {
     pub(super) moved: u64,
@@ -58,8 +59,8 @@ pub(super) struct Swapped {
 }
 
 impl Run<'_> {
-    /// Moves every revision under a wrapping key. Returns the number of rows that were moved or that another change altered
-    /// meanwhile.
+    /// Moves every revision under a wrapping key. Returns the number of rows that this run moved or
+    /// that another change altered in the meantime.
     pub(super) async fn move_revisions(
         &mut self,
         from: WrappingKeyId,
@@ -85,7 +86,7 @@ impl Run<'_> {
                 self.broker
                     .rewrap_page(self.stop, &self.pace, from, to, rows)
             );
-            // The page before is counted even if the token failed with the next one.
+            // The previous page is counted even if the token failed on the next page.
             touched += self.count(swapped?);
             ready = next?;
             ready.failed.extend(unlisted);
@@ -126,7 +127,8 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Lets the token re-wrap the rows of a page. Fails if the token cannot work at present; a row that is damaged is no failure.
+    /// Lets the token re-wrap the rows of a page. Returns an error if the token cannot work at present. A damaged row
+    /// is not an error.
     async fn rewrap_page(
         &self,
         stop: &CancellationToken,
@@ -168,7 +170,7 @@ impl Broker {
             Ok(envelope) => envelope,
             Err(problem) => return failed(problem),
         };
-        // The time limit begins when the job begins, not while the row waits for its turn.
+        // The time limit starts with the job, not when the row starts to wait.
         let job = async {
             let caller = background();
             let context = context_of(found);
@@ -189,7 +191,8 @@ impl Broker {
         }
     }
 
-    /// Checks that rows may still be moved between these wrapping keys. The states of both can change in the middle of a pass.
+    /// Checks that rows may still be moved from one wrapping key to the other. The states of both wrapping keys can
+    /// change during a pass.
     pub(super) fn check_move(
         &self,
         mut from: impl Iterator<Item = WrappingKeyId>,
@@ -265,7 +268,7 @@ impl Swapped {
     }
 }
 
-/// The envelope of a row under a wrapping key, or the problem that `store check` would report.
+/// Returns the envelope of a row, or the problem that `store check` would report.
 pub(super) fn envelope_of(
     row: &RevisionUnder,
     key: WrappingKeyId,
@@ -295,7 +298,7 @@ pub(super) fn failed_revision(row: &RowUnder, problem: &str) -> FailedRow {
         record = id.as_deref().unwrap_or_default(),
         revision,
         problem,
-        "a row cannot be re-wrapped and stays as it is"
+        "a row cannot be re-wrapped; the row is unchanged"
     );
     FailedRow {
         id: id.unwrap_or_default(),

@@ -1,4 +1,5 @@
-//! The work of the holder of a run: passes over the rows until none is left, the verification, and the report.
+//! The work of the holder of a run: passes over the rows until all rows are moved, then the verification and the
+//! report.
 
 use std::{
     panic::AssertUnwindSafe,
@@ -25,28 +26,28 @@ use crate::{Broker, ticks::Ticks};
 use super::{listed::Listed, pace::Pace, progress::Progress, sources};
 
 const TICK: Duration = Duration::from_secs(1);
-/// When the broker stops, the batch that is being swapped gets this time to end with its audit entry.
+/// Time for the current batch and its audit entry to finish when the broker stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a holder works alone without a sign of life.
+/// Duration of the lease of a run, in microseconds.
 const LEASE_US: i64 = 15_000_000;
-/// How often the holder prolongs its lease, stores its progress, and looks whether the run was paused.
+/// Interval at which the holder renews its lease, stores its progress, and checks whether the run was paused.
 const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
-/// How often the rows that are left are counted. The count reads an index.
+/// Interval between two counts of the remaining rows. A count reads only an index.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
-/// Most rows per page.
+/// Largest number of rows per page.
 const PAGE_ROWS_MAX: u64 = 100;
-/// Rows per page before the speed is known.
+/// Number of rows per page before the speed is known.
 const PAGE_ROWS_FIRST: u64 = 16;
-/// A page has the rows of this part of a second, so that a pause and a stop take effect soon.
+/// A page has as many rows as the run moves in half a second, so that a pause and a stop take effect soon.
 const PAGE_PARTS: u64 = 2;
 /// Weight of the newest value in the average speed.
 const SPEED_PARTS: u64 = 3;
 
-/// Why the work on a run ends before the run does.
+/// Reason why a holder stops its work before the run is done.
 pub(super) enum Stop {
-    /// The run was paused, another instance holds it, or this broker stops.
+    /// The run was paused, another instance has the lease, or this broker stops.
     Lost,
-    /// Another wrapping key wraps new user keys, or rows may no longer be moved from a wrapping key.
+    /// Another wrapping key now wraps new user keys, or rows may no longer be moved from a wrapping key.
     KeysChanged,
     /// The token, the store or the audit log does not work at present.
     Failed(Error),
@@ -64,7 +65,7 @@ impl From<store::Error> for Stop {
     }
 }
 
-/// A run that this broker holds.
+/// A run for which this broker has the lease.
 pub(super) struct Run<'b> {
     pub(super) broker: &'b Broker,
     pub(super) stop: &'b CancellationToken,
@@ -75,13 +76,13 @@ pub(super) struct Run<'b> {
     pub(super) listed: Option<Listed>,
     kept: Instant,
     counted: Option<Instant>,
-    /// The rows that were moved or verified when the speed was last measured.
+    /// Number of rows that were moved or verified when the speed was last measured.
     measured: u64,
     speed: u64,
 }
 
 impl Broker {
-    /// Works on the run while there is one, until `stop`.
+    /// Works on requested runs until `stop` is cancelled.
     pub(crate) async fn rewrap_regularly(self: &Arc<Self>, stop: &CancellationToken) {
         let mut ticks = Ticks::every(TICK, stop);
         while ticks.next().await {
@@ -97,12 +98,12 @@ impl Broker {
         metrics::REWRAP_RUNNING.set_flag(false);
     }
 
-    /// A defect in the re-wrap must not end the other regular work of the broker, which shares its task.
+    /// A panic in the re-wrap must not end the other regular work of the broker in the same task.
     async fn rewrap_without_panic(&self, stop: &CancellationToken) {
         let work = AssertUnwindSafe(self.rewrap_if_wanted(stop)).catch_unwind();
         if work.await.is_err() {
             metrics::REWRAP_RUNNING.set_flag(false);
-            tracing::error!("the re-wrap panicked; it is tried again");
+            tracing::error!("the re-wrap panicked; the broker tries the re-wrap again");
         }
     }
 
@@ -127,7 +128,7 @@ impl Broker {
         }
         match run.hold().await {
             Ok(()) => {}
-            // Another instance holds the run.
+            // Another instance has the lease.
             Err(Stop::Lost | Stop::KeysChanged) => return,
             Err(Stop::Failed(error)) => {
                 return tracing::debug!(%error, "cannot hold the re-wrap");
@@ -172,7 +173,7 @@ impl<'b> Run<'b> {
         }
     }
 
-    /// Works until no row is left that can be moved.
+    /// Works until all rows that can be moved are moved.
     async fn work(&mut self) -> Result<(), Stop> {
         self.measured = self.progress.moved();
         tracing::info!(
@@ -187,7 +188,8 @@ impl<'b> Run<'b> {
                 .map_err(Error::from)?;
             match self.pass(target).await {
                 Ok(0) => break target,
-                // A pass that moves a row may not have seen the rows that were written in the meantime.
+                // Another pass is necessary: a pass that moved a row may have missed rows that were written in the
+                // meantime.
                 Ok(_) => {}
                 Err(Stop::KeysChanged) => {
                     tracing::info!("the wrapping keys changed; the re-wrap begins another pass");
@@ -221,7 +223,7 @@ impl<'b> Run<'b> {
         Ok(touched + self.move_clients(&sources, target).await?)
     }
 
-    /// Rows for the next page.
+    /// Returns the number of rows for the next page.
     pub(super) fn rows_at_once(&self) -> u32 {
         let speed = match (self.speed, self.pace.rate()) {
             (0, 0) => PAGE_ROWS_FIRST * PAGE_PARTS,
@@ -232,7 +234,7 @@ impl<'b> Run<'b> {
         u32::try_from(rows).unwrap_or(1)
     }
 
-    /// Prolongs the lease, or fails if the run is paused or another instance holds it.
+    /// Renews the lease. Returns an error if the run is paused or another instance has the lease.
     async fn hold(&mut self) -> Result<(), Stop> {
         let now = Timestamp::now();
         let until = Timestamp::from_micros(now.micros() + LEASE_US);
@@ -245,7 +247,8 @@ impl<'b> Run<'b> {
         }
     }
 
-    /// Ends the work if the broker stops. Once a second: prolongs the lease, follows a changed rate and stores the progress.
+    /// Ends the work if the broker stops. Once a second, renews the lease, reads a changed rate and stores the
+    /// progress.
     pub(super) async fn keep_up(&mut self) -> Result<(), Stop> {
         if self.stop.is_cancelled() {
             return Err(Stop::Lost);
@@ -351,7 +354,7 @@ impl<'b> Run<'b> {
         Ok(())
     }
 
-    /// After the work ended: stores the progress, and the cause if the run cannot go on at present.
+    /// Stores the progress after the work, and the cause if the run cannot continue at present.
     async fn leave(&mut self, ended: Result<(), Stop>) {
         match ended {
             Ok(()) => return,
@@ -365,12 +368,12 @@ impl<'b> Run<'b> {
                 let blocked_by = error.reason().as_str();
                 // The cause is logged once, and not every second.
                 if self.progress.blocked_by != blocked_by {
-                    tracing::warn!(%error, "the re-wrap cannot go on at present; the broker tries again every second");
+                    tracing::warn!(%error, "the re-wrap cannot continue at present; the broker tries again every second");
                 }
                 blocked_by.clone_into(&mut self.progress.blocked_by);
             }
         }
-        // A progress that is not stored is made again: the rows show what was done.
+        // A failure to store the progress is harmless, because the rows themselves show which rows were moved.
         if let Err(Stop::Failed(error)) = self.store_progress(false).await {
             tracing::debug!(%error, "the progress of the re-wrap was not stored");
         }

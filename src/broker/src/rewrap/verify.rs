@@ -1,4 +1,4 @@
-//! Lets the token verify every row under the target, after the last row was moved.
+//! Lets the token verify every row under the target key, after the last row was moved.
 
 use futures_util::{
     FutureExt as _,
@@ -6,7 +6,7 @@ use futures_util::{
     stream::{self, StreamExt as _},
 };
 
-use keybroker_core::key::WrappingKeyId;
+use keybroker_core::{call::Timestamp, key::WrappingKeyId};
 use keybroker_hsm as hsm;
 use keybroker_store::{Position, RevisionPlace, RowUnder};
 
@@ -20,12 +20,16 @@ use super::{
     run::{Run, Stop},
 };
 
+/// Largest difference between the clocks of two brokers, in microseconds, for which a row of another broker counts as new.
+const CLOCK_SKEW_US: i64 = 60_000_000;
 /// API clients per page.
 const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {
-    /// Verifies the MAC of every revision and of every API client under the target. The rows that do not verify are listed with the
-    /// rows that could not be moved.
+    /// Verifies the MAC of every revision and of every API client under the target key. The rows that do not verify are
+    /// listed with the rows that could not be moved. A revision that a call writes during the verification is not
+    /// verified, because the run did not move this revision. If the run also verified new revisions, the verification
+    /// would never end when calls write revisions faster than the token verifies them.
     pub(super) async fn verify(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         self.progress.phase = Phase::Verifying;
         self.progress.verified = 0;
@@ -35,8 +39,10 @@ impl Run<'_> {
 
     async fn verify_revisions(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         let mut place = RevisionPlace::START;
+        let begun = Timestamp::now();
+        let mut newer = 0;
         loop {
-            // The lease is prolonged after each page, so a page must not take long.
+            // The lease is renewed after each page, so a page must not take long.
             let limit = self.rows_at_once();
             let rows = self
                 .broker
@@ -44,11 +50,18 @@ impl Run<'_> {
                 .revisions_under(target, &place, limit)
                 .await?;
             let Some(last) = rows.last() else {
+                tracing::info!(
+                    newer,
+                    "the verification left out revisions that were written after its begin"
+                );
                 return Ok(());
             };
             place = last.place.clone();
-            let jobs: Vec<BoxFuture<'_, _>> = rows
-                .iter()
+            let (skipped, older): (Vec<_>, Vec<_>) =
+                rows.iter().partition(|row| is_newer(row, begun));
+            newer += skipped.len();
+            let jobs: Vec<BoxFuture<'_, _>> = older
+                .into_iter()
                 .map(|row| self.broker.verify_revision(&self.pace, target, row).boxed())
                 .collect();
             let in_flight = Pace::in_flight(&*self.broker.token);
@@ -69,7 +82,7 @@ impl Run<'_> {
             }
             for row in rows {
                 let Ok(row) = row else {
-                    // A row that cannot be decoded was listed when the clients were moved.
+                    // A row that cannot be decoded was already listed as a failed row when the clients were moved.
                     position.advance(row.err().and_then(|damaged| damaged.id));
                     continue;
                 };
@@ -97,7 +110,7 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Returns the row as failed if the token refuses its MAC.
+    /// Returns a failed row if the token rejects the row's MAC.
     async fn verify_revision(
         &self,
         pace: &Pace,
@@ -118,6 +131,15 @@ impl Broker {
         let verified = pace.give_way(&*self.token, job).await;
         verdict(verified, || failed_revision(row, "mac-refused"))
     }
+}
+
+/// Whether a revision was written after `begun`. A row whose time is far in the future counts as an old row, because nothing
+/// authenticates the time.
+fn is_newer(row: &RowUnder, begun: Timestamp) -> bool {
+    let latest = Timestamp::now().micros().saturating_add(CLOCK_SKEW_US);
+    row.row
+        .as_ref()
+        .is_ok_and(|found| found.created > begun && found.created.micros() <= latest)
 }
 
 fn verdict(

@@ -1,5 +1,5 @@
 //! Whether the caller of a call still waits for its answer. A call runs in a separate task, which does not end with the
-//! connection, so the code that works for the call has to ask.
+//! connection. Therefore the code of the call must check the flag.
 
 use std::sync::{
     Arc,
@@ -10,12 +10,13 @@ tokio::task_local! {
     static CURRENT: Abandoned;
 }
 
-/// A flag that is set when nothing waits for the answer of a call any more.
+/// A flag that is set when no caller waits for the answer of a call any more.
 #[derive(Clone, Debug, Default)]
 pub struct Abandoned(Arc<AtomicBool>);
 
 impl Abandoned {
-    /// The flag of the call that the current task works for. Outside of a call, the flag is never set.
+    /// Returns the flag of the call for which the current task works. Outside a call, the flag is
+    /// never set.
     pub fn current() -> Self {
         CURRENT.try_with(Self::clone).unwrap_or_default()
     }
@@ -25,13 +26,13 @@ impl Abandoned {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Runs the work of a call, which finds the flag with [`Abandoned::current`].
+    /// Runs the work of a call. The work can read the flag with [`Abandoned::current`].
     pub async fn scope<T>(self, work: impl Future<Output = T>) -> T {
         CURRENT.scope(self, work).await
     }
 }
 
-/// Sets a flag when it is dropped. The future that waits for the answer owns it.
+/// A guard that sets a flag when it is dropped. The future that waits for the answer owns the guard.
 #[derive(Debug)]
 pub struct StopsWaiting(pub Abandoned);
 

@@ -1,4 +1,5 @@
-//! The caller of a connection: what the server knows about a call before an API handles it.
+//! The caller of a connection: the data that the server has about a call before an API handles the
+//! call.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -26,7 +27,7 @@ const HEALTH_CHECKS_MAX: usize = 8;
 const HEALTH_WATCHES_MAX: usize = 4;
 
 impl Caller {
-    /// A caller with its address, the result of its authentication, and the highest number of its concurrent calls.
+    /// Creates a caller from its address, the result of its authentication, and the limit of its concurrent calls.
     pub fn new(
         peer: SocketAddr,
         principal: Result<Arc<Principal>, Error>,
@@ -42,7 +43,7 @@ impl Caller {
         }
     }
 
-    /// The same connection with another principal, for a call that has its own credential.
+    /// Returns a caller with the same connection and another principal, for a call that has its own credential.
     #[must_use]
     pub fn with_principal(&self, principal: Result<Arc<Principal>, Error>) -> Self {
         Self {
@@ -51,7 +52,7 @@ impl Caller {
         }
     }
 
-    /// Where the connection comes from.
+    /// The address and port of the peer.
     pub fn peer(&self) -> SocketAddr {
         self.peer
     }

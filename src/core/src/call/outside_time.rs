@@ -1,5 +1,5 @@
-//! The time that a call spends outside the broker: in the queue for the token and in the vendor's module. The duration
-//! of the call minus this time is the time that the broker adds.
+//! The time that a call spends outside the broker: in the queue for the token and in the vendor's module. The rest of
+//! the call's duration is the time that the broker adds.
 
 use std::{cell::Cell, time::Duration};
 
@@ -16,8 +16,8 @@ pub async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration) {
     OUTSIDE.scope(Cell::default(), work).await
 }
 
-/// Records that the current task spent this time outside the broker. The function does nothing if [`measured`] does not
-/// run the task's work.
+/// Records that the current task spent this time outside the broker. The function does nothing
+/// unless the task's work runs in [`measured`].
 pub fn note(outside: Duration) {
     OUTSIDE
         .try_with(|total| total.set(total.get() + outside))

@@ -15,8 +15,8 @@ use super::{Algorithm, Context};
 
 const ENVELOPE_DOMAIN: &[u8] = b"keybroker/envelope/v1";
 const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
-/// The domain of a registry row that contains object ids. A row that contains no object ids has the earlier domain, so that the
-/// MACs of earlier releases stay valid.
+/// The domain of a registry row that contains object ids. A row without object ids uses the domain of earlier releases,
+/// so that the MACs of earlier releases stay valid.
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 /// The domain of the registry row of a destroyed key, which another key authenticates.
 const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";
@@ -169,9 +169,9 @@ impl MacMessage {
 pub struct RegistryFields<'a> {
     /// The id of the wrapping key.
     pub id: WrappingKeyId,
-    /// Where the objects of the wrapping key are.
+    /// The places of the wrapping key's objects.
     pub objects: &'a ObjectIds,
-    /// Of the public key.
+    /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
     /// The purpose of the wrapping key.
     pub purpose: Purpose,
@@ -196,7 +196,7 @@ pub struct PlaceFields<'a> {
     pub token: &'a str,
     /// Serial number of the token.
     pub token_serial: &'a str,
-    /// Where the objects of the wrapping key are on this token.
+    /// The places of the wrapping key's objects on this token.
     pub objects: &'a ObjectIds,
     /// When the key was registered for this token, in UTC microseconds.
     pub registered_us: i64,
@@ -225,7 +225,8 @@ struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        // Reserve the whole capacity now: a vector that grows leaves copies that are not overwritten.
+        // Reserve the full capacity now: a vector that grows leaves copies that are not
+        // overwritten.
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message

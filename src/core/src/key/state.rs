@@ -54,7 +54,7 @@ impl KeyUse {
 }
 
 impl WrappingKeyState {
-    /// All states, in the order of a key's life.
+    /// All states, in the order of a key's life cycle.
     pub const ALL: [Self; 6] = [
         Self::PreActive,
         Self::Active,
@@ -64,7 +64,7 @@ impl WrappingKeyState {
         Self::Destroyed,
     ];
 
-    /// As stored and shown.
+    /// The name of the state in the database and in output.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::PreActive => "pre-active",
@@ -76,7 +76,7 @@ impl WrappingKeyState {
         }
     }
 
-    /// From the stored text.
+    /// Parses the stored text.
     pub fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.as_str() == text)
     }
@@ -112,9 +112,9 @@ impl WrappingKeyState {
 
     /// Whether a key in this state may be used in this way. All other functions about the use of a key call this function.
     ///
-    /// A deactivated key makes MACs, because restoring an earlier revision of a record binds this revision again without
-    /// unwrapping it. A compromised key is only the source of a re-wrap of listed rows: a person who knows its private half may
-    /// also have made the row, and only the list shows that the broker made it.
+    /// A deactivated key makes MACs, because restoring an earlier revision of a record makes a new MAC for this
+    /// revision without unwrapping it. A compromised key is only the source of a re-wrap of listed rows: a person who
+    /// knows its private half may also have made a row, and only the list shows that the broker made it.
     pub const fn allows(self, key_use: KeyUse) -> bool {
         match self {
             Self::PreActive | Self::Suspended | Self::Destroyed => false,
@@ -146,12 +146,13 @@ impl fmt::Display for WrappingKeyState {
     }
 }
 
-/// A change of a state that is not in the table of transitions. The text contains the legal changes.
+/// A change of a state that is not in the table of transitions. The error message lists the legal
+/// changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IllegalTransition {
     /// The state of the key.
     pub from: WrappingKeyState,
-    /// The state that was asked for.
+    /// The requested state.
     pub to: WrappingKeyState,
 }
 
@@ -161,9 +162,9 @@ impl fmt::Display for IllegalTransition {
         write!(f, "a key that is {from} cannot become {to}; ")?;
         let next: Vec<&str> = from.next().iter().map(|state| state.as_str()).collect();
         match next.split_last() {
-            None => write!(f, "it cannot change at all"),
-            Some((only, [])) => write!(f, "it can only become {only}"),
-            Some((last, most)) => write!(f, "it can become {} or {last}", most.join(", ")),
+            None => write!(f, "the state of this key can never change"),
+            Some((only, [])) => write!(f, "the next state can only be {only}"),
+            Some((last, most)) => write!(f, "the next state can be {} or {last}", most.join(", ")),
         }
     }
 }
@@ -240,13 +241,12 @@ mod tests {
         let refused = Active.check_change(Destroyed).unwrap_err().to_string();
         assert_eq!(
             refused,
-            "a key that is active cannot become destroyed; it can become suspended, deactivated or compromised"
+            "a key that is active cannot become destroyed; the next state can be suspended, deactivated or compromised"
         );
     }
 
     proptest! {
-        /// However the states of a key follow one another, no key that was compromised is used again, and nothing follows
-        /// `destroyed`.
+        /// In every sequence of states, a compromised key is never used again, and no state follows `destroyed`.
         #[test]
         fn no_sequence_of_changes_leads_back_from_compromise(changes in proptest::collection::vec(state(), 0..40)) {
             let (mut state, mut was_compromised) = (PreActive, false);
@@ -263,7 +263,7 @@ mod tests {
             }
         }
 
-        /// The stored text of a state is read back, and no other text is a state.
+        /// The stored name of each state can be parsed, and no other string is the name of a state.
         #[test]
         fn the_stored_text_is_read_back(state in state(), text in "[a-z-]{0,12}") {
             prop_assert_eq!(WrappingKeyState::parse(state.as_str()), Some(state));

@@ -1,4 +1,4 @@
-//! Tests with files as editors, shells and other tools leave them.
+//! Tests with files in the forms that editors, shells and other tools write.
 
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 
@@ -77,7 +77,7 @@ fn a_file_that_would_be_half_read_is_refused_with_its_line() {
         (a.clone() + &b.replacen("BEGIN", "begin", 1), "looks like"),
         (
             a.clone() + &b.replacen("-----BEGIN CERTIFICATE-----\n", "", 1),
-            "ends a block that does not begin",
+            "is an END line without a BEGIN line",
         ),
         // The END line ends with dashes that the BEGIN line needs, and the second block is truncated.
         (
@@ -200,7 +200,7 @@ fn a_damaged_block_does_not_withhold_the_revocation_lists_after_it() {
         (
             "-----END X509 CRL-----\n".to_owned(),
             Place::After(1),
-            "line 4 ends a block",
+            "line 4 is an END line",
         ),
     ] {
         let read = revocation_lists(format!("{first}{damaged}{last}").as_bytes());

@@ -12,7 +12,7 @@ pub(super) const DIRECTORY: &str = "a directory";
 #[derive(Debug)]
 pub struct Error {
     pub(super) path: Box<Path>,
-    /// The invalid component: the file itself, a directory above it, or a symbolic link on the way.
+    /// The invalid component: the file itself, a directory above it, or a symbolic link in the path.
     pub(super) component: Box<Path>,
     pub(super) purpose: Purpose,
     pub(super) problem: Box<Problem>,
@@ -86,7 +86,7 @@ impl fmt::Display for Error {
             write!(f, "{path} is not trusted: ")?;
         }
         match &*self.problem {
-            // The component can be the absolute form of `path`.
+            // If `path` is relative, the component can be the absolute form of `path`.
             Problem::Io(error) if self.component.ends_with(&self.path) => {
                 write!(f, "cannot read {path}: {error}")
             }
@@ -101,8 +101,8 @@ impl fmt::Display for Error {
                 "{at} is {kind}, but must be a regular file; give the path of a regular file, or write the content to a \
                  regular file"
             ),
-            Problem::NotDirectory(kind) => write!(f, "{at} is {kind} and not a directory"),
-            Problem::NotSocket(kind) => write!(f, "{at} is {kind} and not a socket"),
+            Problem::NotDirectory(kind) => write!(f, "{at} is {kind}, but must be a directory"),
+            Problem::NotSocket(kind) => write!(f, "{at} is {kind}, but must be a socket"),
             Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,
@@ -152,11 +152,13 @@ impl Error {
         match owner {
             Some(owner) => write!(
                 f,
-                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount it, or mount it as root"
+                "{at} is in a FUSE file system that user {owner} mounted: {risk}; unmount the file system, or mount \
+                 it as root"
             ),
             None => write!(
                 f,
-                "{at} is in a FUSE file system, and {MOUNTS} does not say which user mounted it: {risk}; use another file system"
+                "{at} is in a FUSE file system, and {MOUNTS} does not show which user mounted this file system: \
+                 {risk}; use another file system"
             ),
         }
     }

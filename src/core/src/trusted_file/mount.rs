@@ -17,9 +17,9 @@ const SYSTEMD: &str = "/run/systemd/system";
 const SERVICE_VARIABLE: &str = "INVOCATION_ID";
 pub(super) const MOUNTS: &str = "/proc/self/mountinfo";
 
-/// Whether an entry is in a file system that is mounted read-only into a container and is not the file system of the root
-/// directory. A FUSE file system is never unchangeable, because the process that serves it can change the content. If the mount
-/// cannot be examined, the entry is assumed to be changeable.
+/// Whether an entry is in a file system that is mounted read-only into a container and is not the file system of the
+/// root directory. A FUSE file system is always changeable, because the process that serves it can change the content.
+/// If the mount cannot be examined, the entry is assumed to be changeable.
 pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
     fstatvfs(fd).is_ok_and(|system| system.f_flag.contains(StatVfsMountFlags::RDONLY))
         && !is_fuse(fd)
@@ -39,8 +39,8 @@ pub fn read_only_mounts_count() -> bool {
     !is_beside_systemd && !IGNORES_READ_ONLY_MOUNTS.load(Ordering::Relaxed)
 }
 
-/// From now on, this process applies the ordinary rules in read-only mounts. Call this function in a process with a cleared
-/// environment if its parent process has detected systemd, because the process itself may be unable to detect systemd.
+/// From now on, this process applies the ordinary rules in read-only mounts. Call this function in a process with a
+/// cleared environment if its parent process has detected systemd. The process itself may be unable to detect systemd.
 pub fn ignore_read_only_mounts() {
     IGNORES_READ_ONLY_MOUNTS.store(true, Ordering::Relaxed);
 }
@@ -49,7 +49,7 @@ pub(super) fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
 }
 
-/// The party that decides about the content of a FUSE file system.
+/// The party that controls the content of a FUSE file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FuseServer {
     /// virtiofs: the file system has the type of FUSE, but the host of this virtual machine serves it.
@@ -58,13 +58,15 @@ pub(super) enum FuseServer {
     User(u32),
 }
 
-/// Who serves the FUSE file system of an entry. Returns `None` if the mount table cannot be read or does not contain the user.
+/// Returns the party that serves the FUSE file system of an entry. Returns `None` if the mount table cannot be read or
+/// does not contain the user.
 pub(super) fn fuse_server(stat: &Stat) -> Option<FuseServer> {
     let mounts = std::fs::read_to_string(MOUNTS).ok()?;
     server_in(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
 }
 
-/// Who serves the file system with this device number, according to a mount table in the form of proc(5).
+/// Returns the party that serves the file system with this device number, according to a mount table in the form of
+/// proc(5).
 pub(super) fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<FuseServer> {
     let device = format!("{major}:{minor}");
     let mount = mounts
@@ -80,7 +82,8 @@ pub(super) fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<Fuse
     Some(FuseServer::User(user))
 }
 
-/// Whether a device differs from that of the root directory. If the device of the root directory is unknown, the result is false.
+/// Whether a device differs from the device of the root directory. If the device of the root directory is unknown, the
+/// result is false.
 fn is_apart_from_root(device: u64) -> bool {
     rustix::fs::stat("/").is_ok_and(|root| root.st_dev != device)
 }

@@ -8,7 +8,7 @@ pub struct Purpose(Kind);
 enum Kind {
     /// Other users may read the file.
     Trust {
-        /// What another user could do, as a clause that begins with `other users could`.
+        /// The risk, as a clause that begins with `other users could`.
         risk: &'static str,
         /// The remedy if the file belongs to another user; absent if the remedy is `chown`.
         owner_remedy: Option<&'static str>,
@@ -54,7 +54,7 @@ impl Purpose {
     pub(super) const fn risk(self) -> &'static str {
         match self.0 {
             Kind::Trust { risk, .. } => risk,
-            Kind::Secret(_) => "other users could replace it",
+            Kind::Secret(_) => "other users could replace the secret",
         }
     }
 

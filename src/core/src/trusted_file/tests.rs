@@ -180,7 +180,8 @@ fn a_link_is_followed_only_through_directories_that_others_cannot_write() {
     let open = folder.directory("open", 0o777);
     let closed = folder.directory("closed", 0o755);
     let target = folder.file("closed/file", 0o600);
-    // A link in an open directory, a link to one in it, and a way through it and back.
+    // A link in a directory that others can write to, a link to this link, and a link whose target leads through the
+    // directory.
     symlink(&target, open.join("link")).unwrap();
     symlink("../open/link", closed.join("first")).unwrap();
     symlink("../open/../closed/file", closed.join("second")).unwrap();
@@ -259,9 +260,17 @@ fn only_a_regular_file_is_read_and_nothing_waits() {
         assert_eq!(check_if_present(path, TRUST).is_err(), path == &fifo);
     }
     let file = folder.file("file", 0o600);
-    refused(&file.join("below"), TRUST, &file, "and not a directory");
+    refused(
+        &file.join("below"),
+        TRUST,
+        &file,
+        ", but must be a directory",
+    );
     let error = check_directory(&file, TRUST).unwrap_err();
-    assert!(error.to_string().contains("and not a directory"), "{error}");
+    assert!(
+        error.to_string().contains(", but must be a directory"),
+        "{error}"
+    );
     // A link to an open descriptor has no path as its target.
     let open = File::open(&file).unwrap();
     let number = std::os::fd::AsRawFd::as_raw_fd(&open);
@@ -366,7 +375,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     let _listener = UnixListener::bind(&path).unwrap();
     assert!(check_socket(&path, &[], TRUST).is_ok());
     let error = check_socket(&folder.file("file", 0o600), &[], TRUST).unwrap_err();
-    assert!(error.to_string().contains("not a socket"), "{error}");
+    assert!(error.to_string().contains("must be a socket"), "{error}");
     let missing = check_socket(&directory.join("missing"), &[], TRUST).unwrap_err();
     assert!(missing.is_missing(), "{missing}");
     // The mode of a socket says who may connect, not who listens.

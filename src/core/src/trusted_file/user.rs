@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::{Error, Purpose, read};
 
-/// The file that lists the users of this machine. A user who is only in a directory service must be given by number.
+/// The file that lists the users of this machine. A user who is only in a directory service must be specified by
+/// number.
 const USERS: &str = "/etc/passwd";
 const USERS_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
@@ -12,7 +13,8 @@ const USERS_BYTES_MAX: u64 = 4 * 1024 * 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct User {
     pub(super) id: u32,
-    /// The user's own group, which may write to a directory on the way; unknown if `/etc/passwd` has no entry for the user.
+    /// The user's own group, which may write to a directory in the path; unknown if `/etc/passwd` has no entry for the
+    /// user.
     pub(super) group: Option<u32>,
 }
 
@@ -21,7 +23,7 @@ impl User {
     /// directory service. The group of a user who is not in `/etc/passwd` is unknown, because the group with the same number can
     /// have other members on this machine.
     pub fn find(name: &str) -> Result<Option<Self>, Error> {
-        let purpose = Purpose::trust("other users could choose who is trusted");
+        let purpose = Purpose::trust("other users could choose which users are trusted");
         let users = read(Path::new(USERS), USERS_BYTES_MAX, purpose)?;
         Ok(Self::find_in(&String::from_utf8_lossy(&users), name))
     }

@@ -1,4 +1,4 @@
-//! Resolves a path one component at a time and examines every directory and link on the way.
+//! Resolves a path one component at a time and examines every directory and link in the path.
 
 use std::{
     cell::Cell,
@@ -32,7 +32,7 @@ const SECRET_OF_ROOT: u32 = 0o037;
 /// Highest number of symbolic links that are followed for one path, like the limit of the kernel.
 const LINKS_MAX: usize = 40;
 
-/// A directory on the path, held open.
+/// A directory in the path, with an open descriptor.
 pub(super) struct Directory {
     fd: OwnedFd,
     pub(super) stat: Stat,
@@ -59,11 +59,11 @@ pub(super) struct Walk<'a> {
     pub(super) ours: u32,
     /// Users who are trusted, in addition to root and the user of this process.
     pub(super) users: &'a [User],
-    /// The write permissions that a directory on the way must not have.
+    /// The write permissions that a directory in the path must not have.
     pub(super) writable: u32,
     /// Whether directories in a read-only mount may belong to anyone and be writable by others.
     pub(super) exempts_read_only: bool,
-    /// Whether others can add entries to a directory on the way.
+    /// Whether other users can add entries to a directory in the path.
     pub(super) is_shared: Cell<bool>,
 }
 
@@ -117,7 +117,8 @@ impl<'a> Walk<'a> {
         let fd = openat(&above.fd, &name, flags, Mode::empty()).map_err(self.io(&at))?;
         let stat = fstat(&fd).map_err(self.io(&at))?;
         self.require_regular(&stat, &at)?;
-        // If the kernel permits such links, another user could create a hard link to a file of root under an unused name.
+        // If the kernel permits hard links to files of other users, another user could create a hard link to a file of
+        // root under an unused name.
         if !above.is_read_only
             && mode_of(&above.stat) & WRITABLE_BY_OTHERS != 0
             && stat.st_nlink > 1
@@ -255,7 +256,7 @@ impl<'a> Walk<'a> {
         self.enter(fd, at)
     }
 
-    /// Follows the path to its end and examines every directory and link on the way.
+    /// Follows the path to its end and examines every directory and link in the path.
     pub(super) fn resolve(&self) -> Result<Target, Error> {
         let absolute =
             absolute(self.path).map_err(|error| self.error(self.path, Problem::Io(error)))?;

@@ -1,5 +1,5 @@
-//! Access to the token for a running broker that makes or removes wrapping keys. The workers of the broker have read-only
-//! sessions, so each change of the token's objects is made in a separate admin worker, which ends after the change.
+//! Access to the token for a running broker that makes or removes wrapping keys. The workers of the broker have
+//! read-only sessions. Therefore a separate, short-lived admin worker makes each change of the token's objects.
 
 use std::path::PathBuf;
 
@@ -18,8 +18,8 @@ pub struct KeyAdmin {
 }
 
 impl KeyAdmin {
-    /// `program` is the running binary, which contains the admin worker. `state` is the state directory of this instance.
-    /// `is_one_of_several` says whether the configuration has further tokens.
+    /// `program` is the running binary, which contains the admin worker. `state` is the state directory of this
+    /// instance. `is_one_of_several` is true if the configuration has several tokens.
     pub fn new(
         program: PathBuf,
         settings: Settings,
@@ -37,7 +37,7 @@ impl KeyAdmin {
     /// Starts an admin worker, which logs in with the PIN in the configured file. If several tokens match the settings,
     /// the token with one of these serial numbers is used. The admin worker ends when the returned value is dropped.
     ///
-    /// This function blocks the thread, and the calls of the returned value do, too.
+    /// This function and the methods of the returned value block the thread.
     pub fn open(&self, serials: &[&str]) -> Result<Admin, AdminError> {
         let pin = match &self.settings.pin_file {
             Some(path) => PinSource::File(path.clone()),
@@ -59,18 +59,19 @@ impl KeyAdmin {
         )
     }
 
-    /// Why a running broker cannot make a key on this token; `None` if it can.
+    /// Returns the reason why a running broker cannot make a key on this token, or `None` if the broker can make keys.
     pub fn cannot_make_keys(&self) -> Option<&'static str> {
         if self.is_one_of_several {
             return Some(
-                "the configuration has several tokens, and a key on only one of them would end the failover: make the key with \
-                 `keybroker --token NAME key generate`, copy it to the other tokens, and register it there with `keybroker key \
-                 register`",
+                "the configuration has several tokens, and a key on only one token would prevent a failover: make the \
+                 key with \
+                 `keybroker --token NAME key generate`, copy it to the other tokens, and register the key for each of \
+                 them with `keybroker key register`",
             );
         }
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Some(
-                "with `access_control = \"outside-pkcs11\"`, keys are made with the vendor's tool and registered with \
+                "with `access_control = \"outside-pkcs11\"`, keys must be made with the vendor's tool and registered with \
                  `keybroker key register`",
             );
         }

@@ -1,4 +1,4 @@
-//! Wraps many records from a one-shot command.
+//! Wraps many records in a command, without a running broker.
 
 use keybroker_core::{
     envelope::{Context, Envelope, Unsealed},
@@ -8,8 +8,8 @@ use keybroker_worker_protocol::{ExpectedKey, oaep::WrapKey};
 
 use super::{Admin, AdminError};
 
-/// Wraps under one key with an admin worker of its own, for use by one thread. As in the broker, the public-key
-/// operation runs in software and the MAC is made on the token.
+/// Wraps key material under one key. Each thread needs a separate wrapper, because each wrapper has its own admin
+/// worker. As in the broker, the public-key operation runs in software and the token computes the MAC.
 #[derive(Debug)]
 pub struct Wrapper {
     admin: Admin,

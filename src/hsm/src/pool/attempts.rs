@@ -11,14 +11,16 @@ use keybroker_core::call::Deadline;
 
 use crate::{Error, job::Output};
 
-/// A token has not answered late before this time, or before a third of the remaining time if that is less.
+/// A token counts as late only after this time. If a third of the job's remaining time is shorter,
+/// the third applies instead.
 const PATIENCE_MIN: Duration = Duration::from_millis(250);
 const PATIENCE_MIN_PARTS: u32 = 3;
-/// A token answers late if it takes longer than this many times the expected time.
+/// A token counts as late if its answer takes longer than the expected time multiplied by this
+/// factor.
 const PATIENCE_FACTOR: u32 = 4;
-/// Half of the remaining time is left for another token, unless the expected time is longer.
+/// Half of the remaining time is reserved for another token, unless the expected time is longer.
 const PATIENCE_MAX_PARTS: u32 = 2;
-/// How often a job that has no other token yet looks for one.
+/// Interval at which a waiting job looks for another token.
 pub(super) const AGAIN: Duration = Duration::from_millis(50);
 
 type Running<'a> = Pin<Box<dyn Future<Output = Result<Output, Error>> + Send + 'a>>;
@@ -33,10 +35,10 @@ pub(super) struct Attempts<'a> {
     error: Option<Error>,
 }
 
-/// What happened to an attempt.
+/// The result of an attempt.
 #[derive(Debug)]
 pub(super) enum Done {
-    /// The result is the answer for the caller.
+    /// The attempt has a result for the caller.
     Answered(Result<Output, Error>),
     /// The token could not do the job, and another token may be able to do it.
     Failed(usize, Error),
@@ -61,12 +63,12 @@ impl<'a> Attempts<'a> {
         !self.running.is_empty()
     }
 
-    /// The token that was tried last.
+    /// Returns the token that was tried last.
     pub(super) fn latest(&self) -> usize {
         self.tried.last().copied().unwrap_or_default()
     }
 
-    /// Waits for the next attempt that ends.
+    /// Waits until an attempt ends.
     pub(super) async fn first_done(&mut self) -> Done {
         poll_fn(|context| {
             for at in 0..self.running.len() {
@@ -84,7 +86,8 @@ impl<'a> Attempts<'a> {
         .await
     }
 
-    /// Keeps the failure that tells the caller the most: a full queue empties, and an unavailable token may return.
+    /// Stores the failure if it is more informative for the caller than the stored failure. A caller can usefully retry
+    /// after a full queue or an unavailable token.
     pub(super) fn fail(&mut self, error: Error) {
         let rank = |error: &Error| match error {
             Error::QueueFull { .. } => 3,
@@ -101,13 +104,13 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// The error for the caller after every attempt has failed.
+    /// Returns the error for the caller after every attempt has failed.
     pub(super) fn error(self) -> Error {
         self.error.unwrap_or(Error::Deadline)
     }
 }
 
-/// Whether another token may do the job although this token failed. The other errors are about the job itself.
+/// Whether another token may do the job although this token failed. The other errors concern the job itself.
 fn is_of_the_token(error: &Error) -> bool {
     match error {
         Error::QueueFull { .. }
@@ -119,15 +122,15 @@ fn is_of_the_token(error: &Error) -> bool {
     }
 }
 
-/// How long a job waits for one token before another token gets it, too. `expected` is absent if the job waits for a
-/// worker.
+/// Returns the time that a job waits for one token before another token also gets the job. `expected` is `None` if the
+/// job waits for a worker.
 pub(super) fn patience(expected: Option<Duration>, deadline: Deadline) -> Duration {
     let Some(expected) = expected else {
         return AGAIN;
     };
     let left = deadline.instant().saturating_duration_since(Instant::now());
     let least = PATIENCE_MIN.min(left / PATIENCE_MIN_PARTS);
-    // If the expected time is long, the token is not late only because little time would be left for another token.
+    // A long expected time alone does not make a token late, even if little time remains for another token.
     let most = (left / PATIENCE_MAX_PARTS).max(expected + expected / 2);
     (expected * PATIENCE_FACTOR).min(most).max(least)
 }
@@ -141,13 +144,13 @@ mod tests {
     #[test]
     fn patience_follows_the_expected_time_and_the_deadline() {
         for (expected, left, patience_ms) in [
-            // A fast token is not late at once.
+            // A fast token also gets the minimum time.
             (10, 5_000, 250..=250),
             // A short deadline leaves time for another token.
             (10, 300, 90..=100),
             (500, 5_000, 1_990..=2_000),
             (1_000, 5_000, 2_490..=2_500),
-            // Behind a long queue the job is not given to two tokens only because its wait is long.
+            // A long wait in the queue alone does not give the job to two tokens.
             (4_000, 5_000, 6_000..=6_000),
         ] {
             let deadline = Deadline::after(MS * left);

@@ -1,4 +1,4 @@
-//! The state of several tokens together. The pool serves while every registered key has a token that serves.
+//! The state of several tokens together. The pool serves while every registered key has an available token.
 
 use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 
@@ -9,7 +9,7 @@ use crate::{KeyProblem, Serving, Token as _, TokenKey, TokenState, UnusableKey};
 use super::{Member, Pool};
 
 impl Member {
-    /// Whether the token must hold a key, or holds it.
+    /// Whether the token contains or should contain a key.
     fn is_for(&self, key: WrappingKeyId) -> bool {
         let expected = self.supervisor.expected();
         let is_expected = expected
@@ -18,7 +18,7 @@ impl Member {
         is_expected || self.supervisor.algorithm(key).is_some() || self.may_hold(key)
     }
 
-    /// Whether the token may hold a key, because no worker has looked for it yet.
+    /// Whether the token may contain a key, because no worker has searched the token yet.
     fn may_hold(&self, key: WrappingKeyId) -> bool {
         let state = self.supervisor.state();
         let expected = self.supervisor.expected();
@@ -29,7 +29,7 @@ impl Member {
         self.supervisor.is_serving() && self.supervisor.algorithm(key).is_some()
     }
 
-    /// Describes why the token does not serve; `None` if it serves.
+    /// Returns the reason why the token does not serve, or `None` if the token serves.
     fn problem(&self) -> Option<String> {
         let state = self.supervisor.state();
         let name = &state.name;
@@ -41,8 +41,9 @@ impl Member {
     }
 }
 
-/// The keys that no token can use although a token serves. A key that is missing from one token may return, so it counts as
-/// missing even if another token refuses it.
+/// Returns the keys that no token can use, although at least one token serves. If a key is missing
+/// from one token and untrusted on another token, the key counts as missing, because a missing key
+/// may reappear.
 fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
     let mut found: Vec<UnusableKey> = Vec::new();
     for one in tokens.iter().flat_map(|token| token.unusable.iter()) {
@@ -59,7 +60,7 @@ fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
 }
 
 impl Pool {
-    /// The keys that must have a token.
+    /// Returns the keys that at least one token must contain.
     fn keys_in_use(&self) -> BTreeSet<WrappingKeyId> {
         let expected = self
             .members
@@ -69,7 +70,7 @@ impl Pool {
         ids.flatten().collect()
     }
 
-    /// Why no token serves a key; `None` if a token serves the key.
+    /// Returns the reason why no token serves a key, or `None` if a token serves the key.
     pub(super) fn unserved_cause(&self, key: WrappingKeyId) -> Option<String> {
         if self.members.iter().any(|member| member.serves(key)) {
             return None;
@@ -84,13 +85,13 @@ impl Pool {
             }
         }
         if separator == ": " {
-            cause.push_str(": no token of the configuration shows this key");
+            cause.push_str(": no token of the configuration has this key");
         }
         Some(cause)
     }
 
-    /// Whether no key waits for a token that does not serve. A key that no token shows although all its tokens serve is missing:
-    /// it affects only its own user keys, as with one token.
+    /// Returns the common state of all tokens: `Up` unless a key needs a token that does not serve. If all tokens of a
+    /// key serve and the key is missing from them, only the user keys under this key are affected.
     pub(super) fn serving(&self) -> Serving {
         for key in self.keys_in_use() {
             let Some(cause) = self.unserved_cause(key) else {
@@ -104,7 +105,7 @@ impl Pool {
             let are_untrusted = states
                 .iter()
                 .all(|one| matches!(one, Serving::Untrusted(_)));
-            // A token that is only unavailable may return without an administrator.
+            // An unavailable token may become available again without an administrator.
             return if are_untrusted {
                 Serving::Untrusted(cause)
             } else {
@@ -114,7 +115,7 @@ impl Pool {
         Serving::Up
     }
 
-    /// Problems that leave every key with a token that serves.
+    /// Returns the problems of tokens while every key still has an available token.
     fn note(&self, tokens: &[TokenState]) -> Option<String> {
         let mut notes: Vec<String> = self.members.iter().filter_map(Member::problem).collect();
         for token in tokens {
@@ -131,7 +132,7 @@ impl Pool {
         (!notes.is_empty()).then(|| notes.join("; "))
     }
 
-    /// The state of all tokens together, with the state of each token.
+    /// Returns the state of all tokens together, with the state of each token.
     pub(super) fn current_state(&self) -> TokenState {
         let tokens: Vec<TokenState> = self
             .members
@@ -166,6 +167,9 @@ impl Pool {
                 .filter(|token| token.serving == Serving::Up)
                 .filter_map(|token| token.last_self_test)
                 .min(),
+            is_checking_keys: tokens
+                .iter()
+                .any(|token| token.serving == Serving::Up && token.is_checking_keys),
             tokens,
         }
     }

@@ -1,4 +1,4 @@
-//! Tests which token gets a job, and what callers notice when a token fails.
+//! Tests the choice of the token for a job, and the effects of a failed token on callers.
 
 use keybroker_core::envelope::mac::MacMessage;
 
@@ -11,7 +11,8 @@ const OTHER: WrappingKeyId = WrappingKeyId::from_bytes([2; 16]);
 const SHA256: Algorithm = Algorithm::RsaOaepSha256;
 const SHA1: Algorithm = Algorithm::RsaOaepSha1;
 
-/// A pool of tokens `a`, `b`, … with these priorities, which all hold `KEY`. Each has one worker with one session.
+/// Returns a pool of tokens `a`, `b`, … with these priorities. Each token contains `KEY` and has one worker with one
+/// session.
 fn pool(priorities: &[u8]) -> (Arc<Pool>, Vec<Arc<Link>>) {
     let mut members = Vec::new();
     let mut links = Vec::new();
@@ -88,7 +89,7 @@ async fn the_highest_priority_gets_the_jobs_while_it_meets_the_deadline() {
         calls.push(call_within(&pool, Duration::from_mins(1)).await);
     }
     assert_eq!(in_flight(&links), [0, 1], "the other token was not needed");
-    // This call would be late behind the others.
+    // This call would be late behind the other calls.
     let urgent = call_within(&pool, Duration::from_secs(2)).await;
     assert_eq!(in_flight(&links), [1, 1]);
     answer(&pool, 1, &links[0], 7);
@@ -138,7 +139,7 @@ async fn jobs_of_a_lost_worker_and_waiting_jobs_go_to_another_token() {
     again.abort();
 }
 
-/// Without a second token that could do it, a job waits for the replacement worker as with one token.
+/// Without a second token for its key, a job waits for the replacement worker, as with one token.
 #[tokio::test]
 async fn the_last_token_is_waited_for() {
     let (pool, links) = pool(&[100, 50]);
@@ -147,7 +148,7 @@ async fn the_last_token_is_waited_for() {
     }
     let waiting = call(&pool).await;
     assert!(!waiting.is_finished());
-    // The token that returns first does the job, whichever the job waits for.
+    // The token that gets a worker first does the job, even if the job waits for the other token.
     let back = pool.members[1].supervisor.worker_for_test(2, 1, SHA256);
     tokio::time::sleep(attempts::AGAIN * 3).await;
     answer(&pool, 1, &back, 5);
@@ -173,13 +174,13 @@ async fn a_job_that_is_answered_late_is_given_to_another_token_too() {
     );
     answer(&pool, 1, &links[1], 3);
     assert_eq!(late.await.unwrap().unwrap(), [3; 32]);
-    // The token that did not answer gets no further jobs for a while.
+    // The token that did not answer gets no further jobs during `SUSPECTED`.
     let next = call(&pool).await;
     assert_eq!(links[1].in_flight(), 1);
     next.abort();
 }
 
-/// The first answer counts, also that of the token that was late.
+/// The caller gets the first answer, even if a late token sends it.
 #[tokio::test]
 async fn a_late_answer_still_counts() {
     let (pool, links) = pool(&[100, 50]);

@@ -18,7 +18,7 @@ use crate::{
 use super::{Need, Pool};
 
 impl Need {
-    /// A job that uses only the integrity key.
+    /// Returns the requirements of a job that uses only the integrity key.
     fn integrity(key: WrappingKeyId) -> Self {
         Self {
             kind: Kind::new(key, Operation::Mac),
@@ -29,8 +29,8 @@ impl Need {
 }
 
 impl Pool {
-    /// The algorithm for new envelopes under a key. Every token that holds the key can decrypt such an envelope:
-    /// SHA-1 if one of them supports no other hash, otherwise SHA-256.
+    /// Returns the algorithm for new envelopes under a key. Every token with the key must be able to decrypt the
+    /// envelopes. Therefore the hash is SHA-1 if one of these tokens supports only SHA-1, and otherwise SHA-256.
     fn algorithm_of(&self, key: WrappingKeyId) -> Option<Algorithm> {
         let of_tokens = self
             .members
@@ -39,7 +39,7 @@ impl Pool {
         of_tokens.max_by_key(|algorithm| *algorithm == Algorithm::RsaOaepSha1)
     }
 
-    /// The public side of the key to which envelopes are moved, with the algorithm for new envelopes.
+    /// Returns the public key to which envelopes are moved, with the algorithm for new envelopes.
     fn target(&self, key: WrappingKeyId) -> Result<TokenKey, Error> {
         let found = self
             .members
@@ -147,7 +147,8 @@ impl Token for Pool {
             let output = self.run(need, caller, || job.clone()).await?;
             return rewrap.moved(&output);
         }
-        // No token has both keys. The first token encrypts for the new key, and the second token makes the MAC.
+        // No token has both wrapping keys. The first token encrypts for the new key, and the second
+        // token makes the MAC.
         let need = Need {
             second: None,
             ..need
@@ -178,7 +179,7 @@ impl Token for Pool {
                 Err(error) => refusal = refusal.or(Some(error)),
             }
         }
-        // Without a worker, nothing is known about the speed of the tokens.
+        // Without a worker, the speed of the tokens is unknown.
         refusal.map_or(Ok(()), Err)
     }
 

@@ -1,11 +1,10 @@
-//! The waiting jobs in one queue for each principal, and the order of their turns. The order is deficit round robin by
-//! cost (Shreedhar and Varghese, 1995): a principal with a thousand jobs delays another principal by one job and not by
-//! a thousand.
+//! The waiting jobs, in one queue for each principal, and the order in which the queues are served. The order is
+//! deficit round robin by cost (Shreedhar and Varghese, 1995): a principal with a thousand jobs delays another
+//! principal by only one job.
 //!
-//! The oldest job of a principal normally comes first. When the jobs of a principal wait for so long that they are
-//! about to be late, the newest job comes first instead (adaptive LIFO). There is one exception: an oldest job that has
-//! waited for at least half of its remaining time still comes first. All functions take the current time as a
-//! parameter.
+//! The oldest job of a principal normally comes first. When the jobs of a principal have waited so long that they are
+//! about to be late, the newest job comes first (adaptive LIFO). Exception: if the oldest job has waited for at least
+//! half of its remaining time, the oldest job still comes first. All functions take the current time as a parameter.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -16,28 +15,30 @@ use crate::caller::Lane;
 
 use super::estimate::Estimate;
 
-/// While background jobs wait, at least one of this many jobs is a background job.
+/// While background jobs wait, at least one of `BACKGROUND_TURNS` jobs is a background job.
 const BACKGROUND_TURNS: u32 = 16;
-/// How long the oldest job of a queue must always have been late before the newest job comes first.
+/// Time for which the oldest job of a queue must have been late continuously before the newest job comes first.
 const STANDING_INTERVAL: Duration = Duration::from_millis(100);
-/// A job is late when it has waited for more than this part of the time between its arrival and its deadline.
+/// A job is late when it has waited for more than this fraction of the time between its arrival and
+/// its deadline.
 const STANDING_PARTS: u32 = 4;
 
-/// The caution of a principal raises its expected wait, in thousandths. The caution grows by `CAUTION_STEP` when an
-/// accepted job turns out to be too late, and falls by `CAUTION_FALL` with each job that is in time. The caution
-/// corrects an expected wait that is too short because the token slows down or other principals arrive.
+/// The caution of a principal increases the expected wait of its jobs, in thousandths of the wait.
+/// The caution increases by `CAUTION_STEP` when an accepted job is too late, and decreases by
+/// `CAUTION_FALL` with each job that is in time. The caution corrects an expected wait that is too
+/// short because the token slows down or more principals send jobs.
 ///
-/// The caution is never less than `CAUTION_MIN`. The wait is a sum of estimates, so its error grows with the wait.
-/// Therefore the margin is a part of the wait: with a fixed margin, the jobs with the longest wait would be late as
-/// soon as the estimate is a few percent too low or a newer job is served first. The margin makes the queue an eighth
-/// shorter, but the queue still has work for every session.
+/// The caution is never less than `CAUTION_MIN`. The expected wait is a sum of estimates, so its error is proportional
+/// to the wait. Therefore the margin is also proportional to the wait. With a fixed margin, jobs with a long wait would
+/// be late as soon as the estimate is a few percent too low. The margin makes the queue an eighth shorter, but every
+/// session still has work.
 const CAUTION_STEP: u32 = 50;
 const CAUTION_FALL: u32 = 1;
 const CAUTION_MIN: u32 = 125;
 const CAUTION_MAX: u32 = 1_000;
 
-/// A call needs time after the token has answered, to write the audit entry and to send the answer. The time reserved
-/// for this is one part in `ANSWER_PARTS` of the remaining time, but at most `ANSWER_MAX`.
+/// After the token's answer, a call needs time to write the audit entry and to send the response. The reserved time is
+/// 1/`ANSWER_PARTS` of the remaining time, but at most `ANSWER_MAX`.
 const ANSWER_PARTS: u32 = 10;
 const ANSWER_MAX: Duration = Duration::from_millis(20);
 
@@ -46,7 +47,7 @@ const ANSWER_MAX: Duration = Duration::from_millis(20);
 pub(super) struct Load {
     /// Number of all sessions, at least 1.
     pub(super) sessions: u32,
-    /// Number of sessions that run a job now.
+    /// Number of sessions that are running a job.
     pub(super) busy: u32,
 }
 
@@ -57,9 +58,9 @@ pub(super) enum Served {
     Late,
 }
 
-/// The properties of a job that its order depends on.
+/// The properties of a job that determine its place in the queue.
 pub(super) trait Waiting {
-    /// When the job arrived.
+    /// Returns the time at which the job arrived.
     fn queued(&self) -> Instant;
     /// The deadline of the job.
     fn deadline(&self) -> Instant;
@@ -90,7 +91,7 @@ struct Backlog<J> {
     /// Whether the lane has already received the credit of its current turn.
     has_turn: bool,
     pressure: Pressure,
-    /// The thousandths by which the expected wait is raised.
+    /// The increase of the expected wait, in thousandths of the wait.
     caution: u32,
 }
 
@@ -100,11 +101,11 @@ struct Costed<J> {
     cost: Duration,
 }
 
-/// Detects a queue that is late for a whole interval: each time a job was taken, the oldest job had waited for more
-/// than a quarter of the time between its arrival and its deadline.
+/// Detects a queue that is late for a complete `STANDING_INTERVAL`. A queue is late if its oldest job has waited for
+/// more than a quarter of the time between the job's arrival and the job's deadline.
 #[derive(Clone, Copy, Debug, Default)]
 struct Pressure {
-    /// The time since which the oldest job was always late.
+    /// Start of the period in which the oldest job was always late.
     since: Option<Instant>,
 }
 
@@ -141,7 +142,7 @@ impl<J: Waiting> Backlogs<J> {
         self.length
     }
 
-    /// The estimated work of all waiting jobs.
+    /// Returns the estimated work of all waiting jobs.
     pub(super) fn work(&self) -> Duration {
         self.cost
     }
@@ -163,7 +164,7 @@ impl<J: Waiting> Backlogs<J> {
         self.count(lane, cost);
     }
 
-    /// Adds a job that already had its turn, as the next job of its lane.
+    /// Adds a job again as the next job of its lane, because the job already had its turn.
     pub(super) fn push_again(&mut self, lane: &Lane, job: J, cost: Duration) {
         let backlog = self.backlog(lane, true);
         backlog.push_front(Costed { job, cost });
@@ -202,8 +203,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Records whether a job of this lane was in time when its turn came. The caution of a lane is forgotten when the
-    /// lane becomes empty.
+    /// Records whether a job of this lane was in time when its turn came. The caution of a lane is reset when the lane
+    /// becomes empty.
     pub(super) fn note(&mut self, lane: &Lane, served: Served) {
         if let Some(backlog) = self.waiting.get_mut(lane) {
             backlog.caution = match served {
@@ -222,12 +223,12 @@ impl<J: Waiting> Backlogs<J> {
         left: Duration,
         load: Load,
     ) -> Result<(), Duration> {
-        // On average, half of each running job is still to be done.
+        // On average, half of each running job remains.
         let under_way = job.mean * load.busy / 2;
         let needed = job.upper() + (left / ANSWER_PARTS).min(ANSWER_MAX);
         let wait_for = |work: Duration| self.cautious(lane, (work + under_way) / load.sessions);
-        // Most jobs would be in time even behind all waiting jobs. Therefore this quick check comes first and avoids a
-        // search through all lanes.
+        // Most jobs would be in time even behind all waiting jobs. This quick check usually avoids a search through all
+        // lanes.
         if wait_for(self.cost) + needed <= left {
             return Ok(());
         }
@@ -251,15 +252,15 @@ impl<J: Waiting> Backlogs<J> {
         wait + wait / CAUTION_MAX * (CAUTION_MIN + caution)
     }
 
-    /// Returns the work that the token does before it takes a new job of this lane with this cost, if every lane takes
-    /// its turns.
+    /// Returns the work that the token completes before a new job of this lane, if the lanes are served in turns.
+    /// `cost` is the cost of the new job.
     pub(super) fn work_before(&self, lane: &Lane, cost: Duration) -> Duration {
         let own = self
             .waiting
             .get(lane)
             .map_or(Duration::ZERO, |own| own.cost);
         let others = self.cost.saturating_sub(own);
-        // During the work of this lane and the new job, each other lane does at most the same work per unit of weight.
+        // Until the new job is done, each other lane gets at most the same work per unit of weight as this lane.
         let share = (own + cost) / self.weight(lane);
         if others <= share {
             return self.cost;
@@ -271,9 +272,10 @@ impl<J: Waiting> Backlogs<J> {
         own + limited
     }
 
-    /// Takes the next job by turns. Each turn serves jobs of the cost `quantum`, multiplied by the weight of the
-    /// principal, and a job counts as at most one quantum. A quantum of the most expensive job divides the time of the
-    /// token, and a tiny quantum divides the number of jobs.
+    /// Takes the next job. The lanes take turns. Each turn serves jobs with a total cost of
+    /// `quantum`, multiplied by the weight of the principal. A job costs at most one quantum. If
+    /// the quantum is the cost of the most expensive job, each lane gets the same time. With a tiny
+    /// quantum, each lane gets the same number of jobs.
     pub(super) fn pop(&mut self, quantum: Duration, now: Instant) -> Option<J> {
         let background = self.waiting.contains_key(&Lane::Background);
         if background && (self.turns.is_empty() || self.since_background >= BACKGROUND_TURNS - 1) {
@@ -333,9 +335,8 @@ impl<J: Waiting> Backlogs<J> {
         }
     }
 
-    /// Makes room for a job of this lane: removes the newest job of the lane with the most work per weight, of all
-    /// lanes with several jobs. Removes no job if this lane has the most work, or if this lane would have at least as
-    /// much work with the new job.
+    /// Makes room for a job of this lane. Among the lanes with several jobs, removes the newest job of the lane with
+    /// the most work per weight. Removes no job if this lane, with the new job, would have at least as much work.
     pub(super) fn evict_for(&mut self, lane: &Lane, cost: Duration) -> Option<J> {
         let own = self
             .waiting
@@ -400,7 +401,7 @@ impl<J: Waiting> Backlogs<J> {
 }
 
 impl<J: Waiting> Backlog<J> {
-    /// The index of the next job of this lane.
+    /// Returns the index of the next job of this lane.
     fn next(&self, now: Instant) -> Option<usize> {
         let oldest = &self.jobs.front()?.job;
         let waited = now.saturating_duration_since(oldest.queued());

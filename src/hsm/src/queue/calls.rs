@@ -1,12 +1,14 @@
-//! Places for calls that the front works on, before their jobs reach the queue of the token.
+//! Limits how many calls the front works on before their jobs reach the queue of the token. A call needs one of a fixed
+//! number of places.
 //!
-//! If the processors are the limit and not the token, calls would wait where nothing knows their principals and
-//! deadlines: in the run queue of the async runtime. Only a few calls are therefore worked on at the same time. The
-//! others wait here, in the order of the token's queue: principals take turns, and a call that cannot be done in time
-//! is refused before any work.
+//! If the processors are slower than the token, calls would wait in the run queue of the async
+//! runtime, which ignores principals and deadlines. Therefore the front works on only a few calls
+//! concurrently. The other calls wait here, in the same order as in the token's queue: the
+//! principals are served in turns. A call that cannot be completed in time is refused before the
+//! front works on the call.
 //!
-//! A call gives its place back when its job reaches the queue of the token, or when it waits for something else than
-//! the processors.
+//! A call gives its place back when its job reaches the queue of the token, or when the call waits for something other
+//! than the processors.
 //!
 //! Mitigation: M8 of `THREAT_MODEL.md`.
 
@@ -37,26 +39,27 @@ use super::{
     refusal,
 };
 
-/// Number of places for each processor. With few places, a call is done soon after it has begun. With too few, a
+/// Number of places for each processor. With few places, a call ends soon after its start. With too few places, a
 /// processor is idle while calls wait for the database.
 const PLACES_PER_PROCESSOR: usize = 16;
-/// Largest number of waiting calls. A further call takes the place of the newest one of the principal that has the most.
+/// Largest number of waiting calls. A further call displaces the newest call of the principal with the most waiting
+/// calls, or is refused.
 const WAITING_MAX: usize = 8_192;
-/// The assumed time of the first call in its place.
+/// Assumed time for which a call needs its place, before the first measurement.
 const FIRST: Duration = Duration::from_micros(200);
-/// Below the cost of each call, so that a turn serves one call for each unit of weight, whatever the estimates were when
-/// the calls arrived.
+/// The quantum is less than the cost of every call. Therefore a turn serves one call for each unit
+/// of weight, regardless of the estimates.
 const QUANTUM: Duration = Duration::from_nanos(1);
-/// A call that has waited for the database for this long gives its place to another call.
+/// A call gives back its place after it has waited this long for the database.
 const SLOW: Duration = Duration::from_millis(50);
-/// At most this part of the remaining time is reserved for the answer, as a divisor.
+/// At most 1/`RESERVE_DIVISOR` of the remaining time is reserved for the answer.
 const RESERVE_DIVISOR: u32 = 4;
 
 tokio::task_local! {
     static CURRENT: Arc<Current>;
 }
 
-/// The places, and the calls that wait for one.
+/// The places, and the calls that wait for a place.
 #[derive(Clone, Debug)]
 pub struct Calls(Arc<Shared>);
 
@@ -72,7 +75,7 @@ struct Shared {
 struct State {
     waiting: Backlogs<Waiter>,
     taken: u32,
-    /// The time for which a call holds its place.
+    /// Estimate of the time for which a call keeps its place.
     holds: Estimate,
     answers: Estimate,
 }
@@ -102,7 +105,7 @@ impl Waiting for Waiter {
 }
 
 impl Calls {
-    /// Places for this machine. The weights are those of the token's queue.
+    /// Creates places for the processors of this machine. The weights are the weights of the token's queue.
     pub fn new(weights: BTreeMap<String, u32>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self::with_places(weights, processors * PLACES_PER_PROCESSOR)
@@ -125,7 +128,7 @@ impl Calls {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a place. Refuses a call that cannot be done in time.
+    /// Waits for a place. Returns an error if the call cannot be completed in time.
     pub async fn enter(&self, caller: &Caller) -> Result<Entered, Error> {
         if let Some(turn) = self.ask(caller)? {
             turn.wait(caller.deadline()).await?;
@@ -140,7 +143,8 @@ impl Calls {
         })))
     }
 
-    /// The deadline of a call's job on the token, which leaves time for the answer.
+    /// Returns the deadline of a call's job on the token. The time between this deadline and the deadline of the call
+    /// is for the answer.
     pub fn job_deadline(&self, call: Deadline) -> Deadline {
         let answer = Duration::from_micros(self.0.answer_us.load(Ordering::Relaxed));
         let reserve = answer.min(call.remaining() / RESERVE_DIVISOR);
@@ -148,7 +152,7 @@ impl Calls {
         Deadline::at(instant.checked_sub(reserve).unwrap_or(instant))
     }
 
-    /// Takes a free place, or else a turn among the waiting calls.
+    /// Takes a free place. If no place is free, adds the call to the waiting calls.
     fn ask(&self, caller: &Caller) -> Result<Option<Turn>, Error> {
         let now = Instant::now();
         let mut state = self.state();
@@ -201,7 +205,7 @@ impl Calls {
         state.dispatch(self.0.places);
     }
 
-    /// Records how long a call needed after the token had answered.
+    /// Records the time that a call needed after the token's answer.
     fn note_answer(&self, took: Duration) {
         let mut state = self.state();
         state.answers.add(took);
@@ -242,7 +246,7 @@ impl Waiter {
     }
 }
 
-/// The turn of a waiting call.
+/// The place for which a call waits, or which the call has just got.
 struct Turn {
     calls: Calls,
     answer: oneshot::Receiver<Result<(), Error>>,
@@ -260,7 +264,7 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         metrics::CALLS_WAITING.handle().decrement(1.0);
-        // A place that was granted and not noticed goes to the next call.
+        // If a place was granted but not taken, gives the place to the next call.
         self.answer.close();
         if let Ok(Ok(())) = self.answer.try_recv() {
             self.calls.release(None);
@@ -275,12 +279,12 @@ pub struct Entered(Arc<Current>);
 #[derive(Debug)]
 struct Current {
     held: Mutex<Option<Held>>,
-    /// When the token last answered.
+    /// Time at which the token last answered.
     answered: Mutex<Option<Instant>>,
     calls: Calls,
 }
 
-/// A place, until it is dropped.
+/// A place in use. Dropping this value gives the place back.
 #[derive(Debug)]
 struct Held {
     calls: Calls,
@@ -308,14 +312,14 @@ impl Entered {
     }
 }
 
-/// Gives back the place of the current call, which begins to wait for something else than the processors.
+/// Gives back the place of the current call, before the call waits for something other than the processors.
 pub fn leave() {
     CURRENT
         .try_with(|current| drop(lock(&current.held).take()))
         .ok();
 }
 
-/// Gives back the place of the current call if the work takes long. The work is then waiting for the database.
+/// Gives back the place of the current call if the work takes long, because slow work waits for the database.
 pub async fn leave_if_slow<T>(work: impl Future<Output = T>) -> T {
     if CURRENT.try_with(|_| ()).is_err() {
         return work.await;

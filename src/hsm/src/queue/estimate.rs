@@ -1,21 +1,21 @@
-//! Estimates how long the token takes for a job: a moving average with its deviation, for each key and kind of job.
+//! Estimates the time of a job on the token: a moving average and its deviation, for each key and kind of job.
 
 use std::{collections::HashMap, time::Duration};
 
 use keybroker_core::key::WrappingKeyId;
 use keybroker_worker_protocol::{Work, wire::request::Job};
 
-/// The assumed cost of a job whose kind was not measured yet.
+/// Assumed cost of a job before its kind has been measured.
 const UNKNOWN: Duration = Duration::from_millis(1);
 /// The weight of a new value is 1/16 in the average and 1/8 in the deviation. The deviation reacts twice as fast as the
 /// average (as in RFC 6298).
 const AVERAGE_PARTS: u32 = 16;
 const DEVIATION_PARTS: u32 = 8;
-/// Largest number of kinds of jobs that are measured separately. A registry has few keys. Kinds of jobs beyond the
-/// limit get the assumed cost of a kind that was not measured.
+/// Largest number of kinds of jobs that are measured separately. The limit is rarely reached, because a registry has
+/// few keys. Kinds of jobs beyond the limit get the assumed cost.
 const KEYS_MAX: usize = 1_024;
 
-/// The jobs that a caller plans, before the key is known.
+/// The kind of job that a caller plans, before the record determines the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Planned {
     /// An unwrap.
@@ -31,7 +31,7 @@ pub(crate) enum Operation {
     Mac,
     /// The job uses the RSA key in addition to the integrity key.
     Unwrap,
-    /// The job does the work of an unwrap and also wraps again.
+    /// The job unwraps the key material and wraps it again.
     Rewrap,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct Kind {
 }
 
 impl Kind {
-    /// A job for this wrapping key. The wrapping key of a re-wrap is the old one.
+    /// Returns the kind of a job for this wrapping key. For a re-wrap, `key` is the old wrapping key.
     pub(crate) const fn new(key: WrappingKeyId, operation: Operation) -> Self {
         Self { operation, key }
     }
@@ -53,7 +53,7 @@ impl Kind {
         self.key
     }
 
-    /// `None` for a self-test or a malformed request.
+    /// Returns the kind of a job, or `None` for a self-test or a malformed request.
     pub(super) fn of(work: &Work) -> Option<Self> {
         let (operation, key) = match work.job()? {
             Job::Unwrap(job) => (Operation::Unwrap, &job.key_id),
@@ -93,7 +93,7 @@ impl Estimate {
         self.mean = (self.mean * (AVERAGE_PARTS - 1) + spent) / AVERAGE_PARTS;
     }
 
-    /// Returns a time that only few jobs exceed.
+    /// Returns an upper estimate of the time, which only few jobs exceed.
     pub(super) fn upper(&self) -> Duration {
         self.mean + self.deviation * 2
     }
@@ -113,7 +113,7 @@ impl Estimates {
         }
     }
 
-    /// The estimate for one kind of job.
+    /// Returns the estimate for one kind of job.
     pub(super) fn of(&self, kind: Option<Kind>) -> Estimate {
         kind.and_then(|kind| self.0.get(&kind))
             .copied()
@@ -123,11 +123,13 @@ impl Estimates {
             })
     }
 
-    /// Returns the lowest mean time and the lowest upper time of all jobs that the caller may plan. A job that would be
-    /// late with this estimate would be late with every estimate. Callers plan no re-wraps.
+    /// Returns the lowest mean time and the lowest upper time of all jobs that the caller may plan. A job that would
+    /// miss its deadline with this estimate would miss its deadline with every estimate. Re-wraps are ignored, because
+    /// callers do not plan them.
     ///
-    /// For a planned unwrap, only measured unwraps count, if there are any. With the assumed cost of an unknown job, the
-    /// check on arrival would accept nearly every call that the queue refuses later.
+    /// For a planned unwrap, the function uses only measured unwraps, if an unwrap was measured. The assumed cost of an
+    /// unknown job is lower: with the assumed cost, the check on arrival would accept nearly every call that the queue
+    /// refuses later.
     pub(super) fn least(&self, planned: Planned) -> Estimate {
         let unknown = self.of(None);
         let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap());
@@ -148,7 +150,7 @@ impl Estimates {
         }
     }
 
-    /// The mean time of the most expensive kind of job.
+    /// Returns the mean time of the most expensive kind of job.
     pub(super) fn most(&self) -> Duration {
         let means = self.0.values().map(|known| known.mean);
         means.max().unwrap_or_default().max(UNKNOWN)
@@ -200,7 +202,7 @@ mod tests {
             estimate.add(MS * 20);
         }
         assert!(estimate.upper() < MS * 21, "{estimate:?}");
-        // After one outlier the average grows little, and the upper time grows much.
+        // One outlier increases the average only a little, but the upper time a lot.
         estimate.add(MS * 500);
         assert!(
             estimate.mean < MS * 51 && estimate.upper() > MS * 100,

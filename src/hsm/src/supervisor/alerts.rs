@@ -1,5 +1,5 @@
 //! Limits the log lines of repeated alerts. The first alert is logged immediately. Further alerts of the same kind
-//! within an interval are logged as one line with their number.
+//! within an interval are logged in one line with their number.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub(super) struct Line {
     pub(super) alert: Alert,
     /// The latest cause.
     pub(super) cause: String,
-    /// How often the alert was raised since its last line.
+    /// Number of times that the alert was raised since its last line.
     pub(super) count: u64,
 }
 
@@ -51,8 +51,8 @@ impl Alerts {
         })
     }
 
-    /// Returns the lines of intervals that have ended. If the alert was raised again during an interval, another
-    /// interval begins.
+    /// Returns the log lines for intervals that have ended. If the alert was raised again during an
+    /// interval, another interval begins.
     pub(super) fn due(&mut self, now: Duration) -> Vec<Line> {
         let mut lines = Vec::new();
         self.0.retain_mut(|held| {

@@ -1,8 +1,8 @@
-//! Changes of the expected keys while workers run. The workers are replaced one after another: a worker with the new keys
-//! is ready before an old worker gets no more jobs, and an old worker finishes its jobs before it ends.
+//! Changes of the expected keys while workers run. The workers are replaced one after another. An old worker gets jobs
+//! until a worker with the new keys is ready, then finishes its jobs and ends.
 //!
-//! While a key is missing or wrong, one worker is replaced from time to time, so that a key that returns to the token is
-//! used without a restart.
+//! While a key is missing or wrong, one worker is replaced at intervals. Therefore the broker can use a key that
+//! reappears on the token, without a restart of the broker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,16 +17,16 @@ use super::{Decider, Supervisor};
 const RECHECK_MIN: Duration = Duration::from_secs(2);
 const RECHECK_MAX: Duration = Duration::from_mins(1);
 
-/// When the next search for keys that are missing or wrong begins.
+/// The schedule of the searches for missing or wrong keys.
 #[derive(Debug, Default)]
 pub(super) struct Recheck {
-    /// `None` while every expected key can be used.
+    /// Time of the next search; `None` while every expected key can be used.
     next: Option<Duration>,
     pause: Duration,
 }
 
 impl Recheck {
-    /// Whether a search must begin now. Each search doubles the pause until the next search.
+    /// Whether a search for missing or wrong keys must begin now. Each search doubles the pause until the next search.
     fn is_due(&mut self, now: Duration, has_unusable: bool) -> bool {
         if !has_unusable {
             *self = Self::default();
@@ -47,7 +47,7 @@ impl Found {
         other.wrap.keys().all(|id| self.wrap.contains_key(id))
     }
 
-    /// The keys of this worker that each of the other workers has, too.
+    /// Returns the keys that this worker and all other workers have.
     fn shared_with(&self, others: &[Arc<Link>]) -> Self {
         let has_all = |id: &WrappingKeyId| {
             let mut found = others.iter().map(|link| link.found());
@@ -64,8 +64,8 @@ impl Found {
     }
 }
 
-/// Whether two sorted lists contain the same keys. The proofs may differ: they change with the state of a key, and a worker
-/// that has verified earlier proofs need not verify the new ones.
+/// Whether two sorted lists contain the same keys. The proofs may differ, because they change with the state of a key.
+/// A worker that has verified earlier proofs need not verify the new proofs.
 pub(super) fn are_same(one: &[ExpectedKey], other: &[ExpectedKey]) -> bool {
     let without_proofs = |keys: &[ExpectedKey]| -> Vec<ExpectedKey> {
         let keys = keys.iter().cloned();
@@ -85,10 +85,10 @@ pub(super) fn in_order(mut keys: Vec<ExpectedKey>) -> Vec<ExpectedKey> {
 }
 
 impl Supervisor {
-    /// Replaces the list of keys that must be on the token. If the list is a different one, every worker is replaced.
+    /// Replaces the list of keys that must be on the token. If the list has changed, every worker is replaced.
     pub(crate) fn expect(&self, keys: Vec<ExpectedKey>) {
         let keys = in_order(keys);
-        // The lock orders this change and the admission of a worker that started with the earlier list.
+        // The lock prevents the admission of a worker with the earlier list during this change.
         let decider = self.decider();
         let before = self.expected.load_full();
         if *before == keys {
@@ -113,7 +113,7 @@ impl Supervisor {
     /// Returns an error if no worker serves this key. The error says whether the key is missing or wrong.
     pub(super) fn check_key(&self, id: WrappingKeyId) -> Result<(), Error> {
         let found = self.found.load();
-        // Before the first worker is ready, the state of the service is the error.
+        // Before the first worker is ready, the state of the service determines the error.
         if found.wrap.contains_key(&id) || !found.known() {
             return Ok(());
         }
@@ -134,7 +134,7 @@ impl Supervisor {
         links.iter().filter(|link| link.is_outdated()).count()
     }
 
-    /// Gives no more jobs to the oldest of the workers that must be replaced, and lets it end after its jobs.
+    /// Gives no more jobs to the oldest worker that must be replaced, and lets this worker end after its jobs.
     pub(super) fn retire_oldest(&self) {
         let links = self.queue.links();
         let outdated = links.iter().filter(|link| link.is_outdated());
@@ -151,8 +151,8 @@ impl Supervisor {
         }
     }
 
-    /// Marks the other workers for replacement if a new worker found a key that they do not have. A worker that found fewer
-    /// keys than the others is replaced by the next search.
+    /// Marks the other workers for replacement if they lack a key that a new worker found. A worker that found fewer
+    /// keys than the other workers is replaced at the next search.
     pub(super) fn outdate_others(&self, decider: &mut Decider, new: &Link) {
         let mut differs = false;
         for link in self.queue.links() {
@@ -167,7 +167,7 @@ impl Supervisor {
     }
 
     /// Publishes the keys that every worker has. A key that only some workers have is not published yet, because any
-    /// worker may get a job for it. While there is no worker, the keys that were published last stay.
+    /// worker may get a job for it. While there is no worker, the last published keys remain published.
     pub(super) fn publish_keys(&self) {
         let links = self.queue.links();
         let Some(newest) = links.iter().max_by_key(|link| link.generation()) else {
@@ -184,7 +184,7 @@ impl Supervisor {
         });
     }
 
-    /// Has one worker replaced if it is time to search for keys that are missing or wrong.
+    /// Marks one worker for replacement when the next search for missing or wrong keys is due.
     pub(super) fn recheck_keys(&self) {
         let mut decider = self.decider();
         let now = decider.epoch.elapsed();
@@ -202,7 +202,7 @@ impl Supervisor {
         }
     }
 
-    /// Lets the state machine decide about the workers that must be replaced, without waiting for the next tick.
+    /// Lets the state machine handle outdated workers immediately, without waiting for the next tick.
     fn start_if_needed(&self) {
         self.apply(&mut self.decider(), super::Event::Tick);
     }

@@ -1,5 +1,5 @@
-//! The supervisor's decisions: when a worker is started, and which state is reported to callers. The state machine has
-//! no side effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of its
+//! Decides when the supervisor starts a worker, and which state the supervisor reports to callers. The state machine
+//! has no side effects: it receives events with their time and returns actions. `ARCHITECTURE.md` contains the table of
 //! states and events, and a test compares the table with the code.
 
 use std::time::Duration;
@@ -12,8 +12,7 @@ use crate::{Serving, start::NotReady};
 /// do not cause many logins.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 const START_SPACING: Duration = Duration::from_millis(100);
-/// Longest time for which calls wait for a replacement worker. Most calls end earlier, because they reach their own
-/// deadlines.
+/// Longest time for which calls wait for a replacement worker. Most calls reach their own deadlines earlier.
 const DUE_MAX: Duration = Duration::from_secs(5);
 /// Bounds of the pause between starts while the token is unavailable.
 const DOWN_MIN: Duration = Duration::from_millis(250);
@@ -31,7 +30,7 @@ const LOGIN_SELDOM: Duration = Duration::from_secs(15);
 const LATCHED: Duration = Duration::from_secs(2);
 /// Pause between starts while a key, an attribute or a self-test is wrong.
 const UNTRUSTED: Duration = Duration::from_secs(3);
-/// The assumed duration of a worker's start, before a start was measured.
+/// The assumed duration of a worker's start, until the first start was measured.
 const START_EXPECTED: Duration = Duration::from_millis(300);
 
 /// An event to which the state machine reacts.
@@ -43,16 +42,16 @@ pub(super) enum Event {
     Ready,
     /// The worker that was being started did not become ready.
     NotReady(NotReady, String),
-    /// A worker that was ready is lost.
+    /// A ready worker was lost.
     Lost(Loss, String),
     /// The broker stops.
     Stop,
 }
 
-/// The way in which a worker was lost.
+/// The reason why a worker was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Loss {
-    /// The worker's process ended or hung, or its token answered with an error.
+    /// The worker's process ended or hung, or the token returned an error.
     Ended,
     /// The worker gave a wrong answer.
     Untrusted,
@@ -95,15 +94,15 @@ pub(super) struct Machine {
     /// Number of ready workers that must be replaced, because the expected keys have changed since they started.
     outdated: usize,
     phase: Phase,
-    /// When the current start began.
+    /// Time at which the current start began.
     starting: Option<Duration>,
     next_start: Duration,
     backoff: Duration,
     failed_logins: u32,
     latched: Option<String>,
-    /// When the last worker became ready.
+    /// Time at which the last worker became ready.
     ready_at: Option<Duration>,
-    /// How long the last successful start took.
+    /// Duration of the last successful start.
     start_takes: Duration,
 }
 
@@ -124,12 +123,12 @@ impl Machine {
         }
     }
 
-    /// Why the broker makes no login with the current PIN file; `None` while logins are allowed.
+    /// Returns the reason why the broker does not log in with the current PIN, or `None` while logins are allowed.
     pub(super) fn latched(&self) -> Option<&str> {
         self.latched.as_deref()
     }
 
-    /// The cause of the last loss, while calls wait for a replacement worker.
+    /// Returns the cause of the last loss while calls wait for a replacement worker.
     pub(super) fn due(&self) -> Option<&str> {
         match &self.phase {
             Phase::Due { cause, .. } => Some(cause),
@@ -137,8 +136,8 @@ impl Machine {
         }
     }
 
-    /// Sets the number of ready workers that must be replaced. Each of them is retired when one worker more than wanted
-    /// is ready, so that a replacement never reduces the number of sessions.
+    /// Sets the number of ready workers that must be replaced. An outdated worker is retired only while more workers
+    /// are ready than configured. Therefore a replacement never reduces the number of sessions.
     pub(super) fn set_outdated(&mut self, count: usize) {
         self.outdated = count;
     }
@@ -147,7 +146,7 @@ impl Machine {
         self.ready >= self.wanted + usize::from(self.outdated > 0)
     }
 
-    /// The expected time until a worker is ready.
+    /// Returns the expected time until a worker is ready.
     pub(super) fn expected_wait(&self, now: Duration) -> Duration {
         let begins = match self.starting {
             Some(since) => since,
@@ -226,7 +225,7 @@ impl Machine {
                 self.latched = Some(detail.clone());
                 actions.push(Action::Alert(Alert::PinLatched, detail.clone()));
             }
-            // A crash says nothing about the PIN, so the PIN latch does not change.
+            // A crash does not concern the PIN, so the PIN latch does not change.
             NotReady::Crashed => {}
             NotReady::Login => {
                 self.failed_logins += 1;
@@ -283,7 +282,7 @@ impl Machine {
                     actions.push(Action::Serve(Serving::Up));
                 }
             }
-            // Callers wait for the replacement worker, so nothing is reported to them.
+            // No state is reported to callers, because they wait for the replacement worker.
             Phase::Due { .. } | Phase::Starting | Phase::Stopped => {}
             Phase::Down(cause) => {
                 actions.push(Action::Serve(Serving::Down(cause.clone())));

@@ -22,25 +22,26 @@ use crate::{
 
 use super::{Supervisor, machine::Loss};
 
-/// The interval of the self-test. A lost token is detected within twice this time.
+/// Interval of the self-test. The front detects a lost token within twice this time.
 const SELF_TEST_INTERVAL: Duration = Duration::from_secs(1);
 /// The time after which an unanswered self-test has failed.
 const SELF_TEST_TIMEOUT: Duration = Duration::from_secs(2);
-/// Failed self-tests in a row after which a worker is replaced.
+/// Number of consecutive failed self-tests after which a worker is replaced.
 const SELF_TEST_FAILURES_MAX: u32 = 3;
-/// The pause before a job is repeated after the token reported that it is busy.
+/// The pause before a job is repeated because the token reported that it was busy.
 const BACK_OFF: Duration = Duration::from_millis(5);
-/// How often a job is given to another worker after the process of its worker has ended. A job that crashes the module
-/// therefore ends at most one worker more than this number. Callers cannot construct a job that crashes the RSA
-/// operation, because the RSA key is used only after the MAC has verified.
+/// Number of times that a job is given to another worker after the process of its worker ended.
+/// Therefore a job that crashes the module can crash at most this number of workers plus one.
+/// Callers cannot construct a job that crashes the RSA operation, because the RSA key is used only
+/// after the verification of the MAC.
 const LOSSES_MAX_ENDED: u32 = 4;
-/// How often a job is given to another worker after its worker hung or lost its token. This limit is lower than
-/// `LOSSES_MAX_ENDED`, because callers wait for seconds after each loss of this kind.
+/// Number of times that a job is given to another worker after its worker hung or lost its token. The limit is lower
+/// than `LOSSES_MAX_ENDED`, because callers wait for seconds after a worker hung or lost its token.
 const LOSSES_MAX_GIVEN_UP: u32 = 1;
 
 impl Supervisor {
-    /// Serves until the worker ends, is marked as lost, is replaced, or the broker stops. Afterwards, answers or repeats the
-    /// worker's jobs and reaps the worker's process.
+    /// Monitors the worker until it ends, is lost or is replaced, or until the broker stops. Afterwards, answers or
+    /// repeats the worker's jobs and reaps the worker's process.
     pub(super) async fn monitor(self: Arc<Self>, link: Arc<Link>, child: Child) {
         let reading = link.read_replies(|job, reply| self.take(&link, job, reply));
         let ended = tokio::select! {
@@ -100,8 +101,8 @@ impl Supervisor {
                     && !job.has_alternative
                     && !job.work.is_self_test()
                 {
-                    // Another worker may still have the token. If no worker has the token, the job fails with the error
-                    // for the state of the service.
+                    // The token may still be available to another worker. If no worker can use the token, the job fails
+                    // with the error for the state of the service.
                     link.give_up(failure.detail);
                     self.repeat(Job {
                         losses: job.losses + 1,
@@ -167,7 +168,8 @@ impl Supervisor {
         });
     }
 
-    /// Runs a self-test every second. Self-tests bypass the queue, because a full queue says nothing about the token.
+    /// Runs a self-test every second. Self-tests bypass the queue, because a full queue does not mean that the token
+    /// has failed.
     async fn run_self_tests(&self, link: &Link) {
         let mut failures = 0;
         loop {

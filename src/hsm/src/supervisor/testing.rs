@@ -1,4 +1,4 @@
-//! Supervisors for unit tests, without processes: the test plays the workers.
+//! Supervisors for unit tests, without processes: the test acts as the workers.
 
 use std::{collections::HashMap, os::unix::net::UnixStream as StdUnixStream};
 
@@ -16,12 +16,12 @@ use keybroker_worker_protocol::{
 use super::*;
 use crate::TokenKey;
 
-/// The end of a worker, without a process. Its jobs stay in the link until the test takes them.
+/// Returns the front's end of a worker without a process. The worker's jobs stay in the link until the test takes them.
 pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
     link_with(generation, sessions, Arc::default())
 }
 
-/// The end of a worker that found these keys.
+/// Returns the front's end of a worker that found these keys.
 fn link_with(generation: u64, sessions: usize, found: Arc<Found>) -> Arc<Link> {
     let (ours, theirs) = StdUnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
@@ -31,7 +31,7 @@ fn link_with(generation: u64, sessions: usize, found: Arc<Found>) -> Arc<Link> {
     Link::new(generation, 1, sessions, stream, found)
 }
 
-/// A supervisor that starts no worker, for a token that must hold these keys.
+/// Returns a supervisor that starts no worker, for a token that must contain these keys.
 pub(crate) fn idle(name: &str, keys: &[WrappingKeyId]) -> Arc<Supervisor> {
     let settings = toml::from_str(&format!("name = \"{name}\"\nmodule = \"/none.so\"")).unwrap();
     let state = StateDirectory::below(std::path::Path::new("/none"));
@@ -47,7 +47,7 @@ pub(crate) fn idle(name: &str, keys: &[WrappingKeyId]) -> Arc<Supervisor> {
 }
 
 impl Supervisor {
-    /// A worker with so many sessions becomes ready, and has found all expected keys with this algorithm.
+    /// Adds a ready worker with this number of sessions. The worker found all expected keys with this algorithm.
     pub(crate) fn worker_for_test(
         &self,
         generation: u64,
@@ -83,7 +83,7 @@ impl Supervisor {
         link
     }
 
-    /// The worker is lost with the jobs that it holds.
+    /// Simulates the loss of a worker and its jobs.
     pub(crate) fn lose_for_test(&self, link: &Link) {
         self.dismiss(link, Loss::Ended, "it ended");
         self.take_back(link.take_jobs(), 4, "it ended");

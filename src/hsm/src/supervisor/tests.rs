@@ -1,4 +1,4 @@
-//! Tests what callers notice when workers start and are lost.
+//! Tests the effects on callers when workers start and are lost.
 
 use std::thread;
 
@@ -43,8 +43,8 @@ fn job(work: request::Job) -> (Job, oneshot::Receiver<crate::job::Answer>) {
     (job, answer)
 }
 
-/// One worker is lost while another one becomes ready. The token is never reported as unavailable
-/// while a worker is there.
+/// One worker is lost while another worker becomes ready. The token is never reported as unavailable while a worker is
+/// ready.
 #[tokio::test]
 async fn a_worker_that_is_there_is_never_called_down() {
     let supervisor = idle();
@@ -91,8 +91,7 @@ async fn a_stop_is_final() {
     assert_eq!(serving(&supervisor), Serving::Down(STOPPING.to_owned()));
 }
 
-/// A job is given to the next worker, but only a limited number of times: the job may be what ends
-/// the workers.
+/// A job is given to the next worker only a limited number of times, because the job may crash the workers.
 #[tokio::test]
 async fn a_job_outlasts_two_lost_workers_and_no_more() {
     let supervisor = idle();

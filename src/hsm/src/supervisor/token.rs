@@ -30,18 +30,20 @@ use keybroker_worker_protocol::{
 use super::Supervisor;
 
 impl Supervisor {
-    /// Runs a job on any worker. Returns at the deadline at the latest, no matter what the worker does. If another token
-    /// can do the job, the job fails as soon as this token has no worker for it.
+    /// Runs a job on any worker. Returns at the deadline at the latest, even if the worker hangs. If another token can
+    /// do the job, the job fails as soon as this token has no worker for it.
     pub(crate) async fn run_job(
         &self,
         work: request::Job,
         caller: &Caller,
         has_alternative: bool,
     ) -> Result<Output, Error> {
-        // `Work` is created first, because it overwrites the key material in the job, no matter how this function ends.
+        // `Work` is created first, because it overwrites the key material in the job when this function returns or
+        // fails.
         let work = Work::new(work);
         self.check_serving()?;
-        // The job waits in another queue, that of the token.
+        // Frees the place of the call in the front, because the job now waits in the queue of the
+        // token.
         queue::leave();
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
@@ -49,7 +51,7 @@ impl Supervisor {
             caller: caller.clone(),
             done,
             abandoned: match caller.lane() {
-                // The result is for all later calls, not only for the call that caused the work.
+                // Later calls also use the result, not only the call that caused the work.
                 Lane::Background => Abandoned::default(),
                 Lane::Principal(_) => Abandoned::current(),
             },
@@ -85,7 +87,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers the waiting jobs if no worker is ready or expected, because otherwise these jobs would wait until their
+    /// Answers the waiting jobs if no worker is ready or expected. Without this answer, the jobs would wait until their
     /// deadlines.
     pub(super) fn answer_without_workers(&self) {
         if !self.queue.has_links()
@@ -129,7 +131,7 @@ impl Supervisor {
     }
 }
 
-/// The job that makes a MAC.
+/// Returns the job that computes a MAC.
 pub(crate) fn mac_job(key: WrappingKeyId, message: &MacMessage) -> request::Job {
     request::Job::Mac(wire::Mac {
         key_id: key.as_bytes().to_vec(),
@@ -137,7 +139,7 @@ pub(crate) fn mac_job(key: WrappingKeyId, message: &MacMessage) -> request::Job 
     })
 }
 
-/// The job that verifies a MAC.
+/// Returns the job that verifies a MAC.
 pub(crate) fn verify_job(key: WrappingKeyId, message: &MacMessage, mac: &Mac) -> request::Job {
     request::Job::VerifyMac(wire::VerifyMac {
         key_id: key.as_bytes().to_vec(),
@@ -146,12 +148,12 @@ pub(crate) fn verify_job(key: WrappingKeyId, message: &MacMessage, mac: &Mac) ->
     })
 }
 
-/// The job that verifies the MAC of an envelope and decrypts the envelope.
+/// Returns the job that verifies the MAC of an envelope and decrypts the envelope.
 pub(crate) fn unwrap_job(envelope: &Envelope, context: &Context<'_>) -> request::Job {
     request::Job::Unwrap(rewrap::unwrap(envelope, context))
 }
 
-/// The job that verifies the MAC of an envelope and makes a MAC for a new context.
+/// Returns the job that verifies the MAC of an envelope and computes a MAC for a new context.
 pub(crate) fn rebind_job(
     envelope: &Envelope,
     unsealed: &Unsealed,
@@ -166,13 +168,13 @@ pub(crate) fn rebind_job(
     })
 }
 
-/// The key material that an unwrap returned.
+/// Returns the key material in the result of an unwrap.
 pub(crate) fn to_material(mut output: Output) -> Result<KeyMaterial, Error> {
     KeyMaterial::new(std::mem::take(&mut *output))
         .map_err(|error| Error::Damaged(error.to_string()))
 }
 
-/// The MAC that a job returned.
+/// Returns the MAC in the result of a job.
 pub(crate) fn to_mac(output: &Output) -> Result<Mac, Error> {
     output.as_slice().try_into().map_err(|_| {
         Error::Untrusted("the token returned a MAC that does not have 32 bytes".to_owned())

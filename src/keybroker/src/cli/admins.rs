@@ -1,5 +1,5 @@
-//! The tokens that a command for a whole database uses. Rows can belong to keys on several tokens, so the command logs in to each
-//! token.
+//! The tokens that are used by a command that reads a complete database. Rows can belong to keys on
+//! several tokens, so the command logs in to each token.
 
 use std::{
     cell::RefCell,
@@ -22,13 +22,13 @@ use super::{
     token,
 };
 
-/// The token settings of a command with the source of the PIN for each token.
+/// The configuration and the source of the PIN for each token of a command.
 #[derive(Debug)]
 pub(super) struct Logins(Vec<(Config, PinSource)>);
 
 impl Logins {
-    /// The tokens of the command: the token that the command line selects, or else all tokens. A source of the PIN on the command
-    /// line applies to one token.
+    /// The tokens of the command: the token that `--token` selects, or all tokens without this
+    /// option. A PIN option on the command line applies to one token only.
     pub(super) fn of(context: &Context, pin: &UserPin) -> Result<Self, Failure> {
         let config = context.config_for_tokens()?;
         if !config.tokens.are_several() || context.token.is_some() {
@@ -51,14 +51,14 @@ impl Logins {
         Ok(Self(logins))
     }
 
-    /// The configuration.
+    /// The configuration of the command.
     pub(super) fn config(&self) -> Result<&Config, Failure> {
         let first = self.0.first().map(|(config, _)| config);
         first.ok_or_else(|| Failure::new(Exit::Configuration, "the configuration has no token"))
     }
 
-    /// Logs in to the tokens. If there are several tokens, a token that cannot be used is left out with a note: its keys may also
-    /// be on another token.
+    /// Logs in to the tokens. If one of several tokens cannot be used, the command prints a warning
+    /// and continues without this token, because another token may have the same keys.
     pub(super) fn log_in(&self, context: &Context, registry: &Registry) -> Result<Admins, Failure> {
         let mut admins = Admins {
             opened: Vec::new(),
@@ -84,11 +84,11 @@ impl Logins {
     }
 }
 
-/// Tokens to which admin workers are logged in.
+/// Tokens to which admin workers have logged in.
 #[derive(Debug)]
 pub(super) struct Admins {
     opened: Vec<Opened>,
-    /// The token that verifies the rows of each key, as an index.
+    /// The index in `opened` of the token that verifies the rows of each key.
     at: RefCell<HashMap<WrappingKeyId, usize>>,
 }
 
@@ -100,7 +100,8 @@ struct Opened {
 }
 
 impl Opened {
-    /// Checks the registered keys of this token. Returns the problems of the token, and the keys without problems.
+    /// Checks the registered keys of this token. Returns the problems that were found, and the keys
+    /// without problems.
     fn check(&self, registry: &Registry) -> Result<(Vec<String>, Vec<WrappingKeyId>), Failure> {
         let serial = &self.admin.info().serial;
         let keys = registry.needed_on(&self.settings, serial, self.is_one_of_several);
@@ -134,8 +135,9 @@ impl Opened {
 }
 
 impl Admins {
-    /// Checks every key that verifies rows. Returns the keys that no token can use, after a note about each problem: the rows of
-    /// these keys cannot be checked, and the rows of the other keys can. If no key can be used, no row can be checked.
+    /// Checks every registered key that has not been destroyed. Prints each problem as a warning
+    /// and returns the keys that no token can use. The command cannot check the rows of these keys.
+    /// Fails if no key can be used.
     pub(super) fn check_registry(
         &self,
         context: &Context,
@@ -162,7 +164,7 @@ impl Admins {
                 .any(|problem| problem.contains(&row.id.to_string()))
             {
                 problems.push(format!(
-                    "key {}: no token that the command uses shows this key",
+                    "key {}: no token that the command uses has this key",
                     row.id
                 ));
             }
@@ -182,7 +184,7 @@ impl Admins {
         Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
     }
 
-    /// Verifies a MAC on a token that holds the key.
+    /// Verifies a MAC on a token that has the key.
     pub(super) fn verify(
         &self,
         key: WrappingKeyId,
@@ -192,7 +194,7 @@ impl Admins {
         let at = self.at.borrow().get(&key).copied();
         let opened = at.and_then(|at| self.opened.get(at));
         let opened = opened.ok_or_else(|| {
-            let what = format!("key {key}: no token that the command uses shows this key");
+            let what = format!("key {key}: no token that the command uses has this key");
             Failure::new(Exit::Untrusted, what)
         })?;
         Ok(opened.admin.verify(key, message, mac)?)

@@ -1,4 +1,5 @@
-//! `keybroker audit`: reads and maintains the files of the audit log. The command needs no running broker.
+//! `keybroker audit`: reads and maintains the files of the audit log. The command works with or
+//! without a running broker.
 
 use std::{
     path::PathBuf,
@@ -22,28 +23,29 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Check every line of a log: canonical form, log id, sequence without gaps
+    /// Check every line of a log: canonical form, log id and consecutive sequence numbers
     ///
-    /// In the log of this instance, the command also detects lines that were removed from the end. The command does not detect a
-    /// value that was replaced by another valid value.
+    /// For the log of this instance, the command also detects whether lines were removed from the
+    /// end. The command does not detect that a value was replaced with another valid value.
     Verify {
         /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
     },
-    /// Acknowledge that the files of the audit log were tampered with, so that the broker continues
+    /// Acknowledge that the files of the audit log were tampered with, and let the broker continue
     ///
-    /// Before you run this command, find the cause and copy the log directory for the auditors. The command prints what the
-    /// broker found, and records who acknowledged the finding. A running broker writes the acknowledgement into the audit log and
-    /// continues within a second. A stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
+    /// Before you run this command, find the cause and copy the log directory for the auditors. The
+    /// command prints the broker's finding, and records who acknowledged the finding. A running
+    /// broker writes the acknowledgement into the audit log and continues within a second. A
+    /// stopped broker writes the acknowledgement at its next start. Missing entries stay visible as
     /// a gap in the sequence numbers.
     Acknowledge,
-    /// Remove the oldest segments of this instance's log, after they were copied to another machine
+    /// Remove the oldest segments of this instance's log; copy them to another machine first
     ///
     /// A running broker removes the segments within a second. A stopped broker removes the segments at its next start. An audit
     /// entry records who requested the removal of the segments. The newest segment is never removed. Do not delete segment files
     /// by hand: the broker would report tampering.
     RemoveSegments {
-        /// Number of the last segment to remove, as in its file name: 12 removes 00000012.jsonl and all earlier segments
+        /// Number of the last segment to remove: 12 removes 00000012.jsonl and all earlier segments
         #[arg(long, value_name = "NUMBER")]
         through: u64,
     },
@@ -57,12 +59,12 @@ pub(super) enum Command {
     Show {
         /// Directory of the log [default: the log directory of this instance]
         directory: Option<PathBuf>,
-        /// Maximum number of entries to show; the newest entries are shown
+        /// Number of entries to show, counted back from the newest entry
         #[arg(long, default_value_t = 20, value_name = "NUMBER")]
         last: usize,
         #[command(flatten)]
         filter: Filter,
-        /// Print the lines of the log byte for byte
+        /// Print the lines exactly as the log contains them
         #[arg(long)]
         raw: bool,
     },
@@ -115,7 +117,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Longest wait for a running broker to carry out a request.
+/// Maximum wait until a running broker has carried out a request.
 const TAKEN_IN_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -146,7 +148,8 @@ fn acknowledge(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Waits for a running broker to carry out a request. Returns whether the request is still pending after the timeout.
+/// Waits for a running broker to carry out a request. Returns true if the request is still pending
+/// after the timeout.
 fn is_still(is_pending: impl Fn() -> Result<bool, audit::Error>) -> Result<bool, audit::Error> {
     let until = Instant::now() + TAKEN_IN_TIMEOUT;
     while is_pending()? {
@@ -176,7 +179,7 @@ fn remove_segments(through: u64, context: &Context) -> Result<(), Failure> {
     if let Some(tampering) = settings.tampering()? {
         let what = format!("the log was tampered with: {}", tampering.finding);
         return Err(Failure::new(Exit::Audit, what).hint(
-            "investigate, then run `keybroker audit acknowledge`, then repeat this command",
+            "find the cause, then run `keybroker audit acknowledge`, then repeat this command",
         ));
     }
     settings.request_removal(through, &local_operator())?;

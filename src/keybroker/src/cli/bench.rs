@@ -1,7 +1,8 @@
 //! `keybroker bench`: measures the broker under one of several kinds of load, on the configured token.
 //!
-//! `steady` also measures the bare token in the same run. Every scenario produces one [`Document`], which `--json` writes and
-//! `keybroker bench-report` turns into a chart and a table.
+//! The scenario `steady` also measures the bare token in the same run. Every scenario produces one
+//! [`Document`]. `--json` writes the document to a file, and `keybroker bench-report` makes charts
+//! and a table from this file.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -51,24 +52,27 @@ use users::Users;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Scenario {
-    /// The bare token and the broker in one run; callers call again as soon as they have their answer
+    /// The token alone and the broker, in one run; each caller makes its next call as soon as the
+    /// previous call is answered
     Steady,
-    /// Calls that start on a schedule and do not wait for earlier calls, at one or more rates
+    /// Calls that start on a schedule, at one or more rates, and do not wait for earlier calls
     Open,
     /// More calls than the broker can serve, with short and long deadlines
     Overload,
-    /// One principal with few calls beside another principal whose callers never pause
+    /// One principal with few calls, and at the same time another principal whose callers never
+    /// pause
     Fairness,
-    /// Throughput of many active connections, and memory for each idle one
+    /// Throughput of many active connections, and memory of each idle connection
     Connections,
-    /// Many members who fetch their keys over REST within a short time, each over a new connection
+    /// Many members, each of whom opens a new connection and fetches a key over REST within a short
+    /// time
     Storm,
-    /// Restarts of the broker while a client calls that follows the retry rule
+    /// Restarts of the broker while a client that follows the retry rule makes calls
     Restart,
 }
 
 impl Scenario {
-    /// The name on the command line and in the JSON document.
+    /// The name of the scenario on the command line and in the JSON document.
     pub(super) fn name(self) -> String {
         self.to_possible_value()
             .map(|value| value.get_name().to_owned())
@@ -86,21 +90,26 @@ pub(super) struct Arguments {
     /// Process id of a running broker to measure; requires --endpoint [default: start a broker for the measurement]
     #[arg(long, value_name = "PID", requires = "endpoint")]
     attach: Option<u32>,
-    /// Address of the running broker's status listener, if `status.address` has port 0
+    /// Address of the running broker's status listener; required if `status.address` in the
+    /// configuration has port 0
     #[arg(long, value_name = "ADDRESS", requires = "attach")]
     status: Option<SocketAddr>,
-    /// Number of callers; each makes one call at a time on its own TLS connection (more than 256 callers share 256 connections).
-    /// The scenario `connections` takes a list, and each caller then has its own connection [default: 64; `connections`: 1,64,1000]
+    /// Number of callers. Each caller makes one call at a time. Up to 256 callers have a TLS
+    /// connection each; further callers share these connections. The scenario `connections` takes a
+    /// list of numbers, and each caller has its own connection [default: 64; `connections`:
+    /// 1,64,1000]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: Vec<u32>,
-    /// Seconds for which the broker is measured each time. `steady` also measures the token alone before and after the broker,
-    /// each time for about three quarters of these seconds. In `storm`, the members arrive within these seconds
+    /// Duration of each measurement of the broker, in seconds. The scenario `steady` also measures
+    /// the token alone before and after the broker, each time for about three quarters of this
+    /// duration. In the scenario `storm`, all members start their requests within this duration
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Warm-up in seconds before the broker is measured
+    /// Warm-up time before each measurement of the broker, in seconds
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(0..=3_600))]
     warm_up: u64,
-    /// Number of users whose keys are enrolled and released; users of an earlier run are reused
+    /// Number of users whose keys `bench` enrols and releases; `bench` reuses the users of an
+    /// earlier run
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     users: u32,
     /// Pre-populate the database with this many records, bypassing the broker
@@ -109,58 +118,65 @@ pub(super) struct Arguments {
         value_parser = clap::value_parser!(u32).range(1..=10_000_000)
     )]
     seed: Option<u32>,
-    /// Calls per second of all callers together. `steady`: maximum [default: unlimited]; `open`: a list of rates [default: a
-    /// quarter, half, three quarters and nine tenths of the measured capacity]; `fairness`: calls of the principal with few calls
-    /// [default: 5]; `restart`: calls of the client [default: 100]
+    /// Total number of calls per second, for all callers. In the scenario `steady`, the rate is a
+    /// maximum [default: unlimited]. In the scenario `open`, the option takes a list of rates
+    /// [default: a quarter, half, three quarters and nine tenths of the measured capacity]. In the
+    /// scenario `fairness`, the rate applies to the principal with few calls [default: 5]. In the
+    /// scenario `restart`, the rate applies to the client [default: 100]
     #[arg(
         long, value_name = "CALLS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1_000_000)
     )]
     rate: Vec<u32>,
-    /// Threads that measure the token alone (`steady`) [default: number of processors]
+    /// Number of threads that measure the token alone (scenario `steady`) [default: number of
+    /// processors]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     token_threads: Option<u32>,
-    /// Rates of calls, as multiples of the measured capacity (`overload`) [default: 3,10]
+    /// Rates of calls, as multiples of the measured capacity (scenario `overload`) [default: 3,10]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=100))]
     times: Vec<u32>,
-    /// Deadlines of the calls in milliseconds (`overload`) [default: 200,1000,5000]
+    /// Deadlines of the calls in milliseconds (scenario `overload`) [default: 200,1000,5000]
     #[arg(
         long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=600_000)
     )]
     deadlines_ms: Vec<u64>,
-    /// Numbers of callers that never pause (`fairness`) [default: 0,16,250,1000]
+    /// Numbers of callers that never pause (scenario `fairness`) [default: 0,16,250,1000]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(0..=10_000))]
     callers: Vec<u32>,
-    /// PEM file with the certificate of the principal with few calls, which needs the role `release` (`fairness`)
+    /// PEM file with the certificate of the principal with few calls; this principal needs the role
+    /// `release` (scenario `fairness`)
     #[arg(long, value_name = "FILE", requires = "light_key")]
     light_cert: Option<PathBuf>,
-    /// PEM file with the private key of the certificate in --light-cert (`fairness`)
+    /// PEM file with the private key of the certificate in --light-cert (scenario `fairness`)
     #[arg(long, value_name = "FILE", requires = "light_cert")]
     light_key: Option<PathBuf>,
-    /// Idle connections for the measurement of memory (`connections`) [default: 1000]
+    /// Number of idle connections whose memory is measured (scenario `connections`) [default: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     idle: Option<u32>,
-    /// Members that fetch their keys (`storm`) [default: 1000]
+    /// Number of members that fetch their keys (scenario `storm`) [default: 1000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     members: Option<u32>,
-    /// Number of restarts (`restart`) [default: 1]
+    /// Number of restarts (scenario `restart`) [default: 1]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     restarts: Option<u32>,
-    /// Seed of the random start times of calls (`open`, `overload`, `fairness`, `storm`, `restart`) [default: 1]
+    /// Seed for the random start times of calls (scenarios `open`, `overload`, `fairness`, `storm`,
+    /// `restart`) [default: 1]
     #[arg(long, value_name = "NUMBER")]
     schedule_seed: Option<u64>,
     /// Also write the results to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Text to record in the JSON document, such as the name of the machine or the token's settings
+    /// Note to include in the JSON document, such as the name of the machine or the token's
+    /// settings
     #[arg(long, value_name = "TEXT")]
     note: Option<String>,
-    /// Commit of the measured program to record in the JSON document
+    /// Commit of the measured program, to include in the JSON document
     #[arg(long, value_name = "ID")]
     commit: Option<String>,
 }
 
 impl Arguments {
-    /// Refuses options that the scenario would ignore, and lists where it takes one value.
+    /// Rejects options that the scenario would ignore, and lists for options that take a single
+    /// value in this scenario.
     fn check(&self) -> Result<(), Failure> {
         use Scenario::{Connections, Fairness, Open, Overload, Restart, Steady, Storm};
         let options: [(&str, bool, &[Scenario]); 14] = [
@@ -229,7 +245,7 @@ impl Arguments {
         Ok(())
     }
 
-    /// The number of callers of a scenario that takes one number.
+    /// The number of callers, for scenarios that accept only one number.
     fn connections(&self) -> u32 {
         self.connections.first().copied().unwrap_or(64)
     }
@@ -251,12 +267,12 @@ impl Arguments {
     }
 }
 
-/// The list that was passed, or the default if none was.
+/// The given list, or the default if the given list is empty.
 fn or_default<T: Copy>(list: &[T], default: &[T]) -> Vec<T> {
     if list.is_empty() { default } else { list }.to_vec()
 }
 
-/// Everything that a scenario needs.
+/// The arguments, the configuration and the facts about the token that a scenario needs.
 struct Bench<'a> {
     arguments: &'a Arguments,
     context: &'a Context,
@@ -292,7 +308,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     finish(&bench, &clock, results)
 }
 
-/// Writes and shows the results. A failed call makes the command fail, but only afterwards.
+/// Writes and shows the results. If a call failed, the command writes the results and then fails.
 fn finish(bench: &Bench<'_>, clock: &document::Clock, results: Results) -> Result<(), Failure> {
     let (arguments, output) = (bench.arguments, bench.context.output);
     let failure = results.failure.clone();
@@ -319,7 +335,8 @@ fn processors() -> u32 {
     u32::try_from(number).unwrap_or(1)
 }
 
-/// Stops the measurement at a signal, so that the command can also stop the broker that it started.
+/// Stops the measurement at SIGINT or SIGTERM, so that the command can also stop the broker that it
+/// started.
 fn block_on_until_interrupted<T>(
     work: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {

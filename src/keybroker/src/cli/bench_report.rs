@@ -37,7 +37,7 @@ pub(super) struct Arguments {
     out: PathBuf,
 }
 
-/// Writes, for each file `NAME.json`, the table `NAME.md` and the charts `NAME.svg` or `NAME-….svg`.
+/// For each file `NAME.json`, writes the table `NAME.md` and the charts `NAME.svg` or `NAME-….svg`.
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let mut written = Vec::new();
     for file in &arguments.files {
@@ -84,6 +84,6 @@ fn read(text: &str) -> Result<(Vec<Named>, String), ParseError> {
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     output_file::replace(path, text).map_err(|error| {
         let what = format!("cannot write {}: {error}", path.display());
-        Failure::new(Exit::Usage, what).hint("--out names a directory that exists")
+        Failure::new(Exit::Usage, what).hint("pass an existing directory with --out")
     })
 }

@@ -1,5 +1,5 @@
-//! `keybroker bitwarden`: the steps that a Bitwarden client takes with its keys and with a Key Connector, to rehearse
-//! and support a migration.
+//! `keybroker bitwarden`: performs the key operations of a Bitwarden client, including those with a
+//! Key Connector, to rehearse and support a migration.
 
 use clap::Subcommand;
 
@@ -17,13 +17,14 @@ mod secrets;
 pub(super) enum Command {
     /// Derive the master key of an account from its password
     Derive(derive::Derive),
-    /// Store a user's master key in the broker, as a client does during the migration
+    /// Store a user's master key in the broker, as a Bitwarden client does during a migration
     Enrol(keys::Enrol),
     /// Fetch a user's master key from the broker; the access token identifies the user
     Fetch(keys::Fetch),
-    /// Decrypt a protected user key, and optionally an item, with the master key that the broker stores
+    /// Decrypt a protected user key, and optionally an item, with the master key from the broker
     Unlock(keys::Unlock),
-    /// Protect a user key with the master key of another KDF; the user key itself does not change
+    /// Protect a user key with the master key that another KDF derives; the user key itself does
+    /// not change
     ChangeKdf(derive::ChangeKdf),
 }
 

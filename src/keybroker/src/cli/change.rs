@@ -1,5 +1,5 @@
-//! Writes audit entries for the changes that commands make, as the broker does for its own changes. Each run of a command has a
-//! separate audit log.
+//! Writes audit entries for changes that commands make. Each run of a command writes to a separate
+//! audit log.
 
 use std::fs;
 
@@ -10,11 +10,12 @@ use keybroker_core::call::CallId;
 
 use super::{Context, exit::Failure, interrupt};
 
-/// Prefix of the name of a command's log; the call id follows.
+/// Prefix of the name of a command's audit log. The call id of the command follows the prefix.
 const LOG_PREFIX: &str = "cli-";
 
-/// Writes an intent, does the work, and writes the outcome. If the intent cannot be made durable, the work is not done. If the
-/// work may have changed rows before it failed, `describe` sets the count of the entry.
+/// Writes an intent, calls `work`, and writes the outcome. If the intent cannot be written to disk,
+/// `work` is not called. If `work` may have changed rows before a failure, `describe` sets the
+/// count of the entry.
 pub(super) fn audited<T>(
     context: &Context,
     config: &Config,
@@ -48,7 +49,7 @@ pub(super) fn audited_in_parts<T>(
     let mut last = entry(EntryKind::Outcome, Outcome::Ok);
     if result.is_err() {
         last.outcome = match last.count {
-            // The count is a lower bound, because the part in progress may or may not have been done.
+            // The count is a lower bound, because the outcome of the part in progress is unknown.
             Some(_) => Outcome::Unknown,
             None => Outcome::Failed,
         };
@@ -59,8 +60,9 @@ pub(super) fn audited_in_parts<T>(
     recorded.map(|()| value)
 }
 
-/// Closes the intents of commands that were killed before they wrote an outcome, because no other command opens their logs again.
-/// Only the token and the registry show whether the change of a killed command was made.
+/// Writes the missing outcomes of commands that were killed, because no other code opens the logs
+/// of these commands again. Only the token and the registry show whether the change of a killed
+/// command was made.
 fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
     for name in logs_of_commands(settings) {
         match cut_short(settings, &name) {
@@ -98,12 +100,12 @@ fn next_after(action: &str) -> &'static str {
 }
 
 fn logs_of_commands(settings: &audit::Settings) -> Vec<String> {
-    // The name of an instance may look like the name of a command's log.
+    // The audit log of an instance may have a name like the log of a command.
     let ours = |name: &String| {
         let call = name.strip_prefix(LOG_PREFIX).and_then(CallId::parse);
         call.is_some() && *name != settings.instance
     };
-    // The audit directory does not exist before the first command or start.
+    // The audit directory may not exist yet.
     let entries = fs::read_dir(&settings.directory).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.filter(ours).collect()

@@ -22,8 +22,8 @@ pub(super) mod show;
 use connect::Connection;
 use credential::Credential;
 
-/// Number of connection attempts. More attempts would only delay the error if the broker does not accept the client's
-/// certificate.
+/// Number of connection attempts. If the broker rejects the client's certificate, further attempts
+/// only delay the error.
 const CONNECTION_ATTEMPTS: u32 = 3;
 
 #[derive(Args, Debug)]
@@ -99,7 +99,7 @@ pub(super) fn run_rewrap(arguments: RewrapArguments, context: &Context) -> Resul
 }
 
 impl Who {
-    /// Raises the timeout, for a call that takes long.
+    /// Raises the timeout to at least this value, for a call that takes a long time.
     pub(super) fn at_least(mut self, timeout: Duration) -> Self {
         self.connection.raise_timeout(timeout);
         self

@@ -1,4 +1,4 @@
-//! `keybroker config`.
+//! `keybroker config`: checks and shows the configuration.
 
 use std::path::Path;
 
@@ -19,12 +19,13 @@ use super::{
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Check the configuration, its files and the token, and report every problem
+    /// Check the configuration, the files that it names, and the token, and report every problem
     ///
-    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does not log in to a token. If the
-    /// database is on a server, the command connects to the server and checks its version, its schema and its session pooling.
+    /// The command loads the PKCS#11 module in a separate process and lists its tokens, but does
+    /// not log in to a token. If the database is on a server, the command connects to the server
+    /// and checks its version, the schema and the session pooling.
     Check,
-    /// Show the configuration with all defaults; the configuration contains no secrets, so none are shown
+    /// Show the configuration with all defaults; the configuration contains no secrets
     Show,
 }
 
@@ -61,8 +62,9 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Examines a database server as `serve` does at its start. Returns a problem or a note. An unreachable server is only a note,
-/// because a configuration is often checked before its database exists.
+/// Checks a database server in the same way as `serve` does when it starts. Returns a problem, a
+/// note, or neither. An unreachable server causes only a note, because operators often check a
+/// configuration before the database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
     // Problems of the settings in `[store]` are reported with the configuration and its files.
@@ -98,7 +100,7 @@ fn examine_tokens(config: &mut Config) -> (Vec<String>, Vec<String>) {
         .map(|one| one.name.clone())
         .collect();
     for name in names {
-        // A name that two tokens have is reported with the settings.
+        // A name that several tokens share is reported as a problem of the settings.
         if config.select_token(Some(&name)).is_err() {
             continue;
         }
@@ -132,9 +134,10 @@ fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     }
 }
 
-/// If several tokens match the settings, returns the token that `serve` and the other commands use.
+/// If several tokens match the settings, returns the only token whose serial number is in the
+/// registry, as `serve` does.
 fn of_the_registry<'a>(several: &[&'a Listed], config: &Config) -> Option<&'a Listed> {
-    // Without a database, only the settings select the token.
+    // If the registry cannot be read from the database, only the settings select the token.
     let rows = token::registry(config).unwrap_or_default();
     let serials = pin::serials(&rows.rows);
     let mut registered = several.iter().filter(|token| {
@@ -200,24 +203,26 @@ fn examine_listed(listed: &[Listed], config: &Config) -> (Vec<String>, Option<St
     };
     let name = shown(token);
     let mut problems = Vec::new();
-    let mut wrong = |what: &str| problems.push(format!("[token]: token {name} {what}"));
+    let mut wrong = |what: &str| problems.push(format!("[token]: token {name}: {what}"));
     if token.oaep_bits.is_none() {
-        wrong("does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
+        wrong("the token does not list the mechanism CKM_RSA_PKCS_OAEP, which the broker requires");
     }
     if !token.sha256_hmac && !config.token().permits_integrity_key_in_worker() {
-        wrong("does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
+        wrong("the token does not list the mechanism CKM_SHA256_HMAC, which the broker requires");
     }
     match token.pin_state.as_str() {
         "locked" => {
-            wrong("has a locked user PIN: unlock the user PIN with the security officer's PIN");
+            wrong(
+                "the token has a locked user PIN: unlock the user PIN with the security officer's PIN",
+            );
         }
         "not set" => {
             wrong(
-                "has no user PIN: set the user PIN with the vendor's tool, or initialise the token again",
+                "the token has no user PIN: set the user PIN with the vendor's tool, or initialise the token again",
             );
         }
         "final try" => wrong(
-            "locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
+            "the token locks after one more wrong PIN, so the broker does not log in: log in once with the vendor's tool to \
              reset the counter, or run `keybroker token retry-pin --force`",
         ),
         _ => {}

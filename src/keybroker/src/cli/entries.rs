@@ -1,5 +1,5 @@
-//! Formats audit entries for people: one block for each entry, no wider than a terminal. Programs use the JSON
-//! output.
+//! Formats audit entries for people, with one block for each entry. A block is not wider than a
+//! terminal. Programs use the JSON output.
 
 use clap::Args;
 use serde_json::Value;
@@ -11,8 +11,8 @@ pub(super) const WIDTH_MAX: usize = 100;
 
 /// Width of the column with the action, so that the outcomes are aligned.
 const ACTION_WIDTH: usize = 26;
-/// Fields that a block does not show after its first line: the first line shows them, except `log_id`, which
-/// is the same in every entry.
+/// Fields that a block does not repeat below its first line. The first line shows all these fields
+/// except `log_id`, which is the same in every entry.
 const SHOWN_FIRST: [&str; 5] = ["time_us", "action", "outcome", "reason", "log_id"];
 
 /// Filters for entries of an audit log.
@@ -27,10 +27,10 @@ pub(super) struct Filter {
     /// Show only entries with this reason, such as `POLICY`
     #[arg(long, value_name = "REASON")]
     reason: Option<String>,
-    /// Show only entries with this principal
+    /// Show only entries of this principal
     #[arg(long, value_name = "NAME")]
     principal: Option<String>,
-    /// Show only entries about this user's keys
+    /// Show only entries about keys of this user
     #[arg(long, value_name = "USER")]
     user: Option<String>,
     /// Show only entries about this record
@@ -42,7 +42,7 @@ pub(super) struct Filter {
 }
 
 impl Filter {
-    /// Whether no filter is set, so that every entry passes.
+    /// Returns true if no filter is set, so that every entry passes.
     pub(super) fn is_empty(&self) -> bool {
         self.wanted().next().is_none()
     }
@@ -109,7 +109,7 @@ fn block(line: &str) -> String {
     block
 }
 
-/// A time with a precision of milliseconds.
+/// Formats a time with a precision of milliseconds.
 fn time(micros: i64) -> String {
     let text = Timestamp::from_micros(micros.div_euclid(1_000) * 1_000).to_string();
     match text.strip_suffix('Z').map(|text| text.split_once('.')) {

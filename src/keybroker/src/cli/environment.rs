@@ -1,6 +1,7 @@
-//! The environment of the vendor's module. Workers of `serve` and of commands receive only the variables of
-//! `[token.environment]`. A module that finds its token in a command therefore finds it in `serve`, too. A hint lists variables
-//! that are set in the shell but not passed on.
+//! Explains which environment variables the vendor's module did not receive. Workers of `serve` and
+//! of commands receive only the variables of `[token.environment]`. Therefore, a module that finds
+//! its token in a command also finds the token in `serve`. A hint lists variables that are set in
+//! the shell, but that the module does not receive.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -9,10 +10,11 @@ use keybroker_hsm::admin::AdminError;
 
 use super::exit::Failure;
 
-/// Prefix of Keybroker's own variables.
+/// Prefix of Keybroker's own environment variables.
 const OURS_PREFIX: &str = "KEYBROKER_";
 
-/// Parts of the names of variables that PKCS#11 modules or the dynamic linker read.
+/// Parts of variable names. Substrings in the names of variables that PKCS#11 modules or the
+/// dynamic linker may read.
 const OF_MODULES: &[&str] = &[
     "PKCS11",
     "P11",
@@ -28,8 +30,8 @@ const OF_MODULES: &[&str] = &[
 ];
 const OF_MODULES_SUFFIXES: &[&str] = &["_CONF", "_CONFIG", "_CFG", "_INI"];
 
-/// The names of variables in `set` that a module might read but does not receive. Values are left out, because they may be
-/// secrets.
+/// The names of variables in `set` that a module might read but does not receive. The result does
+/// not contain values, because values may be secrets.
 fn not_passed_on<'a>(set: impl Iterator<Item = &'a str>, config: &Config) -> Vec<&'a str> {
     let mut names: Vec<&str> = set
         .filter(|name| is_of_a_module(name))
@@ -49,7 +51,8 @@ fn is_of_a_module(name: &str) -> bool {
             .any(|suffix| name.ends_with(suffix))
 }
 
-/// Adds a hint about variables that the module did not receive, if they may be the cause of the failure.
+/// Adds a hint about variables that the module did not receive, if these variables may be the cause
+/// of the failure.
 pub(super) fn explain(error: AdminError, config: &Config) -> Failure {
     let hint = hint(&error, config);
     let failure = Failure::from(error);
@@ -59,14 +62,16 @@ pub(super) fn explain(error: AdminError, config: &Config) -> Failure {
     }
 }
 
-/// The hint about variables that the module did not receive; `None` for a failure that has another cause.
+/// The hint about variables that the module did not receive; `None` if the failure has another
+/// cause.
 pub(super) fn hint(error: &AdminError, config: &Config) -> Option<String> {
     matches!(error, AdminError::NoToken(_))
         .then(|| withheld(config))
         .flatten()
 }
 
-/// The hint about variables that are not passed on; `None` if there are no such variables.
+/// The hint about variables that the module does not receive; `None` if the module receives all
+/// variables.
 pub(super) fn withheld(config: &Config) -> Option<String> {
     let set: Vec<String> = std::env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())

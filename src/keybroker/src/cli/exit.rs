@@ -4,7 +4,8 @@ use std::fmt;
 
 use keybroker_core::error::Reason;
 
-/// Exit codes. The codes never change, because scripts depend on them. `docs/cli.md` has the table.
+/// Exit codes. The exit codes never change, because scripts depend on them. `docs/cli.md` contains
+/// the table of exit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// An internal error of the program.
@@ -13,7 +14,7 @@ pub enum Exit {
     Usage,
     /// The configuration file is missing or invalid.
     Configuration,
-    /// The module or the token is missing, or the token is not the configured one.
+    /// The module or the token is missing, or the token is not the configured token.
     Token,
     /// The PIN is missing, or the token rejected it.
     Pin,
@@ -80,7 +81,7 @@ impl Exit {
         )
     }
 
-    /// The meaning of the code, with the same text as in the documentation.
+    /// The meaning of the code, in the same words as in the documentation.
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Internal => "internal error",
@@ -102,21 +103,21 @@ impl Exit {
     }
 }
 
-/// Why a command failed.
+/// The failure of a command.
 #[derive(Clone, Debug)]
 pub struct Failure {
     /// The exit code of the process.
     pub exit: Exit,
-    /// What happened and what it means.
+    /// The description of the problem and its consequences.
     pub message: String,
-    /// What to do next, if the message does not say so.
+    /// The suggested next step, if it is not part of the message.
     pub hint: Option<String>,
-    /// The broker's reason, if it refused a call.
+    /// The broker's reason, if the broker refused a call.
     pub reason: Option<String>,
 }
 
 impl Failure {
-    /// Makes a failure with a message and no hint.
+    /// Creates a failure with a message and no hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,
@@ -184,7 +185,8 @@ impl From<keybroker_core::error::Error> for Failure {
 mod tests {
     use super::*;
 
-    /// Scripts depend on the codes: the page and the code say the same.
+    /// Scripts depend on the exit codes, so the documentation must have the same codes as the
+    /// program.
     #[test]
     fn the_documentation_has_every_code() {
         let page = include_str!("../../../../docs/cli.md");

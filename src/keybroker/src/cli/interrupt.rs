@@ -1,5 +1,6 @@
-//! Handles Ctrl-C in a command: the command reports the change that was in progress, and ends with exit code 130. By
-//! default, a command that is changing a token or a database would end without a message.
+//! Handles Ctrl-C in a command: the command reports the change that was in progress, and ends with
+//! exit code 130. By default, Ctrl-C would end a command without a message, even while the command
+//! changes a token or a database.
 
 use std::{
     process,
@@ -29,8 +30,8 @@ struct UnderWay {
 /// Marks a change as in progress until the guard is dropped.
 pub(super) struct Guard(());
 
-/// Marks the beginning of a change. `action` is the name of the change in the audit log, and `next` is the hint for an
-/// interruption.
+/// Marks the start of a change. `action` is the name of the change in the audit log, and `next` is
+/// the hint to show after an interruption.
 pub(super) fn begin(action: &'static str, next: &'static str) -> Guard {
     set(Some(UnderWay { action, next }));
     Guard(())
@@ -46,7 +47,7 @@ fn set(under_way: Option<UnderWay>) {
     *UNDER_WAY.lock().unwrap_or_else(PoisonError::into_inner) = under_way;
 }
 
-/// Ends the process at the first SIGINT, from a separate thread.
+/// Starts a thread that ends the process at the first SIGINT.
 pub(super) fn watch(output: Output) -> Result<(), Failure> {
     let failed = |error| Failure::new(Exit::Internal, format!("cannot wait for signals: {error}"));
     let runtime = runtime::Builder::new_current_thread()

@@ -42,15 +42,17 @@ mod place;
 pub(super) enum Command {
     /// Generate a wrapping key and its integrity key on the token, test both keys and register them
     ///
-    /// The private key can never be exported. Back up the token before the first user key is enrolled, then run `keybroker token
-    /// backup-confirmed`. Stop the broker before you run this command.
+    /// The private key cannot be exported from the token. Back up the token before the first user
+    /// key is enrolled, then run `keybroker token backup-confirmed`. Stop the broker before you run
+    /// this command.
     Generate(Generate),
     /// Register a key that is already on the token
     ///
-    /// Use this command in three cases: `key generate` was interrupted, the key was made with the vendor's tool, or the token was
-    /// restored to a device with another serial number. A key that is already registered keeps its state. The key must pass the
-    /// checks of `token check`. With several tokens in the configuration, `--token NAME` registers a key that is already registered
-    /// for another token also for this token. Stop the broker before you run this command.
+    /// Use this command in three cases: `key generate` was interrupted, the key was made with the
+    /// vendor's tool, or the token was restored to a device with another serial number. A key that
+    /// is already registered keeps its state. The key must pass the checks of `token check`. If the
+    /// configuration has several tokens and the key is registered for one of them, `--token NAME`
+    /// registers the key for another token. Stop the broker before you run this command.
     Register(Register),
     /// List the registered keys; needs no PIN
     List,
@@ -59,33 +61,39 @@ pub(super) enum Command {
         /// Id of the key, 32 hexadecimal digits
         id: String,
     },
-    /// Remove the objects of a key that is not registered from the token
+    /// Remove the objects of an unregistered key from the token
     ///
-    /// An interrupted `key generate` or `key rotate` can leave such a key. The command refuses a key that a row of the database
-    /// needs. Nothing brings a removed key back.
+    /// An interrupted `key generate` or `key rotate` can leave an unregistered key on the token.
+    /// The command refuses a key that a row of the database needs. A removed key cannot be
+    /// restored.
     Remove(removal::Remove),
-    /// Have a running broker generate and register a new wrapping key
+    /// Generate and register a new wrapping key through a running broker
     ///
-    /// The broker generates, tests and registers the key through its admin API; no broker has to be stopped. The new key is
-    /// pre-active until `key activate`, so that a backup of the token can be made first. The key that was in use is deactivated
-    /// when the new key becomes active: it still unwraps.
+    /// The command uses the broker's admin API. The broker generates, tests and registers the key
+    /// while it is running. The new key is pre-active until `key activate`, so that a backup of the
+    /// token can be made first. When the new key becomes active, the previous active key is
+    /// deactivated. A deactivated key still unwraps.
     Rotate(change::Rotate),
-    /// Make a key the one that wraps new user keys, and deactivate the key that was in use
+    /// Make a key the active key, which wraps new user keys, and deactivate the previous active key
     Activate(change::Activate),
-    /// Stop the use of a key until it is resumed; its user keys are not released meanwhile
+    /// Suspend a key until it is resumed; meanwhile, user keys under the suspended key are not
+    /// released
     Suspend(change::OneKey),
-    /// Use a suspended key again: active if no other key is active, else deactivated
+    /// Resume a suspended key; the key becomes active if no other key is active, otherwise
+    /// deactivated
     Resume(change::OneKey),
-    /// Let a key unwrap, but no longer wrap
+    /// Deactivate a key: the key still unwraps, but no longer wraps
     Deactivate(change::OneKey),
-    /// Stop the use of a key permanently, because others may know its private key
+    /// Permanently stop the use of a key whose private key others may know
     ///
-    /// The broker releases no user key under a compromised key, and no command makes the key usable again.
+    /// The broker does not release user keys that are wrapped under a compromised key. No command
+    /// makes the key usable again.
     Compromise(change::OneKey),
-    /// Record that a missing key is lost for ever
+    /// Record that a missing key is permanently lost
     ///
-    /// The key counts as destroyed. Calls for its user keys then get `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop trying.
-    /// Use this command only if no row needs the key any more, or if no backup of the token contains the key.
+    /// The state of the key becomes `destroyed`. Calls for user keys under the lost key then get
+    /// `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop retrying. Use this command only if
+    /// no row needs the key any more, or if no backup of the token contains the key.
     Lost(change::Lost),
     /// Schedule the destruction of a key that no row needs, or cancel it
     ///
@@ -190,7 +198,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
         .bits
         .parse()
         .map_err(|_| Failure::new(Exit::Usage, "--bits is not a number"))?;
-    // Every check that could refuse the registry row comes before the keys are made on the token.
+    // Make every check that could prevent the registration before the keys are generated on the
+    // token.
     let _lock = store::lock(&config.store)?;
     let mut registry = block_on(registry(&config))??;
     let rows = &registry.rows;
@@ -218,8 +227,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
                     format!(", {}", file.instruction())
                 });
                 let what = format!(
-                    "key {} is on the token, but not registered: {failure}. After repairing the cause{pin}, run `keybroker key \
-                     register {}`",
+                    "key {} is on the token, but not registered: {failure}. Repair the cause{pin}, then run \
+                     `keybroker key register {}`",
                     key.id, key.id
                 );
                 Failure::new(failure.exit, what)
@@ -233,8 +242,8 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     show(context, shown, file.as_ref())
 }
 
-/// The files of integrity keys, if the settings permit them. The directory of the integrity key files must be ready before a key
-/// is made.
+/// Returns access to the integrity key files, if the settings permit integrity keys in files. Fails
+/// if the directory of the integrity key files is not writable.
 fn integrity_files(config: &Config) -> Result<Option<IntegrityFiles<'_>>, Failure> {
     let Some(files) = IntegrityFiles::permitted(config.token())? else {
         return Ok(None);
@@ -254,7 +263,7 @@ impl From<IntegrityFileError> for Failure {
     }
 }
 
-/// The file of an integrity key that was made in this run.
+/// The file of an integrity key that the command generated.
 struct StoredKey {
     id: WrappingKeyId,
     path: PathBuf,
@@ -262,7 +271,7 @@ struct StoredKey {
 }
 
 impl StoredKey {
-    /// The instruction for the administrator, as a part of a sentence.
+    /// The instruction for the administrator, as the second part of a sentence.
     fn instruction(&self) -> String {
         format!(
             "add `{} = \"{}\"` to [token.integrity_key_digests] in the configuration",
@@ -287,7 +296,7 @@ fn store_integrity_key(
     }))
 }
 
-/// Shows the fields of a registry row, and the file of its integrity key if the command has written this file.
+/// Shows the fields of a registry row, and the integrity key file if the command wrote one.
 fn show(context: &Context, mut shown: Vec<Field>, file: Option<&StoredKey>) -> Result<(), Failure> {
     if let Some(file) = file {
         shown.push(("integrity_key_file", json!(file.path.display().to_string())));
@@ -364,9 +373,10 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
     show(context, shown, file.as_ref())
 }
 
-/// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if it had another `CKA_ID` on another token.
-/// The id of an unregistered key is its `CKA_ID`, if the `CKA_ID` has the length of an id. For a `CKA_ID` of another length, the
-/// id is derived from the public key, so that a key whose registry row is lost receives the same id again.
+/// Finds and checks the key with this `CKA_ID`. A registered key keeps its id, even if its `CKA_ID`
+/// on this token differs. The id of an unregistered key is its `CKA_ID`, if the `CKA_ID` has the
+/// length of an id. For a `CKA_ID` of another length, the id is derived from the public key.
+/// Therefore, a key whose registry row was lost gets the same id again.
 fn find(
     admin: &Admin,
     rows: &[RegistryRow],
@@ -415,8 +425,9 @@ fn find(
     check_place(admin, files, wanted, &objects, registered.is_some())
 }
 
-/// Checks an RSA key and its integrity key. If the integrity key belongs in the workers but has no file, the command makes a new
-/// integrity key. A registered key never gets a new integrity key, because its rows have MACs under the existing integrity key.
+/// Checks an RSA key and its integrity key. If the integrity key must be in the workers but has no
+/// file, the token generates a new integrity key. A registered key never gets a new integrity key,
+/// because its rows have MACs under the existing integrity key.
 fn check_place(
     admin: &Admin,
     files: Option<IntegrityFiles<'_>>,
@@ -429,8 +440,9 @@ fn check_place(
     let Some(files) = files else {
         return Ok(admin.check(id)?);
     };
-    // The command never replaces an integrity key file whose digest is configured, because the file has been in use; an operator
-    // must restore such a file if it is lost.
+    // The command never replaces an integrity key file whose digest is in the configuration,
+    // because rows may depend on this key. If an integrity key file is lost, an operator must
+    // restore the file.
     let is_pinned = files.is_pinned(id);
     if !is_pinned && !files.has(id) {
         files.check_writable()?;
@@ -450,7 +462,7 @@ fn check_place(
     Ok(admin.check(id)?)
 }
 
-/// The id of a key whose `CKA_ID` cannot be used as an id.
+/// Derives the id of a key whose `CKA_ID` cannot be the id.
 fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(b"keybroker/wrapping-key-id/v1");
@@ -467,7 +479,7 @@ fn fresh_id() -> Result<WrappingKeyId, Failure> {
     Ok(WrappingKeyId::from_bytes(bytes))
 }
 
-/// Makes the registry row of a key that is not registered yet.
+/// Creates the registry row of a key that is not registered yet.
 fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
     let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
     let mut row = RegistryRow {
@@ -486,10 +498,11 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
     Ok(row)
 }
 
-/// Refuses an integrity key that another wrapping key uses. With a shared integrity key, rows of a compromised wrapping key would
-/// also verify for the other wrapping key, and destroying one of the two wrapping keys would affect both.
+/// Rejects an integrity key that another wrapping key uses. If two wrapping keys shared an
+/// integrity key, MACs of a compromised wrapping key would also be valid for the other wrapping
+/// key. Destroying one of the two wrapping keys would affect both.
 fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result<(), Failure> {
-    // An integrity key in the workers belongs to the wrapping key whose id is in its file.
+    // The file of an integrity key in the workers contains the id of its only wrapping key.
     let Some(own) = key.objects.integrity_object(key.id) else {
         return Ok(());
     };
@@ -511,12 +524,16 @@ fn refuse_shared_integrity_key(key: &CheckedKey, rows: &[RegistryRow]) -> Result
     }
 }
 
-/// Makes the registry row of a registered key that is on another token now. The new row keeps the state of the key, because a
-/// copy of a compromised key is compromised, too.
+/// Creates the registry row of a registered key that is now on another token. The new row keeps the
+/// state of the key, because a copy of a compromised key is compromised, too.
 fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<RegistryRow, Failure> {
     let id = old.id;
     if old.fingerprint != key.fingerprint {
         let what = format!("the key with id {id} on this token is not the registered key");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if old.state == WrappingKeyState::Destroyed {
+        let what = format!("key {id} is recorded as destroyed, so it cannot be registered again");
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if !admin.verify(id, &old.mac_message(), &old.mac)? {
@@ -549,7 +566,7 @@ fn insert(config: &Config, row: &RegistryRow) -> Result<(), Failure> {
     })?
 }
 
-/// The fields of a registry row, with the tokens that hold the key.
+/// The fields of a registry row, together with the tokens that have the key.
 fn fields_with_tokens(row: &RegistryRow, registry: &Registry, config: &Config) -> Vec<Field> {
     let mut fields = fields(row);
     fields.push((

@@ -1,5 +1,5 @@
-//! `keybroker completions` and `keybroker man`, whose output is generated from the command definitions and
-//! therefore always agrees with the commands.
+//! `keybroker completions` and `keybroker man`: write completion scripts and manual pages that are
+//! generated from the command definitions.
 
 use std::{
     fs, io,
@@ -18,13 +18,13 @@ const NAME: &str = "keybroker";
 
 #[derive(Args, Debug)]
 pub(super) struct Completions {
-    /// Shell that the script is for
+    /// Shell for which to print the script
     shell: Shell,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Manual {
-    /// Directory for the pages, one for each command; created if missing
+    /// Directory for the manual pages, one page for each command; created if missing
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }
@@ -34,14 +34,15 @@ pub(super) fn completions(arguments: &Completions, context: &Context) -> Result<
     context.output.bytes(&script(arguments.shell))
 }
 
-/// The completion script of a shell.
+/// Returns the completion script for a shell.
 pub(super) fn script(shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut visible(&Cli::command()), NAME, &mut script);
     script
 }
 
-/// The command without its hidden subcommands, which completion generators would include.
+/// Returns the command without its hidden subcommands, because the generators of completion scripts
+/// would include them.
 fn visible(command: &Command) -> Command {
     Command::new(command.get_name().to_owned())
         .about(command.get_about().cloned().unwrap_or_default())
@@ -54,7 +55,7 @@ fn visible(command: &Command) -> Command {
         )
 }
 
-/// Writes the manual pages: `keybroker.1` and a page for each visible command.
+/// Writes the manual pages: `keybroker.1`, and one page for each visible command.
 pub(super) fn manual(arguments: &Manual, context: &Context) -> Result<(), Failure> {
     let folder = &arguments.out;
     write_pages(folder).map_err(|error| {

@@ -14,9 +14,9 @@ use super::{
 /// The format of results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
-    /// Table for people
+    /// A table for people
     Table,
-    /// JSON for programs; field names are stable
+    /// JSON for programs; the field names are stable
     Json,
 }
 
@@ -62,8 +62,8 @@ impl Output {
         self.text(&list(&rows))
     }
 
-    /// Writes a list of objects in groups. A table has a heading for each value of the first field, and the other fields below
-    /// the heading. JSON output has the list without groups.
+    /// Writes a list of objects in groups. A table has a heading for each value of the first field,
+    /// and the other fields below the heading. JSON output contains the list without groups.
     pub(super) fn groups(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
         if self.is_json() || rows.is_empty() {
             return self.list(rows, when_empty);
@@ -140,7 +140,7 @@ impl Output {
         }
     }
 
-    /// Writes the message and the hint of a failure to standard error.
+    /// Writes a failure with its message and hint to standard error.
     pub(super) fn failure(self, failure: &Failure) {
         if self.is_json() {
             let object = json!({
@@ -159,7 +159,8 @@ impl Output {
     }
 }
 
-/// Writes a line to standard error. A failed write cannot be reported anywhere.
+/// Writes a line to standard error. A failed write is ignored, because there is no other place to
+/// report it.
 fn complain(text: &str) {
     let mut stderr = io::stderr().lock();
     if writeln!(stderr, "{text}").is_err() {
@@ -173,12 +174,12 @@ fn list(rows: &[Vec<Field>]) -> String {
     if table.lines().all(|line| line.chars().count() <= WIDTH_MAX) {
         return table;
     }
-    // A terminal would break long lines, and a shortened value could not be copied.
+    // A terminal would break the lines of a wide table, and users could not copy shortened values.
     let blocks: Vec<String> = rows.iter().map(|row| block(row)).collect();
     blocks.join("\n\n")
 }
 
-/// Formats rows as a table. A column without any value is left out.
+/// Formats rows as a table. The table does not show columns without values.
 fn table(rows: &[Vec<Field>]) -> String {
     let is_filled = |column: &usize| {
         rows.iter()
@@ -204,7 +205,7 @@ fn table(rows: &[Vec<Field>]) -> String {
     aligned(headings, &rows)
 }
 
-/// Formats texts as a table with these headings.
+/// Formats texts as a table with the given headings.
 pub(super) fn text_table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let headings = headings.iter().map(ToString::to_string).collect();
     aligned(Some(headings), rows)

@@ -19,11 +19,11 @@ use super::{
     exit::{Exit, Failure},
 };
 
-/// Options that select a source of the user PIN other than `token.pin_file`.
+/// Options that select another source of the user PIN than `token.pin_file`.
 #[derive(Args, Clone, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 pub(super) struct UserPin {
-    /// File with the user PIN, readable by its owner alone [default: `token.pin_file`]
+    /// File with the user PIN, readable only by its owner [default: `token.pin_file`]
     #[arg(long, value_name = "FILE", conflicts_with = "pin_fd")]
     pin_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the user PIN from
@@ -35,7 +35,7 @@ pub(super) struct UserPin {
 }
 
 impl UserPin {
-    /// Whether the command line has a source of the PIN.
+    /// Whether an option selects a source of the PIN.
     pub(super) fn is_given(&self) -> bool {
         self.pin_file.is_some() || self.pin_fd.is_some() || self.pin_prompt
     }
@@ -58,7 +58,7 @@ impl UserPin {
 /// Options that select the source of the security officer's PIN.
 #[derive(Args, Clone, Debug)]
 pub(super) struct SoPin {
-    /// File with the security officer's PIN, readable by its owner alone
+    /// File with the security officer's PIN, readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with = "so_pin_fd")]
     so_pin_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the security officer's PIN from
@@ -74,14 +74,15 @@ impl SoPin {
     }
 }
 
-/// The state directory of this instance. Commands and the workers of `serve` share the record of rejected PINs in the state
-/// directory.
+/// The state directory of this instance. Commands and the workers of `serve` share the record of
+/// PINs in the state directory.
 pub(super) fn state(config: &Config) -> StateDirectory {
     StateDirectory::below(&config.audit.directory)
 }
 
-/// Logs in to the configured token in an admin worker, if the record of rejected PINs allows it. If several tokens match the
-/// settings, the command uses the token whose serial number is in the registry, as `serve` does.
+/// Logs in to the configured token in an admin worker, if the record of PINs permits the login. If
+/// several tokens match the settings, the command uses the token whose serial number is in the
+/// registry, as `serve` does.
 pub(super) fn log_in(
     config: &Config,
     pin: &PinSource,
@@ -93,7 +94,7 @@ pub(super) fn log_in(
         .map_err(|error| environment::explain(error, config))
 }
 
-/// The distinct serial numbers of the tokens that hold the registered keys.
+/// The different serial numbers of the tokens that have the registered keys.
 pub(super) fn serials(registry: &[RegistryRow]) -> Vec<&str> {
     let held = registry
         .iter()
@@ -102,8 +103,8 @@ pub(super) fn serials(registry: &[RegistryRow]) -> Vec<&str> {
     held.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// Checks a PIN file that an option names. The error message contains the option, so that a person can distinguish this file
-/// from the PIN file of the configuration.
+/// Checks a PIN file that an option names. The error message contains the option, to distinguish
+/// this file from the PIN file in the configuration.
 fn check_option(option: &str, file: Option<&Path>) -> Result<(), Failure> {
     let checked = file.map_or(Ok(()), Pin::check_file);
     checked.map_err(|error| Failure::new(Exit::Pin, format!("{option}: {error}")))

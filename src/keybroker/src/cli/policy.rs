@@ -28,11 +28,12 @@ pub(super) enum Command {
 /// Options that select the policies.
 #[derive(Args, Debug)]
 pub(super) struct Source {
-    /// Use the policies in this directory instead of `policy.directory`. With this option the command needs no configuration. If
-    /// there is a configuration, the command also checks that the configuration defines the principals in the policies
+    /// Use the policies in this directory instead of `policy.directory`. With this option, the
+    /// command does not need a configuration. If a configuration exists, the command also checks
+    /// that the configuration defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
-    /// Leave out the default permits of the broker; requires --directory
+    /// Omit the default permits of the broker; requires --directory
     #[arg(long, requires = "directory")]
     no_defaults: bool,
 }
@@ -79,7 +80,8 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
         Err(Problems(problems)) => problems,
     };
     let shown = settings.directory.as_deref();
-    // For people, the error message itself describes a single problem. Programs always get a list of all problems.
+    // In text output, the error message describes a single problem. JSON output always lists all
+    // problems.
     if problems.len() > 1 || context.output.is_json() {
         let rows = problems.iter().map(row).collect();
         context.output.list(rows, "")?;
@@ -87,8 +89,8 @@ fn check(source: &Source, context: &Context) -> Result<(), Failure> {
     Err(refused(shown, &problems))
 }
 
-/// Remarks about principals in the policies that the configuration does not define. `None` if `--directory` selects the
-/// policies and there is no configuration to compare them with.
+/// Remarks about principals that the policies name but the configuration does not define. Returns
+/// `None` if `--directory` selects the policies and no configuration exists.
 fn unknown_principals(
     source: &Source,
     settings: &Settings,
@@ -120,7 +122,7 @@ fn row(problem: &Problem) -> Vec<Field> {
     ]
 }
 
-/// The failure for invalid policies.
+/// The error of a command that found invalid policies.
 fn refused(directory: Option<&Path>, problems: &[Problem]) -> Failure {
     let shown = directory.unwrap_or(Path::new("(shipped)")).display();
     let count = problems.len();

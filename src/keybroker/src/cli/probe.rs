@@ -1,5 +1,6 @@
-//! `keybroker probe`: checks the local broker's health, for containers whose health check is a command. An
-//! orchestrator's HTTP probes cannot reach the status listener, which is on loopback.
+//! `keybroker probe`: checks the health of the local broker. Containers can use this command as
+//! their health check. HTTP probes of an orchestrator cannot reach the status listener, because its
+//! address is a loopback address.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -14,12 +15,12 @@ use super::{
     exit::{Exit, Failure},
 };
 
-/// Longest answer in bytes. An answer of the status listener has one or two lines.
+/// Maximum length of an answer in bytes. An answer of the status listener has one or two lines.
 const ANSWER_BYTES_MAX: u64 = 16_384;
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Health check to make
+    /// Health check to run
     #[arg(default_value = "ready")]
     question: Question,
     /// Address of the broker's status listener [default: `status.address` of the configuration]
@@ -32,9 +33,9 @@ pub(super) struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Question {
-    /// Check that the process responds; a failure means that it needs a restart
+    /// Check that the process responds; a failure means that the process needs a restart
     Live,
-    /// Check that the broker can release keys; a failure means that callers need another broker
+    /// Check that the broker can release keys; after a failure, send callers to another broker
     Ready,
 }
 

@@ -6,17 +6,17 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::output::Output;
 
-/// Interval between two updates of the bar. Speed and remaining time are updated even if no item was
-/// finished.
+/// Interval between two updates of the bar. Each update recalculates the speed and the remaining
+/// time, even if no item was finished.
 const REDRAW: Duration = Duration::from_millis(250);
 
-/// A progress bar for a known number of items. When the value is dropped, the bar disappears from
-/// the terminal.
+/// A progress bar for a known number of items. Dropping the value removes the bar from the
+/// terminal.
 #[derive(Debug)]
 pub(super) struct Progress(ProgressBar);
 
 impl Progress {
-    /// Shows a bar, except with `-o json` or if standard error is not a terminal.
+    /// Shows a progress bar, except with `-o json` or if standard error is not a terminal.
     pub(super) fn new(output: Output, what: &'static str, total: u64) -> Self {
         if output.is_json() {
             return Self(ProgressBar::hidden());

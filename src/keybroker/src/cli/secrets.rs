@@ -15,7 +15,7 @@ use keybroker_core::trusted_file::{self, Purpose};
 
 use super::exit::{Exit, Failure};
 
-/// Longest secret that a command reads from a file or descriptor, in bytes.
+/// Maximum length of a secret that a command reads from a file or a descriptor, in bytes.
 const LINE_BYTES_MAX: usize = 32 * 1_024;
 
 /// The source of a secret.
@@ -44,17 +44,17 @@ impl Source<'_> {
             Ok(text) if text.starts_with('\u{feff}') => {
                 drop(Zeroizing::new(text));
                 Err(self.refuse(
-                    "begins with a UTF-8 byte order mark; save the file without a byte order mark",
+                    "the text begins with a UTF-8 byte order mark; save the file without a byte order mark",
                 ))
             }
             Ok(text) if text.contains(['\n', '\r']) => {
                 drop(Zeroizing::new(text));
-                Err(self.refuse("has more than one line"))
+                Err(self.refuse("the text has more than one line"))
             }
             Ok(text) => Ok(Zeroizing::new(text)),
             Err(error) => {
                 drop(Zeroizing::new(error.into_bytes()));
-                Err(self.refuse("is not UTF-8"))
+                Err(self.refuse("the text is not UTF-8"))
             }
         }
     }
@@ -72,10 +72,10 @@ impl Source<'_> {
         }
         rpassword::prompt_password(prompt)
             .map(Zeroizing::new)
-            .map_err(|error| self.refuse(&format!("cannot be read: {error}")))
+            .map_err(|error| self.refuse(&format!("cannot read the text: {error}")))
     }
 
-    /// Reads a key of this length, as raw bytes or as a line of base64.
+    /// Reads a key of the given length, as raw bytes or as a line of base64.
     pub(super) fn key(&self, length: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let bytes = self.bytes(LINE_BYTES_MAX)?;
         if bytes.len() == length {
@@ -89,7 +89,7 @@ impl Source<'_> {
             .filter(|decoded| decoded.len() == length)
             .ok_or_else(|| {
                 self.refuse(&format!(
-                    "is neither {length} bytes nor the base64 of {length} bytes"
+                    "the content is neither {length} bytes nor the base64 of {length} bytes"
                 ))
             })
     }
@@ -97,19 +97,20 @@ impl Source<'_> {
     fn bytes(&self, max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let file = match (self.descriptor, self.file) {
             (Some(number), _) => File::open(format!("/proc/self/fd/{number}"))
-                .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?,
+                .map_err(|error| self.refuse(&format!("cannot read the text: {error}")))?,
             (None, Some(path)) => trusted_file::open(path, Purpose::secret("secret"))
                 .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
-            (None, None) => return Err(self.refuse("is not specified")),
+            (None, None) => return Err(self.refuse("no source specified")),
         };
-        // The full capacity is allocated first, because a growing vector leaves copies that are not overwritten.
+        // Allocates the full capacity first, because a growing vector leaves copies in memory that
+        // are not overwritten.
         let mut bytes = Zeroizing::new(Vec::with_capacity(max + 1));
         let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);
         file.take(limit)
             .read_to_end(&mut bytes)
-            .map_err(|error| self.refuse(&format!("cannot be read: {error}")))?;
+            .map_err(|error| self.refuse(&format!("cannot read the text: {error}")))?;
         if bytes.len() > max {
-            return Err(self.refuse(&format!("is longer than {max} bytes")));
+            return Err(self.refuse(&format!("the text is longer than {max} bytes")));
         }
         Ok(bytes)
     }
@@ -120,6 +121,6 @@ impl Source<'_> {
             (None, Some(path)) => format!(" ({})", path.display()),
             (None, None) => String::new(),
         };
-        Failure::new(Exit::Usage, format!("{}{place} {why}", self.what))
+        Failure::new(Exit::Usage, format!("{}{place}: {why}", self.what))
     }
 }

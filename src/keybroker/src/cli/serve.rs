@@ -10,7 +10,8 @@ use super::{Context, OWN_PROGRAM, block_on, exit::Failure};
 
 #[derive(Args, Debug)]
 pub(super) struct Arguments {
-    /// Write the bound addresses as JSON to this file once the listeners accept connections
+    /// File to which the addresses of the listeners are written as JSON, once the listeners accept
+    /// connections
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
 }
@@ -21,7 +22,7 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     if !problems.is_empty() {
         return Err(context.bad_config(&problems));
     }
-    // If the policies cannot be loaded, `server::run` fails later.
+    // If loading the policies fails here, `server::run` reports the error later.
     for remark in config.unknown_principals().into_iter().flatten() {
         tracing::warn!(%remark, "a policy refers to a principal that the configuration does not define");
     }

@@ -24,7 +24,7 @@ mod row_check;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Migrate the database to the schema of this release, creating it if necessary
+    /// Migrate the database to the schema of this release; a missing SQLite database is created
     Migrate {
         /// Show the pending migrations without running them
         #[arg(long)]
@@ -32,19 +32,19 @@ pub(super) enum Command {
     },
     /// Show the schema version of the database and the schema version of this release
     Status,
-    /// Check every row of the database, and verify the row's MAC with the token
+    /// Check every row of the database, and verify the row MACs with the token
     ///
     /// The command changes nothing and can run while a broker serves. The command fails with exit code 12 if a row is damaged.
     Check(UserPin),
-    /// Copy all rows into another database of any engine, and verify the copy
+    /// Copy all rows to another database, which may use another engine, and verify the copy
     ///
     /// Before you run this command, stop every broker that uses either database. If the copy is interrupted, run the command
     /// again.
     Copy(Box<copy::Arguments>),
-    /// Accept the database in its current state, for example after a backup was restored
+    /// Accept the current state of the database, for example after you restored a backup
     ///
-    /// The broker records the changes that it acknowledged, and refuses a database that lacks one of these changes. Run this
-    /// command only if the restore was intended.
+    /// The broker remembers the changes that it confirmed to callers, and does not use a database
+    /// without these changes. Run this command only if you intended the restore.
     AcceptRestored,
     /// Permanently remove records and revisions that were deleted or superseded more than `store.retention_days` ago
     Purge(purge::Arguments),
@@ -84,8 +84,9 @@ fn migrate(dry_run: bool, context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Refuses a database that was used with another audit log of this instance, as the next start of the broker would do. The
-/// database may belong to another broker, and a migration cannot be undone.
+/// Rejects a database that was used with another audit log of this instance, as a broker does at
+/// its start. A database that was used with another audit log may belong to another broker, and a
+/// migration cannot be undone.
 fn require_own_log(config: &Config) -> Result<(), Failure> {
     let log = config.audit.examine_instance()?;
     let id = log.id().unwrap_or_default();
@@ -109,7 +110,8 @@ fn status(context: &Context) -> Result<(), Failure> {
     ])
 }
 
-/// Accepts the database in its current state. A running broker that refused the database continues within a second.
+/// Accepts the database in its current state. A running broker that rejected the database accepts
+/// it within a second.
 fn accept_restored(context: &Context) -> Result<(), Failure> {
     let config = context.config()?;
     let state = StateDirectory::below(&config.audit.directory);
@@ -151,7 +153,8 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Locks the database for this process, if the database is a file. The hint is shown if another process holds the lock.
+/// Locks the database for this process, if the database is a file. If another process holds the
+/// lock, returns a failure with the given hint.
 fn lock(settings: &store::Settings, hint: &str) -> Result<StoreLock, Failure> {
     store::lock(settings).map_err(|error| {
         let failure = Failure::from(error);

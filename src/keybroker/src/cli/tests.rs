@@ -1,4 +1,4 @@
-//! The command line against its documentation and its promises.
+//! Compares the command line with its documentation, and tests its general rules.
 
 use std::{collections::BTreeSet, fs, process};
 
@@ -9,7 +9,7 @@ use super::*;
 
 const PAGE: &str = include_str!("../../../../docs/cli.md");
 
-/// Every visible command that does something, with its full name.
+/// Returns every visible command without subcommands, with its full name.
 fn commands() -> Vec<(String, clap::Command)> {
     let mut found = Vec::new();
     let mut waiting = vec![(String::new(), Cli::command())];
@@ -53,7 +53,8 @@ fn the_documentation_has_every_command_and_no_other() {
     assert_eq!(documented, real);
 }
 
-/// A secret is named by a file or a descriptor. No option takes one as its value, and none comes from the environment.
+/// Secrets come from files and descriptors. No option has a secret as its value, and no secret
+/// comes from the environment.
 #[test]
 fn no_option_takes_a_secret() {
     let files_or_numbers = ["FILE", "N", "BYTES"];
@@ -107,7 +108,8 @@ fn every_command_and_option_says_what_it_is_for() {
     }
 }
 
-/// A page for every command that a person can call and every group of them, and for no hidden one.
+/// Every visible command and every group of commands has a manual page. Hidden commands have no
+/// page.
 #[test]
 fn every_command_has_a_manual_page() {
     let folder = tempfile::tempdir().unwrap();
@@ -152,7 +154,8 @@ fn completions_name_every_command_and_no_hidden_one() {
     }
 }
 
-/// The shell itself, with the script: what it offers after each group is exactly what the group has.
+/// With the completion script, bash offers exactly the commands of a group after the name of the
+/// group.
 #[test]
 fn bash_offers_each_command_of_each_group() {
     let folder = tempfile::tempdir().unwrap();

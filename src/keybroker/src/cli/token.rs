@@ -37,28 +37,34 @@ pub(super) enum Command {
     Init(Init),
     /// Check the token and every registered key: attributes, self-test, negative tests and registry
     Check(UserPin),
-    /// Report which operations the token supports, and which forbidden operations the token permits
+    /// Report the operations that the token supports, and the forbidden operations that the token
+    /// permits
     ///
-    /// You can publish the report, and compare a token with a published report (`--expect`). The command runs in a separate
-    /// process and uses session keys, which the token discards at the end. Run this command only while no broker uses the token,
-    /// because the command puts load on the token and ends with `C_Logout`.
+    /// You can publish the report. With `--expect`, the command compares the token with a published
+    /// report. The operations use session keys, which the token discards at the end. Stop every
+    /// broker that uses the token before you run this command, because the command puts load on the
+    /// token and ends with `C_Logout`.
     Report(report::Arguments),
-    /// Allow one more login with a PIN that the token rejected; you need not stop the broker
+    /// Allow one more login with a PIN that the token rejected; the broker can keep running
     ///
-    /// Keybroker records a hash of each rejected PIN in the state directory. Until you run this
-    /// command, commands and workers do not send a rejected PIN to the same token again. Run this
-    /// command after you unlock the token, or after you change the token's PIN to the rejected PIN.
+    /// Keybroker records a hash of each rejected PIN in the state directory. Commands and workers
+    /// do not send a rejected PIN to the same token again until you run this command. Run this
+    /// command after you unlocked the token, or after you changed the token's PIN to the rejected
+    /// PIN. If the configuration has several tokens, pass `--token`: the permission applies to one
+    /// token.
     RetryPin(RetryPin),
-    /// Record, for every registered key of the token, that the token was backed up and the restore was tested
+    /// Record that you backed up the token and tested a restore, for every registered key on the
+    /// token
     BackupConfirmed(UserPin),
 }
 
 #[derive(Args, Debug)]
 pub(super) struct Init {
-    /// Label of the token, at most 32 bytes [default: `token.label`]
+    /// Label of the new token, at most 32 bytes [default: `token.label`]
     #[arg(long)]
     label: Option<String>,
-    /// Permanently erase the initialised token with this serial number and every key on it
+    /// Serial number of an initialised token to erase permanently, together with every key on the
+    /// token
     #[arg(long, value_name = "SERIAL")]
     erase_serial: Option<String>,
     #[command(flatten)]
@@ -115,29 +121,32 @@ fn list(context: &Context) -> Result<(), Failure> {
             ]
         })
         .collect();
-    context.output.list(rows, "the module shows no token")?;
+    context.output.list(rows, "the module reports no token")?;
     if is_empty && let Some(hint) = environment::withheld(&config) {
         context.output.note(&format!("note: {hint}"));
     }
     Ok(())
 }
 
-/// Allows one more login. The command needs no module and no PIN, so it works while `serve` runs. The next worker reads the
-/// record of rejected PINs before its login.
+/// Allows one more login to a token. The command needs neither the module nor a PIN, so it works while `serve`
+/// runs. The next worker reads the record of PINs before its login.
 fn retry_pin(arguments: &RetryPin, context: &Context) -> Result<(), Failure> {
-    let config = context.config()?;
-    let record = PinRecord::new(pin::state(&config));
+    let mut config = context.config()?;
+    config.select_token(context.token.as_deref())?;
+    let record = PinRecord::new(pin::state(&config)).of_token(&config.token().name);
     let allowed = change::audited(
         context,
         &config,
         "token.retry_pin",
         |_: &mut Entry| {},
         || {
-            record.allow_retry(arguments.force).map_err(|error| {
-                let cause = std::error::Error::source(&error);
-                let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
-                Failure::new(Exit::Pin, format!("{error}{cause}"))
-            })
+            record
+                .allow_retry(arguments.force, !config.tokens.are_several())
+                .map_err(|error| {
+                    let cause = std::error::Error::source(&error);
+                    let cause = cause.map_or_else(String::new, |cause| format!(": {cause}"));
+                    Failure::new(Exit::Pin, format!("{error}{cause}"))
+                })
         },
     )?;
     context.output.fields(vec![
@@ -210,8 +219,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         problems.extend(checked.problem.clone());
         note_tests_not_made(context, &checked);
         match row {
-            // The MAC of the row cannot be checked without the integrity key, and the reported problem says why this key is
-            // missing.
+            // Without the integrity key, the MAC of the row cannot be checked. The reported problem
+            // contains the reason why the integrity key is missing.
             Some(_) if checked.problem.is_some() && is_in_worker(&checked) => {}
             Some(row) => problems.extend(compare(&admin, row, &checked)?),
             None if checked.problem.is_some() => {}
@@ -237,7 +246,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
     let has_keys = !shown.is_empty();
     let nothing_shown = if problems.is_empty() {
-        "the token holds no wrapping key"
+        "the token has no wrapping key"
     } else {
         "no key could be checked"
     };
@@ -260,7 +269,8 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// Whether an unregistered wrapping key has no integrity key in the workers yet, so that there is nothing to check.
+/// Whether an unregistered wrapping key has no integrity key in the workers yet. A wrapping key
+/// without an integrity key cannot be checked.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
     let lacks = IntegrityFiles::of(config.token(), id)
         .is_ok_and(|files| !files.is_pinned(id) && !files.has(id));
@@ -280,12 +290,12 @@ fn warn_of_missing_backup(context: &Context, id: WrappingKeyId) {
     ));
 }
 
-/// Whether the integrity key of a wrapping key is in the workers and not on the token.
+/// Whether the integrity key of a wrapping key is in the workers instead of on the token.
 fn is_in_worker(key: &CheckedKey) -> bool {
     key.objects.integrity == IntegrityPlace::Worker
 }
 
-/// The output row for an integrity key that is in the workers and not on the token.
+/// The output row for an integrity key that is in the workers instead of on the token.
 fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::output::Field> {
     let files = IntegrityFiles::of(config.token(), key.id);
     let path = files.map_or_else(
@@ -299,15 +309,16 @@ fn integrity_key_in_worker(config: &Config, key: &CheckedKey) -> Vec<super::outp
         (
             "verdict",
             json!(format!(
-                "is not on the token: the workers unwrap the integrity key from {path}"
+                "the integrity key is not on the token: the workers unwrap the integrity key from {path}"
             )),
         ),
         ("passes", json!(key.problem.is_none())),
     ]
 }
 
-/// The keys to check: the keys on the token and the keys in the registry. An unregistered key is checked only if its `CKA_ID`
-/// has the length of an id, like the keys of `key generate`. Other keys may belong to other programs.
+/// The keys to check: the keys on the token and the keys in the registry. An unregistered key is
+/// checked only if its `CKA_ID` has the length of an id, as with keys from `key generate`. Other
+/// keys may belong to other programs.
 fn to_check(
     admin: &Admin,
     rows: &[KeyHere<'_>],
@@ -335,7 +346,7 @@ fn to_check(
     Ok(ids)
 }
 
-/// Warns about checks that the settings disable.
+/// Prints a warning for each check that the settings disable.
 fn show_weakened(context: &Context, config: &Config) {
     for risk in accepted::risks(config.token()) {
         context.output.note(&format!("warning: {risk}"));
@@ -351,7 +362,8 @@ fn findings(
     findings
         .iter()
         .map(|finding| {
-            // The verdict begins with the name of the attribute, but this table shows the name in a separate column.
+            // The verdict starts with the name of the attribute, but this table shows the name in a
+            // separate column.
             let name = format!("{} ", finding.attribute);
             let found = finding.verdict.strip_prefix(&name);
             let found = found.unwrap_or(&finding.verdict);
@@ -366,7 +378,7 @@ fn findings(
         .collect()
 }
 
-/// The registered keys that must be on this token.
+/// The registered keys that this token must have.
 fn keys_here<'a>(config: &Config, admin: &Admin, registry: &'a Registry) -> Vec<KeyHere<'a>> {
     let serial = &admin.info().serial;
     registry.needed_on(config.token(), serial, config.tokens.are_several())
@@ -413,7 +425,7 @@ pub(super) fn compare(
     Ok(problems)
 }
 
-/// Reads the registry; the result is empty if there is no database yet.
+/// Reads the registry. The result is empty if the database does not exist yet.
 pub(super) fn registry(config: &Config) -> Result<Registry, Failure> {
     block_on(async {
         if store::status(&config.store).await?.current == 0 {
@@ -450,7 +462,7 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         }
         let is_valid = match admin.verify(row.id, &row.mac_message(), &row.mac) {
             Ok(is_valid) => is_valid,
-            // The other keys are confirmed.
+            // A failure for one key does not prevent the confirmation for the other keys.
             Err(error) => {
                 problems.push(format!("key {}: not confirmed: {error}", row.id));
                 exit.get_or_insert(Failure::from(error).exit);
@@ -484,7 +496,8 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Records that a backup of this token was confirmed for a key: in the registry row, or in the row of the key's place on this token.
+/// Records a confirmed backup of this token for a key, either in the registry row or in the row of
+/// the key's place on this token.
 fn record_backup(
     config: &Config,
     admin: &Admin,
@@ -517,21 +530,23 @@ fn record_backup(
     })?
 }
 
-/// Writes a note about the file that a backup must contain in addition to the token and the database.
+/// Prints a note about the file that a backup must contain in addition to the token and the
+/// database.
 pub(super) fn note_file_in_backup(context: &Context, config: &Config, row: &RegistryRow) {
     if row.objects.integrity != IntegrityPlace::Worker {
         return;
     }
     if let Ok(files) = IntegrityFiles::of(config.token(), row.id) {
         context.output.note(&format!(
-            "The backup must also contain {} and the configuration, which has the digest of this file: without the file, \
-             no row can be verified.",
+            "The backup must also contain {} and the configuration, which has the digest of this file. Rows can be \
+             verified only with this file.",
             files.path(row.id).display()
         ));
     }
 }
 
-/// Writes a note about the negative tests that were not made, because their results are unknown.
+/// Prints a note about the negative tests that were not made. The results of omitted tests are
+/// unknown.
 pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
     if checked.not_tried.is_empty() {
         return;

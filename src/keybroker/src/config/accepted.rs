@@ -1,4 +1,4 @@
-//! The risks of a token that the operator has accepted in `[token]`, with a description of each risk.
+//! Describes the risks of a token that the operator accepts with settings in `[token]`.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -13,7 +13,7 @@ use keybroker_worker_protocol::AccessControl;
 pub(crate) struct AcceptedRisk {
     /// The setting in `[token]`, such as `attribute_exceptions`.
     pub(crate) setting: &'static str,
-    /// What the setting accepts, as a sentence without a full stop.
+    /// The effect of the setting, as a sentence without a full stop.
     pub(crate) what: String,
     /// The risk; `None` if `what` already describes the risk.
     pub(crate) gives_away: Option<&'static str>,
@@ -55,13 +55,14 @@ pub(crate) fn risks(token: &hsm::Settings) -> Vec<AcceptedRisk> {
     }
     risks.extend(token.spared_tests.iter().map(|test| AcceptedRisk {
         setting: "spared_tests",
-        what: format!("the negative test {test} is not made"),
+        what: format!("the negative test {test} is not run"),
         gives_away: None,
     }));
     risks
 }
 
-/// Describes the permitted files with their digests, so that the audit log shows a changed digest.
+/// Describes the permitted integrity key files with their digests, so that the audit log shows when
+/// a digest changes.
 fn integrity_keys_in_workers(token: &hsm::Settings) -> String {
     let what = "integrity keys are in the memory of the workers";
     let digests = &token.integrity_key_digests;

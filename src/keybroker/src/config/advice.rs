@@ -1,20 +1,21 @@
-//! Advice on what to write instead of an invalid value.
+//! Gives advice on how to correct an invalid value.
 //!
-//! The TOML parser knows types but not meanings: for the value `"30s"` it reports `expected u64`. The advice depends on the name
-//! of the setting and on the value.
+//! The TOML parser reports only the expected type: for the value `"30s"`, the message is
+//! `expected u64`. The advice depends on the name of the setting and on the value.
 
 use std::ops::Range;
 
-/// Minimum Jaro-Winkler similarity of a word and its misspelling.
+/// Minimum Jaro-Winkler similarity between an unknown word and the word to suggest.
 const SIMILAR: f64 = 0.8;
 
-/// Sections that may repeat, which TOML writes in double brackets.
+/// Sections that may occur several times. TOML requires double brackets for repeatable sections.
 const REPEATED: [&str; 4] = ["listener", "principal", "issuer", "token"];
 
 /// Names of integer types in the parser's messages.
 const WHOLE_NUMBERS: [&str; 7] = ["u64", "u32", "u16", "u8", "usize", "i64", "integer"];
 
-/// Returns advice on the parser's message about a part of the text.
+/// Returns advice for a message of the parser; `span` is the part of the configuration file that
+/// the message is about.
 pub(super) fn on(text: &str, span: Range<usize>, message: &str) -> Option<String> {
     let written = text.get(span.clone())?;
     let setting = setting(text, span.start);
@@ -78,7 +79,7 @@ fn in_quotes(setting: &str, value: &str) -> String {
     format!("write the value in quotes: `{setting} = \"{value}\"`")
 }
 
-/// Advice on a repeatable section that was written in single brackets.
+/// Advice for a repeatable section with single brackets instead of double brackets.
 fn repeated_section(text: &str, offset: usize) -> Option<String> {
     let begin = text.get(..offset)?.rfind('\n').map_or(0, |at| at + 1);
     let line = text.get(begin..)?.lines().next()?.trim();
@@ -88,7 +89,7 @@ fn repeated_section(text: &str, offset: usize) -> Option<String> {
         .then(|| format!("a repeatable section needs double brackets: `[[{name}]]`"))
 }
 
-/// The name of the setting whose value begins at an offset.
+/// The name of the setting whose value starts at an offset.
 fn setting(text: &str, offset: usize) -> Option<&str> {
     let line = text.get(..offset)?.rsplit('\n').next()?;
     let (name, _) = line.split_once('=')?;
@@ -122,7 +123,7 @@ fn nearest_of(message: &str) -> Option<String> {
     }
 }
 
-/// Advice on a number that was written as text, possibly with a unit.
+/// Advice for a number that was written as a string, possibly with a unit.
 fn number(setting: &str, written: &str) -> String {
     let text = written.trim_matches(['"', '\'']).trim();
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());

@@ -1,6 +1,6 @@
-//! Examines the certificates of the configuration: whether clients will accept the server's certificate, and whether CA
-//! certificates may issue other certificates. The TLS setup itself reports files that do not parse and keys that do not
-//! belong to their certificate.
+//! Checks the configured certificates: whether clients will accept the server's certificate, and
+//! whether CA certificates may issue other certificates. The TLS setup itself reports files that
+//! cannot be parsed, and private keys that do not belong to their certificates.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::{
 
 use super::FileReport;
 
-/// Longest certificate chain or file of CA certificates, in bytes.
+/// Maximum length of a certificate chain or of a file with CA certificates, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const CHAIN: Purpose =
     Purpose::trust("other users could replace the certificate that clients receive");
@@ -50,7 +50,8 @@ pub(super) fn examine_authorities(setting: &str, path: &Path, report: &mut FileR
     examine_file(setting, path, AUTHORITIES, check_authority, report);
 }
 
-/// Runs a check on each certificate of a file. The TLS setup reports files that cannot be read.
+/// Runs a check on each certificate in a file. Ignores unreadable files, because the TLS setup
+/// reports them.
 fn examine_file(
     setting: &str,
     path: &Path,
@@ -84,8 +85,8 @@ fn examine_file(
     }
 }
 
-/// The position of the server's certificate in a chain that begins with the issuer's certificate. Some programs write the
-/// issuer's certificate first.
+/// The position of the server's certificate in a chain that wrongly begins with the issuer's
+/// certificate. Some programs write the issuer's certificate before the server's certificate.
 fn server_behind_issuer(certificates: &[Result<Facts, certificate::Error>]) -> Option<usize> {
     let is_authority = |facts: &Result<Facts, _>| {
         facts
@@ -108,7 +109,8 @@ struct Found {
     notes: Vec<String>,
 }
 
-/// A check of one certificate. The number is the position of the certificate in the file, starting at 1.
+/// A check of one certificate. The second argument is the position of the certificate in the file,
+/// starting at 1.
 type Check = fn(&Facts, usize, &mut Found);
 
 fn read(path: &Path, purpose: Purpose) -> Option<Vec<Result<Facts, certificate::Error>>> {
@@ -122,7 +124,7 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
         check_issuer(facts, found);
         if facts.life.age(certificate::now()) == Age::Over {
             let what = format!(
-                "this issuer certificate expired on {}, so clients refuse the chain; renew it",
+                "this issuer certificate expired on {}, so clients refuse the chain; renew the issuer certificate",
                 facts.life.ends()
             );
             found.problems.push(what);
@@ -138,27 +140,27 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
     }
     if !facts.allows(Usage::Server) {
         found.problems.push(
-            "its extendedKeyUsage does not allow serverAuth, so clients refuse it; issue a certificate for server \
-             authentication".to_owned(),
+            "the extendedKeyUsage does not allow serverAuth, so clients refuse the certificate; issue a certificate \
+             for server authentication".to_owned(),
         );
     }
     if !facts.allows(Usage::Handshake) {
         found.problems.push(
-            "its keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue a certificate with \
+            "the keyUsage does not allow digitalSignature, which TLS 1.3 requires; issue a certificate with \
              digitalSignature".to_owned(),
         );
     }
     if facts.is_authority == Some(true) {
         found.problems.push(
-            "it is a CA certificate (CA:TRUE), which many clients refuse as a server certificate; issue a separate \
-             certificate for the server"
+            "the certificate is a CA certificate (CA:TRUE), which many clients refuse as a server certificate; issue \
+             a separate certificate for the server"
                 .to_owned(),
         );
     }
     // The TLS setup refuses certificates that have expired or are not valid yet.
     if facts.life.age(certificate::now()) == Age::Late {
         found.notes.push(format!(
-            "it expires soon, on {}; renew it",
+            "the certificate expires soon, on {}; renew the certificate",
             facts.life.ends()
         ));
     }
@@ -166,8 +168,8 @@ fn check_chain(facts: &Facts, number: usize, found: &mut Found) {
 
 fn check_authority(facts: &Facts, _: usize, found: &mut Found) {
     if facts.is_self_issued && facts.is_authority == Some(false) {
-        // A certificate that is not a CA certificate can be configured, but the broker then accepts only the peer with
-        // this certificate.
+        // An end-entity certificate is permitted in the file, but the broker then accepts only the
+        // peer with this certificate.
         found.notes.push(format!(
             "{:?} is not a CA certificate (CA:FALSE): only a peer that presents exactly this certificate is accepted",
             facts.subject
@@ -192,7 +194,7 @@ fn check_issuer(facts: &Facts, found: &mut Found) {
         ));
     } else if !facts.allows(Usage::Issuing) {
         found.problems.push(format!(
-            "the keyUsage of {:?} does not allow keyCertSign, so it cannot issue other certificates",
+            "the keyUsage of {:?} does not allow keyCertSign, so this CA cannot issue other certificates",
             facts.subject
         ));
     }

@@ -16,8 +16,8 @@ use super::{
 };
 
 impl Config {
-    /// All problems of the configuration, each with its remedy. The list is empty if the broker can serve with this
-    /// configuration.
+    /// All problems of the configuration with their solutions. The list is empty if the broker can
+    /// serve with this configuration.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.problems_for_commands();
         problems.extend(self.tokens.problems_of_each(selection_problems));
@@ -26,8 +26,9 @@ impl Config {
         problems
     }
 
-    /// The problems that matter to every command. Some settings may still be missing, because an operator can initialise a token
-    /// and make keys on it before the PIN file, certificates and principals exist.
+    /// The problems that are relevant to every command. The PIN file, the certificates and the
+    /// principals may still be missing, because operators initialise a token and generate keys
+    /// first.
     pub fn problems_for_commands(&self) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.tokens.problems_of_list());
@@ -70,7 +71,8 @@ impl Config {
             }
         }
         absolute("[audit] `directory`", &self.audit.directory);
-        // The log of the instance is a directory with this name next to the state directory.
+        // The audit log of the instance is a directory with this name next to the state directory,
+        // so the names must differ.
         let instance = self.audit.instance.as_str();
         let is_taken = [".", "..", state::DIRECTORY].contains(&instance);
         if is_taken || KeyName::parse(instance).is_err() {
@@ -192,12 +194,14 @@ impl Config {
         if connections_max <= self.listeners.len() {
             problems.push(format!(
                 "[limits]: `connections_max` is {connections_max}; it must be greater than the number of listeners, \
-                 because each listener reserves a place for its next connection"
+                 because each listener keeps one connection free for its next client"
             ));
         }
         if self.listeners.is_empty() {
-            problems
-                .push("there is no [[listener]], so no caller could reach the broker".to_owned());
+            problems.push(
+                "the configuration has no [[listener]], so callers cannot reach the broker"
+                    .to_owned(),
+            );
         }
         let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
         let mut taken = HashSet::from([self.status.address]);
@@ -206,7 +210,7 @@ impl Config {
             && !taken.insert(remote.address)
         {
             problems.push(format!(
-                "[status.remote] {}: [status] has this address",
+                "[status.remote] {}: [status] uses the same address",
                 remote.address
             ));
         }
@@ -220,7 +224,7 @@ impl Config {
             }
             if listener.address.port() != 0 && !taken.insert(listener.address) {
                 problems.push(format!(
-                    "[[listener]] {}: another listener or [status] has this address",
+                    "[[listener]] {}: another listener or [status] uses the same address",
                     listener.address
                 ));
             }
@@ -230,7 +234,7 @@ impl Config {
     fn check_principals(&self, problems: &mut Vec<String>) {
         if self.principals.is_empty() && self.issuers.is_empty() {
             problems.push(
-                "there is no [[principal]] and no [[issuer]], so every call would be refused"
+                "the configuration has no [[principal]] and no [[issuer]], so the broker would refuse every call"
                     .to_owned(),
             );
         }
@@ -248,7 +252,7 @@ impl Config {
     }
 }
 
-/// Adds a problem if a value is out of range.
+/// Adds a problem to the list if a value is out of range.
 fn range(problems: &mut Vec<String>, name: &str, value: u64, allowed: RangeInclusive<u64>) {
     if !allowed.contains(&value) {
         problems.push(format!(
@@ -286,7 +290,8 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
 }
 
-/// Checks a listener without TLS. Everyone who can connect to the listener, or who is on the network path, can act as any caller.
+/// Checks the settings of a listener without TLS. Anyone with access to the listener or to the
+/// network path can act as any caller.
 fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.apis != [Api::Rest] {
@@ -308,7 +313,8 @@ fn check_plaintext(listener: &ListenerSettings, reach: Plaintext, problems: &mut
     }
 }
 
-/// Checks the remote status listener. Without TLS, everyone who can reach the address can read metrics and health.
+/// Checks the settings of the remote status listener. Without TLS, anyone who can reach the address
+/// can read metrics and health.
 fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>) {
     let name = format!("[status.remote] {}", remote.address);
     match (&remote.tls, remote.plaintext) {
@@ -339,8 +345,8 @@ fn check_listener_tls(
 ) {
     if clients != ClientCertificates::None && tls.client_ca_file.is_none() {
         problems.push(format!(
-            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; without \
-             `client_ca_file`, no client certificate could be verified"
+            "{name}: `client_certificates` requests client certificates, but `client_ca_file` is not set; the broker \
+             needs `client_ca_file` to verify client certificates"
         ));
     }
     let narrows = tls.client_crl_file.is_some() || !tls.trust_domains.is_empty();
@@ -359,7 +365,7 @@ fn check_listener_tls(
     for domain in &tls.trust_domains {
         if let Err(problem) = spiffe::check_trust_domain(domain) {
             problems.push(format!(
-                "{name}: `trust_domains` has {domain:?}, which {problem}"
+                "{name}: `trust_domains` has {domain:?}, which is not valid: {problem}"
             ));
         }
     }

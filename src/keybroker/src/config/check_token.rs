@@ -7,12 +7,13 @@ use keybroker_hsm::Settings;
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check};
 use keybroker_worker_protocol::integrity_file::{self, IntegrityFileError};
 
-/// Length of `CK_TOKEN_INFO.label`.
+/// Length of `CK_TOKEN_INFO.label` in bytes.
 const LABEL_BYTES: usize = 32;
-/// Maximum number of integrity keys in the memory of the workers. One entry of the audit log contains all their digests.
+/// Maximum number of integrity keys in the memory of the workers. The maximum limits the length of
+/// the audit entry that contains the digests of all these keys.
 const INTEGRITY_KEYS_MAX: usize = 100;
 
-/// The problems of the settings that `serve` needs to open a token.
+/// The problems of the settings that `serve` needs to select a token and to log in.
 pub(super) fn selection_problems(token: &Settings) -> Vec<String> {
     let mut problems = Vec::new();
     let selectors = [&token.label, &token.serial, &token.uri];
@@ -36,7 +37,7 @@ pub(super) fn selection_problems(token: &Settings) -> Vec<String> {
     problems
 }
 
-/// The problems of the settings of a token that matter to every command.
+/// The problems of a token's settings that are relevant to every command.
 pub(super) fn token_problems(token: &Settings) -> Vec<String> {
     let mut problems = Vec::new();
     let mut range = |name: &str, value: usize, range: RangeInclusive<usize>| {
@@ -82,7 +83,7 @@ pub(super) fn token_problems(token: &Settings) -> Vec<String> {
                 if attribute_check::is_checked(exception) {
                     "without this attribute a key could leave the token"
                 } else {
-                    "the broker checks no attribute of this name"
+                    "the broker does not check an attribute with this name"
                 }
             ));
         }
@@ -132,7 +133,8 @@ pub(super) fn integrity_key_problems(token: &Settings) -> Vec<String> {
         ));
     }
     for (id, digest) in &token.integrity_key_digests {
-        // The texts of the ids are compared, because an id in capital letters would match no file.
+        // The check compares the id as a string, because an id in capital letters would not match
+        // the name of any file.
         let is_id = WrappingKeyId::from_hex(id).is_some_and(|known| known.to_string() == *id);
         if !is_id {
             problems.push(format!(
@@ -149,8 +151,7 @@ pub(super) fn integrity_key_problems(token: &Settings) -> Vec<String> {
     problems
 }
 
-/// Returns the problems of names and values that an environment cannot contain. With an invalid variable, a command that
-/// restarts itself with the module's environment would restart forever.
+/// Returns a problem for each environment variable with an invalid name or value.
 fn environment_problems(token: &Settings) -> Vec<String> {
     let is_bad = |name: &str, value: &str| {
         name.is_empty() || name.contains(['=', '\0']) || value.contains('\0')

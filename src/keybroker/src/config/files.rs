@@ -1,4 +1,5 @@
-//! Examines the files of a configuration: whether they exist, are valid, and cannot be changed by other users.
+//! Examines the files that a configuration names: whether the files exist, are valid, and cannot be
+//! changed by other users.
 
 use std::{
     fs, io,
@@ -19,7 +20,8 @@ use keybroker_worker_protocol::{
 use super::{Config, FileReport, certificates, check_token::integrity_key_problems};
 
 impl Config {
-    /// Examines the files of the configuration. The command reads the files as `serve` does, and changes nothing.
+    /// Examines the files of the configuration. Reads the files in the same way as `serve`, and
+    /// changes nothing.
     pub fn examine_files(&self) -> FileReport {
         let mut report = FileReport::default();
         let problems = &mut report.problems;
@@ -36,13 +38,13 @@ impl Config {
         if let Err(Problems(more)) = self.policy.check() {
             problems.extend(more.iter().map(|what| format!("[policy]: {what}")));
         }
-        // The code above reports policies that cannot be loaded.
+        // Policies that cannot be loaded were already reported above.
         report
             .notes
             .extend(self.unknown_principals().into_iter().flatten());
         report.notes.extend(self.policy.ignored_files());
         let problems = &mut report.problems;
-        // Other problems of the issuers are reported with the settings.
+        // Other problems of the issuers are reported as problems of the settings.
         if issuer::problems(&self.issuers).is_empty() {
             problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
         }
@@ -101,8 +103,8 @@ impl Config {
         }
     }
 
-    /// Notes about secrets that a group can read. A broker that runs as root does not need a group that can read its
-    /// secrets.
+    /// Notes about secrets that a group can read. If the broker runs as root, no group needs to
+    /// read its secrets.
     fn secrets_of_groups(&self) -> Vec<String> {
         let keys = self
             .listeners
@@ -133,7 +135,7 @@ impl Config {
 /// Examines the files of one token.
 fn token_files(token: &Settings) -> Vec<String> {
     let mut problems = Vec::new();
-    // A relative path is reported with the settings.
+    // A relative path is reported as a problem of the settings.
     if token.module.is_absolute() {
         let module = check_module(&token.module);
         problems.extend(module.err().map(|what| format!("[token] `module`: {what}")));
@@ -148,7 +150,8 @@ fn token_files(token: &Settings) -> Vec<String> {
     problems
 }
 
-/// Returns the problems of integrity key files. Problems of the settings for these files are reported with the other settings.
+/// Returns the problems of integrity key files. Another function reports problems of the settings
+/// for these files.
 fn integrity_file_problems(token: &Settings) -> Vec<String> {
     let is_set_well = integrity_key_problems(token).is_empty();
     match IntegrityFiles::permitted(token) {
@@ -161,7 +164,8 @@ fn integrity_file_problems(token: &Settings) -> Vec<String> {
 
 const LISTENER: &str = "[[listener]] ";
 
-/// Merges equal problems of several listeners into one, because listeners often share files.
+/// Merges equal problems of several listeners into one problem, because listeners often use the
+/// same files.
 fn join_listeners(problems: Vec<String>) -> Vec<String> {
     let parts = |problem: &str| {
         let (address, what) = problem.strip_prefix(LISTENER)?.split_once(": ")?;
@@ -184,7 +188,7 @@ fn join_listeners(problems: Vec<String>) -> Vec<String> {
     joined
 }
 
-/// Why a file or directory of the configuration cannot be used.
+/// An error that prevents the use of a configured file or directory.
 #[derive(Debug, thiserror::Error)]
 enum Unusable {
     #[error("{setting}: there is no directory {}; create it with the broker's user as the owner", path.display())]
@@ -192,13 +196,13 @@ enum Unusable {
         setting: &'static str,
         path: PathBuf,
     },
-    #[error("{setting}: this user cannot write to {}", path.display())]
+    #[error("{setting}: the user of this process cannot write to {}", path.display())]
     NotWritable {
         setting: &'static str,
         path: PathBuf,
         source: io::Error,
     },
-    #[error("{setting}: this user cannot read and write {}", path.display())]
+    #[error("{setting}: the user of this process cannot read and write {}", path.display())]
     NotAccessible {
         setting: &'static str,
         path: PathBuf,

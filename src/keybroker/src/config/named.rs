@@ -1,17 +1,18 @@
-//! Finds principals that policies refer to but the configuration does not define. A policy for an undefined principal is valid
-//! but never applies: a forbid with a misspelled principal forbids nothing.
+//! Finds principals that occur in policies, but that the configuration does not define. A policy
+//! for an undefined principal is valid but has no effect. For example, a `forbid` policy with a
+//! misspelled principal forbids nothing.
 
 use keybroker_core::{key::ClientId, principal::Kind};
 use keybroker_policy::{NamedPrincipal, Problems};
 
 use super::Config;
 
-/// Minimum Jaro-Winkler similarity of a name and its misspelling.
+/// Minimum Jaro-Winkler similarity between an unknown name and the name to suggest.
 const SIMILAR: f64 = 0.9;
 
 impl Config {
-    /// Returns a remark for each principal that a policy refers to and the configuration does not define. Fails if the policies
-    /// cannot be loaded.
+    /// Returns a remark for each principal that occurs in a policy, but that the configuration does
+    /// not define. Fails if the policies cannot be loaded.
     pub fn unknown_principals(&self) -> Result<Vec<String>, Problems> {
         let named = self.policy.named_principals()?;
         let unknown = named.iter().filter(|named| !self.is_known(named));
@@ -21,7 +22,7 @@ impl Config {
     fn is_known(&self, named: &NamedPrincipal) -> bool {
         let name = named.name.as_str();
         if let Some(id) = name.strip_prefix("client:") {
-            // API clients are in the database and not in the configuration.
+            // API clients are in the database instead of the configuration.
             return named.kind == Kind::Service && ClientId::from_hex(id).is_some();
         }
         if let Some(rest) = name.strip_prefix("token:") {

@@ -1,4 +1,4 @@
-//! The example is the manual: it parses, is valid, and shows the defaults of the code.
+//! Tests that the example configuration is valid, and that it shows the defaults of the code.
 
 use std::sync::LazyLock;
 
@@ -6,10 +6,10 @@ use super::*;
 
 const WRITTEN: &str = include_str!("../../../../keybroker.example.toml");
 
-/// With the tables in force that not every installation has; `#: ` marks their lines.
+/// The example with its optional tables, whose lines start with `#: `.
 static EXAMPLE: LazyLock<String> = LazyLock::new(|| WRITTEN.replace("\n#: ", "\n"));
 
-/// The example with every default that it shows in a comment put in force.
+/// Returns the example with every default that it shows in a comment as a setting.
 fn with_defaults_in_force() -> String {
     EXAMPLE
         .lines()
@@ -76,7 +76,7 @@ fn the_example_shows_the_defaults() {
     );
 }
 
-/// Every field that the code knows stands in the example, in force or as a comment.
+/// The example contains every field of the settings, either as a setting or in a comment.
 #[test]
 fn the_example_names_every_field() {
     let value = serde_json::to_value(Config::parse(&with_defaults_in_force()).unwrap()).unwrap();
@@ -100,7 +100,8 @@ fn collect_names(value: &serde_json::Value, names: &mut Vec<String>) {
     }
 }
 
-/// One mistake each: what stands in the example, what stands there instead, and words that the message must have.
+/// Mistakes in the example. Each entry contains a text of the example, its replacement, and words
+/// that the error message must contain.
 const MISTAKES: &[(&str, &str, &str)] = &[
     ("label = \"keybroker\"", "", "exactly one of `label`"),
     (
@@ -149,7 +150,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# tls = \"verify\"",
         "tls = \"plaintext\"\nca_file = \"/ca.pem\"",
-        "verifies nothing",
+        "verifies no certificate",
     ),
     (
         "# connections_max = 10",
@@ -184,7 +185,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "# defaults = true",
         "defaults = false",
-        "everything would be denied",
+        "would deny every request",
     ),
     (
         "# directory = \"/etc/keybroker/policies",
@@ -219,8 +220,8 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "instance = \"state\"",
         "`instance`",
     ),
-    ("127.0.0.1:8444", "127.0.0.1:8443", "has this address"),
-    ("127.0.0.1:8444", "127.0.0.1:9464", "has this address"),
+    ("127.0.0.1:8444", "127.0.0.1:8443", "uses the same address"),
+    ("127.0.0.1:8444", "127.0.0.1:9464", "uses the same address"),
     ("SOFTHSM2_CONF =", "\"A=B\" =", "cannot be set"),
     ("SOFTHSM2_CONF =", "\"\" =", "cannot be set"),
     (
@@ -238,7 +239,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "audience = [\"keybroker\"]",
         "",
-        "issued for any other application",
+        "issued for other applications",
     ),
     (
         "issuer = \"https://",
@@ -273,7 +274,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// A password that was written where it does not belong is in no message, and in nothing that is shown.
+/// If a URL contains a password, neither messages nor shown settings repeat the password.
 #[test]
 fn a_password_in_the_url_is_nowhere_repeated() {
     let text = EXAMPLE.replace(
@@ -310,7 +311,7 @@ fn each_mistake_has_its_message() {
     }
 }
 
-/// Configurations of earlier releases name the APIs of a listener `doors`.
+/// In configurations of earlier releases, the setting `apis` of a listener has the name `doors`.
 #[test]
 fn the_earlier_name_of_the_setting_apis_is_accepted() {
     let earlier = EXAMPLE.replace("\napis = ", "\ndoors = ");
@@ -321,7 +322,7 @@ fn the_earlier_name_of_the_setting_apis_is_accepted() {
     assert_eq!(apis(&earlier.unwrap()), apis(&now.unwrap()));
 }
 
-/// REST is for users, and users have tokens.
+/// A REST listener needs an issuer for users, because users authenticate with access tokens.
 #[test]
 fn a_rest_listener_needs_an_issuer_of_users() {
     let needs = |text: &str| {
@@ -335,7 +336,7 @@ fn a_rest_listener_needs_an_issuer_of_users() {
     assert!(needs(&of_services));
 }
 
-/// A person who writes a secret into a field that does not exist must not find it in the log.
+/// If an unknown field contains a secret, the log must not contain the secret.
 #[test]
 fn a_mistake_has_its_place_and_not_its_line() {
     let text = EXAMPLE.replace("[store]", "[store]\n  pin = \"hunter2\"");
@@ -352,7 +353,8 @@ fn a_mistake_has_its_place_and_not_its_line() {
     assert!(!message.contains("hunter2"), "{message}");
 }
 
-/// What people write, and what they are told to write instead.
+/// Each entry contains a correct setting, a wrong value for it, and the advice in the error
+/// message.
 #[test]
 fn a_value_of_the_wrong_type_is_answered_with_the_right_one() {
     for (good, bad, advice) in [

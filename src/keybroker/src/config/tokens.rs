@@ -1,4 +1,4 @@
-//! The tokens of a configuration: one `[token]`, or a list of `[[token]]`.
+//! The tokens of a configuration: one `[token]` section, or several `[[token]]` sections.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -13,31 +13,33 @@ use serde::{
 use keybroker_core::key::KeyName;
 use keybroker_hsm as hsm;
 
-/// Largest number of tokens. The record of PINs has room for this number of tokens.
+/// Maximum number of tokens. The record of PINs has space for this number of tokens.
 pub const TOKENS_MAX: usize = 16;
 
 /// The tokens of a configuration, in the order of the file.
 #[derive(Clone, Debug)]
 pub struct Tokens {
     entries: Vec<hsm::Settings>,
-    /// Index of the token that commands for one token use.
+    /// Index of the token for commands that use one token.
     selected: usize,
-    /// Whether the file has `[token]` and not `[[token]]`.
+    /// Whether the file uses `[token]` instead of `[[token]]`.
     is_one_table: bool,
 }
 
-/// Why no token of the configuration can be selected.
+/// The reason why no token could be selected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SelectionError {
-    /// There are several tokens, and the command line selects none of them.
+    /// The configuration has several tokens, but the command line does not select a token.
     #[error("the configuration has several tokens: pass `--token` with one of the names {0}")]
     NotChosen(String),
     /// No token has this name.
-    #[error("the configuration has no token with the name {name:?}; it has {names}")]
+    #[error(
+        "the configuration has no token with the name {name:?}; the configured names are {names}"
+    )]
     Unknown {
-        /// The name on the command line.
+        /// The name that was given on the command line.
         name: String,
-        /// The names in the configuration.
+        /// The names of the configured tokens.
         names: String,
     },
 }
@@ -53,12 +55,12 @@ impl Tokens {
         self.entries.len() > 1
     }
 
-    /// The token that commands for one token use: the selected token, or the first token.
+    /// The token for commands that use one token: the selected token, or the first token.
     pub(super) fn selected(&self) -> &hsm::Settings {
         &self.entries[self.selected]
     }
 
-    /// Selects the token with this name. Without a name, the only token is selected.
+    /// Selects the token with this name. If no name is given, selects the only token.
     pub(super) fn select(&mut self, name: Option<&str>) -> Result<(), SelectionError> {
         let Some(name) = name else {
             if self.are_several() {
@@ -79,7 +81,8 @@ impl Tokens {
         names.join(", ")
     }
 
-    /// The weights of principals, by name, while calls wait for a place in the front: the highest weight of all tokens.
+    /// The weights of principals that apply while their calls wait for a place in the front. If
+    /// tokens have different weights for a principal, the highest weight applies.
     pub fn weights(&self) -> BTreeMap<String, u32> {
         let mut weights = BTreeMap::new();
         for (principal, weight) in self.entries.iter().flat_map(|token| &token.weights) {
@@ -89,7 +92,8 @@ impl Tokens {
         weights
     }
 
-    /// The text before a message about a token, which names the token if there are several tokens.
+    /// The prefix of a message about a token: the name of the token if the configuration has
+    /// several tokens, otherwise empty.
     pub(crate) fn prefix(&self, token: &hsm::Settings) -> String {
         if self.are_several() {
             format!("token {:?}: ", token.name)
@@ -98,7 +102,8 @@ impl Tokens {
         }
     }
 
-    /// The problems that each token causes. A problem of one of several tokens begins with the name of the token.
+    /// The problems of each token. With several tokens, each problem begins with the name of its
+    /// token.
     pub(super) fn problems_of_each(
         &self,
         problems_of: impl Fn(&hsm::Settings) -> Vec<String>,
@@ -112,12 +117,12 @@ impl Tokens {
         all
     }
 
-    /// The problems of the list of tokens: names, number and copies.
+    /// The problems of the list of tokens: wrong names, too many tokens, and wrong copies.
     pub(super) fn problems_of_list(&self) -> Vec<String> {
         let mut problems = Vec::new();
         if self.entries.len() > TOKENS_MAX {
             problems.push(format!(
-                "there are {} [[token]]; the broker uses at most {TOKENS_MAX} tokens",
+                "the configuration has {} [[token]] sections; the broker uses at most {TOKENS_MAX} tokens",
                 self.entries.len()
             ));
         }
@@ -130,7 +135,7 @@ impl Tokens {
             }
             if self.entries[..number].iter().any(|one| one.name == *name) {
                 problems.push(format!(
-                    "two [[token]] have the name {name:?}; set a different `name` for each token"
+                    "two [[token]] sections have the name {name:?}; set a different `name` for each token"
                 ));
             }
             problems.extend(self.problem_of_copy(token));
@@ -167,7 +172,7 @@ impl Tokens {
     }
 }
 
-/// A token in memory, for tests and for commands that change a configuration.
+/// Creates a list with one token, for tests and for commands that change a configuration.
 impl From<hsm::Settings> for Tokens {
     fn from(token: hsm::Settings) -> Self {
         Self {
@@ -268,7 +273,7 @@ SOFTHSM2_CONF = "/b.conf"
         assert_eq!(names, [("a", 100), ("b", 50)]);
         assert_eq!(two.all()[1].environment["SOFTHSM2_CONF"], "/b.conf");
         assert_eq!(two.problems_of_list(), Vec::<String>::new());
-        // The form of the file is kept.
+        // Serialisation keeps `[token]` or `[[token]]`, as in the file.
         for text in [TWO, "[token]\nmodule = \"/a.so\"\n"] {
             let document: Document = toml::from_str(text).unwrap();
             let written = toml::to_string(&document).unwrap();
@@ -307,7 +312,7 @@ SOFTHSM2_CONF = "/b.conf"
             (
                 "name = \"b\"",
                 "name = \"a\"",
-                "two [[token]] have the name \"a\"",
+                "two [[token]] sections have the name \"a\"",
             ),
             ("name = \"b\"", "name = \"B\"", "[a-z0-9._-]"),
             ("copy_of = \"a\"", "copy_of = \"b\"", "the token itself"),

@@ -1,12 +1,13 @@
-//! The section `[wrapping_keys]`: how long a wrapping key is used, and how long its destruction waits.
+//! The section `[wrapping_keys]`: how long a wrapping key may be used, and how long its destruction waits.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Two years, the longest cryptoperiod that NIST SP 800-57 part 1 (section 5.3.6) recommends for a key that wraps keys.
+/// Two years: NIST SP 800-57 part 1 (section 5.3.6) recommends at most this cryptoperiod for a key
+/// that wraps keys.
 const DAYS_DEFAULT: u32 = 730;
-/// The longest age, in days: about a hundred years.
+/// The maximum value of `rotate_after_days`: about a hundred years.
 pub(super) const DAYS_MAX: u32 = 36_500;
 /// The waiting time before a key is destroyed, in days: long enough to find an old backup that needs the key.
 const WAIT_DAYS_DEFAULT: u32 = 30;
@@ -18,8 +19,8 @@ const HOURS_PER_DAY: u64 = 24;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Age in days after which the broker raises the alert `key-age` about the wrapping key that is in use. The value 0
-    /// stands for no limit.
+    /// Age in days after which the broker raises the alert `key-age` about the active wrapping key.
+    /// The value 0 disables the alert.
     #[serde(default = "days_default")]
     pub rotate_after_days: u32,
     /// The shortest time in days between the request to destroy a wrapping key and its destruction, 1 to 3650.

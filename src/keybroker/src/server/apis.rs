@@ -22,7 +22,7 @@ use keybroker_core::error::chain;
 
 use super::{Api, ListenerSettings};
 
-/// The parts that the APIs of all listeners share: broker, limits and stop signal.
+/// The objects that the APIs of all listeners share: the broker, the limits and the stop signal.
 pub(super) struct Apis<'a> {
     pub(super) config: &'a Config,
     pub(super) broker: &'a Arc<Broker>,
@@ -30,7 +30,7 @@ pub(super) struct Apis<'a> {
     pub(super) calls: &'a TaskTracker,
     pub(super) stop: &'a CancellationToken,
     pub(super) memory: &'a rpc::Memory,
-    /// Places for REST requests that wait for their next attempt, for all listeners together.
+    /// Limit on the number of REST requests that wait for a retry, for all listeners together.
     pub(super) rest_retries: &'a rest::RetryPlaces,
 }
 

@@ -1,4 +1,5 @@
-//! Serves one connection: a handshake with a timeout, HTTP with limits, and a graceful shutdown.
+//! Serves one connection: makes the handshake with a timeout, serves HTTP with limits, and shuts
+//! the connection down gracefully.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
@@ -32,37 +33,40 @@ use super::{
 
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Minimum value of the limit for the head of a request, in bytes.
+/// Minimum of the limit on the length of a request head, in bytes.
 const HEADER_BYTES_MIN: usize = 16 * 1024;
-/// HTTP/2 flow-control windows for clients with an accepted certificate, in bytes: for one call and for all calls of a
-/// connection. A whole message fits into the window of a call.
+/// HTTP/2 flow-control windows for clients with an accepted certificate, in bytes: for one call and
+/// for all calls of a connection. The longest message fits into the window of a call.
 const STREAM_WINDOW_BYTES: u32 = 128 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
-/// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes. HTTP/2 windows are set before
-/// a call can authenticate. A message that is longer than the window needs a few more round trips.
+/// HTTP/2 flow-control window of one call for a client without an accepted certificate, in bytes.
+/// The HTTP/2 windows are set before a call can authenticate the caller. Messages that are longer
+/// than the window need additional round trips.
 const UNAUTHENTICATED_STREAM_WINDOW_BYTES: u32 = 16 * 1024;
-/// The smallest connection window of HTTP/2 (RFC 9113 section 6.9.2).
+/// The smallest permitted connection window of HTTP/2, in bytes (RFC 9113 section 6.9.2).
 const UNAUTHENTICATED_CONNECTION_WINDOW_BYTES: u32 = 65_535;
-/// Maximum number of buffered bytes of answers for a client that does not read them.
+/// Maximum number of buffered answer bytes for a client that does not read its answers.
 const SEND_BUFFER_BYTES_MAX: usize = 128 * 1024;
 
-/// Interval for checking whether a connection has calls after GOAWAY. If a connection without calls stays open after GOAWAY, the
-/// client ignores GOAWAY, and the broker closes the connection.
+/// Interval at which the broker checks for calls on a connection after GOAWAY. The broker closes a
+/// connection without calls, because its client ignores GOAWAY.
 const SILENT_CLOSE: Duration = Duration::from_secs(1);
 /// Size of the HTTP/1.1 read buffer, in bytes.
 const HTTP1_BUFFER_BYTES_MAX: usize = 32 * 1024;
-/// Longest time that a proxy's connection may stay open without a request.
+/// Maximum time for which a proxy's connection may remain open without a request.
 const PROXY_IDLE: Duration = Duration::from_mins(2);
 
-/// Longest time of a connection without an authenticated principal.
+/// Maximum age of a connection without an authenticated principal.
 const UNAUTHENTICATED_AGE_MAX: Duration = Duration::from_mins(1);
-/// Interval for checking idle connections on which only the credentials of calls authenticate principals.
+/// Interval at which the broker checks for calls on connections without a client certificate that
+/// identifies a principal.
 const CREDENTIAL_IDLE: Duration = Duration::from_mins(1);
 
 /// An accepted connection.
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
-    /// The network whose limit applies to the connection while it has no principal; `None` for a trusted proxy.
+    /// The network of the connection while it is unauthenticated, for the limit on connections of
+    /// one network; `None` for a trusted proxy.
     pub(super) network: Option<IpAddr>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
@@ -83,7 +87,8 @@ impl Connection {
         let timeout = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
         let config = Arc::clone(&accepting.config);
         let established = tokio::select! {
-            // During the handshake, no call can be in progress.
+            // The connection can be closed immediately, because no call is in progress during the
+            // handshake.
             () = self.shared.stop.cancelled() => return,
             () = waiting.closed() => return self.refuse(&Refused::Displaced),
             established = handshake::complete(stream, config, timeout) => established,
@@ -146,7 +151,8 @@ impl Connection {
         let Some(client) = self.place(established.leaf()) else {
             return;
         };
-        // The connection now has one of the places for established connections.
+        // The connection now has a place among the established connections and no longer counts as
+        // a handshake.
         drop(waiting);
         let service = TowerToHyperService::new(self.service(&client));
         match established {
@@ -166,8 +172,8 @@ impl Connection {
         }
     }
 
-    /// Longest accepted head of a request, in bytes. A request whose access token has up to twice the permitted length is
-    /// received, so that the broker can log the length with the refusal.
+    /// Maximum length of a request head, in bytes. The head may contain an access token of twice
+    /// the permitted length, so that the broker can log the length of a rejected access token.
     fn head_bytes_max(&self) -> usize {
         let tokens = self.shared.limits.access_token_bytes_max.saturating_mul(2);
         tokens.max(HEADER_BYTES_MIN)
@@ -181,8 +187,8 @@ impl Connection {
         http
     }
 
-    /// Configures HTTP/2, whose limits are set before the first call. A client with an accepted certificate has larger limits
-    /// than every other client.
+    /// Configures HTTP/2. The limits must be set before the first call, and are higher for clients
+    /// with an accepted certificate.
     fn http2(&self, client: &Client) -> hyper::server::conn::http2::Builder<TokioExecutor> {
         let limits = &self.shared.limits;
         let (streams, stream_window, connection_window) = if client.caller.is_known() {
@@ -218,8 +224,9 @@ impl Connection {
             .layer(Extension(Arc::clone(&client.authentication)))
     }
 
-    /// Serves a connection until it ends. The broker ends a connection when the broker stops, when the trust in clients changes,
-    /// at the maximum age, when the client certificate expires, or when an unauthenticated client makes no call.
+    /// Serves a connection until it ends. The broker ends a connection when the broker stops, the
+    /// trusted CAs or revocations change, or the maximum age is reached. A connection also ends
+    /// when its client certificate expires, or if an unauthenticated client makes no call.
     async fn watch(
         &self,
         connection: impl GracefulShutdown,
@@ -229,7 +236,8 @@ impl Connection {
         tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
-        // Only the handshake checks the certificate's dates, so the connection must end when the certificate expires.
+        // The certificate's dates are checked only in the handshake, so the connection must end
+        // when the certificate expires.
         let valid = client.valid.unwrap_or(age_max);
         let handshake = Duration::from_millis(limits.handshake_timeout_ms);
         let unauthenticated = async {
@@ -243,7 +251,7 @@ impl Connection {
             if client.caller.is_known() || self.tls.is_none() {
                 std::future::pending::<()>().await;
             }
-            // The credential of a call does not authenticate an idle connection.
+            // A credential authenticates only a call, so a connection without calls must end.
             unused(&client.caller, CREDENTIAL_IDLE).await;
         };
         tokio::select! {
@@ -253,7 +261,8 @@ impl Connection {
             () = time::sleep(age_max.min(valid)) => {}
             () = unauthenticated => {}
         }
-        // After GOAWAY, calls in progress end and new calls use another connection. No call is longer than the grace period.
+        // After GOAWAY, calls in progress continue, and new calls use another connection. No call
+        // takes longer than the grace period.
         connection.as_mut().begin_shutdown();
         let grace = Duration::from_millis(limits.call_timeout_max_ms);
         tokio::select! {
@@ -265,7 +274,8 @@ impl Connection {
         }
     }
 
-    /// Identifies the peer and takes a place for the connection; `None` if no place is free.
+    /// Identifies the peer and reserves one of the permitted connections. Returns `None` if too
+    /// many connections are open.
     fn place(&self, leaf: Option<&CertificateDer<'_>>) -> Option<Client> {
         self.client_of(leaf)
             .inspect_err(|full| {
@@ -280,7 +290,7 @@ impl Connection {
             .ok()
     }
 
-    /// Identifies the peer by its certificate, and takes a place for the connection.
+    /// Identifies the peer from its certificate, and reserves one of the permitted connections.
     fn client_of(&self, leaf: Option<&CertificateDer<'_>>) -> Result<Client, Full> {
         let certificate = leaf.and_then(|leaf| {
             PeerCertificate::read(leaf)
@@ -311,8 +321,8 @@ impl Connection {
         let places = &self.shared.places;
         let authentication = match caller.principal() {
             Ok(principal) => Authentication::done(places, principal)?,
-            // The certificate is not accepted although its CA is trusted. A credential in a call cannot replace this
-            // certificate.
+            // A trusted CA issued the certificate, but the certificate is not accepted. A
+            // credential in a call cannot replace a rejected certificate.
             Err(_) if leaf.is_some() && certificate.is_none() => {
                 Authentication::pending(places, self.network)?.without_credentials()
             }
@@ -330,13 +340,13 @@ impl Connection {
 struct Client {
     caller: Caller,
     authentication: Arc<Authentication>,
-    /// Remaining validity of the client certificate.
+    /// Time until the client certificate expires.
     valid: Option<Duration>,
 }
 
 /// The graceful shutdown of a connection, for both versions of HTTP.
 trait GracefulShutdown: Future<Output = Result<(), hyper::Error>> {
-    /// Accepts no more requests, and ends after the requests in progress.
+    /// Stops accepting requests. The connection ends when the requests in progress are complete.
     fn begin_shutdown(self: Pin<&mut Self>);
 }
 

@@ -1,12 +1,14 @@
-//! Limits connections by the number of file descriptors. The store, the audit log and the token need descriptors, too,
-//! and unauthenticated peers must not be able to use all descriptors.
+//! Limits connections by the number of file descriptors. The store, the audit log and the token
+//! also need descriptors, so unauthenticated peers must not be able to use all of them.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors that are reserved for the database, the log, the workers and the probes.
+/// Number of descriptors that are reserved for the database, the audit log, the workers and the
+/// probes.
 const RESERVE: u64 = 128;
 
-/// Raises the limit of file descriptors as far as the system allows, and returns the possible number of connections.
+/// Raises the limit of file descriptors as far as the system permits, and returns the number of
+/// connections that are then possible.
 pub(super) fn connections(wanted: usize) -> usize {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -33,7 +35,7 @@ pub(super) fn connections(wanted: usize) -> usize {
 }
 
 fn fitting(descriptors: u64) -> u64 {
-    // If there are very few descriptors, a quarter of them is for connections.
+    // If the number of descriptors is very low, connections may use a quarter of the descriptors.
     descriptors
         .saturating_sub(RESERVE)
         .max(descriptors / 4)

@@ -1,4 +1,4 @@
-//! Problems of files that the broker reads again while it serves.
+//! Collects problems of files that the broker reads again while it serves.
 
 use std::sync::Arc;
 
@@ -6,8 +6,8 @@ use arc_swap::ArcSwap;
 
 use keybroker_broker::{Broker, Health};
 
-/// The current problems of the files that the broker reads again, as a part of the broker's health. The text is
-/// empty if there are no problems.
+/// The current problems of the files that the broker reads again, for the broker's health. The text
+/// is empty if there are no problems.
 #[derive(Debug, Default)]
 pub(super) struct FileProblems(ArcSwap<String>);
 
@@ -18,7 +18,7 @@ impl FileProblems {
         }
     }
 
-    /// The health of the broker, with the problems of files in its detail.
+    /// Returns the health of the broker. The detail text includes the problems of files.
     pub(super) fn health(&self, broker: &Broker) -> Health {
         let mut health = broker.health();
         let problems = self.0.load();

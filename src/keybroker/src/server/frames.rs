@@ -1,22 +1,22 @@
 //! Inspects the frames of an HTTP/2 connection, between TLS and the HTTP/2 library. This module limits stream resets and
 //! overwrites buffers of the library.
 //!
-//! Stream resets: the HTTP/2 library has one limit for the whole connection, on resets that arrive before the library has
-//! accepted the stream. A limit low enough to stop rapid-reset attacks (CVE-2023-44487) would also close connections of
-//! legitimate clients whose calls expire while the broker process is paused. The library's limit is therefore high, and this
-//! module limits the rate of resets.
+//! Stream resets: the HTTP/2 library limits the number of streams per connection that are reset
+//! before the library accepts them. A limit that stops rapid-reset attacks (CVE-2023-44487) would
+//! also close connections of legitimate clients whose calls expire while the process is paused.
+//! Therefore, the library's limit is high, and this module limits the rate of resets.
 //!
 //! Buffers: the library keeps the last frames that it read and wrote, including user keys, until
 //! other frames replace them. When no message data and no headers have been read or written for a
 //! short time, this module passes two kinds of frames to the library:
 //!
-//! - Frames of an unknown type, filled with zeros, overwrite the library's read buffer. The library must ignore frames of an
-//!   unknown type (RFC 9113 section 5.5).
+//! - Frames of an unknown type with zeros as payload overwrite the library's read buffer. The
+//!   library must ignore frames of an unknown type (RFC 9113 section 5.5).
 //!
-//! - PING frames make the library write answers (RFC 9113 section 6.7). The answers overwrite the library's write buffer, and
-//!   this module drops the answers.
+//! - The library answers PING frames (RFC 9113 section 6.7). The answers overwrite the library's
+//!   write buffer, and this module discards the answers.
 //!
-//! The inserted frames do not come from the network and are not sent to it.
+//! The inserted frames do not come from the network and are not sent to the network.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -39,21 +39,22 @@ use uuid::Uuid;
 
 use keybroker_core::metrics;
 
-/// Time after which the buffers are overwritten, if no message data and no headers are read or
-/// written in the meantime.
+/// The buffers are overwritten if no message data and no headers were read or written for this
+/// time.
 const SILENCE: Duration = Duration::from_millis(250);
 /// Header of a frame of an unknown type on stream 0, with a payload of 1,015 bytes. With its header, the frame has 1 KiB.
 const FILLER_HEADER: [u8; 9] = [0, 0x03, 0xf7, 0xfa, 0, 0, 0, 0, 0];
 const FILLER_BYTES: usize = 1_024;
-/// Number of filler bytes, which is more than the library's read buffer holds: at most two of the largest frames of 16 KiB.
+/// Number of filler bytes. The fillers are larger than the library's read buffer, which contains at
+/// most two frames of 16 KiB.
 const FILLERS_BYTES: usize = 48 * FILLER_BYTES;
 const PING_BYTES: usize = 17;
 const PING_HEADER: [u8; 9] = [0, 0, 8, 6, 0, 0, 0, 0, 0];
 const PONG_HEADER: [u8; 9] = [0, 0, 8, 6, 1, 0, 0, 0, 0];
-/// Capacity of the library's write buffer.
+/// Capacity of the library's write buffer, in bytes.
 const WRITE_BUFFER_BYTES: usize = 16 * 1_024;
 
-/// Permitted stream resets: a burst, and a number of resets per second.
+/// Permitted stream resets: the size of a burst, and the number of resets per second.
 const UNAUTHENTICATED: Rate = Rate {
     burst: 64.0,
     per_second: 8.0,
@@ -62,7 +63,7 @@ const AUTHENTICATED: Rate = Rate {
     burst: 1_024.0,
     per_second: 256.0,
 };
-/// The library's own limit on stream resets, which is higher than the permitted bursts.
+/// The limit on stream resets in the HTTP/2 library. The limit is higher than the permitted bursts.
 pub(super) const LIBRARY_RESETS_MAX: usize = 2_048;
 
 #[derive(Clone, Copy, Debug)]
@@ -74,20 +75,20 @@ struct Rate {
 /// Parses the headers of frames in one direction (RFC 9113 section 4.1).
 #[derive(Debug)]
 struct Frames {
-    /// Bytes of the preface that are still to come.
+    /// Number of preface bytes that have not been parsed yet.
     preface: usize,
     header: [u8; 9],
-    /// Bytes of the header that were seen.
+    /// Number of header bytes that have been parsed.
     read: usize,
-    /// Bytes of the payload that are still to come.
+    /// Number of payload bytes that have not been parsed yet.
     payload: usize,
 }
 
-/// The relevant content of some bytes of a connection.
+/// The number of stream resets in a sequence of bytes, and whether the bytes are confidential.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
     resets: u32,
-    /// Whether the bytes include a part of a message or of headers.
+    /// Whether the bytes contain a part of a message or of headers.
     is_confidential: bool,
 }
 
@@ -112,7 +113,8 @@ impl Frames {
         self.preface == 0 && self.read == 0 && self.payload == 0
     }
 
-    /// Whether an inserted frame may follow, which requires that the last frame is complete and no block of headers is open.
+    /// Whether a frame may be inserted: the last frame must be complete, and no block of headers
+    /// may be open.
     fn is_between(&self) -> bool {
         let [_, _, _, kind, flags, ..] = self.header;
         let is_headers = matches!(kind, Self::HEADERS | Self::CONTINUATION);
@@ -146,7 +148,7 @@ impl Frames {
         seen
     }
 
-    /// The number of leading bytes that belong to the first frame.
+    /// The number of leading bytes in `bytes` that belong to the current frame.
     fn rest_of_frame(&self, bytes: &[u8]) -> usize {
         if self.payload > 0 {
             return self.payload.min(bytes.len());
@@ -181,11 +183,12 @@ pub(super) struct Watched<I> {
     used: f64,
     since: Instant,
     is_authenticated: Arc<AtomicBool>,
-    /// The timer for `SILENCE`. It exists as long as the connection.
+    /// The timer for `SILENCE`, which exists as long as the connection.
     silence: Pin<Box<Sleep>>,
     /// Whether message data or headers were read or written since the buffers were overwritten.
     is_dirty: bool,
-    /// Number of bytes written since the library's write buffer was overwritten, up to its capacity.
+    /// Number of bytes that were written since the library's write buffer was last overwritten, at
+    /// most the capacity of this buffer.
     written: usize,
     filler: Filler,
     /// Number of answers to the inserted PING frames that the library has not written yet.
@@ -203,7 +206,8 @@ struct Filler {
 
 impl Filler {
     fn new() -> Self {
-        // The payload is random, so that the PING frames of a client are not confused with the inserted PING frames.
+        // The payload is random, so that the answers to inserted PING frames differ from the
+        // answers to PING frames of the client.
         let payload = Uuid::new_v4();
         let frame = |header: [u8; 9]| {
             let mut frame = [0; PING_BYTES];
@@ -248,7 +252,7 @@ impl Filler {
 }
 
 impl<I> Watched<I> {
-    /// Wraps a connection whose reader receives `preface` bytes before the first frame.
+    /// Wraps a connection on which `preface` bytes arrive before the first frame.
     pub(super) fn new(io: I, preface: usize, is_authenticated: Arc<AtomicBool>) -> Self {
         Self {
             io,
@@ -285,13 +289,14 @@ impl<I> Watched<I> {
         let seen = self.sent.see(bytes);
         self.written = (self.written + bytes.len()).min(WRITE_BUFFER_BYTES);
         self.note_dirty(seen);
-        // The timer must wake the task after the silence even if the task does not read in the meantime.
+        // The timer must wake the task after `SILENCE`, even if the task does not read before then.
         if self.is_dirty && self.silence.as_mut().poll(context).is_ready() {
             context.waker().wake_by_ref();
         }
     }
 
-    /// The number of leading bytes that are answers to the inserted PING frames.
+    /// Counts the leading bytes that are answers to the inserted PING frames, and marks these
+    /// answers as received.
     fn take_pongs(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
         while self.pongs > 0
@@ -367,7 +372,8 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
         if taken > 0 {
             return Poll::Ready(Ok(taken));
         }
-        // While answers must be dropped, each write ends at the end of a frame, so that the next frame can be inspected.
+        // While the library still has answers to write, each write ends at the end of a frame, so
+        // that the next frame can be inspected.
         let part = if self.pongs > 0 {
             &bytes[..self.sent.rest_of_frame(bytes)]
         } else {
@@ -421,7 +427,7 @@ mod tests {
     fn frame(kind: u8, payload: usize) -> Vec<u8> {
         let [_, high, middle, low] = u32::try_from(payload).unwrap().to_be_bytes();
         let mut frame = vec![high, middle, low, kind, 0, 0, 0, 0, 1];
-        // A payload that looks like headers of resets.
+        // A payload that looks like the headers of RST_STREAM frames.
         frame.extend([0, 0, 4, 3, 0].into_iter().cycle().take(payload));
         frame
     }
@@ -458,7 +464,7 @@ mod tests {
             (frame(0, 10), true),
             (frame(0, 10)[..18].to_vec(), false),
             (frame(0, 10)[..4].to_vec(), false),
-            // Headers that a continuation follows, and headers that are complete.
+            // Incomplete headers that need a CONTINUATION frame, and complete headers.
             (frame(Frames::HEADERS, 10), false),
             ([vec![0, 0, 0, 1, 4], vec![0; 4]].concat(), true),
         ] {
@@ -469,7 +475,7 @@ mod tests {
         assert!(!Frames::after(24).is_between());
     }
 
-    /// After an idle period, complete frames of the unknown type are sent once.
+    /// After an idle period, complete frames of the unknown type are inserted only once.
     #[tokio::test]
     async fn a_silent_connection_is_filled_once() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -491,8 +497,8 @@ mod tests {
         assert_eq!(counted.read_u8().await.unwrap(), 7);
     }
 
-    /// What the library writes is followed by as many PING frames as overwrite it, and the answers are dropped, and
-    /// everything else is sent.
+    /// After the library writes, enough PING frames are inserted to overwrite the write buffer. The
+    /// answers to the PING frames are discarded, and all other frames are sent.
     #[tokio::test]
     async fn answers_to_own_pings_are_never_sent() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -511,7 +517,8 @@ mod tests {
             ping[4] = 1;
             answers.push(ping.to_vec());
         }
-        // An answer to a PING of the client, and a frame that contains what looks like one of ours.
+        // An answer to a PING frame of the client, and a frame whose payload looks like an answer
+        // to an inserted PING frame.
         let mut other = answers[0].clone();
         other[9] ^= 1;
         let mut lookalike = frame(Frames::DATA, PING_BYTES);

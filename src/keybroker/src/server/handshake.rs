@@ -1,6 +1,6 @@
-//! The steps on a connection before the first call: the TLS handshake, then the first bytes of HTTP/2. A single timeout covers
-//! the TLS handshake and the first bytes of HTTP/2, so that a silent peer cannot keep its connection open. With HTTP/1.1, the
-//! head of a request has a separate timeout.
+//! Makes the TLS handshake of a connection, and reads the first bytes of HTTP/2. A single timeout
+//! applies to the handshake and these bytes, so that a silent peer cannot keep its connection open.
+//! With HTTP/1.1, a separate timeout applies to the head of each request.
 
 use std::{
     io,
@@ -26,16 +26,16 @@ use super::zeroed_reads::ZeroedReads;
 /// The first bytes that every HTTP/2 client sends (RFC 9113 section 3.4).
 pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Why a connection failed before its first call.
+/// The cause of a connection's failure before its first call.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
     /// The TLS handshake failed.
     #[error("TLS handshake: {0}")]
     Tls(io::Error),
-    /// The handshake exceeded its timeout.
+    /// The handshake took longer than its timeout.
     #[error("no handshake in time")]
     Timeout,
-    /// The TLS handshake succeeded, but the peer did not send HTTP/2.
+    /// The TLS handshake succeeded, but the peer did not send the HTTP/2 preface.
     #[error("not HTTP/2")]
     NotHttp2,
     /// The peer closed the connection.
@@ -58,7 +58,7 @@ impl Refused {
         }
     }
 
-    /// The reason in the audit log; `None` for events such as a port scan, which are not refusals.
+    /// The reason for the audit log; `None` for events that are not refusals, such as a port scan.
     pub(super) fn reason(&self) -> Option<Reason> {
         match self.cause() {
             "no_certificate"
@@ -80,8 +80,8 @@ fn tls_cause(error: &io::Error) -> &'static str {
     let Some(error) = error.get_ref().and_then(|it| it.downcast_ref::<Error>()) else {
         return "closed";
     };
-    // Causes have separate names if an operator would handle them differently. Every error without a separate name is a fault of
-    // the client.
+    // Causes have separate names if operators handle them differently. Errors without a separate
+    // name are faults of the client.
     if let Error::InvalidCertificate(why) = error {
         return certificate_cause(why);
     }
@@ -113,7 +113,7 @@ fn certificate_cause(why: &CertificateError) -> &'static str {
 pub(super) const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// Prepares a connection for its first request. The protocol is HTTP/1.1 if the listener supports
-/// it and the client negotiates it or negotiates no protocol. Otherwise the protocol is HTTP/2.
+/// HTTP/1.1 and the client negotiates HTTP/1.1 or no protocol. Otherwise, the protocol is HTTP/2.
 pub(super) async fn complete(
     stream: TcpStream,
     config: Arc<ServerConfig>,
@@ -159,10 +159,11 @@ impl Established {
     }
 }
 
-/// A connection whose preface was read. The HTTP/2 library receives the preface again.
+/// A connection whose HTTP/2 preface was already read. The HTTP/2 library reads the preface again
+/// from this value.
 #[derive(Debug)]
 pub(super) struct Prefaced {
-    /// Number of preface bytes that the library has received.
+    /// Number of preface bytes that the library has already read.
     replayed: usize,
     tls: TlsStream<ZeroedReads<TcpStream>>,
 }

@@ -1,8 +1,8 @@
 //! Authenticates calls. This middleware runs before an API handles the call, and is the only code that turns
 //! credentials into principals.
 //!
-//! The certificate of a connection is evaluated once. If a call has its own credential, this credential replaces the
-//! certificate. The APIs receive the principal but never the credential.
+//! The certificate of a connection is evaluated once. If a call contains a credential, this
+//! credential replaces the certificate. The APIs receive the principal but never the credential.
 //!
 //! Mitigations: M2, M18 of `THREAT_MODEL.md`.
 
@@ -36,7 +36,7 @@ pub(super) struct Identifier {
 }
 
 impl Identifier {
-    /// Adds the middleware to these routes.
+    /// Adds the authentication middleware to these routes.
     pub(super) fn wrap(self, routes: Router) -> Router {
         routes.layer(middleware::from_fn(move |request, next| {
             let identifier = self.clone();
@@ -45,7 +45,7 @@ impl Identifier {
     }
 
     async fn run(self, mut request: Request, next: Next) -> Response<Body> {
-        // The credential is removed, so that no later handler can leak it.
+        // Remove the credential, so that no later handler can leak the credential.
         let credentials = take_credentials(request.headers_mut());
         let extensions = request.extensions();
         if let Some(caller) = extensions.get::<Caller>().cloned()
@@ -63,7 +63,7 @@ impl Identifier {
         next.run(request).await
     }
 
-    /// The caller of a call, if the call's credential identifies another caller than the connection.
+    /// Returns the caller of a call if the call and the connection have different callers.
     async fn identify(
         &self,
         caller: &Caller,
@@ -116,10 +116,11 @@ impl Identifier {
         };
         let found = self.authenticator.authenticate(values, budget).await;
         match found {
-            // An expired credential is not a failed attempt, because its holder must renew it and not retry later.
+            // An expired credential does not count as a failed attempt, because its holder only has
+            // to renew the credential.
             Err(error) if error.is_failed_attempt() => {
                 match self.limits.fail_address(peer) {
-                    // The refusal of the call logs this error.
+                    // The code that refuses the call logs this error.
                     Ok(()) => Err(error),
                     Err(exhausted) => {
                         if self.limits.may_log(peer) {
@@ -135,7 +136,8 @@ impl Identifier {
     }
 }
 
-/// Removes the `authorization` headers of a call and returns their values; `None` if there are none.
+/// Removes the `authorization` headers of a call and returns their values; `None` if the call has
+/// no such header.
 fn take_credentials(headers: &mut HeaderMap) -> Option<Vec<HeaderValue>> {
     if !headers.contains_key(AUTHORIZATION) {
         return None;

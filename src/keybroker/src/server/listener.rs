@@ -1,6 +1,6 @@
-//! The accept loop, which limits the number of connections and serves each connection in a separate task. The loop replaces
-//! tonic's server, which has no limit on connections, no grace period after the maximum age, and no time limit for its graceful
-//! shutdown.
+//! The accept loop, which limits the number of connections and serves each connection in a separate
+//! task. The loop replaces the server of the library tonic, which limits neither the number of
+//! connections nor the time of a graceful shutdown.
 //!
 //! Mitigations: M1, M3 of `THREAT_MODEL.md`.
 
@@ -16,7 +16,8 @@ use super::{
     Limits, connection::Connection, log_limit::LogLimit, shared::Shared, tls::Tls, unauthenticated,
 };
 
-/// Pause after a failure of `accept()`, such as a lack of descriptors, so that the loop does not spin.
+/// Pause after a failure of `accept()`, for example if no descriptors are free, so that the loop
+/// does not use the CPU continuously.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A listener with its socket, its TLS settings and its routes.
 #[derive(Debug)]
@@ -25,13 +26,13 @@ pub(super) struct Listener {
     /// The TLS settings; `None` only if the configuration sets `plaintext`.
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
-    /// Networks of proxies and load balancers, whose connections carry calls of many clients.
+    /// Networks of proxies and load balancers, whose connections transport calls of many clients.
     pub(super) trusted_proxies: Vec<IpNet>,
 }
 
 impl Listener {
-    /// Accepts connections until the stop signal. At the stop signal, the socket is closed, and the system refuses new
-    /// connections.
+    /// Accepts connections until the stop signal, and then closes the socket, so that the system
+    /// refuses new connections.
     pub(super) async fn accept(self, shared: Shared) {
         let failures = LogLimit::default();
         let full = LogLimit::default();
@@ -78,8 +79,8 @@ impl Listener {
     }
 }
 
-/// Reports that the limit of connections is reached. The next connection waits in the kernel's queue until an open connection
-/// ends.
+/// Logs that the maximum number of connections is reached. The next connection waits in the
+/// kernel's queue until an open connection ends.
 fn note_full(limits: &Limits, full: &LogLimit) {
     metrics::CONNECTIONS_FULL.increment();
     if let Some(left_out) = full.count() {

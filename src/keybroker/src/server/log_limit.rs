@@ -1,15 +1,15 @@
-//! A rate limit for log lines about events that a flood can cause many times a second. At most one line is logged
-//! in each interval; the line includes the number of suppressed events.
+//! A rate limit for log lines about events that may occur many times per second. Each interval has
+//! at most one log line, which contains the number of suppressed events.
 
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-/// Minimum time between two lines.
+/// Minimum time between two log lines.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Decides which events are logged.
+/// Decides which events to log.
 #[derive(Debug, Default)]
 pub(super) struct LogLimit(Mutex<Counted>);
 
@@ -20,7 +20,8 @@ struct Counted {
 }
 
 impl LogLimit {
-    /// Counts an event. If the event is to be logged, returns the number of suppressed events since the last line.
+    /// Counts an event. Returns the number of suppressed events since the last line if the event is
+    /// to be logged, and otherwise `None`.
     pub(super) fn count(&self) -> Option<u64> {
         self.count_at(Instant::now())
     }

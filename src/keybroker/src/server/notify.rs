@@ -1,10 +1,11 @@
-//! Notifies the service manager, if there is one (`sd_notify`), of the states ready, reloading and stopping, and sends watchdog
-//! notifications to it.
+//! If a service manager runs the broker, notifies the service manager of the states ready,
+//! reloading and stopping (`sd_notify`), and sends watchdog notifications.
 //!
-//! Before each watchdog notification the process requests `/livez` from itself over a socket pair, which no other process can
-//! reach. An answer shows that the runtime schedules tasks, polls sockets and serves HTTP. A local user cannot stop the
-//! notifications by flooding the status listener. Token, database and audit log are not checked, because a restart repairs none
-//! of them and would prolong an outage.
+//! Before each watchdog notification, the process requests `/livez` from itself over a socket pair,
+//! which no other process can access. An answer shows that the runtime schedules tasks, polls
+//! sockets and serves HTTP. A local user cannot stop the notifications by flooding the status
+//! listener. The token, the database and the audit log are not checked, because a restart would not
+//! repair them and would prolong an outage.
 
 use std::{io, time::Duration};
 
@@ -22,10 +23,11 @@ use super::status;
 
 const PROBE: &[u8] = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 const ALIVE: &[u8] = b"HTTP/1.1 200 ";
-/// Number of watchdog notifications within the service manager's timeout, so that two notifications may be late.
+/// Number of watchdog notifications within the service manager's timeout. With three notifications,
+/// the service manager tolerates two late notifications.
 const PINGS_PER_TIMEOUT: u32 = 3;
 
-/// The notifications of a broker that serves. When this value is dropped, the watchdog notifications end.
+/// The notifications of a running broker. Dropping this value ends the watchdog notifications.
 #[derive(Debug)]
 pub(super) struct Manager {
     stopping: CancellationToken,
@@ -33,8 +35,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Notifies that the listeners accept connections. If the service manager has a watchdog, the broker notifies the watchdog
-    /// while `probes` answers.
+    /// Notifies the service manager that the listeners accept connections. If the service manager
+    /// has a watchdog, the broker notifies the watchdog as long as `probes` answers.
     pub(super) fn serving(probes: Router) -> Self {
         say(&[NotifyState::Ready]);
         let stopping = CancellationToken::new();
@@ -45,7 +47,8 @@ impl Manager {
         Self { stopping, pings }
     }
 
-    /// Notifies that the drain begins. During the drain, the watchdog notifications show only that the runtime schedules tasks.
+    /// Notifies the service manager that the drain begins. During the drain, the watchdog
+    /// notifications show only that the runtime schedules tasks.
     pub(super) fn stopping(&self) {
         self.stopping.cancel();
         say(&[NotifyState::Stopping, NotifyState::Status("draining")]);
@@ -60,7 +63,7 @@ impl Drop for Manager {
     }
 }
 
-/// Notifies that files are being read again.
+/// Notifies the service manager that the broker is reading its files again.
 pub(super) fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => say(&[NotifyState::Reloading, now]),
@@ -68,13 +71,13 @@ pub(super) fn reloading() {
     }
 }
 
-/// Notifies that the files have been read again.
+/// Notifies the service manager that the broker has read its files again.
 pub(super) fn reloaded() {
     say(&[NotifyState::Ready]);
 }
 
-/// Sets the line for `systemctl status`. Control characters are replaced, because the text may come from the vendor's module and
-/// a line end would begin a new message.
+/// Sets the line for `systemctl status`. Replaces control characters, because the vendor's module
+/// may have written the text, and a line end would start a new message.
 pub(super) fn health(detail: &str) {
     let line = if detail.is_empty() {
         "serving".to_owned()
@@ -84,7 +87,8 @@ pub(super) fn health(detail: &str) {
     say(&[NotifyState::Status(&line)]);
 }
 
-/// Sends states to the manager, if there is one. The broker continues to serve if the manager is unreachable.
+/// Sends states to the service manager, if a service manager runs the broker. An unreachable
+/// service manager does not stop the broker.
 fn say(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::warn!(%error, "cannot notify the service manager");
@@ -110,7 +114,8 @@ async fn ping(probes: Router, interval: Duration, stopping: CancellationToken) {
     }
 }
 
-/// Requests `/livez` over a socket pair. A separate task serves the other end of the socket pair, as for every connection.
+/// Requests `/livez` over a socket pair. A separate task serves the other end of the socket pair in
+/// the same way as other connections.
 async fn probe(probes: &Router, timeout: Duration) -> io::Result<()> {
     let (mut stream, served) = UnixStream::pair()?;
     let serving = tokio::spawn(status::answer(served, probes.clone()));

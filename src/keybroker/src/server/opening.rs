@@ -1,4 +1,5 @@
-//! Prepares the broker before the listeners open: ports, certificates, audit log, schema and token.
+//! Prepares the broker before the listeners open: the ports, certificates, audit log, database
+//! schema and token.
 //!
 //! Mitigation: M14 of `THREAT_MODEL.md`.
 
@@ -81,8 +82,8 @@ pub(super) async fn bind_status(
     })
 }
 
-/// Opens the audit log on a blocking thread, because this operation reads and synchronises files and waits until the first entry
-/// is written.
+/// Opens the audit log on a blocking thread, because opening reads and synchronises files and waits
+/// for the first entry.
 pub(super) async fn open_audit(
     settings: audit::Settings,
 ) -> Result<(AuditLog, Vec<OpenIntent>), Failure> {
@@ -93,9 +94,9 @@ pub(super) async fn open_audit(
 
 const MIGRATE: &str = "store.migrate";
 
-/// Migrates the database to the schema of this release, if the configuration allows it. A migration has an intent and an outcome
-/// like any other change, and holds the lock of the database. Intents of migrations that were interrupted at an earlier start are
-/// closed first.
+/// Migrates the database to the schema of this release, if the configuration permits migrations. A
+/// migration has an intent and an outcome in the audit log, and holds the lock of the database.
+/// First writes the missing outcomes of interrupted migrations of earlier starts.
 pub(super) async fn migrate(
     settings: &store::Settings,
     audit: &AuditLog,
@@ -108,8 +109,8 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start && cut_short.is_empty() {
         return Ok(());
     }
-    // A schema that is newer than this release is not an error at this point. When the database is opened, the store decides
-    // whether this release supports a newer schema.
+    // A newer schema is not an error at this point. When the database is opened, the store decides
+    // whether this release supports the newer schema.
     let status = store::status(settings).await?;
     let pending = status.current < status.newest;
     for intent in cut_short {
@@ -123,7 +124,8 @@ pub(super) async fn migrate(
     if !settings.migrate_at_start || !pending {
         return Ok(());
     }
-    // A migration cannot be undone, so a database that was used with another audit log is refused first.
+    // A migration cannot be undone, so the broker first rejects a database that was used with
+    // another audit log.
     let known = store::known_audit_log(settings, instance, audit.id()).await?;
     if known == KnownLog::Another && audit.is_binding_required() {
         return Err(audit.refuse_unknown().into());
@@ -149,7 +151,8 @@ pub(super) async fn migrate(
     Ok(())
 }
 
-/// Locks and opens the database, and compares the audit logs that the database has recorded with the log of this instance.
+/// Locks and opens the database, and compares the audit log of this instance with the audit logs
+/// that the database lists.
 pub(super) async fn open_store(
     config: &Config,
     audit: &AuditLog,
@@ -160,10 +163,9 @@ pub(super) async fn open_store(
     Ok((lock, store))
 }
 
-/// Records the audit log of this instance in the database. Fails if the database has recorded other logs of this instance but not
-/// the current log, because the log was then replaced. The first audit log of an instance is recorded without a message. If an
-/// operator acknowledged the log or an earlier release made it, the log is recorded, with a warning if the database has recorded
-/// other logs.
+/// Records the audit log of this instance in the database. Fails if the database lists only other
+/// logs of this instance, because the log was probably replaced. If an operator acknowledged the
+/// current log, or an earlier release created it, the function adds the log with a warning.
 async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> Result<(), Failure> {
     match store.audit_log(instance, audit.id()).await? {
         KnownLog::This => {}
@@ -176,8 +178,8 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                     instance,
                     log = audit.id(),
                     "the database already lists other audit logs of this instance; the current audit log is added to the \
-                     list, because an operator acknowledged it or an earlier release made it. If this is unexpected, \
-                     find out who replaced the log"
+                     list, because an operator acknowledged the log, or an earlier release made the log. If you did \
+                     not expect a new log, find out who replaced it"
                 );
             }
             let added = store.add_audit_log(instance, audit.id(), Timestamp::now());
@@ -194,7 +196,7 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
     Ok(audit.require_binding()?)
 }
 
-/// File in the state directory with the risks that were accepted at the last start.
+/// Name of the file in the state directory that lists the accepted risks of the last start.
 const ACCEPTED_RISKS: &str = "accepted-risks";
 
 /// Logs the risks of the token that the settings accept, and records them in the audit log if they differ from the risks at the
@@ -259,8 +261,8 @@ pub(super) async fn bind_all(
     Ok(bound)
 }
 
-/// Stores which revocation lists the listeners have accepted. The audit log must be open and the database must be checked first,
-/// because these steps ensure that no other broker uses the state directory.
+/// Stores the revocation lists that the listeners accepted. Call this function after the audit log
+/// is open and the database is checked, because only then no other broker uses the state directory.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {
@@ -275,8 +277,8 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
         let what = if in_use {
             format!(
-                "{address} is in use by another keybroker or another program; stop that program, or choose another \
-                 address"
+                "{address} is in use by another keybroker process or another program; stop this program, or choose \
+                 another address"
             )
         } else {
             format!("cannot listen on {address}: {error}")
@@ -290,7 +292,7 @@ pub(super) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
                  redirect",
             ),
             std::io::ErrorKind::AddrNotAvailable => failure.hint(
-                "no network interface of this machine has this address; 0.0.0.0 and [::] listen on all of them",
+                "no network interface of this machine has this address; use 0.0.0.0 or [::] to listen on all interfaces",
             ),
             _ => failure,
         }
@@ -303,15 +305,15 @@ pub(super) fn local(socket: &TcpListener) -> Result<SocketAddr, Failure> {
         .map_err(|error| Failure::new(Exit::Internal, error.to_string()))
 }
 
-/// Starts the workers with the keys of the registry, and waits for the result of the first attempt. A caller that cancels this
-/// function must stop the tokens in `started`.
+/// Starts the workers with the keys of the registry, and waits for the result of the first attempt.
+/// If a caller cancels this function, the caller must stop the tokens in `started`.
 pub(super) async fn start_token(
     config: &Config,
     store: &Arc<dyn Store>,
     program: PathBuf,
     started: &OnceLock<Arc<Pool>>,
 ) -> Result<Arc<Pool>, Failure> {
-    let registry = Registry::read(&**store).await?;
+    let registry = Registry::read_for_service(&**store).await?;
     let are_several = config.tokens.are_several();
     let entries: Vec<TokenEntry> = config
         .tokens
@@ -342,7 +344,8 @@ pub(super) async fn start_token(
         return Err(Failure::new(exit, error.message));
     }
     if let Serving::Down(cause) | Serving::Untrusted(cause) = serving {
-        // The broker continues: an unavailable token may return, and an operator can correct a rejected PIN in its file.
+        // The broker continues, because the token may become available again, and an operator can
+        // correct a wrong PIN file.
         tracing::error!(%cause, "the broker started without the token; no key is released until the token is available");
     }
     Ok(pool)

@@ -1,4 +1,4 @@
-//! Start and stop of `keybroker serve`, from the first check to the last audit entry.
+//! Starts and stops `keybroker serve`, from the first check to the last audit entry.
 
 use std::{
     error::Error,
@@ -60,20 +60,20 @@ use super::{
     watch::{self, REGISTRY_TIMEOUT},
 };
 
-/// Longest wait for the first key sets of identity providers before the listeners open. The broker contacts an unavailable
-/// provider again in the background.
+/// Maximum wait for the first key sets of identity providers before the listeners open. The broker
+/// contacts an unavailable provider again in the background.
 const FIRST_KEYS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time between the health `NOT_SERVING` and the moment when the listeners stop accepting connections. Load balancers check the
-/// health about once a second.
+/// Time between the change of the health to `NOT_SERVING` and the closing of the listeners. Load
+/// balancers check the health about once a second.
 const LAME_DUCK: Duration = Duration::from_millis(500);
-/// Longest wait for each step after the drain of the listeners: mutations, workers and store.
+/// Maximum time for each step after the drain of the listeners: mutations, workers and store.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Divisor that determines how many of all connections may be without a principal: a quarter.
+/// Divisor for the share of all connections that may be without a principal: a quarter.
 const UNAUTHENTICATED_DIVISOR: usize = 4;
-/// Divisor that determines how many of all connections may be in their handshake: a half.
+/// Divisor for the share of all connections that may be in their handshake: a half.
 const HANDSHAKES_DIVISOR: usize = 2;
-/// The part of all connections on which REST requests may wait for their next attempt, as a divisor. The other connections stay
-/// for new requests.
+/// Divisor for the share of all connections on which REST requests may wait for a retry: a half.
+/// The other connections remain available for new requests.
 const RETRIES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
@@ -85,7 +85,7 @@ pub async fn run(
 ) -> Result<(), Failure> {
     let no_signals = |error: io::Error| Failure::new(Exit::Internal, error.to_string());
     let mut signals = Signals::listen().map_err(no_signals)?;
-    // SIGHUP is handled from the beginning, because by default it would end the process.
+    // The process handles SIGHUP from its start, because SIGHUP would end the process by default.
     let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
     let token = OnceLock::new();
     let started = tokio::select! {
@@ -98,8 +98,8 @@ pub async fn run(
     let started = match started {
         Ok(Some(started)) => started,
         unserved => {
-            // Stop the workers before this process ends. A service manager would kill a remaining worker, possibly during its
-            // login.
+            // Stop the workers before this process ends. If this process ended first, the service
+            // manager might kill a worker during its login.
             if let Some(token) = token.get() {
                 token.drain_and_stop(Deadline::after(Duration::ZERO)).await;
             }
@@ -114,12 +114,13 @@ pub async fn run(
         () = started.stop() => Ok(()),
         name = signals.next() => Err(Failure::new(
             Exit::Interrupted,
-            format!("a second signal, {name}, stopped the broker without a drain; the next start resolves the open changes"),
+            format!("a second signal, {name}, stopped the broker without a drain; the next start finds out whether the unfinished changes were committed"),
         )),
     }
 }
 
-/// Makes the authenticator of callers. The secrets of API clients are added later, because they need the database.
+/// Creates the authenticator of callers. The secrets of API clients are added later, because they
+/// are in the database.
 fn credentials(config: &Config) -> Result<(Authenticator, Arc<Tokens>), Failure> {
     let tokens = Tokens::new(&config.issuers).map_err(|error| unusable(&error))?;
     let tokens = Arc::new(tokens.with_token_bytes_max(config.limits.access_token_bytes_max));
@@ -132,18 +133,19 @@ fn unusable(error: &dyn Error) -> Failure {
     Failure::new(Exit::Configuration, chain(error))
 }
 
-/// The failure for a fault of the program or of the machine.
+/// The failure for an error in the program or a problem of the machine.
 fn internal(error: &dyn Error) -> Failure {
     Failure::new(Exit::Internal, chain(error))
 }
 
-/// Makes the verifier of API client secrets, which are in the broker's database.
+/// Creates the verifier of API client secrets, which are in the broker's database.
 fn client_secrets(config: &Config, broker: &Arc<Broker>) -> Result<Secrets, Failure> {
     let directory = Arc::new(Clients(Arc::clone(broker)));
     Secrets::new(config.client_credentials.clone(), directory).map_err(|error| internal(&error))
 }
 
-/// Verifies the registry if the token serves. If the token is unavailable, a background task verifies the registry later.
+/// Verifies the registry if the token is available. If the token is unavailable, a background task
+/// verifies the registry later.
 async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure> {
     if token.state().serves_a_key() {
         broker
@@ -153,7 +155,7 @@ async fn load_registry(token: &dyn Token, broker: &Broker) -> Result<(), Failure
     Ok(())
 }
 
-/// Migrates the database, if the configuration allows it, and opens it.
+/// Migrates the database, if the configuration permits migrations, and then opens the database.
 async fn open_store(
     config: &Config,
     audit: &AuditLog,
@@ -163,7 +165,7 @@ async fn open_store(
     opening::open_store(config, audit).await
 }
 
-/// Starts the admin workers that make wrapping keys for this broker.
+/// Returns the object that starts admin workers to generate and remove wrapping keys for this broker.
 fn key_admin(config: &Config, token: &hsm::Settings, program: PathBuf) -> KeyAdmin {
     KeyAdmin::new(
         program,
@@ -186,7 +188,7 @@ fn destruction(config: &Config, program: &Path) -> DestructionRules {
     }
 }
 
-/// The rule that says which keys must be on each token.
+/// The rule that determines which keys must be on each token.
 fn expect(config: &Config) -> Expect {
     let tokens = config.tokens.clone();
     Expect::new(move |rows, places| {
@@ -262,15 +264,16 @@ struct Server {
     /// Background tasks: health, maintenance and reload.
     background: TaskTracker,
     stop_background: CancellationToken,
-    /// Tasks of the status listeners, which answer until the end of the drain.
+    /// The tasks of the status listeners, which run until the end of the drain.
     status: TaskTracker,
     stop_status: CancellationToken,
     _store_lock: StoreLock,
 }
 
 impl Server {
-    /// Prepares all parts and opens the listeners. The order is policies, ports and certificates, audit log, database, token,
-    /// registry, listeners, so that a failure leaves nothing partly done.
+    /// Starts all components of the broker, and opens the listeners. The order of the steps is:
+    /// policies, ports and certificates, audit log, database, token, registry, listeners. With this
+    /// order, a failure leaves no step incomplete.
     async fn start(
         config: Config,
         program: PathBuf,
@@ -336,7 +339,7 @@ impl Server {
             health,
             file_problems: Arc::default(),
         };
-        // The health must not be `SERVING` before the first check.
+        // Report the health now, so that the health is not `SERVING` before the first check.
         watch::report(&server.broker.health(), &server.health).await;
         server.look_after(&bound, status.tls(), policy, hangup);
         let stop = server.stop_background.clone();
@@ -476,7 +479,8 @@ impl Server {
         });
     }
 
-    /// Writes the bound addresses, for example for a program that starts the broker with port 0. The file is replaced atomically.
+    /// Writes the addresses of the listeners to a file, for example for a program that starts the
+    /// broker with port 0. Replaces the file atomically.
     fn write_ready_file(&self, path: Option<&Path>) -> Result<(), Failure> {
         let Some(path) = path else {
             return Ok(());
@@ -493,13 +497,15 @@ impl Server {
         })
     }
 
-    /// Drains and stops the broker. Before the listeners close, the health becomes `NOT_SERVING`, and load balancers have time to
-    /// notice this change. When the listeners accept no more connections, open connections receive GOAWAY, calls in progress end,
-    /// and the outcomes of mutations are written. At the end of a stop, the workers end, the store closes, and the audit log
-    /// receives its last entry.
+    /// Drains and stops the broker. Before the listeners close, the health changes to
+    /// `NOT_SERVING`, and load balancers get time to notice this change. After the listeners have
+    /// closed, open connections receive GOAWAY, calls in progress end, and the outcomes of
+    /// mutations are written. Finally, the workers end, the store closes, and the audit log gets
+    /// its last entry.
     async fn stop(self) {
-        // Stop the background tasks first, because one of them would overwrite the health `NOT_SERVING`. The broker waits only a
-        // short time for these tasks, because a check of the database may take long.
+        // Stop the background tasks first, because one of them would overwrite the health
+        // `NOT_SERVING`. The broker waits only a short time for background tasks, because a check
+        // of the database may take a long time.
         self.stop_background.cancel();
         self.background.close();
         if time::timeout(LAME_DUCK, self.background.wait())

@@ -1,4 +1,4 @@
-//! The state that all connections of a broker share.
+//! Defines the state that all connections of a broker share.
 
 use std::sync::Arc;
 
@@ -16,14 +16,14 @@ pub(super) struct Shared {
     pub(super) broker: Arc<Broker>,
     pub(super) authenticator: Arc<Authenticator>,
     pub(super) connections: Arc<Semaphore>,
-    /// Connections whose handshake is in progress.
+    /// The connections whose handshake is in progress.
     pub(super) handshakes: Arc<Waiting>,
-    /// Places of connections whose handshake is complete.
+    /// The places of connections whose handshake is complete.
     pub(super) places: Arc<Places>,
     /// Limits the log lines about refused connections.
     pub(super) refusals: Arc<LogLimit>,
     pub(super) limits: Arc<Limits>,
-    /// Signals that listeners must stop accepting and connections must end.
+    /// Signal to the listeners to stop accepting connections, and to the connections to end.
     pub(super) stop: CancellationToken,
     pub(super) tasks: TaskTracker,
 }

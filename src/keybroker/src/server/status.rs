@@ -1,6 +1,7 @@
-//! The status listeners: HTTP for probes and metrics (`/livez`, `/readyz`, `/metrics`). The local listener uses plain HTTP on
-//! loopback. The optional `[status.remote]` listener uses TLS unless the configuration sets `plaintext`. Status listeners close
-//! last when the broker stops, so that probes can distinguish a drain from a crash.
+//! The status listeners: HTTP for probes and metrics (`/livez`, `/readyz`, `/metrics`). The local
+//! listener uses plain HTTP on a loopback address. The optional `[status.remote]` listener uses TLS
+//! unless the configuration sets `plaintext`. When the broker stops, the status listeners close
+//! last, so that probes can distinguish a drain from a crash.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -34,14 +35,14 @@ use super::{
     file_problems::FileProblems, handshake::Refused, tls::Tls, unauthenticated, waiting::Waiting,
 };
 
-/// Maximum number of open connections. At the maximum, a new connection closes an older connection, because any local user can
-/// connect and must not be able to block probes.
+/// Maximum number of open connections. At the maximum, a new connection replaces an older
+/// connection, so that a local user with many connections cannot block probes.
 const CONNECTIONS_MAX: usize = 64;
-/// Longest time for the head of a request.
+/// Maximum time to receive the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Longest time for a request and its answer.
+/// Maximum time for a request and its answer together.
 const AGE_MAX: Duration = Duration::from_secs(10);
-/// Size of the read buffer in bytes, which is the minimum of the HTTP library.
+/// Size of the read buffer in bytes. The HTTP library does not permit a smaller buffer.
 const BUFFER_BYTES_MAX: usize = 8 * 1_024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Content type of the Prometheus text format.
@@ -53,11 +54,12 @@ pub(super) struct Probe {
     pub(super) broker: Arc<Broker>,
     pub(super) files: Arc<FileProblems>,
     pub(super) metrics: PrometheusHandle,
-    /// The signal that the broker begins to stop.
+    /// The signal that the broker is stopping.
     pub(super) stopping: CancellationToken,
 }
 
-/// The routes. `/livez` does not check token, store or audit log, because a restart repairs none of them.
+/// Returns the routes. The probe `/livez` does not check the token, the store or the audit log,
+/// because a restart would not repair them.
 pub(super) fn routes(probe: Probe) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))
@@ -114,7 +116,8 @@ pub(super) async fn serve(
                 continue;
             }
         };
-        // On loopback, networks are not counted, because every client has the same address.
+        // On a loopback address, the connections of each network are not limited, because all
+        // clients have the same address.
         let network = tls
             .is_some()
             .then(|| unauthenticated::network(peer.ip(), &[]));

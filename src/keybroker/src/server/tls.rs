@@ -1,5 +1,5 @@
-//! The TLS configuration of one listener. The TLS files are loaded, checked and replaced together. If a file is invalid at a
-//! reload, the previous TLS configuration stays in use.
+//! The TLS configuration of one listener. The TLS files are loaded, checked and replaced together.
+//! If a file is invalid during a reload, the previous TLS configuration remains in use.
 //!
 //! Mitigation: M1 of `THREAT_MODEL.md`.
 
@@ -35,15 +35,16 @@ use files::{Files, Follows, Found, Shown, Trust};
 use revocation::{Age, Lists, Memory, MemoryError};
 use server_certificate::Validity;
 
-/// Interval after which unchanged files with a problem are evaluated again, because a revocation list may have become valid.
+/// Interval at which unchanged files with a problem are evaluated again, because a revocation list
+/// may have become valid.
 const RETRY_AFTER: Duration = Duration::from_mins(1);
 
 /// The TLS configuration for new connections, until the next change.
 #[derive(Debug)]
 pub(super) struct Accepting {
     pub(super) config: Arc<ServerConfig>,
-    /// Cancelled when the trust in clients changes, so that a revoked client does not keep its
-    /// connection.
+    /// Cancelled when the CA certificates or the revocations for clients change, so that a revoked
+    /// client loses its connection.
     pub(super) outdated: CancellationToken,
     /// SHA-256 of the files.
     files: [u8; 32],
@@ -57,7 +58,7 @@ pub(super) struct Accepting {
 }
 
 impl Accepting {
-    /// The log text about revocation lists that were left out.
+    /// The log text about revocation lists that are not used.
     fn left_out(&self) -> Option<String> {
         self.lists.as_ref().and_then(Lists::left_out)
     }
@@ -71,43 +72,45 @@ pub(super) struct Tls {
     /// The offered application protocols (RFC 7301).
     protocols: Vec<Vec<u8>>,
     current: ArcSwap<Accepting>,
-    /// The certificate chain and private key in use. If the files on disk are invalid, a change of the trusted clients is
-    /// applied with the chain and key in use.
+    /// The certificate chain and private key in use. If the new chain or key is invalid, a change
+    /// of CA certificates or revocation lists is applied together with the chain and key that are
+    /// already in use.
     shown: Mutex<Shown>,
-    /// The error of the last reload, so that an error is reported once and not each second.
+    /// The error of the last reload, so that the same error is reported only once.
     refused: Mutex<Option<String>>,
-    /// The last report about revocation lists that were left out.
+    /// The last report about revocation lists that are not used.
     left_out: Mutex<Option<String>>,
     /// The last reported age of the revocation lists.
     age: Mutex<Option<Age>>,
-    /// Why the accepted revocation lists could not be stored.
+    /// The error that prevented storing the accepted revocation lists.
     unstored: Mutex<Option<String>>,
     /// The newest accepted revocation lists, including the lists that were accepted before a restart.
     memory: Mutex<Memory>,
     evaluated: Mutex<Evaluated>,
 }
 
-/// The files that were evaluated last.
+/// The result of the last evaluation of the files.
 #[derive(Debug)]
 struct Evaluated {
     /// Digest of the files, or of the error that prevented reading them.
     digest: [u8; 32],
-    /// When unchanged files are evaluated again; `None` if they have no problem.
+    /// The time of the next evaluation of unchanged files; `None` if the files have no problem.
     again_at: Option<Instant>,
 }
 
-/// Whether a check of the files evaluated them.
+/// The result of a check for changed files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Look {
-    /// The files are unchanged, and either have no problem or were evaluated recently.
+    /// The files are unchanged. The files either have no problem or were evaluated recently.
     Unchanged,
     Evaluated,
 }
 
 impl Tls {
-    /// Loads the files. Any problem stops the start, with one exception: a bad revocation list is left out if its CA has another
-    /// list in the file, has a list that was accepted before the restart, or is not configured. If there is no state directory,
-    /// this function only checks the configuration, and every invalid list is an error.
+    /// Loads the files. Every problem prevents the start, except that some invalid revocation lists
+    /// are ignored. An invalid list is ignored if its CA is not configured, or if another list of
+    /// this CA is in the file or was accepted before. Without a state directory, this function only
+    /// checks the configuration, and every invalid list is an error.
     pub(super) fn load(
         settings: TlsSettings,
         clients: ClientCertificates,
@@ -169,19 +172,20 @@ impl Tls {
         self.current.load_full()
     }
 
-    /// The contents of the files, as numbers of certificates and lists.
+    /// The numbers of certificates and lists in the files.
     pub(super) fn contents(&self) -> Contents {
         self.current().contents
     }
 
-    /// Trust domains of accepted SPIFFE ids. If this set is empty, every trust domain is accepted.
+    /// Trust domains whose SPIFFE ids the broker accepts. If this set is empty, the broker accepts
+    /// every trust domain.
     pub(super) fn trust_domains(&self) -> &BTreeSet<String> {
         &self.settings.trust_domains
     }
 
-    /// Applies changed files. Open connections continue unless the trust in clients has changed. After a change of the trust in
-    /// clients, all connections receive GOAWAY, and clients that are still trusted reconnect. Files with a problem are evaluated
-    /// again once a minute.
+    /// Applies changed files. After a change of CA certificates or revocations, all open
+    /// connections receive GOAWAY, and clients that are still trusted can reconnect. Other changes
+    /// do not affect open connections. Files with a problem are evaluated again once a minute.
     pub(super) fn reload(&self) {
         self.reload_at(Instant::now());
     }
@@ -235,7 +239,8 @@ impl Tls {
         if *unstored != error
             && let Some(error) = &error
         {
-            // The newer revocation list is in use, but the broker would not know this list after a restart.
+            // The newer revocation list is in use, but after a restart, the broker could accept an
+            // older list again.
             keybroker_core::alert!(
                 ClientCrl, %error,
                 "cannot store the accepted revocation lists; after a restart, older lists would be accepted"
@@ -245,7 +250,7 @@ impl Tls {
         unstored.is_none()
     }
 
-    /// Reports the revocation lists that were left out, unless the last report was the same.
+    /// Reports the revocation lists that are not used, unless the last report was the same.
     fn report_left_out(&self) {
         let left_out = self.current().left_out();
         let mut said = held(&self.left_out);
@@ -274,7 +279,7 @@ impl Tls {
     }
 
     fn try_reload(&self, found: Found) -> Result<bool, Error> {
-        // A bad server certificate must not prevent the revocation of a client.
+        // An invalid server certificate must not prevent the revocation of a client certificate.
         let trust = found.trust?;
         let refused = match found.shown {
             Err(error) => (error, trust),
@@ -306,7 +311,7 @@ impl Tls {
         Ok(true)
     }
 
-    /// Applies changed CA certificates and revocation lists with the chain and key that are in use.
+    /// Applies changed CA certificates and revocation lists together with the chain and key in use.
     fn try_reload_trust(&self, trust: Trust) -> Result<(), Error> {
         let shown = held(&self.shown).clone();
         let next = self.build(&Files { shown, trust }, Validity::Unchecked)?;
@@ -339,7 +344,8 @@ impl Tls {
         let current = self.current();
         let trust_changed = next.trust != current.trust;
         if !trust_changed {
-            // The open connections wait for the current signal, so the next change must cancel it.
+            // The open connections wait for the current signal, so the new configuration must keep
+            // this signal for the next change.
             next.outdated = current.outdated.clone();
         }
         if let Some(lists) = &next.lists {

@@ -1,6 +1,7 @@
-//! Limits connections by principal and network. Connections without a principal may use only a part of all places, and each
-//! network may use only a part of the places for connections without a principal. The connections of one principal may use
-//! only a part of all places, too. Therefore, unauthenticated peers or a single client cannot take every place.
+//! Limits connections by principal and network. Connections without a principal may make up only a
+//! part of all connections, with a lower limit for each network. The connections of one principal
+//! may also make up only a part of all connections. Therefore, neither unauthenticated peers nor a
+//! single client can use up all connections.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -17,18 +18,18 @@ use ipnet::IpNet;
 use keybroker_broker::limits;
 use keybroker_core::{counts::Counts, metrics, principal::Principal};
 
-/// Divisor that determines how many of the places for unauthenticated connections one network may hold: an eighth.
+/// Divisor for the share of unauthenticated connections that may come from one network: an eighth.
 const NETWORK_DIVISOR: usize = 8;
-/// Minimum number of places for one network.
+/// Minimum number of unauthenticated connections that one network may have.
 const NETWORK_MIN: usize = 8;
 
-/// The number of `places` that one network may hold.
+/// Returns how many of the `places` for unauthenticated connections one network may use.
 fn per_network(places: usize) -> usize {
     (places / NETWORK_DIVISOR).max(NETWORK_MIN).min(places)
 }
 
-/// The network whose limit a peer's connections count towards: an IPv4 /24 or an IPv6 /64. `None` for a trusted proxy, whose
-/// connections carry calls of many clients.
+/// The network to which a peer's connections are assigned: an IPv4 /24 or an IPv6 /64. `None` for a
+/// trusted proxy, whose connections transport calls of many clients.
 pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr> {
     const IPV4_HOST_BITS: u32 = 8;
     let peer = peer.to_canonical();
@@ -47,7 +48,7 @@ pub(super) fn network(peer: IpAddr, trusted_proxies: &[IpNet]) -> Option<IpAddr>
     })
 }
 
-/// The places of connections, counted by principal and network.
+/// The limits on connections, and the number of connections of each principal and network.
 #[derive(Debug)]
 pub(super) struct Places {
     unauthenticated_max: usize,
@@ -59,7 +60,8 @@ pub(super) struct Places {
 #[derive(Debug, Default)]
 struct Unauthenticated {
     all: usize,
-    /// The number of entries is limited by the number of places.
+    /// The number of unauthenticated connections of each network. The map has at most one entry for
+    /// each unauthenticated connection.
     by_network: Counts<IpAddr>,
 }
 
@@ -73,7 +75,8 @@ impl Places {
         })
     }
 
-    /// Takes a place for a connection without a principal. If there is no network, only the limit for all networks applies.
+    /// Counts a connection without a principal, unless a limit is reached. If the network is
+    /// `None`, only the limit for all networks applies.
     fn of_network(self: &Arc<Self>, network: Option<IpAddr>) -> Option<Place> {
         let mut taken = lock(&self.unauthenticated);
         if taken.all >= self.unauthenticated_max {
@@ -134,12 +137,13 @@ impl Drop for Place {
     }
 }
 
-/// Why there is no place for a connection.
+/// The limit that causes the broker to refuse a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Full {
-    /// All places for unauthenticated connections, or all places of the network, are taken.
+    /// The number of unauthenticated connections, in total or from the network, has reached its
+    /// maximum.
     Unauthenticated,
-    /// The places of this principal are taken.
+    /// The principal has the maximum number of connections.
     Principal,
 }
 
@@ -153,20 +157,21 @@ impl Full {
     }
 }
 
-/// Whether a principal was authenticated on a connection, and the place that the connection holds.
+/// Whether a principal was authenticated on a connection, and the limit towards which the
+/// connection counts.
 #[derive(Debug)]
 pub(super) struct Authentication {
     places: Arc<Places>,
     place: Mutex<Option<Place>>,
     done: Arc<AtomicBool>,
-    /// Whether the peer is a trusted proxy. The connection of a trusted proxy carries calls of many principals and counts for
-    /// none of them.
+    /// Whether the peer is a trusted proxy. The connection of a trusted proxy transports calls of
+    /// many principals, and counts towards the limit of none of them.
     is_proxy: bool,
     accepts_credentials: bool,
 }
 
 impl Authentication {
-    /// Takes a place for a connection whose certificate identifies a principal.
+    /// Counts a connection whose certificate identifies a principal, unless the limit is reached.
     pub(super) fn done(places: &Arc<Places>, principal: &Principal) -> Result<Self, Full> {
         let place = places.of_principal(principal).ok_or(Full::Principal)?;
         Ok(Self {
@@ -178,8 +183,8 @@ impl Authentication {
         })
     }
 
-    /// Takes a place for a connection whose certificate identifies no principal. A connection without a network comes from a
-    /// trusted proxy.
+    /// Counts a connection whose certificate identifies no principal, unless a limit is reached. A
+    /// connection without a network comes from a trusted proxy.
     pub(super) fn pending(places: &Arc<Places>, network: Option<IpAddr>) -> Result<Self, Full> {
         let place = places.of_network(network).ok_or(Full::Unauthenticated)?;
         Ok(Self {
@@ -191,7 +196,7 @@ impl Authentication {
         })
     }
 
-    /// Disables the credentials of calls on this connection.
+    /// Stops calls on this connection from authenticating with credentials.
     #[must_use]
     pub(super) fn without_credentials(self) -> Self {
         Self {
@@ -200,7 +205,7 @@ impl Authentication {
         }
     }
 
-    /// Whether calls may authenticate with their own credentials.
+    /// Whether calls on this connection may authenticate with credentials.
     pub(super) fn accepts_credentials(&self) -> bool {
         self.accepts_credentials
     }
@@ -214,8 +219,9 @@ impl Authentication {
         Arc::clone(&self.done)
     }
 
-    /// Records that the credential of a call was accepted. The connection then counts towards the limit of this principal. If
-    /// the principal has no free place, the connection stays unauthenticated and ends soon.
+    /// Records that the credential of a call was accepted. The connection then counts towards the
+    /// limit of this principal. If the principal has reached its limit, the connection remains
+    /// unauthenticated and ends soon.
     pub(super) fn complete(&self, principal: &Principal) {
         if self.is_done() {
             return;
@@ -230,7 +236,8 @@ impl Authentication {
             }
             place
         };
-        // The lock decides which of two concurrent calls counts.
+        // If two calls authenticate concurrently, the connection counts for the call that gets this
+        // lock first.
         let mut held = lock(&self.place);
         if !self.done.swap(true, Ordering::Relaxed) {
             *held = place;
@@ -238,7 +245,7 @@ impl Authentication {
     }
 }
 
-/// Counts a connection that was refused for lack of a place.
+/// Counts a connection that was refused because of a limit.
 pub(super) fn refused(full: Full) {
     metrics::CONNECTIONS_REFUSED
         .with([full.cause()])
@@ -283,7 +290,8 @@ mod tests {
             .collect();
         assert!(Authentication::pending(&places, one).is_err());
         let elsewhere = Authentication::pending(&places, other).unwrap();
-        // An authenticated connection makes room, and so does one that ends.
+        // The number of unauthenticated connections decreases when a connection authenticates or
+        // ends.
         held[0].complete(&service("one"));
         held[0].complete(&service("two"));
         let next = Authentication::pending(&places, neighbour).unwrap();
@@ -304,7 +312,7 @@ mod tests {
             .collect();
         let full = Authentication::done(&places, &one).unwrap_err();
         assert_eq!(full, Full::Principal);
-        // A credential in a header is counted the same way.
+        // A connection with a credential in a header counts in the same way.
         let header = Authentication::pending(&places, network_of("192.0.2.1")).unwrap();
         header.complete(&one);
         assert!(!header.is_done());

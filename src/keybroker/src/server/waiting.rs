@@ -1,6 +1,7 @@
-//! Connections in their handshake, and connections to the status listener. A new connection is never refused because
-//! of the limit. If the limit is reached, the oldest waiting connection of the network with the most waiting
-//! connections is closed. A flood of silent connections from one network therefore closes its own connections.
+//! Limits the number of connections in their handshake, and of connections to the status listener.
+//! A new connection is never refused because of this limit. If the limit is reached, the oldest
+//! waiting connection of the network with the most waiting connections is closed. Therefore, a
+//! flood of silent connections from one network closes only connections of this network.
 //!
 //! Mitigation: M3 of `THREAT_MODEL.md`.
 
@@ -27,7 +28,7 @@ struct State {
 }
 
 impl Waiting {
-    /// Allows `max` waiting connections.
+    /// Creates a value that permits `max` waiting connections.
     pub(super) fn new(max: usize) -> Arc<Self> {
         Arc::new(Self {
             max: max.max(1),
@@ -35,8 +36,8 @@ impl Waiting {
         })
     }
 
-    /// Adds a waiting connection, and closes another connection if there are too many. A connection without a network
-    /// counts for no network.
+    /// Adds a waiting connection, and closes another connection if there are too many. A connection
+    /// without a network counts towards no network.
     pub(super) fn enter(self: &Arc<Self>, network: Option<IpAddr>) -> Ticket {
         let mut state = self.lock();
         let is_full = state.all.len() >= self.max;
@@ -68,8 +69,8 @@ impl Waiting {
 }
 
 impl State {
-    /// The oldest connection of the network with the most connections, or the oldest of all connections if no network
-    /// is counted.
+    /// The oldest connection of the network with the most connections. If no connection has a
+    /// network, the oldest of all connections.
     fn oldest_of_the_largest(&self) -> Option<u64> {
         let largest = self.by_network.values().max_by_key(|ids| ids.len());
         let of_network = largest.and_then(|ids| ids.first());
@@ -90,7 +91,7 @@ impl State {
     }
 }
 
-/// One waiting connection. When the ticket is dropped, the connection no longer counts as waiting.
+/// One waiting connection. Dropping the ticket removes the connection from the waiting connections.
 #[derive(Debug)]
 pub(super) struct Ticket {
     waiting: Arc<Waiting>,
@@ -100,12 +101,12 @@ pub(super) struct Ticket {
 }
 
 impl Ticket {
-    /// Completes when this connection must be closed for a newer connection.
+    /// Completes when this connection must be closed to make room for a newer connection.
     pub(super) async fn closed(&self) {
         self.closed.cancelled().await;
     }
 
-    /// Whether an older connection was closed for this connection.
+    /// Whether an older connection was closed to make room for this connection.
     pub(super) fn made_room(&self) -> bool {
         self.made_room
     }

@@ -1,5 +1,5 @@
-//! Periodic checks while the broker serves: health, TLS files, policies, and a registry that is not verified
-//! yet.
+//! Makes periodic checks while the broker serves: of the health, the TLS files, the policies, and a
+//! registry that is not verified yet.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +15,7 @@ use keybroker_policy::Policy;
 
 use super::{file_problems::FileProblems, notify, tls::Tls};
 
-/// Longest time for reading the registry and verifying it with the token.
+/// Maximum time for reading the registry and verifying it with the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
 
 const HEALTH_INTERVAL: Duration = Duration::from_millis(250);
@@ -82,7 +82,8 @@ pub(super) async fn files(
             tracing::info!("SIGHUP received; reading the TLS files and the policies again");
             notify::reloading();
         }
-        // The check runs on a blocking thread, because large revocation lists and policies take long to verify.
+        // The check runs on a blocking thread, because the verification of large revocation lists
+        // and policies takes a long time.
         let listeners = tls.clone();
         let look = move || {
             for one in &listeners {
@@ -109,7 +110,8 @@ pub(super) async fn files(
     }
 }
 
-/// Verifies the registry if the token was unavailable at the start. Retries until the verification succeeds.
+/// If the token was unavailable at the start, verifies the registry later, and retries until the
+/// verification succeeds.
 pub(super) async fn registry_once_up(
     broker: Arc<Broker>,
     token: Arc<dyn Token>,

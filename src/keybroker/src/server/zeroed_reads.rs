@@ -1,4 +1,4 @@
-//! A socket that overwrites a read buffer before reading into the buffer.
+//! A socket that overwrites a read buffer with zeros before each read.
 //!
 //! rustls decrypts a record in the read buffer and leaves the plaintext there until the next record. After processing a record,
 //! rustls reads more data, and this socket then overwrites the plaintext.

@@ -40,7 +40,8 @@ impl Verifier {
         Ok(())
     }
 
-    /// Whether a MAC verifies. The integrity key must have been passed to [`Verifier::new`] or [`Verifier::add`].
+    /// Returns whether a MAC is correct. The integrity key must have been passed to [`Verifier::new`] or
+    /// [`Verifier::add`].
     pub(crate) fn verify(
         &mut self,
         admin: &Admin,
@@ -56,8 +57,8 @@ impl Verifier {
     }
 
     /// Verifies a MAC after an ambiguous answer. Some tokens report a wrong MAC with a code that can also mean a device
-    /// error, and leave the session unusable. Therefore a valid MAC is first verified on a new session. If the session
-    /// that verified the valid MAC then returns the ambiguous code for the row's MAC, the row's MAC is wrong.
+    /// error, and leave the session unusable. Therefore a valid MAC is first verified on a new session. If this session
+    /// then returns the ambiguous code for the row's MAC, the row's MAC is wrong.
     fn verify_in_doubt(
         &mut self,
         admin: &Admin,
@@ -106,7 +107,7 @@ impl Verifier {
     }
 }
 
-/// The token's answer about a MAC.
+/// The token's answer to the verification of a MAC.
 enum Answer {
     Good,
     Wrong,

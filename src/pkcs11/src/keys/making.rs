@@ -1,4 +1,4 @@
-//! Makes a wrapping key and its integrity key, and finds out why a token refuses to make them.
+//! Makes a wrapping key and its integrity key, and determines why a token refuses to make a key.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -30,7 +30,7 @@ use super::{
     },
 };
 
-/// Modulus length of a key pair that ends with its session.
+/// Modulus length of a session key pair.
 const SESSION_PAIR_BITS: u32 = 2_048;
 /// The message for the trial MAC of a new integrity key. No row MAC is computed over this message.
 const MAC_TRIAL: &[u8] = b"keybroker trial of a new integrity key";
@@ -81,7 +81,7 @@ impl Made {
         Err(Fault::new(
             Class::Ambiguous,
             format!(
-                "the token did not remove {1} of key {0}, which this command made; remove it with the vendor's tool",
+                "the token did not remove {1} of key {0}, which this command made; remove the object with the vendor's tool",
                 self.pair.id,
                 left.join(" and ")
             ),
@@ -103,13 +103,13 @@ pub(crate) fn generate(
     make(session, modulus_bits, Lifetime::Token, terms)
 }
 
-/// Makes keys that end with the session, to find out what the token can do.
+/// Makes session keys, to test the abilities of the token.
 pub(crate) fn generate_for_session(session: &Session, terms: Terms<'_>) -> Result<Made, Refusal> {
     let made = make(session, SESSION_PAIR_BITS, Lifetime::Session, terms)?;
-    // Some tokens generate a generic secret but refuse to use it for HMAC.
+    // Some tokens generate a generic secret but refuse its use for HMAC.
     match operation::mac(session, &made.pair, MAC_TRIAL) {
         Err(fault) if depends_on_the_template(&fault) => {
-            // If the removal fails, the keys end with the session.
+            // If the removal fails, the token removes the keys when the session ends.
             let _removed = made.remove(session);
             Err(Refusal {
                 making: HmacKey::of(terms.integrity_key).map(Making::IntegrityKey),
@@ -144,10 +144,10 @@ impl fmt::Display for Making {
     }
 }
 
-/// Why no keys were made. Objects that had been made before the refusal are removed again.
+/// Reason why no keys were made. Objects that were made before the refusal are removed again.
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    /// The refused key; `None` if the failure came before the token was asked for a key.
+    /// The refused key; `None` if the failure occurred before the first request for a key.
     pub(crate) making: Option<Making>,
     pub(crate) fault: Fault,
 }
@@ -167,9 +167,9 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Makes the integrity key first, because fewer tokens can make it and because it takes less time than the RSA pair.
-/// The integrity key gets the `CKA_ID` of the RSA pair. If the token then refuses the RSA pair, the integrity key is
-/// made again with a `CKA_ID` of its own, because some tokens allow no second object with the same `CKA_ID`.
+/// Makes the integrity key first, because more tokens refuse the integrity key than the RSA pair, and because making it
+/// takes less time. The integrity key gets the `CKA_ID` of the RSA pair. If the token then refuses the RSA pair, the
+/// integrity key is made again with a separate `CKA_ID`. Some tokens do not allow two objects with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,
@@ -244,7 +244,7 @@ fn make(
         }
     }
     Err(refused_pair.unwrap_or_else(|| {
-        Fault::new(Class::Ambiguous, "no key was made, but no call failed").into()
+        Fault::new(Class::Ambiguous, "no key was made, although no call failed").into()
     }))
 }
 
@@ -256,7 +256,7 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     }
     Err(Fault::new(
         Class::Untrusted,
-        format!("the token already holds an object with the new CKA_ID {id}"),
+        format!("the token already has an object with the new CKA_ID {id}"),
     ))
 }
 
@@ -282,8 +282,8 @@ fn make_integrity_key(
     Ok(session.generate_key(&mechanism, &template)?)
 }
 
-/// Makes the public and the private object. If the token refuses the smallest template of the public key, a second
-/// attempt adds `CKA_PRIVATE`, which some tokens require for every object.
+/// Makes the public and the private object. If the token refuses the minimal template of the public key, a second
+/// attempt adds `CKA_PRIVATE`. Some tokens require this attribute for every object.
 fn make_rsa_pair(
     session: &Session,
     id: WrappingKeyId,
@@ -309,25 +309,23 @@ fn make_rsa_pair(
         .map_err(|_| refusal)
 }
 
-/// Why a token refuses to make a key, as far as attempts with other templates show it.
+/// Reason why a token refuses to make a key, according to attempts with other templates.
 #[derive(Debug)]
 pub(crate) enum Cause {
-    /// The token makes the RSA pair and an integrity key of this kind if these attributes are left out too.
+    /// The token makes the RSA pair and an integrity key of this kind if the templates also omit these attributes.
     Settings {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,
     },
-    /// The token accepts the template for a key that ends with the session. Therefore the token does not store keys, or
-    /// has no room for another key.
+    /// The token accepts the template for a session key. Therefore the token does not store keys, or has no space for
+    /// another key.
     NotTheTemplate,
-    /// The token does not make the key even if it ends with the session and all attributes that may be left out are
-    /// left out.
+    /// The token does not even make a session key without the attributes that may be omitted.
     Unknown,
 }
 
-/// Tries to make keys that end with the session, to find the settings with which the token would make the key. For each
-/// kind of integrity key and for the RSA pair, the function makes at most two attempts plus one for each attribute that
-/// may be excepted.
+/// Tries to make session keys, to find the settings with which the token would make the key. For each kind of integrity
+/// key and for the RSA pair, makes at most two attempts plus one attempt for each attribute with a possible exception.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,
@@ -349,7 +347,8 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
             }
         }
     };
-    // The attributes found so far count as excepted, so that the operator sees all refused attributes together.
+    // The attributes that were found so far count as excepted, so that the operator gets all refused attributes in one
+    // message.
     let excepted: Vec<String> = exceptions
         .iter()
         .cloned()
@@ -386,7 +385,7 @@ fn refused_of_integrity_key(
             return false;
         };
         let is_of_use = operation::mac_with(session, key, MAC_TRIAL).is_ok();
-        // If the removal fails, the key ends with the session.
+        // If the removal fails, the token removes the key when the session ends.
         let _destroyed = destroy(session, key);
         is_of_use
     })
@@ -398,7 +397,7 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
         let Ok(id) = fresh_id() else { return false };
         match make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out) {
             Ok((public, private)) => {
-                // If the removal fails, the keys end with the session.
+                // If the removal fails, the token removes the keys when the session ends.
                 let _destroyed = [destroy(session, public), destroy(session, private)];
                 true
             }
@@ -408,8 +407,8 @@ fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<E
 }
 
 /// Returns the attributes that a token refuses in a template, in addition to the attributes that are already excepted.
-/// Returns `None` if the token refuses the template even without any attribute that may be excepted. `works` tries the
-/// template without the given attributes.
+/// Returns `None` if the token refuses the template even without all attributes for which an exception is permitted.
+/// `works` tries the template without the given attributes.
 fn refused(
     template: &[Attribute],
     exceptions: &[String],

@@ -9,10 +9,10 @@ use crate::{calling, classify::Fault};
 
 use super::{Place, find_one, integrity_ids, making::destroy};
 
-/// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects,
-/// which is 0 if the token has none of them. An interrupted removal can be repeated: objects that are already gone are no error.
+/// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects, which is 0 if
+/// the token has none of them. An interrupted removal can be repeated: missing objects are not an error.
 ///
-/// The private key is removed first, because no object is secret without it. The session must be read-write.
+/// The private key is removed first, because the other objects are useless without it. The session must be read-write.
 pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {
     let own = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&own);

@@ -1,4 +1,4 @@
-//! The templates of the keys. Every usage flag is set explicitly, and all uses that are not needed are forbidden.
+//! The templates of the keys. Every usage flag is set explicitly, and every unnecessary use is forbidden.
 
 use cryptoki::{
     mechanism::{Mechanism, MechanismType, vendor_defined::VendorDefinedMechanism},
@@ -30,7 +30,7 @@ pub(crate) enum HmacKey {
 impl HmacKey {
     const ALL: [Self; 3] = [Self::GenericSecret, Self::Sha256Hmac, Self::Nshield];
 
-    /// Returns the kind that a setting selects, or `None` if the setting keeps the integrity key outside the token.
+    /// Returns the kind for a setting, or `None` if the integrity key is not on the token.
     pub(crate) fn of(setting: IntegrityKey) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.setting() == setting)
     }
@@ -44,7 +44,7 @@ impl HmacKey {
         }
     }
 
-    /// Returns all kinds, beginning with the kind of the setting.
+    /// Returns all kinds. The kind of the setting comes first.
     pub(crate) fn all_with_first(setting: IntegrityKey) -> impl Iterator<Item = Self> {
         let first = Self::of(setting);
         let others = Self::ALL.into_iter();
@@ -76,7 +76,7 @@ pub(crate) fn adapted(
     template
 }
 
-/// Whether an attribute may be excepted and its name is in `names`.
+/// Whether an exception for the attribute is permitted and `names` contains its name.
 pub(super) fn is_named(attribute: &Attribute, names: &[String]) -> bool {
     attribute_check::exceptable(attribute.attribute_type())
         .is_some_and(|exception| names.iter().any(|name| name == exception.attribute))
@@ -86,9 +86,9 @@ fn label(id: WrappingKeyId, what: &str) -> Attribute {
     Attribute::Label(format!("keybroker {what} {id}").into_bytes())
 }
 
-/// The template of the public object, with only the attributes that the standard requires (PKCS #11 v2.40, section
-/// 2.1.2), because some tokens refuse others. The uses of a public object are no risk: the public key is not a secret,
-/// and this program wraps in software.
+/// Returns the template of the public object. The template has only the attributes that the standard requires (PKCS #11
+/// v2.40, section 2.1.2), because some tokens refuse other attributes. Misuse of a public object is no risk: the public
+/// key is not secret, and the broker wraps in software.
 pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
@@ -99,7 +99,8 @@ pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attri
     ]
 }
 
-/// Sets every usage flag, because tokens set omitted flags to true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
+/// Returns the template of the private key. The template sets every usage flag, because tokens set omitted flags to
+/// true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
 pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     vec![
         Attribute::Token(true),
@@ -119,21 +120,21 @@ pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     ]
 }
 
-/// The template of an integrity key that is a generic secret.
+/// Returns the template of an integrity key that is a generic secret.
 #[cfg(test)]
 pub(crate) fn generic_secret_template(id: WrappingKeyId) -> Vec<Attribute> {
     integrity_template(HmacKey::GenericSecret, id, &ObjectId::from(id))
 }
 
-/// The template of an integrity key of this kind, with this `CKA_ID`.
+/// Returns the template of an integrity key of this kind, with this `CKA_ID`.
 pub(crate) fn integrity_template(
     kind: HmacKey,
     id: WrappingKeyId,
     object: &ObjectId,
 ) -> Vec<Attribute> {
     let key_type = match kind {
-        // SoftHSM refuses `CKK_SHA256_HMAC` for `CKM_GENERIC_SECRET_KEY_GEN`; instead of the key type, the allowed
-        // mechanisms restrict the key.
+        // SoftHSM refuses `CKK_SHA256_HMAC` for `CKM_GENERIC_SECRET_KEY_GEN`. Therefore the list of allowed mechanisms
+        // restricts the key instead of the key type.
         HmacKey::GenericSecret => KeyType::GENERIC_SECRET,
         HmacKey::Sha256Hmac | HmacKey::Nshield => KeyType::SHA256_HMAC,
     };
@@ -154,7 +155,8 @@ pub(crate) fn integrity_template(
         Attribute::Unwrap(false),
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
-        // The former name of the integrity key. The label stays, because the tokens of all releases have it.
+        // The former name of the integrity key. The label is unchanged, because the keys of all earlier releases have
+        // this label.
         label(id, "binding key"),
     ];
     // For this kind, the key type implies the length and the mechanism.
@@ -167,7 +169,7 @@ pub(crate) fn integrity_template(
     template
 }
 
-/// The mechanism that generates an integrity key of this kind.
+/// Returns the mechanism that generates an integrity key of this kind.
 pub(crate) fn integrity_mechanism(kind: HmacKey) -> Result<Mechanism<'static>, Fault> {
     match kind {
         HmacKey::GenericSecret | HmacKey::Sha256Hmac => Ok(Mechanism::GenericSecretKeyGen),

@@ -19,7 +19,8 @@ use super::{Done, Subjects, is_a_refusal};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 pub(super) const SECRET_KEY_BYTES: u64 = 32;
-/// Length of the part of a key that is derived, in bytes. The part is so short that 256 guesses find its value.
+/// Length of a key that is derived from a part of another key, in bytes. The part is so short that an attacker finds
+/// its value with 256 guesses.
 pub(super) const PART_BYTES: u64 = 1;
 /// Length of the nonce of AES-GCM, in bytes.
 const NONCE_BYTES: usize = 12;
@@ -27,7 +28,7 @@ const TAG_BITS: u64 = 128;
 /// The message that is signed.
 const MESSAGE: &[u8] = b"keybroker";
 
-/// Further objects for the tests; they end with their session. A field is `None` if the token does not make the object.
+/// Further session objects for the tests. A field is `None` if the token does not make the object.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Helpers {
     /// An AES key that is allowed to wrap.
@@ -120,7 +121,7 @@ pub(super) fn wraps(
     })
 }
 
-/// Wraps a key under the AES key with a mechanism that `cryptoki` does not have.
+/// Wraps a key under the AES key with a mechanism that `cryptoki` does not support.
 pub(super) fn wraps_with(
     on: &Subjects<'_>,
     mechanism: WrapMechanism,
@@ -146,15 +147,15 @@ pub(super) fn wraps_with_rsa_aes(on: &Subjects<'_>, key: ObjectHandle) -> Result
     })
 }
 
-/// Wraps the integrity key under an RSA public key that any program could import. The test imports the public key of
-/// the wrapping key as a session object, and wraps under this object.
+/// Wraps the integrity key under an RSA public key. Any program could import an RSA public key. The test imports the
+/// public key of the wrapping key as a session object, and wraps under this object.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
     wraps_under(on, on.helpers.rsa, on.integrity(), |wrapping, key| {
         Some(on.session.wrap_key(mechanism, wrapping, key))
     })
 }
 
-/// Whether the token does not offer the operation for any key, so that no key can leave the token in this way.
+/// Whether the token lacks the operation. No key can leave the token through a missing operation.
 fn is_not_offered(error: &Error) -> bool {
     matches!(
         error,
@@ -164,8 +165,8 @@ fn is_not_offered(error: &Error) -> bool {
     )
 }
 
-/// Wraps a key with a function that returns `None` if the call to the module cannot be made. A refusal proves something
-/// only if the token wraps a permitted key in the same way.
+/// Wraps a key with the function `wrap`, which returns `None` if the module cannot be called. A refusal is a valid
+/// result only if the token wraps a permitted key in the same way.
 fn wraps_under(
     on: &Subjects<'_>,
     wrapping: Option<ObjectHandle>,
@@ -180,7 +181,7 @@ fn wraps_under(
         match wrap(wrapping, key) {
             None => Ok(Done::NotMade),
             Some(Ok(wrapped)) if wrapped.is_empty() => Ok(Done::Nothing),
-            // The token returned the length of a result, so it would perform the operation.
+            // The token returned the length of a result, so the token would perform the operation.
             Some(Ok(_) | Err(Error::Pkcs11(RvError::BufferTooSmall, _))) => Ok(Done::It),
             Some(Err(refusal)) => Err(refusal),
         }
@@ -198,7 +199,7 @@ fn wraps_under(
     }
 }
 
-/// The mechanisms that derive a key from a part of another key.
+/// Returns the mechanisms that derive a key from a part of another key.
 pub(super) fn of_a_part() -> [Mechanism<'static>; 3] {
     let data = KeyDerivationStringData::new(MESSAGE);
     [
@@ -208,7 +209,7 @@ pub(super) fn of_a_part() -> [Mechanism<'static>; 3] {
     ]
 }
 
-/// The mechanisms that derive a key from another key and from data that the caller chooses.
+/// Returns the mechanisms that derive a key from another key and from data that the caller chooses.
 pub(super) fn with_known_data() -> [Mechanism<'static>; 3] {
     let data = KeyDerivationStringData::new(MESSAGE);
     [
@@ -222,8 +223,8 @@ pub(super) fn readable_template() -> [Attribute; 2] {
     [Attribute::Sensitive(false), Attribute::Extractable(true)]
 }
 
-/// Derives a key with each of the mechanisms, and removes the derived key. A refusal proves something only if the token
-/// derives a key from a permitted key in the same way.
+/// Derives a key with each of the mechanisms, and removes the derived key. A refusal is a valid result only if the
+/// token derives a key from a permitted key in the same way.
 pub(super) fn derives(
     on: &Subjects<'_>,
     mechanisms: &[Mechanism<'_>],
@@ -276,7 +277,7 @@ pub(super) fn derives(
     done
 }
 
-/// Removes an object that the token should have refused to make, and returns the result of the test.
+/// Removes an object that the token should not have made, and returns the result of the test.
 fn removed(on: &Subjects<'_>, object: ObjectHandle) -> Done {
     calling::next("C_DestroyObject");
     match on.session.destroy_object(object) {
@@ -285,7 +286,7 @@ fn removed(on: &Subjects<'_>, object: ObjectHandle) -> Done {
     }
 }
 
-/// OAEP with SHA-1. Every token that wraps with OAEP supports this hash function.
+/// Returns OAEP with SHA-1, because every token with OAEP supports this hash function.
 pub(super) fn oaep_sha1() -> Mechanism<'static> {
     Mechanism::RsaPkcsOaep(PkcsOaepParams::new(
         MechanismType::SHA1,
@@ -309,7 +310,7 @@ pub(super) fn copies(
 }
 
 /// Decrypts with a forbidden mechanism. A token may refuse the mechanism at the beginning or at the end of the
-/// operation. A token that reports a problem of the ciphertext has accepted the mechanism.
+/// operation. If the token reports a problem with the ciphertext, the token has accepted the mechanism.
 pub(super) fn decrypts(
     on: &Subjects<'_>,
     mechanism: &Mechanism<'_>,
@@ -368,9 +369,9 @@ pub(super) fn signs(
     Ok(Done::It)
 }
 
-/// Verifies the first bytes of a MAC. In memory, wrong bytes follow these first bytes, because opencryptoki 3.8 ignores
-/// the length and compares all 32 bytes. This defect of opencryptoki allows no forgery, because the broker always
-/// passes 32 bytes.
+/// Verifies the first bytes of a MAC. In memory, wrong bytes follow the first bytes of the MAC, because opencryptoki
+/// 3.8 ignores the length and compares all 32 bytes. This defect of opencryptoki does not allow a forgery, because the
+/// broker always passes 32 bytes.
 pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> {
     let mechanism = Mechanism::Sha256Hmac;
     let object = match &on.pair.integrity_key {
@@ -384,7 +385,7 @@ pub(super) fn verifies(on: &Subjects<'_>, length: usize) -> Result<Done, Error> 
                 Done::Nothing
             });
         }
-        // This case does not occur: the self-test has already used the integrity key.
+        // Unreachable: the self-test has already used the integrity key.
         MacKey::InWorker(None) => return Ok(Done::NotMade),
     };
     calling::next("C_Sign");

@@ -26,7 +26,8 @@ pub(crate) enum Found {
     NotMade,
     /// The token refused the operation.
     Refused(Error),
-    /// The token could not perform any operation at that time, so the test has no result.
+    /// The token could not perform any operation at the time of the test, so the test has no
+    /// result.
     NotAnswered(Error),
 }
 

@@ -1,4 +1,4 @@
-//! Tests the functions that must work, and the token's answers to invalid input.
+//! Tests the functions that the broker needs, and the token's answers to invalid input.
 
 use aws_lc_rs::{
     hmac,
@@ -87,7 +87,7 @@ impl Hash {
     }
 }
 
-/// Tests the functions that must work, with one key pair.
+/// Tests the functions that the broker needs, with one key pair.
 pub(super) fn try_all(
     session: &Session,
     pair: &KeyPair,
@@ -149,7 +149,7 @@ pub(super) fn try_all(
     Ok(())
 }
 
-/// Tests HMAC with a key whose value is known, as a session object.
+/// Tests HMAC with a known key, which is a session object.
 fn known_mac(session: &Session) -> keybroker_worker_protocol::report::Answer {
     let name = "HMAC-SHA-256 with a known key";
     let mut template = secret_template(KeyType::GENERIC_SECRET);
@@ -197,16 +197,13 @@ pub(super) fn wrong_input(
     };
     report.errors.extend([
         told("a damaged ciphertext", decrypts(&damaged, None)?),
-        told(
-            "a ciphertext that is cut short",
-            decrypts(&good[1..], None)?,
-        ),
+        told("a truncated ciphertext", decrypts(&good[1..], None)?),
         told(
             "a ciphertext that is not below the modulus",
             decrypts(&vec![0xff; good.len()], None)?,
         ),
         told(
-            "a label where there is none",
+            "an OAEP label for a ciphertext without a label",
             decrypts(&good, Some(OTHER_LABEL))?,
         ),
         told("another label", decrypts(&labelled, Some(OTHER_LABEL))?),
@@ -242,7 +239,7 @@ fn wrong_macs(
     report.errors.extend([
         told("a wrong MAC", verifies(&forged)?),
         told(
-            "31 bytes of a MAC, with the last behind them in memory",
+            "the first 31 bytes of a MAC, with the last byte next to them in memory",
             verifies(&mac[..MAC_BYTES - 1])?,
         ),
     ]);

@@ -1,4 +1,4 @@
-//! Measures how fast the token is, and whether it computes on this machine.
+//! Measures the speed of the token, and whether the token computes in this process.
 
 use std::{
     fs,
@@ -21,12 +21,12 @@ use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
 const LOOP: Duration = Duration::from_millis(300);
 const NEGATIVE_TESTS: &str = "the negative tests of a worker's start";
 const MESSAGE: [u8; 64] = [0x3c; 64];
-/// Index of the byte of a ciphertext that is changed.
+/// Index of the byte that is changed to damage a ciphertext.
 const DAMAGED_AT: usize = 40;
-/// If a thread waits at least this often per operation on average, the work is not done by this process.
+/// If a thread waits at least this often per operation on average, the token does not compute in this process.
 const WAITS_PER_OPERATION_MAX: f64 = 0.5;
 
-/// The result of one loop.
+/// The number of operations in a measurement, and how often threads waited during the operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
     /// Number of operations.
@@ -43,9 +43,9 @@ impl Counted {
         }
     }
 
-    /// Whether the operations used CPU time of this process. A thread waits for each answer of a device, of a server or
-    /// of another process; the load of this machine does not increase the number of waits. Returns `None` if no
-    /// operation was counted.
+    /// Whether the token computes in this process. A thread waits for each answer of a device, of a server or of
+    /// another process. The load of this machine does not increase the number of waits. Returns `None` if no operation
+    /// was counted.
     pub(crate) fn is_local(self) -> Option<bool> {
         let operations = u32::try_from(self.operations).ok()?;
         let waits = u32::try_from(self.waits).ok()?;
@@ -53,7 +53,7 @@ impl Counted {
     }
 }
 
-/// Returns how often this thread has waited (`voluntary_ctxt_switches`, proc(5)).
+/// Returns the number of times that this thread has waited (`voluntary_ctxt_switches`, proc(5)).
 pub(crate) fn waits_of_this_thread() -> u64 {
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     status
@@ -101,8 +101,8 @@ pub(super) fn measure(
         .rates
         .push(milliseconds("a search for all objects", began));
     let (began, cpu) = (Instant::now(), cpu_time());
-    // The negative tests are also run when a worker starts. If the token fails one of them, the token is not used, and
-    // the duration of the tests does not matter.
+    // The negative tests are also run when a worker starts. If the token fails a test, the token is not used and the
+    // duration of the tests is irrelevant.
     let tried = token.try_what_must_fail(
         settings,
         &probe.pair,
@@ -121,8 +121,8 @@ pub(super) fn measure(
     Ok(())
 }
 
-/// Measures how much the times of single operations differ, first with a valid ciphertext and then with a damaged
-/// ciphertext, each in a session of its own.
+/// Measures how much the times of single operations differ, with a valid ciphertext and with a damaged ciphertext. Each
+/// measurement has a separate session.
 fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), Fault> {
     let mut damaged = probe.self_test.wrapped().to_vec();
     damaged[DAMAGED_AT] ^= 1;
@@ -136,7 +136,7 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
         while began.elapsed() < LOOP {
             let started = Instant::now();
             let mechanism = probe.self_test.mechanism();
-            // Another part of the report contains the answers of the token.
+            // The token's answers are in another section of the report.
             let _answered = opened
                 .session
                 .decrypt(&mechanism, probe.pair.private, ciphertext);
@@ -155,8 +155,8 @@ fn spread(token: &OpenToken, probe: &Probe, report: &mut Report) -> Result<(), F
     Ok(())
 }
 
-/// The durations of the calls that open a token. These durations are measured when a token is opened, because the
-/// report cannot repeat the calls.
+/// Returns the durations of the calls that open a token. The durations were measured when the token was opened, because
+/// the report cannot repeat the calls.
 pub(super) fn of_opening(token: &OpenToken) -> impl Iterator<Item = Rate> {
     let times = token.times;
     let named = [
@@ -224,7 +224,7 @@ fn milliseconds(what: &str, began: Instant) -> Rate {
     }
 }
 
-/// Converts to milliseconds with two decimals.
+/// Converts a duration to milliseconds with two decimals.
 fn rounded(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e5).round() / 100.0
 }

@@ -1,5 +1,5 @@
-//! Re-wrap: moves key material from one wrapping key to another. The key material exists in plain only in the memory of this
-//! process, for the time of one job, and is overwritten afterwards.
+//! Re-wrap: moves key material from one wrapping key to another. The plaintext key material exists only in the memory
+//! of this process and only during the job, and is overwritten afterwards.
 //!
 //! Mitigation: M22 of `THREAT_MODEL.md`.
 
@@ -16,8 +16,8 @@ use keybroker_worker_protocol::{
 
 use super::{SessionThread, Stop};
 
-/// The public key to which a session thread last re-wrapped. A re-wrap of many rows has one target, so keeping it saves the
-/// parsing of the key for each row.
+/// The public key of the target of a session thread's last re-wrap. A run re-wraps many rows to one
+/// target, so the key is parsed only once.
 #[derive(Debug)]
 pub(super) struct Target {
     spki: Vec<u8>,
@@ -25,8 +25,8 @@ pub(super) struct Target {
 }
 
 impl SessionThread {
-    /// Verifies the MAC, decrypts, and encrypts for the new wrapping key. Returns the new wrapped bytes, followed by the new MAC if
-    /// the new wrapping key is a key of this worker.
+    /// Verifies the MAC, decrypts, and encrypts for the new wrapping key. Returns the new wrapped bytes. If this worker
+    /// has the new wrapping key, the new MAC follows the wrapped bytes.
     pub(super) fn rewrap(
         &mut self,
         job: &wire::Rewrap,
@@ -36,17 +36,17 @@ impl SessionThread {
         let from = job
             .envelope
             .as_ref()
-            .ok_or_else(|| malformed("a re-wrap without an envelope"))?;
+            .ok_or_else(|| malformed("the re-wrap has no envelope"))?;
         let target = job
             .target
             .as_ref()
-            .ok_or_else(|| malformed("a re-wrap without a target"))?;
+            .ok_or_else(|| malformed("the re-wrap has no target"))?;
         let algorithm = u8::try_from(job.new_algorithm)
             .ok()
             .and_then(Algorithm::from_number)
-            .ok_or_else(|| malformed("a re-wrap to an unknown algorithm"))?;
+            .ok_or_else(|| malformed("the algorithm of the re-wrap is unknown"))?;
         self.prepare(target, algorithm)?;
-        // Bytes that were not stored for this context never reach the RSA key.
+        // The MAC is verified first, so that the RSA key only decrypts bytes that were stored for this context.
         self.verify(&from.key_id, &from.message, &from.mac, deadline)?;
         let wrapped = {
             let material = self.decrypt(from, deadline)?;
@@ -58,7 +58,7 @@ impl SessionThread {
         }
     }
 
-    /// Makes the public key of the target ready.
+    /// Parses the public key of the target, unless it is already parsed.
     fn prepare(&mut self, target: &WireTarget, algorithm: Algorithm) -> Result<(), Stop> {
         let spki = match target {
             WireTarget::Spki(spki) => spki,
@@ -78,7 +78,8 @@ impl SessionThread {
         Ok(())
     }
 
-    /// The public key of a key of this worker, as the worker computed it from the objects on the token.
+    /// Returns the public key of one of this worker's wrapping keys. The worker computed the public
+    /// key from the objects on the token.
     fn own_spki(&self, own: &OwnKey) -> Result<&Vec<u8>, Stop> {
         let id = WrappingKeyId::from_slice(&own.key_id);
         let mut keys = self.shared.keys.iter();

@@ -16,7 +16,7 @@ use crate::{
     keys,
 };
 
-/// The same attribute with another value, if a template can contain that.
+/// The same attribute with another value, if a template can contain the other value.
 fn flipped(attribute: &Attribute) -> Option<Attribute> {
     Some(match attribute {
         Attribute::Token(v) => Attribute::Token(!v),

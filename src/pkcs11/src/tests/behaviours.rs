@@ -22,7 +22,7 @@ fn objects() -> usize {
     found.len()
 }
 
-/// An attribute that the token refuses in templates and does not let be read.
+/// An attribute that the token refuses in templates and that cannot be read.
 fn unknown(name: &str) -> String {
     format!(
         "[[attribute]]\nname = \"{name}\"\nparts = [\"private\", \"secret\"]\n\
@@ -416,7 +416,7 @@ fn a_run_that_fails_in_the_middle_leaves_nothing() {
             init();
             let (settings, faulty) = faulty(folder);
             let admin = Admin::open(&settings, &record(), &pin(USER_PIN), true).unwrap();
-            // The token makes the pair for a session, but not the one that would stay.
+            // The token makes a session key pair, but no key pair on the token.
             faulty.behave(
                 "[[rule]]\nfunction = \"C_GenerateKeyPair\"\non = { skip = 1 }\ndo = { return = \"CKR_DEVICE_MEMORY\" }\n",
             );
@@ -549,7 +549,7 @@ fn of_two_tokens_with_one_label_the_registry_says_which() {
                 assert!(fault.detail.contains("`token.serial`"), "{fault}");
                 assert!(fault.detail.contains(&twin.serial), "{fault}");
             }
-            // The registry alone must not decide which token is given the PIN.
+            // The registry alone must not determine which token gets the PIN.
             let fault = open(&["0", &twin.serial]).unwrap_err();
             assert!(
                 fault

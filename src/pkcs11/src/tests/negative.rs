@@ -1,4 +1,4 @@
-//! Tests that each negative test finds its problem, with keys and modules that allow the forbidden operation.
+//! Tests each negative test with keys and modules that allow the forbidden operation.
 
 use cryptoki::{
     mechanism::{Mechanism, MechanismType},

@@ -72,7 +72,7 @@ fn material_moves_to_another_key_with_a_new_mac() {
     );
 }
 
-/// The worker treats a public key that it was sent like the key of another token, and makes no MAC.
+/// The worker treats a public key from the front like the key of another token, and computes no MAC.
 #[test]
 fn material_is_wrapped_for_a_key_of_another_token() {
     with_softhsm(
@@ -132,7 +132,7 @@ fn a_forged_row_never_reaches_the_rsa_key() {
     });
 }
 
-/// Material that would fit no user key was not wrapped by a broker.
+/// Key material with an impossible length was not wrapped by a broker.
 #[test]
 fn material_of_a_wrong_length_and_unknown_targets_are_refused() {
     with_softhsm(

@@ -30,7 +30,7 @@ use crate::{
 
 const MESSAGE: &[u8] = b"a record at its place";
 
-/// A session thread on a token that fails on command.
+/// A session thread on a token that simulates failures.
 pub(super) struct Bench {
     pub(super) faulty: Faulty,
     token: OpenToken,
@@ -83,7 +83,7 @@ impl Bench {
         self.run(job, timeout)
     }
 
-    /// Does the same with a good or a forged MAC, and returns the duration.
+    /// Unwraps a row with a valid or a forged MAC, and returns the duration.
     fn unwrap_as(
         &mut self,
         wrapped: &[u8],
@@ -232,8 +232,8 @@ fn ambiguous_codes_are_decided_by_the_self_test() {
     );
 }
 
-/// A device refuses the operations that it has no room for with a code that also means damage. No good record is reported as
-/// damaged, the token does not count as lost, and damage is still found.
+/// An overloaded device refuses operations with a code that also means damage. No good record is reported as damaged,
+/// the token does not count as lost, and damage is still found.
 #[test]
 fn a_busy_token_is_neither_lost_nor_are_its_records_damaged() {
     const THREADS: usize = 6;
@@ -319,7 +319,7 @@ fn no_token_call_starts_after_the_deadline() {
             let mut bench = Bench::with_keys(folder, 1);
             let wrapped = bench.wrapped();
             let opened = bench.faulty.count("C_OpenSession begins");
-            // The job fails when its time is up, so no time is left for a self-test.
+            // The job fails at its deadline, so no time is left for a self-test.
             let late = Fault {
                 milliseconds: 300,
                 ..Fault::times(code::FUNCTION_FAILED, 1)

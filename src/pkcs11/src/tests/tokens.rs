@@ -32,7 +32,7 @@ fn selection_names_what_is_wrong() {
             serial: Some("1".to_owned()),
             ..settings()
         };
-        assert!(class(&both).contains("chosen twice"));
+        assert!(class(&both).contains("selected twice"));
         let no_module = Settings {
             module: folder.join("none.so"),
             ..settings()
@@ -45,7 +45,7 @@ fn selection_names_what_is_wrong() {
             module: text,
             ..settings()
         };
-        assert!(class(&no_library).contains("is not a shared library"));
+        assert!(class(&no_library).contains("the file is not a shared library"));
     });
 }
 
@@ -157,7 +157,7 @@ fn a_rejected_pin_is_not_shown_again() {
         // Another PIN has its own record.
         drop(login(USER_PIN).unwrap());
         // The operator's permission is valid for one more attempt.
-        record().allow_retry(false).unwrap();
+        record().allow_retry(false, true).unwrap();
         for _ in 0..2 {
             assert_eq!(login("000000").unwrap_err().class, Class::Pin);
         }
@@ -181,7 +181,7 @@ fn a_code_that_says_nothing_of_the_pin_is_weighed() {
             assert_eq!(class(), Class::Pin);
             assert_eq!(class(), Class::Pin);
             assert_eq!(faulty.count("C_Login begins"), 2);
-            record().allow_retry(false).unwrap();
+            record().allow_retry(false, true).unwrap();
             faulty.clear("C_Login");
             drop(login().unwrap());
             // A PIN that was accepted before may be used repeatedly.
@@ -228,7 +228,7 @@ fn the_last_try_is_left_to_the_operator() {
         }
         assert_eq!(faulty.count("C_Login begins"), 0);
         faulty.set_flags(flag::USER_PIN_FINAL_TRY);
-        record().allow_retry(true).unwrap();
+        record().allow_retry(true, true).unwrap();
         drop(login().unwrap());
         assert_eq!(login().unwrap_err().class, Class::Pin);
         assert_eq!(faulty.count("C_Login begins"), 1);

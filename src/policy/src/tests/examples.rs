@@ -1,5 +1,5 @@
-//! Tests the worked examples of `docs/policy.md`: the page shows the same text as the files, and each example does what
-//! the page says.
+//! Tests the examples of `docs/policy.md`: the page shows the same text as the files, and each
+//! example has the effect that the page describes.
 
 use super::*;
 
@@ -36,7 +36,7 @@ fn the_page_shows_the_examples_as_they_are() {
     }
 }
 
-/// The page explains every word of the vocabulary and every shipped policy.
+/// `docs/policy.md` explains every word of the vocabulary and every shipped policy.
 #[test]
 fn the_page_names_every_word_and_policy() {
     for line in vocabulary::SCHEMA.lines() {

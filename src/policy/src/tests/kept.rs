@@ -1,4 +1,4 @@
-//! Tests that a kept decision never differs from a new one.
+//! Tests that a kept decision never differs from a new decision.
 
 use proptest::prelude::*;
 
@@ -53,7 +53,7 @@ const CONDITIONS: &[(&str, bool)] = &[
         r#"principal.hasTag("groups") && principal.getTag("groups").contains("staff")"#,
         false,
     ),
-    // A text that is the name of a variable counts as this variable.
+    // A text that is equal to the name of a variable counts as a use of the variable.
     (r#"principal.name == "resource""#, false),
 ];
 
@@ -207,8 +207,8 @@ fn services() -> impl Strategy<Value = Identity> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// One set of policies decides many cases one after another, as it does in a broker, and each decision is compared with a new
-    /// one.
+    /// One set of policies decides many cases one after another, as in a broker. Each decision is
+    /// compared with a new decision.
     #[test]
     fn a_decision_is_the_same_as_a_new_one(
         rules in prop::collection::vec(

@@ -156,8 +156,8 @@ fn every_cell_has_its_answer() {
     );
 }
 
-/// The matrix shows only the result. This test checks which policy decides, for the combinations that matter most to an
-/// auditor.
+/// The matrix shows only the result. This test checks which policy decides, for the combinations
+/// that are most important to an auditor.
 #[test]
 fn a_decision_names_its_policy() {
     let (policy, principals) = (shipped(), principals());
@@ -232,10 +232,10 @@ fn a_decision_names_its_policy() {
     }
 }
 
-/// The widest permit that an operator can write changes no decision about the control plane, for any principal, except that it lets
-/// administrators destroy keys without the waiting time. The
-/// permit gives no user's key to another user, and does not let an administrator or auditor replace a user's key with a
-/// key of their own.
+/// The broadest permit policy that an operator can write changes no decision about the control
+/// plane, for any principal. The permit policy gives no user's key to another user. An
+/// administrator or auditor still cannot replace a user's key with a different key.
+/// The permit policy only lets administrators destroy wrapping keys without the waiting time.
 #[test]
 fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";

@@ -9,7 +9,7 @@ use crate::files::{FILE_BYTES_MAX, FILES_MAX};
 
 type Place = Option<(usize, usize)>;
 
-/// A bad file, the place of its problem, and words of the message.
+/// An invalid file, the place of its problem, and words of the message.
 const MISTAKES: &[(&str, Place, &str)] = &[
     (
         "permit (principal, action, resource)",
@@ -52,7 +52,7 @@ const MISTAKES: &[(&str, Place, &str)] = &[
         Some((1, 45)),
         "ipaddr",
     ),
-    // This policy would never apply, and the mistake would remain unnoticed.
+    // The policy would never apply, and the operator would not notice the mistake.
     (
         "forbid (principal is Keybroker::User, action == Keybroker::Action::\"user_key.get\", resource is Keybroker::Broker);",
         Some((1, 1)),
@@ -174,7 +174,7 @@ fn only_files_that_no_other_user_can_write_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("mine.cedar");
     fs::write(&file, "").unwrap();
-    // Files of an editor, and notes.
+    // Temporary files of an editor, and a file with notes.
     fs::write(folder.path().join(".mine.cedar.swp"), "nonsense").unwrap();
     fs::write(folder.path().join(".cedar"), "nonsense").unwrap();
     fs::write(folder.path().join("README"), "nonsense").unwrap();
@@ -216,7 +216,7 @@ fn only_files_that_no_other_user_can_write_are_read() {
     );
 }
 
-/// Kubernetes mounts a `ConfigMap` as links to a hidden directory, which is replaced as a whole.
+/// Kubernetes mounts a `ConfigMap` as links to a hidden directory, which is replaced as a unit.
 #[test]
 fn links_of_a_mounted_volume_are_followed() {
     use std::os::unix::fs::symlink;

@@ -104,7 +104,8 @@ fn a_forbid_can_rest_on_all_that_is_known_of_a_call() {
     }
 }
 
-/// A socket for IPv4 and IPv6 reports `::ffff:10.1.2.3`. A rule about 10.0.0.0/8 must apply to it.
+/// A socket for IPv4 and IPv6 reports `::ffff:10.1.2.3`. A policy about 10.0.0.0/8 must apply to
+/// this address.
 #[test]
 fn an_ipv4_peer_is_one_in_ipv6_too() {
     let rule = format!(
@@ -127,7 +128,8 @@ fn an_ipv4_peer_is_one_in_ipv6_too() {
     }
 }
 
-/// Cedar ignores a policy that it cannot evaluate. An ignored forbid would permit what it forbids.
+/// Cedar ignores a policy that it cannot evaluate. If a forbid policy were ignored, the forbidden
+/// action would be allowed.
 #[test]
 fn a_forbid_that_cannot_be_evaluated_denies() {
     let overflow = "context has authAgeSeconds && context.authAgeSeconds * 9223372036854775807 > 0";
@@ -137,8 +139,8 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
     assert_eq!(broken.errors.len(), 1);
     assert!(broken.errors[0].1.contains("overflow"), "{broken:?}");
 
-    // A forbid that cannot be evaluated also denies beside a forbid that applies: the first in order is shown, and both
-    // led to the decision.
+    // If a forbid policy applies and another cannot be evaluated, both lead to the decision, and
+    // the first is shown.
     let both = verdict(
         &format!("{forbid} @id(\"later\") forbid ({UNWRAP});"),
         |_| {},
@@ -229,7 +231,7 @@ fn without_the_shipped_permits_only_the_operators_are_there() {
         &*unwrap_of_ada(&ada(), |case| policy.evaluate(case)).policy,
         "mine"
     );
-    // The forbids are still in force.
+    // The forbid policies are still in force.
     let bob = unwrap_of_ada(&person("bob"), |case| policy.evaluate(case));
     assert_eq!(&*bob.policy, "users-own-keys-only");
 }

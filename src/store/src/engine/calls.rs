@@ -25,8 +25,9 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore, Purpose, clients::ClientChange};
 
-/// A database that answers a probe after this time is treated as unavailable. The limit is below one second, so
-/// that a caller that probes once a second receives the result in time.
+/// Time limit of a probe. If the database does not answer within this time, it counts as
+/// unavailable. The limit is below one second, so that a caller that probes once a second receives
+/// the result in time.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// Highest number of request ids that one statement removes.
@@ -48,7 +49,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let begun = Instant::now();
         let writing = self.transaction_unprobed(End::Rollback, |session, sql| {
             Box::pin(async move {
-                // No call has an empty id, so the statement changes no row.
+                // The statement changes no row, because the id of a call is never empty.
                 let nothing = vec![Value::Bytes(Vec::new())];
                 Ok(session.execute(sql.probe, nothing).await.map(drop)?)
             })
@@ -57,8 +58,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let (written, read) = tokio::join!(in_time(writing), in_time(reading));
         let written = self.lender.probe.record(Purpose::Write, begun, written);
         let read = self.lender.probe.record(Purpose::Read, begun, read);
-        // Keys can be released while records can be read, but a store that accepts no new records is not
-        // healthy.
+        // Reads are sufficient to release keys, but a store that accepts no writes is not healthy.
         written.and(read)
     }
 
@@ -122,7 +122,7 @@ impl<E: Engine> Store for EngineStore<E> {
         let skip: Value = query.from.skip.into();
         let deleted = i64::from(query.deleted);
         let limit = i64::from(query.limit);
-        // No user and no key name is empty, so empty values come before all rows.
+        // Empty values come before all rows, because users and key names are never empty.
         let (user, name) = match &query.from.after {
             Some((user, name)) => (user.as_str(), name.as_str()),
             None => ("", ""),
@@ -180,7 +180,7 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn evidence(&self, calls: &[CallId]) -> Result<Evidence, Error> {
         let calls = calls.iter().take(CHANGES_MAX);
         let mut values: Vec<Value> = calls.map(|call| (*call).into()).collect();
-        // No call has an empty id, so the empty values match nothing.
+        // Empty values match no row, because the id of a call is never empty.
         values.resize(CHANGES_MAX, Value::Bytes(Vec::new()));
         let found = self.query(E::sql().evidence, values).await?;
         let Some(row) = found.first() else {
@@ -293,6 +293,18 @@ impl<E: Engine> Store for EngineStore<E> {
     async fn places(&self) -> Result<Vec<PlaceRow>, Error> {
         let found = self.query(E::sql().places, Vec::new()).await?;
         found.iter().map(rows::place).collect()
+    }
+
+    async fn readable_places(&self) -> Result<(Vec<PlaceRow>, Vec<String>), Error> {
+        let found = self.query(E::sql().places, Vec::new()).await?;
+        let (mut places, mut damaged) = (Vec::new(), Vec::new());
+        for row in &found {
+            match rows::place(row) {
+                Ok(place) => places.push(place),
+                Err(error) => damaged.push(error.damage()),
+            }
+        }
+        Ok((places, damaged))
     }
 
     async fn add_place(&self, row: &PlaceRow) -> Result<(), Error> {

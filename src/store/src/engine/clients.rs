@@ -17,7 +17,7 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore};
 
-/// The kind of change of a client.
+/// The kind of a change: a new or an existing API client.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ClientChange {
     Insert,
@@ -31,7 +31,7 @@ impl<E: Engine> EngineStore<E> {
         limit: u32,
     ) -> Result<Vec<Result<ClientRow, DamagedClient>>, Error> {
         from.check_skipped()?;
-        // No id is empty, so an empty id comes before all rows.
+        // An empty id comes before all rows, because the id of an API client is never empty.
         let after = from.after.map_or(Value::Bytes(Vec::new()), Value::from);
         let values = vec![after, limit.into(), from.skip.into()];
         let found = self.query(E::sql().of(Table::Clients).page, values).await?;
@@ -89,8 +89,8 @@ impl<E: Engine> EngineStore<E> {
         &self,
         uses: &[(ClientId, u32, Timestamp)],
     ) -> Result<(), Error> {
-        // Keep only the latest use of each secret, and sort the rows, so that two brokers that write at the same time do not
-        // wait for each other.
+        // Keep only the latest use of each secret. Sort the rows, so that two brokers that write at
+        // the same time cannot deadlock.
         let mut latest = BTreeMap::new();
         for (client, secret, at) in uses {
             let known = latest.entry((*client.as_bytes(), *secret)).or_insert(*at);

@@ -1,9 +1,11 @@
 //! Connections that the store keeps between two uses, instead of returning them to the driver's pool.
 //!
-//! The pool tests each connection that returns: one more round trip to a server, or one more switch to the thread of an SQLite
-//! connection and back, for each call. It does not know in which state the connection was left. A [`Lease`](super::Lease) knows:
-//! it gives back only a connection whose last statement or transaction ended completely. The pool opens the connections. The
-//! store applies the pool's limits on the lifetime and the idle time of a connection.
+//! The driver's pool tests each returned connection, because the connection may be in any state.
+//! For each call, the test costs a round trip to the server, or a switch to the thread of the
+//! SQLite connection and back. The store does not need the test: a [`Lease`](super::Lease) gives
+//! back a connection only if its last statement or transaction ended completely. The pool opens the
+//! connections. The store applies the pool's limits on the lifetime and the idle time of a
+//! connection.
 
 use std::{
     collections::VecDeque,
@@ -20,7 +22,8 @@ use tokio::{
 
 use super::{Engine, Purpose, TEST_AFTER};
 
-/// The test of one connection may take one part in this number of the time that a caller waits for a connection.
+/// The test of one connection may take this fraction (1/`TEST_PART`) of the time for which a caller
+/// waits for a connection.
 const TEST_PART: u32 = 4;
 
 /// The kept connections for each purpose. Purposes that share a pool share its connections.
@@ -52,7 +55,7 @@ impl<D: Database> Connections<D> {
         }
     }
 
-    /// Closes all kept connections, and keeps none from now on.
+    /// Closes all kept connections. Connections that are given back later are closed, too.
     pub(super) fn close(&self) {
         self.reads.close();
         self.writes.close();
@@ -63,16 +66,18 @@ impl<D: Database> Connections<D> {
 #[derive(Debug)]
 pub(super) struct Kept<D: Database> {
     pool: Pool<D>,
-    /// One place for each connection of the pool. A call that has a place takes a kept connection, or one from the pool if none is
-    /// kept. So lent and kept connections together are never more than the pool may have.
+    /// One permit for each connection of the pool. A call with a permit takes a kept connection or,
+    /// if no connection is kept, opens a connection through the pool. Therefore the number of lent
+    /// and kept connections never exceeds the limit of the pool.
     places: Semaphore,
     free: Mutex<Free<D>>,
 }
 
 #[derive(Debug)]
 struct Free<D: Database> {
-    /// The first element has not been used for the longest time. It is taken first, so that every connection is used or tested
-    /// before the server closes it.
+    /// The first element is the connection that has not been used for the longest time. This
+    /// connection is taken first, so that every connection is used or tested before the server
+    /// closes the connection.
     connections: VecDeque<Held<D>>,
     is_closed: bool,
 }
@@ -94,7 +99,7 @@ impl<D: Database> Kept<D> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a connection, with its place. Waits as long as the pool would.
+    /// Takes a permit and a connection. Waits at most for the pool's `acquire_timeout`.
     pub(super) async fn take(&self) -> Result<(Held<D>, SemaphorePermit<'_>), sqlx::Error> {
         let limit = self.pool.options().get_acquire_timeout();
         let taken = if let Ok(place) = self.places.try_acquire() {
@@ -115,7 +120,8 @@ impl<D: Database> Kept<D> {
         taken.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
-    /// A connection that works: this one, another kept one, or one from the pool.
+    /// Returns a connection that works: `kept`, another kept connection, or a connection from the
+    /// pool.
     async fn working(&self, kept: Option<Held<D>>) -> Result<Held<D>, sqlx::Error> {
         let limit = self.pool.options().get_acquire_timeout() / TEST_PART;
         let mut next = kept;
@@ -126,8 +132,9 @@ impl<D: Database> Kept<D> {
             match timeout(limit, held.ping()).await {
                 Ok(Ok(())) => return Ok(held),
                 Ok(Err(_)) => {}
-                // A network that lost one connection without an error has probably lost the others too. One such test is
-                // short enough for the caller, but many are not.
+                // If the network lost this connection without an error, the network has probably
+                // lost the other connections, too. The caller has enough time for one unanswered
+                // test, but not for many.
                 Err(_) => self.drop_untested(),
             }
             next = self.pop();
@@ -181,13 +188,14 @@ impl<D: Database> Kept<D> {
     }
 }
 
-/// A connection. It is closed when it is dropped, because it may be in any state.
+/// A connection that a caller uses and that may be in any state. Therefore dropping this value
+/// closes the connection.
 #[derive(Debug)]
 pub(super) struct Held<D: Database> {
     connection: Option<PoolConnection<D>>,
-    /// When the pool opened it.
+    /// The time at which the pool opened the connection.
     opened: Instant,
-    /// When it was last given back.
+    /// The time at which the connection was last given back.
     used: Instant,
 }
 
@@ -207,7 +215,8 @@ impl<D: Database> Held<D> {
         self.used.elapsed() < TEST_AFTER
     }
 
-    /// Closes a connection that is in its initial state: the server is told. The pool limits the time that this takes.
+    /// Closes a connection that is in its initial state, and notifies the server. The pool limits
+    /// the time for closing.
     fn close(mut self) {
         if let Some(mut connection) = self.connection.take() {
             connection.close_on_drop();
@@ -269,7 +278,7 @@ mod tests {
         (Arc::new(Kept::new(&pool)), opened)
     }
 
-    /// Counts a connection as lent, also if its call is cancelled.
+    /// Counts a connection as lent, even if its call is cancelled.
     struct Lent {
         all: Arc<AtomicU32>,
         count: u32,
@@ -294,7 +303,8 @@ mod tests {
         Instant::now().checked_sub(time).unwrap()
     }
 
-    /// Waits until the pool has only this number of connections, because it closes them in tasks.
+    /// Waits until the pool has only this number of connections, because the pool closes
+    /// connections in separate tasks.
     async fn until_size(kept: &Kept<Sqlite>, size: u32) {
         for _ in 0..3_000 {
             if kept.pool.size() == size {
@@ -316,7 +326,8 @@ mod tests {
         assert_eq!(opened.load(Ordering::Relaxed), 1);
     }
 
-    /// A server closes connections that are not used for long, so all are used in turn.
+    /// A server closes connections that were not used for a long time. Therefore all connections
+    /// are used in turn.
     #[tokio::test]
     async fn the_connection_that_was_not_used_for_the_longest_time_is_taken_first() {
         let (kept, _) = kept(3);
@@ -423,7 +434,7 @@ mod tests {
                 match number % 7 {
                     // The connection is closed, because its state is unknown.
                     0 => {}
-                    // It is closed, because it is too old.
+                    // The connection is closed, because it is too old.
                     1 => {
                         held.opened = ago(LIFETIME * 2);
                         kept.give_back(held);
@@ -431,7 +442,7 @@ mod tests {
                     _ => kept.give_back(held),
                 }
             });
-            // Some callers end their calls.
+            // Some callers cancel their calls.
             if number % 11 == 0 {
                 call.abort();
             }

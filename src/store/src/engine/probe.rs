@@ -12,7 +12,7 @@ use crate::Error;
 
 use super::{OUTAGE_WAITED_OUT, Purpose};
 
-/// How long the result of a failed probe is used. The broker probes every second.
+/// Time for which the result of a failed probe is used. The broker sends a probe every second.
 const PROBE_COUNTS: Duration = Duration::from_millis(1_500);
 
 /// The results of the last probes, and the times of the last answers.
@@ -25,7 +25,7 @@ pub(super) struct Probe {
     write_leases: AtomicU32,
 }
 
-/// Counts one connection as lent until it is dropped.
+/// Counts one connection as lent until this value is dropped.
 #[derive(Debug)]
 pub(super) struct Leased<'p>(&'p AtomicU32);
 
@@ -37,10 +37,10 @@ impl Drop for Leased<'_> {
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// When the last probe failed, unless an answer arrived since.
+    /// The time of the last failed probe; `None` after an answer.
     failed: Option<Instant>,
     answered: Option<Instant>,
-    /// When calls or probes began to fail, unless an answer arrived since.
+    /// The time at which calls or probes began to fail; `None` after an answer.
     failing_since: Option<Instant>,
 }
 
@@ -60,19 +60,19 @@ impl Probe {
         }
     }
 
-    /// Counts a connection as lent for this purpose.
+    /// Counts a connection as lent for `purpose` until the returned value is dropped.
     pub(super) fn leased(&self, purpose: Purpose) -> Leased<'_> {
         let counter = self.counter(purpose);
         counter.fetch_add(1, Ordering::Relaxed);
         Leased(counter)
     }
 
-    /// The number of connections that are lent for this purpose.
+    /// The number of connections that are lent for `purpose`.
     pub(super) fn leases(&self, purpose: Purpose) -> u32 {
         self.counter(purpose).load(Ordering::Relaxed)
     }
 
-    /// Whether a call for this purpose got an answer after this moment.
+    /// Whether a call for `purpose` got an answer after `moment`.
     pub(super) fn has_answered_since(&self, purpose: Purpose, moment: Instant) -> bool {
         self.seen(purpose).answered.is_some_and(|at| at >= moment)
     }
@@ -85,15 +85,16 @@ impl Probe {
         seen.failing_since = None;
     }
 
-    /// Records that a call lost its connection, or got none.
+    /// Records that a call lost its connection or got no connection.
     pub(super) fn lost(&self, purpose: Purpose) {
         self.seen(purpose)
             .failing_since
             .get_or_insert_with(Instant::now);
     }
 
-    /// Records the result of a probe that began at this moment. A probe waits for a connection like every call. If it fails
-    /// while calls get answers, the database is busy and not unavailable.
+    /// Records the result of a probe that began at the moment `begun`. A probe waits for a
+    /// connection like every call. If a probe fails while calls get answers, the database is busy,
+    /// but not unavailable.
     pub(super) fn record<T>(
         &self,
         purpose: Purpose,
@@ -114,8 +115,8 @@ impl Probe {
         result.map(drop)
     }
 
-    /// Fails immediately if the database has just failed a probe, so that callers do not wait in a queue. During the first
-    /// [`OUTAGE_WAITED_OUT`] of an outage, callers still wait.
+    /// Fails immediately if the database has just failed a probe, so that callers do not wait in a
+    /// queue. Callers still wait while an outage is shorter than [`OUTAGE_WAITED_OUT`].
     pub(super) fn check(&self, purpose: Purpose) -> Result<(), Error> {
         let failed = self.seen(purpose).failed;
         if failed.is_some_and(|at| at.elapsed() < PROBE_COUNTS) && self.is_long_outage(purpose) {

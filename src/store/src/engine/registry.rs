@@ -16,8 +16,8 @@ use keybroker_core::{
 use super::{End, Engine, EngineStore, destruction};
 
 impl<E: Engine> EngineStore<E> {
-    /// Writes the change and the mark of the call. A row with another MAC than the expected one ends the transaction, and so does a
-    /// row that needs the key that no row may need.
+    /// Writes the change and the mark of the call. If a row does not have the expected MAC, or if a row needs the key that no
+    /// row may need, the transaction is rolled back.
     pub(super) async fn write_registry(
         &self,
         change: &RegistryChange,
@@ -28,7 +28,8 @@ impl<E: Engine> EngineStore<E> {
         self.transaction(End::CommitMarked(call), move |session, sql| {
             let change = change.clone();
             Box::pin(async move {
-                // The change concerns no record.
+                // The mark of a registry change has an empty record id, because the change affects
+                // no record.
                 let none = RecordId::from_bytes([0; ID_BYTES]);
                 let mark = rows::new_change(call, none, at);
                 expect_one(session.execute(sql.insert_change, mark).await?)?;

@@ -22,13 +22,14 @@ use keybroker_core::{
 
 use super::{End, Engine, EngineStore};
 
-/// A lease that lasts more than this many times as long as a new one was given by a clock that was wrong.
+/// Limit of a plausible lease, as a multiple of the length of a new lease. If a lease lasts longer,
+/// the clock was wrong when the lease was taken.
 pub(super) const IMPLAUSIBLE_LEASES: i64 = 6;
 
 impl<E: Engine> EngineStore<E> {
-    /// Runs one statement for each list of values and stores the mark of the call, in one transaction. `first` is the id of the first
-    /// row. Returns for each list of values whether the statement changed a row, and [`Error::State`] if the state of a key forbids its
-    /// use.
+    /// Runs one statement for each list of values and stores the mark of the call, in one
+    /// transaction. `first` is the id of the first row. For each list of values, returns whether
+    /// the statement changed a row. Returns [`Error::State`] if the state of a key forbids its use.
     async fn swap(
         &self,
         statement: &'static str,

@@ -77,8 +77,8 @@ impl<E: Engine> Tables for EngineStore<E> {
     async fn page(&self, table: Table, after: Option<&Row>, skip: u64) -> Result<Vec<Row>, Error> {
         let mut values = key_after(table, after)?;
         if let [first, _, ..] = &values[..] {
-            // Not every engine uses an index for a comparison of several columns. All engines use one for the
-            // first column alone.
+            // For a comparison of several columns, some engines do not use an index. For a
+            // comparison of only the first column, all engines use an index.
             values.insert(0, first.clone());
         }
         values.push(u64::try_from(PAGE_ROWS).unwrap_or(u64::MAX).into());

@@ -42,7 +42,7 @@ impl<E: Engine> EngineStore<E> {
         rows_at_once: usize,
         rows: &[Vec<Value>],
     ) -> Result<(), Error> {
-        // Use few statements, because each takes a round trip to the server.
+        // Use few statements, because each statement takes a round trip to the server.
         let portions: Vec<Vec<Value>> = rows
             .chunks(rows_at_once)
             .map(|portion| filled(portion, rows_at_once).flatten().cloned().collect())
@@ -60,7 +60,8 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
-/// Fills the remaining places of a statement, whose number is fixed, with the last row of a portion.
+/// Repeats the last row of a portion until the portion has `places` rows, because the statement has
+/// a fixed number of rows.
 fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
     let fill = portion.last().into_iter().cycle();
     portion.iter().chain(fill).take(places)

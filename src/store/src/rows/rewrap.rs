@@ -1,4 +1,4 @@
-//! The rows that a re-wrap reads.
+//! Decodes the rows that a re-wrap reads.
 
 use keybroker_core::{call::Timestamp, key::WrappingKeyId};
 
@@ -17,7 +17,7 @@ pub(crate) fn values_of_uses(key: WrappingKeyId) -> Vec<Value> {
     vec![key.into(), key.into(), key.into(), since.into()]
 }
 
-/// The numbers of rows that need a wrapping key.
+/// Decodes the numbers of rows that need a wrapping key.
 pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {
     let count =
         |column| -> Result<u64, Error> { Ok(u64::try_from(row.integer(column)?).unwrap_or(0)) };
@@ -28,7 +28,8 @@ pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {
     })
 }
 
-/// A row of a page of revisions. Fails only if the key of the row cannot be read, because the next page would be unknown.
+/// Decodes a row of a page of revisions. Fails only if the key of the row cannot be read, because
+/// the start of the next page depends on this key.
 pub(crate) fn row_under(row: &impl Columns) -> Result<RowUnder, Error> {
     let reader = Reader::new(Table::Revisions, row);
     let revision = reader.value("revision", row.integer("revision"))?;
@@ -49,10 +50,11 @@ fn revision_under(row: &impl Columns) -> Result<RevisionUnder, Error> {
         address: Reader::new(Table::Records, row).address()?,
         revision: revisions.revision("revision")?,
         envelope: revisions.bytes("envelope")?.to_vec(),
+        created: revisions.time("created_us")?,
     })
 }
 
-/// The run that was requested last.
+/// Decodes the run that was requested last.
 pub(crate) fn run(row: &impl Columns) -> Result<RunRow, Error> {
     let corrupt = |column: &str| Error::Corrupt(format!("rewraps.{column}").into());
     let time =
@@ -74,7 +76,7 @@ pub(crate) fn run(row: &impl Columns) -> Result<RunRow, Error> {
     })
 }
 
-/// The values of a run without its key.
+/// Returns the values of a run, without the primary key.
 pub(crate) fn run_values(run: &RunRow) -> Vec<Value> {
     let source = run.source.as_ref().map_or(&[][..], |id| id.as_bytes());
     vec![

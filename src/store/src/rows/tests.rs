@@ -88,7 +88,8 @@ fn a_row_that_is_written_is_read_as_the_same() {
     assert_eq!(client(&row).unwrap(), client_row);
 }
 
-/// The same for the registry of wrapping keys and their places on further tokens.
+/// The same test for the registry of wrapping keys and the places of wrapping keys on further
+/// tokens.
 #[test]
 fn rows_of_the_registry_come_back_as_they_were() {
     let registry_row = RegistryRow {

@@ -34,8 +34,8 @@ const HEADER: &[u8; 16] = b"SQLite format 3\0";
 
 const DIRECTORY: &str = "it must be a regular file, and its directory must exist and belong to the user that runs keybroker";
 
-/// Files next to a database: a WAL or a journal, whose content SQLite writes into the database when it opens the
-/// database, and the index of the WAL.
+/// Suffixes of the files next to a database: WAL, journal, and index of the WAL. When SQLite opens
+/// a database, it writes the content of the WAL or journal into the database.
 const SIDE_FILES: [&str; 3] = ["-wal", "-journal", "-shm"];
 
 /// Refuses a file that does not exist, or that other users can change or read.
@@ -53,7 +53,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
         let what = format!(
-            "the database {shown} has mode {mode:04o}: other users can use it; run `chmod 600 {shown}`"
+            "the database {shown} has mode {mode:04o}: other users can use the database; run `chmod 600 {shown}`"
         );
         return Err(Error::Down(what.into()));
     }
@@ -89,8 +89,8 @@ fn not_examined(path: &Path, error: io::Error) -> Error {
     Error::Down(Detail::of_file("cannot examine", path, error))
 }
 
-/// Refuses files of another user next to a database. In a directory that others can write to, a WAL of another user
-/// would replace the whole content of the database at the next start.
+/// Refuses files of another user next to a database. In a directory that other users can write to,
+/// a WAL of another user could replace the complete content of the database at the next start.
 fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
     // SQLite resolves symbolic links before it looks for the side files.
     let resolved = fs::canonicalize(path).map_err(|error| not_examined(path, error))?;
@@ -105,17 +105,18 @@ fn check_side_files(path: &Path, database_owner: u32) -> Result<(), Error> {
         };
         let (mode, owner) = (meta.mode() & 0o777, meta.uid());
         let problem = if !meta.is_file() {
-            "is not a regular file".to_owned()
+            "the path is not a regular file".to_owned()
         } else if !trusted.contains(&owner) {
-            format!("belongs to user {owner}")
+            format!("the file belongs to user {owner}")
         } else if mode & WRITABLE_BY_OTHERS != 0 {
             format!("has mode {mode:03o}")
         } else {
             continue;
         };
         let what = format!(
-            "{shown} {problem}: another user could have written this file, and SQLite would write its content into the \
-             database. If the file does not belong to the database, remove it. Then remove the write permission of other \
+            "{shown}: {problem}; another user could have written this file, and SQLite would write its content into \
+             the database. If the file does not belong to the database, remove the file. Then remove the write \
+             permission of other \
              users from the directory of the file"
         );
         return Err(Error::Down(what.into()));
@@ -129,7 +130,8 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Whether another user owns a file. Root may use any file, regardless of its owner.
+/// Whether a user other than root and `ours` owns a file. The result is always false if `ours` is
+/// root, because root may use every file.
 fn is_foreign(owner: u32, ours: u32) -> bool {
     ours != ROOT && owner != ROOT && owner != ours
 }
@@ -224,7 +226,8 @@ pub struct StoreLock {
 }
 
 impl StoreLock {
-    /// An empty lock for a database on a server, because any number of processes may use such a database.
+    /// Creates an empty lock for a database on a server, because any number of processes may use
+    /// such a database.
     pub(crate) fn not_needed() -> Self {
         Self { _file: None }
     }
@@ -239,8 +242,8 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
         .create(true)
         .truncate(false)
         .mode(0o600)
-        // Without `NOFOLLOW` and `NONBLOCK`, a FIFO would block the open, and a symbolic link would lead to another
-        // file that is overwritten below.
+        // Without `NONBLOCK`, opening a FIFO would block. Without `NOFOLLOW`, the code below could
+        // overwrite the target of a symbolic link.
         .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&lock_path)
         .map_err(|error| {
@@ -263,25 +266,27 @@ pub(crate) fn lock(path: &Path) -> Result<StoreLock, Error> {
     Ok(StoreLock { _file: Some(file) })
 }
 
-/// Checks the lock file. The process id is written into the lock file, so the lock file must not be a hard link to
-/// another file.
+/// Checks the lock file. The broker writes its process id into the lock file, so the lock file must
+/// not be a hard link to another file.
 fn check_lock(file: &File, path: &Path) -> Result<(), Error> {
     let shown = path.display();
     let meta = file.metadata().map_err(|error| not_examined(path, error))?;
     let ours = rustix::process::geteuid().as_raw();
     let problem = if !meta.is_file() {
-        "is not a regular file".to_owned()
+        "the path is not a regular file".to_owned()
     } else if meta.nlink() > 1 {
-        "has more than one hard link, and SQLite would overwrite the file".to_owned()
+        "the file has more than one hard link, and SQLite would overwrite the file".to_owned()
     } else if is_foreign(meta.uid(), ours) {
-        format!("belongs to user {}", meta.uid())
+        format!("the file belongs to user {}", meta.uid())
     } else {
         return Ok(());
     };
-    Err(Error::Down(format!("{shown} {problem}; remove it").into()))
+    Err(Error::Down(
+        format!("{shown}: {problem}; remove {shown}").into(),
+    ))
 }
 
-/// Warns about a directory in which other users can move the database while the broker is stopped.
+/// Warns if other users can move the database in its directory while the broker is stopped.
 fn note_open_directory(path: &Path) {
     if let Err(error) = trusted_file::check_above(path, PLACE) {
         tracing::warn!(
@@ -337,7 +342,8 @@ mod tests {
         }
     }
 
-    /// A file that another user puts beside the database is not written into it.
+    /// If another user creates a WAL next to the database, its content is not written into the
+    /// database.
     #[tokio::test]
     async fn a_side_file_of_another_user_is_refused() {
         let folder = tempfile::tempdir().unwrap();
@@ -376,7 +382,7 @@ mod tests {
         assert_eq!(status.current, status.newest);
     }
 
-    /// The lock file is not a way to overwrite another file of this user.
+    /// The lock file cannot be used to overwrite another file of the broker's user.
     #[tokio::test]
     async fn a_lock_that_leads_to_another_file_is_refused() {
         let folder = tempfile::tempdir().unwrap();
@@ -403,7 +409,7 @@ mod tests {
         drop(lock(&path).unwrap());
     }
 
-    /// A database is not made through a symbolic link that leads nowhere yet.
+    /// A database is not created through a symbolic link whose target does not exist.
     #[tokio::test]
     async fn a_database_is_not_made_through_a_link() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
-//! Checks whether the database is still the file that was opened, by device and inode of the file, of its WAL, of its shared
-//! memory and of their directory. SQLite continues to write to a file that was renamed or removed, and such commits are lost.
+//! Checks whether the database is still the file that was opened. The check compares device and
+//! inode of the file, of its WAL, of its shared memory and of their directory. SQLite continues to
+//! write to a file that was renamed or removed, and such commits are lost.
 
 use std::{
     fs, io,
@@ -13,7 +14,7 @@ use keybroker_core::error::chain;
 
 use crate::{Error, error::Detail};
 
-/// Why a file or directory is not the one that was opened.
+/// The reason why a file or directory is not the file or directory that was opened.
 #[derive(Debug, thiserror::Error)]
 enum Changed {
     #[error("{0} was replaced")]
@@ -22,8 +23,9 @@ enum Changed {
     Unreadable { path: PathBuf, source: io::Error },
 }
 
-/// How long a read may use the result of the last examination of the files. Open connections continue to read from the file that
-/// was opened, and each new connection is examined.
+/// Time for which a read may use the result of the last examination of the files. A short delay is
+/// acceptable: open connections continue to read from the opened file, and each new connection is
+/// examined.
 const RECENT: Duration = Duration::from_millis(50);
 
 /// The identity of one file or directory when the database was opened.
@@ -66,15 +68,15 @@ pub(super) struct Place {
 /// The last examination.
 #[derive(Debug, Default)]
 struct Last {
-    /// The time when the last examination began; absent if it found a problem.
+    /// The time at which the last examination began; absent if the examination found a problem.
     good: Option<Instant>,
-    /// The problem of the last examination, so that it is logged only once.
+    /// The problem of the last examination, so that the same problem is logged only once.
     problem: Option<String>,
 }
 
 impl Place {
-    /// The files of a database. The caller must have a connection that has already read from the database, so that the WAL
-    /// exists.
+    /// Records the identity of each file of a database. To ensure that the WAL exists, the caller
+    /// must have a connection that has already read from the database.
     pub(super) fn of(path: &Path) -> Result<Self, Error> {
         let look = || -> io::Result<Vec<Fixed>> {
             // SQLite follows symbolic links, and creates its other files next to the target.
@@ -96,7 +98,7 @@ impl Place {
         })
     }
 
-    /// Fails while any file is not the file that was opened.
+    /// Fails if a file was replaced or cannot be examined.
     pub(super) fn check(&self) -> Result<(), Error> {
         let begun = Instant::now();
         let changed = self.files.iter().find_map(|file| file.check().err());
@@ -127,8 +129,8 @@ impl Place {
         }
     }
 
-    /// Like `check`, but accepts a good result that is not older than `RECENT`, because each examination costs four system
-    /// calls.
+    /// Like `check`, but uses the result of the last examination if it found no problem and is not
+    /// older than `RECENT`. An examination needs four system calls.
     pub(super) fn check_recent(&self) -> Result<(), Error> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_recent = last.good.is_some_and(|good| good.elapsed() < RECENT);

@@ -6,31 +6,33 @@ named! {
 /// The SQL of a re-wrap.
 #[derive(Debug)]
 pub(crate) struct RewrapStatements {
-    /// Values: key three times, the last time followed by the time after which a request id was used. Returns the numbers of rows.
+    /// Parameters: key, key, key, time after which a request id was used. Returns the numbers of
+    /// rows.
     pub(crate) uses: &'static str,
-    /// Values: key, record twice, revision to start after, limit. Returns revisions with the addresses of their records.
+    /// Parameters: key, record, record, revision to start after, limit. Returns revisions with the
+    /// addresses of their records.
     pub(crate) page: &'static str,
     /// Value: key. Returns the state of the key, and locks its row until the transaction ends.
     pub(crate) key_state: &'static str,
-    /// Values: new envelope, new key, record, revision, old key, old envelope.
+    /// Parameters: new envelope, new key, record, revision, old key, old envelope.
     pub(crate) move_revision: &'static str,
-    /// Values: new MAC, new key, client, revision, old key, old MAC.
+    /// Parameters: new MAC, new key, client, revision, old key, old MAC.
     pub(crate) move_client: &'static str,
-    /// The run.
+    /// Returns the run.
     pub(crate) run: &'static str,
-    /// Values: the columns of a run in their order without the key.
+    /// Parameters: the columns of a run in their order, without the primary key.
     pub(crate) insert: &'static str,
-    /// Values: as for `insert`. The statement replaces only a run that has ended.
+    /// Parameters: the same as for `insert`. The statement replaces only a run that has ended.
     pub(crate) replace: &'static str,
-    /// Values: new state, run, old state.
+    /// Parameters: new state, run, old state.
     pub(crate) set_state: &'static str,
-    /// Values: new state, rate, run, old state.
+    /// Parameters: new state, rate, run, old state.
     pub(crate) set_state_and_rate: &'static str,
-    /// Values: holder, until, run, holder, now, time after which no lease can end.
+    /// Parameters: holder, until, run, holder, now, time after which no lease can end.
     pub(crate) hold: &'static str,
-    /// Values: document, run, holder.
+    /// Parameters: document, run, holder.
     pub(crate) note: &'static str,
-    /// Values: document, run, holder. The statement ends the run.
+    /// Parameters: document, run, holder. The statement ends the run.
     pub(crate) end: &'static str,
 }
 }
@@ -48,7 +50,7 @@ impl RewrapStatements {
             ),
             page: sql(
                 "SELECT v.record_id AS record_id, v.revision AS revision, v.envelope AS envelope, \
-                 r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \
+                 v.created_us AS created_us, r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \
                  FROM revisions v LEFT JOIN records r ON r.record_id = v.record_id \
                  WHERE v.wrapping_key_id = ? AND v.record_id >= ? AND (v.record_id > ? OR v.revision > ?) \
                  ORDER BY v.record_id, v.revision LIMIT ?",

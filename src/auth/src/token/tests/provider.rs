@@ -24,7 +24,8 @@ async fn a_pem_file_is_read_again_when_it_changes() {
     service.rotate_key();
     let new = service.user_token(ADA);
     running.refused(&new, "signature does not verify").await;
-    // Both keys, so that no access token is refused while the provider switches.
+    // The set contains both keys, so that no access token is refused while the provider changes its
+    // key.
     std::fs::write(&path, format!("{before}{}", service.pem())).unwrap();
     let verifies = async |token: &str| running.tokens.verify(token.as_bytes()).await.is_ok();
     for _ in 0..500 {
@@ -59,7 +60,7 @@ async fn a_bad_key_file_stops_the_start() {
         (
             Some("{\"keys\": [{\"kty\": \"oct\", \"k\": \"AA\"}]}"),
             "jwks_file",
-            "its type is",
+            "the key's type is",
         ),
         (
             Some("{\"keys\": [{\"kty\": \"RSA\", \"n\": \"AQAB\", \"e\": \"AQAB\"}]}"),
@@ -129,8 +130,8 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
         2,
         "calls at the same time share one fetch"
     );
-    // The new set lacks the old key, so an access token that was verified with that key is no longer accepted from
-    // memory. The set may still be an outdated copy.
+    // The new set lacks the old key, so a remembered access token that was verified with the old
+    // key is not accepted any more. The set may still be an outdated copy.
     running.postponed(&old, "none of", false).await;
 
     for n in 0..50 {
@@ -140,7 +141,7 @@ async fn a_new_key_is_fetched_once_and_random_names_do_not_hammer_the_provider()
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
 
-/// Without a `kid`, only the signature shows that the set is an old one.
+/// Without a `kid`, only the signature shows that the set is old.
 #[tokio::test]
 async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it() {
     let service = Identity::start(Options::default());
@@ -163,8 +164,8 @@ async fn a_token_without_a_kid_has_the_set_fetched_once_when_no_key_verifies_it(
     assert_eq!(service.fetches(JWKS), 2, "at most once a minute");
 }
 
-/// An access token with an invented `kid` uses up the only fetch of the minute. Valid access tokens with a new key get
-/// a retry delay, and are accepted after it.
+/// An access token with an invented `kid` uses up the only fetch of the minute. Valid access tokens
+/// with a new key get a retry delay, and are accepted after the delay.
 #[tokio::test]
 async fn an_invented_kid_does_not_have_good_tokens_rejected() {
     const REFETCH: Duration = Duration::from_secs(2);
@@ -202,7 +203,7 @@ async fn an_unknown_kid_is_not_rejected_while_the_provider_is_down() {
     running.postponed(&good, "none of", false).await;
 }
 
-/// A withdrawn key never looks like a new one, despite a restart or key ids that callers invent.
+/// A withdrawn key is never treated as a new key, despite a restart or key ids that callers invent.
 #[tokio::test]
 async fn a_withdrawn_key_stays_rejected_whatever_key_ids_callers_invent() {
     const PUBLISHED_WITHIN: Duration = Duration::from_secs(4);
@@ -249,7 +250,8 @@ async fn a_withdrawn_key_stays_rejected_whatever_key_ids_callers_invent() {
     // This access token uses up the fetch of the minute.
     restarted.postponed(&invented(0), "none of", false).await;
     restarted.refused(&older, "none of").await;
-    // A key that was withdrawn less than five minutes ago may also be one that is not published yet.
+    // A key that seems to have been withdrawn less than five minutes ago may also be a key that is
+    // not published yet.
     restarted.postponed(&recent, "none of", false).await;
     // No key can verify an access token that was issued in the future.
     let future = issued(now() + 3_600, json!({"kid": "random-1"}));
@@ -331,7 +333,7 @@ async fn a_provider_that_is_down_at_the_start_is_asked_again() {
     service.stop();
     let running = Running::with(&[settings(&service, "")], quick);
     let token = service.user_token(ADA);
-    running.undecided(&token, "no key set is known").await;
+    running.undecided(&token, "no key set is available").await;
     service.resume();
     running
         .until(|tokens| tokens.issuers[0].keys.current().is_ok())
@@ -426,7 +428,7 @@ async fn a_bad_answer_leaves_the_last_good_set() {
                 location: Some(format!("{}{JWKS}", elsewhere.url())),
                 ..Answer::default()
             },
-            "redirects are not followed",
+            "does not follow redirects",
         ),
     ];
     for (path, answer, words) in bad {

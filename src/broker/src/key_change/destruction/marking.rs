@@ -244,7 +244,8 @@ impl Broker {
         )))
     }
 
-    /// Plans the tombstone of the key. The tombstones that only the destroyed key can verify get a MAC by the key in use.
+    /// Plans the tombstone of the key. The earlier tombstones get a new MAC, too, because the destroyed key may have authenticated
+    /// them.
     async fn plan_tombstones(
         &self,
         registry: &Registry,
@@ -257,17 +258,8 @@ impl Broker {
             ..key.clone()
         };
         planner.change(key, tombstone);
-        for (row, problem) in registry.rows() {
-            let deadline = Deadline::after(MAC_TIMEOUT);
-            if row.state == WrappingKeyState::Destroyed
-                && problem.is_none()
-                && !self.is_authentic(row, &[signer], deadline).await?
-            {
-                planner.change(row, row.clone());
-            }
-        }
-        let content = |row: &RegistryRow| (signer, row.tombstone_message());
-        let mut change = self.authenticated(planner, content).await?;
+        planner.sign_tombstones(registry, key.id);
+        let mut change = self.with_macs(planner, signer).await?;
         change.unneeded = Some(key.id);
         Ok(change)
     }

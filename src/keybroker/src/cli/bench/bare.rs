@@ -1,5 +1,6 @@
-//! The bare loop: RSA-OAEP decryptions through the vendor's module, without the code of the broker. The bare loop runs in a
-//! separate process, so that its threads and its CPU time are counted separately.
+//! The bare loop: RSA-OAEP decryptions through the vendor's module, without the broker's code. The
+//! bare loop runs in a separate process, so that its threads and its CPU time are counted
+//! separately.
 
 use std::{
     path::Path,
@@ -24,13 +25,13 @@ use keybroker_worker_protocol::{ExpectedKey, PinSource};
 
 use super::cpu::CpuTime;
 
-/// Result of the bare loop.
+/// The result of the bare loop.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Bare {
     operations: u32,
     seconds: f64,
     cpu_ms: f64,
-    /// Number of times that a thread waited for something other than the CPU.
+    /// Number of voluntary context switches: a thread gave up the CPU to wait.
     waits: u32,
 }
 
@@ -64,8 +65,8 @@ impl Bare {
         f64::from(self.operations) / self.seconds
     }
 
-    /// Whether the token's work takes CPU time on this machine. If the token is a device or a server, the thread only waits for
-    /// each answer.
+    /// Whether the token's work takes CPU time on this machine. If the token is a separate device
+    /// or server, the threads of the module mostly wait for answers.
     pub(super) fn is_local(&self) -> bool {
         self.waits < self.operations.div_ceil(2)
     }
@@ -110,13 +111,13 @@ pub(super) fn ourselves(configuration: &Path) -> Result<Command, Failure> {
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
     pub(super) key: ExpectedKey,
-    /// Length of the modulus, as read from the token.
+    /// Length of the modulus in bits, read from the token.
     pub(super) rsa_bits: usize,
     /// Manufacturer and model of the token.
     pub(super) model: String,
 }
 
-/// Reads the registry and the token.
+/// Reads the properties of the active wrapping key from the registry and the token.
 pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     let registry = block_on(async {
         let store = store::open(&config.store).await?;
@@ -133,7 +134,7 @@ pub(super) fn facts(config: &Config) -> Result<Facts, Failure> {
     })
 }
 
-/// The active wrapping key, as it must be on this token according to the registry.
+/// The active wrapping key with the properties that the registry expects on this token.
 pub(super) fn active(registry: &Registry, token: &Settings) -> Result<ExpectedKey, Failure> {
     let row = registry
         .rows
@@ -151,11 +152,11 @@ pub(super) fn active(registry: &Registry, token: &Settings) -> Result<ExpectedKe
             let (id, name) = (row.id, &token.name);
             let what = format!("the active wrapping key {id} is not registered for token {name}");
             Failure::new(Exit::Untrusted, what)
-                .hint("pass `--token` with the name of a token that holds this wrapping key")
+                .hint("pass `--token` with the name of a token that has this wrapping key")
         })
 }
 
-/// Logs in to the token that holds a key.
+/// Logs in to the token that has the key.
 pub(super) fn open(config: &Config, key: &ExpectedKey) -> Result<Admin, Failure> {
     let source = match &config.token().pin_file {
         Some(path) => PinSource::File(path.clone()),

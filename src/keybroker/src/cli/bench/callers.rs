@@ -36,7 +36,8 @@ pub(super) struct Callers {
 }
 
 impl Callers {
-    /// Starts callers, which use the clients in turn. With a rate, they make this number of calls per second together.
+    /// Starts callers and distributes them over the clients. If a rate is set, all callers together
+    /// make this number of calls per second.
     pub(super) fn start(session: &Session, count: u32, rate: Option<u32>) -> Self {
         let mut callers = Self {
             tasks: JoinSet::new(),
@@ -59,12 +60,12 @@ impl Callers {
         callers
     }
 
-    /// Begins or ends the measurement. A call counts if it ended during the measurement.
+    /// Starts or ends the measurement. A call is counted if it ended during the measurement.
     pub(super) fn measure(&self, measuring: bool) {
         self.measuring.store(measuring, Ordering::Relaxed);
     }
 
-    /// The number of calls of the measurement that were answered so far.
+    /// The number of calls answered in this measurement so far.
     fn answered(&self) -> u64 {
         self.answered.load(Ordering::Relaxed)
     }
@@ -80,20 +81,20 @@ impl Callers {
     }
 }
 
-/// The time of a caller's first call, and the interval between its calls. The callers begin one after another, so that their
-/// calls are spread evenly.
+/// The time of a caller's first call, and the interval between its calls. The callers start one
+/// after another, so that their calls are spread evenly.
 fn pace(number: u32, count: u32, rate: u32) -> (tokio::time::Instant, Duration) {
     let pace = Duration::from_secs(1) * count / rate;
     (tokio::time::Instant::now() + pace * number / count, pace)
 }
 
-/// The counts of a closed loop and the calls per second that were answered.
+/// The counts of a closed loop, and the number of answered calls per second.
 pub(super) struct Throughput {
     pub(super) tally: Tally,
     pub(super) per_s: f64,
 }
 
-/// Measures the throughput of callers that never pause.
+/// Measures the throughput of callers that call without pauses.
 pub(super) async fn throughput(
     session: &Session,
     count: u32,
@@ -105,7 +106,7 @@ pub(super) async fn throughput(
     let began = Instant::now();
     callers.measure(true);
     tokio::time::sleep(duration).await;
-    // A short measurement on a busy machine may need longer for its first answer.
+    // On a busy machine, a short measurement may end before the first answer.
     while callers.answered() == 0 && began.elapsed() < session.deadline {
         tokio::time::sleep(FIRST_ANSWER_PAUSE).await;
     }
@@ -134,7 +135,8 @@ impl Caller {
         let mut tally = Tally::new();
         let mut ticks = self.pace.map(|(first, pace)| interval_at(first, pace));
         if let Some(ticks) = &mut ticks {
-            // After a late call, the next calls do not follow in a burst.
+            // After a late call, the interval prevents a burst of calls that would make up for the
+            // delay.
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         while !self.stop.load(Ordering::Relaxed) {

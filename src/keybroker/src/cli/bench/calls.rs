@@ -1,4 +1,4 @@
-//! One call of a measurement, and the count of what became of many.
+//! One call of a measurement, and the outcomes of many calls.
 
 use std::time::{Duration, Instant};
 
@@ -8,16 +8,16 @@ use crate::cli::client::refusal;
 
 use super::{latencies::Latencies, users::User};
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The key was released within the deadline, and it is the enrolled one.
+    /// The enrolled key was released before the deadline.
     InTime,
-    /// The answer came after the deadline, or there was none by then.
+    /// No answer arrived before the deadline.
     Late,
     /// The broker refused the call because of its load, or because the caller made too many calls.
     Refused,
-    /// The call failed for another reason.
+    /// The call failed for a reason other than load or its deadline.
     Failed,
 }
 
@@ -27,15 +27,15 @@ pub(super) struct Done {
     pub(super) outcome: Outcome,
     /// Time since the call was due.
     pub(super) took: Duration,
-    /// Time between the moment when the call was due and the one when it was sent.
+    /// Delay between the due time of the call and the time when the call was sent.
     pub(super) dispatch: Duration,
     pub(super) at: Instant,
-    /// Why there is no key, for the first error message.
+    /// The error of a call that did not release the key in time.
     pub(super) error: Option<String>,
 }
 
-/// Releases the key of a user. The deadline and the measured time count from the moment when the call was due. A call that
-/// could not be sent in time therefore counts like a slow one.
+/// Releases the key of a user. The deadline and the measured duration count from the time when the
+/// call was due. Therefore, a call that could not be sent in time counts as a slow call.
 pub(super) async fn unwrap(client: &Client, user: &User, due: Instant, deadline: Duration) -> Done {
     let dispatch = due.elapsed();
     let answer = client
@@ -80,15 +80,15 @@ pub(super) struct Tally {
     pub(super) late: u64,
     pub(super) refused: u64,
     pub(super) failed: u64,
-    /// The error of the first call without a key.
+    /// The error of the first call whose outcome is not [`Outcome::InTime`].
     pub(super) first_error: String,
-    /// The error of the first call that failed.
+    /// The error of the first call with the outcome [`Outcome::Failed`].
     pub(super) first_failure: String,
-    /// Times of the calls in time.
+    /// Durations of the calls with the outcome [`Outcome::InTime`].
     pub(super) answers: Latencies,
-    /// Times of the refused calls.
+    /// Durations of the refused calls.
     pub(super) refusals: Latencies,
-    /// How late the calls were sent.
+    /// Delays between the due times of the calls and the times when the calls were sent.
     pub(super) dispatch: Latencies,
 }
 
@@ -131,7 +131,7 @@ impl Tally {
         }
     }
 
-    /// Adds the calls of another count.
+    /// Adds the counts of another tally.
     pub(super) fn add(&mut self, other: &Self) {
         self.in_time += other.in_time;
         self.late += other.late;
@@ -165,7 +165,7 @@ impl Tally {
         self.late + self.refused + self.failed
     }
 
-    /// A message if calls failed for another reason than load.
+    /// An error message if calls failed for a reason other than load.
     pub(super) fn failure(&self) -> Option<String> {
         let (count, first) = (self.failed, &self.first_failure);
         (count > 0)

@@ -1,4 +1,5 @@
-//! The scenario `connections`: throughput of many active connections, and memory for each idle one.
+//! The scenario `connections`: throughput over many active connections, and memory used by each
+//! idle connection.
 
 use std::time::{Duration, Instant};
 
@@ -26,12 +27,12 @@ use super::{
 pub(super) const ACTIVE: [u32; 3] = [1, 64, 1_000];
 /// Number of idle connections.
 pub(super) const IDLE: u32 = 1_000;
-/// The number of connections with which throughputs are compared.
+/// Number of connections whose throughput is the reference for the other throughputs.
 const REFERENCE: u32 = 64;
-/// Time after the last connection was made, before the memory is read.
+/// Time between the opening of the last connection and the reading of the memory.
 const SETTLE: Duration = Duration::from_secs(2);
 
-/// What an idle connection is for.
+/// The API and the protocol of an idle connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Api {
     /// gRPC over HTTP/2, with a client certificate.
@@ -66,7 +67,8 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
         ],
         ..Results::default()
     };
-    // Each measurement has a new broker, because a process keeps memory of earlier connections for a while.
+    // Each measurement starts a new broker, because a process does not return the memory of closed
+    // connections immediately.
     for api in Api::ALL {
         bench.context.output.note(&format!(
             "measuring the memory of {idle} idle connections ({})",
@@ -130,12 +132,12 @@ fn row(
     common.into_iter().chain(fields).collect()
 }
 
-/// Opens idle connections, each of which made one call, and compares the front's memory before and after.
+/// Opens connections, makes one call on each, and compares the front's memory before and after.
 async fn idle_row(bench: &Bench<'_>, api: Api, count: u32) -> Result<Vec<Field>, Failure> {
     let mut changed = Changed::copy_of(bench)?;
     let issuer = Issuer::trusted_by(&mut changed)?;
     let broker = Served::start(bench, Some(changed)).await?;
-    // The first calls make the front allocate what it keeps.
+    // The first calls make the front allocate memory that it keeps for later calls.
     let session = Session::with(bench, broker, 1, RetryPolicy::never()).await?;
     let pid = session.broker.pid;
     let before = Memory::of(pid)?;
@@ -177,7 +179,8 @@ async fn idle_row(bench: &Bench<'_>, api: Api, count: u32) -> Result<Vec<Field>,
                         .connect(version)
                         .await
                         .map_err(|error| unanswered(&error))?;
-                    // The user has no key, and the answer says so to a user whose access token is valid.
+                    // The user in the access token has no key. Status 404 therefore proves that the
+                    // broker accepted the access token.
                     match rest.fetch(&mut open, &token?).await {
                         Ok(answer) if answer.status == 404 => Ok(open),
                         Ok(answer) => Err(unanswered(&answer.describe())),

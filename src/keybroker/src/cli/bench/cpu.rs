@@ -1,4 +1,4 @@
-//! CPU time of processes, from `/proc`.
+//! Reads the CPU time of processes from `/proc`.
 
 use std::fs;
 
@@ -13,7 +13,7 @@ const PARENT: usize = 1;
 const USER: usize = 11;
 const SYSTEM: usize = 12;
 
-/// User and system time that processes have used so far.
+/// User and system CPU time that processes have used so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct CpuTime {
     pids: Vec<u32>,
@@ -46,7 +46,8 @@ impl CpuTime {
         Ok(all)
     }
 
-    /// Whether both values are CPU times of the same processes. The time of a process that has ended is lost.
+    /// Whether both values are CPU times of the same processes. The CPU time of a process that has
+    /// ended is lost.
     pub(super) fn is_of_the_same(&self, other: &Self) -> bool {
         self.pids == other.pids
     }

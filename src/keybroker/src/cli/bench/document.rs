@@ -1,4 +1,4 @@
-//! The result of a measurement as one JSON document. `docs/performance.md` describes it.
+//! The result of a measurement as one JSON document. `docs/performance.md` describes this document.
 
 use std::time::Instant;
 
@@ -13,25 +13,26 @@ use crate::cli::{
 
 use super::{Bench, Scenario, machine::Machine};
 
-/// The version of the document's shape. A program that reads documents refuses other versions.
+/// The version of the document's format. `keybroker bench-report` rejects documents of other
+/// versions.
 pub(in crate::cli) const FORMAT: u32 = 1;
 
-/// An object of the document.
+/// A JSON object in the document.
 pub(in crate::cli) type Object = Map<String, Value>;
 
 /// One run of `keybroker bench`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::cli) struct Document {
-    /// The version of this shape: [`FORMAT`].
+    /// The version of the document's format: [`FORMAT`].
     pub(in crate::cli) format: u32,
     pub(in crate::cli) scenario: Scenario,
     /// The version of the program.
     pub(in crate::cli) version: String,
-    /// The commit of the program, if the caller named it.
+    /// The commit of the program, from `--commit`.
     pub(in crate::cli) commit: Option<String>,
     /// The start of the run, in UTC (RFC 3339).
     pub(in crate::cli) started: String,
-    /// Duration of the whole run, which includes preparations.
+    /// Duration of the complete run in seconds, with preparations.
     pub(in crate::cli) duration_s: f64,
     pub(in crate::cli) machine: Machine,
     pub(in crate::cli) token: Token,
@@ -40,10 +41,10 @@ pub(in crate::cli) struct Document {
     pub(in crate::cli) arguments: Object,
     /// The results. The fields depend on the scenario.
     pub(in crate::cli) rows: Vec<Object>,
-    /// Counts for short intervals of time, in scenarios that have them.
+    /// Counts for short intervals of time; empty in scenarios without a timeline.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(in crate::cli) timeline: Vec<Object>,
-    /// Of `steady`: the fields of the row once more, where earlier releases wrote them.
+    /// For `steady`: a copy of the row's fields at the top level, as in earlier releases.
     #[serde(flatten)]
     figures: Object,
 }
@@ -62,7 +63,7 @@ pub(super) struct Results {
     pub(super) arguments: Vec<Field>,
     pub(super) rows: Vec<Vec<Field>>,
     pub(super) timeline: Vec<Vec<Field>>,
-    /// Why the command fails although there are results.
+    /// The error message of a run that has results but failed.
     pub(super) failure: Option<String>,
 }
 
@@ -131,7 +132,7 @@ impl Document {
     }
 }
 
-/// Why a file is not a document.
+/// An error while a document is read from a file.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::cli) enum ParseError {
     /// The file is not JSON, or a field is missing or has another type.
@@ -159,22 +160,23 @@ pub(super) fn round(value: f64) -> f64 {
     (value * 10_000.0).round() / 10_000.0
 }
 
-/// A rounded number, or null.
+/// A rounded number, or null if the value is `None` or not finite.
 pub(super) fn figure(value: impl Into<Option<f64>>) -> Value {
     json!(value.into().map(round))
 }
 
-/// A count as a floating-point number. Counts beyond four thousand million, which no run reaches, are cut.
+/// A count as a floating-point number. Counts above `u32::MAX`, which no run reaches, become
+/// `u32::MAX`.
 pub(super) fn real(count: u64) -> f64 {
     f64::from(u32::try_from(count).unwrap_or(u32::MAX))
 }
 
-/// The first of several failures.
+/// Returns the first failure, if there is one.
 pub(super) fn first_failure(failures: impl IntoIterator<Item = Option<String>>) -> Option<String> {
     failures.into_iter().flatten().next()
 }
 
-/// The failure of a scenario that has no results.
+/// Returns the failure of a scenario without results.
 pub(super) fn nothing(what: &str) -> Failure {
     Failure::new(Exit::Verification, what)
 }

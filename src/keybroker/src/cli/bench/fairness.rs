@@ -1,4 +1,5 @@
-//! The scenario `fairness`: a principal with few calls, alone and beside callers of another principal that never pause.
+//! The scenario `fairness`: a principal that makes few calls, first alone and then while callers of
+//! another principal call without pauses.
 
 use keybroker_client::RetryPolicy;
 use serde_json::json;
@@ -20,10 +21,10 @@ use super::{
     session::{self, Session, connect_all},
 };
 
-/// Connections of the principal with few calls.
+/// Number of connections of the principal that makes few calls.
 pub(super) const LIGHT_CONNECTIONS: u32 = 1;
 const CALLERS: [u32; 4] = [0, 16, 250, 1_000];
-/// Calls per second of the principal with few calls.
+/// Calls per second of the principal that makes few calls.
 const RATE: u32 = 5;
 
 pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
@@ -93,7 +94,7 @@ fn check_principals(bench: &Bench<'_>, light: &Connection) -> Result<(), Failure
     let heavy = seed::principal(&bench.arguments.connection, bench.config);
     let light = seed::principal(light, bench.config).map_err(of_light)?;
     match heavy {
-        // A principal that the configuration does not know is refused by the broker later.
+        // The broker later rejects a certificate that identifies no configured principal.
         Ok(heavy) if heavy.name() == light.name() => {
             let name = light.name();
             let what = format!("--light-cert and --cert identify the same principal, {name}");
@@ -117,7 +118,8 @@ fn row(callers: u32, heavy: &Tally, light: &Offered) -> Vec<Field> {
     row
 }
 
-/// The failure of the second principal's connection, with the options of that principal.
+/// Replaces the names of options in the message of a connection failure with the names of the
+/// second principal's options.
 fn of_light(failure: Failure) -> Failure {
     let renamed = |text: &str| {
         text.replace("--cert", "--light-cert")

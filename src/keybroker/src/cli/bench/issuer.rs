@@ -1,9 +1,11 @@
 //! An issuer of access tokens for one measurement.
 //!
-//! The signing key is generated for the run and is only in the memory of this process. Only a broker that this command started,
-//! with a changed copy of the configuration, trusts it. The configuration of the operator is not changed, and the copy is removed
-//! at the end. If this process is killed, the copy may stay, but the signing key is lost, so nothing can be signed any more. The
-//! users of this issuer are in a separate tenant, so its access tokens cannot release other users' keys.
+//! The signing key is generated for the run and exists only in the memory of this process. Only a
+//! broker that this command starts with a changed copy of the configuration trusts the signing key.
+//! The operator's configuration remains unchanged, and the copy is removed at the end. If this
+//! process is killed, the copy may remain. The signing key is then lost, so no further access
+//! tokens can be signed. The users of this issuer are in a separate tenant, so its access tokens
+//! cannot release other users' keys.
 
 use std::{
     sync::Arc,
@@ -25,11 +27,11 @@ use keybroker_core::key::Tenant;
 use super::{internal, served::Changed};
 
 const NAME: &str = "keybroker-bench";
-/// The top-level domain `invalid` is reserved, so no provider has this URL.
+/// The top-level domain `invalid` is reserved, so no identity provider can have this URL.
 const ISSUER: &str = "https://keybroker-bench.invalid";
 const TENANT: &str = "keybroker-bench";
 const KEY_ID: &str = "bench";
-/// Lifetime of the access tokens in seconds: longer than a storm and its preparation.
+/// Lifetime of the access tokens in seconds: longer than a login storm and its preparation.
 const LIFETIME_S: u64 = 6 * 3_600;
 
 /// Signs access tokens. Clones share the key.
@@ -63,7 +65,7 @@ impl Issuer {
         Tenant::parse(TENANT).map_err(internal)
     }
 
-    /// An access token of a user.
+    /// Signs an access token for a user.
     pub(super) fn access_token(&self, user: &str) -> Result<String, Failure> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.map_err(internal)?.as_secs();
@@ -110,7 +112,8 @@ fn encoded(part: &Value) -> String {
     Base64UrlUnpadded::encode_string(part.to_string().as_bytes())
 }
 
-/// A listener for REST on a free port, with the certificate of the first listener that has one.
+/// A REST listener on a free port, with the server certificate of the first listener that has a
+/// certificate.
 fn rest_listener(configuration: &Table) -> Result<Table, Failure> {
     let listeners = configuration
         .get("listener")

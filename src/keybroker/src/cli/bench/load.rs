@@ -1,4 +1,5 @@
-//! The load of the scenario `steady`: a closed loop of callers, with the CPU times of front, workers and this program.
+//! The load of the scenario `steady`: a closed loop of callers, and the CPU times of the front, the
+//! workers and this program.
 
 use std::{
     net::SocketAddr,
@@ -9,17 +10,17 @@ use crate::cli::exit::{Exit, Failure};
 
 use super::{callers::Callers, calls::Tally, cpu::CpuTime, metrics::Added, session::Session};
 
-/// What to measure.
+/// The parameters of the measurement.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) callers: u32,
-    /// Maximum calls per second of all callers together.
+    /// Maximum number of calls per second, for all callers together.
     pub(super) rate: Option<u32>,
     pub(super) warm_up: Duration,
     pub(super) duration: Duration,
 }
 
-/// Result of the broker's measurement.
+/// The result of measuring the broker.
 #[derive(Debug)]
 pub(super) struct Measured {
     pub(super) channels: usize,
@@ -28,11 +29,11 @@ pub(super) struct Measured {
     pub(super) front_cpu_ms: f64,
     pub(super) worker_cpu_ms: f64,
     pub(super) load_cpu_ms: f64,
-    /// The time that the broker added to each call.
+    /// The time that the broker itself needs for each call.
     pub(super) added: Option<Added>,
 }
 
-/// The CPU times of the measured processes and the broker's histogram, at one moment.
+/// The CPU times of the measured processes and the broker's histogram at one point in time.
 struct Moment {
     at: Instant,
     front: CpuTime,

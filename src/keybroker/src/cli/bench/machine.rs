@@ -1,4 +1,4 @@
-//! The machine of a measurement.
+//! Describes the machine on which a measurement runs.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::processors;
 
-/// The facts that make figures of two machines comparable.
+/// Facts about the machine that help to compare results of different machines.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::cli) struct Machine {
     /// Model of the processor.
@@ -15,13 +15,13 @@ pub(in crate::cli) struct Machine {
     pub(in crate::cli) cores: u32,
     pub(in crate::cli) kernel: String,
     pub(in crate::cli) memory_mib: u64,
-    /// Processes that were running or ready to run, as a mean of the minute before the end of the run (load average). The run
-    /// itself is part of it.
+    /// The load average of the last minute of the run: the mean number of processes that were
+    /// running or ready to run. The load of the run itself is included.
     pub(in crate::cli) load_average: f64,
 }
 
 impl Machine {
-    /// This machine.
+    /// Returns the facts about this machine.
     pub(super) fn this() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpus = read("/proc/cpuinfo");
@@ -35,7 +35,8 @@ impl Machine {
     }
 }
 
-/// The model on x86. The kernel shows none for most processors with ARM architecture.
+/// The model name of an x86 processor. For most ARM processors, the kernel does not show a model
+/// name.
 fn cpu_model(text: &str) -> Option<String> {
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(line.split_once(':')?.1.trim().to_owned())
@@ -45,7 +46,7 @@ fn first_number(text: &str) -> Option<f64> {
     text.split(' ').next()?.parse().ok()
 }
 
-/// The value of a line `NAME: NUMBER kB`, as in several files of `/proc`.
+/// The value of a line `NAME: NUMBER kB`. Several files in `/proc` have such lines.
 pub(super) fn kib(text: &str, name: &str) -> Option<u64> {
     let line = text
         .lines()

@@ -1,4 +1,4 @@
-//! Memory of a process.
+//! Reads the memory use of a process.
 
 use std::fs;
 
@@ -6,12 +6,14 @@ use crate::cli::exit::{Exit, Failure};
 
 use super::machine::kib;
 
-/// How the memory was counted.
+/// The kernel's counter from which the memory was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Measure {
-    /// Proportional set size: pages that several processes share are divided between them.
+    /// Proportional set size: the size of each shared page is divided by the number of processes
+    /// that share the page.
     Pss,
-    /// Resident set size. Without the right to trace the broker, the kernel shows nothing better.
+    /// Resident set size. The kernel shows only this value if this process is not permitted to
+    /// trace the broker.
     Rss,
 }
 
@@ -24,7 +26,7 @@ impl Measure {
     }
 }
 
-/// The memory of a process at one moment.
+/// The memory of a process at one point in time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Memory {
     pub(super) kib: u64,

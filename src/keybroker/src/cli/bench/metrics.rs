@@ -1,5 +1,5 @@
-//! Reads a histogram of `/metrics` that shows how long the broker itself works on an unwrap, without the time in the
-//! queue and on the token.
+//! Reads a histogram from `/metrics`: the time that the broker itself needs for an unwrap, without
+//! the time in the queue and on the token.
 
 use std::{
     io::{Read as _, Write as _},
@@ -12,23 +12,24 @@ const ANSWER_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 const ADDED: &str = "keybroker_call_overhead_seconds";
 
-/// The histogram at one moment, or the difference between two moments.
+/// The histogram at one point in time, or the difference between two points in time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Added {
     seconds: f64,
     count: f64,
-    /// For each bucket, the upper bound in seconds and the number of values up to this bound. The last bucket, which
-    /// has no bound, is left out.
+    /// For each bucket, the upper bound in seconds and the number of values up to this bound. The
+    /// last bucket is left out, because it has no upper bound.
     buckets: Vec<(f64, f64)>,
 }
 
 impl Added {
-    /// Reads the histogram from the status listener. `None` if the listener does not answer; the other results do not
-    /// need the histogram.
+    /// Reads the histogram from the status listener. Returns `None` if the listener does not
+    /// answer; the other results do not need the histogram.
     pub(super) fn read(status: SocketAddr) -> Option<Self> {
         let mut stream = TcpStream::connect_timeout(&status, TIMEOUT).ok()?;
         stream.set_read_timeout(Some(TIMEOUT)).ok()?;
-        // With HTTP/1.0 the server closes the connection after the answer and does not use chunks.
+        // With HTTP/1.0, the server does not use chunked encoding, and closes the connection after
+        // the answer.
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
         let mut text = String::new();
         stream
@@ -64,7 +65,7 @@ impl Added {
 
     pub(super) fn since(self, before: &Self) -> Self {
         let then = before.buckets.iter().map(|(_, count)| *count);
-        // A histogram without calls has no buckets yet.
+        // A histogram that was read before the first call has no buckets.
         let then = then.chain(std::iter::repeat(0.0));
         let buckets = self.buckets.into_iter().zip(then);
         Self {
@@ -81,8 +82,8 @@ impl Added {
         (self.count > 0.0).then(|| self.seconds / self.count * 1_000.0)
     }
 
-    /// A quantile in milliseconds, interpolated as if values were spread evenly within a bucket. `None` if the quantile
-    /// lies above the last bound.
+    /// A quantile in milliseconds; interpolation assumes that values are spread evenly within a
+    /// bucket. Returns `None` if the quantile is above the last bound.
     pub(super) fn quantile_ms(&self, quantile: f64) -> Option<f64> {
         let rank = quantile * self.count;
         let mut below = (0.0, 0.0);

@@ -11,7 +11,7 @@ use super::{
     session::{self, Session},
 };
 
-/// Shares of the measured capacity that are offered if the caller names no rates, in percent.
+/// The default rates, in percent of the measured capacity.
 const LOADS_PERCENT: [u32; 4] = [25, 50, 75, 90];
 
 pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
@@ -60,7 +60,7 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     Ok(results)
 }
 
-/// Measures the calls per second of callers that never pause.
+/// Measures the capacity: the answered calls per second of callers that call without pauses.
 pub(super) async fn capacity(bench: &Bench<'_>, session: &Session) -> Result<f64, Failure> {
     let arguments = bench.arguments;
     bench.context.output.note("measuring the capacity");
@@ -75,13 +75,14 @@ pub(super) async fn capacity(bench: &Bench<'_>, session: &Session) -> Result<f64
     if measured.tally.answered() == 0 {
         let first = &measured.tally.first_error;
         return Err(nothing(&format!(
-            "no call was answered while the capacity was measured, and {errors} failed; the error of the first failed call: {first}"
+            "no call was answered while the capacity was measured, and {errors} calls failed; the error of the first \
+             failed call: {first}"
         )));
     }
     Ok(measured.per_s)
 }
 
-/// The fields that every row of an open loop has. The counts add up to `due`.
+/// The fields that are in every row of an open loop. The other counts add up to `due`.
 pub(super) fn counts(offered: &Offered) -> Vec<crate::cli::output::Field> {
     let tally = &offered.tally;
     vec![

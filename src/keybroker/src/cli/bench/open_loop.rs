@@ -1,5 +1,6 @@
-//! An open loop: calls start on a schedule, whatever became of earlier calls. The latency of a call counts from the moment when
-//! it was due. A slow broker therefore cannot hide its slowness by delaying later calls (coordinated omission).
+//! An open loop: calls start on a schedule and do not wait for earlier calls. The latency of a call
+//! is measured from the time when the call was due. Therefore, the results also show the delay that
+//! a slow broker causes for later calls (no coordinated omission).
 
 use std::{
     sync::Arc,
@@ -21,13 +22,15 @@ use super::{
     users::Users,
 };
 
-/// Maximum number of calls in progress. Calls that are due beyond it are counted and not sent, because this program would only
-/// measure its own memory.
+/// Maximum number of calls in progress. At the maximum, further calls are counted but not sent,
+/// because more calls in progress would exhaust the memory of this program.
 const IN_PROGRESS_MAX: usize = 65_536;
-/// Longest pause of the thread that starts calls, after which it looks whether the measurement was stopped.
+/// Maximum interval at which the thread that starts calls checks whether the measurement was
+/// stopped.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// Random numbers of the generator `SplitMix64`. A measurement with the same seed has the same schedule.
+/// The random number generator `SplitMix64`. Two measurements with the same seed have the same
+/// schedule.
 #[derive(Clone, Debug)]
 pub(super) struct Random(u64);
 
@@ -44,14 +47,15 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number that is at least 0 and less than 1.
+    /// Returns a random number that is at least 0 and less than 1.
     pub(super) fn fraction(&mut self) -> f64 {
         let bits = u32::try_from(self.next() >> 32).unwrap_or(u32::MAX);
         f64::from(bits) / (f64::from(u32::MAX) + 1.0)
     }
 }
 
-/// The due times of calls that independent callers make: the intervals are exponentially distributed (a Poisson process).
+/// The due times of calls from independent callers: a Poisson process with exponentially
+/// distributed intervals.
 #[derive(Clone, Debug)]
 pub(super) struct Arrivals {
     random: Random,
@@ -80,8 +84,9 @@ impl Iterator for Arrivals {
     }
 }
 
-/// Starts a call at each of these times after now, and passes each result to `each`. Returns the number of calls that were not
-/// started because too many were in progress.
+/// Starts a call at each of the given times, which are relative to now, and passes each result to
+/// `each`. Returns the number of calls that were not started because too many calls were in
+/// progress.
 pub(super) async fn run<T, F>(
     due: impl Iterator<Item = Duration> + Send + 'static,
     call: impl Fn(usize, Instant) -> F + Send + 'static,
@@ -93,7 +98,8 @@ where
 {
     let (results, mut received) = mpsc::unbounded_channel();
     let (runtime, places) = (Handle::current(), Arc::new(Semaphore::new(IN_PROGRESS_MAX)));
-    // A separate thread, because the timers of the runtime have a resolution of a millisecond.
+    // A separate thread starts the calls, because the runtime's timers have a resolution of only
+    // one millisecond.
     let dispatch = thread::Builder::new().spawn(move || {
         let (began, mut unsent) = (Instant::now(), 0);
         for (number, due) in due.enumerate() {
@@ -113,7 +119,8 @@ where
             let (work, results) = (call(number, due), results.clone());
             runtime.spawn(async move {
                 let result = work.await;
-                // If the measurement was stopped, the result is not needed.
+                // Sending fails only if the measurement was stopped, and then the result is not
+                // needed.
                 results.send(result).ok();
                 drop(place);
             });
@@ -129,12 +136,12 @@ where
         .map_err(|_| internal("the thread that starts the calls ended early"))
 }
 
-/// What became of the calls of an open loop.
+/// The outcomes of the calls of an open loop.
 pub(super) struct Offered {
     pub(super) tally: Tally,
-    /// Calls that were due and not sent, because too many calls were in progress.
+    /// The number of calls that were due but not sent, because too many calls were in progress.
     pub(super) unsent: u64,
-    /// Time from the beginning to the last answer.
+    /// Time from the start of the loop to the last answer, in seconds.
     pub(super) seconds: f64,
 }
 
@@ -145,7 +152,8 @@ impl Offered {
     }
 }
 
-/// Unwraps keys of random users in an open loop. The clients are used in turn. `each` sees every finished call.
+/// Unwraps keys of random users in an open loop. The calls use the clients in turn. The closure
+/// `each` receives every finished call.
 pub(super) async fn unwraps(
     clients: &[Client],
     users: &Users,
@@ -189,7 +197,7 @@ mod tests {
         assert_ne!(one, other);
         assert!((9_500..10_500).contains(&one.len()), "{}", one.len());
         assert!(one.is_sorted());
-        // Of a Poisson process, 63 % of the intervals are shorter than the mean.
+        // In a Poisson process, 63 % of the intervals are shorter than the mean.
         let mean = Duration::from_millis(1);
         let short = one
             .windows(2)
@@ -208,7 +216,7 @@ mod tests {
             move |number, _| {
                 let (first, started) = (Arc::clone(&first), Arc::clone(&started));
                 async move {
-                    // The first call ends after the last one has started.
+                    // The first call ends after the last call has started.
                     if number == 0 {
                         started.acquire_many(9).await.unwrap().forget();
                         first.add_permits(1);

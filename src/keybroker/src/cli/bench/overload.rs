@@ -1,4 +1,5 @@
-//! The scenario `overload`: an open loop of several times the capacity, with deadlines.
+//! The scenario `overload`: an open loop with several times as many calls as the broker can serve,
+//! and with deadlines.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! Checks before the measurement whether this machine and the configuration have room for its connections.
+//! Checks before a measurement whether the limits of this machine and of the configuration permit
+//! the measurement's connections.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -9,14 +10,15 @@ use crate::{
 
 use super::{Arguments, Scenario, connections, fairness, or_default, session, storm};
 
-/// File descriptors of this program that are not connections.
+/// File descriptors of this program that are not used for connections.
 const RESERVE: u64 = 64;
 
-/// Refuses a measurement that cannot work, and says what it needs.
+/// Rejects a measurement whose connections exceed a limit, and reports the limit that must be
+/// raised.
 pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failure> {
     let wanted = wanted(arguments);
     descriptors(wanted.at_once)?;
-    // Limits of another broker's configuration are not known here.
+    // With `--attach`, the configuration of the running broker is unknown.
     if arguments.attach.is_some() {
         return Ok(());
     }
@@ -35,10 +37,10 @@ pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failur
     for (name, limit, wanted) in limits {
         if limit < usize::try_from(wanted).unwrap_or(usize::MAX) {
             let what = format!(
-                "this measurement needs {wanted} connections at once, and `limits.{name}` of the configuration is {limit}"
+                "this measurement needs {wanted} concurrent connections, but `limits.{name}` of the configuration is {limit}"
             );
             return Err(Failure::new(Exit::Configuration, what).hint(format!(
-                "set `{name} = {wanted}` or more in [limits], or measure fewer connections"
+                "set `{name} = {wanted}` or more in [limits], or measure with fewer connections"
             )));
         }
     }
@@ -48,11 +50,11 @@ pub(super) fn check(arguments: &Arguments, config: &Config) -> Result<(), Failur
 /// Numbers of connections.
 #[derive(Clone, Copy, Debug)]
 struct Wanted {
-    /// Connections that are open at the same time.
+    /// Number of connections that are open at the same time.
     at_once: u64,
-    /// Connections that the configuration has to permit.
+    /// Number of connections that the configuration has to permit.
     in_configuration: u64,
-    /// Connections of one principal among them.
+    /// Maximum number of connections of one principal that the configuration has to permit.
     of_one_principal: u64,
 }
 
@@ -68,15 +70,16 @@ fn wanted(arguments: &Arguments) -> Wanted {
             let active = or_default(&arguments.connections, &connections::ACTIVE);
             let active = active.into_iter().max().unwrap_or_default();
             let idle = arguments.idle.unwrap_or(connections::IDLE);
-            // One more connection enrols the users.
+            // One more connection is used to enrol the users.
             all(u64::from(active.max(idle)) + 1)
         }
-        // One connection is that of the other principal.
+        // One connection belongs to the principal that makes few calls.
         Scenario::Fairness => Wanted {
             of_one_principal: shared,
             ..all(shared + u64::from(fairness::LIGHT_CONNECTIONS))
         },
-        // A broker that closes connections in a storm is a result and not an obstacle.
+        // For a storm, the configured limits are not checked, because the results show whether the
+        // broker closed connections.
         Scenario::Storm => Wanted {
             in_configuration: 1,
             of_one_principal: 1,
@@ -86,11 +89,12 @@ fn wanted(arguments: &Arguments) -> Wanted {
     }
 }
 
-/// Raises the limit of file descriptors as far as needed and possible.
+/// Raises this process's limit of file descriptors if necessary, and fails if the hard limit is too
+/// low.
 fn descriptors(connections: u64) -> Result<(), Failure> {
     let needed = connections + RESERVE;
     let limit = getrlimit(Resource::Nofile);
-    // `None` is no limit.
+    // `None` means that there is no limit.
     let suffices = |limit: Option<u64>| limit.is_none_or(|limit| limit >= needed);
     if suffices(limit.current) {
         return Ok(());
@@ -104,10 +108,11 @@ fn descriptors(connections: u64) -> Result<(), Failure> {
     }
     let maximum = limit.maximum.unwrap_or_default();
     let what = format!(
-        "this measurement opens {connections} connections at once and needs {needed} file descriptors, but the limit is {maximum}"
+        "this measurement opens {connections} concurrent connections and needs {needed} file descriptors, but the \
+         limit is {maximum}"
     );
     Err(Failure::new(Exit::Usage, what).hint(format!(
-        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure fewer connections"
+        "raise the hard limit (`ulimit -Hn {needed}` as root), or measure with fewer connections"
     )))
 }
 

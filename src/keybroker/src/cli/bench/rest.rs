@@ -1,4 +1,4 @@
-//! Requests to the REST API as a Bitwarden client sends them, on connections that the caller controls.
+//! Sends the same REST requests as a Bitwarden client, on connections that the caller controls.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -49,19 +49,20 @@ pub(super) enum Connection {
     Http2(http2::SendRequest<Empty<Bytes>>),
 }
 
-/// An answer, read to its end.
+/// An answer whose body was read completely.
 pub(super) struct Answer {
     pub(super) status: u16,
     body: Option<Value>,
 }
 
 impl Rest {
-    /// The listener that was added to the configuration last.
+    /// Uses the last listener of the broker's configuration, because the REST listener was added
+    /// last.
     pub(super) fn of(bench: &Bench<'_>, broker: &Served) -> Result<Self, Failure> {
         let address = broker.listeners.last().copied();
         let address = address.ok_or_else(|| internal("the broker has no REST listener"))?;
         let endpoint: Uri = broker.endpoint.parse().map_err(internal)?;
-        // The listener has the certificate of the gRPC listener.
+        // The REST listener uses the certificate of the gRPC listener.
         let host = endpoint.host().unwrap_or_default();
         let host = host
             .trim_start_matches('[')
@@ -77,7 +78,7 @@ impl Rest {
                 .with_root_certificates(roots.clone())
                 .with_no_client_auth();
             config.alpn_protocols = vec![protocol.to_vec()];
-            // Every connection makes a whole handshake.
+            // Every connection makes a full TLS handshake.
             config.resumption = Resumption::disabled();
             TlsConnector::from(Arc::new(config))
         };
@@ -92,7 +93,7 @@ impl Rest {
         })))
     }
 
-    /// Opens a connection. The error is a short text, so that equal errors can be counted.
+    /// Opens a connection. An error is a short text, so that equal errors can be counted together.
     pub(super) async fn connect(&self, version: Version) -> Result<Connection, String> {
         let target = &self.0;
         let stream = TcpStream::connect(target.address).await;
@@ -109,7 +110,7 @@ impl Rest {
         connection(stream, version).await
     }
 
-    /// Asks for the key of the user in the access token.
+    /// Requests the key of the user that the access token identifies.
     pub(super) async fn fetch(
         &self,
         connection: &mut Connection,
@@ -150,7 +151,8 @@ impl Rest {
 async fn connection(stream: TlsStream<TcpStream>, version: Version) -> Result<Connection, String> {
     let io = TokioIo::new(stream);
     let ended = |error: hyper::Error| format!("no HTTP connection: {}", root_cause(&error));
-    // A task drives each connection. It ends when the sender is dropped or the broker closes the connection.
+    // A separate task drives each connection. The task ends when the sender is dropped or the
+    // broker closes the connection.
     match version {
         Version::Http1 => {
             let (sender, driver) = http1::handshake(io).await.map_err(ended)?;
@@ -173,7 +175,7 @@ impl Answer {
         self.body.as_ref()?.get("key")?.as_str()
     }
 
-    /// The status and the broker's reason.
+    /// The HTTP status and the broker's reason.
     pub(super) fn describe(&self) -> String {
         let reason = self.body.as_ref().and_then(|body| body.get("reason"));
         let reason = reason.and_then(Value::as_str).unwrap_or("no reason");

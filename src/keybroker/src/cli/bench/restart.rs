@@ -1,4 +1,5 @@
-//! The scenario `restart`: the broker is stopped with SIGTERM and started again, while a client calls that follows the retry rule.
+//! The scenario `restart`: the broker is stopped with SIGTERM and started again, while a client
+//! that follows the retry rule makes calls.
 
 use std::{
     collections::BTreeMap,
@@ -45,7 +46,8 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
         .output
         .note(&format!("measuring {restarts} restarts"));
     let began = Instant::now();
-    // The restarts are spread over the measurement, so that the calls before and after each of them are seen.
+    // The restarts are spread over the measurement, so that the timeline shows calls before and
+    // after each restart.
     let pause = arguments.duration() / (restarts + 1);
     let (ended, calls_ended) = oneshot::channel::<()>();
     let restarting = async {
@@ -55,7 +57,7 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
             tokio::time::sleep_until(due.into()).await;
             times.push(broker.restart().await?);
         }
-        // The broker stays until the last call has its answer.
+        // The broker must run until the last call is answered.
         calls_ended.await.map_err(internal)?;
         Ok::<_, Failure>(times)
     };
@@ -100,7 +102,7 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     })
 }
 
-/// The calls that ended in each interval, and the times of answers.
+/// The calls that ended in each interval, and the times of the answers.
 struct Timeline {
     began: Instant,
     answers: Vec<Instant>,
@@ -126,14 +128,14 @@ impl Timeline {
         self.intervals.entry(interval).or_default()[usize::from(!is_answer)] += 1;
     }
 
-    /// The longest time between two answers.
+    /// The longest time between two consecutive answers, in milliseconds.
     fn longest_gap_ms(&mut self) -> Option<f64> {
         self.answers.sort_unstable();
         let gaps = self.answers.windows(2).map(|pair| pair[1] - pair[0]);
         gaps.max().map(|gap| gap.as_secs_f64() * 1_000.0)
     }
 
-    /// All intervals from the first to the last, which includes those without an answer.
+    /// All intervals from the first to the last, including intervals without an answer.
     fn rows(&self) -> Vec<Vec<Field>> {
         let last = self.intervals.last_key_value();
         let intervals = last.map_or(0..0, |(last, _)| 0..*last + 1);

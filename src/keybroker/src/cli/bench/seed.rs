@@ -1,6 +1,6 @@
-//! Fills a database with records, bypassing the broker. The keys are wrapped, and the rows have row MACs, as if the broker had
-//! written them, so the broker can release these keys. Each transaction writes hundreds of rows, because a million single
-//! transactions would take hours.
+//! Fills a database with records, bypassing the broker. The broker can release the keys, because
+//! they are wrapped and their rows have row MACs. Each transaction writes hundreds of rows, because
+//! a million transactions with one row each would take hours.
 
 use std::{
     ops::Range,
@@ -42,7 +42,7 @@ use super::{bare, users::Users};
 /// Records per transaction. A transaction of this size ends long before the timeout of a statement.
 const BATCH: u32 = 500;
 
-/// The principal that the certificate of a connection identifies.
+/// The principal that the client certificate of a connection identifies.
 pub(super) fn principal(
     connection: &Connection,
     config: &Config,
@@ -52,13 +52,13 @@ pub(super) fn principal(
     Ok(known.certificate(Some(&connection.certificate()?))?)
 }
 
-/// The tenant of the principal that the client certificate of the load identifies. The broker looks for the records in this
-/// tenant.
+/// The tenant of the principal that the benchmark's client certificate identifies. The broker looks
+/// for the records in this tenant.
 pub(super) fn tenant(connection: &Connection, config: &Config) -> Result<Tenant, Failure> {
     Ok(principal(connection, config)?.tenant().clone())
 }
 
-/// Creates a record for every user that has none.
+/// Creates a record for every user without a record.
 pub(super) fn seed(
     context: &Context,
     config: &Config,
@@ -96,7 +96,7 @@ struct Seed {
     store: Arc<dyn Store>,
     tenant: Tenant,
     users: Users,
-    /// The first user that no thread has taken yet.
+    /// The number of the first user that is not assigned to a thread yet.
     next: AtomicU32,
     progress: Progress,
     added: Arc<Tally>,
@@ -115,13 +115,15 @@ impl Seed {
                 let (runtime, seed) = (runtime.clone(), Arc::clone(&seed));
                 thread::spawn(move || {
                     let worked = seed.work(&wrapper, &runtime);
-                    // If this thread has failed, the other threads stop after their current batch.
+                    // After a failure of this thread, the other threads stop after their current
+                    // batch.
                     seed.next.store(seed.users.count(), Ordering::Relaxed);
                     worked
                 })
             })
             .collect();
-        // Joins every thread, also after a failure, because all threads must end before the token is closed.
+        // Joins every thread even after a failure, because all threads must end before the token is
+        // closed.
         let ended: Vec<_> = threads
             .into_iter()
             .map(|thread| thread.join().expect("the threads of the seed do not panic"))
@@ -142,8 +144,9 @@ impl Seed {
         }
     }
 
-    /// Writes one batch. A batch is written in one transaction, so if the last record of a batch exists, all its records exist.
-    /// Runs that enrolled users through the broker may have left single records.
+    /// Writes one batch. Each batch is written in one transaction, so if the last record of a batch
+    /// exists, all records of this batch exist. Earlier runs that enrolled users through the broker
+    /// may have left records of single users.
     async fn batch(&self, wrapper: &Wrapper, numbers: Range<u32>) -> Result<(), Failure> {
         if self.is_there(numbers.end - 1).await? {
             return Ok(());

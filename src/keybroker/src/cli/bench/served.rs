@@ -25,7 +25,7 @@ use crate::{
 
 use super::{Bench, bare, internal};
 
-/// Longest wait for the broker to open its listeners, and for its end.
+/// Maximum wait for the broker to open its listeners, and for the broker to exit.
 const START_TIMEOUT: Duration = Duration::from_mins(1);
 const START_PAUSE: Duration = Duration::from_millis(50);
 const STOP_PAUSE: Duration = Duration::from_millis(5);
@@ -34,12 +34,13 @@ pub(super) struct Served {
     pub(super) pid: u32,
     pub(super) endpoint: String,
     pub(super) status: SocketAddr,
-    /// The addresses of a broker that was started, in the order of its configuration.
+    /// The addresses of the started broker's listeners, in the order of the configuration.
     pub(super) listeners: Vec<SocketAddr>,
     started: Option<Started>,
 }
 
-/// A private directory for the files of a broker that this command starts. It is removed when this value is dropped.
+/// A private directory for the files of a broker that this command starts. Dropping this value
+/// removes the directory.
 pub(super) struct Folder(PathBuf);
 
 impl Folder {
@@ -77,8 +78,8 @@ impl Drop for Folder {
     }
 }
 
-/// A changed copy of the configuration, for the broker that this command starts. The operator's file stays as it is, and the copy
-/// is removed with its folder.
+/// A changed copy of the configuration, for the broker that this command starts. The operator's
+/// file is not changed, and the copy is removed together with its directory.
 pub(super) struct Changed {
     pub(super) folder: Folder,
     pub(super) configuration: Table,
@@ -132,17 +133,18 @@ struct Ready {
     status: SocketAddr,
 }
 
-/// How long a restart took.
+/// The durations of the stop and of the start in a restart.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RestartTime {
-    /// From SIGTERM to the end of the process.
+    /// Time from SIGTERM to the end of the process.
     pub(super) stop: Duration,
-    /// From the start of the next process until its listeners accept connections.
+    /// Time from the start of the next process until its listeners accept connections.
     pub(super) start: Duration,
 }
 
 impl Served {
-    /// Finds the running broker, or starts one, if need be with a changed configuration.
+    /// Uses the running broker of `--attach`, or starts a broker with the changed configuration or,
+    /// without changes, with the operator's configuration.
     pub(super) async fn start(
         bench: &Bench<'_>,
         changed: Option<Changed>,
@@ -188,7 +190,8 @@ impl Served {
         })
     }
 
-    /// Starts a broker that keeps its addresses when it is restarted, also if the configuration has port 0.
+    /// Starts a broker whose listeners have the same addresses after each restart, even if the
+    /// configuration has port 0.
     pub(super) async fn start_with_fixed_addresses(bench: &Bench<'_>) -> Result<Self, Failure> {
         let first = Self::start(bench, None).await?;
         let mut changed = Changed::copy_of(bench)?;
@@ -202,7 +205,9 @@ impl Served {
     /// Stops the broker with SIGTERM and starts it again.
     pub(super) async fn restart(&mut self) -> Result<RestartTime, Failure> {
         let Some(started) = &mut self.started else {
-            return Err(internal("a broker that runs already cannot be restarted"));
+            return Err(internal(
+                "`bench` cannot restart a broker that it did not start",
+            ));
         };
         let began = Instant::now();
         started.terminate();
@@ -236,7 +241,7 @@ impl Started {
         })
     }
 
-    /// Starts the next process, after the last one ended.
+    /// Starts the next process after the previous process has ended.
     fn start(&mut self) -> Result<(), Failure> {
         self.child = serve(&self.configuration, &self.folder)?;
         Ok(())
@@ -268,7 +273,8 @@ fn ready_file(folder: &Folder) -> PathBuf {
     folder.path().join("ready")
 }
 
-/// Starts a broker. Its ready file is new, so that a file of the last process is not read.
+/// Starts a broker. An existing ready file is removed first, so that the file of the previous
+/// process is not read.
 fn serve(configuration: &Path, folder: &Folder) -> Result<Child, Failure> {
     let ready_file = ready_file(folder);
     let _none_yet = fs::remove_file(&ready_file);

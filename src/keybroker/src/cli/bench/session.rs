@@ -1,4 +1,4 @@
-//! The broker of a measurement, connected clients, and users with keys.
+//! The broker that is measured, its connected clients, and users that have keys.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,10 +16,10 @@ use crate::cli::{
 
 use super::{Bench, internal, served::Served, users::Users};
 
-/// Maximum number of TLS connections of the scenarios in which callers share connections. The number is far below the default
-/// limit of a listener.
+/// Maximum number of TLS connections in scenarios where callers share connections. The value is far
+/// below a listener's default limit of connections.
 pub(super) const CONNECTIONS_MAX: u32 = 256;
-/// Number of concurrent calls during the enrolment, and of concurrent handshakes.
+/// Maximum number of concurrent enrolment calls, and of concurrent TLS handshakes.
 const AT_ONCE: u32 = 16;
 
 pub(super) struct Session {
@@ -27,19 +27,19 @@ pub(super) struct Session {
     /// Each client has its own connection.
     pub(super) clients: Vec<Client>,
     pub(super) users: Users,
-    /// The deadline of calls for which the scenario sets none.
+    /// The deadline of calls for which the scenario sets no deadline.
     pub(super) deadline: Duration,
 }
 
 impl Session {
-    /// Starts the broker and connects the clients. Enrols the users, unless `--seed` has given them their keys. The clients do
-    /// not retry, so that every refusal is counted.
+    /// Starts the broker and connects the clients. Enrols the users, unless `--seed` created their
+    /// keys. The clients do not retry, so that every refusal is counted.
     pub(super) async fn open(bench: &Bench<'_>, connections: u32) -> Result<Self, Failure> {
         let broker = Served::start(bench, None).await?;
         Self::with(bench, broker, connections, RetryPolicy::never()).await
     }
 
-    /// Like [`Session::open`], for a broker that was started before.
+    /// Like [`Session::open`], but for a broker that is already running.
     pub(super) async fn with(
         bench: &Bench<'_>,
         broker: Served,
@@ -49,7 +49,7 @@ impl Session {
         let connection = &bench.arguments.connection;
         let clients = connect_all(connection, &broker.endpoint, connections, retry).await?;
         let users = bench.arguments.users();
-        // With --seed, the users have their keys already.
+        // With `--seed`, the users already have keys.
         if bench.arguments.seed.is_none() {
             let output = bench.context.output;
             let progress = Progress::new(output, "enrolling users", users.count().into());
@@ -64,7 +64,7 @@ impl Session {
     }
 }
 
-/// Makes clients with a connection each.
+/// Creates clients, each with its own connection.
 pub(super) async fn connect_all(
     connection: &Connection,
     endpoint: &str,
@@ -82,7 +82,8 @@ pub(super) async fn connect_all(
     .await
 }
 
-/// Does some work for each number, with at most [`AT_ONCE`] of them at the same time. The results have no order.
+/// Runs a task for each number, with at most [`AT_ONCE`] tasks at the same time. The results are in
+/// no particular order.
 pub(super) async fn in_parallel<T, F>(
     count: u32,
     work: impl Fn(u32) -> F,
@@ -106,7 +107,7 @@ where
     Ok(results)
 }
 
-/// Creates the users' keys. Keys of an earlier run are used again.
+/// Creates the users' keys. Existing keys of an earlier run are kept.
 async fn enrol(clients: &[Client], users: &Users, progress: Progress) -> Result<(), Failure> {
     let progress = Arc::new(progress);
     in_parallel(users.count(), |number| {

@@ -1,5 +1,5 @@
-//! The scenario `steady`: the bare token and the served broker in one run. Other load on the machine affects both measurements
-//! alike, so their ratio stays valid.
+//! The scenario `steady`: measures the token alone and the running broker in one run. Other load on
+//! the machine affects both measurements in the same way, so their ratio remains meaningful.
 
 use std::time::Duration;
 
@@ -18,14 +18,14 @@ use super::{
     session::{self, Session},
 };
 
-/// Measures token and broker. The one row has the fields of [`figures`].
+/// Measures the token and the broker. The only row of the result has the fields of [`figures`].
 pub(super) fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     let (arguments, output) = (bench.arguments, bench.context.output);
     let connections = arguments.connections();
     let rate = arguments.rate.first().copied();
     let threads = arguments.token_threads.unwrap_or_else(processors);
-    // Half of the token's measurement runs before the broker's measurement and half after it, so that other load on the machine
-    // affects both measurements alike.
+    // Half of the token's measurement runs before the broker's measurement and half after, so that
+    // other load affects both in the same way.
     let measure_bare = || -> Result<[Bare; 2], Failure> {
         output.note("measuring the bare token");
         let key = &bench.token.key;
@@ -59,7 +59,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     fields.extend(figures(&single, &bare, &load));
     if !single.is_local() {
         output.note(
-            "note: the token's work takes no CPU time on this machine, so `share` is null; compare `broker_ops_per_s` with \
+            "note: the token's work uses no CPU time on this machine, so `share` is null; compare `broker_ops_per_s` with \
              `token_ops_per_s`",
         );
     }
@@ -95,8 +95,8 @@ fn figures(single: &Bare, bare: &Bare, load: &Measured) -> Vec<Field> {
         ("token_ops_per_s", Some(bare.ops_per_s())),
         ("token_ops_per_s_one_thread", Some(single.ops_per_s())),
         ("broker_ops_per_s", Some(broker_rate)),
-        // The broker's operations per CPU second, divided by the operations per CPU second of the bare loop. If the token uses no
-        // CPU time of this machine, the quotient is meaningless.
+        // The broker's operations per CPU second, divided by the operations per CPU second of the
+        // token alone. If the token uses no CPU time of this machine, the quotient is meaningless.
         (
             "share",
             single

@@ -1,5 +1,5 @@
-//! The scenario `storm`: many members fetch their keys over REST within a short time. Each has a new TLS connection and an access
-//! token of their own.
+//! The scenario `storm`: many members fetch their keys over REST within a short time. Each member
+//! uses a new TLS connection and a separate access token.
 
 use std::{
     collections::BTreeMap,
@@ -29,12 +29,13 @@ use super::{
 };
 
 const MEMBERS: u32 = 1_000;
-/// Time within which a member has to have their key.
+/// Goal for the time within which a member gets the key.
 const GOAL: Duration = Duration::from_secs(10);
-/// Longest wait of a member. Clients of Bitwarden wait for at least half a minute.
+/// Maximum time for which a member waits for an answer. Clients of Bitwarden wait for at least half
+/// a minute.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Connections that can be open at the same time, if every member waits for as long as possible.
+/// Number of connections that are open at the same time if every member waits until [`TIMEOUT`].
 pub(super) fn at_once(arguments: &Arguments) -> u64 {
     let members = u64::from(members(arguments));
     let arriving = members * TIMEOUT.as_secs() / arguments.seconds.max(1);
@@ -45,9 +46,9 @@ fn members(arguments: &Arguments) -> u32 {
     arguments.members.unwrap_or(MEMBERS)
 }
 
-/// What became of a member's request.
+/// The outcome of a member's request.
 struct Done {
-    /// Time since the beginning of the storm at which the member arrived.
+    /// Time between the start of the storm and the arrival of the member.
     arrived: Duration,
     took: Duration,
     outcome: Outcome,
@@ -161,7 +162,7 @@ fn sign(issuer: &Issuer, users: &Users) -> Result<Vec<String>, Failure> {
     })
 }
 
-/// Times of arrival, uniformly distributed and in order.
+/// Times of arrival, uniformly distributed and sorted.
 fn arrivals(count: u32, duration: Duration, seed: u64) -> Vec<Duration> {
     let mut random = Random::new(seed);
     let mut times: Vec<Duration> = (0..count)
@@ -188,7 +189,8 @@ async fn fetch(rest: &Rest, user: &User, token: &str) -> Outcome {
     }
 }
 
-/// The counts of a storm. Every member is counted once.
+/// The numbers of members in a storm, by the outcome of their requests. Every member is counted
+/// once.
 struct Counts {
     keys: u64,
     within_goal: u64,
@@ -196,10 +198,11 @@ struct Counts {
     refused: u64,
     failed: u64,
     first_failure: String,
-    /// Members without a key, by cause.
+    /// Number of members without a key, by cause.
     causes: BTreeMap<String, u64>,
     times: Latencies,
-    /// For each second: members who arrived, who got their key, and who got none.
+    /// For each second, the numbers of members who arrived, who got the key, and who did not get
+    /// the key.
     seconds: BTreeMap<u64, [u64; 3]>,
 }
 
@@ -271,7 +274,7 @@ impl Counts {
         let (count, first) = (self.failed, &self.first_failure);
         (count > 0).then(|| {
             format!(
-                "{count} members got no key and no answer to try again later; the error of the first of them: {first}"
+                "{count} members got neither a key nor a request to try again later; the first error: {first}"
             )
         })
     }
@@ -291,7 +294,7 @@ impl Counts {
     }
 }
 
-/// CPU times of front, workers and this program.
+/// CPU times of the front, the workers and this program.
 struct Cpu([CpuTime; 3]);
 
 impl Cpu {

@@ -11,18 +11,19 @@ use super::{
     document::{Document, Object},
 };
 
-/// Measurements shorter than this are marked as short, because a few seconds of other load change them.
+/// Measurements of fewer seconds are marked as short, because a few seconds of other load can
+/// change their results.
 const SHORT_S: u64 = 30;
 
-/// A table with a heading for each column.
+/// A table with its rows as text.
 struct Table {
-    /// Empty if the document has one table.
+    /// The title; empty if the document has only one table.
     title: &'static str,
     headings: Vec<&'static str>,
     rows: Vec<Vec<String>>,
 }
 
-/// A column: its heading and the cell of a row.
+/// A column: its heading, and a function that returns the cell for a row.
 type Column = (&'static str, fn(&Object) -> String);
 
 /// The tables of a document.
@@ -74,7 +75,7 @@ pub(super) fn text(document: &Document) -> String {
     tables.join("\n\n")
 }
 
-/// The tables in Markdown, with a line about the conditions.
+/// The tables in Markdown, with a line about the conditions of the measurement.
 pub(in crate::cli) fn markdown(document: &Document) -> String {
     let mut text = String::new();
     for table in tables(document) {
@@ -235,7 +236,7 @@ const RESTART: &[Column] = &[
     ("sent late p99 ms", |row| decimal(row, "dispatch_p99_ms", 1)),
 ];
 
-/// A number of a row, if it has one.
+/// Returns a field of a row as a number; `None` if the field is missing or not a number.
 pub(in crate::cli) fn number(row: &Object, name: &str) -> Option<f64> {
     row.get(name)?.as_f64()
 }
@@ -249,7 +250,7 @@ fn word(row: &Object, name: &str) -> String {
     text.unwrap_or("-").to_owned()
 }
 
-/// The calls that failed, and those that the load generator could not send.
+/// The number of calls that failed, and the number of calls that the load generator could not send.
 fn failed_and_unsent(row: &Object) -> String {
     let failed = decimal(row, "failed", 0);
     match number(row, "unsent") {

@@ -1,5 +1,5 @@
-//! The users of a measurement. The name and the key of a user are derived from a number, so nothing needs to be stored
-//! between runs or kept in memory.
+//! The users of a measurement. The name and the key of a user are derived from the user's number,
+//! so nothing needs to be stored.
 
 use aws_lc_rs::{hmac, rand};
 use keybroker_client::{KeyMaterial, UserKeyRef};
@@ -9,7 +9,7 @@ const KEY_NAME: &str = "bench";
 /// The key name that the REST API uses.
 const MEMBER_KEY_NAME: &str = "bitwarden";
 
-/// A number of users, numbered from 0.
+/// A set of users with numbers from 0.
 #[derive(Clone, Debug)]
 pub(super) struct Users {
     key: hmac::Key,
@@ -56,7 +56,8 @@ impl Users {
         }
     }
 
-    /// Returns a random user. All users have the same probability, so a database cannot predict the next user.
+    /// Returns a random user. All users are equally likely, so a database cache cannot benefit from
+    /// the order of users.
     pub(super) fn any(&self) -> User {
         let mut bytes = [0; 8];
         rand::fill(&mut bytes).expect("the generator is seeded at its first use, by TLS");

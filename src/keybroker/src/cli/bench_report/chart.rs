@@ -10,14 +10,14 @@ use crate::cli::bench::{
 
 use super::svg::{Axis, Chart, Mark, Series};
 
-/// A chart and the end of its file's name.
+/// A chart with the suffix of its file name.
 pub(super) struct Named {
-    /// Empty if the document has one chart.
+    /// The suffix; empty if the document has only one chart.
     pub(super) suffix: &'static str,
     pub(super) svg: Chart,
 }
 
-/// The charts of a document. `steady` has one row and no chart.
+/// The charts of a document. A document of the scenario `steady` has only one row and no chart.
 pub(super) fn charts(document: &Document) -> Vec<Named> {
     let one = |svg| vec![Named { suffix: "", svg }];
     match document.scenario {
@@ -40,7 +40,7 @@ pub(super) fn charts(document: &Document) -> Vec<Named> {
     }
 }
 
-/// A series of one field over another.
+/// A series of one field's values over the values of another field.
 fn series<'a>(
     name: impl Into<String>,
     rows: impl IntoIterator<Item = &'a Object>,
@@ -116,7 +116,7 @@ fn fairness(document: &Document) -> Chart {
         Series::of_categories(name, values)
     };
     Chart {
-        title: "Latency of a principal with few calls beside another principal",
+        title: "Latency of a principal with few calls while another principal makes many calls",
         subtitle: subtitle(document),
         x: Axis::categories("callers of the other principal", names),
         y: Axis::linear("milliseconds"),
@@ -194,7 +194,7 @@ fn storm(document: &Document) -> Chart {
 fn restart(document: &Document) -> Chart {
     let rate = |name: &str, field: &str| {
         let points = document.timeline.iter().filter_map(|row| {
-            // An interval has a tenth of a second.
+            // The count of an interval of 0.1 s becomes a rate per second.
             Some((number(row, "ms")? / 1_000.0, number(row, field)? * 10.0))
         });
         Series {
@@ -215,7 +215,7 @@ fn restart(document: &Document) -> Chart {
     }
 }
 
-/// The token, and the note of the run if it has one.
+/// The token, and the note of the run, if there is a note.
 fn subtitle(document: &Document) -> String {
     let token = &document.token;
     let note = document.note.as_ref();

@@ -12,7 +12,7 @@ use super::{
 const SECONDS_PER_HOUR: f64 = 3_600.0;
 const KIB_PER_MIB: f64 = 1_024.0;
 
-/// The results of one run.
+/// The results of one long run with faults.
 #[derive(Debug, Deserialize)]
 pub(super) struct Soak {
     commit: Option<String>,
@@ -37,7 +37,7 @@ struct Machine {
     kernel: String,
 }
 
-/// The broker before a fault, and the calls since the previous sample.
+/// The state of the broker before a fault, and the calls since the previous sample.
 #[derive(Debug, Deserialize)]
 struct Sample {
     at_s: f64,
@@ -54,7 +54,7 @@ struct Process {
     threads: u32,
 }
 
-/// One fault and the time from its end until a call of each kind succeeded.
+/// One fault, and the time from the end of the fault until a call of each kind succeeded.
 #[derive(Debug, Deserialize)]
 struct Fault {
     fault: String,
@@ -62,7 +62,8 @@ struct Fault {
 }
 
 impl Soak {
-    /// Reads a document; `None` if the document is of a scenario of `keybroker bench`.
+    /// Reads a document of a long run with faults. Returns `None` for a document of
+    /// `keybroker bench`.
     pub(super) fn parse(text: &str) -> Option<Result<Self, serde_json::Error>> {
         #[derive(Deserialize)]
         struct Kind {
@@ -72,7 +73,7 @@ impl Soak {
         (kind.scenario == "soak").then(|| serde_json::from_str(text))
     }
 
-    /// Memory, latency, descriptors and threads over time.
+    /// Charts of memory, latency, descriptors and threads over time.
     pub(super) fn charts(&self) -> Vec<Named> {
         let mib = |kib: u32| f64::from(kib) / KIB_PER_MIB;
         let front_memory = self.series("front", |sample| mib(sample.front.resident_kib));
@@ -93,7 +94,7 @@ impl Soak {
             ),
             self.chart(
                 "-latency",
-                "Latency of calls by the retry rule, during faults",
+                "Latency of calls that follow the retry rule, during faults",
                 Axis::logarithmic("milliseconds"),
                 vec![p50, p99],
             ),
@@ -130,7 +131,7 @@ impl Soak {
         Named { suffix, svg }
     }
 
-    /// A value of each sample over time.
+    /// A series with one value for each sample over time.
     fn series(&self, name: &str, value: impl Fn(&Sample) -> f64) -> Series {
         let samples = self.samples.iter();
         let points = samples.map(|sample| (sample.at_s / SECONDS_PER_HOUR, value(sample)));
@@ -179,7 +180,7 @@ impl Soak {
         text
     }
 
-    /// How often each fault was caused, and its slowest recovery in seconds.
+    /// For each kind of fault, the number of faults and the slowest recovery in seconds.
     fn by_fault(&self) -> BTreeMap<&str, (u32, f64)> {
         let mut faults = BTreeMap::new();
         for fault in &self.faults {

@@ -1,22 +1,24 @@
-//! Line and bar charts as SVG files that are readable on a light and on a dark background.
+//! Draws line and bar charts as SVG files that are readable on light and dark backgrounds.
 //!
-//! A separate writer, because the colours have to follow the reader's colour scheme (a style sheet in the file), which the common
-//! libraries for charts do not support. Series differ in dashes and markers as well as in colour.
+//! A style sheet in each file adapts the colours to the reader's colour scheme. The common chart
+//! libraries do not support style sheets, so this module writes the SVG code itself. Series have
+//! different dashes and markers as well as different colours.
 
 use std::fmt::{self, Write as _};
 
 const WIDTH: f64 = 760.0;
 const HEIGHT: f64 = 420.0;
-/// The area of the data: left, top, right and bottom.
+/// The borders of the data area: left, top, right and bottom.
 const LEFT: f64 = 80.0;
 const TOP: f64 = 68.0;
 const RIGHT: f64 = WIDTH - 24.0;
 const BOTTOM: f64 = HEIGHT - 84.0;
-/// Number of styles for series; further series begin again with the first one.
+/// Number of styles for series; further series use the same styles again.
 const STYLES: usize = 4;
-/// A line with more points than this has no markers.
+/// Maximum number of points of a line that has markers.
 const MARKED_POINTS_MAX: usize = 40;
-/// Most powers of ten of a logarithmic axis that has ticks between them.
+/// Maximum number of powers of ten on a logarithmic axis that has further ticks between the powers
+/// of ten.
 const FEW_POWERS: f64 = 3.0;
 /// Intended number of intervals between the ticks of a linear axis.
 const INTERVALS: f64 = 5.0;
@@ -45,14 +47,14 @@ text { font: 13px system-ui, \"Segoe UI\", Roboto, \"DejaVu Sans\", sans-serif; 
 }
 ";
 
-/// How the values are drawn.
+/// The form in which a chart shows its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mark {
     Lines,
     Bars,
 }
 
-/// An axis with a title that names the unit.
+/// An axis. The title of the axis contains the unit.
 #[derive(Clone, Debug)]
 pub(super) struct Axis {
     title: &'static str,
@@ -61,7 +63,7 @@ pub(super) struct Axis {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    /// From 0.
+    /// A linear axis that starts at 0.
     Linear,
     Logarithmic,
     Categories(Vec<String>),
@@ -78,14 +80,15 @@ impl Axis {
         Self { title, kind }
     }
 
-    /// An axis with a place for each name. Values are the numbers of the places, from 0.
+    /// An axis with a position for each name. A value on this axis is the number of a position,
+    /// from 0.
     pub(super) fn categories(title: &'static str, names: impl Iterator<Item = String>) -> Self {
         let kind = Kind::Categories(names.collect());
         Self { title, kind }
     }
 }
 
-/// Points that belong together.
+/// The points of one line, or the bars of one style.
 #[derive(Clone, Debug)]
 pub(super) struct Series {
     pub(super) name: String,
@@ -93,7 +96,7 @@ pub(super) struct Series {
 }
 
 impl Series {
-    /// One value for each category.
+    /// A series with one value for each category.
     pub(super) fn of_categories(name: &str, values: impl Iterator<Item = f64>) -> Self {
         let points = values
             .enumerate()
@@ -121,12 +124,12 @@ fn index(place: usize) -> f64 {
     f64::from(u32::try_from(place).unwrap_or(u32::MAX))
 }
 
-/// An axis with the range of its values, for positions on the page.
+/// An axis with its range of values. The scale converts values to positions on the page.
 struct Scale {
     kind: Kind,
     low: f64,
     high: f64,
-    /// Positions of `low` and `high` on the page.
+    /// The positions of `low` and `high` on the page.
     page: (f64, f64),
 }
 
@@ -192,7 +195,7 @@ impl Scale {
             }
             Kind::Logarithmic => {
                 let powers = (self.high / self.low).log10().round();
-                // Between few powers of ten, there are ticks at 2 and 5 as well.
+                // An axis with few powers of ten also has ticks at 2 and 5 times each power of ten.
                 let factors: &[f64] = if powers > FEW_POWERS {
                     &[1.0]
                 } else {
@@ -224,7 +227,7 @@ fn step(largest: f64) -> f64 {
     fitting.unwrap_or(10.0 * power)
 }
 
-/// A number without needless zeros.
+/// Formats a number without unnecessary zeros.
 fn label(value: f64) -> String {
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
@@ -364,7 +367,7 @@ fn line(
     Ok(())
 }
 
-/// The bars of one series. The bars of all series stand side by side in each category.
+/// The bars of one series. In each category, the bars of all series are side by side.
 fn bars(
     f: &mut fmt::Formatter<'_>,
     series: &Series,
@@ -373,7 +376,7 @@ fn bars(
     x: &Scale,
     y: &Scale,
 ) -> fmt::Result {
-    // A fifth of each category is free.
+    // A fifth of the width of each category remains empty.
     let width = (x.at(1.0) - x.at(0.0)) * 0.8 / index(count.max(1));
     for (category, value) in &series.points {
         let left = x.at(category + 0.1) + width * index(number);

@@ -1,4 +1,5 @@
-//! The options that select a master key: e-mail address, password and KDF of an account, or the key itself.
+//! Options that select a master key: the e-mail address, password and KDF of an account, or the
+//! master key itself.
 
 use std::path::PathBuf;
 
@@ -18,16 +19,17 @@ use super::{
 /// The key derivation functions of accounts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Function {
-    /// PBKDF2-SHA256, `kdf` 0
+    /// PBKDF2-SHA256 (Bitwarden's `kdf` value 0)
     Pbkdf2,
-    /// Argon2id, `kdf` 1
+    /// Argon2id (Bitwarden's `kdf` value 1)
     Argon2id,
 }
 
-/// The KDF parameters, as the account's settings show them.
+/// The KDF parameters that the account's settings show.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Parameters {
-    /// Salt of the account, as the server sends it before the login [default: the e-mail address]
+    /// Salt that the Bitwarden server sends for the account before the login [default: the e-mail
+    /// address]
     #[arg(long, value_name = "TEXT", requires = "email")]
     salt: Option<String>,
     /// Key derivation function of the account
@@ -36,7 +38,7 @@ pub(super) struct Parameters {
     /// Number of iterations [default: 600000 for PBKDF2, 3 for Argon2id]
     #[arg(long, value_name = "COUNT")]
     iterations: Option<u32>,
-    /// Memory of Argon2id in MiB [default: 64]
+    /// Memory that Argon2id uses, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     memory_mib: Option<u32>,
     /// Parallelism of Argon2id [default: 4]
@@ -58,7 +60,8 @@ impl Parameters {
     }
 }
 
-/// The KDF with the parameters iterations, memory and parallelism. A missing parameter has its recommended value.
+/// The KDF with the parameters iterations, memory and parallelism. A missing parameter gets its
+/// recommended value.
 pub(super) fn kdf(
     function: Function,
     [iterations, memory_mib, parallelism]: [Option<u32>; 3],
@@ -102,8 +105,8 @@ pub(super) fn kdf_fields(kdf: Kdf) -> Vec<Field> {
     ]
 }
 
-/// Warns if a KDF is weaker than recommended or stronger than clients offer. For programs, the output field `warning`
-/// has the same text.
+/// Prints a warning if a KDF is weaker than recommended or stronger than Bitwarden clients offer.
+/// The output field `warning` contains the same text for programs.
 pub(super) fn warn(output: Output, kdf: Kdf) {
     if let Some(warning) = kdf.warning() {
         output.note(&format!(
@@ -116,7 +119,7 @@ pub(super) fn warn(output: Output, kdf: Kdf) {
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct PasswordSource {
-    /// File with the master password, readable by its owner alone [default: prompt at the terminal]
+    /// File with the master password, readable only by its owner [default: prompt at the terminal]
     #[arg(
         long,
         value_name = "FILE",
@@ -129,7 +132,7 @@ pub(super) struct PasswordSource {
     password_fd: Option<u32>,
 }
 
-/// An account with its password.
+/// Options that select an account and the source of its password.
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct Account {
@@ -162,7 +165,7 @@ impl Opened {
         self.master_key_of(self.kdf)
     }
 
-    /// The master key that the account would have with another KDF.
+    /// The master key that another KDF derives from the account's password.
     pub(super) fn master_key_of(&self, kdf: Kdf) -> Result<MasterKey, Failure> {
         kdf.master_key(&self.password, &self.salt).map_err(unusable)
     }
@@ -173,7 +176,7 @@ fn open(
     password: &PasswordSource,
     parameters: &Parameters,
 ) -> Result<Opened, Failure> {
-    // Invalid options are reported before a person is asked for the password.
+    // Report invalid options before the password prompt.
     let (email, kdf) = (Email::parse(email).map_err(unusable)?, parameters.kdf()?);
     let salt = parameters.salt(&email)?;
     let source = secrets::Source {
@@ -195,7 +198,7 @@ fn open(
 #[derive(Args, Clone, Debug)]
 #[group(skip)]
 pub(super) struct KeySource {
-    /// File with the master key, 32 bytes or their base64, readable by its owner alone
+    /// File with the master key (32 bytes, or the base64 of 32 bytes), readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with_all = ["master_key_fd", "email"])]
     master_key_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the master key from
@@ -211,7 +214,7 @@ pub(super) struct KeySource {
 }
 
 impl KeySource {
-    /// The kind of source that the options select; `None` if the options select no source.
+    /// The kind of the selected source; `None` if no option selects a source.
     pub(super) fn name(&self) -> Option<&'static str> {
         if self.email.is_some() {
             return Some("password");
@@ -220,7 +223,7 @@ impl KeySource {
         is_named.then_some("master-key")
     }
 
-    /// The e-mail address of the account, if the key is derived from its password.
+    /// The e-mail address of the account, if the master key is derived from the password.
     pub(super) fn email(&self) -> Option<&str> {
         self.email.as_deref()
     }

@@ -1,5 +1,5 @@
-//! Calls a Key Connector as a Bitwarden client does: `/user-keys` over HTTP/1.1 with an access token. Only status
-//! 200 means success.
+//! Calls a Key Connector in the same way as a Bitwarden client: `/user-keys` over HTTP/1.1 with an
+//! access token. Only status 200 means success.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -29,29 +29,31 @@ use super::{holder::Holder, refusal::RequestError, secrets};
 const JSON: &str = "application/json";
 /// The header value that Bitwarden's TypeScript clients send.
 const JSON_UTF8: &str = "application/json; charset=utf-8";
-/// Longest answer that is read, in bytes.
+/// Maximum length of an answer in bytes; longer answers are rejected.
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
-/// Longest file of CA certificates, in bytes. The CA file of a Linux distribution has about 0.3 MiB.
+/// Maximum length of a file with CA certificates, in bytes. The CA file of a Linux distribution is
+/// about 0.3 MiB long.
 const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Connector {
-    /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, including a path prefix
+    /// URL of the broker as configured in Bitwarden, such as <https://keys.example.org>, with the
+    /// path prefix if there is one
     #[arg(long, env = "KEYBROKER_CONNECTOR_URL", value_name = "URL")]
     url: Option<String>,
-    /// File with the user's access token, readable by its owner alone
+    /// File with the user's access token, readable only by its owner
     #[arg(long, value_name = "FILE", conflicts_with = "token_fd")]
     token_file: Option<PathBuf>,
     /// Number of an open file descriptor to read the user's access token from
     #[arg(long, value_name = "N")]
     token_fd: Option<u32>,
-    /// PEM file with the CA certificates that the broker's certificate is verified against [default: the CAs of the
-    /// system]
+    /// PEM file with the CA certificates for the verification of the broker's certificate [default:
+    /// the CAs of the system]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
-    /// Allow plain HTTP to an address of this machine
+    /// Allow plain HTTP to a loopback address of this machine
     #[arg(long)]
     allow_http: bool,
     /// Timeout for an answer, in milliseconds
@@ -92,8 +94,8 @@ impl Connector {
         bearer.set_sensitive(true);
         Ok(Broker {
             client: self.client()?,
-            // Bitwarden clients also append `/user-keys` to the URL, so a slash at the end of the URL leads to a
-            // double slash.
+            // Bitwarden clients also append `/user-keys` to the URL, so a URL that ends with a
+            // slash produces a double slash.
             user_keys: format!("{url}/user-keys"),
             bearer,
             holder,
@@ -106,30 +108,31 @@ impl Connector {
     }
 
     fn check(&self, url: &str) -> Result<(), Failure> {
-        let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?} {why}"));
-        let parsed = Url::parse(url).map_err(|error| refuse(&format!("is no URL: {error}")))?;
+        let refuse = |why: &str| Failure::new(Exit::Usage, format!("--url {url:?}: {why}"));
+        let parsed =
+            Url::parse(url).map_err(|error| refuse(&format!("the value is not a URL: {error}")))?;
         if parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(refuse(
-                "has a query or a fragment, which Bitwarden clients would drop",
+                "the URL has a query or a fragment, which Bitwarden clients would drop",
             ));
         }
         if !parsed.username().is_empty() || parsed.password().is_some() {
             return Err(refuse(
-                "has a user name or a password; the access token identifies the user",
+                "the URL has a user name or a password; the access token identifies the user",
             ));
         }
         match parsed.scheme() {
             "https" => Ok(()),
             "http" if !self.allow_http => Err(refuse(
-                "is not https, and Bitwarden clients refuse plain http",
+                "the URL is not https, and Bitwarden clients refuse plain http",
             )
             .hint("for a test on this machine, pass --allow-http")),
             "http" if is_loopback(&parsed) => Ok(()),
             "http" => Err(refuse(
-                "is not on this machine: over plain HTTP everyone on the network path could read the key and the \
+                "the host is not on this machine: over plain HTTP everyone on the network path could read the key and the \
                  access token",
             )),
-            _ => Err(refuse("is not https")),
+            _ => Err(refuse("the URL is not https")),
         }
     }
 
@@ -138,7 +141,8 @@ impl Connector {
             .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
             .timeout(Duration::from_millis(self.timeout_ms))
             .https_only(!self.allow_http)
-            // The access token is only for the specified broker, so no redirect and no proxy may receive it.
+            // Only the specified broker may receive the access token, so the client follows no
+            // redirects and uses no proxy.
             .redirect(redirect::Policy::none())
             .no_proxy();
         if let Some(path) = &self.ca_file {
@@ -173,9 +177,9 @@ fn is_loopback(url: &Url) -> bool {
 /// The method of a request that stores a key.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Method {
-    /// Never overwrites an existing key.
+    /// POST, which never overwrites an existing key.
     Post,
-    /// Overwrites an existing key.
+    /// PUT, which overwrites an existing key.
     Put,
 }
 
@@ -188,7 +192,7 @@ impl Method {
     }
 }
 
-/// The body of requests and answers.
+/// The JSON body of requests and answers.
 #[derive(Serialize, Deserialize)]
 struct Body {
     #[serde(alias = "Key")]
@@ -201,7 +205,7 @@ impl Drop for Body {
     }
 }
 
-/// A broker that is called with the access token of one user.
+/// A broker, and the access token of one user for calls to this broker.
 pub(super) struct Broker {
     client: Client,
     user_keys: String,
@@ -219,7 +223,7 @@ impl Broker {
         &self.holder
     }
 
-    /// Fetches the key of the access token's user.
+    /// Fetches the key of the user that the access token identifies.
     pub(super) async fn fetch(&self) -> Result<MasterKey, Failure> {
         let request = self
             .client
@@ -239,7 +243,7 @@ impl Broker {
         MasterKey::from_bytes(key).map_err(|error| odd(&error.to_string()))
     }
 
-    /// Stores the key of the access token's user.
+    /// Stores the key of the user that the access token identifies.
     pub(super) async fn store(&self, method: Method, key: &MasterKey) -> Result<(), Failure> {
         let body = Body {
             key: Base64::encode_string(key.expose()),
@@ -283,7 +287,10 @@ impl Broker {
                 .map_err(|error| self.unreachable(&error))?;
             let Some(chunk) = chunk else { return Ok(body) };
             if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-                let what = format!("{} returned more bytes than a key has", self.user_keys);
+                let what = format!(
+                    "the answer from {} is longer than an answer with a key",
+                    self.user_keys
+                );
                 return Err(Failure::new(Exit::Verification, what)
                     .hint("check that a Key Connector listens at this URL"));
             }

@@ -1,4 +1,4 @@
-//! The commands that derive master keys from passwords and need no broker.
+//! Commands that derive master keys from passwords, without a broker.
 
 use std::path::PathBuf;
 
@@ -21,7 +21,8 @@ use super::{
 pub(in crate::cli) struct Derive {
     #[command(flatten)]
     account: Account,
-    /// New file for the master key, created with mode 0600; without this option the master key is not shown
+    /// New file for the master key, created with mode 0600 [default: the command does not output
+    /// the master key]
     #[arg(long, value_name = "FILE", conflicts_with = "out_fd")]
     out: Option<PathBuf>,
     /// Number of an open file descriptor to write the master key to
@@ -56,16 +57,17 @@ pub(in crate::cli) struct ChangeKdf {
     /// New key derivation function of the account
     #[arg(long, value_enum)]
     new_kdf: Function,
-    /// Number of iterations of the new function [default: 600000 for PBKDF2, 3 for Argon2id]
+    /// Number of iterations of the new key derivation function [default: 600000 for PBKDF2, 3 for
+    /// Argon2id]
     #[arg(long, value_name = "COUNT")]
     new_iterations: Option<u32>,
-    /// Memory in MiB, if the new function is Argon2id [default: 64]
+    /// Memory that the new Argon2id function uses, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     new_memory_mib: Option<u32>,
     /// Parallelism of the new Argon2id function [default: 4]
     #[arg(long, value_name = "COUNT")]
     new_parallelism: Option<u32>,
-    /// New file for the protected user key; the command also shows this key
+    /// New file for the protected user key; the command also shows the protected user key
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -89,8 +91,8 @@ impl ChangeKdf {
         let user_key = old.unprotect(&protected).map_err(unusable)?;
         let new = account.master_key_of(new_kdf)?;
         let protected = new.protect(&user_key).map_err(unusable)?;
-        // Before the protected key is written, check that the new master key decrypts it to the same
-        // user key.
+        // Before writing the protected key, check that the new master key decrypts the protected
+        // key to the same user key.
         let again = new.unprotect(&protected).map_err(unusable)?;
         if !bool::from(again.ct_eq(&user_key)) {
             let what = "the new protected user key does not decrypt to the original user key";
@@ -108,7 +110,7 @@ impl ChangeKdf {
         fields.push(field("protected_key", protected.to_string()));
         output.note(
             "nothing has changed yet: the account gets the new KDF when the Bitwarden server accepts the new hash, KDF \
-             and protected user key together. After that, fetch the account's new `Key`, and run `keybroker bitwarden \
+             and protected user key together. Then fetch the account's new `Key`, and run `keybroker bitwarden \
              enrol` with this `Key` and the new master key",
         );
         output.fields(fields)

@@ -1,5 +1,6 @@
-//! The holder of an access token. The commands do not verify the claims of an access token; the broker verifies them. The
-//! commands show the claims and compare them with the options, so that a wrong token file does not overwrite another user's key.
+//! Reads the claims of an access token that identify its holder. The commands do not verify the
+//! claims; only the broker verifies them. The commands show the claims and compare them with the
+//! options, so that a wrong token file does not overwrite another user's key.
 
 use base64ct::{Base64UrlUnpadded, Encoding as _};
 use serde::Deserialize;
@@ -33,7 +34,7 @@ impl Holder {
         shown(self.email.as_deref())
     }
 
-    /// Refuses an access token whose user differs from the user in the options.
+    /// Rejects an access token if the user in its claims differs from the user in the options.
     pub(super) fn check(&self, user: Option<Uuid>, email: Option<&str>) -> Result<(), Failure> {
         let of_user = self.sub.as_deref().and_then(|sub| sub.parse().ok());
         if user.is_some_and(|user| of_user != Some(user)) {
@@ -42,7 +43,8 @@ impl Holder {
         let (Some(typed), Some(found)) = (email, &self.email) else {
             return Ok(());
         };
-        // The e-mail addresses are normalised as in the key derivation, so their case does not matter.
+        // The e-mail addresses are normalised as in the key derivation, so upper and lower case are
+        // equal.
         let [typed, found] = [typed, found.as_str()]
             .map(|text| Email::parse(text).map(|email| email.as_str().to_owned()));
         if typed.is_ok() && typed == found {

@@ -1,4 +1,4 @@
-//! The commands that call a broker as a Bitwarden client does.
+//! Commands that call a broker in the same way as a Bitwarden client.
 
 use std::path::PathBuf;
 
@@ -28,15 +28,15 @@ pub(in crate::cli) struct Enrol {
     connector: Connector,
     #[command(flatten)]
     key: KeySource,
-    /// File with the account's protected user key, as a check: the master key is sent to the broker only if it decrypts this user
-    /// key
+    /// File with the account's protected user key; the command sends the master key to the broker
+    /// only if the master key decrypts this user key
     #[arg(long, value_name = "FILE")]
     protected_key_file: Option<PathBuf>,
-    /// Replace the master key in the broker (PUT). If no user key is protected with the new master key, the account's vault is
-    /// lost
+    /// Replace the master key in the broker (PUT). The account's vault is lost unless the new
+    /// master key decrypts the account's protected user key
     #[arg(long, requires_all = ["protected_key_file", "user"])]
     replace: bool,
-    /// User id of the account; must equal the `sub` claim of the access token
+    /// User id of the account; must be equal to the `sub` claim of the access token
     #[arg(long, value_name = "GUID")]
     user: Option<Uuid>,
 }
@@ -100,7 +100,7 @@ pub(in crate::cli) struct Fetch {
     /// Number of an open file descriptor to write the master key to
     #[arg(long, value_name = "N")]
     out_fd: Option<u32>,
-    /// Show the master key even on a terminal
+    /// Show the master key even if standard output is a terminal
     #[arg(long)]
     force: bool,
 }
@@ -135,13 +135,13 @@ pub(in crate::cli) struct Unlock {
     /// File with the account's protected user key: `2.…|…|…`
     #[arg(long, value_name = "FILE")]
     protected_key_file: PathBuf,
-    /// File with a text that the user key encrypts, such as the name of an item
+    /// File with a text that is encrypted with the user key, such as the name of an item
     #[arg(long, value_name = "FILE")]
     item_file: Option<PathBuf>,
     /// New file for the item's plain text, created with mode 0600
     #[arg(long, value_name = "FILE", requires = "item_file")]
     out: Option<PathBuf>,
-    /// Show the item even on a terminal
+    /// Show the item even if standard output is a terminal
     #[arg(long, requires = "item_file")]
     force: bool,
 }

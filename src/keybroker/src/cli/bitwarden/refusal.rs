@@ -1,11 +1,11 @@
-//! Error answers, and their consequences for a requested change.
+//! Error answers of a broker, and whether the requested change may have been made.
 
 use reqwest::{Response, StatusCode};
 use serde::Deserialize;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// Why a request failed.
+/// The failure of a request.
 pub(super) struct RequestError {
     pub(super) failure: Failure,
     /// Whether the requested change may have been made.
@@ -13,17 +13,19 @@ pub(super) struct RequestError {
 }
 
 impl RequestError {
-    /// The error for an answer whose status is not 200.
+    /// Returns the error for an answer with another status than 200.
     pub(super) fn answered(answer: &Response, body: &[u8]) -> Self {
         let status = answer.status();
         Self {
             failure: refused(status, retry_after(answer), body),
-            // After a server error, such as a proxy's timeout or the broker's deadline, the result is unknown.
+            // After a server error, such as a timeout of a proxy, the result of the request is
+            // unknown.
             may_have_happened: status.is_success() || status.is_server_error(),
         }
     }
 
-    /// The failure of a change. The message says whether the change may have been made.
+    /// The failure of a request to store a key. The message says whether the key may have been
+    /// stored.
     pub(super) fn of_change(self) -> Failure {
         if !self.may_have_happened {
             return self.failure;
@@ -54,7 +56,7 @@ impl From<RequestError> for Failure {
     }
 }
 
-/// The failure to read back a key that was just stored.
+/// Converts a failure to read back a key that was just stored.
 pub(super) fn not_read_back(failure: Failure) -> Failure {
     Failure {
         message: format!("the key was stored, but could not be read back: {}", failure.message),
@@ -65,7 +67,8 @@ pub(super) fn not_read_back(failure: Failure) -> Failure {
     )
 }
 
-/// The body of a broker's refusal. The fields are `None` if another program sent the answer.
+/// The body of an error answer from a broker. The fields are `None` if another program sent the
+/// answer.
 #[derive(Default, Deserialize)]
 struct Refusal {
     reason: Option<String>,
@@ -100,8 +103,8 @@ fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Fail
 fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
     match (status.as_u16(), reason) {
         (400, Some("KEY_EXISTS")) => {
-            "the user already has a key, possibly a deleted one, and POST never overwrites: fetch the key and check \
-             whether it opens the account"
+            "the user already has a key, which may be deleted, and POST never overwrites a key: fetch the key, and \
+             check whether the key opens the account"
         }
         (400, _) => "the broker expects `{\"key\": \"<base64 of 32 bytes>\"}`",
         (401, _) => {
@@ -112,12 +115,12 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
             "no policy permits this action for this user; the operator can run `keybroker policy explain`"
         }
         (404, Some("KEY_NOT_FOUND")) => {
-            "the broker has no key for this user: it was not enrolled yet, or it was deleted"
+            "the broker has no key for this user: the key was not enrolled yet, or was deleted"
         }
-        (404, _) => "this path is not part of a Key Connector: check the path prefix in --url",
+        (404, _) => "a Key Connector does not have this path: check the path prefix in --url",
         (429, _) => "wait for the given time, then try again",
         (503, _) => {
-            "the token, the database or the audit log is unavailable; the broker's log shows which of them"
+            "the token, the database or the audit log is unavailable; the broker's log shows the cause"
         }
         (200..=299, _) => "Bitwarden clients treat every status except 200 as an error",
         (300..=399, _) => {

@@ -26,7 +26,7 @@ pub(super) fn enc_string(option: &str, path: &Path) -> Result<EncString, Failure
     })
 }
 
-/// The failure for an input that cannot be used.
+/// Returns the failure for an input that cannot be used.
 pub(super) fn unusable(error: bitwarden::Error) -> Failure {
     let hint = match error {
         bitwarden::Error::Decrypt => {
@@ -39,7 +39,7 @@ pub(super) fn unusable(error: bitwarden::Error) -> Failure {
             "type 7 (COSE) is used by newer accounts, which this command does not support"
         }
         bitwarden::Error::Form(_) | bitwarden::Error::Type(_) => {
-            "an encrypted text has the form `2.…|…|…`: copy all of it, without quotation marks"
+            "an encrypted text has the form `2.…|…|…`: copy the complete text, without quotation marks"
         }
         bitwarden::Error::KeyKind(_) => {
             "a protected user key has type 2, or type 0 in an old account"

@@ -17,19 +17,19 @@ use keybroker_core::principal::Role;
 use super::{Caller, arguments, material, refusal, show};
 
 const SECONDS_PER_DAY: u64 = 86_400;
-/// Longest lifetime of a secret, in days: about a hundred years.
+/// Maximum lifetime of a secret, in days: about a hundred years.
 const DAYS_MAX: i64 = 36_500;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Create an API client with its first secret; the secret is shown only once
+    /// Create an API client with its first secret; this secret is shown only once
     Create {
         #[command(flatten)]
         grant: Grant,
         #[command(flatten)]
         fresh: Fresh,
     },
-    /// Add another secret to an API client; the secret is shown only once
+    /// Add another secret to an API client; the new secret is shown only once
     AddSecret {
         /// Id of the API client, 32 hexadecimal digits
         #[arg(value_parser = arguments::client_id)]
@@ -57,22 +57,24 @@ pub(super) enum Command {
     },
 }
 
-/// What an API client may do.
+/// The role, the users and the key names of an API client.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Grant {
     /// Description of the API client, 1 to 128 bytes
     #[arg(long)]
     label: String,
-    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must list it
+    /// Role of the API client; the broker's setting `client_credentials.grantable_roles` must
+    /// contain this role
     #[arg(
         long, required = true, num_args = 1..,
         value_parser = PossibleValuesParser::new(Role::ALL.map(Role::as_str))
     )]
     role: Vec<String>,
-    /// With the role `release`: users whose keys the API client may release, or `*` for all users
+    /// Users whose keys the API client may release with the role `release`, or `*` for all users
     #[arg(long, num_args = 1..)]
     user: Vec<String>,
-    /// With the role `release`: names of the keys that the API client may release, or `*` for all names
+    /// Names of the keys that the API client may release with the role `release`, or `*` for all
+    /// names
     #[arg(long, num_args = 1..)]
     key_name: Vec<String>,
 }
@@ -103,7 +105,8 @@ impl Fresh {
 }
 
 impl Command {
-    /// Checks the options and the output file before the call, so that the broker creates no secret that cannot be written.
+    /// Checks the options and the output file before the call. Therefore, the broker does not
+    /// create a secret that the command cannot write.
     pub(super) fn check(&self) -> Result<(), Failure> {
         if let Self::Create { grant, .. } = self
             && grant.role.iter().any(|role| role == Role::Release.as_str())
@@ -204,8 +207,9 @@ impl Caller {
     }
 }
 
-/// The failure of a change to an API client. A hint about user keys is replaced by a hint about API clients. If the answer is
-/// missing, the hint explains that a new secret may be lost.
+/// The failure of a change to an API client. The hint for `KEY_NOT_FOUND` is about API clients
+/// instead of user keys. If the outcome is unknown, the hint also explains how to find the change
+/// and to revoke a lost secret.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.reason() == Some(Reason::KeyNotFound) {
@@ -236,7 +240,7 @@ fn fields(client: &proto::ClientCredential, json: bool) -> Vec<Field> {
     ]
 }
 
-/// The columns of [`fields`] for a row that the broker could not read or verify.
+/// Returns the same columns as [`fields`] for a row that the broker could not read or verify.
 fn damaged_fields(row: &proto::DamagedClientCredential) -> Vec<Field> {
     let id = (!row.id.is_empty()).then_some(&row.id);
     vec![

@@ -1,4 +1,4 @@
-//! Parsers of arguments, which check the limits of the protocol before anything is sent.
+//! Parsers of arguments. The parsers check the limits of the protocol before a call is sent.
 
 use keybroker_client::{
     ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef, WrappingKeyId,

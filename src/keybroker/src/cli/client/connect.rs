@@ -22,7 +22,8 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-/// Longest PEM file, in bytes. The CA certificates of a Linux distribution have 0.3 MiB.
+/// Maximum length of a PEM file, in bytes. The CA certificates of a Linux distribution take about
+/// 0.3 MiB in total.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 const CERTIFICATE: Purpose = Purpose::trust("other users could replace the client certificate");
@@ -34,7 +35,8 @@ pub(in crate::cli) struct Connection {
     /// Broker to call, `https://host:port`
     #[arg(long, global = true, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
     pub(in crate::cli) endpoint: Option<String>,
-    /// PEM file with the CA certificates that the broker's certificate is verified against (required)
+    /// PEM file with the CA certificates for the verification of the broker's certificate
+    /// (required)
     #[arg(long, global = true, env = "KEYBROKER_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
     /// PEM file with the client's certificate chain; requires --key
@@ -52,7 +54,7 @@ pub(in crate::cli) struct Connection {
 }
 
 impl Connection {
-    /// The URL of the broker, or a failure if none was specified.
+    /// The URL of the broker, or a failure if the options specify no broker.
     pub(in crate::cli) fn named_endpoint(&self) -> Result<String, Failure> {
         self.endpoint.clone().ok_or_else(|| {
             Failure::new(Exit::Usage, "no broker specified")
@@ -60,7 +62,7 @@ impl Connection {
         })
     }
 
-    /// Reads the identity in the client's certificate.
+    /// Reads the identity from the client's certificate.
     pub(in crate::cli) fn certificate(&self) -> Result<PeerCertificate, Failure> {
         let unusable = |what: String| Failure::new(Exit::Usage, format!("--cert: {what}"));
         let Some(cert) = &self.cert else {
@@ -86,7 +88,7 @@ impl Connection {
         self.timeout_ms = self.timeout_ms.max(least);
     }
 
-    /// The same connection with the certificate and the key of another principal.
+    /// Returns these options with the certificate and the key of another principal.
     pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
         Self {
             cert: Some(cert.to_owned()),
@@ -95,12 +97,12 @@ impl Connection {
         }
     }
 
-    /// Reads the CA certificates that the broker's certificate is verified against.
+    /// Reads the CA certificates that verify the broker's certificate.
     pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
         let Some(ca) = &self.ca else {
             return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates that the broker's \
-                 certificate is verified against"));
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of \
+                    the broker's certificate"));
         };
         pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, &error))
@@ -111,7 +113,7 @@ impl Connection {
         self.cert.is_some()
     }
 
-    /// Reads and checks the TLS files and prepares a client of the broker at this URL.
+    /// Reads and checks the TLS files, and prepares a client for the broker at this URL.
     pub(in crate::cli) fn client(&self, url: &str) -> Result<ClientBuilder, Failure> {
         if !url.starts_with("https://") {
             let what = format!("--endpoint {url:?} does not begin with https://");
@@ -133,7 +135,7 @@ impl Connection {
         };
         if !missing.is_empty() {
             let what = format!(
-                "{given} requires {missing}: a certificate is only usable with its private key"
+                "{given} requires {missing}: the broker accepts a client certificate only together with its private key"
             );
             return Err(Failure::new(Exit::Usage, what));
         }
@@ -157,7 +159,7 @@ fn malformed(option: &str, path: &Path, error: &pem::Error) -> Failure {
     Failure::new(Exit::Usage, format!("{option} {}: {error}", path.display()))
 }
 
-/// Builds the client, which is not connected yet.
+/// Builds the client without connecting to the broker.
 pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
     let usage = |what: String| Failure::new(Exit::Usage, what);
     builder.build().map_err(|error| match error {
@@ -170,13 +172,14 @@ pub(in crate::cli) fn build(builder: ClientBuilder) -> Result<Client, Failure> {
         ))
         .hint("--ca, --cert and --key are PEM files; --key must be the private key of the certificate in --cert"),
         BuildError::Credential(_) => {
-            usage("--token-file contains characters that no access token has".to_owned())
+            usage("--token-file contains characters that are not allowed in access tokens".to_owned())
         }
         other => usage(chain(&other)),
     })
 }
 
-/// Connects before the first call, so that an unreachable broker is distinguished from a call without an answer.
+/// Connects before the first call, to distinguish an unreachable broker from a call that gets no
+/// answer.
 pub(in crate::cli) async fn connect(client: &Client, url: &str) -> Result<(), Failure> {
     let unreachable =
         |cause: &str| Failure::new(Exit::Unreachable, format!("cannot reach {url}: {cause}"));
@@ -206,8 +209,8 @@ fn is_unknown_issuer(cause: &str) -> bool {
 
 const NO_ANSWER: &str = "check the address and the firewall, and check that the broker runs";
 
-/// A hint for a failed connection, which depends on the innermost cause. `authorities` is the option with the trusted CA
-/// certificates.
+/// Returns a hint for a failed connection, according to its innermost cause. `authorities` is the
+/// name of the option for the trusted CA certificates.
 pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     let has = |words: &[&str]| words.iter().any(|word| cause.contains(word));
     if is_unknown_issuer(cause) {
@@ -252,7 +255,7 @@ pub(in crate::cli) fn hint(cause: &str, authorities: &str) -> String {
     }
 }
 
-/// Refuses a client certificate whose defect is known before connecting.
+/// Rejects a client certificate if an error in the certificate can be found before connecting.
 fn check_certificate(
     path: &Path,
     leaf: &CertificateDer<'_>,
@@ -279,7 +282,7 @@ fn check_certificate(
         Age::Good | Age::Late => {}
     }
     if !facts.allows(Usage::Client) {
-        let what = "the certificate's extendedKeyUsage does not allow clientAuth, so the broker would refuse it";
+        let what = "the certificate's extendedKeyUsage does not allow clientAuth, so the broker would refuse the certificate";
         return Err(refuse(what).hint("issue a certificate for client authentication"));
     }
     if certificate::is_key_of(leaf, key) == Some(false) {
@@ -304,7 +307,7 @@ fn read(option: &str, path: &Path, purpose: Purpose) -> Result<Zeroizing<Vec<u8>
 mod tests {
     use super::*;
 
-    /// The texts of the libraries, as they were seen.
+    /// The test uses error texts that the libraries really produced.
     #[test]
     fn each_cause_of_a_failed_connection_has_its_remedy() {
         for (cause, remedy) in [

@@ -25,11 +25,12 @@ pub(super) enum Command {
     TokenState,
     /// Show the last entries of the broker's audit log
     AuditTail {
-        /// Maximum number of entries to show, 1 to 1000
+        /// Number of entries to show, 1 to 1000
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         limit: u32,
     },
-    /// Show the health of the broker's services; the command fails with exit code 10 unless every service is healthy
+    /// Show the health of the broker's services; the exit code is 10 unless every service is
+    /// healthy
     Health,
 }
 
@@ -105,14 +106,15 @@ fn token_state(state: &proto::GetTokenStateResponse, json: bool) -> Vec<Field> {
             show::time(state.last_canary_time.as_ref()),
         ),
     ];
-    // A broker of an earlier release does not send the state of each token.
+    // Brokers of earlier releases do not send the state of each token.
     if !state.tokens.is_empty() {
         fields.push(("tokens", tokens(&state.tokens, json)));
     }
     fields
 }
 
-/// The state of each token. In text, the details of the tokens are in the field `detail`.
+/// The state of each token. The text output shows the details of the tokens only in the field
+/// `detail`.
 fn tokens(tokens: &[proto::TokenState], json: bool) -> Value {
     if !json {
         let texts: Vec<String> = tokens

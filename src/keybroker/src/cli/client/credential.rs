@@ -1,4 +1,5 @@
-//! The credentials of calls. A credential in a call replaces the client certificate of the connection.
+//! Credentials that are sent with each call. A credential in a call replaces the client certificate
+//! of the connection.
 
 use std::path::PathBuf;
 
@@ -11,23 +12,23 @@ use crate::cli::{
     secrets::Source,
 };
 
-/// Credentials that replace the client's certificate.
+/// Options for credentials that replace the client certificate.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Credential {
-    /// Authenticate as the API client with this id; requires --client-secret-file
+    /// Id of the API client to authenticate as; requires --client-secret-file
     #[arg(long, global = true, value_name = "ID")]
     client_id: Option<String>,
-    /// File with the secret of the API client; other users must not be able to read it
+    /// File with the secret of the API client, which other users must not be able to read
     #[arg(long, global = true, value_name = "FILE")]
     client_secret_file: Option<PathBuf>,
-    /// Authenticate with the access token in this file; other users must not be able to read it
+    /// Authenticate with the access token in this file, which other users must not be able to read
     #[arg(long, global = true, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
 impl Credential {
-    /// Adds the credential in the options, if there is one. Libraries copy the secret on its way to the broker; these copies are
-    /// not overwritten in memory.
+    /// Adds the credential from the options, if the options contain a credential. Libraries copy
+    /// the secret before sending it to the broker, and do not overwrite the copies in memory.
     pub(super) fn set(&self, builder: ClientBuilder) -> Result<ClientBuilder, Failure> {
         match (&self.client_id, &self.client_secret_file, &self.token_file) {
             (None, None, None) => Ok(builder),
@@ -127,7 +128,7 @@ mod tests {
             refused(&bearer(written(folder.path(), text, 0o600)), word);
         }
         let file = written(folder.path(), "kbs_secret\u{1}", 0o600);
-        refused(&bearer(file), "no access token has");
+        refused(&bearer(file), "not allowed in access tokens");
         refused(&bearer(folder.path().join("absent")), "cannot read");
     }
 }

@@ -17,13 +17,14 @@ use super::{
     refusal, show,
 };
 
-/// Largest number of records on one page.
+/// Maximum number of records on one page.
 const PAGE_SIZE_MAX: u32 = 1_000;
 
 /// The request id of a mutation.
 #[derive(Args, Clone, Debug)]
 pub(super) struct Retry {
-    /// UUID that makes a retry safe: use the same id again for the same content [default: a new UUID]
+    /// UUID of the request; to retry safely, send the same content with the same id [default: a new
+    /// UUID]
     #[arg(long, value_name = "UUID", value_parser = arguments::request_id)]
     request_id: Option<RequestId>,
 }
@@ -58,7 +59,7 @@ pub(super) enum Command {
     },
     /// Release the keys of several users; the keys are shown in base64
     BatchUnwrap {
-        /// Users whose keys are released, at most 64
+        /// Users whose keys the broker releases, at most 64
         #[arg(long, required = true, num_args = 1.., value_parser = arguments::user)]
         user: Vec<UserId>,
         /// Name of the key to release for each user
@@ -74,7 +75,8 @@ pub(super) enum Command {
         key: Key,
         #[command(flatten)]
         source: Source,
-        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
+        /// Expected current revision, which `client get` shows; the command fails if another
+        /// revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -104,7 +106,8 @@ pub(super) enum Command {
     Delete {
         #[command(flatten)]
         key: Key,
-        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
+        /// Expected current revision, which `client get` shows; the command fails if another
+        /// revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -117,14 +120,15 @@ pub(super) enum Command {
         #[command(flatten)]
         retry: Retry,
     },
-    /// Make the material of an earlier revision current again
+    /// Make the key material of an earlier revision current again, as a new revision
     Restore {
         #[command(flatten)]
         key: Key,
         /// Number of the earlier revision
         #[arg(long, value_parser = arguments::revision)]
         revision: Revision,
-        /// Expected current revision, as `client get` shows it; the command fails if another revision is current
+        /// Expected current revision, which `client get` shows; the command fails if another
+        /// revision is current
         #[arg(long, value_parser = arguments::revision)]
         expected_revision: Revision,
         #[command(flatten)]
@@ -133,7 +137,8 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// Checks the output before the call, so that the broker releases no key that cannot be written.
+    /// Checks the output before the call. Therefore, the broker does not release a key that the
+    /// command cannot write.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match self {
             Self::Unwrap {
@@ -213,8 +218,8 @@ impl Caller {
         }
     }
 
-    /// Sends the key material. The file with generated key material is removed only if the broker certainly did not
-    /// store this material.
+    /// Sends the key material. The command removes a file with generated key material only if the
+    /// broker certainly did not store this material.
     async fn store(
         &self,
         key: &UserKeyRef,
@@ -261,14 +266,15 @@ impl Caller {
         Ok(())
     }
 
-    /// Shows the record. The failure of a change has a hint on how to retry.
+    /// Shows the record. If a change failed, the hint explains how to retry.
     fn answered(&self, answer: Result<UserKey, Error>) -> Result<(), Failure> {
         let record = answer.map_err(|error| failure(&error))?;
         self.output.fields(show::record(&record))
     }
 }
 
-/// The hint of `KEY_EXISTS` suggests `undelete`, so the command `undelete` itself shows another hint.
+/// The general hint for `KEY_EXISTS` suggests `undelete`, so the command `undelete` replaces the
+/// hint.
 fn explain_active(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {
         return failure.hint("the record is not deleted, so there is nothing to undelete");

@@ -5,7 +5,8 @@ use keybroker_core::error::chain;
 
 use crate::cli::exit::{Exit, Failure};
 
-/// The failure of a command whose call failed, with the broker's reason or the cause of a failed connection.
+/// Converts the error of a call to a failure with the broker's reason or with the cause of a failed
+/// connection.
 pub(in crate::cli) fn failure(error: &Error) -> Failure {
     let Some(refusal) = error.refusal() else {
         return without_reason(error);
@@ -18,8 +19,8 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         message = format!("{message}; retry after {} ms", delay.as_millis());
     }
     let exit = match error.kind() {
-        // The exit code is the same as for the client's own timeout, because the broker's timer or the
-        // client's timer may fire first.
+        // The exit code is the same as for a timeout of the client, because either timer may expire
+        // first.
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
@@ -30,7 +31,7 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
     }
 }
 
-/// The message for a client whose certificate the broker does not accept.
+/// The message if the broker rejects the client's certificate.
 const CLOSED: &str = "the broker closed the connection after the TLS handshake";
 
 const ENDED: &str = "the connection ended during the call";
@@ -45,8 +46,8 @@ pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure
         return failure;
     };
     let cause = if has_certificate {
-        "the broker does not accept the certificate in --cert: compare its issuer with `client_ca_file` of the \
-         listener; the broker's log shows the cause"
+        "the broker does not accept the certificate in --cert: compare the issuer of this certificate with \
+         `client_ca_file` of the listener; the broker's log shows the cause"
     } else {
         "this listener requires a client certificate: pass --cert and --key"
     };
@@ -59,7 +60,8 @@ fn without_reason(error: &Error) -> Failure {
             Failure::new(Exit::Unreachable, "no answer within --timeout-ms")
                 .hint("the call may or may not have been carried out")
         }
-        // In TLS 1.3 a client learns only at its first call that its certificate is not accepted.
+        // In TLS 1.3, a client learns only during its first call that the server rejected the
+        // certificate.
         ErrorKind::Connection if chain(error).contains("right after the TLS handshake") => {
             Failure::new(Exit::Unreachable, CLOSED).hint(
                 "the broker does not accept the certificate in --cert, or requires a client certificate: pass --cert and \
@@ -85,7 +87,7 @@ fn without_reason(error: &Error) -> Failure {
 /// The failure for an answer that does not come from the API of a broker.
 fn of_another_service(status: &Status) -> Failure {
     let message = status.message();
-    // tonic's message contains this text if the answer is HTTP but not gRPC.
+    // The library tonic returns this text if the answer is HTTP but not gRPC.
     if message.contains("invalid compression flag") {
         let what = "the listener at this address does not offer gRPC";
         return Failure::new(Exit::Refused, what).hint(
@@ -93,7 +95,7 @@ fn of_another_service(status: &Status) -> Failure {
              configuration",
         );
     }
-    // The call was not carried out, and a retry would have the same result.
+    // The server did not carry out the call, and a retry would have the same result.
     if status.code() == Code::Unimplemented {
         let what = format!("this listener does not serve the called service: {message}");
         return Failure::new(Exit::Refused, what).hint(
@@ -106,7 +108,7 @@ fn of_another_service(status: &Status) -> Failure {
     )
 }
 
-/// The hint for a reason. The match is exhaustive, so that a new reason must have a hint.
+/// The hint for a reason. The compiler checks that every reason has a hint.
 #[deny(clippy::wildcard_enum_match_arm)]
 const fn hint(reason: Reason) -> &'static str {
     match reason {
@@ -115,18 +117,18 @@ const fn hint(reason: Reason) -> &'static str {
             "a retry must send the same content as the first call; a different change needs a new request id"
         }
         Reason::Credential => {
-            "the credential is unknown, expired or revoked; the broker's log says which"
+            "the credential is unknown, expired or revoked; the broker's log shows the cause"
         }
         Reason::Policy => {
             "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
         }
         Reason::KeyNotFound => "`client list` shows the records; a deleted record can be undeleted",
         Reason::KeyExists => {
-            "use `client replace` to store new material, or `client undelete` if the record is \
+            "use `client replace` to store new key material, or `client undelete` if the record is \
          deleted"
         }
         Reason::Revision => {
-            "`client get` shows the current revision; check it before you repeat the change"
+            "`client get` shows the current revision; check this revision before you repeat the change"
         }
         Reason::RecordDamaged => {
             "do not replace the key: report the error to the operator, who can compare the row with a backup"

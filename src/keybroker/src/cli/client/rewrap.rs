@@ -1,4 +1,4 @@
-//! `keybroker rewrap`: starts, pauses, resumes and watches the move of rows to the active wrapping key, through the admin API.
+//! `keybroker rewrap`: uses the admin API to start, pause, resume and watch a re-wrap.
 
 use std::time::Duration;
 
@@ -14,15 +14,15 @@ use crate::cli::{
 
 use super::{Caller, arguments, refusal, show};
 
-/// How often `--wait` asks the broker.
+/// Interval between requests of `--wait` for the progress of the re-wrap.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const RATE_MAX: i64 = 1_000_000;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Move all rows to the wrapping key that wraps new user keys
+    /// Move all rows to the active wrapping key, which wraps new user keys
     Start {
-        /// Move only the rows of this wrapping key, 32 hexadecimal digits
+        /// Move only the rows under this wrapping key (its id, 32 hexadecimal digits)
         #[arg(long, value_name = "ID", value_parser = arguments::wrapping_key_id)]
         from: Option<WrappingKeyId>,
         /// Move the rows of this compromised wrapping key that `keybroker audit envelopes` listed on the host of a broker
@@ -37,14 +37,14 @@ pub(super) enum Command {
         #[command(flatten)]
         wait: Wait,
     },
-    /// Show the progress of the re-wrap, and how many rows need which wrapping key
+    /// Show the progress of the re-wrap, and the number of rows under each wrapping key
     Status {
         #[command(flatten)]
         wait: Wait,
     },
-    /// Pause the re-wrap; rows that were moved stay moved
+    /// Pause the re-wrap; rows that were already moved stay under the new wrapping key
     Pause,
-    /// Resume the paused re-wrap; without --rate, its limit does not change
+    /// Resume the paused re-wrap; without --rate, the rate limit does not change
     Resume {
         #[command(flatten)]
         rate: Rate,
@@ -55,15 +55,16 @@ pub(super) enum Command {
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct Rate {
-    /// Highest number of rows per second, up to 1000000; 0 for no limit
+    /// Maximum number of rows per second, up to 1000000; 0 for no limit
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u32).range(0..=RATE_MAX))]
     rate: Option<u32>,
 }
 
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct Wait {
-    /// Wait until the re-wrap has ended, with a progress bar on a terminal; code 12 if a row failed. Interrupting the command does
-    /// not interrupt the re-wrap
+    /// Wait until the re-wrap ends, and show a progress bar on a terminal; the command fails with
+    /// exit code 12 if a row could not be re-wrapped. Interrupting the command does not interrupt
+    /// the re-wrap
     #[arg(long)]
     wait: bool,
 }
@@ -122,7 +123,7 @@ impl Caller {
         }
     }
 
-    /// Shows a progress bar until the re-wrap has ended or is paused, then the result.
+    /// Shows a progress bar until the re-wrap has ended or is paused, and then shows the result.
     async fn wait_for_rewrap(&self) -> Result<(), Failure> {
         let mut bar: Option<(Progress, u64)> = None;
         loop {

@@ -29,7 +29,7 @@ pub(super) fn record(record: &UserKey) -> Vec<Field> {
     ]
 }
 
-/// The columns of [`record`] for a record that the broker could not read or verify.
+/// Returns the same columns as [`record`] for a record that the broker could not read or verify.
 pub(super) fn damaged_record(record: &DamagedUserKey) -> Vec<Field> {
     vec![
         ("user", known(record.user.as_ref())),
@@ -54,14 +54,14 @@ fn known(value: Option<&impl Display>) -> Value {
     value.map_or(Value::Null, text)
 }
 
-/// Writes a note on how to show the pages after the first page.
+/// Prints a note that explains how to show the remaining pages.
 pub(super) fn note_more(output: Output, has_more: bool) {
     if has_more {
         output.note("there are more pages; pass --all to show all pages");
     }
 }
 
-/// Writes a note on which command shows the details of damaged rows.
+/// Prints a note with the command that shows the details of damaged rows.
 pub(super) fn note_damaged(output: Output, count: usize) {
     if count > 0 {
         output.note(&format!(
@@ -99,7 +99,7 @@ pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
 
 pub(super) fn time(at: Option<&WireTimestamp>) -> Value {
     at.map_or(Value::Null, |at| {
-        // A hostile server may send any number.
+        // A malicious server may send any number, so the arithmetic must not overflow.
         let micros = at.seconds.saturating_mul(1_000_000);
         let micros = micros.saturating_add(i64::from(at.nanos) / 1_000);
         json!(Timestamp::from_micros(micros).to_string())

@@ -1,4 +1,5 @@
-//! The commands of `keybroker key` that change the keys of a running broker through its admin API.
+//! Commands of `keybroker key` that change the wrapping keys of a running broker through the admin
+//! API.
 
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use keybroker_client::{Error, Reason, proto};
 
 use super::{parse_id, removal::confirm};
 
-/// Shortest timeout for the making of a key. Some devices take minutes, but a broker ends the call after its own limit.
+/// Minimum timeout for the generation of a key. Some devices need minutes, but the broker ends the
+/// call after the broker's own limit.
 const ROTATION_TIMEOUT: Duration = Duration::from_mins(2);
 
 #[derive(Args, Debug)]
@@ -22,18 +24,20 @@ pub(in crate::cli) struct Rotate {
     /// Length of the RSA modulus in bits [default: 3072]
     #[arg(long, value_parser = ["2048", "3072", "4096"], conflicts_with = "back")]
     bits: Option<String>,
-    /// Do nothing if the key that wraps new user keys was registered less than this number of days ago, 1 to 36500
+    /// Minimum age of the active key in days, 1 to 36500; if the active key is younger, the command
+    /// does nothing
     #[arg(
         long, value_name = "DAYS", conflicts_with = "back",
         value_parser = clap::value_parser!(u32).range(1..=36_500)
     )]
     if_older_than: Option<u32>,
-    /// Activate the new key at once, although no backup contains it yet
+    /// Activate the new key immediately, although no backup contains it yet
     ///
-    /// Until the next backup, the loss of the token is the loss of every user key that was wrapped under the new key.
+    /// If the token is lost before the next backup, every user key that was wrapped under the new
+    /// key is lost.
     #[arg(long, conflicts_with = "back")]
     single: bool,
-    /// Return to the key that was in use before, and deactivate the key that is in use
+    /// Activate the previous key again, and deactivate the current active key
     #[arg(long)]
     back: bool,
     #[command(flatten)]
@@ -44,10 +48,11 @@ pub(in crate::cli) struct Rotate {
 pub(in crate::cli) struct Activate {
     #[command(flatten)]
     key: OneKey,
-    /// Confirm that a backup of the token contains the key and that its restore was tested
+    /// Confirm that a backup of the token contains the key, and that you tested a restore of this
+    /// backup
     #[arg(long, conflicts_with = "single")]
     backup_confirmed: bool,
-    /// Activate the key although no backup contains it
+    /// Activate the key although no backup contains the key
     #[arg(long)]
     single: bool,
 }
@@ -84,7 +89,7 @@ pub(super) fn rotate(arguments: Rotate, context: &Context) -> Result<(), Failure
     })
 }
 
-/// Tells the administrator what a rotation left to do.
+/// Prints a note about the steps that remain after a rotation.
 fn note_next_step(
     context: &Context,
     rotated: &proto::RotateWrappingKeyResponse,
@@ -93,16 +98,16 @@ fn note_next_step(
 ) {
     let id = hex::encode(&key.id);
     let note = if !rotated.changed {
-        "the key in use is younger than --if-older-than; nothing was changed".to_owned()
+        "the active key is younger than --if-older-than; nothing was changed".to_owned()
     } else if key.state() == proto::WrappingKeyState::PreActive {
         format!(
-            "key {id} is registered and not used yet. Back up the token and test the restore, then run `keybroker key \
+            "key {id} is registered, but not used yet. Back up the token and test the restore, then run `keybroker key \
              activate {id} --backup-confirmed`"
         )
     } else if is_single {
         format!(
-            "warning: key {id} is used although no backup contains it: back up the token now. If the token is lost before, \
-             every user key that was wrapped under key {id} is lost"
+            "warning: key {id} is in use, but no backup contains this key: back up the token now. If the token is \
+             lost before the backup, every user key that was wrapped under key {id} is lost"
         )
     } else {
         return;
@@ -124,15 +129,14 @@ pub(super) fn activate(arguments: &Activate, context: &Context) -> Result<(), Fa
 pub(in crate::cli) struct Lost {
     #[command(flatten)]
     key: OneKey,
-    /// Record the loss without asking for the id again
+    /// Record the loss without a prompt for the id of the key
     #[arg(long)]
     yes: bool,
 }
 
 pub(super) fn lost(arguments: &Lost, context: &Context) -> Result<(), Failure> {
     let id = parse_id(&arguments.key.id)?;
-    let warning =
-        "The user keys under a lost key can never be released again, even if the token returns";
+    let warning = "The user keys under a lost key can never be released again, even if the token is found again";
     confirm(context, arguments.yes, id, warning)?;
     change(&arguments.key, proto::WrappingKeyChange::Lose, context)
 }
@@ -202,14 +206,14 @@ fn send(
     })
 }
 
-/// The failure of a change of a wrapping key. The hints of the reasons are about user keys, so the hints about wrapping keys
-/// replace them.
+/// The failure of a change of a wrapping key. A hint about wrapping keys replaces the general hint,
+/// which is about user keys.
 fn failure(error: &Error) -> Failure {
     let failure = refusal::failure(error);
     if error.outcome_unknown() {
         return failure.hint(
-            "the change may still be made: `keybroker client wrapping-keys` shows the keys; do not repeat a rotation before \
-             you have looked",
+            "the change may still take effect: `keybroker client wrapping-keys` shows the keys; check the keys before \
+             you repeat a rotation",
         );
     }
     match error.reason() {

@@ -1,4 +1,4 @@
-//! Registers a key that is on several tokens.
+//! Registers keys that are on several tokens.
 
 use keybroker_audit::Entry;
 use keybroker_core::call::Timestamp;
@@ -16,7 +16,8 @@ use crate::{
     places::Registry,
 };
 
-/// Adds the place of a new key on the token of this command. With one token, the registry row describes the token.
+/// Adds the row that records that a new key is on the token of this command. A configuration with
+/// only one token needs no such row, because the registry row describes the token.
 pub(super) fn add(
     config: &Config,
     admin: &Admin,
@@ -31,8 +32,9 @@ pub(super) fn add(
     Ok(Some(place))
 }
 
-/// Registers a registered key also for the token of this command, after proof that the token holds the same key: the public key
-/// is the registered one, and the integrity key verifies the MAC of the registry row.
+/// Registers a key for the token of this command; the key is already registered for another token.
+/// First proves that the token has the same key: the public keys must be equal, and the integrity
+/// key must verify the MAC of the registry row.
 pub(super) fn register(
     context: &Context,
     config: &Config,
@@ -78,8 +80,8 @@ pub(super) fn register(
     Ok(place)
 }
 
-/// Makes the row for the place of a key on the token of this command. A confirmed backup stays confirmed for the token in the
-/// registry row.
+/// Creates the row that records that a key is on the token of this command. The new row keeps a
+/// backup confirmation only for the token that the registry row names.
 fn new_place(
     config: &Config,
     admin: &Admin,

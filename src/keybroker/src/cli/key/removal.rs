@@ -1,4 +1,4 @@
-//! `keybroker key remove`: removes the objects of a key that is not registered from the token.
+//! `keybroker key remove`: removes the objects of an unregistered key from the token.
 
 use std::io::{self, IsTerminal as _};
 
@@ -29,7 +29,7 @@ use super::{parse_id, registry};
 pub(in crate::cli) struct Remove {
     /// Id of the key, 32 hexadecimal digits
     id: String,
-    /// Remove the key without asking for its id again
+    /// Remove the key without a prompt for its id
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
@@ -48,32 +48,32 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
         context,
         arguments.yes,
         id,
-        "Nothing brings a removed key back",
+        "A removed key cannot be restored",
     )?;
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(&registry.rows))?;
     admin.know([(id, &place(&config))])?;
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
-    let removed = audited(
-        context,
-        &config,
-        "wrapping_key.remove",
-        describe,
-        || match admin.remove_key(id)? {
+    let removed = audited(context, &config, "wrapping_key.remove", describe, || {
+        // On a database server, another process may have registered the key while the administrator was asked. The registry
+        // is read last, because the scan of all rows takes long.
+        refuse_needed(id, &block_on(rows_under(&config, id))??)?;
+        refuse_registered(&block_on(super::registry(&config))??, id)?;
+        match admin.remove_key(id)? {
             0 => {
                 let what = format!("the token has no object of key {id}");
                 Err(Failure::new(Exit::Untrusted, what))
             }
             removed => Ok(removed),
-        },
-    )?;
+        }
+    })?;
     context.output.fields(vec![
         ("id", json!(id.to_string())),
         ("removed_objects", json!(removed)),
     ])
 }
 
-/// Where the integrity key of an unregistered key is.
+/// The expected place of an unregistered key's integrity key, according to the settings.
 fn place(config: &Config) -> ObjectIds {
     ObjectIds {
         private: None,
@@ -101,24 +101,25 @@ fn refuse_registered(registry: &Registry, id: WrappingKeyId) -> Result<(), Failu
         return Ok(());
     };
     let what = format!(
-        "key {} is registered and {}; only a key that is not registered can be removed",
+        "key {} is registered and {}; only an unregistered key can be removed",
         row.id, row.state
     );
     Err(Failure::new(Exit::Untrusted, what)
         .hint("`keybroker token check` lists the keys on the token that are not registered"))
 }
 
-/// The rows that need a key.
+/// The numbers of rows that need a key.
 #[derive(Debug, Default)]
 struct Needed {
     revisions: u64,
     clients: u64,
     requests: u64,
-    /// Rows that cannot be read, so that nothing is known about their key.
+    /// The number of rows that cannot be read, so that their wrapping key is unknown.
     unreadable: u64,
 }
 
-/// Counts the rows under a key. The registry row of a key may have been lost while rows still need the key.
+/// Counts the rows under a key, because the registry row of a key may be lost while rows still need
+/// the key.
 async fn rows_under(config: &Config, id: WrappingKeyId) -> Result<Needed, Failure> {
     let store = store::open_tables(&config.store).await?;
     let mut needed = Needed::default();
@@ -168,7 +169,7 @@ fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
     }
     if *unreadable > 0 {
         let what = format!(
-            "{unreadable} rows of the database cannot be read, and may need key {id}; nothing was removed"
+            "{unreadable} rows of the database cannot be read and may need key {id}; nothing was removed"
         );
         return Err(
             Failure::new(Exit::Verification, what).hint("run `keybroker store check` first")
@@ -177,7 +178,8 @@ fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Asks for the id again, because nothing undoes the command. `warning` is a sentence without a full stop.
+/// Prompts for the id of the key, because the command cannot be undone. `warning` is the text of
+/// the prompt, a sentence without a full stop.
 pub(super) fn confirm(
     context: &Context,
     is_confirmed: bool,
@@ -189,15 +191,17 @@ pub(super) fn confirm(
     }
     let refuse = |what: &str| Err(Failure::new(Exit::Usage, what));
     if !io::stdin().is_terminal() {
-        return refuse("this command needs --yes, or a terminal at which the id is typed again");
+        return refuse(
+            "this command needs a confirmation: pass --yes, or run the command at a terminal and type the id of the key",
+        );
     }
-    context.output.note(&format!(
-        "{warning}. Type the id of the key again to go on:"
-    ));
+    context
+        .output
+        .note(&format!("{warning}. To continue, type the id of the key:"));
     let mut line = String::new();
     let typed = io::stdin().read_line(&mut line);
     if typed.is_err() || WrappingKeyId::from_hex(line.trim()) != Some(id) {
-        return refuse("the typed id is another one; nothing was changed");
+        return refuse("the typed id is not the id of the key; nothing was changed");
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! Describes an example principal for an explanation. The description combines an entry of the configuration, a file and options;
-//! later sources override earlier ones.
+//! Describes an example principal for `keybroker policy explain`. The description combines an entry
+//! of the configuration, a file and options. Options take precedence over the file, and the file
+//! takes precedence over the configuration.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,16 +29,18 @@ use super::super::{
 /// Options that describe the principal, the address and the time of a request.
 #[derive(Args, Debug)]
 pub(super) struct Who {
-    /// Describe the `[[principal]]` that has this `san` in the configuration; other options change the description
+    /// Describe the `[[principal]]` that has this `san` in the configuration; the other options
+    /// override its values
     #[arg(long, value_name = "SAN")]
     principal: Option<String>,
-    /// JSON file that describes a principal; its fields have the names of the options, in the plural if an option may be repeated
+    /// JSON file that describes a principal; the names of its fields are the names of the options,
+    /// in the plural for options that may be repeated
     #[arg(long, value_name = "FILE")]
     principal_file: Option<PathBuf>,
     /// Kind of principal: "user" or "service" [default: "user" with --subject, otherwise "service"]
     #[arg(long, value_parser = word::<Kind>)]
     kind: Option<Kind>,
-    /// Name of the principal, as the audit log shows it
+    /// Name of the principal, as in the audit log
     #[arg(long)]
     name: Option<String>,
     /// Tenant whose records the principal can reach
@@ -64,13 +67,14 @@ pub(super) struct Who {
     /// Seconds since the user authenticated
     #[arg(long, value_name = "SECONDS")]
     auth_age_seconds: Option<u32>,
-    /// Device of the credential
+    /// Device identifier in the user's credential
     #[arg(long)]
     device: Option<String>,
     /// Organisation of the user; may be repeated
     #[arg(long = "organisation")]
     organisations: Vec<String>,
-    /// Attribute that the setting `attributes` of an `[[issuer]]` makes from a claim; may be repeated
+    /// Attribute of the principal that the setting `attributes` of an `[[issuer]]` derives from a
+    /// claim; may be repeated
     #[arg(long = "attribute", value_name = "NAME=VALUE")]
     attributes: Vec<String>,
     /// IP address of the caller [default: 127.0.0.1]
@@ -81,7 +85,7 @@ pub(super) struct Who {
     time: Option<String>,
 }
 
-/// A description of a principal. A field that is `None` has its default.
+/// A description of a principal. A field that is `None` gets its default.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Description {
@@ -102,7 +106,7 @@ struct Description {
     time: Option<String>,
 }
 
-/// A principal with the address and the time of its request.
+/// A principal, with the address and the time of the request.
 #[derive(Debug)]
 pub(super) struct Described {
     pub(super) identity: Identity,
@@ -154,7 +158,7 @@ impl Who {
 }
 
 impl Description {
-    /// Merges two descriptions; fields of `more` take precedence.
+    /// Merges two descriptions. The fields of `more` take precedence.
     fn and(self, more: Self) -> Self {
         Self {
             kind: more.kind.or(self.kind),
@@ -264,7 +268,7 @@ fn from_file(path: &Path) -> Result<Description, Failure> {
     serde_json::from_str(&text).map_err(|error| usage(format!("{shown}: {error}")))
 }
 
-/// Derives the kind of the credential from the beginning of the principal's name.
+/// Derives the type of the credential from the prefix of the principal's name.
 fn credential(name: &str, kind: Kind) -> Credential {
     match name.split(':').next() {
         Some("URI" | "DNS") => Credential::Certificate,

@@ -24,7 +24,7 @@ use super::{
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     who: Who,
-    /// Requested action, by its name in the audit log, such as `user_key.unwrap`
+    /// Name of the requested action in the audit log, such as `user_key.unwrap`
     #[arg(long, value_parser = action)]
     action: Action,
     /// User whose key or whose list of keys is requested [default for lists: all users]
@@ -181,10 +181,14 @@ fn why(Explanation { verdict, policies }: &Explanation) -> String {
         }
         "own-tenant" => "the key belongs to another tenant; policies are not evaluated".to_owned(),
         _ if failed => {
-            format!("the forbid `{policy}` could not be evaluated, so the request is denied")
+            format!("the forbid policy `{policy}` could not be evaluated, so the request is denied")
         }
-        _ if verdict.allowed => format!("the permit `{policy}` applies, and no forbid applies"),
-        _ => format!("the forbid `{policy}` applies, and a forbid overrides every permit"),
+        _ if verdict.allowed => {
+            format!("the permit policy `{policy}` applies, and no forbid policy applies")
+        }
+        _ => format!(
+            "the forbid policy `{policy}` applies, and a forbid policy overrides every permit policy"
+        ),
     }
 }
 

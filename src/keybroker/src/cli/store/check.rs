@@ -25,8 +25,8 @@ use keybroker_store::{
 
 use super::row_check::{Finding, Problem, RowChecker};
 
-/// Maximum number of findings that are shown; further findings are only counted. The limit bounds the memory that the findings
-/// of a fully damaged database use.
+/// Maximum number of findings to show. Further findings are only counted. The maximum limits the
+/// memory for findings if all rows of a database are damaged.
 const SHOWN_MAX: usize = 1_000;
 
 /// The result of a scan.
@@ -35,7 +35,7 @@ pub(super) struct Report {
     pub(super) records: u64,
     pub(super) revisions: u64,
     pub(super) clients: u64,
-    /// Number of rows in the other tables: request ids, changes and last uses.
+    /// The number of rows in the tables of request ids, changes and last uses.
     pub(super) others: u64,
     pub(super) bad: u64,
     findings: Vec<Finding>,
@@ -65,7 +65,8 @@ async fn log_in_and_scan(
     scan(context, store, &admins).await
 }
 
-/// Reads every row once and changes nothing. The scan keeps at most one page of each table and the shown findings in memory.
+/// Reads every row once and changes nothing. The scan needs memory for only one page of each table
+/// and for the findings to show.
 pub(super) async fn scan(
     context: &Context,
     store: &Arc<dyn Tables>,
@@ -140,7 +141,7 @@ async fn check_others(
     let keyless = store.keyless_rows().await?;
     if keyless > 0 {
         let detail = format!(
-            "{keyless} rows have NULL in a key column, so no list and no call can find them"
+            "{keyless} rows have NULL in a key column, so lists and calls cannot find these rows"
         );
         let finding = Finding::of_other(Problem::KeyMissing, detail);
         report.add(&**store, finding).await?;
@@ -148,8 +149,8 @@ async fn check_others(
     Ok(())
 }
 
-/// Reads the registry again if a row has an unknown wrapping key. A running broker may use a wrapping key that was registered
-/// after the scan began.
+/// Reads the registry again if a row has an unknown wrapping key. A running broker may use a
+/// wrapping key that was registered after the start of the scan.
 async fn learn(
     context: &Context,
     checker: &mut RowChecker<'_>,
@@ -221,14 +222,15 @@ impl Report {
     }
 }
 
-/// Reads one record again. A running broker may have changed the record between two pages of the scan.
+/// Reads a record again, because a running broker may have changed the record between two pages of
+/// the scan.
 async fn is_still_so(store: &dyn Tables, finding: &Finding) -> Result<bool, Failure> {
     let (Some(record), Some(revision)) = (finding.record, finding.revision) else {
         return Ok(true);
     };
     let current = match store.record_by_id(record).await {
         Ok(current) => current.map(|info| info.revision),
-        // The record has no current revision, or cannot be decoded.
+        // The record has no current revision, or its row cannot be decoded.
         Err(store::Error::Corrupt(_)) => return Ok(true),
         Err(error) => return Err(error.into()),
     };

@@ -1,4 +1,5 @@
-//! `keybroker store copy`: copies the database to another database, which may have another engine.
+//! `keybroker store copy`: copies all rows to another database, which may use another database
+//! engine.
 
 use std::{
     fs,
@@ -48,7 +49,7 @@ pub(in crate::cli) struct Arguments {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct From {
-    /// URL of the source database, in the form of `store.url` [default: `store.url`]
+    /// URL of the source database, in the same format as `store.url` [default: `store.url`]
     #[arg(long = "from", value_name = "URL")]
     from_url: Option<String>,
     /// File with the password for the source database
@@ -60,8 +61,9 @@ struct From {
     /// PEM file with the CA certificate of the source database server
     #[arg(long, value_name = "FILE", requires = "from_url")]
     from_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the source database, in addition to root and the user that
-    /// runs this command; may be repeated [default: `store.socket_users`]
+    /// Name or number of a user that may listen on the local socket of the source database, in
+    /// addition to root and the user that runs this command; may be repeated [default:
+    /// `store.socket_users`]
     #[arg(long = "from-socket-user", value_name = "USER", requires = "from_url")]
     from_socket_users: Vec<String>,
 }
@@ -69,8 +71,8 @@ struct From {
 #[derive(Args, Debug)]
 #[expect(clippy::struct_field_names, reason = "the fields name the options")]
 struct To {
-    /// URL of the destination database, in the form of `store.url`. The database must have the schema of this release, and be
-    /// empty or partly filled by an interrupted copy
+    /// URL of the destination database, in the same format as `store.url`. The destination must
+    /// have the schema of this release, and must be empty except for rows of an interrupted copy
     #[arg(long = "to", value_name = "URL")]
     to_url: String,
     /// File with the password for the destination database
@@ -82,8 +84,9 @@ struct To {
     /// PEM file with the CA certificate of the destination database server
     #[arg(long, value_name = "FILE")]
     to_ca_file: Option<PathBuf>,
-    /// User, by name or number, that may listen on the local socket of the destination database, in addition to root and the user
-    /// that runs this command; may be repeated [default: `store.socket_users`]
+    /// Name or number of a user that may listen on the local socket of the destination database, in
+    /// addition to root and the user that runs this command; may be repeated [default:
+    /// `store.socket_users`]
     #[arg(long = "to-socket-user", value_name = "USER")]
     to_socket_users: Vec<String>,
 }
@@ -95,7 +98,8 @@ struct Side<'a> {
     password_file: Option<&'a Path>,
     tls: Option<&'a str>,
     ca_file: Option<&'a Path>,
-    /// If this list is empty, the users in the configuration apply.
+    /// Users that may listen on the local socket. If the list is empty, `store.socket_users`
+    /// applies.
     socket_users: &'a [String],
 }
 
@@ -154,7 +158,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let logins = Logins::of(context, &arguments.pin)?;
     let config = logins.config()?;
     let (from, to) = sides(arguments, config)?;
-    // Log in before anything is written, because a command that cannot verify a copy must not make the copy.
+    // Log in before writing to the destination, because an unverified copy must not be made.
     let registry = block_on(async {
         let source = store::open_tables(&from).await?;
         let registry = Registry::read(&*source).await;
@@ -257,8 +261,8 @@ async fn carry_out(context: &Context, copy: &Copy, admins: &Admins) -> Result<Ou
         walk_all(context, copy, "comparing what is there", Lacking::Ignore).await?;
     }
     walk_all(context, copy, "copying rows", Lacking::Add).await?;
-    // The databases are compared after the slow check with the token, so that the comparison detects changes that were made
-    // during the check.
+    // The comparison comes after the slow check with the token, so that the comparison detects
+    // changes during the check.
     let checked = check::scan(context, &copy.to, admins).await?;
     let rows = compare(context, copy).await.map_err(|failure| {
         failure.hint(
@@ -270,14 +274,15 @@ async fn carry_out(context: &Context, copy: &Copy, admins: &Admins) -> Result<Ou
     Ok(Outcome { rows, checked })
 }
 
-/// Counts the rows of each table of the source. Fails unless the destination has the same rows and no others.
+/// Counts the rows of each table of the source. Fails unless the destination has exactly the same
+/// rows.
 async fn compare(context: &Context, copy: &Copy) -> Result<Vec<(Table, u64)>, Failure> {
     let rows = walk_all(context, copy, "comparing rows", Lacking::Refuse).await?;
     copy.look_again().await?;
     Ok(rows)
 }
 
-/// Walks through all tables and returns the number of rows of each table.
+/// Processes all tables and returns the number of rows in each table.
 async fn walk_all(
     context: &Context,
     copy: &Copy,

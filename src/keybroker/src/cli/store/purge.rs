@@ -27,7 +27,8 @@ use keybroker_store::{
     tally::Tally,
 };
 
-/// Largest accepted difference between local and database time, in microseconds: one minute.
+/// Maximum accepted difference between the local time and the database's time, in microseconds: one
+/// minute.
 const CLOCKS_APART_US: u64 = 60 * 1_000_000;
 const DAY_US: i64 = 24 * 3_600 * 1_000_000;
 
@@ -36,13 +37,13 @@ pub(in crate::cli) struct Arguments {
     /// Count the records and revisions without removing them
     #[arg(long)]
     dry_run: bool,
-    /// Minimum number of days since the deletion or replacement; must be at least `store.retention_days` [default:
-    /// `store.retention_days`]
+    /// Minimum number of days since the deletion of a record or the replacement of a revision; at
+    /// least `store.retention_days` [default: `store.retention_days`]
     #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u32).range(1..=36_500))]
     older_than: Option<u32>,
 }
 
-/// Numbers of rows that were purged, or would be purged.
+/// The numbers of rows that were purged, or that a dry run would purge.
 #[derive(Clone, Copy, Debug, Default)]
 struct Totals {
     records: u64,
@@ -77,7 +78,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The retention time in days. An option cannot shorten the configured time, because users rely on the configured time.
+/// The retention time in days. The option cannot make this time shorter than the configured time,
+/// because users rely on the configured time.
 fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
     let promised = settings.retention_days;
     match arguments.older_than {
@@ -94,7 +96,8 @@ fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failur
     }
 }
 
-/// Scans the database for old rows, and removes them if there is an audit log.
+/// Scans the database for old rows. Removes these rows if an audit log is given, and otherwise only
+/// counts them.
 async fn purge(
     context: &Context,
     config: &Config,
@@ -110,8 +113,8 @@ async fn purge(
     result
 }
 
-/// Refuses to purge if the clocks of this machine and of the database differ. A clock that is ahead makes rows look old, and
-/// purged records cannot be restored.
+/// Refuses to purge if the clocks of this machine and of the database differ. With a clock that is
+/// ahead, rows look older than they are, and purged records cannot be restored.
 async fn compare_clocks(store: &Arc<dyn Tables>) -> Result<(), Failure> {
     let Some(theirs) = store.clock().await? else {
         return Ok(());
@@ -216,9 +219,9 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Runs `work` with an intent and an outcome for each part, because purged records cannot be restored. If the database fails
-/// after the intents were written, there are no outcomes, and it is unknown whether the parts were removed. Returns the number
-/// of removed parts.
+/// Runs `work` with an intent and an outcome for each part, because purged records cannot be
+/// restored. If the database fails after the intents were written, no outcomes are written, because
+/// it is unknown whether the parts were removed. Returns the number of removed parts.
 async fn recorded(
     log: &AuditLog,
     parts: Vec<Part<'_>>,

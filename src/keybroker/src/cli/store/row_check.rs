@@ -1,4 +1,5 @@
-//! Checks single rows. The checks include all checks that a broker makes when it releases a key.
+//! Checks single rows. The checks include every check of a row that the broker makes before the
+//! release of a key.
 
 use std::collections::HashSet;
 
@@ -16,7 +17,8 @@ use keybroker_store::{
 
 use crate::cli::{admins::Admins, exit::Failure};
 
-/// The problem of a bad row. The names of the problems are stable; `docs/store.md` explains them.
+/// A problem of a row. The names of the problems are stable, and `docs/store.md` explains each
+/// problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Problem {
     RecordUnreadable,
@@ -42,7 +44,7 @@ pub(super) enum Problem {
 }
 
 impl Problem {
-    /// The name in the output.
+    /// The name of the problem in the output.
     pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::RecordUnreadable => "record-unreadable",
@@ -69,11 +71,11 @@ impl Problem {
     }
 }
 
-/// A bad row.
+/// A row with a problem.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
     pub(super) problem: Problem,
-    /// More about the problem, without bytes of the row.
+    /// Details of the problem. The details contain no bytes of the row.
     pub(super) detail: String,
     pub(super) record: Option<RecordId>,
     pub(super) head: Option<Head>,
@@ -98,7 +100,7 @@ impl Finding {
         }
     }
 
-    /// A finding about a row that belongs to no record and no API client.
+    /// A finding about a row that belongs to neither a record nor an API client.
     pub(super) fn of_other(problem: Problem, detail: impl Into<String>) -> Self {
         Self {
             problem,
@@ -110,7 +112,8 @@ impl Finding {
         }
     }
 
-    /// A finding about an API client. The revision of the finding is the revision of the API client's document.
+    /// A finding about an API client. The finding contains the revision of the API client's
+    /// document.
     fn of_client(
         problem: Problem,
         detail: impl Into<String>,
@@ -154,14 +157,15 @@ impl Finding {
 pub(super) struct RowChecker<'a> {
     admins: &'a Admins,
     registry: Vec<RegistryRow>,
-    /// The keys that are missing from the tokens or must not be used.
+    /// The keys that are not on the tokens or must not be used.
     unusable: HashSet<WrappingKeyId>,
-    /// The record that is being checked, until the scan reaches the current revision of this record.
+    /// The record that is being checked. `None` after the scan has reached the current revision of
+    /// the record.
     awaited: Option<Head>,
 }
 
 impl<'a> RowChecker<'a> {
-    /// `unusable` are the keys of the registry whose rows cannot be verified.
+    /// `unusable` contains the registered keys whose rows cannot be verified.
     pub(super) fn new(
         admins: &'a Admins,
         registry: Vec<RegistryRow>,
@@ -180,12 +184,13 @@ impl<'a> RowChecker<'a> {
         self.admins
     }
 
-    /// Whether the registry, as it was last read, lacks the wrapping key of a row.
+    /// Returns true if a row's wrapping key was not in the registry when the registry was last
+    /// read.
     pub(super) fn lacks(&self, key: Option<WrappingKeyId>) -> bool {
         key.is_some_and(|key| !self.registry.iter().any(|known| known.id == key))
     }
 
-    /// Whether the registry is unchanged since it was last read.
+    /// Whether the registry is unchanged since the last read.
     pub(super) fn knows(&self, registry: &[RegistryRow]) -> bool {
         self.registry == registry
     }
@@ -244,8 +249,8 @@ impl<'a> RowChecker<'a> {
         };
         let head = match found.head.as_deref() {
             None => return bad(Problem::RevisionWithoutRecord, String::new()),
-            // An unreadable record is reported only once. The address of an unreadable record is unknown, so no
-            // MAC of its rows can be verified.
+            // An unreadable record is reported only once. The address of the record is unknown, so
+            // the MACs of its revisions cannot be verified.
             Some(Err(_)) => return Ok(None),
             Some(Ok(head)) => head,
         };
@@ -253,7 +258,7 @@ impl<'a> RowChecker<'a> {
             self.awaited = None;
         }
         if row.revision > head.revision {
-            let detail = format!("the current revision is {}", head.revision);
+            let detail = format!("the current revision of the record is {}", head.revision);
             return bad(Problem::RevisionBeyondCurrent, detail);
         }
         let envelope = match Envelope::parse(&row.envelope) {
@@ -312,7 +317,7 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused, String::new())
     }
 
-    /// Checks a row that belongs to no record and no API client.
+    /// Checks a row that belongs to neither a record nor an API client.
     pub(super) fn other(&mut self, found: &FoundOther) -> Result<Option<Finding>, Failure> {
         let unreadable = |problem, result: &Result<(), store::Error>| {
             let error = result.as_ref().err();
@@ -339,8 +344,8 @@ impl<'a> RowChecker<'a> {
     ) -> Result<Option<Finding>, Failure> {
         let of = format!("request id {} of {}", scope.id, scope.principal);
         let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        // A row from a release before schema 4 has no MAC. The broker refuses a retry that refers to a row without
-        // a MAC, so such a row needs no check.
+        // Rows from releases with a schema older than version 4 have no MAC. Rows without a MAC
+        // need no check, because the broker refuses a retry that refers to a row without a MAC.
         let Some(mac) = &record.result_mac else {
             return Ok(None);
         };
@@ -354,7 +359,8 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused)
     }
 
-    /// Why the row MACs that belong to a wrapping key cannot be verified; `None` if they can be verified.
+    /// The problem that prevents the verification of MACs under a wrapping key; `None` if MACs can
+    /// be verified.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
         match self.registry.iter().find(|known| known.id == key) {
             None => Some(Problem::WrappingKeyUnknown),
@@ -371,7 +377,7 @@ impl<'a> RowChecker<'a> {
 mod tests {
     use super::*;
 
-    /// The page explains the name of every problem.
+    /// `docs/store.md` must explain every problem.
     #[test]
     fn the_documentation_has_every_problem() {
         let page = include_str!("../../../../../docs/store.md");

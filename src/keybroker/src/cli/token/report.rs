@@ -1,4 +1,5 @@
-//! `keybroker token report`: reports which operations a token supports. The report can be published and compared.
+//! `keybroker token report`: reports the operations that a token supports. Users can publish the
+//! report, and compare a token with a published report.
 
 use std::{
     fs,
@@ -26,17 +27,18 @@ use super::registry;
 pub(in crate::cli) struct Arguments {
     #[command(flatten)]
     pin: UserPin,
-    /// Also test keys that are stored on the token and removed afterwards; the audit log records this test
+    /// Also test with keys that the command stores on the token and removes afterwards; the audit
+    /// log records this test
     #[arg(long)]
     write: bool,
-    /// Show the token's serial number
+    /// Include the token's serial number in the report
     #[arg(long)]
     serial: bool,
     /// Also write the report to this file as a Markdown page
     #[arg(long, value_name = "FILE")]
     page: Option<PathBuf>,
-    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse than the
-    /// report
+    /// Compare the token with a published report in JSON; the command fails with exit code 12 if the token is worse
+    /// than in the report
     #[arg(long, value_name = "FILE")]
     expect: Option<PathBuf>,
 }
@@ -45,7 +47,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     let config = context.config_for_token()?;
     let expected = arguments.expect.as_deref().map(published).transpose()?;
     let pin = arguments.pin.get(config.token())?;
-    // A report needs no database. If there is no database, only the settings select the token.
+    // A report does not need a database. Without a database, only the settings select the token.
     let rows = registry(&config).unwrap_or_default();
     let serials = serials(&rows.rows);
     let admin = log_in(&config, &pin, arguments.write, &serials)?;
@@ -98,7 +100,7 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     };
     let whose = |admin: &Admin| {
         if admin.is_login_of_another() {
-            "that of the first process (CKR_USER_ALREADY_LOGGED_IN)"
+            "the login of the first process (CKR_USER_ALREADY_LOGGED_IN)"
         } else {
             "a separate login"
         }
@@ -106,14 +108,14 @@ fn logins_of_two_processes(second: Result<Admin, Failure>) -> Vec<Answer> {
     match second {
         Ok(admin) => vec![
             answer("a login by a second process", WORKS),
-            answer("the login of the second process is", whose(&admin)),
+            answer("the login of the second process", whose(&admin)),
         ],
         Err(failure) => vec![answer("a login by a second process", &failure.to_string())],
     }
 }
 
-/// Warns about keys that a report with `--write` made and could not remove. The warning is written to standard error, because
-/// standard output contains the report.
+/// Prints a warning about keys that a report with `--write` generated and could not remove. The
+/// warning goes to standard error, because standard output contains the report.
 fn warn_of_remains(context: &Context, report: &Report) {
     let removed = report
         .token_objects
@@ -146,7 +148,7 @@ fn page(report: &Report) -> String {
     parts.push(table(&["", ""], identity_rows(report)));
     for (heading, answers) in [
         ("Sessions and login", &report.sessions),
-        ("What was tried with the keys", &report.positive),
+        ("Operations with the keys", &report.positive),
         ("Keys that stay on the token", &report.token_objects),
         ("Answers to wrong input", &report.errors),
     ] {
@@ -158,15 +160,15 @@ fn page(report: &Report) -> String {
             parts.push(table(&["Tried", "Result"], rows));
         }
     }
-    parts.push("## What must not work".to_owned());
+    parts.push("## Forbidden operations".to_owned());
     parts.push(negative_table(report));
     parts.push("## Attributes of the templates".to_owned());
     parts.push(attribute_table(report));
     parts.push("## Rates".to_owned());
     let place = match report.token_cpu_is_local {
-        Some(true) => "The token's operations take CPU time of the machine that wrote this page.",
+        Some(true) => "The token's operations use CPU time of the machine that wrote this page.",
         Some(false) => {
-            "The token's operations take no CPU time of the process that wrote this page."
+            "The token's operations use no CPU time of the process that wrote this page."
         }
         None => "The CPU time of the token's operations was not measured.",
     };
@@ -193,8 +195,8 @@ fn introduction(report: &Report) -> Vec<String> {
     ];
     let heading = match verdict.result {
         Outcome::Works => None,
-        Outcome::WorksWithExceptions => Some("What each exception accepts:"),
-        Outcome::Refused => Some("Why the broker cannot use this token:"),
+        Outcome::WorksWithExceptions => Some("Risks of the permitted exceptions:"),
+        Outcome::Refused => Some("Reasons why the broker cannot use this token:"),
     };
     if let Some(heading) = heading {
         parts.push(heading.to_owned());
@@ -221,7 +223,7 @@ fn negative_table(report: &Report) -> String {
     });
     let headings = [
         "Test",
-        "What the token would do",
+        "Forbidden behaviour",
         "Result",
         "Code",
         "Session usable afterwards",
@@ -244,7 +246,7 @@ fn attribute_table(report: &Report) -> String {
         "Attribute",
         "In a template",
         "Read",
-        "Read by a length query",
+        "Result of a length query",
     ];
     table(&headings, rows)
 }

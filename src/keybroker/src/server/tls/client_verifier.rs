@@ -1,11 +1,11 @@
 //! Verifies client certificates with the verifiers of the TLS library, and adds two rules.
 //!
-//! Several CAs may have the same name and different keys, for example while a key is replaced. A verifier of the library uses
-//! only the first revocation list for a name, and refuses a client if another key signed this list. Therefore, each key of a CA
-//! has a separate verifier.
+//! Several CAs may have the same name and different keys, for example while a CA replaces its key.
+//! A verifier of the library uses only the first revocation list for a CA name, and rejects a
+//! client if another key signed this list. Therefore, each key of a CA has a separate verifier.
 //!
-//! The `extendedKeyUsage` of a client certificate must include `clientAuth`. The library also accepts a certificate without this
-//! extension (RFC 5280 section 4.2.1.12), such as a certificate that was issued for e-mail.
+//! The `extendedKeyUsage` of a client certificate must include `clientAuth`. The library itself
+//! also accepts certificates without this extension (RFC 5280 section 4.2.1.12).
 
 use std::sync::Arc;
 
@@ -17,9 +17,10 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Verifiers with the same CAs. For CAs with the same name, each verifier has the revocation lists of a different key. A
-/// certificate is accepted if one verifier accepts it. No verifier accepts a certificate that its issuer has revoked, because
-/// each verifier requires a list that the issuer's key signed.
+/// Several verifiers with the same CAs. If CAs have the same name, each verifier has the revocation
+/// lists of a different key. A certificate is accepted if at least one verifier accepts the
+/// certificate. No verifier accepts a revoked certificate, because each verifier requires a list
+/// that the issuer's key signed.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     pub(super) first: Arc<dyn ClientCertVerifier>,
@@ -41,7 +42,7 @@ impl ClientVerifier {
         };
         for verifier in &self.others {
             match verifier.verify_client_cert(leaf, intermediates, now) {
-                // The most useful error is the error of the verifier that has the issuer's list.
+                // The verifier with the issuer's list returns the most useful error.
                 Err(error) if is_of_another_key(&refused) => refused = error,
                 Err(_) => {}
                 verified => return verified,
@@ -51,7 +52,7 @@ impl ClientVerifier {
     }
 }
 
-/// Whether an error only shows that a signature was made with another key of the same name.
+/// Whether the error only shows that another key of a CA with the same name made the signature.
 fn is_of_another_key(error: &Error) -> bool {
     matches!(
         error,

@@ -1,4 +1,4 @@
-//! Numbers of certificates and lists in the TLS files of a listener.
+//! Counts the certificates and lists in the TLS files of a listener.
 
 use std::fmt;
 
@@ -9,18 +9,18 @@ use super::super::TlsSettings;
 
 const OUT_OF_ORDER: &str = "the chain is not in order, and some clients will refuse it";
 
-/// Numbers of certificates and lists in the TLS files of a listener. A number that is too small shows the operator that
-/// certificates or lists are missing.
+/// The numbers of certificates and lists in the TLS files of a listener. If a number is lower than
+/// expected, certificates or lists are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contents {
-    /// Certificates in the server's chain.
+    /// Number of certificates in the server's chain.
     pub certificates: usize,
-    /// CA certificates for client certificates.
+    /// Number of CA certificates that verify client certificates.
     pub authorities: usize,
-    /// Revocation lists in use.
+    /// Number of revocation lists in use.
     pub revocation_lists: usize,
-    /// Whether each certificate of the chain is followed by the certificate of its issuer. Some clients refuse a chain
-    /// in another order.
+    /// Whether each certificate of the chain is followed by the certificate of its issuer. Some
+    /// clients do not accept a chain in another order.
     pub is_chain_in_order: bool,
 }
 
@@ -66,8 +66,8 @@ pub(super) fn log_contents(event: &'static str, settings: &TlsSettings, contents
     }
 }
 
-/// Whether each certificate is followed by the certificate of its issuer. A chain that does not parse counts as not in
-/// order.
+/// Whether each certificate is followed by the certificate of its issuer. Returns false for a chain
+/// that cannot be parsed.
 pub(super) fn is_in_order(chain: &[CertificateDer<'_>]) -> bool {
     let parsed: Result<Vec<_>, _> = chain
         .iter()

@@ -1,4 +1,4 @@
-//! Why the TLS files of a listener are refused.
+//! The errors in the TLS files of a listener.
 
 use std::path::Path;
 
@@ -8,51 +8,54 @@ use keybroker_core::{call::Timestamp, pem, trusted_file};
 
 use super::revocation::{ListsError, MemoryError};
 
-/// Why the TLS files of a listener are refused. The message has the setting or the file, and a remedy if there is one.
+/// An error in the TLS files of a listener. The message contains the setting or the file, and the
+/// solution if it is known.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read.
     #[error("`{setting}`")]
     File {
-        /// The setting with the path of the file.
+        /// Name of the setting that contains the path of the file.
         setting: &'static str,
-        /// Why the file could not be read.
+        /// The error that occurred while the file was read.
         source: Box<trusted_file::Error>,
     },
-    /// A file does not have the required PEM content.
+    /// A file does not contain the required PEM data.
     #[error("`{setting}` {path}")]
     Pem {
-        /// The setting with the path of the file.
+        /// Name of the setting that contains the path of the file.
         setting: &'static str,
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The problem of the file.
         source: pem::Error,
     },
-    /// Client certificates are requested, but no CA is configured.
+    /// The listener requests client certificates, but no CA for them is configured.
     #[error(
-        "`client_certificates` requests client certificates, but `client_ca_file` is not set; without `client_ca_file`, \
-         no client certificate could be verified"
+        "`client_certificates` requests client certificates, but `client_ca_file` is not set; the broker needs \
+         `client_ca_file` to verify client certificates"
     )]
     NoAuthorities,
-    /// The file of the server's certificate has no certificate.
+    /// The file for the server's certificate contains no certificate.
     #[error("{path} has no PEM certificate")]
     NoCertificate {
-        /// The file.
+        /// The path of the file.
         path: String,
     },
-    /// The server's certificate does not parse.
+    /// The server's certificate cannot be parsed.
     #[error("{path} cannot be parsed")]
     Certificate {
-        /// The file.
+        /// The path of the file.
         path: String,
-        /// Where the parser stopped.
+        /// The error of the parser.
         source: nom::Err<X509Error>,
     },
     /// The server's certificate is no longer valid.
-    #[error("{path} expired on {until}, so every client would refuse it; renew it")]
+    #[error(
+        "{path} expired on {until}, so every client would refuse the certificate; renew the certificate"
+    )]
     Expired {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// Last second of the certificate's validity.
         until: Timestamp,
@@ -60,20 +63,20 @@ pub enum Error {
     /// The server's certificate is not valid yet.
     #[error("{path} is not valid before {from}; check the clock of this machine")]
     NotYetValid {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// First second of the certificate's validity.
         from: Timestamp,
     },
-    /// The certificate that belongs to the private key is not the first certificate in the chain.
+    /// The certificate of the private key is not the first certificate in the chain.
     #[error(
         "{path}: the certificate that belongs to the key {key_path} is number {number} of {count}; it must be the \
-         first, and each further certificate must be the issuer of the previous one"
+         first, followed by the certificate of its issuer and the certificates of further issuers in order"
     )]
     ChainOrder {
-        /// The file of the certificate chain.
+        /// The path of the file with the certificate chain.
         path: String,
-        /// The file of the private key.
+        /// The path of the file with the private key.
         key_path: String,
         /// Position of the certificate in the chain, starting at 1.
         number: usize,
@@ -86,41 +89,41 @@ pub enum Error {
          were renewed together"
     )]
     OtherKey {
-        /// The file of the certificate chain.
+        /// The path of the file with the certificate chain.
         path: String,
-        /// The file of the private key.
+        /// The path of the file with the private key.
         key_path: String,
     },
-    /// The TLS library refuses the certificate and the private key for another reason.
+    /// The TLS library rejects the certificate and the private key for another reason.
     #[error("{path} and {key_path} cannot be used")]
     Unusable {
-        /// The file of the certificate chain.
+        /// The path of the file with the certificate chain.
         path: String,
-        /// The file of the private key.
+        /// The path of the file with the private key.
         key_path: String,
         /// The error of the library.
         source: rustls::Error,
     },
-    /// The file of the CA certificates has a certificate that is not a CA certificate.
+    /// The TLS library does not accept a certificate in the file of CA certificates.
     #[error("{path} has a certificate that is not a CA certificate")]
     Authority {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the library.
         source: rustls::Error,
     },
-    /// The library could not make a verifier of client certificates.
+    /// The TLS library could not create a verifier of client certificates.
     #[error("{path} and its revocation lists cannot be used")]
     Verifier {
-        /// The file of the CA certificates.
+        /// The path of the file with the CA certificates.
         path: String,
         /// The error of the library.
         source: rustls::server::VerifierBuilderError,
     },
-    /// The revocation lists are refused. The error of the lists completes the message.
-    #[error("`client_crl_file` {path} {problem}")]
+    /// The revocation lists are refused. The source error, about the lists, completes the message.
+    #[error("`client_crl_file` {path}: {problem}")]
     Lists {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The problem of the lists.
         #[source]

@@ -30,7 +30,7 @@ use super::{
     to_array,
 };
 
-/// Longest file with a chain, a key or CA certificates, in bytes.
+/// Maximum length of a file with a certificate chain, a key or CA certificates, in bytes.
 const PEM_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 const CHAIN: Purpose =
@@ -59,7 +59,7 @@ impl fmt::Debug for Shown {
     }
 }
 
-/// The files that decide which clients are accepted.
+/// The contents of the files that determine which clients are accepted.
 pub(super) struct Trust {
     client_ca: Vec<u8>,
     client_crl: Option<ListsFile>,
@@ -72,7 +72,8 @@ pub(super) struct Files {
     pub(super) trust: Trust,
 }
 
-/// The two parts of the files. If one part cannot be read, the other part can still be used.
+/// The files for the server's certificate, and the files for client certificates. If the files of
+/// one group cannot be read, the broker can still use the files of the other group.
 pub(super) struct Found {
     pub(super) shown: Result<Shown, Error>,
     pub(super) trust: Result<Trust, Error>,
@@ -135,14 +136,15 @@ impl Trust {
     }
 }
 
-/// Adds a part with its length to a digest, so that different parts cannot have the same encoding.
+/// Adds the length of a byte string and the byte string to a digest, so that different inputs
+/// cannot have the same encoding.
 fn update(context: &mut digest::Context, part: &[u8]) {
     context.update(&u64::try_from(part.len()).unwrap_or(0).to_be_bytes());
     context.update(part);
 }
 
-/// Reads the file of revocation lists. A file that is too long is treated like a damaged file, so that the accepted lists stay
-/// in use, even after a restart.
+/// Reads the file of revocation lists. A file that is too long counts as damaged, so that the
+/// accepted lists remain in use, even after a restart.
 fn read_lists(path: &Path) -> Result<ListsFile, Error> {
     match trusted_file::read(path, LISTS_BYTES_MAX, LISTS) {
         Ok(bytes) => Ok(ListsFile::Content(bytes.to_vec())),
@@ -162,7 +164,8 @@ impl Found {
         }
     }
 
-    /// Digest of the files, like [`Files::digest`]. For a part that cannot be read, the digest covers the error.
+    /// Digest of the files, like [`Files::digest`]. If the files of a group cannot be read, the
+    /// digest includes the error instead.
     pub(super) fn digest(&self) -> [u8; 32] {
         let mut context = digest::Context::new(&digest::SHA256);
         match &self.shown {
@@ -265,7 +268,7 @@ impl Files {
         })
     }
 
-    /// The revocation lists; `None` if none are configured.
+    /// The revocation lists; `None` if no revocation lists are configured.
     fn lists(
         &self,
         settings: &TlsSettings,
@@ -334,7 +337,8 @@ impl Files {
                 builder = builder.allow_unauthenticated();
             }
             if let Some(ders) = ders {
-                // By default, the library checks the whole chain and refuses a certificate that no list covers.
+                // By default, the library checks all certificates of the chain and rejects
+                // certificates that no list covers.
                 builder = builder.with_crls(ders).enforce_revocation_expiration();
             }
             builder.build().map_err(|source| Error::Verifier {

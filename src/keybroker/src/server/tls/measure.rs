@@ -1,5 +1,5 @@
-//! Updates metrics and raises alerts about the expiry of certificates and revocation lists. The broker runs this code
-//! periodically.
+//! Updates metrics and raises alerts about the expiry of certificates and revocation lists. The
+//! broker calls this code periodically.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -13,10 +13,11 @@ use super::{
 pub(super) const SECONDS_PER_HOUR: i64 = 3_600;
 
 impl Tls {
-    /// Updates the metrics of these listeners and raises the alerts about their revocation lists. Returns the problems of the
-    /// lists for the broker's health; the text is empty if there are none.
+    /// Updates the metrics of the listeners, and raises alerts about their revocation lists.
+    /// Returns the problems of the lists for the broker's health; the text is empty if the lists
+    /// have no problems.
     pub(in super::super) fn measure(listeners: &[Arc<Self>]) -> String {
-        // Several listeners may use the same file of lists.
+        // Several listeners may use the same file of revocation lists.
         let mut files: BTreeMap<&Path, FileState> = BTreeMap::new();
         for one in listeners {
             let current = one.current();
@@ -69,12 +70,12 @@ impl Tls {
 #[derive(Default)]
 struct FileState {
     problems: usize,
-    /// When the first list in the file expires, in seconds since 1970.
+    /// The earliest expiry of a list in the file, in seconds since 1970.
     until: Option<i64>,
 }
 
 impl FileState {
-    /// Updates the metrics of the file and returns its problems.
+    /// Updates the metrics of the file, and returns the problems of the file.
     fn measure(&self, path: &Path, now: i64) -> Option<String> {
         let path = path.display().to_string();
         let problems = u32::try_from(self.problems).unwrap_or(u32::MAX);
@@ -113,6 +114,6 @@ pub(super) fn note_expiry(until: i64, path: &Path) {
 
 /// Converts seconds since 1970 to the value of a metric.
 fn to_float(seconds: i64) -> f64 {
-    // The value is exact until the year 2106.
+    // The value is exact until the year 2106, because 32 bits are sufficient until then.
     f64::from(u32::try_from(seconds.max(0)).unwrap_or(u32::MAX))
 }

@@ -1,23 +1,27 @@
-//! Revocation lists: which client certificates their CAs have revoked (RFC 5280 section 5).
+//! Revocation lists: the lists of client certificates that the CAs have revoked (RFC 5280 section
+//! 5).
 //!
 //! The lists of each CA are evaluated separately:
 //!
-//! - A list is rejected and reported if it does not parse, is not signed by its CA, is not currently valid, or is older than the
-//!   accepted list of this CA. Accepted lists are remembered across restarts.
+//! - A list is rejected and reported if the list is malformed, is not signed by its CA, is not
+//!   currently valid, or is older than the CA's accepted list. Accepted lists are stored across
+//!   restarts.
 //!
-//! - If the list of a CA is rejected or missing, the accepted list of this CA stays in use until it expires. The lists of other
-//!   CAs are still replaced by their new lists. Accepted lists also stay in use if the file can be read only in part or not at
-//!   all.
+//! - If the list of a CA is rejected or missing, the accepted list of this CA remains in use until
+//!   it expires. New lists of other CAs still take effect. Accepted lists also remain in use if the
+//!   file is partly or completely unreadable.
 //!
-//! - A start fails if a configured CA has neither a valid list in the file nor an accepted list.
+//! - The broker does not start if a configured CA has neither a valid list in the file nor an
+//!   accepted list.
 //!
-//! - A client certificate that no list covers is refused.
+//! - A client certificate is rejected if no list covers it.
 //!
-//! - A list is valid until its `nextUpdate`. An alert is raised before the list expires. After the expiry, new connections of the
-//!   CA's clients are refused until there is a newer list.
+//! - A list is valid until its `nextUpdate`, and an alert is raised earlier. After the expiry, new
+//!   connections of the CA's clients are rejected until the file contains a newer list.
 //!
-//! The list of a CA that is not configured, such as an intermediate CA, can be verified only in the handshake. An attacker on the
-//! network path to the distribution point can replace an unverified list, so unverified lists are not remembered across restarts.
+//! If a CA is not configured, such as an intermediate CA, its list can be verified only in the
+//! handshake. An attacker on the network path to the distribution point can replace an unverified
+//! list, so unverified lists are not stored across restarts.
 //!
 //! Signatures are verified with the algorithms of the TLS handshake, so that the handshake accepts every list that this module
 //! accepts.
@@ -47,37 +51,41 @@ pub(super) use memory::Memory;
 
 use list::{Authority, List, Slot, Version, authority_of, name_of};
 
-/// Longest file of revocation lists, in bytes.
+/// Maximum length of a file of revocation lists, in bytes.
 pub(super) const LISTS_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Limits on the number and bytes of unverified lists that are kept although they are no longer in the file.
+/// Limits on the number and the total size of unverified lists that remain in use although the file
+/// no longer contains them.
 const UNVERIFIED_KEPT_MAX: usize = 128;
 const UNVERIFIED_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// Maximum number of rejected lists in a log line, because a file may have many lists.
+/// Maximum number of rejected lists in a log line, because a file may contain many lists.
 const PROBLEMS_SHOWN: usize = 5;
-/// Maximum length of a problem in the log, because the name of a CA may be very long.
+/// Maximum length of a problem in the log, in characters, because the name of a CA may be very
+/// long.
 const PROBLEM_CHARS_MAX: usize = 600;
 
-/// The lists that are in use, or the lists of a file.
+/// A set of revocation lists: the lists in use, or the lists of a file.
 #[derive(Debug)]
 pub(super) struct Lists {
-    /// The newest list of each CA, and of each scope for which the CA issues a separate list.
+    /// The newest list of each CA. If a CA issues separate lists for several scopes, the newest
+    /// list of each scope.
     groups: BTreeMap<Slot, Arc<List>>,
     /// The configured CAs, with their names for messages.
     configured: BTreeMap<Authority, String>,
-    /// Why lists were rejected or are missing.
+    /// The problems of lists that were rejected or are missing.
     problems: Vec<Problem>,
 }
 
-/// Why a list was rejected or is missing.
+/// The problem of a list that was rejected or is missing.
 #[derive(Debug)]
 struct Problem {
-    /// Name of the CA; `None` if the list does not parse.
+    /// Name of the CA; `None` if the list cannot be parsed.
     name: Option<Vec<u8>>,
     error: ListsError,
 }
 
 impl Lists {
-    /// Reads the lists of a file and verifies the lists of the given CAs. Lists that cannot be used are left out.
+    /// Reads the lists of a file and verifies the lists of the given CAs. Ignores lists that cannot
+    /// be used.
     pub(super) fn read(
         file: &ListsFile,
         authorities: &[CertificateDer<'_>],
@@ -107,8 +115,8 @@ impl Lists {
                 }
             }
         }
-        // The verifier uses only the first list for the name of a CA, and it is unknown which of several unverified lists the CA
-        // signed. If the first list were forged, every client of this CA would be refused.
+        // The verifier uses only the first list for a CA name. If several unverified lists exist
+        // and the first list were forged, every client of this CA would be rejected.
         for slot in ambiguous {
             let error = ListsError::Ambiguous(name_of(&slot.authority.0));
             lists.leave_out(&slot, error);
@@ -116,8 +124,8 @@ impl Lists {
         Ok(lists)
     }
 
-    /// Adds a list of the file; the newer of two lists is kept. Returns false if there are two different unverified lists,
-    /// because it is unknown which of them is genuine.
+    /// Adds a list of the file, and keeps the newer of two lists. Returns false for a second,
+    /// different unverified list, because either list may be forged.
     fn add(&mut self, slot: &Slot, list: List) -> bool {
         match self.groups.get(slot) {
             Some(other) if slot.authority.1.is_none() => return other.der == list.der,
@@ -139,8 +147,8 @@ impl Lists {
         self.problems.push(Problem { name, error });
     }
 
-    /// Rejects lists that are older than the accepted lists, and keeps the accepted lists of CAs that have no list in the file.
-    /// Fails if no list can be used for a configured CA.
+    /// Rejects lists that are older than the accepted lists, and keeps the accepted lists of CAs
+    /// without a list in the file. Fails if a configured CA has no usable list.
     pub(super) fn follow(
         mut self,
         memory: &Memory,
@@ -185,8 +193,9 @@ impl Lists {
         }
     }
 
-    /// Keeps the accepted lists of a configured CA until they expire, because a missing list may be an attempt to hide a
-    /// revocation. To stop accepting clients of a CA, an operator removes its certificate from the configuration.
+    /// Keeps the accepted lists of a configured CA until they expire, because a missing list may be
+    /// an attempt to hide a revocation. To stop accepting clients of a CA, operators must remove
+    /// the CA certificate from the configuration.
     fn keep_accepted(&mut self, authority: &Authority, memory: &Memory, now: i64) {
         let is_reported = self.has_problem_of(&authority.0);
         for (slot, accepted) in memory.of(authority) {
@@ -196,8 +205,8 @@ impl Lists {
         }
     }
 
-    /// Keeps the expired lists of a CA that has no other list, so that its clients are refused with the correct reason. At a
-    /// start of the broker, no lists are in use, so no expired lists are kept.
+    /// Keeps the expired lists of a CA without another list, so that the broker rejects the CA's
+    /// clients for the correct reason. At the start of the broker, no lists are in use.
     fn keep_ended(
         &mut self,
         authority: &Authority,
@@ -219,11 +228,13 @@ impl Lists {
         Ok(())
     }
 
-    /// Keeps the lists of CAs that are not configured and have no list in the file, until they expire. The number of kept lists
-    /// is limited, because a file with lists of other unknown CAs at each reload must not fill the memory.
+    /// Keeps the lists in use of CAs that are not configured and have no list in the file, until
+    /// the lists expire. The number of these lists is limited. Otherwise, a file with lists of
+    /// other CAs at each reload could fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
-        // A set of the names with a problem, because there may be many lists to look up.
+        // A set of CA names with a problem, because searching a vector for each of many lists would
+        // be slow.
         let mut reported: BTreeSet<Vec<u8>> = self
             .problems
             .iter()
@@ -271,7 +282,8 @@ impl Lists {
         names.any(|other| other.as_deref() == Some(name))
     }
 
-    /// Why a CA has no list: the problem of its list, or of a list that does not parse.
+    /// The reason why a CA has no list: the problem of its list, or the problem of a list that
+    /// cannot be parsed.
     fn reason_without(&mut self, name: &[u8], shown: String) -> ListsError {
         let mut problems = std::mem::take(&mut self.problems);
         let of = |name: Option<&[u8]>| {
@@ -284,8 +296,8 @@ impl Lists {
         }
     }
 
-    /// The log text about rejected and missing lists. Lists of configured CAs come first, so that other lists in the file do not
-    /// hide them.
+    /// The log text about rejected and missing lists. The text begins with the lists of configured
+    /// CAs, because the number of problems in the text is limited.
     pub(super) fn left_out(&self) -> Option<String> {
         let configured: BTreeSet<&[u8]> = self
             .configured
@@ -314,23 +326,23 @@ impl Lists {
         }
     }
 
-    /// Takes the first problem.
+    /// Removes the first problem and returns it.
     pub(super) fn take_problem(&mut self) -> Option<ListsError> {
         let mut problems = std::mem::take(&mut self.problems).into_iter();
         problems.next().map(|problem| problem.error)
     }
 
-    /// Number of lists that were rejected or are missing.
+    /// The number of lists that were rejected or are missing.
     pub(super) fn problem_count(&self) -> usize {
         self.problems.len()
     }
 
-    /// Number of lists in use.
+    /// The number of lists.
     pub(super) fn count(&self) -> usize {
         self.groups.len()
     }
 
-    /// The validity of the list that expires first.
+    /// The validity period of the list that expires first.
     pub(super) fn life(&self) -> Option<Life> {
         let lives = self.groups.values().map(|list| list.life);
         lives.min_by_key(|life| life.until)
@@ -346,8 +358,8 @@ impl Lists {
         super::to_array(context.finish().as_ref())
     }
 
-    /// The lists for each verifier. A verifier uses only the first list that covers a certificate's issuer name. CAs with the
-    /// same name and different keys, for example while a key is replaced, therefore need separate verifiers.
+    /// The lists for each verifier. A verifier uses only the first list for an issuer name, so CAs
+    /// with the same name and different keys need separate verifiers.
     pub(super) fn by_verifier(&self) -> Vec<Vec<CertificateRevocationListDer<'static>>> {
         let mut names: BTreeMap<&[u8], BTreeMap<&Authority, Vec<&List>>> = BTreeMap::new();
         for (slot, list) in &self.groups {
@@ -392,7 +404,7 @@ fn parsed<'a>(
         .map_err(ListsError::Authority)
 }
 
-/// A file of revocation lists.
+/// The content of a file of revocation lists.
 #[derive(Clone, Debug)]
 pub(super) enum ListsFile {
     /// The content of the file.
@@ -404,7 +416,8 @@ pub(super) enum ListsFile {
 /// A list, and the number of its block in the file.
 type FoundList = (usize, CertificateRevocationListDer<'static>);
 
-/// The lists of a PEM file, or the single list of a DER file. Each part of the file that is not a list is an error.
+/// The lists of a PEM file, or the only list of a DER file. For each part of the file that is not a
+/// list, the result contains an error.
 fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
     let bytes = match file {
         ListsFile::Content(bytes) => bytes,

@@ -1,4 +1,5 @@
-//! Checks the dates of the server's certificate, and finds the certificate that belongs to the key.
+//! Checks the dates of the server's certificate, and finds the certificate that belongs to the
+//! private key.
 
 use std::path::Path;
 
@@ -19,11 +20,11 @@ use super::{
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Validity {
     Checked,
-    /// The certificate is already in use.
+    /// The dates are not checked, because the certificate is already in use.
     Unchecked,
 }
 
-/// The position in the chain, starting at 1, of the certificate that belongs to the key.
+/// The position of the certificate that belongs to the key. Positions in the chain start at 1.
 pub(super) fn key_place(chain: &[CertificateDer<'_>], key: &PrivateKeyDer<'_>) -> Option<usize> {
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key).ok()?;
     let public = key.public_key()?;
@@ -43,8 +44,8 @@ pub(super) fn life_of(leaf: &CertificateDer<'_>, path: &Path) -> Result<Life, Er
     })
 }
 
-/// Refuses a certificate that has expired or is not valid yet, and warns about a certificate that
-/// expires soon.
+/// Rejects a certificate that has expired or is not valid yet, and logs a warning about a
+/// certificate that expires soon.
 pub(super) fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i64, Error> {
     let life = life_of(leaf, path)?;
     let Life { from, until } = life;
@@ -64,7 +65,10 @@ pub(super) fn check_validity(leaf: &CertificateDer<'_>, path: &Path) -> Result<i
     }
     note_expiry(until, path);
     if life.age(now) == Age::Late {
-        tracing::warn!(certificate = %path.display(), until = %life.ends(), "the certificate expires soon; renew it");
+        tracing::warn!(
+            certificate = %path.display(), until = %life.ends(),
+            "the certificate expires soon; renew the certificate"
+        );
     }
     Ok(until)
 }

@@ -1,4 +1,4 @@
-//! Files of a listener that change, and lists of revoked certificates that must not be taken over.
+//! Tests changes of a listener's files, and revocation lists that must be rejected.
 
 use std::{fs, path::PathBuf};
 
@@ -36,17 +36,18 @@ fn authority(name: &str, algorithm: &'static rcgen::SignatureAlgorithm) -> Autho
     CertifiedIssuer::self_signed(parameters, key).unwrap()
 }
 
-/// A list of that authority, in PEM, from and until so many hours from now.
+/// A list of an authority in PEM. `from` and `until` are the start and the end of its validity, in
+/// hours from now.
 fn list(authority: &Authority, revoked: &[u64], from: i64, until: i64) -> String {
     numbered(authority, 1, revoked, from, until)
 }
 
-/// The same with that number.
+/// A list like that of [`list`], with the given `crlNumber`.
 fn numbered(authority: &Authority, number: u64, revoked: &[u64], from: i64, until: i64) -> String {
     signed(authority, None, number, revoked, from, until)
 }
 
-/// A list for the certificates with that distribution point, or for all.
+/// A list for the certificates with the given distribution point, or for all certificates.
 fn signed(
     authority: &Authority,
     point: Option<&str>,
@@ -87,7 +88,7 @@ fn read(pem: &str, authorities: &[&Authority]) -> Result<Lists, String> {
     follow(pem.as_bytes(), &ders, &Memory::default(), None, now())
 }
 
-/// What a listener would use of a file at that time.
+/// The lists that a listener would use from a file at the given time.
 fn follow(
     bytes: &[u8],
     authorities: &[CertificateDer<'_>],
@@ -100,12 +101,12 @@ fn follow(
         .map_err(|error| chain(&error))
 }
 
-/// Why a reload left out lists, after it was reported.
+/// The last report about lists that a reload did not use.
 fn left_out(tls: &Tls) -> Option<String> {
     tls.left_out.lock().unwrap().clone()
 }
 
-/// A listener's files in a separate folder.
+/// The files of a listener in a separate directory.
 struct Site {
     folder: tempfile::TempDir,
     ca: Authority,
@@ -142,7 +143,8 @@ impl Site {
         self.write("key", &key.serialize_pem());
     }
 
-    /// Whether the listener would accept a client certificate of that CA with that serial number.
+    /// Whether the listener would accept a client certificate of the given CA with the given serial
+    /// number.
     fn verifies(tls: &Tls, ca: &Authority, serial: u64) -> bool {
         match Self::verify(tls, ca, serial, &[]) {
             Ok(()) => true,
@@ -151,7 +153,8 @@ impl Site {
         }
     }
 
-    /// Why not, with the intermediates that the client sends.
+    /// Verifies a client certificate. `intermediates` are the intermediate certificates that the
+    /// client sends.
     fn verify(
         tls: &Tls,
         ca: &Authority,
@@ -184,7 +187,7 @@ impl Site {
         self.try_load_of("ca", state)
     }
 
-    /// A listener with other authorities and the same other files.
+    /// Loads a listener with other authorities but otherwise the same files.
     fn try_load_of(&self, ca: &str, state: Option<&StateDirectory>) -> Result<Tls, String> {
         let issuers = self.path("issuers");
         let settings = TlsSettings {
@@ -206,7 +209,7 @@ impl Site {
     }
 }
 
-/// The accepted lists in the state directory.
+/// The files of accepted lists in the state directory.
 fn stored(state: &StateDirectory) -> Vec<PathBuf> {
     let entries = fs::read_dir(state.path()).unwrap();
     entries.map(|entry| entry.unwrap().path()).collect()

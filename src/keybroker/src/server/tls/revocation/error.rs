@@ -1,52 +1,54 @@
-//! Why revocation lists are rejected, and why the accepted lists could not be read or stored.
+//! The errors of revocation lists, and of reading and storing the accepted lists.
 
 use rustls::server::VerifierBuilderError;
 use x509_parser::{error::X509Error, nom};
 
 use keybroker_core::{call::Timestamp, pem, state};
 
-/// Why the accepted lists could not be read or stored.
+/// An error while the accepted lists are read or stored.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The state file could not be read or written.
     #[error(transparent)]
     File(#[from] state::Error),
-    /// The state file is not a list that this CA signed.
+    /// The state file does not contain a list that this CA signed.
     #[error(
         "the state file {path} is not a revocation list that \"{authority}\" signed: find out what changed the file. \
-         The broker can start without the file, but then does not know which list it accepted last"
+         The broker can start without the file, but then cannot detect that a list is older than the last accepted list"
     )]
     List {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// Name of the CA.
         authority: String,
     },
-    /// The state file that an earlier release wrote is malformed.
+    /// A state file of an earlier release is malformed.
     #[error("the state file {path} is not a valid list of revocation list versions")]
     Content {
-        /// The file.
+        /// The path of the file.
         path: String,
-        /// Where the parser stopped.
+        /// The error of the parser.
         source: serde_json::Error,
     },
     /// An entry is not hexadecimal.
     #[error("the state file {path} has an entry that is not hexadecimal")]
     Hex {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The error of the decoder.
         source: hex::FromHexError,
     },
 }
 
-/// A problem of a file of revocation lists. The message follows the name of the file.
+/// A problem of a file of revocation lists.
 #[derive(Debug, thiserror::Error)]
 pub enum ListsError {
-    /// A list is older than a list that was accepted before.
+    /// A list is older than a previously accepted list.
     #[error(
-        "has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: {accepted}): \
-         with the older list, certificates that were revoked after its date would be accepted. Fetch the newest \
+        "the file has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: \
+         {accepted}): \
+         with the older list, certificates that were revoked after the date of the older list would be accepted. \
+         Fetch the newest \
          list{how_to_go_back}"
     )]
     GoesBack {
@@ -56,43 +58,45 @@ pub enum ListsError {
         found: String,
         /// Number and date of the accepted list.
         accepted: String,
-        /// How to accept the older list; may be empty.
+        /// Instructions for accepting the older list; may be empty.
         how_to_go_back: String,
     },
     /// A CA certificate does not parse.
-    #[error("cannot be verified, because a CA certificate cannot be parsed")]
+    #[error("the file cannot be verified, because a CA certificate cannot be parsed")]
     Authority(#[source] nom::Err<X509Error>),
     /// A list does not parse.
-    #[error("has a list that cannot be parsed: block {block}")]
+    #[error("the file has a list that cannot be parsed: block {block}")]
     Malformed {
         /// Position in the file, starting at 1.
         block: usize,
-        /// Where the parser stopped.
+        /// The error of the parser.
         source: nom::Err<X509Error>,
     },
-    /// A part of the file cannot be read.
-    #[error("has a part that cannot be read")]
+    /// A PEM block in the file cannot be read.
+    #[error("the file has a PEM block that cannot be read")]
     Block(#[source] pem::DamagedBlock),
     /// The file is too long.
-    #[error("is longer than {0} bytes, so no list in it is used")]
+    #[error("the file is longer than {0} bytes, so none of its lists is used")]
     TooLong(u64),
     /// The file has further bytes after a list in DER.
-    #[error("has more bytes after a revocation list in DER; use PEM for several lists in one file")]
+    #[error(
+        "the file has more bytes after a revocation list in DER; use PEM for several lists in one file"
+    )]
     Trailing,
     /// The file begins like DER, but is not a revocation list.
-    #[error("is neither PEM nor a list in DER")]
+    #[error("the file is neither PEM nor a list in DER")]
     Der(#[source] nom::Err<X509Error>),
     /// The file has no list.
-    #[error("has no revocation list")]
+    #[error("the file has no revocation list")]
     Empty,
-    /// A CA has no list.
+    /// The file contains no list of a configured CA.
     #[error(
-        "has no list of \"{0}\" that this CA signed, so every client of this CA would be refused"
+        "the file has no list of \"{0}\" that this CA signed, so every client of this CA would be refused"
     )]
     Missing(String),
-    /// A list that was accepted before is no longer in the file.
+    /// A previously accepted list is no longer in the file.
     #[error(
-        "no longer has a list of \"{authority}\"; the accepted list ({version}) stays in use until it expires on \
+        "the file no longer has a list of \"{authority}\"; the accepted list ({version}) stays in use until it expires on \
          {until}. Add the newest list of this CA to the file"
     )]
     Gone {
@@ -100,19 +104,20 @@ pub enum ListsError {
         authority: String,
         /// Number and date of the accepted list.
         version: String,
-        /// When the accepted list expires.
+        /// Time when the accepted list expires.
         until: Timestamp,
     },
     /// The file has several lists of a CA whose certificate is not configured.
     #[error(
-        "has more than one list of \"{0}\", a CA whose certificate is neither in `client_ca_file` nor in \
+        "the file has more than one list of \"{0}\", a CA whose certificate is neither in `client_ca_file` nor in \
          `client_crl_issuers_file`, so the broker cannot verify which list this CA signed: add its certificate to \
          `client_crl_issuers_file`, or keep only its newest list"
     )]
     Ambiguous(String),
     /// The CA did not sign the list.
     #[error(
-        "has a list of \"{issuer}\" ({version}) that this CA did not sign: the list was changed, or another CA with \
+        "the file has a list of \"{issuer}\" ({version}) that this CA did not sign: the list was changed, or another \
+         CA with \
          this name made it"
     )]
     Signature {
@@ -123,7 +128,8 @@ pub enum ListsError {
     },
     /// The signature algorithm of the list is not supported.
     #[error(
-        "has a list of \"{issuer}\" ({version}) whose signature algorithm {algorithm} is not supported for the key of \
+        "the file has a list of \"{issuer}\" ({version}) whose signature algorithm {algorithm} is not supported for \
+         the key of \
          this CA: the CA must sign with RSA (PKCS #1 or PSS), ECDSA (P-256, P-384, P-521) or Ed25519"
     )]
     Algorithm {
@@ -135,7 +141,7 @@ pub enum ListsError {
         algorithm: String,
     },
     /// The TLS library does not accept the list.
-    #[error("has a list of \"{issuer}\" that cannot be used")]
+    #[error("the file has a list of \"{issuer}\" that cannot be used")]
     Unusable {
         /// Name of the CA.
         issuer: String,
@@ -143,26 +149,26 @@ pub enum ListsError {
         source: VerifierBuilderError,
     },
     /// A list has no expiry date.
-    #[error("has a list of \"{0}\" without `nextUpdate`, so the list would never expire")]
+    #[error("the file has a list of \"{0}\" without `nextUpdate`, so the list would never expire")]
     NoEnd(String),
     /// A list has expired.
     #[error(
-        "has a list of \"{issuer}\" that expired on {until}: fetch the newest list from this CA"
+        "the file has a list of \"{issuer}\" that expired on {until}: fetch the newest list from this CA"
     )]
     Ended {
         /// Name of the CA.
         issuer: String,
-        /// When the list expired.
+        /// Time when the list expired.
         until: Timestamp,
     },
     /// A list is not valid yet.
     #[error(
-        "has a list of \"{issuer}\" that is not valid before {from}; check the clock of this machine"
+        "the file has a list of \"{issuer}\" that is not valid before {from}; check the clock of this machine"
     )]
     NotYetValid {
         /// Name of the CA.
         issuer: String,
-        /// When the list becomes valid.
+        /// Time when the list becomes valid.
         from: Timestamp,
     },
 }

@@ -1,4 +1,5 @@
-//! Reads one revocation list, and checks its signature and whether the TLS handshake can use it.
+//! Reads one revocation list. Verifies the signature, and checks whether the TLS handshake can use
+//! the list.
 
 use std::{cmp::Ordering, collections::BTreeSet, sync::Arc};
 
@@ -19,7 +20,8 @@ use keybroker_core::call::Timestamp;
 
 use super::{super::to_array, Problem, error::ListsError};
 
-/// Divisor that determines when the alert about a missing newer list begins: when a quarter of a list's validity remains.
+/// Divisor for the start of the alert about a missing newer list: the alert begins when a quarter
+/// of a list's validity period remains.
 const LAST_PART: i64 = 4;
 
 /// A usable list.
@@ -32,7 +34,7 @@ pub(super) struct List {
     pub(super) revoked: [u8; 32],
 }
 
-/// The validity of a list.
+/// The validity period of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) struct Life {
     /// Seconds since 1970.
@@ -44,7 +46,7 @@ pub(in super::super) struct Life {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in super::super) enum Age {
     Good,
-    /// A newer list is due.
+    /// The list is near its expiry, and must be replaced soon.
     Late,
     /// The list has expired.
     Over,
@@ -61,7 +63,7 @@ impl Life {
         })
     }
 
-    /// Reads the validity of a list without verifying its signature.
+    /// Reads the validity period of a list without verifying the signature.
     pub(super) fn read(der: &[u8]) -> Option<Self> {
         let (_, list) = CertificateRevocationList::from_der(der).ok()?;
         Self::of(&list).ok()
@@ -104,7 +106,8 @@ impl Life {
 /// The version of a list: its `crlNumber`, if there is one, and its `thisUpdate`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Version {
-    /// Big-endian, without leading zeros.
+    /// The `crlNumber` in big-endian order, without leading zeros; `None` if the list has no
+    /// number.
     pub(super) number: Option<Vec<u8>>,
     /// Seconds since 1970.
     pub(super) from: i64,
@@ -117,13 +120,14 @@ pub(super) type Authority = (Vec<u8>, Option<[u8; 32]>);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Slot {
     pub(super) authority: Authority,
-    /// SHA-256 of the `issuingDistributionPoint`. A list with this extension covers only some certificates of its CA (RFC 5280
-    /// section 5.2.5). `None` for a list that covers all certificates, and for an unverified list.
+    /// SHA-256 of the `issuingDistributionPoint`. A list with this extension covers only some
+    /// certificates of its CA (RFC 5280 section 5.2.5). The value is `None` for a list that covers
+    /// all certificates, and for an unverified list.
     pub(super) scope: Option<[u8; 32]>,
 }
 
 impl Version {
-    /// Reads the version of a list without verifying its signature.
+    /// Reads the version of a list without verifying the signature.
     pub(super) fn read(der: &[u8]) -> Option<Self> {
         let (_, list) = CertificateRevocationList::from_der(der).ok()?;
         Some(Self::of(&list))
@@ -157,7 +161,7 @@ impl Version {
         let date = date(self.from);
         match &self.number {
             Some(number) => format!("number 0x{} of {date}", hex::encode(number)),
-            None => format!("without a number, of {date}"),
+            None => format!("list of {date}, without a number"),
         }
     }
 }
@@ -208,7 +212,8 @@ impl List {
         Ok(Self::new(&list, der, life, authority))
     }
 
-    /// Reads a list that was accepted before, even if it has expired; `None` if this CA did not sign it.
+    /// Reads a previously accepted list, even if the list has expired; `None` if this CA did not
+    /// sign the list.
     pub(super) fn accepted(
         der: &CertificateRevocationListDer<'static>,
         authority: &X509Certificate<'_>,
@@ -245,8 +250,8 @@ fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
     Some(to_array(digest.as_ref()))
 }
 
-/// Refuses a list that the TLS library does not accept, such as a list with an unknown critical extension. A single list that
-/// the library does not accept would make it impossible to create a verifier.
+/// Rejects a list that the TLS library does not accept, such as a list with an unknown critical
+/// extension. A single list of this kind would prevent the creation of a verifier.
 pub(super) fn check_for_handshake(
     issuer: &str,
     der: &CertificateRevocationListDer<'static>,
@@ -270,8 +275,8 @@ pub(super) fn authority_of(certificate: &X509Certificate<'_>) -> Authority {
     (name, Some(to_array(key.as_ref())))
 }
 
-/// The CA that signed a list. The list of a CA that is not configured, such as an intermediate CA, is verified in the handshake
-/// with the certificate that the client sends.
+/// The CA that signed a list. If the CA is not configured, such as an intermediate CA, the
+/// handshake verifies the list with the CA certificate that the client sends.
 fn signer(
     list: &CertificateRevocationList<'_>,
     der: &[u8],
@@ -279,7 +284,7 @@ fn signer(
 ) -> Result<Authority, ListsError> {
     let issuer = list.issuer();
     let (mut is_named, mut is_supported) = (false, false);
-    // Two CAs may have the same name, for example while a key is replaced.
+    // Two CAs may have the same name, for example while a CA replaces its key.
     for authority in authorities {
         if authority.subject().as_raw() != issuer.as_raw() {
             continue;

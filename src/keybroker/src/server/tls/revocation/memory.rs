@@ -1,11 +1,12 @@
 //! Stores the newest accepted revocation lists across restarts.
 //!
-//! If the broker used a list that is older than the accepted list, it would accept certificates that were revoked in the
-//! meantime. The state directory therefore has a copy of each accepted list. If the configured file has an older or damaged
-//! list, the broker uses the copy at its start. There is a state file for each configured file and CA, because two listeners
-//! may use the same file with different CAs.
+//! With a list that is older than the accepted list, the broker would accept certificates that were
+//! revoked between the two lists. Therefore, the state directory contains a copy of each accepted
+//! list. If the configured file contains an older or damaged list, the broker uses the stored copy
+//! at its start. Each configured file and CA has a separate state file, because two listeners may
+//! use the same file with different CAs.
 //!
-//! Each stored list is verified again before it is used. Only lists of configured CAs are stored.
+//! Each stored list is verified again before its use. Only lists of configured CAs are stored.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,11 +41,12 @@ const SUFFIX: &str = ".der";
 #[derive(Debug, Default)]
 pub(in super::super) struct Memory {
     accepted: BTreeMap<Slot, Accepted>,
-    /// CAs whose stored lists have been read.
+    /// The CAs whose stored lists have been read.
     loaded: BTreeSet<AuthorityId>,
     /// The versions that an earlier release stored instead of lists. The broker only reads these versions.
     versions: BTreeMap<AuthorityId, Version>,
-    /// `None` for a check of the configuration, which stores nothing.
+    /// The directory and names of the state files; `None` for a check of the configuration, which
+    /// stores nothing.
     place: Option<Place>,
 }
 
@@ -58,7 +60,7 @@ pub(super) struct Accepted {
 }
 
 impl Accepted {
-    /// Whether the list may be used to verify clients.
+    /// Whether the list is valid at a given time and can be used to verify clients.
     pub(super) fn is_valid(&self, now: i64) -> bool {
         self.is_usable && self.list.life.includes(now)
     }
@@ -78,7 +80,7 @@ struct Place {
 struct StoredVersion {
     /// SHA-256 of the CA's name and key, in hexadecimal.
     authority: String,
-    /// `crlNumber` in hexadecimal, if the list has one.
+    /// `crlNumber` in hexadecimal; `None` if the list has no number.
     number: Option<String>,
     /// `thisUpdate`, in seconds since 1970.
     this_update: i64,
@@ -152,8 +154,9 @@ impl Place {
         Ok(versions)
     }
 
-    /// Removes expired lists until the limit is met, beginning with those that were not replaced for the longest time. Lists in
-    /// `own`, which this listener uses, are kept. Other listeners may use the same file with other CAs.
+    /// If there are too many stored lists, removes expired lists. Starts with the list whose file
+    /// has not been replaced for the longest time. Keeps the lists in `own`, which this listener
+    /// uses. Other listeners may use the same file with other CAs.
     fn limit(&self, own: &BTreeSet<String>, now: i64) -> Result<(), MemoryError> {
         let names = self.state.names(&format!("{}-", self.file), SUFFIX)?;
         let mut too_many = names.len().saturating_sub(STORED_MAX);
@@ -193,7 +196,7 @@ impl Memory {
             return Ok(());
         };
         let roots = roots(authorities);
-        // A certificate that does not parse is reported when the lists of the file are read.
+        // A certificate that cannot be parsed is reported when the lists of the file are read.
         for certificate in &parsed(authorities).unwrap_or_default() {
             let authority = authority_of(certificate);
             let id = id_of(&authority);
@@ -230,11 +233,12 @@ impl Memory {
         all.filter(move |(slot, _)| slot.authority == *authority)
     }
 
-    /// Returns an error if a newer list of the same CA was accepted before, and `None` if the list may be used.
+    /// Returns an error if a newer list of the same CA was already accepted, and `None` if the list
+    /// may be used.
     ///
-    /// The first list of a slot must not be older than the other lists of its CA, because an attacker could present an old list
-    /// as the first list. For the first list of a slot, only dates are compared, because numbers are comparable only within a
-    /// slot.
+    /// The first list of a slot must not be older than the CA's other lists, because an attacker
+    /// could present an old list as the first list. The comparison with other slots uses only
+    /// dates, because numbers are comparable only within a slot.
     pub(super) fn refusal(&self, slot: &Slot, version: &Version) -> Option<ListsError> {
         let accepted = if let Some(accepted) = self.accepted.get(slot) {
             let accepted = &accepted.list.version;
@@ -248,7 +252,8 @@ impl Memory {
         accepted.map(|accepted| self.older(&slot.authority, version, accepted))
     }
 
-    /// Like [`Self::refusal`], for the newest list of a CA and the version that an earlier release stored.
+    /// Like [`Self::refusal`], but compares the newest list of a CA with the version that an
+    /// earlier release stored.
     pub(super) fn refusal_of_all(
         &self,
         authority: &Authority,
@@ -283,7 +288,7 @@ impl Memory {
         } else {
             String::new()
         };
-        format!("; to accept the older list anyway, stop the broker and remove {lists}{versions}")
+        format!("; to accept the older list, stop the broker and remove {lists}{versions}")
     }
 
     /// Adds accepted lists. Unverified lists are not added.
@@ -304,7 +309,7 @@ impl Memory {
             self.accepted.insert(slot.clone(), accepted);
         }
         if self.place.is_some() {
-            // Stored lists are read again if their CA is configured again.
+            // If a removed CA is configured again, its stored lists are read again.
             let is_configured = |slot: &Slot| lists.configured.contains_key(&slot.authority);
             self.accepted
                 .retain(|slot, accepted| is_configured(slot) || !accepted.is_stored);
@@ -327,8 +332,8 @@ impl Memory {
             }
         }
         if is_new {
-            // Accepted lists are kept even if they have expired, because without the newest list of a CA, an older list would
-            // be accepted again.
+            // The files of accepted lists are kept even after the lists expire. Otherwise, the
+            // broker could accept an older list again.
             let names = self.accepted.keys().map(|slot| place.name(slot));
             place.limit(&names.collect(), now)?;
         }

@@ -1,8 +1,8 @@
-//! Files that give less than they seem to, or cannot be used.
+//! Tests files with hidden or unusable contents.
 
 use super::*;
 
-/// A chain of two, the leaf first, and its key.
+/// Returns a server certificate, the certificate of its issuer, and the private key, in PEM.
 fn issued(site: &Site) -> (String, String, String) {
     let key = KeyPair::generate().unwrap();
     let parameters = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
@@ -10,7 +10,8 @@ fn issued(site: &Site) -> (String, String, String) {
     (leaf.pem(), site.ca.pem(), key.serialize_pem())
 }
 
-/// A file whose blocks are joined, or that begins with a byte order mark, once silently lost one of them.
+/// No PEM block is lost if two blocks are on one line, or if the file begins with a byte order
+/// mark.
 #[test]
 fn no_block_of_a_listeners_files_is_lost() {
     let site = Site::fresh();

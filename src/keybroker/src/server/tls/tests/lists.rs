@@ -1,4 +1,4 @@
-//! What of a file of revocation lists is used.
+//! Tests which lists of a file of revocation lists are used.
 
 use rustls_pki_types::CertificateRevocationListDer;
 
@@ -53,7 +53,8 @@ fn a_list_that_proves_nothing_is_not_taken_over() {
     assert_eq!(read(&both, &[&ca, &other]).unwrap().count(), 2);
 }
 
-/// A list that the CA did not sign, beside one that it did: the verifier would use the newer one, and refuse every client.
+/// The file contains a list that the CA signed and a newer list that the CA did not sign. If the
+/// verifier used the newer list, every client would be rejected.
 #[test]
 fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
@@ -73,7 +74,8 @@ fn each_list_of_a_file_is_verified_and_the_bad_one_is_named() {
     }
 }
 
-/// Signatures of lists of an intermediate authority are verified in the handshake, which uses only the newest list of a name.
+/// The handshake verifies the lists of an intermediate authority, and uses only one list for each
+/// name.
 #[test]
 fn two_lists_that_cannot_be_verified_are_not_told_apart_by_their_numbers() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
@@ -118,7 +120,7 @@ fn a_list_in_der_is_read() {
     assert!(problem.contains("neither PEM nor"), "{problem}");
 }
 
-/// `openssl` as the authority, with signatures that the other tests cannot make.
+/// The program `openssl` makes signatures that the other tests cannot make.
 #[test]
 fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -139,7 +141,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
     openssl("req -x509 -newkey rsa:2048 -noenc -keyout key -out ca -days 9 -subj /CN=CA");
     let pss = "-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:";
     openssl(&format!("ca -config conf -gencrl -out good {pss}32"));
-    // SHA-224 is not among the algorithms of the handshake.
+    // The TLS handshake does not support SHA-224.
     openssl("ca -config conf -gencrl -out odd -md sha224");
     let ca = fs::read(folder.path().join("ca")).unwrap();
     let ca = CertificateDer::from_pem_slice(&ca).unwrap();
@@ -151,7 +153,7 @@ fn lists_signed_with_rsa_pss_are_verified_and_an_unsupported_algorithm_is_named(
     of("good").unwrap();
     let problem = of("odd").unwrap_err();
     assert!(problem.contains("is not supported"), "{problem}");
-    // Changed, and still of a kind that is known.
+    // The signature is wrong, but its algorithm is supported.
     let changed = fs::read_to_string(folder.path().join("good")).unwrap();
     let mut der = CertificateRevocationListDer::from_pem_slice(changed.as_bytes())
         .unwrap()
@@ -185,7 +187,7 @@ fn a_list_is_late_in_the_last_part_of_its_life() {
     assert_eq!(life.age(life.until + 1), Age::Over);
 }
 
-/// The file has the list of an unrelated authority in the place of a list: that was not reported.
+/// The file contains the list of an unrelated authority instead of the expected list.
 #[test]
 fn a_list_that_is_missing_is_reported_and_kept_until_it_ends() {
     let site = Site::fresh();
@@ -215,12 +217,13 @@ fn a_list_that_is_missing_is_reported_and_kept_until_it_ends() {
         let reported = kept.left_out().unwrap();
         assert!(reported.contains(&words), "{reported}");
     }
-    // A part that cannot be read may be any list.
+    // A damaged block may be the list of any authority.
     let damaged = of_below.replace("\nMI", "\n!!");
     let text = format!("{own}{lasting}{damaged}");
     let kept = follow(text.as_bytes(), &authorities, &memory, Some(&first), now()).unwrap();
     assert_eq!((kept.count(), kept.problem_count()), (3, 2));
-    // After its end it covers no certificate, and its authority's clients are refused.
+    // After its expiry, the list covers no certificate, and the clients of its authority are
+    // rejected.
     let kept = follow(
         lasting.as_bytes(),
         &authorities,
@@ -235,12 +238,13 @@ fn a_list_that_is_missing_is_reported_and_kept_until_it_ends() {
         "the ended list of a configured CA, but none that is not verified"
     );
     assert!(kept.life().unwrap().until < now() + day);
-    // At a start there is no list in use.
+    // When the broker starts, no list is in use.
     let refused = follow(lasting.as_bytes(), &authorities, &memory, None, now() + day);
     assert!(refused.unwrap_err().contains("no list of \"CN=CA\""));
 }
 
-/// An attacker who replaces the file again and again could otherwise fill the memory with lists that end in a thousand years.
+/// Without a limit, an attacker who repeatedly replaces the file could fill the memory with lists
+/// that do not expire for a long time.
 #[test]
 fn missing_lists_of_unknown_authorities_are_kept_only_up_to_a_limit() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
@@ -293,18 +297,18 @@ fn the_problem_of_a_configured_authority_is_reported_before_others() {
     let reported = read(&format!("{damaged}{own}"), &memory)
         .left_out()
         .unwrap();
-    let first = "no longer has a list of \"CN=other CA\"";
+    let first = "the file no longer has a list of \"CN=other CA\"";
     assert!(reported.starts_with(first), "{reported}");
     assert!(reported.ends_with("and 5 more"), "{reported}");
 }
 
-/// The list that covers only the certificates with that distribution point.
+/// A list that covers only the certificates with the given distribution point.
 fn partial(authority: &Authority, number: u64, revoked: &[u64], point: &str, from: i64) -> String {
     signed(authority, Some(point), number, revoked, from, 24)
 }
 
-/// An authority may make a list for each part of its certificates. An older one of them was accepted beside a newer list of
-/// another part.
+/// An authority may issue a separate list for each part of its certificates. A newer list of
+/// another part must not hide that a list is older than the accepted list of its part.
 #[test]
 fn each_partial_list_of_an_authority_has_a_number_of_its_own() {
     let ca = authority("CA", &rcgen::PKCS_ECDSA_P256_SHA256);
@@ -330,7 +334,7 @@ fn each_partial_list_of_an_authority_has_a_number_of_its_own() {
     assert!(reported.contains("accepted: number 0x0a"), "{reported}");
     let missing = read(&second, &memory);
     assert_eq!((missing.count(), missing.problem_count()), (2, 1));
-    // The first list for certificates that had none: it may be an old one of the authority.
+    // The first list for a part of the certificates may be an old list of the authority.
     let three = "http://crl.example/3";
     for (from, problems) in [(-9, 1), (-1, 0)] {
         let added = partial(&ca, 1, &[], three, from);

@@ -1,4 +1,4 @@
-//! Revocation lists across restarts.
+//! Tests the storage of revocation lists across restarts.
 
 use std::path::Path;
 
@@ -6,7 +6,8 @@ use rustls_pki_types::{CertificateRevocationListDer, pem::PemObject as _};
 
 use super::*;
 
-/// A restart must not re-admit a client whose certificate was revoked: the newest list is remembered by the state directory.
+/// After a restart, a client with a revoked certificate must still be rejected, because the state
+/// directory contains the newest list.
 #[test]
 fn a_list_that_goes_back_is_refused_after_a_restart_too() {
     let site = Site::fresh();
@@ -14,7 +15,7 @@ fn a_list_that_goes_back_is_refused_after_a_restart_too() {
     let start = || site.try_load_with(Some(&state));
     site.write("crl", &numbered(&site.ca, 300, &[7], -3, 24));
     start().unwrap().remember_lists().unwrap();
-    // What a reload accepts is remembered as well.
+    // A list that a reload accepts is also stored.
     let tls = start().unwrap();
     site.write("crl", &numbered(&site.ca, 301, &[7, 8], -2, 24));
     tls.reload();
@@ -30,9 +31,9 @@ fn a_list_that_goes_back_is_refused_after_a_restart_too() {
             "{refused}"
         );
         assert!(!Site::verifies(&tls, &site.ca, 8), "{number} {from}");
-        // It does not take the place of the accepted one.
+        // The rejected list does not replace the accepted list.
         tls.remember_lists().unwrap();
-        // Checking the configuration neither reads nor writes the state.
+        // A check of the configuration neither reads nor writes the state directory.
         site.try_load().unwrap();
     }
     for number in [301, 302] {
@@ -40,7 +41,7 @@ fn a_list_that_goes_back_is_refused_after_a_restart_too() {
         assert_eq!(left_out(&start().unwrap()), None);
     }
 
-    // The documented way back.
+    // To accept an older list, operators delete the stored list, as the documentation says.
     let [file] = &stored(&state)[..] else {
         panic!("one list of one authority")
     };
@@ -71,7 +72,7 @@ fn the_accepted_list_is_stored_in_der_for_this_user_alone() {
     assert_eq!(mode & 0o777, 0o600);
 }
 
-/// Neither ignored nor used: it may have been changed to hide a revocation.
+/// A changed list may hide a revocation, so the broker neither ignores nor uses the list.
 #[test]
 fn a_stored_list_that_was_changed_stops_the_start() {
     let site = Site::fresh();
@@ -114,7 +115,7 @@ fn a_list_that_could_not_be_stored_is_stored_later() {
     assert_eq!(stored(&state).len(), 1);
 }
 
-/// Lists of several authorities are often put together by a script, and one of them is damaged on the way.
+/// A script may combine the lists of several authorities and damage one of the lists.
 #[test]
 fn a_damaged_block_withholds_no_other_list_and_no_start() {
     let site = Site::fresh();
@@ -159,7 +160,7 @@ fn a_damaged_block_withholds_no_other_list_and_no_start() {
             assert!(!Site::verifies(tls, &other, 9), "{words}");
             assert!(Site::verifies(tls, &other, 8), "{words}");
         }
-        // Without an accepted list there is nothing to serve with.
+        // Without an accepted list, the listener cannot start.
         let empty = StateDirectory::at(&site.path("no-state"));
         site.try_load_with(Some(&empty)).unwrap_err();
         site.try_load().unwrap_err();
@@ -193,7 +194,7 @@ fn a_file_of_lists_that_is_too_long_withholds_no_start() {
     assert_eq!(left_out(&tls), None);
 }
 
-/// An authority that was removed for a while, and returns with an older list.
+/// An authority is removed from the configuration, and later configured again with an older list.
 #[test]
 fn the_newest_list_of_a_removed_authority_is_remembered() {
     let site = Site::fresh();
@@ -224,7 +225,7 @@ fn the_newest_list_of_a_removed_authority_is_remembered() {
     assert_eq!(left_out(&tls), None);
 }
 
-/// Each listener overwrote what the other one had remembered.
+/// Neither listener may overwrite the lists that the other listener stored.
 #[test]
 fn two_listeners_with_one_file_of_lists_remember_the_lists_of_their_own_authorities() {
     let site = Site::fresh();
@@ -254,7 +255,8 @@ fn two_listeners_with_one_file_of_lists_remember_the_lists_of_their_own_authorit
     }
 }
 
-/// A listener that looked at the file before it changed must not store what the other one has replaced meanwhile.
+/// A listener that read the file before a change must not replace the newer list that another
+/// listener stored.
 #[test]
 fn a_stored_list_is_never_replaced_by_an_older_one() {
     let site = Site::fresh();
@@ -269,7 +271,7 @@ fn a_stored_list_is_never_replaced_by_an_older_one() {
     assert!(!Site::verifies(&start(), &site.ca, 8));
 }
 
-/// Earlier releases stored only versions, also those of lists that were not verified.
+/// Earlier releases stored only the versions of lists, including the versions of unverified lists.
 #[test]
 fn what_an_earlier_release_remembered_counts_for_verified_lists() {
     let site = Site::fresh();
@@ -317,11 +319,11 @@ fn what_an_earlier_release_remembered_counts_for_verified_lists() {
     let tls = start().unwrap();
     assert_eq!(left_out(&tls), None);
     assert_eq!(tls.contents().revocation_lists, 2);
-    // From now on there is a list to serve with.
+    // Now a list is stored.
     tls.remember_lists().unwrap();
     site.write("crl", &numbered(&site.ca, 299, &[], -2, 24));
     assert!(!Site::verifies(&start().unwrap(), &site.ca, 7));
-    // A state that cannot be understood is reported, and not taken for an empty one.
+    // A malformed state file is an error, and does not count as an empty state file.
     for damaged in [
         "[{}]",
         "[{\"authority\":\"x\",\"number\":null,\"this_update\":1}]",
@@ -332,7 +334,7 @@ fn what_an_earlier_release_remembered_counts_for_verified_lists() {
     }
 }
 
-/// Authorities come and go, and distribution points get other names.
+/// Over time, authorities are removed, and distribution points get other names.
 #[test]
 fn the_state_directory_does_not_fill_up_with_lists_that_are_not_needed() {
     let site = Site::fresh();
@@ -354,14 +356,14 @@ fn the_state_directory_does_not_fill_up_with_lists_that_are_not_needed() {
         let name = format!("client-crl-{}-{number:016x}-all.der", file[2]);
         Path::new(prefix).join(name)
     };
-    // Another listener with the same file of lists has other authorities.
+    // Another listener uses the same file of lists with other authorities.
     for valid in 0..10 {
         fs::copy(needed, path(valid)).unwrap();
     }
     let ended = list(&site.ca, &[7], -3, -2);
     let ended = CertificateRevocationListDer::from_pem_slice(ended.as_bytes()).unwrap();
     for former in 10..200 {
-        // The copy has the mode that the state directory demands.
+        // The copy has the file mode that the state directory requires.
         fs::copy(needed, path(former)).unwrap();
         fs::write(path(former), &ended).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Files that change while a listener serves.
+//! Tests changes of files while a listener serves.
 
 use super::*;
 
@@ -21,14 +21,14 @@ fn only_a_change_of_trust_ends_connections() {
     tls.reload();
     assert!(!first.outdated.is_cancelled());
 
-    // A connection from before the last two reloads must go as well.
+    // The reload also ends connections that were opened before the last two reloads.
     site.write("crl", &list(&site.ca, &[7, 8], -1, 48));
     tls.reload();
     assert!(first.outdated.is_cancelled());
     assert!(!tls.current().outdated.is_cancelled());
 }
 
-/// An older list would accept again what was revoked since.
+/// With an older list, certificates that were revoked since then would be accepted again.
 #[test]
 fn a_list_that_goes_back_is_refused() {
     let site = Site::fresh();
@@ -45,7 +45,7 @@ fn a_list_that_goes_back_is_refused() {
             "{refused}"
         );
     }
-    // Beside a good one, the newer of the two counts.
+    // If the file contains a new and an old list, the new list applies.
     let both = [
         numbered(&site.ca, 301, &[7], -1, 24),
         numbered(&site.ca, 299, &[], -5, 24),
@@ -59,7 +59,7 @@ fn a_list_that_goes_back_is_refused() {
     assert!(refused.contains("accepted: number 0x012d"), "{refused}");
 }
 
-/// A file with a problem was parsed again each second, which takes long for a large one.
+/// A file with a problem is not parsed each second, because parsing a large file takes a long time.
 #[test]
 fn a_file_with_a_problem_is_evaluated_once_a_minute_and_at_each_change() {
     let site = Site::fresh();
@@ -95,7 +95,7 @@ fn a_file_with_a_problem_is_evaluated_once_a_minute_and_at_each_change() {
             Look::Unchanged,
             "{text}"
         );
-        // An operator who asks for it does not wait.
+        // If an operator requests a reload, the files are evaluated immediately.
         tls.report_again();
         assert_eq!(tls.reload_at(Instant::now()), Look::Evaluated, "{text}");
         fs::remove_file(site.path(file)).unwrap();
@@ -108,7 +108,7 @@ fn a_file_with_a_problem_is_evaluated_once_a_minute_and_at_each_change() {
     }
 }
 
-/// An intermediate CA whose lists are verified without making it a trust anchor.
+/// The lists of an intermediate CA are verified, but the intermediate CA is not a trust anchor.
 #[test]
 fn the_lists_of_an_authority_in_the_issuers_file_are_verified() {
     let site = Site::fresh();
@@ -146,17 +146,17 @@ fn the_lists_of_an_authority_in_the_issuers_file_are_verified() {
             assert!(reported.contains(words), "{words}: {reported}");
             Site::verify(tls, &below, 9, &sent).unwrap_err();
             Site::verify(tls, &below, 8, &sent).unwrap();
-            // It is no trust anchor.
+            // The intermediate CA is not a trust anchor.
             Site::verify(tls, &below, 8, &[]).unwrap_err();
         }
     }
-    // Its own certificate can be revoked.
+    // The certificate of the intermediate CA can be revoked.
     let newer = numbered(&site.ca, 2, &[5], -1, 24);
     site.write("crl", &format!("{newer}{genuine}"));
     tls.reload();
     assert_eq!(left_out(&tls), None);
     Site::verify(&tls, &below, 8, &sent).unwrap_err();
-    // Without its certificate, its list is not kept either.
+    // If the certificate of the intermediate CA is removed, its list is not kept.
     site.write("issuers", &site.ca.pem());
     site.write("crl", &newer);
     tls.reload();
@@ -182,7 +182,7 @@ fn a_bad_list_leaves_the_old_one_in_use() {
         assert!(left_out(&tls).is_some(), "{bad}");
         assert!(Site::verifies(&tls, &site.ca, 8));
         assert!(!Site::verifies(&tls, &site.ca, 7));
-        // An unchanged file is neither taken over again nor forgotten.
+        // An unchanged file is not evaluated again, and its problem is still reported.
         let taken_over = tls.current();
         tls.reload();
         assert!(Arc::ptr_eq(&taken_over, &tls.current()));
@@ -195,7 +195,8 @@ fn a_bad_list_leaves_the_old_one_in_use() {
     assert!(Site::verifies(&tls, &site.ca, 7));
 }
 
-/// An attacker between a distribution point and the host can replace a list that only the handshake verifies.
+/// An attacker between a distribution point and the broker can replace a list that only the
+/// handshake verifies.
 #[test]
 fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
     let site = Site::fresh();
@@ -212,7 +213,7 @@ fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
     tls.remember_lists().unwrap();
     assert!(Site::verifies(&tls, &site.ca, 7));
 
-    // Its genuine list has a lower number and an earlier date.
+    // The genuine list has a lower number and an earlier date than the forged list.
     let newer = numbered(&site.ca, 2_000, &[7], -2, 24);
     let genuine = numbered(&below, 0x1001, &[9], -2, 24);
     site.write("crl", &format!("{newer}{genuine}"));
@@ -222,7 +223,7 @@ fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
     assert!(!Site::verifies(&tls, &site.ca, 7));
     start().unwrap();
 
-    // Unverified lists that cannot be used are reported, and the rest counts.
+    // Unverified lists that cannot be used are reported, and the other lists are used.
     let ended = numbered(&below, 0x1002, &[], -3, -1);
     let two = format!("{genuine}{forged}");
     let damaged = genuine.replace("\nMI", "\nMA");
@@ -232,7 +233,7 @@ fn a_list_that_is_not_verified_holds_back_no_later_list_and_no_start() {
         assert!(left_out(&tls).is_some(), "{bad}");
         assert!(!Site::verifies(&tls, &site.ca, 7));
         assert!(Site::verifies(&tls, &site.ca, 8));
-        // A check of the configuration names them.
+        // A check of the configuration reports the unusable lists.
         site.try_load().unwrap_err();
     }
 }
@@ -266,13 +267,13 @@ fn a_list_that_is_refused_does_not_hold_back_the_list_of_another_authority() {
         assert!(reported.contains(words), "{words}: {reported}");
         assert!(before.outdated.is_cancelled(), "{words}");
         assert!(!Site::verifies(&tls, &site.ca, 99 + round), "{words}");
-        // The other authority keeps its list.
+        // The list of the other authority remains in use.
         assert!(!Site::verifies(&tls, &other, 9), "{words}");
         assert!(Site::verifies(&tls, &other, 8), "{words}");
     }
 }
 
-/// While the key of an authority is replaced, both keys sign certificates and lists under one name.
+/// While an authority replaces its key, both keys sign certificates and lists under the same name.
 #[test]
 fn clients_of_two_authorities_of_one_name_are_verified_with_the_list_of_their_own() {
     let site = Site::fresh();

@@ -485,7 +485,7 @@ fn the_operations_guide_has_every_reason_and_no_other() {
     }
 }
 
-/// The page for HSM administrators says what each exception gives up, and what each negative test would mean.
+/// The page for HSM administrators lists the risk of each exception, and the consequence of each failed negative test.
 #[test]
 fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
     let page = read("docs/tokens.md");
@@ -501,7 +501,7 @@ fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
         .iter()
         .map(|exception| format!("| `{}` | {} |", exception.attribute, exception.gives_away))
         .collect();
-    assert_eq!(rows("| Attribute | What the exception"), exceptions);
+    assert_eq!(rows("| Attribute | Risk of the exception"), exceptions);
     let tests: Vec<String> = NEGATIVE_TESTS
         .iter()
         .map(|test| {

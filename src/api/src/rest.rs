@@ -40,7 +40,7 @@ pub struct Context {
     pub broker: Arc<Broker>,
     /// Longest time for a call.
     pub call_timeout_max: Duration,
-    /// The calls in progress, including those whose callers have disconnected.
+    /// The calls in progress, including calls whose callers have disconnected.
     pub calls: TaskTracker,
     /// Limits the number of requests that wait for a retry.
     retries: RetryPlaces,

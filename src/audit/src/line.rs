@@ -76,7 +76,8 @@ impl<'a> Object<'a> {
         self.line.extend(b"\":");
     }
 
-    /// Writes a text that a caller may have chosen. The escapes of `serde_json` are the escapes that RFC 8785 requires.
+    /// Writes a string whose content a caller may have chosen. The escapes of `serde_json` are the escapes that RFC
+    /// 8785 requires.
     fn text(&mut self, name: &str, value: Option<&str>) {
         if let Some(value) = value {
             self.name(name);
@@ -107,7 +108,7 @@ impl<'a> Object<'a> {
 /// Largest integer that all JSON parsers read in the same way (RFC 8785 section 3.2.2.3).
 const INTEGER_MAX: u64 = (1 << 53) - 1;
 
-/// A line that was read back, to verify the log or to find open intents.
+/// A line that was read from the log, to verify the log or to find open intents.
 #[derive(Clone, Debug)]
 pub(super) struct Parsed {
     pub(super) log_id: String,

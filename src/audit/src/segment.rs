@@ -17,7 +17,7 @@ use super::{
     line::{self, Parsed},
 };
 
-/// Largest number of entries in one group, which are written together.
+/// Largest number of entries that are written together as one group.
 pub(super) const GROUP_MAX: u64 = 1_024;
 const OPEN_TO_OTHERS: u32 = 0o077;
 const PLACE: Purpose = Purpose::trust("other users could put another directory in its place");
@@ -184,7 +184,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
     if directory.exists() && !segments(directory)?.is_empty() {
         let remedy = "the log was tampered with; keep it for the auditors and start a new log with another `audit.instance`";
         return Err(fail(
-            "the audit log has segments, but no id; cannot read",
+            "the audit log has segments, but no file with its id:",
             &path,
             "the file does not exist",
             remedy,
@@ -211,7 +211,14 @@ pub(super) fn create(path: &Path) -> Result<File, Error> {
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .map_err(|error| fail_io("cannot make", path, &error, "check owner, mode and disk"))
+        .map_err(|error| {
+            fail_io(
+                "cannot make",
+                path,
+                &error,
+                "check the owner and mode of the directory, and the disk",
+            )
+        })
 }
 
 /// Removes a file, if it exists.
@@ -275,7 +282,8 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
         .filter_map(|entry| {
             let name = entry.file_name();
             let number = name.to_str()?.strip_suffix(".jsonl")?.parse().ok()?;
-            // A file is not a segment if its number has another spelling or is larger than the maximum.
+            // A file is not a segment if its number is larger than the maximum, or is not written as in
+            // [`segment_name`].
             let ours = number <= NUMBER_MAX && name == *segment_name(number);
             ours.then_some(number)
         })
@@ -300,7 +308,7 @@ impl FileId {
     }
 }
 
-/// A line that is longer than this number of bytes is damage, because the log writes much shorter lines.
+/// Maximum length of a line, in bytes. A longer line is damaged, because the log writes much shorter lines.
 pub(super) const LINE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A line of a segment, or unreadable bytes in place of a line.

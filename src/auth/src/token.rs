@@ -1,5 +1,6 @@
 //! Verifies access tokens (RFC 7519, RFC 9068). The configuration specifies the required content of
-//! an access token. The access token only identifies its holder.
+//! an access token. The access token only identifies its holder: it does not decide what the holder
+//! may do.
 //!
 //! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is
 //! forged, the signature does not verify. The header's `alg` must be an algorithm of both the
@@ -157,7 +158,7 @@ impl Tokens {
     }
 
     /// Waits until the broker has requested the keys of every provider once, successfully or not,
-    /// but at most for `limit`. A broker that does not wait would refuse valid access tokens
+    /// but at most for `limit`. Without this wait, the broker would refuse valid access tokens
     /// immediately after its start. Some client programs log the user out after a refusal.
     pub async fn asked_once(&self, limit: Duration) {
         let until = Instant::now() + limit;
@@ -296,17 +297,18 @@ impl Issuer {
                     None
                 }
                 Newer::Unknown(wait) => Some(wait),
-                // Without both `iat` and `kid`, the age of the access token's key is unknown. If
-                // the age of its key is unknown, an access token is rejected even if the provider's
-                // answer may be an outdated copy.
+                // Without both `iat` and `kid`, the age of the access token's key is unknown. An
+                // access token whose key has an unknown age is rejected, although the provider's
+                // answer may be an outdated copy of the key set.
                 Newer::SameCopy(wait) => {
                     (named.kid.is_some() && parts.issued_s().is_some()).then_some(wait)
                 }
                 Newer::Same => None,
             };
-            // The access token is rejected only if no newer key can verify it. While a newer key
-            // may exist, the outcome stays undecided. Otherwise a caller with invented key ids
-            // could cause valid access tokens to be rejected after a key rotation.
+            // The access token is rejected only if no newer key can verify it. While the provider
+            // may have a newer key, the access token is neither accepted nor rejected. After a key
+            // rotation, an immediate rejection would let a caller with invented key ids cause the
+            // rejection of valid access tokens.
             if let Some(wait) = wait
                 && !self.is_hopeless(parts, named)
             {
@@ -374,8 +376,8 @@ impl Issuer {
         Err(refused)
     }
 
-    /// Checks everything except the expiry. This function is needed because the library reports an expired access token
-    /// before it checks `nbf`, `iss` and `aud`.
+    /// Checks everything except the expiry. The JWT library reports that an access token has expired before the library
+    /// checks `nbf`, `iss` and `aud`.
     fn verify_expired(
         &self,
         token: &[u8],

@@ -8,8 +8,8 @@ use super::Error;
 
 /// Longest e-mail address, in bytes, as in the database of Bitwarden's server.
 const EMAIL_BYTES_MAX: usize = 256;
-/// Longest password, in bytes. Clients have no maximum. The maximum of this crate prevents the use
-/// of a wrong file as a password.
+/// Longest password, in bytes. Clients have no maximum length. This maximum detects a wrong file
+/// that was passed as the password file.
 pub const PASSWORD_BYTES_MAX: usize = 4_096;
 /// JavaScript's `trim` removes this character, but Rust's `trim` does not.
 const BYTE_ORDER_MARK: char = '\u{feff}';
@@ -49,7 +49,7 @@ impl AsRef<str> for Email {
 pub struct Salt(String);
 
 impl Salt {
-    /// Takes the text unchanged, without trimming it or changing its case.
+    /// Uses the text unchanged, without trimming it or changing its case.
     pub fn parse(text: &str) -> Result<Self, Error> {
         let is_odd = text.chars().any(char::is_control);
         if text.is_empty() || text.len() > EMAIL_BYTES_MAX || is_odd {
@@ -75,7 +75,7 @@ impl AsRef<str> for Salt {
 pub struct Password(Zeroizing<String>);
 
 impl Password {
-    /// Takes the text unchanged, without trimming or normalising it.
+    /// Uses the text unchanged, without trimming or normalising it.
     pub fn new(text: Zeroizing<String>) -> Result<Self, Error> {
         if (1..=PASSWORD_BYTES_MAX).contains(&text.len()) {
             Ok(Self(text))

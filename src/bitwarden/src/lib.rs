@@ -11,9 +11,9 @@
 //!
 //! The broker itself uses none of these operations. For the broker, a master key is 32 arbitrary bytes.
 //!
-//! Not protected: type 0 is not authenticated, so a changed text of type 0 may decrypt to a wrong
-//! value. This crate reads texts of type 0 for old accounts, but never writes a text of type
-//! 0. Keys of type 7 (COSE) are handled as bytes. This crate cannot decrypt with keys of type 7.
+//! Not protected: an encrypted text of type 0 has no MAC, so a changed text may decrypt to a wrong
+//! value. For old accounts, this crate decrypts texts of type 0, but it never creates them. This
+//! crate treats a key of type 7 (COSE) as bytes, and cannot decrypt with a key of type 7.
 
 mod account;
 mod cipher;
@@ -33,7 +33,7 @@ pub use keys::{MasterKey, SymmetricKey};
 /// Length in bytes of a master key, and of the key that a Key Connector stores.
 pub const MASTER_KEY_BYTES: usize = 32;
 
-/// The reason why a part of a Bitwarden account cannot be used.
+/// The reason why an input or a key of a Bitwarden account cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// The e-mail address is not valid.

@@ -673,16 +673,13 @@ impl Broker {
         });
         let examined = join_all(examined).await;
         let signers = Signers::of(examined.iter().flatten().map(|(entry, _)| entry));
-        let checked = rows
-            .into_iter()
-            .zip(examined)
-            .map(async |(row, examined)| match examined {
-                Some(examined) => examined,
-                None => {
-                    let before = known.entry(row.id);
-                    self.examine_tombstone(row, before, &signers, &state).await
-                }
-            });
+        let checked = rows.into_iter().zip(examined).map(async |(row, examined)| {
+            if let Some(examined) = examined {
+                return examined;
+            }
+            let before = known.entry(row.id);
+            self.examine_tombstone(row, before, &signers, &state).await
+        });
         for (entry, refused) in join_all(checked).await {
             fresh.entries.push(entry);
             fresh.refused_changes.extend(refused);
@@ -753,15 +750,14 @@ impl Broker {
             let standing = self.tombstone_standing(&row, signers, deadline).await;
             return (Entry::first(row, standing), None);
         };
-        let refused = match before.floor.check(&row) {
-            Err(why) => why,
-            Ok(()) => {
-                let standing = self.tombstone_standing(&row, signers, deadline).await;
-                if standing == Standing::Verified || before.standing != Standing::Verified {
-                    return (before.followed_by(row, standing), None);
-                }
-                RefusedChange::of(row.id, standing)
+        let refused = if let Err(why) = before.floor.check(&row) {
+            why
+        } else {
+            let standing = self.tombstone_standing(&row, signers, deadline).await;
+            if standing == Standing::Verified || before.standing != Standing::Verified {
+                return (before.followed_by(row, standing), None);
             }
+            RefusedChange::of(row.id, standing)
         };
         (self.again(before, state, deadline).await, Some(refused))
     }

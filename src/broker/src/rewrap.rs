@@ -37,7 +37,8 @@ mod verify;
 use listed::Listed;
 pub use progress::{FailedRow, Phase, Progress};
 
-/// Time limit for the read of a changed run if the deadline of the call has already passed.
+/// Time limit for reading a changed run after the rows could not be counted within the deadline of
+/// the call.
 const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What an administrator requests.
@@ -75,7 +76,7 @@ impl RewrapView {
     }
 }
 
-/// A run as administrators see it.
+/// The properties of a run that administrators can see.
 #[derive(Clone, Debug)]
 pub struct RunView {
     /// Whether the run is running, paused or done.
@@ -200,7 +201,8 @@ impl Broker {
         };
         let view = match self.view(call).await {
             Ok(view) => view,
-            // The change is committed, so a slow count of rows must not be the answer.
+            // The change is committed, so a failed count of rows must not turn the answer into an
+            // error.
             Err(error) if is_changed => {
                 tracing::warn!(%error, "the rows under each wrapping key could not be counted in time");
                 let found = tokio::time::timeout(VIEW_TIMEOUT, self.store.rewrap_run()).await;

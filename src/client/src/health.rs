@@ -41,7 +41,7 @@ pub enum ServiceHealth {
     Serving,
     /// The service cannot do its work now, for example because the token is unavailable.
     NotServing,
-    /// The broker does not know the service, for example because the broker is an earlier release.
+    /// The broker does not have the service, for example because the broker is an earlier release.
     Absent,
     /// A state that the protocol does not define for a single check, or that a later release has added.
     Unknown,
@@ -78,8 +78,8 @@ impl From<ServingStatus> for ServiceHealth {
 
 /// Health checks of the services, for which a caller needs no role. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Returns whether a service of the broker can do its work. Every gRPC listener answers a health check, including a
-    /// listener that does not serve the service. For a service that cannot do its work, the result is `Ok` with
+    /// Returns whether a service of the broker can do its work. Every gRPC listener answers a health check, even for a
+    /// service that the listener does not serve. For a service that cannot do its work, the result is `Ok` with
     /// [`ServiceHealth::NotServing`].
     pub fn check_health(&self, service: Service) -> Read<'_, ServiceHealth> {
         Read::new(self.shared(), move |attempt| async move {

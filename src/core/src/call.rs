@@ -15,8 +15,8 @@ pub mod caller;
 pub mod in_progress;
 pub mod outside_time;
 
-/// A random duration between `least` and `least + width`. Therefore, callers that were refused at the same time retry at
-/// different times.
+/// Returns a random duration between `least` and `least + width`, so that callers that were refused at the same time
+/// retry at different times.
 pub fn spread(least: Duration, width: Duration) -> Duration {
     let mut bytes = [0; 2];
     // If the system returns no random bytes, all callers get the same duration, and the function does not fail.
@@ -32,7 +32,7 @@ pub fn spread(least: Duration, width: Duration) -> Duration {
 pub struct CallId(Uuid);
 
 impl CallId {
-    /// A new id of UUID version 7, so that ids sort by time.
+    /// Returns a new id: a UUID of version 7, so that ids sort by time.
     pub fn fresh() -> Self {
         Self(Uuid::now_v7())
     }
@@ -65,7 +65,7 @@ impl fmt::Display for CallId {
 pub struct RequestId(Uuid);
 
 impl RequestId {
-    /// Parses the text form of a UUID. An empty text means that there is no request id.
+    /// Parses the text form of a UUID. An empty string means that there is no request id.
     pub fn parse(text: &str) -> Result<Option<Self>, Error> {
         if text.is_empty() {
             return Ok(None);
@@ -101,12 +101,12 @@ impl fmt::Display for RequestId {
 pub struct Deadline(Instant);
 
 impl Deadline {
-    /// A deadline that passes after this duration.
+    /// Returns a deadline that is this duration from now.
     pub fn after(duration: Duration) -> Self {
         Self(Instant::now() + duration)
     }
 
-    /// A deadline that passes at this instant.
+    /// Returns a deadline at this instant.
     pub fn at(instant: Instant) -> Self {
         Self(instant)
     }
@@ -143,7 +143,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// A call that starts now.
+    /// Creates a call with a new id.
     pub fn start(peer: impl Into<String>, deadline: Deadline) -> Self {
         Self {
             id: CallId::fresh(),

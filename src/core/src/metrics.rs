@@ -14,7 +14,7 @@ const SECONDS: &[f64] = &[
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     10.0, 30.0,
 ];
-/// Buckets for the number of audit entries that became durable together.
+/// Buckets for the number of audit entries that one sync makes durable.
 const ENTRIES: &[f64] = &[
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1_024.0,
 ];
@@ -396,7 +396,7 @@ declare! {
             end of a short fault instead of failing.";
         REST_RETRIES_REFUSED = "keybroker_rest_retries_refused_total" [] "REST requests that failed immediately \
             because too many requests (in total or of one principal) were waiting for their next attempt.";
-        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because too many bytes of messages were in progress.";
+        MESSAGES_REFUSED = "keybroker_messages_refused_total" [] "gRPC messages that were refused because the messages in progress had too many bytes in total.";
         CLIENT_SECRETS_REFUSED =
             "keybroker_client_secrets_refused_total" [] "Client secrets that were not verified because too many other client secrets were being verified.";
         ACCESS_TOKEN_REFUSALS = "keybroker_access_token_refusals_total" [ISSUER, TOKEN_CAUSE] "Access tokens that were refused.";
@@ -407,7 +407,7 @@ declare! {
             "keybroker_audit_tampering_total" [] "Number of times that the broker found that another process had \
              changed the files of the audit log.";
         LAST_USES_DROPPED =
-            "keybroker_last_uses_dropped_total" [] "Times of last use that were dropped because too many of them were \
+            "keybroker_last_uses_dropped_total" [] "Last-use times that were dropped because too many last-use times were \
              waiting to be stored.";
         LOG_LINES_SUPPRESSED = "keybroker_log_lines_suppressed_total" [] "Suppressed log lines about unauthenticated callers.";
         CONNECTIONS_REFUSED = "keybroker_connections_refused_total" [CONNECTION_CAUSE] "Connections that were closed because a limit was reached.";
@@ -454,7 +454,7 @@ declare! {
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";
-        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last self-test of the token succeeded.";
+        TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last successful self-test of the token.";
         TOKEN_PIN_LATCHED = "keybroker_token_pin_latched" [TOKEN] "1 when the token rejected the PIN and no login is tried, else 0.";
     }
     histograms {
@@ -533,7 +533,7 @@ mod tests {
         assert_eq!(calls.len(), Action::ALL.len() * (Reason::ALL.len() + 1));
         assert!(calls.contains(&["user_key.unwrap", "OK"]));
         // A metric without labels starts with one series. A metric with a label whose values are not known in advance
-        // starts with none.
+        // starts without series.
         assert_eq!(BULK_RELEASES.0.known(), [[""; 0]]);
         assert!(POLICY_ERRORS.0.known().is_empty());
     }

@@ -26,8 +26,8 @@ pub(super) struct Job {
     pub(super) queued: Instant,
     /// Time that the job waited for a session.
     pub(super) waited: Duration,
-    /// Whether another token can do the job. When the worker of this job is lost, the job fails immediately and goes to
-    /// the other token. The job does not wait for a replacement worker.
+    /// Whether another token can do the job. When the worker of this job is lost, the job fails immediately, and the
+    /// broker gives the job to the other token. The job does not wait for a replacement worker.
     pub(super) has_alternative: bool,
     /// Whether the job was already repeated once because of a lost session.
     pub(super) retried: bool,

@@ -1,4 +1,4 @@
-//! Combines several tokens: each job goes to an available token that contains the job's key.
+//! Combines several tokens: gives each job to an available token that contains the job's key.
 //!
 //! Each token has its own [`Supervisor`], with its own workers, queue, PIN latch and metrics. The pool only decides
 //! which token gets a job. A job changes nothing on a token, so a job that failed on one token can be repeated on
@@ -37,11 +37,11 @@ mod state;
 mod tests;
 mod token;
 
-/// A token that failed to answer in time gets no jobs for this time, if another token can do the jobs. Meanwhile,
-/// self-tests check the workers of the token, and a hanging worker is replaced.
+/// Time for which a token that did not answer in time gets no jobs that another token can do. Meanwhile, self-tests
+/// check the workers of the token, and a hanging worker is replaced.
 const SUSPECTED: Duration = Duration::from_secs(1);
-/// A token without a job for this time gets the next job that it can do within a quarter of the job's time. Without
-/// such probes, the estimates of the token would never change.
+/// If a token had no job for this time, the token gets the next job that it is expected to finish in a quarter of the
+/// time until the job's deadline. Without these probes, the estimates of the token would never change.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_PARTS: u32 = 4;
 /// Delay before a retry, in the error for a key that no token has yet.
@@ -123,8 +123,8 @@ impl Member {
         can_decrypt && has_second
     }
 
-    /// Whether the estimates of the token are old and the job can be a probe. A job can be a probe if it would be in
-    /// time even on a much slower token.
+    /// Whether the estimates of the token are old and the job can be a probe. A job can be a probe if it would finish
+    /// before its deadline even on a much slower token.
     fn is_due_for_a_probe(&self, now_ms: u64, expected: Duration, caller: &Caller) -> bool {
         let idle_ms = now_ms.saturating_sub(self.last_job_ms.load(Ordering::Relaxed));
         idle_ms >= millis(PROBE_INTERVAL) && expected * PROBE_PARTS <= caller.deadline().remaining()
@@ -176,8 +176,8 @@ impl Pool {
         }
     }
 
-    /// Waits until the first attempt to start the workers of each token has ended. Does not wait long for a token if
-    /// the other tokens already serve every key. Returns the state after the wait.
+    /// Waits until the first attempt to start the workers of each token has ended. The wait for a token is short if the
+    /// other tokens already serve every key. Returns the state after the wait.
     pub async fn settled(&self) -> Serving {
         if let [only] = self.members.as_slice() {
             return only.supervisor.settled().await;

@@ -131,8 +131,8 @@ pub(super) struct KeySession {
 }
 
 impl KeySession {
-    /// Opens a session and finds the keys again. A handle is valid only until the sessions of its login end. Later, the
-    /// handle may refer to another object.
+    /// Opens a session and finds the keys again. A handle is valid only until the sessions of its login end. After
+    /// these sessions end, the handle may refer to another object.
     pub(super) fn open(module: &Module, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = keys
@@ -368,7 +368,8 @@ pub(super) fn no_id() -> WrappingKeyId {
     WrappingKeyId::from_bytes([0; ID_BYTES])
 }
 
-/// Combines an RSA key and an integrity key that were made separately in one session.
+/// Returns the key pair of an RSA session key and an integrity session key, which were made
+/// separately.
 pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),

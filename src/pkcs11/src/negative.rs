@@ -68,7 +68,7 @@ impl std::fmt::Debug for NegativeTest {
     }
 }
 
-/// The result of a test without an error from a call.
+/// The result of a test in which no call failed unexpectedly.
 #[derive(Debug)]
 enum Done {
     /// The forbidden operation succeeded.
@@ -433,7 +433,8 @@ const fn changes(
 /// The settings for the tests.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms<'a> {
-    /// The attribute exceptions. A risk that an exception accepts is reported, and the token is used.
+    /// The configured attribute exceptions. If an exception accepts a failed test, the risk is reported, and the token
+    /// is used.
     pub(super) exceptions: &'a [String],
     /// The names of the tests that are not run.
     pub(super) spared: &'a [String],

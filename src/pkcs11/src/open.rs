@@ -37,7 +37,8 @@ pub(super) struct OpenToken {
     pub(super) module: Module,
     pub(super) slot: Slot,
     pub(super) info: TokenInfo,
-    /// A session that keeps the login: the token ends a login when the last session of the process is closed.
+    /// A session that stays open to keep the login: the token ends a login when the last session of the process is
+    /// closed.
     pub(super) anchor: Session,
     /// Whether this process uses the login of another process, because the token reported that the other process was
     /// already logged in.
@@ -171,8 +172,8 @@ impl OpenToken {
         let recorded = login.set(now.clone());
         drop(login);
         let Some(error) = error else {
-            // The login itself succeeded, but the success could not be recorded. If the PIN was unproven, the record
-            // still counts this login as a used attempt.
+            // The login itself succeeded, but the success could not be recorded. If the token had not accepted the PIN
+            // before, the record still counts this login as a used attempt.
             if let Err(error) = recorded {
                 tracing::warn!(%error, "cannot record that the PIN was accepted");
             }

@@ -26,7 +26,7 @@ use crate::login_policy::Standing;
 
 const FACT: &str = "pins.json";
 const LOCK: &str = "pins.lock";
-/// Longest wait for another process to release the lock. A login takes less time, even on a slow device.
+/// Longest wait for another process to release the lock. Even on a slow device, a login takes less than this time.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Version of the record's format.
 const FORMAT: u32 = 1;
@@ -78,7 +78,7 @@ pub struct PinRecord {
 #[derive(Debug, Serialize, Deserialize)]
 struct Fact {
     format: u32,
-    /// The configured names of the tokens whose next login may use the last attempt, because the operator allowed that.
+    /// The configured names of the tokens whose next login may use the last attempt with the operator's permission.
     #[serde(default)]
     final_try_allowed_for: BTreeSet<String>,
     /// The PINs of each token, by its serial number. The key of a declared copy also contains the name of the copy.

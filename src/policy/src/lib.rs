@@ -181,9 +181,9 @@ pub struct Question<'a> {
     pub call: &'a Call,
 }
 
-/// All inputs of a decision. A case contains an [`Identity`] instead of a [`Principal`], so that an
-/// explanation can use the identity of a caller who does not exist. Only a decision about a
-/// [`Question`] can create a [`Permit`].
+/// The data on which a policy decision is based: caller, action, resource, address and time. A case
+/// contains an [`Identity`] instead of a [`Principal`], so that an explanation can use the identity
+/// of a caller who does not exist. Only a decision about a [`Question`] can create a [`Permit`].
 #[derive(Clone, Copy, Debug)]
 pub struct Case<'a> {
     /// The caller.
@@ -198,7 +198,7 @@ pub struct Case<'a> {
     pub at: Timestamp,
 }
 
-/// Proof that a policy allowed an action. Only [`Policy::decide`] creates one.
+/// Proof that a policy allowed an action. Only [`Policy::decide`] creates a `Permit`.
 #[derive(Debug)]
 pub struct Permit {
     policy: Arc<str>,
@@ -211,9 +211,9 @@ impl Permit {
     }
 }
 
-/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates one.
-/// A read or change of the record takes the address only from this proof. Therefore a permit for
-/// one record cannot be used for another record.
+/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates a
+/// `KeyPermit`. Functions that read or change the record take the record's address only from this
+/// permit. Therefore a permit for one record cannot be used for another record.
 #[derive(Debug)]
 pub struct KeyPermit {
     policy: Arc<str>,
@@ -345,7 +345,7 @@ impl Policy {
         floor(case).unwrap_or_else(|| engine::evaluate(&self.current.load(), case))
     }
 
-    /// Returns the decision for a case with the reason from each policy.
+    /// Returns the decision for a case, and the reason from each policy.
     pub fn explain(&self, case: &Case<'_>) -> Explanation {
         let policies = match floor(case) {
             Some(_) => Vec::new(),
@@ -357,10 +357,10 @@ impl Policy {
         }
     }
 
-    /// Loads changed files. If a file is invalid or missing, the current policies stay in force. If
-    /// no signal announced a change, the change is loaded after two checks found the same content.
-    /// While an editor writes a file in place, the file is empty or incomplete for a moment. An
-    /// incomplete file may be valid but lack the forbid policies.
+    /// Loads changed files. If a file is invalid or missing, the current policies stay in force.
+    /// Without a SIGHUP, a change is loaded only after two checks found the same content. While an
+    /// editor writes a file in place, the file is empty or incomplete for a moment. An incomplete
+    /// file may be valid but lack the forbid policies.
     pub fn reload(&self, announced: bool) {
         let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
         if announced {
@@ -422,8 +422,8 @@ enum Look {
 
 /// The rules in the code, which apply regardless of the policies.
 fn floor(case: &Case<'_>) -> Option<Verdict> {
-    // The configuration already refuses a principal with conflicting roles. This check also applies
-    // to a principal that does not come from the configuration.
+    // The configuration already refuses a principal with conflicting roles. Principals that do not
+    // come from the configuration are checked here.
     if conflict(&case.identity.roles).is_some() {
         return Some(Verdict::denied(SEPARATION_OF_DUTIES));
     }
@@ -432,8 +432,8 @@ fn floor(case: &Case<'_>) -> Option<Verdict> {
     if !case.resource.suits(case.action) {
         return Some(Verdict::denied(UNASKED));
     }
-    // The broker takes the tenant of a resource from the principal. This check also applies to a
-    // resource whose tenant does not come from the principal.
+    // The broker takes the tenant of a resource from the principal. Resources whose tenant has
+    // another source are checked here.
     match case.resource.tenant() {
         Some(tenant) if *tenant != case.identity.tenant => Some(Verdict::denied(OWN_TENANT)),
         _ => None,

@@ -1,6 +1,6 @@
 //! The differences between the SQL of the engines. Statements are written once, in
 //! [`crate::statements`]. When the program uses an engine for the first time, the engine's dialect
-//! converts each statement to a text for the engine.
+//! converts each statement to the SQL of the engine.
 
 use super::columns::{Column, Kind, Table};
 
@@ -8,7 +8,7 @@ use super::columns::{Column, Kind, Table};
 #[derive(Debug)]
 pub(super) struct Dialect {
     pub(super) placeholder: Placeholder,
-    /// The quote around the name of a column that is a keyword on some engine.
+    /// The quote around the name of a column that is a keyword of an engine.
     pub(super) quote: char,
     /// Begins a transaction in which each statement sees everything that was committed before the statement began.
     pub(super) begin: &'static str,
@@ -16,7 +16,7 @@ pub(super) struct Dialect {
     /// locks the entire database.
     pub(super) lock: Option<&'static str>,
     /// Ends an `INSERT` that inserts nothing if the row exists. The text is empty for an engine
-    /// that has no such clause and reports the duplicate row as an error.
+    /// that has no clause for this purpose and reports the duplicate row as an error.
     pub(super) unless_taken: &'static str,
     pub(super) upsert: Upsert,
     pub(super) limited_delete: LimitedDelete,
@@ -93,8 +93,8 @@ impl Dialect {
     }
 
     /// Inserts `rows` rows into a table whose only column besides the key is `used_us`. If a row
-    /// with the same key exists, the later time is kept. The values may contain the same row
-    /// several times.
+    /// with the same key exists, the later of the two times is stored. The values may contain the
+    /// same row several times.
     pub(super) fn note_latest(&self, table: Table, rows: usize) -> &'static str {
         let (name, columns, key) = (table.name(), names(table.columns()), names(table.key()));
         let row = format!("({})", places(table.columns().len()));

@@ -80,8 +80,8 @@ pub fn check_module(path: &Path) -> Result<(), PathError> {
     }
 }
 
-/// Length of the first part of an ELF header, up to and including `e_machine`. This part is the
-/// same in 32-bit and 64-bit files.
+/// Length of the first fields of an ELF header, up to and including `e_machine`. These fields are
+/// the same in 32-bit and 64-bit files.
 const ELF_BYTES: usize = 20;
 /// Values of `e_machine`, each with the name of the machine.
 const MACHINES: [(u16, &str); 8] = [
@@ -193,10 +193,10 @@ pub fn softhsm_problem(module: &Path, environment: &BTreeMap<String, String>) ->
 }
 
 /// Refuses files and directories in `token.environment` that other users could change, such as the
-/// file in `SOFTHSM2_CONF`. A module reads the location of its keys or loads further code from
-/// files whose names are in its environment. The value of a variable is checked if it is the
-/// absolute path of an existing file or directory, or a colon-separated list of such paths
-/// (`LD_LIBRARY_PATH`).
+/// file in `SOFTHSM2_CONF`. The environment of a module contains the names of files from which the
+/// module reads the location of its keys, or loads further code. The value of a variable is checked
+/// if it is the absolute path of an existing file or directory, or a colon-separated list of such
+/// paths (`LD_LIBRARY_PATH`).
 pub fn check_environment(environment: &BTreeMap<String, String>) -> Result<(), PathError> {
     for (name, value) in environment {
         let whole = Path::new(value);

@@ -226,6 +226,13 @@ impl Report {
                 worse.push(format!("negative test {}: {}", now.name, now.meaning));
             }
         }
+        worse.extend(self.refused_templates(expected));
+        worse
+    }
+
+    /// Lists the attributes that the token accepted in a template for `expected`, and that it no longer accepts.
+    fn refused_templates(&self, expected: &Self) -> Vec<String> {
+        let mut worse = Vec::new();
         for then in &expected.templates {
             let found = self
                 .templates

@@ -42,7 +42,8 @@ pub(super) const fn code(reason: Reason) -> Code {
     }
 }
 
-/// The status of an error. The status leaves out the error's detail, which is in the log under the call id.
+/// Returns the gRPC status for an error. The status leaves out the error's detail, which is in the log under the call
+/// id.
 pub(super) fn to_status(error: &Error, call: CallId) -> Status {
     let reason = error.reason();
     let mut metadata = HashMap::from([("call_id".to_owned(), call.to_string())]);
@@ -59,8 +60,8 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
         details.set_bad_request(violations);
     }
     if let Some(delay) = error.retry_delay() {
-        // The delay is increased by a random part, at most a half, so that callers that were
-        // refused at the same time retry at different times.
+        // Add a random time of at most half the delay, so that callers that were refused at the
+        // same time retry at different times.
         details.set_retry_info(Some(spread(delay, delay / 2)));
     }
     let text = format!("{} (call {call})", reason.text());

@@ -10,7 +10,7 @@ use super::{KeySource, Settings, url_problem};
 /// Longest `issuer`, in bytes.
 const ISSUER_BYTES_MAX: usize = 1_024;
 
-/// Returns every problem of the issuers, individually and in combination, each with its remedy.
+/// Returns the problems of each issuer and of the combination of all issuers, each with its remedy.
 pub fn problems(issuers: &[Settings]) -> Vec<String> {
     let mut problems: Vec<String> = issuers.iter().flat_map(Settings::problems).collect();
     let (mut names, mut seen) = (HashSet::new(), HashSet::new());
@@ -175,7 +175,7 @@ impl Settings {
                     !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
                 if granted {
                     problems.push(
-                        "the issuer's access tokens are for users, who have no role and reach only their own keys: \
+                        "the issuer's access tokens are for users, who have no role and can release only their own keys: \
                          remove `roles`, `users` and `key_names`, or set `kind = \"service\"`"
                             .to_owned(),
                     );

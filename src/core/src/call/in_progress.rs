@@ -7,7 +7,7 @@ use crate::metrics::CALLS_IN_PROGRESS;
 pub struct CallInProgress(());
 
 impl CallInProgress {
-    /// Counts a call that starts now.
+    /// Counts one more call as in progress.
     #[expect(
         clippy::new_without_default,
         reason = "a default that counts would surprise"

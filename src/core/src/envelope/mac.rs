@@ -61,8 +61,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// The parts of the message for the MAC of an envelope whose wrapped bytes are not known yet: the bytes of the message before and
-    /// after the wrapped bytes. `wrapped_length` is the number of wrapped bytes.
+    /// The message for the MAC of an envelope without the wrapped bytes, which are not known yet: the bytes before and
+    /// the bytes after the wrapped bytes. `wrapped_length` is the number of wrapped bytes.
     pub(super) fn around_envelope(
         algorithm: Algorithm,
         wrapping_key: WrappingKeyId,
@@ -105,7 +105,8 @@ impl MacMessage {
         message.finish()
     }
 
-    /// The message for the MAC of the place of a wrapping key on a further token: all fields except the MAC.
+    /// The message for the MAC of a row that registers a wrapping key for another token: all fields of the row except
+    /// the MAC.
     pub fn place(row: &PlaceFields<'_>) -> Self {
         let mut message = Message::new(PLACE_DOMAIN);
         message.fixed(row.key.as_bytes());
@@ -164,12 +165,12 @@ impl MacMessage {
     }
 }
 
-/// The authenticated part of a registry row.
+/// The authenticated fields of a registry row.
 #[derive(Clone, Copy, Debug)]
 pub struct RegistryFields<'a> {
     /// The id of the wrapping key.
     pub id: WrappingKeyId,
-    /// The places of the wrapping key's objects.
+    /// The `CKA_ID` of the RSA private key, and the place of the integrity key.
     pub objects: &'a ObjectIds,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
@@ -177,7 +178,7 @@ pub struct RegistryFields<'a> {
     pub purpose: Purpose,
     /// SP 800-57 state.
     pub state: WrappingKeyState,
-    /// Serial number of the token that holds the key.
+    /// Serial number of the token that contains the key.
     pub token_serial: &'a str,
     /// A number that grows with each change of any registry row.
     pub sequence: u64,
@@ -187,7 +188,7 @@ pub struct RegistryFields<'a> {
     pub backup_confirmed_us: Option<i64>,
 }
 
-/// The authenticated part of the place of a wrapping key on a further token.
+/// The authenticated fields of a row that registers a wrapping key for another token.
 #[derive(Clone, Copy, Debug)]
 pub struct PlaceFields<'a> {
     /// The id of the wrapping key.
@@ -196,7 +197,7 @@ pub struct PlaceFields<'a> {
     pub token: &'a str,
     /// Serial number of the token.
     pub token_serial: &'a str,
-    /// The places of the wrapping key's objects on this token.
+    /// The `CKA_ID` of the RSA private key on this token, and the place of the integrity key.
     pub objects: &'a ObjectIds,
     /// When the key was registered for this token, in UTC microseconds.
     pub registered_us: i64,
@@ -225,14 +226,13 @@ struct Message(Zeroizing<Vec<u8>>);
 
 impl Message {
     fn new(domain: &[u8]) -> Self {
-        // Reserve the full capacity now: a vector that grows leaves copies that are not
-        // overwritten.
+        // Reserve the full capacity now: a vector that grows leaves copies that are not overwritten.
         let mut message = Self(Zeroizing::new(Vec::with_capacity(MESSAGE_BYTES_MAX)));
         message.sized(domain);
         message
     }
 
-    /// Adds the fields of a registry row after the ids.
+    /// Adds the fields of a registry row that follow the ids.
     fn rest_of_registry_row(&mut self, row: &RegistryFields<'_>) {
         self.fixed(&row.fingerprint.0);
         self.sized(row.purpose.as_str().as_bytes());

@@ -29,7 +29,7 @@ pub(super) const WRITABLE_BY_ALL: u32 = 0o002;
 const SECRET_OF_USER: u32 = 0o077;
 /// Permissions that only the owner may have on a secret of root. The group may read a secret of root.
 const SECRET_OF_ROOT: u32 = 0o037;
-/// Highest number of symbolic links that are followed for one path, like the limit of the kernel.
+/// Highest number of symbolic links that are followed for one path; the kernel has the same limit.
 const LINKS_MAX: usize = 40;
 
 /// A directory in the path, with an open descriptor.
@@ -212,7 +212,7 @@ impl<'a> Walk<'a> {
         mode & self.writable != 0 && (mode & WRITABLE_BY_ALL != 0 || !is_own_group)
     }
 
-    /// Examines a directory that the path leads through.
+    /// Examines a directory in the path.
     fn enter(&self, fd: OwnedFd, at: PathBuf) -> Result<Directory, Error> {
         let stat = fstat(&fd).map_err(self.io(&at))?;
         if is_fuse(&fd) {
@@ -301,8 +301,8 @@ impl<'a> Walk<'a> {
         Ok(Target::Directory(directory))
     }
 
-    /// Checks who can have created a link. In a sticky directory, every user can create a link. In any other directory, only the
-    /// owner of the directory can create a link, and this owner was already checked.
+    /// Checks which users can have created a link. In a sticky directory, every user can create a link. In any other
+    /// directory, only the owner of the directory can create a link, and this owner was already checked.
     fn check_link(&self, above: &Directory, stat: &Stat, at: &Path) -> Result<(), Error> {
         if above.is_read_only || mode_of(&above.stat) & WRITABLE_BY_OTHERS == 0 {
             return Ok(());

@@ -26,7 +26,7 @@ pub(super) fn audited<T>(
     audited_in_parts(context, config, action, describe, |_| work())
 }
 
-/// Like [`audited`], for work whose parts have separate audit entries.
+/// Like [`audited`], for work that also writes an audit entry for each of its steps.
 pub(super) fn audited_in_parts<T>(
     context: &Context,
     config: &Config,
@@ -49,7 +49,7 @@ pub(super) fn audited_in_parts<T>(
     let mut last = entry(EntryKind::Outcome, Outcome::Ok);
     if result.is_err() {
         last.outcome = match last.count {
-            // The count is a lower bound, because the outcome of the part in progress is unknown.
+            // The count is a lower bound, because the outcome of the step in progress is unknown.
             Some(_) => Outcome::Unknown,
             None => Outcome::Failed,
         };
@@ -69,7 +69,8 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
             Ok(closed) => {
                 for intent in closed {
                     let action = intent.intent.action;
-                    // A purge has a separate intent for each of its many parts, so these intents are not shown.
+                    // A purge writes a separate intent for each record or revision that it removes. These intents are
+                    // too many to show.
                     if ["user_key.purge", "user_key.purge_revision"].contains(&&*action) {
                         continue;
                     }

@@ -67,7 +67,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
 /// configuration before the database exists.
 fn examine_store(settings: &store::Settings) -> Result<(Option<String>, Option<String>), Failure> {
     let is_server = settings.file().is_none();
-    // Problems of the settings in `[store]` are reported with the configuration and its files.
+    // The check of the configuration and its files already reports problems of `[store]`.
     if !is_server || !settings.problems().is_empty() || !settings.file_problems().is_empty() {
         return Ok((None, None));
     }
@@ -100,7 +100,7 @@ fn examine_tokens(config: &mut Config) -> (Vec<String>, Vec<String>) {
         .map(|one| one.name.clone())
         .collect();
     for name in names {
-        // A name that several tokens share is reported as a problem of the settings.
+        // The check of the settings already reports a name that several tokens share.
         if config.select_token(Some(&name)).is_err() {
             continue;
         }
@@ -115,7 +115,7 @@ fn examine_tokens(config: &mut Config) -> (Vec<String>, Vec<String>) {
 /// Loads the module in an admin worker and examines the token that the settings select. Returns problems and a note.
 fn examine_token(config: &Config) -> (Vec<String>, Option<String>) {
     let settings = config.token();
-    // Problems of the module and of the environment are reported with the files of the configuration.
+    // The check of the configured files already reports problems of the module and of its environment.
     if check_module(&settings.module).is_err() || check_environment(&settings.environment).is_err()
     {
         let note = "[token]: the module was not loaded, so the token was not examined".to_owned();

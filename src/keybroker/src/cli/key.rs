@@ -271,7 +271,7 @@ struct StoredKey {
 }
 
 impl StoredKey {
-    /// The instruction for the administrator, as the second part of a sentence.
+    /// The instruction for the administrator, as a clause that ends a sentence.
     fn instruction(&self) -> String {
         format!(
             "add `{} = \"{}\"` to [token.integrity_key_digests] in the configuration",
@@ -462,7 +462,7 @@ fn check_place(
     Ok(admin.check(id)?)
 }
 
-/// Derives the id of a key whose `CKA_ID` cannot be the id.
+/// Derives the id of a key whose `CKA_ID` does not have the length of an id.
 fn id_of(fingerprint: &Fingerprint) -> WrappingKeyId {
     let mut context = digest::Context::new(&digest::SHA256);
     context.update(b"keybroker/wrapping-key-id/v1");

@@ -26,7 +26,7 @@ pub(super) struct Output {
     format: Format,
 }
 
-/// The name and the value of one part of a result.
+/// The name and the value of one field of a result.
 pub(super) type Field = (&'static str, Value);
 
 impl Output {
@@ -62,8 +62,9 @@ impl Output {
         self.text(&list(&rows))
     }
 
-    /// Writes a list of objects in groups. A table has a heading for each value of the first field,
-    /// and the other fields below the heading. JSON output contains the list without groups.
+    /// Writes a list of objects in groups. In a table, each value of the first field becomes a
+    /// heading, and the other fields are below this heading. JSON output contains the list without
+    /// groups.
     pub(super) fn groups(self, rows: Vec<Vec<Field>>, when_empty: &str) -> Result<(), Failure> {
         if self.is_json() || rows.is_empty() {
             return self.list(rows, when_empty);
@@ -115,7 +116,7 @@ impl Output {
         self.text(text)
     }
 
-    /// Writes a text, followed by a line end.
+    /// Writes a string and a line end.
     pub(super) fn text(self, text: &str) -> Result<(), Failure> {
         self.bytes(format!("{text}\n").as_bytes())
     }
@@ -205,7 +206,7 @@ fn table(rows: &[Vec<Field>]) -> String {
     aligned(headings, &rows)
 }
 
-/// Formats texts as a table with the given headings.
+/// Formats strings as a table with the given headings.
 pub(super) fn text_table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let headings = headings.iter().map(ToString::to_string).collect();
     aligned(Some(headings), rows)

@@ -262,7 +262,8 @@ pub(super) async fn bind_all(
 }
 
 /// Stores the revocation lists that the listeners accepted. Call this function after the audit log
-/// is open and the database is checked, because only then no other broker uses the state directory.
+/// is open and the database is checked: only then is it certain that no other broker uses the state
+/// directory.
 pub(super) fn remember_lists(bound: &[Bound], status: &BoundStatus) -> Result<(), Failure> {
     let listeners = bound.iter().filter_map(|one| one.tls.clone());
     for tls in listeners.chain(status.tls()) {

@@ -36,8 +36,8 @@ impl Waiting {
         })
     }
 
-    /// Adds a waiting connection, and closes another connection if there are too many. A connection
-    /// without a network counts towards no network.
+    /// Adds a waiting connection, and closes another connection if there are too many. If `network`
+    /// is `None`, the connection is not counted for any network.
     pub(super) fn enter(self: &Arc<Self>, network: Option<IpAddr>) -> Ticket {
         let mut state = self.lock();
         let is_full = state.all.len() >= self.max;
@@ -69,8 +69,8 @@ impl Waiting {
 }
 
 impl State {
-    /// The oldest connection of the network with the most connections. If no connection has a
-    /// network, the oldest of all connections.
+    /// The oldest connection of the network with the most connections. If the network of every
+    /// connection is unknown, the oldest of all connections.
     fn oldest_of_the_largest(&self) -> Option<u64> {
         let largest = self.by_network.values().max_by_key(|ids| ids.len());
         let of_network = largest.and_then(|ids| ids.first());

@@ -167,9 +167,10 @@ impl From<Error> for Refusal {
     }
 }
 
-/// Makes the integrity key first, because more tokens refuse the integrity key than the RSA pair, and because making it
-/// takes less time. The integrity key gets the `CKA_ID` of the RSA pair. If the token then refuses the RSA pair, the
-/// integrity key is made again with a separate `CKA_ID`. Some tokens do not allow two objects with the same `CKA_ID`.
+/// Makes the integrity key first, because more tokens refuse the integrity key than the RSA pair, and because the
+/// integrity key takes less time to make. The integrity key gets the `CKA_ID` of the RSA pair. If the token then
+/// refuses the RSA pair, the integrity key is made again with a separate `CKA_ID`. Some tokens do not allow two objects
+/// with the same `CKA_ID`.
 fn make(
     session: &Session,
     modulus_bits: u32,
@@ -325,7 +326,8 @@ pub(crate) enum Cause {
 }
 
 /// Tries to make session keys, to find the settings with which the token would make the key. For each kind of integrity
-/// key and for the RSA pair, makes at most two attempts plus one attempt for each attribute with a possible exception.
+/// key and for the RSA pair, makes at most two attempts, and one more attempt for each attribute for which an exception
+/// is permitted.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,

@@ -44,7 +44,7 @@ impl HmacKey {
         }
     }
 
-    /// Returns all kinds. The kind of the setting comes first.
+    /// Returns all kinds, beginning with the configured kind.
     pub(crate) fn all_with_first(setting: IntegrityKey) -> impl Iterator<Item = Self> {
         let first = Self::of(setting);
         let others = Self::ALL.into_iter();
@@ -155,8 +155,8 @@ pub(crate) fn integrity_template(
         Attribute::Unwrap(false),
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
-        // The former name of the integrity key. The label is unchanged, because the keys of all earlier releases have
-        // this label.
+        // The label contains the former name of the integrity key, because the keys of all earlier releases have this
+        // label.
         label(id, "binding key"),
     ];
     // For this kind, the key type implies the length and the mechanism.

@@ -38,7 +38,8 @@ impl<E: Engine> EngineStore<E> {
         Ok(found.iter().map(rows::listed_client).collect())
     }
 
-    /// Writes the change and the mark of the call in one transaction.
+    /// Writes the change and, if `call` is present, a row with the id of the call in one
+    /// transaction.
     pub(super) async fn change_client(
         &self,
         change: ClientChange,

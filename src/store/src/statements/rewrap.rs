@@ -7,7 +7,7 @@ named! {
 #[derive(Debug)]
 pub(crate) struct RewrapStatements {
     /// Parameters: key, key, key, time after which a request id was used. Returns the numbers of
-    /// rows.
+    /// revisions, API clients and request ids under the key.
     pub(crate) uses: &'static str,
     /// Parameters: key, record, record, revision to start after, limit. Returns revisions with the
     /// addresses of their records.

@@ -32,7 +32,7 @@ pub(in crate::cli) struct Document {
     pub(in crate::cli) commit: Option<String>,
     /// The start of the run, in UTC (RFC 3339).
     pub(in crate::cli) started: String,
-    /// Duration of the complete run in seconds, with preparations.
+    /// Duration of the complete run in seconds, including preparations.
     pub(in crate::cli) duration_s: f64,
     pub(in crate::cli) machine: Machine,
     pub(in crate::cli) token: Token,
@@ -139,9 +139,7 @@ pub(in crate::cli) enum ParseError {
     #[error("{0}")]
     Json(#[source] serde_json::Error),
     /// The file has no field `format`.
-    #[error(
-        "no field `format`: this is not a file that `keybroker bench --json` of this release wrote"
-    )]
+    #[error("no field `format`: `keybroker bench --json` of this release did not write this file")]
     OtherFile,
     /// The file was written by another release.
     #[error("the file has format {0}, and this release reads format {FORMAT}")]

@@ -46,7 +46,7 @@ fn first_number(text: &str) -> Option<f64> {
     text.split(' ').next()?.parse().ok()
 }
 
-/// The value of a line `NAME: NUMBER kB`. Several files in `/proc` have such lines.
+/// The value of a line `NAME: NUMBER kB`, which several files in `/proc` contain.
 pub(super) fn kib(text: &str, name: &str) -> Option<u64> {
     let line = text
         .lines()

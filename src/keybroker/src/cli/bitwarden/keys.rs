@@ -51,7 +51,7 @@ impl Enrol {
             None => None,
         };
         let Some(key) = self.key.master_key(output)? else {
-            let what = "no master key specified to enrol";
+            let what = "no master key to enrol was specified";
             return Err(Failure::new(Exit::Usage, what)
                 .hint("pass the master key with --master-key-file, or the account with --email"));
         };
@@ -135,7 +135,7 @@ pub(in crate::cli) struct Unlock {
     /// File with the account's protected user key: `2.…|…|…`
     #[arg(long, value_name = "FILE")]
     protected_key_file: PathBuf,
-    /// File with a text that is encrypted with the user key, such as the name of an item
+    /// File with a value that is encrypted with the user key, such as the name of an item
     #[arg(long, value_name = "FILE")]
     item_file: Option<PathBuf>,
     /// New file for the item's plain text, created with mode 0600

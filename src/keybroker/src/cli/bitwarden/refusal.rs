@@ -13,7 +13,7 @@ pub(super) struct RequestError {
 }
 
 impl RequestError {
-    /// Returns the error for an answer with another status than 200.
+    /// Returns the error for an answer whose status is not 200.
     pub(super) fn answered(answer: &Response, body: &[u8]) -> Self {
         let status = answer.status();
         Self {
@@ -103,7 +103,7 @@ fn refused(status: StatusCode, retry_after: Option<String>, body: &[u8]) -> Fail
 fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
     match (status.as_u16(), reason) {
         (400, Some("KEY_EXISTS")) => {
-            "the user already has a key, which may be deleted, and POST never overwrites a key: fetch the key, and \
+            "the user already has an active or deleted key, and POST never overwrites a key: fetch the key, and \
              check whether the key opens the account"
         }
         (400, _) => "the broker expects `{\"key\": \"<base64 of 32 bytes>\"}`",

@@ -1,4 +1,4 @@
-//! Parsers of arguments. The parsers check the limits of the protocol before a call is sent.
+//! Parsers of arguments. The parsers check the protocol's limits before the command sends a call.
 
 use keybroker_client::{
     ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef, WrappingKeyId,

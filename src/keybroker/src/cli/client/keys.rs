@@ -137,8 +137,8 @@ pub(super) enum Command {
 }
 
 impl Command {
-    /// Checks the output before the call. Therefore, the broker does not release a key that the
-    /// command cannot write.
+    /// Checks before the call whether the command can write its output, so that the broker does not
+    /// release a key that the command cannot write.
     pub(super) fn check(&self) -> Result<(), Failure> {
         match self {
             Self::Unwrap {

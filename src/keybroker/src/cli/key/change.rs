@@ -15,8 +15,8 @@ use keybroker_client::{Error, Reason, proto};
 
 use super::{parse_id, removal::confirm};
 
-/// Minimum timeout for the generation of a key. Some devices need minutes, but the broker ends the
-/// call after the broker's own limit.
+/// Minimum timeout for the generation of a key. Some devices need minutes to generate a key, but
+/// the broker ends the call after the broker's own limit.
 const ROTATION_TIMEOUT: Duration = Duration::from_mins(2);
 
 #[derive(Args, Debug)]

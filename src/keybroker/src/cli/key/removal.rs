@@ -73,7 +73,8 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The expected place of an unregistered key's integrity key, according to the settings.
+/// The place of an unregistered key's integrity key, which the settings determine: on the token or
+/// in the workers.
 fn place(config: &Config) -> ObjectIds {
     ObjectIds {
         private: None,

@@ -25,8 +25,8 @@ use keybroker_store::{
 
 use super::row_check::{Finding, Problem, RowChecker};
 
-/// Maximum number of findings to show. Further findings are only counted. The maximum limits the
-/// memory for findings if all rows of a database are damaged.
+/// Maximum number of findings to show. All other findings are only counted, to limit the memory for
+/// findings if all rows of a database are damaged.
 const SHOWN_MAX: usize = 1_000;
 
 /// The result of a scan.
@@ -111,7 +111,7 @@ pub(super) async fn scan(
     Ok(report)
 }
 
-/// Checks the rows that belong to no record and no API client.
+/// Checks the rows that belong neither to a record nor to an API client.
 async fn check_others(
     context: &Context,
     store: &Arc<dyn Tables>,

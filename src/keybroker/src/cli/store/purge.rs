@@ -219,9 +219,10 @@ impl<'a> Part<'a> {
     }
 }
 
-/// Runs `work` with an intent and an outcome for each part, because purged records cannot be
-/// restored. If the database fails after the intents were written, no outcomes are written, because
-/// it is unknown whether the parts were removed. Returns the number of removed parts.
+/// Runs `work` with an intent and an outcome for each record or revision to remove, because purged
+/// records cannot be restored. If the database fails after the intents were written, no outcomes
+/// are written, because it is unknown which of these records and revisions were removed. Returns
+/// the number of removed records and revisions.
 async fn recorded(
     log: &AuditLog,
     parts: Vec<Part<'_>>,

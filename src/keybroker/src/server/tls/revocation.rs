@@ -115,8 +115,8 @@ impl Lists {
                 }
             }
         }
-        // The verifier uses only the first list for a CA name. If several unverified lists exist
-        // and the first list were forged, every client of this CA would be rejected.
+        // The verifier uses only the first list for a CA name. If the first of several unverified
+        // lists is forged, every client of this CA is rejected.
         for slot in ambiguous {
             let error = ListsError::Ambiguous(name_of(&slot.authority.0));
             lists.leave_out(&slot, error);
@@ -229,12 +229,12 @@ impl Lists {
     }
 
     /// Keeps the lists in use of CAs that are not configured and have no list in the file, until
-    /// the lists expire. The number of these lists is limited. Otherwise, a file with lists of
-    /// other CAs at each reload could fill the memory.
+    /// the lists expire. The number and size of these lists are limited, because a file that
+    /// contains lists of different CAs at each reload could otherwise fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
-        // A set of CA names with a problem, because searching a vector for each of many lists would
-        // be slow.
+        // The names of the CAs with a problem, as a set: searching a vector for each of many lists
+        // would be slow.
         let mut reported: BTreeSet<Vec<u8>> = self
             .problems
             .iter()
@@ -326,7 +326,7 @@ impl Lists {
         }
     }
 
-    /// Removes the first problem and returns it.
+    /// Removes all problems and returns the first problem.
     pub(super) fn take_problem(&mut self) -> Option<ListsError> {
         let mut problems = std::mem::take(&mut self.problems).into_iter();
         problems.next().map(|problem| problem.error)
@@ -416,8 +416,8 @@ pub(super) enum ListsFile {
 /// A list, and the number of its block in the file.
 type FoundList = (usize, CertificateRevocationListDer<'static>);
 
-/// The lists of a PEM file, or the only list of a DER file. For each part of the file that is not a
-/// list, the result contains an error.
+/// The lists of a PEM file, or the only list of a DER file. For each block of the file that is not
+/// a list, the result contains an error.
 fn ders(file: &ListsFile) -> Vec<Result<FoundList, ListsError>> {
     let bytes = match file {
         ListsFile::Content(bytes) => bytes,

@@ -20,8 +20,8 @@ use keybroker_core::call::Timestamp;
 
 use super::{super::to_array, Problem, error::ListsError};
 
-/// Divisor for the start of the alert about a missing newer list: the alert begins when a quarter
-/// of a list's validity period remains.
+/// Divisor of a list's validity period: the alert about a missing newer list begins when a quarter
+/// of the validity period remains.
 const LAST_PART: i64 = 4;
 
 /// A usable list.
@@ -251,7 +251,7 @@ fn scope(list: &CertificateRevocationList<'_>) -> Option<[u8; 32]> {
 }
 
 /// Rejects a list that the TLS library does not accept, such as a list with an unknown critical
-/// extension. A single list of this kind would prevent the creation of a verifier.
+/// extension. Even one unacceptable list would prevent the creation of the verifier.
 pub(super) fn check_for_handshake(
     issuer: &str,
     der: &CertificateRevocationListDer<'static>,

@@ -126,7 +126,7 @@ measure_all() {
   measure storm rsa-2048 storm --members "$MEMBERS"
   measure storm-largest rsa-2048 storm --members "$LARGEST"
   SECONDS_EACH=$seconds
-  device lanes 15 30 --note "each operation takes 50 ms longer; 30 can run at the same time" <<'SCRIPT'
+  device lanes 15 30 --note "each operation takes 50 ms longer; at most 30 operations run at the same time" <<'SCRIPT'
 [limits]
 parallel_calls = 30
 latency_ms = 50

@@ -8,8 +8,8 @@ const WORKER: &[&str] = &[
     "keybroker/worker/v1/admin.proto",
 ];
 
-/// Messages that contain key material or a PIN. A derived `Debug` would print these secrets, so `src/wire.rs`
-/// implements `Debug`.
+/// Messages that contain key material or a PIN. A derived `Debug` would print the key material or the PIN, so
+/// `src/wire.rs` implements `Debug`.
 const SECRET: &[&str] = &[
     ".keybroker.worker.v1.Mac",
     ".keybroker.worker.v1.VerifyMac",

@@ -316,7 +316,7 @@ async fn a_broker_follows_the_registry_and_no_forgery() {
         until("the alert of both brokers", || {
             (site
                 .log()
-                .matches("rows of the wrapping-key registry do not verify")
+                .matches("rows of the wrapping-key registry failed verification")
                 .count()
                 == 2 * forgeries)
                 .then_some(())

@@ -492,7 +492,7 @@ fn each_file_that_another_program_would_accept_is_named_with_the_remedy() {
             "another machine",
             module.as_str(),
             foreign.as_str(),
-            &["is made for", "this machine is", "install the module"][..],
+            &["was built for", "this machine is", "install the module"][..],
         ),
         (
             "the issuer first",

@@ -27,7 +27,7 @@ fn promised(command: &str) -> (BTreeSet<String>, bool) {
         .to_owned();
     let (commands, fields) = item.split_once(": ").unwrap();
     let is_list = commands.contains(&format!("`{command}` (list)"));
-    if let Some(other) = fields.strip_prefix("as `") {
+    if let Some(other) = fields.strip_prefix("the fields of `") {
         return (promised(other.trim_end_matches('`')).0, is_list);
     }
     let (fields, _) = fields.split_once(';').unwrap_or((fields, ""));

@@ -208,7 +208,7 @@ fn a_decision_is_explained() {
     assert_eq!(bob["policy"], "users-own-keys-only");
     assert_eq!(
         view(&bob, "own-keys")["why_not"],
-        "does not hold: resource.user == principal.subject"
+        "condition not met: resource.user == principal.subject"
     );
     let both = asked(&["--role", "release", "--role", "admin"]);
     assert_eq!(

@@ -209,7 +209,7 @@ async fn a_start_serves_with_the_accepted_list_when_the_file_has_no_better_one()
     let (mut site, _) = Broker::start_on(site).stop();
     let damaged = newer.replace("-----END X509 CRL-----", "");
     for (text, words) in [
-        (older.as_str(), "has an older list of"),
+        (older.as_str(), "that is older than the last accepted list"),
         (&damaged, "has no END line of the same label"),
         ("", "no longer has a list of"),
     ] {

@@ -630,7 +630,7 @@ async fn each_key_is_used_on_its_own_token() {
     );
     let text = ready(&broker);
     assert!(
-        text.contains("not ready") && text.contains("no token serves wrapping key"),
+        text.contains("not ready") && text.contains("no available token has wrapping key"),
         "{text}"
     );
     // A start without this token serves the other key, too.

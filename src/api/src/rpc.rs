@@ -89,7 +89,7 @@ where
             let mut builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-                // Clients decode the details of errors with these descriptors.
+                // Clients need the descriptors of `tonic_types` to decode the details of errors.
                 .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
                 .with_service_name(H::NAME);
             // Reflection lists only the services of this listener.

@@ -46,8 +46,8 @@ pub(super) fn extents(segments: impl Iterator<Item = (u64, u64)>) -> Vec<Extent>
     extents.split_off(surplus)
 }
 
-/// Returns a description of the segments and bytes that a stored extent contains and the log no longer contains. Since
-/// the extent was stored, segments may have been added, and the last segment may have grown.
+/// Returns a description of the segments and bytes that are in a stored extent but no longer in the log. Since the
+/// extent was stored, segments may have been added, and the last segment may have grown.
 pub(super) fn missing(extent: &Extent, segments: &BTreeMap<u64, u64>) -> Option<String> {
     let mut bytes = 0_u64;
     let mut next = extent.first;

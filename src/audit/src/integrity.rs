@@ -146,8 +146,8 @@ impl Files {
         })
     }
 
-    /// Checks the identity of a segment, but allows additional bytes, because the caller removes the bytes of a failed
-    /// write after the check.
+    /// Checks the identity of a segment. The segment may have additional bytes at its end: they may come from a failed
+    /// write, and the caller removes them after the check.
     pub(super) fn check_identity(&self, number: u64) -> Result<(), Error> {
         let Some(written) = self.segments.get(&number) else {
             return Ok(());

@@ -43,8 +43,8 @@ pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The parent directory, of mode 0700. `serve` writes to the subdirectory with the name `audit.instance`, and each
-    /// run of a command that changes something writes to a subdirectory `cli-…/`.
+    /// The parent directory, of mode 0700. `serve` writes to the subdirectory that the setting `audit.instance` names,
+    /// and each run of a command that changes something writes to a subdirectory `cli-…/`.
     pub directory: PathBuf,
     /// Name of this instance's log below the directory: 1 to 64 bytes of `[a-z0-9._-]`.
     #[serde(default = "default_instance")]
@@ -181,8 +181,8 @@ pub enum Outcome {
     /// The action failed, and nothing was released or changed.
     Failed,
     /// The action may have been done, completely or in part. In the outcome of a recovered intent, `Unknown` means that
-    /// the outcome can no longer be determined. In the entry of a command that failed after its first changes, the
-    /// count is the smallest possible number of completed changes.
+    /// the outcome can no longer be determined. If a command failed after its first changes, the count in its entry is
+    /// the minimum number of completed changes.
     Unknown,
 }
 

@@ -124,8 +124,8 @@ pub(super) struct Parsed {
 /// Parses a line without its LF. Returns `None` if any byte of the line is not canonical.
 pub(super) fn parse(line: &[u8]) -> Option<Parsed> {
     let fields: Value = serde_json::from_slice(line).ok()?;
-    // The parser accepts duplicate names, spaces and other escapes, but they are lost when the object is serialised
-    // again.
+    // The parser also accepts duplicate names, spaces and unnecessary escapes, which the serialiser never writes.
+    // Therefore the comparison detects a line that is not canonical.
     if fields.to_string().as_bytes() != line {
         return None;
     }

@@ -319,7 +319,7 @@ fn unknown_to_database(directory: &Path) -> String {
 }
 
 /// Returns the operator's acknowledgement of earlier tampering. Returns an error if tampering was found and not
-/// acknowledged, or if the log's directory is missing although it contained entries.
+/// acknowledged, or if the log contained entries and its directory is missing.
 fn acknowledgement(memory: &Memory, directory: &Path) -> Result<Option<Acknowledgement>, Error> {
     let acknowledgement = memory.acknowledgement()?;
     if acknowledgement.is_some() {
@@ -369,7 +369,7 @@ fn compare_with_mark(
     };
     if mark.log_id != log_id {
         let finding = format!(
-            "the log has the id {log_id}, but entries were written to {}",
+            "the log has the id {log_id}, but entries were written to the log {}",
             mark.log_id
         );
         return Err(found_at_start(memory, finding));

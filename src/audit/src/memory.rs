@@ -1,4 +1,4 @@
-//! The facts that a broker instance keeps about its log outside the log's directory: the last durable entry, the
+//! The facts about its log that a broker instance stores outside the log's directory: the last durable entry, the
 //! segments, and whether the log's files were tampered with. The facts are in the state directory, so that they survive
 //! a restart and a replacement of the log's directory.
 //!
@@ -131,8 +131,8 @@ impl Memory {
         self.write(ACKNOWLEDGEMENT, &acknowledgement)
     }
 
-    /// Whether the log must be recorded in the database. The requirement applies to a log that this release or a later
-    /// release created, and to every log that was recorded in the database before.
+    /// Whether the log must be recorded in the database. True for every log that this release or a later release
+    /// created, and for every log that is already recorded in the database.
     pub(super) fn is_binding_required(&self) -> Result<bool, Error> {
         match self.state.read(&self.name(BINDING)) {
             Ok(fact) => Ok(fact.is_some()),
@@ -147,8 +147,8 @@ impl Memory {
         self.write(BINDING, &true)
     }
 
-    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. After the removal
-    /// of these facts, a log that is not recorded in the database is accepted.
+    /// Removes the facts about tampering after the acknowledgement of the tampering has taken effect. Afterwards, a log
+    /// that is not recorded in the database is accepted.
     pub(super) fn forget_tampering(&self) -> Result<(), Error> {
         self.remove(BINDING)?;
         self.remove(ACKNOWLEDGEMENT)?;

@@ -82,8 +82,8 @@ impl Found {
         Ok(found)
     }
 
-    /// Also reads the changes of the previous segment, which may contain the newest changes, if that segment was closed
-    /// shortly before the end of the log.
+    /// Also reads the changes of the previous segment if this segment was closed shortly before the end of the log,
+    /// because it may then contain the newest changes.
     fn read_older_changes(
         &mut self,
         directory: &Path,

@@ -58,7 +58,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
             meta.uid()
         );
         let remedy = format!(
-            "run the command as user {owner} (`sudo -u '#{owner}' keybroker …`), or give the directory to user {ours}",
+            "run the command as user {owner} (`sudo -u '#{owner}' keybroker …`), or change the owner of the directory to user {ours}",
             owner = meta.uid()
         );
         return Err(fail("will not write into", path, cause, &remedy));
@@ -76,7 +76,7 @@ pub(super) fn prepare_directory(path: &Path) -> Result<(), Error> {
     }
     if meta.mode() & OPEN_TO_OTHERS != 0 {
         let cause = format!(
-            "the directory has mode {:04o}, so other users can use the directory",
+            "the directory has mode {:04o}, so other users can access the directory",
             meta.mode() & 0o7777
         );
         let remedy = format!("run `chmod 700 {}`", path.display());
@@ -105,15 +105,14 @@ pub(super) fn lock(directory: &Path) -> Result<File, Error> {
         .truncate(false)
         .mode(0o600)
         .open(&path)
-        .map_err(|error| fail_io("cannot open", &path, &error, "check owner and mode"))?;
+        .map_err(|error| fail_io("cannot open", &path, &error, "check the owner and mode"))?;
     if file.try_lock().is_err() {
         let mut holder = String::new();
         let _unreadable = file.read_to_string(&mut holder);
         return Err(Error {
             class: Class::InUse,
             text: format!(
-                "{} is in use by process {}: another keybroker process writes this audit log; stop that process, or set \
-                 another `audit.instance` for this one",
+                "{} is in use by process {}: another keybroker process writes this audit log; stop that process, or set another `audit.instance` for this process",
                 directory.display(),
                 holder.trim()
             ),
@@ -177,7 +176,7 @@ pub(super) fn existing_log_id(directory: &Path) -> Result<Option<String>, Error>
                 "cannot read",
                 &path,
                 &error,
-                "check owner and mode",
+                "check the owner and mode",
             ));
         }
     }
@@ -228,7 +227,7 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
             "cannot remove",
             path,
             &error,
-            "check owner and mode",
+            "check the owner and mode",
         )),
         _ => Ok(()),
     }
@@ -273,7 +272,7 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<u64>, Error> {
     let entries = fs::read_dir(directory).map_err(|error| {
         let otherwise = match error.kind() {
             io::ErrorKind::NotFound => BEGINS,
-            _ => "check owner and mode",
+            _ => "check the owner and mode",
         };
         fail_io("cannot list", directory, &error, otherwise)
     })?;
@@ -355,7 +354,7 @@ pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Er
 pub(super) fn length(path: &Path) -> Result<u64, Error> {
     fs::metadata(path)
         .map(|meta| meta.len())
-        .map_err(|error| fail_io("cannot read", path, &error, "check owner and mode"))
+        .map_err(|error| fail_io("cannot read", path, &error, "check the owner and mode"))
 }
 
 /// Returns the first entry of a segment.
@@ -365,7 +364,8 @@ pub(super) fn first_line(path: &Path) -> Result<Option<Parsed>, Error> {
 }
 
 fn open(path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(|error| fail_io("cannot read", path, &error, "check owner and mode"))
+    File::open(path)
+        .map_err(|error| fail_io("cannot read", path, &error, "check the owner and mode"))
 }
 
 fn next_line(reader: &mut impl BufRead, path: &Path, at: u64) -> Result<Option<Line>, Error> {

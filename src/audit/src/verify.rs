@@ -7,7 +7,8 @@
 //!
 //! Verification does not detect a value that was replaced by another valid value. An attacker who
 //! can write to the log's files and the state directory can also rewrite the complete log
-//! undetected. Signed checkpoints would detect both changes, but are not implemented yet.
+//! undetected. Signed checkpoints would detect a replaced value and a rewritten log, but are not
+//! implemented yet.
 
 use std::{
     collections::{BTreeMap, HashSet},

@@ -1,7 +1,7 @@
 //! The only thread that writes a log. The thread takes the queued entries, writes them together, syncs once, and only
 //! then answers the callers. During a sync, the entries of the next group collect in the queue. If the first entry of a
-//! group may wait, the thread first sleeps for a short time, in which more entries collect. Larger groups need fewer
-//! syncs, and each sync costs processor time that a token on the same machine needs.
+//! group may wait, the thread first sleeps for a short time to collect more entries. Larger groups need fewer syncs,
+//! and each sync costs processor time that a token on the same machine needs.
 //!
 //! After a failure, the state of the file is unknown. A failed sync may have dropped dirty pages permanently: Linux
 //! reports the loss once and then treats the file as clean. Therefore, after a failure, the segment is truncated to its
@@ -261,8 +261,8 @@ impl Writer {
     }
 
     /// Stores the finding in the state directory, for the next start and for the operator's command. If the finding
-    /// cannot be stored or has disappeared, a later probe stores it again: the state directory may be on a volume that
-    /// was unmounted and mounted again.
+    /// cannot be stored, a later probe stores it. A probe also stores a finding that has disappeared, because the state
+    /// directory may be on a volume that was unmounted and mounted again.
     fn remember_tampering(&mut self) {
         let Some(memory) = &self.memory else { return };
         let remembered = match memory.tampering() {
@@ -369,8 +369,8 @@ impl Writer {
         self.files.check_all()?;
         let path = segment::segment_path(&self.directory, number);
         let file = segment::create(&path)?;
-        // The field is set before another step can fail, so that the next attempt removes the new file and uses its
-        // number again.
+        // `newest` is set before another step can fail, so that the next attempt removes the new file and uses the
+        // file's number again.
         self.newest = Some(Newest {
             number,
             durable_bytes: 0,

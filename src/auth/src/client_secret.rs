@@ -241,8 +241,8 @@ impl Proof {
         })
     }
 
-    /// Returns the number of the valid secret to which this proof applies. Returns `None` if the
-    /// hash has weak parameters, because the next trial replaces the hash with a stronger hash.
+    /// Returns the number of the valid secret to which this proof applies. Also returns `None` if
+    /// the hash has weak parameters, so that a trial replaces the hash with a stronger hash.
     fn holds(&self, credential: &ClientCredential, settings: &Settings) -> Option<u32> {
         let mut live = credential.document.live_secrets(Timestamp::now());
         let secret = live.find(|secret| secret.number == self.number)?;
@@ -323,8 +323,8 @@ impl Secrets {
         tag: Tag,
         generation: u64,
     ) -> Result<Known, Error> {
-        // The key of the cache includes the generation, because a call that arrives after a change must not get an
-        // answer from before the change.
+        // The key of the cache includes the generation. Therefore a call after a change of an API client never gets a
+        // cached result from before the change.
         let trial = self
             .trials
             .get_with((tag, generation), || Arc::new(OnceCell::new()));
@@ -361,8 +361,8 @@ impl Secrets {
                 _place = None;
             }
             (Some(id), None) => {
-                // The trial takes a place before the look-up, because the capacity of the database
-                // and of the token is limited, too.
+                // The trial takes a place before the look-up, to limit the number of look-ups,
+                // which need the database and the token.
                 let place = self.turns.place(id).ok_or_else(overloaded)?;
                 let _lookup = self.turns.lookup().ok_or_else(overloaded)?;
                 credential = self.directory.client(id).await?;

@@ -1,7 +1,7 @@
 //! The `[[issuer]]` sections specify the trusted issuers, the keys that verify their access tokens,
 //! and the required content of the access tokens.
 //!
-//! All rules about access tokens come from these settings. The rules never depend on the content of
+//! All rules about access tokens come from the `[[issuer]]` sections, and never from the content of
 //! an access token.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
@@ -367,7 +367,7 @@ impl Settings {
 /// Returns the reason why keys must not be fetched from a URL, or `None` if the URL is accepted.
 pub(super) fn url_problem(text: &str, allow_http: bool) -> Option<&'static str> {
     let Ok(url) = Url::parse(text) else {
-        return Some("this text is not a URL");
+        return Some("the value is not a URL");
     };
     if !url.username().is_empty() || url.password().is_some() {
         return Some(

@@ -463,8 +463,8 @@ fn shown(text: &str) -> String {
     format!("{:?}", plain(text, SHOWN_CHARS_MAX))
 }
 
-/// Shortens the description of a problem for the log. The message of a parser repeats the text that
-/// the parser cannot parse, and a provider may send a long text.
+/// Shortens the description of a problem for the log. A parser's error message repeats the input
+/// that the parser cannot parse, and a provider may send a long input.
 fn brief(problem: &str) -> String {
     plain(problem, PROBLEM_CHARS_MAX)
 }

@@ -3,9 +3,9 @@
 //! may do.
 //!
 //! Before the signature is verified, `iss` chooses the configuration of the issuer. If `iss` is
-//! forged, the signature does not verify. The header's `alg` must be an algorithm of both the
-//! issuer and the key. The header cannot select another algorithm. An access token that contains a
-//! key, or the address of a key, is refused.
+//! forged, the verification of the signature fails. The header's `alg` must be an algorithm of both
+//! the issuer and the key. The header cannot select another algorithm. An access token that
+//! contains a key, or the address of a key, is refused.
 //!
 //! Mitigation: M19 of `THREAT_MODEL.md`.
 
@@ -225,15 +225,15 @@ impl Tokens {
         let (claims, is_expired, set) = issuer.verify(token, &parts).await?;
         let (identity, until) = claims::identity(&issuer.settings, &claims, Timestamp::now())?;
         if is_expired {
-            // The expiry is checked last. Therefore the error says that an access token is
-            // renewable only if a renewed access token of the same kind would be accepted.
+            // The expiry is checked last. Therefore a caller is told to renew the access token only
+            // if a renewed access token of the same kind would be accepted.
             let (exp, now) = (identity.claims.expires, Timestamp::now());
             let ended = exp.map_or_else(String::new, |exp| {
                 let age = now.micros().saturating_sub(exp.micros()) / 1_000_000;
                 format!(" (the `exp` was {exp}, {age} s ago)")
             });
             return Err(Cause::Expired.because(format!(
-                "the `exp` has passed by more than {} s{ended}; the client needs a new access token",
+                "the `exp` has passed, even with the leeway of {} s{ended}; the client needs a new access token",
                 issuer.settings.leeway_s
             )));
         }
@@ -351,7 +351,7 @@ impl Issuer {
                 ),
             }),
             NoKey::TooMany => Cause::ManyKeys.because(format!(
-                "the access token has no `kid`, and too many keys fit the `alg`: {:?}",
+                "the access token has no `kid`, and too many keys match the `alg`: {:?}",
                 set.names()
             )),
             NoKey::OtherAlgorithm => Cause::Algorithm.because(format!(
@@ -412,7 +412,7 @@ impl Issuer {
         let leeway = self.settings.leeway_s;
         match error.kind() {
             ErrorKind::InvalidSignature => Cause::Signature.because(
-                "the signature does not verify: the access token was changed, or signed with another key of the same name",
+                "the signature does not verify: the access token was changed, or signed with another key that has the same `kid`",
             ),
             ErrorKind::ImmatureSignature => Cause::NotYetValid.because(format!(
                 "the `nbf` is more than {leeway} s in the future: check the clocks of the issuer and of this machine"

@@ -1,4 +1,5 @@
-//! Encrypted texts in Bitwarden's format: a type, a dot, and base64 parts that are separated by vertical bars.
+//! Encrypted strings in Bitwarden's format: a type, a dot, and base64 parts that are separated by
+//! vertical bars.
 
 use std::fmt;
 
@@ -12,14 +13,14 @@ use super::{
 /// Length of an RSA modulus, and therefore of a type 4 cipher text, in bytes.
 pub(super) const RSA_BYTES: usize = 256;
 
-/// Longest accepted encrypted text, in bytes. The longest text that clients encrypt is a note,
+/// Longest accepted encrypted string, in bytes. The longest text that clients encrypt is a note,
 /// which has at most a tenth of this length.
 pub const ENC_STRING_BYTES_MAX: usize = 512 * 1_024;
 
-/// An encrypted text, well-formed but not yet verified.
+/// An encrypted string, well-formed but not yet verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EncString {
-    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted texts of this type, but
+    /// Type 0: AES-256-CBC without a MAC. Old accounts contain encrypted strings of this type, but
     /// this crate never writes texts of this type.
     Aes256Cbc {
         /// 16 bytes.
@@ -44,30 +45,30 @@ pub enum EncString {
 }
 
 impl EncString {
-    /// Parses an encrypted text strictly: the text must be canonical base64 with padding, with
+    /// Parses an encrypted string strictly: the text must be canonical base64 with padding, with
     /// nothing before or after. Therefore, each encrypted value has exactly one accepted text form.
     pub fn parse(text: &str) -> Result<Self, Error> {
         if text.len() > ENC_STRING_BYTES_MAX {
             return Err(Error::Form("longer than 512 KiB"));
         }
-        let (number, rest) = text
-            .split_once('.')
-            .ok_or(Error::Form("the text does not begin with a type and a dot"))?;
+        let (number, rest) = text.split_once('.').ok_or(Error::Form(
+            "the text does not begin with a type number and a dot",
+        ))?;
         let parts: Vec<&str> = rest.splitn(4, '|').collect();
         match (number, parts.as_slice()) {
             ("0", [iv, ciphertext]) => Ok(Self::Aes256Cbc {
-                iv: fixed(iv, "the IV is not 16 bytes")?,
+                iv: fixed(iv, "the IV does not have 16 bytes")?,
                 ciphertext: blocks(ciphertext)?,
             }),
             ("2", [iv, ciphertext, mac]) => Ok(Self::Aes256CbcHmac {
-                iv: fixed(iv, "the IV is not 16 bytes")?,
+                iv: fixed(iv, "the IV does not have 16 bytes")?,
                 ciphertext: blocks(ciphertext)?,
-                mac: fixed(mac, "the MAC is not 32 bytes")?,
+                mac: fixed(mac, "the MAC does not have 32 bytes")?,
             }),
             ("4", [ciphertext]) => {
                 let ciphertext = decode(ciphertext)?;
                 if ciphertext.len() != RSA_BYTES {
-                    return Err(Error::Form("the RSA cipher text is not 256 bytes"));
+                    return Err(Error::Form("the RSA ciphertext does not have 256 bytes"));
                 }
                 Ok(Self::RsaOaepSha1 { ciphertext })
             }
@@ -123,7 +124,7 @@ impl fmt::Display for EncString {
 }
 
 fn decode(part: &str) -> Result<Vec<u8>, Error> {
-    Base64::decode_vec(part).map_err(|_| Error::Form("a part is not canonical base64"))
+    Base64::decode_vec(part).map_err(|_| Error::Form("a part of the text is not canonical base64"))
 }
 
 fn fixed<const LENGTH: usize>(part: &str, what: &'static str) -> Result<[u8; LENGTH], Error> {
@@ -134,7 +135,7 @@ fn blocks(part: &str) -> Result<Vec<u8>, Error> {
     let ciphertext = decode(part)?;
     if ciphertext.is_empty() || !ciphertext.len().is_multiple_of(BLOCK_BYTES) {
         return Err(Error::Form(
-            "the length of the cipher text is not a multiple of 16 bytes",
+            "the length of the ciphertext is not a multiple of 16 bytes",
         ));
     }
     Ok(ciphertext)

@@ -90,8 +90,8 @@ impl Kdf {
     }
 
     /// Returns a warning if the parameters are weak or above the values that clients offer. The
-    /// Argon2id default of 2026 (32 MiB, 6 iterations) requires as much work as 64 MiB and 3
-    /// iterations.
+    /// Argon2id default of Bitwarden clients in 2026 (32 MiB, 6 iterations) causes no warning,
+    /// because it requires as much work as 64 MiB and 3 iterations.
     pub fn warning(self) -> Option<&'static str> {
         if self.check().is_ok() && self.check_new().is_err() {
             return Some(match self {
@@ -99,7 +99,7 @@ impl Kdf {
                     "PBKDF2 has more than the 2,000,000 iterations that Bitwarden clients offer"
                 }
                 Self::Argon2id { .. } => {
-                    "Argon2id has more than the 10 iterations, 1,024 MiB and parallelism 16 that Bitwarden clients offer"
+                    "a parameter of Argon2id is more than the maximum that Bitwarden clients offer: 10 iterations, 1,024 MiB and parallelism 16"
                 }
             });
         }
@@ -114,7 +114,7 @@ impl Kdf {
                 let enough =
                     (memory_mib >= 64 && iterations >= 3) || (memory_mib >= 32 && iterations >= 6);
                 (!enough || parallelism < 4).then_some(
-                    "Argon2id has less than the recommended 64 MiB, 3 iterations and parallelism 4",
+                    "the parameters of Argon2id are weaker than the recommended 64 MiB, 3 iterations and parallelism 4",
                 )
             }
         }

@@ -25,7 +25,7 @@ impl PrivateKey {
         Ok(Self(key))
     }
 
-    /// Decrypts an encrypted text of type 4.
+    /// Decrypts an encrypted string of type 4.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         let EncString::RsaOaepSha1 { ciphertext } = encrypted else {
             return Err(Error::KeyKind(encrypted.number()));

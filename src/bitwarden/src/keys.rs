@@ -77,8 +77,8 @@ impl MasterKey {
 
     /// Decrypts a wrapped user key. Returns bytes, because [`SymmetricKey`] cannot contain the
     /// longer user key of a new account. In an old account, the user key has type 0 and is
-    /// encrypted directly with the master key. Type 0 has no MAC, so only the length of the result
-    /// shows whether the master key was correct.
+    /// encrypted directly with the master key. An encrypted text of type 0 has no MAC, so only the
+    /// length of the result shows whether the master key was correct.
     pub fn unprotect(&self, protected: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match protected {
             EncString::Aes256Cbc { .. } => {
@@ -148,7 +148,7 @@ impl SymmetricKey {
     }
 
     /// Decrypts an encrypted string whose type matches the length of this key. If the encrypted
-    /// string has a MAC, the MAC is checked before the decryption.
+    /// text has a MAC, the MAC is checked before the decryption.
     pub fn decrypt(&self, encrypted: &EncString) -> Result<Zeroizing<Vec<u8>>, Error> {
         match (encrypted, self.halves()) {
             (EncString::Aes256Cbc { iv, ciphertext }, None) => {

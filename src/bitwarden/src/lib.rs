@@ -1,6 +1,6 @@
 //! The key operations of a Bitwarden client: master keys from passwords, the hash for the login,
-//! wrapped user keys and encrypted texts. With this crate, an operator can test a migration without
-//! a Bitwarden client.
+//! wrapped user keys and encrypted strings. With this crate, an operator can test a migration
+//! without a Bitwarden client.
 //!
 //! ```text
 //! password, e-mail --KDF--> master key (32 bytes) --HKDF-Expand--> stretched key (64) --EncString 2--> user key (64)
@@ -9,11 +9,11 @@
 //!                    user who has no password any more                                          trusted devices
 //! ```
 //!
-//! The broker itself uses none of these operations. For the broker, a master key is 32 arbitrary bytes.
+//! The broker itself does not use the operations of this crate. For the broker, a master key is 32 arbitrary bytes.
 //!
-//! Not protected: an encrypted text of type 0 has no MAC, so a changed text may decrypt to a wrong
-//! value. For old accounts, this crate decrypts texts of type 0, but it never creates them. This
-//! crate treats a key of type 7 (COSE) as bytes, and cannot decrypt with a key of type 7.
+//! Not protected: an encrypted string of type 0 has no MAC, so a changed text may decrypt to a
+//! wrong value. For old accounts, this crate decrypts texts of type 0, but it never creates them.
+//! This crate treats a key of type 7 (COSE) as bytes, and cannot decrypt with a key of type 7.
 
 mod account;
 mod cipher;
@@ -68,23 +68,23 @@ pub enum Error {
         expected: &'static str,
     },
     /// The text is not an `EncString`.
-    #[error("not an encrypted text in Bitwarden's format: {0}")]
+    #[error("not an encrypted string in Bitwarden's format: {0}")]
     Form(&'static str),
     /// This crate does not read this type of `EncString`.
-    #[error("encrypted text of type {0}: only the types 0, 2 and 4 are supported")]
+    #[error("encrypted string of type {0}: only the types 0, 2 and 4 are supported")]
     Type(u8),
     /// This kind of key cannot be used with this type of `EncString`.
-    #[error("an encrypted text of type {0} cannot be decrypted with this kind of key")]
+    #[error("an encrypted string of type {0} cannot be decrypted with this kind of key")]
     KeyKind(u8),
     /// The key pair does not parse, or is not RSA-2048.
     #[error("not an RSA-2048 key in DER (PKCS#8 or SubjectPublicKeyInfo)")]
     KeyPair,
     /// The MAC, the padding or OAEP is wrong. The error does not distinguish these causes, so that
     /// an attacker cannot use the error as an oracle.
-    #[error("the key is wrong, or the encrypted text was changed")]
+    #[error("the key is wrong, or the encrypted string was changed")]
     Decrypt,
-    /// The plain text is too long for the type of encrypted text.
-    #[error("the plain text is too long to be encrypted")]
+    /// The plaintext is too long for the type of encrypted string.
+    #[error("the plaintext is too long to be encrypted")]
     TooLong,
     /// The system cannot provide memory or random bytes.
     #[error("the system did not provide {0}")]

@@ -390,7 +390,7 @@ impl Broker {
         let (secret, phc) = self.fresh_secret().await?;
         document.add_secret(phc, now, new.expires);
         if !document.may_grow() {
-            let what = "shorter: the users and key names together can have at most 24 KiB";
+            let what = "short enough that the users and key names together have at most 24 KiB";
             return Err(Error::violation("users", what));
         }
         let credential = ClientCredential {

@@ -36,7 +36,8 @@ pub(super) use destruction::Scheduled;
 pub use destruction::{DestructionRules, Wait};
 pub use rotation::{Rotated, Rotation};
 
-/// Numbers of rows from this number on are not counted: only a forged row has such a number.
+/// A row number that is not below this limit is ignored, because only a forged row has such a large
+/// number.
 const SEQUENCE_LIMIT: u64 = 1 << 62;
 /// Time limit for the MAC of one row.
 const MAC_TIMEOUT: Duration = Duration::from_secs(10);
@@ -118,7 +119,7 @@ impl KeyChanges {
     fn begin(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
         self.turn.try_lock().map_err(|_| {
             let what =
-                "another change of a wrapping key is in progress; try again when it has ended";
+                "another change of a wrapping key is in progress; try again when the other change has ended";
             Error::new(Reason::Revision, what).explained("id", what)
         })
     }
@@ -212,7 +213,7 @@ impl Broker {
         } else if !to.allows(KeyUse::VerifyMac)
             && let Some(other) = registry.integrity_key_without(id)
         {
-            // This key must not authenticate the rows of the destroyed keys any more.
+            // The changed key must not authenticate the rows of the destroyed keys any more.
             signer = other;
             planner.sign_tombstones(&registry, id);
         }
@@ -257,7 +258,7 @@ impl Broker {
             return Ok(());
         };
         let what = format!(
-            "key {id} may be on token {}, which does not serve; repair the token, or remove it from the configuration and restart \
+            "key {id} may be on token {}, which is not available; repair the token, or remove it from the configuration and restart \
              the broker",
             away.name
         );
@@ -426,19 +427,20 @@ impl Planner {
         }
     }
 
-    /// Deactivates every other active key. A key that no token serves now remains active, because only its own integrity key
-    /// could authenticate the change. The broker wraps with the usable active key that has the highest number.
+    /// Deactivates every other active key. If no token serves an active key at present, this key remains active,
+    /// because only its own integrity key could authenticate the change. The broker wraps with the usable active key
+    /// that has the highest number.
     fn deactivate_others(&mut self, registry: &Registry, id: WrappingKeyId, state: &TokenState) {
         let active = registry
             .rows()
             .filter(|(row, _)| row.id != id && row.state == WrappingKeyState::Active);
         for (row, problem) in active {
             let is_unserved = !state.tokens.is_empty() && !state.serves(row.id);
-            let problem = problem.or(is_unserved.then_some("no token serves the key"));
+            let problem = problem.or(is_unserved.then_some("no available token has the key"));
             if let Some(problem) = problem {
                 tracing::warn!(
                     wrapping_key = %row.id, problem,
-                    "an active wrapping key was not deactivated, because this key cannot be used"
+                    "a wrapping key that cannot be used was not deactivated and remains active"
                 );
                 continue;
             }
@@ -456,8 +458,7 @@ impl Planner {
 fn from_commit(error: store::Error) -> Error {
     match error {
         store::Error::Conflict | store::Error::Exists => {
-            let what = "another broker or a command changed the registry at the same time; this command changed \
-                nothing. Look at the keys again before you repeat the command";
+            let what = "another broker or a command changed the registry at the same time; this command changed nothing. Check the states of the keys before you repeat the command";
             Error::new(Reason::Revision, what).explained("id", what)
         }
         other => other.into(),

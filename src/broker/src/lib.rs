@@ -445,7 +445,7 @@ fn observe<T>(action: Action, call: &Call, total: Duration, result: &Result<T, E
             metrics::RECORDS_DAMAGED.increment();
             keybroker_core::alert!(
                 RecordDamaged, call_id = %call.id, action = %action, error = %error,
-                "a stored record does not verify; compare the record with a backup before you replace the record"
+                "a stored record failed verification; compare the record with a backup before you replace the record"
             );
         }
         Reason::Bug => {

@@ -244,7 +244,7 @@ impl fmt::Display for Network {
 }
 
 /// Largest number of log lines per minute about unauthenticated callers, for each network and in total. The function
-/// [`shortened`] limits a line to about 600 bytes, so these lines add less than 5 MB per hour to the log.
+/// [`shortened`] limits a line to about 600 bytes, so unauthenticated callers add less than 5 MB per hour to the log.
 const LINES_PER_NETWORK: u32 = 60;
 const LINES_MAX: u32 = 120;
 

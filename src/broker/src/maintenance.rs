@@ -81,7 +81,8 @@ impl Broker {
             Serving::Untrusted(cause) => problems.push(format!("token: not trusted: {cause}")),
         }
         let user_keys = problems.is_empty();
-        // The following notes describe risks and warnings; the token is usable.
+        // The notes about the token are risks and warnings, which do not prevent the use of the
+        // token.
         let risks = self.accepted_risks.iter().cloned();
         let of_keys = registry.map_or_else(Vec::new, |registry| registry.problems());
         let of_keys = of_keys.into_iter().chain(self.key_age_note());
@@ -183,8 +184,8 @@ impl Broker {
             };
             let resolved = self.resolve(&intent).await;
             let mut unresolved = self.unresolved();
-            // Other tasks only append intents to the list, so the first intent of the list is still the resolved
-            // intent.
+            // Other tasks only append intents to the list, so the intent that was just resolved is still the first in
+            // the list.
             let intent = unresolved.remove(0);
             match resolved {
                 Resolved::Yes => {}

@@ -122,8 +122,8 @@ impl Broker {
             Change::Restore { revision, expected } => {
                 let record = self.active_record(permit, call, draft).await?;
                 check_revision(&record.info, *expected)?;
-                // Restoring is not limited by the number of revisions: a caller who used up the limit must not prevent
-                // the recovery of an earlier revision.
+                // A restore is permitted even if the record has the maximum number of revisions. Otherwise, a caller
+                // who used up the limit could prevent the recovery of an earlier revision.
                 let new = self.rebind(token, call, &record.info, *revision).await?;
                 Ok(Commit::Supersede(new, record.info))
             }

@@ -253,8 +253,8 @@ impl Broker {
                 }),
         )
         .await;
-        // Stores the remaining counts immediately. Without this step, the next run would count refusals that are
-        // already in the audit log.
+        // Stores the remaining counts immediately, because the next run would otherwise count refusals that are already
+        // in the audit log.
         self.keep_refusals().await;
         let suppressed = self.limits.take_suppressed();
         if suppressed > 0 {
@@ -341,7 +341,7 @@ mod tests {
         let counts = next.take();
         assert_eq!(counts[&(Some(peer), CREDENTIAL)], 5);
         assert_eq!(counts[&(None, EXPIRED)], 7);
-        // The audit log contains these counts now, so they are not loaded again.
+        // The audit log now contains the loaded counts, so the next start must not load them again.
         next.is_changed.store(true, Ordering::Relaxed);
         next.keep();
         let third = refusals(&folder);

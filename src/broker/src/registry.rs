@@ -71,7 +71,8 @@ struct Floor {
 }
 
 impl Floor {
-    /// Rejects a row that is older than the row of this floor.
+    /// Rejects a row whose number is below the floor. Also rejects another state with the number of
+    /// the verified row.
     fn check(&self, after: &RegistryRow) -> Result<(), RefusedChange> {
         let went_back = after.sequence < self.sequence;
         let without_a_number =
@@ -91,13 +92,14 @@ impl Floor {
 #[derive(Debug)]
 struct Signers {
     ids: Vec<WrappingKeyId>,
-    /// The reason why a row that none of these keys authenticates may be authentic in spite of that: a key cannot be used now.
+    /// The reason why a row may be authentic although no key in `ids` authenticates it: another key cannot be used at
+    /// present.
     undecided: Option<String>,
 }
 
 impl Signers {
-    /// Of the examined keys, a suspended or compromised key must not authenticate a row, because its integrity key may be
-    /// known to others.
+    /// A suspended or compromised key must not authenticate the row of a destroyed key, because its integrity key may
+    /// be known to others.
     fn of<'a>(examined: impl Iterator<Item = &'a Entry> + Clone) -> Self {
         let keys = examined.filter(|entry| !entry.is_tombstone());
         let able = keys.clone().filter(|entry| {
@@ -116,7 +118,8 @@ impl Signers {
                 entry.row.id
             )
         });
-        let none = || "no wrapping key that may authenticate the row can be used".to_owned();
+        let none =
+            || "none of the wrapping keys that may authenticate the row can be used".to_owned();
         let undecided = waiting.or_else(|| ids.is_empty().then(none));
         Self { ids, undecided }
     }
@@ -169,7 +172,7 @@ enum RefusedChange {
 }
 
 impl RefusedChange {
-    /// The refusal of a new row with this standing.
+    /// Returns the reason for rejecting a new row whose last check had the result `standing`.
     fn of(id: WrappingKeyId, standing: Standing) -> Self {
         match standing {
             Standing::Missing(cause) | Standing::Untrusted(cause) | Standing::Altered(cause) => {
@@ -240,7 +243,7 @@ impl Entry {
                 state: row.state,
                 is_verified: true,
             },
-            // The first row was altered, so its number says nothing.
+            // The first row was altered, so its number is not reliable.
             Standing::Altered(_) if !self.floor.is_verified && row == self.row => Floor {
                 sequence: 0,
                 ..self.floor
@@ -254,8 +257,8 @@ impl Entry {
         }
     }
 
-    /// The row by which the workers search for the key. They search for a key that is marked as destroyed, too, as long as this
-    /// state is not verified: a key that exists must not be recorded as lost.
+    /// The row by which the workers search for the key. The workers also search for a key that is marked as destroyed
+    /// until this state is verified, because a key that exists must not be recorded as lost.
     fn searched_row(&self) -> RegistryRow {
         let is_doubtful = self.is_tombstone() && self.standing != Standing::Verified;
         let state = if is_doubtful {
@@ -316,8 +319,8 @@ impl Entry {
 
 impl Registry {
     /// Returns the wrapping key for new envelopes: of the active wrapping keys that can be used, the key that was activated
-    /// last. A token that is unavailable for a moment does not change this key, so that no user key is wrapped under a key
-    /// that an administrator is about to retire.
+    /// last. If a token is unavailable for a moment, the result stays the same. Otherwise, user keys could be wrapped
+    /// under a key that an administrator is about to retire.
     pub(super) fn wrapping_key(&self) -> Result<WrappingKeyId, Refusal> {
         let candidates = self
             .entries
@@ -351,8 +354,8 @@ impl Registry {
         entry.check(key_use)
     }
 
-    /// Returns an error if the workers have not finished their check of a key. The result of the
-    /// check does not matter.
+    /// Returns an error if the workers have not finished their check of a key. The function ignores
+    /// the result of the check.
     pub(super) fn check_examined(&self, id: WrappingKeyId) -> Result<(), Refusal> {
         match self.entry(id).map(|entry| &entry.standing) {
             Some(Standing::Unproved) => Err(Refusal::Unproved(id)),
@@ -538,8 +541,9 @@ impl Registry {
     }
 }
 
-/// Returns the key that was activated last among the keys that may be used for `key_use`. If no key can be used, returns the
-/// reason for the key that will probably be usable first. Returns `None` if the states of all keys forbid the use.
+/// Returns the key that was activated last among the keys that may be used for `key_use`. If no key can be used,
+/// returns the reason why the key that will probably be usable first cannot be used yet. Returns `None` if the states
+/// of all keys forbid the use.
 fn best<'a>(
     candidates: impl Iterator<Item = &'a Entry>,
     key_use: KeyUse,
@@ -616,7 +620,7 @@ impl Broker {
                 tracing::warn!(
                     wrapping_key = %row.id,
                     "no backup of the token is confirmed for this wrapping key: if the token is lost, every user key that is \
-                     wrapped under this wrapping key is lost; back the token up, test the restore, then run `keybroker token \
+                     wrapped under this wrapping key is lost; back up the token, test the restore, then run `keybroker token \
                      backup-confirmed`"
                 );
             }
@@ -663,7 +667,8 @@ impl Broker {
         let refused = unreadable.into_iter().map(RefusedChange::UnreadablePlace);
         fresh.refused_changes.extend(refused);
         let state = self.token.state();
-        // All rows share the deadline, so a token that does not answer must not delay the rows of another token.
+        // The rows are examined concurrently, because all rows share the deadline, and a token that does not answer
+        // must not delay the rows of another token.
         let examined = rows.iter().map(async |row| match known.entry(row.id) {
             before if is_unverified_tombstone(row, before) => None,
             before => Some(
@@ -736,7 +741,7 @@ impl Broker {
     }
 
     /// Examines the row of a destroyed key that is not verified yet. The integrity key of another key must authenticate the
-    /// row. Without this check, a person who can write to the database could mark an existing key as destroyed. If the row is
+    /// row. Otherwise, a person who can write to the database could mark an existing key as destroyed. If the row is
     /// not authentic, a verified previous row stays in use.
     async fn examine_tombstone(
         &self,
@@ -872,8 +877,7 @@ impl Broker {
             if told.altered != altered && !altered.is_empty() {
                 keybroker_core::alert!(
                     Registry, cause = %altered,
-                    "rows of the wrapping-key registry do not verify; a row that was verified before stays in use, and a key \
-                     without a verified row is refused"
+                    "rows of the wrapping-key registry failed verification; the broker uses the last verified row of each wrapping key, and refuses wrapping keys without a verified row"
                 );
             }
             if told.lost != lost && !lost.is_empty() {
@@ -889,8 +893,8 @@ impl Broker {
         self.registry.store(Some(Arc::new(registry)));
     }
 
-    /// Whether the last logged problems are no longer the problems of the registry that was just
-    /// read.
+    /// Whether the problems of the registry that was just read differ from the problems that were
+    /// logged last.
     fn is_logged_as_unreadable(&self, fresh: &Registry) -> bool {
         let logged = self.logged_problems.lock();
         let logged = logged.unwrap_or_else(PoisonError::into_inner);
@@ -989,7 +993,7 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
             // With several tokens, the token with the key may be absent for a long time, so no call
             // waits for this token.
             None if !state.tokens.is_empty() && !state.is_checking_keys => {
-                Standing::Missing("no token with the key was found yet".to_owned())
+                Standing::Missing("no token with the key has been found yet".to_owned())
             }
             None => Standing::Unproved,
         });

@@ -127,7 +127,7 @@ impl Broker {
         };
         if same && earlier.result_mac.is_none() {
             // A row without a MAC may come from an attacker who can write to the database.
-            let detail = "an earlier release stored the answer to the request id without a MAC; read the record instead";
+            let detail = "an earlier version of the broker stored the answer to the request id without a MAC; read the record instead";
             Err(Error::new(Reason::Revision, detail))
         } else if same {
             Ok(Some(earlier.result))

@@ -37,8 +37,8 @@ mod verify;
 use listed::Listed;
 pub use progress::{FailedRow, Phase, Progress};
 
-/// Time limit for reading a changed run after the rows could not be counted within the deadline of
-/// the call.
+/// Time limit for reading the changed run again, if the rows could not be counted within the
+/// deadline of the call.
 const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What an administrator requests.

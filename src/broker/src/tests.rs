@@ -307,8 +307,8 @@ async fn a_client_is_refused_for_what_is_wrong_with_it_alone() {
     }
 }
 
-/// A suspended key prevents a client from authenticating. Revoking the whole client must still work; revoking one of
-/// its secrets must not, because the new row would make the client valid again.
+/// A suspended key prevents a client from authenticating. It must be possible to revoke the client. It must not be
+/// possible to revoke only one of its secrets, because the new row would make the client valid again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_under_a_suspended_key_can_be_revoked() {
     let folder = tempfile::tempdir().unwrap();
@@ -331,7 +331,7 @@ async fn a_client_under_a_suspended_key_can_be_revoked() {
     assert_eq!(known.document.live_secrets(Timestamp::now()).count(), 0);
 }
 
-/// A client that was created before the limit, or that has grown to it, can still be revoked.
+/// A client whose document is longer than the limit for new secrets can still be revoked.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_is_too_long_to_grow_can_be_revoked() {
     let folder = tempfile::tempdir().unwrap();

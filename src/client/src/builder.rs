@@ -81,7 +81,7 @@ enum Target {
 /// `bearer_token_provider` and `api_client` are set, the credential that was set last is used. An
 /// access token or an API client replaces the client certificate, because the broker ignores the
 /// certificate of a call with an `authorization` header.
-#[must_use = "a builder does nothing before `build`"]
+#[must_use = "a builder does nothing until `build` is called"]
 pub struct ClientBuilder {
     target: Target,
     ca: Option<Pem>,
@@ -135,7 +135,7 @@ impl ClientBuilder {
         self
     }
 
-    /// Trusts these CA certificates, in PEM form. No other CA is trusted.
+    /// Trusts the CA certificates in `pem`, and no other CA.
     pub fn ca_pem(mut self, pem: impl Into<Vec<u8>>) -> Self {
         self.ca = Some(Pem::bytes(pem));
         self

@@ -29,7 +29,8 @@ pub struct IssuedSecret {
 
 /// Calls of the admin API. A failed call returns an [`Error`](crate::Error).
 impl Client {
-    /// Lists the registered wrapping keys, ordered by the time of the registration or of the last change of state.
+    /// Lists the registered wrapping keys, ordered by the time of their last change, which is the registration or a
+    /// change of state.
     pub fn list_wrapping_keys(&self) -> Read<'_, Vec<proto::WrappingKey>> {
         Read::new(self.shared(), |attempt| async move {
             let request = attempt.request(proto::ListWrappingKeysRequest {});
@@ -225,7 +226,8 @@ fn issued(
     secret_number: u32,
     secret: String,
 ) -> Result<IssuedSecret, AttemptError> {
-    // The secret is taken first, so that it is overwritten even if the rest of the answer is invalid.
+    // The secret is moved out of the answer first, so that the secret is overwritten even if the rest of the answer is
+    // invalid.
     let secret = ClientSecret::new(secret);
     Ok(IssuedSecret {
         client_credential: client_credential

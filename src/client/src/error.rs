@@ -140,7 +140,7 @@ impl Error {
         self.kind
     }
 
-    /// The broker's reason. `None` if the broker sent no reason, or a reason that this release does not know.
+    /// The broker's reason. `None` if the broker sent no reason, or a reason that this release does not recognise.
     /// [`Refusal::reason_name`] returns an unknown reason as text.
     pub fn reason(&self) -> Option<Reason> {
         self.refusal.as_ref()?.reason()
@@ -281,7 +281,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// The reason, or `None` if this release of the library does not know the reason.
+    /// The reason, or `None` if this release of the library does not recognise the reason.
     pub fn reason(&self) -> Option<Reason> {
         Reason::ALL
             .into_iter()

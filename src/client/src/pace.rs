@@ -1,8 +1,8 @@
 //! A connector that limits the rate of new TCP connections.
 //!
-//! In TLS 1.3, a server rejects a client certificate only after the handshake. For the library tonic, the connection
-//! was established and then closed, so tonic opens the next connection without a pause. Without a limit, one call would
-//! cost the broker hundreds of handshakes.
+//! In TLS 1.3, a server rejects a client certificate only after the handshake. The library tonic treats the rejected
+//! connection as a successful connection that was closed later, so tonic opens the next connection without a pause.
+//! Without a limit, one call would cost the broker hundreds of handshakes.
 
 use std::{
     collections::VecDeque,
@@ -44,7 +44,7 @@ impl PacedConnector {
         }
         if made.len() >= CONNECTIONS_MAX {
             return Err(io::Error::other(
-                "the server closed the last connections right after the TLS handshake",
+                "the server closed the most recent connections immediately after the TLS handshake",
             ));
         }
         made.push_back(now);

@@ -3,11 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md` asks.
-/// Callers that failed at the same moment thus spread their next attempts over the complete pause.
+/// Full jitter: each pause is multiplied by a random factor from 0 to 2, as `docs/errors.md`
+/// requires. Therefore the next attempts of callers that failed at the same moment are spread over
+/// the time from 0 to twice the pause.
 const JITTER_SPAN: f64 = 2.0;
-/// The jitter of a delay that the broker asks for. This delay is never shortened, and is prolonged
-/// by at most this fraction of the delay.
+/// The jitter of a delay that the broker asks for. The client never shortens this delay, and
+/// prolongs it by at most this fraction of the delay.
 const DELAY_SPAN: f64 = 0.2;
 /// One retry, in thousandths of a retry, which is the unit of the bucket.
 const MILLI: u64 = 1_000;
@@ -17,9 +18,9 @@ const MILLI: u64 = 1_000;
 /// Only safe calls are repeated: reads, and changes under the request id of their first attempt.
 /// The pauses start at `initial_backoff` and double up to `max_backoff`, each multiplied by a
 /// random factor from 0 to 2. If the broker asks for a delay (`google.rpc.RetryInfo`), the pause is
-/// this delay or up to a fifth longer. No attempt starts after the call's deadline. A call whose
-/// next pause would outlast its deadline fails immediately with the last error. Attempts of one
-/// call never run in parallel (no hedging).
+/// between this delay and 1.2 times this delay. No attempt starts after the call's deadline. A call
+/// whose next pause would outlast its deadline fails immediately with the last error. Attempts of
+/// one call never run in parallel (no hedging).
 ///
 /// The default (14 attempts, 50 ms to 1 s) waits about ten seconds in total, which is longer than the restart of a
 /// worker or of a broker.
@@ -29,8 +30,8 @@ pub struct RetryPolicy {
     pub max_attempts: u32,
     /// Maximum number of attempts per call that may fail because of the connection. When this maximum is reached, the
     /// call fails with the last connection error. A value above `max_attempts` has no effect. The default of 14
-    /// attempts outlasts the restart of a broker. Use 3 for an interactive program: a broker that does not accept a
-    /// client certificate also closes the connection, and the person should not wait for 14 attempts. 0 counts as 1.
+    /// attempts outlasts the restart of a broker. Use 3 for an interactive program: a broker that rejects a client
+    /// certificate also closes the connection, and a person should not wait for 14 attempts. 0 counts as 1.
     pub max_connection_attempts: u32,
     /// Pause before the second attempt, before jitter. Default 50 ms.
     pub initial_backoff: Duration,

@@ -2,7 +2,7 @@
 //!
 //! prost drops a message without overwriting it. This codec overwrites the key material after the message was
 //! encoded, or when an unsent message is dropped. The documentation of the crate lists the copies that this codec
-//! cannot reach.
+//! cannot overwrite.
 
 use keybroker_proto as proto;
 use prost::Message;

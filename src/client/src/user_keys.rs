@@ -24,7 +24,7 @@ use crate::{
 const CREATE: &str = "/keybroker.v1.UserKeyService/CreateUserKey";
 const REPLACE: &str = "/keybroker.v1.UserKeyService/ReplaceUserKey";
 
-/// Identifies a key by user and key name. The tenant follows from the caller's credential.
+/// Identifies a key by user and key name. The caller's credential determines the tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserKeyRef {
     /// The user that the key belongs to: 1 to 255 bytes of UTF-8 without control characters, compared bytewise.
@@ -157,8 +157,8 @@ impl Client {
 
     /// Releases up to 64 keys, each with its own result, in the order of `keys`.
     ///
-    /// The library repeats the call only if the whole call fails. The library does not repeat single items of a batch.
-    /// Request a refused item again if its refusal [is transient](Refusal::is_transient).
+    /// The library repeats the call only if the complete call fails. The library does not repeat single items of a
+    /// batch. Request a refused item again if its refusal [is transient](Refusal::is_transient).
     pub fn batch_unwrap_user_keys<'a>(
         &'a self,
         keys: &'a [UserKeyRef],
@@ -332,7 +332,8 @@ fn item(key: &UserKeyRef) -> proto::UnwrapUserKeyRequest {
 }
 
 fn released(answer: proto::UnwrapUserKeyResponse) -> Result<ReleasedKey, AttemptError> {
-    // The key material is taken first, so that it is overwritten even if the rest of the answer is invalid.
+    // The key material is moved out of the answer first, so that it is overwritten even if the rest of the answer is
+    // invalid.
     let key_material = KeyMaterial::new(answer.key_material);
     Ok(ReleasedKey {
         key_material: key_material

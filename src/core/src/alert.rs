@@ -4,7 +4,7 @@
 //! The macro [`alert!`](crate::alert!) is the only way to raise an alert. The macro logs one line at level ERROR with the fields
 //! `alert` (the name) and `severity`, and counts the alert in `keybroker_alerts_total`.
 
-/// The macro `alert!` uses this path, because the macro expands in crates that may not depend on `tracing`.
+/// The macro `alert!` uses this path, because the macro also expands in crates that do not depend on `tracing`.
 #[doc(hidden)]
 pub use tracing;
 
@@ -68,9 +68,9 @@ macro_rules! alerts {
 
 alerts! {
     TokenDown = "token-down", Critical, "No worker can use the token.";
-    TokenUntrusted = "token-untrusted", Critical, "The token answers but is not in the required state.";
+    TokenUntrusted = "token-untrusted", Critical, "The token answers, but an attribute, a key or a self-test is wrong.";
     PinLatched = "pin-latched", Critical, "The token rejected the PIN, and no further login is made with this PIN.";
-    TokenLogin = "token-login", Warning, "A login failed with a code that says nothing about the PIN.";
+    TokenLogin = "token-login", Warning, "A login failed with a return code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
     FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
     ClientDamaged = "client-damaged", Warning, "The row of an API client is damaged.";
@@ -78,7 +78,7 @@ alerts! {
     WrappingKey = "wrapping-key", Critical, "A registered wrapping key is missing from the token, or must not be used.";
     KeyAge = "key-age", Warning, "The wrapping key that wraps new user keys is older than the limit.";
     KeyDestruction = "key-destruction", Warning, "A scheduled destruction of a wrapping key is postponed or not valid.";
-    RecordDamaged = "record-damaged", Warning, "A stored row cannot be parsed, or its MAC does not verify.";
+    RecordDamaged = "record-damaged", Warning, "A stored row cannot be parsed, or its MAC is wrong.";
     StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while the database was open.";
     StoreRestored =
         "store-restored", Critical, "The database was replaced by another database, or by an earlier state of itself.";

@@ -3,8 +3,8 @@
 //! The store keeps each API client as a document with a MAC under the integrity key. Therefore, a person who can write to the
 //! database cannot create a client that releases user keys, or give a client another secret or role.
 //!
-//! The MAC does not prevent a rollback: an older document of the same client still verifies. If a client must never become
-//! valid again, set an expiry for its secrets or limit its roles.
+//! The MAC does not prevent a rollback: an older document of the same client still has a valid MAC. If a client must
+//! never become valid again, set an expiry for its secrets or limit its roles.
 
 use std::{collections::BTreeSet, fmt};
 

@@ -1,4 +1,4 @@
-//! Counts the places that each key has taken, with an upper limit, so that one principal or one network cannot take all
+//! Counts the places that each principal or network has taken, with an upper limit, so that one of them cannot take all
 //! places.
 
 use std::{collections::HashMap, hash::Hash};

@@ -16,7 +16,7 @@
 //! is forged with the public key alone; a row is altered. A changed row is refused before the RSA key is used.
 //!
 //! The MAC does not protect against the deletion of a row. The MAC also does not protect against a rollback: an earlier
-//! row of the same record and revision number still verifies. A comparison of the store with the audit log finds
+//! row of the same record and revision number still has a valid MAC. A comparison of the store with the audit log finds
 //! deletions and rollbacks.
 //!
 //! Mitigation: M6 of `THREAT_MODEL.md`.
@@ -89,7 +89,7 @@ impl Algorithm {
 }
 
 /// The context to which an envelope is bound: a record of the store, or a context that a client chose. An envelope of
-/// one kind never verifies as another kind.
+/// one kind is never valid as an envelope of another kind.
 #[derive(Clone, Copy, Debug)]
 pub enum Context<'a> {
     /// One revision of one record in the store.
@@ -102,7 +102,7 @@ pub enum Context<'a> {
         revision: Revision,
     },
     /// An envelope that a client stores itself. This kind of envelope is reserved for later releases. The MAC of a
-    /// client's envelope never verifies for a record.
+    /// client's envelope is never valid for a record.
     Client {
         /// The client's tenant.
         tenant: &'a Tenant,

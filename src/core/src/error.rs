@@ -23,7 +23,7 @@ pub enum Reason {
     KeyExists,
     /// The current revision is not the revision that the caller expects.
     Revision,
-    /// A stored envelope cannot be parsed, or its MAC does not verify.
+    /// A stored envelope cannot be parsed, or its MAC is wrong.
     RecordDamaged,
     /// An envelope that the caller sent is not accepted. The caller receives the same answer for every cause of the
     /// rejection.

@@ -271,10 +271,10 @@ pub enum IntegrityPlace {
 }
 
 impl IntegrityPlace {
-    /// The broker stores and sends these bytes instead of a `CKA_ID` for
-    /// [`IntegrityPlace::Worker`]. No object can be registered with these bytes as its `CKA_ID`. An
-    /// earlier release of the broker, which does not recognise these bytes, finds no object with
-    /// this `CKA_ID` and refuses the wrapping key.
+    /// The bytes that the broker stores and sends instead of a `CKA_ID` for
+    /// [`IntegrityPlace::Worker`]. No object can be registered with the bytes of `WORKER` as its
+    /// `CKA_ID`. An earlier release of the broker treats the bytes as a `CKA_ID`, finds no object
+    /// with this `CKA_ID`, and refuses the wrapping key.
     const WORKER: &[u8] = b"keybroker/integrity-key-in-worker/v1";
 
     /// The bytes that are stored and sent.

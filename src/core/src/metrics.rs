@@ -441,12 +441,12 @@ declare! {
         POLICIES = "keybroker_policies" [EFFECT] "Policies in force.";
         AUDIT_WRITABLE = "keybroker_audit_writable" [] "1 while audit entries become durable, else 0.";
         STORE_UP = "keybroker_store_up" [] "1 while the database answers, else 0.";
-        REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys does not verify, else 0.";
+        REGISTRY_ALTERED = "keybroker_registry_altered" [] "1 when the stored registry of wrapping keys fails verification, else 0.";
         REWRAP_RUNNING = "keybroker_rewrap_running" [] "1 while this broker works on a re-wrap, else 0.";
         REWRAP_ROWS_LEFT = "keybroker_rewrap_rows_left" [] "Revisions and API clients that this broker's re-wrap \
-            still had to move at the last count.";
+            still had to move to the new wrapping key at the last count.";
         WRAPPING_KEY_USABLE =
-            "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key is on the token and verified, in any state, else 0.";
+            "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key (in any state) is on the token and verified, else 0.";
         WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user \
             keys was registered; 0 if no key wraps new user keys.";
         KEY_DESTRUCTIONS_SCHEDULED = "keybroker_key_destructions_scheduled" [] "Wrapping keys whose destruction is scheduled.";

@@ -6,8 +6,9 @@
 //! module splits the file itself and accounts for every `BEGIN` line. The parser of `rustls-pki-types` then decodes
 //! each block.
 //!
-//! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between blocks. The
-//! module refuses everything else that is not a block of a permitted kind, with the line number and a remedy.
+//! The module accepts a UTF-8 byte order mark, CRLF line ends, an `END` and a `BEGIN` on one line, and text between
+//! blocks. The module refuses any other text that is not a block of a permitted kind, and reports the line number and a
+//! remedy.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -108,7 +109,9 @@ pub enum Error {
     )]
     Keys(usize),
     /// The file has so many unreadable parts that the rest of the file is ignored.
-    #[error("more than {0} parts of the file cannot be read; the rest of the file is ignored")]
+    #[error(
+        "more than {0} blocks or lines of the file cannot be read; the rest of the file is ignored"
+    )]
     TooDamaged(usize),
 }
 
@@ -402,8 +405,8 @@ impl<'a> Scan<'a> {
 
     /// Text between blocks is a comment, unless it looks like a part of a block that an editor or a tool damaged.
     fn check_between(&mut self, from: usize, to: usize) -> Result<(), Error> {
-        // The search includes the last dash of the END line before the text, to find a `BEGIN` or `END` with too few
-        // dashes that follows this dash directly.
+        // The search begins at the last dash of the previous END line. Therefore it also finds a `BEGIN` or `END` that
+        // directly follows this dash and has too few dashes.
         let before = from.saturating_sub(1);
         let between = &self.text[before..to];
         if let Some(offset) = find_marker(between, b"BEGIN ") {

@@ -1,5 +1,5 @@
 //! Small facts that one broker instance remembers across restarts, such as that the token rejected the PIN. Each fact is a file
-//! of mode 0600 in the directory `state` below the audit directory. A change of a fact replaces the whole file.
+//! of mode 0600 in the directory `state` below the audit directory. A change of a fact replaces the complete file.
 //!
 //! The directory belongs to one instance: two instances with the same directory would overwrite each other's facts.
 
@@ -179,8 +179,8 @@ impl StateDirectory {
         }
     }
 
-    /// Takes a lock that excludes other processes, so that this process can read a fact and then
-    /// replace it. Waits at most `timeout`.
+    /// Takes a lock that excludes other processes, so that this process can read a stored fact and
+    /// then replace this fact. Waits at most `timeout`.
     pub fn lock(&self, name: &str, timeout: Duration) -> Result<Lock, Error> {
         let path = self.path.join(name);
         self.lock_file(&path, timeout)
@@ -294,7 +294,7 @@ fn check(meta: &fs::Metadata) -> io::Result<()> {
     let what = if meta.is_dir() { "directory" } else { "file" };
     let remedy = if meta.uid() == ours {
         let mode = if meta.is_dir() { "0700" } else { "0600" };
-        format!("other users can use the {what}; set the mode of the {what} to {mode}")
+        format!("other users can access the {what}; set the mode of the {what} to {mode}")
     } else {
         format!(
             "the {what} belongs to user {}, and this process runs as user {ours}; run the command as user {}",

@@ -211,7 +211,7 @@ pub struct Admin {
 impl Admin {
     /// Logs in if the record of PINs in the state directory allows the login. If `write` is true, the session is
     /// read-write, so that keys can be made. `program` is the running binary, which also contains the worker. If
-    /// several tokens match the settings, the token with one of the serial numbers of the registry is used.
+    /// several tokens match the settings, the token whose serial number is in the registry is used.
     pub fn open(
         program: &Path,
         settings: &Settings,

@@ -34,7 +34,8 @@ impl Default for Found {
 }
 
 impl Found {
-    /// Whether a worker has found this token and these keys; `false` for the initial value.
+    /// Whether this value comes from a worker that found the token and its keys; `false` for the
+    /// initial value.
     pub(super) fn known(&self) -> bool {
         !self.info.serial.is_empty() || !self.info.label.is_empty()
     }

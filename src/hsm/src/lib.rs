@@ -126,7 +126,7 @@ pub struct TokenState {
     pub name: String,
     /// The configured priority of the token. The state of several tokens together contains the highest priority.
     pub priority: u8,
-    /// Whether the token serves.
+    /// Whether the token serves calls.
     pub serving: Serving,
     /// A problem that an administrator must know about although the token is still usable, such as
     /// a latched PIN. When the last worker is lost, the problem prevents the start of a new worker.
@@ -145,10 +145,11 @@ pub struct TokenState {
     pub last_self_test: Option<Timestamp>,
     /// Whether workers are being replaced because the registered keys changed. Until the
     /// replacement ends, `keys` may lack a key that was just registered. With several tokens, only
-    /// the tokens that serve are counted.
+    /// the tokens that serve calls are counted.
     pub is_checking_keys: bool,
     /// The state of each token, if this is the state of several tokens together. With several tokens, `serving` is
-    /// `Up` while every registered key has a token that serves, and the other fields contain the data of all tokens.
+    /// `Up` while every registered key is on a token that serves calls, and the other fields contain the data of all
+    /// tokens.
     pub tokens: Vec<TokenState>,
 }
 
@@ -158,7 +159,7 @@ impl TokenState {
         self.serving == Serving::Up || self.tokens.iter().any(|token| token.serving == Serving::Up)
     }
 
-    /// Whether a token that has this key serves.
+    /// Whether a token with this key serves calls.
     pub fn serves(&self, key: WrappingKeyId) -> bool {
         let has_key = |state: &Self| {
             state.serving == Serving::Up && state.keys.iter().any(|found| found.id == key)
@@ -171,7 +172,7 @@ impl TokenState {
     }
 }
 
-/// Whether the token serves.
+/// Whether the token serves calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serving {
     /// At least one worker is ready and its self-test passes. The state is also `Up` for up to five seconds after the

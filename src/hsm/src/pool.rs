@@ -41,7 +41,7 @@ mod token;
 /// check the workers of the token, and a hanging worker is replaced.
 const SUSPECTED: Duration = Duration::from_secs(1);
 /// If a token had no job for this time, the token gets the next job that it is expected to finish in a quarter of the
-/// time until the job's deadline. Without these probes, the estimates of the token would never change.
+/// time until the job's deadline. Without probes, the estimates for an unused token would never change.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_PARTS: u32 = 4;
 /// Delay before a retry, in the error for a key that no token has yet.
@@ -63,7 +63,8 @@ pub struct Entry {
 pub struct Pool {
     /// The tokens with keys, by descending priority.
     members: Vec<Member>,
-    /// Names of the tokens for which no key is registered. The broker does not open these tokens.
+    /// Names of the tokens for which no key is registered. The broker does not open tokens without
+    /// registered keys.
     unused: Vec<String>,
     /// Epoch of the pool: the times of its members are milliseconds since this moment.
     epoch: Instant,
@@ -303,8 +304,8 @@ impl Pool {
         })
     }
 
-    /// Runs a job on a token that contains its key. If the token fails or is late, another token gets the same job, if
-    /// the deadline allows. The caller gets the first answer.
+    /// Runs a job on a token that contains its key. If the token fails or is late and enough time is left, another
+    /// token gets the same job. The caller gets the first answer.
     async fn run(
         &self,
         need: Need,

@@ -39,7 +39,8 @@ pub(crate) fn command(
     Ok((command, ours))
 }
 
-/// Names of the signals that usually end a process: signals after a defect, and signals that users or the kernel send.
+/// Names of the signals that usually end a process: signals that a defect causes, and signals that users or the kernel
+/// send.
 const SIGNALS: [(i32, &str); 10] = [
     (3, "SIGQUIT"),
     (4, "SIGILL"),

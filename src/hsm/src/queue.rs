@@ -170,8 +170,8 @@ impl Queue {
     }
 
     /// Records the time for which a job occupied its session, as the front measures it. A module that computes in
-    /// software uses the same processors as the front. The occupied time is then much longer than the time in the
-    /// module, because the session thread also waits for a processor.
+    /// software uses the same processors as the front. With a module of this kind, a job occupies its session for much
+    /// longer than the module needs, because the session thread also waits for a processor.
     pub(super) fn served(&self, job: &Job) {
         if let Some(kind) = Kind::of(&job.work) {
             self.state().estimates.add(kind, job.occupied());
@@ -214,7 +214,7 @@ impl Queue {
         self.state().waiting.len()
     }
 
-    /// Answers with this error each waiting job that another token can do, so that the other token
+    /// Fails each waiting job that another token can do, with this error, so that the other token
     /// gets the job.
     pub(super) fn fail_with_alternative(&self, error: &Error) {
         let passed_on = self.state().waiting.take_if(|job| job.has_alternative);
@@ -314,8 +314,8 @@ impl State {
         })
     }
 
-    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no such
-    /// jobs, removes the newest job of the lane with the most work.
+    /// Makes room in a full queue. Removes abandoned and expired jobs. If the queue has no
+    /// abandoned or expired jobs, removes the newest job of the lane with the most work.
     fn make_room(&mut self, lane: &Lane, cost: Duration, now: Instant) -> Result<(), Error> {
         let is_due = self
             .searched

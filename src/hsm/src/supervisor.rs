@@ -76,8 +76,8 @@ pub struct Supervisor {
     /// The token, and the keys that every worker serves.
     found: ArcSwap<Found>,
     serving: watch::Sender<Serving>,
-    /// The lock is also held while the workers in the queue or `serving` change, because the two
-    /// must match.
+    /// The lock is also held while the workers in the queue or `serving` change, so that the
+    /// workers and `serving` always match.
     machine: Mutex<Decider>,
     /// Notified when the state machine decides that a worker must be started.
     start: Notify,

@@ -74,7 +74,8 @@ pub enum ClientCertificates {
 pub enum Plaintext {
     /// Loopback addresses only.
     Loopback,
-    /// Any address. With this value, anyone on the network path can read keys and access tokens.
+    /// Any address. With the value `any`, anyone on the network path can read keys and access
+    /// tokens.
     Any,
 }
 
@@ -129,8 +130,9 @@ pub struct ListenerSettings {
     #[serde(default)]
     pub client_certificates: ClientCertificates,
     /// Networks of load balancers and proxies, whose connections transport calls of many clients.
-    /// The limits for one network or one principal do not apply to these connections. Only the
-    /// limits for all connections together apply.
+    /// The limits for one network or one principal do not apply to the connections of trusted
+    /// proxies. Of the limits on connections, only the limits for all connections together apply to
+    /// trusted proxies.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNet>,
 }

@@ -57,8 +57,8 @@ impl fmt::Debug for Functions {
     }
 }
 
-/// The arguments of `C_Initialize` with the extension of NSS: `pReserved` is the string, followed by a field that must
-/// be NULL. Modules other than NSS read only the standard fields.
+/// The arguments of `C_Initialize` with the extension of NSS: `pReserved` points to the initialisation string, and a
+/// field that must be NULL follows the standard fields. Modules other than NSS read only the standard fields.
 #[repr(C)]
 struct InitializeArguments {
     standard: CK_C_INITIALIZE_ARGS,

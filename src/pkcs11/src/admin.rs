@@ -101,8 +101,7 @@ fn other_kinds(making: Making) -> String {
         .collect();
     format!(
         ". If the token's keys for HMAC-SHA-256 are of another kind, set `integrity_key` in [token] to {}. If the token \
-         has no keys for HMAC-SHA-256 at all, set `integrity_key = \"worker\"`: the integrity key is then outside the \
-         token, which protects rows less (docs/tokens.md)",
+         has no keys for HMAC-SHA-256 at all, set `integrity_key = \"worker\"`: the integrity key is then outside the token, so the rows are less protected (docs/tokens.md)",
         others.join(" or ")
     )
 }
@@ -444,7 +443,7 @@ impl Admin {
     }
 
     /// Logs in if the record of PINs allows the login. If `write` is true, the session is read-write, so that keys can
-    /// be made. If several tokens match the settings, the token with one of the registry's serial numbers is used.
+    /// be made. If several tokens match the settings, the token whose serial number is in the registry is used.
     pub(crate) fn open_one_of(
         settings: &Settings,
         record: &PinRecord,
@@ -471,8 +470,8 @@ impl Admin {
         self.known.insert(id, objects);
     }
 
-    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of these objects,
-    /// returns where `key generate` would store them.
+    /// Returns where the objects of a key are stored. If the command did not send the `CKA_ID` of the objects, returns
+    /// where `key generate` would store them.
     fn place(&self, id: WrappingKeyId) -> Place {
         let objects = self.known.get(&id).cloned().unwrap_or_else(|| ObjectIds {
             private: None,
@@ -503,7 +502,7 @@ impl Admin {
         }
     }
 
-    /// Opens a session and finds the handles of these keys.
+    /// Opens a session and finds the handles of the keys with the ids `ids`.
     fn session(&self, ids: &[WrappingKeyId]) -> Result<KeySession, Fault> {
         let places = ids
             .iter()

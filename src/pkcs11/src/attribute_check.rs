@@ -90,9 +90,9 @@ impl fmt::Display for Finding {
         let found = match self.found {
             Found::AsExpected => "is",
             Found::Wrong => "is not",
-            Found::Excepted => "is absent (accepted by an exception) and should be",
+            Found::Excepted => "is absent (accepted by an exception); the expected value is",
             Found::ImpliedByType => "is absent, but the type of the key implies",
-            Found::Missing => "is absent and must be",
+            Found::Missing => "is absent; the required value is",
         };
         write!(f, "{} {found} {expected}", self.attribute)
     }
@@ -216,7 +216,7 @@ const fn with_those_of_every_key<const OWN: usize, const N: usize>(own: [Rule; O
 pub struct Exception {
     /// The attribute's name in the standard.
     pub attribute: &'static str,
-    /// Possible misuse of a key without this attribute by a person who has the user PIN, in one sentence.
+    /// A sentence that describes how a person with the user PIN could misuse a key without this attribute.
     pub gives_away: &'static str,
 }
 
@@ -235,7 +235,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_MODIFIABLE",
-        "a holder of the user PIN may change the attributes of the keys that the token itself does not protect",
+        "a holder of the user PIN may change those attributes of the keys that the token itself does not protect",
     ),
     exception(
         "CKA_COPYABLE",
@@ -243,8 +243,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_ALLOWED_MECHANISMS",
-        "a holder of the user PIN may decrypt with the wrapping key without OAEP, which allows padding oracles, and use the \
-         integrity key with another hash",
+        "a holder of the user PIN may decrypt with the wrapping key without OAEP (this allows padding oracles), and may use the integrity key with another hash",
     ),
     exception(
         "CKA_SIGN",
@@ -257,7 +256,7 @@ pub const EXCEPTIONS: &[Exception] = &[
     ),
     exception(
         "CKA_VERIFY",
-        "there is no risk: the integrity key must verify, and the self-test shows that the integrity key verifies",
+        "there is no risk: the integrity key must verify MACs, and the self-test shows that the integrity key verifies MACs",
     ),
     exception(
         "CKA_ENCRYPT",

@@ -12,7 +12,8 @@ use std::{
 
 use keybroker_worker_protocol::frame;
 
-/// The job fails when the probability that a valid input is refused so often is at most this value.
+/// The input of a job counts as invalid, and the job fails, if the token would refuse a valid input
+/// equally often with at most this probability.
 const DOUBT_MAX: f64 = 1e-6;
 /// Number of refusals after which the session stops repeating a job. The job then waits for its next turn.
 pub(super) const REFUSALS_MAX: u32 = 64;
@@ -81,7 +82,8 @@ pub(super) fn pause_after(refusals: u32) -> Duration {
 mod tests {
     use super::*;
 
-    /// Returns the number of refusals that proves damage, if this number of self-tests is refused after each refusal.
+    /// Returns the number of refusals that proves that the input is damaged, if this number of self-tests is refused
+    /// after each refusal.
     fn needed(self_tests_refused: u32) -> Option<u32> {
         let mut refusals = Refusals::default();
         (1..=REFUSALS_MAX).find(|_| {

@@ -23,20 +23,20 @@ pub(super) enum Class {
     BackOff,
     /// The PIN was rejected, or must not be presented to the token.
     Pin,
-    /// A login failed with a code that does not concern the PIN. This class comes from the login rules, never from a
-    /// return code.
+    /// A login failed with a code that does not concern the PIN. This class comes from the login rules, and never from
+    /// a return code.
     Login,
     /// The configuration or the key does not match the token. A retry cannot help.
     Configuration,
     /// The module cannot be loaded, or no token matches the settings. The module's environment may be incomplete. This
-    /// class comes from the search for a token, never from a return code.
+    /// class comes from the search for a token, and never from a return code.
     NoToken,
     /// A registered key is not found. If a key is missing at the first start, an administrator must act. Later, a
     /// missing key can also mean that the token is unavailable or has lost its login. This class comes from the search
-    /// for keys, never from a return code.
+    /// for keys, and never from a return code.
     KeyMissing,
     /// An object on the token has a property that is not allowed. This class comes from a check of
-    /// the worker, such as the attribute check, never from a return code.
+    /// the worker, such as the attribute check, and never from a return code.
     Untrusted,
 }
 

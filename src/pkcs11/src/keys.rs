@@ -131,8 +131,8 @@ pub(super) struct KeySession {
 }
 
 impl KeySession {
-    /// Opens a session and finds the keys again. A handle is valid only until the sessions of its login end. After
-    /// these sessions end, the handle may refer to another object.
+    /// Opens a session and finds the keys again. A handle is valid only until the sessions of its login end.
+    /// Afterwards, the handle may refer to another object.
     pub(super) fn open(module: &Module, slot: Slot, keys: &[Place]) -> Result<Self, Fault> {
         let session = reading_session(module, slot)?;
         let pairs = keys

@@ -77,7 +77,8 @@ impl fmt::Debug for WorkerKey {
 }
 
 impl WorkerKey {
-    /// The key is written directly to its final place in memory, because a copy on the stack would not be overwritten.
+    /// The key is written directly to its final location in memory, because a copy on the stack would not be
+    /// overwritten.
     fn filled(fill: impl FnOnce(&mut [u8; KEY_BYTES]) -> Result<(), Fault>) -> Result<Self, Fault> {
         let mut key = Arc::new(Zeroizing::new([0; KEY_BYTES]));
         fill(Arc::get_mut(&mut key).expect("it was just made"))?;

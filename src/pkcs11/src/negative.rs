@@ -36,7 +36,7 @@ const IV: [u8; 16] = [0; 16];
 /// The keys that are tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
-    /// Keys that protect records. Only tests that cannot change a key are run on these keys.
+    /// Keys that protect records. Only tests that cannot change a key are run on keys in use.
     InUse,
     /// Session keys that were made for testing.
     Throwaway,
@@ -346,7 +346,7 @@ pub const TESTS: &[NegativeTest] = &[
     ),
     input(
         "decrypt-extended",
-        "a ciphertext that is too long decrypts",
+        "a ciphertext that is too long can be decrypted",
         |on| decrypts_oaep(on, &[on.self_test.wrapped(), &[0]].concat()),
     ),
     changes(
@@ -549,8 +549,8 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
     )
 }
 
-/// Whether a code is a refusal. Every code is a refusal, except for codes that mean that the token or the session is
-/// unusable at this time.
+/// Whether a return code counts as a refusal of the operation. Every return code counts as a refusal, except codes that
+/// mean that the token or the session is unusable at this time.
 fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(

@@ -84,8 +84,8 @@ impl OpenToken {
     }
 
     /// Loads the module, chooses the token and logs in once, if the record of PINs allows the login. Without a PIN,
-    /// this function does not log in. If several tokens match the settings, the token with one of the registry's serial
-    /// numbers is chosen.
+    /// this function does not log in. If several tokens match the settings, the token whose serial number is in the
+    /// registry is chosen.
     pub(super) fn login_to(
         settings: &Settings,
         record: &PinRecord,
@@ -253,7 +253,7 @@ impl OpenToken {
             _ => Fault::new(
                 Class::Login,
                 format!(
-                    "{token}: the login failed with a code that does not concern the PIN: {fault}"
+                    "{token}: the login failed with a return code that does not concern the PIN: {fault}"
                 ),
             ),
         }
@@ -397,8 +397,7 @@ fn refuse_pin_pad(module: &Module, slot: Slot, info: &TokenInfo) -> Result<(), F
     Err(Fault::new(
         Class::Configuration,
         format!(
-            "{} reads its PIN from a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to \
-             start without a person; no login was tried. Use a token that accepts its PIN from the program",
+            "{} reads its PIN from a PIN pad (CKF_PROTECTED_AUTHENTICATION_PATH), but the broker must be able to start without an operator at the PIN pad; no login was tried. Use a token that accepts its PIN from the program",
             named(info)
         ),
     ))

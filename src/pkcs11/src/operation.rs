@@ -349,7 +349,7 @@ mod tests {
 
     use super::*;
 
-    /// Returns the choice if SHA-256 fails this number of times with this class.
+    /// Returns the chosen algorithm if SHA-256 fails `failures` times with an error of this class.
     fn chosen(failures: u32, class: Class) -> Result<Algorithm, Class> {
         let left = Cell::new(failures);
         let attempt = |algorithm| {

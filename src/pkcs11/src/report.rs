@@ -423,8 +423,8 @@ fn made(session: &Session, kind: Kind) -> Result<Made, Error> {
 }
 
 /// Returns an integrity key of the first kind that the token can make. The kind of integrity key in the settings is
-/// tried first. If the token makes no integrity key and the settings permit it, returns a key in the memory of this
-/// process.
+/// tried first. If the token makes no integrity key, returns a key in the memory of this process, provided that the
+/// settings permit such a key.
 fn integrity_key(
     session: &Session,
     settings: &Settings,
@@ -676,8 +676,8 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
     }
     let file = settings.module.file_name().unwrap_or_default();
     let mut lines = vec![format!("module = \"/path/to/{}\"", file.display())];
-    // The report omits the content of the string, because reports are published and the string may contain names and
-    // passwords.
+    // The report omits the content of `initialize_string`, because reports are published and the content may include
+    // names and passwords.
     lines.extend(
         settings
             .initialize_string

@@ -170,7 +170,7 @@ pub(super) struct Selected {
 /// no serial numbers, it has no effect on the choice.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Registered<'a> {
-    /// For `serve`: only a token with one of the registry's serial numbers is chosen. Another token with the same label
+    /// For `serve`: only a token whose serial number is in the registry is chosen. Another token with the same label
     /// may belong to another user, who would learn the PIN.
     Required(&'a [&'a str]),
     /// For commands: the registry's serial numbers are used only if several tokens match. Some commands are used with a
@@ -261,7 +261,7 @@ fn find_now(
         several => Err(Fault::new(
             Class::Configuration,
             format!(
-                "more than one token with {wanted}, with the serial numbers {}: select one of these tokens with \
+                "more than one token has {wanted} (serial numbers {}): select one of these tokens with \
                  `token.serial`",
                 quoted(
                     several

@@ -331,8 +331,8 @@ impl SessionThread {
             | Class::Untrusted
             | Class::Pin
             | Class::Login => Err(Stop::from_self_test(&fault)),
-            // An error of these classes may be temporary and is no reason to replace the worker. A self-test in another
-            // session decides whether the worker is replaced.
+            // A self-test that failed with an error of one of the four classes may pass later, so the failure is no
+            // reason to replace the worker. A self-test in another session decides whether the worker is replaced.
             Class::Input | Class::Ambiguous | Class::Configuration | Class::NoToken => {
                 tracing::warn!(%fault, "a self-test failed and is repeated in another session");
                 self.revive(key.as_bytes(), deadline).map(drop)

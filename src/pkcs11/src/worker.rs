@@ -3,7 +3,7 @@
 //! The first frame on standard input contains the token and its keys. The worker reads the PIN itself, opens its
 //! sessions one after another and checks every key. After its checks, the worker reports the usable keys, and serves
 //! jobs until its socket is closed. The worker ignores SIGINT and SIGTERM, so that it can finish running jobs during a
-//! drain. The worker ends when the front closes the socket.
+//! drain. The worker process ends when the front process closes its end of the socket.
 //!
 //! If a process ends while threads are inside the module, the clean-up code of most modules crashes. Therefore the
 //! worker waits for its threads before it ends. If a thread does not return, the worker kills itself with SIGKILL,
@@ -147,10 +147,10 @@ pub(crate) fn ignore_signals()
     Ok((runtime, signals))
 }
 
-/// Lowers the CPU priority of this thread, and of the threads that it starts, below that of the front. A module that
-/// computes in software, such as SoftHSM, would otherwise take most of the processors under load. The front could then
-/// not refuse calls in time, or answer them within their deadlines. Without the permission to change its priority, the
-/// process keeps its priority.
+/// Lowers the CPU priority of this thread, and of the threads that it starts, below the priority of the front. A module
+/// that computes in software, such as SoftHSM, would otherwise take most of the processors under load. The front could
+/// then not refuse calls in time, or answer them within their deadlines. Without the permission to change its priority,
+/// the process keeps its priority.
 fn give_way_to_front() {
     if let Err(error) = rustix::process::nice(NICENESS) {
         tracing::debug!(%error, "the worker keeps the CPU priority of the front");
@@ -404,7 +404,8 @@ fn startup_class(class: Class) -> FailureClass {
         Class::KeyMissing => FailureClass::KeyMissing,
         Class::Configuration | Class::NoToken => FailureClass::Configuration,
         Class::BackOff => FailureClass::BackOff,
-        // A rejected input at this time is the input of the worker's own self-test, so the failure may be temporary.
+        // At this time, a rejected input can only be the input of the worker's own self-test, so the failure may be
+        // temporary.
         Class::Input | Class::SessionLost | Class::TokenLost | Class::Ambiguous => {
             FailureClass::TokenLost
         }

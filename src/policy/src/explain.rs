@@ -121,18 +121,19 @@ fn view(asked: &Asked, policy: &Policy) -> Result<Applies, Error> {
     for clause in clauses {
         let is_when = clause["kind"] == "when";
         let joint = if is_when { "&&" } else { "||" };
-        // The parts are evaluated in their order, because a later part may be valid only if an earlier part is true.
+        // The parts of a condition are evaluated in order, because the evaluation of a later part may fail if an
+        // earlier part is false.
         for part in parts(&clause["body"], joint) {
             let (answer, text) = ask_condition(asked, part)?;
             if is_when && !matches!(answer, Answer::Yes) {
-                return Ok(Applies::No(format!("does not hold: {text}")));
+                return Ok(Applies::No(format!("condition not met: {text}")));
             }
             if !is_when && matches!(answer, Answer::Yes) {
                 return Ok(Applies::No(format!("unless: {text}")));
             }
         }
     }
-    Ok(Applies::No("a condition does not hold".to_owned()))
+    Ok(Applies::No("a condition is not met".to_owned()))
 }
 
 /// Evaluates one part of a policy's scope.

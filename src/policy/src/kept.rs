@@ -2,8 +2,8 @@
 //! different.
 //!
 //! A new decision takes tens of microseconds. Many decisions depend only on the action, the service
-//! and its grant, because no policy that can apply uses the resource or the call. If a decision of
-//! this kind allows the action, the decision is cached with all its inputs, and is used again only
+//! and its grant, because no policy that can apply uses the resource or the call. If such a
+//! decision allows the action, the decision is cached with all its inputs, and is used again only
 //! for the same inputs. Therefore a change of the service's roles or grant leads to a new decision.
 //! A change of the policies replaces the policy set that contains the cached decisions.
 //!
@@ -34,9 +34,9 @@ const DECISIONS_MAX: usize = 8;
 /// [`Inputs`] contains the value of this attribute.
 const GRANTED: &str = "granted";
 
-/// If a policy names only entities of these types, its decisions may be cached. A policy that names
-/// a record counts as a policy that uses the resource, because only the resource of the call has
-/// attributes.
+/// The types of entities that a policy may name without preventing the caching of its decisions. A
+/// policy that names a record counts as a policy that uses the resource, because only the resource
+/// of the call has attributes.
 const FIXED_TYPES: [&str; 2] = ["Keybroker::Role", "Keybroker::Action"];
 
 /// The cached decisions of the policies for one action of services.

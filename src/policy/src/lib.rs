@@ -3,7 +3,8 @@
 //! The rules are Cedar policies: the policies that come with the broker (`default.cedar`) and the
 //! policies of the operator. All policies are validated against the same schema before the broker
 //! uses the policies. Two rules are in the code, so no file can change them. A principal with
-//! conflicting roles may do nothing, and no principal has access to the keys of another tenant.
+//! conflicting roles is denied every action, and no principal has access to the keys of another
+//! tenant.
 //!
 //! All policies are always loaded and replaced together. If a file is invalid at the start, the
 //! broker does not start. If a file is invalid at a later reload, the current policies stay in

@@ -180,11 +180,11 @@ impl Vocabulary {
             context,
             schema,
         )
-        .map_err(Error::on("make the request to Cedar"))?;
+        .map_err(Error::on("create the Cedar request"))?;
         let entities = action.entities.clone();
         let entities = entities
             .add_entities([principal, resource], schema)
-            .map_err(Error::on("make the entities of the request to Cedar"))?;
+            .map_err(Error::on("create the entities of the Cedar request"))?;
         Ok(Asked { request, entities })
     }
 
@@ -256,8 +256,8 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     attributes.add("organisations", || texts(&claims.organisations));
     attributes.add("granted", || Value::new_bool(is_granted(case)));
     // A socket for both address families reports IPv4 addresses in IPv6 form, which Cedar does not
-    // recognise as IPv4. After the conversion to IPv4 form, policies about IPv4 addresses apply to
-    // such addresses.
+    // recognise as IPv4. After the conversion to IPv4 form, policies about IPv4 addresses also
+    // apply to the converted address.
     attributes.add("peer", || {
         Value::new_ip(case.peer.to_canonical().to_string())
     });

@@ -145,8 +145,8 @@ pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// Returns all rows of wrapping keys on further tokens, ordered by key and token.
     async fn places(&self) -> Result<Vec<PlaceRow>, Error>;
 
-    /// Returns the rows of wrapping keys on further tokens that can be decoded, and a description of the damage of each other
-    /// row. A broker can therefore use the undamaged rows.
+    /// Returns the rows that describe wrapping keys on further tokens. For a row that cannot be decoded, returns a
+    /// description of the damage. A broker can therefore use the undamaged rows.
     async fn readable_places(&self) -> Result<(Vec<PlaceRow>, Vec<String>), Error>;
 
     /// Adds a place. Returns [`Error::Exists`] if the key already has a place on this token.

@@ -15,8 +15,8 @@ pub(super) struct Dialect {
     /// Ends a query that locks the found rows until the transaction ends. `None` if a transaction
     /// locks the entire database.
     pub(super) lock: Option<&'static str>,
-    /// Ends an `INSERT` that inserts nothing if the row exists. The text is empty for an engine
-    /// that has no clause for this purpose and reports the duplicate row as an error.
+    /// The clause at the end of an `INSERT` that inserts nothing if the row exists. Empty for an
+    /// engine that has no clause of this kind and reports the duplicate row as an error.
     pub(super) unless_taken: &'static str,
     pub(super) upsert: Upsert,
     pub(super) limited_delete: LimitedDelete,

@@ -138,9 +138,9 @@ fn of_sqlite(error: &SqliteError) -> Meaning {
             "this user must have write access to the directory of the database, because SQLite creates files there even \
              for reads; check whether the file system is mounted read-only",
         )),
-        Some(SQLITE_READONLY) => {
-            Meaning::Down(Some("check owner and mode of the file and its directory"))
-        }
+        Some(SQLITE_READONLY) => Meaning::Down(Some(
+            "check the owner and mode of the file and of its directory",
+        )),
         Some(SQLITE_FULL) => Meaning::Down(Some("free space on the file system of the database")),
         Some(SQLITE_IOERR) => Meaning::Down(Some(
             "if the file system of the database is full, free space, because SQLite needs free space even for reads; \

@@ -64,7 +64,7 @@ pub enum Damage {
     Unreadable,
     /// The row of the record has an earlier revision than the newest stored revision.
     SetBack,
-    /// The MAC of the row does not verify, or the registry does not have the wrapping key of this MAC.
+    /// The MAC of the row is wrong, or the registry does not have the wrapping key of this MAC.
     MacRefused,
 }
 

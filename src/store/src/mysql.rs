@@ -160,7 +160,7 @@ impl Server for MySqlOrMariaDb {
             let locked = locked.first().map(|row| row.optional_integer("locked"));
             if locked.transpose()?.flatten() != Some(1) {
                 return Err(Error::InUse(
-                    "another process is migrating this database; wait for it, then try again"
+                    "another process is migrating this database; wait until the migration has ended, then try again"
                         .to_owned(),
                 ));
             }
@@ -225,10 +225,10 @@ async fn run_migrations(connection: &mut MySqlConnection) -> Result<(), Error> {
 
 /// The settings of a session. A limit on idle time ends a transaction whose client or network
 /// failed. Without the limit on idle time, the server would hold the locks until TCP detects the
-/// failure, hours later. In MySQL, the limit on idle time applies to all connections, even outside
-/// transactions. A closed connection is detected before its next use.
+/// failure, which can take hours. In MySQL, the limit on idle time applies to all connections, even
+/// outside transactions. A closed connection is detected before its next use.
 fn session_settings(limits: &Limits, is_mariadb: bool) -> String {
-    // The unit of these settings is seconds, and the minimum is one second.
+    // The server's settings for time limits are in seconds, and the minimum is one second.
     let seconds = |limit: Duration| limit.as_secs_f64().ceil().max(1.0);
     let lock = seconds(limits.lock);
     let idle = seconds(limits.statement * 2);

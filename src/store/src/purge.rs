@@ -109,7 +109,7 @@ impl Purge {
 }
 
 /// Removes the marks of mutations that were committed before the time `before`. If `dry_run` is
-/// true, the function only counts these marks. Marks are stored in chronological order, so the
+/// true, the function only counts the marks. Marks are stored in chronological order, so the
 /// function ends at the first page without an old mark. A mark that cannot be decoded is not
 /// changed and raises an alert.
 pub async fn forget_changes(

@@ -76,7 +76,8 @@ pub struct RevisionUnder {
     pub revision: Revision,
     /// The envelope as bytes that are not parsed yet.
     pub envelope: Vec<u8>,
-    /// When the revision was created. A move of the row does not change this time.
+    /// When the revision was created. A re-wrap of the row does not change the time of the
+    /// revision.
     pub created: Timestamp,
 }
 

@@ -198,8 +198,8 @@ fn unchecked_info(row: &impl Columns, address: KeyAddress) -> Result<RecordInfo,
 }
 
 /// Refuses a record that was set back to an earlier revision: the revision in its row is not the
-/// newest stored revision. This check is necessary because the MAC of the earlier revision still
-/// verifies.
+/// newest stored revision. This check is necessary because the MAC of the earlier revision is still
+/// valid.
 fn require_newest(row: &impl Columns, info: &RecordInfo) -> Result<(), Error> {
     let newest = row
         .optional_integer("newest_revision")

@@ -127,7 +127,7 @@ pub(super) async fn open<S: Server>(
     if settings.tls == Tls::Plaintext && !place.is_local() {
         tracing::warn!(
             database = %place.shown(),
-            "the connection to the database is not encrypted, as configured"
+            "the connection to the database is not encrypted, because the configuration has `tls = \"plaintext\"`"
         );
     }
     let connections = Connections::of(settings);

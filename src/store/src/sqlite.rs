@@ -30,9 +30,9 @@ use super::{
 pub(super) mod file;
 mod place;
 
-/// A transaction takes the write lock when it begins. If a transaction took the lock after a read,
-/// the transaction would fail if another transaction wrote in between. Because of the write lock,
-/// no transaction has to lock single rows.
+/// A transaction takes the write lock when it begins. A transaction that takes the lock only after
+/// a read fails if another transaction wrote in between. Because of the write lock, no transaction
+/// has to lock single rows.
 const DIALECT: Dialect = Dialect {
     placeholder: Placeholder::Question,
     // If a name in double quotes is not the name of a column, SQLite treats the name as a string.

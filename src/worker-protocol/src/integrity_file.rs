@@ -140,7 +140,7 @@ pub enum ContentError {
     #[error("`algorithm` is not known")]
     Algorithm,
     /// The value of `ciphertext` is not hexadecimal or does not have the required length.
-    #[error("`ciphertext` is not hexadecimal, or has another length")]
+    #[error("`ciphertext` is not hexadecimal, or has the wrong length")]
     Ciphertext,
     /// The integrity key belongs to another wrapping key.
     #[error("the file is for wrapping key {0}")]

@@ -23,7 +23,7 @@ pub enum OaepError {
     #[error("the public key is not an RSA key of a permitted size")]
     NotPermitted,
     /// The modulus has a length that is not permitted.
-    #[error("a modulus of {0} bits; 2048 to 4096 are permitted")]
+    #[error("a modulus of {0} bits; 2048 to 4096 bits are permitted")]
     Modulus(usize),
     /// Modulus and exponent are not a valid RSA public key.
     #[error("not an RSA public key: {0}")]

@@ -1,5 +1,4 @@
-//! Checks the files to which the settings refer. Other users must not be able to change these
-//! files.
+//! Checks that other users cannot change the files to which the settings refer.
 //!
 //! Mitigation: M15 of `THREAT_MODEL.md`.
 
@@ -124,7 +123,7 @@ fn elf_problem(mut file: &File) -> Option<String> {
     };
     (machine != ours).then(|| {
         format!(
-            "the file is made for {}, but this machine is {}: install the module for the architecture of this machine",
+            "the file was built for {}, but this machine is {}: install the module for the architecture of this machine",
             name(machine),
             name(ours)
         )
@@ -291,7 +290,7 @@ mod tests {
         );
         fs::create_dir(&tokens).unwrap();
         assert_eq!(problem(), None);
-        // Root can read every file, so the next two problems do not occur for root.
+        // Root can read every file, so root cannot have the problems of the next two tests.
         if !rustix::process::geteuid().is_root() {
             fs::set_permissions(&tokens, fs::Permissions::from_mode(0o500)).unwrap();
             assert!(

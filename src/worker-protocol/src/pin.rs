@@ -32,8 +32,7 @@ pub enum PinError {
     ByteOrderMark,
     /// The text begins or ends with a space or a tab.
     #[error(
-        "the PIN begins or ends with a blank, which would use up a login attempt; remove the blank, or change the PIN \
-         of the token to a PIN without a blank"
+        "the PIN begins or ends with a blank; if this blank is a mistake, the login would use up an attempt: remove the blank, or change the PIN of the token to a PIN without a blank"
     )]
     Blank,
     /// The text is empty, or consists only of a line end.

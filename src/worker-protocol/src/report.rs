@@ -32,8 +32,8 @@ pub struct Report {
     pub errors: Vec<Answer>,
     /// Tests with keys that stay on the token. Empty without `--write`.
     pub token_objects: Vec<Answer>,
-    /// Rates, which are not compared with an earlier report because other work of the machine may
-    /// have affected the measurement.
+    /// The measured rates. The comparison with an earlier report ignores the rates, because other
+    /// work of the machine may have affected the measurement.
     pub rates: Vec<Rate>,
     /// Whether the token's work uses CPU time of this machine; absent if the CPU time could not be
     /// measured.
@@ -322,7 +322,7 @@ mod tests {
         }
     }
 
-    /// Each deterioration is listed once, and the reverse change is not listed.
+    /// Each result that became worse is listed once. A result that became better is not listed.
     #[test]
     fn only_what_is_worse_is_named() {
         type Change = (&'static str, fn(&mut Report));

@@ -31,7 +31,7 @@ pub enum IntegrityKey {
     /// generates. For Entrust `nShield`.
     Nshield,
     /// A key in the memory of the workers instead of an object on the token. A file contains the key, wrapped under the
-    /// RSA key. This kind is for tokens that do not support HMAC keys.
+    /// RSA key. Integrity keys of this kind are for tokens that do not support HMAC keys.
     Worker,
 }
 
@@ -133,8 +133,8 @@ pub struct Settings {
     #[serde(default)]
     pub integrity_key_digests: BTreeMap<String, String>,
     /// Names of attributes that this token does not support (`CKA_COPYABLE`, …). Templates do not
-    /// contain these attributes. If a key nevertheless has one of these attributes, its value must
-    /// be correct.
+    /// contain attributes with an exception. If a key nevertheless has an attribute with an
+    /// exception, its value must be correct.
     #[serde(default)]
     pub attribute_exceptions: Vec<String>,
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
@@ -278,7 +278,8 @@ pub struct ExpectedKey {
     /// Whether the key may be on another token. If the value is true, only the token with the
     /// serial number `token_serial` must have the key.
     pub may_be_elsewhere: bool,
-    /// Messages with MACs. Before the key is used, its integrity key must verify these MACs.
+    /// Messages with MACs. Before the key is used, its integrity key must verify the MACs of the
+    /// proofs.
     pub proofs: Vec<Proof>,
 }
 

@@ -241,7 +241,7 @@ async fn one_principal_cannot_take_every_connection() {
     assert!(watches.len() <= 6, "{}", watches.len());
     served(&Caller::of(&broker, "releaser")).await;
     assert!(broker.site.log().contains(
-        "connection refused, because the limit of connections for callers of this kind is reached"
+        "connection refused, because the limit of unauthenticated connections, or of one principal's connections, is reached"
     ));
 }
 

@@ -306,7 +306,7 @@ fn what_cannot_be_used_is_explained() {
     desk.fails(
         &format!("unlock {account} --protected-key-file cut"),
         2,
-        "not an encrypted text",
+        "not an encrypted string",
     );
     for (line, words) in [
         (

@@ -1,11 +1,11 @@
 //! The places for REST requests that wait for their next attempt. A waiting request occupies a connection and the memory of its
-//! body, so the places limit the number of waiting requests, in total and for each principal.
+//! body, so the number of places limits the waiting requests, in total and for each principal.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use keybroker_core::counts::Counts;
 
-/// The number of all places is divided by this number to get the maximum for one principal.
+/// Divisor: one principal may take at most the number of all places divided by this number.
 const PRINCIPAL_DIVISOR: usize = 16;
 /// Every principal may take at least this number of places, because a user may have several
 /// devices.

@@ -99,7 +99,7 @@ impl<'p> Retry<'p> {
         if self.last.is_some() {
             tracing::debug!(
                 request = %self.request.id, call_id = %id,
-                "the REST request makes another attempt with a new call id"
+                "the broker tries the REST request again with a new call id"
             );
         }
         self.last = Some(id);
@@ -130,8 +130,8 @@ impl<'p> Retry<'p> {
     }
 }
 
-/// Counts a request as waiting until this value is dropped, which also happens if the task of the
-/// request ends.
+/// A request counts as waiting until this value is dropped. The value is also dropped if the task
+/// of the request ends.
 struct Paused;
 
 impl Paused {

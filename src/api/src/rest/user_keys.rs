@@ -20,7 +20,8 @@ use keybroker_core::{
 
 use super::{answer, body::KEY_BYTES, retry::Retry};
 
-/// Maximum number of times that PUT reads and writes a record, if other callers change the record in the meantime.
+/// Maximum number of attempts of a PUT to read and write a record. An attempt fails if another caller changes the
+/// record in the meantime.
 const ROUNDS_MAX: usize = 4;
 
 /// An authenticated request for the caller's own key.

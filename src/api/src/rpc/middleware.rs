@@ -110,9 +110,9 @@ impl Context {
             && method::is_unwrap(path)
             && let Err(error) = self.broker.check_arrival(principal, &call)
         {
-            // The answer must not be sent before the message has arrived, because HTTP/2 would
-            // count the stream as an error of the broker. After a thousand errors of this kind,
-            // HTTP/2 closes the connection with all its calls.
+            // The broker reads the message before it answers. If the broker answered earlier,
+            // HTTP/2 would count the stream as an error of the broker. After a thousand errors of
+            // this kind, HTTP/2 closes the connection with all its calls.
             discard(request.body_mut(), DISCARDED_BYTES_MAX).await;
             return answer(&error, id);
         }

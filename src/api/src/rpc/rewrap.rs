@@ -128,8 +128,8 @@ fn rewrap(view: &RewrapView) -> Option<proto::Rewrap> {
         rows_per_second_max: run.rate,
         requested_by: progress.requested_by.clone(),
         start_time: Some(convert::timestamp(run.started)),
-        // Until a broker holds the run, the stored document is from the call that requested the
-        // run.
+        // Until a broker takes the lease of the run, the stored document is from the call that
+        // requested the run.
         update_time: if run.holder.is_empty() {
             None
         } else {

@@ -155,7 +155,7 @@ async fn all_that_is_wrong_is_refused_alike() {
     ] {
         let error = setup.show(id, secret).await.unwrap_err();
         assert_eq!(error.reason(), Reason::Credential, "{id} {secret}");
-        // The texts that the caller can see.
+        // The parts of the error that the caller can see.
         seen.insert((
             error.reason(),
             error.violations().len(),
@@ -165,7 +165,7 @@ async fn all_that_is_wrong_is_refused_alike() {
         logged.insert(error.detail().to_owned());
     }
     assert_eq!(seen.len(), 1, "{seen:?}");
-    // The operator sees more.
+    // The log distinguishes the causes.
     assert_eq!(logged.len(), 2, "{logged:?}");
     setup.show(ID, "good").await.unwrap();
 }
@@ -250,7 +250,8 @@ async fn a_client_that_was_accepted_stays_accepted_while_wrong_secrets_take_ever
     );
 }
 
-/// The proof is about one stored hash. Another hash under the same number gets an ordinary trial.
+/// A proof applies to only one stored hash. A different hash of the secret with the same number
+/// needs an ordinary trial.
 #[tokio::test]
 async fn a_secret_that_was_accepted_is_refused_once_its_stored_hash_is_another() {
     let setup = setup(&["good"], |_| {});
@@ -272,8 +273,8 @@ async fn a_secret_that_was_accepted_is_refused_once_its_stored_hash_is_another()
     setup.show(ID, "other").await.unwrap();
 }
 
-/// A broker that has just started knows no secret. The first call of a client waits for only one
-/// trial, and not for the trials of other clients.
+/// A broker that has just started has accepted no secret yet. The first call of a client waits for
+/// only one trial, and not for the trials of other clients.
 #[tokio::test]
 async fn after_a_start_a_client_is_accepted_before_secrets_of_unknown_ids() {
     let setup = setup(&["good"], |_| {});

@@ -58,7 +58,8 @@ struct State {
 
 type Waiting = oneshot::Sender<Turn>;
 
-/// The right to run one trial. When this value is dropped, the next waiting trial gets the right.
+/// The turn of one trial, which may run until this value is dropped. Then the next waiting trial
+/// gets its turn.
 pub(super) struct Turn(Option<Turns>);
 
 /// A place for one of the concurrent trials of an API client's secrets. When this value is dropped,

@@ -168,7 +168,7 @@ impl Settings {
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
-                    .map(|problem| format!("services of this issuer: {problem}")),
+                    .map(|problem| format!("the settings for services of this issuer: {problem}")),
             ),
             Kind::User => {
                 let granted =

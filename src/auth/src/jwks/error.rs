@@ -19,7 +19,7 @@ pub(super) enum KeyError {
     ModulusBits(usize),
     #[error("even RSA modulus")]
     EvenModulus,
-    #[error("RSA modulus with the factor {0}")]
+    #[error("RSA modulus that is divisible by {0}")]
     Factor(u32),
     #[error("RSA exponent {0}, which is below the minimum {EXPONENT_MIN}")]
     SmallExponent(BigUint),

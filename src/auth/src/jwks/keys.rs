@@ -160,10 +160,10 @@ impl Keys {
     ///
     /// The key is absent only if the newest key set does not contain it. The newest set must not be
     /// an older copy from a cache. Therefore the newest set must have been fetched at least five
-    /// minutes after the last set that contained the key, or after the access token was issued. Key
-    /// ids in the access tokens of other callers do not affect the result. If these key ids
-    /// affected the result, a caller who guesses the id of a future key could cause valid access
-    /// tokens to be rejected.
+    /// minutes after a set last contained the key, or at least five minutes after the access token
+    /// was issued. The result does not depend on key ids in the access tokens of other callers.
+    /// Otherwise, a caller who guesses the id of a future key could cause the rejection of valid
+    /// access tokens.
     pub(crate) fn is_absent(&self, kid: &str, issued_s: Option<i64>) -> bool {
         let held = self.current.load();
         let Some(held) = held.as_ref() else {
@@ -182,8 +182,8 @@ impl Keys {
 
     /// Fetches the set again because `seen` does not contain a required key. Does not fetch if the
     /// last fetch for a missing key was less than `refetch` ago. Concurrent calls wait for the same
-    /// fetch. If the keys come from a key file, a missing key counts as absent, because key files
-    /// are read every two seconds.
+    /// fetch. If the keys come from a key file, the current set counts as the newest set, because
+    /// key files are read every two seconds.
     pub(crate) async fn newer_than(self: &Arc<Self>, seen: &KeySet) -> Newer {
         let mut refetched = Arc::clone(&self.refetched).lock_owned().await;
         let newer = || {

@@ -80,7 +80,7 @@ pub(super) fn check_nist(
         .map_err(KeyError::OffCurve)
 }
 
-/// Checks an Ed25519 key. With a key of small order, one signature verifies for many messages.
+/// Checks an Ed25519 key. With a key of small order, one signature is valid for many messages.
 pub(super) fn check_ed25519(key: &[u8]) -> Result<(), KeyError> {
     let encoded =
         CompressedEdwardsY::from_slice(key).map_err(|_| KeyError::Ed25519Length(key.len()))?;

@@ -74,8 +74,13 @@ fn weak_rsa() -> Vec<(&'static str, BigUint, BigUint, &'static str)> {
         ("n-1024", &good >> 1_024_usize, usual(), "of 1024 bits"),
         ("n-2047", &good >> 1_usize, usual(), "of 2047 bits"),
         ("n-long", &good << 6_145_usize, usual(), "of 8193 bits"),
-        ("n-3", (&one << 2_048_usize) - &one, usual(), "the factor 3"),
-        ("n-65521", with_factor, usual(), "the factor"),
+        (
+            "n-3",
+            (&one << 2_048_usize) - &one,
+            usual(),
+            "divisible by 3",
+        ),
+        ("n-65521", with_factor, usual(), "divisible by"),
     ]
 }
 

@@ -95,8 +95,8 @@ fn check_lifetime(
         .saturating_sub(issued.unwrap_or(now).micros())
         / MICROS_PER_SECOND;
     let minutes = settings.token_lifetime_max_minutes;
-    // Without `iat`, a time of the provider's clock is compared with the broker's clock, and the
-    // two clocks may differ.
+    // Without `iat`, the `exp`, which comes from the provider's clock, is compared with the
+    // broker's clock, and the two clocks may differ.
     let leeway = issued.map_or(i64::from(settings.leeway_s), |_| 0);
     if life <= i64::from(minutes) * 60 + leeway {
         return Ok(());
@@ -166,7 +166,7 @@ fn subject(settings: &Settings, said: &Said) -> Result<UserId, Refusal> {
     };
     UserId::parse(&text).map_err(|error| {
         Cause::Subject.because(format!(
-            "the `sub` is {}, but a user must be {}",
+            "the `sub` is {}, but the `sub` of a user must be {}",
             shown(sub),
             error.detail()
         ))

@@ -31,7 +31,7 @@ pub(crate) enum Cause {
     ManyKeys,
     /// The broker has no keys of the issuer.
     NoKeys,
-    /// The signature does not verify.
+    /// The verification of the signature failed.
     Signature,
     /// `exp` has passed.
     Expired,
@@ -89,8 +89,8 @@ impl Refusal {
             // After a key rotation, all valid access tokens may refer to a key that the broker has
             // not fetched yet. Therefore the attempt does not count towards the authentication
             // failure limit. An attacker can also make access tokens with an unknown `kid` and a
-            // current `iat`. An access token with an unknown `kid` costs no signature check, and
-            // the limits on connections and on log lines apply to the attacker, too.
+            // current `iat`. However, the broker makes no signature check for an unknown `kid`, and
+            // the limits on connections and log lines restrict the attacker.
             (Cause::KeyId, Some(wait)) => {
                 Error::new(Reason::IdentityDown, detail).retry_after(whole_seconds(wait))
             }

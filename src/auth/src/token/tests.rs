@@ -543,7 +543,8 @@ async fn a_service_has_the_roles_of_its_issuer_and_no_keys_of_its_own() {
 #[tokio::test]
 async fn each_allowed_algorithm_verifies_and_a_key_is_for_its_own() {
     let service = Identity::start(Options::default());
-    // The set's `alg` is RS256. The member is removed to test the other algorithms.
+    // The key in the set has the `alg` RS256. The test removes the member `alg`, to test the other
+    // algorithms.
     let mut set = service.jwks();
     set["keys"][0].as_object_mut().unwrap().remove("alg");
     let folder = tempfile::tempdir().unwrap();

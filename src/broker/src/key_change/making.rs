@@ -64,7 +64,7 @@ impl MadeKey {
             mac: [0; 32],
         };
         let admin = Arc::clone(&self.admin);
-        blocking("making the MAC of a registry row", move || {
+        blocking("computing the MAC of a registry row", move || {
             row.mac = admin.mac(row.id, &row.mac_message())?;
             Ok(row)
         })

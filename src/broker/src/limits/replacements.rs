@@ -1,5 +1,5 @@
 //! Detects records that are replaced unusually often. The times are read from the stored revisions, so that all brokers
-//! of one database count together and a restart loses nothing. Only the times of raised alerts are kept in memory.
+//! of one database share the count, and a restart loses nothing. Only the times of raised alerts are kept in memory.
 
 use std::{
     collections::HashMap,

@@ -46,8 +46,8 @@ impl Broker {
     }
 }
 
-/// Returns the SHA-256 of the ids and revisions of rows, in the order of the rows, as hexadecimal digits. An id has 16
-/// bytes, and a revision is a big-endian integer of 8 bytes.
+/// Returns the hexadecimal SHA-256 of the ids and revisions of the rows, in the order of the rows. An id has 16 bytes,
+/// and a revision is a big-endian integer of 8 bytes.
 fn digest_of(rows: &[RowId]) -> String {
     let mut context = digest::Context::new(&digest::SHA256);
     for (id, revision) in rows {

@@ -65,7 +65,8 @@ impl Pace {
         self.give_way(token, job).await
     }
 
-    /// Runs a job that the share of the run can delay, but not the rate.
+    /// Runs a job that waits if the run has used up its share of the token. The limit on rows per
+    /// second does not apply to this job.
     pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if !self.is_called(token, Instant::now()) {
             return job.await;
@@ -79,7 +80,7 @@ impl Pace {
         done
     }
 
-    /// Returns the time until the rate allows the next row.
+    /// Returns the time until the limit on rows per second allows the move of the next row.
     fn wait_for_rate(&self, now: Instant) -> Option<Duration> {
         let gap = Duration::from_secs(1).checked_div(self.rate())?;
         let mut next = lock(&self.next);

@@ -23,9 +23,9 @@ pub enum Phase {
 /// A row that could not be moved, or whose verification failed after the move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailedRow {
-    /// The id of the record or of the API client, as hexadecimal digits; empty if it cannot be read.
+    /// The id of the record or of the API client, as hexadecimal digits; empty if the id cannot be read.
     pub id: String,
-    /// The revision of the record or of the API client; 0 if it cannot be read.
+    /// The revision of the record or of the API client; 0 if the revision cannot be read.
     pub revision: u64,
     /// The problem, as `store check` names it.
     pub problem: String,

@@ -32,7 +32,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 const LEASE_US: i64 = 15_000_000;
 /// Interval at which the holder renews its lease, stores its progress, and checks whether the run was paused.
 const KEEP_UP_INTERVAL: Duration = Duration::from_secs(1);
-/// Interval between two counts of the remaining rows. A count reads only an index.
+/// Interval between two counts of the remaining rows. A count is cheap, because the database reads
+/// only an index.
 const COUNT_INTERVAL: Duration = Duration::from_secs(10);
 /// Largest number of rows per page.
 const PAGE_ROWS_MAX: u64 = 100;
@@ -118,7 +119,7 @@ impl Broker {
             Ok(Some(row)) if row.state == RunState::Running => row,
             Ok(_) => return,
             Err(error) => {
-                return tracing::debug!(%error, "cannot read whether a re-wrap was requested");
+                return tracing::debug!(%error, "cannot find out whether a re-wrap was requested");
             }
         };
         let mut run = Run::new(self, row, stop);
@@ -336,7 +337,7 @@ impl<'b> Run<'b> {
             keybroker_core::alert!(
                 RecordDamaged,
                 failed,
-                "some rows could not be re-wrapped, or do not verify afterwards; `keybroker rewrap status` lists them"
+                "some rows could not be re-wrapped, or failed verification afterwards; `keybroker rewrap status` lists these rows"
             );
         }
         if self.listed.is_some() {

@@ -26,10 +26,10 @@ const CLOCK_SKEW_US: i64 = 60_000_000;
 const PAGE_CLIENTS: u32 = 50;
 
 impl Run<'_> {
-    /// Verifies the MAC of every revision and of every API client under the target key. The rows that do not verify are
-    /// listed with the rows that could not be moved. A revision that a call writes during the verification is not
-    /// verified, because the run did not move this revision. If the run also verified new revisions, the verification
-    /// would never end when calls write revisions faster than the token verifies them.
+    /// Verifies the MAC of every revision and of every API client under the target key. The rows whose verification
+    /// fails are listed with the rows that could not be moved. A revision that a call writes during the verification is
+    /// not verified, because the run did not move this revision. If the run also verified new revisions, the
+    /// verification would never end when calls write revisions faster than the token verifies them.
     pub(super) async fn verify(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
         self.progress.phase = Phase::Verifying;
         self.progress.verified = 0;
@@ -52,7 +52,7 @@ impl Run<'_> {
             let Some(last) = rows.last() else {
                 tracing::info!(
                     newer,
-                    "the verification left out revisions that were written after its begin"
+                    "the verification did not include revisions that were written after the verification began"
                 );
                 return Ok(());
             };

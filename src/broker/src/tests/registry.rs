@@ -1,4 +1,4 @@
-//! The registry beside tokens that are down: the moments when a row can or cannot be verified.
+//! Tests the registry while tokens are unavailable: when a row can be verified, and when it cannot.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -209,7 +209,8 @@ fn state_in(broker: &Broker, id: WrappingKeyId) -> WrappingKeyState {
     broker.registry().unwrap().row(id).unwrap().state
 }
 
-/// A change of a row whose token is down is followed later; the changes of other rows are followed now.
+/// If the token of a row is down, a change of this row is applied later. The changes of other rows are applied
+/// immediately.
 #[tokio::test]
 async fn a_token_that_is_down_delays_no_change_of_another_key() {
     use WrappingKeyState::{Active, Compromised, Deactivated, Suspended};
@@ -233,7 +234,8 @@ async fn a_token_that_is_down_delays_no_change_of_another_key() {
     assert_eq!(broker.registry().unwrap().problems(), [""; 0]);
 }
 
-/// Another broker recorded the loss of a key, which this broker still reaches. The key must not wrap any more user keys.
+/// Another broker recorded the loss of a key, but a token of this broker still has the key. The key must not wrap any
+/// more user keys.
 #[tokio::test]
 async fn a_recorded_loss_is_followed_where_the_key_is_still_shown() {
     use WrappingKeyState::{Active, Deactivated, Destroyed};
@@ -242,7 +244,8 @@ async fn a_recorded_loss_is_followed_where_the_key_is_still_shown() {
     let rows = [authentic(A, Active, 2), authentic(B, Deactivated, 1)];
     let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
 
-    // A row that the lost key itself authenticates is no record of its loss: whoever forges it has no other key.
+    // A row that the lost key itself authenticates does not record the loss, because an attacker with only this key can
+    // forge the row.
     replace(&broker, &[tombstone(A, C, 3)]).await;
     broker.refresh_registry().await.unwrap();
     assert_eq!(state_in(&broker, A), Active);
@@ -349,7 +352,8 @@ async fn a_key_of_another_token_takes_over_from_a_dead_token() {
     );
     assert_eq!(broker.registry().unwrap().wrapping_key().unwrap(), B);
 
-    // The dead token returns. Its key never wraps a user key again, also while the other token is down for a moment.
+    // The dead token returns. The key of this token never wraps a user key again, even while the other token is down
+    // for a moment.
     tokens.are_down(&[B]);
     broker.refresh_registry().await.unwrap();
     let registry = broker.registry().unwrap();
@@ -358,7 +362,8 @@ async fn a_key_of_another_token_takes_over_from_a_dead_token() {
     assert!(problems.contains("still active"), "{problems}");
 }
 
-/// A compromised key must not authenticate the destruction of another key: others may know its integrity key.
+/// A compromised key must not authenticate the destruction of another key, because others may know the integrity key of
+/// the compromised key.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compromised_key_destroys_no_other_key() {
     use WrappingKeyState::{Active, Compromised, Deactivated, Destroyed};
@@ -381,13 +386,14 @@ async fn a_compromised_key_destroys_no_other_key() {
     assert_eq!(state_in(&broker, B), Active);
     let problems = broker.registry().unwrap().problems().join("\n");
     assert!(
-        problems.contains("no integrity key authenticates"),
+        problems.contains("cannot verify the changed row"),
         "{problems}"
     );
     assert_eq!(state_in(&broker, C), Destroyed);
 }
 
-/// A forged row of a destroyed key does not erase the memory of the row before, so no former state can be put back.
+/// After a forged row of a destroyed key, the broker still remembers the previous row, so an attacker cannot restore an
+/// earlier state.
 #[tokio::test]
 async fn a_forged_row_is_no_step_back_to_a_former_state() {
     use WrappingKeyState::{Active, Compromised, Deactivated, Destroyed};
@@ -414,7 +420,7 @@ async fn a_forged_row_is_no_step_back_to_a_former_state() {
     }
     assert_eq!(state_in(&broker, C), Destroyed);
 
-    // The same while the token of the key is away: a row that nobody verified does not lower the bar.
+    // The same applies while the token of the key is unavailable: an unverified row does not permit an earlier state.
     tokens.shows(&[B]);
     broker.refresh_registry().await.unwrap();
     replace(&broker, &[registered(A, Active, 40)]).await;
@@ -446,7 +452,7 @@ async fn an_old_row_of_a_destroyed_key_blocks_no_activation() {
     assert_eq!(change(&broker, C, activate).await.unwrap(), Active);
 }
 
-/// A registered key whose tokens have not been asked yet is waited for. It is not reported as missing.
+/// The broker waits for a registered key if no token was asked for the key yet. It is not reported as missing.
 #[tokio::test]
 async fn a_key_that_was_just_registered_is_not_missing() {
     use WrappingKeyState::{Active, PreActive};

@@ -1,6 +1,6 @@
-//! The messages that an integrity key authenticates. Each kind of message has its own domain string, so that a MAC for one kind
-//! never verifies for another kind. The length of a field of variable length precedes the field, so that two different inputs
-//! never result in the same message.
+//! The messages that an integrity key authenticates. Each kind of message has its own domain string, so that a MAC for
+//! one kind is never valid for another kind. The length of a field of variable length precedes the field, so that two
+//! different inputs never result in the same message.
 //!
 //! Mitigation: M10 of `THREAT_MODEL.md`.
 
@@ -289,7 +289,7 @@ impl Message {
     fn finish(self) -> MacMessage {
         assert!(
             self.0.len() <= MESSAGE_BYTES_MAX,
-            "every field has a maximum"
+            "every field has a maximum length"
         );
         MacMessage(self.0)
     }
@@ -298,6 +298,6 @@ impl Message {
 /// The length of a field. The type of each field checks a maximum length, which is far below 65,536.
 pub(super) fn length_u16(length: usize) -> [u8; 2] {
     u16::try_from(length)
-        .expect("every field has a maximum below 65,536")
+        .expect("every field has a maximum length below 65,536")
         .to_be_bytes()
 }

@@ -231,7 +231,8 @@ proptest! {
     }
 }
 
-/// The MAC of a row that an earlier release wrote must verify, and must not verify for a row with other object ids.
+/// The MAC of a row that an earlier release wrote must be valid for this row, and invalid for a row with other object
+/// ids.
 #[test]
 fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
     let message = |objects: &ObjectIds| {

@@ -35,7 +35,7 @@ pub enum KeyUse {
     VerifyMac,
     /// Make MACs for rows.
     MakeMac,
-    /// Be the source of a re-wrap: unwrap stored envelopes inside a worker, to wrap them under another wrapping key.
+    /// Unwrap stored envelopes inside a worker during a re-wrap, to wrap their user keys under another wrapping key.
     RewrapFrom,
     /// Be the source of a re-wrap of the rows in a list, which the audit log or a backup proves.
     RewrapListed,

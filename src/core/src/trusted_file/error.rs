@@ -106,13 +106,13 @@ impl fmt::Display for Error {
             Problem::ForeignMount { owner } => self.fmt_mount(f, *owner),
             Problem::ProcLink => write!(
                 f,
-                "{at} is a link of /proc to an open descriptor, but must be a regular file; use the option for \
+                "{at} is a link in /proc to an open file descriptor, but must be a regular file; use the option for \
                  descriptors, or write the content to a regular file"
             ),
             Problem::TooLong(limit) => write!(f, "{at} is longer than {limit} bytes"),
             Problem::HardLinks => write!(
                 f,
-                "{at} has more than one hard link in a directory where other users can add hard links: {risk}; copy the \
+                "{at} has more than one hard link, and is in a directory where other users can add hard links: {risk}; copy the \
                  file to another directory"
             ),
             Problem::Grew => write!(f, "{at} changed while it was read"),

@@ -30,8 +30,8 @@ pub(super) fn is_unchangeable(fd: impl AsFd + Copy, stat: &Stat) -> bool {
 /// Set by [`ignore_read_only_mounts`].
 static IGNORES_READ_ONLY_MOUNTS: AtomicBool = AtomicBool::new(false);
 
-/// Whether files in a read-only mount are exempt from the checks of owner and mode. Where systemd runs, files are not exempt,
-/// because other processes may have write access to the same file systems.
+/// Whether files in a read-only mount are exempt from the checks of owner and mode. If systemd runs on the machine, no
+/// files are exempt, because other processes may have write access to the same file systems.
 pub fn read_only_mounts_count() -> bool {
     // If the directory cannot be examined, assume that systemd runs, so that the ordinary rules apply.
     let is_beside_systemd =
@@ -49,7 +49,7 @@ pub(super) fn is_fuse(fd: impl AsFd) -> bool {
     fstatfs(fd).is_ok_and(|system| system.f_type == FUSE_SUPER_MAGIC)
 }
 
-/// The party that controls the content of a FUSE file system.
+/// The user or the hypervisor that controls the content of a FUSE file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FuseServer {
     /// virtiofs: the file system has the type of FUSE, but the host of this virtual machine serves it.
@@ -58,15 +58,15 @@ pub(super) enum FuseServer {
     User(u32),
 }
 
-/// Returns the party that serves the FUSE file system of an entry. Returns `None` if the mount table cannot be read or
-/// does not contain the user.
+/// Returns the user or the hypervisor that serves the FUSE file system of an entry. Returns `None` if the mount table
+/// cannot be read or does not contain the user.
 pub(super) fn fuse_server(stat: &Stat) -> Option<FuseServer> {
     let mounts = std::fs::read_to_string(MOUNTS).ok()?;
     server_in(&mounts, (major(stat.st_dev), minor(stat.st_dev)))
 }
 
-/// Returns the party that serves the file system with this device number, according to a mount table in the form of
-/// proc(5).
+/// Returns the user or the hypervisor that serves the FUSE file system with this device number, according to a mount
+/// table in the format of proc(5).
 pub(super) fn server_in(mounts: &str, (major, minor): (u32, u32)) -> Option<FuseServer> {
     let device = format!("{major}:{minor}");
     let mount = mounts

@@ -378,7 +378,7 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     assert!(error.to_string().contains("must be a socket"), "{error}");
     let missing = check_socket(&directory.join("missing"), &[], TRUST).unwrap_err();
     assert!(missing.is_missing(), "{missing}");
-    // The mode of a socket says who may connect, not who listens.
+    // The mode of a socket determines who may connect, and not who may listen.
     set_mode(&path, 0o777);
     assert!(check_socket(&path, &[], TRUST).is_ok());
     set_mode(&directory, 0o777);
@@ -408,7 +408,8 @@ fn a_socket_of_another_user_is_refused_unless_the_user_is_named() {
     assert_eq!(*error.component, directory, "{error}");
 }
 
-/// In a sticky directory, any user can create a socket after the server has removed its own. Callers must check again.
+/// In a sticky directory, any user can create a socket after the server has removed its own. Callers must check the
+/// socket again before each use.
 #[test]
 fn a_socket_below_a_sticky_directory_is_marked() {
     let Some(root) = ["/var/lib", "/root"].into_iter().find(|directory| {
@@ -462,7 +463,7 @@ fn the_user_who_mounted_fuse_is_read_from_the_mount_table() {
     for (minor, expected) in [
         (51, Some(FuseServer::User(1000))),
         (52, Some(FuseServer::Hypervisor)),
-        // Unknown: refused.
+        // The user is unknown.
         (20, None),
         (5, None),
     ] {

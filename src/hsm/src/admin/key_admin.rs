@@ -35,7 +35,7 @@ impl KeyAdmin {
     }
 
     /// Starts an admin worker, which logs in with the PIN in the configured file. If several tokens match the settings,
-    /// the token with one of these serial numbers is used. The admin worker ends when the returned value is dropped.
+    /// the token whose serial number is in `serials` is used. The admin worker ends when the returned value is dropped.
     ///
     /// This function and the methods of the returned value block the thread.
     pub fn open(&self, serials: &[&str]) -> Result<Admin, AdminError> {

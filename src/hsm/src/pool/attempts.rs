@@ -11,8 +11,8 @@ use keybroker_core::call::Deadline;
 
 use crate::{Error, job::Output};
 
-/// A token counts as late only after this time. If a third of the job's remaining time is shorter,
-/// the third applies instead.
+/// A token counts as late only after this time or after a third of the job's remaining time,
+/// whichever is shorter.
 const PATIENCE_MIN: Duration = Duration::from_millis(250);
 const PATIENCE_MIN_PARTS: u32 = 3;
 /// A token counts as late if its answer takes longer than the expected time multiplied by this
@@ -130,7 +130,8 @@ pub(super) fn patience(expected: Option<Duration>, deadline: Deadline) -> Durati
     };
     let left = deadline.instant().saturating_duration_since(Instant::now());
     let least = PATIENCE_MIN.min(left / PATIENCE_MIN_PARTS);
-    // A long expected time alone does not make a token late, even if little time remains for another token.
+    // A token does not count as late only because its expected time is long, even if little time remains for another
+    // token.
     let most = (left / PATIENCE_MAX_PARTS).max(expected + expected / 2);
     (expected * PATIENCE_FACTOR).min(most).max(least)
 }

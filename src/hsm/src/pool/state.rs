@@ -29,7 +29,7 @@ impl Member {
         self.supervisor.is_serving() && self.supervisor.algorithm(key).is_some()
     }
 
-    /// Returns the reason why the token does not serve, or `None` if the token serves.
+    /// Returns the reason why the token does not serve calls, or `None` if the token serves calls.
     fn problem(&self) -> Option<String> {
         let state = self.supervisor.state();
         let name = &state.name;
@@ -41,9 +41,9 @@ impl Member {
     }
 }
 
-/// Returns the keys that no token can use, although at least one token serves. If a key is missing
-/// from one token and untrusted on another token, the key counts as missing, because a missing key
-/// may reappear.
+/// Returns the keys that no token can use, although at least one token serves calls. If a key is
+/// missing from one token and untrusted on another token, the key counts as missing, because a
+/// missing key may reappear.
 fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
     let mut found: Vec<UnusableKey> = Vec::new();
     for one in tokens.iter().flat_map(|token| token.unusable.iter()) {
@@ -75,7 +75,7 @@ impl Pool {
         if self.members.iter().any(|member| member.serves(key)) {
             return None;
         }
-        let mut cause = format!("no token serves wrapping key {key}");
+        let mut cause = format!("no available token has wrapping key {key}");
         let mut separator = ": ";
         for member in self.members.iter().filter(|member| member.is_for(key)) {
             if let Some(problem) = member.problem() {
@@ -90,8 +90,9 @@ impl Pool {
         Some(cause)
     }
 
-    /// Returns the common state of all tokens: `Up` unless a key needs a token that does not serve. If all tokens of a
-    /// key serve and the key is missing from them, only the user keys under this key are affected.
+    /// Returns the common state of all tokens: `Up` unless a key needs a token that is unavailable or untrusted. If all
+    /// tokens of a key are up but the key is missing from them, the result is `Up`: only the user keys under this key
+    /// are affected.
     pub(super) fn serving(&self) -> Serving {
         for key in self.keys_in_use() {
             let Some(cause) = self.unserved_cause(key) else {

@@ -30,7 +30,7 @@ impl Need {
 
 impl Pool {
     /// Returns the algorithm for new envelopes under a key. Every token with the key must be able to decrypt the
-    /// envelopes. Therefore the hash is SHA-1 if one of these tokens supports only SHA-1, and otherwise SHA-256.
+    /// envelopes. Therefore the hash is SHA-1 if a token with the key supports only SHA-1, and otherwise SHA-256.
     fn algorithm_of(&self, key: WrappingKeyId) -> Option<Algorithm> {
         let of_tokens = self
             .members

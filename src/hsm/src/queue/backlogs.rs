@@ -86,7 +86,7 @@ pub(super) struct Backlogs<J> {
 struct Backlog<J> {
     jobs: VecDeque<Costed<J>>,
     cost: Duration,
-    /// The unused cost that the lane may still spend in this turn.
+    /// The credit that the lane has not used yet in this turn.
     credit: Duration,
     /// Whether the lane has already received the credit of its current turn.
     has_turn: bool,

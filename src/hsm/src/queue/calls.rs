@@ -1,9 +1,9 @@
 //! Limits how many calls the front works on before their jobs reach the queue of the token. A call needs one of a fixed
 //! number of places.
 //!
-//! If the processors are slower than the token, calls would wait in the run queue of the async
-//! runtime, which ignores principals and deadlines. Therefore the front works on only a few calls
-//! concurrently. The other calls wait here, in the same order as in the token's queue: the
+//! If the processors are slower than the token, unlimited calls would wait in the run queue of the
+//! async runtime, which ignores principals and deadlines. Therefore the front works on only a few
+//! calls concurrently. The other calls wait here, in the same order as in the token's queue: the
 //! principals are served in turns. A call that cannot be completed in time is refused before the
 //! front works on the call.
 //!

@@ -127,9 +127,9 @@ impl Estimates {
     /// miss its deadline with this estimate would miss its deadline with every estimate. Re-wraps are ignored, because
     /// callers do not plan them.
     ///
-    /// For a planned unwrap, the function uses only measured unwraps, if an unwrap was measured. The assumed cost of an
-    /// unknown job is lower: with the assumed cost, the check on arrival would accept nearly every call that the queue
-    /// refuses later.
+    /// For a planned unwrap, the function uses only measured unwraps, if an unwrap was measured. The cost that is
+    /// assumed for a kind of job without measurements is lower. With this lower cost, the check on arrival would accept
+    /// nearly every call that the queue refuses later.
     pub(super) fn least(&self, planned: Planned) -> Estimate {
         let unknown = self.of(None);
         let unwraps = || self.0.iter().filter(|(kind, _)| kind.is_unwrap());

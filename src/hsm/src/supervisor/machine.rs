@@ -66,7 +66,7 @@ pub(super) enum Action {
     Serve(Serving),
     /// Raise an alert.
     Alert(Alert, String),
-    /// Let one of the workers that must be replaced end after its jobs.
+    /// Let one of the workers that must be replaced finish its jobs and then end.
     Retire,
 }
 

@@ -102,7 +102,7 @@ impl Supervisor {
                     && !job.work.is_self_test()
                 {
                     // The token may still be available to another worker. If no worker can use the token, the job fails
-                    // with the error for the state of the service.
+                    // with the error that callers get in the current state of the token.
                     link.give_up(failure.detail);
                     self.repeat(Job {
                         losses: job.losses + 1,
@@ -153,8 +153,8 @@ impl Supervisor {
         }
     }
 
-    /// Queues a job again. If no worker is ready or expected, the job fails with the error for the state of the
-    /// service.
+    /// Queues a job again. If no worker is ready or expected, the job fails with the error that callers get in the
+    /// current state of the token.
     fn repeat(&self, job: Job) {
         self.queue.push_again(job);
         self.answer_without_workers();

@@ -42,8 +42,8 @@ impl Supervisor {
         // fails.
         let work = Work::new(work);
         self.check_serving()?;
-        // Frees the place of the call in the front, because the job now waits in the queue of the
-        // token.
+        // The call no longer needs its place in the front, because its job now waits in the queue
+        // of the token.
         queue::leave();
         let (done, answer) = oneshot::channel();
         self.queue.push(Job {
@@ -87,7 +87,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers the waiting jobs if no worker is ready or expected. Without this answer, the jobs would wait until their
+    /// Answers the waiting jobs if no worker is ready or expected. Otherwise, the jobs would wait until their
     /// deadlines.
     pub(super) fn answer_without_workers(&self) {
         if !self.queue.has_links()

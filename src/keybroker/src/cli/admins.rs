@@ -136,8 +136,8 @@ impl Opened {
 
 impl Admins {
     /// Checks every registered key that has not been destroyed. Prints each problem as a warning
-    /// and returns the keys that no token can use. The command cannot check the rows of these keys.
-    /// Fails if no key can be used.
+    /// and returns the keys that no token can use. The command cannot check rows under keys that no
+    /// token can use. Fails if no key can be used.
     pub(super) fn check_registry(
         &self,
         context: &Context,

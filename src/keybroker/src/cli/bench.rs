@@ -175,8 +175,8 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    /// Rejects options that the scenario would ignore, and lists for options that take a single
-    /// value in this scenario.
+    /// Rejects an option that the scenario would ignore. Also rejects a list of values for an
+    /// option that takes a single value in this scenario.
     fn check(&self) -> Result<(), Failure> {
         use Scenario::{Connections, Fairness, Open, Overload, Restart, Steady, Storm};
         let options: [(&str, bool, &[Scenario]); 14] = [

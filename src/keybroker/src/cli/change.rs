@@ -69,8 +69,8 @@ fn close_what_was_cut_short(context: &Context, settings: &audit::Settings) {
             Ok(closed) => {
                 for intent in closed {
                     let action = intent.intent.action;
-                    // A purge writes a separate intent for each record or revision that it removes. These intents are
-                    // too many to show.
+                    // A purge writes a separate intent for each record or revision that it removes. A purge has too
+                    // many intents to show all of them.
                     if ["user_key.purge", "user_key.purge_revision"].contains(&&*action) {
                         continue;
                     }

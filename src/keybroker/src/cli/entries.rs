@@ -11,8 +11,8 @@ pub(super) const WIDTH_MAX: usize = 100;
 
 /// Width of the column with the action, so that the outcomes are aligned.
 const ACTION_WIDTH: usize = 26;
-/// Fields that a block does not repeat below its first line. The first line shows all these fields
-/// except `log_id`, which is the same in every entry.
+/// Fields that a block does not repeat below its first line. The first line of a block shows the
+/// listed fields except `log_id`, which is the same in every entry.
 const SHOWN_FIRST: [&str; 5] = ["time_us", "action", "outcome", "reason", "log_id"];
 
 /// Filters for entries of an audit log.

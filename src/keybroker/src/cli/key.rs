@@ -64,7 +64,7 @@ pub(super) enum Command {
     /// Remove the objects of an unregistered key from the token
     ///
     /// An interrupted `key generate` or `key rotate` can leave an unregistered key on the token.
-    /// The command refuses a key that a row of the database needs. A removed key cannot be
+    /// The command does not remove a key that a row of the database needs. A removed key cannot be
     /// restored.
     Remove(removal::Remove),
     /// Generate and register a new wrapping key through a running broker
@@ -72,7 +72,7 @@ pub(super) enum Command {
     /// The command uses the broker's admin API. The broker generates, tests and registers the key
     /// while it is running. The new key is pre-active until `key activate`, so that a backup of the
     /// token can be made first. When the new key becomes active, the previous active key is
-    /// deactivated. A deactivated key still unwraps.
+    /// deactivated. A deactivated key can still unwrap user keys.
     Rotate(change::Rotate),
     /// Make a key the active key, which wraps new user keys, and deactivate the previous active key
     Activate(change::Activate),
@@ -82,9 +82,9 @@ pub(super) enum Command {
     /// Resume a suspended key; the key becomes active if no other key is active, otherwise
     /// deactivated
     Resume(change::OneKey),
-    /// Deactivate a key: the key still unwraps, but no longer wraps
+    /// Deactivate a key: the key can still unwrap user keys, but wraps no new user keys
     Deactivate(change::OneKey),
-    /// Permanently stop the use of a key whose private key others may know
+    /// Permanently stop the use of a compromised key, whose private key others may know
     ///
     /// The broker does not release user keys that are wrapped under a compromised key. No command
     /// makes the key usable again.

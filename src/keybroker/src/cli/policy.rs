@@ -33,7 +33,7 @@ pub(super) struct Source {
     /// that the configuration defines the principals in the policies
     #[arg(long, value_name = "DIRECTORY")]
     directory: Option<PathBuf>,
-    /// Omit the default permits of the broker; requires --directory
+    /// Omit the broker's default permit policies; requires --directory
     #[arg(long, requires = "directory")]
     no_defaults: bool,
 }

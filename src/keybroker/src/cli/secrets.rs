@@ -44,17 +44,17 @@ impl Source<'_> {
             Ok(text) if text.starts_with('\u{feff}') => {
                 drop(Zeroizing::new(text));
                 Err(self.refuse(
-                    "the text begins with a UTF-8 byte order mark; save the file without a byte order mark",
+                    "the value begins with a UTF-8 byte order mark; save the file without a byte order mark",
                 ))
             }
             Ok(text) if text.contains(['\n', '\r']) => {
                 drop(Zeroizing::new(text));
-                Err(self.refuse("the text has more than one line"))
+                Err(self.refuse("the value has more than one line"))
             }
             Ok(text) => Ok(Zeroizing::new(text)),
             Err(error) => {
                 drop(Zeroizing::new(error.into_bytes()));
-                Err(self.refuse("the text is not UTF-8"))
+                Err(self.refuse("the value is not UTF-8"))
             }
         }
     }
@@ -72,7 +72,7 @@ impl Source<'_> {
         }
         rpassword::prompt_password(prompt)
             .map(Zeroizing::new)
-            .map_err(|error| self.refuse(&format!("cannot read the text: {error}")))
+            .map_err(|error| self.refuse(&format!("cannot read the value: {error}")))
     }
 
     /// Reads a key of the given length, as raw bytes or as a line of base64.
@@ -97,7 +97,7 @@ impl Source<'_> {
     fn bytes(&self, max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
         let file = match (self.descriptor, self.file) {
             (Some(number), _) => File::open(format!("/proc/self/fd/{number}"))
-                .map_err(|error| self.refuse(&format!("cannot read the text: {error}")))?,
+                .map_err(|error| self.refuse(&format!("cannot read the value: {error}")))?,
             (None, Some(path)) => trusted_file::open(path, Purpose::secret("secret"))
                 .map_err(|error| Failure::new(Exit::Usage, format!("{}: {error}", self.what)))?,
             (None, None) => return Err(self.refuse("no source specified")),
@@ -108,9 +108,9 @@ impl Source<'_> {
         let limit = u64::try_from(max + 1).unwrap_or(u64::MAX);
         file.take(limit)
             .read_to_end(&mut bytes)
-            .map_err(|error| self.refuse(&format!("cannot read the text: {error}")))?;
+            .map_err(|error| self.refuse(&format!("cannot read the value: {error}")))?;
         if bytes.len() > max {
-            return Err(self.refuse(&format!("the text is longer than {max} bytes")));
+            return Err(self.refuse(&format!("the value is longer than {max} bytes")));
         }
         Ok(bytes)
     }

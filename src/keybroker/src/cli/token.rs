@@ -269,7 +269,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
 }
 
-/// Whether an unregistered wrapping key has no integrity key in the workers yet. A wrapping key
+/// Whether an unregistered wrapping key still needs an integrity key in the workers. A wrapping key
 /// without an integrity key cannot be checked.
 fn lacks_integrity_key(context: &Context, config: &Config, id: WrappingKeyId) -> bool {
     let lacks = IntegrityFiles::of(config.token(), id)
@@ -496,8 +496,8 @@ fn confirm_backup(pin: &UserPin, context: &Context) -> Result<(), Failure> {
     }
 }
 
-/// Records a confirmed backup of this token for a key, either in the registry row or in the row of
-/// the key's place on this token.
+/// Records that the operator confirmed a backup of this token with the key. The record is in the
+/// registry row, or in the row of the key's place on this token.
 fn record_backup(
     config: &Config,
     admin: &Admin,
@@ -552,7 +552,7 @@ pub(super) fn note_tests_not_made(context: &Context, checked: &CheckedKey) {
         return;
     }
     context.output.note(&format!(
-        "note: key {}: the token does not support these negative tests, so they were not made: {}",
+        "note: key {}: the token does not support these negative tests, so they were not run: {}",
         checked.id,
         checked.not_tried.join(", ")
     ));

@@ -330,7 +330,7 @@ fn check_remote_status(remote: &RemoteStatusSettings, problems: &mut Vec<String>
             check_listener_tls(&name, remote.client_certificates(), tls, problems);
             if !tls.trust_domains.is_empty() {
                 problems.push(format!(
-                    "{name}: `trust_domains` has no effect here; use a separate CA for the collector's certificate"
+                    "{name}: `trust_domains` has no effect on a status listener; use a separate CA for the collector's certificate"
                 ));
             }
         }

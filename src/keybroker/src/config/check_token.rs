@@ -10,7 +10,7 @@ use keybroker_worker_protocol::integrity_file::{self, IntegrityFileError};
 /// Length of `CK_TOKEN_INFO.label` in bytes.
 const LABEL_BYTES: usize = 32;
 /// Maximum number of integrity keys in the memory of the workers. The maximum limits the length of
-/// the audit entry that contains the digests of all these keys.
+/// the audit entry that contains the digests of all integrity key files.
 const INTEGRITY_KEYS_MAX: usize = 100;
 
 /// The problems of the settings that `serve` needs to select a token and to log in.

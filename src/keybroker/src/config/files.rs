@@ -151,7 +151,7 @@ fn token_files(token: &Settings) -> Vec<String> {
 }
 
 /// Returns the problems of integrity key files. Another function reports problems of the settings
-/// for these files.
+/// for integrity key files.
 fn integrity_file_problems(token: &Settings) -> Vec<String> {
     let is_set_well = integrity_key_problems(token).is_empty();
     match IntegrityFiles::permitted(token) {

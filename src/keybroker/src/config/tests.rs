@@ -100,8 +100,8 @@ fn collect_names(value: &serde_json::Value, names: &mut Vec<String>) {
     }
 }
 
-/// Mistakes in the example. Each entry contains a text of the example, its replacement, and words
-/// that the error message must contain.
+/// Mistakes in the example. Each entry contains a string from the example, its replacement, and
+/// words that the error message must contain.
 const MISTAKES: &[(&str, &str, &str)] = &[
     ("label = \"keybroker\"", "", "exactly one of `label`"),
     (

@@ -65,8 +65,8 @@ const CREDENTIAL_IDLE: Duration = Duration::from_mins(1);
 /// An accepted connection.
 pub(super) struct Connection {
     pub(super) peer: SocketAddr,
-    /// The network of the connection while it is unauthenticated, for the limit on connections of
-    /// one network; `None` for a trusted proxy.
+    /// The network of the peer, for the limits on handshakes and unauthenticated connections of one
+    /// network; `None` for a trusted proxy.
     pub(super) network: Option<IpAddr>,
     pub(super) tls: Option<Arc<Tls>>,
     pub(super) routes: Router,
@@ -283,7 +283,7 @@ impl Connection {
                 if let Some(left_out) = self.shared.refusals.count() {
                     tracing::warn!(
                         peer = %self.peer, cause = full.cause(), left_out,
-                        "connection refused, because the limit of connections for callers of this kind is reached"
+                        "connection refused, because the limit of unauthenticated connections, or of one principal's connections, is reached"
                     );
                 }
             })

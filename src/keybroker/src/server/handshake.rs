@@ -1,6 +1,6 @@
 //! Makes the TLS handshake of a connection, and reads the first bytes of HTTP/2. A single timeout
-//! applies to the handshake and these bytes, so that a silent peer cannot keep its connection open.
-//! With HTTP/1.1, a separate timeout applies to the head of each request.
+//! applies to the handshake and the first bytes together, so that a silent peer cannot keep its
+//! connection open. With HTTP/1.1, a separate timeout applies to the head of each request.
 
 use std::{
     io,

@@ -36,7 +36,7 @@ pub(super) struct Identifier {
 }
 
 impl Identifier {
-    /// Adds the authentication middleware to these routes.
+    /// Adds the authentication middleware to `routes`.
     pub(super) fn wrap(self, routes: Router) -> Router {
         routes.layer(middleware::from_fn(move |request, next| {
             let identifier = self.clone();

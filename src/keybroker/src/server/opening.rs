@@ -94,9 +94,10 @@ pub(super) async fn open_audit(
 
 const MIGRATE: &str = "store.migrate";
 
-/// Migrates the database to the schema of this release, if the configuration permits migrations. A
-/// migration has an intent and an outcome in the audit log, and holds the lock of the database.
-/// First writes the missing outcomes of interrupted migrations of earlier starts.
+/// Migrates the database to the schema of this release, if the configuration permits migrations.
+/// The function writes an intent and an outcome of the migration to the audit log, and holds the
+/// lock of the database during the migration. First writes the missing outcomes of interrupted
+/// migrations of earlier starts.
 pub(super) async fn migrate(
     settings: &store::Settings,
     audit: &AuditLog,
@@ -178,7 +179,7 @@ async fn bind_log(audit: &AuditLog, store: &Arc<dyn Store>, instance: &str) -> R
                     instance,
                     log = audit.id(),
                     "the database already lists other audit logs of this instance; the current audit log is added to the \
-                     list, because an operator acknowledged the log, or an earlier release made the log. If you did \
+                     list, because an operator acknowledged the log, or an earlier version of the broker created the log. If you did \
                      not expect a new log, find out who replaced it"
                 );
             }

@@ -272,8 +272,8 @@ struct Server {
 
 impl Server {
     /// Starts all components of the broker, and opens the listeners. The order of the steps is:
-    /// policies, ports and certificates, audit log, database, token, registry, listeners. With this
-    /// order, a failure leaves no step incomplete.
+    /// policies, ports and certificates, audit log, database, token, registry, listeners. Because
+    /// of this order, a failed start leaves no step incomplete.
     async fn start(
         config: Config,
         program: PathBuf,

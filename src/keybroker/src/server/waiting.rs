@@ -69,8 +69,8 @@ impl Waiting {
 }
 
 impl State {
-    /// The oldest connection of the network with the most connections. If the network of every
-    /// connection is unknown, the oldest of all connections.
+    /// Returns the oldest connection of the network with the most connections. If the network of
+    /// every connection is unknown, returns the oldest of all connections.
     fn oldest_of_the_largest(&self) -> Option<u64> {
         let largest = self.by_network.values().max_by_key(|ids| ids.len());
         let of_network = largest.and_then(|ids| ids.first());

@@ -1,4 +1,4 @@
-//! Makes periodic checks while the broker serves: of the health, the TLS files, the policies, and a
+//! While the broker serves, periodically checks the health, the TLS files, the policies, and a
 //! registry that is not verified yet.
 
 use std::{sync::Arc, time::Duration};

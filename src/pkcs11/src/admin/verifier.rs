@@ -74,7 +74,7 @@ impl Verifier {
             Answer::Good => Ok(true),
             Answer::Wrong => Ok(false),
             Answer::Doubtful(fault) => {
-                tracing::debug!(%fault, "the token rejected a MAC twice with an ambiguous code");
+                tracing::debug!(%fault, "the token rejected a MAC twice with an ambiguous return code");
                 self.renew(admin)?;
                 Ok(false)
             }

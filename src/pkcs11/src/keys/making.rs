@@ -313,7 +313,8 @@ fn make_rsa_pair(
 /// Reason why a token refuses to make a key, according to attempts with other templates.
 #[derive(Debug)]
 pub(crate) enum Cause {
-    /// The token makes the RSA pair and an integrity key of this kind if the templates also omit these attributes.
+    /// The token makes the RSA pair and an integrity key of the kind `integrity_key` if the templates also omit
+    /// `attributes`.
     Settings {
         integrity_key: IntegrityKey,
         attributes: Vec<Exception>,
@@ -326,8 +327,8 @@ pub(crate) enum Cause {
 }
 
 /// Tries to make session keys, to find the settings with which the token would make the key. For each kind of integrity
-/// key and for the RSA pair, makes at most two attempts, and one more attempt for each attribute for which an exception
-/// is permitted.
+/// key and for the RSA pair, makes at most two attempts, plus one attempt for each attribute that may have an
+/// exception.
 pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'_>) -> Cause {
     let Terms {
         exceptions,

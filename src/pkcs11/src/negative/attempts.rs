@@ -148,7 +148,7 @@ pub(super) fn wraps_with_rsa_aes(on: &Subjects<'_>, key: ObjectHandle) -> Result
 }
 
 /// Wraps the integrity key under an RSA public key. Any program could import an RSA public key. The test imports the
-/// public key of the wrapping key as a session object, and wraps under this object.
+/// public key of the wrapping key as a session object, and wraps the integrity key under this object.
 pub(super) fn wraps_under_rsa(on: &Subjects<'_>, mechanism: &Mechanism<'_>) -> Result<Done, Error> {
     wraps_under(on, on.helpers.rsa, on.integrity(), |wrapping, key| {
         Some(on.session.wrap_key(mechanism, wrapping, key))

@@ -288,7 +288,7 @@ fn a_busy_token_is_neither_lost_nor_are_its_records_damaged() {
     );
 }
 
-/// Each call is a round trip to a device on the network, so no call only asks for a length.
+/// Each call is a round trip to a device on the network, so no call is made only to get a length.
 #[test]
 fn an_operation_is_one_call_after_its_initialisation() {
     with_softhsm(

@@ -204,7 +204,8 @@ fn a_code_that_says_nothing_of_the_pin_is_weighed() {
             assert_eq!(class(), Class::BackOff);
             faulty.set("C_Login", &Fault::always(code::SESSION_HANDLE_INVALID));
             assert_eq!(class(), Class::SessionLost);
-            // The counter rises with the failure, so the PIN was wrong, whatever the code says.
+            // The counter increases with the failed login, so the PIN was wrong, whatever the
+            // return code is.
             faulty.set("C_Login", &Fault::always(code::DEVICE_ERROR));
             assert_eq!(class(), Class::Login);
             faulty.set_flags(flag::USER_PIN_COUNT_LOW);

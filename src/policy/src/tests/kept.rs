@@ -53,7 +53,7 @@ const CONDITIONS: &[(&str, bool)] = &[
         r#"principal.hasTag("groups") && principal.getTag("groups").contains("staff")"#,
         false,
     ),
-    // A text that is equal to the name of a variable counts as a use of the variable.
+    // A string that is equal to the name of a variable counts as a use of the variable.
     (r#"principal.name == "resource""#, false),
 ];
 

@@ -326,7 +326,7 @@ fn any_identity() -> impl Strategy<Value = Identity> {
         )
 }
 
-/// Tenant, user and key name. Each kind of resource takes the parts that it needs.
+/// Tenant, user and key name. Each kind of resource has only the parts that it needs.
 type Target = (Tenant, UserId, KeyName, bool);
 
 fn any_target() -> impl Strategy<Value = Target> {

@@ -242,7 +242,8 @@ fn links_of_a_mounted_volume_are_followed() {
 }
 
 proptest! {
-    /// Any text is either a set of policies, or a problem with a place in that file.
+    /// Any text is either parsed as a set of policies, or reported as a problem with its position
+    /// in the file.
     #[test]
     fn no_text_makes_the_loader_panic(
         words in prop::collection::vec(prop::sample::select(WORDS.to_vec()), 0..40),

@@ -139,8 +139,8 @@ fn a_forbid_that_cannot_be_evaluated_denies() {
     assert_eq!(broken.errors.len(), 1);
     assert!(broken.errors[0].1.contains("overflow"), "{broken:?}");
 
-    // If a forbid policy applies and another cannot be evaluated, both lead to the decision, and
-    // the first is shown.
+    // If a forbid policy applies and another forbid policy cannot be evaluated, both cause the
+    // denial, and the first is shown.
     let both = verdict(
         &format!("{forbid} @id(\"later\") forbid ({UNWRAP});"),
         |_| {},

@@ -231,8 +231,8 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn forget_requests(&self, before: Timestamp) -> Result<u64, Error> {
-        // Each statement removes only a few rows, so that no statement takes long and no call waits for its
-        // locks.
+        // Each statement removes only a few rows, so that no statement takes long and no call waits long for the locks
+        // of a statement.
         let mut forgotten = 0;
         loop {
             let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];

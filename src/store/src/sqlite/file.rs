@@ -53,7 +53,7 @@ pub(crate) fn check(path: &Path) -> Result<(), Error> {
     let mode = meta.mode() & 0o777;
     if mode & OPEN_TO_OTHERS != 0 {
         let what = format!(
-            "the database {shown} has mode {mode:04o}: other users can use the database; run `chmod 600 {shown}`"
+            "the database {shown} has mode {mode:04o}: other users can access the database; run `chmod 600 {shown}`"
         );
         return Err(Error::Down(what.into()));
     }

@@ -129,8 +129,8 @@ impl Place {
         }
     }
 
-    /// Like `check`, but uses the result of the last examination if it found no problem and is not
-    /// older than `RECENT`. An examination needs four system calls.
+    /// Like `check`, but reuses an examination that found no problem and is not older than
+    /// `RECENT`. An examination needs four system calls.
     pub(super) fn check_recent(&self) -> Result<(), Error> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_recent = last.good.is_some_and(|good| good.elapsed() < RECENT);

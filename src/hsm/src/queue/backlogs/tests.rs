@@ -249,7 +249,7 @@ fn the_work_before_a_job_is_what_the_turns_make_of_it() {
     token.push("b", 2);
     assert_eq!(before(&token, "b"), COST * 5);
     assert_eq!(before(&token, "a"), COST * 102);
-    // With a weight of four, the jobs of three other principals delay it less.
+    // The jobs of the three other principals delay a principal with a weight of four less.
     assert_eq!(before(&token, "heavy"), COST / 4 * 2);
 }
 

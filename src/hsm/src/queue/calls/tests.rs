@@ -25,7 +25,7 @@ async fn waiting(calls: &Calls, name: &'static str) -> JoinHandle<Result<Entered
     waiting_until(calls, name, |entered| entered).await
 }
 
-/// Starts a call, which does something with its place, and returns once the call waits.
+/// Starts a call that passes its place to `then`, and returns once the call waits.
 async fn waiting_until<T: Send + 'static>(
     calls: &Calls,
     name: &'static str,
@@ -111,7 +111,7 @@ async fn a_place_that_its_call_does_not_take_goes_to_the_next() {
     let first = enter(&calls, "a").await;
     let gone = waiting(&calls, "a").await;
     let next = waiting(&calls, "a").await;
-    // The place is granted to a call that ends before it notices.
+    // The place is granted to a call that is cancelled before it takes the place.
     drop(first);
     gone.abort();
     assert!(gone.await.unwrap_err().is_cancelled());
@@ -151,7 +151,7 @@ async fn a_call_that_waits_for_the_token_or_the_database_has_no_place() {
     let (finish, finished) = oneshot::channel::<()>();
     let slow = call.run(leave_if_slow(finished));
     let other = async {
-        // Granted while the database has not answered.
+        // The second call gets the place before the database has answered the first call.
         drop(enter(&calls, "b").await);
         finish.send(()).unwrap();
     };
@@ -173,7 +173,7 @@ async fn the_time_for_the_answer_is_taken_from_the_deadline_of_the_job() {
         reserved >= Duration::from_secs(1) && reserved < Duration::from_secs(2),
         "{reserved:?}"
     );
-    // At most a part of what is left.
+    // The reserved time is at most a part of the remaining time.
     let short = Deadline::after(Duration::from_secs(2));
     let reserved = short.instant() - calls.job_deadline(short).instant();
     assert!(reserved <= Duration::from_millis(500), "{reserved:?}");

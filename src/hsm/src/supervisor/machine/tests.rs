@@ -171,7 +171,7 @@ impl Run {
         }
     }
 
-    /// Ticks for this long. Each start takes no time and ends with `outcome`.
+    /// Lets `time` pass, with a tick every 50 ms. Each start takes no time and ends with `outcome`.
     fn pass(&mut self, time: Duration, outcome: impl Fn() -> Event) {
         let until = self.now + time;
         while self.now < until {
@@ -349,7 +349,7 @@ fn outdated_workers_are_replaced_one_after_another() {
     assert_eq!(run.serving, Some(Serving::Up));
 }
 
-/// If the replacement of a worker does not start, the old worker serves on, and the next attempt follows.
+/// If the replacement of a worker does not start, the old worker continues to serve, and another attempt follows.
 #[test]
 fn a_replacement_that_does_not_start_costs_nothing() {
     let mut run = Run::up();

@@ -71,7 +71,7 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     // connections immediately.
     for api in Api::ALL {
         bench.context.output.note(&format!(
-            "measuring the memory of {idle} idle connections ({})",
+            "measuring the memory of {idle} idle connections (API {})",
             api.name()
         ));
         results.rows.push(idle_row(bench, api, idle).await?);

@@ -38,7 +38,7 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
         bench
             .context
             .output
-            .note(&format!("measuring an open loop of {rate:.0} calls/s"));
+            .note(&format!("measuring an open-loop load of {rate:.0} calls/s"));
         let arrivals = Arrivals::new(rate, arguments.duration(), arguments.schedule_seed());
         let offered = open_loop::unwraps(
             &session.clients,

@@ -41,7 +41,7 @@ pub(super) async fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
             // The capacity is measured before each row, because other load on the machine changes it.
             let capacity = capacity(bench, &session).await?;
             bench.context.output.note(&format!(
-                "measuring {times} times the capacity with a deadline of {deadline_ms} ms"
+                "measuring a load of {times} times the capacity, with a deadline of {deadline_ms} ms"
             ));
             let rate = capacity * f64::from(times);
             let before = Memory::of(session.broker.pid)?;

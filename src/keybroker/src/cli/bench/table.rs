@@ -101,12 +101,15 @@ fn conditions(document: &Document) -> String {
     let seconds = seconds.unwrap_or_default();
     let machine = &document.machine;
     let mut parts = vec![
-        format!("{}, RSA-{}", document.token.model, document.token.rsa_bits),
+        format!(
+            "token {}, RSA-{}",
+            document.token.model, document.token.rsa_bits
+        ),
         format!(
             "{}, {} processors, Linux {}",
             machine.cpu, machine.cores, machine.kernel
         ),
-        format!("load average at the end {:.1}", machine.load_average),
+        format!("load average at the end: {:.1}", machine.load_average),
         format!("{seconds} s for each measurement"),
     ];
     if seconds < SHORT_S {

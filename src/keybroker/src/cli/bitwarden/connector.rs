@@ -49,8 +49,8 @@ pub(super) struct Connector {
     /// Number of an open file descriptor to read the user's access token from
     #[arg(long, value_name = "N")]
     token_fd: Option<u32>,
-    /// PEM file with the CA certificates for the verification of the broker's certificate [default:
-    /// the CAs of the system]
+    /// PEM file with the CA certificates that verify the broker's certificate [default: the CAs of
+    /// the system]
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
     /// Allow plain HTTP to a loopback address of this machine

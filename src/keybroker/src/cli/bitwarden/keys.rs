@@ -138,7 +138,7 @@ pub(in crate::cli) struct Unlock {
     /// File with a value that is encrypted with the user key, such as the name of an item
     #[arg(long, value_name = "FILE")]
     item_file: Option<PathBuf>,
-    /// New file for the item's plain text, created with mode 0600
+    /// New file for the item's plaintext, created with mode 0600
     #[arg(long, value_name = "FILE", requires = "item_file")]
     out: Option<PathBuf>,
     /// Show the item even if standard output is a terminal

@@ -115,7 +115,7 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
             "no policy permits this action for this user; the operator can run `keybroker policy explain`"
         }
         (404, Some("KEY_NOT_FOUND")) => {
-            "the broker has no key for this user: the key was not enrolled yet, or was deleted"
+            "the broker has no key for this user: the key has not been enrolled yet, or was deleted"
         }
         (404, _) => "a Key Connector does not have this path: check the path prefix in --url",
         (429, _) => "wait for the given time, then try again",

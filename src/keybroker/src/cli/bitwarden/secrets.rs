@@ -1,4 +1,4 @@
-//! Reads the encrypted texts and the secrets for the `keybroker bitwarden` commands.
+//! Reads the encrypted strings and the secrets for the `keybroker bitwarden` commands.
 
 use std::{fs::File, io::Read as _, path::Path};
 
@@ -8,7 +8,8 @@ use keybroker_bitwarden::{ENC_STRING_BYTES_MAX, EncString};
 
 pub(super) use crate::cli::secrets::Source;
 
-/// Reads an encrypted text from a file. The text is not secret, so the file's mode is not checked.
+/// Reads an encrypted string from a file. The text is not secret, so the file's mode is not
+/// checked.
 pub(super) fn enc_string(option: &str, path: &Path) -> Result<EncString, Failure> {
     let unreadable =
         |why: String| Failure::new(Exit::Usage, format!("{option} {}: {why}", path.display()));
@@ -39,7 +40,7 @@ pub(super) fn unusable(error: bitwarden::Error) -> Failure {
             "type 7 (COSE) is used by newer accounts, which this command does not support"
         }
         bitwarden::Error::Form(_) | bitwarden::Error::Type(_) => {
-            "an encrypted text has the form `2.…|…|…`: copy the complete text, without quotation marks"
+            "an encrypted string has the form `2.…|…|…`: copy the complete text, without quotation marks"
         }
         bitwarden::Error::KeyKind(_) => {
             "a protected user key has type 2, or type 0 in an old account"

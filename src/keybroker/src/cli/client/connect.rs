@@ -35,8 +35,7 @@ pub(in crate::cli) struct Connection {
     /// Broker to call, `https://host:port`
     #[arg(long, global = true, env = "KEYBROKER_ENDPOINT", value_name = "URL")]
     pub(in crate::cli) endpoint: Option<String>,
-    /// PEM file with the CA certificates for the verification of the broker's certificate
-    /// (required)
+    /// PEM file with the CA certificates that verify the broker's certificate (required)
     #[arg(long, global = true, env = "KEYBROKER_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
     /// PEM file with the client's certificate chain; requires --key
@@ -88,7 +87,7 @@ impl Connection {
         self.timeout_ms = self.timeout_ms.max(least);
     }
 
-    /// Returns these options with the certificate and the key of another principal.
+    /// Returns a copy of the options with the certificate and the key of another principal.
     pub(in crate::cli) fn with_identity(&self, cert: &Path, key: &Path) -> Self {
         Self {
             cert: Some(cert.to_owned()),
@@ -101,8 +100,7 @@ impl Connection {
     pub(in crate::cli) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, Failure> {
         let Some(ca) = &self.ca else {
             return Err(Failure::new(Exit::Usage, "no CA certificate specified")
-                .hint("pass --ca FILE or set KEYBROKER_CA; the file has the CA certificates for the verification of \
-                    the broker's certificate"));
+                .hint("pass --ca FILE or set KEYBROKER_CA; the file must contain the CA certificates that verify the broker's certificate"));
         };
         pem::certificates(&read("--ca", ca, AUTHORITIES)?)
             .map_err(|error| malformed("--ca", ca, &error))

@@ -273,8 +273,8 @@ impl Caller {
     }
 }
 
-/// The general hint for `KEY_EXISTS` suggests `undelete`, so the command `undelete` replaces the
-/// hint.
+/// The general hint for `KEY_EXISTS` suggests `undelete`, which does not help a user of `undelete`.
+/// Therefore this command shows its own hint.
 fn explain_active(failure: Failure) -> Failure {
     if failure.reason.as_deref() == Some(Reason::KeyExists.as_str()) {
         return failure.hint("the record is not deleted, so there is nothing to undelete");

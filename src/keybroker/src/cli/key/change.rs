@@ -136,7 +136,7 @@ pub(in crate::cli) struct Lost {
 
 pub(super) fn lost(arguments: &Lost, context: &Context) -> Result<(), Failure> {
     let id = parse_id(&arguments.key.id)?;
-    let warning = "The user keys under a lost key can never be released again, even if the token is found again";
+    let warning = "User keys that are wrapped under a lost key can never be released again, even if the token is found again";
     confirm(context, arguments.yes, id, warning)?;
     change(&arguments.key, proto::WrappingKeyChange::Lose, context)
 }

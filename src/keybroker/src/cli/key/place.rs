@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Adds the row that records that a new key is on the token of this command. A configuration with
-/// only one token needs no such row, because the registry row describes the token.
+/// only one token needs no additional row, because the registry row describes the token.
 pub(super) fn add(
     config: &Config,
     admin: &Admin,

@@ -55,8 +55,8 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
     admin.know([(id, &place(&config))])?;
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
     let removed = audited(context, &config, "wrapping_key.remove", describe, || {
-        // On a database server, another process may have registered the key while the administrator was asked. The registry
-        // is read last, because the scan of all rows takes long.
+        // On a database server, another process may have registered the key while the command waited for the
+        // administrator's confirmation. The registry is read last, because the scan of all rows takes a long time.
         refuse_needed(id, &block_on(rows_under(&config, id))??)?;
         refuse_registered(&block_on(super::registry(&config))??, id)?;
         match admin.remove_key(id)? {

@@ -79,7 +79,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         Some(expected) if expected != decision => Err(Failure::new(
             Exit::Verification,
             format!(
-                "the expected decision is {}, but the decision is {} by {}",
+                "the expected decision is {}, but the decision is {} (policy `{}`)",
                 expected.as_str(),
                 decision.as_str(),
                 explanation.verdict.policy

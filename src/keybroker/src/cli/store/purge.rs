@@ -78,8 +78,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
     ])
 }
 
-/// The retention time in days. The option cannot make this time shorter than the configured time,
-/// because users rely on the configured time.
+/// The retention time in days. The option cannot make the retention time shorter than the
+/// configured time, because users rely on the configured time.
 fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failure> {
     let promised = settings.retention_days;
     match arguments.older_than {
@@ -96,8 +96,8 @@ fn days(arguments: &Arguments, settings: &store::Settings) -> Result<u32, Failur
     }
 }
 
-/// Scans the database for old rows. Removes these rows if an audit log is given, and otherwise only
-/// counts them.
+/// Scans the database for old rows. Removes the old rows if an audit log is given, and otherwise
+/// only counts the old rows.
 async fn purge(
     context: &Context,
     config: &Config,
@@ -221,8 +221,8 @@ impl<'a> Part<'a> {
 
 /// Runs `work` with an intent and an outcome for each record or revision to remove, because purged
 /// records cannot be restored. If the database fails after the intents were written, no outcomes
-/// are written, because it is unknown which of these records and revisions were removed. Returns
-/// the number of removed records and revisions.
+/// are written, because it is unknown which records and revisions were removed. Returns the number
+/// of removed records and revisions.
 async fn recorded(
     log: &AuditLog,
     parts: Vec<Part<'_>>,

@@ -113,7 +113,7 @@ pub enum Error {
         source: rustls::Error,
     },
     /// The TLS library could not create a verifier of client certificates.
-    #[error("{path} and its revocation lists cannot be used")]
+    #[error("the CA certificates in {path} and the revocation lists cannot be used")]
     Verifier {
         /// The path of the file with the CA certificates.
         path: String,

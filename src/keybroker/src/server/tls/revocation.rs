@@ -19,7 +19,7 @@
 //! - A list is valid until its `nextUpdate`, and an alert is raised earlier. After the expiry, new
 //!   connections of the CA's clients are rejected until the file contains a newer list.
 //!
-//! If a CA is not configured, such as an intermediate CA, its list can be verified only in the
+//! If a CA (such as an intermediate CA) is not configured, its list can be verified only in the
 //! handshake. An attacker on the network path to the distribution point can replace an unverified
 //! list, so unverified lists are not stored across restarts.
 //!
@@ -59,15 +59,15 @@ const UNVERIFIED_KEPT_MAX: usize = 128;
 const UNVERIFIED_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Maximum number of rejected lists in a log line, because a file may contain many lists.
 const PROBLEMS_SHOWN: usize = 5;
-/// Maximum length of a problem in the log, in characters, because the name of a CA may be very
-/// long.
+/// Maximum length of the description of a problem in the log, in characters, because the name of a
+/// CA may be very long.
 const PROBLEM_CHARS_MAX: usize = 600;
 
 /// A set of revocation lists: the lists in use, or the lists of a file.
 #[derive(Debug)]
 pub(super) struct Lists {
-    /// The newest list of each CA. If a CA issues separate lists for several scopes, the newest
-    /// list of each scope.
+    /// The newest list of each CA. If a CA issues separate lists for several scopes, this field
+    /// contains the newest list of each scope.
     groups: BTreeMap<Slot, Arc<List>>,
     /// The configured CAs, with their names for messages.
     configured: BTreeMap<Authority, String>,
@@ -228,13 +228,13 @@ impl Lists {
         Ok(())
     }
 
-    /// Keeps the lists in use of CAs that are not configured and have no list in the file, until
-    /// the lists expire. The number and size of these lists are limited, because a file that
-    /// contains lists of different CAs at each reload could otherwise fill the memory.
+    /// If a CA is not configured and has no list in the file, keeps the list that is in use for
+    /// this CA until the list expires. The number and size of the kept lists are limited, because a
+    /// file that contains lists of different CAs at each reload could otherwise fill the memory.
     fn keep_unverified(&mut self, in_use: &Self, now: i64) {
         let (mut count, mut bytes) = (0, 0);
-        // The names of the CAs with a problem, as a set: searching a vector for each of many lists
-        // would be slow.
+        // A set of the names of the CAs with a problem. A vector would be slow, because the names
+        // are searched for each of many lists.
         let mut reported: BTreeSet<Vec<u8>> = self
             .problems
             .iter()

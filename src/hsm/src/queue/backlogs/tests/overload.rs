@@ -27,8 +27,8 @@ struct Overload {
     /// The job that each session runs, with its start and its end.
     sessions: [Option<(Instant, Instant, Item)>; SESSIONS],
     now: Instant,
-    /// State of a linear congruential generator (Knuth's MMIX). With it, the times of the jobs vary but are the same in
-    /// each run.
+    /// State of a linear congruential generator (Knuth's MMIX). Because of this generator, the times of the jobs vary
+    /// but are the same in each run.
     random: u64,
     outcome: Outcome,
 }

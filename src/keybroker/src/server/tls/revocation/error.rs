@@ -45,9 +45,7 @@ pub enum MemoryError {
 pub enum ListsError {
     /// A list is older than a previously accepted list.
     #[error(
-        "the file has an older list of \"{authority}\" than the list that was accepted before ({found}; accepted: \
-         {accepted}): \
-         with the older list, certificates that were revoked after the date of the older list would be accepted. \
+        "the file has a list of \"{authority}\" ({found}) that is older than the last accepted list ({accepted}): with the older list, certificates that were revoked after the date of the older list would be accepted. \
          Fetch the newest \
          list{how_to_go_back}"
     )]
@@ -109,9 +107,7 @@ pub enum ListsError {
     },
     /// The file has several lists of a CA whose certificate is not configured.
     #[error(
-        "the file has more than one list of \"{0}\", a CA whose certificate is neither in `client_ca_file` nor in \
-         `client_crl_issuers_file`, so the broker cannot verify which list this CA signed: add its certificate to \
-         `client_crl_issuers_file`, or keep only its newest list"
+        "the file has more than one list of the CA \"{0}\". The certificate of this CA is neither in `client_ca_file` nor in `client_crl_issuers_file`, so the broker cannot verify which list this CA signed: add the certificate to `client_crl_issuers_file`, or keep only the newest list of this CA"
     )]
     Ambiguous(String),
     /// The CA did not sign the list.

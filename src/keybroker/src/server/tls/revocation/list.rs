@@ -275,7 +275,7 @@ pub(super) fn authority_of(certificate: &X509Certificate<'_>) -> Authority {
     (name, Some(to_array(key.as_ref())))
 }
 
-/// The CA that signed a list. If the CA is not configured, such as an intermediate CA, the
+/// The CA that signed a list. If the CA is not configured (for example, an intermediate CA), the
 /// handshake verifies the list with the CA certificate that the client sends.
 fn signer(
     list: &CertificateRevocationList<'_>,

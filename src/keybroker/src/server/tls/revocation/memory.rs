@@ -43,7 +43,8 @@ pub(in super::super) struct Memory {
     accepted: BTreeMap<Slot, Accepted>,
     /// The CAs whose stored lists have been read.
     loaded: BTreeSet<AuthorityId>,
-    /// The versions that an earlier release stored instead of lists. The broker only reads these versions.
+    /// The versions that an earlier release stored instead of lists. The broker reads the stored versions, but does not
+    /// write them any more.
     versions: BTreeMap<AuthorityId, Version>,
     /// The directory and names of the state files; `None` for a check of the configuration, which
     /// stores nothing.

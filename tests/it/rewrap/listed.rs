@@ -28,7 +28,12 @@ fn copied(from: &Path, to: &Path) -> String {
 }
 
 fn envelopes(site: &Site, arguments: &[&str]) -> Finished {
-    site.run(&[&["-o", "json", "audit", "envelopes"], arguments].concat())
+    envelopes_before(site, "2100-01-01T00:00:00Z", arguments)
+}
+
+fn envelopes_before(site: &Site, time: &str, arguments: &[&str]) -> Finished {
+    let command = ["-o", "json", "audit", "envelopes", "--before", time];
+    site.run(&[&command, arguments].concat())
 }
 
 /// The users are in the copy of the audit log, and eve is not: her row could be of a person who knows the compromised key.
@@ -67,6 +72,12 @@ async fn only_listed_rows_leave_a_compromised_key() {
     assert_eq!(wrong.code, Some(REFUSED), "{wrong:#?}");
 
     let site = &broker.site;
+    let early = envelopes_before(
+        site,
+        "2020-01-01T00:00:00Z",
+        &["--wrapping-key", &id, &copy],
+    );
+    assert_eq!(json(&early)["listed"], Value::from(0));
     let listed = json(&envelopes(site, &["--wrapping-key", &id, &copy]));
     let (listed, from_backup) = (&listed["listed"], &listed["from_backup"]);
     assert_eq!((listed.as_u64(), from_backup.as_u64()), (Some(6), Some(0)));

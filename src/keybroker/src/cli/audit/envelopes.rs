@@ -8,11 +8,12 @@ use std::{
 
 use clap::Args;
 use serde_json::{Value, json};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use keybroker_audit as audit;
 use keybroker_audit::Entry;
 use keybroker_broker::rewrap::listed::{EnvelopeDigest, Listed};
-use keybroker_core::{error::chain, key::WrappingKeyId, state::StateDirectory};
+use keybroker_core::{call::Timestamp, error::chain, key::WrappingKeyId, state::StateDirectory};
 use keybroker_store as store;
 use keybroker_store::{PAGE_SIZE_MAX, RevisionPlace, Settings};
 
@@ -33,6 +34,9 @@ pub(in crate::cli) struct Arguments {
     /// URL of a backup of the database from before the compromise, in the form of `store.url`, with the schema of this release
     #[arg(long, value_name = "URL")]
     backup: Option<String>,
+    /// Only entries of logs from before this time count; RFC 3339, such as 2026-01-31T00:00:00Z. Name a time from before the compromise
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    before: Timestamp,
     /// Directories of logs [default: all logs below `audit.directory`]
     directories: Vec<PathBuf>,
 }
@@ -53,7 +57,7 @@ pub(super) fn list(arguments: &Arguments, context: &Context) -> Result<(), Failu
     };
     let mut from_logs = BTreeSet::new();
     for directory in &directories {
-        from_logs.extend(stored_in(directory, key)?);
+        from_logs.extend(stored_in(directory, key, arguments.before)?);
     }
     let from_backup = match &arguments.backup {
         Some(url) => block_on(backed_up(url, key))??,
@@ -102,8 +106,21 @@ fn logs_below(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
     Ok(logs)
 }
 
-/// The digests of the envelopes under a wrapping key that a broker stored, according to a log without problems.
-fn stored_in(directory: &Path, key: WrappingKeyId) -> Result<Vec<EnvelopeDigest>, Failure> {
+fn moment(text: &str) -> Result<Timestamp, time::error::Parse> {
+    let at = OffsetDateTime::parse(text, &Rfc3339)?;
+    let micros = at.unix_timestamp_nanos() / 1_000;
+    // The years 0 to 9999 fit.
+    Ok(Timestamp::from_micros(
+        i64::try_from(micros).unwrap_or_default(),
+    ))
+}
+
+/// The digests of the envelopes under a wrapping key that a broker stored before a time, according to a log without problems.
+fn stored_in(
+    directory: &Path,
+    key: WrappingKeyId,
+    before: Timestamp,
+) -> Result<Vec<EnvelopeDigest>, Failure> {
     let report = audit::verify(directory)?;
     if !report.problems.is_empty() {
         let what = format!(
@@ -114,22 +131,24 @@ fn stored_in(directory: &Path, key: WrappingKeyId) -> Result<Vec<EnvelopeDigest>
         return Err(Failure::new(Exit::Verification, what)
             .hint("pass the directory of an unchanged copy of the log, or leave this log out"));
     }
-    let lines = audit::tail_matching(directory, usize::MAX, |line| digest_in(line, key).is_some())?;
-    Ok(lines
-        .iter()
-        .filter_map(|line| digest_in(line, key))
-        .collect())
+    let digest = |line: &str| digest_in(line, key, before);
+    let lines = audit::tail_matching(directory, usize::MAX, |line| digest(line).is_some())?;
+    Ok(lines.iter().filter_map(|line| digest(line)).collect())
 }
 
-/// The digest of an envelope under a wrapping key that was stored according to a line of a log. A change whose outcome was found out
-/// after a crash counts, too.
-fn digest_in(line: &str, key: WrappingKeyId) -> Option<EnvelopeDigest> {
-    const ACTIONS: [&str; 3] = ["user_key.create", "user_key.replace", "user_key.restore"];
+/// The digest of an envelope under a wrapping key that was stored before a time according to a line of a log. A change whose outcome
+/// was found out after a crash counts, too. A restore does not count: its material is that of a stored row, which a person who knows
+/// the wrapping key may have made.
+fn digest_in(line: &str, key: WrappingKeyId, before: Timestamp) -> Option<EnvelopeDigest> {
+    const ACTIONS: [&str; 2] = ["user_key.create", "user_key.replace"];
     let entry: Value = serde_json::from_str(line).ok()?;
     let text = |field: &str| entry[field].as_str().unwrap_or_default();
     let is_stored = ["outcome", "recovered"].contains(&text("kind")) && text("outcome") == "ok";
     let is_of_key = text("wrapping_key") == key.to_string();
-    if !is_stored || !is_of_key || !ACTIONS.contains(&text("action")) {
+    let is_earlier = entry["time_us"]
+        .as_i64()
+        .is_some_and(|at_us| at_us < before.micros());
+    if !is_earlier || !is_stored || !is_of_key || !ACTIONS.contains(&text("action")) {
         return None;
     }
     let mut digest = EnvelopeDigest::default();
@@ -160,27 +179,40 @@ mod tests {
     const KEY: WrappingKeyId = WrappingKeyId::from_bytes([0x0a; 16]);
 
     #[test]
-    fn only_the_outcome_of_a_stored_envelope_counts() {
+    fn only_the_early_outcome_of_new_material_counts() {
         let digest = "ab".repeat(32);
         let line = |action: &str, kind: &str, outcome: &str, key: &str| {
             json!({
-                "action": action, "kind": kind, "outcome": outcome, "wrapping_key": key, "digest": digest,
+                "action": action, "kind": kind, "outcome": outcome, "wrapping_key": key, "digest": digest, "time_us": 99,
             })
             .to_string()
         };
         let key = KEY.to_string();
-        let stored = |line: &str| digest_in(line, KEY) == Some([0xab; 32]);
+        let before = Timestamp::from_micros(100);
+        let stored = |line: &str| digest_in(line, KEY, before) == Some([0xab; 32]);
         assert!(stored(&line("user_key.create", "outcome", "ok", &key)));
-        assert!(stored(&line("user_key.restore", "recovered", "ok", &key)));
+        assert!(stored(&line("user_key.replace", "recovered", "ok", &key)));
         for other in [
             line("user_key.create", "intent", "ok", &key),
             line("user_key.create", "outcome", "failed", &key),
             line("user_key.create", "outcome", "ok", &"0b".repeat(16)),
+            line("user_key.restore", "outcome", "ok", &key),
             line("wrapping_key.rewrap_batch", "outcome", "ok", &key),
             line("user_key.delete", "outcome", "ok", &key).replace("digest", "other"),
+            line("user_key.create", "outcome", "ok", &key).replace("99", "100"),
+            line("user_key.create", "outcome", "ok", &key).replace("time_us", "other"),
             "not JSON".to_owned(),
         ] {
-            assert_eq!(digest_in(&other, KEY), None, "{other}");
+            assert_eq!(digest_in(&other, KEY, before), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_time_has_a_zone() {
+        let at = moment("2026-01-31T01:00:00.5+01:00").unwrap();
+        assert_eq!(at.to_string(), "2026-01-31T00:00:00.5Z");
+        for wrong in ["", "2026-01-31", "2026-01-31T00:00:00"] {
+            assert!(moment(wrong).is_err(), "{wrong}");
         }
     }
 }

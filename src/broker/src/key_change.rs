@@ -231,6 +231,9 @@ impl Broker {
         registry: &Registry,
         id: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
+        if self.is_being_removed(registry, id).await? {
+            return self.plan_end_of_removal(registry, id).await;
+        }
         let row = registry.missing(id, &self.token.state())?;
         self.check_no_token_is_away(id)?;
         let signer = registry.integrity_key()?;

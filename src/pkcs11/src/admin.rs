@@ -21,7 +21,7 @@ use crate::{
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, HmacKey, KeyPair, KeySession, Making, Place, Refusal, Terms},
+    keys::{self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, Place, Refusal, Terms},
     mac_key::WorkerKey,
     module,
     negative::{self, Subject},
@@ -728,10 +728,15 @@ impl Admin {
     }
 
     /// Removes the objects of a key from the token. Returns the number of removed objects, which is 0 if the token has none of them.
-    pub(crate) fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
+    /// Removes nothing if the objects do not have this identity.
+    pub(crate) fn remove_key(
+        &self,
+        id: WrappingKeyId,
+        identity: &Identity<'_>,
+    ) -> Result<u32, AdminError> {
         let place = self.place(id);
         self.secrets.borrow_mut().remove(&id);
-        Ok(keys::remove(&self.token.anchor, &place)?)
+        Ok(keys::remove(&self.token.anchor, &place, identity)?)
     }
 
     /// Computes a MAC with the integrity key of this wrapping key.

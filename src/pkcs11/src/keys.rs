@@ -30,7 +30,7 @@ mod templates;
 pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
 };
-pub(super) use removal::remove;
+pub(super) use removal::{Identity, remove};
 #[cfg(test)]
 pub(super) use templates::generic_secret_template;
 pub(super) use templates::{

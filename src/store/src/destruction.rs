@@ -28,7 +28,7 @@ pub struct DestructionRow {
     pub sequence: u64,
     /// When the destruction was requested.
     pub requested: Timestamp,
-    /// When the key is destroyed.
+    /// When the key is destroyed. After the mark: when the objects are removed.
     pub due: Timestamp,
     /// The principal that requested the destruction, at most [`REQUESTED_BY_BYTES_MAX`] bytes.
     pub requested_by: String,
@@ -38,16 +38,25 @@ pub struct DestructionRow {
 }
 
 impl DestructionRow {
-    /// The message that the row's MAC must cover.
+    /// The message that the row's MAC must cover until the key is marked as destroyed.
     pub fn mac_message(&self) -> MacMessage {
-        MacMessage::destruction(&DestructionFields {
+        MacMessage::destruction(&self.fields())
+    }
+
+    /// The message that the row's MAC must cover after the key was marked as destroyed. Only then may the objects be removed.
+    pub fn removal_message(&self) -> MacMessage {
+        MacMessage::removal(&self.fields())
+    }
+
+    fn fields(&self) -> DestructionFields<'_> {
+        DestructionFields {
             key: self.key,
             signer: self.signer,
             sequence: self.sequence,
             requested_us: self.requested.micros(),
             due_us: self.due.micros(),
             requested_by: &self.requested_by,
-        })
+        }
     }
 }
 

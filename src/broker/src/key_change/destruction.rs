@@ -144,7 +144,7 @@ impl Scheduled {
         is_due && !cause.is_empty()
     }
 
-    fn forget(&self, key: WrappingKeyId) {
+    pub(crate) fn forget(&self, key: WrappingKeyId) {
         self.delays().remove(&key);
     }
 }
@@ -215,13 +215,7 @@ impl Broker {
         if row.state == WrappingKeyState::Destroyed {
             return Err(refused(&format!("key {id} is destroyed already")));
         }
-        let is_scheduled = match self.store.destructions().await {
-            Ok(scheduled) => scheduled.iter().any(|one| one.key == id),
-            // A damaged row can be removed, too.
-            Err(store::Error::Corrupt(_)) => true,
-            Err(other) => return Err(other.into()),
-        };
-        if !is_scheduled {
+        if !self.has_schedule(id).await? {
             return Err(refused(&format!("no destruction of key {id} is scheduled")));
         }
         let mut planner = Planner::new(registry);
@@ -229,6 +223,43 @@ impl Broker {
         let mut change = self.with_macs(planner, id).await?;
         change.destruction = Some(DestructionChange::Remove(id));
         Ok(change)
+    }
+
+    /// Whether a key is marked as destroyed, and a row says that its objects are still to be removed.
+    pub(super) async fn is_being_removed(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+    ) -> Result<bool, Error> {
+        let is_marked = registry
+            .verified(id)
+            .is_ok_and(|row| row.state == WrappingKeyState::Destroyed);
+        Ok(is_marked && self.has_schedule(id).await?)
+    }
+
+    /// Plans the end of a removal that cannot be completed, because a token of the destroyed key does not exist any more.
+    pub(super) async fn plan_end_of_removal(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+    ) -> Result<RegistryChange, Error> {
+        let row = registry.verified(id)?;
+        self.check_no_token_is_away(id)?;
+        let mut planner = Planner::new(registry);
+        planner.change(row, row.clone());
+        let signer = other_key(registry, id)?;
+        let mut change = self.with_macs(planner, signer).await?;
+        change.destruction = Some(DestructionChange::Remove(id));
+        Ok(change)
+    }
+
+    async fn has_schedule(&self, id: WrappingKeyId) -> Result<bool, Error> {
+        match self.store.destructions().await {
+            Ok(scheduled) => Ok(scheduled.iter().any(|one| one.key == id)),
+            // A damaged row can be removed, too.
+            Err(store::Error::Corrupt(_)) => Ok(true),
+            Err(other) => Err(other.into()),
+        }
     }
 
     /// Refuses a change of the state of a key whose destruction is scheduled.
@@ -291,7 +322,11 @@ fn check_signatures(
 ) -> Result<(), Error> {
     let is_signed = |row: &&DestructionRow| {
         let key = registry.row(row.key);
-        row.signer == id && row.key != id && key.is_some_and(|key| find(scheduled, key).is_some())
+        // The row of a key that is marked as destroyed permits the removal of its objects.
+        let is_needed = |key: &RegistryRow| {
+            key.state == WrappingKeyState::Destroyed || find(scheduled, key).is_some()
+        };
+        row.signer == id && row.key != id && key.is_some_and(is_needed)
     };
     match scheduled.iter().find(is_signed) {
         None => Ok(()),

@@ -22,6 +22,7 @@ const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";
 const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
 const DESTRUCTION_DOMAIN: &[u8] = b"keybroker/key-destruction/v1";
+const REMOVAL_DOMAIN: &[u8] = b"keybroker/key-removal/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
@@ -121,7 +122,17 @@ impl MacMessage {
 
     /// The message for the MAC of the scheduled destruction of a wrapping key: all fields except the MAC.
     pub fn destruction(row: &DestructionFields<'_>) -> Self {
-        let mut message = Message::new(DESTRUCTION_DOMAIN);
+        Self::destruction_in(DESTRUCTION_DOMAIN, row)
+    }
+
+    /// The message for the MAC of a destruction after the wrapping key was marked as destroyed: the fields of
+    /// [`destruction`](Self::destruction) in another domain, because a schedule alone must not permit the removal.
+    pub fn removal(row: &DestructionFields<'_>) -> Self {
+        Self::destruction_in(REMOVAL_DOMAIN, row)
+    }
+
+    fn destruction_in(domain: &[u8], row: &DestructionFields<'_>) -> Self {
+        let mut message = Message::new(domain);
         message.fixed(row.key.as_bytes());
         message.fixed(row.signer.as_bytes());
         message.fixed(&row.sequence.to_be_bytes());

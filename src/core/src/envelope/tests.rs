@@ -315,6 +315,15 @@ fn each_field_of_a_scheduled_destruction_is_in_its_message() {
     }
     expected.extend(b"\x00\x09URI:admin");
     assert_eq!(message(&fields), expected);
+    // The mark of a destroyed key is in another domain.
+    let removal = MacMessage::removal(&fields);
+    let rest = expected
+        .strip_prefix(b"\x00\x1ckeybroker/key-destruction/v1")
+        .unwrap();
+    let removal = removal
+        .as_bytes()
+        .strip_prefix(b"\x00\x18keybroker/key-removal/v1");
+    assert_eq!(removal, Some(rest));
     let other = WrappingKeyId::from_bytes([9; 16]);
     let changed = [
         DestructionFields {

@@ -7,19 +7,20 @@ use tokio_util::sync::CancellationToken;
 
 use keybroker_core::{
     call::{CallId, Deadline, Timestamp},
+    envelope::mac::MacMessage,
     error::{Error, Reason},
     key::{KeyUse, WrappingKeyId, WrappingKeyState},
     metrics,
 };
 use keybroker_hsm as hsm;
 use keybroker_hsm::{Caller, Serving};
-use keybroker_store::{DestructionRow, RegistryChange, RegistryRow};
+use keybroker_store::{DestructionChange, DestructionRow, RegistryChange, RegistryRow};
 
 use crate::{Broker, commit::Settled, journal::Draft, registry::Registry, ticks::Ticks};
 
 use super::{
     super::{MAC_TIMEOUT, Planner, from_commit},
-    check_signatures, needed, other_key, refused,
+    after, check_signatures, needed, other_key, refused,
     verdict::{Verdict, verdict},
 };
 
@@ -54,7 +55,7 @@ impl Broker {
     }
 
     /// Reads the schedules, and does what is due.
-    async fn follow_destructions(&self) {
+    pub(crate) async fn follow_destructions(&self) {
         if !self.store_is_up() || self.registry.load().is_none() {
             return;
         }
@@ -167,7 +168,7 @@ impl Broker {
         if !self.hold_lease(row).await? {
             return Ok(());
         }
-        self.check_schedule(registry, row).await?;
+        self.check_mac(registry, row, &row.mac_message()).await?;
         let key = registry.verified(row.key)?;
         self.check_tokens(key).await?;
         check_signatures(&self.store.destructions().await?, registry, row.key)?;
@@ -176,33 +177,66 @@ impl Broker {
             return Err(refused(&what));
         }
         let signer = other_key(registry, row.key)?;
-        let change = self.plan_tombstones(registry, key, signer).await?;
+        let mut change = self.plan_tombstones(registry, key, signer).await?;
+        let marked = self.marked(row, signer).await?;
+        change.destruction = Some(DestructionChange::Schedule(marked));
         self.commit_mark(row, change).await?;
         tracing::info!(
             wrapping_key = %row.key, requested_by = row.requested_by,
             "the wrapping key is marked as destroyed; its objects are removed from the tokens"
         );
-        // No problem: the other brokers get time to learn that the key is destroyed.
-        self.scheduled.delay(row.key, "", NOTICE);
+        self.scheduled.forget(row.key);
         self.apply_key_change().await;
         Ok(())
     }
 
-    /// Checks that the schedule was made by a broker. Without this check, a person who can write to the database could destroy a key.
-    async fn check_schedule(&self, registry: &Registry, row: &DestructionRow) -> Result<(), Error> {
+    /// The row of a destruction after the mark. Its time is that of the removal, so that every broker waits until the other brokers
+    /// have learnt that the key is destroyed.
+    async fn marked(
+        &self,
+        row: &DestructionRow,
+        signer: WrappingKeyId,
+    ) -> Result<DestructionRow, Error> {
+        let mut marked = DestructionRow {
+            signer,
+            due: after(Timestamp::now(), NOTICE),
+            ..row.clone()
+        };
+        let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
+        let message = marked.removal_message();
+        marked.mac = self.token.mac(signer, &message, &caller).await?;
+        Ok(marked)
+    }
+
+    /// Checks that a broker marked the key as destroyed because of this row. A schedule alone does not permit the removal: the
+    /// key may have been recorded as lost.
+    pub(super) async fn check_marked(
+        &self,
+        registry: &Registry,
+        row: &DestructionRow,
+    ) -> Result<(), Error> {
+        self.check_mac(registry, row, &row.removal_message()).await
+    }
+
+    /// Checks that a broker made the row. Without this check, a person who can write to the database could destroy a key.
+    async fn check_mac(
+        &self,
+        registry: &Registry,
+        row: &DestructionRow,
+        message: &MacMessage,
+    ) -> Result<(), Error> {
         registry.check(row.signer, KeyUse::VerifyMac)?;
         let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
-        let message = row.mac_message();
         let verified = self
             .token
-            .verify_mac(row.signer, &message, &row.mac, &caller);
+            .verify_mac(row.signer, message, &row.mac, &caller);
         match verified.await {
             Ok(()) => Ok(()),
             Err(hsm::Error::MacRefused) => Err(Error::new(
                 Reason::RecordDamaged,
                 format!(
-                    "the schedule was altered: its MAC does not verify. The key is not destroyed; remove the schedule with `keybroker \
-                     key destroy {} --cancel`",
+                    "the schedule was altered: its MAC does not verify. No object is removed; remove the schedule with `keybroker key \
+                     destroy {0} --cancel` or, if the key is destroyed already, with `keybroker key lost {0}`",
                     row.key
                 ),
             )),
@@ -212,6 +246,7 @@ impl Broker {
 
     /// Checks that every token that may hold the key serves and is in the configuration of this broker.
     async fn check_tokens(&self, key: &RegistryRow) -> Result<(), Error> {
+        self.check_configured(key, &self.store.places().await?)?;
         let state = self.token.state();
         if state.tokens.is_empty() {
             return match state.serving {
@@ -223,16 +258,6 @@ impl Broker {
             };
         }
         self.check_no_token_is_away(key.id)?;
-        let places = self.store.places().await?;
-        let mut of_key = places.iter().filter(|place| place.key == key.id);
-        let unknown =
-            of_key.find(|place| !state.tokens.iter().any(|token| token.name == place.token));
-        if let Some(place) = unknown {
-            return Err(refused(&format!(
-                "key {} is on token {}, which is not in the configuration of this broker",
-                key.id, place.token
-            )));
-        }
         let serial = hsm::unpadded(&key.token_serial);
         let mut tokens = state.tokens.iter().filter_map(|token| token.info.as_ref());
         if tokens.any(|info| info.serial == serial) {

@@ -177,7 +177,8 @@ async fn a_hanging_call_costs_only_its_own_caller() {
         beside.p99(),
         beside.late,
     );
-    assert!(longest(&answered) >= DEADLINE);
+    // The timeout in the call's metadata is rounded down to milliseconds.
+    assert!(longest(&answered) >= DEADLINE - Duration::from_millis(10));
     assert!(beside.times.len() > CALLERS);
     // A busy machine may take longer for a call than its deadline.
     if measured {

@@ -24,7 +24,7 @@ impl<K: Hash + Eq> Counts<K> {
         has_room
     }
 
-    /// Frees one place of `key`.
+    /// Releases one of the places that `key` has taken.
     pub fn give_back(&mut self, key: &K) {
         if let Some(count) = self.0.get_mut(key) {
             *count -= 1;

@@ -1,4 +1,4 @@
-//! A negative test tries an operation that must fail with a key. In contrast to the attribute check, a negative test
+//! A negative test uses a key for an operation that must fail. In contrast to the attribute check, a negative test
 //! does not rely on the attributes that the token reports. If the token performs the operation, the test fails: the
 //! token is not used, and the message contains the name of the test.
 //!

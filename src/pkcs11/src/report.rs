@@ -614,7 +614,7 @@ fn on_token(
 ) -> Result<(), Fault> {
     calling::next("C_OpenSession");
     let writing = token.module.open_rw_session(token.slot)?;
-    // The session is opened first, so that the report leaves no keys on the token if no session is free.
+    // This session is opened before any key is created. If no session is free, no key remains on the token.
     let other = token.session(&[])?;
     let settings = findings.settings(settings);
     let made = match keys::generate(&writing, MODULUS_BITS, Terms::of(&settings)) {

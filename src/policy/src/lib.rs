@@ -433,8 +433,8 @@ fn floor(case: &Case<'_>) -> Option<Verdict> {
     if !case.resource.suits(case.action) {
         return Some(Verdict::denied(UNASKED));
     }
-    // The broker takes the tenant of a resource from the principal. Resources whose tenant has
-    // another source are checked here.
+    // The broker takes the tenant of most resources from the principal. This check is for a resource
+    // whose tenant comes from a stored row.
     match case.resource.tenant() {
         Some(tenant) if *tenant != case.identity.tenant => Some(Verdict::denied(OWN_TENANT)),
         _ => None,

@@ -52,8 +52,8 @@ use users::Users;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Scenario {
-    /// The token alone and the broker, in one run; each caller makes its next call as soon as the
-    /// previous call is answered
+    /// Measures the token alone and the broker in one run; each caller makes its next call as soon
+    /// as the previous call is answered
     Steady,
     /// Calls that start on a schedule, at one or more rates, and do not wait for earlier calls
     Open,

@@ -49,9 +49,9 @@ pub(super) enum Command {
     ///
     /// Keybroker records a hash of each rejected PIN in the state directory. Commands and workers
     /// do not send a rejected PIN to the same token again until you run this command. Run this
-    /// command after you unlocked the token, or after you changed the token's PIN to the rejected
-    /// PIN. If the configuration has several tokens, pass `--token`: the permission applies to one
-    /// token.
+    /// command after you have unlocked the token, or after you have set the token's PIN to the PIN
+    /// that the token rejected. If the configuration has several tokens, pass `--token`: the
+    /// permission applies to one token.
     RetryPin(RetryPin),
     /// Record that you backed up the token and tested a restore, for every registered key on the
     /// token

@@ -27,7 +27,7 @@ fn a_list_that_goes_back_is_refused_after_a_restart_too() {
         let tls = start().unwrap();
         let refused = left_out(&tls).unwrap();
         assert!(
-            refused.contains("accepted: number 0x012d") && refused.contains("client-crl-"),
+            refused.contains("accepted list (number 0x012d") && refused.contains("client-crl-"),
             "{refused}"
         );
         assert!(!Site::verifies(&tls, &site.ca, 8), "{number} {from}");
@@ -218,7 +218,7 @@ fn the_newest_list_of_a_removed_authority_is_remembered() {
     tls.reload();
     assert_eq!(*tls.refused.lock().unwrap(), None);
     let refused = left_out(&tls).unwrap();
-    assert!(refused.contains("accepted: number 0x012c"), "{refused}");
+    assert!(refused.contains("accepted list (number 0x012c"), "{refused}");
     assert!(!Site::verifies(&tls, &site.ca, 7));
     site.write("crl", &newest);
     tls.reload();
@@ -309,7 +309,7 @@ fn what_an_earlier_release_remembered_counts_for_verified_lists() {
     );
     let refused = start().unwrap_err();
     assert!(
-        refused.contains("accepted: number 0x012c") && refused.contains(&file),
+        refused.contains("accepted list (number 0x012c") && refused.contains(&file),
         "{refused}"
     );
     site.write(

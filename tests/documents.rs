@@ -404,7 +404,7 @@ fn the_page_of_wrapping_keys_has_the_states_and_transitions_of_the_code() {
         let cells = KeyUse::ALL.map(|one| if state.allows(one) { "yes" } else { "no" });
         format!("| {state} | {} |", cells.join(" | "))
     });
-    let heading = "| State | Wrap | Unwrap | Verify MACs | Make MACs | Source of a re-wrap |";
+    let heading = "| State | Wrap | Unwrap | Verify MACs | Make MACs | Source of a re-wrap | Source of a re-wrap of listed rows |";
     assert_eq!(table(heading), allowed);
     let transitions = WrappingKeyState::ALL.map(|from| {
         let next: Vec<&str> = from.next().iter().map(|state| state.as_str()).collect();

@@ -170,3 +170,40 @@ async fn refusals_that_a_killed_broker_had_counted_are_in_the_audit_log_of_the_n
         "{entry}"
     );
 }
+
+/// The entries of a new envelope have its digest, so that a row that the broker made can be told from any other row.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_entries_of_a_new_envelope_have_its_digest() {
+    let broker = Broker::start(Options::default());
+    let [enroller, lifecycle] = ["enroller", "lifecycle"].map(|name| Caller::of(&broker, name));
+    enroller.create("ada", MATERIAL).await.unwrap();
+    enroller
+        .replace("ada", b"another material", 1, "")
+        .await
+        .unwrap();
+    lifecycle.restore("ada", 1, 2).await.unwrap();
+    lifecycle.delete("ada", 3).await.unwrap();
+    let stored = broker
+        .site
+        .sql("SELECT hex(envelope) FROM revisions ORDER BY revision");
+    let stored = stored.lines().map(|line| {
+        let envelope = hex::decode(line.trim()).unwrap();
+        hex::encode(aws_lc_rs::digest::digest(
+            &aws_lc_rs::digest::SHA256,
+            &envelope,
+        ))
+    });
+    let stored: Vec<String> = stored.collect();
+    assert_eq!(stored.len(), 3);
+    let audit = broker.site.audit();
+    let outcomes = audit
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .filter(|entry| entry["kind"] == "outcome" && entry["user"] == "ada");
+    let digests: Vec<Option<String>> = outcomes
+        .map(|entry| entry["digest"].as_str().map(str::to_owned))
+        .collect();
+    let mut expected: Vec<Option<String>> = stored.into_iter().map(Some).collect();
+    expected.push(None);
+    assert_eq!(digests, expected);
+}

@@ -25,20 +25,20 @@ use crate::{
     wire::get,
 };
 
-const MATERIAL: &[u8] = b"material of this user";
-const REFUSED: i32 = 10;
+pub(crate) const MATERIAL: &[u8] = b"material of this user";
+pub(crate) const REFUSED: i32 = 10;
 const UNTRUSTED: i32 = 6;
 const USAGE: i32 = 2;
 
 /// `keybroker key …` of an administrator, on the admin API of a broker.
-fn key(broker: &Broker, name: &str, arguments: &[&str]) -> Finished {
+pub(crate) fn key(broker: &Broker, name: &str, arguments: &[&str]) -> Finished {
     let command = [&["-o", "json", "key"], arguments].concat();
     Finished::from(calling(broker, &command, name, &[]).output().unwrap())
 }
 
 /// A command that must succeed; returns what it shows.
 #[track_caller]
-fn changed(broker: &Broker, arguments: &[&str]) -> Value {
+pub(crate) fn changed(broker: &Broker, arguments: &[&str]) -> Value {
     let finished = key(broker, "admin", arguments);
     assert_eq!(finished.code, Some(0), "{arguments:?}: {finished:#?}");
     serde_json::from_str(&finished.stdout).unwrap()
@@ -46,7 +46,7 @@ fn changed(broker: &Broker, arguments: &[&str]) -> Value {
 
 /// A command that the broker must refuse with this reason and these words.
 #[track_caller]
-fn not_changed(broker: &Broker, arguments: &[&str], reason: &str, words: &[&str]) {
+pub(crate) fn not_changed(broker: &Broker, arguments: &[&str], reason: &str, words: &[&str]) {
     let finished = key(broker, "admin", arguments);
     assert_eq!(finished.code, Some(REFUSED), "{arguments:?}: {finished:#?}");
     for word in [&[reason], words].concat() {
@@ -54,12 +54,12 @@ fn not_changed(broker: &Broker, arguments: &[&str], reason: &str, words: &[&str]
     }
 }
 
-fn text(value: &Value, field: &str) -> String {
+pub(crate) fn text(value: &Value, field: &str) -> String {
     value[field].as_str().unwrap_or_default().to_owned()
 }
 
 /// The states of the keys, as the admin API shows them.
-async fn states(broker: &Broker) -> BTreeMap<String, WrappingKeyState> {
+pub(crate) async fn states(broker: &Broker) -> BTreeMap<String, WrappingKeyState> {
     let keys = wrapping_keys(broker).await;
     let state = |key: &WrappingKey| (hex::encode(&key.id), key.state());
     keys.iter().map(state).collect()
@@ -72,7 +72,7 @@ async fn wrapping_keys(broker: &Broker) -> Vec<WrappingKey> {
 }
 
 /// The id of the key that wraps new user keys, found out by a create.
-async fn wraps_under(broker: &Broker) -> String {
+pub(crate) async fn wraps_under(broker: &Broker) -> String {
     let user = unique();
     let created = Caller::of(broker, "enroller").create(&user, MATERIAL).await;
     hex::encode(created.unwrap().wrapping_key_id)
@@ -170,7 +170,7 @@ pub(crate) fn put_back(files: &BTreeMap<PathBuf, Vec<u8>>) {
 }
 
 /// A site with two keys and a user under each. Returns the ids of the keys, older first.
-async fn with_two_keys() -> (Arc<Site>, [String; 2]) {
+pub(crate) async fn with_two_keys() -> (Arc<Site>, [String; 2]) {
     let site = Arc::new(Site::fresh(Options::default()));
     let broker = Broker::start_on(site);
     let enroller = Caller::of(&broker, "enroller");

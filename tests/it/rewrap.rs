@@ -30,8 +30,10 @@ use crate::{
 };
 
 mod cut_off;
+mod listed;
 mod measure;
 mod requests;
+mod states;
 mod tokens;
 
 /// A re-wrap of the test suite takes seconds; one of the long test takes minutes.
@@ -131,6 +133,7 @@ async fn start(broker: &Broker, rate: u32) -> Result<bool, Status> {
     let request = StartRewrapRequest {
         source_wrapping_key_id: Vec::new(),
         rows_per_second_max: rate,
+        from_compromised: false,
     };
     let mut admin = Caller::of(broker, "admin").control;
     Ok(admin.start_rewrap(request).await?.into_inner().started)

@@ -27,6 +27,8 @@ use crate::{
     wire::get,
 };
 
+mod destruction;
+
 const MATERIAL: &[u8] = b"material of this user";
 const CALLERS: usize = 8;
 /// The latency of one operation of a slow token, unless `KEYBROKER_TEST_LATENCY_MS` sets another one. The suite uses a long

@@ -28,11 +28,14 @@ async fn filled() -> std::sync::Arc<Site> {
     lifecycle.delete("bob", 1).await.unwrap();
     eventually(|| releaser.unwrap("ada")).await;
     let (site, _) = broker.stop();
-    // A requested re-wrap that has ended, and the place of the key on a token that this configuration does not have.
+    // A requested re-wrap that has ended, the place of the key on a token that this configuration does not have, and a scheduled
+    // destruction.
     site.sql(
         "INSERT INTO rewraps VALUES (1, randomblob(16), 'done', 0, x'', CAST('{}' AS BLOB), '', 0, 1); \
          INSERT INTO wrapping_key_places \
-         SELECT key_id, 'elsewhere', token_serial, x'', x'', registered_us, NULL, mac FROM wrapping_keys",
+         SELECT key_id, 'elsewhere', token_serial, x'', x'', registered_us, NULL, mac FROM wrapping_keys; \
+         INSERT INTO key_destructions \
+         SELECT key_id, key_id, sequence, 1, 2, 'URI:admin', mac, '', 0 FROM wrapping_keys",
     );
     site
 }

@@ -9,8 +9,8 @@ use keybroker_core::{
     },
 };
 use keybroker_store::{
-    Error, ListQuery, PlaceRow, Position, RecordInfo, RecordState, RegistryChange, RegistryRow,
-    RegistryUpdate, Store,
+    DestructionChange, DestructionRow, Error, ListQuery, PlaceRow, Position, RecordInfo,
+    RecordState, RegistryChange, RegistryRow, RegistryUpdate, Store,
 };
 use tokio::task::JoinSet;
 
@@ -451,6 +451,7 @@ pub(crate) async fn rows_of_the_registry_change_together(engine: &Engine) {
             row: row(1, WrappingKeyState::Deactivated, sequence),
             expected: from.mac,
         }],
+        ..RegistryChange::default()
     };
     let at = Timestamp::now();
     let (first, second, third) = (CallId::fresh(), CallId::fresh(), CallId::fresh());
@@ -479,6 +480,88 @@ pub(crate) async fn rows_of_the_registry_change_together(engine: &Engine) {
     for call in [second, third] {
         assert!(!store.committed_by(call).await.unwrap());
     }
+}
+
+/// A scheduled destruction comes and goes with a change of the registry, is held by one instance, and ends once.
+pub(crate) async fn destructions_are_scheduled_held_and_ended(engine: &Engine) {
+    let store = engine.open().await;
+    let scheduled = |due_us, mac| DestructionRow {
+        key: KEY,
+        signer: WrappingKeyId::from_bytes([9; 16]),
+        sequence: 3,
+        requested: Timestamp::from_micros(1),
+        due: Timestamp::from_micros(due_us),
+        requested_by: "URI:admin".to_owned(),
+        mac: [mac; 32],
+    };
+    let at = Timestamp::from_micros;
+    let change = async |destruction| {
+        let change = RegistryChange {
+            destruction: Some(destruction),
+            ..RegistryChange::default()
+        };
+        store
+            .change_registry(&change, CallId::fresh(), at(1))
+            .await
+            .unwrap();
+    };
+    let (first, second) = (scheduled(10, 1), scheduled(20, 2));
+    change(DestructionChange::Schedule(first.clone())).await;
+    assert_eq!(
+        store.destructions().await.unwrap(),
+        std::slice::from_ref(&first)
+    );
+    change(DestructionChange::Schedule(second.clone())).await;
+    assert_eq!(
+        store.destructions().await.unwrap(),
+        std::slice::from_ref(&second)
+    );
+
+    // The row was replaced.
+    let hold = |row: &DestructionRow, holder: &'static str, now, until| {
+        let (store, row) = (store.clone(), row.clone());
+        async move {
+            let held = store.hold_destruction(&row, holder, at(now), at(until));
+            held.await.unwrap()
+        }
+    };
+    assert!(!hold(&first, "one", 0, 10).await);
+    assert!(hold(&second, "one", 0, 10).await);
+    assert!(hold(&second, "one", 5, 15).await);
+    assert!(!hold(&second, "two", 14, 24).await);
+    assert!(hold(&second, "two", 15, 25).await);
+    // A lease of a clock that was wrong.
+    assert!(hold(&second, "one", 1, 2).await);
+    assert!(!store.end_destruction(&first).await.unwrap());
+    assert!(store.end_destruction(&second).await.unwrap());
+    assert!(!store.end_destruction(&second).await.unwrap());
+    change(DestructionChange::Schedule(first)).await;
+    change(DestructionChange::Remove(KEY)).await;
+    change(DestructionChange::Remove(KEY)).await;
+    assert_eq!(store.destructions().await.unwrap(), []);
+}
+
+/// A change that is only permitted while no row needs a key is refused as soon as there is such a row.
+pub(crate) async fn a_change_of_the_registry_waits_for_the_rows_of_a_key(engine: &Engine) {
+    let store = engine.open().await;
+    let at = Timestamp::from_micros;
+    let unneeded = RegistryChange {
+        unneeded: Some(KEY),
+        ..RegistryChange::default()
+    };
+    let call = CallId::fresh();
+    store.change_registry(&unneeded, call, at(1)).await.unwrap();
+    let new = revision(&address("default", "ada", "vault"), 1, 1);
+    let key = new.wrapping_key;
+    store.create(new, stamp()).await.unwrap();
+    let unneeded = RegistryChange {
+        unneeded: Some(key),
+        ..RegistryChange::default()
+    };
+    let call = CallId::fresh();
+    let refused = store.change_registry(&unneeded, call, at(1)).await;
+    assert!(matches!(refused, Err(Error::Conflict)), "{refused:?}");
+    assert!(!store.committed_by(call).await.unwrap());
 }
 
 pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {

@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
-    key::{Revision, Tenant, WrappingKeyId},
+    key::{
+        Fingerprint, KeyUse, ObjectIds, Purpose, Revision, Tenant, WrappingKeyId, WrappingKeyState,
+    },
 };
 use keybroker_store::{
-    ClientMove, ClientRow, Error, KeyUses, RequestScope, RequestStamp, RevisionMove, RevisionPlace,
-    RunId, RunRow, RunState, Stamp, Store,
+    ClientMove, ClientRow, Error, KeyUses, RegistryRow, RequestScope, RequestStamp, RevisionMove,
+    RevisionPlace, RunId, RunRow, RunState, Stamp, Store,
 };
 use tokio::task::JoinSet;
 
@@ -130,14 +132,17 @@ pub(crate) async fn a_swap_changes_the_envelope_and_nothing_else(engine: &Engine
     ];
     assert_eq!(
         store
-            .move_revisions(moves.clone(), CallId::fresh())
+            .move_revisions(moves.clone(), KeyUse::RewrapFrom, CallId::fresh())
             .await
             .unwrap(),
         [true; 3]
     );
     // A second time, nothing is as it was read.
     assert_eq!(
-        store.move_revisions(moves, CallId::fresh()).await.unwrap(),
+        store
+            .move_revisions(moves, KeyUse::RewrapFrom, CallId::fresh())
+            .await
+            .unwrap(),
         [false; 3]
     );
     let record = store.record(&user("user 1")).await.unwrap().unwrap();
@@ -184,23 +189,94 @@ pub(crate) async fn a_row_that_is_not_as_it_was_read_is_not_swapped(engine: &Eng
         },
     ];
     assert_eq!(
-        store.move_revisions(wrong, CallId::fresh()).await.unwrap(),
+        store
+            .move_revisions(wrong, KeyUse::RewrapFrom, CallId::fresh())
+            .await
+            .unwrap(),
         [false; 4]
     );
     assert_eq!(
         store
-            .move_revisions(vec![good], CallId::fresh())
+            .move_revisions(vec![good], KeyUse::RewrapFrom, CallId::fresh())
             .await
             .unwrap(),
         [true]
     );
     assert!(
         store
-            .move_revisions(Vec::new(), CallId::fresh())
+            .move_revisions(Vec::new(), KeyUse::RewrapFrom, CallId::fresh())
             .await
             .unwrap()
             .is_empty()
     );
+}
+
+/// The state of a key that was changed after the rows were read ends the swap, before any row.
+pub(crate) async fn no_row_is_swapped_against_the_state_of_a_key(engine: &Engine) {
+    let store = engine.open().await;
+    three(&store).await;
+    let row = |id, state, mac| RegistryRow {
+        id,
+        fingerprint: Fingerprint([1; 32]),
+        objects: ObjectIds::default(),
+        purpose: Purpose::Plain,
+        state,
+        token_serial: "0123".to_owned(),
+        sequence: 1,
+        registered: Timestamp::from_micros(1),
+        backup_confirmed: None,
+        mac: [mac; 32],
+    };
+    let mut rows = [
+        row(KEY, WrappingKeyState::Deactivated, 1),
+        row(NEW, WrappingKeyState::Active, 2),
+    ];
+    for row in &rows {
+        store.register(row).await.unwrap();
+    }
+    for (number, state) in [
+        (1, WrappingKeyState::Suspended),
+        (0, WrappingKeyState::Compromised),
+        (1, WrappingKeyState::Compromised),
+        (1, WrappingKeyState::Deactivated),
+        (0, WrappingKeyState::Suspended),
+    ] {
+        let before = rows[number].clone();
+        rows[number].state = state;
+        let changed = store.update_registry(&rows[number], &before.mac).await;
+        changed.unwrap();
+        let call = CallId::fresh();
+        let refused = store
+            .move_revisions(vec![to_new(1, 1, "user 1 1")], KeyUse::RewrapFrom, call)
+            .await;
+        assert!(matches!(refused, Err(Error::State)), "{state}: {refused:?}");
+        assert!(!store.committed_by(call).await.unwrap());
+        store.update_registry(&before, &before.mac).await.unwrap();
+        rows[number] = before;
+    }
+    // Listed rows are moved from a compromised key, but not to one, and not from a suspended one.
+    for (number, state, is_moved) in [
+        (0, WrappingKeyState::Suspended, false),
+        (1, WrappingKeyState::Compromised, false),
+        (0, WrappingKeyState::Compromised, true),
+    ] {
+        let before = rows[number].clone();
+        rows[number].state = state;
+        let changed = store.update_registry(&rows[number], &before.mac).await;
+        changed.unwrap();
+        let one = vec![to_new(3, 1, "user 3 1")];
+        let listed = store.move_revisions(one, KeyUse::RewrapListed, CallId::fresh());
+        assert_eq!(listed.await.is_ok(), is_moved, "{state}");
+        store.update_registry(&before, &before.mac).await.unwrap();
+        rows[number] = before;
+    }
+    assert_eq!(under(&store, NEW).await.len(), 1);
+    let moved = store.move_revisions(
+        vec![to_new(1, 1, "user 1 1")],
+        KeyUse::RewrapFrom,
+        CallId::fresh(),
+    );
+    assert_eq!(moved.await.unwrap(), [true]);
 }
 
 pub(crate) async fn of_concurrent_swaps_one_wins(engine: &Engine) {
@@ -216,7 +292,7 @@ pub(crate) async fn of_concurrent_swaps_one_wins(engine: &Engine) {
                     ..to_new(id, revision, &format!("user {id} {revision}"))
                 });
             store
-                .move_revisions(moves.into(), CallId::fresh())
+                .move_revisions(moves.into(), KeyUse::RewrapFrom, CallId::fresh())
                 .await
                 .unwrap()
         });
@@ -241,7 +317,11 @@ pub(crate) async fn a_swap_is_not_in_the_way_of_changes(engine: &Engine) {
         let old = format!("user {id} 1");
         tasks.spawn(async move {
             let moved = moving
-                .move_revisions(vec![to_new(id, 1, &old)], CallId::fresh())
+                .move_revisions(
+                    vec![to_new(id, 1, &old)],
+                    KeyUse::RewrapFrom,
+                    CallId::fresh(),
+                )
                 .await
                 .unwrap();
             assert_eq!(moved, [true]);
@@ -271,7 +351,11 @@ pub(crate) async fn a_swap_is_not_in_the_way_of_changes(engine: &Engine) {
     assert_eq!(left.len(), 20, "the new revisions of the replaced records");
     // A purge between the reading and the swap leaves nothing to swap.
     let gone = store
-        .move_revisions(vec![to_new(41, 1, "user 41 1")], CallId::fresh())
+        .move_revisions(
+            vec![to_new(41, 1, "user 41 1")],
+            KeyUse::RewrapFrom,
+            CallId::fresh(),
+        )
         .await
         .unwrap();
     assert_eq!(gone, [false]);
@@ -290,7 +374,11 @@ pub(crate) async fn a_request_id_is_kept_although_its_record_was_moved(engine: &
     expected.updated = at;
     expected.deleted = Some(at);
     let moved = store
-        .move_revisions(vec![to_new(1, 1, "user 1 1")], CallId::fresh())
+        .move_revisions(
+            vec![to_new(1, 1, "user 1 1")],
+            KeyUse::RewrapFrom,
+            CallId::fresh(),
+        )
         .await
         .unwrap();
     assert_eq!(moved, [true]);

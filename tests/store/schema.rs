@@ -8,7 +8,16 @@ use tokio::task::JoinSet;
 use super::{Engine, Place, clients::client, revision, stamp, user};
 
 /// The ways back, newest first: version, name, and what each engine runs.
-const STEPS_BACK: [(u8, &str, [&str; 3]); 9] = [
+const STEPS_BACK: [(u8, &str, [&str; 3]); 10] = [
+    (
+        10,
+        "key destructions usable from 7",
+        [
+            include_str!("../../migrations/sqlite/0010_key_destructions_usable_from_7.down.sql"),
+            include_str!("../../migrations/postgres/0010_key_destructions_usable_from_7.down.sql"),
+            include_str!("../../migrations/mysql/0010_key_destructions_usable_from_7.down.sql"),
+        ],
+    ),
     (
         9,
         "rewraps usable from 7",

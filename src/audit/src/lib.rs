@@ -234,7 +234,7 @@ pub struct Entry {
     pub store: Option<String>,
     /// The risks that the token's settings accept.
     pub risks: Option<String>,
-    /// SHA-256 of the ids of the rows that a re-wrap moves, as hexadecimal digits.
+    /// SHA-256 as hexadecimal digits: of the new envelope, of the ids of the rows that a re-wrap moves, or of the registry.
     pub digest: Option<String>,
 }
 

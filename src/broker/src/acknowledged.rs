@@ -27,7 +27,7 @@ use keybroker_core::{
 };
 use keybroker_store::{CHANGES_MAX, Store, StoreId};
 
-use super::Broker;
+use super::{Broker, registry::memory};
 
 /// Name of the state file in the previous release, without the name of the instance.
 const LEGACY_FACT: &str = "acknowledged";
@@ -127,6 +127,9 @@ fn read_fact(state: &StateDirectory, fact: &str) -> Result<Option<Kept>, state::
 pub enum Acceptance {
     /// The database matches the state file, so no acceptance was necessary.
     AlreadyKnown,
+    /// Only rows of the registry were refused, because they were earlier than those that the broker remembered. The next start of the
+    /// broker accepts them.
+    Registry,
     /// The database was accepted.
     Accepted {
         /// Call id of the newest change that the state file contained before the acceptance.
@@ -134,9 +137,10 @@ pub enum Acceptance {
     },
 }
 
-/// Accepts the database in its current state, unless the database already matches the state file. The acceptance
-/// replaces the previous identity and removes the acknowledged changes from the state file. A damaged state file is
-/// replaced. Returns an error if the state directory cannot be used, or if the database does not answer.
+/// Accepts the database in its current state, unless the database already matches the state file. Also accepts earlier
+/// rows of the registry. The acceptance replaces the previous identity and removes the acknowledged changes from the
+/// state file. A damaged state file is replaced. Returns an error if the state directory cannot be used, or if the
+/// database does not answer.
 pub async fn accept_restored(
     state: &StateDirectory,
     instance: &str,
@@ -144,6 +148,7 @@ pub async fn accept_restored(
 ) -> Result<Acceptance, Error> {
     let failed = |error| Error::caused(Reason::StoreDown, error);
     let fact = fact_of(instance);
+    let is_registry_refused = memory::forget(state, instance, store).await?;
     let known = match read_fact(state, &fact) {
         Ok(kept) => kept.as_ref().and_then(Known::read),
         Err(error) if error.is_damaged() => None,
@@ -155,7 +160,11 @@ pub async fn accept_restored(
         let calls: Vec<CallId> = known.changes.iter().map(|(call, _)| *call).collect();
         let evidence = store.evidence(&calls).await?;
         if evidence.store == known.store && evidence.marks == calls.len() {
-            return Ok(Acceptance::AlreadyKnown);
+            return Ok(if is_registry_refused {
+                Acceptance::Registry
+            } else {
+                Acceptance::AlreadyKnown
+            });
         }
     }
     let forgotten = known.and_then(|known| known.changes.back().map(|(call, _)| call.to_string()));

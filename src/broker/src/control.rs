@@ -34,6 +34,8 @@ pub struct WrappingKeyView {
     pub registered: Timestamp,
     /// Whether a backup of the key's token is confirmed.
     pub backup_confirmed: bool,
+    /// When the key is destroyed. The value is `None` if no destruction is scheduled.
+    pub destroyed_at: Option<Timestamp>,
     /// The problem that prevents the use of the key in every state; `None` for a key without a
     /// problem.
     pub problem: Option<String>,
@@ -143,7 +145,11 @@ impl Broker {
 
     fn views(&self, registry: &Registry) -> Vec<WrappingKeyView> {
         let state = self.token.state();
-        registry.rows().map(|row| view(row, &state)).collect()
+        let view = |found: (&RegistryRow, Option<&str>)| WrappingKeyView {
+            destroyed_at: self.scheduled.due(found.0),
+            ..view(found, &state)
+        };
+        registry.rows().map(view).collect()
     }
 }
 
@@ -159,6 +165,7 @@ pub(super) fn view(
         state: row.state,
         registered: row.registered,
         backup_confirmed: row.backup_confirmed.is_some(),
+        destroyed_at: None,
         problem: problem.map(str::to_owned),
         on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {
             modulus_bits: key.modulus_bits,

@@ -13,7 +13,7 @@ use keybroker_core::{
 use keybroker_hsm::leave;
 use keybroker_policy::{KeyPermit, Resource};
 
-use super::{Broker, overload::is_overload};
+use super::{Broker, digests::sha256, overload::is_overload};
 
 /// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates this value, from a
 /// result and the draft of its entry. Therefore each release needs its own audit entry.
@@ -56,6 +56,14 @@ impl Draft {
         let mut draft = Self(entry);
         draft.rows(count, digest);
         draft
+    }
+
+    /// Begins the entry of a change of a wrapping key that the broker itself makes.
+    pub(super) fn of_broker(call: CallId, action: &'static str, key: WrappingKeyId) -> Self {
+        let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
+        entry.call_id = Some(call);
+        entry.wrapping_key = Some(key);
+        Self(entry)
     }
 
     /// Sets the number of rows that the entry records, and the SHA-256 of their ids.
@@ -123,6 +131,17 @@ impl Draft {
 
     pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {
         self.0.wrapping_key = Some(key);
+    }
+
+    /// Sets the SHA-256 of a stored envelope. If the wrapping key is compromised later, the digest tells a row that the broker made
+    /// from a row that the holder of the key made.
+    pub(super) fn envelope(&mut self, envelope: &[u8]) {
+        self.0.digest = Some(sha256(envelope));
+    }
+
+    /// Removes the digest of an envelope that was not stored.
+    pub(super) fn no_envelope(&mut self) {
+        self.0.digest = None;
     }
 
     pub(super) fn kind(&self, kind: EntryKind) -> Self {

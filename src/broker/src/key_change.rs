@@ -20,17 +20,20 @@ use keybroker_core::{
 };
 use keybroker_hsm::{Caller, Serving, TokenState, admin::KeyAdmin};
 use keybroker_store as store;
-use keybroker_store::{RegistryChange, RegistryRow, RegistryUpdate};
+use keybroker_store::{DestructionChange, RegistryChange, RegistryRow, RegistryUpdate};
 
 use super::{
     Broker, WrappingKeyView, commit::Settled, control::view, journal::Draft, registry::Registry,
 };
 
 mod age;
+mod destruction;
 mod making;
 mod rotation;
 
 pub(super) use age::KeyAge;
+pub(super) use destruction::Scheduled;
+pub use destruction::{DestructionRules, Wait};
 pub use rotation::{Rotated, Rotation};
 
 /// A row number that is not below this limit is ignored, because only a forged row has such a large
@@ -61,6 +64,10 @@ pub enum KeyChange {
     Compromise,
     /// The key is permanently missing from the token, and counts as destroyed from now on.
     Lose,
+    /// The key is destroyed after a waiting time. Its state does not change before.
+    Destroy(Wait),
+    /// The scheduled destruction of the key is cancelled.
+    Keep,
 }
 
 impl KeyChange {
@@ -73,6 +80,9 @@ impl KeyChange {
             Self::Deactivate => Action::DeactivateKey,
             Self::Compromise => Action::CompromiseKey,
             Self::Lose => Action::LoseKey,
+            Self::Destroy(Wait::None) => Action::DestroyKeyNow,
+            Self::Destroy(_) => Action::DestroyKey,
+            Self::Keep => Action::KeepKey,
         }
     }
 }
@@ -146,7 +156,7 @@ impl Broker {
             .await?;
         draft.wrapping_key(id);
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
-        let planned = self.plan_state_change(call, id, change).await;
+        let planned = self.plan_state_change(principal, call, id, change).await;
         let planned = self.or_record(&draft, planned).await?;
         self.commit_key_change(call, &draft, planned).await?;
         drop(turn);
@@ -155,6 +165,7 @@ impl Broker {
 
     async fn plan_state_change(
         &self,
+        principal: &Principal,
         call: &Call,
         id: WrappingKeyId,
         change: KeyChange,
@@ -166,12 +177,20 @@ impl Broker {
         self.ask_registry(call.deadline, |registry| registry.check_examined(id))
             .await?;
         let registry = self.registry()?;
-        if change == KeyChange::Lose {
-            return self.plan_loss(&registry, id).await;
+        match change {
+            KeyChange::Lose => return self.plan_loss(&registry, id).await,
+            KeyChange::Destroy(wait) => {
+                return self.plan_destruction(&registry, id, wait, principal).await;
+            }
+            KeyChange::Keep => return self.plan_keeping(&registry, id).await,
+            _ => {}
         }
         let state = self.token.state();
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
+        if change != KeyChange::Compromise {
+            self.check_not_scheduled(row).await?;
+        }
         let mut new = RegistryRow {
             state: to,
             ..row.clone()
@@ -199,7 +218,10 @@ impl Broker {
             planner.sign_tombstones(&registry, id);
         }
         planner.change(row, new);
-        self.with_macs(planner, signer).await
+        let mut planned = self.with_macs(planner, signer).await?;
+        // A schedule is bound to the number of the registry row, which has changed.
+        planned.destruction = Some(DestructionChange::Remove(id));
+        Ok(planned)
     }
 
     /// Plans the registry row that marks a missing key as destroyed. The integrity key that is in use authenticates
@@ -209,6 +231,9 @@ impl Broker {
         registry: &Registry,
         id: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
+        if self.is_being_removed(registry, id).await? {
+            return self.plan_end_of_removal(registry, id).await;
+        }
         let row = registry.missing(id, &self.token.state())?;
         self.check_no_token_is_away(id)?;
         let signer = registry.integrity_key()?;
@@ -219,7 +244,9 @@ impl Broker {
         let mut planner = Planner::new(registry);
         planner.change(row, tombstone);
         planner.sign_tombstones(registry, id);
-        self.with_macs(planner, signer).await
+        let mut planned = self.with_macs(planner, signer).await?;
+        planned.destruction = Some(DestructionChange::Remove(id));
+        Ok(planned)
     }
 
     /// Checks that every configured token is available. An unavailable token may contain the key, and recording a loss
@@ -279,9 +306,11 @@ impl Broker {
 
     /// Applies a committed change in this broker.
     async fn apply_key_change(&self) {
-        if let Err(error) = self.refresh_registry().await {
+        let read = self.refresh_registry().await;
+        if let Err(error) = read.and(self.read_destructions().await) {
             tracing::warn!(%error, "cannot read the changed registry yet; the broker tries again within a second");
         }
+        self.remember_registry().await;
     }
 
     fn view_of(&self, id: WrappingKeyId) -> Result<WrappingKeyView, Error> {
@@ -290,7 +319,10 @@ impl Broker {
         let mut rows = registry.rows();
         let found = rows.find(|(row, _)| row.id == id);
         let found = found.ok_or_else(|| Error::new(Reason::KeyNotFound, format!("key {id}")))?;
-        Ok(view(found, &state))
+        Ok(WrappingKeyView {
+            destroyed_at: self.scheduled.due(found.0),
+            ..view(found, &state)
+        })
     }
 }
 
@@ -305,7 +337,8 @@ fn next_state(
         KeyChange::Suspend => WrappingKeyState::Suspended,
         KeyChange::Deactivate => WrappingKeyState::Deactivated,
         KeyChange::Compromise => WrappingKeyState::Compromised,
-        KeyChange::Lose => WrappingKeyState::Destroyed,
+        KeyChange::Lose | KeyChange::Destroy(_) => WrappingKeyState::Destroyed,
+        KeyChange::Keep => row.state,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
                 "only a suspended key can be resumed, but this key is {}",
@@ -322,12 +355,16 @@ fn next_state(
             }
         }
     };
-    let legal = row.state.check_change(to);
-    legal.map_err(|illegal| {
+    legal(row.state, to)?;
+    Ok(to)
+}
+
+/// Refuses a change of a state that is not legal, and says which are.
+fn legal(from: WrappingKeyState, to: WrappingKeyState) -> Result<(), Error> {
+    from.check_change(to).map_err(|illegal| {
         let text = illegal.to_string();
         Error::caused(Reason::KeyState, illegal).explained("id", &text)
-    })?;
-    Ok(to)
+    })
 }
 
 /// Refuses to activate a key without a backup: if the token were lost, every user key that this key wraps would be

@@ -53,6 +53,7 @@ mod clients;
 mod commit;
 mod control;
 mod damage;
+mod digests;
 mod journal;
 mod key_change;
 pub mod limits;
@@ -75,7 +76,7 @@ mod uses;
 
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
-pub use key_change::{KeyChange, Rotated, Rotation};
+pub use key_change::{DestructionRules, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
 pub use keybroker_store::{
     Damage, DamagedClient, DamagedRecord, KeyUses, Position, RecordInfo, RecordState, RunState,
@@ -88,10 +89,10 @@ pub use release::Released;
 
 use acknowledged::Acknowledged;
 use clients::ClientUses;
-use key_change::{KeyAge, KeyChanges};
+use key_change::{KeyAge, KeyChanges, Scheduled};
 use overload::Overload;
 use refusals::Refusals;
-use registry::{LoggedProblems, Registry};
+use registry::{LoggedProblems, Registry, memory::RegistryMemory};
 use uses::Uses;
 
 /// Identifies a user key within the principal's tenant by its user and its key name.
@@ -152,6 +153,8 @@ pub struct Parts {
     pub key_admin: KeyAdmin,
     /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`; `None` for no limit.
     pub rotate_after: Option<Duration>,
+    /// How wrapping keys are destroyed.
+    pub destruction: DestructionRules,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
     pub accepted_risks: Vec<String>,
@@ -184,10 +187,15 @@ pub struct Broker {
     registry_refresh: tokio::sync::Mutex<()>,
     /// The problems of the registry that were logged last.
     logged_problems: Mutex<LoggedProblems>,
+    /// The directory in which this instance keeps facts across restarts.
+    state: StateDirectory,
+    /// What this instance remembers about the registry.
+    registry_memory: RegistryMemory,
     /// The changes of wrapping keys that this broker makes.
     key_changes: KeyChanges,
     expect: Expect,
     key_age: KeyAge,
+    scheduled: Scheduled,
     refusals: Refusals,
     overload: Overload,
     uses: Uses,
@@ -220,9 +228,12 @@ impl Broker {
             registry: ArcSwapOption::empty(),
             registry_refresh: tokio::sync::Mutex::default(),
             logged_problems: Mutex::default(),
+            state: parts.state.clone(),
+            registry_memory: RegistryMemory::new(parts.state.clone(), &parts.instance),
             key_changes: KeyChanges::new(parts.key_admin),
             expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
+            scheduled: Scheduled::new(parts.destruction),
             capacity: parts.capacity,
             accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),

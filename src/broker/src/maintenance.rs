@@ -86,6 +86,7 @@ impl Broker {
         let risks = self.accepted_risks.iter().cloned();
         let of_keys = registry.map_or_else(Vec::new, |registry| registry.problems());
         let of_keys = of_keys.into_iter().chain(self.key_age_note());
+        let of_keys = of_keys.chain(self.scheduled.notes());
         let notes = token.note.into_iter().chain(of_keys).chain(risks);
         problems.extend(notes.map(|note| format!("token: {note}")));
         Health {
@@ -108,7 +109,8 @@ impl Broker {
             self.resolve_regularly(&stop),
             self.record_refusals(&stop),
             self.write_uses(&stop),
-            self.rewrap_regularly(&stop)
+            self.rewrap_regularly(&stop),
+            self.destroy_regularly(&stop)
         );
     }
 
@@ -275,6 +277,7 @@ impl Broker {
         if let Err(error) = self.refresh_registry().await {
             self.note_unreadable_registry(&error);
         }
+        self.remember_registry().await;
     }
 
     async fn forget_requests(&self) {

@@ -342,6 +342,7 @@ impl Broker {
     async fn replay(&self, mut draft: Draft, info: RecordInfo) -> Result<RecordInfo, Error> {
         draft.record(info.id, info.revision);
         draft.wrapping_key(info.wrapping_key);
+        draft.no_envelope();
         self.conclude(draft, Ok(info))
             .await
             .map(Recorded::into_inner)

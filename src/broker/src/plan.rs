@@ -30,12 +30,13 @@ pub(super) enum Commit {
 }
 
 impl Commit {
-    /// Adds the record and the wrapping key to the audit entry.
+    /// Adds the record, the wrapping key and the digest of a new envelope to the audit entry.
     pub(super) fn describe(&self, draft: &mut Draft) {
         match self {
             Self::Create(new) | Self::Supersede(new, _) => {
                 draft.record(new.record, new.revision);
                 draft.wrapping_key(new.wrapping_key);
+                draft.envelope(&new.envelope);
             }
             Self::Delete(record) | Self::Undelete(record) => {
                 draft.record(record.id, record.revision);

@@ -24,6 +24,8 @@ use keybroker_store::{PlaceRow, RegistryRow};
 
 use super::{Broker, START_RETRY};
 
+pub(super) mod memory;
+
 /// Time limit for one verification of rows with the token. The broker verifies changed rows once a
 /// second.
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -579,6 +581,15 @@ impl Expect {
     ) -> Self {
         Self(Arc::new(compute))
     }
+
+    /// Returns the keys of each token, by the configured name of the token.
+    pub(super) fn of(
+        &self,
+        rows: Vec<RegistryRow>,
+        places: Vec<PlaceRow>,
+    ) -> Vec<(String, Vec<ExpectedKey>)> {
+        (self.0)(rows, places)
+    }
 }
 
 impl fmt::Debug for Expect {
@@ -599,7 +610,8 @@ impl Broker {
         if rows.is_empty() {
             tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
         }
-        let registry = self.examine(rows, &Registry::default(), deadline).await?;
+        let mut registry = self.examine(rows, &Registry::default(), deadline).await?;
+        self.compare_with_memory(&mut registry)?;
         if let Some(error) = registry.first_failure() {
             return Err(error);
         }
@@ -614,6 +626,7 @@ impl Broker {
             }
         }
         self.use_registry(registry);
+        self.remember_registry().await;
         Ok(())
     }
 
@@ -627,7 +640,8 @@ impl Broker {
         };
         let found = self.store.registry().await?;
         let deadline = Deadline::after(REFRESH_TIMEOUT);
-        let fresh = self.examine(found, &known, deadline).await?;
+        let mut fresh = self.examine(found, &known, deadline).await?;
+        self.registry_memory.compare(&mut fresh);
         let is_changed =
             fresh.entries != known.entries || fresh.refused_changes != known.refused_changes;
         if is_changed {
@@ -690,7 +704,7 @@ impl Broker {
             rows.push(awaited);
         }
         self.token
-            .expect_keys((self.expect.0)(rows, fresh.places.clone()));
+            .expect_keys(self.expect.of(rows, fresh.places.clone()));
         Ok(fresh)
     }
 

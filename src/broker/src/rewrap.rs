@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use keybroker_core::{
     call::{Call, Timestamp},
     error::{Error, Reason},
-    key::{ID_BYTES, KeyUse, Purpose, WrappingKeyId},
+    key::{ID_BYTES, KeyUse, Purpose, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
 use keybroker_policy::Resource;
@@ -27,12 +27,14 @@ use super::{Broker, commit::Settled, journal::Draft, registry::Registry, within}
 
 mod batch;
 mod clients;
+pub mod listed;
 mod pace;
 mod progress;
 mod revisions;
 mod run;
 mod verify;
 
+use listed::Listed;
 pub use progress::{FailedRow, Phase, Progress};
 
 /// Time limit for reading the changed run again, if the rows could not be counted within the
@@ -46,6 +48,8 @@ pub struct NewRun {
     pub source: Option<WrappingKeyId>,
     /// Highest number of rows per second; 0 for no limit.
     pub rate: u32,
+    /// Whether the source is a compromised wrapping key, from which only listed rows are moved.
+    pub from_compromised: bool,
 }
 
 /// The run that was requested last, and the number of rows under each wrapping key.
@@ -228,7 +232,10 @@ impl Broker {
         if let Request::Start(new) = &request {
             let target = registry.wrapping_key()?;
             draft.wrapping_key(target);
-            check_source(&registry, target, new.source)?;
+            check_source(&registry, target, new)?;
+            if let Some(source) = new.source.filter(|_| new.from_compromised) {
+                self.listed(source)?;
+            }
         }
         let now = within(call, self.store.rewrap_run()).await?;
         let change = match (request, now) {
@@ -289,6 +296,19 @@ impl Broker {
             .map(|()| true)
     }
 
+    /// The rows that may be moved from a compromised wrapping key.
+    fn listed(&self, source: WrappingKeyId) -> Result<Listed, Error> {
+        let found = Listed::read(&self.state, source);
+        let found = found.map_err(|error| Error::caused(Reason::KeyState, error))?;
+        found.ok_or_else(|| {
+            let what = format!(
+                "no rows under the compromised key {source} are listed on the host of this broker: run `keybroker audit envelopes \
+                 --wrapping-key {source}` there"
+            );
+            Error::new(Reason::KeyState, what.clone()).explained("source_wrapping_key_id", &what)
+        })
+    }
+
     async fn view(&self, call: &Call) -> Result<RewrapView, Error> {
         let registry = self.registry()?;
         let run = within(call, self.store.rewrap_run()).await?;
@@ -320,6 +340,7 @@ fn new_run(principal: &Principal, new: NewRun) -> Result<RunRow, Error> {
     aws_lc_rs::rand::fill(&mut id).map_err(|_| Error::new(Reason::Bug, "no random bytes"))?;
     let progress = Progress {
         requested_by: principal.name().to_owned(),
+        from_compromised: new.from_compromised,
         ..Progress::default()
     };
     Ok(RunRow {
@@ -335,12 +356,8 @@ fn new_run(principal: &Principal, new: NewRun) -> Result<RunRow, Error> {
 }
 
 /// Returns an error if rows cannot be moved from this source.
-fn check_source(
-    registry: &Registry,
-    target: WrappingKeyId,
-    source: Option<WrappingKeyId>,
-) -> Result<(), Error> {
-    let Some(source) = source else {
+fn check_source(registry: &Registry, target: WrappingKeyId, new: &NewRun) -> Result<(), Error> {
+    let Some(source) = new.source else {
         return Ok(());
     };
     if source == target {
@@ -351,7 +368,17 @@ fn check_source(
         let what = "the id of a registered wrapping key";
         return Err(Error::violation("source_wrapping_key_id", what));
     }
-    Ok(registry.check(source, KeyUse::RewrapFrom)?)
+    if !new.from_compromised {
+        return Ok(registry.check(source, KeyUse::RewrapFrom)?);
+    }
+    let is_compromised = registry
+        .row(source)
+        .is_some_and(|row| row.state == WrappingKeyState::Compromised);
+    if !is_compromised {
+        let what = "only with a source that is compromised";
+        return Err(Error::violation("from_compromised", what));
+    }
+    Ok(registry.check(source, KeyUse::RewrapListed)?)
 }
 
 /// Returns the wrapping keys from which a run moves rows. A run does not move rows whose wrapping key cannot be used at
@@ -360,10 +387,11 @@ fn sources(
     registry: &Registry,
     target: WrappingKeyId,
     only: Option<WrappingKeyId>,
+    source: KeyUse,
 ) -> Vec<WrappingKeyId> {
     registry
         .rows()
-        .filter(|(row, problem)| problem.is_none() && row.state.may_rewrap_from())
+        .filter(|(row, problem)| problem.is_none() && row.state.allows(source))
         .filter(|(row, _)| row.id != target && row.purpose == Purpose::Plain)
         .filter(|(row, _)| only.is_none_or(|only| only == row.id))
         .map(|(row, _)| row.id)

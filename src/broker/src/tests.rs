@@ -206,6 +206,10 @@ async fn broker_with(
             false,
         ),
         rotate_after: None,
+        destruction: DestructionRules {
+            days: 30,
+            tokens: Vec::new(),
+        },
         accepted_risks: Vec::new(),
     });
     broker

@@ -77,6 +77,7 @@ alerts! {
     Registry = "registry", Critical, "The registry of wrapping keys and the token disagree.";
     WrappingKey = "wrapping-key", Critical, "A registered wrapping key is missing from the token, or must not be used.";
     KeyAge = "key-age", Warning, "The wrapping key that wraps new user keys is older than the limit.";
+    KeyDestruction = "key-destruction", Warning, "A scheduled destruction of a wrapping key is postponed or not valid.";
     RecordDamaged = "record-damaged", Warning, "A stored row cannot be parsed, or its MAC is wrong.";
     StoreSwapped = "store-swapped", Critical, "The files of the SQLite database were replaced while the database was open.";
     StoreRestored =

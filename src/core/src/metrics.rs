@@ -449,6 +449,8 @@ declare! {
             "keybroker_wrapping_key_usable" [WRAPPING_KEY] "1 while a registered wrapping key (in any state) is on the token and verified, else 0.";
         WRAPPING_KEY_AGE = "keybroker_wrapping_key_age_seconds" [] "Time since the wrapping key that wraps new user \
             keys was registered; 0 if no key wraps new user keys.";
+        KEY_DESTRUCTIONS_SCHEDULED = "keybroker_key_destructions_scheduled" [] "Wrapping keys whose destruction is scheduled.";
+        KEY_DESTRUCTIONS_DUE = "keybroker_key_destructions_due" [] "Wrapping keys whose scheduled destruction is due and not done yet.";
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";

@@ -350,13 +350,19 @@ pub enum Action {
     CompromiseKey,
     /// Record that a missing wrapping key is lost.
     LoseKey,
+    /// Schedule the destruction of a wrapping key.
+    DestroyKey,
+    /// Destroy a wrapping key without the waiting time.
+    DestroyKeyNow,
+    /// Cancel the scheduled destruction of a wrapping key.
+    KeepKey,
     /// Start, pause and resume the move of rows to the active wrapping key, without the right to release a user key.
     Rewrap,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 25] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -378,6 +384,9 @@ impl Action {
         Self::DeactivateKey,
         Self::CompromiseKey,
         Self::LoseKey,
+        Self::DestroyKey,
+        Self::DestroyKeyNow,
+        Self::KeepKey,
         Self::Rewrap,
     ];
 
@@ -405,6 +414,9 @@ impl Action {
             Self::DeactivateKey => "wrapping_key.deactivate",
             Self::CompromiseKey => "wrapping_key.compromise",
             Self::LoseKey => "wrapping_key.lost",
+            Self::DestroyKey => "wrapping_key.destroy",
+            Self::DestroyKeyNow => "wrapping_key.destroy_now",
+            Self::KeepKey => "wrapping_key.keep",
             Self::Rewrap => "wrapping_key.rewrap",
         }
     }

@@ -24,7 +24,7 @@ use keybroker_core::{
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
-    PathError, PinError, PinSource, Settings, TokenInfo, check_environment,
+    PathError, PinError, PinSource, Proof, Settings, TokenInfo, check_environment,
     frame::{Inbox, Outbox},
     oaep::{self, OaepError},
     report::{Identity, Report},
@@ -447,11 +447,37 @@ impl Admin {
     }
 
     /// Permanently removes the objects of a wrapping key and its integrity key from the token. Returns the number of
-    /// removed objects.
+    /// removed objects, which is 0 if the token has none of them.
     pub fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
-        let job = Job::RemoveKey(RemoveKey {
+        self.remove(RemoveKey {
             key_id: id.as_bytes().to_vec(),
+            ..RemoveKey::default()
+        })
+    }
+
+    /// Removes the objects of a registered wrapping key, as [`remove_key`](Self::remove_key) does. The token refuses with
+    /// [`AdminError::Untrusted`] if the RSA private key that it found has another fingerprint, or if the integrity key that it
+    /// found did not make the MAC of the row that names the objects. `place` is this row; `None` if the objects were authenticated
+    /// before.
+    pub fn remove_registered(
+        &self,
+        id: WrappingKeyId,
+        fingerprint: Fingerprint,
+        place: Option<&Proof>,
+    ) -> Result<u32, AdminError> {
+        let (place_message, place_mac) = place.map_or_else(Default::default, |proof| {
+            (proof.message.clone(), proof.mac.to_vec())
         });
+        self.remove(RemoveKey {
+            key_id: id.as_bytes().to_vec(),
+            fingerprint: fingerprint.0.to_vec(),
+            place_message,
+            place_mac,
+        })
+    }
+
+    fn remove(&self, job: RemoveKey) -> Result<u32, AdminError> {
+        let job = Job::RemoveKey(job);
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
             Outcome::Removed(count) => Ok(count),
             _ => Err(unexpected()),

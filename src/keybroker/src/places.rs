@@ -4,10 +4,13 @@
 //! further token that has the key, the registry contains a row with the configured name of the
 //! token. If only one token is configured, only the registry row is relevant.
 
-use keybroker_core::key::{ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState};
+use keybroker_core::{
+    call::Timestamp,
+    key::{ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState},
+};
 use keybroker_hsm::{ExpectedKey, Proof, Settings};
 use keybroker_store as store;
-use keybroker_store::{PlaceRow, RegistryRow, Store};
+use keybroker_store::{DestructionRow, PlaceRow, RegistryRow, Store};
 use keybroker_worker_protocol::unpadded;
 
 /// The rows of the registry: the wrapping keys, and their places on further tokens.
@@ -17,6 +20,8 @@ pub(crate) struct Registry {
     pub(crate) rows: Vec<RegistryRow>,
     /// The places of the wrapping keys on further tokens.
     pub(crate) places: Vec<PlaceRow>,
+    /// Their scheduled destructions.
+    pub(crate) destructions: Vec<DestructionRow>,
 }
 
 /// A registered key, with its expected properties on one token.
@@ -62,6 +67,11 @@ impl Registry {
         Ok(Self {
             rows: store.registry().await?,
             places: store.places().await?,
+            destructions: match store.destructions().await {
+                // A damaged schedule must not hide the keys. A broker raises an alert about it.
+                Err(store::Error::Corrupt(_)) => Vec::new(),
+                read => read?,
+            },
         })
     }
 
@@ -73,7 +83,12 @@ impl Registry {
         for detail in damaged {
             tracing::warn!(%detail, "a row that names a further token of a wrapping key cannot be read");
         }
-        Ok(Self { rows, places })
+        // A broker that starts needs no schedules to find its keys.
+        Ok(Self {
+            rows,
+            places,
+            ..Self::default()
+        })
     }
 
     /// The place of a key on a token; `None` if the registry has no row for this place.
@@ -81,6 +96,13 @@ impl Registry {
         self.places
             .iter()
             .find(|place| place.key == key && place.token == token)
+    }
+
+    /// When a key is destroyed; absent if no destruction is scheduled, or if the key was changed afterwards.
+    pub(crate) fn destroyed_at(&self, row: &RegistryRow) -> Option<Timestamp> {
+        let mut rows = self.destructions.iter();
+        let of_key = |one: &&DestructionRow| one.key == row.id && one.sequence == row.sequence;
+        rows.find(of_key).map(|one| one.due)
     }
 
     /// The registered keys that are not destroyed and may be on a token. Includes keys without a
@@ -190,10 +212,7 @@ fn proofs(key: &KeyHere<'_>) -> Vec<Proof> {
 
 #[cfg(test)]
 mod tests {
-    use keybroker_core::{
-        call::Timestamp,
-        key::{Fingerprint, Purpose},
-    };
+    use keybroker_core::key::{Fingerprint, Purpose};
 
     use super::*;
 
@@ -228,6 +247,7 @@ mod tests {
         Registry {
             rows: vec![row],
             places: places.iter().map(place).collect(),
+            destructions: Vec::new(),
         }
     }
 

@@ -21,7 +21,9 @@ use crate::{
     attribute_check::{self, Exception, Finding},
     calling,
     classify::{Class, Fault},
-    keys::{self, Cause, HmacKey, KeyPair, KeySession, Making, Place, Refusal, SigningKey, Terms},
+    keys::{
+        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, Place, Refusal, SigningKey, Terms,
+    },
     mac_key::WorkerKey,
     module,
     negative::{self, Subject},
@@ -765,11 +767,16 @@ impl Admin {
         })
     }
 
-    /// Removes the objects of a key from the token. Returns the number of removed objects.
-    pub(crate) fn remove_key(&self, id: WrappingKeyId) -> Result<u32, AdminError> {
+    /// Removes the objects of a key from the token. Returns the number of removed objects, which is 0 if the token has none of them.
+    /// Removes nothing if the objects do not have this identity.
+    pub(crate) fn remove_key(
+        &self,
+        id: WrappingKeyId,
+        identity: &Identity<'_>,
+    ) -> Result<u32, AdminError> {
         let place = self.place(id);
         self.secrets.borrow_mut().remove(&id);
-        Ok(keys::remove(&self.token.anchor, &place)?)
+        Ok(keys::remove(&self.token.anchor, &place, identity)?)
     }
 
     /// Describes the token and its module.

@@ -36,7 +36,9 @@ use crate::{
     PinRecord,
     admin::{self, Admin, AdminError, Verifier},
     attribute_check::Finding,
-    calling, worker,
+    calling,
+    keys::Identity,
+    worker,
 };
 
 /// Runs the hidden command `keybroker token-admin-worker`.
@@ -184,7 +186,8 @@ impl State {
                 let id = key_id(&job.key_id)?;
                 // The handles of the removed objects must not be used again.
                 self.verifier = None;
-                Ok(Outcome::Removed(self.token()?.remove_key(id)?))
+                let removed = self.token()?.remove_key(id, &Identity::of(job));
+                Ok(Outcome::Removed(removed?))
             }
         }
     }

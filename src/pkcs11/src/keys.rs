@@ -32,7 +32,7 @@ pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
     generate_with_id,
 };
-pub(super) use removal::remove;
+pub(super) use removal::{Identity, remove};
 pub(super) use signing::{SigningKey, has_signing_key, make_signing_key, sign};
 #[cfg(test)]
 pub(super) use templates::generic_secret_template;

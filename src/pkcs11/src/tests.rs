@@ -25,6 +25,7 @@ mod attribute_check;
 mod behaviours;
 mod making;
 mod negative;
+mod removal;
 mod rewrap;
 mod session;
 mod tokens;

@@ -129,6 +129,12 @@ tables! {
         token_serial: Text, private_cka_id: Bytes, integrity_cka_id: Bytes, registered_us: Integer,
         backup_confirmed_us: OptionalInteger, mac: Bytes,
     }
+    /// The scheduled destructions of wrapping keys.
+    Destructions = key_destructions {
+        key_id: Bytes;
+        signer_key_id: Bytes, sequence: Integer, requested_us: Integer, due_us: Integer,
+        requested_by: Text, mac: Bytes, holder: Text, lease_us: Integer,
+    }
     /// The registry of wrapping keys.
     WrappingKeys = wrapping_keys {
         key_id: Bytes;

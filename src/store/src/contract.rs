@@ -13,6 +13,7 @@ use keybroker_core::{
 
 use super::{
     client::ClientRow,
+    destruction::Destructions,
     error::Error,
     identity::{Evidence, KnownLog},
     listing::{DamagedClient, DamagedRecord, Position},
@@ -34,7 +35,7 @@ pub const PAGE_SIZE_MAX: u32 = 1_000;
 /// The operations of the store. Each function that sends more than one statement runs in a separate task, so that a caller that
 /// stops waiting cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
-pub trait Store: Rewraps + fmt::Debug + 'static {
+pub trait Store: Rewraps + Destructions + fmt::Debug + 'static {
     /// Succeeds if the store can be read and written.
     async fn ping(&self) -> Result<(), Error>;
 
@@ -127,7 +128,8 @@ pub trait Store: Rewraps + fmt::Debug + 'static {
     async fn register(&self, row: &RegistryRow) -> Result<(), Error>;
 
     /// Adds and replaces registry rows in one transaction, and stores the mark of the call. Returns
-    /// [`Error::Conflict`] if the MAC of a replaced row is not the expected MAC, and
+    /// [`Error::Conflict`] if the MAC of a replaced row is not the expected MAC or if a row needs the key that no row may
+    /// need, and
     /// [`Error::Exists`] if the new row's id is registered. If the function returns
     /// [`Error::Conflict`] or [`Error::Exists`], the registry is unchanged.
     async fn change_registry(

@@ -127,6 +127,7 @@ impl Copy {
             Table::Changes,
             Table::Clients,
             Table::Places,
+            Table::Destructions,
             Table::WrappingKeys,
         ] {
             self.walk(table, Lacking::Refuse, || {}).await?;

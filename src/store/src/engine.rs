@@ -32,6 +32,7 @@ use super::{
 
 mod calls;
 mod clients;
+mod destruction;
 mod kept;
 mod probe;
 mod registry;

@@ -25,6 +25,7 @@ mod client;
 mod columns;
 mod contract;
 pub mod copy;
+mod destruction;
 mod dialect;
 mod driver_errors;
 mod durability;
@@ -56,6 +57,7 @@ mod url;
 
 pub use client::ClientRow;
 pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
+pub use destruction::{DestructionChange, DestructionRow, Destructions, REQUESTED_BY_BYTES_MAX};
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};

@@ -9,6 +9,8 @@ use keybroker_core::{
     key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 
+use super::destruction::DestructionChange;
+
 /// The stored form of one wrapping key. The registry does not contain public keys, because the
 /// broker always reads public keys from the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +47,10 @@ pub struct RegistryChange {
     pub insert: Option<RegistryRow>,
     /// The changed rows of registered keys.
     pub updates: Vec<RegistryUpdate>,
+    /// A change of a scheduled destruction.
+    pub destruction: Option<DestructionChange>,
+    /// A wrapping key that no revision, API client or answer to a request id may need. The transaction checks it.
+    pub unneeded: Option<WrappingKeyId>,
 }
 
 /// The new content of a registry row, and the MAC of the row that it replaces.

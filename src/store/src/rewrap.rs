@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use keybroker_core::{
     call::{CallId, Timestamp},
     envelope::Mac,
-    key::{ClientId, ID_BYTES, KeyAddress, RecordId, Revision, WrappingKeyId},
+    key::{ClientId, ID_BYTES, KeyAddress, KeyUse, RecordId, Revision, WrappingKeyId},
 };
 
 use super::error::Error;
@@ -209,15 +209,19 @@ pub trait Rewraps: Send + Sync {
     ) -> Result<Vec<RowUnder>, Error>;
 
     /// Swaps envelopes and stores the mark of the call, in one transaction. For each swap, returns
-    /// whether the row still contained the old envelope.
+    /// whether the row still contained the old envelope. Returns [`Error::State`] without any swap if the state of a
+    /// registered key forbids the move. `source` is the use of the old wrapping keys: [`KeyUse::RewrapFrom`], or
+    /// [`KeyUse::RewrapListed`] if every row is listed.
     async fn move_revisions(
         &self,
         moves: Vec<RevisionMove>,
+        source: KeyUse,
         call: CallId,
     ) -> Result<Vec<bool>, Error>;
 
     /// Swaps the MACs of API clients and stores the mark of the call, in one transaction. For each
-    /// swap, returns whether the row still contained the old MAC.
+    /// swap, returns whether the row still contained the old MAC. Returns [`Error::State`] without any swap if the state of
+    /// a registered key forbids the move.
     async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error>;
 
     /// The run that was requested last.

@@ -14,8 +14,9 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Damage, DamagedClient, DamagedRecord, Error, KnownLog, NewRevision, PlaceRow,
-    Record, RecordInfo, RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
+    ClientRow, Damage, DamagedClient, DamagedRecord, DestructionRow, Error, KnownLog, NewRevision,
+    PlaceRow, REQUESTED_BY_BYTES_MAX, Record, RecordInfo, RecordState, RegistryRow, RequestRecord,
+    RequestScope, StoredRevision,
     columns::Table,
     error::Detail,
     session::{Columns, Value},
@@ -23,7 +24,7 @@ use super::{
 
 mod rewrap;
 
-pub(super) use rewrap::{key_uses, row_under, run, run_values};
+pub(super) use rewrap::{key_uses, row_under, run, run_values, values_of_uses};
 
 /// Longest serial number as text, in bytes. In PKCS#11, a serial number has 16 bytes, and each byte
 /// becomes at most three bytes of text.
@@ -556,6 +557,39 @@ pub(super) fn place_values(row: &PlaceRow) -> Vec<Value> {
         row.registered.into(),
         row.backup_confirmed.into(),
         (&row.mac).into(),
+    ]
+}
+
+/// A row of [`Table::Destructions`].
+pub(super) fn destruction(row: &impl Columns) -> Result<DestructionRow, Error> {
+    let row = Reader::new(Table::Destructions, row);
+    let requested_by = row.text("requested_by")?;
+    if requested_by.len() > REQUESTED_BY_BYTES_MAX {
+        return Err(row.corrupt("requested_by"));
+    }
+    Ok(DestructionRow {
+        key: row.wrapping_key("key_id")?,
+        signer: row.wrapping_key("signer_key_id")?,
+        sequence: row.positive("sequence")?,
+        requested: row.time("requested_us")?,
+        due: row.time("due_us")?,
+        requested_by: requested_by.to_owned(),
+        mac: row.array("mac")?,
+    })
+}
+
+/// A row of [`Table::Destructions`] that no instance holds yet.
+pub(super) fn new_destruction(row: &DestructionRow) -> Vec<Value> {
+    vec![
+        row.key.into(),
+        row.signer.into(),
+        row.sequence.into(),
+        row.requested.into(),
+        row.due.into(),
+        row.requested_by.as_str().into(),
+        (&row.mac).into(),
+        "".into(),
+        Timestamp::from_micros(0).into(),
     ]
 }
 

@@ -102,6 +102,15 @@ pub(super) struct Statements {
     /// current MAC.
     pub(super) update_place: &'static str,
 
+    /// The scheduled destructions, by key.
+    pub(super) destructions: &'static str,
+    /// Value: key.
+    pub(super) delete_destruction: &'static str,
+    /// Values: holder, until, key, MAC, holder, now, time after which no lease can end.
+    pub(super) hold_destruction: &'static str,
+    /// Values: key, MAC.
+    pub(super) end_destruction: &'static str,
+
     /// Parameter: client. Returns the complete row.
     pub(super) client: &'static str,
     /// Parameters: new revision, document, MAC, wrapping key, time of the change, client, current
@@ -263,6 +272,15 @@ impl Statements {
                 "UPDATE wrapping_key_places SET {} WHERE key_id = ? AND token = ? AND mac = ?",
                 assignments(Table::Places.values())
             )),
+
+            destructions: sql(&format!(
+                "SELECT {} FROM key_destructions ORDER BY key_id",
+                names(Table::Destructions.columns())
+            )),
+            delete_destruction: sql("DELETE FROM key_destructions WHERE key_id = ?"),
+            hold_destruction: sql("UPDATE key_destructions SET holder = ?, lease_us = ? \
+                 WHERE key_id = ? AND mac = ? AND (holder = ? OR lease_us <= ? OR lease_us > ?)"),
+            end_destruction: sql("DELETE FROM key_destructions WHERE key_id = ? AND mac = ?"),
 
             client: sql(&format!(
                 "SELECT {clients} FROM clients WHERE client_id = ?"

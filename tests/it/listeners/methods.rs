@@ -284,6 +284,7 @@ fn wrong_rewraps() -> Vec<Wrong> {
     let start = |bytes, rows_per_second_max| StartRewrapRequest {
         source_wrapping_key_id: vec![7; bytes],
         rows_per_second_max,
+        from_compromised: false,
     };
     let resume = ResumeRewrapRequest {
         rows_per_second_max: Some(1_000_001),

@@ -176,6 +176,7 @@ async fn a_source_can_be_chosen_and_the_target_cannot() {
     let from = |id: &Vec<u8>| StartRewrapRequest {
         source_wrapping_key_id: id.clone(),
         rows_per_second_max: 0,
+        from_compromised: false,
     };
     let target = admin.start_rewrap(from(&keys[2])).await;
     let status_of_target = refused(target, "REQUEST");

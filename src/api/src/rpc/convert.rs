@@ -101,6 +101,7 @@ pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
         backup_confirmed: view.backup_confirmed,
         public_key_pem: String::new(),
         problem: bounded(view.problem.as_deref().unwrap_or_default()),
+        destroy_time: view.destroyed_at.map(timestamp),
     }
 }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tonic::{Request, Response, Status};
 
-use keybroker_broker::{Broker, KeyChange, Rotation};
+use keybroker_broker::{Broker, KeyChange, Rotation, Wait};
 use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
 use keybroker_proto as proto;
 
@@ -16,6 +16,10 @@ const BITS: [u32; 3] = [2_048, 3_072, 4_096];
 const HOURS_PER_DAY: u64 = 24;
 /// The longest age that a caller can specify, in days: about a hundred years.
 const DAYS_MAX: u32 = 36_500;
+/// The longest waiting time of a destruction, in days: about ten years.
+const WAIT_DAYS_MAX: u32 = 3_650;
+/// The word with which a caller asks for a destruction without a waiting time.
+const NOW: &str = "irreversibly";
 
 pub(super) async fn rotate(
     broker: &Arc<Broker>,
@@ -89,6 +93,11 @@ pub(super) async fn change(
 
 fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChange, Error> {
     let is_about_backup = request.backup_confirmed || request.without_backup;
+    let is_about_wait = request.destroy_after_days != 0 || !request.destroy_now.is_empty();
+    if is_about_wait && request.change() != proto::WrappingKeyChange::Destroy {
+        let what = "`destroy_after_days` and `destroy_now` only with WRAPPING_KEY_CHANGE_DESTROY";
+        return Err(Error::violation("change", what));
+    }
     let change = match request.change() {
         proto::WrappingKeyChange::Activate => {
             if request.backup_confirmed && request.without_backup {
@@ -105,6 +114,8 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         proto::WrappingKeyChange::Deactivate => KeyChange::Deactivate,
         proto::WrappingKeyChange::Compromise => KeyChange::Compromise,
         proto::WrappingKeyChange::Lose => KeyChange::Lose,
+        proto::WrappingKeyChange::Destroy => KeyChange::Destroy(wait(request)?),
+        proto::WrappingKeyChange::Keep => KeyChange::Keep,
         proto::WrappingKeyChange::Unspecified => {
             return Err(Error::violation("change", "a known change"));
         }
@@ -114,6 +125,21 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         return Err(Error::violation("change", what));
     }
     Ok(change)
+}
+
+/// How long the destruction of a key waits.
+fn wait(request: &proto::ChangeWrappingKeyStateRequest) -> Result<Wait, Error> {
+    match (request.destroy_after_days, request.destroy_now.as_str()) {
+        (0, "") => Ok(Wait::Configured),
+        (days, "") if days <= WAIT_DAYS_MAX => Ok(Wait::Days(days)),
+        (_, "") => Err(Error::violation("destroy_after_days", "at most 3,650")),
+        (0, NOW) => Ok(Wait::None),
+        (0, _) => Err(Error::violation("destroy_now", "empty or \"irreversibly\"")),
+        _ => Err(Error::violation(
+            "destroy_now",
+            "not together with `destroy_after_days`",
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -158,6 +184,7 @@ mod tests {
                 change,
                 backup_confirmed,
                 without_backup,
+                ..Default::default()
             })
         };
         for (wire, change) in [
@@ -166,6 +193,8 @@ mod tests {
             (Wire::Deactivate, KeyChange::Deactivate),
             (Wire::Compromise, KeyChange::Compromise),
             (Wire::Lose, KeyChange::Lose),
+            (Wire::Destroy, KeyChange::Destroy(Wait::Configured)),
+            (Wire::Keep, KeyChange::Keep),
         ] {
             assert_eq!(parsed(wire.into(), false, false).unwrap(), change);
             assert_eq!(field(parsed(wire.into(), true, false)), Some("change"));
@@ -173,8 +202,34 @@ mod tests {
         let activate: i32 = Wire::Activate.into();
         assert_eq!(field(parsed(activate, true, true)), Some("without_backup"));
         assert!(parsed(activate, true, false).is_ok());
-        for unknown in [0, 7, -1] {
+        for unknown in [0, 9, -1] {
             assert_eq!(field(parsed(unknown, false, false)), Some("change"));
         }
+    }
+
+    #[test]
+    fn a_destruction_waits_unless_the_caller_says_the_word() {
+        use proto::WrappingKeyChange as Wire;
+        let parsed = |change: Wire, destroy_after_days, destroy_now: &str| {
+            key_change(&proto::ChangeWrappingKeyStateRequest {
+                change: change.into(),
+                destroy_after_days,
+                destroy_now: destroy_now.to_owned(),
+                ..Default::default()
+            })
+        };
+        let destroy = |days, now| parsed(Wire::Destroy, days, now);
+        assert_eq!(
+            destroy(3_650, "").unwrap(),
+            KeyChange::Destroy(Wait::Days(3_650))
+        );
+        let now = destroy(0, "irreversibly").unwrap();
+        assert_eq!(now, KeyChange::Destroy(Wait::None));
+        assert_eq!(now.action(), Action::DestroyKeyNow);
+        assert_eq!(field(destroy(3_651, "")), Some("destroy_after_days"));
+        assert_eq!(field(destroy(0, "yes")), Some("destroy_now"));
+        assert_eq!(field(destroy(1, "irreversibly")), Some("destroy_now"));
+        assert_eq!(field(parsed(Wire::Keep, 1, "")), Some("change"));
+        assert_eq!(field(parsed(Wire::Lose, 0, "irreversibly")), Some("change"));
     }
 }

@@ -22,7 +22,12 @@ pub(super) async fn start(
     let entered = AuthenticatedCall::of(&request)?;
     let request = request.get_ref();
     let parsed = source(&request.source_wrapping_key_id).and_then(|source| {
+        if request.from_compromised && source.is_none() {
+            let what = "only with `source_wrapping_key_id`";
+            return Err(Error::violation("from_compromised", what));
+        }
         Ok(NewRun {
+            from_compromised: request.from_compromised,
             source,
             rate: rate(request.rows_per_second_max)?,
         })

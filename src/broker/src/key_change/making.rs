@@ -129,7 +129,7 @@ impl Broker {
 }
 
 /// Runs work with an admin worker on a blocking thread.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     what: &'static str,
     work: impl FnOnce() -> Result<T, AdminError> + Send + 'static,
 ) -> Result<T, Error> {

@@ -138,9 +138,11 @@ impl Broker {
 
     /// Plans the return to the key that was deactivated last.
     async fn plan_return(&self, registry: &Registry) -> Result<Decision, Error> {
+        let ending = self.keys_to_destroy(registry).await?;
         let deactivated = registry
             .rows()
-            .filter(|(row, _)| row.state == WrappingKeyState::Deactivated);
+            .filter(|(row, _)| row.state == WrappingKeyState::Deactivated)
+            .filter(|(row, _)| !ending.contains(&row.id));
         let Some((row, _)) = deactivated.max_by_key(|(row, _)| row.sequence) else {
             let what = "there is no previous key: none of the registered keys is in the state `deactivated`";
             return Err(Error::new(Reason::KeyState, what).explained("id", what));

@@ -1,8 +1,6 @@
 //! Replaces a batch of rows with their re-wrapped form, between a durable intent and a durable
 //! outcome.
 
-use std::fmt::Write as _;
-
 use aws_lc_rs::digest;
 
 use keybroker_core::{
@@ -13,7 +11,7 @@ use keybroker_core::{
 };
 use keybroker_store as store;
 
-use crate::{Broker, commit::Settled, journal::Draft};
+use crate::{Broker, commit::Settled, digests::hex_of, journal::Draft};
 
 /// The id of a row in a batch: the id of the record or API client, and its revision.
 pub(super) type RowId = ([u8; 16], u64);
@@ -56,12 +54,7 @@ fn digest_of(rows: &[RowId]) -> String {
         context.update(id);
         context.update(&revision.to_be_bytes());
     }
-    let mut text = String::with_capacity(64);
-    for byte in context.finish().as_ref() {
-        // Writing to a String cannot fail.
-        let _written = write!(text, "{byte:02x}");
-    }
-    text
+    hex_of(&context.finish())
 }
 
 #[cfg(test)]

@@ -1,9 +1,11 @@
 //! Moves the rows of API clients, which contain a MAC and no envelope. The old integrity key verifies the MAC, and the
 //! new integrity key computes a new MAC.
 
+use std::collections::BTreeSet;
+
 use keybroker_core::{
     call::CallId,
-    key::{ClientId, WrappingKeyId},
+    key::{ClientId, KeyUse, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
 use keybroker_store::{ClientMove, ClientRow, DamagedClient, Position};
@@ -105,14 +107,21 @@ impl Broker {
         to: WrappingKeyId,
         moves: Vec<ClientMove>,
     ) -> Result<Swapped, Stop> {
-        self.check_move(moves.iter().map(|one| one.from), to)?;
+        let from: BTreeSet<WrappingKeyId> = moves.iter().map(|one| one.from).collect();
+        self.check_move(from.iter().copied(), to, KeyUse::RewrapFrom)?;
         let ids: Vec<RowId> = moves
             .iter()
             .map(|one| (*one.id.as_bytes(), one.revision))
             .collect();
         let call = CallId::fresh();
         let swap = self.store.move_clients(moves, call);
-        let swapped = self.swap_batch(to, &ids, call, swap).await?;
+        let swapped = match self.swap_batch(to, &ids, call, swap).await {
+            Ok(swapped) => swapped,
+            Err(error) => {
+                let source = KeyUse::RewrapFrom;
+                return Err(self.why_not_swapped(error, from, to, source).await);
+            }
+        };
         Ok(Swapped::of(&swapped))
     }
 }

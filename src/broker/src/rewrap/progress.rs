@@ -37,6 +37,8 @@ pub struct FailedRow {
 pub struct Progress {
     /// The principal that requested the run.
     pub requested_by: String,
+    /// Whether the source is a compromised wrapping key, from which only listed rows are moved.
+    pub from_compromised: bool,
     /// The current activity of the holder.
     pub phase: Phase,
     /// Revisions that were moved.

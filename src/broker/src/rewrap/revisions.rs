@@ -1,6 +1,6 @@
 //! Moves revisions of records. The token re-wraps one page of rows while the store swaps the previous page.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use futures_util::{
     FutureExt as _,
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use keybroker_core::{
     call::{CallId, Deadline},
     envelope::{Context, Envelope, Kind},
+    error::{Error, Reason},
     key::{KeyUse, Revision, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
@@ -79,19 +80,36 @@ impl Run<'_> {
             if let Some(last) = rows.last() {
                 place = last.place.clone();
             }
+            let (rows, unlisted) = self.split(rows);
             let (swapped, next) = tokio::join!(
-                self.broker.swap_page(to, ready),
+                self.broker.swap_page(to, self.source_use(), ready),
                 self.broker
                     .rewrap_page(self.stop, &self.pace, from, to, rows)
             );
             // The previous page is counted even if the token failed on the next page.
             touched += self.count(swapped?);
             ready = next?;
+            ready.failed.extend(unlisted);
             self.keep_up().await?;
             if is_end {
                 return Ok(touched);
             }
         }
+    }
+
+    /// Separates the rows that may be moved from those that no list contains.
+    fn split(&self, rows: Vec<RowUnder>) -> (Vec<RowUnder>, Vec<FailedRow>) {
+        let Some(listed) = &self.listed else {
+            return (rows, Vec::new());
+        };
+        // A row that cannot be decoded fails later, with its problem.
+        let may_move = |row: &RowUnder| match &row.row {
+            Ok(found) => listed.has(&found.envelope),
+            Err(_) => true,
+        };
+        let (moved, others): (Vec<_>, Vec<_>) = rows.into_iter().partition(may_move);
+        let failed = others.iter().map(|row| failed_revision(row, "not-listed"));
+        (moved, failed.collect())
     }
 
     fn count(&mut self, swapped: Swapped) -> u64 {
@@ -179,27 +197,56 @@ impl Broker {
         &self,
         mut from: impl Iterator<Item = WrappingKeyId>,
         to: WrappingKeyId,
+        source: KeyUse,
     ) -> Result<(), Stop> {
         let registry = self.registry()?;
         let is_target = registry.wrapping_key().is_ok_and(|target| target == to);
-        if is_target && from.all(|id| registry.check(id, KeyUse::RewrapFrom).is_ok()) {
+        if is_target && from.all(|id| registry.check(id, source).is_ok()) {
             Ok(())
         } else {
             Err(Stop::KeysChanged)
         }
     }
 
+    /// Why the store refused a swap. The store refuses it if the state of a key was changed after [`Self::check_move`].
+    pub(super) async fn why_not_swapped(
+        &self,
+        error: Error,
+        from: BTreeSet<WrappingKeyId>,
+        to: WrappingKeyId,
+        source: KeyUse,
+    ) -> Stop {
+        if error.reason() != Reason::KeyState {
+            return Stop::Failed(error);
+        }
+        if let Err(unreadable) = self.refresh_registry().await {
+            return Stop::Failed(unreadable);
+        }
+        // A row of the registry that was edited changes nothing in the verified registry.
+        let checked = self.check_move(from.into_iter(), to, source);
+        checked.err().unwrap_or(Stop::Failed(error))
+    }
+
     /// Swaps the envelopes of a page.
-    async fn swap_page(&self, to: WrappingKeyId, page: Page) -> Result<Swapped, Stop> {
-        self.check_move(page.moves.iter().map(|one| one.from), to)?;
+    async fn swap_page(
+        &self,
+        to: WrappingKeyId,
+        source: KeyUse,
+        page: Page,
+    ) -> Result<Swapped, Stop> {
+        let from: BTreeSet<WrappingKeyId> = page.moves.iter().map(|one| one.from).collect();
+        self.check_move(from.iter().copied(), to, source)?;
         let ids: Vec<RowId> = page
             .moves
             .iter()
             .map(|one| (*one.record.as_bytes(), one.revision.get()))
             .collect();
         let call = CallId::fresh();
-        let swap = self.store.move_revisions(page.moves, call);
-        let swapped = self.swap_batch(to, &ids, call, swap).await?;
+        let swap = self.store.move_revisions(page.moves, source, call);
+        let swapped = match self.swap_batch(to, &ids, call, swap).await {
+            Ok(swapped) => swapped,
+            Err(error) => return Err(self.why_not_swapped(error, from, to, source).await),
+        };
         Ok(Swapped {
             failed: page.failed,
             ..Swapped::of(&swapped)

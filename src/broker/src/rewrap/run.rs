@@ -14,7 +14,7 @@ use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
     call::Timestamp,
     error::{Error, Reason},
-    key::WrappingKeyId,
+    key::{KeyUse, WrappingKeyId},
     metrics,
 };
 use keybroker_hsm::Serving;
@@ -23,7 +23,7 @@ use keybroker_store::{RunRow, RunState};
 
 use crate::{Broker, ticks::Ticks};
 
-use super::{pace::Pace, progress::Progress, sources};
+use super::{listed::Listed, pace::Pace, progress::Progress, sources};
 
 const TICK: Duration = Duration::from_secs(1);
 /// Time for the current batch and its audit entry to finish when the broker stops.
@@ -73,6 +73,8 @@ pub(super) struct Run<'b> {
     row: RunRow,
     pub(super) progress: Progress,
     pub(super) pace: Pace,
+    /// The rows that may be moved from a compromised wrapping key; `None` for a run that moves all rows.
+    pub(super) listed: Option<Listed>,
     kept: Instant,
     counted: Option<Instant>,
     /// Number of rows that were moved or verified when the speed was last measured.
@@ -121,6 +123,10 @@ impl Broker {
             }
         };
         let mut run = Run::new(self, row, stop);
+        if let Err(error) = run.take_list() {
+            // Another broker may have the list. Without it, no row is moved.
+            return tracing::debug!(%error, "this broker cannot work on the re-wrap");
+        }
         match run.hold().await {
             Ok(()) => {}
             // Another instance has the lease.
@@ -144,10 +150,27 @@ impl<'b> Run<'b> {
             broker,
             stop,
             row,
+            listed: None,
             kept: Instant::now(),
             counted: None,
             measured: 0,
             speed: 0,
+        }
+    }
+
+    /// Reads the list of rows that may be moved, if the source is a compromised wrapping key.
+    fn take_list(&mut self) -> Result<(), Error> {
+        if let Some(source) = self.row.source.filter(|_| self.progress.from_compromised) {
+            self.listed = Some(self.broker.listed(source)?);
+        }
+        Ok(())
+    }
+
+    /// How the run uses the wrapping keys from which it moves rows.
+    pub(super) fn source_use(&self) -> KeyUse {
+        match self.listed {
+            Some(_) => KeyUse::RewrapListed,
+            None => KeyUse::RewrapFrom,
         }
     }
 
@@ -182,11 +205,21 @@ impl<'b> Run<'b> {
 
     /// Tries every row once. Returns the number of rows that were moved or that another change altered meanwhile.
     async fn pass(&mut self, target: WrappingKeyId) -> Result<u64, Stop> {
-        let sources = sources(&*self.broker.registry()?, target, self.row.source);
+        let source_use = self.source_use();
+        let sources = sources(
+            &*self.broker.registry()?,
+            target,
+            self.row.source,
+            source_use,
+        );
         self.progress.begin_pass();
         let mut touched = 0;
         for source in &sources {
             touched += self.move_revisions(*source, target).await?;
+        }
+        if self.listed.is_some() {
+            // No list contains API clients.
+            return Ok(touched);
         }
         Ok(touched + self.move_clients(&sources, target).await?)
     }
@@ -257,7 +290,7 @@ impl<'b> Run<'b> {
         let registry = self.broker.registry()?;
         let target = registry.wrapping_key().map_err(Error::from)?;
         let mut left = 0;
-        for source in sources(&registry, target, self.row.source) {
+        for source in sources(&registry, target, self.row.source, self.source_use()) {
             let uses = self.broker.store.key_uses(source).await?;
             left = uses
                 .revisions
@@ -305,6 +338,12 @@ impl<'b> Run<'b> {
                 RecordDamaged,
                 failed,
                 "some rows could not be re-wrapped, or failed verification afterwards; `keybroker rewrap status` lists these rows"
+            );
+        }
+        if self.listed.is_some() {
+            tracing::warn!(
+                source = self.row.source.map(|id| id.to_string()),
+                "user keys under a compromised wrapping key count as disclosed, also those that were moved: enrol them again"
             );
         }
         tracing::info!(

@@ -11,6 +11,8 @@ use crate::key_change::KeyChange;
 
 use super::*;
 
+mod destruction;
+
 const A: WrappingKeyId = WrappingKeyId::from_bytes([10; 16]);
 const B: WrappingKeyId = WrappingKeyId::from_bytes([11; 16]);
 const C: WrappingKeyId = WrappingKeyId::from_bytes([12; 16]);

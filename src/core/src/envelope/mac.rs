@@ -21,6 +21,8 @@ const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 /// The domain of the registry row of a destroyed key, which another key authenticates.
 const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";
 const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
+const DESTRUCTION_DOMAIN: &[u8] = b"keybroker/key-destruction/v1";
+const REMOVAL_DOMAIN: &[u8] = b"keybroker/key-removal/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
@@ -118,6 +120,28 @@ impl MacMessage {
         message.finish()
     }
 
+    /// The message for the MAC of the scheduled destruction of a wrapping key: all fields except the MAC.
+    pub fn destruction(row: &DestructionFields<'_>) -> Self {
+        Self::destruction_in(DESTRUCTION_DOMAIN, row)
+    }
+
+    /// The message for the MAC of a destruction after the wrapping key was marked as destroyed: the fields of
+    /// [`destruction`](Self::destruction) in another domain, because a schedule alone must not permit the removal.
+    pub fn removal(row: &DestructionFields<'_>) -> Self {
+        Self::destruction_in(REMOVAL_DOMAIN, row)
+    }
+
+    fn destruction_in(domain: &[u8], row: &DestructionFields<'_>) -> Self {
+        let mut message = Message::new(domain);
+        message.fixed(row.key.as_bytes());
+        message.fixed(row.signer.as_bytes());
+        message.fixed(&row.sequence.to_be_bytes());
+        message.fixed(&row.requested_us.to_be_bytes());
+        message.fixed(&row.due_us.to_be_bytes());
+        message.sized(row.requested_by.as_bytes());
+        message.finish()
+    }
+
     /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. The message
     /// contains a digest of the document, because a document may be longer than the input that a token accepts.
     pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
@@ -190,6 +214,23 @@ pub struct PlaceFields<'a> {
     pub registered_us: i64,
     /// When a backup of the token was confirmed, in UTC microseconds; never 0.
     pub backup_confirmed_us: Option<i64>,
+}
+
+/// The authenticated part of the scheduled destruction of a wrapping key.
+#[derive(Clone, Copy, Debug)]
+pub struct DestructionFields<'a> {
+    /// The id of the wrapping key.
+    pub key: WrappingKeyId,
+    /// The id of the wrapping key whose integrity key makes the MAC.
+    pub signer: WrappingKeyId,
+    /// The number of the registry row of the wrapping key.
+    pub sequence: u64,
+    /// When the destruction was requested, in UTC microseconds.
+    pub requested_us: i64,
+    /// When the wrapping key is destroyed, in UTC microseconds.
+    pub due_us: i64,
+    /// The principal that requested the destruction, at most 255 bytes.
+    pub requested_by: &'a str,
 }
 
 struct Message(Zeroizing<Vec<u8>>);

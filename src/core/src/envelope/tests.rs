@@ -9,7 +9,7 @@ use aws_lc_rs::hmac;
 use proptest::prelude::*;
 use serde::Deserialize;
 
-use super::mac::{MacMessage, RegistryFields};
+use super::mac::{DestructionFields, MacMessage, RegistryFields};
 use super::*;
 use crate::key::{
     Fingerprint, IntegrityPlace, KeyName, ObjectId, ObjectIds, Purpose, UserId, WrappingKeyId,
@@ -292,6 +292,67 @@ fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
     for (number, other) in others.iter().enumerate() {
         assert!(other.starts_with(b"\x00\x15keybroker/registry/v2"));
         assert!(!others[..number].contains(other));
+    }
+}
+
+#[test]
+fn each_field_of_a_scheduled_destruction_is_in_its_message() {
+    let fields = DestructionFields {
+        key: WrappingKeyId::from_bytes([1; 16]),
+        signer: WrappingKeyId::from_bytes([2; 16]),
+        sequence: 3,
+        requested_us: 4,
+        due_us: 5,
+        requested_by: "URI:admin",
+    };
+    let message =
+        |fields: &DestructionFields<'_>| MacMessage::destruction(fields).as_bytes().to_vec();
+    let mut expected = b"\x00\x1ckeybroker/key-destruction/v1".to_vec();
+    expected.extend([1; 16]);
+    expected.extend([2; 16]);
+    for number in [3_u64, 4, 5] {
+        expected.extend(number.to_be_bytes());
+    }
+    expected.extend(b"\x00\x09URI:admin");
+    assert_eq!(message(&fields), expected);
+    // The mark of a destroyed key is in another domain.
+    let removal = MacMessage::removal(&fields);
+    let rest = expected
+        .strip_prefix(b"\x00\x1ckeybroker/key-destruction/v1")
+        .unwrap();
+    let removal = removal
+        .as_bytes()
+        .strip_prefix(b"\x00\x18keybroker/key-removal/v1");
+    assert_eq!(removal, Some(rest));
+    let other = WrappingKeyId::from_bytes([9; 16]);
+    let changed = [
+        DestructionFields {
+            key: other,
+            ..fields
+        },
+        DestructionFields {
+            signer: other,
+            ..fields
+        },
+        DestructionFields {
+            sequence: 9,
+            ..fields
+        },
+        DestructionFields {
+            requested_us: 9,
+            ..fields
+        },
+        DestructionFields {
+            due_us: 9,
+            ..fields
+        },
+        DestructionFields {
+            requested_by: "URI:other",
+            ..fields
+        },
+    ];
+    for (number, one) in changed.iter().enumerate() {
+        assert_ne!(message(one), expected, "{number}");
     }
 }
 

@@ -37,16 +37,19 @@ pub enum KeyUse {
     MakeMac,
     /// Unwrap stored envelopes inside a worker during a re-wrap, to wrap their user keys under another wrapping key.
     RewrapFrom,
+    /// Be the source of a re-wrap of the rows in a list, which the audit log or a backup proves.
+    RewrapListed,
 }
 
 impl KeyUse {
     /// All uses, in the order of the documentation.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Wrap,
         Self::Unwrap,
         Self::VerifyMac,
         Self::MakeMac,
         Self::RewrapFrom,
+        Self::RewrapListed,
     ];
 }
 
@@ -110,11 +113,12 @@ impl WrappingKeyState {
     /// Whether a key in this state may be used in this way. All other functions about the use of a key call this function.
     ///
     /// A deactivated key makes MACs, because restoring an earlier revision of a record makes a new MAC for this
-    /// revision without unwrapping it. A compromised key is not the source of a re-wrap: a person who knows its private
-    /// half may also have made the row, and this function cannot check the row.
+    /// revision without unwrapping it. A compromised key is only the source of a re-wrap of listed rows: a person who
+    /// knows its private half may also have made a row, and only the list shows that the broker made it.
     pub const fn allows(self, key_use: KeyUse) -> bool {
         match self {
-            Self::PreActive | Self::Suspended | Self::Compromised | Self::Destroyed => false,
+            Self::PreActive | Self::Suspended | Self::Destroyed => false,
+            Self::Compromised => matches!(key_use, KeyUse::RewrapListed),
             Self::Active => true,
             Self::Deactivated => !matches!(key_use, KeyUse::Wrap),
         }
@@ -182,16 +186,16 @@ mod tests {
         proptest::sample::select(WrappingKeyState::ALL.as_slice())
     }
 
-    /// The matrix, written by hand: wrap, unwrap, verify MACs, make MACs, source of a re-wrap.
+    /// The matrix, written by hand: wrap, unwrap, verify MACs, make MACs, source of a re-wrap, source of a re-wrap of listed rows.
     #[test]
     fn each_state_allows_what_the_matrix_says() {
         for (state, expected) in [
-            (PreActive, [false, false, false, false, false]),
-            (Active, [true, true, true, true, true]),
-            (Suspended, [false, false, false, false, false]),
-            (Deactivated, [false, true, true, true, true]),
-            (Compromised, [false, false, false, false, false]),
-            (Destroyed, [false, false, false, false, false]),
+            (PreActive, [false, false, false, false, false, false]),
+            (Active, [true, true, true, true, true, true]),
+            (Suspended, [false, false, false, false, false, false]),
+            (Deactivated, [false, true, true, true, true, true]),
+            (Compromised, [false, false, false, false, false, true]),
+            (Destroyed, [false, false, false, false, false, false]),
         ] {
             assert_eq!(
                 KeyUse::ALL.map(|one| state.allows(one)),
@@ -253,7 +257,8 @@ mod tests {
                 prop_assert!(state != to && state != Destroyed);
                 state = to;
                 was_compromised |= state == Compromised;
-                let is_used = KeyUse::ALL.iter().any(|one| state.allows(*one));
+                let mut uses = KeyUse::ALL.iter().filter(|one| **one != KeyUse::RewrapListed);
+                let is_used = uses.any(|one| state.allows(*one));
                 prop_assert!(!(was_compromised && is_used), "{state}");
             }
         }

@@ -12,6 +12,8 @@ use serde_json::json;
 
 use keybroker_audit as audit;
 
+mod envelopes;
+
 use super::{
     Context,
     change::local_operator,
@@ -47,6 +49,12 @@ pub(super) enum Command {
         #[arg(long, value_name = "NUMBER")]
         through: u64,
     },
+    /// List the revisions under a compromised wrapping key that a re-wrap may move
+    ///
+    /// The command verifies the logs, and takes the digests of the envelopes that the broker stored from their entries. With
+    /// `--backup`, it also takes the revisions in a backup of the database from before the compromise. The list replaces an earlier
+    /// list. Then run `keybroker rewrap start --from-compromised ID` on a broker on this host.
+    Envelopes(envelopes::Arguments),
     /// Show the last entries of a log
     Show {
         /// Directory of the log [default: the log directory of this instance]
@@ -86,6 +94,7 @@ pub(super) fn run(command: &Command, context: &Context) -> Result<(), Failure> {
             );
             Err(Failure::new(Exit::Verification, what))
         }
+        Command::Envelopes(arguments) => envelopes::list(arguments, context),
         Command::Acknowledge => acknowledge(context),
         Command::RemoveSegments { through } => remove_segments(*through, context),
         Command::Show {

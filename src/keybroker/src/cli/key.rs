@@ -95,6 +95,12 @@ pub(super) enum Command {
     /// `KEY_STATE` instead of `TOKEN_DOWN`, so that clients stop retrying. Use this command only if
     /// no row needs the key any more, or if no backup of the token contains the key.
     Lost(change::Lost),
+    /// Schedule the destruction of a key that no row needs, or cancel it
+    ///
+    /// The broker removes the objects of the key from every token after a waiting time, at least `wrapping_keys.destroy_after_days`.
+    /// Nothing brings a destroyed key back: user keys in old backups of the database that need the key are lost. The key must be
+    /// pre-active, deactivated or compromised, and another key must be in use.
+    Destroy(change::Destroy),
 }
 
 #[derive(Args, Debug)]
@@ -153,6 +159,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Resume(key) => change::change(&key, WrappingKeyChange::Resume, context),
         Command::Deactivate(key) => change::change(&key, WrappingKeyChange::Deactivate, context),
         Command::Lost(arguments) => change::lost(&arguments, context),
+        Command::Destroy(arguments) => change::destroy(&arguments, context),
         Command::Compromise(key) => change::change(&key, WrappingKeyChange::Compromise, context),
     }
 }
@@ -640,6 +647,8 @@ fn fields_with_tokens(row: &RegistryRow, registry: &Registry, config: &Config) -
         "tokens",
         json!(registry.tokens_of(row, config.tokens.all()).join(", ")),
     ));
+    let destroyed = registry.destroyed_at(row).map(|at| at.to_string());
+    fields.push(("destroy_at", json!(destroyed)));
     fields
 }
 

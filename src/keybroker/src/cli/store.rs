@@ -129,8 +129,10 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
         nothing_more,
         || block_on(accept)?,
     )?;
+    let is_registry = acceptance == Acceptance::Registry;
     let (accepted, forgotten) = match acceptance {
         Acceptance::AlreadyKnown => (false, None),
+        Acceptance::Registry => (true, None),
         Acceptance::Accepted { forgotten } => (true, forgotten),
     };
     context.output.fields(vec![
@@ -141,6 +143,12 @@ fn accept_restored(context: &Context) -> Result<(), Failure> {
         context
             .output
             .note("the broker already accepts this database; nothing was changed");
+    }
+    if is_registry {
+        context.output.note(
+            "the broker remembered later rows of the registry of wrapping keys, and forgot them now; restart a running broker, so that \
+             it accepts the present rows",
+        );
     }
     Ok(())
 }

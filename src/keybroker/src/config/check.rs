@@ -44,6 +44,12 @@ impl Config {
             self.wrapping_keys.rotate_after_days.into(),
             0..=wrapping_keys::DAYS_MAX.into(),
         );
+        range(
+            &mut problems,
+            "[wrapping_keys] destroy_after_days",
+            self.wrapping_keys.destroy_after_days.into(),
+            1..=wrapping_keys::WAIT_DAYS_MAX.into(),
+        );
         problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
         problems

@@ -1,4 +1,4 @@
-//! The section `[wrapping_keys]`: how long a wrapping key may be used.
+//! The section `[wrapping_keys]`: how long a wrapping key may be used, and how long its destruction waits.
 
 use std::time::Duration;
 
@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 const DAYS_DEFAULT: u32 = 730;
 /// The maximum value of `rotate_after_days`: about a hundred years.
 pub(super) const DAYS_MAX: u32 = 36_500;
+/// The waiting time before a key is destroyed, in days: long enough to find an old backup that needs the key.
+const WAIT_DAYS_DEFAULT: u32 = 30;
+/// The longest waiting time, in days: about ten years.
+pub(super) const WAIT_DAYS_MAX: u32 = 3_650;
 const HOURS_PER_DAY: u64 = 24;
 
 /// The `[wrapping_keys]` section of the configuration.
@@ -19,12 +23,16 @@ pub struct Settings {
     /// The value 0 disables the alert.
     #[serde(default = "days_default")]
     pub rotate_after_days: u32,
+    /// The shortest time in days between the request to destroy a wrapping key and its destruction, 1 to 3650.
+    #[serde(default = "wait_days_default")]
+    pub destroy_after_days: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         Self {
             rotate_after_days: DAYS_DEFAULT,
+            destroy_after_days: WAIT_DAYS_DEFAULT,
         }
     }
 }
@@ -39,4 +47,8 @@ impl Settings {
 
 const fn days_default() -> u32 {
     DAYS_DEFAULT
+}
+
+const fn wait_days_default() -> u32 {
+    WAIT_DAYS_DEFAULT
 }

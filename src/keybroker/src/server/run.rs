@@ -33,7 +33,9 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{Broker, Capacity, ClientRules, Expect, Parts, limits::Limits};
+use keybroker_broker::{
+    Broker, Capacity, ClientRules, DestructionRules, Expect, Parts, limits::Limits,
+};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm as hsm;
 use keybroker_hsm::{Pool, Token, admin::KeyAdmin};
@@ -163,21 +165,38 @@ async fn open_store(
     opening::open_store(config, audit).await
 }
 
-/// Returns the object that starts admin workers to generate wrapping keys for this broker.
-fn key_admin(config: &Config, program: PathBuf) -> KeyAdmin {
+/// Returns the object that starts admin workers to generate and remove wrapping keys for this broker.
+fn key_admin(config: &Config, token: &hsm::Settings, program: PathBuf) -> KeyAdmin {
     KeyAdmin::new(
         program,
-        config.token().clone(),
+        token.clone(),
         StateDirectory::below(&config.audit.directory),
         config.tokens.are_several(),
     )
+}
+
+/// What the broker needs to destroy wrapping keys on all tokens.
+fn destruction(config: &Config, program: &Path) -> DestructionRules {
+    let tokens = config.tokens.all().iter();
+    let admin = |token: &hsm::Settings| {
+        let admin = key_admin(config, token, program.to_owned());
+        (token.name.clone(), admin)
+    };
+    DestructionRules {
+        days: config.wrapping_keys.destroy_after_days,
+        tokens: tokens.map(admin).collect(),
+    }
 }
 
 /// The rule that determines which keys must be on each token.
 fn expect(config: &Config) -> Expect {
     let tokens = config.tokens.clone();
     Expect::new(move |rows, places| {
-        let registry = Registry { rows, places };
+        let registry = Registry {
+            rows,
+            places,
+            ..Registry::default()
+        };
         let of_token = |token: &hsm::Settings| {
             let keys = registry.expected(token, tokens.are_several());
             (token.name.clone(), keys)
@@ -286,7 +305,8 @@ impl Server {
             retention: retention(&config.store),
             capacity: capacity(&config.store),
             expect: expect(&config),
-            key_admin: key_admin(&config, program),
+            destruction: destruction(&config, &program),
+            key_admin: key_admin(&config, config.token(), program),
             rotate_after: config.wrapping_keys.rotate_after(),
             state,
             accepted_risks,

@@ -4,23 +4,96 @@ use cryptoki::object::{Attribute, ObjectClass, ObjectHandle};
 
 use keybroker_core::key::{IntegrityPlace, ObjectId};
 use keybroker_pkcs11_ffi::Session;
+use keybroker_worker_protocol::wire::RemoveKey;
 
 use crate::{
     calling,
     classify::{Class, Fault},
+    operation,
 };
 
-use super::{Place, find_one, integrity_ids, making::destroy};
+use super::{KeyPair, Place, find_one, integrity_ids, making::destroy, public_side, session_pair};
 
-/// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects. An
-/// interrupted removal can be repeated: missing objects are not an error if at least one object remains.
+/// What the objects of a key must match before they are removed. The `CKA_ID`s of the objects can come from a row that a person
+/// edited, so that they are those of another key. An empty field is not compared.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Identity<'a> {
+    /// The fingerprint of the public key, 32 bytes.
+    fingerprint: &'a [u8],
+    /// The row that names the objects. The integrity key of the wrapping key must have made its MAC.
+    message: &'a [u8],
+    mac: &'a [u8],
+}
+
+impl<'a> Identity<'a> {
+    pub(crate) fn of(job: &'a RemoveKey) -> Self {
+        Self {
+            fingerprint: &job.fingerprint,
+            message: &job.place_message,
+            mac: &job.place_mac,
+        }
+    }
+
+    fn check(
+        &self,
+        session: &Session,
+        key: &Place,
+        private: Option<ObjectHandle>,
+        integrity_key: Option<ObjectHandle>,
+    ) -> Result<(), Fault> {
+        let untrusted = |what: String| Err(Fault::new(Class::Untrusted, what));
+        if let (Some(private), false) = (private, self.fingerprint.is_empty()) {
+            let found = public_side(session, &pair_of(key, private, private))?.fingerprint;
+            if found.0.as_slice() != self.fingerprint {
+                return untrusted(format!(
+                    "the RSA private key that the registry names for key {} is another key, with the fingerprint {found}; \
+                     nothing was removed",
+                    key.id
+                ));
+            }
+        }
+        if let (Some(object), false) = (integrity_key, self.message.is_empty()) {
+            let pair = pair_of(key, private.unwrap_or(object), object);
+            match operation::verify(session, &pair, self.message, self.mac) {
+                Ok(()) => {}
+                Err(fault) if !matches!(fault.class, Class::Input | Class::Ambiguous) => {
+                    return Err(fault);
+                }
+                Err(_) => {
+                    return untrusted(format!(
+                        "the integrity key that the registry names for key {} did not authenticate the row that names it; \
+                         nothing was removed",
+                        key.id
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn pair_of(key: &Place, private: ObjectHandle, integrity_key: ObjectHandle) -> KeyPair {
+    KeyPair {
+        id: key.id,
+        ..session_pair(private, integrity_key.into())
+    }
+}
+
+/// Removes the RSA private key, its public key and its integrity key. Returns the number of removed objects, which is 0 if
+/// the token has none of them. An interrupted removal can be repeated: missing objects are not an error.
 ///
 /// The private key is removed first, because the other objects are useless without it. The session must be read-write.
-pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {
+/// All objects are compared with `identity` before the first one is removed.
+pub(crate) fn remove(
+    session: &Session,
+    key: &Place,
+    identity: &Identity<'_>,
+) -> Result<u32, Fault> {
     let own = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&own);
     let private = find_one(session, ObjectClass::PRIVATE_KEY, private_id)?;
     let integrity_key = integrity_key(session, key)?;
+    identity.check(session, key, private, integrity_key)?;
     let mut objects = Vec::new();
     objects.extend(private.map(|object| ("the RSA private key", object)));
     let public = find_all(session, ObjectClass::PUBLIC_KEY, private_id)?;
@@ -30,12 +103,6 @@ pub(crate) fn remove(session: &Session, key: &Place) -> Result<u32, Fault> {
             .map(|object| ("the RSA public key", object)),
     );
     objects.extend(integrity_key.map(|object| ("the integrity key", object)));
-    if objects.is_empty() {
-        return Err(Fault::new(
-            Class::KeyMissing,
-            format!("the token has no object of key {}", key.id),
-        ));
-    }
     let mut removed = 0;
     for (what, object) in objects {
         destroy(session, object).map_err(|fault| {

@@ -235,6 +235,7 @@ fn a_decision_names_its_policy() {
 /// The broadest permit policy that an operator can write changes no decision about the control
 /// plane, for any principal. The permit policy gives no user's key to another user. An
 /// administrator or auditor still cannot replace a user's key with a different key.
+/// The permit policy only lets administrators destroy wrapping keys without the waiting time.
 #[test]
 fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys() {
     let wide = "@id(\"wide\") permit (principal, action, resource);";
@@ -258,6 +259,12 @@ fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys(
                 let is_foreign = identity.kind == Kind::User && subject != Some(whose);
                 let is_controller = matches!(name, "admin" | "auditor" | "ops");
                 let is_change = is_controller && changes.contains(&action);
+                let may_destroy = evaluate(&shipped, &identity, Action::DestroyKey, resource);
+                if action == Action::DestroyKeyNow && may_destroy.allowed {
+                    // The operators decide whether administrators may do it, so a permit must be able to open it.
+                    assert_eq!((verdict.allowed, without.allowed), (true, false), "{name}");
+                    continue;
+                }
                 if resource == "broker" || is_foreign || is_change || action == Action::Unwrap {
                     assert_eq!(
                         (verdict.allowed, &*verdict.policy == "wide"),

@@ -1308,6 +1308,9 @@ pub struct WrappingKey {
     /// bytes.
     #[prost(string, tag = "10")]
     pub problem: ::prost::alloc::string::String,
+    /// When the key is destroyed; absent if no destruction is scheduled.
+    #[prost(message, optional, tag = "11")]
+    pub destroy_time: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1611,7 +1614,8 @@ pub struct RewrapFailure {
     #[prost(uint64, tag = "2")]
     pub revision: u64,
     /// The problem, by the names of `store check`, such as "mac-refused" or "envelope-unreadable"; "unwrap-failed" if the token could
-    /// not decrypt although the MAC is valid. Later releases may add other values.
+    /// not decrypt although the MAC is valid; "not-listed" for a row under a compromised wrapping key that no list contains. Later
+    /// releases may add other values.
     #[prost(string, tag = "3")]
     pub problem: ::prost::alloc::string::String,
 }
@@ -1704,6 +1708,10 @@ pub struct StartRewrapRequest {
     /// Highest number of rows per second: 1 to 1,000,000. 0 for no limit.
     #[prost(uint32, tag = "2")]
     pub rows_per_second_max: u32,
+    /// The source is a compromised wrapping key. Only the revisions that `keybroker audit envelopes` listed on the host of a broker are
+    /// moved. User keys under a compromised wrapping key count as disclosed, also those that were moved.
+    #[prost(bool, tag = "3")]
+    pub from_compromised: bool,
 }
 /// Response of StartRewrap.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1803,6 +1811,14 @@ pub struct ChangeWrappingKeyStateRequest {
     /// With WRAPPING_KEY_CHANGE_ACTIVATE: activate the key although no backup contains it.
     #[prost(bool, tag = "4")]
     pub without_backup: bool,
+    /// With WRAPPING_KEY_CHANGE_DESTROY: the waiting time in days, from `wrapping_keys.destroy_after_days` of the broker's configuration to
+    /// 3,650; 0 for the configured number.
+    #[prost(uint32, tag = "5")]
+    pub destroy_after_days: u32,
+    /// With WRAPPING_KEY_CHANGE_DESTROY: the word "irreversibly" to destroy the key without the waiting time, which policies decide about
+    /// separately; else empty.
+    #[prost(string, tag = "6")]
+    pub destroy_now: ::prost::alloc::string::String,
 }
 /// Response of ChangeWrappingKeyState.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2018,6 +2034,11 @@ pub enum WrappingKeyChange {
     Compromise = 5,
     /// The key is missing from the token and will not return: it counts as destroyed, and its user keys are lost.
     Lose = 6,
+    /// The key is destroyed after a waiting time. The state of the key does not change before. Refused while a row needs the key, and
+    /// while no other key wraps new user keys.
+    Destroy = 7,
+    /// The scheduled destruction of the key is cancelled.
+    Keep = 8,
 }
 impl WrappingKeyChange {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2033,6 +2054,8 @@ impl WrappingKeyChange {
             Self::Deactivate => "WRAPPING_KEY_CHANGE_DEACTIVATE",
             Self::Compromise => "WRAPPING_KEY_CHANGE_COMPROMISE",
             Self::Lose => "WRAPPING_KEY_CHANGE_LOSE",
+            Self::Destroy => "WRAPPING_KEY_CHANGE_DESTROY",
+            Self::Keep => "WRAPPING_KEY_CHANGE_KEEP",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2045,6 +2068,8 @@ impl WrappingKeyChange {
             "WRAPPING_KEY_CHANGE_DEACTIVATE" => Some(Self::Deactivate),
             "WRAPPING_KEY_CHANGE_COMPROMISE" => Some(Self::Compromise),
             "WRAPPING_KEY_CHANGE_LOSE" => Some(Self::Lose),
+            "WRAPPING_KEY_CHANGE_DESTROY" => Some(Self::Destroy),
+            "WRAPPING_KEY_CHANGE_KEEP" => Some(Self::Keep),
             _ => None,
         }
     }

@@ -13,11 +13,11 @@ use keybroker_core::{
     key::RecordId,
 };
 
-use super::{End, Engine, EngineStore};
+use super::{End, Engine, EngineStore, destruction};
 
 impl<E: Engine> EngineStore<E> {
-    /// Writes the change and the mark of the call. If a row does not have the expected MAC, the
-    /// transaction is rolled back.
+    /// Writes the change and the mark of the call. If a row does not have the expected MAC, or if a row needs the key that no
+    /// row may need, the transaction is rolled back.
     pub(super) async fn write_registry(
         &self,
         change: &RegistryChange,
@@ -39,6 +39,18 @@ impl<E: Engine> EngineStore<E> {
                     match session.execute(sql.update_registry, values).await? {
                         1 => {}
                         _ => return Err(Error::Conflict),
+                    }
+                }
+                if let Some(destruction) = &change.destruction {
+                    destruction::write(session, sql, destruction).await?;
+                }
+                if let Some(key) = change.unneeded {
+                    let found = session
+                        .rows(sql.rewrap.uses, rows::values_of_uses(key))
+                        .await?;
+                    let uses = rows::key_uses(found.first().ok_or(Error::NotFound)?)?;
+                    if uses.total() > 0 {
+                        return Err(Error::Conflict);
                     }
                 }
                 let Some(row) = &change.insert else {

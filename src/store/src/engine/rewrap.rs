@@ -1,36 +1,40 @@
 //! The calls of [`Rewraps`], for any engine.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 
 use crate::{
-    Error, REQUEST_KEPT_US,
+    Error,
     mutations::{expect_one, insert_unless_taken},
     rewrap::{
         ClientMove, KeyUses, RevisionMove, RevisionPlace, Rewraps, RowUnder, RunId, RunRow,
         RunState,
     },
     rows,
-    session::{Session as _, Value},
+    session::{Columns as _, Session, Value},
+    statements::Statements,
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::WrappingKeyId,
+    key::{KeyUse, WrappingKeyId, WrappingKeyState},
 };
 
 use super::{End, Engine, EngineStore};
 
 /// Limit of a plausible lease, as a multiple of the length of a new lease. If a lease lasts longer,
 /// the clock was wrong when the lease was taken.
-const IMPLAUSIBLE_LEASES: i64 = 6;
+pub(super) const IMPLAUSIBLE_LEASES: i64 = 6;
 
 impl<E: Engine> EngineStore<E> {
     /// Runs one statement for each list of values and stores the mark of the call, in one
     /// transaction. `first` is the id of the first row. For each list of values, returns whether
-    /// the statement changed a row.
+    /// the statement changed a row. Returns [`Error::State`] if the state of a key forbids its use.
     async fn swap(
         &self,
         statement: &'static str,
         first: Option<Value>,
+        keys: BTreeMap<WrappingKeyId, KeyUse>,
         swaps: Vec<Vec<Value>>,
         call: CallId,
     ) -> Result<Vec<bool>, Error> {
@@ -39,10 +43,11 @@ impl<E: Engine> EngineStore<E> {
         };
         let at = Timestamp::now();
         self.transaction(End::CommitMarked(call), move |session, sql| {
-            let (first, swaps) = (first.clone(), swaps.clone());
+            let (first, swaps, keys) = (first.clone(), swaps.clone(), keys.clone());
             Box::pin(async move {
                 let mark = rows::new_change(call, first, at);
                 expect_one(session.execute(sql.insert_change, mark).await?)?;
+                check_states(session, sql, &keys).await?;
                 let mut changed = Vec::with_capacity(swaps.len());
                 for values in swaps {
                     changed.push(session.execute(statement, values).await? == 1);
@@ -54,12 +59,44 @@ impl<E: Engine> EngineStore<E> {
     }
 }
 
+/// The keys of a swap, each with its use. `source` is the use of the old wrapping keys.
+fn keys_of(
+    pairs: impl Iterator<Item = (WrappingKeyId, WrappingKeyId)>,
+    source: KeyUse,
+) -> BTreeMap<WrappingKeyId, KeyUse> {
+    pairs
+        .flat_map(|(from, to)| [(from, source), (to, KeyUse::Wrap)])
+        .collect()
+}
+
+/// Locks the registry rows of the keys of a swap, and checks their states. A change of a state that was committed before is noticed, and
+/// a later one waits until the swap is committed. The caller has verified the registry before, so this check only has to find a change.
+async fn check_states(
+    session: &mut impl Session,
+    sql: &'static Statements,
+    keys: &BTreeMap<WrappingKeyId, KeyUse>,
+) -> Result<(), Error> {
+    for (key, key_use) in keys {
+        let found = session
+            .rows(sql.rewrap.key_state, vec![(*key).into()])
+            .await?;
+        let Some(row) = found.first() else {
+            continue;
+        };
+        let state = WrappingKeyState::parse(row.text("state")?);
+        if !state.is_some_and(|state| state.allows(*key_use)) {
+            return Err(Error::State);
+        }
+    }
+    Ok(())
+}
+
 #[async_trait]
 impl<E: Engine> Rewraps for EngineStore<E> {
     async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error> {
-        let since = Timestamp::now().micros() - REQUEST_KEPT_US;
-        let values = vec![key.into(), key.into(), key.into(), since.into()];
-        let found = self.query(E::sql().rewrap.uses, values).await?;
+        let found = self
+            .query(E::sql().rewrap.uses, rows::values_of_uses(key))
+            .await?;
         rows::key_uses(found.first().ok_or(Error::NotFound)?)
     }
 
@@ -84,6 +121,7 @@ impl<E: Engine> Rewraps for EngineStore<E> {
     async fn move_revisions(
         &self,
         moves: Vec<RevisionMove>,
+        source: KeyUse,
         call: CallId,
     ) -> Result<Vec<bool>, Error> {
         let first = moves.first().map(|one| one.record.into());
@@ -97,9 +135,10 @@ impl<E: Engine> Rewraps for EngineStore<E> {
                 Value::Bytes(one.old),
             ]
         };
+        let keys = keys_of(moves.iter().map(|one| (one.from, one.to)), source);
         let swaps = moves.into_iter().map(values).collect();
         let statement = E::sql().rewrap.move_revision;
-        self.swap(statement, first, swaps, call).await
+        self.swap(statement, first, keys, swaps, call).await
     }
 
     async fn move_clients(&self, moves: Vec<ClientMove>, call: CallId) -> Result<Vec<bool>, Error> {
@@ -114,9 +153,13 @@ impl<E: Engine> Rewraps for EngineStore<E> {
                 (&one.old).into(),
             ]
         };
+        let keys = keys_of(
+            moves.iter().map(|one| (one.from, one.to)),
+            KeyUse::RewrapFrom,
+        );
         let swaps = moves.into_iter().map(values).collect();
         let statement = E::sql().rewrap.move_client;
-        self.swap(statement, first, swaps, call).await
+        self.swap(statement, first, keys, swaps, call).await
     }
 
     async fn rewrap_run(&self) -> Result<Option<RunRow>, Error> {

@@ -3,13 +3,19 @@
 use keybroker_core::{call::Timestamp, key::WrappingKeyId};
 
 use crate::{
-    Error,
+    Error, REQUEST_KEPT_US,
     columns::Table,
     rewrap::{KeyUses, RevisionPlace, RevisionUnder, RowUnder, RunId, RunRow, RunState},
     session::{Columns, Value},
 };
 
 use super::Reader;
+
+/// The values of the statement that counts the rows that need a wrapping key. An older answer to a request id needs no key.
+pub(crate) fn values_of_uses(key: WrappingKeyId) -> Vec<Value> {
+    let since = Timestamp::now().micros() - REQUEST_KEPT_US;
+    vec![key.into(), key.into(), key.into(), since.into()]
+}
 
 /// Decodes the numbers of rows that need a wrapping key.
 pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {

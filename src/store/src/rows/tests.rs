@@ -118,4 +118,22 @@ fn rows_of_the_registry_come_back_as_they_were() {
     };
     let row = Row::new(Table::Places, new_place(&place_row));
     assert_eq!(place(&row).unwrap(), place_row);
+
+    let scheduled = DestructionRow {
+        key: WrappingKeyId::from_bytes([41; 16]),
+        signer: WrappingKeyId::from_bytes([42; 16]),
+        sequence: 43,
+        requested: at(44),
+        due: at(45),
+        requested_by: "x".repeat(REQUESTED_BY_BYTES_MAX),
+        mac: [46; 32],
+    };
+    let row = Row::new(Table::Destructions, new_destruction(&scheduled));
+    assert_eq!(destruction(&row).unwrap(), scheduled);
+    let long = DestructionRow {
+        requested_by: "x".repeat(REQUESTED_BY_BYTES_MAX + 1),
+        ..scheduled
+    };
+    let row = Row::new(Table::Destructions, new_destruction(&long));
+    assert!(matches!(destruction(&row), Err(Error::Corrupt(_))));
 }

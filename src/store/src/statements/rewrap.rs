@@ -12,6 +12,8 @@ pub(crate) struct RewrapStatements {
     /// Parameters: key, record, record, revision to start after, limit. Returns revisions with the
     /// addresses of their records.
     pub(crate) page: &'static str,
+    /// Value: key. Returns the state of the key, and locks its row until the transaction ends.
+    pub(crate) key_state: &'static str,
     /// Parameters: new envelope, new key, record, revision, old key, old envelope.
     pub(crate) move_revision: &'static str,
     /// Parameters: new MAC, new key, client, revision, old key, old MAC.
@@ -53,6 +55,10 @@ impl RewrapStatements {
                  WHERE v.wrapping_key_id = ? AND v.record_id >= ? AND (v.record_id > ? OR v.revision > ?) \
                  ORDER BY v.record_id, v.revision LIMIT ?",
             ),
+            key_state: sql(&format!(
+                "SELECT state FROM wrapping_keys WHERE key_id = ? {}",
+                dialect.lock.unwrap_or_default()
+            )),
             move_revision: sql("UPDATE revisions SET envelope = ?, wrapping_key_id = ? \
                  WHERE record_id = ? AND revision = ? AND wrapping_key_id = ? AND envelope = ?"),
             move_client: sql("UPDATE clients SET mac = ?, key_id = ? \

@@ -25,6 +25,13 @@ pub(super) enum Command {
         /// Move only the rows under this wrapping key (its id, 32 hexadecimal digits)
         #[arg(long, value_name = "ID", value_parser = arguments::wrapping_key_id)]
         from: Option<WrappingKeyId>,
+        /// Move the rows of this compromised wrapping key that `keybroker audit envelopes` listed on the host of a broker
+        ///
+        /// The user keys count as disclosed, also those that are moved: enrol them again.
+        #[arg(
+            long, value_name = "ID", value_parser = arguments::wrapping_key_id, conflicts_with = "from"
+        )]
+        from_compromised: Option<WrappingKeyId>,
         #[command(flatten)]
         rate: Rate,
         #[command(flatten)]
@@ -66,10 +73,23 @@ impl Caller {
     pub(super) async fn rewrap(&self, command: Command) -> Result<(), Failure> {
         let (client, failure) = (&self.client, |error| refusal::failure(&error));
         let wait = match command {
-            Command::Start { from, rate, wait } => {
+            Command::Start {
+                from,
+                from_compromised,
+                rate,
+                wait,
+            } => {
+                if let Some(id) = from_compromised {
+                    self.output.note(&format!(
+                        "warning: the user keys under key {id} count as disclosed, also those that are moved: enrol them again"
+                    ));
+                }
+                let source = from.or(from_compromised);
                 let request = proto::StartRewrapRequest {
-                    source_wrapping_key_id: from.map_or_else(Vec::new, |id| id.as_bytes().to_vec()),
+                    source_wrapping_key_id: source
+                        .map_or_else(Vec::new, |id| id.as_bytes().to_vec()),
                     rows_per_second_max: rate.rate.unwrap_or(0),
+                    from_compromised: from_compromised.is_some(),
                 };
                 let answer = client.start_rewrap(request).await.map_err(failure)?;
                 if !answer.started {

@@ -89,6 +89,7 @@ pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
         ("fingerprint", json!(hex::encode(&key.fingerprint))),
         ("registered", time(key.register_time.as_ref())),
         ("backup_confirmed", json!(key.backup_confirmed)),
+        ("destroy_at", time(key.destroy_time.as_ref())),
         (
             "problem",
             json!(Some(&key.problem).filter(|problem| !problem.is_empty())),

@@ -141,6 +141,43 @@ pub(super) fn lost(arguments: &Lost, context: &Context) -> Result<(), Failure> {
     change(&arguments.key, proto::WrappingKeyChange::Lose, context)
 }
 
+#[derive(Args, Debug)]
+pub(in crate::cli) struct Destroy {
+    #[command(flatten)]
+    key: OneKey,
+    /// Destroy the key after this number of days, up to 3650 [default: `wrapping_keys.destroy_after_days` of the broker]
+    #[arg(
+        long, value_name = "DAYS", conflicts_with_all = ["now", "cancel"],
+        value_parser = clap::value_parser!(u32).range(1..=3_650)
+    )]
+    after_days: Option<u32>,
+    /// Destroy the key without the waiting time; WORD must be "irreversibly", and a policy must permit it
+    #[arg(long, value_name = "WORD", conflicts_with = "cancel")]
+    now: Option<String>,
+    /// Cancel the scheduled destruction
+    #[arg(long)]
+    cancel: bool,
+    /// Schedule the destruction without asking for the id again
+    #[arg(long)]
+    yes: bool,
+}
+
+pub(super) fn destroy(arguments: &Destroy, context: &Context) -> Result<(), Failure> {
+    if arguments.cancel {
+        return change(&arguments.key, proto::WrappingKeyChange::Keep, context);
+    }
+    let id = parse_id(&arguments.key.id)?;
+    let warning = "Nothing brings a destroyed key back, and a backup of the database that needs the key is worth nothing without it";
+    confirm(context, arguments.yes, id, warning)?;
+    let request = proto::ChangeWrappingKeyStateRequest {
+        change: proto::WrappingKeyChange::Destroy.into(),
+        destroy_after_days: arguments.after_days.unwrap_or(0),
+        destroy_now: arguments.now.clone().unwrap_or_default(),
+        ..proto::ChangeWrappingKeyStateRequest::default()
+    };
+    send(&arguments.key, &request, context)
+}
+
 pub(super) fn change(
     arguments: &OneKey,
     change: proto::WrappingKeyChange,

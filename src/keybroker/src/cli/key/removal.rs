@@ -59,7 +59,13 @@ pub(super) fn remove(arguments: &Remove, context: &Context) -> Result<(), Failur
         // administrator's confirmation. The registry is read last, because the scan of all rows takes a long time.
         refuse_needed(id, &block_on(rows_under(&config, id))??)?;
         refuse_registered(&block_on(super::registry(&config))??, id)?;
-        Ok(admin.remove_key(id)?)
+        match admin.remove_key(id)? {
+            0 => {
+                let what = format!("the token has no object of key {id}");
+                Err(Failure::new(Exit::Untrusted, what))
+            }
+            removed => Ok(removed),
+        }
     })?;
     context.output.fields(vec![
         ("id", json!(id.to_string())),

@@ -1,0 +1,446 @@
+//! Scheduled destruction of wrapping keys.
+//!
+//! An administrator schedules the destruction. The time is under a MAC by the wrapping key that is in use, and the schedule names the
+//! number of the key's registry row: whatever changes the registry row also makes the schedule invalid, so that a schedule that was
+//! cancelled cannot be put back. When the time has come, one broker checks again that no row needs the key, marks the key as destroyed
+//! in the same transaction, and then removes the objects of the key from every token.
+//!
+//! Mitigation: M11 of `THREAT_MODEL.md`.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+
+use keybroker_core::{
+    call::{Deadline, Timestamp},
+    error::{Error, Reason},
+    key::{WrappingKeyId, WrappingKeyState},
+    principal::Principal,
+};
+use keybroker_hsm::{Caller, admin::KeyAdmin};
+use keybroker_store as store;
+use keybroker_store::{
+    DestructionChange, DestructionRow, KeyUses, REQUESTED_BY_BYTES_MAX, RegistryChange, RegistryRow,
+};
+
+use crate::{Broker, registry::Registry};
+
+use super::{MAC_TIMEOUT, Planner, legal};
+
+mod marking;
+mod removal;
+mod verdict;
+
+/// The waiting time of a destruction without a waiting time. A call that began before the request ends within this time.
+const SHORTEST_WAIT: Duration = Duration::from_secs(15);
+const DAY: Duration = Duration::from_hours(24);
+/// The same cause of a delay is told again after this time.
+const TOLD_AGAIN: Duration = DAY;
+
+/// How long a destruction waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The configured waiting time: `wrapping_keys.destroy_after_days`.
+    Configured,
+    /// This number of days, which must not be less than the configured number.
+    Days(u32),
+    /// No waiting time. Policies decide about it separately.
+    None,
+}
+
+/// What a broker needs to destroy wrapping keys.
+#[derive(Clone, Debug)]
+pub struct DestructionRules {
+    /// The shortest waiting time in days: `wrapping_keys.destroy_after_days`.
+    pub days: u32,
+    /// Starts an admin worker on each token, by the configured name of the token.
+    pub tokens: Vec<(String, KeyAdmin)>,
+}
+
+/// The scheduled destructions, as this broker last read them.
+#[derive(Debug)]
+pub(crate) struct Scheduled {
+    rules: DestructionRules,
+    rows: ArcSwap<Vec<DestructionRow>>,
+    /// Whether the rows could not be read the last time, because one of them is damaged.
+    is_unreadable: AtomicBool,
+    /// The destructions that this broker could not complete.
+    delays: Mutex<HashMap<WrappingKeyId, Delay>>,
+}
+
+/// Why a destruction is not done yet.
+#[derive(Debug)]
+struct Delay {
+    cause: String,
+    told: Instant,
+    /// This broker does not try again before.
+    again: Instant,
+}
+
+impl Scheduled {
+    pub(crate) fn new(rules: DestructionRules) -> Self {
+        Self {
+            rules,
+            rows: ArcSwap::default(),
+            is_unreadable: AtomicBool::new(false),
+            delays: Mutex::default(),
+        }
+    }
+
+    fn delays(&self) -> MutexGuard<'_, HashMap<WrappingKeyId, Delay>> {
+        self.delays.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When a key is destroyed; `None` if no valid destruction of the key is scheduled.
+    pub(crate) fn due(&self, row: &RegistryRow) -> Option<Timestamp> {
+        let rows = self.rows.load();
+        find(&rows, row).map(|scheduled| scheduled.due)
+    }
+
+    /// Sentences without a full stop about destructions that are delayed, for the details of the health.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        let delays = self.delays();
+        let mut notes: Vec<String> = delays
+            .iter()
+            .filter(|(_, delay)| !delay.cause.is_empty())
+            .map(|(key, delay)| {
+                format!(
+                    "the destruction of wrapping key {key} is postponed: {}",
+                    delay.cause
+                )
+            })
+            .collect();
+        notes.sort();
+        notes
+    }
+
+    /// Whether this broker waits before it tries again.
+    fn is_delayed(&self, key: WrappingKeyId) -> bool {
+        let delays = self.delays();
+        delays
+            .get(&key)
+            .is_some_and(|delay| Instant::now() < delay.again)
+    }
+
+    /// Records that a destruction cannot go on before `pause` has passed. An empty cause is no problem. Returns whether an alert about
+    /// the cause is due.
+    fn delay(&self, key: WrappingKeyId, cause: &str, pause: Duration) -> bool {
+        let now = Instant::now();
+        let mut delays = self.delays();
+        let known = delays.get(&key).filter(|delay| delay.cause == cause);
+        let told = known.map(|delay| delay.told);
+        let is_due = told.is_none_or(|told| told.elapsed() >= TOLD_AGAIN);
+        let told = told.filter(|_| !is_due).unwrap_or(now);
+        let delay = Delay {
+            cause: cause.to_owned(),
+            told,
+            again: now + pause,
+        };
+        delays.insert(key, delay);
+        is_due && !cause.is_empty()
+    }
+
+    pub(crate) fn forget(&self, key: WrappingKeyId) {
+        self.delays().remove(&key);
+    }
+}
+
+/// The valid schedule for a key.
+fn find<'r>(rows: &'r [DestructionRow], key: &RegistryRow) -> Option<&'r DestructionRow> {
+    rows.iter().find(|row| {
+        row.key == key.id
+            && row.sequence == key.sequence
+            && key.state != WrappingKeyState::Destroyed
+    })
+}
+
+impl Broker {
+    /// Plans the schedule of a destruction.
+    pub(super) async fn plan_destruction(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+        wait: Wait,
+        principal: &Principal,
+    ) -> Result<RegistryChange, Error> {
+        let row = registry.verified(id)?;
+        legal(row.state, WrappingKeyState::Destroyed)?;
+        let wait = self.waiting_time(wait)?;
+        let signer = other_key(registry, id)?;
+        let scheduled = self.store.destructions().await?;
+        if let Some(known) = find(&scheduled, row) {
+            let what = format!(
+                "the destruction of key {id} is scheduled for {} already",
+                known.due
+            );
+            return Err(refused(&what));
+        }
+        check_signatures(&scheduled, registry, id)?;
+        let uses = self.store.key_uses(id).await?;
+        if let Some(what) = needed(row, uses) {
+            return Err(refused(&what));
+        }
+        let mut planner = Planner::new(registry);
+        planner.change(row, row.clone());
+        let requested = Timestamp::now();
+        let mut schedule = DestructionRow {
+            key: id,
+            signer,
+            sequence: planner.sequence,
+            requested,
+            due: after(requested, wait),
+            requested_by: bounded(principal.name()),
+            mac: [0; 32],
+        };
+        let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
+        let message = schedule.mac_message();
+        schedule.mac = self.token.mac(signer, &message, &caller).await?;
+        let mut change = self.with_macs(planner, id).await?;
+        change.destruction = Some(DestructionChange::Schedule(schedule));
+        Ok(change)
+    }
+
+    /// Plans the end of a schedule. The registry row of the key gets another number, so that the schedule stays invalid even if a
+    /// person puts it back into the database.
+    pub(super) async fn plan_keeping(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+    ) -> Result<RegistryChange, Error> {
+        let row = registry.verified(id)?;
+        if row.state == WrappingKeyState::Destroyed {
+            return Err(refused(&format!("key {id} is destroyed already")));
+        }
+        if !self.has_schedule(id).await? {
+            return Err(refused(&format!("no destruction of key {id} is scheduled")));
+        }
+        let mut planner = Planner::new(registry);
+        planner.change(row, row.clone());
+        let mut change = self.with_macs(planner, id).await?;
+        change.destruction = Some(DestructionChange::Remove(id));
+        Ok(change)
+    }
+
+    /// Whether a key is marked as destroyed, and a row says that its objects are still to be removed.
+    pub(super) async fn is_being_removed(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+    ) -> Result<bool, Error> {
+        let is_marked = registry
+            .verified(id)
+            .is_ok_and(|row| row.state == WrappingKeyState::Destroyed);
+        Ok(is_marked && self.has_schedule(id).await?)
+    }
+
+    /// Plans the end of a removal that cannot be completed, because a token of the destroyed key does not exist any more.
+    pub(super) async fn plan_end_of_removal(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+    ) -> Result<RegistryChange, Error> {
+        let row = registry.verified(id)?;
+        self.check_no_token_is_away(id)?;
+        let mut planner = Planner::new(registry);
+        planner.change(row, row.clone());
+        let signer = other_key(registry, id)?;
+        let mut change = self.with_macs(planner, signer).await?;
+        change.destruction = Some(DestructionChange::Remove(id));
+        Ok(change)
+    }
+
+    async fn has_schedule(&self, id: WrappingKeyId) -> Result<bool, Error> {
+        match self.store.destructions().await {
+            Ok(scheduled) => Ok(scheduled.iter().any(|one| one.key == id)),
+            // A damaged row can be removed, too.
+            Err(store::Error::Corrupt(_)) => Ok(true),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// Refuses a change of the state of a key whose destruction is scheduled.
+    pub(super) async fn check_not_scheduled(&self, row: &RegistryRow) -> Result<(), Error> {
+        let scheduled = self.store.destructions().await?;
+        match find(&scheduled, row) {
+            None => Ok(()),
+            Some(known) => Err(refused(&format!(
+                "the destruction of key {} is scheduled for {}: cancel it first with `keybroker key destroy {} --cancel`",
+                row.id, known.due, row.id
+            ))),
+        }
+    }
+
+    /// The keys whose destruction is scheduled.
+    pub(super) async fn keys_to_destroy(
+        &self,
+        registry: &Registry,
+    ) -> Result<Vec<WrappingKeyId>, Error> {
+        let scheduled = self.store.destructions().await?;
+        let rows = registry.rows().map(|(row, _)| row);
+        Ok(rows
+            .filter(|row| find(&scheduled, row).is_some())
+            .map(|row| row.id)
+            .collect())
+    }
+
+    fn waiting_time(&self, wait: Wait) -> Result<Duration, Error> {
+        let least = self.scheduled.rules.days;
+        let days = match wait {
+            Wait::None => return Ok(SHORTEST_WAIT),
+            Wait::Configured => least,
+            Wait::Days(days) if days >= least => days,
+            Wait::Days(_) => {
+                let what = format!(
+                    "at least {least}, the value of `wrapping_keys.destroy_after_days` in the configuration of the broker"
+                );
+                return Err(Error::violation("destroy_after_days", what));
+            }
+        };
+        Ok(DAY * days)
+    }
+}
+
+/// The wrapping key in use, which authenticates the destruction of another key.
+fn other_key(registry: &Registry, id: WrappingKeyId) -> Result<WrappingKeyId, Error> {
+    let in_use = registry.wrapping_key().ok();
+    in_use.filter(|other| *other != id).ok_or_else(|| {
+        refused(&format!(
+            "no other wrapping key is in use, so key {id} cannot be destroyed: make a key with `keybroker key rotate` first"
+        ))
+    })
+}
+
+/// Refuses to destroy a key that authenticates the scheduled destruction of another key.
+fn check_signatures(
+    scheduled: &[DestructionRow],
+    registry: &Registry,
+    id: WrappingKeyId,
+) -> Result<(), Error> {
+    let is_signed = |row: &&DestructionRow| {
+        let key = registry.row(row.key);
+        // The row of a key that is marked as destroyed permits the removal of its objects.
+        let is_needed = |key: &RegistryRow| {
+            key.state == WrappingKeyState::Destroyed || find(scheduled, key).is_some()
+        };
+        row.signer == id && row.key != id && key.is_some_and(is_needed)
+    };
+    match scheduled.iter().find(is_signed) {
+        None => Ok(()),
+        Some(other) => Err(refused(&format!(
+            "1 scheduled destruction needs key {id}: that of key {0}. Cancel it with `keybroker key destroy {0} --cancel` and \
+             schedule it again, or wait until key {0} is destroyed",
+            other.key
+        ))),
+    }
+}
+
+/// Says which rows need a key, and how they are moved. `None` if no row needs the key.
+fn needed(row: &RegistryRow, uses: KeyUses) -> Option<String> {
+    let KeyUses {
+        revisions,
+        clients,
+        requests,
+    } = uses;
+    if uses.total() == 0 {
+        return None;
+    }
+    let id = row.id;
+    let mut text = format!(
+        "{revisions} revisions of records (those of deleted records included), {clients} API clients and {requests} answers to \
+         request ids need key {id}"
+    );
+    if revisions + clients > 0 {
+        text.push_str(if row.state == WrappingKeyState::Compromised {
+            "; rows under a compromised key are not moved: enrol these user keys again, create these API clients again, and remove \
+             the earlier rows with `keybroker store purge`"
+        } else {
+            "; move the revisions and API clients with `keybroker rewrap start`"
+        });
+    }
+    if requests > 0 {
+        text.push_str("; the answers to request ids expire within 24 hours");
+    }
+    Some(text)
+}
+
+fn refused(what: &str) -> Error {
+    Error::new(Reason::KeyState, what.to_owned()).explained("id", what)
+}
+
+/// A moment after a duration.
+fn after(at: Timestamp, duration: Duration) -> Timestamp {
+    let micros = i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
+    Timestamp::from_micros(at.micros().saturating_add(micros))
+}
+
+fn bounded(name: &str) -> String {
+    name[..name.floor_char_boundary(REQUESTED_BY_BYTES_MAX)].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scheduled(rules: DestructionRules) -> Scheduled {
+        Scheduled::new(rules)
+    }
+
+    #[test]
+    fn a_cause_is_told_once_a_day_and_a_new_cause_at_once() {
+        let scheduled = scheduled(DestructionRules {
+            days: 30,
+            tokens: Vec::new(),
+        });
+        let key = WrappingKeyId::from_bytes([1; 16]);
+        assert!(!scheduled.is_delayed(key));
+        assert!(scheduled.delay(key, "rows", Duration::from_mins(1)));
+        assert!(scheduled.is_delayed(key));
+        assert!(!scheduled.delay(key, "rows", Duration::ZERO));
+        assert!(!scheduled.is_delayed(key));
+        assert!(scheduled.delay(key, "token", Duration::ZERO));
+        assert!(!scheduled.delay(key, "", Duration::ZERO));
+        assert!(scheduled.notes().is_empty());
+        scheduled.delay(key, "token", Duration::ZERO);
+        let notes = scheduled.notes();
+        assert!(notes[0].ends_with("is postponed: token"), "{notes:?}");
+        scheduled.forget(key);
+        assert!(scheduled.notes().is_empty());
+    }
+
+    #[test]
+    fn the_refusal_names_each_kind_of_row_and_the_command() {
+        let row = verdict::tests::registered(WrappingKeyState::Deactivated, 1);
+        let uses = |revisions, clients, requests| KeyUses {
+            revisions,
+            clients,
+            requests,
+        };
+        assert_eq!(needed(&row, uses(0, 0, 0)), None);
+        let text = needed(&row, uses(2, 3, 4)).unwrap();
+        for part in [
+            "2 revisions",
+            "3 API clients",
+            "4 answers",
+            "`keybroker rewrap start`",
+            "24 hours",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        let text = needed(&row, uses(0, 0, 1)).unwrap();
+        assert!(!text.contains("rewrap"), "{text}");
+        let compromised = verdict::tests::registered(WrappingKeyState::Compromised, 1);
+        let text = needed(&compromised, uses(1, 0, 0)).unwrap();
+        assert!(text.contains("enrol") && !text.contains("rewrap"), "{text}");
+    }
+
+    #[test]
+    fn the_name_of_the_principal_is_shortened_between_two_characters() {
+        assert_eq!(bounded("URI:ada"), "URI:ada");
+        let long = bounded(&"ä".repeat(200));
+        assert_eq!(long.len(), 254);
+    }
+}

@@ -1,0 +1,65 @@
+//! The calls of [`Destructions`], for any engine.
+
+use async_trait::async_trait;
+
+use crate::{
+    DestructionChange, DestructionRow, Destructions, Error, mutations::expect_one, rows,
+    session::Session, statements::Statements, tables::Table,
+};
+use keybroker_core::call::Timestamp;
+
+use super::{Engine, EngineStore, rewrap::IMPLAUSIBLE_LEASES};
+
+/// Adds or removes the row of a destruction, in the transaction of a change of the registry.
+pub(super) async fn write(
+    session: &mut impl Session,
+    sql: &'static Statements,
+    change: &DestructionChange,
+) -> Result<(), Error> {
+    let key = match change {
+        DestructionChange::Schedule(row) => row.key,
+        DestructionChange::Remove(key) => *key,
+    };
+    session
+        .execute(sql.delete_destruction, vec![key.into()])
+        .await?;
+    if let DestructionChange::Schedule(row) = change {
+        let insert = sql.of(Table::Destructions).insert;
+        expect_one(session.execute(insert, rows::new_destruction(row)).await?)?;
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl<E: Engine> Destructions for EngineStore<E> {
+    async fn destructions(&self) -> Result<Vec<DestructionRow>, Error> {
+        let found = self.query(E::sql().destructions, Vec::new()).await?;
+        found.iter().map(rows::destruction).collect()
+    }
+
+    async fn hold_destruction(
+        &self,
+        row: &DestructionRow,
+        holder: &str,
+        now: Timestamp,
+        until: Timestamp,
+    ) -> Result<bool, Error> {
+        let lease_us = until.micros().saturating_sub(now.micros());
+        let implausible = lease_us.saturating_mul(IMPLAUSIBLE_LEASES);
+        let values = vec![
+            holder.into(),
+            until.into(),
+            row.key.into(),
+            (&row.mac).into(),
+            holder.into(),
+            now.into(),
+            now.micros().saturating_add(implausible).into(),
+        ];
+        Ok(self.execute(E::sql().hold_destruction, values).await? == 1)
+    }
+
+    async fn end_destruction(&self, row: &DestructionRow) -> Result<bool, Error> {
+        let values = vec![row.key.into(), (&row.mac).into()];
+        Ok(self.execute(E::sql().end_destruction, values).await? == 1)
+    }
+}

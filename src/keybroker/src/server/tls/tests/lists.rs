@@ -93,7 +93,10 @@ fn two_lists_that_cannot_be_verified_are_not_told_apart_by_their_numbers() {
         let lists = read(&pem, &[&ca]).unwrap();
         assert_eq!(lists.count(), 1, "only the list of the configured CA");
         let problem = lists.left_out().unwrap();
-        for words in ["more than one list of the CA \"CN=CA below\"", "client_ca_file"] {
+        for words in [
+            "more than one list of the CA \"CN=CA below\"",
+            "client_ca_file",
+        ] {
             assert!(problem.contains(words), "{problem}");
         }
     }
@@ -331,7 +334,10 @@ fn each_partial_list_of_an_authority_has_a_number_of_its_own() {
     let reported = read(&format!("{older}{second}"), &memory)
         .left_out()
         .unwrap();
-    assert!(reported.contains("accepted list (number 0x0a"), "{reported}");
+    assert!(
+        reported.contains("accepted list (number 0x0a"),
+        "{reported}"
+    );
     let missing = read(&second, &memory);
     assert_eq!((missing.count(), missing.problem_count()), (2, 1));
     // The first list for a part of the certificates may be an old list of the authority.

@@ -218,7 +218,10 @@ fn the_newest_list_of_a_removed_authority_is_remembered() {
     tls.reload();
     assert_eq!(*tls.refused.lock().unwrap(), None);
     let refused = left_out(&tls).unwrap();
-    assert!(refused.contains("accepted list (number 0x012c"), "{refused}");
+    assert!(
+        refused.contains("accepted list (number 0x012c"),
+        "{refused}"
+    );
     assert!(!Site::verifies(&tls, &site.ca, 7));
     site.write("crl", &newest);
     tls.reload();

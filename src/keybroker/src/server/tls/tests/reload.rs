@@ -56,7 +56,10 @@ fn a_list_that_goes_back_is_refused() {
     site.write("crl", &numbered(&site.ca, 300, &[], -1, 24));
     tls.reload();
     let refused = left_out(&tls).unwrap();
-    assert!(refused.contains("accepted list (number 0x012d"), "{refused}");
+    assert!(
+        refused.contains("accepted list (number 0x012d"),
+        "{refused}"
+    );
 }
 
 /// A file with a problem is not parsed each second, because parsing a large file takes a long time.

@@ -411,9 +411,7 @@ async fn one_of_two_brokers_destroys_the_key() {
     slowly("the other broker", || {
         let keys = key(&two, "admin", &["suspend", &older]);
         assert_eq!(keys.code, Some(REFUSED), "{keys:#?}");
-        keys.stderr
-            .contains("can never change")
-            .then_some(())
+        keys.stderr.contains("can never change").then_some(())
     });
     for broker in [&one, &two] {
         let user = wraps_under(broker).await;

@@ -22,7 +22,8 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::{
-        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, Place, Refusal, SigningKey, Terms,
+        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, Place, Refusal, SigningKey,
+        Terms,
     },
     mac_key::WorkerKey,
     module,

@@ -512,7 +512,7 @@ mod tests {
         let good = key().to_text();
         for (text, word) in [
             (other.to_text(), "the file is for wrapping key 08"),
-            (long.to_text(), "another length"),
+            (long.to_text(), "the wrong length"),
             (good.replace("/1", "/2"), "the value of `format`"),
             (good.replace("SHA-256", "SHA-512"), "`algorithm`"),
             (good.replace('{', "{\"more\": 1,"), "unknown field"),

@@ -244,7 +244,7 @@ mod tests {
             let said = check(&other).map_or_else(|error| error.to_string(), |()| String::new());
             let is_ours = other == library();
             assert_eq!(
-                said.contains(&format!("is made for {name},")),
+                said.contains(&format!("was built for {name},")),
                 !is_ours,
                 "{said}"
             );

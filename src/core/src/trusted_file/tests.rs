@@ -275,7 +275,10 @@ fn only_a_regular_file_is_read_and_nothing_waits() {
     let open = File::open(&file).unwrap();
     let number = std::os::fd::AsRawFd::as_raw_fd(&open);
     let error = read(Path::new(&format!("/proc/self/fd/{number}")), LIMIT, TRUST).unwrap_err();
-    assert!(error.to_string().contains("open descriptor"), "{error}");
+    assert!(
+        error.to_string().contains("open file descriptor"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -31,6 +31,13 @@ pub fn problems(transcript: &Transcript, plan: &Plan) -> Vec<String> {
         found.push("the witnesses of the transcript are not those of the plan".to_owned());
     }
     found.extend(problems_of_steps(transcript, plan));
+    if transcript.tokens.len() != plan.tokens.len() {
+        found.push(format!(
+            "the transcript has {} tokens, but the plan has {}",
+            transcript.tokens.len(),
+            plan.tokens.len()
+        ));
+    }
     for (token, planned) in transcript.tokens.iter().zip(&plan.tokens) {
         let problems = problems_of_token(token, planned, plan);
         found.extend(problems.map(|one| format!("token {}: {one}", token.name)));

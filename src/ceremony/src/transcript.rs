@@ -5,7 +5,6 @@ use serde_json::Value;
 
 use crate::{
     canonical::{self, CanonicalError},
-    complete,
     plan::{Plan, PlanError},
     sha256_hex, ssh,
 };
@@ -318,12 +317,11 @@ impl Transcript {
         if u64::try_from(plan.quorum) != Ok(self.quorum) {
             found.push("the quorum of the transcript is not that of the plan in it".to_owned());
         }
-        let names = |tokens: Vec<&str>| tokens.join(", ");
-        let planned = names(plan.tokens.iter().map(|one| one.name.as_str()).collect());
-        let actual = names(self.tokens.iter().map(|one| one.name.as_str()).collect());
+        let planned: Vec<&str> = plan.tokens.iter().map(|one| one.name.as_str()).collect();
+        let actual: Vec<&str> = self.tokens.iter().map(|one| one.name.as_str()).collect();
         if planned != actual {
             found.push(format!(
-                "the transcript has the tokens {actual}, but the plan in it has {planned}"
+                "the transcript has the tokens {actual:?}, but the plan in it has {planned:?}"
             ));
         }
         for token in &self.tokens {
@@ -343,9 +341,6 @@ impl Transcript {
                     ));
                 }
             }
-        }
-        if self.status == Status::Complete {
-            found.extend(complete::problems(self, &plan));
         }
         Ok(found)
     }
@@ -441,6 +436,26 @@ pub(crate) mod tests {
         ));
     }
 
+    /// One token must not stand for two tokens of the plan by its name.
+    #[test]
+    fn each_token_of_the_plan_is_in_the_transcript() {
+        let two = text().replacen(
+            "[[token]]",
+            "[[token]]\nname = \"a\"\nmodule = \"/other.so\"\nlabel = \"keybroker\"\n[[token]]\nname = \"b\"",
+            1,
+        );
+        let two = two.replacen("witnesses", "register = false\nwitnesses", 1);
+        let mut transcript = begun(&two);
+        assert_eq!(transcript.contradictions().unwrap(), Vec::<String>::new());
+        transcript.tokens.truncate(1);
+        transcript.tokens[0].name = "a, b".to_owned();
+        let found = transcript.contradictions().unwrap().join("\n");
+        assert!(found.contains("the transcript has the tokens"), "{found}");
+        let plan = transcript.plan().unwrap();
+        let found = crate::complete::problems(&transcript, &plan).join("\n");
+        assert!(found.contains("1 tokens, but the plan has 2"), "{found}");
+    }
+
     #[test]
     fn contradictions_are_named() {
         let good = begun(&text());
@@ -453,6 +468,7 @@ pub(crate) mod tests {
         assert!(found(|one| one.quorum = 1).contains("quorum"));
         assert!(found(|one| one.custodians[0].name = "eve".to_owned()).contains("custodians"));
         assert!(found(|one| one.tokens[0].name = "other".to_owned()).contains("tokens"));
+        assert!(found(|one| one.tokens.clear()).contains("tokens"));
         let key = |one: &mut Transcript| {
             one.tokens[0].signing_key = Some(SigningKey {
                 id: String::new(),

@@ -9,7 +9,7 @@ use aws_lc_rs::signature::{
 };
 
 use crate::{
-    sha256_hex,
+    complete, sha256_hex,
     signatures::{self, SignatureAlgorithm, Signatures, TokenSignature},
     ssh::{AllowedSigners, Key, Signature, SshError},
     transcript::{Status, Token, Transcript, TranscriptError, base64},
@@ -116,7 +116,9 @@ fn problems_before_custodians(
     sha256: &str,
 ) -> Result<Vec<String>, VerifyError> {
     let mut problems = transcript.contradictions()?;
-    if transcript.status != Status::Complete {
+    if transcript.status == Status::Complete {
+        problems.extend(complete::problems(transcript, &transcript.plan()?));
+    } else {
         problems.push("the ceremony is incomplete: a step failed or did not end".to_owned());
     }
     if signatures.transcript_sha256 != sha256 {

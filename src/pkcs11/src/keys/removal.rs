@@ -1,6 +1,6 @@
 //! Removes the objects of a wrapping key from the token.
 
-use cryptoki::object::{Attribute, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 
 use keybroker_core::key::{IntegrityPlace, ObjectId};
 use keybroker_pkcs11_ffi::Session;
@@ -113,7 +113,36 @@ pub(crate) fn remove(
         })?;
         removed += 1;
     }
+    refuse_remaining(session, key, identity)?;
     Ok(removed)
+}
+
+/// Fails while the token still has a private key with the fingerprint of the removed key. A row that was edited can name objects
+/// that do not exist, so a removal of nothing does not show that the key is gone.
+fn refuse_remaining(session: &Session, key: &Place, identity: &Identity<'_>) -> Result<(), Fault> {
+    if identity.fingerprint.is_empty() {
+        return Ok(());
+    }
+    let template = [
+        Attribute::Class(ObjectClass::PRIVATE_KEY),
+        Attribute::KeyType(KeyType::RSA),
+    ];
+    calling::next("C_FindObjects");
+    for object in session.find_objects(&template)? {
+        // A key that does not show its modulus cannot be a wrapping key of this broker.
+        let side = public_side(session, &pair_of(key, object, object));
+        if side.is_ok_and(|side| side.fingerprint.0.as_slice() == identity.fingerprint) {
+            return Err(Fault::new(
+                Class::Configuration,
+                format!(
+                    "the token still has a private key with the fingerprint of key {}, under another CKA_ID: remove this key with \
+                     the vendor's tool",
+                    key.id
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Finds the integrity key, if it is an object on the token.

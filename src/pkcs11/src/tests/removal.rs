@@ -58,6 +58,15 @@ fn the_objects_of_another_key_are_not_removed() {
             let absent = ObjectIds::from_slices(&[1], used.id.as_bytes());
             refused(absent, &old, &by_old);
 
+            // A row that names nothing must not pass for a removal.
+            let nothing = ObjectIds::from_slices(&[1], &[2]).unwrap();
+            let error = removed(&mut admin, (id(9), nothing), &old, &by_old).unwrap_err();
+            assert!(matches!(error, AdminError::Token(_)), "{error}");
+            assert!(
+                error.to_string().contains("still has a private key"),
+                "{error}"
+            );
+
             let found = removed(&mut admin, (id(9), of(&old).unwrap()), &old, &by_old);
             assert_eq!(found.unwrap(), 3);
             assert_eq!(admin.key_ids().unwrap(), [used.id.into()]);

@@ -38,6 +38,8 @@ mod tokens;
 
 /// A re-wrap of the test suite takes seconds; one of the long test takes minutes.
 const DONE_WITHIN: Duration = Duration::from_mins(2);
+/// Pause of a caller between two rounds of calls.
+const ROUND_PAUSE: Duration = Duration::from_millis(250);
 
 fn material(user: &str) -> Vec<u8> {
     format!("material of the user {user}").into_bytes()
@@ -255,6 +257,8 @@ async fn change_in_turn(
         lifecycle.restore(user, 1, *revision).await.unwrap();
         *revision += 1;
         calls.fetch_add(5, Ordering::Relaxed);
+        // The run gives way to calls. Without a pause, the callers would write revisions faster than the run moves them.
+        tokio::time::sleep(ROUND_PAUSE).await;
     }
 }
 

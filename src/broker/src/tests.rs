@@ -9,7 +9,7 @@ use keybroker_core::{
     call::{CallId, Timestamp},
     client_credential::Document,
     envelope::{Algorithm, Context, Envelope, Mac, Unsealed, mac::MacMessage},
-    key::{ClientId, Fingerprint, ObjectIds, Purpose, Tenant, WrappingKeyId, WrappingKeyState},
+    key::{ClientId, Fingerprint, Tenant, WrappingKeyId, WrappingKeyState},
     principal::{Reach, Role},
     secret::KeyMaterial,
     state::StateDirectory,
@@ -22,96 +22,13 @@ use keybroker_store::{ClientRow, RegistryRow};
 use super::*;
 
 mod registry;
+mod tokens;
+
+use tokens::{Tokens, mac_by};
 
 const KEY: WrappingKeyId = WrappingKeyId::from_bytes([7; 16]);
 const SUSPENDED: WrappingKeyId = WrappingKeyId::from_bytes([8; 16]);
 const SERIAL: &str = "0001";
-
-/// A token that completes each wrap only after the deadline of the wrap.
-#[derive(Debug)]
-struct LateToken;
-
-#[async_trait]
-impl Token for LateToken {
-    async fn wrap(
-        &self,
-        key: WrappingKeyId,
-        context: Context<'_>,
-        _material: &KeyMaterial,
-        caller: &Caller,
-    ) -> Result<Envelope, hsm::Error> {
-        // A sleep on the runtime's clock would let the deadline fire first.
-        thread::sleep(caller.deadline().remaining() + Duration::from_millis(1));
-        let unsealed = Unsealed::new(Algorithm::RsaOaepSha256, key, vec![1; 256]).unwrap();
-        Ok(unsealed.seal(&context, [0; 32]))
-    }
-
-    async fn unwrap(
-        &self,
-        _envelope: &Envelope,
-        _context: Context<'_>,
-        _caller: &Caller,
-    ) -> Result<KeyMaterial, hsm::Error> {
-        Err(hsm::Error::Deadline)
-    }
-
-    async fn rebind(
-        &self,
-        _envelope: &Envelope,
-        _old: Context<'_>,
-        _new: Context<'_>,
-        _caller: &Caller,
-    ) -> Result<Envelope, hsm::Error> {
-        Err(hsm::Error::Deadline)
-    }
-
-    async fn mac(
-        &self,
-        _key: WrappingKeyId,
-        _message: &MacMessage,
-        _caller: &Caller,
-    ) -> Result<Mac, hsm::Error> {
-        Ok([0; 32])
-    }
-
-    async fn verify_mac(
-        &self,
-        _key: WrappingKeyId,
-        _message: &MacMessage,
-        _mac: &Mac,
-        _caller: &Caller,
-    ) -> Result<(), hsm::Error> {
-        Ok(())
-    }
-
-    async fn rewrap(
-        &self,
-        _envelope: &Envelope,
-        _context: Context<'_>,
-        _to: WrappingKeyId,
-        _caller: &Caller,
-    ) -> Result<Envelope, hsm::Error> {
-        Err(hsm::Error::Deadline)
-    }
-
-    fn jobs_of_principals(&self) -> u64 {
-        0
-    }
-
-    fn check_admission(&self, _caller: &Caller, _planned: hsm::Planned) -> Result<(), hsm::Error> {
-        Ok(())
-    }
-
-    fn is_saturated(&self) -> bool {
-        false
-    }
-
-    fn state(&self) -> TokenState {
-        state_of(Serving::Up, &[KEY, SUSPENDED], Vec::new())
-    }
-
-    fn expect_keys(&self, _keys: Vec<(String, Vec<hsm::ExpectedKey>)>) {}
-}
 
 fn state_of(serving: Serving, keys: &[WrappingKeyId], tokens: Vec<TokenState>) -> TokenState {
     TokenState {
@@ -146,16 +63,8 @@ fn token_key_called(id: WrappingKeyId) -> TokenKey {
 
 fn registered(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> RegistryRow {
     RegistryRow {
-        id,
-        objects: ObjectIds::default(),
-        fingerprint: Fingerprint([1; 32]),
-        purpose: Purpose::Plain,
-        state,
-        token_serial: SERIAL.to_owned(),
-        sequence,
         registered: Timestamp::now(),
-        backup_confirmed: None,
-        mac: [0; 32],
+        ..testing::registered(id, state, sequence)
     }
 }
 
@@ -164,7 +73,7 @@ async fn broker(folder: &std::path::Path) -> Arc<Broker> {
         registered(SUSPENDED, WrappingKeyState::Suspended, 1),
         registered(KEY, WrappingKeyState::Active, 2),
     ];
-    broker_with(folder, Arc::new(LateToken), &rows).await
+    broker_with(folder, Tokens::late(&[KEY, SUSPENDED]), &rows).await
 }
 
 async fn broker_with(

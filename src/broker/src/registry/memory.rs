@@ -243,26 +243,14 @@ impl Broker {
 
 #[cfg(test)]
 mod tests {
-    use keybroker_core::{
-        call::Timestamp,
-        key::{Fingerprint, ObjectIds, Purpose},
-    };
+    use keybroker_core::call::Timestamp;
+
+    use crate::testing;
 
     use super::{super::Entry, *};
 
     fn row(id: u8, sequence: u64, state: WrappingKeyState) -> RegistryRow {
-        RegistryRow {
-            id: WrappingKeyId::from_bytes([id; 16]),
-            objects: ObjectIds::default(),
-            fingerprint: Fingerprint([2; 32]),
-            purpose: Purpose::Plain,
-            state,
-            token_serial: "serial".to_owned(),
-            sequence,
-            registered: Timestamp::from_micros(10),
-            backup_confirmed: None,
-            mac: [3; 32],
-        }
+        testing::registered(WrappingKeyId::from_bytes([id; 16]), state, sequence)
     }
 
     fn registry(rows: &[RegistryRow]) -> Registry {

@@ -56,7 +56,9 @@ pub(super) fn verdict(
 pub(super) mod tests {
     use proptest::prelude::*;
 
-    use keybroker_core::key::{Fingerprint, ObjectIds, Purpose, WrappingKeyId};
+    use keybroker_core::key::WrappingKeyId;
+
+    use crate::testing;
 
     use super::*;
 
@@ -64,16 +66,8 @@ pub(super) mod tests {
 
     pub(in super::super) fn registered(state: WrappingKeyState, sequence: u64) -> RegistryRow {
         RegistryRow {
-            id: KEY,
-            objects: ObjectIds::default(),
-            fingerprint: Fingerprint([2; 32]),
-            purpose: Purpose::Plain,
-            state,
             token_serial: "serial".to_owned(),
-            sequence,
-            registered: Timestamp::from_micros(1),
-            backup_confirmed: None,
-            mac: [3; 32],
+            ..testing::registered(KEY, state, sequence)
         }
     }
 
@@ -138,8 +132,8 @@ pub(super) mod tests {
     }
 
     proptest! {
-        /// Whatever happens, a key is only marked after the whole waiting time of a schedule that was not cancelled, during
-        /// which the state of the key did not change.
+        /// After any sequence of steps, a key is marked only if its schedule was not cancelled, its state did not change, and the
+        /// complete waiting time has passed.
         #[test]
         fn a_key_is_only_destroyed_after_an_undisturbed_wait(steps in proptest::collection::vec(step(), 0..60)) {
             let mut row = registered(WrappingKeyState::Deactivated, 1);

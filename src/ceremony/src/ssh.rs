@@ -48,13 +48,33 @@ pub enum SshError {
     #[error("the security key signed without being touched")]
     NotTouched,
     /// A line of the list of allowed signers cannot be used.
-    #[error("line {line}: {what}")]
+    #[error("line {line}: {source}")]
     AllowedSigners {
         /// Number of the line, from 1.
         line: usize,
         /// The problem with its remedy.
-        what: String,
+        source: Box<SignerError>,
     },
+}
+
+/// The reason why a line of the list of allowed signers cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SignerError {
+    /// The line has fewer than two parts.
+    #[error("a line has the names of a signer, a blank, and an SSH public key")]
+    Parts,
+    /// The name of a signer is empty or a pattern.
+    #[error("the name of a signer must be written in full, without patterns")]
+    Name,
+    /// The line has an option other than `namespaces`.
+    #[error("only the option namespaces=\"…\" is supported; write the key without other options")]
+    Option,
+    /// The value of the option `namespaces` does not end.
+    #[error("the option namespaces has no closing quote")]
+    Quote,
+    /// The key cannot be used.
+    #[error(transparent)]
+    Key(#[from] SshError),
 }
 
 /// An SSH public key.
@@ -199,9 +219,9 @@ impl AllowedSigners {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let entry = Self::entry(line).map_err(|what| SshError::AllowedSigners {
+            let entry = Self::entry(line).map_err(|source| SshError::AllowedSigners {
                 line: index + 1,
-                what,
+                source: Box::new(source),
             })?;
             entries.extend(entry);
         }
@@ -209,10 +229,8 @@ impl AllowedSigners {
     }
 
     /// Reads one line. `None` if the key is for other namespaces.
-    fn entry(line: &str) -> Result<Option<(Vec<String>, Key)>, String> {
-        let (principals, rest) = line
-            .split_once([' ', '\t'])
-            .ok_or("a line has the names of a signer, a blank, and an SSH public key")?;
+    fn entry(line: &str) -> Result<Option<(Vec<String>, Key)>, SignerError> {
+        let (principals, rest) = line.split_once([' ', '\t']).ok_or(SignerError::Parts)?;
         let principals: Vec<String> = principals
             .trim_matches('"')
             .split(',')
@@ -222,25 +240,21 @@ impl AllowedSigners {
             .iter()
             .any(|name| name.is_empty() || name.contains(['*', '?', '!']))
         {
-            return Err(
-                "the name of a signer must be written in full, without patterns".to_owned(),
-            );
+            return Err(SignerError::Name);
         }
         let rest = rest.trim_start();
         let has_options =
             !rest.starts_with("ssh-") && !rest.starts_with("sk-") && !rest.starts_with("ecdsa-");
         if !has_options {
-            let key = Key::parse(rest).map_err(|error| error.to_string())?;
+            let key = Key::parse(rest)?;
             return Ok(Some((principals, key)));
         }
-        let unsupported =
-            "only the option namespaces=\"…\" is supported; write the key without other options";
-        let list = rest.strip_prefix("namespaces=\"").ok_or(unsupported)?;
-        let (list, key) = list
-            .split_once('"')
-            .ok_or("the option namespaces has no closing quote")?;
-        let key = key.strip_prefix([' ', '\t']).ok_or(unsupported)?;
-        let key = Key::parse(key).map_err(|error| error.to_string())?;
+        let list = rest
+            .strip_prefix("namespaces=\"")
+            .ok_or(SignerError::Option)?;
+        let (list, key) = list.split_once('"').ok_or(SignerError::Quote)?;
+        let key = key.strip_prefix([' ', '\t']).ok_or(SignerError::Option)?;
+        let key = Key::parse(key)?;
         let is_ours = list.split(',').any(|namespace| namespace == NAMESPACE);
         Ok(is_ours.then_some((principals, key)))
     }

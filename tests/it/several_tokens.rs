@@ -198,6 +198,17 @@ async fn until_whole(broker: &Broker, name: &str, workers: usize) {
     }
 }
 
+/// Waits until both tokens have their worker. Returns a caller that enrols and one that releases.
+async fn callers_when_ready(broker: &Broker) -> (Caller, Caller) {
+    for name in ["a", "b"] {
+        until_whole(broker, name, 1).await;
+    }
+    (
+        Caller::of(broker, "enroller"),
+        Caller::of(broker, "releaser"),
+    )
+}
+
 /// Waits until a token does not serve.
 async fn until_unusable(broker: &Broker, name: &str) {
     let deadline = Instant::now() + Duration::from_mins(1);
@@ -606,13 +617,7 @@ async fn each_key_is_used_on_its_own_token() {
     two.site
         .expect_ok(&["--token", "b", "key", "generate", "--bits", "2048"]);
     let broker = Broker::start_on(Arc::clone(&two.site));
-    for name in ["a", "b"] {
-        until_whole(&broker, name, 1).await;
-    }
-    let (enroller, releaser) = (
-        Caller::of(&broker, "enroller"),
-        Caller::of(&broker, "releaser"),
-    );
+    let (enroller, releaser) = callers_when_ready(&broker).await;
     enroller.create("second", MATERIAL).await.unwrap();
     for user in ["first", "second"] {
         assert_eq!(releaser.unwrap(user).await.unwrap().key_material, MATERIAL);
@@ -655,13 +660,7 @@ async fn a_key_that_returns_to_its_token_is_used_again() {
     let two = Two::fresh(Options::default());
     let id = two.key();
     let broker = Broker::start_on(Arc::clone(&two.site));
-    for name in ["a", "b"] {
-        until_whole(&broker, name, 1).await;
-    }
-    let (enroller, releaser) = (
-        Caller::of(&broker, "enroller"),
-        Caller::of(&broker, "releaser"),
-    );
+    let (enroller, releaser) = callers_when_ready(&broker).await;
     enroller.create("ada", MATERIAL).await.unwrap();
     let objects = remove_objects(&two.site, &id);
     kill_workers(&broker, "a").await;

@@ -322,45 +322,56 @@ fn list_tokens(settings: &Settings) -> Result<Outcome, AdminError> {
 
 fn init_token(job: &InitToken) -> Result<Outcome, AdminError> {
     let parsed = parse(job.setup.as_ref())?;
-    let no_pin = || {
-        AdminError::Pin(
-            "initialising a token needs the PINs of the security officer and of the user"
-                .to_owned(),
-        )
-    };
-    let so_pin = read(job.so_pin.as_ref())?.ok_or_else(no_pin)?;
-    let user_pin = read(job.user_pin.as_ref())?.ok_or_else(no_pin)?;
+    let (so, user) = (job.so_pin.as_ref(), job.user_pin.as_ref());
+    let (so_pin, user_pin) = both_pins("initialising a token", so, user)?;
     let erase = (!job.erase_serial.is_empty()).then_some(job.erase_serial.as_str());
-    let info = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase).map_err(
-        |error| match error {
-            AdminError::NewPin(detail) => of_pin(AdminError::Pin(detail), job.user_pin.as_ref()),
-            error => of_pin(error, job.so_pin.as_ref()),
-        },
-    )?;
-    let mut entry = entry(&admin::Listed::of(&info));
-    entry.note = note_of_forgotten(&parsed, &info.serial);
-    Ok(Outcome::Token(entry))
+    let made = admin::init_token(&parsed.settings, &job.label, &so_pin, &user_pin, erase);
+    let info = made.map_err(|error| of_either_pin(error, so, user))?;
+    Ok(with_new_pin(&parsed, &info))
 }
 
 fn set_user_pin(job: &SetUserPin) -> Result<Outcome, AdminError> {
     let parsed = parse(job.setup.as_ref())?;
+    let (so, user) = (job.so_pin.as_ref(), job.user_pin.as_ref());
+    let (so_pin, user_pin) = both_pins("setting the user PIN", so, user)?;
+    let set = admin::reset_user_pin(&parsed.settings, &job.serial, &so_pin, &user_pin);
+    let info = set.map_err(|error| of_either_pin(error, so, user))?;
+    Ok(with_new_pin(&parsed, &info))
+}
+
+/// Reads the PINs of the security officer and of the user. `what` is the beginning of the error message.
+fn both_pins(
+    what: &str,
+    so: Option<&PinSource>,
+    user: Option<&PinSource>,
+) -> Result<(Pin, Pin), AdminError> {
     let no_pin = || {
-        AdminError::Pin(
-            "setting the user PIN needs the PINs of the security officer and of the user"
-                .to_owned(),
-        )
+        AdminError::Pin(format!(
+            "{what} needs the PINs of the security officer and of the user"
+        ))
     };
-    let so_pin = read(job.so_pin.as_ref())?.ok_or_else(no_pin)?;
-    let user_pin = read(job.user_pin.as_ref())?.ok_or_else(no_pin)?;
-    let info = admin::reset_user_pin(&parsed.settings, &job.serial, &so_pin, &user_pin).map_err(
-        |error| match error {
-            AdminError::NewPin(detail) => of_pin(AdminError::Pin(detail), job.user_pin.as_ref()),
-            error => of_pin(error, job.so_pin.as_ref()),
-        },
-    )?;
-    let mut entry = entry(&admin::Listed::of(&info));
-    entry.note = note_of_forgotten(&parsed, &info.serial);
-    Ok(Outcome::Token(entry))
+    let so_pin = read(so)?.ok_or_else(no_pin)?;
+    let user_pin = read(user)?.ok_or_else(no_pin)?;
+    Ok((so_pin, user_pin))
+}
+
+/// Names the source of the PIN that caused the error: that of the user for a new PIN, otherwise that of the security officer.
+fn of_either_pin(
+    error: AdminError,
+    so: Option<&PinSource>,
+    user: Option<&PinSource>,
+) -> AdminError {
+    match error {
+        AdminError::NewPin(detail) => of_pin(AdminError::Pin(detail), user),
+        error => of_pin(error, so),
+    }
+}
+
+/// The outcome for a token with a new user PIN. The record of PINs forgets the former PINs of the token.
+fn with_new_pin(parsed: &Parsed, info: &keybroker_worker_protocol::TokenInfo) -> Outcome {
+    let mut entry = entry(&admin::Listed::of(info));
+    entry.note = note_of_forgotten(parsed, &info.serial);
+    Outcome::Token(entry)
 }
 
 /// Removes the PINs of a token from the record, because the token got a new user PIN. Returns a note for the operator if

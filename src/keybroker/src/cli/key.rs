@@ -253,6 +253,28 @@ fn generate_and_register(
     make: impl FnOnce() -> Result<CheckedKey, Failure>,
 ) -> Result<Generated, Failure> {
     let files = integrity_files(config)?;
+    generate_and(context, config, make, |key| {
+        let mut file = None;
+        let mut register = || -> Result<_, Failure> {
+            file = store_integrity_key(files, &key)?;
+            let row = new_row(admin, &key, rows)?;
+            insert(config, &row)?;
+            let place = place::add(config, admin, &key, &row)?;
+            Ok((row, place))
+        };
+        let (row, place) =
+            register().map_err(|failure| not_registered(key.id, file.as_ref(), &failure))?;
+        Ok(Generated { row, place, file })
+    })
+}
+
+/// Generates a key with `make` and completes it with `complete`, with one entry in the audit log.
+fn generate_and<T>(
+    context: &Context,
+    config: &Config,
+    make: impl FnOnce() -> Result<CheckedKey, Failure>,
+    complete: impl FnOnce(CheckedKey) -> Result<T, Failure>,
+) -> Result<T, Failure> {
     let nothing_more = |_: &mut Entry| {};
     audited(
         context,
@@ -262,17 +284,7 @@ fn generate_and_register(
         || {
             let key = make()?;
             note_tests_not_made(context, &key);
-            let mut file = None;
-            let mut register = || -> Result<_, Failure> {
-                file = store_integrity_key(files, &key)?;
-                let row = new_row(admin, &key, rows)?;
-                insert(config, &row)?;
-                let place = place::add(config, admin, &key, &row)?;
-                Ok((row, place))
-            };
-            let (row, place) =
-                register().map_err(|failure| not_registered(key.id, file.as_ref(), &failure))?;
-            Ok(Generated { row, place, file })
+            complete(key)
         },
     )
 }
@@ -294,26 +306,17 @@ pub(super) fn generate_without_registration(
     make: impl FnOnce() -> Result<CheckedKey, Failure>,
 ) -> Result<CheckedKey, Failure> {
     let files = integrity_files(config)?;
-    let nothing_more = |_: &mut Entry| {};
-    audited(
-        context,
-        config,
-        "wrapping_key.generate",
-        nothing_more,
-        || {
-            let key = make()?;
-            note_tests_not_made(context, &key);
-            if let Some(file) = store_integrity_key(files, &key)? {
-                context.output.note(&format!(
-                    "The integrity key of {} is wrapped in {}: {}",
-                    key.id,
-                    file.path.display(),
-                    file.instruction()
-                ));
-            }
-            Ok(key)
-        },
-    )
+    generate_and(context, config, make, |key| {
+        if let Some(file) = store_integrity_key(files, &key)? {
+            context.output.note(&format!(
+                "The integrity key of {} is wrapped in {}: {}",
+                key.id,
+                file.path.display(),
+                file.instruction()
+            ));
+        }
+        Ok(key)
+    })
 }
 
 /// Returns access to the integrity key files, if the settings permit integrity keys in files. Fails

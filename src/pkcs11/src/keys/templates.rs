@@ -82,6 +82,18 @@ pub(super) fn is_named(attribute: &Attribute, names: &[String]) -> bool {
         .is_some_and(|exception| names.iter().any(|name| name == exception.attribute))
 }
 
+/// The attributes that keep a private or secret key on the token and prevent its change.
+fn kept_on_token() -> [Attribute; 6] {
+    [
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Modifiable(false),
+        Attribute::Copyable(false),
+    ]
+}
+
 fn label(id: WrappingKeyId, what: &str) -> Attribute {
     Attribute::Label(format!("keybroker {what} {id}").into_bytes())
 }
@@ -102,13 +114,8 @@ pub(crate) fn public_template(id: WrappingKeyId, modulus_bits: u32) -> Vec<Attri
 /// Returns the template of the private key. The template sets every usage flag, because tokens set omitted flags to
 /// true (SoftHSM: `SIGN`, `SIGN_RECOVER`, `UNWRAP`).
 pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
-    vec![
-        Attribute::Token(true),
-        Attribute::Private(true),
-        Attribute::Sensitive(true),
-        Attribute::Extractable(false),
-        Attribute::Modifiable(false),
-        Attribute::Copyable(false),
+    let mut template = kept_on_token().to_vec();
+    template.extend([
         Attribute::Decrypt(true),
         Attribute::Sign(false),
         Attribute::SignRecover(false),
@@ -117,7 +124,8 @@ pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
         Attribute::AllowedMechanisms(vec![MechanismType::RSA_PKCS_OAEP]),
         Attribute::Id(id.as_bytes().to_vec()),
         label(id, "wrapping key"),
-    ]
+    ]);
+    template
 }
 
 /// The label of every key that signs the transcript of a ceremony. Lists of wrapping keys leave out keys with this label.
@@ -136,13 +144,8 @@ pub(crate) fn signing_templates(
         Attribute::Id(object.as_bytes().to_vec()),
         label(),
     ];
-    let private = vec![
-        Attribute::Token(true),
-        Attribute::Private(true),
-        Attribute::Sensitive(true),
-        Attribute::Extractable(false),
-        Attribute::Modifiable(false),
-        Attribute::Copyable(false),
+    let mut private = kept_on_token().to_vec();
+    private.extend([
         Attribute::Sign(true),
         Attribute::SignRecover(false),
         Attribute::Decrypt(false),
@@ -150,7 +153,7 @@ pub(crate) fn signing_templates(
         Attribute::Derive(false),
         Attribute::Id(object.as_bytes().to_vec()),
         label(),
-    ];
+    ]);
     (public, private)
 }
 
@@ -175,12 +178,9 @@ pub(crate) fn integrity_template(
     let mut template = vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(key_type),
-        Attribute::Token(true),
-        Attribute::Private(true),
-        Attribute::Sensitive(true),
-        Attribute::Extractable(false),
-        Attribute::Modifiable(false),
-        Attribute::Copyable(false),
+    ];
+    template.extend(kept_on_token());
+    template.extend([
         Attribute::Sign(true),
         Attribute::Verify(true),
         Attribute::Encrypt(false),
@@ -192,7 +192,7 @@ pub(crate) fn integrity_template(
         // The label contains the former name of the integrity key, because the keys of all earlier releases have this
         // label.
         label(id, "binding key"),
-    ];
+    ]);
     // For this kind, the key type implies the length and the mechanism.
     if kind != HmacKey::Sha256Hmac {
         template.push(Attribute::ValueLen(INTEGRITY_KEY_BYTES.into()));

@@ -8,7 +8,7 @@ use crate::{
 };
 use keybroker_core::call::Timestamp;
 
-use super::{Engine, EngineStore, rewrap::IMPLAUSIBLE_LEASES};
+use super::{Engine, EngineStore, rewrap::implausible_lease};
 
 /// Adds or removes the row of a destruction, in the transaction of a change of the registry.
 pub(super) async fn write(
@@ -44,8 +44,6 @@ impl<E: Engine> Destructions for EngineStore<E> {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<bool, Error> {
-        let lease_us = until.micros().saturating_sub(now.micros());
-        let implausible = lease_us.saturating_mul(IMPLAUSIBLE_LEASES);
         let values = vec![
             holder.into(),
             until.into(),
@@ -53,7 +51,7 @@ impl<E: Engine> Destructions for EngineStore<E> {
             (&row.mac).into(),
             holder.into(),
             now.into(),
-            now.micros().saturating_add(implausible).into(),
+            implausible_lease(now, until).into(),
         ];
         Ok(self.execute(E::sql().hold_destruction, values).await? == 1)
     }

@@ -24,7 +24,14 @@ use super::{End, Engine, EngineStore};
 
 /// Limit of a plausible lease, as a multiple of the length of a new lease. If a lease lasts longer,
 /// the clock was wrong when the lease was taken.
-pub(super) const IMPLAUSIBLE_LEASES: i64 = 6;
+const IMPLAUSIBLE_LEASES: i64 = 6;
+
+/// The time from which on a stored lease is implausible, for a new lease from `now` until `until`.
+pub(super) fn implausible_lease(now: Timestamp, until: Timestamp) -> Timestamp {
+    let lease_us = until.micros().saturating_sub(now.micros());
+    let implausible = lease_us.saturating_mul(IMPLAUSIBLE_LEASES);
+    Timestamp::from_micros(now.micros().saturating_add(implausible))
+}
 
 impl<E: Engine> EngineStore<E> {
     /// Runs one statement for each list of values and stores the mark of the call, in one
@@ -222,15 +229,13 @@ impl<E: Engine> Rewraps for EngineStore<E> {
         now: Timestamp,
         until: Timestamp,
     ) -> Result<bool, Error> {
-        let lease_us = until.micros().saturating_sub(now.micros());
-        let implausible = lease_us.saturating_mul(IMPLAUSIBLE_LEASES);
         let values = vec![
             holder.into(),
             until.into(),
             run.as_bytes().as_slice().into(),
             holder.into(),
             now.into(),
-            now.micros().saturating_add(implausible).into(),
+            implausible_lease(now, until).into(),
         ];
         Ok(self.execute(E::sql().rewrap.hold, values).await? == 1)
     }

@@ -3,7 +3,7 @@
 //! A change is planned from the verified registry. One transaction checks that each row still has
 //! the MAC that was read before, and commits the change. If two brokers change the same key
 //! concurrently, one of them succeeds and the other gets an error. Each new row is authenticated by
-//! the integrity key of its own wrapping key.
+//! the integrity key of the wrapping key that the row describes.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 

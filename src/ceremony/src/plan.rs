@@ -159,7 +159,7 @@ impl Token {
             ),
             (true, None) => problems.push(
                 "`initialise = true` needs `so_pin_threshold`: the ceremony makes the PIN of the security officer, and \
-                 nobody has it as a whole"
+                 no person has the complete PIN"
                     .to_owned(),
             ),
             (true, Some(threshold)) if !(2..=custodians).contains(&threshold) => problems.push(format!(

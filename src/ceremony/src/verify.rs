@@ -743,10 +743,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_is_no_custodian() {
+    fn a_person_outside_the_plan_is_no_custodian() {
         let ceremony = ceremony();
-        let stranger = Person::new(&["-t", "ed25519"]).sign(&ceremony.bytes, NAMESPACE);
-        let signature = Signature::parse(&stranger).unwrap();
+        let other = Person::new(&["-t", "ed25519"]).sign(&ceremony.bytes, NAMESPACE);
+        let signature = Signature::parse(&other).unwrap();
         let refused = custodian_of(&ceremony.transcript, &ceremony.bytes, &signature).unwrap_err();
         assert!(matches!(refused, SignerError::Unknown(_)), "{refused}");
     }

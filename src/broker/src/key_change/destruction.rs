@@ -1,8 +1,8 @@
 //! Scheduled destruction of wrapping keys.
 //!
 //! An administrator schedules the destruction. The time is under a MAC by the wrapping key that is in use, and the schedule names the
-//! number of the key's registry row: whatever changes the registry row also makes the schedule invalid, so that a schedule that was
-//! cancelled cannot be put back. When the time has come, one broker checks again that no row needs the key, marks the key as destroyed
+//! number of the key's registry row. Each change of the registry row makes the schedule invalid, so a cancelled schedule cannot be
+//! put back. When the time has come, one broker checks again that no row needs the key, marks the key as destroyed
 //! in the same transaction, and then removes the objects of the key from every token.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the release build under load for hours, with a fault every 30 seconds: killed token workers, an absent token, return
-# codes, lost sessions, a hanging call, a restarted and a frozen database, new certificates, changed policies, a full disk.
+# codes, lost sessions, a hanging call, a restarted and a frozen database, new certificates, changed policies, a full disk, a rotation
+# of the wrapping key with a re-wrap that goes on during the next faults.
 # Uses SoftHSM behind a module that misbehaves on command, and PostgreSQL, in temporary folders. Prints the verdict, and
 # writes the results as JSON.
 #

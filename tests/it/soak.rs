@@ -1,6 +1,6 @@
 //! A broker on PostgreSQL under load for hours, with one fault after another: killed workers, an absent token, return codes, lost
-//! sessions, a hanging call, a restarted and a frozen database, new certificates, changed policies, a full disk. Memory, descriptors,
-//! threads and connections are recorded before each fault.
+//! sessions, a hanging call, a restarted and a frozen database, new certificates, changed policies, a full disk, a rotation with a re-wrap
+//! that goes on during the next faults. Memory, descriptors, threads and connections are recorded before each fault.
 //!
 //! `scripts/soak.sh HOURS` runs it with the release build. `KEYBROKER_TEST_SOAK_SECONDS` is the duration of the load,
 //! `KEYBROKER_TEST_SOAK_EVERY_SECONDS` the time from one fault to the next, `KEYBROKER_TEST_SOAK_SEED` selects their order, and
@@ -18,7 +18,10 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use keybroker_proto::CreateUserKeyRequest;
+use keybroker_proto::{
+    CreateUserKeyRequest, GetRewrapRequest, Rewrap, RewrapState, RotateWrappingKeyRequest,
+    StartRewrapRequest,
+};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{
@@ -49,6 +52,10 @@ const USERS: u64 = 50;
 /// Pause of a releaser after each call, and of the enroller.
 const BETWEEN_RELEASES: Duration = Duration::from_millis(20);
 const BETWEEN_CHANGES: Duration = Duration::from_millis(200);
+/// Highest number of rows that a re-wrap moves per second: it goes on during several faults of a long run.
+const REWRAP_ROWS_PER_SECOND: u32 = 100;
+/// A re-wrap of all rows of a long run takes minutes.
+const REWRAP_DONE_WITHIN: Duration = Duration::from_mins(20);
 /// Part of the calls that must succeed, if each call follows the retry rule.
 const SUCCESS_MIN: f64 = 0.999;
 /// Largest growth from the first quarter of a long run to the last.
@@ -72,9 +79,10 @@ enum Trouble {
     CertificateRotated,
     PoliciesChanged,
     DiskFull,
+    KeyRotated,
 }
 
-const TROUBLES: [Trouble; 12] = [
+const TROUBLES: [Trouble; 13] = [
     Trouble::WorkerKilled,
     Trouble::WorkersKilled,
     Trouble::TokenAbsent,
@@ -87,6 +95,7 @@ const TROUBLES: [Trouble; 12] = [
     Trouble::CertificateRotated,
     Trouble::PoliciesChanged,
     Trouble::DiskFull,
+    Trouble::KeyRotated,
 ];
 
 const CODES: [i64; 6] = [
@@ -265,6 +274,7 @@ struct World {
     database: String,
     releaser: Caller,
     enroller: Caller,
+    admin: Caller,
     seen: Arc<Seen>,
     begun: Instant,
     policy_version: usize,
@@ -291,6 +301,7 @@ impl World {
         let world = Self {
             releaser: Caller::of(&broker, "releaser"),
             enroller: Caller::of(&broker, "enroller"),
+            admin: Caller::of(&broker, "admin"),
             broker,
             faulty,
             server,
@@ -304,6 +315,14 @@ impl World {
             let id = unique();
             eventually(|| enrol(&world.enroller, &user, &id)).await;
         }
+        // From now on, each rotation returns to the other one of two keys.
+        world
+            .rotate(RotateWrappingKeyRequest {
+                modulus_bits: 2_048,
+                without_backup: true,
+                ..Default::default()
+            })
+            .await;
         world
     }
 
@@ -411,6 +430,7 @@ impl World {
                 // New connections get the new certificate.
                 self.releaser = Caller::of(&self.broker, "releaser");
                 self.enroller = Caller::of(&self.broker, "enroller");
+                self.admin = Caller::of(&self.broker, "admin");
             }
             Trouble::PoliciesChanged => {
                 self.policy_version += 1;
@@ -426,6 +446,14 @@ impl World {
                 limit_files(&self.broker, 0);
                 sleep(Duration::from_millis(500)).await;
                 unlimit_files(&self.broker);
+            }
+            Trouble::KeyRotated => {
+                self.rotate(RotateWrappingKeyRequest {
+                    back: true,
+                    ..Default::default()
+                })
+                .await;
+                self.start_rewrap(REWRAP_ROWS_PER_SECOND).await;
             }
         }
         let ended = Instant::now();
@@ -473,6 +501,44 @@ impl World {
             recoveries,
             calls: self.seen.calls.load(Ordering::Relaxed),
             failed: self.seen.failed(),
+        }
+    }
+
+    async fn rotate(&self, request: RotateWrappingKeyRequest) {
+        let rotated = eventually(|| async {
+            let mut control = self.admin.control.clone();
+            control.rotate_wrapping_key(request).await
+        })
+        .await;
+        assert!(rotated.into_inner().changed, "{request:?}");
+    }
+
+    /// Starts a re-wrap, unless an earlier one still moves rows: that one goes on, to the key that is in use now.
+    async fn start_rewrap(&self, rows_per_second_max: u32) {
+        let request = StartRewrapRequest {
+            rows_per_second_max,
+            ..Default::default()
+        };
+        eventually(|| async {
+            let mut control = self.admin.control.clone();
+            control.start_rewrap(request.clone()).await
+        })
+        .await;
+    }
+
+    async fn rewrap_done(&self) -> Rewrap {
+        let begun = Instant::now();
+        loop {
+            let status = eventually(|| async {
+                let mut control = self.admin.control.clone();
+                control.get_rewrap(GetRewrapRequest {}).await
+            });
+            let rewrap = status.await.into_inner().rewrap.unwrap();
+            if rewrap.state() == RewrapState::Done {
+                return rewrap;
+            }
+            assert!(begun.elapsed() < REWRAP_DONE_WITHIN, "{rewrap:?}");
+            sleep(Duration::from_millis(200)).await;
         }
     }
 
@@ -658,6 +724,11 @@ async fn no_fault_of_a_long_run_fails_a_call_or_leaves_anything_behind() {
     let seen = Arc::clone(&world.seen);
     println!("{}", results.publish(&seen));
     results.check(lasts);
+    // What the faults left of a re-wrap is moved now, so that one key is enough for every row.
+    world.rewrap_done().await;
+    world.start_rewrap(0).await;
+    let rewrap = world.rewrap_done().await;
+    assert_eq!((rewrap.left, rewrap.failed), (0, 0), "{rewrap:?}");
     let acknowledged = std::mem::take(&mut *seen.acknowledged.lock().unwrap());
     assert!(!acknowledged.is_empty(), "no key was enrolled");
     for user in acknowledged {

@@ -86,11 +86,16 @@ fn on_sqlite() -> Options {
 }
 
 /// Like [`two_keys`]. If `is_seeded`, `bench` writes the rows, and the rows have other users than `users`.
-async fn two_keys_and_rows(rows: usize, users: &[String], is_seeded: bool) -> Arc<Site> {
+async fn two_keys_and_rows(
+    options: Options,
+    rows: usize,
+    users: &[String],
+    is_seeded: bool,
+) -> Arc<Site> {
     if !is_seeded {
-        return two_keys(on_sqlite(), users).await;
+        return two_keys(options, users).await;
     }
-    let site = Arc::new(Site::fresh(on_sqlite()));
+    let site = Arc::new(Site::fresh(options));
     let pki = &site.pki;
     let certificate = pki.certificate_file("releaser");
     let key = pki.key_file("releaser");

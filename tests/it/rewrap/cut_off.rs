@@ -1,7 +1,9 @@
 //! A run that is cut off: by SIGKILL, by the loss of the token or the database, and by the loss of the broker that holds it.
 
 use std::{
-    fs, thread,
+    fs,
+    sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -18,18 +20,75 @@ use crate::{
     databases::start_instance,
     process::{Broker, send, until},
     servers::{Kind, Server, section},
-    site::{Options, WriteLock},
+    site::{Options, Site, WriteLock},
 };
 
+/// Counts how often each row is moved, by a trigger in the database.
+enum Moves {
+    InFile,
+    OnServer { server: Server, database: String },
+}
+
+impl Moves {
+    /// The rows of a new site under its first wrapping key. A second wrapping key wraps from now on.
+    async fn of(server: Option<Server>, rows: usize, users: &[String]) -> (Arc<Site>, Self) {
+        let (options, moves) = match server {
+            None => (on_sqlite(), Self::InFile),
+            Some(server) => {
+                let database = server.database();
+                let options = Options {
+                    store: Some(section(&server.settings(&database))),
+                    ..Options::default()
+                };
+                (options, Self::OnServer { server, database })
+            }
+        };
+        let site = two_keys_and_rows(options, rows, users, users.is_empty()).await;
+        match &moves {
+            Self::InFile => count_moves(&site),
+            Self::OnServer { server, database } => {
+                server.sql(database, Self::trigger(server.kind));
+            }
+        }
+        (site, moves)
+    }
+
+    const fn trigger(kind: Kind) -> &'static str {
+        match kind {
+            Kind::PostgreSql => {
+                "CREATE TABLE moved (record_id bytea, revision bigint);
+                 CREATE FUNCTION note_move() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+                 $$ BEGIN INSERT INTO moved VALUES (OLD.record_id, OLD.revision); RETURN NULL; END $$;
+                 CREATE TRIGGER note_move AFTER UPDATE OF envelope ON revisions
+                 FOR EACH ROW EXECUTE FUNCTION note_move();"
+            }
+            Kind::MariaDb => {
+                "CREATE TABLE moved (record_id varbinary(64), revision bigint);
+                 CREATE TRIGGER note_move AFTER UPDATE ON revisions FOR EACH ROW
+                 INSERT INTO moved SELECT OLD.record_id, OLD.revision FROM DUAL WHERE NOT (OLD.envelope <=> NEW.envelope);"
+            }
+        }
+    }
+
+    /// Returns the number of moves, and the number of rows that were moved.
+    fn counts(&self, site: &Site) -> (u64, u64) {
+        match self {
+            Self::InFile => moves(site),
+            Self::OnServer { server, database } => {
+                let count = |query: &str| server.sql(database, query).trim().parse().unwrap();
+                let distinct = "SELECT count(*) FROM (SELECT DISTINCT record_id, revision FROM moved) AS rows_moved;";
+                (count("SELECT count(*) FROM moved;"), count(distinct))
+            }
+        }
+    }
+}
+
 /// SIGKILL at random moments: the run goes on by itself at the next start. No row is lost, moved twice or unreadable.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_survives_sigkill_at_any_moment() {
-    let rows = number("KEYBROKER_TEST_REWRAP_ROWS", 300);
-    let kills = number("KEYBROKER_TEST_REWRAP_KILLS", 4);
-    let is_seeded = rows > 2_000;
-    let users = names(if is_seeded { 0 } else { rows });
-    let site = two_keys_and_rows(rows, &users, is_seeded).await;
-    count_moves(&site);
+async fn a_run_survives_sigkill(server: Option<Server>, rows: usize, kills: usize) {
+    let rows = number("KEYBROKER_TEST_REWRAP_ROWS", rows);
+    let kills = number("KEYBROKER_TEST_REWRAP_KILLS", kills);
+    let users = names(if rows > 2_000 { 0 } else { rows });
+    let (site, moves) = Moves::of(server, rows, &users).await;
     let mut broker = Broker::start_on(site);
     // Slow enough that every kill comes before the end.
     let rate = number("KEYBROKER_TEST_REWRAP_RATE", 60);
@@ -63,7 +122,7 @@ async fn a_run_survives_sigkill_at_any_moment() {
     assert_eq!(ended.failed, 0, "{ended:?}");
     assert_eq!(ended.verified, u64::try_from(rows).unwrap(), "{ended:?}");
     assert_eq!(left(&broker).await, (0, 0));
-    let (all, distinct) = moves(&broker.site);
+    let (all, distinct) = moves.counts(&broker.site);
     let rows = u64::try_from(rows).unwrap();
     assert_eq!((all, distinct), (rows, rows), "moved and distinct rows");
     all_released(&broker, &users).await;
@@ -75,6 +134,21 @@ async fn a_run_survives_sigkill_at_any_moment() {
             == count("\"kind\":\"outcome\"") + count("\"kind\":\"recovered\""))
         .then_some(())
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_survives_sigkill_at_any_moment() {
+    a_run_survives_sigkill(None, 300, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_survives_sigkill_at_any_moment_on_postgresql() {
+    a_run_survives_sigkill(Some(Server::start(Kind::PostgreSql)), 120, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_survives_sigkill_at_any_moment_on_mariadb() {
+    a_run_survives_sigkill(Some(Server::start(Kind::MariaDb)), 120, 2).await;
 }
 
 /// The token disappears half way, then the database is locked: the run waits and goes on by itself.

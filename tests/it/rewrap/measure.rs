@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use keybroker_proto::{PauseRewrapRequest, ResumeRewrapRequest, RewrapPhase, RewrapState};
 use serde_json::Value;
 
-use super::{done, enrol, names, number, start, status, two_keys_and_rows};
+use super::{done, enrol, names, number, on_sqlite, start, status, two_keys_and_rows};
 use crate::{client::Caller, process::Broker, site::Site};
 
 /// CPU time of processes in seconds.
@@ -81,7 +81,7 @@ async fn the_speed_and_the_price_of_a_run() {
     let rows = number("KEYBROKER_TEST_REWRAP_ROWS", 20_000);
     let seconds = u64::try_from(number("KEYBROKER_TEST_REWRAP_SECONDS", 15)).unwrap();
     let per_second = u32::try_from(number("KEYBROKER_TEST_REWRAP_CALLS", 200)).unwrap();
-    let site = two_keys_and_rows(rows, &[], true).await;
+    let site = two_keys_and_rows(on_sqlite(), rows, &[], true).await;
     let bare = bare_decryptions(&site);
     let broker = Broker::start_on(site);
     let users = names(50);

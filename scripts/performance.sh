@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
-# folder, overload on a token that takes 20 ms longer for each unwrap, and a simulated device that runs thirty operations at the same time. Writes the JSON documents
-# and the charts to docs/performance, and the tables to docs/performance.md. Takes about a quarter of an hour, without the build.
+# folder, overload on a token that takes 20 ms longer for each unwrap, and a simulated device that runs thirty operations at the
+# same time. Writes the JSON documents and the charts to docs/performance, and the tables to docs/performance.md. Takes about a
+# quarter of an hour, without the build.
 #
 # Usage: performance.sh [--seconds COUNT] [--members COUNT] [--largest COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
 #                       [--commit ID] [PROGRAM]

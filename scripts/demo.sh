@@ -378,10 +378,13 @@ The broker is still running. Commands to try:
   as releaser list
   as lifecycle delete --user user-001 --key-name vault --expected-revision 1
   as lifecycle undelete --user user-001 --key-name vault
-  as admin unwrap --user user-002 --key-name vault | cat
+  as admin wrapping-keys
+  as admin token-state
+  as admin unwrap --user user-002 --key-name vault | cat   # refused: an administrator cannot release keys
   as auditor audit-tail --limit 5
 
-Log: $folder/broker.log    Stop and remove: kill $pid; rm -r $folder
+The log of the broker is $folder/broker.log.
+To stop the broker and remove its files, run: kill $pid; rm -r $folder
 
 TRY
 }

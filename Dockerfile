@@ -1,17 +1,17 @@
-# The broker as an image: small, not root, made for a root file system that is mounted read-only.
+# The image of the broker. It runs as an unprivileged user, and its root file system can be mounted read-only.
 #
 #   scripts/image.sh --tag keybroker                            for a network HSM: mount the vendor's module
 #   scripts/image.sh --tag keybroker -- --build-arg SOFTHSM=1   with SoftHSM, for development and tests
 #
-# docs/operations.md says how it is run, scripts/image-proof.sh builds and runs it without any registry.
+# docs/operations.md describes how to run the image. scripts/image-proof.sh tests the image without an image registry.
 ARG BUILD_IMAGE=rust:1.95-slim-bookworm
 ARG RUNTIME_IMAGE=debian:bookworm-slim
 
 # --- build -----------------------------------------------------------------------------------------------------------
 FROM ${BUILD_IMAGE} AS build
-# `release` takes minutes; `dev` is for looking at the image itself.
+# Cargo profile. `dev` builds faster, to try the image itself.
 ARG PROFILE=release
-# The allocator's build needs `make`, which the image of the toolchain does not have.
+# Building the allocator needs `make`, which the Rust image does not have.
 RUN set -eux; \
     apt-get update; \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends make; \
@@ -21,12 +21,12 @@ COPY Cargo.toml Cargo.lock README.md LICENSE ./
 COPY proto proto
 COPY migrations migrations
 COPY src src
-# Members of the workspace, and files that the manifests name. None of it gets into the image.
+# The manifests refer to these files. They are not part of the image.
 COPY tests tests
-# Panic messages name source files: not by the paths of the machine that built them.
+# Panic messages contain paths of source files. Replace the paths of the build machine.
 ENV RUSTFLAGS="--remap-path-prefix=/usr/local/cargo/registry/src=/cargo --remap-path-prefix=/build=/keybroker" \
     CFLAGS="-ffile-prefix-map=/usr/local/cargo/registry/src=/cargo -ffile-prefix-map=/build=/keybroker"
-# Both folders are caches of the builder: neither is part of an image.
+# Both folders are caches of the build tool, and not part of the image.
 RUN --mount=type=cache,id=keybroker-cargo,target=/usr/local/cargo/registry \
     --mount=type=cache,id=keybroker-target,target=/build/target \
     set -eux; \
@@ -38,7 +38,7 @@ RUN --mount=type=cache,id=keybroker-cargo,target=/usr/local/cargo/registry \
 
 # --- runtime ---------------------------------------------------------------------------------------------------------
 FROM ${RUNTIME_IMAGE}
-# 1: with SoftHSM, whose keys are files. Everybody else mounts the module of their HSM and names it in `token.module`.
+# 1 installs SoftHSM, which stores its keys in files. With 0, mount the module of your HSM, and set `token.module` to its path.
 ARG SOFTHSM=0
 RUN set -eux; \
     case $SOFTHSM in \
@@ -46,7 +46,7 @@ RUN set -eux; \
       1) apt-get update; \
          DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends libsofthsm2; \
          rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* ;; \
-      *) echo "SOFTHSM is 0 or 1, not $SOFTHSM" >&2; exit 1 ;; \
+      *) echo "SOFTHSM is $SOFTHSM; it must be 0 or 1" >&2; exit 1 ;; \
     esac; \
     useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin keybroker; \
     install -d -m 0755 /etc/keybroker; \
@@ -54,14 +54,14 @@ RUN set -eux; \
 COPY --from=build /out /
 COPY packaging/container/softhsm2.conf /etc/keybroker/softhsm2.conf
 
-# A number, so that Kubernetes can see that it is not root.
+# A number and not a name, so that Kubernetes can check that the user is not root.
 USER 10001:10001
 WORKDIR /
-# Database and, with SoftHSM, the token; and the audit log. The only places that are written to.
+# The broker writes only to these directories: the database and SoftHSM's token, and the audit log.
 VOLUME ["/var/lib/keybroker", "/var/log/keybroker"]
 EXPOSE 8443 8444
 STOPSIGNAL SIGTERM
-# Whether a restart would help, and not whether the token is there: that is `probe ready`.
+# `probe live` fails only if a restart can help. To check the token and the database, use `probe ready`.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=90s --retries=3 CMD ["keybroker", "probe", "live"]
 ENTRYPOINT ["keybroker"]
 CMD ["serve"]

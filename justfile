@@ -1,10 +1,11 @@
-# The daily commands. Install the runner with `cargo install just`. Each recipe is one command that also works without it.
+# Recipes for the usual commands. Install the runner with `cargo install just`. Each recipe is one command, which you can also
+# run without just.
 
 # List the recipes
 default:
     @just --list
 
-# Show the broker at work with a software token
+# Demonstrate the broker with a software token
 demo *arguments:
     scripts/demo.sh {{ arguments }}
 
@@ -16,7 +17,7 @@ test:
 one NAME:
     cargo nextest run --workspace -E 'test({{ NAME }})'
 
-# Run the checks that need no token and no database, all of them or those named
+# Run the checks that need no token and no database: all checks, or only the checks NAMES
 check *names:
     scripts/check.sh {{ names }}
 

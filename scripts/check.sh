@@ -85,7 +85,7 @@ main() {
   local name known failed=()
   known=" ${CHECKS[*]} "
   for name in "${@:-${CHECKS[@]}}"; do
-    [[ $known == *" $name "* ]] || { printf 'check: there is no check %s; there are:%s\n' "$name" "$known" >&2; exit 2; }
+    [[ $known == *" $name "* ]] || { printf 'check: there is no check %s; the checks are:%s\n' "$name" "$known" >&2; exit 2; }
     run "$name" || failed+=("$name")
   done
   if [[ ${#failed[@]} -gt 0 ]]; then

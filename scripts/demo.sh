@@ -3,9 +3,11 @@
 # folder that is removed at the end.
 #
 # Usage: demo.sh [--keep]                        --keep leaves the broker running and prints commands to try
-#        demo.sh --bitwarden                     an account of a password manager goes from its master password to the broker
-#        demo.sh --against URL PKI USERS         only the client's part, against a broker that runs already: PKI is a folder
-#                                                of dev-ca.sh, USERS one for their keys; a second run finds them enrolled
+#        demo.sh --bitwarden                     replaces the master password of a password manager account with a key
+#                                                from the broker
+#        demo.sh --against URL PKI USERS         runs only the client's part, against a running broker. PKI is a folder
+#                                                that dev-ca.sh wrote. USERS is a folder for the users' keys; if it has
+#                                                keys, the script does not enrol them again
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -23,7 +25,7 @@ BROKER_PID=
 IDENTITY_PID=
 STARTED=$SECONDS
 
-# --- how it looks ----------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 if [[ -t 1 ]]; then BOLD=$'\e[1m' DIM=$'\e[2m' PLAIN=$'\e[0m'; else BOLD='' DIM='' PLAIN=''; fi
 
@@ -81,7 +83,7 @@ module() {
   for path in /usr/lib/softhsm/libsofthsm2.so /usr/lib/*/softhsm/libsofthsm2.so /usr/local/lib/softhsm/libsofthsm2.so; do
     [[ -e $path ]] && { printf '%s' "$path"; return; }
   done
-  fail 'SoftHSM is installed but its module libsofthsm2.so is in none of the known places'
+  fail 'SoftHSM is installed, but its module libsofthsm2.so is in none of the known directories'
 }
 
 # On a terminal, Cargo shows its own progress. Without a terminal, this function prints a line every few seconds.
@@ -196,10 +198,10 @@ start_broker() {
   STATUS=$(grep -oE '"status":"[0-9.:]+"' "$WORK/ready" | cut -d '"' -f 4)
 }
 
-# --- what it shows ---------------------------------------------------------------------------------------------------
+# --- the demonstration -----------------------------------------------------------------------------------------------
 
 prepare() {
-  step 'A token, a wrapping key on it, certificates'
+  step 'Creating a token, a wrapping key and certificates'
   token_folder
   scripts/dev-ca.sh "$WORK/pki" releaser enroller lifecycle admin auditor load
   configuration
@@ -212,13 +214,13 @@ prepare() {
 }
 
 attribute_check() {
-  step 'The attribute check: can the key on the token be read, wrapped or copied?'
+  step 'Checking the attributes: can the key on the token be read, wrapped or copied?'
   command_line 'keybroker token check'
   broker token check 2>&1 | indented
 }
 
 enrol() {
-  step "Enrolling the keys of $USERS users over mTLS"
+  step "Enrolling the keys of $USERS users over mutual TLS"
   local user started=$SECONDS
   mkdir -p "$WORK/users"
   for user in $(seq -f 'user-%03g' "$USERS"); do
@@ -226,31 +228,31 @@ enrol() {
     client enroller create --user "$user" --key-name vault --material-file "$WORK/users/$user.key" >/dev/null \
       || fail "$user could not be enrolled"
   done
-  note "$USERS keys wrapped and stored, one client process and one TLS connection each, in $((SECONDS - started)) s"
+  note "Wrapped and stored $USERS keys in $((SECONDS - started)) s, each with a separate client process and TLS connection."
 }
 
 compare() {
-  step "Unwrapping each on the token, and comparing"
+  step "Unwrapping each key on the token, and comparing it with the original"
   local user started=$SECONDS same=0
   for user in $(seq -f 'user-%03g' "$USERS"); do
     rm -f "$WORK/users/$user.back"
     client releaser unwrap --user "$user" --key-name vault --out "$WORK/users/$user.back" >/dev/null \
       || fail "the key of $user was not released"
-    cmp --silent "$WORK/users/$user.key" "$WORK/users/$user.back" || fail "the key of $user came back changed"
+    cmp --silent "$WORK/users/$user.key" "$WORK/users/$user.back" || fail "the released key of $user differs from the enrolled key"
     same=$((same + 1))
   done
   [[ $same -eq $USERS ]] || fail "only $same of $USERS keys were compared"
-  note "$same of $USERS came back as they were, in $((SECONDS - started)) s"
+  note "$same of $USERS released keys are equal to the enrolled keys. This took $((SECONDS - started)) s."
 }
 
 sql() { sqlite3 -cmd '.timeout 5000' "$WORK/keybroker.db" "$1"; }
 
-thief() {
-  step 'One row as a thief of the database would see it'
+stored_row() {
+  step 'Showing a stored row, as an attacker who reads the database sees it'
   sql "SELECT 'user ' || user || ', key ' || key_name || ', revision ' || revision || ', wrapping key '
          || lower(hex(wrapping_key_id)) || x'0a' || lower(hex(envelope))
        FROM records JOIN revisions USING (record_id, revision) WHERE user = 'user-001'" | fold -w 96 | indented
-  note 'The key itself is RSA-OAEP under a private key that never leaves the token.'
+  note 'The user key is encrypted with RSA-OAEP. The private key never leaves the token.'
 }
 
 swap_rows() {
@@ -261,48 +263,49 @@ swap_rows() {
 }
 
 swapped() {
-  step 'A thief who can write gives user-001 the row of user-002'
+  step 'Attacking: a writer of the database swaps the rows of user-001 and user-002'
   swap_rows
   local status=0
-  client releaser unwrap --user user-001 --key-name vault --out "$WORK/stolen" >"$WORK/said" 2>&1 || status=$?
-  indented <"$WORK/said"
+  client releaser unwrap --user user-001 --key-name vault --out "$WORK/stolen" >"$WORK/output" 2>&1 || status=$?
+  indented <"$WORK/output"
   [[ $status -ne 0 && ! -s $WORK/stolen ]] || fail 'the swapped row was released'
-  grep -q RECORD_DAMAGED "$WORK/said" || fail 'the swapped row was refused for another reason than RECORD_DAMAGED'
-  note 'Refused by the MAC that the token checks before it uses the RSA key.'
+  grep -q RECORD_DAMAGED "$WORK/output" || fail 'the swapped row was refused for another reason than RECORD_DAMAGED'
+  note 'Refused: the token verifies the MAC of the row before it uses the RSA key.'
   swap_rows
   client releaser unwrap --user user-001 --key-name vault --out "$WORK/again" >/dev/null
-  cmp --silent "$WORK/users/user-001.key" "$WORK/again" || fail 'user-001 did not get its key back'
-  note 'Swapped back, user-001 gets its key again.'
+  cmp --silent "$WORK/users/user-001.key" "$WORK/again" || fail 'user-001 did not get its key after the rows were swapped back'
+  note 'After the rows are swapped back, user-001 gets its key again.'
 }
 
 denied() {
-  step 'An administrator asks for a user'\''s key'
+  step 'Attacking: an administrator requests the key of a user'
   local status=0
-  client admin unwrap --user user-001 --key-name vault --out "$WORK/stolen" >"$WORK/said" 2>&1 || status=$?
-  indented <"$WORK/said"
+  client admin unwrap --user user-001 --key-name vault --out "$WORK/stolen" >"$WORK/output" 2>&1 || status=$?
+  indented <"$WORK/output"
   [[ $status -ne 0 && ! -s $WORK/stolen ]] || fail 'an administrator was given a key'
-  grep -q POLICY "$WORK/said" || fail 'the administrator was refused for another reason than POLICY'
+  grep -q POLICY "$WORK/output" || fail 'the administrator was refused for another reason than POLICY'
+  note 'Refused by policy: the role admin does not include the release of keys.'
 }
 
 rotate() {
-  step 'A new wrapping key, and every row moved to it, while the broker serves'
+  step 'Rotating the wrapping key and moving every row to the new key, while the broker serves calls'
   command_line 'keybroker key rotate --single'
   as_admin keybroker key rotate --single 2>&1 | indented
   [[ ${PIPESTATUS[0]} -eq 0 ]] || fail 'the rotation failed'
   command_line 'keybroker rewrap start --wait'
-  as_admin keybroker -o json rewrap start --wait >"$WORK/said" 2>&1 || fail "the re-wrap failed: $(cat "$WORK/said")"
-  grep -oE '"(state|revisions_moved|failed|verified)": ?("[a-z]+"|[0-9]+)' "$WORK/said" | indented
+  as_admin keybroker -o json rewrap start --wait >"$WORK/output" 2>&1 || fail "the re-wrap failed: $(cat "$WORK/output")"
+  grep -oE '"(state|revisions_moved|failed|verified)": ?("[a-z]+"|[0-9]+)' "$WORK/output" | indented
   local keys
   keys=$(sql 'SELECT count(DISTINCT wrapping_key_id) FROM revisions')
   [[ $keys -eq 1 ]] || fail "the rows are under $keys wrapping keys"
   client releaser unwrap --user user-001 --key-name vault --out "$WORK/after-rewrap" >/dev/null
   cmp --silent "$WORK/users/user-001.key" "$WORK/after-rewrap" || fail 'user-001 did not get its key after the re-wrap'
-  note 'No call failed, no key left the token, and user-001 gets the same key.'
+  note 'No user key left the token during the re-wrap, and user-001 still gets the same key.'
 }
 
-# Gives the broker a copy of the token, and then takes the first token away.
+# Gives the broker a copy of the token, and then removes the first token.
 failover() {
-  step 'A second token, and the loss of the first one'
+  step 'Adding a copy of the token, and removing the first token'
   stop_broker || fail 'the broker did not stop cleanly'
   rm "$WORK/ready"
   cp -a "$WORK/tokens" "$WORK/tokens-b"
@@ -322,30 +325,30 @@ failover() {
   local id
   for id in $(broker -o json key list | grep -oE '"id": ?"[0-9a-f]{32}"' | cut -d '"' -f 4); do
     command_line "keybroker --token b key register $id"
-    broker --token b key register "$id" >"$WORK/said" 2>&1 || fail "the copy was not registered: $(cat "$WORK/said")"
+    broker --token b key register "$id" >"$WORK/output" 2>&1 || fail "the copy was not registered: $(cat "$WORK/output")"
   done
   start_broker
-  mv "$WORK/tokens" "$WORK/tokens-gone"
-  note 'The directory of token a is gone.'
+  mv "$WORK/tokens" "$WORK/tokens-removed"
+  note 'Token a is removed. Token b serves all calls.'
   compare
-  mv "$WORK/tokens-gone" "$WORK/tokens"
+  mv "$WORK/tokens-removed" "$WORK/tokens"
 }
 
 audit() {
-  step 'What the audit log says of these'
+  step 'Showing the audit entries of these calls'
   local lines=$WORK/lines
   cat "$WORK"/audit/serve/* >"$lines"
   local pattern
   for pattern in '"action":"user_key.unwrap".*"outcome":"ok".*"user":"user-001"' '"reason":"RECORD_DAMAGED"' '"outcome":"denied"'; do
     grep -E "$pattern" "$lines" | head -n 1 | indented
-    grep -qE "$pattern" "$lines" || fail "the audit log has no line like $pattern"
+    grep -qE "$pattern" "$lines" || fail "no line of the audit log matches $pattern"
   done
-  note "$(wc -l <"$lines") lines in all; each was on disk before its answer left."
+  note "The log has $(wc -l <"$lines") lines. The entry of each call was on disk before the broker answered."
 }
 
 bench() {
-  step 'Five seconds of load'
-  note 'This is a dev build: its figures show that the load is served and are no benchmark.'
+  step "Measuring under load for $BENCH_SECONDS seconds"
+  note 'This is a dev build: the figures show that the broker serves the load, but are not a benchmark.'
   command_line "keybroker bench --seconds $BENCH_SECONDS"
   broker bench --seconds "$BENCH_SECONDS" --warm-up 1 --users 50 --connections 16 \
     --attach "$BROKER_PID" --endpoint "$ENDPOINT" --status "$STATUS" --ca "$WORK/pki/ca.pem" \
@@ -375,10 +378,13 @@ The broker is still running. Commands to try:
   as releaser list
   as lifecycle delete --user user-001 --key-name vault --expected-revision 1
   as lifecycle undelete --user user-001 --key-name vault
-  as admin unwrap --user user-002 --key-name vault | cat
+  as admin wrapping-keys
+  as admin token-state
+  as admin unwrap --user user-002 --key-name vault | cat   # refused: an administrator cannot release keys
   as auditor audit-tail --limit 5
 
-Log: $folder/broker.log    Stop and remove: kill $pid; rm -r $folder
+The log of the broker is $folder/broker.log.
+To stop the broker and remove its files, run: kill $pid; rm -r $folder
 
 TRY
 }
@@ -401,13 +407,13 @@ start_identity() {
   IDENTITY_PID=$!
   until [[ -s $WORK/identity ]]; do
     kill -0 "$IDENTITY_PID" 2>/dev/null || fail 'the identity service did not start'
-    ((SECONDS < deadline)) || fail 'the identity service is not ready'
+    ((SECONDS < deadline)) || fail "the identity service was not ready after $READY_SECONDS s"
     sleep 0.05
   done
   ISSUER=$(<"$WORK/identity")
 }
 
-# Requests a token that is signed like the tokens of a Bitwarden server's identity service. The claims are JSON.
+# Requests an access token that is signed like the access tokens of a Bitwarden server's identity service. The claims are JSON.
 mint() {
   local claims=$1 address=${ISSUER#http://} peer
   exec {peer}<>"/dev/tcp/${address%:*}/${address##*:}"
@@ -442,7 +448,7 @@ CONF
 # Shows a command, runs it in the folder of the account, and shows its output.
 bitwarden() {
   command_line "keybroker bitwarden $*"
-  said keybroker bitwarden "$@"
+  show_output keybroker bitwarden "$@"
 }
 
 # Runs a command against the broker. The options for the broker are not shown.
@@ -450,13 +456,13 @@ connector() {
   local command=$1
   shift
   command_line "keybroker bitwarden $command --url … $*"
-  said keybroker bitwarden "$command" --url "$CONNECTOR" --ca-file "$WORK/pki/ca.pem" "$@"
+  show_output keybroker bitwarden "$command" --url "$CONNECTOR" --ca-file "$WORK/pki/ca.pem" "$@"
 }
 
-said() {
+show_output() {
   local status=0
-  (cd "$WORK/ada" && "$@") >"$WORK/said" 2>&1 || status=$?
-  indented <"$WORK/said"
+  (cd "$WORK/ada" && "$@") >"$WORK/output" 2>&1 || status=$?
+  indented <"$WORK/output"
   return "$status"
 }
 
@@ -465,80 +471,80 @@ refuses() {
   local reason=$1 status=0
   shift
   connector "$@" || status=$?
-  [[ $status -eq 10 ]] || fail "the broker did not refuse it (code $status)"
-  grep -qF "$reason" "$WORK/said" || fail "refused for another reason than $reason"
+  [[ $status -eq 10 ]] || fail "the broker did not refuse the command (exit code $status)"
+  grep -qF "$reason" "$WORK/output" || fail "the broker refused the command for another reason than $reason"
 }
 
 opened() {
-  [[ $(<"$WORK/ada/$1") == "$ADA_ITEM_TEXT" ]] || fail 'the item was not opened'
-  note "the item says: $ADA_ITEM_TEXT"
+  [[ $(<"$WORK/ada/$1") == "$ADA_ITEM_TEXT" ]] || fail 'the item was not decrypted'
+  note "Decrypted the item: $ADA_ITEM_TEXT"
 }
 
 account() {
-  step 'An account with a master password, a protected user key and an item, as clients made them'
+  step 'Preparing an account with a master password, a protected user key and an item, as Bitwarden clients make them'
   mkdir "$WORK/ada"
   printf '%s\n' "$ADA_PASSWORD" >"$WORK/ada/password"
   printf '%s\n' "$ADA_PROTECTED_KEY" >"$WORK/ada/protected"
   cp tests/vectors/bitwarden/item.txt "$WORK/ada/item"
   indented <"$WORK/ada/protected" | cut -c 1-100
   bitwarden derive --email "$ADA_EMAIL" --kdf pbkdf2 --iterations 600000 --password-file password --out key
-  grep -qF "$ADA_LOGIN_HASH" "$WORK/said" || fail 'this is not the hash that the client logs in with'
+  grep -qF "$ADA_LOGIN_HASH" "$WORK/output" || fail 'the hash is not the one with which the client logs in'
   bitwarden unlock --master-key-file key --protected-key-file protected --item-file item --out with-password
   opened with-password
 }
 
 migrate() {
-  step 'Ada logs in with SSO, and her client gives the broker the key'
+  step 'Migrating: Ada logs in with SSO, and her client stores the master key at the broker'
   mint "{\"sub\": \"$ADA\"}" >"$WORK/ada/token"
   refuses 'KEY_NOT_FOUND' fetch --token-file token
   connector enrol --token-file token --master-key-file key --protected-key-file protected
   mv "$WORK/ada/key" "$WORK/key-before"
   rm "$WORK/ada/password"
-  note 'The password is gone, and the key is on no device: it is under the key in the token.'
+  note 'The password and the local copy of the key are deleted. The broker stores the key, wrapped under the key on the token.'
 }
 
 unlock_with_broker() {
-  step 'From now on her client asks the broker'
+  step 'Unlocking: her client gets the key from the broker'
   mint "{\"sub\": \"$ADA\"}" >"$WORK/ada/token-later"
   connector fetch --token-file token-later --out fetched
-  cmp --silent "$WORK/key-before" "$WORK/ada/fetched" || fail 'the key came back changed'
+  cmp --silent "$WORK/key-before" "$WORK/ada/fetched" || fail 'the released key differs from the stored key'
   connector unlock --token-file token-later --protected-key-file protected --item-file item --out with-broker
   opened with-broker
 }
 
 bitwarden_refused() {
-  step 'What is refused'
-  note 'The same user once more: POST never overwrites.'
+  step 'Trying calls that the broker must refuse'
+  note 'The same user enrols again. POST never overwrites a key:'
   refuses 'KEY_EXISTS' enrol --token-file token --master-key-file fetched --protected-key-file protected
-  note 'Another user, who has no key here:'
+  note 'Another user, who has no key:'
   mint "{\"sub\": \"$BOB\"}" >"$WORK/ada/token-of-bob"
   refuses 'KEY_NOT_FOUND' unlock --token-file token-of-bob --protected-key-file protected
-  note 'A token that has expired:'
+  note 'An expired access token:'
   mint "{\"sub\": \"$ADA\", \"exp\": $(($(date +%s) - 3600))}" >"$WORK/ada/token-old"
   refuses 'CREDENTIAL' fetch --token-file token-old
-  note 'An administrator, over gRPC:'
+  note 'An administrator, with the gRPC API:'
   local status=0
-  client admin unwrap --user "$ADA" --key-name bitwarden --out "$WORK/stolen" >"$WORK/said" 2>&1 || status=$?
-  indented <"$WORK/said"
+  client admin unwrap --user "$ADA" --key-name bitwarden --out "$WORK/stolen" >"$WORK/output" 2>&1 || status=$?
+  indented <"$WORK/output"
   [[ $status -eq 10 && ! -s $WORK/stolen ]] || fail 'an administrator was given the key'
-  grep -q POLICY "$WORK/said" || fail 'the administrator was refused for another reason than POLICY'
+  grep -q POLICY "$WORK/output" || fail 'the administrator was refused for another reason than POLICY'
 }
 
 bitwarden_row() {
-  step "Ada's row as a thief of the database would see it, and what the audit log says"
+  step "Showing Ada's row, as an attacker who reads the database sees it, and the audit entries"
   local key
   key=$(od -An -v -tx1 "$WORK/key-before" | tr -d ' \n')
   sql "SELECT 'user ' || user || ', key ' || key_name || ', revision ' || revision || x'0a' || lower(hex(envelope))
        FROM records JOIN revisions USING (record_id, revision)" >"$WORK/row"
   fold -w 96 <"$WORK/row" | indented
-  grep -qF "user $ADA, key bitwarden" "$WORK/row" || fail 'the row is not there'
-  if tr -d '\n' <"$WORK/row" | grep -qF "$key"; then fail 'the row shows the key'; fi
+  grep -qF "user $ADA, key bitwarden" "$WORK/row" || fail 'the database has no row of Ada'
+  if tr -d '\n' <"$WORK/row" | grep -qF "$key"; then fail 'the row contains the key in plaintext'; fi
   local lines=$WORK/lines pattern
   cat "$WORK"/audit/serve/* >"$lines"
   for pattern in user_key.create user_key.unwrap; do
     pattern="\"action\":\"$pattern\".*\"outcome\":\"ok\".*\"principal\":\"token:bitwarden:$ADA\""
     grep -E "$pattern" "$lines" | head -n 1 | indented
-    grep -qE "$pattern" "$lines" || fail "the audit log has no line like $pattern"
+    grep -qE "$pattern" "$lines" || fail "no line of the audit log matches $pattern"
   done
 }
 
@@ -554,7 +560,7 @@ bitwarden_part() {
   bitwarden_configuration
   start_broker
   CONNECTOR=https://$(grep -oE '127\.0\.0\.1:[0-9]+' "$WORK/ready" | sed -n 2p)
-  note "tokens from $ISSUER, keys at $CONNECTOR/user-keys"
+  note "access tokens from $ISSUER, keys at $CONNECTOR/user-keys"
   account
   migrate
   unlock_with_broker
@@ -567,7 +573,7 @@ bitwarden_part() {
 
 # --- the client's part -----------------------------------------------------------------------------------------------
 
-# Runs only the client's part. The proofs of an image, a package or a cluster use it.
+# Runs only the client's part. scripts/image-proof.sh uses this function.
 against() {
   [[ $# -eq 3 ]] || fail 'usage: demo.sh --against URL PKI USERS'
   ENDPOINT=$1
@@ -580,7 +586,7 @@ against() {
   [[ -e $3/user-001.key ]] || enrol
   compare
   denied
-  printf '\ndemo: the client part is ok\n'
+  printf '\ndemo: client part ok\n'
 }
 
 main() {
@@ -603,7 +609,7 @@ main() {
   note "serving on $ENDPOINT"
   enrol
   compare
-  thief
+  stored_row
   swapped
   denied
   rotate

@@ -47,7 +47,7 @@ main() {
   [[ $# -gt 0 ]] || set -- releaser enroller lifecycle admin auditor
   for client in "$@"; do
     [[ $client =~ ^[a-z0-9][a-z0-9-]*$ && $client != server && $client != ca ]] \
-      || fail "a client's name is made of a-z, 0-9 and -, and is neither ca nor server: $client"
+      || fail "the name of a client must consist of a-z, 0-9 and -, and must not be ca or server: $client"
   done
   mkdir -p "$folder"
   cd "$folder"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs the fuzz targets for longer than scripts/test.sh does: those named, else all, each for so many seconds (300).
+# Runs fuzz targets for longer than scripts/test.sh does.
 #
-# With cargo-fuzz and a nightly toolchain the inputs are guided by coverage, and the memory of C code is checked; what was learnt is kept
-# in target/fuzz for the next run. Without them the inputs are random changes of good ones. An input that fails is printed.
+# If cargo-fuzz and a nightly toolchain are installed, coverage guides the inputs, and the memory accesses of C code are checked. The
+# corpus is kept in target/fuzz for the next run. Otherwise, the inputs are random changes of valid inputs. The script prints an
+# input that causes a failure.
 #
-# Usage: fuzz.sh [--seconds N] [TARGET…]
+# Usage: fuzz.sh [--seconds N] [TARGET…]      default: all targets, 300 seconds for each target
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
@@ -16,7 +17,8 @@ guided() {
     corpus=$PWD/target/fuzz/corpus/$target
     mkdir -p "$corpus"
     printf 'fuzz: %s for %s s\n' "$target" "$seconds"
-    # In the directory of the programs, whose toolchain is another one. The good inputs are the first ones.
+    # Write the valid inputs to the corpus. Then run the fuzz program in its own directory, because it needs the nightly
+    # toolchain.
     cargo run --quiet --package keybroker-fuzz-targets --example seeds -- "$target" "$corpus"
     (cd tests/fuzz && cargo +nightly fuzz run --fuzz-dir . --target-dir ../../target/fuzz/build "$target" "$corpus" -- \
       -max_total_time="$seconds" -max_len=65536 -timeout=20)
@@ -36,7 +38,7 @@ main() {
   if cargo fuzz --version >/dev/null 2>&1 && cargo +nightly --version >/dev/null 2>&1; then
     guided "$seconds" "${targets[@]}"
   else
-    printf 'fuzz: without cargo-fuzz and a nightly toolchain the inputs are random\n'
+    printf 'fuzz: cargo-fuzz or the nightly toolchain is not installed; the inputs are random\n'
     local filter
     filter=$(printf ' or test(=%s)' "${targets[@]}")
     KEYBROKER_TEST_FUZZ_SECONDS=$seconds cargo nextest run --profile long --package keybroker-fuzz-targets -E "${filter# or }"

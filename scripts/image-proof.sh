@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Tests the container image on a machine without an image registry or a daemon. Creates the base images with debootstrap under
 # the names in the Dockerfile, builds the image with buildah, and runs the broker from it with runc like a cluster: not as root,
-# without capabilities, with a read-only root file system and an own process namespace. The test creates a token in a volume,
+# without capabilities, with a read-only root file system and a separate process namespace. The test creates a token in a volume,
 # starts the broker, and runs the client's part of the demo before and after a restart.
 #
-# Then it runs the site of deploy/compose.yaml: two brokers with exactly that configuration on one PostgreSQL and one token. One
-# broker releases a key that the other one enrolled. Ends with "image: ok".
+# The test then runs the services of deploy/compose.yaml: two brokers with the same configuration, one PostgreSQL database and one
+# token. One broker releases a key that the other broker enrolled. Ends with "image: ok".
 #
-# Usage: image-proof.sh          on Debian 12, as root; the first run takes minutes and needs some 6 GB
+# Usage: image-proof.sh          on Debian 12, as root; the first run takes minutes and about 6 GB
 #
-#   IMAGE_CACHE    where base images and caches are kept between runs (/var/tmp/keybroker-image)
-#   IMAGE_PROFILE  cargo profile of the build in the image (release)
-#   IMAGE_PROGRAM  a keybroker made on this machine, to try the rest again with the image of the run before
+#   IMAGE_CACHE    folder that keeps base images and caches between runs (/var/tmp/keybroker-image)
+#   IMAGE_PROFILE  Cargo profile of the build in the image (release)
+#   IMAGE_PROGRAM  a keybroker binary that replaces the binary in the image of the previous run, instead of a new build
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -44,7 +44,7 @@ INSTANCE=serve
 # Process ids of the running brokers and servers, by name.
 declare -A RUNNING=()
 
-# --- how it ends -----------------------------------------------------------------------------------------------------
+# --- output and clean-up -------------------------------------------------------------------------------------------------
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
@@ -160,22 +160,22 @@ build() {
   step "scripts/image.sh (profile $PROFILE)"
   scripts/image.sh --tool buildah --tag "$TAG" -- --pull-never \
     --build-arg SOFTHSM=1 --build-arg PROFILE="$PROFILE" >"$CACHE/build.log" 2>&1 \
-    || { tail -n 30 "$CACHE/build.log" >&2; fail "the image was not built; $CACHE/build.log has it all"; }
+    || { tail -n 30 "$CACHE/build.log" >&2; fail "the image was not built; the complete output is in $CACHE/build.log"; }
   tail -n 1 "$CACHE/build.log"
   # Remove the build stage and images of earlier runs, which have a gigabyte each.
   buildah rmi --prune >/dev/null 2>&1 || true
   CONTAINER=$(buildah from --pull-never "$TAG")
   MOUNT=$(buildah mount "$CONTAINER")
-  printf 'size: %s of files, of which the broker %s\n' \
+  printf 'size: all files %s, the broker %s\n' \
     "$(du -sh --apparent-size "$MOUNT" | cut -f1)" "$(du -h --apparent-size "$MOUNT/usr/bin/keybroker" | cut -f1)"
-  [[ $(buildah inspect --format '{{.OCIv1.Config.User}}' "$CONTAINER") == "$ID:$ID" ]] || fail 'the image runs as another user'
-  buildah inspect --format '{{.Docker.Config.Healthcheck}}' "$CONTAINER" | grep -q 'probe live' || fail 'no health check'
+  [[ $(buildah inspect --format '{{.OCIv1.Config.User}}' "$CONTAINER") == "$ID:$ID" ]] || fail "the image does not run as the user $ID:$ID"
+  buildah inspect --format '{{.Docker.Config.Healthcheck}}' "$CONTAINER" | grep -q 'probe live' || fail 'the image has no health check with "probe live"'
   if grep --quiet --text -e '/usr/local/cargo/registry' -e '/build/src/' -e '/build/target/' "$MOUNT/usr/bin/keybroker"; then
-    fail 'the program names paths of the machine that built it'
+    fail 'the program contains paths of the build machine'
   fi
 }
 
-# --- running from it -------------------------------------------------------------------------------------------------
+# --- running the image -----------------------------------------------------------------------------------------------
 
 runtime() { runc --root "$WORK/runc" "$@"; }
 
@@ -280,16 +280,16 @@ CONF
 }
 
 provision() {
-  step 'A token in a volume'
+  step 'Creating a token in a volume'
   secrets
   configuration
   inside keybroker token init --label proof --so-pin-file /run/secrets/so-pin
   inside keybroker store migrate
   inside keybroker key generate --bits 3072
   inside keybroker config check
-  ! inside sh -c 'touch /usr/bin/x' 2>/dev/null || fail 'the root file system can be written to'
+  ! inside sh -c 'touch /usr/bin/x' 2>/dev/null || fail 'the root file system is writable'
   [[ $(inside sh -c 'id -u; grep -c "^CapEff:.0000000000000000$" /proc/self/status') == $'10001\n1' ]] \
-    || fail 'it runs as root or with capabilities'
+    || fail 'the container runs as root or with capabilities'
 }
 
 # Runs the image's own program as a client beside the container, in a network namespace if one is given.
@@ -301,10 +301,10 @@ client_part() {
 
 alone() {
   provision
-  step 'Serving from the image'
+  step 'Starting the broker from the image'
   start_broker alone
   client_part "https://$GRPC" "$WORK/users"
-  step 'Another container on the same volumes'
+  step 'Starting another container with the same volumes'
   stop_broker alone || fail 'the broker did not stop cleanly'
   start_broker alone
   client_part "https://$GRPC" "$WORK/users"
@@ -312,7 +312,7 @@ alone() {
   inside keybroker audit verify
 }
 
-# --- the site of deploy/compose.yaml ---------------------------------------------------------------------------------
+# --- the services of deploy/compose.yaml ---------------------------------------------------------------------------------
 
 # Starts a database like the service `database` of the compose file: a socket in a shared folder, passwords, no TCP.
 start_database() {
@@ -348,7 +348,7 @@ compose_secrets() {
 }
 
 two_brokers() {
-  step 'The site of deploy/compose.yaml'
+  step 'Starting the services of deploy/compose.yaml'
   compose_secrets
   start_database
   local name
@@ -367,7 +367,7 @@ two_brokers() {
     NETWORK=/run/netns/$NAME-$name LOG=$WORK/log-$name INSTANCE=keybroker-$name
     start_broker "$name"
   done
-  step 'What one enrols, the other releases'
+  step 'Enrolling keys with one broker, and releasing them with the other broker'
   client_part https://localhost:8443 "$WORK/users-2" ip netns exec "$NAME-one"
   stop_broker one || fail 'broker one did not stop cleanly'
   client_part https://localhost:8443 "$WORK/users-2" ip netns exec "$NAME-two"
@@ -375,7 +375,7 @@ two_brokers() {
 }
 
 main() {
-  [[ $(id -u) -eq 0 ]] || fail 'debootstrap, buildah and runc need root here'
+  [[ $(id -u) -eq 0 ]] || fail 'run this script as root, because debootstrap, buildah and runc need root'
   trap clean_up EXIT
   trap 'exit 130' INT TERM
   tools

@@ -3,11 +3,11 @@
 #
 # Usage: image.sh [--tool podman|docker|buildah] [--tag NAME] [--release] [-- BUILD OPTION…]
 #
-#   --release    refuse base images that are named by a tag: a tag can be moved to another image, a digest cannot
+#   --release    refuses base images without a digest, because a tag can be moved to another image
 #
 #   image.sh --tag registry.example/keybroker:1.0
-#   image.sh -- --build-arg SOFTHSM=1        SoftHSM inside, for development and tests
-#   image.sh -- --build-arg PROFILE=dev      builds faster, for looking at the image itself
+#   image.sh -- --build-arg SOFTHSM=1        with SoftHSM, for development and tests
+#   image.sh -- --build-arg PROFILE=dev      builds faster, to try the image itself
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,7 +31,7 @@ choose() {
   for tool in podman docker buildah; do
     works "$tool" && { TOOL=$tool; return; }
   done
-  fail 'there is no podman, no docker with a running daemon and no buildah; install one of them'
+  fail 'podman, buildah and docker with a running daemon were not found; install one of them'
 }
 
 # The build arguments must name both base images by digest.
@@ -49,7 +49,7 @@ hint: pass -- --build-arg $base=NAME@sha256:…"
 main() {
   while [[ $# -gt 0 ]]; do
     case $1 in
-      --tool) TOOL=${2:-}; works "$TOOL" || fail "$TOOL is not there, or its daemon does not answer"; shift 2 ;;
+      --tool) TOOL=${2:-}; works "$TOOL" || fail "$TOOL is not installed, or its daemon does not answer"; shift 2 ;;
       --tag) TAG=${2:-}; shift 2 ;;
       --release) RELEASE=yes; shift ;;
       --) shift; break ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the requirements of building, testing and the demonstration on Debian 12 with Rust: Debian packages (root or
-# sudo) and, with --tools, the test runner and the PKCS#11 modules of the conformance tests. Does nothing if everything is
-# installed.
+# Installs the Debian packages that building, the tests and the demonstration need, on Debian 12 with Rust, as root or with
+# sudo. With --tools, also installs the test runner and the PKCS#11 modules of the conformance tests. Does nothing if
+# everything is installed.
 set -euo pipefail
 
 NEXTEST_VERSION=0.9.143
@@ -28,7 +28,7 @@ PARTS=(
   "/usr/lib/python3*/ensurepip python3-venv"
 )
 
-# The same list for the conformance tests: modules, and the requirements of building Kryoptic.
+# The same list for the conformance tests: modules, and the packages that building Kryoptic needs.
 MODULE_PARTS=(
   "/usr/sbin/pkcsslotd opencryptoki"
   "p11-kit p11-kit"
@@ -51,7 +51,7 @@ as_root() {
   elif command -v sudo >/dev/null; then
     sudo "$@"
   else
-    fail "not root and there is no sudo; run as root: $*"
+    fail "this script is not running as root, and sudo is not installed; run this command as root: $*"
   fi
 }
 
@@ -71,15 +71,15 @@ packages() {
   done
   [[ ${#missing[@]} -eq 0 ]] && return
   command -v apt-get >/dev/null \
-    || fail "missing: ${missing[*]}. This script knows apt-get only; install them with your package manager"
-  printf 'install: %s\n' "${missing[*]}"
+    || fail "these packages are missing: ${missing[*]}. This script supports only apt-get; install the packages with your package manager"
+  printf 'install: installing the packages %s\n' "${missing[*]}"
   [[ " ${missing[*]} " == *" postgresql "* ]] && no_cluster
   local log
   log=$(mktemp)
   if ! { as_root apt-get update && as_root env DEBIAN_FRONTEND=noninteractive \
     apt-get install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
     tail -n 20 "$log" >&2
-    fail "apt-get could not install ${missing[*]}; what it said is above and in $log"
+    fail "apt-get could not install ${missing[*]}; the end of its output is above, the complete output is in $log"
   fi
   # Debian starts this service with the package, but the tests start their own.
   [[ " ${missing[*]} " == *" pgbouncer "* && -d /run/systemd/system ]] \
@@ -95,15 +95,15 @@ rust() {
   if [[ -x $HOME/.cargo/bin/cargo ]]; then
     fail "cargo is in $HOME/.cargo/bin, which is not in PATH: run  . \"\$HOME/.cargo/env\"  and try again"
   fi
-  fail "there is no cargo; install Rust 1.94 or later from https://rustup.rs and try again"
+  fail "cargo is not installed; install Rust 1.94 or later from https://rustup.rs and try again"
 }
 
 cargo_tool() {
   local name=$1 version=$2 folder=${CARGO_HOME:-$HOME/.cargo}/bin
   command -v "$name" >/dev/null || [[ -x $folder/$name ]] && return
-  printf 'install: %s %s (built from source, takes minutes)\n' "$name" "$version"
+  printf 'install: building %s %s from source, which takes minutes\n' "$name" "$version"
   cargo install --locked --quiet "$name" --version "$version" \
-    || fail "cargo could not install $name $version; what it said is above"
+    || fail "cargo could not install $name $version; the output of cargo is above"
 }
 
 main() {
@@ -114,7 +114,7 @@ main() {
     cargo_tool cargo-nextest "$NEXTEST_VERSION"
     # The dependency check reads every package of the lock file, including those of other platforms, and works without a
     # network.
-    cargo fetch --locked --quiet || fail "cargo could not fetch the dependencies; what it said is above"
+    cargo fetch --locked --quiet || fail "cargo could not fetch the dependencies; the output of cargo is above"
   fi
 }
 

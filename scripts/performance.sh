@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
-# folder, overload on a token that takes 20 ms longer for each unwrap, and a simulated device with thirty lanes. Writes the JSON documents
-# and the charts to docs/performance, and the tables to docs/performance.md. Takes about a quarter of an hour, without the build.
+# folder, overload on a token that takes 20 ms longer for each unwrap, and a simulated device that runs thirty operations at the
+# same time. Writes the JSON documents and the charts to docs/performance, and the tables to docs/performance.md. Takes about a
+# quarter of an hour, without the build.
 #
 # Usage: performance.sh [--seconds COUNT] [--members COUNT] [--largest COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
 #                       [--commit ID] [PROGRAM]
@@ -11,7 +12,7 @@
 #   performance.sh --seconds 30       the same with longer measurements, about half an hour
 #   performance.sh --only storm --members 4000 --storm-seconds 20
 #   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4    without --commit, no commit is recorded for another program
-#   performance.sh --tables           only draws the charts and writes the tables, from the documents that exist
+#   performance.sh --tables           only draws the charts and writes the tables, from the existing documents
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -20,7 +21,7 @@ cd "$(dirname "$0")/.."
 
 PAGE=docs/performance.md
 RESULTS=docs/performance
-# Of each measurement. Below 30 s, the tables mark a run as short.
+# Duration of each measurement. Below 30 s, the tables mark a run as short.
 SECONDS_EACH=8
 MEMBERS=20000
 # The load generator needs a file descriptor for each member that may wait: half of the members.
@@ -50,7 +51,7 @@ clean_up() {
   exit "$status"
 }
 
-# Whether one of these measurements was asked for.
+# Whether one of these measurements was requested.
 wanted() {
   local name
   [[ ${#ONLY[@]} -gt 0 ]] || return 0
@@ -58,7 +59,7 @@ wanted() {
   return 1
 }
 
-# Adds a second principal to a site, and room for the idle connections.
+# Adds a second principal to a site, and raises the limits for the idle connections.
 extend() {
   cat >>"$WORK/$1/keybroker.toml" <<CONF
 [[principal]]
@@ -79,9 +80,9 @@ script() {
     -e "s|^\[token.environment\]|&\nSCRIPTABLE_PKCS11_SCRIPT = \"$WORK/$1/script\"|" "$WORK/$1/keybroker.toml"
 }
 
-# Measures a simulated device with the name $1, with $2 sessions in each of two workers: its throughput beside that of $3
-# threads of the bare token, and the latency over load. Further arguments are those of both measurements.
-# The script of the device is on standard input.
+# Measures a simulated device with the name $1, with $2 sessions in each of two workers. One measurement compares the
+# throughput with that of $3 threads on the token alone, and the other measures the latency over load. Further arguments are passed
+# to both measurements. The script of the device is on standard input.
 device() {
   local name=$1 sessions=$2 threads=$3
   shift 3
@@ -94,8 +95,8 @@ device() {
   measure "device-$name-load" "$name" open "$@"
 }
 
-# Measures the scenario $3 on the site $2 and writes the document $1. Further arguments are those of `keybroker bench`. With
-# exit code 12 some calls failed, and the document says how many.
+# Measures the scenario $3 on the site $2 and writes the document $1. Further arguments are passed to `keybroker
+# bench`. Exit code 12 means that some calls failed; the document contains their number.
 measure() {
   local name=$1 site=$2 scenario=$3 status=0
   shift 3
@@ -178,7 +179,7 @@ main() {
     esac
   done
   known=" ${NAMES[*]} "
-  for name in "${ONLY[@]}"; do [[ $known == *" $name "* ]] || fail "there is no measurement $name; there are:$known"; done
+  for name in "${ONLY[@]}"; do [[ $known == *" $name "* ]] || fail "there is no measurement $name; the measurements are:$known"; done
   trap clean_up EXIT
   trap 'exit 130' INT TERM
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-performance.XXXXXX")

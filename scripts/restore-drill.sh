@@ -63,7 +63,7 @@ sqlite_restore() {
 }
 
 postgres_start() {
-  # shellcheck disable=SC2119  # A throwaway server is all that it needs.
+  # shellcheck disable=SC2119  # The drill needs no additional arguments of the server.
   postgres_server
   createdb keybroker
 }
@@ -76,7 +76,7 @@ postgres_restore() {
 }
 
 mariadb_start() {
-  # shellcheck disable=SC2119  # A throwaway server is all that it needs.
+  # shellcheck disable=SC2119  # The drill needs no additional arguments of the server.
   mariadb_server
   mariadb_sql --execute='CREATE DATABASE keybroker; GRANT ALL ON keybroker.* TO keybroker@localhost'
 }
@@ -210,15 +210,15 @@ compare() {
   local user same=0
   for user in $(seq -f 'user-%03g' "$USERS"); do
     [[ $user != user-002 ]] || continue
-    client releaser unwrap --user "$user" --key-name vault --out "$WORK/back" >/dev/null || fail "the key of $user is lost"
-    cmp --silent "$WORK/users/$user" "$WORK/back" || fail "the key of $user came back changed"
+    client releaser unwrap --user "$user" --key-name vault --out "$WORK/back" >/dev/null || fail "the key of $user was not released"
+    cmp --silent "$WORK/users/$user" "$WORK/back" || fail "the released key of $user differs from the enrolled key"
     rm "$WORK/back"
     same=$((same + 1))
   done
-  client lifecycle undelete --user user-002 --key-name vault >/dev/null || fail 'the deleted record is lost'
+  client lifecycle undelete --user user-002 --key-name vault >/dev/null || fail 'the deleted record could not be undeleted'
   client releaser unwrap --user user-002 --key-name vault --out "$WORK/back" >/dev/null
-  cmp --silent "$WORK/users/user-002" "$WORK/back" || fail 'the key of user-002 came back changed'
-  printf '   %d keys came back as they were, one of them replaced before, one deleted and undeleted\n' $((same + 1))
+  cmp --silent "$WORK/users/user-002" "$WORK/back" || fail 'the released key of user-002 differs from the enrolled key'
+  printf '   %d released keys equal the enrolled keys; one of them was replaced before the backup, and one was deleted and undeleted\n' $((same + 1))
 }
 
 main() {
@@ -237,30 +237,30 @@ main() {
     PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
   fi
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-drill.XXXXXX")
-  step "A site in use ($ENGINE)"
+  step "Starting a broker and enrolling keys ($ENGINE)"
   site
   start_broker || fail 'the broker did not start'
   enrol
-  step 'Backup of the database under writes, then of the token'
+  step 'Backing up the database while the broker writes, and then the token'
   backup
-  step 'Token and database are gone'
+  step 'Deleting the token and the database'
   destroy
-  step 'Half a restore: the database without its token'
+  step 'Restoring only the database: the broker must not start'
   half_a_restore
-  step 'Restore of both'
+  step 'Restoring the token and the database'
   cp --archive "$WORK/backup/tokens" "$WORK/tokens"
   "${ENGINE}_restore"
   broker store status
   quietly token check
   broker store check
-  start_broker || fail 'the broker did not start on what was restored'
-  step 'The backup is older than the last acknowledged change: nothing is released until that is accepted'
+  start_broker || fail 'the broker did not start after the restore'
+  step 'Accepting the backup: the broker releases no key from an older database until an operator accepts it'
   if client releaser unwrap --user user-003 --key-name vault --out "$WORK/back" >"$WORK/said" 2>&1; then
     fail 'a key was released from a restored database before an operator accepted it'
   fi
   stop_broker || fail 'the broker did not stop cleanly'
   quietly store accept-restored
-  start_broker || fail 'the broker did not start on what was accepted'
+  start_broker || fail 'the broker did not start after the database was accepted'
   compare
   stop_broker || fail 'the broker did not stop cleanly'
   broker audit verify

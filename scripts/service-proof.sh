@@ -3,9 +3,9 @@
 # docs/operations.md describes, starts it, makes calls, reloads it, lets the watchdog detect a broker that hangs, and stops it.
 # Ends with "service: ok".
 #
-# Usage: service-proof.sh [PROGRAM]     on Debian 12, as root; the first run takes minutes and needs some 0.5 GB
+# Usage: service-proof.sh [PROGRAM]     on Debian 12, as root; the first run takes minutes and about 0.5 GB
 #
-#   SERVICE_CACHE  where the Debian is kept between runs (/var/tmp/keybroker-service)
+#   SERVICE_CACHE  folder that keeps the Debian system between runs (/var/tmp/keybroker-service)
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ tools() {
 
 debian() {
   [[ -e $CACHE/complete ]] && return
-  printf '== debootstrap\n'
+  printf '== creating a Debian system with debootstrap\n'
   rm -rf "$ROOT"
   mkdir -p "$CACHE"
   (umask 022 && debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,libsofthsm2,procps bookworm "$ROOT" "$(debian_mirror)") \
@@ -68,7 +68,7 @@ install_broker() {
 }
 
 # This script runs inside the container, as root, after the boot.
-what_is_proved() {
+proof_script() {
   cat <<'PROOF'
 #!/bin/bash
 set -euxo pipefail
@@ -94,7 +94,7 @@ for process in "$main" $(pgrep --parent "$main"); do
   grep -x 'NoNewPrivs:.1' "/proc/$process/status"
   grep VmRSS "/proc/$process/status"
 done
-# Stops the broker with a signal so that it hangs. The watchdog ends it, and systemd starts another one.
+# The signal stops the broker, so that the broker hangs. The watchdog ends the broker, and systemd starts it again.
 kill -STOP "$main"
 for _ in $(seq 120); do
   [[ $(systemctl show --property=NRestarts --value keybroker) == 0 ]] || break
@@ -113,7 +113,7 @@ PROOF
 }
 
 boot() {
-  what_is_proved >"$ROOT/root/proof.sh"
+  proof_script >"$ROOT/root/proof.sh"
   chmod 0700 "$ROOT/root/proof.sh"
   cat >"$ROOT/etc/systemd/system/proof.service" <<'UNIT'
 [Unit]
@@ -128,14 +128,14 @@ TimeoutStartSec=360
 WantedBy=default.target
 UNIT
   inside systemctl --quiet enable proof.service
-  printf '== systemd boots, and the unit runs\n'
+  printf '== booting systemd and running the unit\n'
   timeout --kill-after=10 "$BOOT_SECONDS" systemd-nspawn --quiet --directory="$ROOT" --register=no --keep-unit --boot \
     </dev/null >"$CACHE/boot.log" 2>&1 || true
-  [[ -e $ROOT/root/ok ]] || { tail -n 30 "$ROOT/root/proof.log" >&2; fail "the proof stopped there; $ROOT/root/proof.log has it all"; }
+  [[ -e $ROOT/root/ok ]] || { tail -n 30 "$ROOT/root/proof.log" >&2; fail "the test failed at the last line above; the complete output is in $ROOT/root/proof.log"; }
 }
 
 main() {
-  [[ $(id -u) -eq 0 ]] || fail 'debootstrap and systemd-nspawn need root'
+  [[ $(id -u) -eq 0 ]] || fail 'run this script as root, because debootstrap and systemd-nspawn need root'
   tools
   if [[ -z $PROGRAM ]]; then
     cargo build --release --locked --quiet

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs the release build under load for hours, with a fault every 30 seconds: killed token workers, an absent token, return
-# codes, lost sessions, a hanging call, a restarted and a frozen database, new certificates, changed policies, a full disk, a rotation
-# of the wrapping key with a re-wrap that goes on during the next faults.
-# Uses SoftHSM behind a module that misbehaves on command, and PostgreSQL, in temporary folders. Prints the verdict, and
-# writes the results as JSON.
+# Runs the release build under load for hours, with a fault or a change every 30 seconds: killed token workers, an absent
+# token, return codes, lost sessions, a hanging call, a restarted and a frozen database, new certificates, changed policies,
+# a full disk, and a rotation of the wrapping key with a re-wrap that continues during the next faults. Uses SoftHSM behind a
+# module that misbehaves on command, and PostgreSQL, in temporary folders. Prints whether the run passed, and writes the
+# results as JSON.
 #
 # The run fails if fewer than 99.9 % of the calls succeed with the retry rule, if a caller receives a wrong key, if an
 # acknowledged key is lost, or if memory, descriptors or threads grow (checked from one hour on).
@@ -29,12 +29,12 @@ main() {
       --seed) seed=$2; shift 2 ;;
       --json) json=$(realpath --canonicalize-missing "$2"); shift 2 ;;
       -*) fail "unknown option $1" ;;
-      *) [[ -z $hours ]] || fail "one number of hours is expected, not also $1"; hours=$1; shift ;;
+      *) [[ -z $hours ]] || fail "more than one number of hours: $hours and $1"; hours=$1; shift ;;
     esac
   done
-  [[ $hours =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail 'say for how many hours: scripts/soak.sh 8'
-  [[ $every =~ ^[1-9][0-9]*$ ]] || fail '--every is a number of seconds'
-  [[ $seed =~ ^[0-9]*$ ]] || fail '--seed is a number'
+  [[ $hours =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail 'pass the number of hours, for example: scripts/soak.sh 8'
+  [[ $every =~ ^[1-9][0-9]*$ ]] || fail '--every must be a number of seconds'
+  [[ $seed =~ ^[0-9]*$ ]] || fail '--seed must be a number'
   local seconds
   seconds=$(awk -v hours="$hours" 'BEGIN { printf "%d", hours * 3600 }')
   ((seconds >= every)) || fail "the run must be longer than $every s, the time from one fault to the next"

@@ -4,10 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Prints what was not tested. Skipped tests count as passed, so the summary alone does not show them.
+# Prints the skipped tests. Skipped tests count as passed, so the summary alone does not show them.
 skipped() {
   [[ -s $KEYBROKER_SKIPPED ]] || return 0
-  printf '\ntest: skipped, because this machine lacks something:\n'
+  printf '\ntest: these tests were skipped, because this machine lacks a requirement:\n'
   sort -u "$KEYBROKER_SKIPPED" | sed 's/^/test: skipped: /'
 }
 

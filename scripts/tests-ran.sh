@@ -11,7 +11,7 @@ fail() {
   exit 1
 }
 
-# The members and their directories, one a line.
+# Prints each member and its directory on one line.
 members() { cargo tree --offline --locked --workspace --depth 0 --prefix none | sed -nE 's/^([^ ]+) v[^ ]+ \((.*)\)$/\1 \2/p'; }
 
 # Counts the tests of each member. nextest lists `keybroker-store`, `keybroker::it` or `keybroker::bin/keybroker`, then
@@ -40,7 +40,7 @@ main() {
     fi
   done < <(members)
   [[ $total -gt 0 ]] || fail 'no member has tests'
-  [[ ${#empty[@]} -eq 0 ]] || fail "these members have tests and none was listed: ${empty[*]}"
+  [[ ${#empty[@]} -eq 0 ]] || fail "these members have tests, but nextest lists none of them: ${empty[*]}"
   [[ $ran -eq $total ]] || fail "$ran tests ran, but the members have $total"
   printf 'tests-ran: %s\n' "$total tests of $(wc -l <<<"$listed") members"
 }

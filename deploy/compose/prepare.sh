@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the secrets that ../compose.yaml mounts: random PINs, a database password and development certificates. Keeps what
-# is there. Run it as root: the files belong to root, and the group of the image's user may read them.
+# Creates the secrets that ../compose.yaml mounts: random PINs, a database password and development certificates. Keeps
+# existing PINs, passwords and certificates. Run this script as root: the files belong to root, and the group of the image's
+# user may read them.
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")"
@@ -16,7 +17,7 @@ fail() {
 secret() { [[ -e secrets/$1 ]] || openssl rand -hex 12 >"secrets/$1"; }
 
 main() {
-  [[ $(id -u) -eq 0 ]] || fail 'run it as root: a user cannot give a file to another group'
+  [[ $(id -u) -eq 0 ]] || fail 'run this script as root, because only root can give the files to the group of the image'
   local name
   mkdir -p secrets
   ../../scripts/dev-ca.sh pki
@@ -25,7 +26,7 @@ main() {
   chown -R "0:$GROUP" secrets
   chmod 0750 secrets
   chmod 0440 secrets/*
-  printf 'prepare: %s and %s\n' "$PWD/secrets" "$PWD/pki"
+  printf 'prepare: the secrets are in %s, the client certificates in %s\n' "$PWD/secrets" "$PWD/pki"
 }
 
 main "$@"

@@ -198,6 +198,8 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("rest", "[rest]"),
         ("client_credentials", "[client_credentials]"),
         ("wrapping_keys", "[wrapping_keys]"),
+        ("approvals", "[approvals]"),
+        ("approvals.person", "[[approvals.person]]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),
@@ -209,6 +211,9 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         // Tables of their own.
         if name == "token" {
             assert!(accepted.remove("environment"));
+        }
+        if name == "approvals" {
+            assert!(accepted.remove("person"));
         }
         if name == "listener" {
             assert!(accepted.remove("tls"));
@@ -247,7 +252,8 @@ fn rows_of_the_audit_page() -> Vec<(Vec<String>, String)> {
 /// Every action that the audit log can hold is on its page, and each that the page has is written somewhere.
 #[test]
 fn the_audit_page_has_every_action_and_no_other() {
-    const SUBJECTS: [&str; 12] = [
+    const SUBJECTS: [&str; 13] = [
+        "approval",
         "user_key",
         "wrapping_key",
         "token",

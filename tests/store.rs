@@ -14,6 +14,8 @@
     reason = "what a failed test leaves behind, and how long the parts took"
 )]
 
+#[path = "store/approvals.rs"]
+mod approvals;
 #[path = "store/clients.rs"]
 mod clients;
 #[path = "store/conformance.rs"]

@@ -36,7 +36,7 @@ fn promised(command: &str) -> (BTreeSet<String>, bool) {
 }
 
 #[track_caller]
-fn assert_as_promised(command: &str, finished: &Finished) -> Value {
+pub(crate) fn assert_as_promised(command: &str, finished: &Finished) -> Value {
     assert_eq!(finished.code, Some(0), "{command}: {finished:#?}");
     let given: Value = serde_json::from_str(&finished.stdout)
         .unwrap_or_else(|error| panic!("{command}: {error}: {finished:#?}"));

@@ -5,7 +5,9 @@ use std::{collections::BTreeMap, fs};
 
 use crate::{
     client::{Caller, eventually},
+    client_commands::calling,
     client_credentials::{made, site as site_that_grants},
+    pki,
     process::Broker,
     site::Site,
 };
@@ -15,10 +17,32 @@ const REQUEST_ID: &str = "7d444840-9dc0-11d1-b245-5ffdce74fad2";
 
 /// A database with a row in every table, whose broker has stopped.
 async fn filled() -> std::sync::Arc<Site> {
-    let broker = Broker::start_on(site_that_grants(
-        "[client_credentials]\ngrantable_roles = [\"enrol\", \"release\"]",
-    ));
+    let site = site_that_grants(
+        "[client_credentials]\ngrantable_roles = [\"enrol\", \"release\", \"admin\"]",
+    );
+    let configuration = fs::read_to_string(site.configuration_file()).unwrap();
+    let persons = ["admin", "auditor"].map(|name| {
+        let uri = pki::uri(name);
+        format!("[[approvals.person]]\nname = \"{name}\"\nprincipals = [\"URI:{uri}\"]\n")
+    });
+    fs::write(
+        site.configuration_file(),
+        format!("{configuration}\n{}", persons.concat()),
+    )
+    .unwrap();
+    let broker = Broker::start_on(site);
     made(&broker);
+    // A request for approval.
+    let waits = [
+        "client-credential",
+        "create",
+        "--label",
+        "x",
+        "--role",
+        "admin",
+    ];
+    let waits = calling(&broker, &waits, "admin", &[]).output().unwrap();
+    assert_eq!(waits.status.code(), Some(10), "{waits:?}");
     let [enroller, releaser, lifecycle] =
         ["enroller", "releaser", "lifecycle"].map(|name| Caller::of(&broker, name));
     let ada = enroller.create_with_id("ada", b"material", REQUEST_ID);
@@ -37,6 +61,7 @@ async fn filled() -> std::sync::Arc<Site> {
          INSERT INTO key_destructions \
          SELECT key_id, key_id, sequence, 1, 2, 'URI:admin', mac, '', 0 FROM wrapping_keys",
     );
+    assert_ne!(site.sql("SELECT count(*) FROM approvals").trim(), "0");
     site
 }
 

@@ -6,6 +6,7 @@ use futures_util::future::BoxFuture;
 
 use super::{
     Engine,
+    approvals::*,
     clients::*,
     conformance::*,
     contention::*,
@@ -56,6 +57,10 @@ on_every_engine!(
     rows_of_the_registry_change_together,
     places_are_compare_and_swap,
     destructions_are_scheduled_held_and_ended,
+    approvals_are_compare_and_swap,
+    of_concurrent_decisions_one_wins,
+    a_change_uses_its_approval_or_is_not_made,
+    approvals_that_do_not_decode_are_named_and_removed,
     a_change_of_the_registry_waits_for_the_rows_of_a_key,
     cancelled_calls_poison_nothing,
     reads_change_nothing,

@@ -18,6 +18,7 @@ use keybroker_proto::{
     user_key_service_server::UserKeyServiceServer,
 };
 
+mod approvals;
 pub(super) mod clients;
 mod control;
 mod convert;

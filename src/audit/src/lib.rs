@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
-    key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
     state::StateDirectory,
 };
 
@@ -234,8 +234,17 @@ pub struct Entry {
     pub store: Option<String>,
     /// The risks that the token's settings accept.
     pub risks: Option<String>,
-    /// SHA-256 as hexadecimal digits: of the new envelope, of the ids of the rows that a re-wrap moves, or of the registry.
+    /// SHA-256 as hexadecimal digits: of the new envelope, of the ids of the rows that a re-wrap moves, of the registry, or of the
+    /// change that needs an approval.
     pub digest: Option<String>,
+    /// The request for approval that the entry is about, or that permitted the change.
+    pub approval: Option<ApprovalId>,
+    /// The person to whom `principal` belongs, if the action needs persons.
+    pub person: Option<String>,
+    /// The principal that requested the change, and its person, in the entry of a decision about the request.
+    pub requested_by: Option<(String, String)>,
+    /// The principal that approved the change, and its person, in the entry of the change.
+    pub approved_by: Option<(String, String)>,
 }
 
 impl Entry {
@@ -264,6 +273,10 @@ impl Entry {
             store: None,
             risks: None,
             digest: None,
+            approval: None,
+            person: None,
+            requested_by: None,
+            approved_by: None,
             cause: None,
         }
     }

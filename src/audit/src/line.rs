@@ -8,7 +8,7 @@ use serde_json::Value;
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
-    key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
 use super::{Entry, EntryKind, OpenIntent, Outcome};
@@ -26,6 +26,10 @@ pub(super) struct Place<'a> {
 pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
     object.text("action", Some(&entry.action));
+    object.shown("approval", entry.approval.as_ref());
+    let (approved_by, approver) = both(entry.approved_by.as_ref());
+    object.text("approved_by", approved_by);
+    object.text("approved_by_person", approver);
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.text("cause", entry.cause.as_deref());
@@ -38,11 +42,15 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("log_id", Some(place.log_id));
     object.text("outcome", Some(outcome_name(entry.outcome)));
     object.text("peer", entry.peer.as_deref());
+    object.text("person", entry.person.as_deref());
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
     object.shown("request_id", entry.request_id.as_ref());
+    let (requested_by, requester) = both(entry.requested_by.as_ref());
+    object.text("requested_by", requested_by);
+    object.text("requested_by_person", requester);
     object.number("revision", entry.revision.map(Revision::get));
     object.text("risks", entry.risks.as_deref());
     object.number("sequence", Some(place.sequence));
@@ -52,6 +60,13 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("user", entry.user.as_ref().map(UserId::as_str));
     object.shown("wrapping_key", entry.wrapping_key.as_ref());
     object.end();
+}
+
+/// A principal and its person.
+fn both(known: Option<&(String, String)>) -> (Option<&str>, Option<&str>) {
+    known
+        .map(|(principal, person)| (principal.as_str(), person.as_str()))
+        .unzip()
 }
 
 /// A JSON object that is being written. Field names are ASCII words and need no escape.
@@ -166,6 +181,14 @@ impl Parsed {
         intent.grant = text("grant").map(str::to_owned);
         intent.peer = text("peer").map(str::to_owned);
         intent.digest = text("digest").map(str::to_owned);
+        intent.approval = text("approval").and_then(ApprovalId::from_hex);
+        intent.person = text("person").map(str::to_owned);
+        let both = |principal, person| {
+            let (principal, person) = (text(principal)?, text(person)?);
+            Some((principal.to_owned(), person.to_owned()))
+        };
+        intent.requested_by = both("requested_by", "requested_by_person");
+        intent.approved_by = both("approved_by", "approved_by_person");
         intent.call_id = self.call_id;
         Some(OpenIntent {
             call: self.call_id?,
@@ -242,6 +265,22 @@ mod tests {
             "\n"
         );
         assert_eq!(String::from_utf8(line).unwrap(), expected);
+    }
+
+    /// A broker that is killed between intent and outcome writes the recovered entry with the names of both persons.
+    #[test]
+    fn the_persons_of_an_intent_are_read_back() {
+        let mut entry = Entry::new(EntryKind::Intent, "wrapping_key.destroy", Outcome::Ok);
+        let both = |principal: &str, person: &str| Some((principal.to_owned(), person.to_owned()));
+        entry.call_id = Some(CallId::fresh());
+        entry.approval = Some(ApprovalId::from_bytes([7; 16]));
+        entry.person = Some("Ada".to_owned());
+        entry.requested_by = both("URI:ada", "Ada");
+        entry.approved_by = both("URI:bob", "Bob");
+        let mut line = Vec::new();
+        encode(&entry, place(), &mut line);
+        let parsed = parse(&line[..line.len() - 1]).unwrap();
+        assert_eq!(parsed.intent().unwrap().intent, entry);
     }
 
     proptest! {

@@ -18,10 +18,11 @@ use keybroker_core::{
     key::{ClientId, ID_BYTES, KeyName, UserId},
     principal::{Action, Principal, Reach, Role},
 };
-use keybroker_store::{ClientRow, Damage, DamagedClient, Position};
+use keybroker_store::{ApprovalChange, ApprovedClient, ClientRow, Damage, DamagedClient, Position};
 
 use super::{Broker, PageRow, TaskFailed, damage, journal::Draft, within};
 
+mod approved;
 mod change;
 mod known;
 mod uses;
@@ -106,6 +107,13 @@ struct ClientChange {
     draft: Draft,
 }
 
+/// A change of an API client before its commit: the row, its new secret, and the use of the approval that permits the change.
+struct Prepared {
+    row: ClientRow,
+    secret: PlainSecret,
+    approval: Option<ApprovalChange>,
+}
+
 impl Broker {
     /// Creates an API client with its first secret.
     pub async fn create_client(
@@ -128,10 +136,13 @@ impl Broker {
                 let prepared = broker
                     .prepare_client(&principal, &call, new, &mut draft)
                     .await;
-                let (row, secret) = broker.or_record(&draft, prepared).await?;
-                let document = document_of(&row)?;
-                broker.insert_client(&call, draft, row.clone()).await?;
-                Ok(created(row.id, document, secret))
+                let prepared = broker.or_record(&draft, prepared).await?;
+                let (id, document) = (prepared.row.id, document_of(&prepared.row)?);
+                let kind = ApprovedClient::New;
+                broker
+                    .commit_prepared(&call, draft, kind, &prepared)
+                    .await?;
+                Ok(created(id, document, prepared.secret))
             },
         )
         .await
@@ -162,6 +173,9 @@ impl Broker {
                     return Err(Error::violation("id", what));
                 }
                 broker.check_grantable(&credential.document)?;
+                let (approval, expires) = broker
+                    .approved_secret(&principal, &call, &credential, expires, &mut draft)
+                    .await?;
                 let now = Timestamp::now();
                 if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
                     let what = "the id of an API client with fewer than two valid secrets; revoke one of its secrets first";
@@ -175,13 +189,21 @@ impl Broker {
                          this API client are too long; create another API client";
                     return Err(Error::violation("id", what));
                 }
-                Ok((broker.next_row(credential).await?, secret))
+                Ok(Prepared {
+                    row: broker.next_row(credential).await?,
+                    secret,
+                    approval,
+                })
             };
-            let (row, secret) = broker.or_record(&draft, prepared.await).await?;
-            let document = document_of(&row)?;
+            let prepared = prepared.await;
+            let prepared = broker.or_record(&draft, prepared).await?;
+            let document = document_of(&prepared.row)?;
             draft.grant(&document);
-            broker.update_client(&call, draft, row.clone()).await?;
-            Ok(created(row.id, document, secret))
+            let kind = ApprovedClient::Changed;
+            broker
+                .commit_prepared(&call, draft, kind, &prepared)
+                .await?;
+            Ok(created(id, document, prepared.secret))
         })
         .await
     }
@@ -366,7 +388,7 @@ impl Broker {
         call: &Call,
         new: NewClient,
         draft: &mut Draft,
-    ) -> Result<(ClientRow, PlainSecret), Error> {
+    ) -> Result<Prepared, Error> {
         let now = Timestamp::now();
         let mut document = Document {
             label: new.label,
@@ -387,8 +409,11 @@ impl Broker {
         }
         self.check_grantable(&document)?;
         call.deadline.check()?;
+        let (id, approval, expires) = self
+            .approved_client(principal, call, id, &document, new.expires, draft)
+            .await?;
         let (secret, phc) = self.fresh_secret().await?;
-        document.add_secret(phc, now, new.expires);
+        document.add_secret(phc, now, expires);
         if !document.may_grow() {
             let what = "short enough that the users and key names together have at most 24 KiB";
             return Err(Error::violation("users", what));
@@ -398,7 +423,11 @@ impl Broker {
             revision: 0,
             document,
         };
-        Ok((self.next_row(credential).await?, secret))
+        Ok(Prepared {
+            row: self.next_row(credential).await?,
+            secret,
+            approval,
+        })
     }
 
     async fn fresh_secret(&self) -> Result<(PlainSecret, String), Error> {

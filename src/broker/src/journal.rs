@@ -7,13 +7,18 @@ use keybroker_core::{
     call::{Call, CallId, RequestId, Timestamp},
     client_credential::Document,
     error::{Error, Reason},
-    key::{ClientId, RecordId, Revision, UserId, WrappingKeyId},
+    key::{ApprovalId, ClientId, RecordId, Revision, UserId, WrappingKeyId},
     principal::{Action, Principal},
 };
 use keybroker_hsm::leave;
 use keybroker_policy::{KeyPermit, Resource};
+use keybroker_store::PersonOfPrincipal;
 
-use super::{Broker, digests::sha256, overload::is_overload};
+use super::{
+    Broker,
+    digests::{hex_of, sha256},
+    overload::is_overload,
+};
 
 /// The result of a decision whose own audit entry is durable. Only [`Broker::conclude`] creates this value, from a
 /// result and the draft of its entry. Therefore each release needs its own audit entry.
@@ -127,6 +132,41 @@ impl Draft {
 
     pub(super) fn grant(&mut self, document: &Document) {
         self.0.grant = Some(document.summary());
+    }
+
+    /// Sets the request for approval.
+    pub(super) fn approval(&mut self, approval: ApprovalId) {
+        self.0.approval = Some(approval);
+    }
+
+    /// The request for approval, if the entry has one.
+    pub(super) fn known_approval(&self) -> Option<ApprovalId> {
+        self.0.approval
+    }
+
+    /// Sets the person to whom the principal of the entry belongs.
+    pub(super) fn person(&mut self, person: &str) {
+        self.0.person = Some(person.to_owned());
+    }
+
+    /// Sets the digest of the change that needs an approval.
+    pub(super) fn change_digest(&mut self, digest: &[u8; 32]) {
+        self.0.digest = Some(hex_of(digest));
+    }
+
+    pub(super) fn requested_by(&mut self, by: &PersonOfPrincipal) {
+        self.0.requested_by = Some((by.principal.clone(), by.person.clone()));
+    }
+
+    pub(super) fn approved_by(&mut self, by: &PersonOfPrincipal) {
+        self.0.approved_by = Some((by.principal.clone(), by.person.clone()));
+    }
+
+    /// Begins the entry about the stored request for approval, with the facts of the entry of the requested change.
+    pub(super) fn of_request(&self) -> Self {
+        let mut entry = self.0.clone();
+        entry.action = "approval.request".into();
+        Self(entry)
     }
 
     pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {

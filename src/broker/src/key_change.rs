@@ -157,7 +157,13 @@ impl Broker {
         draft.wrapping_key(id);
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
         let planned = self.plan_state_change(principal, call, id, change).await;
-        let planned = self.or_record(&draft, planned).await?;
+        let mut planned = self.or_record(&draft, planned).await?;
+        if let KeyChange::Destroy(wait) = change {
+            let approved = self
+                .approved_destruction(principal, call, id, wait, &mut draft)
+                .await;
+            planned.approval = self.or_record(&draft, approved).await?;
+        }
         self.commit_key_change(call, &draft, planned).await?;
         drop(turn);
         self.view_of(id)

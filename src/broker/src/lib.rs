@@ -48,6 +48,7 @@ use keybroker_store::Store;
 
 pub mod acknowledged;
 mod admission;
+mod approval;
 mod change;
 mod clients;
 mod commit;
@@ -74,13 +75,14 @@ mod tests;
 mod ticks;
 mod uses;
 
+pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Person, Verdict};
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use key_change::{DestructionRules, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
 pub use keybroker_store::{
-    Damage, DamagedClient, DamagedRecord, KeyUses, Position, RecordInfo, RecordState, RunState,
-    SKIPPED_MAX,
+    ApprovalRow, Damage, DamagedApproval, DamagedClient, DamagedRecord, KeyUses, Position,
+    RecordInfo, RecordState, RunState, SKIPPED_MAX,
 };
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
@@ -88,6 +90,7 @@ pub use registry::Expect;
 pub use release::Released;
 
 use acknowledged::Acknowledged;
+use approval::Approvals;
 use clients::ClientUses;
 use key_change::{KeyAge, KeyChanges, Scheduled};
 use overload::Overload;
@@ -155,6 +158,8 @@ pub struct Parts {
     pub rotate_after: Option<Duration>,
     /// How wrapping keys are destroyed.
     pub destruction: DestructionRules,
+    /// Which changes need the approval of a second person.
+    pub approvals: ApprovalRules,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
     pub accepted_risks: Vec<String>,
@@ -196,6 +201,7 @@ pub struct Broker {
     expect: Expect,
     key_age: KeyAge,
     scheduled: Scheduled,
+    approvals: Approvals,
     refusals: Refusals,
     overload: Overload,
     uses: Uses,
@@ -234,6 +240,7 @@ impl Broker {
             expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
             scheduled: Scheduled::new(parts.destruction),
+            approvals: Approvals::new(parts.approvals),
             capacity: parts.capacity,
             accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),

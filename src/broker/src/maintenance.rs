@@ -152,6 +152,7 @@ impl Broker {
             }
             if count.is_multiple_of(TICKS_PER_HOUR) {
                 self.forget_requests().await;
+                self.forget_approvals().await;
             }
             count += 1;
         }

@@ -21,6 +21,7 @@ use keybroker_store::{ClientRow, RegistryRow};
 
 use super::*;
 
+mod approvals;
 mod registry;
 mod tokens;
 
@@ -81,6 +82,21 @@ async fn broker_with(
     token: Arc<dyn Token>,
     rows: &[RegistryRow],
 ) -> Arc<Broker> {
+    let nobody = ApprovalRules {
+        actions: std::collections::BTreeSet::new(),
+        expire_after: Duration::from_hours(24),
+        persons: Vec::new(),
+        kept: Duration::from_hours(24),
+    };
+    broker_with_approvals(folder, token, rows, nobody).await
+}
+
+async fn broker_with_approvals(
+    folder: &std::path::Path,
+    token: Arc<dyn Token>,
+    rows: &[RegistryRow],
+    approvals: ApprovalRules,
+) -> Arc<Broker> {
     let url = format!("sqlite:{}", folder.join("keybroker.db").display());
     let settings = serde_json::from_value(serde_json::json!({ "url": url })).unwrap();
     store::migrate(&settings, false).await.unwrap();
@@ -95,7 +111,7 @@ async fn broker_with(
         store,
         token,
         client_rules: ClientRules {
-            grantable_roles: [Role::Release].into(),
+            grantable_roles: [Role::Release, Role::Admin, Role::Auditor].into(),
             hash: Arc::new(|_| Ok("$argon2id$".to_owned())),
         },
         weights: BTreeMap::new(),
@@ -119,6 +135,7 @@ async fn broker_with(
             days: 30,
             tokens: Vec::new(),
         },
+        approvals,
         accepted_risks: Vec::new(),
     });
     broker

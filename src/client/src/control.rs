@@ -1,10 +1,10 @@
 //! Calls of the admin API, for administrators and auditors. The calls are about wrapping keys, the re-wrap, the token,
-//! the audit log and API clients.
+//! the audit log, API clients and approvals.
 //!
 //! The calls return protobuf messages. Only `create_client_credential` and `add_client_secret` return a secret, in a
 //! [`ClientSecret`].
 
-use keybroker_core::key::{ClientId, WrappingKeyId};
+use keybroker_core::key::{ApprovalId, ClientId, WrappingKeyId};
 use keybroker_proto::{self as proto, control_service_client::ControlServiceClient};
 use tonic::transport::Channel;
 
@@ -213,6 +213,48 @@ impl Client {
                 let key = answer.into_inner().wrapping_key;
                 key.ok_or(AttemptError::Invalid("wrapping_key is absent"))
             }
+        })
+    }
+}
+
+/// Changes that a second person must approve. A failed call returns an [`Error`](crate::Error).
+impl Client {
+    /// Lists the requests for approval, newest first: those that are open or, with `show_all`, also those that are over.
+    pub fn list_approvals(&self, show_all: bool) -> Read<'_, proto::ListApprovalsResponse> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::ListApprovalsRequest { show_all });
+            Ok(service(&attempt)
+                .list_approvals(request)
+                .await?
+                .into_inner())
+        })
+    }
+
+    /// Approves the change that another person requested. `digest` is the digest of the request that the person has read.
+    pub fn approve_change(
+        &self,
+        id: ApprovalId,
+        digest: [u8; 32],
+    ) -> NonIdempotent<'_, proto::Approval> {
+        NonIdempotent::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::ApproveChangeRequest {
+                id: id.as_bytes().to_vec(),
+                digest: digest.to_vec(),
+            });
+            let answer = service(&attempt).approve_change(request).await?;
+            let approved = answer.into_inner().approval;
+            approved.ok_or(AttemptError::Invalid("approval is absent"))
+        })
+    }
+
+    /// Rejects a requested change. Returns `None` if the stored request was damaged and was removed.
+    pub fn reject_change(&self, id: ApprovalId) -> NonIdempotent<'_, Option<proto::Approval>> {
+        NonIdempotent::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::RejectChangeRequest {
+                id: id.as_bytes().to_vec(),
+            });
+            let answer = service(&attempt).reject_change(request).await?;
+            Ok(answer.into_inner().approval)
         })
     }
 }

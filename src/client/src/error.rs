@@ -5,6 +5,7 @@ use std::{borrow::Cow, error::Error as StdError, fmt, path::PathBuf, time::Durat
 use keybroker_core::{
     call::{CallId, RequestId},
     error::Reason,
+    key::ApprovalId,
 };
 use tonic::{Code, ConnectError, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -19,6 +20,8 @@ const CALL_ID: &str = "call_id";
 /// whether the change was made.
 const OUTCOME: &str = "outcome";
 const UNKNOWN: &str = "unknown";
+/// Name of the request for approval in the metadata of `google.rpc.ErrorInfo`.
+const APPROVAL: &str = "approval";
 /// tonic reports an expired deadline as `CANCELLED` with this text.
 const TONIC_DEADLINE: &str = "Timeout expired";
 
@@ -278,6 +281,7 @@ pub struct Refusal {
     retry_delay: Option<Duration>,
     call_id: Option<CallId>,
     outcome_unknown: bool,
+    approval: Option<ApprovalId>,
 }
 
 impl Refusal {
@@ -298,7 +302,7 @@ impl Refusal {
         &self.text
     }
 
-    /// The fields that the broker did not accept; empty unless the reason is [`Reason::Request`].
+    /// The fields that the broker did not accept, or what the broker explains to an administrator.
     pub fn violations(&self) -> &[FieldViolation] {
         &self.violations
     }
@@ -313,6 +317,11 @@ impl Refusal {
         self.call_id
     }
 
+    /// The request for approval on which the change waits, if the reason is [`Reason::ApprovalNeeded`].
+    pub fn approval(&self) -> Option<ApprovalId> {
+        self.approval
+    }
+
     /// Returns the refusal of one item of a batch, which has only a reason and a text.
     pub(crate) fn of_item(reason_name: String, text: String) -> Self {
         Self {
@@ -322,6 +331,7 @@ impl Refusal {
             retry_delay: None,
             call_id: None,
             outcome_unknown: false,
+            approval: None,
         }
     }
 
@@ -344,6 +354,10 @@ impl Refusal {
                 .metadata
                 .get(OUTCOME)
                 .is_some_and(|text| text == UNKNOWN),
+            approval: info
+                .metadata
+                .get(APPROVAL)
+                .and_then(|id| ApprovalId::from_hex(id)),
         })
     }
 

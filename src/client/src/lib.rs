@@ -82,7 +82,7 @@ use std::sync::Arc;
 pub use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
-    key::{ClientId, KeyName, RecordId, Revision, UserId, WrappingKeyId},
+    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, UserId, WrappingKeyId},
     secret::KeyMaterial,
 };
 pub use keybroker_proto as proto;

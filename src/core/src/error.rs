@@ -5,6 +5,8 @@
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
+use crate::key::ApprovalId;
+
 /// The reason for a failed call, in the form that the caller may see. The list of reasons is frozen: `docs/errors.md`
 /// documents each reason, and a test of the wire contract fails if a reason is renamed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -30,6 +32,10 @@ pub enum Reason {
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
+    /// A second person must approve the change. The broker has stored a request for approval.
+    ApprovalNeeded,
+    /// The state of the request for approval forbids the operation, for example because the request expired.
+    ApprovalState,
     /// A limit of the store is reached: the number of revisions of a record, or of user keys of one user.
     Limit,
     /// The queue for the token is full, or the database is busy.
@@ -56,7 +62,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the documentation.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Request,
         Self::RequestIdReused,
         Self::Credential,
@@ -67,6 +73,8 @@ impl Reason {
         Self::RecordDamaged,
         Self::EnvelopeRejected,
         Self::KeyState,
+        Self::ApprovalNeeded,
+        Self::ApprovalState,
         Self::Limit,
         Self::QueueFull,
         Self::Rate,
@@ -93,6 +101,8 @@ impl Reason {
             Self::RecordDamaged => "RECORD_DAMAGED",
             Self::EnvelopeRejected => "ENVELOPE_REJECTED",
             Self::KeyState => "KEY_STATE",
+            Self::ApprovalNeeded => "APPROVAL_NEEDED",
+            Self::ApprovalState => "APPROVAL_STATE",
             Self::Limit => "LIMIT",
             Self::QueueFull => "QUEUE_FULL",
             Self::Rate => "RATE",
@@ -125,6 +135,8 @@ impl Reason {
             Self::RecordDamaged => "the stored record is damaged; the operator has been alerted",
             Self::EnvelopeRejected => "the envelope is not accepted",
             Self::KeyState => "the state of the key forbids the operation",
+            Self::ApprovalNeeded => "a second person must approve this change",
+            Self::ApprovalState => "the state of the request for approval forbids the operation",
             Self::Limit => "the limit of stored revisions or keys is reached",
             Self::QueueFull => "the token or the database is busy; try again after the given delay",
             Self::Rate => "too many requests; try again after the given delay",
@@ -171,6 +183,7 @@ pub struct Error {
     is_renewable: bool,
     is_failed_attempt: bool,
     is_outcome_unknown: bool,
+    approval: Option<ApprovalId>,
 }
 
 impl Error {
@@ -185,6 +198,7 @@ impl Error {
             is_renewable: false,
             is_failed_attempt: false,
             is_outcome_unknown: false,
+            approval: None,
         }
     }
 
@@ -256,6 +270,20 @@ impl Error {
             is_outcome_unknown: true,
             ..self
         }
+    }
+
+    /// Names the request for approval on which the change waits.
+    #[must_use]
+    pub fn waiting_for(self, approval: ApprovalId) -> Self {
+        Self {
+            approval: Some(approval),
+            ..self
+        }
+    }
+
+    /// The request for approval on which the change waits.
+    pub fn approval(&self) -> Option<ApprovalId> {
+        self.approval
     }
 
     /// Whether the change may have been made although the call failed.

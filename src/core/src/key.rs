@@ -206,6 +206,11 @@ impl ClientId {
 }
 
 id!(
+    /// The id of a request for approval. An API client that is created with an approval has the same 16 bytes as its id.
+    ApprovalId
+);
+
+id!(
     /// The id of a wrapping key and its integrity key. The RSA key and the integrity key on the token have this id as `CKA_ID`,
     /// unless [`ObjectIds`] contains other values.
     WrappingKeyId

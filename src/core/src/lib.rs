@@ -2,6 +2,7 @@
 //! no other crate of the project.
 
 pub mod alert;
+pub mod approval;
 pub mod call;
 pub mod client_credential;
 pub mod counts;

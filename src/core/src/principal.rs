@@ -358,11 +358,17 @@ pub enum Action {
     KeepKey,
     /// Start, pause and resume the move of rows to the active wrapping key, without the right to release a user key.
     Rewrap,
+    /// Read the requests for approval, without the right to decide about them.
+    ListApprovals,
+    /// Approve the change that another person requested, without the right to make this change.
+    Approve,
+    /// Reject a request for approval.
+    RejectApproval,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 28] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -388,6 +394,9 @@ impl Action {
         Self::DestroyKeyNow,
         Self::KeepKey,
         Self::Rewrap,
+        Self::ListApprovals,
+        Self::Approve,
+        Self::RejectApproval,
     ];
 
     /// Name in policies, in the audit log and in metrics.
@@ -418,6 +427,9 @@ impl Action {
             Self::DestroyKeyNow => "wrapping_key.destroy_now",
             Self::KeepKey => "wrapping_key.keep",
             Self::Rewrap => "wrapping_key.rewrap",
+            Self::ListApprovals => "approval.list",
+            Self::Approve => "approval.approve",
+            Self::RejectApproval => "approval.reject",
         }
     }
 }

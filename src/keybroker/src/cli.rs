@@ -27,6 +27,7 @@ mod ceremony;
 mod change;
 mod client;
 mod config;
+mod confirm;
 mod entries;
 mod environment;
 pub mod exit;
@@ -103,6 +104,8 @@ enum Command {
     ClientCredential(client::CredentialArguments),
     /// Move rows to the active wrapping key, through a running broker
     Rewrap(client::RewrapArguments),
+    /// List, approve and reject the changes that a second person must approve, through a running broker
+    Approval(client::ApprovalArguments),
     /// Run a key ceremony with custodians, and verify its transcript
     #[command(subcommand)]
     Ceremony(ceremony::Command),
@@ -253,6 +256,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Client(arguments) => client::run(arguments, context),
         Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
         Command::Rewrap(arguments) => client::run_rewrap(arguments, context),
+        Command::Approval(arguments) => client::run_approval(arguments, context),
         Command::Ceremony(command) => ceremony::run(command, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),

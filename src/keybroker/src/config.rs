@@ -21,6 +21,7 @@ use keybroker_store as store;
 
 pub(crate) mod accepted;
 mod advice;
+pub(crate) mod approvals;
 mod certificates;
 mod check;
 mod check_token;
@@ -90,6 +91,9 @@ pub struct Config {
     /// The `[wrapping_keys]` section.
     #[serde(default)]
     pub wrapping_keys: wrapping_keys::Settings,
+    /// The `[approvals]` section.
+    #[serde(default)]
+    pub approvals: approvals::Settings,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

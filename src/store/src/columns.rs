@@ -135,6 +135,14 @@ tables! {
         signer_key_id: Bytes, sequence: Integer, requested_us: Integer, due_us: Integer,
         requested_by: Text, mac: Bytes, holder: Text, lease_us: Integer,
     }
+    /// The changes that a second person must approve.
+    Approvals = approvals {
+        approval_id: Bytes;
+        signer_key_id: Bytes, state: Text, action: Text, document: Bytes, digest: Bytes,
+        requested_by: Text, requested_person: Text, requested_us: Integer, expires_us: Integer,
+        decided_by: Text, decided_person: Text, decided_us: OptionalInteger,
+        used_us: OptionalInteger, mac: Bytes,
+    }
     /// The registry of wrapping keys.
     WrappingKeys = wrapping_keys {
         key_id: Bytes;

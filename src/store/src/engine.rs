@@ -30,6 +30,7 @@ use super::{
     statements::Statements,
 };
 
+mod approval;
 mod calls;
 mod clients;
 mod destruction;

@@ -21,6 +21,7 @@
 
 use std::sync::Arc;
 
+mod approval;
 mod client;
 mod columns;
 mod contract;
@@ -55,6 +56,10 @@ pub mod tables;
 pub mod tally;
 mod url;
 
+pub use approval::{
+    APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalRow, Approvals,
+    ApprovedClient, DamagedApproval, Decision, PERSON_BYTES_MAX, PersonOfPrincipal,
+};
 pub use client::ClientRow;
 pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
 pub use destruction::{DestructionChange, DestructionRow, Destructions, REQUESTED_BY_BYTES_MAX};

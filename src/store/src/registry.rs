@@ -9,7 +9,7 @@ use keybroker_core::{
     key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 
-use super::destruction::DestructionChange;
+use super::{approval::ApprovalChange, destruction::DestructionChange};
 
 /// The stored form of one wrapping key. The registry does not contain public keys, because the
 /// broker always reads public keys from the token.
@@ -49,6 +49,8 @@ pub struct RegistryChange {
     pub updates: Vec<RegistryUpdate>,
     /// A change of a scheduled destruction.
     pub destruction: Option<DestructionChange>,
+    /// The use of an approval that permits this change.
+    pub approval: Option<ApprovalChange>,
     /// A wrapping key that no revision, API client or answer to a request id may need. The transaction checks it.
     pub unneeded: Option<WrappingKeyId>,
 }

@@ -30,12 +30,15 @@ pub struct KeyUses {
     /// Answers to request ids that are not older than 24 hours. Stored answers need the integrity
     /// key of the wrapping key until the answers expire.
     pub requests: u64,
+    /// Requests for approval that are pending or approved and have not expired. They need the integrity
+    /// key of the wrapping key until they expire.
+    pub approvals: u64,
 }
 
 impl KeyUses {
     /// The number of rows of all kinds.
     pub fn total(&self) -> u64 {
-        self.revisions + self.clients + self.requests
+        self.revisions + self.clients + self.requests + self.approvals
     }
 }
 

@@ -3,20 +3,23 @@
 //! program does not panic on a damaged row, and does not silently leave out a record.
 
 use keybroker_core::{
+    approval::ApprovalState,
     call::{CallId, RequestId, Timestamp},
     client_credential::DOCUMENT_BYTES_MAX,
     envelope::Mac,
     key::{
-        ClientId, Fingerprint, KeyAddress, KeyName, ObjectIds, Purpose, RecordId, Revision, Tenant,
-        UserId, WrappingKeyId, WrappingKeyState,
+        ApprovalId, ClientId, Fingerprint, KeyAddress, KeyName, ObjectIds, Purpose, RecordId,
+        Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState,
     },
     metrics,
+    principal::NAME_BYTES_MAX,
 };
 
 use super::{
-    ClientRow, Damage, DamagedClient, DamagedRecord, DestructionRow, Error, KnownLog, NewRevision,
-    PlaceRow, REQUESTED_BY_BYTES_MAX, Record, RecordInfo, RecordState, RegistryRow, RequestRecord,
-    RequestScope, StoredRevision,
+    APPROVAL_DOCUMENT_BYTES_MAX, ApprovalRow, ClientRow, Damage, DamagedApproval, DamagedClient,
+    DamagedRecord, Decision, DestructionRow, Error, KnownLog, NewRevision, PERSON_BYTES_MAX,
+    PersonOfPrincipal, PlaceRow, REQUESTED_BY_BYTES_MAX, Record, RecordInfo, RecordState,
+    RegistryRow, RequestRecord, RequestScope, StoredRevision,
     columns::Table,
     error::Detail,
     session::{Columns, Value},
@@ -121,6 +124,21 @@ impl<'r, R: Columns> Reader<'r, R> {
     fn optional_time(&self, column: &str) -> Result<Option<Timestamp>, Error> {
         let micros = self.value(column, self.row.optional_integer(column))?;
         Ok(micros.map(Timestamp::from_micros))
+    }
+
+    /// A principal and its person. Either may be empty.
+    fn person(&self, person: &str, principal: &str) -> Result<PersonOfPrincipal, Error> {
+        let bounded = |column: &str, bytes_max| {
+            let text = self.text(column)?;
+            if text.len() > bytes_max {
+                return Err(self.corrupt(column));
+            }
+            Ok(text.to_owned())
+        };
+        Ok(PersonOfPrincipal {
+            person: bounded(person, PERSON_BYTES_MAX)?,
+            principal: bounded(principal, NAME_BYTES_MAX)?,
+        })
     }
 
     fn positive(&self, column: &str) -> Result<u64, Error> {
@@ -590,6 +608,78 @@ pub(super) fn new_destruction(row: &DestructionRow) -> Vec<Value> {
         (&row.mac).into(),
         "".into(),
         Timestamp::from_micros(0).into(),
+    ]
+}
+
+/// A row of [`Table::Approvals`].
+pub(super) fn approval(row: &impl Columns) -> Result<ApprovalRow, Error> {
+    let row = Reader::new(Table::Approvals, row);
+    let document = row.bytes("document")?;
+    if document.len() > APPROVAL_DOCUMENT_BYTES_MAX {
+        return Err(row.corrupt("document"));
+    }
+    let decided_by = row.person("decided_person", "decided_by")?;
+    let decision = match row.optional_time("decided_us")? {
+        Some(at) => Some(Decision { by: decided_by, at }),
+        // The MAC does not cover names of a decision that was not made.
+        None if decided_by.person.is_empty() && decided_by.principal.is_empty() => None,
+        None => return Err(row.corrupt("decided_us")),
+    };
+    Ok(ApprovalRow {
+        id: ApprovalId::from_bytes(row.array("approval_id")?),
+        signer: row.wrapping_key("signer_key_id")?,
+        state: row.parsed("state", ApprovalState::parse)?,
+        action: row.text("action")?.to_owned(),
+        document: document.to_vec(),
+        digest: row.array("digest")?,
+        requested_by: row.person("requested_person", "requested_by")?,
+        requested: row.time("requested_us")?,
+        expires: row.time("expires_us")?,
+        decision,
+        used: row.optional_time("used_us")?,
+        mac: row.array("mac")?,
+    })
+}
+
+/// A row of a list of requests for approval.
+pub(super) fn listed_approval(row: &impl Columns) -> Result<ApprovalRow, DamagedApproval> {
+    approval(row).map_err(|error| DamagedApproval {
+        id: approval_id(row),
+        detail: error.damage(),
+    })
+}
+
+/// The id of a request for approval, if the id can be read. The rest of the row may be damaged.
+pub(super) fn approval_id(row: &impl Columns) -> Option<ApprovalId> {
+    let id = row.bytes("approval_id").ok()?;
+    ApprovalId::from_slice(id)
+}
+
+/// The values of a new row of [`Table::Approvals`].
+pub(super) fn new_approval(row: &ApprovalRow) -> Vec<Value> {
+    let mut values = vec![row.id.into()];
+    values.extend(approval_values(row));
+    values
+}
+
+/// The values of a row of [`Table::Approvals`] for [`Table::values`].
+pub(super) fn approval_values(row: &ApprovalRow) -> Vec<Value> {
+    let decided = row.decision.as_ref();
+    vec![
+        row.signer.into(),
+        row.state.as_str().into(),
+        row.action.as_str().into(),
+        row.document.as_slice().into(),
+        row.digest.as_slice().into(),
+        row.requested_by.principal.as_str().into(),
+        row.requested_by.person.as_str().into(),
+        row.requested.into(),
+        row.expires.into(),
+        decided.map_or("", |decision| &decision.by.principal).into(),
+        decided.map_or("", |decision| &decision.by.person).into(),
+        decided.map(|decision| decision.at).into(),
+        row.used.into(),
+        (&row.mac).into(),
     ]
 }
 

@@ -9,7 +9,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ClientRow, Error, RequestRecord, RequestScope, rows,
+    ApprovalRow, ClientRow, Error, RequestRecord, RequestScope, rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -209,6 +209,8 @@ pub enum FoundOther {
     LastUse(Result<(), Error>),
     /// The time at which a secret of an API client was last accepted.
     ClientUse(Result<(), Error>),
+    /// A request for approval.
+    Approval(Box<Result<ApprovalRow, Error>>),
 }
 
 /// Reads the tables of [`OtherScan::TABLES`], one after another.
@@ -221,11 +223,12 @@ pub struct OtherScan {
 
 impl OtherScan {
     /// The tables, in the order in which they are read.
-    pub const TABLES: [Table; 4] = [
+    pub const TABLES: [Table; 5] = [
         Table::Requests,
         Table::Changes,
         Table::LastUses,
         Table::ClientUses,
+        Table::Approvals,
     ];
 
     /// Creates a scan that starts at the beginning.
@@ -247,6 +250,7 @@ impl OtherScan {
                     Table::Requests => FoundOther::Request(Box::new(rows::request(&row))),
                     Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
+                    Table::Approvals => FoundOther::Approval(Box::new(rows::approval(&row))),
                     _ => FoundOther::ClientUse(rows::client_use_row(&row)),
                 }));
             }

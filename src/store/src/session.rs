@@ -12,7 +12,7 @@ use sqlx::{
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     envelope::Mac,
-    key::{ClientId, RecordId, Revision, WrappingKeyId},
+    key::{ApprovalId, ClientId, RecordId, Revision, WrappingKeyId},
 };
 
 use super::{StoreId, slow};
@@ -218,6 +218,7 @@ macro_rules! by_its_bytes {
     )*};
 }
 by_its_bytes!(
+    ApprovalId,
     RecordId,
     ClientId,
     WrappingKeyId,

@@ -111,6 +111,25 @@ pub(super) struct Statements {
     /// Values: key, MAC.
     pub(super) end_destruction: &'static str,
 
+    /// Parameters: time, limit. Returns the requests for approval that expire after the time, newest first.
+    pub(super) approvals: &'static str,
+    /// Parameter: request.
+    pub(super) approval: &'static str,
+    /// Parameter: digest. Returns at most one request, because digests are unique.
+    pub(super) approval_of: &'static str,
+    /// Parameters: person, now. Returns the number of pending requests.
+    pub(super) pending_approvals: &'static str,
+    /// Parameters: digest, MAC. Removes the request, if it has this MAC.
+    pub(super) replace_approval: &'static str,
+    /// Parameter: request.
+    pub(super) remove_approval: &'static str,
+    /// Parameters: all columns of a request except the key, then the key and the current MAC.
+    pub(super) change_approval: &'static str,
+    /// Parameters: expired before, limit.
+    pub(super) forget_approvals: &'static str,
+    /// Parameter: expired before. Returns the number of requests.
+    pub(super) old_approvals: &'static str,
+
     /// Parameter: client. Returns the complete row.
     pub(super) client: &'static str,
     /// Parameters: new revision, document, MAC, wrapping key, time of the change, client, current
@@ -180,10 +199,11 @@ impl Statements {
     )]
     pub(super) fn of_engine(dialect: &Dialect) -> Self {
         let sql = |statement: &str| dialect.text(statement);
-        let (requests, registry, clients) = (
+        let (requests, registry, clients, approvals) = (
             names(Table::Requests.columns()),
             names(Table::WrappingKeys.columns()),
             names(Table::Clients.columns()),
+            names(Table::Approvals.columns()),
         );
         Self {
             begin: dialect.begin,
@@ -281,6 +301,27 @@ impl Statements {
             hold_destruction: sql("UPDATE key_destructions SET holder = ?, lease_us = ? \
                  WHERE key_id = ? AND mac = ? AND (holder = ? OR lease_us <= ? OR lease_us > ?)"),
             end_destruction: sql("DELETE FROM key_destructions WHERE key_id = ? AND mac = ?"),
+
+            approvals: sql(&format!(
+                "SELECT {approvals} FROM approvals WHERE expires_us > ? \
+                 ORDER BY requested_us DESC, approval_id LIMIT ?"
+            )),
+            approval: sql(&format!(
+                "SELECT {approvals} FROM approvals WHERE approval_id = ?"
+            )),
+            approval_of: sql(&format!(
+                "SELECT {approvals} FROM approvals WHERE digest = ?"
+            )),
+            pending_approvals: sql("SELECT count(*) AS total FROM approvals \
+                 WHERE requested_person = ? AND state = 'pending' AND expires_us > ?"),
+            replace_approval: sql("DELETE FROM approvals WHERE digest = ? AND mac = ?"),
+            remove_approval: sql("DELETE FROM approvals WHERE approval_id = ?"),
+            change_approval: sql(&format!(
+                "UPDATE approvals SET {} WHERE approval_id = ? AND mac = ?",
+                assignments(Table::Approvals.values())
+            )),
+            forget_approvals: dialect.delete_some(Table::Approvals, "expires_us < ?"),
+            old_approvals: sql("SELECT count(*) AS total FROM approvals WHERE expires_us < ?"),
 
             client: sql(&format!(
                 "SELECT {clients} FROM clients WHERE client_id = ?"

@@ -1,12 +1,12 @@
 //! Every method, with a request that it takes and one that it refuses.
 
 use keybroker_proto::{
-    AddClientSecretRequest, BatchUnwrapUserKeysRequest, ChangeWrappingKeyStateRequest,
-    CreateClientCredentialRequest, CreateUserKeyRequest, DeleteUserKeyRequest, GetUserKeyRequest,
-    GetWrappingKeyRequest, ListClientCredentialsRequest, ListUserKeysRequest,
-    ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest, ResumeRewrapRequest,
-    RevokeClientCredentialRequest, RotateWrappingKeyRequest, StartRewrapRequest,
-    TailAuditLogRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
+    AddClientSecretRequest, ApproveChangeRequest, BatchUnwrapUserKeysRequest,
+    ChangeWrappingKeyStateRequest, CreateClientCredentialRequest, CreateUserKeyRequest,
+    DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest, ListClientCredentialsRequest,
+    ListUserKeysRequest, RejectChangeRequest, ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest,
+    ResumeRewrapRequest, RevokeClientCredentialRequest, RotateWrappingKeyRequest,
+    StartRewrapRequest, TailAuditLogRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
 };
 use prost::Message;
 use prost_reflect::DescriptorPool;
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Every method, and a caller who may call it.
-pub(crate) const METHODS: [(&str, &str); 23] = [
+pub(crate) const METHODS: [(&str, &str); 26] = [
     ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
     ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
     (
@@ -63,6 +63,9 @@ pub(crate) const METHODS: [(&str, &str); 23] = [
         "/keybroker.v1.ControlService/ChangeWrappingKeyState",
         "admin",
     ),
+    ("/keybroker.v1.ControlService/ListApprovals", "auditor"),
+    ("/keybroker.v1.ControlService/ApproveChange", "admin"),
+    ("/keybroker.v1.ControlService/RejectChange", "admin"),
 ];
 
 #[test]
@@ -104,6 +107,9 @@ async fn every_method_audits_what_it_cannot_read() {
     assert_eq!(
         actions,
         [
+            "approval.approve",
+            "approval.list",
+            "approval.reject",
             "audit.read",
             "client_credential.create",
             "client_credential.create",
@@ -299,6 +305,19 @@ fn wrong_rewraps() -> Vec<Wrong> {
     ]
 }
 
+fn wrong_approvals() -> Vec<Wrong> {
+    let approve = |id, digest| ApproveChangeRequest {
+        id: vec![7; id],
+        digest: vec![7; digest],
+    };
+    let reject = RejectChangeRequest { id: vec![7; 17] };
+    vec![
+        wrong("ApproveChange", &approve(15, 32), "id"),
+        wrong("ApproveChange", &approve(16, 31), "digest"),
+        wrong("RejectChange", &reject, "id"),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_method_names_the_field_that_is_wrong() {
     let broker = Broker::start(Options::default());
@@ -309,6 +328,7 @@ async fn every_method_names_the_field_that_is_wrong() {
         wrong_reads(),
         wrong_clients(),
         wrong_rewraps(),
+        wrong_approvals(),
     ];
     for (method, message, field) in all.concat() {
         let answer = call(&broker, method, message).await;

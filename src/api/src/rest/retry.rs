@@ -176,6 +176,8 @@ const fn is_transient(reason: Reason) -> bool {
         | Reason::RecordDamaged
         | Reason::EnvelopeRejected
         | Reason::KeyState
+        | Reason::ApprovalNeeded
+        | Reason::ApprovalState
         | Reason::Limit
         | Reason::Rate
         | Reason::FailureBudget

@@ -10,7 +10,9 @@ use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
 use keybroker_proto as proto;
 use keybroker_proto::control_service_server::ControlService;
 
-use super::{AuthenticatedCall, MESSAGE_BYTES_MAX, clients, convert, key_changes, rewrap};
+use super::{
+    AuthenticatedCall, MESSAGE_BYTES_MAX, approvals, clients, convert, key_changes, rewrap,
+};
 
 const TAIL_DEFAULT: u32 = 100;
 const TAIL_MAX: u32 = 1_000;
@@ -174,6 +176,27 @@ impl ControlService for Control {
         request: Request<proto::ChangeWrappingKeyStateRequest>,
     ) -> Result<Response<proto::ChangeWrappingKeyStateResponse>, Status> {
         key_changes::change(&self.broker, request).await
+    }
+
+    async fn list_approvals(
+        &self,
+        request: Request<proto::ListApprovalsRequest>,
+    ) -> Result<Response<proto::ListApprovalsResponse>, Status> {
+        approvals::list(&self.broker, request).await
+    }
+
+    async fn approve_change(
+        &self,
+        request: Request<proto::ApproveChangeRequest>,
+    ) -> Result<Response<proto::ApproveChangeResponse>, Status> {
+        approvals::approve(&self.broker, request).await
+    }
+
+    async fn reject_change(
+        &self,
+        request: Request<proto::RejectChangeRequest>,
+    ) -> Result<Response<proto::RejectChangeResponse>, Status> {
+        approvals::reject(&self.broker, request).await
     }
 }
 

@@ -106,7 +106,7 @@ pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
 }
 
 /// Shortens a string to the maximum length of an explanation.
-fn bounded(text: &str) -> String {
+pub(super) fn bounded(text: &str) -> String {
     text[..text.floor_char_boundary(EXPLANATION_BYTES_MAX)].to_owned()
 }
 

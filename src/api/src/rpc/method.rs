@@ -52,6 +52,9 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (CONTROL_SERVICE, "RevokeClientCredential") => Action::RevokeClient,
         (CONTROL_SERVICE, "StartRewrap" | "PauseRewrap" | "ResumeRewrap") => Action::Rewrap,
         (CONTROL_SERVICE, "RotateWrappingKey") => Action::RotateKey,
+        (CONTROL_SERVICE, "ListApprovals") => Action::ListApprovals,
+        (CONTROL_SERVICE, "ApproveChange") => Action::Approve,
+        (CONTROL_SERVICE, "RejectChange") => Action::RejectApproval,
         // The path does not show which action the caller requests: the message specifies the new
         // state of the key.
         (CONTROL_SERVICE, "ChangeWrappingKeyState") => Action::ActivateKey,
@@ -81,7 +84,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 23);
+        assert_eq!(methods, 26);
         for other in [
             "",
             "/",

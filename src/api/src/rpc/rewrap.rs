@@ -57,6 +57,7 @@ pub(super) async fn get(
         revisions: uses.revisions,
         clients: uses.clients,
         request_answers: uses.requests,
+        approvals: uses.approvals,
     });
     Ok(Response::new(proto::GetRewrapResponse {
         rewrap: rewrap(&view),

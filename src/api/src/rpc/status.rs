@@ -30,7 +30,9 @@ pub(super) const fn code(reason: Reason) -> Code {
         Reason::KeyExists => Code::AlreadyExists,
         Reason::Revision => Code::Aborted,
         Reason::RecordDamaged => Code::DataLoss,
-        Reason::KeyState | Reason::Limit => Code::FailedPrecondition,
+        Reason::KeyState | Reason::ApprovalNeeded | Reason::ApprovalState | Reason::Limit => {
+            Code::FailedPrecondition
+        }
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => Code::ResourceExhausted,
         Reason::TokenDown
         | Reason::StoreDown
@@ -49,6 +51,9 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
     let mut metadata = HashMap::from([("call_id".to_owned(), call.to_string())]);
     if error.is_outcome_unknown() {
         metadata.insert("outcome".to_owned(), "unknown".to_owned());
+    }
+    if let Some(approval) = error.approval() {
+        metadata.insert("approval".to_owned(), approval.to_string());
     }
     let mut details = ErrorDetails::with_error_info(reason.as_str(), DOMAIN, metadata);
     if !error.violations().is_empty() {
@@ -72,6 +77,8 @@ pub(super) fn to_status(error: &Error, call: CallId) -> Status {
 mod tests {
     use std::{collections::HashSet, time::Duration};
 
+    use keybroker_core::key::ApprovalId;
+
     use super::*;
 
     #[test]
@@ -90,6 +97,15 @@ mod tests {
             let bytes = String::from_utf8_lossy(status.details()).into_owned();
             assert!(!bytes.contains("inside"), "{reason}");
         }
+    }
+
+    #[test]
+    fn a_change_that_waits_names_its_request_for_approval() {
+        let id = ApprovalId::from_bytes([7; 16]);
+        let error = Error::new(Reason::ApprovalNeeded, "").waiting_for(id);
+        let details = to_status(&error, CallId::fresh()).get_error_details();
+        let metadata = &details.error_info().unwrap().metadata;
+        assert_eq!(metadata.get("approval"), Some(&"07".repeat(16)));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 use std::sync::atomic::Ordering;
 
 use crate::{Broker, commit::Settled, journal::Draft};
+
+use super::Prepared;
 use keybroker_core::{
     call::{Call, Timestamp},
     error::{Error, Reason},
@@ -11,7 +13,7 @@ use keybroker_core::{
 };
 use keybroker_policy::Resource;
 use keybroker_store as store;
-use keybroker_store::ClientRow;
+use keybroker_store::{ApprovedClient, ClientRow};
 
 impl Broker {
     /// Asks the policy for a permit on the control plane, and begins the audit entry of the change.
@@ -41,13 +43,29 @@ impl Broker {
         result
     }
 
-    pub(super) async fn insert_client(
+    /// Commits an API client with a new secret, and uses the approval that permits the change.
+    pub(super) async fn commit_prepared(
         &self,
         call: &Call,
         draft: Draft,
-        row: ClientRow,
+        kind: ApprovedClient,
+        prepared: &Prepared,
     ) -> Result<(), Error> {
-        let commit = async { self.store.insert_client(&row, call.id).await };
+        let (row, approval) = (&prepared.row, prepared.approval.as_ref());
+        let commit = async {
+            match (approval, kind) {
+                (Some(approval), _) => {
+                    let changed = self
+                        .store
+                        .change_approved_client(kind, row, approval, call.id);
+                    changed.await
+                }
+                (None, ApprovedClient::New) => self.store.insert_client(row, call.id).await,
+                (None, ApprovedClient::Changed) => {
+                    self.store.update_client(row, Some(call.id)).await
+                }
+            }
+        };
         self.commit_client(draft, commit).await
     }
 
@@ -78,7 +96,7 @@ impl Broker {
         let result = result.map_err(|error| match error {
             store::Error::Conflict => Error::new(
                 Reason::Revision,
-                "the API client was changed at the same time",
+                "the API client, or the approval of the change, was changed at the same time",
             ),
             other => other.into(),
         });

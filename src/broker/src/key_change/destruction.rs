@@ -16,7 +16,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use keybroker_core::{
-    call::{Deadline, Timestamp},
+    call::{Call, Deadline, Timestamp},
     error::{Error, Reason},
     key::{WrappingKeyId, WrappingKeyState},
     principal::Principal,
@@ -24,12 +24,18 @@ use keybroker_core::{
 use keybroker_hsm::{Caller, admin::KeyAdmin};
 use keybroker_store as store;
 use keybroker_store::{
-    DestructionChange, DestructionRow, KeyUses, REQUESTED_BY_BYTES_MAX, RegistryChange, RegistryRow,
+    ApprovalChange, DestructionChange, DestructionRow, KeyUses, REQUESTED_BY_BYTES_MAX,
+    RegistryChange, RegistryRow,
 };
 
-use crate::{Broker, registry::Registry};
+use crate::{
+    Broker,
+    approval::{self, Asked},
+    journal::Draft,
+    registry::Registry,
+};
 
-use super::{MAC_TIMEOUT, Planner, legal};
+use super::{KeyChange, MAC_TIMEOUT, Planner, legal};
 
 mod marking;
 mod removal;
@@ -204,6 +210,28 @@ impl Broker {
         Ok(change)
     }
 
+    /// Checks whether a second person has approved the destruction, if it needs an approval. Only a destruction that the broker
+    /// would schedule is worth the time of a second person, so the plan is made before.
+    pub(super) async fn approved_destruction(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: WrappingKeyId,
+        wait: Wait,
+        draft: &mut Draft,
+    ) -> Result<Option<ApprovalChange>, Error> {
+        let after_days = match wait {
+            Wait::None => 0,
+            Wait::Configured => self.scheduled.rules.days,
+            Wait::Days(days) => days,
+        };
+        let sequence = self.registry()?.verified(id)?.sequence;
+        let action = KeyChange::Destroy(wait).action();
+        let asked = Asked::destruction(action, id, after_days, sequence);
+        let fresh = approval::fresh_id()?;
+        self.approved(principal, call, draft, &asked, fresh).await
+    }
+
     /// Plans the end of a schedule. The registry row of the key gets another number, so that the schedule stays invalid even if a
     /// person puts it back into the database.
     pub(super) async fn plan_keeping(
@@ -344,14 +372,15 @@ fn needed(row: &RegistryRow, uses: KeyUses) -> Option<String> {
         revisions,
         clients,
         requests,
+        approvals,
     } = uses;
     if uses.total() == 0 {
         return None;
     }
     let id = row.id;
     let mut text = format!(
-        "{revisions} revisions of records (those of deleted records included), {clients} API clients and {requests} answers to \
-         request ids need key {id}"
+        "{revisions} revisions of records (those of deleted records included), {clients} API clients, {requests} answers to \
+         request ids and {approvals} requests for approval need key {id}"
     );
     if revisions + clients > 0 {
         text.push_str(if row.state == WrappingKeyState::Compromised {
@@ -363,6 +392,11 @@ fn needed(row: &RegistryRow, uses: KeyUses) -> Option<String> {
     }
     if requests > 0 {
         text.push_str("; the answers to request ids expire within 24 hours");
+    }
+    if approvals > 0 {
+        text.push_str(
+            "; the requests for approval are over when they are used, rejected or expired: see `keybroker approval list`",
+        );
     }
     Some(text)
 }
@@ -418,6 +452,7 @@ mod tests {
             revisions,
             clients,
             requests,
+            approvals: 0,
         };
         assert_eq!(needed(&row, uses(0, 0, 0)), None);
         let text = needed(&row, uses(2, 3, 4)).unwrap();
@@ -432,6 +467,13 @@ mod tests {
         }
         let text = needed(&row, uses(0, 0, 1)).unwrap();
         assert!(!text.contains("rewrap"), "{text}");
+        let waiting = KeyUses {
+            approvals: 5,
+            ..uses(0, 0, 0)
+        };
+        let text = needed(&row, waiting).unwrap();
+        assert!(text.contains("5 requests for approval"), "{text}");
+        assert!(text.contains("`keybroker approval list`"), "{text}");
         let compromised = verdict::tests::registered(WrappingKeyState::Compromised, 1);
         let text = needed(&compromised, uses(1, 0, 0)).unwrap();
         assert!(text.contains("enrol") && !text.contains("rewrap"), "{text}");

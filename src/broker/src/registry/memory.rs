@@ -159,7 +159,7 @@ fn digest_of(registry: &Registry) -> String {
         context.update(message.as_bytes());
         context.update(&row.mac);
     }
-    hex_of(&context.finish())
+    hex_of(context.finish())
 }
 
 /// The reason why the state file cannot be used.

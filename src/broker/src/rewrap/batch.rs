@@ -54,7 +54,7 @@ fn digest_of(rows: &[RowId]) -> String {
         context.update(id);
         context.update(&revision.to_be_bytes());
     }
-    hex_of(&context.finish())
+    hex_of(context.finish())
 }
 
 #[cfg(test)]

@@ -9,7 +9,10 @@ use std::fmt;
 use aws_lc_rs::digest;
 use zeroize::Zeroizing;
 
-use crate::key::{ClientId, Fingerprint, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState};
+use crate::{
+    approval::ApprovalState,
+    key::{ApprovalId, ClientId, Fingerprint, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+};
 
 use super::{Algorithm, Context};
 
@@ -23,6 +26,7 @@ const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";
 const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
 const DESTRUCTION_DOMAIN: &[u8] = b"keybroker/key-destruction/v1";
 const REMOVAL_DOMAIN: &[u8] = b"keybroker/key-removal/v1";
+const APPROVAL_DOMAIN: &[u8] = b"keybroker/approval/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
@@ -142,6 +146,35 @@ impl MacMessage {
         message.finish()
     }
 
+    /// The message for the MAC of a request for approval: its id, the wrapping key whose integrity key makes the MAC, and the
+    /// SHA-256 of all other fields, because the names of principals and the requested change may be longer than the input that a
+    /// token accepts. A missing time is 0.
+    pub fn approval(row: &ApprovalFields<'_>) -> Self {
+        let mut fields = digest::Context::new(&digest::SHA256);
+        for part in [
+            row.state.as_str().as_bytes(),
+            row.action.as_bytes(),
+            row.document,
+            row.digest,
+            row.requested_by.as_bytes(),
+            row.requested_person.as_bytes(),
+            &row.requested_us.to_be_bytes(),
+            &row.expires_us.to_be_bytes(),
+            row.decided_by.as_bytes(),
+            row.decided_person.as_bytes(),
+            &row.decided_us.unwrap_or(0).to_be_bytes(),
+            &row.used_us.unwrap_or(0).to_be_bytes(),
+        ] {
+            fields.update(&length_u16(part.len()));
+            fields.update(part);
+        }
+        let mut message = Message::new(APPROVAL_DOMAIN);
+        message.fixed(row.id.as_bytes());
+        message.fixed(row.signer.as_bytes());
+        message.fixed(fields.finish().as_ref());
+        message.finish()
+    }
+
     /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. The message
     /// contains a digest of the document, because a document may be longer than the input that a token accepts.
     pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
@@ -231,6 +264,39 @@ pub struct DestructionFields<'a> {
     pub due_us: i64,
     /// The principal that requested the destruction, at most 255 bytes.
     pub requested_by: &'a str,
+}
+
+/// The authenticated fields of a request for approval.
+#[derive(Clone, Copy, Debug)]
+pub struct ApprovalFields<'a> {
+    /// The id of the request.
+    pub id: ApprovalId,
+    /// The id of the wrapping key whose integrity key makes the MAC.
+    pub signer: WrappingKeyId,
+    /// The stored state.
+    pub state: ApprovalState,
+    /// The name of the action for which the approval is requested.
+    pub action: &'a str,
+    /// The requested change, as canonical JSON.
+    pub document: &'a [u8],
+    /// The digest by which the broker finds the request when the change is requested again.
+    pub digest: &'a [u8; 32],
+    /// The principal that requested the change.
+    pub requested_by: &'a str,
+    /// The person to whom this principal belongs.
+    pub requested_person: &'a str,
+    /// When the change was requested, in UTC microseconds.
+    pub requested_us: i64,
+    /// When the request expires, in UTC microseconds.
+    pub expires_us: i64,
+    /// The principal that approved or rejected the request; empty before.
+    pub decided_by: &'a str,
+    /// The person to whom this principal belongs; empty before.
+    pub decided_person: &'a str,
+    /// When the request was approved or rejected, in UTC microseconds; never 0.
+    pub decided_us: Option<i64>,
+    /// When the change was made, in UTC microseconds; never 0.
+    pub used_us: Option<i64>,
 }
 
 struct Message(Zeroizing<Vec<u8>>);

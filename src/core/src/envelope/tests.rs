@@ -9,12 +9,13 @@ use aws_lc_rs::hmac;
 use proptest::prelude::*;
 use serde::Deserialize;
 
-use super::mac::{DestructionFields, MacMessage, RegistryFields};
+use super::mac::{ApprovalFields, DestructionFields, MacMessage, RegistryFields};
 use super::*;
 use crate::key::{
-    Fingerprint, IntegrityPlace, KeyName, ObjectId, ObjectIds, Purpose, UserId, WrappingKeyId,
-    WrappingKeyState,
+    ApprovalId, Fingerprint, IntegrityPlace, KeyName, ObjectId, ObjectIds, Purpose, UserId,
+    WrappingKeyId, WrappingKeyState,
 };
+use crate::{approval::ApprovalState, principal::NAME_BYTES_MAX};
 
 #[derive(Deserialize)]
 struct Vector {
@@ -353,6 +354,65 @@ fn each_field_of_a_scheduled_destruction_is_in_its_message() {
     ];
     for (number, one) in changed.iter().enumerate() {
         assert_ne!(message(one), expected, "{number}");
+    }
+}
+
+/// An edit of any field of a request for approval changes the message, also if bytes move from one field to the next.
+#[test]
+fn each_field_of_a_request_for_approval_is_in_its_message() {
+    let long = "x".repeat(NAME_BYTES_MAX);
+    let fields = ApprovalFields {
+        id: ApprovalId::from_bytes([1; 16]),
+        signer: WrappingKeyId::from_bytes([2; 16]),
+        state: ApprovalState::Pending,
+        action: "wrapping_key.destroy",
+        document: b"{}",
+        digest: &[3; 32],
+        requested_by: &long,
+        requested_person: "Ada",
+        requested_us: 4,
+        expires_us: 5,
+        decided_by: "",
+        decided_person: "",
+        decided_us: None,
+        used_us: None,
+    };
+    let message = |fields: &ApprovalFields<'_>| MacMessage::approval(fields).as_bytes().to_vec();
+    let expected = message(&fields);
+    let mut beginning = b"\x00\x15keybroker/approval/v1".to_vec();
+    beginning.extend([1; 16]);
+    beginning.extend([2; 16]);
+    assert!(expected.starts_with(&beginning));
+    assert_eq!(expected.len(), beginning.len() + 32);
+    let other = [9; 32];
+    let edits: [fn(&mut ApprovalFields<'_>); 14] = [
+        |fields| fields.id = ApprovalId::from_bytes([9; 16]),
+        |fields| fields.signer = WrappingKeyId::from_bytes([9; 16]),
+        |fields| fields.state = ApprovalState::Approved,
+        |fields| fields.action = "wrapping_key.destroy_now",
+        |fields| fields.document = b"{\"a\":1}",
+        |fields| fields.requested_by = "URI:other",
+        |fields| fields.requested_person = "Bob",
+        |fields| fields.requested_us = 9,
+        |fields| fields.expires_us = 9,
+        |fields| fields.decided_by = "URI:bob",
+        |fields| fields.decided_person = "Bob",
+        |fields| fields.decided_us = Some(9),
+        |fields| fields.used_us = Some(9),
+        |fields| (fields.decided_by, fields.decided_person) = ("URI:b", "ob"),
+    ];
+    let mut messages = vec![expected];
+    for edit in edits {
+        let mut edited = fields;
+        edit(&mut edited);
+        messages.push(message(&edited));
+    }
+    messages.push(message(&ApprovalFields {
+        digest: &other,
+        ..fields
+    }));
+    for (number, one) in messages.iter().enumerate() {
+        assert!(!messages[..number].contains(one), "{number}");
     }
 }
 

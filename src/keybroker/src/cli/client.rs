@@ -8,6 +8,7 @@ use keybroker_client::{Client, RetryPolicy};
 use super::{Context, block_on, exit::Failure, output::Output};
 
 mod api_clients;
+mod approvals;
 mod arguments;
 pub(super) mod connect;
 mod control;
@@ -58,6 +59,14 @@ pub(super) struct RewrapArguments {
     command: rewrap::Command,
 }
 
+#[derive(Args, Debug)]
+pub(super) struct ApprovalArguments {
+    #[command(flatten)]
+    who: Who,
+    #[command(subcommand)]
+    command: approvals::Command,
+}
+
 /// The broker to call and the credential to use.
 #[derive(Args, Debug)]
 pub(super) struct Who {
@@ -95,6 +104,13 @@ pub(super) fn run_credentials(
 pub(super) fn run_rewrap(arguments: RewrapArguments, context: &Context) -> Result<(), Failure> {
     arguments.who.call(context.output, async |caller| {
         caller.rewrap(arguments.command).await
+    })
+}
+
+/// Runs a command of `keybroker approval`.
+pub(super) fn run_approval(arguments: ApprovalArguments, context: &Context) -> Result<(), Failure> {
+    arguments.who.call(context.output, async |caller| {
+        caller.approvals(arguments.command).await
     })
 }
 

@@ -239,6 +239,11 @@ impl Config {
             );
         }
         problems.extend(issuer::problems(&self.issuers));
+        let sans = self
+            .principals
+            .iter()
+            .map(|principal| principal.san.as_str());
+        problems.extend(self.approvals.problems(&sans.collect()));
         let mut seen = HashSet::new();
         for principal in &self.principals {
             problems.extend(principal.problem());

@@ -308,6 +308,7 @@ impl Server {
             destruction: destruction(&config, &program),
             key_admin: key_admin(&config, config.token(), program),
             rotate_after: config.wrapping_keys.rotate_after(),
+            approvals: config.approvals.rules(retention(&config.store)),
             state,
             accepted_risks,
         });

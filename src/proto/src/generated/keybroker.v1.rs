@@ -1521,7 +1521,8 @@ pub struct CreateClientCredentialRequest {
     /// With that role, `users` or `key_names` must be set.
     #[prost(string, repeated, tag = "4")]
     pub key_names: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// When the secret expires: in the future, before the year 10000. Absent if it does not expire.
+    /// When the secret expires: in the future, before the year 10000. Absent if it does not expire. If the API client needs the approval
+    /// of a second person, the lifetime of the secret is rounded to whole days, and begins when the secret is made.
     #[prost(message, optional, tag = "5")]
     pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
 }
@@ -1545,7 +1546,8 @@ pub struct AddClientSecretRequest {
     /// 32 hexadecimal digits.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
-    /// When the new secret expires: in the future, before the year 10000. Absent if it does not expire.
+    /// When the new secret expires: in the future, before the year 10000. Absent if it does not expire. If the secret needs the approval
+    /// of a second person, its lifetime is rounded to whole days, and begins when the secret is made.
     #[prost(message, optional, tag = "2")]
     pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
 }
@@ -1634,6 +1636,10 @@ pub struct WrappingKeyUse {
     /// Stored answers to request ids whose MACs were made with the integrity key. They are not moved; each expires after 24 hours.
     #[prost(uint64, tag = "4")]
     pub request_answers: u64,
+    /// Requests for approval that are open and whose MACs were made with the integrity key. They are not moved; each is over when it is
+    /// used, rejected or expired.
+    #[prost(uint64, tag = "5")]
+    pub approvals: u64,
 }
 /// A re-wrap: the move of rows from the other wrapping keys to the wrapping key that wraps new user keys.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1826,6 +1832,112 @@ pub struct ChangeWrappingKeyStateResponse {
     /// The key after the change.
     #[prost(message, optional, tag = "1")]
     pub wrapping_key: ::core::option::Option<WrappingKey>,
+}
+/// A request for the approval of a change.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Approval {
+    /// Id of the request, 16 bytes. An API client that is created with the approval gets the same id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// The state at the time of the answer.
+    #[prost(enumeration = "ApprovalState", tag = "2")]
+    pub state: i32,
+    /// The action, by its name in policies and in the audit log: "wrapping_key.destroy", "wrapping_key.destroy_now" or
+    /// "client_credential.create". Later releases may add other values.
+    #[prost(string, tag = "3")]
+    pub action: ::prost::alloc::string::String,
+    /// The change with all its parameters, as a JSON object with sorted names. At most 8,192 bytes.
+    #[prost(string, tag = "4")]
+    pub change: ::prost::alloc::string::String,
+    /// SHA-256 of the action, the change and the requesting person, 32 bytes.
+    #[prost(bytes = "vec", tag = "5")]
+    pub digest: ::prost::alloc::vec::Vec<u8>,
+    /// The principal that requested the change.
+    #[prost(string, tag = "6")]
+    pub requested_by: ::prost::alloc::string::String,
+    /// The person to whom this principal belongs, by the name in the broker's configuration.
+    #[prost(string, tag = "7")]
+    pub requested_by_person: ::prost::alloc::string::String,
+    /// When the change was requested.
+    #[prost(message, optional, tag = "8")]
+    pub request_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the request expires, unless it is rejected or used before.
+    #[prost(message, optional, tag = "9")]
+    pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// The principal that approved or rejected the request; empty before.
+    #[prost(string, tag = "10")]
+    pub decided_by: ::prost::alloc::string::String,
+    /// The person to whom this principal belongs; empty before.
+    #[prost(string, tag = "11")]
+    pub decided_by_person: ::prost::alloc::string::String,
+    /// When the request was approved or rejected; absent before.
+    #[prost(message, optional, tag = "12")]
+    pub decide_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the change was made; absent before.
+    #[prost(message, optional, tag = "13")]
+    pub use_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Whether the token verified the stored row for this answer. False if the token was not available, or if the state of the wrapping
+    /// key that authenticates the row forbids its use.
+    #[prost(bool, tag = "14")]
+    pub verified: bool,
+    /// Why the broker does not accept the stored row; empty for a good row. At most 2,000 bytes.
+    #[prost(string, tag = "15")]
+    pub problem: ::prost::alloc::string::String,
+}
+/// A row of a request for approval that cannot be read.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DamagedApproval {
+    /// Id of the request, 16 bytes; empty if it cannot be read.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+}
+/// Request of ListApprovals.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListApprovalsRequest {
+    /// Also lists requests that were rejected, used or not used in time.
+    #[prost(bool, tag = "1")]
+    pub show_all: bool,
+}
+/// Response of ListApprovals.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListApprovalsResponse {
+    /// The requests, newest first, at most 200. Requests about API clients of another tenant are listed only for auditors.
+    #[prost(message, repeated, tag = "1")]
+    pub approvals: ::prost::alloc::vec::Vec<Approval>,
+    /// Rows that cannot be read, regardless of their tenant. RejectChange removes them.
+    #[prost(message, repeated, tag = "2")]
+    pub damaged: ::prost::alloc::vec::Vec<DamagedApproval>,
+}
+/// Request of ApproveChange.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveChangeRequest {
+    /// Id of the request, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// `digest` of the request that the person has read, 32 bytes. The call fails if the stored request has another digest.
+    #[prost(bytes = "vec", tag = "2")]
+    pub digest: ::prost::alloc::vec::Vec<u8>,
+}
+/// Response of ApproveChange.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveChangeResponse {
+    /// The request after the decision.
+    #[prost(message, optional, tag = "1")]
+    pub approval: ::core::option::Option<Approval>,
+}
+/// Request of RejectChange.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RejectChangeRequest {
+    /// Id of the request, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+}
+/// Response of RejectChange.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RejectChangeResponse {
+    /// The request after the decision; absent if the row was altered or cannot be read, and was removed.
+    #[prost(message, optional, tag = "1")]
+    pub approval: ::core::option::Option<Approval>,
 }
 /// State of a wrapping key (NIST SP 800-57 part 1, section 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -2074,6 +2186,51 @@ impl WrappingKeyChange {
         }
     }
 }
+/// State of a request for approval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ApprovalState {
+    /// Never sent.
+    Unspecified = 0,
+    /// No second person has decided yet.
+    Pending = 1,
+    /// A second person approved the request. The requesting person can make the change once, with the same call.
+    Approved = 2,
+    /// A person rejected the request.
+    Rejected = 3,
+    /// The change was made.
+    Used = 4,
+    /// The request was not used in time.
+    Expired = 5,
+}
+impl ApprovalState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "APPROVAL_STATE_UNSPECIFIED",
+            Self::Pending => "APPROVAL_STATE_PENDING",
+            Self::Approved => "APPROVAL_STATE_APPROVED",
+            Self::Rejected => "APPROVAL_STATE_REJECTED",
+            Self::Used => "APPROVAL_STATE_USED",
+            Self::Expired => "APPROVAL_STATE_EXPIRED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "APPROVAL_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "APPROVAL_STATE_PENDING" => Some(Self::Pending),
+            "APPROVAL_STATE_APPROVED" => Some(Self::Approved),
+            "APPROVAL_STATE_REJECTED" => Some(Self::Rejected),
+            "APPROVAL_STATE_USED" => Some(Self::Used),
+            "APPROVAL_STATE_EXPIRED" => Some(Self::Expired),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod control_service_client {
     #![allow(
@@ -2086,7 +2243,8 @@ pub mod control_service_client {
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
     /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance,
-    /// rotates wrapping keys, changes their states, moves rows to another wrapping key, and manages API clients. None of its calls
+    /// rotates wrapping keys, changes their states, moves rows to another wrapping key, manages API clients, and lets a second person
+    /// approve changes. None of its calls
     /// can release a user key.
     #[derive(Debug, Clone)]
     pub struct ControlServiceClient<T> {
@@ -2538,6 +2696,83 @@ pub mod control_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Lists the changes for which an administrator requested the approval of a second person, newest first. A call for such a change
+        /// fails with the reason APPROVAL_NEEDED and stores the request. After another person approved the request, the same call makes
+        /// the change, once.
+        pub async fn list_approvals(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListApprovalsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListApprovalsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/ListApprovals",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "ListApprovals"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Approves the change that another person requested.
+        pub async fn approve_change(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ApproveChangeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveChangeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/ApproveChange",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "ApproveChange"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Rejects a requested change. Removes a request that was altered in the database.
+        pub async fn reject_change(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RejectChangeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RejectChangeResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.ControlService/RejectChange",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.ControlService", "RejectChange"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2668,9 +2903,36 @@ pub mod control_service_server {
             tonic::Response<super::ChangeWrappingKeyStateResponse>,
             tonic::Status,
         >;
+        /// Lists the changes for which an administrator requested the approval of a second person, newest first. A call for such a change
+        /// fails with the reason APPROVAL_NEEDED and stores the request. After another person approved the request, the same call makes
+        /// the change, once.
+        async fn list_approvals(
+            &self,
+            request: tonic::Request<super::ListApprovalsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListApprovalsResponse>,
+            tonic::Status,
+        >;
+        /// Approves the change that another person requested.
+        async fn approve_change(
+            &self,
+            request: tonic::Request<super::ApproveChangeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveChangeResponse>,
+            tonic::Status,
+        >;
+        /// Rejects a requested change. Removes a request that was altered in the database.
+        async fn reject_change(
+            &self,
+            request: tonic::Request<super::RejectChangeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RejectChangeResponse>,
+            tonic::Status,
+        >;
     }
     /// ControlService shows administrators and auditors the wrapping keys, the token and the audit log of this instance,
-    /// rotates wrapping keys, changes their states, moves rows to another wrapping key, and manages API clients. None of its calls
+    /// rotates wrapping keys, changes their states, moves rows to another wrapping key, manages API clients, and lets a second person
+    /// approve changes. None of its calls
     /// can release a user key.
     #[derive(Debug)]
     pub struct ControlServiceServer<T> {
@@ -3384,6 +3646,141 @@ pub mod control_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ChangeWrappingKeyStateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/ListApprovals" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListApprovalsSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::ListApprovalsRequest>
+                    for ListApprovalsSvc<T> {
+                        type Response = super::ListApprovalsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListApprovalsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::list_approvals(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListApprovalsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/ApproveChange" => {
+                    #[allow(non_camel_case_types)]
+                    struct ApproveChangeSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::ApproveChangeRequest>
+                    for ApproveChangeSvc<T> {
+                        type Response = super::ApproveChangeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ApproveChangeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::approve_change(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ApproveChangeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.ControlService/RejectChange" => {
+                    #[allow(non_camel_case_types)]
+                    struct RejectChangeSvc<T: ControlService>(pub Arc<T>);
+                    impl<
+                        T: ControlService,
+                    > tonic::server::UnaryService<super::RejectChangeRequest>
+                    for RejectChangeSvc<T> {
+                        type Response = super::RejectChangeResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RejectChangeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlService>::reject_change(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RejectChangeSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -345,12 +345,13 @@ impl<E: Engine> Store for EngineStore<E> {
     }
 
     async fn insert_client(&self, row: &ClientRow, call: CallId) -> Result<(), Error> {
-        self.change_client(ClientChange::Insert, row, Some(call))
+        self.change_client(ClientChange::Insert, row, Some(call), None)
             .await
     }
 
     async fn update_client(&self, row: &ClientRow, call: Option<CallId>) -> Result<(), Error> {
-        self.change_client(ClientChange::Update, row, call).await
+        self.change_client(ClientChange::Update, row, call, None)
+            .await
     }
 
     async fn note_client_uses(&self, uses: &[(ClientId, u32, Timestamp)]) -> Result<(), Error> {

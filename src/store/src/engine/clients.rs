@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    ClientRow, DamagedClient, Error, Position,
+    ApprovalChange, ClientRow, DamagedClient, Error, Position,
     mutations::{expect_one, insert_unless_taken},
     rows,
     session::{Session as _, Value},
@@ -15,7 +15,7 @@ use keybroker_core::{
     key::ClientId,
 };
 
-use super::{End, Engine, EngineStore};
+use super::{End, Engine, EngineStore, approval};
 
 /// The kind of a change: a new or an existing API client.
 #[derive(Clone, Copy, Debug)]
@@ -38,22 +38,26 @@ impl<E: Engine> EngineStore<E> {
         Ok(found.iter().map(rows::listed_client).collect())
     }
 
-    /// Writes the change and, if `call` is present, a row with the id of the call in one
-    /// transaction.
+    /// Writes the change, the use of its approval and, if `call` is present, a row with the id of the
+    /// call in one transaction.
     pub(super) async fn change_client(
         &self,
         change: ClientChange,
         row: &ClientRow,
         call: Option<CallId>,
+        approval: Option<&ApprovalChange>,
     ) -> Result<(), Error> {
-        let row = row.clone();
+        let (row, approval) = (row.clone(), approval.cloned());
         let end = call.map_or(End::Commit, End::CommitMarked);
         self.transaction(end, move |session, sql| {
-            let row = row.clone();
+            let (row, approval) = (row.clone(), approval.clone());
             Box::pin(async move {
                 if let Some(call) = call {
                     let mark = rows::new_change(call, row.id, row.updated);
                     expect_one(session.execute(sql.insert_change, mark).await?)?;
+                }
+                if let Some(used) = &approval {
+                    approval::change(session, sql, used).await?;
                 }
                 match change {
                     ClientChange::Insert => {

@@ -13,10 +13,10 @@ use keybroker_core::{
     key::RecordId,
 };
 
-use super::{End, Engine, EngineStore, destruction};
+use super::{End, Engine, EngineStore, approval, destruction};
 
 impl<E: Engine> EngineStore<E> {
-    /// Writes the change and the mark of the call. If a row does not have the expected MAC, or if a row needs the key that no
+    /// Writes the change and the mark of the call. If a row or the used approval does not have the expected MAC, or if a row needs the key that no
     /// row may need, the transaction is rolled back.
     pub(super) async fn write_registry(
         &self,
@@ -43,6 +43,9 @@ impl<E: Engine> EngineStore<E> {
                 }
                 if let Some(destruction) = &change.destruction {
                     destruction::write(session, sql, destruction).await?;
+                }
+                if let Some(used) = &change.approval {
+                    approval::change(session, sql, used).await?;
                 }
                 if let Some(key) = change.unneeded {
                     let found = session

@@ -11,10 +11,19 @@ use crate::{
 
 use super::Reader;
 
-/// The values of the statement that counts the rows that need a wrapping key. An older answer to a request id needs no key.
+/// The values of the statement that counts the rows that need a wrapping key. An older answer to a request id needs no key,
+/// and neither does a request for approval that was decided and used, or that expired.
 pub(crate) fn values_of_uses(key: WrappingKeyId) -> Vec<Value> {
-    let since = Timestamp::now().micros() - REQUEST_KEPT_US;
-    vec![key.into(), key.into(), key.into(), since.into()]
+    let now = Timestamp::now().micros();
+    let since = now - REQUEST_KEPT_US;
+    vec![
+        key.into(),
+        key.into(),
+        key.into(),
+        since.into(),
+        key.into(),
+        now.into(),
+    ]
 }
 
 /// Decodes the numbers of rows that need a wrapping key.
@@ -25,6 +34,7 @@ pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {
         revisions: count("revisions")?,
         clients: count("clients")?,
         requests: count("requests")?,
+        approvals: count("approvals")?,
     })
 }
 

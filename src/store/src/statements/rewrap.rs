@@ -6,8 +6,8 @@ named! {
 /// The SQL of a re-wrap.
 #[derive(Debug)]
 pub(crate) struct RewrapStatements {
-    /// Parameters: key, key, key, time after which a request id was used. Returns the numbers of
-    /// revisions, API clients and request ids under the key.
+    /// Parameters: key, key, key, time after which a request id was used, key, now. Returns the numbers
+    /// of revisions, API clients, request ids and open requests for approval under the key.
     pub(crate) uses: &'static str,
     /// Parameters: key, record, record, revision to start after, limit. Returns revisions with the
     /// addresses of their records.
@@ -46,7 +46,9 @@ impl RewrapStatements {
             uses: sql(
                 "SELECT (SELECT count(*) FROM revisions WHERE wrapping_key_id = ?) AS revisions, \
                  (SELECT count(*) FROM clients WHERE key_id = ?) AS clients, \
-                 (SELECT count(*) FROM requests WHERE key_id = ? AND used_us > ?) AS requests",
+                 (SELECT count(*) FROM requests WHERE key_id = ? AND used_us > ?) AS requests, \
+                 (SELECT count(*) FROM approvals WHERE signer_key_id = ? AND expires_us > ? \
+                 AND state IN ('pending', 'approved')) AS approvals",
             ),
             page: sql(
                 "SELECT v.record_id AS record_id, v.revision AS revision, v.envelope AS envelope, \

@@ -88,14 +88,16 @@ impl Broker {
             revisions,
             clients,
             requests,
+            approvals,
         } = self.store.key_uses(row.key).await?;
-        if revisions + clients + requests == 0 {
+        if revisions + clients + requests + approvals == 0 {
             return Ok(());
         }
         Err(refused(&format!(
-            "key {} is marked as destroyed, but {revisions} revisions, {clients} API clients and {requests} answers to request ids need \
-             it, so its objects stay on the token: enrol these user keys again, create these API clients again, and remove the \
-             earlier rows with `keybroker store purge`; answers to request ids expire within 24 hours",
+            "key {} is marked as destroyed, but {revisions} revisions, {clients} API clients, {requests} answers to request ids and \
+             {approvals} requests for approval need it, so its objects stay on the token: enrol these user keys again, create these API clients again, and remove the \
+             earlier rows with `keybroker store purge`; answers to request ids and requests for approval \
+             expire",
             row.key
         )))
     }

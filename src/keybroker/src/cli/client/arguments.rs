@@ -1,8 +1,8 @@
 //! Parsers of arguments. The parsers check the protocol's limits before the command sends a call.
 
 use keybroker_client::{
-    ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef, WrappingKeyId,
-    parse_request_id,
+    ApprovalId, ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef,
+    WrappingKeyId, parse_request_id,
 };
 
 use clap::Args;
@@ -45,6 +45,10 @@ pub(super) fn revision(text: &str) -> Result<Revision, &'static str> {
 
 pub(super) fn wrapping_key_id(text: &str) -> Result<WrappingKeyId, &'static str> {
     WrappingKeyId::from_hex(text).ok_or(HEXADECIMAL)
+}
+
+pub(super) fn approval_id(text: &str) -> Result<ApprovalId, &'static str> {
+    ApprovalId::from_hex(text).ok_or(HEXADECIMAL)
 }
 
 pub(super) fn client_id(text: &str) -> Result<ClientId, &'static str> {

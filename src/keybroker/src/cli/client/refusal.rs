@@ -1,6 +1,8 @@
 //! Converts the error of a call to a message and a hint for the person who made the call.
 
-use keybroker_client::{Code, Error, ErrorKind, Reason, Status};
+use std::env;
+
+use keybroker_client::{ApprovalId, Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
 
 use crate::cli::exit::{Exit, Failure};
@@ -24,11 +26,33 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
+    let hint = match refusal.approval() {
+        Some(approval) => Some(next_commands(approval)),
+        None => refusal.reason().map(|reason| hint(reason).to_owned()),
+    };
     Failure {
-        hint: refusal.reason().map(|reason| hint(reason).to_owned()),
+        hint,
         reason: Some(refusal.reason_name().to_owned()),
         ..Failure::new(exit, message)
     }
+}
+
+/// The two commands that make a change that waits for an approval.
+fn next_commands(approval: ApprovalId) -> String {
+    let again: Vec<String> = env::args().skip(1).map(|word| quoted(&word)).collect();
+    format!(
+        "the other person runs `keybroker approval approve {approval}`; then run the same command again: `keybroker {}`",
+        again.join(" ")
+    )
+}
+
+/// A word of a command line as a person types it into a shell.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// The message if the broker rejects the client's certificate.
@@ -139,6 +163,12 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::KeyState => {
             "`client get` shows the state of the record, and `client wrapping-keys` shows the states of the wrapping keys"
         }
+        Reason::ApprovalNeeded => {
+            "let a second person approve the change with `keybroker approval approve ID`, then run the same command again"
+        }
+        Reason::ApprovalState => {
+            "`keybroker approval list --all` shows the requests for approval and their states"
+        }
         Reason::Limit => {
             "the operator can raise `store.revisions_max` or `store.keys_per_user_max`, or remove old rows with \
              `keybroker store purge`"
@@ -181,6 +211,28 @@ mod tests {
             assert_eq!(failure.message, format!("{reason}: fixed text (call 7)"));
             assert_eq!(failure.reason.as_deref(), Some(reason.as_str()));
             assert!(failure.hint.is_some());
+        }
+    }
+
+    #[test]
+    fn a_change_that_waits_shows_both_commands() {
+        let id = "07".repeat(16);
+        let metadata = HashMap::from([("approval".to_owned(), id.clone())]);
+        let details = ErrorDetails::with_error_info("APPROVAL_NEEDED", "keybroker.v1", metadata);
+        let status = Status::with_error_details(Code::FailedPrecondition, "text", details);
+        let hint = failure(&status.into()).hint.unwrap();
+        assert!(
+            hint.contains(&format!("`keybroker approval approve {id}`")),
+            "{hint}"
+        );
+        assert!(hint.contains("then run the same command again"), "{hint}");
+        for (word, expected) in [
+            ("--yes", "--yes"),
+            ("a b", "'a b'"),
+            ("", "''"),
+            ("it's", r"'it'\''s'"),
+        ] {
+            assert_eq!(quoted(word), expected);
         }
     }
 

@@ -296,6 +296,7 @@ fn uses(uses: &proto::WrappingKeyUse) -> Vec<Field> {
         ("revisions", json!(uses.revisions)),
         ("clients", json!(uses.clients)),
         ("request_answers", json!(uses.request_answers)),
+        ("approvals", json!(uses.approvals)),
     ]
 }
 

@@ -1,7 +1,5 @@
 //! `keybroker key remove`: removes the objects of an unregistered key from the token.
 
-use std::io::{self, IsTerminal as _};
-
 use clap::Args;
 use serde_json::json;
 
@@ -9,6 +7,7 @@ use crate::{
     cli::{
         Context, block_on,
         change::audited,
+        confirm,
         exit::{Exit, Failure},
         pin::{UserPin, log_in, serials},
     },
@@ -16,7 +15,10 @@ use crate::{
     places::Registry,
 };
 use keybroker_audit::Entry;
-use keybroker_core::key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState};
+use keybroker_core::{
+    call::Timestamp,
+    key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId, WrappingKeyState},
+};
 use keybroker_store as store;
 use keybroker_store::{
     RegistryRow,
@@ -115,6 +117,7 @@ struct Needed {
     revisions: u64,
     clients: u64,
     requests: u64,
+    approvals: u64,
     /// The number of rows that cannot be read, so that their wrapping key is unknown.
     unreadable: u64,
 }
@@ -141,12 +144,19 @@ async fn rows_under(config: &Config, id: WrappingKeyId) -> Result<Needed, Failur
     }
     let mut scan = OtherScan::new(store.clone());
     while let Some(found) = scan.next().await? {
-        let FoundOther::Request(row) = &found else {
-            continue;
-        };
-        match &**row {
-            Ok((_, record)) => needed.requests += u64::from(record.key == id),
-            Err(_) => needed.unreadable += 1,
+        match &found {
+            FoundOther::Request(row) => match &**row {
+                Ok((_, record)) => needed.requests += u64::from(record.key == id),
+                Err(_) => needed.unreadable += 1,
+            },
+            FoundOther::Approval(row) => match &**row {
+                Ok(row) => {
+                    let is_needed = row.signer == id && row.state_at(Timestamp::now()).is_open();
+                    needed.approvals += u64::from(is_needed);
+                }
+                Err(_) => needed.unreadable += 1,
+            },
+            _ => {}
         }
     }
     store.close().await;
@@ -158,12 +168,13 @@ fn refuse_needed(id: WrappingKeyId, needed: &Needed) -> Result<(), Failure> {
         revisions,
         clients,
         requests,
+        approvals,
         unreadable,
     } = needed;
-    if revisions + clients + requests > 0 {
+    if revisions + clients + requests + approvals > 0 {
         let what = format!(
-            "{revisions} revisions, {clients} API clients and {requests} answers to request ids need key {id}; nothing was \
-             removed"
+            "{revisions} revisions, {clients} API clients, {requests} answers to request ids and {approvals} requests for \
+             approval need key {id}; nothing was removed"
         );
         let hint = format!("register the key with `keybroker key register {id}`");
         return Err(Failure::new(Exit::Untrusted, what).hint(hint));
@@ -187,22 +198,11 @@ pub(super) fn confirm(
     id: WrappingKeyId,
     warning: &str,
 ) -> Result<(), Failure> {
-    if is_confirmed {
-        return Ok(());
-    }
-    let refuse = |what: &str| Err(Failure::new(Exit::Usage, what));
-    if !io::stdin().is_terminal() {
-        return refuse(
-            "this command needs a confirmation: pass --yes, or run the command at a terminal and type the id of the key",
-        );
-    }
-    context
-        .output
-        .note(&format!("{warning}. To continue, type the id of the key:"));
-    let mut line = String::new();
-    let typed = io::stdin().read_line(&mut line);
-    if typed.is_err() || WrappingKeyId::from_hex(line.trim()) != Some(id) {
-        return refuse("the typed id is not the id of the key; nothing was changed");
-    }
-    Ok(())
+    confirm::typed_id(
+        context.output,
+        is_confirmed,
+        &id.to_string(),
+        "key",
+        warning,
+    )
 }

@@ -123,12 +123,13 @@ async fn check_others(
     while let Some(found) = scan.next().await? {
         report.others += 1;
         progress.step();
-        if let FoundOther::Request(row) = &found
-            && let Ok((_, record)) = &**row
-        {
-            let admins = checker.admins();
-            learn(context, checker, Some(record.key), &**store, admins).await?;
-        }
+        let key = match &found {
+            FoundOther::Request(row) => row.as_ref().as_ref().ok().map(|(_, record)| record.key),
+            FoundOther::Approval(row) => row.as_ref().as_ref().ok().map(|row| row.signer),
+            _ => None,
+        };
+        let admins = checker.admins();
+        learn(context, checker, key, &**store, admins).await?;
         if let Some(finding) = checker.other(&found)? {
             report.add(&**store, finding).await?;
         }

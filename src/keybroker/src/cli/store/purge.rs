@@ -49,6 +49,7 @@ struct Totals {
     records: u64,
     revisions: u64,
     changes: u64,
+    approvals: u64,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
@@ -74,6 +75,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         ("records", json!(totals.records)),
         ("revisions", json!(totals.revisions)),
         ("changes", json!(totals.changes)),
+        ("approvals", json!(totals.approvals)),
         ("dry_run", json!(arguments.dry_run)),
     ])
 }
@@ -154,6 +156,10 @@ async fn purge_in(
         gone.begin();
     }
     totals.changes = purge::forget_changes(&**store, before, log.is_none()).await?;
+    totals.approvals = match log {
+        None => store.old_approvals(before).await?,
+        Some(_) => store.forget_approvals(before).await?,
+    };
     Ok(totals)
 }
 

@@ -4,13 +4,14 @@
 use std::collections::HashSet;
 
 use keybroker_core::{
+    call::Timestamp,
     client_credential::Document,
     envelope::{Context, Envelope, Kind},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_store as store;
 use keybroker_store::{
-    ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
+    ApprovalRow, ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
     scan::{Found, FoundClient, FoundOther},
     tables::{Head, RevisionRow},
 };
@@ -39,6 +40,7 @@ pub(super) enum Problem {
     ChangeUnreadable,
     LastUseUnreadable,
     ClientUseUnreadable,
+    ApprovalUnreadable,
     IdentityMissing,
     KeyMissing,
 }
@@ -65,6 +67,7 @@ impl Problem {
             Self::ChangeUnreadable => "change-unreadable",
             Self::LastUseUnreadable => "last-use-unreadable",
             Self::ClientUseUnreadable => "client-use-unreadable",
+            Self::ApprovalUnreadable => "approval-unreadable",
             Self::IdentityMissing => "identity-missing",
             Self::KeyMissing => "key-missing",
         }
@@ -331,6 +334,13 @@ impl<'a> RowChecker<'a> {
                     Some(Finding::of_other(problem, error.to_string()))
                 }
             },
+            FoundOther::Approval(row) => match &**row {
+                Ok(row) => self.approval(row)?,
+                Err(error) => {
+                    let problem = Problem::ApprovalUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
             FoundOther::Change(result) => unreadable(Problem::ChangeUnreadable, result),
             FoundOther::LastUse(result) => unreadable(Problem::LastUseUnreadable, result),
             FoundOther::ClientUse(result) => unreadable(Problem::ClientUseUnreadable, result),
@@ -354,6 +364,28 @@ impl<'a> RowChecker<'a> {
         }
         let message = request_message(scope, &record.content, &record.result);
         if self.admins.verify(record.key, &message, mac)? {
+            return Ok(None);
+        }
+        bad(Problem::MacRefused)
+    }
+
+    fn approval(&mut self, row: &ApprovalRow) -> Result<Option<Finding>, Failure> {
+        let of = format!("request for approval {}", row.id);
+        let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
+        match self.unusable(row.signer) {
+            None => {}
+            // Only open requests need their wrapping key: later rows may outlive it.
+            Some(Problem::WrappingKeyDestroyed | Problem::WrappingKeyUnusable)
+                if !row.state_at(Timestamp::now()).is_open() =>
+            {
+                return Ok(None);
+            }
+            Some(problem) => return bad(problem),
+        }
+        if self
+            .admins
+            .verify(row.signer, &row.mac_message(), &row.mac)?
+        {
             return Ok(None);
         }
         bad(Problem::MacRefused)
@@ -406,6 +438,7 @@ mod tests {
             Problem::ChangeUnreadable,
             Problem::LastUseUnreadable,
             Problem::ClientUseUnreadable,
+            Problem::ApprovalUnreadable,
             Problem::IdentityMissing,
             Problem::KeyMissing,
         ];

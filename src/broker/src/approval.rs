@@ -1,0 +1,220 @@
+//! Approvals by a second person: some changes of administrators need the approval of another person.
+//!
+//! A *person* is a name in the configuration with the principals that belong to this person, so that one person with two
+//! credentials cannot approve the own request. The first call for such a change stores a request for approval and is refused with
+//! `APPROVAL_NEEDED`. After another person has approved the request, the same call makes the change, once.
+//!
+//! The broker finds the request by a digest of the exact change and of the requesting person. The digest also covers a number that
+//! the change itself increases: the number of the key's registry row, or the number of the new secret. An API client that is
+//! created with an approval gets the id of the request. Therefore an approval that was used and is put back into the database
+//! permits no second change.
+//!
+//! Mitigation: M25 of `THREAT_MODEL.md`.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use aws_lc_rs::rand;
+
+use keybroker_core::{
+    call::{Deadline, Timestamp},
+    error::{Error, Reason},
+    key::{ApprovalId, ID_BYTES, KeyUse},
+    principal::{Action, Principal},
+};
+use keybroker_hsm as hsm;
+use keybroker_store::{ApprovalRow, PersonOfPrincipal};
+
+use super::{Broker, journal::Draft};
+
+mod change;
+mod decision;
+mod gate;
+mod list;
+
+pub(super) use change::{Asked, Lifetime};
+pub use decision::Verdict;
+pub use list::{ApprovalList, ApprovalView};
+
+/// Time limit for a MAC job of the token.
+const MAC_TIMEOUT: Duration = Duration::from_secs(5);
+/// Highest number of requests of one person that may be pending, so that an administrator cannot fill the database.
+const PENDING_MAX: u64 = 20;
+/// In the audit log: the name of the rule that decided, in place of a policy.
+const RULE: &str = "two-persons";
+
+/// A person who can request and approve changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Person {
+    /// The name of the person.
+    pub name: String,
+    /// The names of the principals that belong to this person, as in the audit log.
+    pub principals: BTreeSet<String>,
+}
+
+/// Which changes need an approval, and who the persons are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApprovalRules {
+    /// The actions that need an approval.
+    pub actions: BTreeSet<Action>,
+    /// How long a request can be approved and used.
+    pub expire_after: Duration,
+    /// The persons. If there is none, no change needs an approval.
+    pub persons: Vec<Person>,
+    /// How long a request stays in the database after it expired.
+    pub kept: Duration,
+}
+
+impl ApprovalRules {
+    /// The actions that can need an approval.
+    pub const ACTIONS: [Action; 3] = [
+        Action::DestroyKey,
+        Action::DestroyKeyNow,
+        Action::CreateClient,
+    ];
+
+    fn are_on(&self) -> bool {
+        !self.persons.is_empty()
+    }
+
+    fn cover(&self, action: Action) -> bool {
+        self.are_on() && self.actions.contains(&action)
+    }
+
+    /// The person to whom a principal belongs.
+    fn person_of(&self, principal: &str) -> Option<&str> {
+        let mut persons = self.persons.iter();
+        let person = persons.find(|person| person.principals.contains(principal))?;
+        Some(&person.name)
+    }
+
+    /// Whether a principal still belongs to the person to whom it belonged before.
+    fn is_still(&self, known: &PersonOfPrincipal) -> bool {
+        self.person_of(&known.principal) == Some(&known.person)
+    }
+
+    /// The persons who can approve a request of this person, for a message.
+    fn approvers(&self, requester: &str) -> String {
+        let others = self.persons.iter().map(|person| person.name.as_str());
+        let others: Vec<&str> = others.filter(|name| *name != requester).collect();
+        others.join(" or ")
+    }
+}
+
+/// The approvals of one broker.
+#[derive(Debug)]
+pub(super) struct Approvals {
+    rules: ApprovalRules,
+    /// A lock that is held while a request is looked up and stored, so that one broker does not store two requests for one change.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl Approvals {
+    pub(super) fn new(rules: ApprovalRules) -> Self {
+        Self {
+            rules,
+            turn: tokio::sync::Mutex::default(),
+        }
+    }
+}
+
+impl Broker {
+    /// Returns the person to whom the principal belongs, and records it in the audit entry. A principal that belongs to no person
+    /// is refused.
+    fn person_of(
+        &self,
+        principal: &Principal,
+        draft: &mut Draft,
+    ) -> Result<PersonOfPrincipal, Error> {
+        let name = principal.name();
+        let Some(person) = self.approvals.rules.person_of(name) else {
+            draft.policy(RULE);
+            return Err(refused(&format!(
+                "the principal {name:?} belongs to no [[approvals.person]] in the configuration of the broker, so it can neither \
+                 request nor decide about a change that needs the approval of a second person"
+            )));
+        };
+        draft.person(person);
+        Ok(PersonOfPrincipal {
+            person: person.to_owned(),
+            principal: name.to_owned(),
+        })
+    }
+
+    /// Checks that a broker wrote the row. Without this check, a person who can write to the database could approve a request.
+    async fn verify_approval(&self, row: &ApprovalRow) -> Result<(), Error> {
+        let deadline = Deadline::after(MAC_TIMEOUT);
+        if !self.registry()?.knows(row.signer) {
+            self.refresh_registry().await?;
+        }
+        if !self.registry()?.knows(row.signer) {
+            let what = format!("its wrapping key {} is not registered", row.signer);
+            return Err(damaged(row.id, &what));
+        }
+        self.check_key(deadline, row.signer, KeyUse::VerifyMac)
+            .await?;
+        let caller = hsm::Caller::background(deadline);
+        let message = row.mac_message();
+        let verified = self
+            .token
+            .verify_mac(row.signer, &message, &row.mac, &caller);
+        match verified.await {
+            Ok(()) => Ok(()),
+            Err(hsm::Error::MacRefused) => Err(damaged(row.id, "its MAC does not verify")),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// Returns the row with a MAC by the integrity key that is in use.
+    async fn with_approval_mac(&self, row: ApprovalRow) -> Result<ApprovalRow, Error> {
+        let deadline = Deadline::after(MAC_TIMEOUT);
+        let signer = self
+            .ask_registry(deadline, super::Registry::integrity_key)
+            .await?;
+        let mut row = ApprovalRow { signer, ..row };
+        let caller = hsm::Caller::background(deadline);
+        row.mac = self.token.mac(signer, &row.mac_message(), &caller).await?;
+        Ok(row)
+    }
+
+    /// Removes the requests for approval that expired long ago.
+    pub(super) async fn forget_approvals(&self) {
+        let kept = i64::try_from(self.approvals.rules.kept.as_micros()).unwrap_or(i64::MAX);
+        let before = Timestamp::now().micros().saturating_sub(kept);
+        match self
+            .store
+            .forget_approvals(Timestamp::from_micros(before))
+            .await
+        {
+            Ok(count) => tracing::debug!(count, "deleted old requests for approval"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot delete old requests for approval; the broker tries again later");
+            }
+        }
+    }
+}
+
+/// A new id of a request for approval.
+pub(super) fn fresh_id() -> Result<ApprovalId, Error> {
+    let mut bytes = [0; ID_BYTES];
+    rand::fill(&mut bytes).map_err(|_| Error::new(Reason::Bug, "no random bytes"))?;
+    Ok(ApprovalId::from_bytes(bytes))
+}
+
+/// The error for a principal that may not request or decide.
+fn refused(what: &str) -> Error {
+    Error::new(Reason::Policy, what).explained("principal", what)
+}
+
+/// The error for a request whose state forbids the operation.
+fn wrong_state(what: &str) -> Error {
+    Error::new(Reason::ApprovalState, what).explained("id", what)
+}
+
+/// The error for a row that no broker wrote.
+fn damaged(id: ApprovalId, cause: &str) -> Error {
+    let what = format!(
+        "the request for approval {id} was altered in the database: {cause}. Find out who can write to the database, then remove the \
+         request with `keybroker approval reject {id}`"
+    );
+    Error::new(Reason::RecordDamaged, what.clone()).explained("id", &what)
+}

@@ -1,0 +1,248 @@
+//! The decision of a second person about a request for approval.
+
+use std::sync::Arc;
+
+use keybroker_core::{
+    approval::ApprovalState,
+    call::{Call, Timestamp},
+    error::{Error, Reason},
+    key::ApprovalId,
+    principal::{Action, Principal},
+};
+use keybroker_store as store;
+use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal};
+
+use crate::{Broker, commit::Settled, journal::Draft};
+
+use super::{ApprovalView, RULE, change::About, damaged, refused, wrong_state};
+
+/// What a person decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The change may be made once. The digest is that of the request that the person has read.
+    Approve {
+        /// The digest of the request.
+        digest: [u8; 32],
+    },
+    /// The change must not be made. A row that no broker wrote is removed.
+    Reject,
+}
+
+impl Verdict {
+    /// Returns the action that the policy evaluates.
+    pub const fn action(self) -> Action {
+        match self {
+            Self::Approve { .. } => Action::Approve,
+            Self::Reject => Action::RejectApproval,
+        }
+    }
+
+    const fn state(self) -> ApprovalState {
+        match self {
+            Self::Approve { .. } => ApprovalState::Approved,
+            Self::Reject => ApprovalState::Rejected,
+        }
+    }
+}
+
+/// The effect of a decision on the stored row.
+enum Effect {
+    Change(Box<ApprovalChange>),
+    /// The row is not authentic.
+    Remove,
+}
+
+impl Broker {
+    /// Decides about a request. Of two decisions at the same moment, only one takes effect. Returns the request after the
+    /// decision, or `None` if the row was damaged and was removed.
+    pub async fn decide_approval(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        id: ApprovalId,
+        verdict: Verdict,
+    ) -> Result<Option<ApprovalView>, Error> {
+        let (broker, principal, owned) = (Arc::clone(self), principal.clone(), call.clone());
+        self.run_change(verdict.action(), call.clone(), async move {
+            broker.run_decision(&principal, &owned, id, verdict).await
+        })
+        .await
+    }
+
+    async fn run_decision(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: ApprovalId,
+        verdict: Verdict,
+    ) -> Result<Option<ApprovalView>, Error> {
+        let mut draft = self
+            .begin_control_change(principal, call, verdict.action())
+            .await?;
+        draft.approval(id);
+        let effect = self
+            .plan_decision(principal, call, id, verdict, &mut draft)
+            .await;
+        let effect = self.or_record(&draft, effect).await?;
+        let at = Timestamp::now();
+        let commit = async {
+            match &effect {
+                Effect::Change(change) => self.store.decide_approval(change, call.id, at).await,
+                Effect::Remove => self.store.remove_approval(id, call.id, at).await,
+            }
+        };
+        let Settled { intent, result } = self.commit_with_intent(&draft, at, commit).await?;
+        let result = result.map_err(|error| match error {
+            store::Error::Conflict | store::Error::NotFound => wrong_state(
+                "another person decided about the request at the same moment; `keybroker approval list --all` shows the decision",
+            ),
+            other => other.into(),
+        });
+        self.close_intent(intent, &draft, result).await?;
+        Ok(match effect {
+            Effect::Change(change) => Some(ApprovalView::verified(change.row)),
+            Effect::Remove => None,
+        })
+    }
+
+    async fn plan_decision(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: ApprovalId,
+        verdict: Verdict,
+        draft: &mut Draft,
+    ) -> Result<Effect, Error> {
+        call.deadline.check()?;
+        self.check_acknowledged()?;
+        if !self.approvals.rules.are_on() {
+            return Err(wrong_state(
+                "no change needs an approval, because the configuration of the broker has no [[approvals.person]]",
+            ));
+        }
+        let by = self.person_of(principal, draft)?;
+        let row = match self.store.approval(id).await {
+            Ok(Some(row)) => row,
+            Ok(None) => return Err(unknown(id)),
+            Err(store::Error::Corrupt(_)) if verdict == Verdict::Reject => {
+                return Ok(Effect::Remove);
+            }
+            Err(store::Error::Corrupt(detail)) => return Err(damaged(id, &detail.to_string())),
+            Err(other) => return Err(other.into()),
+        };
+        let about = About::of(&row.document);
+        if about
+            .tenant
+            .is_some_and(|tenant| tenant != *principal.tenant())
+        {
+            return Err(unknown(id));
+        }
+        draft.requested_by(&row.requested_by);
+        draft.change_digest(&row.digest);
+        if let Some(key) = about.wrapping_key {
+            draft.wrapping_key(key);
+        }
+        match (self.verify_approval(&row).await, verdict) {
+            (Ok(()), _) => {}
+            (Err(error), Verdict::Reject)
+                if [Reason::RecordDamaged, Reason::KeyState].contains(&error.reason()) =>
+            {
+                return Ok(Effect::Remove);
+            }
+            (Err(error), Verdict::Approve { .. }) if error.reason() == Reason::KeyState => {
+                return Err(wrong_state(&format!(
+                    "the request cannot be verified any more, because of the state of wrapping key {}; {} has to run the command again",
+                    row.signer, row.requested_by.person
+                )));
+            }
+            (Err(error), _) => return Err(error),
+        }
+        self.decided_approval(row, by, verdict, draft).await
+    }
+
+    /// The row after the decision of a person.
+    async fn decided_approval(
+        &self,
+        row: ApprovalRow,
+        by: PersonOfPrincipal,
+        verdict: Verdict,
+        draft: &mut Draft,
+    ) -> Result<Effect, Error> {
+        let now = Timestamp::now();
+        let state = row.state_at(now);
+        if !state.may_become(verdict.state()) {
+            return Err(wrong_state(&described(&row, state)));
+        }
+        if let Verdict::Approve { digest } = verdict {
+            if digest != row.digest {
+                let what = "the digest of the request as `keybroker approval list` shows it; the stored request is about another change";
+                return Err(Error::violation("digest", what));
+            }
+            self.check_persons(&row, &by, draft)?;
+        }
+        let expected = row.mac;
+        let row = ApprovalRow {
+            state: verdict.state(),
+            decision: Some(Decision { by, at: now }),
+            ..row
+        };
+        let row = self.with_approval_mac(row).await?;
+        Ok(Effect::Change(Box::new(ApprovalChange { row, expected })))
+    }
+
+    /// Checks that the request is of another person who may still request changes.
+    fn check_persons(
+        &self,
+        row: &ApprovalRow,
+        by: &PersonOfPrincipal,
+        draft: &mut Draft,
+    ) -> Result<(), Error> {
+        let requester = &row.requested_by;
+        if !self.approvals.rules.is_still(requester) {
+            draft.policy(RULE);
+            return Err(refused(&format!(
+                "the principal {:?}, which requested the change, no longer belongs to {} in the configuration of the broker, so the \
+                 request cannot be approved",
+                requester.principal, requester.person
+            )));
+        }
+        if requester.person == by.person {
+            draft.policy(RULE);
+            return Err(refused(&format!(
+                "{} requested the change, so another person has to approve it: {}. Another credential of the same person does not count",
+                by.person,
+                self.approvals.rules.approvers(&by.person)
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn unknown(id: ApprovalId) -> Error {
+    let what = format!(
+        "there is no request for approval {id}; `keybroker approval list --all` shows the requests"
+    );
+    Error::new(Reason::KeyNotFound, what.clone()).explained("id", &what)
+}
+
+/// Says why nobody can decide about a request any more.
+fn described(row: &ApprovalRow, state: ApprovalState) -> String {
+    let requester = &row.requested_by.person;
+    match (state, &row.decision) {
+        (ApprovalState::Expired, _) => format!(
+            "the request expired at {}; {requester} can request the change again with the same command",
+            row.expires
+        ),
+        (_, Some(decision)) => format!(
+            "{} {} the request at {}, and a decision is not changed",
+            decision.by.person,
+            if state == ApprovalState::Rejected {
+                "rejected"
+            } else {
+                "approved"
+            },
+            decision.at
+        ),
+        (_, None) => format!("the request is {state}"),
+    }
+}

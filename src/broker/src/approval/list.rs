@@ -1,0 +1,122 @@
+//! The requests for approval, as administrators and auditors see them.
+
+use keybroker_core::{
+    approval::ApprovalState,
+    call::{Call, Timestamp},
+    error::{Error, Reason},
+    principal::{Action, Principal, Role},
+};
+use keybroker_store::{ApprovalRow, DamagedApproval};
+
+use crate::{Broker, within};
+
+use super::change::About;
+
+/// A request for approval.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApprovalView {
+    /// The stored request.
+    pub row: ApprovalRow,
+    /// The state at the time of the answer.
+    pub state: ApprovalState,
+    /// Whether the token verified the row for this answer; `false` if the token was unavailable.
+    pub is_verified: bool,
+    /// Why the broker does not accept the row, for example because it was altered.
+    pub problem: Option<String>,
+}
+
+impl ApprovalView {
+    /// A row that this broker has just written or verified.
+    pub(super) fn verified(row: ApprovalRow) -> Self {
+        Self {
+            state: row.state_at(Timestamp::now()),
+            row,
+            is_verified: true,
+            problem: None,
+        }
+    }
+}
+
+/// The requests for approval.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApprovalList {
+    /// The requests, newest first.
+    pub approvals: Vec<ApprovalView>,
+    /// Rows that cannot be read.
+    pub damaged: Vec<DamagedApproval>,
+}
+
+impl Broker {
+    /// Returns the requests for approval: those that are open or, with `all`, also those that are over. A request about an API
+    /// client is shown to administrators of the same tenant, and to auditors.
+    pub async fn approvals(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        all: bool,
+    ) -> Result<ApprovalList, Error> {
+        Box::pin(
+            self.read_async(principal, call, Action::ListApprovals, async {
+                let now = Timestamp::now();
+                let after = if all { Timestamp::from_micros(0) } else { now };
+                let found = within(call, self.store.approvals(after)).await?;
+                let mut list = ApprovalList {
+                    approvals: Vec::new(),
+                    damaged: Vec::new(),
+                };
+                let mut is_token_away = false;
+                for row in found {
+                    let row = match row {
+                        Ok(row) => row,
+                        Err(damaged) => {
+                            list.damaged.push(damaged);
+                            continue;
+                        }
+                    };
+                    let state = row.state_at(now);
+                    if (all || state.is_open()) && is_shown(&row, principal) {
+                        let view = self.listed_approval(row, state, &mut is_token_away).await;
+                        list.approvals.push(view);
+                    }
+                }
+                Ok(list)
+            }),
+        )
+        .await
+    }
+
+    async fn listed_approval(
+        &self,
+        row: ApprovalRow,
+        state: ApprovalState,
+        is_token_away: &mut bool,
+    ) -> ApprovalView {
+        let verified = if *is_token_away {
+            Err(None)
+        } else {
+            self.verify_approval(&row).await.map_err(Some)
+        };
+        let problem = match &verified {
+            Err(Some(error)) if error.reason() == Reason::RecordDamaged => {
+                Some(error.detail().to_owned())
+            }
+            Err(Some(error)) if error.reason() != Reason::KeyState => {
+                *is_token_away = true;
+                tracing::info!(%error, "the token did not verify all requests for approval of a list");
+                None
+            }
+            _ => None,
+        };
+        ApprovalView {
+            row,
+            state,
+            is_verified: verified.is_ok(),
+            problem,
+        }
+    }
+}
+
+fn is_shown(row: &ApprovalRow, principal: &Principal) -> bool {
+    let tenant = About::of(&row.document).tenant;
+    principal.has(Role::Auditor) || tenant.is_none_or(|tenant| tenant == *principal.tenant())
+}

@@ -1,0 +1,258 @@
+//! `keybroker approval`: lists the changes that a second person must approve, and approves or rejects them through the admin API.
+
+use clap::Subcommand;
+use keybroker_client::{ApprovalId, Error, Reason, proto};
+use serde_json::{Value, json};
+
+use crate::cli::{
+    confirm,
+    exit::{Exit, Failure},
+    output::Field,
+};
+
+use super::{Caller, arguments, refusal, show};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List the changes that wait for the approval of a second person, or that were approved and not made yet
+    List {
+        /// Also list requests that were rejected, used or not used in time
+        #[arg(long)]
+        all: bool,
+    },
+    /// Approve the change that another person requested
+    ///
+    /// The command shows the change with all its parameters and asks for the id of the request again. The approval permits the
+    /// change once: the person who requested it runs the same command again. An approval cannot be withdrawn.
+    Approve {
+        /// Id of the request, 32 hexadecimal digits
+        #[arg(value_parser = arguments::approval_id)]
+        id: ApprovalId,
+        /// Approve the change without asking for the id again
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Reject a requested change, also a request of your own
+    ///
+    /// The command also removes a request that was altered in the database.
+    Reject {
+        /// Id of the request, 32 hexadecimal digits
+        #[arg(value_parser = arguments::approval_id)]
+        id: ApprovalId,
+    },
+}
+
+impl Caller {
+    pub(super) async fn approvals(&self, command: Command) -> Result<(), Failure> {
+        match command {
+            Command::List { all } => self.list_approvals(all).await,
+            Command::Approve { id, yes } => self.approve(id, yes).await,
+            Command::Reject { id } => self.reject(id).await,
+        }
+    }
+
+    async fn list_approvals(&self, all: bool) -> Result<(), Failure> {
+        let listed = self.client.list_approvals(all).await;
+        let listed = listed.map_err(|error| failure(&error))?;
+        let json = self.output.is_json();
+        let mut rows: Vec<_> = listed
+            .approvals
+            .iter()
+            .map(|request| fields(request, json))
+            .collect();
+        rows.extend(listed.damaged.iter().map(damaged_fields));
+        let when_empty = if all {
+            "no requests for approval"
+        } else {
+            "no open requests for approval"
+        };
+        self.output.list(rows, when_empty)?;
+        let has_problem = |request: &proto::Approval| !request.problem.is_empty();
+        if !listed.damaged.is_empty() || listed.approvals.iter().any(has_problem) {
+            self.output.note(
+                "warning: a request was altered in the database: find out who can write to the database, then remove the request with \
+                 `keybroker approval reject ID`",
+            );
+        }
+        Ok(())
+    }
+
+    async fn approve(&self, id: ApprovalId, yes: bool) -> Result<(), Failure> {
+        let request = self.request(id).await?;
+        if !yes {
+            for (name, value) in fields(&request, false) {
+                if let Some(text) = shown(&value) {
+                    self.output.note(&format!("{name}: {text}"));
+                }
+            }
+        }
+        let warning = format!(
+            "Your approval lets {} make this change once, and cannot be withdrawn",
+            request.requested_by_person
+        );
+        confirm::typed_id(self.output, yes, &id.to_string(), "request", &warning)?;
+        let digest = request.digest.as_slice().try_into().map_err(|_| {
+            let what = "the broker's answer is not valid: the digest of the request does not have 32 bytes";
+            Failure::new(Exit::Refused, what)
+        })?;
+        let approved = self.client.approve_change(id, digest).await;
+        let approved = approved.map_err(|error| failure(&error))?;
+        self.output
+            .fields(fields(&approved, self.output.is_json()))?;
+        let until = show::time(approved.expire_time.as_ref());
+        self.output.note(&format!(
+            "{} can make the change once with the same command as before, until {}",
+            approved.requested_by_person,
+            until.as_str().unwrap_or("the request expires")
+        ));
+        Ok(())
+    }
+
+    /// Returns the request that a person is asked to approve. A list has a limited length, so the list of the open requests is read
+    /// first.
+    async fn request(&self, id: ApprovalId) -> Result<proto::Approval, Failure> {
+        for all in [false, true] {
+            let listed = self.client.list_approvals(all).await;
+            let listed = listed.map_err(|error| failure(&error))?;
+            let mut requests = listed.approvals.into_iter();
+            if let Some(request) = requests.find(|request| request.id == id.as_bytes()) {
+                return Ok(request);
+            }
+        }
+        let what = format!("the broker lists no readable request for approval {id}");
+        Err(Failure::new(Exit::Refused, what).hint(HINT))
+    }
+
+    async fn reject(&self, id: ApprovalId) -> Result<(), Failure> {
+        let rejected = self.client.reject_change(id).await;
+        match rejected.map_err(|error| failure(&error))? {
+            Some(rejected) => self.output.fields(fields(&rejected, self.output.is_json())),
+            None => self.output.sentence(
+                "removed",
+                &format!("the request {id} was altered in the database, and was removed"),
+            ),
+        }
+    }
+}
+
+const HINT: &str = "`keybroker approval list --all` shows the requests";
+
+/// The failure of a call about requests for approval. The general hints are about user keys.
+fn failure(error: &Error) -> Failure {
+    let failure = refusal::failure(error);
+    match error.reason() {
+        Some(Reason::KeyNotFound | Reason::RecordDamaged) => failure.hint(HINT),
+        _ => failure,
+    }
+}
+
+fn state(state: proto::ApprovalState) -> &'static str {
+    match state {
+        proto::ApprovalState::Pending => "pending",
+        proto::ApprovalState::Approved => "approved",
+        proto::ApprovalState::Rejected => "rejected",
+        proto::ApprovalState::Used => "used",
+        proto::ApprovalState::Expired => "expired",
+        proto::ApprovalState::Unspecified => "unknown",
+    }
+}
+
+fn fields(request: &proto::Approval, json: bool) -> Vec<Field> {
+    let text = |text: &str| {
+        if text.is_empty() {
+            Value::Null
+        } else {
+            json!(text)
+        }
+    };
+    vec![
+        ("id", json!(hex::encode(&request.id))),
+        ("state", json!(state(request.state()))),
+        ("action", json!(request.action)),
+        ("change", change(&request.change, json)),
+        ("digest", json!(hex::encode(&request.digest))),
+        ("requested_by", json!(request.requested_by_person)),
+        ("requested_by_principal", json!(request.requested_by)),
+        ("requested", show::time(request.request_time.as_ref())),
+        ("expires", show::time(request.expire_time.as_ref())),
+        ("decided_by", text(&request.decided_by_person)),
+        ("decided_by_principal", text(&request.decided_by)),
+        ("decided", show::time(request.decide_time.as_ref())),
+        ("used", show::time(request.use_time.as_ref())),
+        ("verified", json!(request.verified)),
+        ("problem", text(&request.problem)),
+    ]
+}
+
+/// Returns the same columns as [`fields`] for a row that the broker could not read.
+fn damaged_fields(row: &proto::DamagedApproval) -> Vec<Field> {
+    let unreadable = proto::Approval::default();
+    let mut fields = fields(&unreadable, false);
+    for (name, value) in &mut fields {
+        *value = match *name {
+            "id" if !row.id.is_empty() => json!(hex::encode(&row.id)),
+            "state" => json!("unreadable"),
+            "verified" => json!(false),
+            "problem" => json!("the row cannot be read"),
+            _ => Value::Null,
+        };
+    }
+    fields
+}
+
+/// The requested change: as an object, or as one line with the parameters that are set.
+fn change(text: &str, json: bool) -> Value {
+    let Ok(Value::Object(parameters)) = serde_json::from_str::<Value>(text) else {
+        return json!(text);
+    };
+    if json {
+        return Value::Object(parameters);
+    }
+    let words: Vec<String> = parameters
+        .iter()
+        .filter_map(|(name, value)| Some(format!("{name} {}", shown(value)?)))
+        .collect();
+    json!(words.join(", "))
+}
+
+/// A value for a person; `None` for a value that is not set.
+fn shown(value: &Value) -> Option<String> {
+    match value {
+        Value::Null => None,
+        Value::String(text) => Some(text.clone()),
+        Value::Array(values) => {
+            let texts: Vec<String> = values.iter().filter_map(shown).collect();
+            Some(texts.join(" "))
+        }
+        other => Some(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_one_line_for_a_person_and_an_object_for_a_program() {
+        let text = r#"{"after_days":30,"secret_days":null,"users":["a","b"],"wrapping_key":"07"}"#;
+        assert_eq!(
+            change(text, false),
+            json!("after_days 30, users a b, wrapping_key 07")
+        );
+        assert_eq!(change(text, true)["secret_days"], Value::Null);
+        assert_eq!(change("no json", true), json!("no json"));
+    }
+
+    #[test]
+    fn a_row_that_cannot_be_read_has_the_same_columns() {
+        let names =
+            |fields: Vec<Field>| fields.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        let row = proto::DamagedApproval { id: vec![7; 16] };
+        let damaged = damaged_fields(&row);
+        assert_eq!(damaged[0].1, json!("07".repeat(16)));
+        assert_eq!(
+            names(damaged),
+            names(fields(&proto::Approval::default(), true))
+        );
+    }
+}

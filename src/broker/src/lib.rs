@@ -42,7 +42,7 @@ use keybroker_core::{
     principal::{Action, Principal},
     state::StateDirectory,
 };
-use keybroker_hsm::{Caller, Calls, Token, admin::KeyAdmin};
+use keybroker_hsm::{Caller, Calls, Token};
 use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
@@ -76,7 +76,7 @@ mod uses;
 
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
-pub use key_change::{DestructionRules, KeyChange, Rotated, Rotation, Wait};
+pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
 pub use keybroker_store::{
     Damage, DamagedClient, DamagedRecord, KeyUses, Position, RecordInfo, RecordState, RunState,
@@ -149,12 +149,12 @@ pub struct Parts {
     pub capacity: Capacity,
     /// The rule that determines which keys must be on each token.
     pub expect: Expect,
-    /// Starts the short-lived admin workers that make wrapping keys.
-    pub key_admin: KeyAdmin,
+    /// Starts the short-lived admin workers that make, find and remove wrapping keys on the configured tokens.
+    pub configured: ConfiguredTokens,
     /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`; `None` for no limit.
     pub rotate_after: Option<Duration>,
-    /// How wrapping keys are destroyed.
-    pub destruction: DestructionRules,
+    /// The shortest waiting time in days before a wrapping key is destroyed: `wrapping_keys.destroy_after_days`.
+    pub destroy_after_days: u32,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
     pub accepted_risks: Vec<String>,
@@ -193,6 +193,7 @@ pub struct Broker {
     registry_memory: RegistryMemory,
     /// The changes of wrapping keys that this broker makes.
     key_changes: KeyChanges,
+    configured: ConfiguredTokens,
     expect: Expect,
     key_age: KeyAge,
     scheduled: Scheduled,
@@ -230,10 +231,11 @@ impl Broker {
             logged_problems: Mutex::default(),
             state: parts.state.clone(),
             registry_memory: RegistryMemory::new(parts.state.clone(), &parts.instance),
-            key_changes: KeyChanges::new(parts.key_admin),
+            key_changes: KeyChanges::default(),
+            configured: parts.configured,
             expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
-            scheduled: Scheduled::new(parts.destruction),
+            scheduled: Scheduled::new(parts.destroy_after_days),
             capacity: parts.capacity,
             accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),

@@ -356,13 +356,15 @@ pub enum Action {
     DestroyKeyNow,
     /// Cancel the scheduled destruction of a wrapping key.
     KeepKey,
+    /// Search the tokens for copies of a wrapping key, and register the copies.
+    FindKeyCopies,
     /// Start, pause and resume the move of rows to the active wrapping key, without the right to release a user key.
     Rewrap,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 26] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -387,6 +389,7 @@ impl Action {
         Self::DestroyKey,
         Self::DestroyKeyNow,
         Self::KeepKey,
+        Self::FindKeyCopies,
         Self::Rewrap,
     ];
 
@@ -417,6 +420,7 @@ impl Action {
             Self::DestroyKey => "wrapping_key.destroy",
             Self::DestroyKeyNow => "wrapping_key.destroy_now",
             Self::KeepKey => "wrapping_key.keep",
+            Self::FindKeyCopies => "wrapping_key.find_copies",
             Self::Rewrap => "wrapping_key.rewrap",
         }
     }

@@ -102,13 +102,11 @@ impl Broker {
             }
         }
         let mut rows: Vec<RegistryRow> = fresh.entries.iter().map(Entry::searched_row).collect();
-        if let Some(awaited) = self.key_changes.awaited()
-            && !fresh.knows(awaited.id)
-        {
-            rows.push(awaited);
+        let mut places = fresh.places.clone();
+        if let Some(awaited) = self.key_changes.awaited() {
+            awaited.add_to(&mut rows, &mut places);
         }
-        self.token
-            .expect_keys(self.expect.of(rows, fresh.places.clone()));
+        self.token.expect_keys(self.expect.of(rows, places));
         Ok(fresh)
     }
 

@@ -34,7 +34,7 @@ use keybroker_auth::{
     token::Tokens,
 };
 use keybroker_broker::{
-    Broker, Capacity, ClientRules, DestructionRules, Expect, Parts, limits::Limits,
+    Broker, Capacity, ClientRules, ConfiguredTokens, Expect, Parts, limits::Limits,
 };
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm as hsm;
@@ -165,27 +165,20 @@ async fn open_store(
     opening::open_store(config, audit).await
 }
 
-/// Returns the object that starts admin workers to generate and remove wrapping keys for this broker.
+/// Returns the object that starts admin workers on a token for this broker.
 fn key_admin(config: &Config, token: &hsm::Settings, program: PathBuf) -> KeyAdmin {
     KeyAdmin::new(
         program,
         token.clone(),
         StateDirectory::below(&config.audit.directory),
-        config.tokens.are_several(),
     )
 }
 
-/// What the broker needs to destroy wrapping keys on all tokens.
-fn destruction(config: &Config, program: &Path) -> DestructionRules {
+/// The tokens on which the broker makes, finds and removes wrapping keys.
+fn configured(config: &Config, program: &Path) -> ConfiguredTokens {
     let tokens = config.tokens.all().iter();
-    let admin = |token: &hsm::Settings| {
-        let admin = key_admin(config, token, program.to_owned());
-        (token.name.clone(), admin)
-    };
-    DestructionRules {
-        days: config.wrapping_keys.destroy_after_days,
-        tokens: tokens.map(admin).collect(),
-    }
+    let admins = tokens.map(|token| key_admin(config, token, program.to_owned()));
+    ConfiguredTokens::new(admins.collect())
 }
 
 /// The rule that determines which keys must be on each token.
@@ -305,8 +298,8 @@ impl Server {
             retention: retention(&config.store),
             capacity: capacity(&config.store),
             expect: expect(&config),
-            destruction: destruction(&config, &program),
-            key_admin: key_admin(&config, config.token(), program),
+            configured: configured(&config, &program),
+            destroy_after_days: config.wrapping_keys.destroy_after_days,
             rotate_after: config.wrapping_keys.rotate_after(),
             state,
             accepted_risks,

@@ -28,6 +28,7 @@ use crate::{
 };
 
 mod destruction;
+mod reload;
 mod rotation;
 
 const MATERIAL: &[u8] = b"material of this user";

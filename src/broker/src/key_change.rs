@@ -274,8 +274,7 @@ impl Broker {
             return Ok(());
         };
         let what = format!(
-            "key {id} may be on token {}, which is not available; repair the token, or remove it from the configuration and restart \
-             the broker",
+            "key {id} may be on token {}, which is not available; repair the token, or remove it from the configuration",
             away.name
         );
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))

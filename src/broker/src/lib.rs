@@ -29,7 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio_util::task::TaskTracker;
 
 use crate::limits::Limits;
@@ -204,7 +204,7 @@ pub struct Broker {
     client_uses: ClientUses,
     acknowledged: Acknowledged,
     capacity: Capacity,
-    accepted_risks: Vec<String>,
+    accepted_risks: ArcSwap<Vec<String>>,
     /// Counter that is incremented with each change of an API client through this broker.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
@@ -237,7 +237,7 @@ impl Broker {
             key_age: KeyAge::new(parts.rotate_after),
             scheduled: Scheduled::new(parts.destroy_after_days),
             capacity: parts.capacity,
-            accepted_risks: parts.accepted_risks,
+            accepted_risks: ArcSwap::from_pointee(parts.accepted_risks),
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
             instance: parts.instance,
@@ -255,6 +255,11 @@ impl Broker {
     /// Whether the log limits allow another line about an unauthenticated caller at this address.
     pub fn may_log(&self, address: IpAddr) -> bool {
         self.limits.may_log(address)
+    }
+
+    /// Replaces the risks that the settings of the tokens accept, after the list of tokens was changed.
+    pub fn accept_risks(&self, risks: Vec<String>) {
+        self.accepted_risks.store(Arc::new(risks));
     }
 
     /// Waits until the outcome of every running mutation is on disk. Then writes the counted

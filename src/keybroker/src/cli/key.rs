@@ -437,7 +437,11 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
             let place = place::add(&config, &admin, &key, &row)?;
             Ok((row, place))
         })?,
-        Some(old) if config.tokens.are_several() => {
+        // A row names the only token if other tokens were removed from the configuration.
+        Some(old)
+            if config.tokens.are_several()
+                || registry.place(id, &config.token().name).is_some() =>
+        {
             let place = place::register(context, &config, &admin, &key, old, &registry)?;
             (old.clone(), Some(place))
         }

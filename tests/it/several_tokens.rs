@@ -28,6 +28,8 @@ use crate::{
 };
 
 mod destruction;
+mod reload;
+mod rotation;
 
 const MATERIAL: &[u8] = b"material of this user";
 const CALLERS: usize = 8;

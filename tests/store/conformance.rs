@@ -9,8 +9,8 @@ use keybroker_core::{
     },
 };
 use keybroker_store::{
-    DestructionChange, DestructionRow, Error, ListQuery, PlaceRow, Position, RecordInfo,
-    RecordState, RegistryChange, RegistryRow, RegistryUpdate, Store,
+    DestructionChange, DestructionRow, Error, ListQuery, PlaceChange, PlaceRow, Position,
+    RecordInfo, RecordState, RegistryChange, RegistryRow, RegistryUpdate, Store,
 };
 use tokio::task::JoinSet;
 
@@ -593,7 +593,73 @@ pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
     store.update_place(&next, &first.mac).await.unwrap();
     let stale = store.update_place(&first, &first.mac).await;
     assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
-    assert_eq!(store.places().await.unwrap(), [next, second]);
+    assert_eq!(
+        store.places().await.unwrap(),
+        [next.clone(), second.clone()]
+    );
+
+    // The places of a change of the registry are written together with its rows, or not at all.
+    let third = row("c");
+    let moved = PlaceRow {
+        token_serial: "4567".to_owned(),
+        mac: [3; 32],
+        ..second.clone()
+    };
+    let replace = |expected| PlaceChange {
+        row: moved.clone(),
+        expected: Some(expected),
+    };
+    let add = PlaceChange {
+        row: third.clone(),
+        expected: None,
+    };
+    let at = Timestamp::from_micros(1);
+    for refused in [
+        vec![add.clone(), replace(first.mac)],
+        vec![add.clone(), add.clone()],
+        vec![
+            add.clone(),
+            PlaceChange {
+                row: next.clone(),
+                expected: None,
+            },
+        ],
+    ] {
+        let call = CallId::fresh();
+        let change = RegistryChange {
+            places: refused,
+            ..RegistryChange::default()
+        };
+        let refused = store.change_registry(&change, call, at).await;
+        assert!(matches!(refused, Err(Error::Conflict)), "{refused:?}");
+        assert!(!store.committed_by(call).await.unwrap());
+    }
+    let key = RegistryRow {
+        id: KEY,
+        objects: ObjectIds::default(),
+        fingerprint: Fingerprint([1; 32]),
+        purpose: Purpose::Plain,
+        state: WrappingKeyState::PreActive,
+        token_serial: "0123".to_owned(),
+        sequence: 1,
+        registered: at,
+        backup_confirmed: None,
+        mac: [9; 32],
+    };
+    store.register(&key).await.unwrap();
+    // A row that is written without a change still counts as a row with the expected MAC.
+    let change = RegistryChange {
+        updates: vec![RegistryUpdate {
+            expected: key.mac,
+            row: key.clone(),
+        }],
+        places: vec![add, replace(second.mac)],
+        ..RegistryChange::default()
+    };
+    let changed = store.change_registry(&change, CallId::fresh(), at).await;
+    changed.unwrap();
+    assert_eq!(store.places().await.unwrap(), [next, moved, third]);
+    assert_eq!(store.registry().await.unwrap(), [key]);
 }
 
 /// Counts end at the limit, so that no count reads more rows than that.

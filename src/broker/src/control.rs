@@ -8,7 +8,7 @@ use keybroker_core::{
     key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::TokenState;
+use keybroker_hsm::{TokenState, admin::KeyAdmin};
 use keybroker_policy::Resource;
 use keybroker_store::RegistryRow;
 
@@ -39,6 +39,10 @@ pub struct WrappingKeyView {
     /// The problem that prevents the use of the key in every state; `None` for a key without a
     /// problem.
     pub problem: Option<String>,
+    /// Names of the configured tokens whose workers found the key.
+    pub tokens: Vec<String>,
+    /// Names of the other configured tokens; empty for a destroyed key.
+    pub missing_tokens: Vec<String>,
     /// The public key on the token; `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,
 }
@@ -145,19 +149,36 @@ impl Broker {
 
     fn views(&self, registry: &Registry) -> Vec<WrappingKeyView> {
         let state = self.token.state();
+        let configured = self.configured.all();
         let view = |found: (&RegistryRow, Option<&str>)| WrappingKeyView {
             destroyed_at: self.scheduled.due(found.0),
-            ..view(found, &state)
+            ..view(found, &state, &configured)
         };
         registry.rows().map(view).collect()
     }
 }
 
-/// Describes a row of the registry and the reason why its key cannot be used.
+/// Describes a row of the registry, the reason why its key cannot be used, and the tokens that have the key.
 pub(super) fn view(
     (row, problem): (&RegistryRow, Option<&str>),
     state: &TokenState,
+    configured: &[KeyAdmin],
 ) -> WrappingKeyView {
+    let each = if state.tokens.is_empty() {
+        std::slice::from_ref(state)
+    } else {
+        &state.tokens
+    };
+    let with = each
+        .iter()
+        .filter(|token| token_key(&token.keys, row.id).is_some());
+    let tokens: Vec<String> = with.map(|token| token.name.clone()).collect();
+    let is_destroyed = row.state == WrappingKeyState::Destroyed;
+    let others = configured.iter().map(KeyAdmin::name);
+    let missing_tokens = others
+        .filter(|name| !is_destroyed && !tokens.iter().any(|token| token == name))
+        .map(str::to_owned)
+        .collect();
     WrappingKeyView {
         id: row.id,
         fingerprint: row.fingerprint,
@@ -166,6 +187,8 @@ pub(super) fn view(
         registered: row.registered,
         backup_confirmed: row.backup_confirmed.is_some(),
         destroyed_at: None,
+        tokens,
+        missing_tokens,
         problem: problem.map(str::to_owned),
         on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {
             modulus_bits: key.modulus_bits,

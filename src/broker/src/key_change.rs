@@ -14,27 +14,33 @@ use std::{
 
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
+    envelope::Mac,
     error::{Error, Reason},
     key::{KeyUse, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::{Caller, Serving, TokenState, admin::KeyAdmin};
+use keybroker_hsm::{Caller, Serving, TokenState};
 use keybroker_store as store;
-use keybroker_store::{DestructionChange, RegistryChange, RegistryRow, RegistryUpdate};
+use keybroker_store::{DestructionChange, PlaceRow, RegistryChange, RegistryRow, RegistryUpdate};
 
 use super::{
     Broker, WrappingKeyView, commit::Settled, control::view, journal::Draft, registry::Registry,
 };
 
 mod age;
+mod configured;
+mod copies;
 mod destruction;
 mod making;
 mod rotation;
 
 pub(super) use age::KeyAge;
+pub use configured::ConfiguredTokens;
 pub(super) use destruction::Scheduled;
-pub use destruction::{DestructionRules, Wait};
+pub use destruction::Wait;
 pub use rotation::{Rotated, Rotation};
+
+use making::Awaited;
 
 /// A row number that is not below this limit is ignored, because only a forged row has such a large
 /// number.
@@ -68,6 +74,8 @@ pub enum KeyChange {
     Destroy(Wait),
     /// The scheduled destruction of the key is cancelled.
     Keep,
+    /// The tokens are searched for copies of the key, and the copies are registered. The state of the key does not change.
+    FindCopies,
 }
 
 impl KeyChange {
@@ -83,35 +91,27 @@ impl KeyChange {
             Self::Destroy(Wait::None) => Action::DestroyKeyNow,
             Self::Destroy(_) => Action::DestroyKey,
             Self::Keep => Action::KeepKey,
+            Self::FindCopies => Action::FindKeyCopies,
         }
     }
 }
 
 /// The changes of wrapping keys that this broker makes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct KeyChanges {
-    admin: KeyAdmin,
     /// Lock that is held during a change, so that this broker makes one change at a time.
     turn: tokio::sync::Mutex<()>,
-    /// A new key that the workers must check before its registration.
-    awaited: Mutex<Option<RegistryRow>>,
+    /// A key that the workers must check before its registration, or before the registration of its copies.
+    awaited: Mutex<Option<Awaited>>,
 }
 
 impl KeyChanges {
-    pub(super) fn new(admin: KeyAdmin) -> Self {
-        Self {
-            admin,
-            turn: tokio::sync::Mutex::default(),
-            awaited: Mutex::default(),
-        }
-    }
-
-    /// Returns the row of the new key that the workers must check before its registration.
-    pub(super) fn awaited(&self) -> Option<RegistryRow> {
+    /// Returns the key that the workers must check before its registration, or before the registration of its copies.
+    pub(super) fn awaited(&self) -> Option<Awaited> {
         self.lock_awaited().clone()
     }
 
-    fn lock_awaited(&self) -> MutexGuard<'_, Option<RegistryRow>> {
+    fn lock_awaited(&self) -> MutexGuard<'_, Option<Awaited>> {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -157,16 +157,40 @@ impl Broker {
         draft.wrapping_key(id);
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
         let planned = self.plan_state_change(principal, call, id, change).await;
-        let mut planned = self.or_record(&draft, planned).await?;
-        if let KeyChange::Destroy(wait) = change {
-            let approved = self
-                .approved_destruction(principal, call, id, wait, &mut draft)
-                .await;
-            planned.approval = self.or_record(&draft, approved).await?;
-        }
-        self.commit_key_change(call, &draft, planned).await?;
+        let committed = match self.or_record(&draft, planned).await {
+            Ok(planned) => {
+                let wait = match change {
+                    KeyChange::Destroy(wait) => Some(wait),
+                    _ => None,
+                };
+                self.commit_approved(principal, call, &mut draft, wait, planned, id)
+                    .await
+            }
+            Err(error) => Err(error),
+        };
+        self.forget_new_key();
+        committed?;
         drop(turn);
         self.view_of(id)
+    }
+
+    /// Commits a change. If the change schedules a destruction, the transaction also uses the approval that permits it.
+    async fn commit_approved(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        draft: &mut Draft,
+        destruction: Option<Wait>,
+        mut planned: RegistryChange,
+        id: WrappingKeyId,
+    ) -> Result<(), Error> {
+        if let Some(wait) = destruction {
+            let approved = self
+                .approved_destruction(principal, call, id, wait, draft)
+                .await;
+            planned.approval = self.or_record(draft, approved).await?;
+        }
+        self.commit_key_change(call, draft, planned).await
     }
 
     async fn plan_state_change(
@@ -189,6 +213,7 @@ impl Broker {
                 return self.plan_destruction(&registry, id, wait, principal).await;
             }
             KeyChange::Keep => return self.plan_keeping(&registry, id).await,
+            KeyChange::FindCopies => return self.plan_copies(&registry, id).await,
             _ => {}
         }
         let state = self.token.state();
@@ -201,17 +226,25 @@ impl Broker {
             state: to,
             ..row.clone()
         };
+        let mut places = Vec::new();
         if let KeyChange::Activate {
             backup_confirmed,
             without_backup,
         } = change
         {
+            let now = Timestamp::now();
             if backup_confirmed && row.backup_confirmed.is_none() {
-                new.backup_confirmed = Some(Timestamp::now());
+                new.backup_confirmed = Some(now);
             }
             check_backup(row, new.backup_confirmed.is_some() || without_backup)?;
+            if row.state == WrappingKeyState::PreActive {
+                let copies = self.copies_for_activation(&registry, row, without_backup);
+                let copies = copies.await?;
+                places = copies.changes(&registry, row, backup_confirmed.then_some(now));
+            }
         }
         let mut planner = Planner::new(&registry);
+        planner.change.places = places;
         let mut signer = id;
         if to == WrappingKeyState::Active {
             planner.deactivate_others(&registry, id, &state);
@@ -267,21 +300,30 @@ impl Broker {
             return Ok(());
         };
         let what = format!(
-            "key {id} may be on token {}, which is not available; repair the token, or remove it from the configuration and restart \
-             the broker",
+            "key {id} may be on token {}, which is not available; repair the token, or remove it from the configuration",
             away.name
         );
         Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what))
     }
 
-    /// Computes the MACs of the changed rows. The integrity key of each wrapping key authenticates the row of this wrapping
+    /// Computes the MACs of the changed rows and places. The integrity key of each wrapping key authenticates the row of this wrapping
     /// key. The integrity key of `tombstone_signer` authenticates the rows of destroyed keys.
     async fn with_macs(
         &self,
         planner: Planner,
         tombstone_signer: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
-        let mut change = planner.change;
+        self.with_macs_of(planner.change, tombstone_signer).await
+    }
+
+    async fn with_macs_of(
+        &self,
+        mut change: RegistryChange,
+        tombstone_signer: WrappingKeyId,
+    ) -> Result<RegistryChange, Error> {
+        for place in &mut change.places {
+            place.row.mac = self.mac_of_place(&place.row).await?;
+        }
         for update in &mut change.updates {
             let row = &update.row;
             let (signer, message) = if row.state == WrappingKeyState::Destroyed {
@@ -293,6 +335,13 @@ impl Broker {
             update.row.mac = self.token.mac(signer, &message, &caller).await?;
         }
         Ok(change)
+    }
+
+    /// Computes the MAC of a row that names a token of a key, with the integrity key of this key.
+    async fn mac_of_place(&self, place: &PlaceRow) -> Result<Mac, Error> {
+        let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
+        let message = place.mac_message();
+        Ok(self.token.mac(place.key, &message, &caller).await?)
     }
 
     async fn commit_key_change(
@@ -327,7 +376,7 @@ impl Broker {
         let found = found.ok_or_else(|| Error::new(Reason::KeyNotFound, format!("key {id}")))?;
         Ok(WrappingKeyView {
             destroyed_at: self.scheduled.due(found.0),
-            ..view(found, &state)
+            ..view(found, &state, &self.configured.all())
         })
     }
 }
@@ -344,7 +393,7 @@ fn next_state(
         KeyChange::Deactivate => WrappingKeyState::Deactivated,
         KeyChange::Compromise => WrappingKeyState::Compromised,
         KeyChange::Lose | KeyChange::Destroy(_) => WrappingKeyState::Destroyed,
-        KeyChange::Keep => row.state,
+        KeyChange::Keep | KeyChange::FindCopies => row.state,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
                 "only a suspended key can be resumed, but this key is {}",

@@ -29,7 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio_util::task::TaskTracker;
 
 use crate::limits::Limits;
@@ -42,7 +42,7 @@ use keybroker_core::{
     principal::{Action, Principal},
     state::StateDirectory,
 };
-use keybroker_hsm::{Caller, Calls, Token, admin::KeyAdmin};
+use keybroker_hsm::{Caller, Calls, Token};
 use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
 use keybroker_store::Store;
 
@@ -78,7 +78,7 @@ mod uses;
 pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Person, Verdict};
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
-pub use key_change::{DestructionRules, KeyChange, Rotated, Rotation, Wait};
+pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
 pub use keybroker_store::{
     ApprovalRow, Damage, DamagedApproval, DamagedClient, DamagedRecord, KeyUses, Position,
@@ -152,12 +152,12 @@ pub struct Parts {
     pub capacity: Capacity,
     /// The rule that determines which keys must be on each token.
     pub expect: Expect,
-    /// Starts the short-lived admin workers that make wrapping keys.
-    pub key_admin: KeyAdmin,
+    /// Starts the short-lived admin workers that make, find and remove wrapping keys on the configured tokens.
+    pub configured: ConfiguredTokens,
     /// The age after which a wrapping key must be rotated: `wrapping_keys.rotate_after_days`; `None` for no limit.
     pub rotate_after: Option<Duration>,
-    /// How wrapping keys are destroyed.
-    pub destruction: DestructionRules,
+    /// The shortest waiting time in days before a wrapping key is destroyed: `wrapping_keys.destroy_after_days`.
+    pub destroy_after_days: u32,
     /// Which changes need the approval of a second person.
     pub approvals: ApprovalRules,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
@@ -198,6 +198,7 @@ pub struct Broker {
     registry_memory: RegistryMemory,
     /// The changes of wrapping keys that this broker makes.
     key_changes: KeyChanges,
+    configured: ConfiguredTokens,
     expect: Expect,
     key_age: KeyAge,
     scheduled: Scheduled,
@@ -209,7 +210,7 @@ pub struct Broker {
     client_uses: ClientUses,
     acknowledged: Acknowledged,
     capacity: Capacity,
-    accepted_risks: Vec<String>,
+    accepted_risks: ArcSwap<Vec<String>>,
     /// Counter that is incremented with each change of an API client through this broker.
     clients_generation: AtomicU64,
     store_up: AtomicBool,
@@ -236,13 +237,14 @@ impl Broker {
             logged_problems: Mutex::default(),
             state: parts.state.clone(),
             registry_memory: RegistryMemory::new(parts.state.clone(), &parts.instance),
-            key_changes: KeyChanges::new(parts.key_admin),
+            key_changes: KeyChanges::default(),
+            configured: parts.configured,
             expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
-            scheduled: Scheduled::new(parts.destruction),
+            scheduled: Scheduled::new(parts.destroy_after_days),
             approvals: Approvals::new(parts.approvals),
             capacity: parts.capacity,
-            accepted_risks: parts.accepted_risks,
+            accepted_risks: ArcSwap::from_pointee(parts.accepted_risks),
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
             instance: parts.instance,
@@ -260,6 +262,11 @@ impl Broker {
     /// Whether the log limits allow another line about an unauthenticated caller at this address.
     pub fn may_log(&self, address: IpAddr) -> bool {
         self.limits.may_log(address)
+    }
+
+    /// Replaces the risks that the settings of the tokens accept, after the list of tokens was changed.
+    pub fn accept_risks(&self, risks: Vec<String>) {
+        self.accepted_risks.store(Arc::new(risks));
     }
 
     /// Waits until the outcome of every running mutation is on disk. Then writes the counted

@@ -83,11 +83,15 @@ impl Broker {
         let user_keys = problems.is_empty();
         // The notes about the token are risks and warnings, which do not prevent the use of the
         // token.
-        let risks = self.accepted_risks.iter().cloned();
+        let risks = self.accepted_risks.load_full();
         let of_keys = registry.map_or_else(Vec::new, |registry| registry.problems());
         let of_keys = of_keys.into_iter().chain(self.key_age_note());
         let of_keys = of_keys.chain(self.scheduled.notes());
-        let notes = token.note.into_iter().chain(of_keys).chain(risks);
+        let notes = token
+            .note
+            .into_iter()
+            .chain(of_keys)
+            .chain(risks.iter().cloned());
         problems.extend(notes.map(|note| format!("token: {note}")));
         Health {
             user_keys,

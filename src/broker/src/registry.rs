@@ -4,6 +4,7 @@
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
@@ -242,6 +243,23 @@ impl Registry {
         self.entries
             .iter()
             .map(|entry| (&entry.row, entry.problem()))
+    }
+
+    /// Returns the rows that name the tokens of keys.
+    pub(super) fn places(&self) -> impl Iterator<Item = &PlaceRow> {
+        self.places.iter()
+    }
+
+    /// Returns the rows that name the tokens of a key.
+    pub(super) fn places_of(&self, id: WrappingKeyId) -> impl Iterator<Item = &PlaceRow> {
+        self.places.iter().filter(move |place| place.key == id)
+    }
+
+    /// Returns the distinct serial numbers in the rows of the keys that are not destroyed.
+    pub(super) fn serials(&self) -> BTreeSet<&str> {
+        let rows = self.entries.iter().map(|entry| &entry.row);
+        let rows = rows.filter(|row| row.state != WrappingKeyState::Destroyed);
+        rows.map(|row| row.token_serial.as_str()).collect()
     }
 
     fn entry(&self, id: WrappingKeyId) -> Option<&Entry> {

@@ -124,17 +124,9 @@ async fn broker_with_approvals(
             keys_per_user_max: 1_000,
         },
         expect: Expect::new(|_, _| Vec::new()),
-        key_admin: KeyAdmin::new(
-            "/none".into(),
-            serde_json::from_str(r#"{"module":"/none.so"}"#).unwrap(),
-            StateDirectory::below(folder),
-            false,
-        ),
+        configured: ConfiguredTokens::default(),
         rotate_after: None,
-        destruction: DestructionRules {
-            days: 30,
-            tokens: Vec::new(),
-        },
+        destroy_after_days: 30,
         approvals,
         accepted_risks: Vec::new(),
     });

@@ -189,7 +189,7 @@ impl Client {
         rotation: proto::RotateWrappingKeyRequest,
     ) -> NonIdempotent<'_, proto::RotateWrappingKeyResponse> {
         NonIdempotent::new(self.shared(), move |attempt| {
-            let request = attempt.request(rotation);
+            let request = attempt.request(rotation.clone());
             async move {
                 let answer = service(&attempt).rotate_wrapping_key(request).await?;
                 let rotated = answer.into_inner();

@@ -89,6 +89,7 @@ alerts! {
         "client-crl", Warning, "A revocation list for client certificates was refused, is missing, has expired, expires soon, or could not be stored.";
     IssuerKeys = "issuer-keys", Warning, "The keys of an issuer could not be fetched, or some of them are refused.";
     PolicyReload = "policy-reload", Warning, "Changed policies are refused; the earlier policies stay in force.";
+    ConfigReload = "config-reload", Warning, "Changed tokens in the configuration are refused; the earlier tokens stay in use.";
     Watchdog = "watchdog", Critical, "The process did not answer its own health request in time.";
     Bug = "bug", Warning, "An internal error of the broker.";
 }

@@ -451,7 +451,7 @@ declare! {
             keys was registered; 0 if no key wraps new user keys.";
         KEY_DESTRUCTIONS_SCHEDULED = "keybroker_key_destructions_scheduled" [] "Wrapping keys whose destruction is scheduled.";
         KEY_DESTRUCTIONS_DUE = "keybroker_key_destructions_due" [] "Wrapping keys whose scheduled destruction is due and not done yet.";
-        TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0.";
+        TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0; NaN after the token was removed from the configuration.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";
         TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last successful self-test of the token.";

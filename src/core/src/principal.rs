@@ -356,6 +356,8 @@ pub enum Action {
     DestroyKeyNow,
     /// Cancel the scheduled destruction of a wrapping key.
     KeepKey,
+    /// Search the tokens for copies of a wrapping key, and register the copies.
+    FindKeyCopies,
     /// Start, pause and resume the move of rows to the active wrapping key, without the right to release a user key.
     Rewrap,
     /// Read the requests for approval, without the right to decide about them.
@@ -368,7 +370,7 @@ pub enum Action {
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -393,6 +395,7 @@ impl Action {
         Self::DestroyKey,
         Self::DestroyKeyNow,
         Self::KeepKey,
+        Self::FindKeyCopies,
         Self::Rewrap,
         Self::ListApprovals,
         Self::Approve,
@@ -426,6 +429,7 @@ impl Action {
             Self::DestroyKey => "wrapping_key.destroy",
             Self::DestroyKeyNow => "wrapping_key.destroy_now",
             Self::KeepKey => "wrapping_key.keep",
+            Self::FindKeyCopies => "wrapping_key.find_copies",
             Self::Rewrap => "wrapping_key.rewrap",
             Self::ListApprovals => "approval.list",
             Self::Approve => "approval.approve",

@@ -159,6 +159,18 @@ impl TokenState {
         self.serving == Serving::Up || self.tokens.iter().any(|token| token.serving == Serving::Up)
     }
 
+    /// Whether the token with this name serves calls and has this key.
+    pub fn serves_on(&self, token: &str, key: WrappingKeyId) -> bool {
+        let each = if self.tokens.is_empty() {
+            std::slice::from_ref(self)
+        } else {
+            &self.tokens
+        };
+        let mut of_token = each.iter().filter(|one| one.name == token);
+        of_token
+            .any(|one| one.serving == Serving::Up && one.keys.iter().any(|found| found.id == key))
+    }
+
     /// Whether a token with this key serves calls.
     pub fn serves(&self, key: WrappingKeyId) -> bool {
         let has_key = |state: &Self| {
@@ -217,6 +229,15 @@ pub enum KeyProblem {
     Missing(String),
     /// The public key, an attribute, the self-test or a negative test is wrong.
     Untrusted(String),
+}
+
+impl KeyProblem {
+    /// The cause, for the log and for administrators.
+    pub fn cause(&self) -> &str {
+        match self {
+            Self::Missing(cause) | Self::Untrusted(cause) => cause,
+        }
+    }
 }
 
 /// One worker process.

@@ -38,6 +38,16 @@ impl Measures {
         measures
     }
 
+    /// Withdraws the state of a token that is not used any more. A comparison with the value NaN is false, so no alert rule reports the
+    /// removed token as unavailable.
+    pub(crate) fn retract(&self) {
+        self.serving.set(f64::NAN);
+        self.self_test_age.set(f64::NAN);
+        for gauge in [&self.workers, &self.queue_length, &self.pin_latched] {
+            gauge.set(0.0);
+        }
+    }
+
     /// Publishes the current state of the token. `self_test_age` is absent until a self-test has passed.
     pub(crate) fn publish(&self, now: &Reading) {
         let flag = |is_set| f64::from(u8::from(is_set));

@@ -3,20 +3,25 @@
 //! Each token has its own [`Supervisor`], with its own workers, queue, PIN latch and metrics. The pool only decides
 //! which token gets a job. A job changes nothing on a token, so a job that failed on one token can be repeated on
 //! another token. Therefore the failure of one token causes no failed call if another token can serve the call before
-//! its deadline. With one token, the broker uses the supervisor directly and not the pool.
+//! its deadline. With one token, the pool passes each job to the supervisor of this token.
+//!
+//! The list of tokens can change while the broker serves ([`Pool::reconfigure`]). A job keeps the list with which it began. If a
+//! token was removed meanwhile, the job fails on this token, and another token of the list gets it.
 //!
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
-    path::Path,
+    path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use tokio::task::JoinSet;
+use tokio_util::task::TaskTracker;
 
 use keybroker_core::{
     call::Deadline, envelope::Algorithm, key::WrappingKeyId, state::StateDirectory,
@@ -32,6 +37,7 @@ use crate::{
 use attempts::{Attempts, Done};
 
 mod attempts;
+mod changes;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -61,11 +67,22 @@ pub struct Entry {
 /// One or several tokens.
 #[derive(Debug)]
 pub struct Pool {
+    members: ArcSwap<Members>,
+    /// A lock that is held while the list of tokens changes.
+    changing: Mutex<()>,
+    /// The workers of removed tokens, which finish their jobs.
+    leaving: TaskTracker,
+    program: PathBuf,
+    state: StateDirectory,
+}
+
+/// The tokens at one moment.
+#[derive(Clone, Debug)]
+struct Members {
     /// The tokens with keys, by descending priority.
-    members: Vec<Member>,
-    /// Names of the tokens for which no key is registered. The broker does not open tokens without
-    /// registered keys.
-    unused: Vec<String>,
+    opened: Vec<Arc<Member>>,
+    /// The tokens for which no key is registered. The broker does not open tokens without registered keys.
+    unused: Vec<Settings>,
     /// Epoch of the pool: the times of its members are milliseconds since this moment.
     epoch: Instant,
 }
@@ -94,7 +111,7 @@ struct Need {
 /// A token that was chosen for a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Choice {
-    /// Index of the token in `Pool::members`.
+    /// Index of the token in `Members::opened`.
     member: usize,
     /// Expected time until the job is done; `None` if no worker is ready and the job waits for a worker.
     expected: Option<Duration>,
@@ -134,79 +151,77 @@ impl Member {
 
 impl Pool {
     /// Starts the workers of every token in the background on the current runtime and returns immediately.
-    pub fn start(entries: Vec<Entry>, program: &Path, state: &StateDirectory) -> Arc<Self> {
+    pub fn start(entries: Vec<Entry>, program: PathBuf, state: StateDirectory) -> Arc<Self> {
         let is_one = entries.len() == 1;
         let (used, unused): (Vec<_>, Vec<_>) = entries
             .into_iter()
             .partition(|entry| is_one || !entry.keys.is_empty());
-        let members = used
-            .into_iter()
-            .map(|Entry { settings, keys }| {
-                let priority = settings.priority;
-                let supervisor =
-                    Supervisor::start(settings, keys, program.to_owned(), state.clone());
-                Member::new(supervisor, priority)
-            })
-            .collect();
-        let unused: Vec<String> = unused.into_iter().map(|one| one.settings.name).collect();
+        let opened = used.into_iter().map(|Entry { settings, keys }| {
+            let priority = settings.priority;
+            let supervisor = Supervisor::start(settings, keys, program.clone(), state.clone());
+            Arc::new(Member::new(supervisor, priority))
+        });
+        let opened = opened.collect();
+        let unused: Vec<Settings> = unused.into_iter().map(|one| one.settings).collect();
         for token in &unused {
-            tracing::warn!(
-                %token,
-                "no wrapping key is registered for this token, so the token is not used; register a key of this token \
-                 with `keybroker key register`"
-            );
+            changes::warn_of_unused(&token.name);
         }
-        Arc::new(Self::of(members, unused))
+        Arc::new(Self::of(Members::new(opened, unused), program, state))
     }
 
-    fn of(mut members: Vec<Member>, unused: Vec<String>) -> Self {
-        // The sort is stable, so tokens of equal priority keep the order of the configuration.
-        members.sort_by_key(|member| std::cmp::Reverse(member.priority));
+    fn of(members: Members, program: PathBuf, state: StateDirectory) -> Self {
         Self {
-            members,
-            unused,
-            epoch: Instant::now(),
+            members: ArcSwap::from_pointee(members),
+            changing: Mutex::default(),
+            leaving: TaskTracker::new(),
+            program,
+            state,
         }
     }
 
-    /// Returns the token that the broker uses: the supervisor of a single token, or this pool.
+    /// Returns the token that the broker uses: all tokens of this pool together.
     pub fn token(self: &Arc<Self>) -> Arc<dyn Token> {
-        match self.members.as_slice() {
-            [only] if self.unused.is_empty() => Arc::<Supervisor>::clone(&only.supervisor),
-            _ => Arc::<Self>::clone(self),
-        }
+        Arc::<Self>::clone(self)
+    }
+
+    fn members(&self) -> Arc<Members> {
+        self.members.load_full()
+    }
+
+    fn lock_changes(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the first attempt to start the workers of each token has ended. The wait for a token is short if the
     /// other tokens already serve every key. Returns the state after the wait.
     pub async fn settled(&self) -> Serving {
-        if let [only] = self.members.as_slice() {
+        let members = self.members();
+        if let [only] = members.opened.as_slice() {
             return only.supervisor.settled().await;
         }
-        let mut starting: JoinSet<Serving> = self
-            .members
-            .iter()
-            .map(|member| Arc::clone(&member.supervisor))
+        let mut starting: JoinSet<Serving> = members
+            .supervisors()
             .map(|supervisor| async move { supervisor.settled().await })
             .collect();
         while starting.join_next().await.is_some() {
-            if self.serving() == Serving::Up {
+            if members.serving() == Serving::Up {
                 let others = async { while starting.join_next().await.is_some() {} };
                 // A token that starts later is used as soon as it is ready.
                 let _in_time = tokio::time::timeout(OTHERS_TIMEOUT, others).await;
                 break;
             }
         }
-        self.serving()
+        members.serving()
     }
 
     /// Returns the reason why no token can serve, if only an administrator can repair the cause.
     pub fn startup_error(&self) -> Option<StartupError> {
-        if let [only] = self.members.as_slice() {
+        let members = self.members();
+        if let [only] = members.opened.as_slice() {
             return only.supervisor.startup_error();
         }
-        let errors: Option<Vec<(String, StartupError)>> = self
-            .members
+        let errors: Option<Vec<(String, StartupError)>> = members
+            .opened
             .iter()
             .map(|member| {
                 let error = member.supervisor.startup_error()?;
@@ -227,12 +242,42 @@ impl Pool {
     /// Accepts no more jobs, lets running jobs finish and waits for the workers of every token to end.
     pub async fn drain_and_stop(&self, deadline: Deadline) {
         let mut stopping: JoinSet<()> = self
-            .members
-            .iter()
-            .map(|member| Arc::clone(&member.supervisor))
+            .members()
+            .supervisors()
             .map(|supervisor| async move { supervisor.drain_and_stop(deadline).await })
             .collect();
         while stopping.join_next().await.is_some() {}
+        self.leaving.close();
+        let left = tokio::time::timeout_at(deadline.instant().into(), self.leaving.wait());
+        if left.await.is_err() {
+            tracing::warn!("workers of removed tokens are still running at the end of the drain");
+        }
+    }
+}
+
+impl Members {
+    fn new(mut opened: Vec<Arc<Member>>, unused: Vec<Settings>) -> Self {
+        // The sort is stable, so tokens of equal priority keep the order of the configuration.
+        opened.sort_by_key(|member| std::cmp::Reverse(member.priority));
+        Self {
+            opened,
+            unused,
+            epoch: Instant::now(),
+        }
+    }
+
+    /// Returns the supervisor if there is only one token.
+    fn only(&self) -> Option<&Arc<Supervisor>> {
+        match self.opened.as_slice() {
+            [only] if self.unused.is_empty() => Some(&only.supervisor),
+            _ => None,
+        }
+    }
+
+    fn supervisors(&self) -> impl Iterator<Item = Arc<Supervisor>> {
+        self.opened
+            .iter()
+            .map(|member| Arc::clone(&member.supervisor))
     }
 
     fn now_ms(&self) -> u64 {
@@ -240,7 +285,7 @@ impl Pool {
     }
 
     fn suspect(&self, member: usize) {
-        if let Some(member) = self.members.get(member) {
+        if let Some(member) = self.opened.get(member) {
             let until = self.now_ms() + millis(SUSPECTED);
             member.suspected_until_ms.store(until, Ordering::Relaxed);
         }
@@ -253,7 +298,7 @@ impl Pool {
         let now_ms = self.now_ms();
         let mut in_time: Option<(u8, Choice)> = None;
         let (mut late, mut suspected): (Option<Choice>, Option<Choice>) = (None, None);
-        for (at, member) in self.members.iter().enumerate() {
+        for (at, member) in self.opened.iter().enumerate() {
             if in_time.is_some_and(|(priority, _)| priority > member.priority) {
                 break;
             }
@@ -291,7 +336,7 @@ impl Pool {
     /// Returns the token on which a job waits for a worker, because no token has a ready worker.
     fn awaited(&self, need: Need, tried: &[usize]) -> Option<Choice> {
         let waits = |serves: bool| {
-            self.members.iter().enumerate().position(|(at, member)| {
+            self.opened.iter().enumerate().position(|(at, member)| {
                 !tried.contains(&at)
                     && member.holds(need)
                     && member.supervisor.is_serving() == serves
@@ -321,7 +366,7 @@ impl Pool {
             // A token without a worker is no alternative: repeating the job on the chosen token is faster.
             let alternative = self.choose(need, caller, attempts.tried());
             let has_alternative = alternative.is_some_and(|choice| choice.expected.is_some());
-            if let Some(member) = self.members.get(choice.member) {
+            if let Some(member) = self.opened.get(choice.member) {
                 member.last_job_ms.store(self.now_ms(), Ordering::Relaxed);
                 let running = member.supervisor.run_job(job(), caller, has_alternative);
                 attempts.run(choice.member, Box::pin(running));
@@ -362,12 +407,12 @@ impl Pool {
     }
 
     fn has_worker(&self, member: usize) -> bool {
-        let member = self.members.get(member);
+        let member = self.opened.get(member);
         member.is_some_and(|member| member.supervisor.queue().has_links())
     }
 
     fn count_failover(&self, member: usize) {
-        if let Some(member) = self.members.get(member) {
+        if let Some(member) = self.opened.get(member) {
             member.supervisor.measures().failovers.increment(1);
         }
     }

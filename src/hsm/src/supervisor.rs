@@ -53,6 +53,8 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// The cause that is reported while the broker shuts down.
 const STOPPING: &str = "the broker is stopping";
+/// The cause that is reported after the token was removed from the configuration.
+const REMOVED: &str = "the token was removed from the configuration";
 
 /// The reason for a failed first start, if only an administrator can repair the cause.
 #[derive(Clone, Debug)]
@@ -183,14 +185,25 @@ impl Supervisor {
 
     /// Accepts no more jobs, lets running jobs finish, closes the sockets and waits for the workers to end.
     pub async fn drain_and_stop(&self, deadline: Deadline) {
+        self.drain(STOPPING, deadline).await;
+    }
+
+    /// Does the same as [`drain_and_stop`](Self::drain_and_stop) for a token that was removed from the configuration. Afterwards, the
+    /// metrics no longer report a state of the token.
+    pub(crate) async fn remove(&self, deadline: Deadline) {
+        self.drain(REMOVED, deadline).await;
+        self.measures.retract();
+        tracing::info!(token = %self.settings.name, "the workers of the removed token have ended");
+    }
+
+    async fn drain(&self, cause: &str, deadline: Deadline) {
         {
             let mut decider = self.decider();
             self.apply(&mut decider, Event::Stop);
-            self.serving
-                .send_replace(Serving::Down(STOPPING.to_owned()));
+            self.serving.send_replace(Serving::Down(cause.to_owned()));
             tracing::info!(token = %self.settings.name, "the broker no longer accepts token jobs");
             if !self.queue.has_links() {
-                self.queue.fail_all(&decider.down(STOPPING));
+                self.queue.fail_all(&decider.down(cause));
             }
         }
         let idle = async {
@@ -471,6 +484,12 @@ impl Supervisor {
     pub(crate) fn algorithm(&self, key: WrappingKeyId) -> Option<Algorithm> {
         let found = self.found.load();
         found.wrap.get(&key).map(|key| key.algorithm())
+    }
+
+    /// Returns the keys that a worker serves.
+    pub(crate) fn keys(&self) -> Vec<WrappingKeyId> {
+        let found = self.found.load();
+        found.keys.iter().map(|key| key.id).collect()
     }
 
     /// Returns a key with the properties that the workers read from the token.

@@ -142,7 +142,7 @@ impl Registry {
         }
     }
 
-    /// The keys that the workers of a token search for. With several tokens, each token must first
+    /// The keys that the workers of a token search for. With several tokens, and if a row names the only token, the token must first
     /// verify the MACs of the registry, because a token with a wrong integrity key would reject
     /// every row.
     pub(crate) fn expected(&self, token: &Settings, is_one_of_several: bool) -> Vec<ExpectedKey> {
@@ -153,7 +153,7 @@ impl Registry {
             token_serial: key.serial().to_owned(),
             fingerprint: key.row.fingerprint,
             may_be_elsewhere: is_one_of_several && key.place.is_none(),
-            proofs: if is_one_of_several {
+            proofs: if is_one_of_several || key.place.is_some() {
                 proofs(&key)
             } else {
                 Vec::new()
@@ -261,6 +261,14 @@ mod tests {
             ("0a1b", false)
         );
         assert!(key.proofs.is_empty());
+        // Other tokens were removed from the configuration, and a row names the token that is left.
+        let expected = registry(&["b"]).expected(&token("b", ""), false);
+        let key = &expected[0];
+        assert_eq!(
+            (key.token_serial.as_str(), key.may_be_elsewhere),
+            ("serial-b", false)
+        );
+        assert_eq!(key.proofs.len(), 2);
     }
 
     #[test]

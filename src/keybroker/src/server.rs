@@ -24,6 +24,7 @@ mod run;
 mod shared;
 mod status;
 mod tls;
+mod token_reload;
 mod unauthenticated;
 mod waiting;
 mod watch;

@@ -9,7 +9,7 @@ use keybroker_core::{
     key::{Fingerprint, ObjectId, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
 };
 
-use super::{approval::ApprovalChange, destruction::DestructionChange};
+use super::{approval::ApprovalChange, destruction::DestructionChange, place::PlaceRow};
 
 /// The stored form of one wrapping key. The registry does not contain public keys, because the
 /// broker always reads public keys from the token.
@@ -47,6 +47,8 @@ pub struct RegistryChange {
     pub insert: Option<RegistryRow>,
     /// The changed rows of registered keys.
     pub updates: Vec<RegistryUpdate>,
+    /// The rows of further tokens that have a wrapping key.
+    pub places: Vec<PlaceChange>,
     /// A change of a scheduled destruction.
     pub destruction: Option<DestructionChange>,
     /// The use of an approval that permits this change.
@@ -63,6 +65,15 @@ pub struct RegistryUpdate {
     /// The MAC of the stored row. A different MAC shows that the stored row was changed after it
     /// was read.
     pub expected: Mac,
+}
+
+/// A new or changed row for a wrapping key on a further token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlaceChange {
+    /// The new row.
+    pub row: PlaceRow,
+    /// The MAC of the stored row that the new row replaces; `None` to add a row.
+    pub expected: Option<Mac>,
 }
 
 impl RegistryRow {

@@ -102,6 +102,8 @@ pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
         public_key_pem: String::new(),
         problem: bounded(view.problem.as_deref().unwrap_or_default()),
         destroy_time: view.destroyed_at.map(timestamp),
+        tokens: view.tokens.clone(),
+        missing_tokens: view.missing_tokens.clone(),
     }
 }
 

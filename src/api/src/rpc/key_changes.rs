@@ -5,7 +5,11 @@ use std::{sync::Arc, time::Duration};
 use tonic::{Request, Response, Status};
 
 use keybroker_broker::{Broker, KeyChange, Rotation, Wait};
-use keybroker_core::{error::Error, key::WrappingKeyId, principal::Action};
+use keybroker_core::{
+    error::Error,
+    key::{KeyName, WrappingKeyId},
+    principal::Action,
+};
 use keybroker_proto as proto;
 
 use super::{AuthenticatedCall, convert::wrapping_key};
@@ -46,9 +50,14 @@ fn rotation(request: &proto::RotateWrappingKeyRequest) -> Result<Rotation, Error
         if_older_than_days,
         without_backup,
         back,
+        ref token,
     } = *request;
-    if back && (modulus_bits != 0 || if_older_than_days != 0 || without_backup) {
+    if back && (modulus_bits != 0 || if_older_than_days != 0 || without_backup || !token.is_empty())
+    {
         return Err(Error::violation("back", "without any other field"));
+    }
+    if !token.is_empty() && KeyName::parse(token).is_err() {
+        return Err(Error::violation("token", "1 to 64 bytes of [a-z0-9._-]"));
     }
     let modulus_bits = match modulus_bits {
         0 => BITS_DEFAULT,
@@ -64,6 +73,7 @@ fn rotation(request: &proto::RotateWrappingKeyRequest) -> Result<Rotation, Error
         if_older_than: (hours > 0).then(|| Duration::from_hours(hours)),
         single: without_backup,
         back,
+        token: (!token.is_empty()).then(|| token.clone()),
     })
 }
 
@@ -116,6 +126,7 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         proto::WrappingKeyChange::Lose => KeyChange::Lose,
         proto::WrappingKeyChange::Destroy => KeyChange::Destroy(wait(request)?),
         proto::WrappingKeyChange::Keep => KeyChange::Keep,
+        proto::WrappingKeyChange::FindCopies => KeyChange::FindCopies,
         proto::WrappingKeyChange::Unspecified => {
             return Err(Error::violation("change", "a known change"));
         }
@@ -158,6 +169,7 @@ mod tests {
                 if_older_than_days,
                 without_backup,
                 back,
+                token: String::new(),
             })
         };
         let plain = parsed(0, 0, false, false).unwrap();
@@ -170,6 +182,17 @@ mod tests {
             field(parsed(0, 36_501, false, false)),
             Some("if_older_than_days")
         );
+        let on = |token: &str, back| {
+            rotation(&proto::RotateWrappingKeyRequest {
+                token: token.to_owned(),
+                back,
+                ..Default::default()
+            })
+        };
+        assert_eq!(plain.token, None);
+        assert_eq!(on("hsm-b", false).unwrap().token.as_deref(), Some("hsm-b"));
+        assert_eq!(field(on("hsm b", false)), Some("token"));
+        assert_eq!(field(on("hsm-b", true)), Some("back"));
         for (bits, days, single) in [(2_048, 0, false), (0, 1, false), (0, 0, true)] {
             assert_eq!(field(parsed(bits, days, single, true)), Some("back"));
         }
@@ -195,6 +218,7 @@ mod tests {
             (Wire::Lose, KeyChange::Lose),
             (Wire::Destroy, KeyChange::Destroy(Wait::Configured)),
             (Wire::Keep, KeyChange::Keep),
+            (Wire::FindCopies, KeyChange::FindCopies),
         ] {
             assert_eq!(parsed(wire.into(), false, false).unwrap(), change);
             assert_eq!(field(parsed(wire.into(), true, false)), Some("change"));
@@ -202,7 +226,7 @@ mod tests {
         let activate: i32 = Wire::Activate.into();
         assert_eq!(field(parsed(activate, true, true)), Some("without_backup"));
         assert!(parsed(activate, true, false).is_ok());
-        for unknown in [0, 9, -1] {
+        for unknown in [0, 10, -1] {
             assert_eq!(field(parsed(unknown, false, false)), Some("change"));
         }
     }

@@ -21,7 +21,7 @@ use keybroker_core::{
     key::{WrappingKeyId, WrappingKeyState},
     principal::Principal,
 };
-use keybroker_hsm::{Caller, admin::KeyAdmin};
+use keybroker_hsm::Caller;
 use keybroker_store as store;
 use keybroker_store::{
     ApprovalChange, DestructionChange, DestructionRow, KeyUses, REQUESTED_BY_BYTES_MAX,
@@ -58,19 +58,11 @@ pub enum Wait {
     None,
 }
 
-/// What a broker needs to destroy wrapping keys.
-#[derive(Clone, Debug)]
-pub struct DestructionRules {
-    /// The shortest waiting time in days: `wrapping_keys.destroy_after_days`.
-    pub days: u32,
-    /// Starts an admin worker on each token, by the configured name of the token.
-    pub tokens: Vec<(String, KeyAdmin)>,
-}
-
 /// The scheduled destructions, as this broker last read them.
 #[derive(Debug)]
 pub(crate) struct Scheduled {
-    rules: DestructionRules,
+    /// The shortest waiting time in days: `wrapping_keys.destroy_after_days`.
+    days_min: u32,
     rows: ArcSwap<Vec<DestructionRow>>,
     /// Whether the rows could not be read the last time, because one of them is damaged.
     is_unreadable: AtomicBool,
@@ -88,9 +80,9 @@ struct Delay {
 }
 
 impl Scheduled {
-    pub(crate) fn new(rules: DestructionRules) -> Self {
+    pub(crate) fn new(days_min: u32) -> Self {
         Self {
-            rules,
+            days_min,
             rows: ArcSwap::default(),
             is_unreadable: AtomicBool::new(false),
             delays: Mutex::default(),
@@ -316,7 +308,7 @@ impl Broker {
     }
 
     fn waiting_time(&self, wait: Wait) -> Result<Duration, Error> {
-        let least = self.scheduled.rules.days;
+        let least = self.scheduled.days_min;
         let days = match wait {
             Wait::None => return Ok(SHORTEST_WAIT),
             Wait::Configured => least,
@@ -419,16 +411,9 @@ fn bounded(name: &str) -> String {
 mod tests {
     use super::*;
 
-    fn scheduled(rules: DestructionRules) -> Scheduled {
-        Scheduled::new(rules)
-    }
-
     #[test]
     fn a_cause_is_told_once_a_day_and_a_new_cause_at_once() {
-        let scheduled = scheduled(DestructionRules {
-            days: 30,
-            tokens: Vec::new(),
-        });
+        let scheduled = Scheduled::new(30);
         let key = WrappingKeyId::from_bytes([1; 16]);
         assert!(!scheduled.is_delayed(key));
         assert!(scheduled.delay(key, "rows", Duration::from_mins(1)));

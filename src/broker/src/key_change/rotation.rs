@@ -1,6 +1,6 @@
 //! Rotation: makes a new wrapping key, which wraps new user keys from then on.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use keybroker_audit::OpenIntent;
 use keybroker_core::{
@@ -9,15 +9,16 @@ use keybroker_core::{
     key::{WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
+use keybroker_hsm::{Serving, admin::KeyAdmin};
 use keybroker_store as store;
-use keybroker_store::{RegistryChange, RegistryRow};
+use keybroker_store::{PlaceChange, RegistryChange, RegistryRow};
 
 use crate::{Broker, WrappingKeyView, commit::Settled, journal::Draft, registry::Registry};
 
-use super::{Planner, from_commit, making::MadeKey};
+use super::{Planner, copies::serials_on, from_commit, making::MadeKey};
 
 /// An administrator's request for a rotation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rotation {
     /// Length of the new RSA modulus in bits: 2048, 3072 or 4096.
     pub modulus_bits: u32,
@@ -27,6 +28,8 @@ pub struct Rotation {
     pub single: bool,
     /// Return to the previous key instead of making a new key.
     pub back: bool,
+    /// Name of the token on which the key is made; `None` for the token with the highest priority that serves and has the key in use.
+    pub token: Option<String>,
 }
 
 /// The result of a rotation.
@@ -47,8 +50,8 @@ enum Decision {
     Keep(WrappingKeyId),
     /// Return to this key.
     Back(Box<RegistryChange>, WrappingKeyId),
-    /// Make a key.
-    Make,
+    /// Make a key on this token.
+    Make(KeyAdmin),
 }
 
 impl Broker {
@@ -79,7 +82,7 @@ impl Broker {
         let action = Action::RotateKey;
         let mut draft = self.begin_control_change(principal, call, action).await?;
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
-        let decision = self.decide_rotation(call, rotation).await;
+        let decision = self.decide_rotation(call, &rotation).await;
         let decision = self.or_record(&draft, decision).await?;
         let previous = self.registry()?.wrapping_key().ok();
         let (id, is_changed) = match decision {
@@ -93,8 +96,9 @@ impl Broker {
                 self.commit_key_change(call, &draft, *change).await?;
                 (id, true)
             }
-            Decision::Make => {
-                let id = self.rotate_to_new(call, draft, rotation, previous).await?;
+            Decision::Make(token) => {
+                let made = self.rotate_to_new(call, draft, token, &rotation, previous);
+                let id = made.await?;
                 (id, true)
             }
         };
@@ -106,7 +110,7 @@ impl Broker {
         })
     }
 
-    async fn decide_rotation(&self, call: &Call, rotation: Rotation) -> Result<Decision, Error> {
+    async fn decide_rotation(&self, call: &Call, rotation: &Rotation) -> Result<Decision, Error> {
         call.deadline.check()?;
         self.check_acknowledged()?;
         self.refresh_registry().await?;
@@ -130,10 +134,49 @@ impl Broker {
             );
             return Err(Error::new(Reason::KeyState, what.clone()).explained("id", &what));
         }
-        if let Some(why) = self.key_changes.admin.cannot_make_keys() {
+        let token = self.token_for_new_key(&registry, rotation.token.as_deref())?;
+        if let Some(why) = token.cannot_make_keys() {
             return Err(Error::new(Reason::KeyState, why).explained("token", why));
         }
-        Ok(Decision::Make)
+        Ok(Decision::Make(token))
+    }
+
+    /// Chooses the token on which a key is made.
+    fn token_for_new_key(
+        &self,
+        registry: &Registry,
+        wanted: Option<&str>,
+    ) -> Result<KeyAdmin, Error> {
+        let configured = self.configured.all();
+        let named = |name: &str| {
+            configured
+                .iter()
+                .find(|token| token.name() == name)
+                .cloned()
+        };
+        if let Some(name) = wanted {
+            return named(name).ok_or_else(|| {
+                let names: Vec<&str> = configured.iter().map(KeyAdmin::name).collect();
+                Error::violation(
+                    "token",
+                    format!("a token of the configuration: {}", names.join(", ")),
+                )
+            });
+        }
+        if let [only] = configured.as_slice() {
+            return Ok(only.clone());
+        }
+        let in_use = registry.wrapping_key().ok();
+        let state = self.token.state();
+        // The tokens are in the order of their priorities.
+        let mut serving = state.tokens.iter().filter(|token| match in_use {
+            Some(key) => state.serves_on(&token.name, key),
+            None => token.serving == Serving::Up,
+        });
+        serving.find_map(|token| named(&token.name)).ok_or_else(|| {
+            let what = "no token that has the key in use serves; name another token with `--token`";
+            Error::new(Reason::TokenDown, what).explained("token", what)
+        })
     }
 
     /// Plans the return to the key that was deactivated last.
@@ -165,15 +208,15 @@ impl Broker {
         &self,
         call: &Call,
         mut draft: Draft,
-        rotation: Rotation,
+        token: KeyAdmin,
+        rotation: &Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<WrappingKeyId, Error> {
         // The intent is written before the key is made, because making a key changes the token.
         let at = Timestamp::now();
         let intent = self.record_intent(&draft, at).await?;
-        let serials = serials(&*self.registry()?);
-        let admin = self.key_changes.admin.clone();
-        let made = match MadeKey::make(admin, rotation.modulus_bits, serials).await {
+        let serials = serials_on(&*self.registry()?, token.name());
+        let made = match MadeKey::make(token, rotation.modulus_bits, serials).await {
             Ok(made) => made,
             Err(error) => return self.close_intent(intent, &draft, Err(error)).await,
         };
@@ -223,12 +266,18 @@ impl Broker {
     async fn plan_new(
         &self,
         made: &MadeKey,
-        rotation: Rotation,
+        rotation: &Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<RegistryChange, Error> {
         // The workers need the row to test the key before the key is registered.
         let unregistered = made.row(WrappingKeyState::PreActive, 0).await?;
-        self.prove_new_key(unregistered).await?;
+        // With one token, the registry row describes the token.
+        let place = if self.configured.all().len() > 1 {
+            Some(made.place().await?)
+        } else {
+            None
+        };
+        self.prove_new_key(unregistered, place.clone()).await?;
         let registry = self.registry()?;
         let mut rows = registry.rows();
         let has_waiting = rows.any(|(row, _)| row.state == WrappingKeyState::PreActive);
@@ -247,6 +296,10 @@ impl Broker {
             WrappingKeyState::PreActive
         };
         let sequence = planner.next_sequence();
+        planner.change.places.extend(place.map(|row| PlaceChange {
+            row,
+            expected: None,
+        }));
         let mut change = self.with_macs(planner, made.id()).await?;
         change.insert = Some(made.row(state, sequence).await?);
         Ok(change)
@@ -257,13 +310,4 @@ impl Broker {
 pub(super) fn age(row: &RegistryRow) -> Duration {
     let micros = Timestamp::now().micros() - row.registered.micros();
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
-}
-
-/// Returns the distinct serial numbers of the tokens of the registered keys.
-fn serials(registry: &Registry) -> Vec<String> {
-    let rows = registry
-        .rows()
-        .filter(|(row, _)| row.state != WrappingKeyState::Destroyed);
-    let serials: BTreeSet<&str> = rows.map(|(row, _)| row.token_serial.as_str()).collect();
-    serials.into_iter().map(str::to_owned).collect()
 }

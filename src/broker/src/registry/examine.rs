@@ -9,7 +9,7 @@ use keybroker_core::{
 };
 use keybroker_hsm as hsm;
 use keybroker_hsm::{KeyProblem, TokenState};
-use keybroker_store::RegistryRow;
+use keybroker_store::{PlaceRow, RegistryRow};
 
 use crate::Broker;
 
@@ -18,6 +18,23 @@ use super::{
     entry::{Entry, RefusedChange, Standing},
     token_key,
 };
+
+/// What the tokens show, and the rows that name the tokens of keys.
+#[derive(Clone, Copy)]
+struct Shown<'a> {
+    state: &'a TokenState,
+    places: &'a [PlaceRow],
+}
+
+impl<'a> Shown<'a> {
+    /// The serial number of the token on which a key is registered, if there is only one token. A row with the name of this token is
+    /// relevant if other tokens were removed from the configuration.
+    fn serial(self, row: &'a RegistryRow) -> &'a str {
+        let mut named = self.places.iter();
+        let named = named.find(|place| place.key == row.id && place.token == self.state.name);
+        named.map_or(&row.token_serial, |place| &place.token_serial)
+    }
+}
 
 /// The keys whose integrity keys may authenticate the rows of destroyed keys.
 #[derive(Debug)]
@@ -70,13 +87,17 @@ impl Broker {
         fresh.places = places;
         let refused = unreadable.into_iter().map(RefusedChange::UnreadablePlace);
         fresh.refused_changes.extend(refused);
-        let state = self.token.state();
+        let (state, places) = (self.token.state(), fresh.places.clone());
+        let state = Shown {
+            state: &state,
+            places: &places,
+        };
         // The rows are examined concurrently, because all rows share the deadline, and a token that does not answer
         // must not delay the rows of another token.
         let examined = rows.iter().map(async |row| match known.entry(row.id) {
             before if is_unverified_tombstone(row, before) => None,
             before => Some(
-                self.examine_row(row.clone(), before, known, &state, deadline)
+                self.examine_row(row.clone(), before, known, state, deadline)
                     .await,
             ),
         });
@@ -87,7 +108,7 @@ impl Broker {
                 return examined;
             }
             let before = known.entry(row.id);
-            self.examine_tombstone(row, before, &signers, &state).await
+            self.examine_tombstone(row, before, &signers, state).await
         });
         for (entry, refused) in join_all(checked).await {
             fresh.entries.push(entry);
@@ -97,18 +118,16 @@ impl Broker {
             if !fresh.knows(before.row.id) && before.standing != Standing::Unproved {
                 let deleted = RefusedChange::Deleted(before.row.id);
                 fresh.refused_changes.push(deleted);
-                let kept = self.again(before, &state, deadline).await;
+                let kept = self.again(before, state, deadline).await;
                 fresh.entries.push(kept);
             }
         }
         let mut rows: Vec<RegistryRow> = fresh.entries.iter().map(Entry::searched_row).collect();
-        if let Some(awaited) = self.key_changes.awaited()
-            && !fresh.knows(awaited.id)
-        {
-            rows.push(awaited);
+        let mut places = fresh.places.clone();
+        if let Some(awaited) = self.key_changes.awaited() {
+            awaited.add_to(&mut rows, &mut places);
         }
-        self.token
-            .expect_keys(self.expect.of(rows, fresh.places.clone()));
+        self.token.expect_keys(self.expect.of(rows, places));
         Ok(fresh)
     }
 
@@ -118,7 +137,7 @@ impl Broker {
         row: RegistryRow,
         before: Option<&Entry>,
         known: &Registry,
-        state: &TokenState,
+        state: Shown<'_>,
         deadline: Deadline,
     ) -> (Entry, Option<RefusedChange>) {
         match before {
@@ -133,7 +152,7 @@ impl Broker {
                 let standing = match self.standing(&row, state, deadline).await {
                     // The workers get the list with the new key after this examination.
                     Standing::Missing(_)
-                        if !known.entries.is_empty() && is_unexamined(&row, state) =>
+                        if !known.entries.is_empty() && is_unexamined(&row, state.state) =>
                     {
                         Standing::Unproved
                     }
@@ -152,7 +171,7 @@ impl Broker {
         row: RegistryRow,
         before: Option<&Entry>,
         signers: &Signers,
-        state: &TokenState,
+        state: Shown<'_>,
     ) -> (Entry, Option<RefusedChange>) {
         let deadline = Deadline::after(REFRESH_TIMEOUT);
         let Some(before) = before else {
@@ -204,7 +223,7 @@ impl Broker {
 
     /// Examines an unchanged row. A row that the token has verified is not verified again while the
     /// token has the key of the row.
-    async fn again(&self, before: &Entry, state: &TokenState, deadline: Deadline) -> Entry {
+    async fn again(&self, before: &Entry, state: Shown<'_>, deadline: Deadline) -> Entry {
         let is_verified = before.standing == Standing::Verified;
         let standing = match compare(&before.row, state) {
             None if is_verified => Standing::Verified,
@@ -227,7 +246,7 @@ impl Broker {
         &self,
         before: &Entry,
         row: RegistryRow,
-        state: &TokenState,
+        state: Shown<'_>,
         deadline: Deadline,
     ) -> Result<Entry, RefusedChange> {
         before.floor.check(&row)?;
@@ -239,12 +258,7 @@ impl Broker {
     }
 
     /// Examines a row: compares it with the token, then verifies its MAC.
-    async fn standing(
-        &self,
-        row: &RegistryRow,
-        state: &TokenState,
-        deadline: Deadline,
-    ) -> Standing {
+    async fn standing(&self, row: &RegistryRow, state: Shown<'_>, deadline: Deadline) -> Standing {
         if let Some(standing) = compare(row, state) {
             return standing;
         }
@@ -266,7 +280,8 @@ impl Broker {
 /// Compares a row with the keys that the workers found. Returns `None` if the row matches and its MAC can be verified. The
 /// row of a destroyed key matches even while a token still contains the key: another key
 /// authenticates the row, and a destroyed key is never used.
-fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
+fn compare(row: &RegistryRow, shown: Shown<'_>) -> Option<Standing> {
+    let state = shown.state;
     if row.state == WrappingKeyState::Destroyed {
         return None;
     }
@@ -284,13 +299,13 @@ fn compare(row: &RegistryRow, state: &TokenState) -> Option<Standing> {
         });
     };
     let serial = state.info.as_ref().map_or("", |info| info.serial.as_str());
+    let registered = shown.serial(row);
     // With several tokens, the workers of each token compare the serial number when they start.
-    if state.tokens.is_empty() && serial != hsm::unpadded(&row.token_serial) {
+    if state.tokens.is_empty() && serial != hsm::unpadded(registered) {
         return Some(altered(
             row,
             &format!(
-                "the key is registered for the token with serial {:?}, but this token has serial {serial:?}",
-                row.token_serial
+                "the key is registered for the token with serial {registered:?}, but this token has serial {serial:?}"
             ),
         ));
     }

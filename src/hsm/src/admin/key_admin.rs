@@ -14,24 +14,27 @@ pub struct KeyAdmin {
     program: PathBuf,
     settings: Settings,
     state: StateDirectory,
-    is_one_of_several: bool,
 }
 
 impl KeyAdmin {
     /// `program` is the running binary, which contains the admin worker. `state` is the state directory of this
-    /// instance. `is_one_of_several` is true if the configuration has several tokens.
-    pub fn new(
-        program: PathBuf,
-        settings: Settings,
-        state: StateDirectory,
-        is_one_of_several: bool,
-    ) -> Self {
+    /// instance.
+    pub fn new(program: PathBuf, settings: Settings, state: StateDirectory) -> Self {
         Self {
             program,
             settings,
             state,
-            is_one_of_several,
         }
+    }
+
+    /// The configured name of the token.
+    pub fn name(&self) -> &str {
+        &self.settings.name
+    }
+
+    /// Whether the token is a declared copy, which has the serial number of its original.
+    pub fn is_copy(&self) -> bool {
+        self.settings.copy_of.is_some()
     }
 
     /// Starts an admin worker, which logs in with the PIN in the configured file. If several tokens match the settings,
@@ -39,6 +42,15 @@ impl KeyAdmin {
     ///
     /// This function and the methods of the returned value block the thread.
     pub fn open(&self, serials: &[&str]) -> Result<Admin, AdminError> {
+        self.log_in(serials, true)
+    }
+
+    /// Does the same as [`open`](Self::open), with a read-only session. No object of the token can be changed.
+    pub fn open_read_only(&self, serials: &[&str]) -> Result<Admin, AdminError> {
+        self.log_in(serials, false)
+    }
+
+    fn log_in(&self, serials: &[&str], write: bool) -> Result<Admin, AdminError> {
         let pin = match &self.settings.pin_file {
             Some(path) => PinSource::File(path.clone()),
             None if self.settings.is_without_login() => PinSource::NotNeeded,
@@ -54,21 +66,13 @@ impl KeyAdmin {
             &self.settings,
             &self.state,
             &pin,
-            true,
+            write,
             serials,
         )
     }
 
     /// Returns the reason why a running broker cannot make a key on this token, or `None` if the broker can make keys.
     pub fn cannot_make_keys(&self) -> Option<&'static str> {
-        if self.is_one_of_several {
-            return Some(
-                "the configuration has several tokens, and a key on only one token would prevent a failover: make the \
-                 key with \
-                 `keybroker --token NAME key generate`, copy it to the other tokens, and register the key for each of \
-                 them with `keybroker key register`",
-            );
-        }
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Some(
                 "with `access_control = \"outside-pkcs11\"`, keys must be made with the vendor's tool and registered with \

@@ -6,7 +6,7 @@ use keybroker_core::key::WrappingKeyId;
 
 use crate::{KeyProblem, Serving, Token as _, TokenKey, TokenState, UnusableKey};
 
-use super::{Member, Pool};
+use super::{Member, Members};
 
 impl Member {
     /// Whether the token contains or should contain a key.
@@ -25,7 +25,7 @@ impl Member {
         state.info.is_none() && expected.iter().any(|one| one.id == key)
     }
 
-    fn serves(&self, key: WrappingKeyId) -> bool {
+    pub(super) fn serves(&self, key: WrappingKeyId) -> bool {
         self.supervisor.is_serving() && self.supervisor.algorithm(key).is_some()
     }
 
@@ -59,11 +59,11 @@ fn unusable(tokens: &[TokenState], keys: &[TokenKey]) -> Arc<[UnusableKey]> {
     found.into()
 }
 
-impl Pool {
+impl Members {
     /// Returns the keys that at least one token must contain.
     fn keys_in_use(&self) -> BTreeSet<WrappingKeyId> {
         let expected = self
-            .members
+            .opened
             .iter()
             .map(|member| member.supervisor.expected());
         let ids = expected.map(|keys| keys.iter().map(|key| key.id).collect::<Vec<_>>());
@@ -72,12 +72,12 @@ impl Pool {
 
     /// Returns the reason why no token serves a key, or `None` if a token serves the key.
     pub(super) fn unserved_cause(&self, key: WrappingKeyId) -> Option<String> {
-        if self.members.iter().any(|member| member.serves(key)) {
+        if self.opened.iter().any(|member| member.serves(key)) {
             return None;
         }
         let mut cause = format!("no available token has wrapping key {key}");
         let mut separator = ": ";
-        for member in self.members.iter().filter(|member| member.is_for(key)) {
+        for member in self.opened.iter().filter(|member| member.is_for(key)) {
             if let Some(problem) = member.problem() {
                 // A write to a string cannot fail.
                 let _written = write!(cause, "{separator}{problem}");
@@ -98,7 +98,7 @@ impl Pool {
             let Some(cause) = self.unserved_cause(key) else {
                 continue;
             };
-            let holders = self.members.iter().filter(|member| member.is_for(key));
+            let holders = self.opened.iter().filter(|member| member.is_for(key));
             let states: Vec<Serving> = holders.map(|one| one.supervisor.state().serving).collect();
             if states.iter().all(|one| *one == Serving::Up) {
                 continue;
@@ -118,7 +118,8 @@ impl Pool {
 
     /// Returns the problems of tokens while every key still has an available token.
     fn note(&self, tokens: &[TokenState]) -> Option<String> {
-        let mut notes: Vec<String> = self.members.iter().filter_map(Member::problem).collect();
+        let opened = self.opened.iter();
+        let mut notes: Vec<String> = opened.filter_map(|member| member.problem()).collect();
         for token in tokens {
             notes.extend(
                 token
@@ -127,19 +128,25 @@ impl Pool {
                     .map(|note| format!("token {}: {note}", token.name)),
             );
         }
-        notes.extend(self.unused.iter().map(|name| {
-            format!("token {name} is not used, because no wrapping key is registered for it")
+        notes.extend(self.unused.iter().map(|token| {
+            format!(
+                "token {} is not used, because no wrapping key is registered for it",
+                token.name
+            )
         }));
         (!notes.is_empty()).then(|| notes.join("; "))
     }
 
     /// Returns the state of all tokens together, with the state of each token.
     pub(super) fn current_state(&self) -> TokenState {
-        let tokens: Vec<TokenState> = self
-            .members
-            .iter()
-            .map(|member| member.supervisor.state())
-            .collect();
+        if let Some(only) = self.only() {
+            return only.state();
+        }
+        let state_of = |member: &Arc<Member>| TokenState {
+            priority: member.priority,
+            ..member.supervisor.state()
+        };
+        let tokens: Vec<TokenState> = self.opened.iter().map(state_of).collect();
         let mut keys: Vec<TokenKey> = Vec::new();
         for key in tokens.iter().flat_map(|token| token.keys.iter()) {
             if !keys.iter().any(|known| known.id == key.id) {

@@ -15,7 +15,7 @@ use crate::{
     supervisor::token::{mac_job, rebind_job, to_mac, to_material, unwrap_job, verify_job},
 };
 
-use super::{Need, Pool};
+use super::{Members, Need, Pool};
 
 impl Need {
     /// Returns the requirements of a job that uses only the integrity key.
@@ -28,12 +28,12 @@ impl Need {
     }
 }
 
-impl Pool {
+impl Members {
     /// Returns the algorithm for new envelopes under a key. Every token with the key must be able to decrypt the
     /// envelopes. Therefore the hash is SHA-1 if a token with the key supports only SHA-1, and otherwise SHA-256.
     fn algorithm_of(&self, key: WrappingKeyId) -> Option<Algorithm> {
         let of_tokens = self
-            .members
+            .opened
             .iter()
             .filter_map(|member| member.supervisor.algorithm(key));
         of_tokens.max_by_key(|algorithm| *algorithm == Algorithm::RsaOaepSha1)
@@ -42,7 +42,7 @@ impl Pool {
     /// Returns the public key to which envelopes are moved, with the algorithm for new envelopes.
     fn target(&self, key: WrappingKeyId) -> Result<TokenKey, Error> {
         let found = self
-            .members
+            .opened
             .iter()
             .find_map(|member| member.supervisor.token_key(key));
         match (found, self.algorithm_of(key)) {
@@ -61,15 +61,19 @@ impl Token for Pool {
         material: &KeyMaterial,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
-        let algorithm = self.algorithm_of(key);
-        let holder = self
-            .members
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.wrap(key, context, material, caller).await;
+        }
+        let algorithm = members.algorithm_of(key);
+        let holder = members
+            .opened
             .iter()
             .find(|member| algorithm.is_some() && member.supervisor.algorithm(key) == algorithm)
-            .ok_or_else(|| self.absent(key))?;
+            .ok_or_else(|| members.absent(key))?;
         let unsealed = holder.supervisor.encrypt(key, material)?;
         let message = unsealed.mac_message(&context);
-        let mac = self.mac(key, &message, caller).await?;
+        let mac = members.mac(key, &message, caller).await?;
         Ok(unsealed.seal(&context, mac))
     }
 
@@ -79,13 +83,17 @@ impl Token for Pool {
         context: Context<'_>,
         caller: &Caller,
     ) -> Result<KeyMaterial, Error> {
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.unwrap(envelope, context, caller).await;
+        }
         let need = Need {
             kind: Kind::new(envelope.wrapping_key(), Operation::Unwrap),
             algorithm: Some(envelope.algorithm()),
             second: None,
         };
         let job = || unwrap_job(envelope, &context);
-        to_material(self.run(need, caller, job).await?)
+        to_material(members.run(need, caller, job).await?)
     }
 
     async fn rebind(
@@ -95,10 +103,14 @@ impl Token for Pool {
         new: Context<'_>,
         caller: &Caller,
     ) -> Result<Envelope, Error> {
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.rebind(envelope, old, new, caller).await;
+        }
         let need = Need::integrity(envelope.wrapping_key());
         let unsealed = envelope.to_unsealed();
         let job = || rebind_job(envelope, &unsealed, &old, &new);
-        let mac = to_mac(&self.run(need, caller, job).await?)?;
+        let mac = to_mac(&members.run(need, caller, job).await?)?;
         Ok(unsealed.seal(&new, mac))
     }
 
@@ -108,8 +120,11 @@ impl Token for Pool {
         message: &MacMessage,
         caller: &Caller,
     ) -> Result<Mac, Error> {
-        let job = || mac_job(key, message);
-        to_mac(&self.run(Need::integrity(key), caller, job).await?)
+        let members = self.members();
+        match members.only() {
+            Some(only) => only.mac(key, message, caller).await,
+            None => members.mac(key, message, caller).await,
+        }
     }
 
     async fn verify_mac(
@@ -119,8 +134,91 @@ impl Token for Pool {
         mac: &Mac,
         caller: &Caller,
     ) -> Result<(), Error> {
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.verify_mac(key, message, mac, caller).await;
+        }
         let job = || verify_job(key, message, mac);
-        self.run(Need::integrity(key), caller, job).await.map(drop)
+        let done = members.run(Need::integrity(key), caller, job).await;
+        done.map(drop)
+    }
+
+    async fn rewrap(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        to: WrappingKeyId,
+        caller: &Caller,
+    ) -> Result<Envelope, Error> {
+        let members = self.members();
+        match members.only() {
+            Some(only) => only.rewrap(envelope, context, to, caller).await,
+            None => members.rewrap(envelope, context, to, caller).await,
+        }
+    }
+
+    fn jobs_of_principals(&self) -> u64 {
+        let members = self.members();
+        members
+            .supervisors()
+            .map(|supervisor| supervisor.jobs_of_principals())
+            .sum()
+    }
+
+    fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.check_admission(caller, planned);
+        }
+        let mut refusal = None;
+        for member in members
+            .opened
+            .iter()
+            .filter(|member| member.supervisor.queue().has_links())
+        {
+            match member.supervisor.check_admission(caller, planned) {
+                Ok(()) => return Ok(()),
+                Err(error) => refusal = refusal.or(Some(error)),
+            }
+        }
+        // Without a worker, the speed of the tokens is unknown.
+        refusal.map_or(Ok(()), Err)
+    }
+
+    fn is_saturated(&self) -> bool {
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.is_saturated();
+        }
+        let mut ready = members
+            .opened
+            .iter()
+            .filter(|member| member.supervisor.queue().has_links());
+        let first = ready.next();
+        first.is_some_and(|first| first.supervisor.is_saturated())
+            && ready.all(|member| member.supervisor.is_saturated())
+    }
+
+    fn state(&self) -> TokenState {
+        self.members().current_state()
+    }
+
+    fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>) {
+        for (token, keys) in keys {
+            self.expect_on(&token, keys);
+        }
+    }
+}
+
+impl Members {
+    async fn mac(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        caller: &Caller,
+    ) -> Result<Mac, Error> {
+        let job = || mac_job(key, message);
+        to_mac(&self.run(Need::integrity(key), caller, job).await?)
     }
 
     async fn rewrap(
@@ -141,7 +239,7 @@ impl Token for Pool {
             algorithm: Some(envelope.algorithm()),
             second: Some(to),
         };
-        let mut members = self.members.iter();
+        let mut members = self.opened.iter();
         if members.any(|member| member.holds(need) && member.supervisor.is_serving()) {
             let job = rewrap.on_one_token()?;
             let output = self.run(need, caller, || job.clone()).await?;
@@ -158,53 +256,5 @@ impl Token for Pool {
         let message = unsealed.mac_message(&rewrap.context);
         let mac = self.mac(to, &message, caller).await?;
         Ok(unsealed.seal(&rewrap.context, mac))
-    }
-
-    fn jobs_of_principals(&self) -> u64 {
-        let members = self.members.iter();
-        members
-            .map(|member| member.supervisor.jobs_of_principals())
-            .sum()
-    }
-
-    fn check_admission(&self, caller: &Caller, planned: Planned) -> Result<(), Error> {
-        let mut refusal = None;
-        for member in self
-            .members
-            .iter()
-            .filter(|member| member.supervisor.queue().has_links())
-        {
-            match member.supervisor.check_admission(caller, planned) {
-                Ok(()) => return Ok(()),
-                Err(error) => refusal = refusal.or(Some(error)),
-            }
-        }
-        // Without a worker, the speed of the tokens is unknown.
-        refusal.map_or(Ok(()), Err)
-    }
-
-    fn is_saturated(&self) -> bool {
-        let mut ready = self
-            .members
-            .iter()
-            .filter(|member| member.supervisor.queue().has_links());
-        let first = ready.next();
-        first.is_some_and(|first| first.supervisor.is_saturated())
-            && ready.all(|member| member.supervisor.is_saturated())
-    }
-
-    fn state(&self) -> TokenState {
-        self.current_state()
-    }
-
-    /// A token that had no keys when the broker started stays unused until a restart.
-    fn expect_keys(&self, keys: Vec<(String, Vec<ExpectedKey>)>) {
-        for (token, keys) in keys {
-            let mut members = self.members.iter();
-            let member = members.find(|member| member.supervisor.name() == token);
-            if let Some(member) = member.filter(|_| !keys.is_empty()) {
-                member.supervisor.expect(keys);
-            }
-        }
     }
 }

@@ -83,6 +83,12 @@ impl Supervisor {
         link
     }
 
+    /// Simulates the end of the time in which a lost worker must be replaced.
+    pub(crate) fn stop_serving_for_test(&self) {
+        self.serving
+            .send_replace(Serving::Down("no worker".to_owned()));
+    }
+
     /// Simulates the loss of a worker and its jobs.
     pub(crate) fn lose_for_test(&self, link: &Link) {
         self.dismiss(link, Loss::Ended, "it ended");

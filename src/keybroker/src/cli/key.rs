@@ -72,10 +72,19 @@ pub(super) enum Command {
     /// The command uses the broker's admin API. The broker generates, tests and registers the key
     /// while it is running. The new key is pre-active until `key activate`, so that a backup of the
     /// token can be made first. When the new key becomes active, the previous active key is
-    /// deactivated. A deactivated key can still unwrap user keys.
+    /// deactivated. A deactivated key can still unwrap user keys. If the configuration of the broker has several tokens,
+    /// `--token NAME` selects the token on which the key is made.
     Rotate(change::Rotate),
     /// Make a key the active key, which wraps new user keys, and deactivate the previous active key
+    ///
+    /// If the broker has several tokens, every token that has the active key must also have the new key. The broker finds and registers
+    /// the copies of the new key.
     Activate(change::Activate),
+    /// Search the tokens of a running broker for copies of a key, and register the copies
+    ///
+    /// The broker searches each configured token that does not have the key yet. A copy must be under the same `CKA_ID`, with the
+    /// registered public key and the same integrity key. For a copy under another `CKA_ID`, stop the broker and use `key register`.
+    FindCopies(change::OneKey),
     /// Suspend a key until it is resumed; meanwhile, user keys under the suspended key are not
     /// released
     Suspend(change::OneKey),
@@ -154,13 +163,14 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         }
         Command::Remove(arguments) => removal::remove(&arguments, context),
         Command::Rotate(arguments) => change::rotate(arguments, context),
-        Command::Activate(arguments) => change::activate(&arguments, context),
-        Command::Suspend(key) => change::change(&key, WrappingKeyChange::Suspend, context),
-        Command::Resume(key) => change::change(&key, WrappingKeyChange::Resume, context),
-        Command::Deactivate(key) => change::change(&key, WrappingKeyChange::Deactivate, context),
-        Command::Lost(arguments) => change::lost(&arguments, context),
-        Command::Destroy(arguments) => change::destroy(&arguments, context),
-        Command::Compromise(key) => change::change(&key, WrappingKeyChange::Compromise, context),
+        Command::Activate(arguments) => change::activate(arguments, context),
+        Command::FindCopies(key) => change::find_copies(key, context),
+        Command::Suspend(key) => change::change(key, WrappingKeyChange::Suspend, context),
+        Command::Resume(key) => change::change(key, WrappingKeyChange::Resume, context),
+        Command::Deactivate(key) => change::change(key, WrappingKeyChange::Deactivate, context),
+        Command::Lost(arguments) => change::lost(arguments, context),
+        Command::Destroy(arguments) => change::destroy(arguments, context),
+        Command::Compromise(key) => change::change(key, WrappingKeyChange::Compromise, context),
     }
 }
 
@@ -427,7 +437,11 @@ fn register(arguments: &Register, context: &Context) -> Result<(), Failure> {
             let place = place::add(&config, &admin, &key, &row)?;
             Ok((row, place))
         })?,
-        Some(old) if config.tokens.are_several() => {
+        // A row names the only token if other tokens were removed from the configuration.
+        Some(old)
+            if config.tokens.are_several()
+                || registry.place(id, &config.token().name).is_some() =>
+        {
             let place = place::register(context, &config, &admin, &key, old, &registry)?;
             (old.clone(), Some(place))
         }

@@ -31,6 +31,7 @@ pub(super) fn run(arguments: Arguments, context: &Context) -> Result<(), Failure
     }
     block_on(server::run(
         config,
+        context.config_file().to_owned(),
         OWN_PROGRAM.into(),
         arguments.ready_file,
     ))?

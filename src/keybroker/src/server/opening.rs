@@ -334,7 +334,7 @@ pub(super) async fn start_token(
     }
     let pool = Arc::clone(started.get_or_init(|| {
         let state = StateDirectory::below(&config.audit.directory);
-        Pool::start(entries, &program, &state)
+        Pool::start(entries, program, state)
     }));
     let serving = pool.settled().await;
     if let Some(error) = pool.startup_error() {

@@ -22,9 +22,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
-    output_file,
-    places::Registry,
-    telemetry,
+    output_file, telemetry,
 };
 use keybroker_api::{rest, rpc};
 use keybroker_audit::{AuditLog, OpenIntent};
@@ -33,12 +31,9 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{
-    Broker, Capacity, ClientRules, DestructionRules, Expect, Parts, limits::Limits,
-};
+use keybroker_broker::{Broker, Capacity, ClientRules, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
-use keybroker_hsm as hsm;
-use keybroker_hsm::{Pool, Token, admin::KeyAdmin};
+use keybroker_hsm::{Pool, Token};
 use keybroker_policy::Policy;
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
@@ -55,6 +50,7 @@ use super::{
     shared::Shared,
     status,
     tls::Tls,
+    token_reload::{ReloadParts, TokenReload, TokensInUse},
     unauthenticated::Places,
     waiting::Waiting,
     watch::{self, REGISTRY_TIMEOUT},
@@ -77,9 +73,10 @@ const HANDSHAKES_DIVISOR: usize = 2;
 const RETRIES_DIVISOR: usize = 2;
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 
-/// Runs the broker until SIGTERM or SIGINT. A second signal ends the process without a drain.
+/// Runs the broker until SIGTERM or SIGINT. The broker reads the tokens in `config_file` again while it runs. A second signal ends the process without a drain.
 pub async fn run(
     config: Config,
+    config_file: PathBuf,
     program: PathBuf,
     ready_file: Option<PathBuf>,
 ) -> Result<(), Failure> {
@@ -89,7 +86,7 @@ pub async fn run(
     let hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
     let token = OnceLock::new();
     let started = tokio::select! {
-        started = Server::start(config, program, ready_file, hangup, &token) => started.map(Some),
+        started = Server::start(config, config_file, program, ready_file, hangup, &token) => started.map(Some),
         name = signals.next() => {
             tracing::info!(signal = name, "the broker was stopped during its start; no call was served");
             Ok(None)
@@ -165,46 +162,6 @@ async fn open_store(
     opening::open_store(config, audit).await
 }
 
-/// Returns the object that starts admin workers to generate and remove wrapping keys for this broker.
-fn key_admin(config: &Config, token: &hsm::Settings, program: PathBuf) -> KeyAdmin {
-    KeyAdmin::new(
-        program,
-        token.clone(),
-        StateDirectory::below(&config.audit.directory),
-        config.tokens.are_several(),
-    )
-}
-
-/// What the broker needs to destroy wrapping keys on all tokens.
-fn destruction(config: &Config, program: &Path) -> DestructionRules {
-    let tokens = config.tokens.all().iter();
-    let admin = |token: &hsm::Settings| {
-        let admin = key_admin(config, token, program.to_owned());
-        (token.name.clone(), admin)
-    };
-    DestructionRules {
-        days: config.wrapping_keys.destroy_after_days,
-        tokens: tokens.map(admin).collect(),
-    }
-}
-
-/// The rule that determines which keys must be on each token.
-fn expect(config: &Config) -> Expect {
-    let tokens = config.tokens.clone();
-    Expect::new(move |rows, places| {
-        let registry = Registry {
-            rows,
-            places,
-            ..Registry::default()
-        };
-        let of_token = |token: &hsm::Settings| {
-            let keys = registry.expected(token, tokens.are_several());
-            (token.name.clone(), keys)
-        };
-        tokens.all().iter().map(of_token).collect()
-    })
-}
-
 fn retention(settings: &store::Settings) -> Duration {
     Duration::from_hours(u64::from(settings.retention_days) * 24)
 }
@@ -276,6 +233,7 @@ impl Server {
     /// of this order, a failed start leaves no step incomplete.
     async fn start(
         config: Config,
+        config_file: PathBuf,
         program: PathBuf,
         ready_file: Option<PathBuf>,
         hangup: Signal,
@@ -293,6 +251,7 @@ impl Server {
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
         let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
+        let following = TokensInUse::new(&config, program);
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
@@ -304,9 +263,9 @@ impl Server {
             instance: config.audit.instance.clone(),
             retention: retention(&config.store),
             capacity: capacity(&config.store),
-            expect: expect(&config),
-            destruction: destruction(&config, &program),
-            key_admin: key_admin(&config, config.token(), program),
+            expect: following.expect(),
+            configured: following.configured.clone(),
+            destroy_after_days: config.wrapping_keys.destroy_after_days,
             rotate_after: config.wrapping_keys.rotate_after(),
             approvals: config.approvals.rules(retention(&config.store)),
             state,
@@ -342,7 +301,13 @@ impl Server {
         };
         // Report the health now, so that the health is not `SERVING` before the first check.
         watch::report(&server.broker.health(), &server.health).await;
-        server.look_after(&bound, status.tls(), policy, hangup);
+        let tokens_in_use = TokenReload::new(
+            config_file,
+            &server.config,
+            following,
+            server.reload_parts(),
+        );
+        server.look_after(&bound, status.tls(), policy, tokens_in_use, hangup);
         let stop = server.stop_background.clone();
         server.background.spawn(Arc::clone(&tokens).refresh(stop));
         server.serve_status(status);
@@ -438,20 +403,35 @@ impl Server {
         self.each(METRICS_UPKEEP, move || metrics.run_upkeep());
     }
 
+    fn reload_parts(&self) -> ReloadParts {
+        ReloadParts {
+            pool: Arc::clone(&self.tokens),
+            broker: Arc::clone(&self.broker),
+            audit: self.audit.clone(),
+        }
+    }
+
     /// Starts the tasks that run concurrently with the listeners.
     fn look_after(
         &self,
         bound: &[Bound],
         status: Option<Arc<Tls>>,
         policy: Arc<Policy>,
+        token_reload: TokenReload,
         hangup: Signal,
     ) {
         let listeners = bound.iter().filter_map(|one| one.tls.clone());
         let tls: Vec<Arc<Tls>> = listeners.chain(status).collect();
         let problems = Arc::clone(&self.file_problems);
         let stop = self.stop_background.clone();
-        self.background
-            .spawn(watch::files(tls, policy, problems, hangup, stop));
+        self.background.spawn(watch::files(
+            tls,
+            policy,
+            token_reload,
+            problems,
+            hangup,
+            stop,
+        ));
         self.background
             .spawn(Arc::clone(&self.broker).maintain(self.stop_background.clone()));
         self.background.spawn(watch::health(

@@ -13,7 +13,7 @@ use keybroker_core::{call::Deadline, error::Reason};
 use keybroker_hsm::Token;
 use keybroker_policy::Policy;
 
-use super::{file_problems::FileProblems, notify, tls::Tls};
+use super::{file_problems::FileProblems, notify, tls::Tls, token_reload::TokenReload};
 
 /// Maximum time for reading the registry and verifying it with the token.
 pub(super) const REGISTRY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -63,10 +63,11 @@ pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
     }
 }
 
-/// Checks the TLS files and the policies for changes each second and on SIGHUP.
+/// Checks the TLS files, the policies and the tokens of the configuration for changes each second and on SIGHUP.
 pub(super) async fn files(
     tls: Vec<Arc<Tls>>,
     policy: Arc<Policy>,
+    mut tokens: TokenReload,
     problems: Arc<FileProblems>,
     mut hangup: Signal,
     stop: CancellationToken,
@@ -79,7 +80,9 @@ pub(super) async fn files(
             _ = ticks.tick() => false,
         };
         if asked {
-            tracing::info!("SIGHUP received; reading the TLS files and the policies again");
+            tracing::info!(
+                "SIGHUP received; reading the TLS files, the policies and the tokens of the configuration again"
+            );
             notify::reloading();
         }
         // The check runs on a blocking thread, because the verification of large revocation lists
@@ -95,7 +98,7 @@ pub(super) async fn files(
             Tls::measure(&listeners)
         };
         match tokio::task::spawn_blocking(look).await {
-            Ok(found) => problems.set(found),
+            Ok(found) => problems.set_of_tls(found),
             Err(panic) => {
                 keybroker_core::alert!(Bug, %panic, "cannot check the TLS files for changes");
             }
@@ -104,6 +107,8 @@ pub(super) async fn files(
         if let Err(panic) = tokio::task::spawn_blocking(move || policy.reload(asked)).await {
             keybroker_core::alert!(Bug, %panic, "cannot check the policies for changes");
         }
+        tokens.follow(asked).await;
+        problems.set_of_configuration(tokens.problem());
         if asked {
             notify::reloaded();
         }

@@ -1311,6 +1311,13 @@ pub struct WrappingKey {
     /// When the key is destroyed; absent if no destruction is scheduled.
     #[prost(message, optional, tag = "11")]
     pub destroy_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Names of the configured tokens whose workers found the key, by descending priority.
+    #[prost(string, repeated, tag = "12")]
+    pub tokens: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Names of the other configured tokens. While a token has no copy of the key, calls for user keys under this key cannot fail over
+    /// to that token. Empty for a destroyed key.
+    #[prost(string, repeated, tag = "13")]
+    pub missing_tokens: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1773,7 +1780,7 @@ pub struct ResumeRewrapResponse {
     pub resumed: bool,
 }
 /// Request of RotateWrappingKey.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RotateWrappingKeyRequest {
     /// Length of the new RSA modulus in bits: 2048, 3072 or 4096; 0 stands for 3072.
     #[prost(uint32, tag = "1")]
@@ -1789,6 +1796,10 @@ pub struct RotateWrappingKeyRequest {
     /// Return to the key that was deactivated last, instead of making a key. The other fields must be absent.
     #[prost(bool, tag = "4")]
     pub back: bool,
+    /// Name of the token on which the key is made; empty for the token with the highest priority that serves and has the key that wraps
+    /// new user keys.
+    #[prost(string, tag = "5")]
+    pub token: ::prost::alloc::string::String,
 }
 /// Response of RotateWrappingKey.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1811,10 +1822,11 @@ pub struct ChangeWrappingKeyStateRequest {
     pub id: ::prost::alloc::vec::Vec<u8>,
     #[prost(enumeration = "WrappingKeyChange", tag = "2")]
     pub change: i32,
-    /// With WRAPPING_KEY_CHANGE_ACTIVATE: the caller confirms that a backup of the token contains the key and was tested.
+    /// With WRAPPING_KEY_CHANGE_ACTIVATE: the caller confirms that a backup of each token with the key contains the key and was tested.
     #[prost(bool, tag = "3")]
     pub backup_confirmed: bool,
-    /// With WRAPPING_KEY_CHANGE_ACTIVATE: activate the key although no backup contains it.
+    /// With WRAPPING_KEY_CHANGE_ACTIVATE: activate the key although no backup contains it, or although tokens that have the key in use
+    /// have no copy of it.
     #[prost(bool, tag = "4")]
     pub without_backup: bool,
     /// With WRAPPING_KEY_CHANGE_DESTROY: the waiting time in days, from `wrapping_keys.destroy_after_days` of the broker's configuration to
@@ -2151,6 +2163,9 @@ pub enum WrappingKeyChange {
     Destroy = 7,
     /// The scheduled destruction of the key is cancelled.
     Keep = 8,
+    /// The state of the key does not change. The broker searches every configured token for a copy of the key and registers the copies
+    /// that it finds.
+    FindCopies = 9,
 }
 impl WrappingKeyChange {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2168,6 +2183,7 @@ impl WrappingKeyChange {
             Self::Lose => "WRAPPING_KEY_CHANGE_LOSE",
             Self::Destroy => "WRAPPING_KEY_CHANGE_DESTROY",
             Self::Keep => "WRAPPING_KEY_CHANGE_KEEP",
+            Self::FindCopies => "WRAPPING_KEY_CHANGE_FIND_COPIES",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2182,6 +2198,7 @@ impl WrappingKeyChange {
             "WRAPPING_KEY_CHANGE_LOSE" => Some(Self::Lose),
             "WRAPPING_KEY_CHANGE_DESTROY" => Some(Self::Destroy),
             "WRAPPING_KEY_CHANGE_KEEP" => Some(Self::Keep),
+            "WRAPPING_KEY_CHANGE_FIND_COPIES" => Some(Self::FindCopies),
             _ => None,
         }
     }

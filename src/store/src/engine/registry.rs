@@ -3,8 +3,10 @@
 use crate::{
     Error, RegistryChange,
     mutations::{expect_one, insert_unless_taken},
+    registry::PlaceChange,
     rows,
-    session::Session as _,
+    session::Session,
+    statements::Statements,
     tables::Table,
 };
 use keybroker_core::{
@@ -41,6 +43,9 @@ impl<E: Engine> EngineStore<E> {
                         _ => return Err(Error::Conflict),
                     }
                 }
+                for place in &change.places {
+                    write_place(session, sql, place).await?;
+                }
                 if let Some(destruction) = &change.destruction {
                     destruction::write(session, sql, destruction).await?;
                 }
@@ -68,5 +73,25 @@ impl<E: Engine> EngineStore<E> {
             })
         })
         .await
+    }
+}
+
+/// Adds or replaces the row of a further token, in the transaction of a change of the registry.
+async fn write_place(
+    session: &mut impl Session,
+    sql: &'static Statements,
+    change: &PlaceChange,
+) -> Result<(), Error> {
+    let row = &change.row;
+    let Some(expected) = &change.expected else {
+        let insert = sql.of(Table::Places).insert;
+        let is_new = insert_unless_taken(session, insert, rows::new_place(row)).await?;
+        return if is_new { Ok(()) } else { Err(Error::Conflict) };
+    };
+    let mut values = rows::place_values(row);
+    values.extend([row.key.into(), row.token.as_str().into(), expected.into()]);
+    match session.execute(sql.update_place, values).await? {
+        1 => Ok(()),
+        _ => Err(Error::Conflict),
     }
 }

@@ -56,7 +56,8 @@ impl Broker {
         let places = self.store.places().await?;
         self.check_configured(key, &places)?;
         let (mut removed, mut found) = (0, Vec::new());
-        for (name, admin) in &self.scheduled.rules.tokens {
+        for admin in self.configured.all().iter() {
+            let name = admin.name();
             let removal = Removal::of(key, name, registry, &places);
             let admin = admin.clone();
             let done = blocking("removing a wrapping key", move || removal.run(&admin));
@@ -108,9 +109,9 @@ impl Broker {
         key: &RegistryRow,
         places: &[PlaceRow],
     ) -> Result<(), Error> {
-        let tokens = &self.scheduled.rules.tokens;
+        let tokens = self.configured.all();
         let mut of_key = places.iter().filter(|place| place.key == key.id);
-        let unknown = of_key.find(|place| !tokens.iter().any(|(name, _)| *name == place.token));
+        let unknown = of_key.find(|place| !tokens.iter().any(|one| one.name() == place.token));
         match unknown {
             None => Ok(()),
             Some(place) => Err(not_configured(key, &format!("token {}", place.token))),

@@ -89,6 +89,8 @@ pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
         ("fingerprint", json!(hex::encode(&key.fingerprint))),
         ("registered", time(key.register_time.as_ref())),
         ("backup_confirmed", json!(key.backup_confirmed)),
+        ("tokens", json!(key.tokens.join(", "))),
+        ("missing_tokens", json!(key.missing_tokens.join(", "))),
         ("destroy_at", time(key.destroy_time.as_ref())),
         (
             "problem",

@@ -15,7 +15,7 @@ use keybroker_client::{Error, Reason, proto};
 
 use super::{parse_id, removal::confirm};
 
-/// Minimum timeout for the generation of a key. Some devices need minutes to generate a key, but
+/// Minimum timeout for the generation of a key, and for a search of the tokens. Some devices need minutes to generate a key, but
 /// the broker ends the call after the broker's own limit.
 const ROTATION_TIMEOUT: Duration = Duration::from_mins(2);
 
@@ -31,7 +31,7 @@ pub(in crate::cli) struct Rotate {
         value_parser = clap::value_parser!(u32).range(1..=36_500)
     )]
     if_older_than: Option<u32>,
-    /// Activate the new key immediately, although no backup contains it yet
+    /// Activate the new key immediately, although no backup and no other token contains it yet
     ///
     /// If the token is lost before the next backup, every user key that was wrapped under the new
     /// key is lost.
@@ -48,11 +48,10 @@ pub(in crate::cli) struct Rotate {
 pub(in crate::cli) struct Activate {
     #[command(flatten)]
     key: OneKey,
-    /// Confirm that a backup of the token contains the key, and that you tested a restore of this
-    /// backup
+    /// Confirm that a backup of each token with the key contains the key, and that you tested a restore of these backups
     #[arg(long, conflicts_with = "single")]
     backup_confirmed: bool,
-    /// Activate the key although no backup contains the key
+    /// Activate the key although no backup contains the key, and although other tokens have no copy of the key
     #[arg(long)]
     single: bool,
 }
@@ -73,13 +72,15 @@ pub(super) fn rotate(arguments: Rotate, context: &Context) -> Result<(), Failure
         if_older_than_days: arguments.if_older_than.unwrap_or(0),
         without_backup: arguments.single,
         back: arguments.back,
+        token: context.token.clone().unwrap_or_default(),
     };
+    let is_single = arguments.single;
     let who = arguments.who.at_least(ROTATION_TIMEOUT);
     who.call(context.output, async |caller| {
         let rotated = caller.client.rotate_wrapping_key(request).await;
         let rotated = rotated.map_err(|error| failure(&error))?;
         let key = rotated.wrapping_key.clone().unwrap_or_default();
-        note_next_step(context, &rotated, &key, request.without_backup);
+        note_next_step(context, &rotated, &key, is_single);
         let mut fields = show::wrapping_key(&key);
         let previous = hex::encode(&rotated.previous_id);
         let previous = Some(previous).filter(|previous| !previous.is_empty());
@@ -100,11 +101,13 @@ fn note_next_step(
     let note = if !rotated.changed {
         "the active key is younger than --if-older-than; nothing was changed".to_owned()
     } else if key.state() == proto::WrappingKeyState::PreActive {
+        let copy = copy_first(key);
         format!(
-            "key {id} is registered, but not used yet. Back up the token and test the restore, then run `keybroker key \
+            "key {id} is registered, but not used yet. {copy}Back up the token and test the restore, then run `keybroker key \
              activate {id} --backup-confirmed`"
         )
     } else if is_single {
+        note_missing_copies(context, key);
         format!(
             "warning: key {id} is in use, but no backup contains this key: back up the token now. If the token is \
              lost before the backup, every user key that was wrapped under key {id} is lost"
@@ -115,14 +118,47 @@ fn note_next_step(
     context.output.note(&note);
 }
 
-pub(super) fn activate(arguments: &Activate, context: &Context) -> Result<(), Failure> {
+/// The sentence about the tokens to which a new key must be copied, with a blank at its end; empty if there is no such token.
+fn copy_first(key: &proto::WrappingKey) -> String {
+    if key.missing_tokens.is_empty() {
+        return String::new();
+    }
+    format!(
+        "Copy the key pair and its integrity key with the vendor's tool to each token that has the active key (other tokens: {}). ",
+        key.missing_tokens.join(", ")
+    )
+}
+
+/// Prints a warning if some tokens have no copy of an active key.
+fn note_missing_copies(context: &Context, key: &proto::WrappingKey) {
+    if key.missing_tokens.is_empty() {
+        return;
+    }
+    let (id, with, without) = (
+        hex::encode(&key.id),
+        key.tokens.join(", "),
+        key.missing_tokens.join(", "),
+    );
+    context.output.note(&format!(
+        "warning: key {id} is in use, but only on these tokens: {with}. While they are unavailable, no user key under key {id} can be \
+         released, because these tokens have no copy: {without}. Copy the key to them with the vendor's tool, then run `keybroker key \
+         find-copies {id}`"
+    ));
+}
+
+/// Searches the configured tokens for copies of a key.
+pub(super) fn find_copies(arguments: OneKey, context: &Context) -> Result<(), Failure> {
+    change(arguments, proto::WrappingKeyChange::FindCopies, context)
+}
+
+pub(super) fn activate(arguments: Activate, context: &Context) -> Result<(), Failure> {
     let request = proto::ChangeWrappingKeyStateRequest {
         change: proto::WrappingKeyChange::Activate.into(),
         backup_confirmed: arguments.backup_confirmed,
         without_backup: arguments.single,
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
-    send(&arguments.key, &request, context)
+    send(arguments.key, request, context)
 }
 
 #[derive(Args, Debug)]
@@ -134,11 +170,11 @@ pub(in crate::cli) struct Lost {
     yes: bool,
 }
 
-pub(super) fn lost(arguments: &Lost, context: &Context) -> Result<(), Failure> {
+pub(super) fn lost(arguments: Lost, context: &Context) -> Result<(), Failure> {
     let id = parse_id(&arguments.key.id)?;
     let warning = "User keys that are wrapped under a lost key can never be released again, even if the token is found again";
     confirm(context, arguments.yes, id, warning)?;
-    change(&arguments.key, proto::WrappingKeyChange::Lose, context)
+    change(arguments.key, proto::WrappingKeyChange::Lose, context)
 }
 
 #[derive(Args, Debug)]
@@ -162,9 +198,9 @@ pub(in crate::cli) struct Destroy {
     yes: bool,
 }
 
-pub(super) fn destroy(arguments: &Destroy, context: &Context) -> Result<(), Failure> {
+pub(super) fn destroy(arguments: Destroy, context: &Context) -> Result<(), Failure> {
     if arguments.cancel {
-        return change(&arguments.key, proto::WrappingKeyChange::Keep, context);
+        return change(arguments.key, proto::WrappingKeyChange::Keep, context);
     }
     let id = parse_id(&arguments.key.id)?;
     let warning = "Nothing brings a destroyed key back, and a backup of the database that needs the key is worth nothing without it";
@@ -175,11 +211,11 @@ pub(super) fn destroy(arguments: &Destroy, context: &Context) -> Result<(), Fail
         destroy_now: arguments.now.clone().unwrap_or_default(),
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
-    send(&arguments.key, &request, context)
+    send(arguments.key, request, context)
 }
 
 pub(super) fn change(
-    arguments: &OneKey,
+    arguments: OneKey,
     change: proto::WrappingKeyChange,
     context: &Context,
 ) -> Result<(), Failure> {
@@ -187,21 +223,33 @@ pub(super) fn change(
         change: change.into(),
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
-    send(arguments, &request, context)
+    send(arguments, request, context)
 }
 
 fn send(
-    key: &OneKey,
-    request: &proto::ChangeWrappingKeyStateRequest,
+    key: OneKey,
+    request: proto::ChangeWrappingKeyStateRequest,
     context: &Context,
 ) -> Result<(), Failure> {
     let request = proto::ChangeWrappingKeyStateRequest {
         id: parse_id(&key.id)?.as_bytes().to_vec(),
-        ..request.clone()
+        ..request
     };
-    key.who.call(context.output, async |caller| {
+    let searches_tokens = matches!(
+        request.change(),
+        proto::WrappingKeyChange::Activate | proto::WrappingKeyChange::FindCopies
+    );
+    let who = if searches_tokens {
+        key.who.at_least(ROTATION_TIMEOUT)
+    } else {
+        key.who
+    };
+    who.call(context.output, async |caller| {
         let changed = caller.client.change_wrapping_key_state(request).await;
         let changed = changed.map_err(|error| failure(&error))?;
+        if changed.state() == proto::WrappingKeyState::Active {
+            note_missing_copies(context, &changed);
+        }
         caller.output.fields(show::wrapping_key(&changed))
     })
 }

@@ -1,0 +1,343 @@
+//! Follows changes of the tokens in the configuration file while the broker serves: tokens are added and removed, and get other
+//! priorities. A change of any other setting needs a restart. If a change is refused, the tokens in use stay as they are.
+
+use std::{path::PathBuf, sync::Arc};
+
+use arc_swap::ArcSwap;
+use serde_json::{Map, Value};
+
+use keybroker_audit::AuditLog;
+use keybroker_broker::{Broker, ConfiguredTokens, Expect};
+use keybroker_core::{error::chain, state::StateDirectory};
+use keybroker_hsm as hsm;
+use keybroker_hsm::{Pool, admin::KeyAdmin};
+
+use crate::{
+    config::{Config, Tokens},
+    places::Registry,
+};
+
+use super::opening;
+
+/// The only setting of a token that changes without a restart.
+const PRIORITY: &str = "priority";
+
+/// The tokens in use, as the broker needs them.
+#[derive(Debug)]
+pub(super) struct TokensInUse {
+    /// The tokens on which the broker makes, finds and removes wrapping keys.
+    pub(super) configured: ConfiguredTokens,
+    tokens: Arc<ArcSwap<Tokens>>,
+    program: PathBuf,
+    state: StateDirectory,
+}
+
+impl TokensInUse {
+    pub(super) fn new(config: &Config, program: PathBuf) -> Self {
+        let in_use = Self {
+            configured: ConfiguredTokens::default(),
+            tokens: Arc::new(ArcSwap::from_pointee(config.tokens.clone())),
+            program,
+            state: StateDirectory::below(&config.audit.directory),
+        };
+        in_use.replace(config.tokens.clone());
+        in_use
+    }
+
+    /// The rule that determines which keys must be on each token.
+    pub(super) fn expect(&self) -> Expect {
+        let tokens = Arc::clone(&self.tokens);
+        Expect::new(move |rows, places| {
+            let tokens = tokens.load();
+            let registry = Registry {
+                rows,
+                places,
+                ..Registry::default()
+            };
+            let of_token = |token: &hsm::Settings| {
+                let keys = registry.expected(token, tokens.are_several());
+                (token.name.clone(), keys)
+            };
+            tokens.all().iter().map(of_token).collect()
+        })
+    }
+
+    fn replace(&self, tokens: Tokens) {
+        let admin = |token: &hsm::Settings| {
+            KeyAdmin::new(self.program.clone(), token.clone(), self.state.clone())
+        };
+        self.configured
+            .replace(tokens.all().iter().map(admin).collect());
+        self.tokens.store(Arc::new(tokens));
+    }
+}
+
+/// The parts of a running broker that a change of the tokens concerns.
+pub(super) struct ReloadParts {
+    pub(super) pool: Arc<Pool>,
+    pub(super) broker: Arc<Broker>,
+    pub(super) audit: AuditLog,
+}
+
+/// Follows the tokens in the configuration file.
+pub(super) struct TokenReload {
+    file: PathBuf,
+    /// The configuration with which the broker started, and with the tokens that are in use now.
+    config: Config,
+    in_use: TokensInUse,
+    parts: ReloadParts,
+    watch: Watch,
+}
+
+/// What the last reads of the file found.
+#[derive(Default)]
+struct Watch {
+    /// The changed configuration, or the error, that was read last. It is evaluated only when it is read again without a change, because a person
+    /// may still be writing the file.
+    seen: Option<Value>,
+    /// The changed configuration that was evaluated last.
+    evaluated: Option<Value>,
+    /// Why the changed configuration is refused; empty if it is not.
+    problem: String,
+}
+
+/// The result of a comparison of the file with the tokens in use.
+enum Look {
+    /// The file has the tokens in use, or was evaluated before.
+    Nothing,
+    /// Other tokens than those in use.
+    Changed(Box<Config>),
+}
+
+impl TokenReload {
+    pub(super) fn new(
+        file: PathBuf,
+        config: &Config,
+        in_use: TokensInUse,
+        parts: ReloadParts,
+    ) -> Self {
+        Self {
+            file,
+            config: config.clone(),
+            in_use,
+            parts,
+            watch: Watch::default(),
+        }
+    }
+
+    /// Why the present content of the file is refused, for the broker's health; empty if it is not refused.
+    pub(super) fn problem(&self) -> String {
+        self.watch.problem.clone()
+    }
+
+    /// Reads the file and applies changed tokens. If `announced` is true, an administrator asked for it with SIGHUP, so a refused
+    /// file is reported again.
+    pub(super) async fn follow(&mut self, announced: bool) {
+        if announced {
+            self.watch.evaluated = None;
+        }
+        let changed = match self.look(announced).await {
+            Ok(Look::Nothing) => return,
+            Ok(Look::Changed(config)) => self.apply(*config).await,
+            Err(problem) => Err(problem),
+        };
+        let problem = match changed {
+            Ok(()) => String::new(),
+            Err(problem) => format!("{}: {problem}", self.file.display()),
+        };
+        let is_new = announced || self.watch.problem != problem;
+        if is_new && !problem.is_empty() {
+            keybroker_core::alert!(
+                ConfigReload, error = %problem,
+                "the changed tokens of the configuration are refused; the tokens in use stay as they are"
+            );
+        }
+        self.watch.problem = problem;
+    }
+
+    async fn look(&mut self, announced: bool) -> Result<Look, String> {
+        let file = self.file.clone();
+        let load = move || Config::load(&file).map_err(|error| chain(&error).to_string());
+        let loaded = match tokio::task::spawn_blocking(load).await {
+            Ok(loaded) => loaded,
+            Err(panic) => return Err(format!("the file cannot be read: {panic}")),
+        };
+        let content = match &loaded {
+            Ok(config) => content_of(config),
+            Err(problem) => Value::String(problem.clone()),
+        };
+        if content == content_of(&self.config) {
+            self.watch = Watch::default();
+            return Ok(Look::Nothing);
+        }
+        if self.watch.evaluated.as_ref() == Some(&content) {
+            return Ok(Look::Nothing);
+        }
+        if !announced && self.watch.seen.replace(content.clone()).as_ref() != Some(&content) {
+            return Ok(Look::Nothing);
+        }
+        self.watch.evaluated = Some(content);
+        let config = loaded?;
+        let problems = config.problems();
+        if !problems.is_empty() {
+            return Err(problems.join("; "));
+        }
+        let others = changed_settings(&config, &self.config);
+        if !others.is_empty() {
+            tracing::warn!(
+                settings = others.join(", "),
+                "settings of the configuration changed that take effect only at the next start of the broker"
+            );
+        }
+        if tokens_of(&config) == tokens_of(&self.config) {
+            self.watch.problem = String::new();
+            return Ok(Look::Nothing);
+        }
+        Ok(Look::Changed(Box::new(config)))
+    }
+
+    /// Applies changed tokens, or returns the reason why nothing was changed.
+    async fn apply(&mut self, config: Config) -> Result<(), String> {
+        check_settings(&config.tokens, &self.config.tokens)?;
+        let pool = Arc::clone(&self.parts.pool);
+        let lost = pool.keys_without(config.tokens.all());
+        if !lost.is_empty() {
+            let keys: Vec<String> = lost.iter().map(ToString::to_string).collect();
+            return Err(format!(
+                "a removed token has wrapping keys that no other token serves: {}. First copy these keys to another token and run `keybroker \
+                 key find-copies`, or move their rows with `keybroker rewrap` and destroy the keys; or restart the broker to remove the \
+                 token nevertheless",
+                keys.join(", ")
+            ));
+        }
+        let risks = opening::record_accepted_risks(&config, &self.parts.audit).await;
+        let risks = risks.map_err(|failure| failure.to_string())?;
+        self.parts.broker.accept_risks(risks);
+        self.in_use.replace(config.tokens.clone());
+        pool.reconfigure(config.tokens.all().to_vec());
+        let names: Vec<&str> = config
+            .tokens
+            .all()
+            .iter()
+            .map(|one| one.name.as_str())
+            .collect();
+        tracing::info!(
+            tokens = names.join(", "),
+            "the tokens of the configuration changed"
+        );
+        self.config.tokens = config.tokens;
+        Ok(())
+    }
+}
+
+/// Refuses a change of a token that needs a restart.
+fn check_settings(new: &Tokens, old: &Tokens) -> Result<(), String> {
+    if new.weights() != old.weights() {
+        return Err(restart("[token] `weights`"));
+    }
+    for token in new.all() {
+        let Some(before) = old.all().iter().find(|one| one.name == token.name) else {
+            continue;
+        };
+        let changed: Vec<String> = differing(&settings_of(token), &settings_of(before))
+            .into_iter()
+            .filter(|setting| setting != PRIORITY)
+            .map(|setting| format!("`{setting}`"))
+            .collect();
+        if !changed.is_empty() {
+            let what = format!("token {:?}: {}", token.name, changed.join(", "));
+            return Err(restart(&what));
+        }
+    }
+    Ok(())
+}
+
+fn restart(what: &str) -> String {
+    format!(
+        "{what} changed, which needs a restart of the broker. Without a restart, tokens can be added, removed and get another \
+         `{PRIORITY}`; nothing was changed"
+    )
+}
+
+fn content_of(config: &Config) -> Value {
+    serde_json::to_value(config).unwrap_or_default()
+}
+
+fn settings_of(token: &hsm::Settings) -> Map<String, Value> {
+    object(serde_json::to_value(token).unwrap_or_default())
+}
+
+/// The tokens by name, without the form in which the file lists them.
+fn tokens_of(config: &Config) -> Vec<Map<String, Value>> {
+    config.tokens.all().iter().map(settings_of).collect()
+}
+
+/// The names of the sections other than `[token]` that differ.
+fn changed_settings(new: &Config, old: &Config) -> Vec<String> {
+    let (new, old) = (object(content_of(new)), object(content_of(old)));
+    let mut changed = differing(&new, &old);
+    changed.retain(|section| section != "token");
+    changed
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
+    }
+}
+
+/// The names of the fields that differ or that only one of the objects has.
+fn differing(new: &Map<String, Value>, old: &Map<String, Value>) -> Vec<String> {
+    let names = new
+        .keys()
+        .chain(old.keys().filter(|name| !new.contains_key(*name)));
+    names
+        .filter(|name| new.get(*name) != old.get(*name))
+        .cloned()
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(text: &str) -> Tokens {
+        #[derive(serde::Deserialize)]
+        struct Document {
+            token: Tokens,
+        }
+        toml::from_str::<Document>(text).unwrap().token
+    }
+
+    const A: &str = "[[token]]\nname = \"a\"\nmodule = \"/a.so\"\nlabel = \"one\"\n";
+    const B: &str = "[[token]]\nname = \"b\"\nmodule = \"/a.so\"\nlabel = \"two\"\n";
+
+    #[test]
+    fn tokens_come_and_go_and_only_their_priority_changes() {
+        let one = tokens(A);
+        let two = tokens(&format!("{A}{B}"));
+        for (new, old) in [(&two, &one), (&one, &two), (&two, &two)] {
+            check_settings(new, old).unwrap();
+        }
+        let raised = tokens(&format!("{A}priority = 7\n{B}"));
+        check_settings(&raised, &two).unwrap();
+        for (line, setting) in [
+            ("workers = 3", "`workers`"),
+            ("sessions_per_worker = 3", "`sessions_per_worker`"),
+            ("pin_file = \"/pin\"", "`pin_file`"),
+            ("allow_oaep_sha1 = true", "`allow_oaep_sha1`"),
+            ("serial = \"1\"", "`serial`"),
+            ("copy_of = \"b\"", "`copy_of`"),
+            ("weights = { \"URI:x\" = 2 }", "`weights`"),
+        ] {
+            let changed = tokens(&format!("{A}{line}\n{B}"));
+            let refused = check_settings(&changed, &two).unwrap_err();
+            assert!(refused.contains(setting), "{line}: {refused}");
+            assert!(refused.contains("restart"), "{refused}");
+        }
+        // A new token with weights would change the weights of all tokens.
+        let weighted = tokens(&format!("{A}{B}weights = {{ \"URI:x\" = 2 }}\n"));
+        check_settings(&weighted, &one).unwrap_err();
+    }
+}

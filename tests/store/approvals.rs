@@ -140,7 +140,7 @@ pub(crate) async fn approvals_are_compare_and_swap(engine: &Engine) {
     // Open requests need their key until they expire.
     let uses = store.key_uses(KEY).await.unwrap();
     assert_eq!((uses.approvals, uses.total()), (2, 2));
-    let of_other = store.key_uses(WrappingKeyId::from_bytes([9; 16]));
+    let of_other = store.key_uses(WrappingKeyId::from_bytes([8; 16]));
     assert_eq!(of_other.await.unwrap().approvals, 0);
     for (before, expected) in [(100, 0), (101, 1)] {
         assert_eq!(store.old_approvals(at(before)).await.unwrap(), expected);
@@ -228,8 +228,9 @@ pub(crate) async fn a_change_uses_its_approval_or_is_not_made(engine: &Engine) {
         store.approval(approved.id).await.unwrap(),
         Some(approved.clone())
     );
-    let next = store.change_approved_client(changed, &client(1, 2), &used, CallId::fresh());
-    next.await.unwrap();
+    let next = client(1, 2);
+    let made = store.change_approved_client(changed, &next, &used, CallId::fresh());
+    made.await.unwrap();
 
     let change = RegistryChange {
         approval: Some(stale),

@@ -200,10 +200,7 @@ mod tests {
         assert!(off.rules(Duration::ZERO).persons.is_empty());
         assert_eq!(off.problems(&BTreeSet::new()), Vec::<String>::new());
         let on = persons(&[
-            (
-                "Ada",
-                "\"URI:spiffe://x/ada\", \"token:https://id.example:ada\"",
-            ),
+            ("Ada", "\"URI:spiffe://x/ada\", \"token:sso:ada\""),
             (
                 "Bob",
                 "\"URI:spiffe://x/bob\", \"client:00112233445566778899aabbccddeeff\"",

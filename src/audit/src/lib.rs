@@ -16,6 +16,7 @@ use keybroker_core::{
     state::StateDirectory,
 };
 
+mod commands;
 mod extent;
 mod integrity;
 mod line;

@@ -7,18 +7,20 @@ use std::{
     time::Instant,
 };
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TrySendError};
 use tokio::sync::oneshot;
 
 use super::{
-    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome, extent,
+    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome,
+    commands::{Command, Commands, Waiting},
+    extent,
     integrity::Files,
     memory::{Acknowledgement, Mark, Memory},
     recovery::Found,
     segment,
     state::{Shared, slow},
     tail::last_lines,
-    writer::{self, Command, Waiting, Writer},
+    writer::{self, Writer},
 };
 
 /// Largest number of entries that wait for the writer. Entries beyond this number are refused immediately.
@@ -36,7 +38,7 @@ struct Inner {
     /// The facts about this log in the state directory; `None` for the log of a command.
     memory: Option<Memory>,
     is_binding_required: bool,
-    commands: Sender<Command>,
+    commands: Commands,
     shared: Arc<Shared>,
     /// A channel that is disconnected when the writer's thread has ended.
     ended: Receiver<()>,
@@ -134,8 +136,7 @@ impl AuditLog {
             Some(memory) => memory.is_binding_required()?,
             None => false,
         };
-        let (commands, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
-        let ended = Self::start(writer, receiver)?;
+        let (commands, ended) = Self::start(writer)?;
         let log = Self(Arc::new(Inner {
             directory: directory.to_owned(),
             log_id,
@@ -150,16 +151,17 @@ impl AuditLog {
     }
 
     /// Starts the writer's thread. The returned receiver is disconnected when the thread has ended.
-    fn start(writer: Writer, commands: Receiver<Command>) -> Result<Receiver<()>, Error> {
+    fn start(writer: Writer) -> Result<(Commands, Receiver<()>), Error> {
+        let (queue, receiver) = crossbeam_channel::bounded(QUEUE_MAX);
         let (ending, ended) = crossbeam_channel::bounded(0);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || {
                 let _until_the_end = ending;
-                writer.run(&commands);
+                writer.run(&receiver);
             })
             .map_err(|error| Error::new(format!("cannot start the audit thread: {error}")))?;
-        Ok(ended)
+        Ok((Commands::new(queue, thread.thread().clone()), ended))
     }
 
     /// The id of the log when it was opened, 32 hexadecimal digits.

@@ -22,7 +22,6 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use tokio::sync::oneshot;
 
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -32,6 +31,7 @@ use keybroker_core::{
 
 use super::{
     Entry, EntryKind, Error, OpenIntent, Outcome,
+    commands::{Command, Waiting, receive},
     extent::{Extent, extents},
     integrity::{Files, Written},
     line::{self, Place},
@@ -58,16 +58,6 @@ const PRINCIPAL_MAX: usize = 256;
 const MARK: &str = "mark";
 const REMOVAL: &str = "removal";
 const ACKNOWLEDGEMENT: &str = "acknowledgement";
-
-/// An entry, and the channel that tells the caller that the entry is durable.
-pub(super) type Waiting = (Box<Entry>, oneshot::Sender<Result<u64, Error>>);
-
-pub(super) enum Command {
-    Append(Waiting),
-    /// Like [`Command::Append`], but the entry may wait for further entries for up to `COLLECTED_FOR`.
-    AppendUnhurried(Waiting),
-    Close,
-}
 
 pub(super) struct Writer {
     directory: PathBuf,
@@ -144,7 +134,7 @@ impl Writer {
     pub(super) fn run(mut self, commands: &Receiver<Command>) {
         self.shared.idle();
         loop {
-            let first = match commands.recv_timeout(PROBE_INTERVAL) {
+            let first = match receive(commands, PROBE_INTERVAL) {
                 Ok(command) => command,
                 Err(RecvTimeoutError::Timeout) => {
                     self.probe();

@@ -37,7 +37,7 @@ use keybroker_worker_protocol::{
 };
 use zeroize::Zeroize as _;
 
-use crate::process;
+use crate::process::{self, SocketPair};
 
 mod key_admin;
 mod wrapper;
@@ -623,8 +623,8 @@ struct Worker {
 impl Worker {
     fn start(program: &Path, settings: &Settings) -> Result<Self, AdminError> {
         check_environment(&settings.environment)?;
-        let (mut command, stream) =
-            process::command(program, settings, WORKER).map_err(AdminError::Start)?;
+        let socket = SocketPair::of_stream().map_err(AdminError::Start)?;
+        let (mut command, stream) = process::command(program, settings, WORKER, socket);
         let child = command.spawn().map_err(AdminError::Start)?;
         // `command` contains the worker's end of the socket. If this process kept the worker's end open, it could not
         // detect that the worker ended.

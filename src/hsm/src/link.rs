@@ -25,7 +25,11 @@ use keybroker_worker_protocol::{
     wire::{Reply, Request, reply::Outcome},
 };
 
-use crate::{found::Found, job::Job, process};
+use crate::{
+    found::Found,
+    job::Job,
+    process::{self, SocketPair},
+};
 
 /// If a job is unanswered for this time after its deadline, its worker counts as hanging.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
@@ -72,7 +76,8 @@ impl fmt::Debug for Link {
 
 /// Starts a worker process. Returns the process with the front's end of its socket.
 pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
-    let (command, ours) = process::command(program, settings, "token-worker")?;
+    let socket = SocketPair::of_packets()?;
+    let (command, ours) = process::command(program, settings, "token-worker", socket);
     ours.set_nonblocking(true)?;
     let child = Command::from(command)
         // When the handle is dropped, the process must not be killed: it may be inside `C_Login`, where SIGKILL can
@@ -176,8 +181,8 @@ impl Link {
     }
 
     fn send(&self, state: &mut State) {
-        while !state.unsent.is_empty() {
-            match self.stream.try_write(state.unsent.rest()) {
+        while let Some(frame) = state.unsent.next_frame() {
+            match self.stream.try_write(frame) {
                 Ok(count) => state.unsent.sent(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.flush.notify_one();
@@ -215,6 +220,8 @@ impl Link {
             if let Err(error) = self.stream.readable().await {
                 return format!("the socket of the worker failed: {error}");
             }
+            // Each read returns one packet, even if the buffer has space for more. `try_read` takes this into account:
+            // it waits again only after the socket has reported that no packet is left.
             match self.stream.try_read(inbox.room()) {
                 Ok(0) => return "the worker process ended".to_owned(),
                 Ok(count) => inbox.received(count),

@@ -13,7 +13,41 @@ use std::{
     process::{Command, ExitStatus, Stdio},
 };
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
 use keybroker_worker_protocol::Settings;
+
+/// The two ends of the socket between the front and a worker.
+pub(crate) struct SocketPair {
+    pub(crate) front: UnixStream,
+    worker: UnixStream,
+}
+
+impl SocketPair {
+    /// Creates a socket that transports a stream of bytes.
+    pub(crate) fn of_stream() -> io::Result<Self> {
+        let (front, worker) = UnixStream::pair()?;
+        Ok(Self { front, worker })
+    }
+
+    /// Creates a socket that transports packets. A write sends one packet, and a read returns one complete packet.
+    /// Therefore several threads of the worker can wait on the socket without a lock, and the kernel wakes one thread
+    /// for each packet.
+    pub(crate) fn of_packets() -> io::Result<Self> {
+        let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let (front, worker) = rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None)?;
+        Ok(Self {
+            front: front.into(),
+            worker: worker.into(),
+        })
+    }
+
+    /// The worker's end, for a test without a worker process.
+    #[cfg(test)]
+    pub(crate) fn into_ends(self) -> (UnixStream, UnixStream) {
+        (self.front, self.worker)
+    }
+}
 
 /// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command and the front's
 /// end of the socket; the worker's end is the worker's standard input.
@@ -24,19 +58,19 @@ pub(crate) fn command(
     program: &Path,
     settings: &Settings,
     worker: &str,
-) -> io::Result<(Command, UnixStream)> {
-    let (ours, theirs) = UnixStream::pair()?;
+    socket: SocketPair,
+) -> (Command, UnixStream) {
     let mut command = Command::new(program);
     command
         .arg0("keybroker")
         .arg(worker)
         .env_clear()
         .envs(&settings.environment)
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdin(Stdio::from(OwnedFd::from(socket.worker)))
         .stdout(Stdio::null())
         // The worker gets a separate process group, so that Ctrl-C at a terminal reaches only the front.
         .process_group(0);
-    Ok((command, ours))
+    (command, socket.front)
 }
 
 /// Names of the signals that usually end a process: signals that a defect causes, and signals that users or the kernel

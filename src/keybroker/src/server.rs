@@ -11,6 +11,7 @@ use keybroker_core::state::StateDirectory;
 mod apis;
 mod clients;
 mod connection;
+mod connection_service;
 mod descriptors;
 mod file_problems;
 mod frames;

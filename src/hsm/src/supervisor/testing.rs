@@ -1,6 +1,6 @@
 //! Supervisors for unit tests, without processes: the test acts as the workers.
 
-use std::{collections::HashMap, os::unix::net::UnixStream as StdUnixStream};
+use std::collections::HashMap;
 
 use tokio::net::UnixStream;
 
@@ -14,7 +14,7 @@ use keybroker_worker_protocol::{
 };
 
 use super::*;
-use crate::TokenKey;
+use crate::{TokenKey, process::SocketPair};
 
 /// Returns the front's end of a worker without a process. The worker's jobs stay in the link until the test takes them.
 pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
@@ -23,7 +23,7 @@ pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
 
 /// Returns the front's end of a worker that found these keys.
 fn link_with(generation: u64, sessions: usize, found: Arc<Found>) -> Arc<Link> {
-    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    let (ours, theirs) = SocketPair::of_packets().unwrap().into_ends();
     ours.set_nonblocking(true).unwrap();
     // The worker's end of the socket stays open.
     Box::leak(Box::new(theirs));

@@ -10,11 +10,8 @@ use std::{
     time::Duration,
 };
 
-use axum::{Extension, Router};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
+use axum::Router;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls_pki_types::CertificateDer;
 use tokio::{net::TcpStream, sync::Semaphore, time};
 use tokio_util::sync::CancellationToken;
@@ -23,6 +20,7 @@ use keybroker_auth::PeerCertificate;
 use keybroker_core::{call::caller::Caller, error::chain, metrics};
 
 use super::{
+    connection_service::ConnectionService,
     frames::{self, Watched},
     handshake::{self, Established, PREFACE, Refused},
     shared::Shared,
@@ -136,9 +134,8 @@ impl Connection {
             return;
         };
         let http = self.http1(PROXY_IDLE);
-        let service = TowerToHyperService::new(self.service(&client));
-        let connection = http.serve_connection(TokioIo::new(stream), service);
-        self.watch(connection, &client, &CancellationToken::new())
+        let connection = http.serve_connection(TokioIo::new(stream), self.service(&client));
+        self.watch(Box::pin(connection), &client, &CancellationToken::new())
             .await;
     }
 
@@ -154,20 +151,20 @@ impl Connection {
         // The connection now has a place among the established connections and no longer counts as
         // a handshake.
         drop(waiting);
-        let service = TowerToHyperService::new(self.service(&client));
+        let service = self.service(&client);
         match established {
             Established::Http2(io) => {
                 let io = Watched::new(io, PREFACE.len(), client.authentication.flag());
                 let http = self.http2(&client);
                 let connection = http.serve_connection(TokioIo::new(io), service);
-                self.watch(connection, &client, outdated).await;
+                self.watch(Box::pin(connection), &client, outdated).await;
             }
             Established::Http1(io) => {
                 let silence = Duration::from_millis(self.shared.limits.handshake_timeout_ms);
                 let connection = self
                     .http1(silence)
                     .serve_connection(TokioIo::new(io), service);
-                self.watch(connection, &client, outdated).await;
+                self.watch(Box::pin(connection), &client, outdated).await;
             }
         }
     }
@@ -217,23 +214,26 @@ impl Connection {
         http
     }
 
-    fn service(&self, client: &Client) -> Router {
-        self.routes
-            .clone()
-            .layer(Extension(client.caller.clone()))
-            .layer(Extension(Arc::clone(&client.authentication)))
+    fn service(&self, client: &Client) -> ConnectionService {
+        ConnectionService {
+            routes: self.routes.clone(),
+            caller: client.caller.clone(),
+            authentication: Arc::clone(&client.authentication),
+        }
     }
 
     /// Serves a connection until it ends. The broker ends a connection when the broker stops, the
     /// trusted CAs or revocations change, or the maximum age is reached. A connection also ends
     /// when its client certificate expires, or if an unauthenticated client makes no call.
+    ///
+    /// The connection is boxed, because the state of this function and of its caller would otherwise
+    /// each contain space for the connection.
     async fn watch(
         &self,
-        connection: impl GracefulShutdown,
+        mut connection: Pin<Box<impl GracefulShutdown>>,
         client: &Client,
         outdated: &CancellationToken,
     ) {
-        tokio::pin!(connection);
         let limits = &self.shared.limits;
         let age_max = Duration::from_millis(limits.connection_age_max_ms);
         // The certificate's dates are checked only in the handshake, so the connection must end
@@ -350,9 +350,7 @@ trait GracefulShutdown: Future<Output = Result<(), hyper::Error>> {
     fn begin_shutdown(self: Pin<&mut Self>);
 }
 
-type Service = TowerToHyperService<Router>;
-
-impl<I> GracefulShutdown for hyper::server::conn::http1::Connection<I, Service>
+impl<I> GracefulShutdown for hyper::server::conn::http1::Connection<I, ConnectionService>
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
 {
@@ -361,7 +359,8 @@ where
     }
 }
 
-impl<I> GracefulShutdown for hyper::server::conn::http2::Connection<I, Service, TokioExecutor>
+impl<I> GracefulShutdown
+    for hyper::server::conn::http2::Connection<I, ConnectionService, TokioExecutor>
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
 {
@@ -402,5 +401,27 @@ impl Drop for Open {
 fn note_end(peer: SocketAddr, ended: Result<(), hyper::Error>) {
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "connection ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Largest state of the task of a connection, in bytes. The state has about 2 KiB.
+    const STATE_BYTES_MAX: usize = 3 * 1_024;
+
+    /// Returns the size of the future that a function returns.
+    fn state_bytes<F: Future>(_: impl Fn(Connection, TcpStream) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// The task of a connection has this state for as long as the connection is open. The test
+    /// fails if the state contains the HTTP connection, which has its own block of memory, or a
+    /// second copy of another large value.
+    #[test]
+    fn the_task_of_a_connection_is_small() {
+        let bytes = state_bytes(Connection::serve);
+        assert!(bytes <= STATE_BYTES_MAX, "{bytes} bytes");
     }
 }

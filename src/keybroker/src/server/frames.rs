@@ -185,6 +185,8 @@ pub(super) struct Watched<I> {
     is_authenticated: Arc<AtomicBool>,
     /// The timer for `SILENCE`, which exists as long as the connection.
     silence: Pin<Box<Sleep>>,
+    /// When message data or headers were last read or written.
+    active: TimerInstant,
     /// Whether message data or headers were read or written since the buffers were overwritten.
     is_dirty: bool,
     /// Number of bytes that were written since the library's write buffer was last overwritten, at
@@ -262,6 +264,7 @@ impl<I> Watched<I> {
             since: Instant::now(),
             is_authenticated,
             silence: Box::pin(sleep(SILENCE)),
+            active: TimerInstant::now(),
             is_dirty: false,
             written: 0,
             filler: Filler::new(),
@@ -279,9 +282,26 @@ impl<I> Watched<I> {
     }
 
     fn note_dirty(&mut self, seen: Seen) {
-        if seen.is_confidential {
+        if !seen.is_confidential {
+            return;
+        }
+        self.active = TimerInstant::now();
+        if !self.is_dirty {
             self.is_dirty = true;
-            self.silence.as_mut().reset(TimerInstant::now() + SILENCE);
+            self.silence.as_mut().reset(self.active + SILENCE);
+        }
+    }
+
+    /// Waits until no message data and no headers were read or written for `SILENCE`. The timer is set again only when
+    /// it fires, because setting the timer for each frame costs more than a few additional wake-ups.
+    fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        loop {
+            ready!(self.silence.as_mut().poll(context));
+            let end = self.active + SILENCE;
+            if self.silence.deadline() >= end {
+                return Poll::Ready(());
+            }
+            self.silence.as_mut().reset(end);
         }
     }
 
@@ -290,7 +310,7 @@ impl<I> Watched<I> {
         self.written = (self.written + bytes.len()).min(WRITE_BUFFER_BYTES);
         self.note_dirty(seen);
         // The timer must wake the task after `SILENCE`, even if the task does not read before then.
-        if self.is_dirty && self.silence.as_mut().poll(context).is_ready() {
+        if self.is_dirty && self.poll_silence(context).is_ready() {
             context.waker().wake_by_ref();
         }
     }
@@ -348,7 +368,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
                 Poll::Ready(self.note_resets(seen.resets, Instant::now()))
             }
             Poll::Pending => {
-                if !self.is_dirty || self.silence.as_mut().poll(context).is_pending() {
+                if !self.is_dirty || self.poll_silence(context).is_pending() {
                     return Poll::Pending;
                 }
                 self.is_dirty = false;

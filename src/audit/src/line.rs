@@ -11,7 +11,7 @@ use keybroker_core::{
     key::{ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
-use super::{Entry, EntryKind, OpenIntent, Outcome};
+use super::{Entry, EntryKind, OpenIntent, Outcome, Recorded};
 
 /// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +42,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
+    object.text("registry", entry.registry.as_deref());
     object.shown("request_id", entry.request_id.as_ref());
     object.number("revision", entry.revision.map(Revision::get));
     object.text("risks", entry.risks.as_deref());
@@ -49,6 +50,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("store", entry.store.as_deref());
     object.text("tenant", entry.tenant.as_ref().map(Tenant::as_str));
     object.number("time_us", u64::try_from(place.at.micros()).ok());
+    object.text("token", entry.token.as_deref());
     object.text("user", entry.user.as_ref().map(UserId::as_str));
     object.shown("wrapping_key", entry.wrapping_key.as_ref());
     object.end();
@@ -166,12 +168,22 @@ impl Parsed {
         intent.grant = text("grant").map(str::to_owned);
         intent.peer = text("peer").map(str::to_owned);
         intent.digest = text("digest").map(str::to_owned);
+        intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {
             call: self.call_id?,
             at: Timestamp::from_micros(self.time_us),
             intent,
         })
+    }
+
+    /// The registry that this line records.
+    pub(super) fn recorded(&self) -> Recorded {
+        let text = |name: &str| self.fields.get(name).and_then(Value::as_str);
+        Recorded {
+            at: self.at(),
+            registry: text("registry").map(str::to_owned),
+        }
     }
 
     /// Whether this line records that the intended change was made.

@@ -11,13 +11,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError};
 use tokio::sync::oneshot;
 
 use super::{
-    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome, extent,
+    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome, Recorded,
+    extent,
     integrity::Files,
     memory::{Acknowledgement, Mark, Memory},
     recovery::Found,
     segment,
     state::{Shared, slow},
-    tail::last_lines,
+    tail::{self, last_lines},
     writer::{self, Command, Waiting, Writer},
 };
 
@@ -196,6 +197,12 @@ impl AuditLog {
     /// The newest changes in the log when it was opened, at most 16, oldest first.
     pub fn changes_before(&self) -> &[Change] {
         &self.0.changes
+    }
+
+    /// Returns the newest entry of an action among the last `bytes_max` bytes of the log. Reads files, so the function must not be
+    /// called on an async thread.
+    pub fn newest(&self, action: &str, bytes_max: u64) -> Result<Option<Recorded>, Error> {
+        tail::newest(&self.0.directory, action, bytes_max)
     }
 
     /// Makes an entry durable and returns its sequence number. If the entry does not become durable, returns an error

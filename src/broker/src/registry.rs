@@ -371,7 +371,7 @@ impl Broker {
             tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
         }
         let mut registry = self.examine(rows, &Registry::default(), deadline).await?;
-        self.compare_with_memory(&mut registry)?;
+        self.compare_with_memory(&mut registry).await?;
         if let Some(error) = registry.first_failure() {
             return Err(error);
         }

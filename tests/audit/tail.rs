@@ -2,7 +2,7 @@
 
 use std::{fs, io::Write as _};
 
-use keybroker_audit::{AuditLog, tail};
+use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome, tail};
 
 use crate::{decision, folder, segment, segments};
 
@@ -72,4 +72,31 @@ fn a_file_without_lines_has_no_tail() {
     // A hole: no disk is used, and reading all of it would take far longer than this test may.
     file.set_len(1 << 40).unwrap();
     assert_eq!(tail(&path, 5).unwrap(), Vec::<String>::new());
+}
+
+/// The newest entry is found in an older segment, too, but only within the limit, and no text in another entry passes for it.
+#[tokio::test]
+async fn the_newest_entry_of_an_action_is_found_within_a_limit() {
+    const ACTION: &str = "wrapping_key.registry";
+    let (_folder, path) = folder();
+    let (log, _) = AuditLog::open(&path, 20_000).unwrap();
+    assert_eq!(log.newest(ACTION, u64::MAX).unwrap(), None);
+    for text in ["first", "second"] {
+        let mut entry = Entry::new(EntryKind::System, ACTION, Outcome::Ok);
+        entry.registry = Some(text.to_owned());
+        log.append(entry).await.unwrap();
+    }
+    for _ in 0..200 {
+        let mut entry = decision();
+        entry.peer = Some(format!(
+            "{{\"action\":\"{ACTION}\",\"registry\":\"third\"}}"
+        ));
+        log.append(entry).await.unwrap();
+    }
+    assert!(segments(&path).len() > 1);
+    let newest = log.newest(ACTION, u64::MAX).unwrap().unwrap();
+    assert_eq!(newest.registry.as_deref(), Some("second"));
+    assert_eq!(log.newest(ACTION, 1_000).unwrap(), None);
+    assert_eq!(log.newest(ACTION, 0).unwrap(), None);
+    log.close();
 }

@@ -562,6 +562,24 @@ fn a_lost_share_is_no_problem_and_a_wrong_one_is_named() {
     ] {
         assert_refused(&held.combine(&given), PIN, &expected);
     }
+    // Without the transcript, the shares give the PIN all the same, and wrong shares are refused without a name.
+    let alone = |shares: &[&str]| held.with_shares(&["ceremony", "combine"], shares);
+    let fitting = alone(&[three, one]);
+    assert_eq!(fitting.code, Some(0), "{fitting:#?}");
+    assert!(
+        fitting.stderr.contains("a wrong share cannot be named"),
+        "{fitting:#?}"
+    );
+    for (given, expected) in [
+        (vec![], "2 shares are needed, but 0"),
+        (vec![one], "2 shares are needed, but 1"),
+        (vec![one, &mistyped], "line 2: share 2 is mistyped"),
+        (vec![one, &foreign], "do not belong together"),
+    ] {
+        let refused = alone(&given);
+        assert_refused(&refused, PIN, &[expected]);
+        assert!(!refused.stderr.contains("belongs to"), "{refused:#?}");
+    }
 }
 
 #[test]
@@ -692,6 +710,21 @@ fn a_lost_terminal_leaves_the_token_blank() {
     assert_eq!(content["tokens"][0]["initialised"], false);
     let listed = site.expect_ok(&["token", "list"]);
     assert!(!listed.contains(NEW_LABEL), "{listed}");
+}
+
+/// SoftHSM accepts PINs of 4 to 255 bytes. A shorter user PIN is refused before a custodian sees a share that would be void.
+#[test]
+fn a_pin_of_a_wrong_length_is_refused_before_a_share_is_shown() {
+    let site = site_for_new_token();
+    let plan = plan_file(&site, &plan(&people(), &new_token(), ""));
+    write_private(&site.token.pin_file(), "abc\n");
+    let (code, shown) = at_terminal(&site, &["ceremony", "run", text_of(&plan)]);
+    assert_eq!(code, Some(PIN), "{shown}");
+    let expected =
+        "the length of the user PIN is 3, but the blank token accepts PINs of 4 to 255 bytes";
+    assert!(shown.contains(expected), "{shown}");
+    assert_eq!(shares(&shown), Vec::<String>::new());
+    assert!(!site.folder().join("transcript.json").exists());
 }
 
 /// Every refusal comes before anything is changed.

@@ -233,6 +233,10 @@ pub struct Entry {
     pub grant: Option<String>,
     /// The identity of the database that is used with the log.
     pub store: Option<String>,
+    /// The number and the state of each row of the registry.
+    pub registry: Option<String>,
+    /// The configured name of the token from which the objects of a wrapping key are removed.
+    pub token: Option<String>,
     /// The risks that the token's settings accept.
     pub risks: Option<String>,
     /// SHA-256 as hexadecimal digits: of the new envelope, of the ids of the rows that a re-wrap moves, of the registry, or of the
@@ -272,6 +276,8 @@ impl Entry {
             client: None,
             grant: None,
             store: None,
+            registry: None,
+            token: None,
             risks: None,
             digest: None,
             approval: None,
@@ -292,6 +298,15 @@ pub struct Change {
     pub at: Timestamp,
     /// The action, as in the field `action`.
     pub action: String,
+}
+
+/// An entry that records the registry of wrapping keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// Time at which the entry was written.
+    pub at: Timestamp,
+    /// The field `registry`.
+    pub registry: Option<String>,
 }
 
 /// An intent without an outcome.

@@ -11,7 +11,7 @@ use keybroker_core::{
     key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
-use super::{Entry, EntryKind, OpenIntent, Outcome};
+use super::{Entry, EntryKind, OpenIntent, Outcome, Recorded};
 
 /// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +47,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
+    object.text("registry", entry.registry.as_deref());
     object.shown("request_id", entry.request_id.as_ref());
     let (requested_by, requester) = both(entry.requested_by.as_ref());
     object.text("requested_by", requested_by);
@@ -57,6 +58,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("store", entry.store.as_deref());
     object.text("tenant", entry.tenant.as_ref().map(Tenant::as_str));
     object.number("time_us", u64::try_from(place.at.micros()).ok());
+    object.text("token", entry.token.as_deref());
     object.text("user", entry.user.as_ref().map(UserId::as_str));
     object.shown("wrapping_key", entry.wrapping_key.as_ref());
     object.end();
@@ -189,12 +191,22 @@ impl Parsed {
         };
         intent.requested_by = both("requested_by", "requested_by_person");
         intent.approved_by = both("approved_by", "approved_by_person");
+        intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {
             call: self.call_id?,
             at: Timestamp::from_micros(self.time_us),
             intent,
         })
+    }
+
+    /// The registry that this line records.
+    pub(super) fn recorded(&self) -> Recorded {
+        let text = |name: &str| self.fields.get(name).and_then(Value::as_str);
+        Recorded {
+            at: self.at(),
+            registry: text("registry").map(str::to_owned),
+        }
     }
 
     /// Whether this line records that the intended change was made.

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, TrySendError};
 use tokio::sync::oneshot;
 
 use super::{
-    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome,
+    APPEND_TIMEOUT, CLOSE_TIMEOUT, Change, Entry, EntryKind, Error, OpenIntent, Outcome, Recorded,
     commands::{Command, Commands, Waiting},
     extent,
     integrity::Files,
@@ -19,7 +19,7 @@ use super::{
     recovery::Found,
     segment,
     state::{Shared, slow},
-    tail::last_lines,
+    tail::{self, last_lines},
     writer::{self, Writer},
 };
 
@@ -198,6 +198,12 @@ impl AuditLog {
     /// The newest changes in the log when it was opened, at most 16, oldest first.
     pub fn changes_before(&self) -> &[Change] {
         &self.0.changes
+    }
+
+    /// Returns the newest entry of an action among the last `bytes_max` bytes of the log. Reads files, so the function must not be
+    /// called on an async thread.
+    pub fn newest(&self, action: &str, bytes_max: u64) -> Result<Option<Recorded>, Error> {
+        tail::newest(&self.0.directory, action, bytes_max)
     }
 
     /// Makes an entry durable and returns its sequence number. If the entry does not become durable, returns an error

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, Metadata, OpenOptions},
-    io::{self, BufRead, BufReader, Read as _, Write as _},
+    io::{self, BufRead, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -333,8 +333,20 @@ pub(super) fn lines(path: &Path, mut visit: impl FnMut(Line)) -> Result<(), Erro
 }
 
 /// Reads the complete lines of a segment as text without their LF, even if they are not canonical.
-pub(super) fn texts(path: &Path, mut visit: impl FnMut(String)) -> Result<(), Error> {
-    let mut reader = BufReader::new(open(path)?);
+pub(super) fn texts(path: &Path, visit: impl FnMut(String)) -> Result<(), Error> {
+    texts_from(path, 0, visit)
+}
+
+/// Does the same as [`texts`], beginning `skip` bytes after the start of the segment. The first line may then be the end of a line.
+pub(super) fn texts_from(
+    path: &Path,
+    skip: u64,
+    mut visit: impl FnMut(String),
+) -> Result<(), Error> {
+    let mut file = open(path)?;
+    file.seek(SeekFrom::Start(skip))
+        .map_err(|error| fail_io("cannot read", path, &error, "check the disk"))?;
+    let mut reader = BufReader::new(file);
     loop {
         let mut line = Vec::new();
         (&mut reader)

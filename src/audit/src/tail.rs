@@ -1,10 +1,15 @@
 //! Reads the last lines of a log from its end. The cost of reading the last lines does not depend on the length of the
 //! log.
 
-use std::{collections::VecDeque, fs::File, os::unix::fs::FileExt as _, path::Path};
+use std::{
+    collections::VecDeque,
+    fs::{self, File},
+    os::unix::fs::FileExt as _,
+    path::Path,
+};
 
 use super::{
-    Error,
+    Error, Recorded, line,
     segment::{self, LINE_BYTES_MAX},
     state::Durable,
 };
@@ -44,6 +49,37 @@ pub fn tail_matching(
         lines = found;
     }
     Ok(lines.into())
+}
+
+/// Returns the newest entry of an action among the last `bytes_max` bytes of the log.
+pub(super) fn newest(
+    directory: &Path,
+    action: &str,
+    bytes_max: u64,
+) -> Result<Option<Recorded>, Error> {
+    // The action is the first field of a line.
+    let start = format!("{{\"action\":\"{action}\",");
+    let mut left = bytes_max;
+    for number in segment::segments(directory)?.into_iter().rev() {
+        if left == 0 {
+            break;
+        }
+        let path = segment::segment_path(directory, number);
+        let length = fs::metadata(&path)
+            .map_err(|error| Error::new(format!("cannot read {}: {error}", path.display())))?
+            .len();
+        let mut newest = None;
+        segment::texts_from(&path, length.saturating_sub(left), |text| {
+            if text.starts_with(&start) {
+                newest = Some(text);
+            }
+        })?;
+        if let Some(found) = newest.and_then(|text| line::parse(text.as_bytes())) {
+            return Ok(Some(found.recorded()));
+        }
+        left = left.saturating_sub(length);
+    }
+    Ok(None)
 }
 
 /// Returns the last lines up to the position `durable`. The bytes after this position may still be removed.

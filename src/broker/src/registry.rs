@@ -124,6 +124,18 @@ impl Registry {
         }
     }
 
+    /// Returns an error if the workers have not finished their check of an active key, which may be the key in use.
+    pub(super) fn check_active_examined(&self) -> Result<(), Refusal> {
+        let mut active = self
+            .entries
+            .iter()
+            .filter(|entry| entry.row.state.may_wrap());
+        match active.find(|entry| entry.standing == Standing::Unproved) {
+            Some(unproved) => Err(Refusal::Unproved(unproved.row.id)),
+            None => Ok(()),
+        }
+    }
+
     /// Returns the row of a key, if the token has verified the row. The error tells the administrator why a change is
     /// not possible.
     pub(super) fn verified(&self, id: WrappingKeyId) -> Result<&RegistryRow, Error> {
@@ -389,7 +401,7 @@ impl Broker {
             tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
         }
         let mut registry = self.examine(rows, &Registry::default(), deadline).await?;
-        self.compare_with_memory(&mut registry)?;
+        self.compare_with_memory(&mut registry).await?;
         if let Some(error) = registry.first_failure() {
             return Err(error);
         }

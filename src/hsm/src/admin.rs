@@ -8,6 +8,7 @@
 //! Mitigation: M7 of `THREAT_MODEL.md`.
 
 use std::{
+    fmt,
     io::{self, Read as _, Write as _},
     ops::RangeInclusive,
     os::unix::net::UnixStream,
@@ -118,6 +119,31 @@ pub struct Listed {
     pub sha256_hmac: bool,
     /// Whether the settings choose this token.
     pub is_chosen: bool,
+    /// The shortest and the longest PIN that the token accepts, in bytes.
+    pub pin_bytes: PinBytes,
+}
+
+/// The lengths of PINs that a token accepts, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PinBytes {
+    min: u64,
+    max: u64,
+}
+
+impl PinBytes {
+    /// Whether a token accepts a PIN of this length. A token that reports a longest PIN of 0, or one below the shortest PIN, reports no
+    /// limit.
+    pub fn accept(self, bytes: usize) -> bool {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let has_limit = self.max >= self.min.max(1);
+        bytes >= self.min && (!has_limit || bytes <= self.max)
+    }
+}
+
+impl fmt::Display for PinBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} to {} bytes", self.min, self.max)
+    }
 }
 
 /// A key on the token, with the results of its attribute check and its self-test.
@@ -473,7 +499,23 @@ impl Admin {
             fingerprint: fingerprint.0.to_vec(),
             place_message,
             place_mac,
+            check_only: false,
         })
+    }
+
+    /// Removes nothing. Fails if the token has a private key with this fingerprint, under any `CKA_ID`.
+    pub fn check_removed(
+        &self,
+        id: WrappingKeyId,
+        fingerprint: Fingerprint,
+    ) -> Result<(), AdminError> {
+        let checked = self.remove(RemoveKey {
+            key_id: id.as_bytes().to_vec(),
+            fingerprint: fingerprint.0.to_vec(),
+            check_only: true,
+            ..RemoveKey::default()
+        });
+        checked.map(drop)
     }
 
     fn remove(&self, job: RemoveKey) -> Result<u32, AdminError> {
@@ -564,6 +606,10 @@ fn listed(entry: TokenEntry) -> Listed {
         oaep_bits: entry.oaep.map(|oaep| oaep.bits_min..=oaep.bits_max),
         sha256_hmac: entry.sha256_hmac,
         is_chosen: entry.is_chosen,
+        pin_bytes: PinBytes {
+            min: entry.pin_bytes_min,
+            max: entry.pin_bytes_max,
+        },
     }
 }
 

@@ -161,6 +161,8 @@ pub(crate) struct Listed {
     pub(crate) sha256_hmac: bool,
     /// Whether the settings choose this token.
     pub(crate) is_chosen: bool,
+    /// The shortest and the longest PIN that the token accepts, in bytes.
+    pub(crate) pin_bytes: [u64; 2],
 }
 
 impl Listed {
@@ -174,6 +176,7 @@ impl Listed {
             oaep_bits: None,
             sha256_hmac: false,
             is_chosen: true,
+            pin_bytes: [0, 0],
         }
     }
 }
@@ -234,6 +237,8 @@ pub(crate) fn list_tokens(settings: &Settings) -> Result<Vec<Listed>, AdminError
                 && selector
                     .as_ref()
                     .is_some_and(|selector| selector.fits(&info)),
+            pin_bytes: [info.min_pin_length(), info.max_pin_length()]
+                .map(|bytes| u64::try_from(bytes).unwrap_or(u64::MAX)),
         });
     }
     Ok(listed)

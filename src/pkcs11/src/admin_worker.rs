@@ -400,6 +400,8 @@ fn entry(listed: &admin::Listed) -> TokenEntry {
         note: String::new(),
         is_chosen: listed.is_chosen,
         is_login_of_another: false,
+        pin_bytes_min: listed.pin_bytes[0],
+        pin_bytes_max: listed.pin_bytes[1],
     }
 }
 

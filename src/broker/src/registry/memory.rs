@@ -2,24 +2,30 @@
 //!
 //! The MAC of an earlier row of a key is valid, too. A running broker refuses such a row by its number. The memory lets the broker
 //! also refuse an earlier row that a person put back into the database while no broker ran. Each change of the registry is also in the
-//! audit log, with the highest number and a digest of all rows.
+//! audit log of the instance, with the numbers and a digest of all rows. At its start, the broker compares the rows with the state file
+//! and with the newest entry of the audit log, so that neither of them is enough to hide a change.
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    cmp::Reverse,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use aws_lc_rs::digest;
 use serde::{Deserialize, Serialize};
 
-use keybroker_audit::{Entry as AuditEntry, EntryKind, Outcome};
+use keybroker_audit::{Entry as AuditEntry, EntryKind, Outcome, Recorded};
 use keybroker_core::{
+    call::Timestamp,
     error::{Error, Reason, chain},
     key::{WrappingKeyId, WrappingKeyState},
     state::{self, StateDirectory},
 };
 use keybroker_store::{RegistryRow, Store};
 
-use crate::{Broker, digests::hex_of};
+use crate::{Broker, TaskFailed, digests::hex_of};
 
 use super::{RefusedChange, Registry, Standing, altered};
 
@@ -29,6 +35,9 @@ struct Kept {
     /// The digest of all rows that the audit log contains.
     digest: String,
     rows: Vec<KeptRow>,
+    /// When an operator accepted the present rows; 0 if never. Earlier entries of the audit log do not count.
+    #[serde(default)]
+    accepted_us: i64,
 }
 
 /// The row of a key that the token verified last.
@@ -46,7 +55,18 @@ pub(crate) struct RegistryMemory {
     state: StateDirectory,
     fact: String,
     kept: Mutex<Kept>,
+    /// When the rows were last written to the audit log or, before that, when the broker started.
+    logged: Mutex<Instant>,
 }
+
+/// The largest number of rows in an entry. A row has at most 90 bytes.
+const RECORDED_ROWS_MAX: usize = 64;
+/// The action of the entries that record the registry.
+const RECORDED: &str = "wrapping_key.registry";
+/// An unchanged registry is recorded again after this time, so that the newest entry is not far from the end of the audit log.
+const RECORDED_AGAIN: Duration = Duration::from_hours(1);
+/// How much of the audit log is searched for the newest entry.
+const SEARCHED_BYTES: u64 = 256 << 20;
 
 /// The name of the state file. The name contains the instance, because several instances may share the state directory.
 fn fact_of(instance: &str) -> String {
@@ -63,6 +83,33 @@ impl KeptRow {
         }
     }
 
+    /// The row as a word of the audit log.
+    fn to_word(&self) -> String {
+        let Self {
+            key,
+            sequence,
+            state,
+            registered_us,
+        } = self;
+        format!("{key}/{sequence}/{state}/{registered_us}")
+    }
+
+    fn from_word(word: &str) -> Option<Self> {
+        let mut parts = word.split('/');
+        let row = Self {
+            key: WrappingKeyId::from_hex(parts.next()?)?.to_string(),
+            sequence: parts.next()?.parse().ok()?,
+            state: WrappingKeyState::parse(parts.next()?)?,
+            registered_us: parts.next()?.parse().ok()?,
+        };
+        parts.next().is_none().then_some(row)
+    }
+
+    /// Whether another memory of the same key is from after this memory.
+    fn is_before(&self, other: &Self) -> bool {
+        (self.registered_us, self.sequence) < (other.registered_us, other.sequence)
+    }
+
     /// Whether a row of the same key is from before this row. A key that was registered again has a later time.
     fn is_after(&self, row: &RegistryRow) -> bool {
         let is_same_registration = row.registered.micros() <= self.registered_us;
@@ -77,6 +124,33 @@ impl Kept {
         let id = id.to_string();
         self.rows.iter().find(|row| row.key == id)
     }
+
+    /// Remembers also what an entry of the audit log says.
+    fn merge(&mut self, recorded: &Recorded) {
+        if recorded.at.micros() <= self.accepted_us {
+            return;
+        }
+        let words = recorded.registry.as_deref().unwrap_or_default();
+        for logged in words.split(' ').filter_map(KeptRow::from_word) {
+            match self.rows.iter_mut().find(|row| row.key == logged.key) {
+                Some(known) if known.is_before(&logged) => *known = logged,
+                Some(_) => {}
+                None => self.rows.push(logged),
+            }
+        }
+    }
+
+    /// The rows as words of the audit log, the newest first. A registry with more rows than an entry can have is cut off.
+    fn to_words(&self) -> String {
+        let mut rows: Vec<&KeptRow> = self.rows.iter().collect();
+        rows.sort_by_key(|row| Reverse(row.sequence));
+        let words: Vec<String> = rows
+            .iter()
+            .take(RECORDED_ROWS_MAX)
+            .map(|row| row.to_word())
+            .collect();
+        words.join(" ")
+    }
 }
 
 impl RegistryMemory {
@@ -85,18 +159,27 @@ impl RegistryMemory {
             state,
             fact: fact_of(instance),
             kept: Mutex::default(),
+            logged: Mutex::new(Instant::now()),
         }
+    }
+
+    fn logged(&self) -> MutexGuard<'_, Instant> {
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads what the previous run remembered.
-    fn take_over(&self) -> Result<(), Error> {
+    /// Reads what the previous run remembered, and what it recorded last in the audit log.
+    fn take_over(&self, recorded: Option<&Recorded>) -> Result<(), Error> {
         let kept = self.state.read_json::<Kept>(&self.fact);
         let kept = kept.map_err(|source| Error::caused(Reason::StoreDown, Unusable { source }))?;
-        *self.kept() = kept.unwrap_or_default();
+        let mut kept = kept.unwrap_or_default();
+        if let Some(recorded) = recorded {
+            kept.merge(recorded);
+        }
+        *self.kept() = kept;
         Ok(())
     }
 
@@ -182,28 +265,42 @@ pub(crate) async fn forget(
 ) -> Result<bool, Error> {
     let failed = |error| Error::caused(Reason::StoreDown, error);
     let fact = fact_of(instance);
-    let is_refused = match state.read_json::<Kept>(&fact) {
-        Ok(None) => return Ok(false),
+    let (is_refused, kept) = match state.read_json::<Kept>(&fact) {
+        // The audit log may still have the rows.
+        Ok(None) => (false, Kept::default()),
         Ok(Some(kept)) => {
             let rows = store.registry().await?;
-            kept.rows.iter().any(|known| {
+            let is_refused = kept.rows.iter().any(|known| {
                 let row = rows.iter().find(|row| row.id.to_string() == known.key);
                 row.is_none_or(|row| known.is_after(row))
-            })
+            });
+            (is_refused, kept)
         }
-        Err(error) if error.is_damaged() => true,
+        Err(error) if error.is_damaged() => (true, Kept::default()),
         Err(error) => return Err(failed(error)),
     };
-    if is_refused {
-        state.write_json(&fact, &Kept::default()).map_err(failed)?;
-    }
+    let kept = if is_refused { Kept::default() } else { kept };
+    let kept = Kept {
+        accepted_us: Timestamp::now().micros(),
+        ..kept
+    };
+    state.write_json(&fact, &kept).map_err(failed)?;
     Ok(is_refused)
 }
 
 impl Broker {
-    /// Compares the registry with what the previous run remembered.
-    pub(super) fn compare_with_memory(&self, registry: &mut Registry) -> Result<(), Error> {
-        self.registry_memory.take_over()?;
+    /// Compares the registry with what the previous run remembered and recorded.
+    pub(super) async fn compare_with_memory(&self, registry: &mut Registry) -> Result<(), Error> {
+        let audit = self.audit.clone();
+        let search = move || audit.newest(RECORDED, SEARCHED_BYTES);
+        let recorded = tokio::task::spawn_blocking(search).await;
+        let recorded =
+            recorded.map_err(|source| TaskFailed::of("reading the audit log", source))?;
+        let recorded = recorded.unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot compare the registry with the audit log; the state directory is compared all the same");
+            None
+        });
+        self.registry_memory.take_over(recorded.as_ref())?;
         self.registry_memory.compare(registry);
         Ok(())
     }
@@ -214,22 +311,25 @@ impl Broker {
         let Some(registry) = self.registry.load_full() else {
             return;
         };
-        let Some(next) = memory.after(&registry) else {
+        let is_old = memory.logged().elapsed() >= RECORDED_AGAIN;
+        let unchanged = || is_old.then(|| memory.kept().clone());
+        let Some(next) = memory.after(&registry).or_else(unchanged) else {
             return;
         };
-        if next.digest != memory.kept().digest {
+        if is_old || next.digest != memory.kept().digest {
             let highest = registry
                 .entries
                 .iter()
                 .map(|entry| entry.row.sequence)
                 .max();
-            let mut entry =
-                AuditEntry::new(EntryKind::System, "wrapping_key.registry", Outcome::Ok);
+            let mut entry = AuditEntry::new(EntryKind::System, RECORDED, Outcome::Ok);
             entry.count = highest;
             entry.digest = Some(next.digest.clone());
+            entry.registry = Some(next.to_words());
             if let Err(error) = self.audit.append(entry).await {
-                return tracing::warn!(%error, "cannot record the changed registry in the audit log");
+                return tracing::warn!(%error, "cannot record the registry in the audit log");
             }
+            *memory.logged() = Instant::now();
         }
         if let Err(error) = memory.state.write_json(&memory.fact, &next) {
             return tracing::warn!(
@@ -243,8 +343,6 @@ impl Broker {
 
 #[cfg(test)]
 mod tests {
-    use keybroker_core::call::Timestamp;
-
     use crate::testing;
 
     use super::{super::Entry, *};
@@ -269,7 +367,7 @@ mod tests {
         let now = registry(&[row(1, 5, Compromised), row(2, 6, Active)]);
         let kept = memory.after(&now).unwrap();
         memory.state.write_json(&memory.fact, &kept).unwrap();
-        memory.take_over().unwrap();
+        memory.take_over(None).unwrap();
         assert_eq!(memory.after(&now), None);
         let refused = |rows: &[RegistryRow]| {
             let mut registry = registry(rows);
@@ -304,6 +402,68 @@ mod tests {
             ..row(1, 1, Active)
         };
         assert_eq!(refused(&[again, row(2, 6, Active)]), (vec![], 0));
+    }
+
+    /// The state directory was lost: the entry of the audit log takes its place. A later acceptance counts more than the entry.
+    #[test]
+    fn the_audit_log_remembers_the_rows_too() {
+        use WrappingKeyState::{Active, Compromised, Deactivated};
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(folder.path());
+        let memory = RegistryMemory::new(state.clone(), "one");
+        let kept = memory
+            .after(&registry(&[row(1, 5, Compromised), row(2, 6, Active)]))
+            .unwrap();
+        let recorded = Recorded {
+            at: Timestamp::from_micros(100),
+            registry: Some(kept.to_words()),
+        };
+        let refused = |memory: &RegistryMemory, rows: &[RegistryRow]| {
+            let mut registry = registry(rows);
+            memory.compare(&mut registry);
+            let altered = registry.altered_rows();
+            altered.len()
+        };
+        let former = [row(1, 4, Active), row(2, 6, Active)];
+        memory.take_over(None).unwrap();
+        assert_eq!(refused(&memory, &former), 0);
+        memory.take_over(Some(&recorded)).unwrap();
+        assert_eq!(refused(&memory, &former), 1);
+        assert_eq!(refused(&memory, &[row(2, 6, Active)]), 1);
+        let later = [row(1, 5, Compromised), row(2, 7, Deactivated)];
+        assert_eq!(refused(&memory, &later), 0);
+
+        // The state file is from before the entry.
+        let before = Kept {
+            rows: vec![KeptRow::of(&row(1, 3, Active))],
+            ..Kept::default()
+        };
+        state.write_json(&memory.fact, &before).unwrap();
+        memory.take_over(Some(&recorded)).unwrap();
+        assert_eq!(refused(&memory, &former), 1);
+        let accepted = Kept {
+            accepted_us: 100,
+            ..before
+        };
+        state.write_json(&memory.fact, &accepted).unwrap();
+        memory.take_over(Some(&recorded)).unwrap();
+        assert_eq!(refused(&memory, &former), 0);
+    }
+
+    #[test]
+    fn a_row_of_the_audit_log_is_read_completely_or_not_at_all() {
+        let kept = KeptRow::of(&row(1, 5, WrappingKeyState::PreActive));
+        let word = kept.to_word();
+        assert_eq!(KeptRow::from_word(&word), Some(kept));
+        for damaged in [
+            "",
+            "1",
+            &word[1..],
+            &format!("{word}/1"),
+            &word.replace("pre", ""),
+        ] {
+            assert_eq!(KeptRow::from_word(damaged), None, "{damaged}");
+        }
     }
 
     #[test]

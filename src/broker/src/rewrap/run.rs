@@ -66,6 +66,13 @@ impl From<store::Error> for Stop {
     }
 }
 
+/// From which wrapping keys rows are moved, and to which.
+#[derive(PartialEq, Eq)]
+struct Moves {
+    sources: Vec<WrappingKeyId>,
+    target: WrappingKeyId,
+}
+
 /// A run for which this broker has the lease.
 pub(super) struct Run<'b> {
     pub(super) broker: &'b Broker,
@@ -108,7 +115,7 @@ impl Broker {
         }
     }
 
-    async fn rewrap_if_wanted(&self, stop: &CancellationToken) {
+    pub(crate) async fn rewrap_if_wanted(&self, stop: &CancellationToken) {
         let can_work = self.store_is_up()
             && self.registry.load().is_some()
             && self.token.state().serving == Serving::Up;
@@ -181,47 +188,60 @@ impl<'b> Run<'b> {
             moved = self.progress.moved(),
             "this broker works on the re-wrap"
         );
-        let target = loop {
-            let target = self
-                .broker
-                .registry()?
-                .wrapping_key()
-                .map_err(Error::from)?;
-            match self.pass(target).await {
-                Ok(0) => break target,
+        let mut moves = self.moves().await?;
+        loop {
+            match self.pass(&moves).await {
+                Ok(0) => {}
                 // Another pass is necessary: a pass that moved a row may have missed rows that were written in the
                 // meantime.
-                Ok(_) => {}
+                Ok(_) => {
+                    moves = self.moves().await?;
+                    continue;
+                }
                 Err(Stop::KeysChanged) => {
                     tracing::info!("the wrapping keys changed; the re-wrap begins another pass");
                     self.keep_up().await?;
+                    moves = self.moves().await?;
+                    continue;
                 }
                 Err(other) => return Err(other),
             }
-        };
-        self.verify(target).await?;
-        self.report(target).await
+            self.verify(moves.target).await?;
+            // The run has ended only if no wrapping key was activated or resumed meanwhile.
+            let now = self.moves().await?;
+            if now == moves {
+                return self.report(moves.target).await;
+            }
+            moves = now;
+        }
+    }
+
+    /// Reads the registry, and returns which rows are moved. Another broker may have activated a wrapping key that this broker does
+    /// not know yet, or that its workers have not checked yet.
+    async fn moves(&self) -> Result<Moves, Error> {
+        self.broker.refresh_registry().await?;
+        let registry = self.broker.registry()?;
+        registry.check_active_examined()?;
+        let target = registry.wrapping_key()?;
+        Ok(Moves {
+            sources: sources(&registry, target, self.row.source, self.source_use()),
+            target,
+        })
     }
 
     /// Tries every row once. Returns the number of rows that were moved or that another change altered meanwhile.
-    async fn pass(&mut self, target: WrappingKeyId) -> Result<u64, Stop> {
-        let source_use = self.source_use();
-        let sources = sources(
-            &*self.broker.registry()?,
-            target,
-            self.row.source,
-            source_use,
-        );
+    async fn pass(&mut self, moves: &Moves) -> Result<u64, Stop> {
+        let Moves { sources, target } = moves;
         self.progress.begin_pass();
         let mut touched = 0;
-        for source in &sources {
-            touched += self.move_revisions(*source, target).await?;
+        for source in sources {
+            touched += self.move_revisions(*source, *target).await?;
         }
         if self.listed.is_some() {
             // No list contains API clients.
             return Ok(touched);
         }
-        Ok(touched + self.move_clients(&sources, target).await?)
+        Ok(touched + self.move_clients(sources, *target).await?)
     }
 
     /// Returns the number of rows for the next page.

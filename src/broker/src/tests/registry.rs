@@ -8,6 +8,7 @@ use crate::key_change::KeyChange;
 use super::*;
 
 mod destruction;
+mod rewrap;
 
 const A: WrappingKeyId = WrappingKeyId::from_bytes([10; 16]);
 const B: WrappingKeyId = WrappingKeyId::from_bytes([11; 16]);

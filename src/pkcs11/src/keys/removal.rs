@@ -23,6 +23,8 @@ pub(crate) struct Identity<'a> {
     /// The row that names the objects. The integrity key of the wrapping key must have made its MAC.
     message: &'a [u8],
     mac: &'a [u8],
+    /// Whether nothing is removed, and only the fingerprint is searched for.
+    is_check: bool,
 }
 
 impl<'a> Identity<'a> {
@@ -31,6 +33,7 @@ impl<'a> Identity<'a> {
             fingerprint: &job.fingerprint,
             message: &job.place_message,
             mac: &job.place_mac,
+            is_check: job.check_only,
         }
     }
 
@@ -89,6 +92,10 @@ pub(crate) fn remove(
     key: &Place,
     identity: &Identity<'_>,
 ) -> Result<u32, Fault> {
+    if identity.is_check {
+        refuse_remaining(session, key, identity)?;
+        return Ok(0);
+    }
     let own = ObjectId::from(key.id);
     let private_id = key.objects.private.as_ref().unwrap_or(&own);
     let private = find_one(session, ObjectClass::PRIVATE_KEY, private_id)?;

@@ -23,8 +23,20 @@ fn removed(
         fingerprint: oaep::fingerprint(&fingerprint.spki).0.to_vec(),
         place_message: MESSAGE.to_vec(),
         place_mac: mac.to_vec(),
+        check_only: false,
     };
     admin.remove_key(id, &Identity::of(&job))
+}
+
+/// Searches for the private key with this fingerprint, whatever its `CKA_ID`.
+fn searched(admin: &mut Admin, fingerprint: &CheckedKey) -> Result<u32, AdminError> {
+    let job = RemoveKey {
+        key_id: id(9).as_bytes().to_vec(),
+        fingerprint: oaep::fingerprint(&fingerprint.spki).0.to_vec(),
+        check_only: true,
+        ..RemoveKey::default()
+    };
+    admin.remove_key(id(9), &Identity::of(&job))
 }
 
 /// A row that a person edited names the objects of the key in use.
@@ -67,8 +79,17 @@ fn the_objects_of_another_key_are_not_removed() {
                 "{error}"
             );
 
+            // A search removes nothing, and finds the key under an id that no row names.
+            let error = searched(&mut admin, &old).unwrap_err();
+            assert!(
+                error.to_string().contains("still has a private key"),
+                "{error}"
+            );
+            assert_eq!(admin.key_ids().unwrap().len(), 2);
+
             let found = removed(&mut admin, (id(9), of(&old).unwrap()), &old, &by_old);
             assert_eq!(found.unwrap(), 3);
+            assert_eq!(searched(&mut admin, &old).unwrap(), 0);
             assert_eq!(admin.key_ids().unwrap(), [used.id.into()]);
             let again = removed(&mut admin, (id(9), of(&old).unwrap()), &old, &by_old);
             assert_eq!(again.unwrap(), 0);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use keybroker_ceremony::plan::{self, Plan};
 use keybroker_core::key::{ObjectId, WrappingKeyState};
-use keybroker_hsm::admin::{self, Admin};
+use keybroker_hsm::admin::{self, Admin, Listed};
 use keybroker_store::RegistryRow;
 use keybroker_worker_protocol::{Pin, PinSource, Settings};
 
@@ -80,8 +80,13 @@ pub(super) fn registry(rows: &[RegistryRow]) -> Result<(), Failure> {
     ))
 }
 
-/// A token that the ceremony initialises must be blank.
-pub(super) fn is_blank(planned: &plan::Token, config: &Config) -> Result<(), Failure> {
+/// A token that the ceremony initialises must be blank, and must accept the lengths of both PINs. After the custodians have seen their
+/// shares, it is too late for another length.
+pub(super) fn is_blank(
+    planned: &plan::Token,
+    config: &Config,
+    user_pin: &PinSource,
+) -> Result<(), Failure> {
     let listed = admin::list_tokens(Path::new(OWN_PROGRAM), config.token())
         .map_err(|error| environment::explain(error, config))?;
     let label = planned.label.as_deref().unwrap_or_default();
@@ -97,7 +102,8 @@ pub(super) fn is_blank(planned: &plan::Token, config: &Config) -> Result<(), Fai
             "remove `initialise` from the plan to use this token as it is, or choose another label",
         ));
     }
-    if listed.iter().all(|token| token.initialised) {
+    let blank: Vec<&Listed> = listed.iter().filter(|token| !token.initialised).collect();
+    if blank.is_empty() {
         let what = format!(
             "token {:?}: the module shows no blank token to initialise. Nothing was changed",
             planned.name
@@ -106,7 +112,42 @@ pub(super) fn is_blank(planned: &plan::Token, config: &Config) -> Result<(), Fai
             "a ceremony never erases a token: reset the device with the vendor's tool first",
         ));
     }
-    Ok(())
+    let so_pin = planned.so_pin_characters();
+    pin_length(planned, "`so_pin_characters`", so_pin, &blank)?;
+    let user_pin = match user_pin {
+        PinSource::Text(pin) => Some(pin.expose().len()),
+        // The security officer's PIN will be in the memory of this process, too.
+        PinSource::File(path) => {
+            let pin = Pin::from_file(path);
+            let unusable = |error| Failure::new(Exit::Pin, format!("{error}. Nothing was changed"));
+            Some(pin.map_err(unusable)?.expose().len())
+        }
+        PinSource::NotNeeded => None,
+    };
+    match user_pin {
+        Some(length) => pin_length(planned, "the length of the user PIN", length, &blank),
+        None => Ok(()),
+    }
+}
+
+/// Checks that a blank token accepts PINs of this length.
+fn pin_length(
+    planned: &plan::Token,
+    what: &str,
+    length: usize,
+    blank: &[&Listed],
+) -> Result<(), Failure> {
+    if blank.iter().any(|token| token.pin_bytes.accept(length)) {
+        return Ok(());
+    }
+    let limits = blank.first().map(|token| token.pin_bytes.to_string());
+    let text = format!(
+        "token {:?}: {what} is {length}, but the blank token accepts PINs of {}. Nothing was changed",
+        planned.name,
+        limits.unwrap_or_default()
+    );
+    Err(Failure::new(Exit::Pin, text)
+        .hint("choose a length that the token accepts; a changed plan must be approved again"))
 }
 
 /// A token that keeps its PINs must not have a key that the ceremony makes.

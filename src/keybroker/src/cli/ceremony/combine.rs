@@ -22,10 +22,18 @@ use crate::cli::{
 
 use super::{internal, read_transcript, shares, usage};
 
+/// What a person must know who combines shares without a transcript.
+const WITHOUT_TRANSCRIPT: &str = "warning: without the transcript, a wrong share cannot be named: a share that was changed on purpose \
+     gives a wrong PIN. A token counts a wrong PIN of the security officer, and may lock itself. Pass the transcript if there is a \
+     copy of it";
+
 #[derive(Args, Debug)]
 pub(in crate::cli) struct Combine {
     /// Transcript of the ceremony that made the shares
-    transcript: PathBuf,
+    ///
+    /// Without the transcript, the command combines the shares all the same, but it can neither name the custodian of a wrong share
+    /// nor detect a share that was changed on purpose.
+    transcript: Option<PathBuf>,
     /// Write the security officer's PIN to standard output
     ///
     /// From then on, the PIN is known to everyone who sees the output. Use the PIN for one operation of the vendor's tool, and hold
@@ -46,18 +54,25 @@ pub(in crate::cli) struct UnlockPin {
 }
 
 pub(super) fn combine(arguments: &Combine, context: &Context) -> Result<(), Failure> {
-    let transcript = read_parsed(&arguments.transcript)?;
-    let token = token(&transcript, context)?;
+    let transcript = match &arguments.transcript {
+        Some(path) => Some(read_parsed(path)?),
+        None => {
+            context.output.note(WITHOUT_TRANSCRIPT);
+            None
+        }
+    };
+    let token = match &transcript {
+        Some(transcript) => Some(token(transcript, context)?),
+        None => None,
+    };
     let pin = shares::combine(token)?;
     if arguments.print {
         return context.output.fields(vec![("so_pin", json!(pin.as_str()))]);
     }
+    let serial = token.and_then(|token| token.identity.as_ref().map(|one| &one.serial));
     context.output.fields(vec![
-        ("token", json!(token.name)),
-        (
-            "serial",
-            json!(token.identity.as_ref().map(|one| one.serial.clone())),
-        ),
+        ("token", json!(token.map(|token| &token.name))),
+        ("serial", json!(serial)),
         ("shares", json!("fit")),
     ])
 }
@@ -70,7 +85,7 @@ pub(super) fn unlock_pin(arguments: &UnlockPin, context: &Context) -> Result<(),
     config.select_token(Some(&token.name))?;
     let _lock = store::lock(&config.store)?;
     let user_pin = arguments.pin.get(config.token())?;
-    let so_pin = shares::combine(token)?;
+    let so_pin = shares::combine(Some(token))?;
     let so_pin = Pin::from_text(so_pin.to_string()).map_err(|error| internal(&error))?;
     let so_pin = PinSource::Text(so_pin);
     let nothing_more = |_: &mut Entry| {};

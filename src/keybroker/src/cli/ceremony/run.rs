@@ -190,7 +190,7 @@ impl<'a> Ceremony<'a> {
                 keys: Vec::new(),
             };
             if planned.initialise {
-                checks::is_blank(planned, &open.config)?;
+                checks::is_blank(planned, &open.config, &open.user_pin)?;
             } else {
                 let admin = open.log_in(registry.as_deref().unwrap_or_default())?;
                 checks::has_no_key_of_plan(planned, &admin)?;

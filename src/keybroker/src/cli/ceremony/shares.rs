@@ -195,44 +195,55 @@ fn lost(error: &io::Error) -> Failure {
     )
 }
 
-/// Reads as many shares as the threshold says from the terminal, or all lines of standard input, and combines them.
-pub(super) fn combine(token: &Token) -> Result<Zeroizing<String>, Failure> {
-    let threshold = token
-        .so_pin
-        .as_ref()
-        .and_then(|so_pin| usize::try_from(so_pin.threshold).ok())
-        .ok_or_else(|| {
-            let what = format!("the ceremony did not split a PIN of token {:?}", token.name);
-            Failure::new(Exit::Usage, what)
-        })?;
+/// Reads as many shares as the threshold says from the terminal, or all lines of standard input, and combines them. Without a token
+/// of a transcript, the threshold is that of the first share, and no share is compared with a digest.
+pub(super) fn combine(token: Option<&Token>) -> Result<Zeroizing<String>, Failure> {
+    let threshold = token.map(threshold).transpose()?;
     let shares = if io::stdin().is_terminal() {
         from_terminal(token, threshold)?
     } else {
         from_standard_input(token)?
     };
     if shares.is_empty() {
-        let (needed, given) = (threshold, 0);
+        // A PIN is split into at least two shares.
+        let (needed, given) = (threshold.unwrap_or(2), 0);
         return Err(no_pin(&ShareError::TooFew { needed, given }));
     }
     share::combine(&shares).map_err(|error| no_pin(&error))
 }
 
-fn from_terminal(token: &Token, threshold: usize) -> Result<Vec<Share>, Failure> {
+fn threshold(token: &Token) -> Result<usize, Failure> {
+    token
+        .so_pin
+        .as_ref()
+        .and_then(|so_pin| usize::try_from(so_pin.threshold).ok())
+        .ok_or_else(|| {
+            let what = format!("the ceremony did not split a PIN of token {:?}", token.name);
+            Failure::new(Exit::Usage, what)
+        })
+}
+
+fn from_terminal(
+    token: Option<&Token>,
+    mut threshold: Option<usize>,
+) -> Result<Vec<Share>, Failure> {
     let mut shares: Vec<Share> = Vec::new();
-    while shares.len() < threshold {
+    while threshold.is_none_or(|threshold| shares.len() < threshold) {
         let share = typed(token, shares.len() + 1, threshold)?;
         if shares.iter().any(|one| one.number() == share.number()) {
             return Err(no_pin(&ShareError::Twice(share.number())));
         }
+        threshold = threshold.or(Some(share.threshold()));
         shares.push(share);
     }
     Ok(shares)
 }
 
-fn typed(token: &Token, place: usize, threshold: usize) -> Result<Share, Failure> {
+fn typed(token: Option<&Token>, place: usize, threshold: Option<usize>) -> Result<Share, Failure> {
     let mut tries = TRIES;
+    let of = threshold.map_or_else(String::new, |threshold| format!(" of {threshold}"));
     loop {
-        let prompt = format!("Share {place} of {threshold}: ");
+        let prompt = format!("Share {place}{of}: ");
         let line = rpassword::prompt_password(prompt)
             .map(Zeroizing::new)
             .map_err(|error| Failure::new(Exit::Pin, format!("cannot read the share: {error}")))?;
@@ -249,7 +260,7 @@ fn typed(token: &Token, place: usize, threshold: usize) -> Result<Share, Failure
     }
 }
 
-fn from_standard_input(token: &Token) -> Result<Vec<Share>, Failure> {
+fn from_standard_input(token: Option<&Token>) -> Result<Vec<Share>, Failure> {
     let mut shares = Vec::new();
     for (index, line) in io::stdin().lock().lines().enumerate() {
         let line = line
@@ -268,8 +279,12 @@ fn from_standard_input(token: &Token) -> Result<Vec<Share>, Failure> {
     Ok(shares)
 }
 
-/// Reads a share, and compares it with the digest in the transcript. The error names the custodian of the share.
-fn parse(token: &Token, line: &str) -> Result<Share, Failure> {
+/// Reads a share, and compares it with the digest in the transcript. The error names the custodian of the share. Without a transcript,
+/// only the checksum of the share is compared.
+fn parse(token: Option<&Token>, line: &str) -> Result<Share, Failure> {
+    let Some(token) = token else {
+        return Share::from_line(line).map_err(|error| no_pin(&error));
+    };
     let share = Share::from_line(line).map_err(|error| {
         let number = match error {
             ShareError::Mistyped { number } | ShareError::Version { number, .. } => Some(number),
@@ -345,17 +360,21 @@ mod tests {
         let shares = share::split("SECRET", 2, 3).unwrap();
         let token = token(&shares);
         for share in &shares {
-            assert_eq!(parse(&token, &share.to_line()).unwrap(), *share);
+            assert_eq!(parse(Some(&token), &share.to_line()).unwrap(), *share);
         }
         let other = share::split("SECRET", 2, 4).unwrap();
-        let refused = parse(&token, &other[1].to_line()).unwrap_err().message;
+        let refused = parse(Some(&token), &other[1].to_line())
+            .unwrap_err()
+            .message;
         assert!(refused.contains("belongs to bob"), "{refused}");
-        let refused = parse(&token, &other[3].to_line()).unwrap_err().message;
+        let refused = parse(Some(&token), &other[3].to_line())
+            .unwrap_err()
+            .message;
         assert!(refused.contains("no share 4"), "{refused}");
         let mut line = shares[2].to_line().to_string();
         let last = line.pop().unwrap();
         line.push(if last == 'A' { 'B' } else { 'A' });
-        let refused = parse(&token, &line).unwrap_err().message;
+        let refused = parse(Some(&token), &line).unwrap_err().message;
         assert!(
             refused.contains("mistyped") && refused.contains("belongs to cyd"),
             "{refused}"

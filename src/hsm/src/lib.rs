@@ -31,6 +31,7 @@ mod pool;
 mod process;
 mod queue;
 mod rewrap;
+mod socket;
 mod start;
 mod supervisor;
 

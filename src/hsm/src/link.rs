@@ -13,7 +13,6 @@ use std::{
 };
 
 use tokio::{
-    net::UnixStream,
     process::{Child, Command},
     sync::Notify,
 };
@@ -29,6 +28,7 @@ use crate::{
     found::Found,
     job::Job,
     process::{self, SocketPair},
+    socket::Socket,
 };
 
 /// If a job is unanswered for this time after its deadline, its worker counts as hanging.
@@ -41,7 +41,7 @@ pub(super) struct Link {
     generation: u64,
     pid: u32,
     sessions: usize,
-    stream: UnixStream,
+    socket: Socket,
     /// The keys that the worker found.
     found: Arc<Found>,
     /// Whether the worker must be replaced, because the expected keys have changed since it started.
@@ -75,15 +75,15 @@ impl fmt::Debug for Link {
 }
 
 /// Starts a worker process. Returns the process with the front's end of its socket.
-pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
+pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, Socket)> {
     let socket = SocketPair::of_packets()?;
     let (command, ours) = process::command(program, settings, "token-worker", socket);
-    ours.set_nonblocking(true)?;
+    let socket = Socket::new(ours)?;
     let child = Command::from(command)
         // When the handle is dropped, the process must not be killed: it may be inside `C_Login`, where SIGKILL can
         // damage a SoftHSM token.
         .spawn()?;
-    Ok((child, UnixStream::from_std(ours)?))
+    Ok((child, socket))
 }
 
 impl Link {
@@ -91,14 +91,14 @@ impl Link {
         generation: u64,
         pid: u32,
         sessions: usize,
-        stream: UnixStream,
+        socket: Socket,
         found: Arc<Found>,
     ) -> Arc<Self> {
         Arc::new(Self {
             generation,
             pid,
             sessions,
-            stream,
+            socket,
             found,
             is_outdated: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
@@ -182,7 +182,7 @@ impl Link {
 
     fn send(&self, state: &mut State) {
         while let Some(frame) = state.unsent.next_frame() {
-            match self.stream.try_write(frame) {
+            match self.socket.try_write(frame) {
                 Ok(count) => state.unsent.sent(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.flush.notify_one();
@@ -204,7 +204,7 @@ impl Link {
         loop {
             self.flush.notified().await;
             while !self.state().unsent.is_empty() {
-                if self.stream.writable().await.is_err() {
+                if self.socket.writable().await.is_err() {
                     return;
                 }
                 self.send(&mut self.state());
@@ -217,15 +217,9 @@ impl Link {
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
         let mut inbox = Inbox::default();
         loop {
-            if let Err(error) = self.stream.readable().await {
-                return format!("the socket of the worker failed: {error}");
-            }
-            // Each read returns one packet, even if the buffer has space for more. `try_read` takes this into account:
-            // it waits again only after the socket has reported that no packet is left.
-            match self.stream.try_read(inbox.room()) {
+            match self.socket.read(inbox.room()).await {
                 Ok(0) => return "the worker process ended".to_owned(),
                 Ok(count) => inbox.received(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return format!("the socket of the worker failed: {error}"),
             }
             loop {
@@ -284,14 +278,7 @@ impl Link {
 
     /// Closes the sending half of the socket. A worker whose socket is closed finishes its jobs and ends.
     pub(super) fn close(&self) {
-        close(&self.stream);
-    }
-}
-
-/// Closes the sending half of a worker's socket.
-pub(super) fn close(stream: &UnixStream) {
-    if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Write) {
-        tracing::debug!(%error, "the worker's socket was already closed");
+        self.socket.close();
     }
 }
 
@@ -310,28 +297,24 @@ pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStat
 /// Sends the setup and reads the reply, before the worker serves jobs. While this function waits, it sets `calling` to
 /// each function of the module that the worker calls.
 pub(super) async fn exchange(
-    stream: &UnixStream,
+    socket: &Socket,
     request: &Request,
     calling: &mut Option<String>,
 ) -> io::Result<Reply> {
     let mut outbox = Outbox::default();
     outbox.push(request);
-    while !outbox.is_empty() {
-        stream.writable().await?;
-        match stream.try_write(outbox.rest()) {
+    while let Some(frame) = outbox.next_frame() {
+        match socket.try_write(frame) {
             Ok(count) => outbox.sent(count),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
             Err(error) => return Err(error),
         }
     }
     let mut inbox = Inbox::default();
     loop {
-        stream.readable().await?;
-        match stream.try_read(inbox.room()) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => inbox.received(count),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(error),
+        match socket.read(inbox.room()).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => inbox.received(count),
         }
         while let Some(reply) = inbox.take::<Reply>()? {
             match reply.outcome {

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use tokio::net::UnixStream;
-
 use keybroker_core::{
     envelope::Algorithm,
     key::{Fingerprint, ObjectIds, WrappingKeyId},
@@ -14,7 +12,7 @@ use keybroker_worker_protocol::{
 };
 
 use super::*;
-use crate::{TokenKey, process::SocketPair};
+use crate::{TokenKey, process::SocketPair, socket::Socket};
 
 /// Returns the front's end of a worker without a process. The worker's jobs stay in the link until the test takes them.
 pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
@@ -24,11 +22,10 @@ pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
 /// Returns the front's end of a worker that found these keys.
 fn link_with(generation: u64, sessions: usize, found: Arc<Found>) -> Arc<Link> {
     let (ours, theirs) = SocketPair::of_packets().unwrap().into_ends();
-    ours.set_nonblocking(true).unwrap();
     // The worker's end of the socket stays open.
     Box::leak(Box::new(theirs));
-    let stream = UnixStream::from_std(ours).unwrap();
-    Link::new(generation, 1, sessions, stream, found)
+    let socket = Socket::new(ours).unwrap();
+    Link::new(generation, 1, sessions, socket, found)
 }
 
 /// Returns a supervisor that starts no worker, for a token that must contain these keys.

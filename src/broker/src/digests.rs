@@ -2,15 +2,15 @@
 
 use std::fmt::Write as _;
 
-use aws_lc_rs::digest::{self, Digest};
+use aws_lc_rs::digest;
 
 /// The SHA-256 of bytes, as hexadecimal digits.
 pub(super) fn sha256(bytes: &[u8]) -> String {
     hex_of(&digest::digest(&digest::SHA256, bytes))
 }
 
-/// A digest as hexadecimal digits.
-pub(super) fn hex_of(digest: &Digest) -> String {
+/// A digest or a MAC as hexadecimal digits.
+pub(super) fn hex_of(digest: &impl AsRef<[u8]>) -> String {
     let bytes = digest.as_ref();
     let mut text = String::with_capacity(bytes.len() * 2);
     for byte in bytes {

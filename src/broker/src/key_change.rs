@@ -32,8 +32,8 @@ mod making;
 mod rotation;
 
 pub(super) use age::KeyAge;
-pub(super) use destruction::Scheduled;
 pub use destruction::{DestructionRules, Wait};
+pub(super) use destruction::{Scheduled, forget_accepted};
 pub use rotation::{Rotated, Rotation};
 
 /// A row number that is not below this limit is ignored, because only a forged row has such a large
@@ -66,6 +66,9 @@ pub enum KeyChange {
     Lose,
     /// The key is destroyed after a waiting time. Its state does not change before.
     Destroy(Wait),
+    /// The broker instance that gets the request may carry out the scheduled destruction of the key, although another instance
+    /// accepted it.
+    ConfirmDestruction,
     /// The scheduled destruction of the key is cancelled.
     Keep,
 }
@@ -81,7 +84,7 @@ impl KeyChange {
             Self::Compromise => Action::CompromiseKey,
             Self::Lose => Action::LoseKey,
             Self::Destroy(Wait::None) => Action::DestroyKeyNow,
-            Self::Destroy(_) => Action::DestroyKey,
+            Self::Destroy(_) | Self::ConfirmDestruction => Action::DestroyKey,
             Self::Keep => Action::KeepKey,
         }
     }
@@ -158,7 +161,14 @@ impl Broker {
         let turn = self.or_record(&draft, self.key_changes.begin()).await?;
         let planned = self.plan_state_change(principal, call, id, change).await;
         let planned = self.or_record(&draft, planned).await?;
+        let schedule = match &planned.destruction {
+            Some(DestructionChange::Schedule(row)) => Some(row.clone()),
+            _ => None,
+        };
         self.commit_key_change(call, &draft, planned).await?;
+        if let Some(row) = schedule {
+            self.accept_schedule(&row).await;
+        }
         drop(turn);
         self.view_of(id)
     }
@@ -183,13 +193,16 @@ impl Broker {
                 return self.plan_destruction(&registry, id, wait, principal).await;
             }
             KeyChange::Keep => return self.plan_keeping(&registry, id).await,
+            KeyChange::ConfirmDestruction => {
+                return self.plan_confirmation(&registry, id, principal).await;
+            }
             _ => {}
         }
         let state = self.token.state();
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
         if change != KeyChange::Compromise {
-            self.check_not_scheduled(row).await?;
+            self.check_not_scheduled(&registry, row).await?;
         }
         let mut new = RegistryRow {
             state: to,
@@ -278,10 +291,12 @@ impl Broker {
         let mut change = planner.change;
         for update in &mut change.updates {
             let row = &update.row;
-            let (signer, message) = if row.state == WrappingKeyState::Destroyed {
-                (tombstone_signer, row.tombstone_message())
-            } else {
-                (row.id, row.mac_message())
+            let (signer, message) = match row.state {
+                WrappingKeyState::Destroyed if planner.unremoved.contains(&row.id) => {
+                    (tombstone_signer, row.unremoved_message())
+                }
+                WrappingKeyState::Destroyed => (tombstone_signer, row.tombstone_message()),
+                _ => (row.id, row.mac_message()),
             };
             let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
             update.row.mac = self.token.mac(signer, &message, &caller).await?;
@@ -307,7 +322,7 @@ impl Broker {
     /// Applies a committed change in this broker.
     async fn apply_key_change(&self) {
         let read = self.refresh_registry().await;
-        if let Err(error) = read.and(self.read_destructions().await) {
+        if let Err(error) = read.and(self.read_schedules().await) {
             tracing::warn!(%error, "cannot read the changed registry yet; the broker tries again within a second");
         }
         self.remember_registry().await;
@@ -338,7 +353,7 @@ fn next_state(
         KeyChange::Deactivate => WrappingKeyState::Deactivated,
         KeyChange::Compromise => WrappingKeyState::Compromised,
         KeyChange::Lose | KeyChange::Destroy(_) => WrappingKeyState::Destroyed,
-        KeyChange::Keep => row.state,
+        KeyChange::Keep | KeyChange::ConfirmDestruction => row.state,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
                 "only a suspended key can be resumed, but this key is {}",
@@ -384,6 +399,8 @@ fn check_backup(row: &RegistryRow, is_accepted: bool) -> Result<(), Error> {
 struct Planner {
     change: RegistryChange,
     sequence: u64,
+    /// The destroyed keys whose new rows say that the objects must still be removed from the tokens.
+    unremoved: Vec<WrappingKeyId>,
 }
 
 impl Planner {
@@ -394,6 +411,7 @@ impl Planner {
         Self {
             change: RegistryChange::default(),
             sequence: sequences.max().unwrap_or(0),
+            unremoved: Vec::new(),
         }
     }
 
@@ -427,6 +445,9 @@ impl Planner {
         });
         for (row, _) in tombstones {
             self.change(row, row.clone());
+            if registry.is_unremoved(row.id) {
+                self.unremoved.push(row.id);
+            }
         }
     }
 

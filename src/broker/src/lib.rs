@@ -233,7 +233,7 @@ impl Broker {
             key_changes: KeyChanges::new(parts.key_admin),
             expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
-            scheduled: Scheduled::new(parts.destruction),
+            scheduled: Scheduled::new(parts.destruction, parts.state.clone(), &parts.instance),
             capacity: parts.capacity,
             accepted_risks: parts.accepted_risks,
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),

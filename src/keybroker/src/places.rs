@@ -67,11 +67,8 @@ impl Registry {
         Ok(Self {
             rows: store.registry().await?,
             places: store.places().await?,
-            destructions: match store.destructions().await {
-                // A damaged schedule must not hide the keys. A broker raises an alert about it.
-                Err(store::Error::Corrupt(_)) => Vec::new(),
-                read => read?,
-            },
+            // A damaged schedule must not hide the keys. A broker raises an alert about it.
+            destructions: store.destructions().await?.rows,
         })
     }
 

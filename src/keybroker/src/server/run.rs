@@ -198,7 +198,7 @@ fn expect(config: &Config) -> Expect {
             ..Registry::default()
         };
         let of_token = |token: &hsm::Settings| {
-            let keys = registry.expected(token, tokens.are_several());
+            let keys = registry.expected_among(token, tokens.all());
             (token.name.clone(), keys)
         };
         tokens.all().iter().map(of_token).collect()

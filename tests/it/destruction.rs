@@ -195,6 +195,7 @@ fn a_scheduled_key_keeps_its_state(broker: &Broker, older: &str) {
 async fn a_schedule_is_believed_only_under_its_mac(broker: &Broker, older: &str) {
     let site = &broker.site;
     site.sql("CREATE TABLE saved AS SELECT * FROM key_destructions");
+    a_damaged_row_concerns_its_own_key(broker, older).await;
     site.sql("UPDATE key_destructions SET due_us = 1");
     slowly("the alert about the edited time", || {
         let alerts = alerts(broker);
@@ -213,12 +214,38 @@ async fn a_schedule_is_believed_only_under_its_mac(broker: &Broker, older: &str)
         let alerts = alerts(broker);
         alerts
             .iter()
-            .any(|line| line.contains("not valid"))
+            .any(|line| line.contains("is not valid and was removed"))
             .then_some(())
     });
     let left = site.sql("SELECT count(*) FROM key_destructions");
     assert_eq!(left.trim(), "0");
     assert_eq!(states(broker).await[older], WrappingKeyState::Deactivated);
+}
+
+/// A row that cannot be read is named, and blocks no change of another key.
+async fn a_damaged_row_concerns_its_own_key(broker: &Broker, older: &str) {
+    let site = &broker.site;
+    // Longer than any name that a broker writes.
+    site.sql("UPDATE key_destructions SET requested_by = hex(zeroblob(200))");
+    let named = format!("the row of key {older} in the table key_destructions cannot be read");
+    slowly("the alert about the damaged row", || {
+        let alerts = alerts(broker);
+        alerts
+            .iter()
+            .any(|line| line.contains(&named) && line.contains("requested_by"))
+            .then_some(())
+    });
+    not_changed(
+        broker,
+        &["activate", older],
+        "KEY_STATE",
+        &[&named, "--cancel"],
+    );
+    let newer = wraps_under(broker).await;
+    changed(broker, &["suspend", &newer]);
+    changed(broker, &["resume", &newer]);
+    assert_eq!(wraps_under(broker).await, newer);
+    site.sql("UPDATE key_destructions SET requested_by = (SELECT requested_by FROM saved)");
 }
 
 /// The objects go, the tombstone stays and is believed after the key that authenticated it was destroyed, too.
@@ -252,6 +279,7 @@ async fn a_destroyed_key_leaves_a_tombstone_that_outlives_its_witness() {
         .lines()
         .filter(|line| line.contains("wrapping_key.objects_removed"));
     assert!(removed.any(|line| line.contains("\"count\":3")), "{audit}");
+    the_removal_from_the_token_is_audited(&audit, &older);
     not_changed(
         &broker,
         &["destroy", &older, "--cancel"],
@@ -286,6 +314,30 @@ async fn a_destroyed_key_leaves_a_tombstone_that_outlives_its_witness() {
     assert_eq!(wraps_under(&broker).await, third);
     assert!(!broker.site.log().contains(r#""alert":"registry""#));
     a_tombstone_cannot_be_turned_back(&broker, &older, &of_older).await;
+}
+
+/// The intent is written before the first object is removed, and the outcome has the number of objects.
+fn the_removal_from_the_token_is_audited(audit: &str, id: &str) {
+    let of_token = |line: &&str| {
+        line.contains("\"action\":\"wrapping_key.remove_objects\"")
+            && line.contains("\"token\":\"default\"")
+            && line.contains(id)
+    };
+    let entries: Vec<Value> = audit
+        .lines()
+        .filter(of_token)
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let kinds: Vec<&str> = entries.iter().map(|one| text_of(one, "kind")).collect();
+    assert_eq!(kinds, ["intent", "outcome"], "{audit}");
+    assert_eq!(entries[0]["call_id"], entries[1]["call_id"]);
+    assert_eq!(entries[0]["count"], Value::Null);
+    assert_eq!(entries[1]["count"], 3);
+    assert_eq!(text_of(&entries[1], "outcome"), "ok");
+}
+
+fn text_of<'v>(entry: &'v Value, field: &str) -> &'v str {
+    entry[field].as_str().unwrap_or_default()
 }
 
 /// The row from before the destruction has a valid MAC, and does not replace the tombstone.
@@ -344,6 +396,43 @@ async fn a_row_that_needs_the_key_postpones_its_destruction() {
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
 }
 
+/// A person changes what a row names, so that a count by the column does not find the row.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_names_another_key_than_it_needs_postpones_the_destruction() {
+    let (site, [older, newer]) = with_two_keys().await;
+    permit_now(&site);
+    let broker = Broker::start_on(site);
+    changed(&broker, &["deactivate", &older]);
+    let site = Arc::clone(&broker.site);
+    let of_older = format!("WHERE lower(hex(wrapping_key_id)) = '{older}'");
+    let envelope = site.sql(&format!(
+        "SELECT lower(hex(envelope)) FROM revisions {of_older}"
+    ));
+    site.sql(&format!(
+        "CREATE TABLE saved AS SELECT record_id FROM revisions {of_older}"
+    ));
+    rewrap(&broker);
+    let hidden = envelope.trim().replacen(&older, &newer, 1);
+    assert_ne!(hidden, envelope.trim());
+    site.sql(&format!(
+        "UPDATE revisions SET envelope = X'{hidden}' WHERE record_id IN (SELECT record_id FROM saved)"
+    ));
+    changed(
+        &broker,
+        &["destroy", &older, "--yes", "--now", "irreversibly"],
+    );
+    let record = site.sql("SELECT lower(hex(record_id)) FROM saved");
+    slowly("the alert", || {
+        let alerts = alerts(&broker);
+        let is_it = |line: &String| {
+            line.contains(&format!("1 rows need key {older}")) && line.contains(record.trim())
+        };
+        alerts.iter().any(is_it).then_some(())
+    });
+    assert_eq!(states(&broker).await[&older], WrappingKeyState::Deactivated);
+    assert!(objects(&site).contains(&older));
+}
+
 /// A compromised key can be destroyed. A key that is compromised while its destruction waits has to be scheduled again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compromised_key_is_destroyed_and_a_compromise_ends_the_wait() {
@@ -365,14 +454,18 @@ async fn a_compromised_key_is_destroyed_and_a_compromise_ends_the_wait() {
         ));
         (row.trim() == "destroyed").then_some(())
     });
-    // A broker that is killed between the mark and the removal goes on after its start.
+    // A broker that is killed between the mark and the removal goes on after its start, even if a person removed the schedule.
     let site = broker.kill();
     assert!(
         objects(&site).contains(&older),
         "the objects are removed after a notice"
     );
+    site.sql("DELETE FROM key_destructions");
     let broker = Broker::start_on(site);
     destroyed(&broker, &older);
+    let alerts = alerts(&broker);
+    let is_it = |line: &String| line.contains("was removed from the database");
+    assert!(alerts.iter().any(is_it), "{alerts:?}");
     Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
 }
 
@@ -438,4 +531,37 @@ async fn one_of_two_brokers_destroys_the_key() {
         Caller::of(&two, "releaser").unwrap("unknown").await,
         "KEY_NOT_FOUND",
     );
+}
+
+/// A broker whose state directory does not know the schedule, like one on a restored copy of the database, asks before it destroys.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_did_not_accept_the_request_destroys_nothing_before_it_is_confirmed() {
+    let (site, [older, _]) = with_two_keys().await;
+    permit_now(&site);
+    let broker = Broker::start_on(site);
+    changed(&broker, &["deactivate", &older]);
+    rewrap(&broker);
+    changed(
+        &broker,
+        &["destroy", &older, "--yes", "--now", "irreversibly"],
+    );
+    let site = broker.kill();
+    let state = site.folder().join("audit/state/destructions-serve");
+    fs::remove_file(state).unwrap();
+    let broker = Broker::start_on(site);
+    slowly("the alert", || {
+        let alerts = alerts(&broker);
+        let is_it = |line: &String| line.contains("--confirm-schedule");
+        alerts.iter().any(is_it).then_some(())
+    });
+    assert_eq!(states(&broker).await[&older], WrappingKeyState::Deactivated);
+    assert!(objects(&broker.site).contains(&older));
+    let denied = key(
+        &broker,
+        "auditor",
+        &["destroy", &older, "--confirm-schedule", "--yes"],
+    );
+    assert!(denied.stderr.contains("POLICY"), "{denied:#?}");
+    changed(&broker, &["destroy", &older, "--confirm-schedule", "--yes"]);
+    destroyed(&broker, &older);
 }

@@ -508,12 +508,12 @@ pub(crate) async fn destructions_are_scheduled_held_and_ended(engine: &Engine) {
     let (first, second) = (scheduled(10, 1), scheduled(20, 2));
     change(DestructionChange::Schedule(first.clone())).await;
     assert_eq!(
-        store.destructions().await.unwrap(),
+        store.destructions().await.unwrap().rows,
         std::slice::from_ref(&first)
     );
     change(DestructionChange::Schedule(second.clone())).await;
     assert_eq!(
-        store.destructions().await.unwrap(),
+        store.destructions().await.unwrap().rows,
         std::slice::from_ref(&second)
     );
 
@@ -538,7 +538,7 @@ pub(crate) async fn destructions_are_scheduled_held_and_ended(engine: &Engine) {
     change(DestructionChange::Schedule(first)).await;
     change(DestructionChange::Remove(KEY)).await;
     change(DestructionChange::Remove(KEY)).await;
-    assert_eq!(store.destructions().await.unwrap(), []);
+    assert_eq!(store.destructions().await.unwrap().rows, []);
 }
 
 /// A change that is only permitted while no row needs a key is refused as soon as there is such a row.
@@ -562,6 +562,27 @@ pub(crate) async fn a_change_of_the_registry_waits_for_the_rows_of_a_key(engine:
     let refused = store.change_registry(&unneeded, call, at(1)).await;
     assert!(matches!(refused, Err(Error::Conflict)), "{refused:?}");
     assert!(!store.committed_by(call).await.unwrap());
+
+    // The key is not registered, so the row is counted with those whose key is not known.
+    let counted = async || {
+        let uses = store.unregistered_uses().await.unwrap();
+        (uses.revisions, uses.clients)
+    };
+    assert_eq!(counted().await, (1, 0));
+    let row = RegistryRow {
+        id: key,
+        fingerprint: Fingerprint([1; 32]),
+        objects: ObjectIds::default(),
+        purpose: Purpose::Plain,
+        state: WrappingKeyState::Active,
+        token_serial: "0123".to_owned(),
+        sequence: 1,
+        registered: at(1),
+        backup_confirmed: None,
+        mac: [1; 32],
+    };
+    store.register(&row).await.unwrap();
+    assert_eq!(counted().await, (0, 0));
 }
 
 pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {

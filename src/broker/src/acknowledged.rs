@@ -27,7 +27,7 @@ use keybroker_core::{
 };
 use keybroker_store::{CHANGES_MAX, Store, StoreId};
 
-use super::{Broker, registry::memory};
+use super::{Broker, key_change::forget_accepted, registry::memory};
 
 /// Name of the state file in the previous release, without the name of the instance.
 const LEGACY_FACT: &str = "acknowledged";
@@ -149,6 +149,7 @@ pub async fn accept_restored(
     let failed = |error| Error::caused(Reason::StoreDown, error);
     let fact = fact_of(instance);
     let is_registry_refused = memory::forget(state, instance, store).await?;
+    let forget_schedules = || forget_accepted(state, instance).map_err(failed);
     let known = match read_fact(state, &fact) {
         Ok(kept) => kept.as_ref().and_then(Known::read),
         Err(error) if error.is_damaged() => None,
@@ -161,6 +162,7 @@ pub async fn accept_restored(
         let evidence = store.evidence(&calls).await?;
         if evidence.store == known.store && evidence.marks == calls.len() {
             return Ok(if is_registry_refused {
+                forget_schedules()?;
                 Acceptance::Registry
             } else {
                 Acceptance::AlreadyKnown
@@ -172,6 +174,8 @@ pub async fn accept_restored(
         accepted_us: Timestamp::now().micros(),
         ..Kept::default()
     };
+    // The schedules come first: if the command is interrupted, the operator repeats it.
+    forget_schedules()?;
     state.write_json(&fact, &accepted).map_err(failed)?;
     Ok(Acceptance::Accepted { forgotten })
 }

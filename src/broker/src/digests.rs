@@ -9,7 +9,7 @@ pub(super) fn sha256(bytes: &[u8]) -> String {
     hex_of(digest::digest(&digest::SHA256, bytes))
 }
 
-/// A digest as hexadecimal digits.
+/// A digest or a MAC as hexadecimal digits.
 pub(super) fn hex_of(digest: impl AsRef<[u8]>) -> String {
     let bytes = digest.as_ref();
     let mut text = String::with_capacity(bytes.len() * 2);

@@ -35,6 +35,9 @@ impl<T> Recorded<T> {
     }
 }
 
+/// The action of the entries about the removal of objects from one token. The database does not know whether such a removal was done.
+pub(super) const REMOVE_OBJECTS: &str = "wrapping_key.remove_objects";
+
 /// An unfinished audit entry, with the facts about its decision that are known so far.
 #[derive(Clone, Debug)]
 pub(super) struct Draft(Entry);
@@ -69,6 +72,18 @@ impl Draft {
         entry.call_id = Some(call);
         entry.wrapping_key = Some(key);
         Self(entry)
+    }
+
+    /// Begins the entry of the removal of a wrapping key's objects from one token.
+    pub(super) fn of_removal(call: CallId, key: WrappingKeyId, token: &str) -> Self {
+        let mut draft = Self::of_broker(call, REMOVE_OBJECTS, key);
+        draft.0.token = Some(token.to_owned());
+        draft
+    }
+
+    /// Sets the number of objects that the entry records.
+    pub(super) fn objects(&mut self, count: u64) {
+        self.0.count = Some(count);
     }
 
     /// Sets the number of rows that the entry records, and the SHA-256 of their ids.

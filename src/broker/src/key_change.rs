@@ -36,8 +36,8 @@ mod rotation;
 
 pub(super) use age::KeyAge;
 pub use configured::ConfiguredTokens;
-pub(super) use destruction::Scheduled;
 pub use destruction::Wait;
+pub(super) use destruction::{Scheduled, forget_accepted};
 pub use rotation::{Rotated, Rotation};
 
 use making::Awaited;
@@ -72,6 +72,9 @@ pub enum KeyChange {
     Lose,
     /// The key is destroyed after a waiting time. Its state does not change before.
     Destroy(Wait),
+    /// The broker instance that gets the request may carry out the scheduled destruction of the key, although another instance
+    /// accepted it.
+    ConfirmDestruction,
     /// The scheduled destruction of the key is cancelled.
     Keep,
     /// The tokens are searched for copies of the key, and the copies are registered. The state of the key does not change.
@@ -89,7 +92,7 @@ impl KeyChange {
             Self::Compromise => Action::CompromiseKey,
             Self::Lose => Action::LoseKey,
             Self::Destroy(Wait::None) => Action::DestroyKeyNow,
-            Self::Destroy(_) => Action::DestroyKey,
+            Self::Destroy(_) | Self::ConfirmDestruction => Action::DestroyKey,
             Self::Keep => Action::KeepKey,
             Self::FindCopies => Action::FindKeyCopies,
         }
@@ -174,7 +177,8 @@ impl Broker {
         self.view_of(id)
     }
 
-    /// Commits a change. If the change schedules a destruction, the transaction also uses the approval that permits it.
+    /// Commits a change. If the change schedules a destruction, the transaction also uses the approval that permits it, and this
+    /// instance remembers that it accepted the schedule.
     async fn commit_approved(
         &self,
         principal: &Principal,
@@ -190,7 +194,15 @@ impl Broker {
                 .await;
             planned.approval = self.or_record(draft, approved).await?;
         }
-        self.commit_key_change(call, draft, planned).await
+        let schedule = match &planned.destruction {
+            Some(DestructionChange::Schedule(row)) => Some(row.clone()),
+            _ => None,
+        };
+        self.commit_key_change(call, draft, planned).await?;
+        if let Some(row) = schedule {
+            self.accept_schedule(&row).await;
+        }
+        Ok(())
     }
 
     async fn plan_state_change(
@@ -214,13 +226,16 @@ impl Broker {
             }
             KeyChange::Keep => return self.plan_keeping(&registry, id).await,
             KeyChange::FindCopies => return self.plan_copies(&registry, id).await,
+            KeyChange::ConfirmDestruction => {
+                return self.plan_confirmation(&registry, id, principal).await;
+            }
             _ => {}
         }
         let state = self.token.state();
         let row = registry.verified(id)?;
         let to = next_state(&registry, row, change)?;
         if change != KeyChange::Compromise {
-            self.check_not_scheduled(row).await?;
+            self.check_not_scheduled(&registry, row).await?;
         }
         let mut new = RegistryRow {
             state: to,
@@ -313,23 +328,18 @@ impl Broker {
         planner: Planner,
         tombstone_signer: WrappingKeyId,
     ) -> Result<RegistryChange, Error> {
-        self.with_macs_of(planner.change, tombstone_signer).await
-    }
-
-    async fn with_macs_of(
-        &self,
-        mut change: RegistryChange,
-        tombstone_signer: WrappingKeyId,
-    ) -> Result<RegistryChange, Error> {
+        let mut change = planner.change;
         for place in &mut change.places {
             place.row.mac = self.mac_of_place(&place.row).await?;
         }
         for update in &mut change.updates {
             let row = &update.row;
-            let (signer, message) = if row.state == WrappingKeyState::Destroyed {
-                (tombstone_signer, row.tombstone_message())
-            } else {
-                (row.id, row.mac_message())
+            let (signer, message) = match row.state {
+                WrappingKeyState::Destroyed if planner.unremoved.contains(&row.id) => {
+                    (tombstone_signer, row.unremoved_message())
+                }
+                WrappingKeyState::Destroyed => (tombstone_signer, row.tombstone_message()),
+                _ => (row.id, row.mac_message()),
             };
             let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
             update.row.mac = self.token.mac(signer, &message, &caller).await?;
@@ -362,7 +372,7 @@ impl Broker {
     /// Applies a committed change in this broker.
     async fn apply_key_change(&self) {
         let read = self.refresh_registry().await;
-        if let Err(error) = read.and(self.read_destructions().await) {
+        if let Err(error) = read.and(self.read_schedules().await) {
             tracing::warn!(%error, "cannot read the changed registry yet; the broker tries again within a second");
         }
         self.remember_registry().await;
@@ -393,7 +403,7 @@ fn next_state(
         KeyChange::Deactivate => WrappingKeyState::Deactivated,
         KeyChange::Compromise => WrappingKeyState::Compromised,
         KeyChange::Lose | KeyChange::Destroy(_) => WrappingKeyState::Destroyed,
-        KeyChange::Keep | KeyChange::FindCopies => row.state,
+        KeyChange::Keep | KeyChange::FindCopies | KeyChange::ConfirmDestruction => row.state,
         KeyChange::Resume if row.state != WrappingKeyState::Suspended => {
             let what = format!(
                 "only a suspended key can be resumed, but this key is {}",
@@ -439,6 +449,8 @@ fn check_backup(row: &RegistryRow, is_accepted: bool) -> Result<(), Error> {
 struct Planner {
     change: RegistryChange,
     sequence: u64,
+    /// The destroyed keys whose new rows say that the objects must still be removed from the tokens.
+    unremoved: Vec<WrappingKeyId>,
 }
 
 impl Planner {
@@ -449,6 +461,7 @@ impl Planner {
         Self {
             change: RegistryChange::default(),
             sequence: sequences.max().unwrap_or(0),
+            unremoved: Vec::new(),
         }
     }
 
@@ -482,6 +495,9 @@ impl Planner {
         });
         for (row, _) in tombstones {
             self.change(row, row.clone());
+            if registry.is_unremoved(row.id) {
+                self.unremoved.push(row.id);
+            }
         }
     }
 

@@ -241,7 +241,11 @@ impl Broker {
             configured: parts.configured,
             expect: parts.expect,
             key_age: KeyAge::new(parts.rotate_after),
-            scheduled: Scheduled::new(parts.destroy_after_days),
+            scheduled: Scheduled::new(
+                parts.destroy_after_days,
+                parts.state.clone(),
+                &parts.instance,
+            ),
             approvals: Approvals::new(parts.approvals),
             capacity: parts.capacity,
             accepted_risks: ArcSwap::from_pointee(parts.accepted_risks),

@@ -14,7 +14,7 @@ use keybroker_hsm::Serving;
 use keybroker_store as store;
 use keybroker_store::REQUEST_KEPT_US;
 
-use super::{Broker, ticks::Ticks};
+use super::{Broker, journal::REMOVE_OBJECTS, ticks::Ticks};
 
 const TICK: Duration = Duration::from_secs(1);
 /// Pause between two reads of the registry while the workers check a new key.
@@ -213,6 +213,9 @@ impl Broker {
 
     /// Asks the store whether an intent was committed, and records the outcome.
     async fn resolve(&self, open: &OpenIntent) -> Resolved {
+        if open.intent.action == REMOVE_OBJECTS {
+            return self.record_outcome(open, Outcome::Unknown).await;
+        }
         let committed = match self.store.committed_by(open.call).await {
             Ok(committed) => committed,
             Err(error) => {
@@ -228,6 +231,10 @@ impl Broker {
         } else {
             Outcome::Failed
         };
+        self.record_outcome(open, outcome).await
+    }
+
+    async fn record_outcome(&self, open: &OpenIntent, outcome: Outcome) -> Resolved {
         if let Err(error) = self.audit.append(open.recovered(outcome)).await {
             tracing::warn!(
                 call_id = %open.call, %error,
@@ -235,7 +242,7 @@ impl Broker {
             );
             return Resolved::Unavailable;
         }
-        tracing::info!(call_id = %open.call, action = %open.intent.action, committed, "open intent resolved");
+        tracing::info!(call_id = %open.call, action = %open.intent.action, ?outcome, "open intent resolved");
         Resolved::Yes
     }
 

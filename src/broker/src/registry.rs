@@ -240,6 +240,19 @@ impl Registry {
             .any(|refused| refused.key() == Some(id))
     }
 
+    /// The destroyed keys whose objects must still be removed from the tokens, according to their authentic rows.
+    pub(super) fn unremoved(&self) -> impl Iterator<Item = WrappingKeyId> {
+        let entries = self.entries.iter();
+        let unremoved =
+            entries.filter(|entry| entry.is_unremoved && entry.standing == Standing::Verified);
+        unremoved.map(|entry| entry.row.id)
+    }
+
+    /// Whether the objects of a destroyed key must still be removed from the tokens, according to the authentic row of the key.
+    pub(super) fn is_unremoved(&self, id: WrappingKeyId) -> bool {
+        self.unremoved().any(|unremoved| unremoved == id)
+    }
+
     /// Returns the wrapping key whose integrity key authenticates rows, if the key `without` may no longer be used.
     pub(super) fn integrity_key_without(&self, without: WrappingKeyId) -> Option<WrappingKeyId> {
         let others = self.entries.iter().filter(|entry| entry.row.id != without);

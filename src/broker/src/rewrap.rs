@@ -35,7 +35,9 @@ mod run;
 mod verify;
 
 use listed::Listed;
+pub(crate) use pace::Pace;
 pub use progress::{FailedRow, Phase, Progress};
+pub(crate) use revisions::{background, context_of, envelope_of};
 
 /// Time limit for reading the changed run again, if the rows could not be counted within the
 /// deadline of the call.

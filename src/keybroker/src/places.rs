@@ -67,11 +67,8 @@ impl Registry {
         Ok(Self {
             rows: store.registry().await?,
             places: store.places().await?,
-            destructions: match store.destructions().await {
-                // A damaged schedule must not hide the keys. A broker raises an alert about it.
-                Err(store::Error::Corrupt(_)) => Vec::new(),
-                read => read?,
-            },
+            // A damaged schedule must not hide the keys. A broker raises an alert about it.
+            destructions: store.destructions().await?.rows,
         })
     }
 
@@ -140,6 +137,30 @@ impl Registry {
         } else {
             self.may_be_on(token)
         }
+    }
+
+    /// The keys that the workers of a token search for. `all` are all configured tokens. A key that was made on a declared copy of
+    /// this token is not searched for on this token: its registry row has the serial number of both, and each search costs a login.
+    pub(crate) fn expected_among(&self, token: &Settings, all: &[Settings]) -> Vec<ExpectedKey> {
+        let mut keys = self.expected(token, all.len() > 1);
+        keys.retain(|key| !self.was_made_on_copy(key.id, token, all));
+        keys
+    }
+
+    /// Whether a key was made on a declared copy of a token, and is not registered for the token itself. The row of the copy is then as
+    /// old as the registry row.
+    fn was_made_on_copy(&self, id: WrappingKeyId, original: &Settings, all: &[Settings]) -> bool {
+        let is_copy = |name: &str| {
+            let token = all.iter().find(|token| token.name == name);
+            token.is_some_and(|token| token.copy_of.as_ref() == Some(&original.name))
+        };
+        let row = self.rows.iter().find(|row| row.id == id);
+        self.place(id, &original.name).is_none()
+            && row.is_some_and(|row| {
+                self.places.iter().any(|place| {
+                    place.key == id && place.registered == row.registered && is_copy(&place.token)
+                })
+            })
     }
 
     /// The keys that the workers of a token search for. With several tokens, and if a row names the only token, the token must first
@@ -303,6 +324,32 @@ mod tests {
         assert_eq!(registry.on(&token("a", ""), "other").len(), 0);
         assert!(!registry.on(&token("a", ""), "0a1b")[0].is_backup_confirmed());
         assert!(registry.on(&token("b", ""), "other")[0].is_backup_confirmed());
+    }
+
+    #[test]
+    fn a_key_that_was_made_on_a_copy_is_not_searched_for_on_the_original() {
+        let tokens = [
+            token("a", ""),
+            token("b", "copy_of = \"a\""),
+            token("c", ""),
+        ];
+        let searched = |registry: &Registry| {
+            let keys = |token| registry.expected_among(token, &tokens).len();
+            tokens.each_ref().map(keys)
+        };
+        // The key was made on the original, and registered for the copy later.
+        let mut of_original = registry(&["b"]);
+        assert_eq!(searched(&of_original), [1, 1, 1]);
+        of_original.places[0].registered = of_original.rows[0].registered;
+        let of_copy = of_original;
+        assert_eq!(searched(&of_copy), [0, 1, 1]);
+        // The key was copied to the original and registered for it.
+        let mut of_both = registry(&["a", "b"]);
+        of_both.places[1].registered = of_both.rows[0].registered;
+        assert_eq!(searched(&of_both), [1, 1, 1]);
+        // The token with the key is not a copy of the other one.
+        let others = [token("a", ""), token("b", "")];
+        assert_eq!(of_copy.expected_among(&others[0], &others).len(), 1);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The scheduled destructions of wrapping keys. The row of a destruction stays until the key is removed from every token, so that a
 //! broker that is interrupted forgets no key.
 
+use std::fmt;
+
 use async_trait::async_trait;
 
 use keybroker_core::{
@@ -60,6 +62,50 @@ impl DestructionRow {
     }
 }
 
+/// All rows of scheduled destructions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FoundDestructions {
+    /// The rows that can be read, ordered by key.
+    pub rows: Vec<DestructionRow>,
+    /// The rows that cannot be read.
+    pub unreadable: Vec<UnreadableDestruction>,
+}
+
+impl FoundDestructions {
+    /// Whether there is a row of this key, readable or not.
+    pub fn has(&self, key: WrappingKeyId) -> bool {
+        self.rows.iter().any(|row| row.key == key) || self.unreadable_row(key).is_some()
+    }
+
+    /// The row of this key that cannot be read.
+    pub fn unreadable_row(&self, key: WrappingKeyId) -> Option<&UnreadableDestruction> {
+        self.unreadable.iter().find(|row| row.key == Some(key))
+    }
+}
+
+/// A row of a scheduled destruction that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnreadableDestruction {
+    /// The wrapping key; `None` if the id of the key cannot be read, either.
+    pub key: Option<WrappingKeyId>,
+    /// The cause, with the name of the damaged column.
+    pub cause: String,
+}
+
+impl fmt::Display for UnreadableDestruction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.key {
+            Some(key) => write!(f, "the row of key {key} ")?,
+            None => f.write_str("a row without a readable key id ")?,
+        }
+        write!(
+            f,
+            "in the table key_destructions cannot be read: {}",
+            self.cause
+        )
+    }
+}
+
 /// A change of a scheduled destruction, together with a change of the registry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DestructionChange {
@@ -72,8 +118,8 @@ pub enum DestructionChange {
 /// The operations of a store for scheduled destructions. [`RegistryChange`](crate::RegistryChange) adds and removes the rows.
 #[async_trait]
 pub trait Destructions: Send + Sync {
-    /// All scheduled destructions, ordered by key.
-    async fn destructions(&self) -> Result<Vec<DestructionRow>, Error>;
+    /// All scheduled destructions. A row that cannot be read does not hide the other rows.
+    async fn destructions(&self) -> Result<FoundDestructions, Error>;
 
     /// Makes an instance the holder of a destruction until `until`, or prolongs its lease. Returns `false` if another instance holds
     /// the destruction at `now`, or if there is no row with this MAC. A lease of another instance that ends long after `until` counts

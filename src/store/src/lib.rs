@@ -62,7 +62,10 @@ pub use approval::{
 };
 pub use client::ClientRow;
 pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
-pub use destruction::{DestructionChange, DestructionRow, Destructions, REQUESTED_BY_BYTES_MAX};
+pub use destruction::{
+    DestructionChange, DestructionRow, Destructions, FoundDestructions, REQUESTED_BY_BYTES_MAX,
+    UnreadableDestruction,
+};
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};

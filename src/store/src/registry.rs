@@ -97,6 +97,11 @@ impl RegistryRow {
         MacMessage::tombstone(&self.fields())
     }
 
+    /// The message that the MAC of a destroyed key's row must cover until the objects of the key are removed from the tokens.
+    pub fn unremoved_message(&self) -> MacMessage {
+        MacMessage::unremoved_tombstone(&self.fields())
+    }
+
     fn fields(&self) -> RegistryFields<'_> {
         RegistryFields {
             id: self.id,

@@ -202,6 +202,9 @@ pub trait Rewraps: Send + Sync {
     /// The number of rows that need a wrapping key.
     async fn key_uses(&self, key: WrappingKeyId) -> Result<KeyUses, Error>;
 
+    /// The number of rows that name a wrapping key that is not registered.
+    async fn unregistered_uses(&self) -> Result<KeyUses, Error>;
+
     /// Returns at most `limit` revisions under a wrapping key, beginning after a position, in the
     /// order of the primary key. `limit` is 1 to [`PAGE_SIZE_MAX`](crate::PAGE_SIZE_MAX).
     async fn revisions_under(

@@ -596,6 +596,13 @@ pub(super) fn destruction(row: &impl Columns) -> Result<DestructionRow, Error> {
     })
 }
 
+/// The wrapping key of a row of [`Table::Destructions`] that cannot be decoded.
+pub(super) fn key_of_destruction(row: &impl Columns) -> Option<WrappingKeyId> {
+    Reader::new(Table::Destructions, row)
+        .wrapping_key("key_id")
+        .ok()
+}
+
 /// A row of [`Table::Destructions`] that no instance holds yet.
 pub(super) fn new_destruction(row: &DestructionRow) -> Vec<Value> {
     vec![

@@ -104,9 +104,14 @@ pub(super) async fn change(
 fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChange, Error> {
     let is_about_backup = request.backup_confirmed || request.without_backup;
     let is_about_wait = request.destroy_after_days != 0 || !request.destroy_now.is_empty();
-    if is_about_wait && request.change() != proto::WrappingKeyChange::Destroy {
-        let what = "`destroy_after_days` and `destroy_now` only with WRAPPING_KEY_CHANGE_DESTROY";
+    let is_about_destruction = is_about_wait || request.confirm_schedule;
+    if is_about_destruction && request.change() != proto::WrappingKeyChange::Destroy {
+        let what = "`destroy_after_days`, `destroy_now` and `confirm_schedule` only with WRAPPING_KEY_CHANGE_DESTROY";
         return Err(Error::violation("change", what));
+    }
+    if request.confirm_schedule && is_about_wait {
+        let what = "not together with `destroy_after_days` or `destroy_now`";
+        return Err(Error::violation("confirm_schedule", what));
     }
     let change = match request.change() {
         proto::WrappingKeyChange::Activate => {
@@ -124,6 +129,9 @@ fn key_change(request: &proto::ChangeWrappingKeyStateRequest) -> Result<KeyChang
         proto::WrappingKeyChange::Deactivate => KeyChange::Deactivate,
         proto::WrappingKeyChange::Compromise => KeyChange::Compromise,
         proto::WrappingKeyChange::Lose => KeyChange::Lose,
+        proto::WrappingKeyChange::Destroy if request.confirm_schedule => {
+            KeyChange::ConfirmDestruction
+        }
         proto::WrappingKeyChange::Destroy => KeyChange::Destroy(wait(request)?),
         proto::WrappingKeyChange::Keep => KeyChange::Keep,
         proto::WrappingKeyChange::FindCopies => KeyChange::FindCopies,
@@ -254,6 +262,19 @@ mod tests {
         assert_eq!(field(destroy(0, "yes")), Some("destroy_now"));
         assert_eq!(field(destroy(1, "irreversibly")), Some("destroy_now"));
         assert_eq!(field(parsed(Wire::Keep, 1, "")), Some("change"));
+        let confirmed = |change: Wire, destroy_after_days| {
+            key_change(&proto::ChangeWrappingKeyStateRequest {
+                change: change.into(),
+                destroy_after_days,
+                confirm_schedule: true,
+                ..Default::default()
+            })
+        };
+        let confirmation = confirmed(Wire::Destroy, 0).unwrap();
+        assert_eq!(confirmation, KeyChange::ConfirmDestruction);
+        assert_eq!(confirmation.action(), Action::DestroyKey);
+        assert_eq!(field(confirmed(Wire::Destroy, 1)), Some("confirm_schedule"));
+        assert_eq!(field(confirmed(Wire::Keep, 0)), Some("change"));
         assert_eq!(field(parsed(Wire::Lose, 0, "irreversibly")), Some("change"));
     }
 }

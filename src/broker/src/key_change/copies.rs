@@ -22,7 +22,10 @@ use keybroker_store::{PlaceChange, PlaceRow, RegistryChange, RegistryRow, Regist
 
 use crate::{Broker, registry::Registry};
 
-use super::making::{Awaited, blocking_on};
+use super::{
+    Planner,
+    making::{Awaited, blocking_on},
+};
 
 /// Longest time for the workers to check the copies of a key.
 const COPY_TIMEOUT: Duration = Duration::from_mins(1);
@@ -185,12 +188,10 @@ impl Broker {
             row: row.clone(),
             expected: row.mac,
         };
-        let change = RegistryChange {
-            updates: vec![unchanged],
-            places: Copies(found).changes(registry, row, None),
-            ..RegistryChange::default()
-        };
-        self.with_macs_of(change, id).await
+        let mut planner = Planner::new(registry);
+        planner.change.updates.push(unchanged);
+        planner.change.places = Copies(found).changes(registry, row, None);
+        self.with_macs(planner, id).await
     }
 
     /// Checks that each token that has the key in use also has the key that is to become active. Searches for copies that are not

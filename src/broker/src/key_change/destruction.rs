@@ -7,13 +7,7 @@
 //!
 //! Mitigation: M11 of `THREAT_MODEL.md`.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
-    time::{Duration, Instant},
-};
-
-use arc_swap::ArcSwap;
+use std::time::Duration;
 
 use keybroker_core::{
     call::{Call, Deadline, Timestamp},
@@ -22,7 +16,6 @@ use keybroker_core::{
     principal::Principal,
 };
 use keybroker_hsm::Caller;
-use keybroker_store as store;
 use keybroker_store::{
     ApprovalChange, DestructionChange, DestructionRow, KeyUses, REQUESTED_BY_BYTES_MAX,
     RegistryChange, RegistryRow,
@@ -37,15 +30,21 @@ use crate::{
 
 use super::{KeyChange, MAC_TIMEOUT, Planner, legal};
 
+mod accepted;
 mod marking;
 mod removal;
+mod row_check;
+mod schedules;
 mod verdict;
+
+pub(crate) use accepted::forget as forget_accepted;
+pub(crate) use schedules::Scheduled;
+
+use schedules::{Origin, Schedules};
 
 /// The waiting time of a destruction without a waiting time. A call that began before the request ends within this time.
 const SHORTEST_WAIT: Duration = Duration::from_secs(15);
 const DAY: Duration = Duration::from_hours(24);
-/// The same cause of a delay is told again after this time.
-const TOLD_AGAIN: Duration = DAY;
 
 /// How long a destruction waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,104 +55,6 @@ pub enum Wait {
     Days(u32),
     /// No waiting time. Policies decide about it separately.
     None,
-}
-
-/// The scheduled destructions, as this broker last read them.
-#[derive(Debug)]
-pub(crate) struct Scheduled {
-    /// The shortest waiting time in days: `wrapping_keys.destroy_after_days`.
-    days_min: u32,
-    rows: ArcSwap<Vec<DestructionRow>>,
-    /// Whether the rows could not be read the last time, because one of them is damaged.
-    is_unreadable: AtomicBool,
-    /// The destructions that this broker could not complete.
-    delays: Mutex<HashMap<WrappingKeyId, Delay>>,
-}
-
-/// Why a destruction is not done yet.
-#[derive(Debug)]
-struct Delay {
-    cause: String,
-    told: Instant,
-    /// This broker does not try again before.
-    again: Instant,
-}
-
-impl Scheduled {
-    pub(crate) fn new(days_min: u32) -> Self {
-        Self {
-            days_min,
-            rows: ArcSwap::default(),
-            is_unreadable: AtomicBool::new(false),
-            delays: Mutex::default(),
-        }
-    }
-
-    fn delays(&self) -> MutexGuard<'_, HashMap<WrappingKeyId, Delay>> {
-        self.delays.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// When a key is destroyed; `None` if no valid destruction of the key is scheduled.
-    pub(crate) fn due(&self, row: &RegistryRow) -> Option<Timestamp> {
-        let rows = self.rows.load();
-        find(&rows, row).map(|scheduled| scheduled.due)
-    }
-
-    /// Sentences without a full stop about destructions that are delayed, for the details of the health.
-    pub(crate) fn notes(&self) -> Vec<String> {
-        let delays = self.delays();
-        let mut notes: Vec<String> = delays
-            .iter()
-            .filter(|(_, delay)| !delay.cause.is_empty())
-            .map(|(key, delay)| {
-                format!(
-                    "the destruction of wrapping key {key} is postponed: {}",
-                    delay.cause
-                )
-            })
-            .collect();
-        notes.sort();
-        notes
-    }
-
-    /// Whether this broker waits before it tries again.
-    fn is_delayed(&self, key: WrappingKeyId) -> bool {
-        let delays = self.delays();
-        delays
-            .get(&key)
-            .is_some_and(|delay| Instant::now() < delay.again)
-    }
-
-    /// Records that a destruction cannot go on before `pause` has passed. An empty cause is no problem. Returns whether an alert about
-    /// the cause is due.
-    fn delay(&self, key: WrappingKeyId, cause: &str, pause: Duration) -> bool {
-        let now = Instant::now();
-        let mut delays = self.delays();
-        let known = delays.get(&key).filter(|delay| delay.cause == cause);
-        let told = known.map(|delay| delay.told);
-        let is_due = told.is_none_or(|told| told.elapsed() >= TOLD_AGAIN);
-        let told = told.filter(|_| !is_due).unwrap_or(now);
-        let delay = Delay {
-            cause: cause.to_owned(),
-            told,
-            again: now + pause,
-        };
-        delays.insert(key, delay);
-        is_due && !cause.is_empty()
-    }
-
-    pub(crate) fn forget(&self, key: WrappingKeyId) {
-        self.delays().remove(&key);
-    }
-}
-
-/// The valid schedule for a key.
-fn find<'r>(rows: &'r [DestructionRow], key: &RegistryRow) -> Option<&'r DestructionRow> {
-    rows.iter().find(|row| {
-        row.key == key.id
-            && row.sequence == key.sequence
-            && key.state != WrappingKeyState::Destroyed
-    })
 }
 
 impl Broker {
@@ -169,35 +70,77 @@ impl Broker {
         legal(row.state, WrappingKeyState::Destroyed)?;
         let wait = self.waiting_time(wait)?;
         let signer = other_key(registry, id)?;
-        let scheduled = self.store.destructions().await?;
-        if let Some(known) = find(&scheduled, row) {
+        let schedules = self.schedules(registry).await?;
+        if let Some(known) = schedules.of(row) {
             let what = format!(
                 "the destruction of key {id} is scheduled for {} already",
-                known.due
+                known.row.due
             );
             return Err(refused(&what));
         }
-        check_signatures(&scheduled, registry, id)?;
+        check_signatures(&schedules, registry, id)?;
         let uses = self.store.key_uses(id).await?;
         if let Some(what) = needed(row, uses) {
             return Err(refused(&what));
         }
-        let mut planner = Planner::new(registry);
-        planner.change(row, row.clone());
         let requested = Timestamp::now();
-        let mut schedule = DestructionRow {
+        let schedule = DestructionRow {
             key: id,
             signer,
-            sequence: planner.sequence,
+            sequence: 0,
             requested,
             due: after(requested, wait),
             requested_by: bounded(principal.name()),
             mac: [0; 32],
         };
+        self.plan_schedule(registry, row, schedule).await
+    }
+
+    /// Plans a schedule that another instance accepted, so that this instance may carry it out. The time of the destruction stays, but
+    /// it is not before the administrator can cancel the destruction.
+    pub(super) async fn plan_confirmation(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+        principal: &Principal,
+    ) -> Result<RegistryChange, Error> {
+        let row = registry.verified(id)?;
+        let schedules = self.schedules(registry).await?;
+        let Some(known) = schedules
+            .of(row)
+            .filter(|known| known.origin == Origin::Broker)
+        else {
+            return Err(refused(&format!(
+                "no destruction of key {id} is scheduled that a broker made and that is still valid, so there is nothing to confirm"
+            )));
+        };
+        check_signatures(&schedules, registry, id)?;
+        let schedule = DestructionRow {
+            signer: other_key(registry, id)?,
+            due: known.row.due.max(after(Timestamp::now(), SHORTEST_WAIT)),
+            requested_by: bounded(principal.name()),
+            ..known.row.clone()
+        };
+        self.plan_schedule(registry, row, schedule).await
+    }
+
+    /// Plans the row of a schedule. The registry row of the key gets the number that the schedule names.
+    async fn plan_schedule(
+        &self,
+        registry: &Registry,
+        key: &RegistryRow,
+        schedule: DestructionRow,
+    ) -> Result<RegistryChange, Error> {
+        let mut planner = Planner::new(registry);
+        planner.change(key, key.clone());
+        let mut schedule = DestructionRow {
+            sequence: planner.sequence,
+            ..schedule
+        };
         let caller = Caller::background(Deadline::after(MAC_TIMEOUT));
         let message = schedule.mac_message();
-        schedule.mac = self.token.mac(signer, &message, &caller).await?;
-        let mut change = self.with_macs(planner, id).await?;
+        schedule.mac = self.token.mac(schedule.signer, &message, &caller).await?;
+        let mut change = self.with_macs(planner, key.id).await?;
         change.destruction = Some(DestructionChange::Schedule(schedule));
         Ok(change)
     }
@@ -214,7 +157,7 @@ impl Broker {
     ) -> Result<Option<ApprovalChange>, Error> {
         let after_days = match wait {
             Wait::None => 0,
-            Wait::Configured => self.scheduled.rules.days,
+            Wait::Configured => self.scheduled.days_min,
             Wait::Days(days) => days,
         };
         let sequence = self.registry()?.verified(id)?.sequence;
@@ -235,7 +178,7 @@ impl Broker {
         if row.state == WrappingKeyState::Destroyed {
             return Err(refused(&format!("key {id} is destroyed already")));
         }
-        if !self.has_schedule(id).await? {
+        if !self.store.destructions().await?.has(id) {
             return Err(refused(&format!("no destruction of key {id} is scheduled")));
         }
         let mut planner = Planner::new(registry);
@@ -245,7 +188,7 @@ impl Broker {
         Ok(change)
     }
 
-    /// Whether a key is marked as destroyed, and a row says that its objects are still to be removed.
+    /// Whether a key is marked as destroyed, and its objects are still to be removed.
     pub(super) async fn is_being_removed(
         &self,
         registry: &Registry,
@@ -254,7 +197,7 @@ impl Broker {
         let is_marked = registry
             .verified(id)
             .is_ok_and(|row| row.state == WrappingKeyState::Destroyed);
-        Ok(is_marked && self.has_schedule(id).await?)
+        Ok(is_marked && (registry.is_unremoved(id) || self.store.destructions().await?.has(id)))
     }
 
     /// Plans the end of a removal that cannot be completed, because a token of the destroyed key does not exist any more.
@@ -265,31 +208,42 @@ impl Broker {
     ) -> Result<RegistryChange, Error> {
         let row = registry.verified(id)?;
         self.check_no_token_is_away(id)?;
+        self.plan_removed(registry, row).await
+    }
+
+    /// Plans the registry row that says that the objects of a destroyed key need not be removed any more, and the end of the schedule.
+    async fn plan_removed(
+        &self,
+        registry: &Registry,
+        row: &RegistryRow,
+    ) -> Result<RegistryChange, Error> {
         let mut planner = Planner::new(registry);
         planner.change(row, row.clone());
-        let signer = other_key(registry, id)?;
+        let signer = other_key(registry, row.id)?;
         let mut change = self.with_macs(planner, signer).await?;
-        change.destruction = Some(DestructionChange::Remove(id));
+        change.destruction = Some(DestructionChange::Remove(row.id));
         Ok(change)
     }
 
-    async fn has_schedule(&self, id: WrappingKeyId) -> Result<bool, Error> {
-        match self.store.destructions().await {
-            Ok(scheduled) => Ok(scheduled.iter().any(|one| one.key == id)),
-            // A damaged row can be removed, too.
-            Err(store::Error::Corrupt(_)) => Ok(true),
-            Err(other) => Err(other.into()),
+    /// Refuses a change of the state of a key whose destruction is scheduled. A row that no broker made does not count.
+    pub(super) async fn check_not_scheduled(
+        &self,
+        registry: &Registry,
+        row: &RegistryRow,
+    ) -> Result<(), Error> {
+        let schedules = self.schedules(registry).await?;
+        if let Some(unreadable) = schedules.unreadable_row(row.id) {
+            return Err(refused(&format!(
+                "{unreadable}. It may be a scheduled destruction of the key, so the state of the key cannot be changed: remove the row \
+                 with `keybroker key destroy {} --cancel`",
+                row.id
+            )));
         }
-    }
-
-    /// Refuses a change of the state of a key whose destruction is scheduled.
-    pub(super) async fn check_not_scheduled(&self, row: &RegistryRow) -> Result<(), Error> {
-        let scheduled = self.store.destructions().await?;
-        match find(&scheduled, row) {
+        match schedules.of(row) {
             None => Ok(()),
             Some(known) => Err(refused(&format!(
                 "the destruction of key {} is scheduled for {}: cancel it first with `keybroker key destroy {} --cancel`",
-                row.id, known.due, row.id
+                row.id, known.row.due, row.id
             ))),
         }
     }
@@ -299,10 +253,10 @@ impl Broker {
         &self,
         registry: &Registry,
     ) -> Result<Vec<WrappingKeyId>, Error> {
-        let scheduled = self.store.destructions().await?;
+        let schedules = self.schedules(registry).await?;
         let rows = registry.rows().map(|(row, _)| row);
         Ok(rows
-            .filter(|row| find(&scheduled, row).is_some())
+            .filter(|row| schedules.of(row).is_some() || schedules.unreadable_row(row.id).is_some())
             .map(|row| row.id)
             .collect())
     }
@@ -336,19 +290,25 @@ fn other_key(registry: &Registry, id: WrappingKeyId) -> Result<WrappingKeyId, Er
 
 /// Refuses to destroy a key that authenticates the scheduled destruction of another key.
 fn check_signatures(
-    scheduled: &[DestructionRow],
+    schedules: &Schedules,
     registry: &Registry,
     id: WrappingKeyId,
 ) -> Result<(), Error> {
-    let is_signed = |row: &&DestructionRow| {
+    let is_signed = |row: &DestructionRow| {
         let key = registry.row(row.key);
-        // The row of a key that is marked as destroyed permits the removal of its objects.
-        let is_needed = |key: &RegistryRow| {
-            key.state == WrappingKeyState::Destroyed || find(scheduled, key).is_some()
+        // A release before the rows of destroyed keys recorded the removal needs the row of the schedule for the removal.
+        let needs_row = |key: &RegistryRow| {
+            key.state == WrappingKeyState::Destroyed && !registry.is_unremoved(key.id)
         };
+        let is_needed = |key: &RegistryRow| needs_row(key) || schedules.of(key).is_some();
         row.signer == id && row.key != id && key.is_some_and(is_needed)
     };
-    match scheduled.iter().find(is_signed) {
+    let made = schedules
+        .rows
+        .iter()
+        .filter(|schedule| schedule.origin != Origin::Forger)
+        .map(|schedule| &schedule.row);
+    match made.into_iter().find(|row| is_signed(row)) {
         None => Ok(()),
         Some(other) => Err(refused(&format!(
             "1 scheduled destruction needs key {id}: that of key {0}. Cancel it with `keybroker key destroy {0} --cancel` and \
@@ -410,25 +370,6 @@ fn bounded(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_cause_is_told_once_a_day_and_a_new_cause_at_once() {
-        let scheduled = Scheduled::new(30);
-        let key = WrappingKeyId::from_bytes([1; 16]);
-        assert!(!scheduled.is_delayed(key));
-        assert!(scheduled.delay(key, "rows", Duration::from_mins(1)));
-        assert!(scheduled.is_delayed(key));
-        assert!(!scheduled.delay(key, "rows", Duration::ZERO));
-        assert!(!scheduled.is_delayed(key));
-        assert!(scheduled.delay(key, "token", Duration::ZERO));
-        assert!(!scheduled.delay(key, "", Duration::ZERO));
-        assert!(scheduled.notes().is_empty());
-        scheduled.delay(key, "token", Duration::ZERO);
-        let notes = scheduled.notes();
-        assert!(notes[0].ends_with("is postponed: token"), "{notes:?}");
-        scheduled.forget(key);
-        assert!(scheduled.notes().is_empty());
-    }
 
     #[test]
     fn the_refusal_names_each_kind_of_row_and_the_command() {

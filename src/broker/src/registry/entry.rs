@@ -14,6 +14,8 @@ pub(super) struct Entry {
     pub(super) row: RegistryRow,
     pub(super) standing: Standing,
     pub(super) floor: Floor,
+    /// Whether the MAC of a destroyed key's row says that the objects of the key must still be removed from the tokens.
+    pub(super) is_unremoved: bool,
 }
 
 /// The lowest number that a later row of the key may have. The MAC of an older row is valid, too, so the MAC alone would allow
@@ -128,6 +130,7 @@ impl Entry {
             row: row.clone(),
             standing: Standing::Unproved,
             floor,
+            is_unremoved: false,
         }
         .followed_by(row, standing)
     }
@@ -148,9 +151,18 @@ impl Entry {
             _ => self.floor,
         };
         Self {
+            is_unremoved: self.is_unremoved && row == self.row,
             row,
             standing,
             floor,
+        }
+    }
+
+    /// The entry with what the MAC of its row says about the objects of a destroyed key.
+    pub(super) fn with_removal(self, is_unremoved: bool) -> Self {
+        Self {
+            is_unremoved,
+            ..self
         }
     }
 

@@ -175,50 +175,58 @@ impl Broker {
     ) -> (Entry, Option<RefusedChange>) {
         let deadline = Deadline::after(REFRESH_TIMEOUT);
         let Some(before) = before else {
-            let standing = self.tombstone_standing(&row, signers, deadline).await;
-            return (Entry::first(row, standing), None);
+            let (standing, is_unremoved) = self.tombstone_standing(&row, signers, deadline).await;
+            let entry = Entry::first(row, standing).with_removal(is_unremoved);
+            return (entry, None);
         };
         let refused = if let Err(why) = before.floor.check(&row) {
             why
         } else {
-            let standing = self.tombstone_standing(&row, signers, deadline).await;
+            let (standing, is_unremoved) = self.tombstone_standing(&row, signers, deadline).await;
             if standing == Standing::Verified || before.standing != Standing::Verified {
-                return (before.followed_by(row, standing), None);
+                let entry = before.followed_by(row, standing);
+                return (entry.with_removal(is_unremoved), None);
             }
             RefusedChange::of(row.id, standing)
         };
         (self.again(before, state, deadline).await, Some(refused))
     }
 
-    /// Verifies the row of a destroyed key with the integrity keys of the keys that may verify rows.
+    /// Verifies the row of a destroyed key with the integrity keys of the keys that may verify rows. Also returns whether the MAC
+    /// says that the objects of the key must still be removed from the tokens.
     async fn tombstone_standing(
         &self,
         tombstone: &RegistryRow,
         signers: &Signers,
         deadline: Deadline,
-    ) -> Standing {
-        let message = tombstone.tombstone_message();
+    ) -> (Standing, bool) {
         let caller = hsm::Caller::background(deadline);
-        let verified = signers.ids.iter().map(|signer| {
-            self.token
-                .verify_mac(*signer, &message, &tombstone.mac, &caller)
-        });
         let mut unverified = signers.undecided.clone();
-        for result in join_all(verified).await {
-            match result {
-                Ok(()) => return Standing::Verified,
-                Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
-                Err(other) => unverified = Some(other.to_string()),
+        for (message, is_unremoved) in [
+            (tombstone.tombstone_message(), false),
+            (tombstone.unremoved_message(), true),
+        ] {
+            let verified = signers.ids.iter().map(|signer| {
+                self.token
+                    .verify_mac(*signer, &message, &tombstone.mac, &caller)
+            });
+            for result in join_all(verified).await {
+                match result {
+                    Ok(()) => return (Standing::Verified, is_unremoved),
+                    Err(hsm::Error::MacRefused | hsm::Error::KeyMissing { .. }) => {}
+                    Err(other) => unverified = Some(other.to_string()),
+                }
             }
         }
-        match unverified {
+        let standing = match unverified {
             Some(cause) => Standing::Unverified(cause),
             None => altered(
                 tombstone,
                 "the key is marked as destroyed, but no integrity key authenticates this state. If no administrator recorded \
                  the loss of the key, restore the row from a backup of the database",
             ),
-        }
+        };
+        (standing, false)
     }
 
     /// Examines an unchanged row. A row that the token has verified is not verified again while the

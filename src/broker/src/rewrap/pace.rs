@@ -19,7 +19,7 @@ const IN_FLIGHT_MAX: usize = 16;
 
 /// The pace of a run.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     /// Rows per second; 0 for no limit.
     rate: Mutex<u32>,
     /// Time at which the next row may be moved.
@@ -31,7 +31,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    pub(super) fn new(rate: u32, token: &dyn Token) -> Self {
+    pub(crate) fn new(rate: u32, token: &dyn Token) -> Self {
         Self {
             rate: Mutex::new(rate),
             next: Mutex::new(Instant::now()),
@@ -51,7 +51,7 @@ impl Pace {
 
     /// Returns the number of concurrent jobs of the run while no principal is active. The run uses half of the
     /// sessions, so that a new call finds a free session.
-    pub(super) fn in_flight(token: &dyn Token) -> usize {
+    pub(crate) fn in_flight(token: &dyn Token) -> usize {
         let workers = token.state().workers;
         let sessions: usize = workers.iter().map(|worker| worker.sessions).sum();
         (sessions / 2).clamp(1, IN_FLIGHT_MAX)
@@ -67,7 +67,7 @@ impl Pace {
 
     /// Runs a job that waits if the run has used up its share of the token. The limit on rows per
     /// second does not apply to this job.
-    pub(super) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
+    pub(crate) async fn give_way<T>(&self, token: &dyn Token, job: impl Future<Output = T>) -> T {
         if !self.is_called(token, Instant::now()) {
             return job.await;
         }

@@ -33,7 +33,7 @@ use super::{
 const JOB_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Returns the caller for the jobs of a run.
-pub(super) fn background() -> hsm::Caller {
+pub(crate) fn background() -> hsm::Caller {
     hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
 }
 
@@ -269,7 +269,7 @@ impl Swapped {
 }
 
 /// Returns the envelope of a row, or the problem that `store check` would report.
-pub(super) fn envelope_of(
+pub(crate) fn envelope_of(
     row: &RevisionUnder,
     key: WrappingKeyId,
 ) -> Result<Envelope, &'static str> {
@@ -283,7 +283,7 @@ pub(super) fn envelope_of(
     Ok(envelope)
 }
 
-pub(super) fn context_of(row: &RevisionUnder) -> Context<'_> {
+pub(crate) fn context_of(row: &RevisionUnder) -> Context<'_> {
     Context::Record {
         address: &row.address,
         record_id: row.record,

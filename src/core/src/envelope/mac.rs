@@ -23,6 +23,8 @@ const REGISTRY_DOMAIN: &[u8] = b"keybroker/registry/v1";
 const REGISTRY_OBJECTS_DOMAIN: &[u8] = b"keybroker/registry/v2";
 /// The domain of the registry row of a destroyed key, which another key authenticates.
 const TOMBSTONE_DOMAIN: &[u8] = b"keybroker/registry-tombstone/v1";
+/// The domain of the registry row of a destroyed key whose objects must still be removed from the tokens.
+const UNREMOVED_DOMAIN: &[u8] = b"keybroker/registry-tombstone-unremoved/v1";
 const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
 const DESTRUCTION_DOMAIN: &[u8] = b"keybroker/key-destruction/v1";
 const REMOVAL_DOMAIN: &[u8] = b"keybroker/key-removal/v1";
@@ -102,7 +104,18 @@ impl MacMessage {
     /// The message for the MAC of the registry row of a destroyed key. The integrity key of a destroyed key is destroyed, too, so
     /// the integrity key of another wrapping key makes this MAC.
     pub fn tombstone(row: &RegistryFields<'_>) -> Self {
-        let mut message = Message::new(TOMBSTONE_DOMAIN);
+        Self::tombstone_in(TOMBSTONE_DOMAIN, row)
+    }
+
+    /// The message for the MAC of the registry row of a destroyed key whose objects must still be removed from the tokens: the
+    /// fields of [`tombstone`](Self::tombstone) in another domain. A person who can write to the database can therefore not make the
+    /// brokers forget the removal.
+    pub fn unremoved_tombstone(row: &RegistryFields<'_>) -> Self {
+        Self::tombstone_in(UNREMOVED_DOMAIN, row)
+    }
+
+    fn tombstone_in(domain: &[u8], row: &RegistryFields<'_>) -> Self {
+        let mut message = Message::new(domain);
         message.fixed(row.id.as_bytes());
         message.sized(row.objects.private_bytes());
         message.sized(row.objects.integrity_bytes());

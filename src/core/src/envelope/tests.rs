@@ -267,6 +267,12 @@ fn a_registry_row_names_its_objects_only_where_they_have_ids_of_their_own() {
             .as_bytes()
             .starts_with(b"\x00\x1fkeybroker/registry-tombstone/v1")
     );
+    // Whether the objects of a destroyed key were removed is in the domain alone.
+    let unremoved = MacMessage::unremoved_tombstone(&fields);
+    let rest = unremoved
+        .as_bytes()
+        .strip_prefix(b"\x00\x29keybroker/registry-tombstone-unremoved/v1");
+    assert_eq!(rest, Some(&tombstone.as_bytes()[33..]));
     let same = message(&ObjectIds::default());
     let mut first_format = b"\x00\x15keybroker/registry/v1".to_vec();
     first_format.extend([1; 16]);

@@ -316,13 +316,11 @@ pub(super) async fn start_token(
     started: &OnceLock<Arc<Pool>>,
 ) -> Result<Arc<Pool>, Failure> {
     let registry = Registry::read_for_service(&**store).await?;
-    let are_several = config.tokens.are_several();
-    let entries: Vec<TokenEntry> = config
-        .tokens
-        .all()
+    let tokens = config.tokens.all();
+    let entries: Vec<TokenEntry> = tokens
         .iter()
         .map(|token| TokenEntry {
-            keys: registry.expected(token, are_several),
+            keys: registry.expected_among(token, tokens),
             settings: token.clone(),
         })
         .collect();

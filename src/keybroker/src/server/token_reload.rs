@@ -55,7 +55,7 @@ impl TokensInUse {
                 ..Registry::default()
             };
             let of_token = |token: &hsm::Settings| {
-                let keys = registry.expected(token, tokens.are_several());
+                let keys = registry.expected_among(token, tokens.all());
                 (token.name.clone(), keys)
             };
             tokens.all().iter().map(of_token).collect()

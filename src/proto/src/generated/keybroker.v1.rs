@@ -1837,6 +1837,10 @@ pub struct ChangeWrappingKeyStateRequest {
     /// separately; else empty.
     #[prost(string, tag = "6")]
     pub destroy_now: ::prost::alloc::string::String,
+    /// With WRAPPING_KEY_CHANGE_DESTROY: let the broker instance that gets the request carry out a destruction that another instance
+    /// accepted, at the scheduled time, but not within the next 15 seconds.
+    #[prost(bool, tag = "7")]
+    pub confirm_schedule: bool,
 }
 /// Response of ChangeWrappingKeyState.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -3,8 +3,9 @@
 use async_trait::async_trait;
 
 use crate::{
-    DestructionChange, DestructionRow, Destructions, Error, mutations::expect_one, rows,
-    session::Session, statements::Statements, tables::Table,
+    DestructionChange, DestructionRow, Destructions, Error, FoundDestructions,
+    UnreadableDestruction, mutations::expect_one, rows, session::Session, statements::Statements,
+    tables::Table,
 };
 use keybroker_core::call::Timestamp;
 
@@ -32,9 +33,18 @@ pub(super) async fn write(
 
 #[async_trait]
 impl<E: Engine> Destructions for EngineStore<E> {
-    async fn destructions(&self) -> Result<Vec<DestructionRow>, Error> {
-        let found = self.query(E::sql().destructions, Vec::new()).await?;
-        found.iter().map(rows::destruction).collect()
+    async fn destructions(&self) -> Result<FoundDestructions, Error> {
+        let mut found = FoundDestructions::default();
+        for row in &self.query(E::sql().destructions, Vec::new()).await? {
+            match rows::destruction(row) {
+                Ok(row) => found.rows.push(row),
+                Err(error) => found.unreadable.push(UnreadableDestruction {
+                    key: rows::key_of_destruction(row),
+                    cause: error.damage(),
+                }),
+            }
+        }
+        Ok(found)
     }
 
     async fn hold_destruction(

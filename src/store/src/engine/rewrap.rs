@@ -107,6 +107,13 @@ impl<E: Engine> Rewraps for EngineStore<E> {
         rows::key_uses(found.first().ok_or(Error::NotFound)?)
     }
 
+    async fn unregistered_uses(&self) -> Result<KeyUses, Error> {
+        let found = self
+            .query(E::sql().rewrap.unregistered_uses, Vec::new())
+            .await?;
+        rows::key_uses(found.first().ok_or(Error::NotFound)?)
+    }
+
     async fn revisions_under(
         &self,
         key: WrappingKeyId,

@@ -9,6 +9,8 @@ pub(crate) struct RewrapStatements {
     /// Parameters: key, key, key, time after which a request id was used, key, now. Returns the numbers
     /// of revisions, API clients, request ids and open requests for approval under the key.
     pub(crate) uses: &'static str,
+    /// Returns the numbers of revisions, API clients and request ids under keys that are not registered.
+    pub(crate) unregistered_uses: &'static str,
     /// Parameters: key, record, record, revision to start after, limit. Returns revisions with the
     /// addresses of their records.
     pub(crate) page: &'static str,
@@ -50,6 +52,12 @@ impl RewrapStatements {
                  (SELECT count(*) FROM approvals WHERE signer_key_id = ? AND expires_us > ? \
                  AND state IN ('pending', 'approved')) AS approvals",
             ),
+            unregistered_uses: sql("SELECT (SELECT count(*) FROM revisions \
+                 WHERE wrapping_key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS revisions, \
+                 (SELECT count(*) FROM clients \
+                 WHERE key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS clients, \
+                 (SELECT count(*) FROM requests \
+                 WHERE key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS requests"),
             page: sql(
                 "SELECT v.record_id AS record_id, v.revision AS revision, v.envelope AS envelope, \
                  v.created_us AS created_us, r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \

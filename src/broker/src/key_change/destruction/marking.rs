@@ -1,6 +1,6 @@
 //! Marks a key as destroyed when its time has come.
 
-use std::{panic::AssertUnwindSafe, sync::atomic::Ordering, time::Duration};
+use std::{panic::AssertUnwindSafe, time::Duration};
 
 use futures_util::FutureExt as _;
 use tokio_util::sync::CancellationToken;
@@ -21,7 +21,8 @@ use crate::{Broker, commit::Settled, journal::Draft, registry::Registry, ticks::
 use super::{
     super::{MAC_TIMEOUT, Planner, from_commit},
     after, check_signatures, needed, other_key, refused,
-    verdict::{Verdict, verdict},
+    schedules::{Origin, Schedule},
+    verdict::{NOTICE, Verdict, verdict},
 };
 
 const TICK: Duration = Duration::from_secs(1);
@@ -29,8 +30,10 @@ const TICK: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_secs(30);
 /// How long a broker works alone without a sign of life. The removal from a slow token can take minutes.
 const LEASE_US: i64 = 15 * 60 * 1_000_000;
-/// The time between the mark in the registry and the removal from the tokens, in which every broker stops using the key.
-const NOTICE: Duration = Duration::from_secs(5);
+/// How long the broker waits before it tries again if rows are damaged: a check of all rows is work for the token and the database.
+const DAMAGED_PAUSE: Duration = Duration::from_mins(10);
+/// How long a broker waits for the instance that accepted a schedule, before it asks for a confirmation.
+const OTHER_INSTANCE: Duration = Duration::from_secs(30);
 /// When the broker stops, a destruction that has begun gets this time to end with its audit entry.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -56,71 +59,130 @@ impl Broker {
 
     /// Reads the schedules, and does what is due.
     pub(crate) async fn follow_destructions(&self) {
-        if !self.store_is_up() || self.registry.load().is_none() {
+        let Some(known) = self.registry.load_full() else {
+            return;
+        };
+        if !self.store_is_up() {
             return;
         }
-        if let Err(error) = self.read_destructions().await {
-            return self.note_unreadable_schedules(&error);
-        }
-        self.scheduled.is_unreadable.store(false, Ordering::Relaxed);
-        let rows = self.scheduled.rows.load_full();
-        metrics::KEY_DESTRUCTIONS_SCHEDULED.set_count(rows.len());
-        let now = Timestamp::now();
-        let due = rows.iter().filter(|row| row.due <= now).count();
-        metrics::KEY_DESTRUCTIONS_DUE.set_count(due);
-        if rows.is_empty() {
-            return;
-        }
+        let found = match self.store.destructions().await {
+            Ok(found) => found,
+            Err(error) => {
+                return tracing::debug!(%error, "cannot read the scheduled destructions of wrapping keys");
+            }
+        };
         // The registry must be read after the schedules, or a new schedule would look as if its key had been changed.
-        if let Err(error) = self.refresh_registry().await {
+        if (!found.rows.is_empty() || known.unremoved().next().is_some())
+            && let Err(error) = self.refresh_registry().await
+        {
             return tracing::debug!(%error, "cannot read the registry for scheduled destructions");
         }
-        for row in rows.iter() {
-            if !self.scheduled.is_delayed(row.key) {
-                self.follow_destruction(row).await;
+        let Ok(registry) = self.registry() else {
+            return;
+        };
+        let schedules = self.check_origins(&registry, found).await;
+        let now = Timestamp::now();
+        let made = schedules
+            .rows
+            .iter()
+            .filter(|schedule| schedule.origin != Origin::Forger);
+        metrics::KEY_DESTRUCTIONS_SCHEDULED.set_count(made.clone().count());
+        let due = made.filter(|schedule| schedule.row.due <= now).count();
+        metrics::KEY_DESTRUCTIONS_DUE.set_count(due);
+        self.tell_problems();
+        for schedule in &schedules.rows {
+            if !self.scheduled.is_delayed(schedule.row.key) {
+                self.follow_destruction(schedule).await;
+            }
+        }
+        for key in registry.unremoved() {
+            let known_for = self.scheduled.unremoved_for(key);
+            let has_row = schedules.rows.iter().any(|one| one.row.key == key);
+            if has_row || self.scheduled.is_delayed(key) {
+                continue;
+            }
+            if let Err(error) = self.schedule_removal(&registry, key, known_for).await {
+                self.postpone(key, &error);
             }
         }
     }
 
-    /// Raises an alert about a damaged row, once. The store may also be unavailable for a moment.
-    fn note_unreadable_schedules(&self, error: &Error) {
-        if error.reason() != Reason::RecordDamaged {
-            return tracing::debug!(%error, "cannot read the scheduled destructions of wrapping keys");
-        }
-        if !self.scheduled.is_unreadable.swap(true, Ordering::Relaxed) {
+    /// Raises an alert about each row that cannot be read or that no broker made, once.
+    fn tell_problems(&self) {
+        for cause in self.scheduled.untold_problems() {
             keybroker_core::alert!(
                 KeyDestruction,
-                cause = error.detail(),
-                "a scheduled destruction cannot be read, so no wrapping key is destroyed; cancel it with `keybroker key destroy ID \
-                 --cancel`, and schedule it again"
+                cause,
+                "a row of the scheduled destructions is not valid and destroys no key; other keys are not affected. Remove the row \
+                 with `keybroker key destroy ID --cancel` or, if the key is destroyed already, with `keybroker key lost ID`; if the \
+                 destruction is wanted, schedule it again"
             );
         }
     }
 
     /// Reads the schedules for the lists of keys.
-    pub(in crate::key_change) async fn read_destructions(&self) -> Result<(), Error> {
-        let rows = self.store.destructions().await?;
-        self.scheduled.rows.store(rows.into());
-        Ok(())
+    pub(in crate::key_change) async fn read_schedules(&self) -> Result<(), Error> {
+        self.schedules(&*self.registry()?).await.map(drop)
     }
 
-    async fn follow_destruction(&self, row: &DestructionRow) {
+    async fn follow_destruction(&self, schedule: &Schedule) {
+        let row = &schedule.row;
         let Ok(registry) = self.registry() else {
             return;
         };
         let key = registry.rows().find(|(key, _)| key.id == row.key);
+        let is_forged = schedule.origin == Origin::Forger && !registry.is_unremoved(row.key);
         let done = match verdict(row, key, Timestamp::now()) {
-            Verdict::Wait => return,
             Verdict::Invalid(cause) => return self.drop_schedule(row, cause).await,
+            _ if is_forged => return,
+            Verdict::Wait => return,
             Verdict::Blocked(cause) => Err(refused(&cause)),
             Verdict::Mark => self.mark(&registry, row).await,
             Verdict::Remove => self.remove_objects(&registry, row).await,
         };
         if let Err(error) = done {
-            self.postpone(row, &error);
+            self.postpone(row.key, &error);
             // Another broker may be able to do it.
             self.end_lease(row).await;
         }
+    }
+
+    /// Writes the row of a schedule again that a person removed after the mark. The registry row of the key says under its MAC that
+    /// the objects must still be removed. After the notice, the removal follows at once, because the person may remove the row again.
+    async fn schedule_removal(
+        &self,
+        registry: &Registry,
+        id: WrappingKeyId,
+        known_for: Duration,
+    ) -> Result<(), Error> {
+        let key = registry.verified(id)?;
+        let signer = other_key(registry, id)?;
+        let now = Timestamp::now();
+        let row = DestructionRow {
+            key: id,
+            signer,
+            sequence: key.sequence,
+            requested: now,
+            due: now,
+            requested_by: String::new(),
+            mac: [0; 32],
+        };
+        let row = self.marked(&row, signer).await?;
+        let change = RegistryChange {
+            destruction: Some(DestructionChange::Schedule(row.clone())),
+            ..RegistryChange::default()
+        };
+        let written = self.store.change_registry(&change, CallId::fresh(), now);
+        written.await?;
+        keybroker_core::alert!(
+            KeyDestruction, wrapping_key = %id, cause = "the row of the schedule was removed from the database",
+            "a destroyed wrapping key is not removed from the tokens yet, but the row of its schedule was removed from the database; \
+             the broker goes on with the removal"
+        );
+        if known_for < NOTICE {
+            return Ok(());
+        }
+        self.remove_objects(registry, &row).await
     }
 
     /// Removes a schedule that a later change of the key made invalid.
@@ -136,12 +198,16 @@ impl Broker {
         self.scheduled.forget(row.key);
     }
 
-    fn postpone(&self, row: &DestructionRow, error: &Error) {
+    fn postpone(&self, key: WrappingKeyId, error: &Error) {
         let cause = error.detail();
-        if self.scheduled.delay(row.key, cause, PAUSE) {
+        let pause = match error.reason() {
+            Reason::RecordDamaged => DAMAGED_PAUSE,
+            _ => PAUSE,
+        };
+        if self.scheduled.delay(key, cause, pause) {
             keybroker_core::alert!(
-                KeyDestruction, wrapping_key = %row.key, cause, reason = error.reason().as_str(),
-                "the destruction of a wrapping key is due, but cannot be done; the broker tries again every 30 s"
+                KeyDestruction, wrapping_key = %key, cause, reason = error.reason().as_str(),
+                "the destruction of a wrapping key is due, but cannot be done; the broker tries again"
             );
         }
     }
@@ -165,22 +231,27 @@ impl Broker {
 
     /// Marks a key as destroyed, after all checks.
     async fn mark(&self, registry: &Registry, row: &DestructionRow) -> Result<(), Error> {
+        self.check_mac(registry, row, &row.mac_message()).await?;
+        if !self.is_accepted(row).await? {
+            return self.check_instance(row);
+        }
         if !self.hold_lease(row).await? {
             return Ok(());
         }
-        self.check_mac(registry, row, &row.mac_message()).await?;
         let key = registry.verified(row.key)?;
         self.check_tokens(key).await?;
-        check_signatures(&self.store.destructions().await?, registry, row.key)?;
+        check_signatures(&*self.schedules(registry).await?, registry, row.key)?;
         let uses = self.store.key_uses(row.key).await?;
         if let Some(what) = needed(key, uses) {
             return Err(refused(&what));
         }
+        self.check_rows(registry, row).await?;
         let signer = other_key(registry, row.key)?;
         let mut change = self.plan_tombstones(registry, key, signer).await?;
         let marked = self.marked(row, signer).await?;
         change.destruction = Some(DestructionChange::Schedule(marked));
-        self.commit_mark(row, change).await?;
+        let draft = Draft::of_broker(CallId::fresh(), "wrapping_key.destroyed", row.key);
+        self.commit_by_broker(&draft, change).await?;
         tracing::info!(
             wrapping_key = %row.key, requested_by = row.requested_by,
             "the wrapping key is marked as destroyed; its objects are removed from the tokens"
@@ -188,6 +259,20 @@ impl Broker {
         self.scheduled.forget(row.key);
         self.apply_key_change().await;
         Ok(())
+    }
+
+    /// Asks for a confirmation of a schedule that another instance accepted, and that was not carried out in time.
+    fn check_instance(&self, row: &DestructionRow) -> Result<(), Error> {
+        if Timestamp::now() < after(row.due, OTHER_INSTANCE) {
+            return Ok(());
+        }
+        Err(refused(&format!(
+            "another broker instance than {:?} accepted the schedule, or the state directory of this instance was lost. If this \
+             database is a copy, another database may need the key: cancel the destruction in the copy with `keybroker key destroy {1} \
+             --cancel`. If this is the right database, and that instance does not exist any more, let this instance destroy the key \
+             with `keybroker key destroy {1} --confirm-schedule`",
+            self.instance, row.key
+        )))
     }
 
     /// The row of a destruction after the mark. Its time is that of the removal, so that every broker waits until the other brokers
@@ -269,7 +354,8 @@ impl Broker {
         )))
     }
 
-    /// Plans the tombstone of the key. The earlier tombstones get a new MAC, too, because the destroyed key may have authenticated
+    /// Plans the tombstone of the key, which says that the objects must be removed. The transaction counts again the rows that need the
+    /// key. The earlier tombstones get a new MAC, too, because the destroyed key may have authenticated
     /// them.
     async fn plan_tombstones(
         &self,
@@ -283,20 +369,23 @@ impl Broker {
             ..key.clone()
         };
         planner.change(key, tombstone);
+        planner.unremoved.push(key.id);
         planner.sign_tombstones(registry, key.id);
         let mut change = self.with_macs(planner, signer).await?;
         change.unneeded = Some(key.id);
         Ok(change)
     }
 
-    /// Commits the mark. The transaction counts again the rows that need the key.
-    async fn commit_mark(&self, row: &DestructionRow, change: RegistryChange) -> Result<(), Error> {
-        let call = CallId::fresh();
-        let draft = Draft::of_broker(call, "wrapping_key.destroyed", row.key);
+    /// Commits a change of the registry that the broker itself makes.
+    pub(super) async fn commit_by_broker(
+        &self,
+        draft: &Draft,
+        change: RegistryChange,
+    ) -> Result<(), Error> {
         let at = Timestamp::now();
-        let commit = async { self.store.change_registry(&change, call, at).await };
-        let Settled { intent, result } = self.commit_with_intent(&draft, at, commit).await?;
-        self.close_intent(intent, &draft, result.map_err(from_commit))
+        let commit = async { self.store.change_registry(&change, draft.call(), at).await };
+        let Settled { intent, result } = self.commit_with_intent(draft, at, commit).await?;
+        self.close_intent(intent, draft, result.map_err(from_commit))
             .await
     }
 }

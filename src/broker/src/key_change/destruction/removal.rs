@@ -1,7 +1,7 @@
 //! Removes the objects of a destroyed key from every token.
 
-use keybroker_audit::{Entry, EntryKind, Outcome};
 use keybroker_core::{
+    call::{CallId, Timestamp},
     error::Error,
     key::{ObjectIds, WrappingKeyState},
 };
@@ -12,7 +12,7 @@ use keybroker_hsm::{
 };
 use keybroker_store::{DestructionRow, KeyUses, PlaceRow, RegistryRow};
 
-use crate::{Broker, registry::Registry};
+use crate::{Broker, TaskFailed, journal::Draft, registry::Registry};
 
 use super::{super::making::blocking, refused};
 
@@ -31,23 +31,34 @@ struct Removal {
 type KeptObjects = [Option<keybroker_core::key::ObjectId>; 2];
 
 /// What the removal from one token found.
-#[derive(Debug, PartialEq, Eq)]
-struct Removed {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Removed {
     /// The serial number of the token.
     serial: String,
     /// The number of removed objects. `None` if the key is registered for another token, and is not on this one.
     count: Option<u32>,
 }
 
+/// An open token, from which the objects have not been removed yet.
+struct Opened {
+    removal: Removal,
+    token: Admin,
+    serial: String,
+    /// Whether the token may have objects of the key.
+    may_have: bool,
+}
+
 impl Broker {
-    /// Removes the objects from every configured token, in a separate read-write worker for each token. The schedule stays until the
-    /// last token is done, so the removal goes on after an interruption.
+    /// Removes the objects from every configured token, in a separate read-write worker for each token. The registry row of the key
+    /// says that the objects must be removed until the last token is done, so the removal goes on after an interruption.
     pub(super) async fn remove_objects(
         &self,
         registry: &Registry,
         row: &DestructionRow,
     ) -> Result<(), Error> {
-        self.check_marked(registry, row).await?;
+        if !registry.is_unremoved(row.key) {
+            self.check_marked(registry, row).await?;
+        }
         if !self.hold_lease(row).await? {
             return Ok(());
         }
@@ -55,32 +66,69 @@ impl Broker {
         self.check_not_needed(row).await?;
         let places = self.store.places().await?;
         self.check_configured(key, &places)?;
-        let (mut removed, mut found) = (0, Vec::new());
+        let (mut count, mut found) = (0, Vec::new());
         for admin in self.configured.all().iter() {
             let name = admin.name();
             let removal = Removal::of(key, name, registry, &places);
-            let admin = admin.clone();
-            let done = blocking("removing a wrapping key", move || removal.run(&admin));
-            let done = done.await?;
-            if let Some(count) = done.count {
-                tracing::info!(wrapping_key = %row.key, token = name, count, "the objects of a destroyed key were removed");
-                removed += u64::from(count);
-            }
-            found.push(done.serial);
+            let removed = self.remove_from(name, admin.clone(), removal).await?;
+            count += u64::from(removed.count.unwrap_or(0));
+            found.push(removed.serial);
         }
         check_found(key, &places, &found)?;
-        let mut entry = Entry::new(
-            EntryKind::Decision,
-            "wrapping_key.objects_removed",
-            Outcome::Ok,
+        self.end_removal(registry, key, count).await
+    }
+
+    /// Removes the objects from one token. The audit log has the intent before the first object is removed.
+    async fn remove_from(
+        &self,
+        name: &str,
+        admin: KeyAdmin,
+        removal: Removal,
+    ) -> Result<Removed, Error> {
+        let key = removal.key.id;
+        if let Some(removed) = self.scheduled.emptied_before(key, name) {
+            return Ok(removed);
+        }
+        let opened = blocking("opening a token", move || removal.open(&admin)).await?;
+        if !opened.may_have {
+            return Ok(opened.close().await);
+        }
+        let mut draft = Draft::of_removal(CallId::fresh(), key, name);
+        let intent = match self.record_intent(&draft, Timestamp::now()).await {
+            Ok(intent) => intent,
+            Err(error) => {
+                opened.close().await;
+                return Err(error);
+            }
+        };
+        let removed = blocking("removing a wrapping key", move || opened.remove()).await;
+        if let Ok(removed) = &removed {
+            draft.objects(removed.count.unwrap_or(0).into());
+        }
+        let removed = self.close_intent(intent, &draft, removed).await?;
+        tracing::info!(
+            wrapping_key = %key, token = name, count = removed.count,
+            "the objects of a destroyed key were removed"
         );
-        entry.principal = Some(row.requested_by.clone());
-        entry.wrapping_key = Some(row.key);
-        entry.count = Some(removed);
-        self.audit.append(entry).await?;
-        self.store.end_destruction(row).await?;
-        self.scheduled.forget(row.key);
-        self.read_destructions().await
+        self.scheduled.note_emptied(key, name, removed.clone());
+        Ok(removed)
+    }
+
+    /// Records in the registry row of the key that its objects were removed, and removes the schedule.
+    async fn end_removal(
+        &self,
+        registry: &Registry,
+        key: &RegistryRow,
+        count: u64,
+    ) -> Result<(), Error> {
+        let change = self.plan_removed(registry, key).await?;
+        let call = CallId::fresh();
+        let mut draft = Draft::of_broker(call, "wrapping_key.objects_removed", key.id);
+        draft.objects(count);
+        self.commit_by_broker(&draft, change).await?;
+        self.scheduled.forget(key.id);
+        self.apply_key_change().await;
+        Ok(())
     }
 
     /// Checks that no row needs the key. A broker that learnt too late of the mark may have made a row with the key.
@@ -163,47 +211,33 @@ impl Removal {
         hsm::unpadded(place.map_or(&self.key.token_serial, |place| &place.token_serial))
     }
 
-    /// Removes the objects. Without a row for this token, a token with another serial number than the registry row may also have the
-    /// key: a person may have copied it. There, only the private key with the right fingerprint and its other objects are removed.
-    fn run(&self, admin: &KeyAdmin) -> Result<Removed, AdminError> {
+    /// Opens a token. Without a row for this token, a token with another serial number than the registry row may also have the key: a
+    /// person may have copied it.
+    fn open(self, admin: &KeyAdmin) -> Result<Opened, AdminError> {
         let token = admin.open(&[self.serial()])?;
         let serial = hsm::unpadded(&token.info().serial).to_owned();
-        let count = if serial == self.serial() {
-            self.check_kept(&serial)?;
-            Some(self.remove(&token)?)
-        } else if self.place.is_some() {
+        let is_registered = serial == self.serial();
+        if !is_registered && self.place.is_some() {
             return Err(AdminError::Token(format!(
                 "the objects of key {} are on the token with serial number {}, but the token has {serial}",
                 self.key.id,
                 self.serial()
             )));
-        } else {
-            self.remove_copy(&token, &serial)?
-        };
-        Ok(Removed { serial, count })
-    }
-
-    fn remove(&self, token: &Admin) -> Result<u32, AdminError> {
-        let proof = self.place.as_ref().map(|place| Proof {
-            message: place.mac_message().as_bytes().to_vec(),
-            mac: place.mac,
-        });
-        token.know([(self.key.id, self.objects())])?;
-        token.remove_registered(self.key.id, self.key.fingerprint, proof.as_ref())
-    }
-
-    fn remove_copy(&self, token: &Admin, serial: &str) -> Result<Option<u32>, AdminError> {
+        }
         let private = self.objects().private_object(self.key.id);
-        if !token.key_ids()?.contains(&private) {
-            return Ok(None);
+        let may_have = is_registered || token.key_ids()?.contains(&private);
+        if may_have {
+            self.check_kept(&serial)?;
+        } else {
+            // A person may have removed the row that names the objects on this token.
+            token.check_removed(self.key.id, self.key.fingerprint)?;
         }
-        self.check_kept(serial)?;
-        match self.remove(token) {
-            Ok(count) => Ok(Some(count)),
-            // Another key has the same `CKA_ID`.
-            Err(AdminError::Untrusted(_)) => Ok(None),
-            Err(other) => Err(other),
-        }
+        Ok(Opened {
+            removal: self,
+            token,
+            serial,
+            may_have,
+        })
     }
 
     /// Refuses to remove an object that another key needs. Two keys may share an integrity key.
@@ -222,6 +256,48 @@ impl Removal {
              serial number {serial}",
             self.key.id
         )))
+    }
+}
+
+impl Opened {
+    /// Removes the objects. From a token that has the key only because a person copied it, only the private key with the right
+    /// fingerprint and its other objects are removed.
+    fn remove(self) -> Result<Removed, AdminError> {
+        let Self {
+            removal,
+            token,
+            serial,
+            ..
+        } = self;
+        let proof = removal.place.as_ref().map(|place| Proof {
+            message: place.mac_message().as_bytes().to_vec(),
+            mac: place.mac,
+        });
+        let key = &removal.key;
+        token.know([(key.id, removal.objects())])?;
+        let count = match token.remove_registered(key.id, key.fingerprint, proof.as_ref()) {
+            Ok(count) => Some(count),
+            // Another key has the same `CKA_ID`.
+            Err(AdminError::Untrusted(_)) if serial != removal.serial() => {
+                token.check_removed(key.id, key.fingerprint)?;
+                None
+            }
+            Err(other) => return Err(other),
+        };
+        Ok(Removed { serial, count })
+    }
+
+    /// Ends the admin worker on a blocking thread. Nothing was removed.
+    async fn close(self) -> Removed {
+        let Self { token, serial, .. } = self;
+        if let Err(source) = tokio::task::spawn_blocking(move || drop(token)).await {
+            let error = TaskFailed::of("closing a token", source);
+            tracing::error!(%error, "the admin worker could not be ended");
+        }
+        Removed {
+            serial,
+            count: None,
+        }
     }
 }
 

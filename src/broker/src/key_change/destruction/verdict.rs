@@ -1,7 +1,14 @@
 //! The decision about a scheduled destruction, from the row of the schedule and the verified registry alone.
 
+use std::time::Duration;
+
 use keybroker_core::{call::Timestamp, key::WrappingKeyState};
 use keybroker_store::{DestructionRow, RegistryRow};
+
+use super::after;
+
+/// The time between the mark in the registry and the removal from the tokens, in which every broker stops using the key.
+pub(super) const NOTICE: Duration = Duration::from_secs(5);
 
 /// What to do about a scheduled destruction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +39,8 @@ pub(super) fn verdict(
     if row.sequence > schedule.sequence && !is_marked {
         return Verdict::Invalid("the key was changed after its destruction was scheduled");
     }
-    if now < schedule.due {
+    // After the mark, nothing is left to wait for but the notice. A later time was not written by a broker.
+    if now < schedule.due && !(is_marked && after(now, NOTICE) < schedule.due) {
         return Verdict::Wait;
     }
     if let Some(problem) = problem {
@@ -107,6 +115,11 @@ pub(super) mod tests {
         assert!(matches!(said(Active, 7, None, 100), Verdict::Invalid(_)));
         assert_eq!(said(Destroyed, 8, None, 100), Verdict::Remove);
         assert_eq!(said(Destroyed, 8, None, 99), Verdict::Wait);
+        // A person moved the time of the removal.
+        let moved = schedule(7, 100_000_000);
+        let marked = registered(Destroyed, 8);
+        let said = verdict(&moved, Some((&marked, None)), at(99));
+        assert_eq!(said, Verdict::Remove);
         assert!(matches!(verdict(&one, None, at(0)), Verdict::Invalid(_)));
     }
 

@@ -190,6 +190,12 @@ pub(in crate::cli) struct Destroy {
     /// Destroy the key without the waiting time; WORD must be "irreversibly", and a policy must permit it
     #[arg(long, value_name = "WORD", conflicts_with = "cancel")]
     now: Option<String>,
+    /// Let this broker instance carry out a destruction that another instance accepted
+    ///
+    /// A broker destroys a key only if it accepted the request itself, because a restored copy of the database contains the schedule,
+    /// too. Confirm the schedule if the instance that accepted it does not exist any more. The scheduled time stays.
+    #[arg(long, conflicts_with_all = ["after_days", "now", "cancel"])]
+    confirm_schedule: bool,
     /// Cancel the scheduled destruction
     #[arg(long)]
     cancel: bool,
@@ -209,6 +215,7 @@ pub(super) fn destroy(arguments: Destroy, context: &Context) -> Result<(), Failu
         change: proto::WrappingKeyChange::Destroy.into(),
         destroy_after_days: arguments.after_days.unwrap_or(0),
         destroy_now: arguments.now.clone().unwrap_or_default(),
+        confirm_schedule: arguments.confirm_schedule,
         ..proto::ChangeWrappingKeyStateRequest::default()
     };
     send(arguments.key, request, context)

@@ -27,7 +27,8 @@ pub(super) fn add(
     if !config.tokens.are_several() {
         return Ok(None);
     }
-    let place = new_place(config, admin, key, row)?;
+    // A key that was just made on this token: its two rows have the same time.
+    let place = new_place(config, admin, key, row, row.registered)?;
     change_store(config, async |store| store.add_place(&place).await)?;
     Ok(Some(place))
 }
@@ -65,7 +66,7 @@ pub(super) fn register(
         let what = format!("key {id} is already registered for token {token}; nothing was changed");
         return Err(Failure::new(Exit::Untrusted, what));
     }
-    let place = new_place(config, admin, key, row)?;
+    let place = new_place(config, admin, key, row, Timestamp::now())?;
     let describe = |entry: &mut Entry| entry.wrapping_key = Some(id);
     match known {
         None => change::audited(context, config, "wrapping_key.register", describe, || {
@@ -87,6 +88,7 @@ fn new_place(
     admin: &Admin,
     key: &CheckedKey,
     row: &RegistryRow,
+    registered: Timestamp,
 ) -> Result<PlaceRow, Failure> {
     let token = config.token();
     let serial = &admin.info().serial;
@@ -96,7 +98,7 @@ fn new_place(
         token: token.name.clone(),
         token_serial: serial.clone(),
         objects: key.objects.clone(),
-        registered: Timestamp::now(),
+        registered,
         backup_confirmed: row.backup_confirmed.filter(|_| is_home),
         mac: [0; 32],
     };

@@ -242,9 +242,16 @@ pub struct Entry {
     /// SHA-256 as hexadecimal digits: of the new envelope, of the ids of the rows that a re-wrap moves, of the registry, or of the
     /// change that needs an approval.
     pub digest: Option<String>,
+    /// The persons of a change that needs an approval. Most entries have none, so they are not part of the size of each entry.
+    pub persons: Option<Box<Persons>>,
+}
+
+/// The persons of a change that needs the approval of a second person.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Persons {
     /// The request for approval that the entry is about, or that permitted the change.
     pub approval: Option<ApprovalId>,
-    /// The person to whom `principal` belongs, if the action needs persons.
+    /// The person to whom the principal of the entry belongs.
     pub person: Option<String>,
     /// The principal that requested the change, and its person, in the entry of a decision about the request.
     pub requested_by: Option<(String, String)>,
@@ -280,10 +287,7 @@ impl Entry {
             token: None,
             risks: None,
             digest: None,
-            approval: None,
-            person: None,
-            requested_by: None,
-            approved_by: None,
+            persons: None,
             cause: None,
         }
     }

@@ -11,7 +11,7 @@ use keybroker_core::{
     key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
 };
 
-use super::{Entry, EntryKind, OpenIntent, Outcome, Recorded};
+use super::{Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded};
 
 /// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +26,12 @@ pub(super) struct Place<'a> {
 pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
     object.text("action", Some(&entry.action));
-    object.shown("approval", entry.approval.as_ref());
-    let (approved_by, approver) = both(entry.approved_by.as_ref());
+    let persons = entry.persons.as_deref();
+    object.shown(
+        "approval",
+        persons.and_then(|persons| persons.approval.as_ref()),
+    );
+    let (approved_by, approver) = both(persons.and_then(|persons| persons.approved_by.as_ref()));
     object.text("approved_by", approved_by);
     object.text("approved_by_person", approver);
     object.number("bytes", entry.bytes);
@@ -42,14 +46,17 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("log_id", Some(place.log_id));
     object.text("outcome", Some(outcome_name(entry.outcome)));
     object.text("peer", entry.peer.as_deref());
-    object.text("person", entry.person.as_deref());
+    object.text(
+        "person",
+        persons.and_then(|persons| persons.person.as_deref()),
+    );
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
     object.text("registry", entry.registry.as_deref());
     object.shown("request_id", entry.request_id.as_ref());
-    let (requested_by, requester) = both(entry.requested_by.as_ref());
+    let (requested_by, requester) = both(persons.and_then(|persons| persons.requested_by.as_ref()));
     object.text("requested_by", requested_by);
     object.text("requested_by_person", requester);
     object.number("revision", entry.revision.map(Revision::get));
@@ -183,14 +190,17 @@ impl Parsed {
         intent.grant = text("grant").map(str::to_owned);
         intent.peer = text("peer").map(str::to_owned);
         intent.digest = text("digest").map(str::to_owned);
-        intent.approval = text("approval").and_then(ApprovalId::from_hex);
-        intent.person = text("person").map(str::to_owned);
         let both = |principal, person| {
             let (principal, person) = (text(principal)?, text(person)?);
             Some((principal.to_owned(), person.to_owned()))
         };
-        intent.requested_by = both("requested_by", "requested_by_person");
-        intent.approved_by = both("approved_by", "approved_by_person");
+        let persons = Persons {
+            approval: text("approval").and_then(ApprovalId::from_hex),
+            person: text("person").map(str::to_owned),
+            requested_by: both("requested_by", "requested_by_person"),
+            approved_by: both("approved_by", "approved_by_person"),
+        };
+        intent.persons = (persons != Persons::default()).then(|| Box::new(persons));
         intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {
@@ -285,10 +295,12 @@ mod tests {
         let mut entry = Entry::new(EntryKind::Intent, "wrapping_key.destroy", Outcome::Ok);
         let both = |principal: &str, person: &str| Some((principal.to_owned(), person.to_owned()));
         entry.call_id = Some(CallId::fresh());
-        entry.approval = Some(ApprovalId::from_bytes([7; 16]));
-        entry.person = Some("Ada".to_owned());
-        entry.requested_by = both("URI:ada", "Ada");
-        entry.approved_by = both("URI:bob", "Bob");
+        entry.persons = Some(Box::new(Persons {
+            approval: Some(ApprovalId::from_bytes([7; 16])),
+            person: Some("Ada".to_owned()),
+            requested_by: both("URI:ada", "Ada"),
+            approved_by: both("URI:bob", "Bob"),
+        }));
         let mut line = Vec::new();
         encode(&entry, place(), &mut line);
         let parsed = parse(&line[..line.len() - 1]).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
-use keybroker_audit::{Entry, EntryKind, OpenIntent, Outcome};
+use keybroker_audit::{Entry, EntryKind, OpenIntent, Outcome, Persons};
 use keybroker_core::{
     call::{Call, CallId, RequestId, Timestamp},
     client_credential::Document,
@@ -149,19 +149,23 @@ impl Draft {
         self.0.grant = Some(document.summary());
     }
 
+    fn persons(&mut self) -> &mut Persons {
+        self.0.persons.get_or_insert_default()
+    }
+
     /// Sets the request for approval.
     pub(super) fn approval(&mut self, approval: ApprovalId) {
-        self.0.approval = Some(approval);
+        self.persons().approval = Some(approval);
     }
 
     /// The request for approval, if the entry has one.
     pub(super) fn known_approval(&self) -> Option<ApprovalId> {
-        self.0.approval
+        self.0.persons.as_ref()?.approval
     }
 
     /// Sets the person to whom the principal of the entry belongs.
     pub(super) fn person(&mut self, person: &str) {
-        self.0.person = Some(person.to_owned());
+        self.persons().person = Some(person.to_owned());
     }
 
     /// Sets the digest of the change that needs an approval.
@@ -170,11 +174,11 @@ impl Draft {
     }
 
     pub(super) fn requested_by(&mut self, by: &PersonOfPrincipal) {
-        self.0.requested_by = Some((by.principal.clone(), by.person.clone()));
+        self.persons().requested_by = Some((by.principal.clone(), by.person.clone()));
     }
 
     pub(super) fn approved_by(&mut self, by: &PersonOfPrincipal) {
-        self.0.approved_by = Some((by.principal.clone(), by.person.clone()));
+        self.persons().approved_by = Some((by.principal.clone(), by.person.clone()));
     }
 
     /// Begins the entry about the stored request for approval, with the facts of the entry of the requested change.

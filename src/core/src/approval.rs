@@ -69,6 +69,7 @@ impl ApprovalState {
 
     /// The state at the time `now` of a request with this stored state. `expires` is the time after which an open request can no
     /// longer be approved or used.
+    #[must_use]
     pub fn at(self, expires: Timestamp, now: Timestamp) -> Self {
         if self.may_become(Self::Expired) && now >= expires {
             Self::Expired

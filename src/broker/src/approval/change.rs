@@ -26,7 +26,7 @@ impl Lifetime {
     }
 
     /// When a secret that is made now expires.
-    pub(crate) fn from(self, now: Timestamp) -> Timestamp {
+    pub(crate) fn end(self, now: Timestamp) -> Timestamp {
         let micros = self.0.saturating_mul(DAY_US);
         Timestamp::from_micros(now.micros().saturating_add(micros))
     }
@@ -200,6 +200,6 @@ mod tests {
         ] {
             assert_eq!(days(micros), expected, "{micros}");
         }
-        assert_eq!(Lifetime(2).from(at(5)), at(2 * DAY_US + 5));
+        assert_eq!(Lifetime(2).end(at(5)), at(2 * DAY_US + 5));
     }
 }

@@ -203,18 +203,14 @@ impl Broker {
 
     /// The error for a change that waits for an approval. `ended` says how an earlier request ended; empty if there was none.
     fn approval_needed(&self, row: &ApprovalRow, ended: &str) -> Error {
-        let mut text = String::new();
-        if !ended.is_empty() {
-            text.push_str(ended);
-            text.push_str(". ");
-        }
+        let separator = if ended.is_empty() { "" } else { ". " };
         let person = &row.requested_by.person;
-        text.push_str(&format!(
-            "nothing was changed. The request {} of {person} waits until {} for the approval of {}",
+        let text = format!(
+            "{ended}{separator}nothing was changed. The request {} of {person} waits until {} for the approval of {}",
             row.id,
             row.expires,
             self.approvals.rules.approvers(person)
-        ));
+        );
         Error::new(Reason::ApprovalNeeded, text.clone())
             .waiting_for(row.id)
             .explained("approval", &text)

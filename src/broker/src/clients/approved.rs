@@ -79,5 +79,5 @@ fn lifetime(expires: Option<Timestamp>) -> Option<Lifetime> {
 }
 
 fn from_now(lifetime: Option<Lifetime>) -> Option<Timestamp> {
-    lifetime.map(|lifetime| lifetime.from(Timestamp::now()))
+    lifetime.map(|lifetime| lifetime.end(Timestamp::now()))
 }

@@ -55,6 +55,7 @@ on_every_engine!(
     the_registry_is_compare_and_swap,
     rows_of_the_registry_change_together,
     places_are_compare_and_swap,
+    places_change_with_the_registry,
     destructions_are_scheduled_held_and_ended,
     a_change_of_the_registry_waits_for_the_rows_of_a_key,
     cancelled_calls_poison_nothing,

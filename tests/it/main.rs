@@ -10,6 +10,7 @@
 )]
 
 mod adopted;
+mod assurance;
 mod audit_log;
 mod bad_inputs;
 mod bench;

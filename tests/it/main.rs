@@ -11,6 +11,7 @@
 
 mod adopted;
 mod approvals;
+mod assurance;
 mod audit_log;
 mod bad_inputs;
 mod bench;

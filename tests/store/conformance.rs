@@ -585,10 +585,8 @@ pub(crate) async fn a_change_of_the_registry_waits_for_the_rows_of_a_key(engine:
     assert_eq!(counted().await, (0, 0));
 }
 
-pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
-    let store = engine.open().await;
-    assert_eq!(store.places().await.unwrap(), []);
-    let row = |token: &str| PlaceRow {
+fn place(token: &str) -> PlaceRow {
+    PlaceRow {
         key: KEY,
         token: token.to_owned(),
         token_serial: "0123".to_owned(),
@@ -596,8 +594,13 @@ pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
         registered: Timestamp::now(),
         backup_confirmed: None,
         mac: [1; 32],
-    };
-    let (first, second) = (row("a"), row("b"));
+    }
+}
+
+pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
+    let store = engine.open().await;
+    assert_eq!(store.places().await.unwrap(), []);
+    let (first, second) = (place("a"), place("b"));
     store.add_place(&second).await.unwrap();
     store.add_place(&first).await.unwrap();
     let again = store.add_place(&first).await;
@@ -614,13 +617,15 @@ pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
     store.update_place(&next, &first.mac).await.unwrap();
     let stale = store.update_place(&first, &first.mac).await;
     assert!(matches!(stale, Err(Error::Conflict)), "{stale:?}");
-    assert_eq!(
-        store.places().await.unwrap(),
-        [next.clone(), second.clone()]
-    );
+    assert_eq!(store.places().await.unwrap(), [next, second]);
+}
 
-    // The places of a change of the registry are written together with its rows, or not at all.
-    let third = row("c");
+/// The places of a change of the registry are written together with its rows, or not at all.
+pub(crate) async fn places_change_with_the_registry(engine: &Engine) {
+    let store = engine.open().await;
+    let (first, second, third) = (place("a"), place("b"), place("c"));
+    store.add_place(&first).await.unwrap();
+    store.add_place(&second).await.unwrap();
     let moved = PlaceRow {
         token_serial: "4567".to_owned(),
         mac: [3; 32],
@@ -636,12 +641,12 @@ pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
     };
     let at = Timestamp::from_micros(1);
     for refused in [
-        vec![add.clone(), replace(first.mac)],
+        vec![add.clone(), replace([9; 32])],
         vec![add.clone(), add.clone()],
         vec![
             add.clone(),
             PlaceChange {
-                row: next.clone(),
+                row: first.clone(),
                 expected: None,
             },
         ],
@@ -679,7 +684,7 @@ pub(crate) async fn places_are_compare_and_swap(engine: &Engine) {
     };
     let changed = store.change_registry(&change, CallId::fresh(), at).await;
     changed.unwrap();
-    assert_eq!(store.places().await.unwrap(), [next, moved, third]);
+    assert_eq!(store.places().await.unwrap(), [first, moved, third]);
     assert_eq!(store.registry().await.unwrap(), [key]);
 }
 

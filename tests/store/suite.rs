@@ -56,6 +56,7 @@ on_every_engine!(
     the_registry_is_compare_and_swap,
     rows_of_the_registry_change_together,
     places_are_compare_and_swap,
+    places_change_with_the_registry,
     destructions_are_scheduled_held_and_ended,
     approvals_are_compare_and_swap,
     of_concurrent_decisions_one_wins,

@@ -55,6 +55,7 @@ static EFFECT: Label = Label::fixed("effect", || vec!["permit", "forbid"]);
 static METHOD: Label = Label::fixed("method", || vec!["GET", "POST", "PUT"]);
 static REWRAP_RESULT: Label =
     Label::fixed("result", || vec!["moved", "changed-meanwhile", "failed"]);
+static ASSURANCE: Label = Label::open("assurance");
 static STATUS: Label = Label::open("status");
 static ISSUER: Label = Label::open("issuer");
 static POLICY: Label = Label::open("policy");
@@ -452,6 +453,7 @@ declare! {
         KEY_DESTRUCTIONS_SCHEDULED = "keybroker_key_destructions_scheduled" [] "Wrapping keys whose destruction is scheduled.";
         KEY_DESTRUCTIONS_DUE = "keybroker_key_destructions_due" [] "Wrapping keys whose scheduled destruction is due and not done yet.";
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0; NaN after the token was removed from the configuration.";
+        TOKEN_ASSURANCE = "keybroker_token_assurance" [TOKEN, ASSURANCE] "1 for the word that describes the protection of the token's keys, 0 for the other words.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";
         TOKEN_QUEUE_LENGTH = "keybroker_token_queue_length" [TOKEN] "Jobs that wait for a session of the token.";
         TOKEN_SELF_TEST_AGE = "keybroker_token_self_test_age_seconds" [TOKEN] "Time since the last successful self-test of the token.";

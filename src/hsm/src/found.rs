@@ -25,6 +25,7 @@ impl Default for Found {
                 label: String::new(),
                 serial: String::new(),
                 model: String::new(),
+                is_hardware: false,
             },
             keys: Arc::new([]),
             unusable: Arc::new([]),

@@ -36,7 +36,7 @@ mod start;
 mod supervisor;
 
 pub use caller::Caller;
-pub use keybroker_worker_protocol::{ExpectedKey, Proof, Settings, TokenInfo, unpadded};
+pub use keybroker_worker_protocol::{Assurance, ExpectedKey, Proof, Settings, TokenInfo, unpadded};
 pub use pool::{Entry, Pool};
 pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};
 pub use supervisor::{StartupError, Supervisor};
@@ -134,6 +134,9 @@ pub struct TokenState {
     pub note: Option<String>,
     /// The token information; `None` until the first worker is ready.
     pub info: Option<TokenInfo>,
+    /// What is known about the protection of the keys; `None` until the first worker is ready, and for the state of several tokens
+    /// together.
+    pub assurance: Option<Assurance>,
     /// The keys that every worker found on the token.
     pub keys: Arc<[TokenKey]>,
     /// The expected keys that cannot be used, although the token serves the other keys.

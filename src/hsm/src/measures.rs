@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
+use keybroker_worker_protocol::Assurance;
+
 use keybroker_core::metrics::{self, CounterHandle, GaugeHandle, HistogramHandle, to_float};
 
 /// The metric series of one token, labelled with the token's configured name.
 #[derive(Clone, Debug)]
 pub(crate) struct Measures {
+    token: String,
     pub(crate) operation: HistogramHandle,
     pub(crate) queue_wait: HistogramHandle,
     pub(crate) worker_restarts: CounterHandle,
@@ -22,6 +25,7 @@ impl Measures {
     pub(crate) fn of(token: &str) -> Self {
         let name = || [token.to_owned()];
         let measures = Self {
+            token: token.to_owned(),
             operation: metrics::TOKEN_OPERATION.with(name()),
             queue_wait: metrics::TOKEN_QUEUE_WAIT.with(name()),
             worker_restarts: metrics::TOKEN_WORKER_RESTARTS.with(name()),
@@ -38,11 +42,24 @@ impl Measures {
         measures
     }
 
+    /// Publishes what is known about the protection of the token's keys.
+    pub(crate) fn publish_assurance(&self, assurance: Assurance) {
+        for word in Assurance::ALL {
+            let value = f64::from(u8::from(word == assurance));
+            let labels = [self.token.clone(), word.as_str().to_owned()];
+            metrics::TOKEN_ASSURANCE.with(labels).set(value);
+        }
+    }
+
     /// Withdraws the state of a token that is not used any more. A comparison with the value NaN is false, so no alert rule reports the
     /// removed token as unavailable.
     pub(crate) fn retract(&self) {
         self.serving.set(f64::NAN);
         self.self_test_age.set(f64::NAN);
+        for word in Assurance::ALL {
+            let labels = [self.token.clone(), word.as_str().to_owned()];
+            metrics::TOKEN_ASSURANCE.with(labels).set(0.0);
+        }
         for gauge in [&self.workers, &self.queue_length, &self.pin_latched] {
             gauge.set(0.0);
         }

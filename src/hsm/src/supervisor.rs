@@ -285,6 +285,8 @@ impl Supervisor {
             token = %self.settings.name, pid, generation, label = %found.info.label, "token worker ready"
         );
         self.note_self_test();
+        let assurance = self.settings.assurance_of(&link.found().info);
+        self.measures.publish_assurance(assurance);
         self.admit(&link);
         self.tasks.spawn(Arc::clone(self).monitor(link, child));
     }
@@ -442,6 +444,9 @@ impl Supervisor {
             serving: self.serving.borrow().clone(),
             note,
             info: found.known().then(|| found.info.clone()),
+            assurance: found
+                .known()
+                .then(|| self.settings.assurance_of(&found.info)),
             keys: Arc::clone(&found.keys),
             unusable: Arc::clone(&found.unusable),
             workers: self

@@ -102,6 +102,11 @@ impl Module {
         Ok(TokenInfo::from(info))
     }
 
+    /// Calls `C_GetSlotInfo`, and returns whether the slot is a hardware slot (`CKF_HW_SLOT`).
+    pub fn is_hardware_slot(&self, slot: Slot) -> Result<bool> {
+        Ok(self.cryptoki.get_slot_info(slot)?.hardware_slot())
+    }
+
     /// Opens a read-only session.
     pub fn open_ro_session(&self, slot: Slot) -> Result<Session> {
         Ok(self.wrapped(self.cryptoki.open_ro_session(slot)?))

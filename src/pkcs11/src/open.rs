@@ -98,9 +98,12 @@ impl OpenToken {
         let (module, initialize) = module::load_timed(settings)?;
         let Selected {
             slot,
-            info,
+            mut info,
             is_one_of_several,
         } = select::find(&module, &selector, registered)?;
+        calling::next("C_GetSlotInfo");
+        // The property is only shown to administrators, so a module without this function can be used.
+        info.is_hardware = module.is_hardware_slot(slot).unwrap_or(false);
         match pin {
             Some(_) => refuse_pin_pad(&module, slot, &info)?,
             None => require_no_login(&module, slot, &info, settings.access_control)?,

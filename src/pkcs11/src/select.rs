@@ -318,6 +318,8 @@ pub(super) fn describe(info: &keybroker_pkcs11_ffi::TokenInfo) -> TokenInfo {
             unpadded(info.manufacturer_id()),
             unpadded(info.model())
         ),
+        // Only the token that is opened needs this property, from another function of the module.
+        is_hardware: false,
     }
 }
 

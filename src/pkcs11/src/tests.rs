@@ -93,6 +93,7 @@ pub(crate) fn settings() -> Settings {
         integrity_key_digests: std::collections::BTreeMap::new(),
         attribute_exceptions: Vec::new(),
         spared_tests: Vec::new(),
+        assurance: None,
         initialize_string: None,
         environment: std::collections::BTreeMap::new(),
     }

@@ -2,6 +2,7 @@
 //! of a token, the PIN, and RSA-OAEP with the public key. This crate contains no code for PKCS#11
 //! and no code that starts workers.
 
+mod assurance;
 pub mod frame;
 pub mod integrity_file;
 pub mod oaep;
@@ -12,6 +13,7 @@ mod settings;
 pub mod wire;
 mod work;
 
+pub use assurance::Assurance;
 pub use paths::{PathError, check_environment, check_module, softhsm_problem};
 pub use pin::{Pin, PinError, PinSource, resolve as resolve_pin_file};
 pub use settings::{

@@ -14,7 +14,10 @@ use keybroker_core::{
     trusted_file,
 };
 
-use crate::wire::{Setup, TokenIdentity};
+use crate::{
+    Assurance,
+    wire::{Setup, TokenIdentity},
+};
 
 /// The kind of object of an integrity key, and the mechanism with which the token generates the
 /// object.
@@ -140,6 +143,9 @@ pub struct Settings {
     /// Names of negative tests that are not run on this token (`wrap-private-aes-kw`, …).
     #[serde(default)]
     pub spared_tests: Vec<String>,
+    /// What is known about the protection of the keys; `None` for the word that the module's report implies.
+    #[serde(default)]
+    pub assurance: Option<Assurance>,
     /// String for `C_Initialize` (`pReserved`). Some modules need this string, but most modules
     /// refuse this string.
     #[serde(default)]
@@ -154,6 +160,12 @@ impl Settings {
     /// no PIN file is configured.
     pub fn is_without_login(&self) -> bool {
         self.access_control == AccessControl::OutsidePkcs11 && self.pin_file.is_none()
+    }
+
+    /// Returns what is known about the protection of the keys of a token.
+    pub fn assurance_of(&self, info: &TokenInfo) -> Assurance {
+        let is_outside = self.access_control == AccessControl::OutsidePkcs11;
+        Assurance::of(self.assurance, info.is_hardware, is_outside)
     }
 
     /// Whether integrity keys may be in the memory of the workers.
@@ -258,6 +270,7 @@ impl Settings {
             integrity_key_digests: setup.integrity_key_digests.clone().into_iter().collect(),
             attribute_exceptions: setup.attribute_exceptions.clone(),
             spared_tests: setup.spared_tests.clone(),
+            assurance: None,
             initialize_string: given(&setup.initialize_string),
             environment: BTreeMap::new(),
         }
@@ -302,6 +315,8 @@ pub struct TokenInfo {
     pub serial: String,
     /// Manufacturer and model.
     pub model: String,
+    /// Whether the module reports the slot of the token as a hardware slot (`CKF_HW_SLOT`).
+    pub is_hardware: bool,
 }
 
 impl From<TokenInfo> for TokenIdentity {
@@ -310,6 +325,7 @@ impl From<TokenInfo> for TokenIdentity {
             label: info.label,
             serial: info.serial,
             model: info.model,
+            is_hardware: info.is_hardware,
         }
     }
 }
@@ -320,6 +336,7 @@ impl From<TokenIdentity> for TokenInfo {
             label: token.label,
             serial: token.serial,
             model: token.model,
+            is_hardware: token.is_hardware,
         }
     }
 }

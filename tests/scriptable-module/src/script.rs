@@ -47,6 +47,7 @@ pub const BEHAVIOURS: &[&str] = &[
     "token.utc_time",
     "token.set_flags",
     "token.clear_flags",
+    "token.hardware_slot",
     "sessions.max",
     "sessions.refuse_read_only",
     "login.protected_authentication_path",
@@ -323,6 +324,7 @@ pub(crate) struct Token {
     pub(crate) utc_time: Option<String>,
     pub(crate) set_flags: Vec<Flag>,
     pub(crate) clear_flags: Vec<Flag>,
+    pub(crate) hardware_slot: bool,
 }
 
 /// What fills the texts of `CK_TOKEN_INFO`.

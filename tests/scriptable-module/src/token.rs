@@ -4,7 +4,7 @@ use std::{slice, sync::atomic::Ordering};
 
 use cryptoki_sys::{
     CK_MECHANISM_INFO, CK_MECHANISM_TYPE, CK_RV, CK_SLOT_ID, CK_SLOT_INFO, CK_TOKEN_INFO, CK_ULONG,
-    CKF_PROTECTED_AUTHENTICATION_PATH, CKF_SO_PIN_COUNT_LOW, CKF_SO_PIN_FINAL_TRY,
+    CKF_HW_SLOT, CKF_PROTECTED_AUTHENTICATION_PATH, CKF_SO_PIN_COUNT_LOW, CKF_SO_PIN_FINAL_TRY,
     CKF_SO_PIN_LOCKED, CKF_TOKEN_PRESENT, CKF_USER_PIN_COUNT_LOW, CKF_USER_PIN_FINAL_TRY,
     CKF_USER_PIN_LOCKED, CKM_GENERIC_SECRET_KEY_GEN, CKR_BUFFER_TOO_SMALL, CKR_MECHANISM_INVALID,
     CKR_OK,
@@ -40,7 +40,7 @@ pub(crate) unsafe fn slot_list(
     unsafe { real(present, slots, count) }
 }
 
-/// `C_GetSlotInfo`: without a token while it is absent.
+/// `C_GetSlotInfo`: without a token while it is absent, and a hardware slot if the script says so.
 pub(crate) unsafe fn slot_info(
     call: &Call,
     real: unsafe extern "C" fn(CK_SLOT_ID, *mut CK_SLOT_INFO) -> CK_RV,
@@ -49,12 +49,16 @@ pub(crate) unsafe fn slot_info(
 ) -> CK_RV {
     // SAFETY: the arguments of our caller.
     let code = unsafe { real(slot, info) };
-    if call.script.token.absent
-        && code == CKR_OK
+    if code == CKR_OK
         // SAFETY: the caller vouches for the pointer.
         && let Some(info) = unsafe { info.as_mut() }
     {
-        info.flags &= !CKF_TOKEN_PRESENT;
+        if call.script.token.absent {
+            info.flags &= !CKF_TOKEN_PRESENT;
+        }
+        if call.script.token.hardware_slot {
+            info.flags |= CKF_HW_SLOT;
+        }
     }
     code
 }

@@ -259,6 +259,9 @@ fn one_token(state: &TokenState) -> proto::TokenState {
         label: text(|info| &info.label),
         serial: text(|info| &info.serial),
         model: text(|info| &info.model),
+        assurance: state
+            .assurance
+            .map_or_else(String::new, |assurance| assurance.as_str().to_owned()),
         workers: state
             .workers
             .iter()

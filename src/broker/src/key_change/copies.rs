@@ -3,6 +3,8 @@
 //! An administrator copies a key to further tokens with the vendor's tool. On each token, an admin worker proves that the copy is the
 //! registered key: the public keys must be equal, the checks of a new key must pass, and the integrity key of the copy must verify
 //! the MAC of the registry row. Then the token workers prove the same, and only then the copy is registered.
+//!
+//! Mitigation: M11 of `THREAT_MODEL.md`.
 
 use std::time::Duration;
 

@@ -51,7 +51,7 @@ enum Decision {
     /// Return to this key.
     Back(Box<RegistryChange>, WrappingKeyId),
     /// Make a key on this token.
-    Make(KeyAdmin),
+    Make(Box<KeyAdmin>),
 }
 
 impl Broker {
@@ -97,7 +97,7 @@ impl Broker {
                 (id, true)
             }
             Decision::Make(token) => {
-                let made = self.rotate_to_new(call, draft, token, &rotation, previous);
+                let made = self.rotate_to_new(call, draft, *token, &rotation, previous);
                 let id = made.await?;
                 (id, true)
             }
@@ -138,7 +138,7 @@ impl Broker {
         if let Some(why) = token.cannot_make_keys() {
             return Err(Error::new(Reason::KeyState, why).explained("token", why));
         }
-        Ok(Decision::Make(token))
+        Ok(Decision::Make(Box::new(token)))
     }
 
     /// Chooses the token on which a key is made.

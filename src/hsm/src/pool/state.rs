@@ -163,6 +163,7 @@ impl Members {
             info: serving_token
                 .or(tokens.first())
                 .and_then(|token| token.info.clone()),
+            assurance: None,
             keys: Arc::from(keys),
             unusable,
             workers: tokens

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use keybroker_core::envelope::mac::MacMessage;
 
-use crate::{Planned, Token as _, link::Link, queue::Operation, supervisor::testing::idle};
+use crate::{Planned, link::Link, queue::Operation, supervisor::testing::idle};
 
 use super::*;
 

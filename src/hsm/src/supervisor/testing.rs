@@ -70,6 +70,7 @@ impl Supervisor {
                 label: self.settings.name.clone(),
                 serial: self.settings.name.clone(),
                 model: String::new(),
+                is_hardware: false,
             },
             keys: keys.into(),
             unusable: Arc::new([]),

@@ -664,9 +664,26 @@ fn fields_with_tokens(row: &RegistryRow, registry: &Registry, config: &Config) -
         "tokens",
         json!(registry.tokens_of(row, config.tokens.all()).join(", ")),
     ));
+    fields.push(("assurance", json!(assurance_of(row, registry, config))));
     let destroyed = registry.destroyed_at(row).map(|at| at.to_string());
     fields.push(("destroy_at", json!(destroyed)));
     fields
+}
+
+/// The words of `token.assurance` for the tokens that have the key, such as `hsm-a=hardware`. Without this setting, only the module of
+/// a token knows the word, and these commands do not open tokens.
+fn assurance_of(row: &RegistryRow, registry: &Registry, config: &Config) -> String {
+    let tokens = registry.tokens_of(row, config.tokens.all());
+    let word = |name: &String| {
+        let mut configured = config.tokens.all().iter();
+        let token = configured.find(|token| token.name == *name)?;
+        Some(format!("{name}={}", token.assurance?.as_str()))
+    };
+    tokens
+        .iter()
+        .filter_map(word)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn fields(row: &RegistryRow) -> Vec<Field> {

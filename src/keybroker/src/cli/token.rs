@@ -10,7 +10,10 @@ use keybroker_core::{
     call::Timestamp,
     key::{IntegrityPlace, WrappingKeyId},
 };
-use keybroker_hsm::admin::{self, Admin, AdminError, CheckedKey, Finding};
+use keybroker_hsm::{
+    Settings, TokenInfo,
+    admin::{self, Admin, AdminError, CheckedKey, Finding},
+};
 use keybroker_pkcs11::PinRecord;
 use keybroker_store as store;
 use keybroker_store::{PlaceRow, RegistryRow, Store};
@@ -244,6 +247,7 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
              token with the same keys",
         );
     }
+    note_assurance(context, config.token(), admin.info());
     let has_keys = !shown.is_empty();
     let nothing_shown = if problems.is_empty() {
         "the token has no wrapping key"
@@ -267,6 +271,19 @@ fn check(pin: &UserPin, context: &Context) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::new(Exit::Untrusted, problems.join("\n  ")))
+}
+
+/// Prints what is known about the protection of the keys.
+fn note_assurance(context: &Context, token: &Settings, info: &TokenInfo) {
+    let word = token.assurance_of(info).as_str();
+    let source = if token.assurance.is_some() {
+        "as `token.assurance` says"
+    } else {
+        "as the report of the module implies"
+    };
+    context.output.note(&format!(
+        "assurance: {word}, {source}; this is a claim and not a proof"
+    ));
 }
 
 /// Whether an unregistered wrapping key still needs an integrity key in the workers. A wrapping key

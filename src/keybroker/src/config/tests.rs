@@ -28,6 +28,7 @@ fn is_default(text: &str) -> bool {
     let alternatives = [
         "serial",
         "copy_of",
+        "assurance",
         "uri",
         "initialize_string",
         "integrity_key_directory",

@@ -251,7 +251,7 @@ impl Server {
         opening::remember_lists(&bound, &status)?;
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
         let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
-        let following = TokensInUse::new(&config, program);
+        let following = TokensInUse::new(&config, config_file, program);
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
@@ -301,13 +301,7 @@ impl Server {
         };
         // Report the health now, so that the health is not `SERVING` before the first check.
         watch::report(&server.broker.health(), &server.health).await;
-        let tokens_in_use = TokenReload::new(
-            config_file,
-            &server.config,
-            following,
-            server.reload_parts(),
-        );
-        server.look_after(&bound, status.tls(), policy, tokens_in_use, hangup);
+        server.look_after(&bound, status.tls(), policy, following, hangup);
         let stop = server.stop_background.clone();
         server.background.spawn(Arc::clone(&tokens).refresh(stop));
         server.serve_status(status);
@@ -417,21 +411,16 @@ impl Server {
         bound: &[Bound],
         status: Option<Arc<Tls>>,
         policy: Arc<Policy>,
-        token_reload: TokenReload,
+        tokens: TokensInUse,
         hangup: Signal,
     ) {
         let listeners = bound.iter().filter_map(|one| one.tls.clone());
         let tls: Vec<Arc<Tls>> = listeners.chain(status).collect();
+        let tokens = TokenReload::new(&self.config, tokens, self.reload_parts());
         let problems = Arc::clone(&self.file_problems);
         let stop = self.stop_background.clone();
-        self.background.spawn(watch::files(
-            tls,
-            policy,
-            token_reload,
-            problems,
-            hangup,
-            stop,
-        ));
+        self.background
+            .spawn(watch::files(tls, policy, tokens, problems, hangup, stop));
         self.background
             .spawn(Arc::clone(&self.broker).maintain(self.stop_background.clone()));
         self.background.spawn(watch::health(

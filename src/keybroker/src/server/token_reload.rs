@@ -28,13 +28,16 @@ pub(super) struct TokensInUse {
     /// The tokens on which the broker makes, finds and removes wrapping keys.
     pub(super) configured: ConfiguredTokens,
     tokens: Arc<ArcSwap<Tokens>>,
+    /// The configuration file.
+    file: PathBuf,
     program: PathBuf,
     state: StateDirectory,
 }
 
 impl TokensInUse {
-    pub(super) fn new(config: &Config, program: PathBuf) -> Self {
+    pub(super) fn new(config: &Config, file: PathBuf, program: PathBuf) -> Self {
         let in_use = Self {
+            file,
             configured: ConfiguredTokens::default(),
             tokens: Arc::new(ArcSwap::from_pointee(config.tokens.clone())),
             program,
@@ -81,7 +84,6 @@ pub(super) struct ReloadParts {
 
 /// Follows the tokens in the configuration file.
 pub(super) struct TokenReload {
-    file: PathBuf,
     /// The configuration with which the broker started, and with the tokens that are in use now.
     config: Config,
     in_use: TokensInUse,
@@ -110,14 +112,8 @@ enum Look {
 }
 
 impl TokenReload {
-    pub(super) fn new(
-        file: PathBuf,
-        config: &Config,
-        in_use: TokensInUse,
-        parts: ReloadParts,
-    ) -> Self {
+    pub(super) fn new(config: &Config, in_use: TokensInUse, parts: ReloadParts) -> Self {
         Self {
-            file,
             config: config.clone(),
             in_use,
             parts,
@@ -143,7 +139,7 @@ impl TokenReload {
         };
         let problem = match changed {
             Ok(()) => String::new(),
-            Err(problem) => format!("{}: {problem}", self.file.display()),
+            Err(problem) => format!("{}: {problem}", self.in_use.file.display()),
         };
         let is_new = announced || self.watch.problem != problem;
         if is_new && !problem.is_empty() {
@@ -156,8 +152,8 @@ impl TokenReload {
     }
 
     async fn look(&mut self, announced: bool) -> Result<Look, String> {
-        let file = self.file.clone();
-        let load = move || Config::load(&file).map_err(|error| chain(&error).to_string());
+        let file = self.in_use.file.clone();
+        let load = move || Config::load(&file).map_err(|error| chain(&error));
         let loaded = match tokio::task::spawn_blocking(load).await {
             Ok(loaded) => loaded,
             Err(panic) => return Err(format!("the file cannot be read: {panic}")),

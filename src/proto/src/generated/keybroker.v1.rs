@@ -1433,6 +1433,10 @@ pub struct TokenState {
     /// Ids of the wrapping keys that the token holds, 16 bytes each.
     #[prost(bytes = "vec", repeated, tag = "11")]
     pub wrapping_key_ids: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// What the module or the configuration claims about the protection of the keys: "hardware", "software", "service" or "policy"; empty
+    /// until the first worker is ready. Later releases may add other words.
+    #[prost(string, tag = "12")]
+    pub assurance: ::prost::alloc::string::String,
 }
 /// Request of TailAuditLog.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

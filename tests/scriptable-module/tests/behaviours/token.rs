@@ -6,7 +6,8 @@ use std::{
 };
 
 use cryptoki_sys::{
-    CKF_ERROR_STATE, CKF_LOGIN_REQUIRED, CKF_RW_SESSION, CKM_AES_KEY_GEN, CKM_SHA256_HMAC,
+    CK_SLOT_INFO, CKF_ERROR_STATE, CKF_HW_SLOT, CKF_LOGIN_REQUIRED, CKF_RW_SESSION,
+    CKM_AES_KEY_GEN, CKM_SHA256_HMAC,
 };
 
 use crate::{
@@ -49,6 +50,14 @@ cases! {
         seen.push(outcome(module.random(session)));
         seen.push(outcome(module.open()));
         seen.join(" ")
+    };
+
+    is_in_a_hardware_slot covers ["token.hardware_slot"]: "true", not "false",
+    with "token.hardware_slot = true", |module| {
+        module.initialize().unwrap();
+        let mut info = CK_SLOT_INFO::default();
+        call!(module, C_GetSlotInfo(module.slot(), &raw mut info)).unwrap();
+        (info.flags & CKF_HW_SLOT != 0).to_string()
     };
 
     pads_texts_with_nul covers ["token.pad"]: "0 0", not "32 32",

@@ -119,7 +119,10 @@ fn tokens(tokens: &[proto::TokenState], json: bool) -> Value {
     if !json {
         let texts: Vec<String> = tokens
             .iter()
-            .map(|token| format!("{} is {}", token.name, serving(token.serving())))
+            .map(|token| match token.assurance.as_str() {
+                "" => format!("{} is {}", token.name, serving(token.serving())),
+                word => format!("{} is {} ({word})", token.name, serving(token.serving())),
+            })
             .collect();
         return json!(texts.join(", "));
     }
@@ -132,6 +135,7 @@ fn tokens(tokens: &[proto::TokenState], json: bool) -> Value {
             "label": token.label,
             "serial": token.serial,
             "model": token.model,
+            "assurance": token.assurance,
             "workers": workers(&token.workers, json),
             "queue_length": token.queue_length,
             "last_self_test": show::time(token.last_self_test_time.as_ref()),

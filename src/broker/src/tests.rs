@@ -84,13 +84,13 @@ async fn broker_with(
     token: Arc<dyn Token>,
     rows: &[RegistryRow],
 ) -> Arc<Broker> {
-    let nobody = ApprovalRules {
+    let without_persons = ApprovalRules {
         actions: std::collections::BTreeSet::new(),
         expire_after: Duration::from_hours(24),
         persons: Vec::new(),
         kept: Duration::from_hours(24),
     };
-    broker_with_approvals(folder, token, rows, nobody).await
+    broker_with_approvals(folder, token, rows, without_persons).await
 }
 
 async fn broker_with_approvals(

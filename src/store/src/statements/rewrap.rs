@@ -57,7 +57,10 @@ impl RewrapStatements {
                  (SELECT count(*) FROM clients \
                  WHERE key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS clients, \
                  (SELECT count(*) FROM requests \
-                 WHERE key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS requests"),
+                 WHERE key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS requests, \
+                 (SELECT count(*) FROM approvals \
+                 WHERE signer_key_id NOT IN (SELECT key_id FROM wrapping_keys) \
+                 AND state IN ('pending', 'approved')) AS approvals"),
             page: sql(
                 "SELECT v.record_id AS record_id, v.revision AS revision, v.envelope AS envelope, \
                  v.created_us AS created_us, r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \

@@ -27,10 +27,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
     object.text("action", Some(&entry.action));
     let persons = entry.persons.as_deref();
-    object.shown(
-        "approval",
-        persons.and_then(|persons| persons.approval.as_ref()),
-    );
+    let approval = persons.and_then(|persons| persons.approval.as_ref());
+    object.shown("approval", approval);
     let (approved_by, approver) = both(persons.and_then(|persons| persons.approved_by.as_ref()));
     object.text("approved_by", approved_by);
     object.text("approved_by_person", approver);
@@ -46,10 +44,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("log_id", Some(place.log_id));
     object.text("outcome", Some(outcome_name(entry.outcome)));
     object.text("peer", entry.peer.as_deref());
-    object.text(
-        "person",
-        persons.and_then(|persons| persons.person.as_deref()),
-    );
+    let person = persons.and_then(|persons| persons.person.as_deref());
+    object.text("person", person);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));

@@ -66,9 +66,10 @@ pub struct ApprovalRules {
 
 impl ApprovalRules {
     /// The actions that can need an approval.
-    pub const ACTIONS: [Action; 3] = [
+    pub const ACTIONS: [Action; 4] = [
         Action::DestroyKey,
         Action::DestroyKeyNow,
+        Action::LoseKey,
         Action::CreateClient,
     ];
 
@@ -157,8 +158,10 @@ impl Broker {
         let verified = self
             .token
             .verify_mac(row.signer, &message, &row.mac, &caller);
+        let digest = change::digest_of(&row.action, &row.requested_by.person, &row.document);
         match verified.await {
-            Ok(()) => Ok(()),
+            Ok(()) if digest == row.digest => Ok(()),
+            Ok(()) => Err(damaged(row.id, "its digest is that of another change")),
             Err(hsm::Error::MacRefused) => Err(damaged(row.id, "its MAC does not verify")),
             Err(other) => Err(other.into()),
         }

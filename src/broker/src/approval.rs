@@ -18,7 +18,7 @@ use aws_lc_rs::rand;
 use keybroker_core::{
     call::{Deadline, Timestamp},
     error::{Error, Reason},
-    key::{ApprovalId, ID_BYTES, KeyUse},
+    key::{ApprovalId, ClientId, ID_BYTES, KeyUse},
     principal::{Action, Principal},
 };
 use keybroker_hsm as hsm;
@@ -139,6 +139,28 @@ impl Broker {
             person: person.to_owned(),
             principal: name.to_owned(),
         })
+    }
+
+    /// Checks that the principal may make a secret of an API client: only the person to whom the API client belongs may, because the
+    /// holder of the secret can approve changes as this person.
+    pub(super) fn check_owner(
+        &self,
+        principal: &Principal,
+        client: ClientId,
+        draft: &mut Draft,
+    ) -> Result<(), Error> {
+        let rules = &self.approvals.rules;
+        let Some(owner) = rules.person_of(&format!("client:{client}")) else {
+            return Ok(());
+        };
+        if rules.person_of(principal.name()) == Some(owner) {
+            return Ok(());
+        }
+        draft.policy(RULE);
+        Err(refused(&format!(
+            "API client {client} belongs to {owner} in the configuration of the broker, so only {owner} can make a further secret of \
+             it: the holder of the secret can approve changes as {owner}"
+        )))
     }
 
     /// Checks that a broker wrote the row. Without this check, a person who can write to the database could approve a request.

@@ -138,11 +138,6 @@ impl Broker {
         {
             return Err(unknown(id));
         }
-        draft.requested_by(&row.requested_by);
-        draft.change_digest(&row.digest);
-        if let Some(key) = about.wrapping_key {
-            draft.wrapping_key(key);
-        }
         match (self.verify_approval(&row).await, verdict) {
             (Ok(()), _) => {}
             (Err(error), Verdict::Reject)
@@ -157,6 +152,12 @@ impl Broker {
                 )));
             }
             (Err(error), _) => return Err(error),
+        }
+        // Only an authentic row states facts for the audit log.
+        draft.requested_by(&row.requested_by);
+        draft.change_digest(&row.digest);
+        if let Some(key) = about.wrapping_key {
+            draft.wrapping_key(key);
         }
         self.decided_approval(row, by, verdict, draft).await
     }

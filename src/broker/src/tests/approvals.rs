@@ -412,6 +412,40 @@ async fn an_approval_is_withdrawn_until_it_is_used() {
     is_refused(late, Reason::ApprovalState, "the change was made");
 }
 
+/// The holder of a secret of Bob's API client approves as Bob, so no other person can make such a secret.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_owner_makes_a_further_secret_of_the_own_api_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rules = rules(Duration::from_hours(1));
+    rules.persons.clear();
+    let broker = broker_of(folder.path(), rules.clone()).await;
+    let admin = testing::service(ADA, &[Role::Admin]);
+    let new = new_client(&[Role::Admin], None);
+    let made = broker.create_client(&admin, &call(), new).await.unwrap();
+    let client = made.client.id;
+    let row = broker.store.client(client).await.unwrap().unwrap();
+
+    rules = self::rules(Duration::from_hours(1));
+    rules.persons[1]
+        .principals
+        .insert(format!("client:{client}"));
+    let other = tempfile::tempdir().unwrap();
+    let broker = broker_of(other.path(), rules).await;
+    let inserted = broker.store.insert_client(&row, CallId::fresh());
+    inserted.await.unwrap();
+    let add = |who: &str| {
+        let (broker, admin) = (Arc::clone(&broker), testing::service(who, &[Role::Admin]));
+        async move {
+            let call = call();
+            let added = broker.add_client_secret(&admin, &call, client, None);
+            added.await.map(|made| made.number)
+        }
+    };
+    is_refused(add(ADA).await, Reason::Policy, "belongs to Bob");
+    let waiting = add(BOB).await.unwrap_err();
+    assert_eq!(waiting.reason(), Reason::ApprovalNeeded, "{waiting}");
+}
+
 /// The loss of a key counts as its destruction, so one person is not enough.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_loss_of_a_key_is_recorded_by_two_persons() {

@@ -234,9 +234,19 @@ fn change(text: &str, json: bool) -> Value {
     }
     let words: Vec<String> = parameters
         .iter()
-        .filter_map(|(name, value)| Some(format!("{name} {}", shown(value)?)))
+        .filter_map(|(name, value)| Some(format!("{name} {}", parameter(name, value)?)))
         .collect();
     json!(words.join(", "))
+}
+
+/// A parameter of a change for a person. The requesting person chooses the label, so it is quoted, and characters that cannot be
+/// printed, for example those that change the direction of the text, are escaped.
+fn parameter(name: &str, value: &Value) -> Option<String> {
+    match (name, value) {
+        ("label", Value::String(label)) => Some(format!("{label:?}")),
+        ("secret_days", Value::Null) => Some("never expires".to_owned()),
+        _ => shown(value),
+    }
 }
 
 /// A value for a person; `None` for a value that is not set.
@@ -261,9 +271,14 @@ mod tests {
         let text = r#"{"after_days":30,"secret_days":null,"users":["a","b"],"wrapping_key":"07"}"#;
         assert_eq!(
             change(text, false),
-            json!("after_days 30, users a b, wrapping_key 07")
+            json!("after_days 30, secret_days never expires, users a b, wrapping_key 07")
         );
         assert_eq!(change(text, true)["secret_days"], Value::Null);
+        let misleading = "{\"label\":\"x, secret_days 1\u{202e}\"}";
+        assert_eq!(
+            change(misleading, false),
+            json!(r#"label "x, secret_days 1\u{202e}""#)
+        );
         assert_eq!(change("no json", true), json!("no json"));
     }
 

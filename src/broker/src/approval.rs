@@ -18,7 +18,7 @@ use aws_lc_rs::rand;
 use keybroker_core::{
     call::{Deadline, Timestamp},
     error::{Error, Reason},
-    key::{ApprovalId, ID_BYTES, KeyUse},
+    key::{ApprovalId, ClientId, ID_BYTES, KeyUse},
     principal::{Action, Principal},
 };
 use keybroker_hsm as hsm;
@@ -66,9 +66,10 @@ pub struct ApprovalRules {
 
 impl ApprovalRules {
     /// The actions that can need an approval.
-    pub const ACTIONS: [Action; 3] = [
+    pub const ACTIONS: [Action; 4] = [
         Action::DestroyKey,
         Action::DestroyKeyNow,
+        Action::LoseKey,
         Action::CreateClient,
     ];
 
@@ -140,6 +141,28 @@ impl Broker {
         })
     }
 
+    /// Checks that the principal may make a secret of an API client: only the person to whom the API client belongs may, because the
+    /// holder of the secret can approve changes as this person.
+    pub(super) fn check_owner(
+        &self,
+        principal: &Principal,
+        client: ClientId,
+        draft: &mut Draft,
+    ) -> Result<(), Error> {
+        let rules = &self.approvals.rules;
+        let Some(owner) = rules.person_of(&format!("client:{client}")) else {
+            return Ok(());
+        };
+        if rules.person_of(principal.name()) == Some(owner) {
+            return Ok(());
+        }
+        draft.policy(RULE);
+        Err(refused(&format!(
+            "API client {client} belongs to {owner} in the configuration of the broker, so only {owner} can make a further secret of \
+             it: the holder of the secret can approve changes as {owner}"
+        )))
+    }
+
     /// Checks that a broker wrote the row. Without this check, a person who can write to the database could approve a request.
     async fn verify_approval(&self, row: &ApprovalRow) -> Result<(), Error> {
         let deadline = Deadline::after(MAC_TIMEOUT);
@@ -157,8 +180,10 @@ impl Broker {
         let verified = self
             .token
             .verify_mac(row.signer, &message, &row.mac, &caller);
+        let digest = change::digest_of(&row.action, &row.requested_by.person, &row.document);
         match verified.await {
-            Ok(()) => Ok(()),
+            Ok(()) if digest == row.digest => Ok(()),
+            Ok(()) => Err(damaged(row.id, "its digest is that of another change")),
             Err(hsm::Error::MacRefused) => Err(damaged(row.id, "its MAC does not verify")),
             Err(other) => Err(other.into()),
         }

@@ -173,14 +173,19 @@ impl Broker {
                     return Err(Error::violation("id", what));
                 }
                 broker.check_grantable(&credential.document)?;
+                if credential
+                    .document
+                    .live_secrets(Timestamp::now())
+                    .count()
+                    >= LIVE_SECRETS_MAX
+                {
+                    let what = "the id of an API client with fewer than two valid secrets; revoke one of its secrets first";
+                    return Err(Error::violation("id", what));
+                }
                 let (approval, expires) = broker
                     .approved_secret(&principal, &call, &credential, expires, &mut draft)
                     .await?;
                 let now = Timestamp::now();
-                if credential.document.live_secrets(now).count() >= LIVE_SECRETS_MAX {
-                    let what = "the id of an API client with fewer than two valid secrets; revoke one of its secrets first";
-                    return Err(Error::violation("id", what));
-                }
                 let (secret, phc) = broker.fresh_secret().await?;
                 credential.document.add_secret(phc, now, expires);
                 if !credential.document.may_grow() {

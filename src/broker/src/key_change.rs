@@ -126,6 +126,19 @@ impl KeyChanges {
             Error::new(Reason::Revision, what).explained("id", what)
         })
     }
+
+    /// Begins a change that must not fail because of another change, after the changes in progress. Returns an error if the deadline
+    /// of the call passes before.
+    async fn begin_after_others(
+        &self,
+        call: &Call,
+    ) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
+        let turn = tokio::time::timeout_at(call.deadline.instant().into(), self.turn.lock());
+        turn.await.map_err(|_| {
+            let what = "another change of a wrapping key was in progress until the deadline of the call; run the command again";
+            Error::new(Reason::Deadline, what).explained("id", what)
+        })
+    }
 }
 
 impl Broker {
@@ -158,15 +171,16 @@ impl Broker {
             .begin_control_change(principal, call, change.action())
             .await?;
         draft.wrapping_key(id);
-        let turn = self.or_record(&draft, self.key_changes.begin()).await?;
+        let begun = match change {
+            // To stop the use of a key does not fail because another administrator changes keys, perhaps on purpose, all the time.
+            KeyChange::Compromise => self.key_changes.begin_after_others(call).await,
+            _ => self.key_changes.begin(),
+        };
+        let turn = self.or_record(&draft, begun).await?;
         let planned = self.plan_state_change(principal, call, id, change).await;
         let committed = match self.or_record(&draft, planned).await {
             Ok(planned) => {
-                let wait = match change {
-                    KeyChange::Destroy(wait) => Some(wait),
-                    _ => None,
-                };
-                self.commit_approved(principal, call, &mut draft, wait, planned, id)
+                self.commit_approved(principal, call, &mut draft, change, planned, id)
                     .await
             }
             Err(error) => Err(error),
@@ -177,23 +191,26 @@ impl Broker {
         self.view_of(id)
     }
 
-    /// Commits a change. If the change schedules a destruction, the transaction also uses the approval that permits it, and this
-    /// instance remembers that it accepted the schedule.
+    /// Commits a change. If the change needs an approval, the transaction also uses the approval. If the change schedules a
+    /// destruction, this instance remembers that it accepted the schedule.
     async fn commit_approved(
         &self,
         principal: &Principal,
         call: &Call,
         draft: &mut Draft,
-        destruction: Option<Wait>,
+        change: KeyChange,
         mut planned: RegistryChange,
         id: WrappingKeyId,
     ) -> Result<(), Error> {
-        if let Some(wait) = destruction {
-            let approved = self
-                .approved_destruction(principal, call, id, wait, draft)
-                .await;
-            planned.approval = self.or_record(draft, approved).await?;
-        }
+        let approved = match change {
+            KeyChange::Destroy(wait) => {
+                self.approved_destruction(principal, call, id, wait, draft)
+                    .await
+            }
+            KeyChange::Lose => self.approved_loss(principal, call, id, draft).await,
+            _ => Ok(None),
+        };
+        planned.approval = self.or_record(draft, approved).await?;
         let schedule = match &planned.destruction {
             Some(DestructionChange::Schedule(row)) => Some(row.clone()),
             _ => None,

@@ -100,7 +100,13 @@ fn approval(view: &ApprovalView) -> proto::Approval {
         state: state(view.state).into(),
         action: row.action.clone(),
         change: String::from_utf8_lossy(&row.document).into_owned(),
-        digest: row.digest.to_vec(),
+        // Without verification, the change and the digest may be those of two requests. An approval needs the digest, so nobody
+        // approves a change that another change is shown for.
+        digest: if view.is_verified {
+            row.digest.to_vec()
+        } else {
+            Vec::new()
+        },
         requested_by: row.requested_by.principal.clone(),
         requested_by_person: row.requested_by.person.clone(),
         request_time: Some(timestamp(row.requested)),

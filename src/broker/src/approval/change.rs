@@ -58,6 +58,18 @@ impl Asked {
         }
     }
 
+    /// The record that a wrapping key is permanently missing. The key counts as destroyed then. `sequence` is the number of the
+    /// key's registry row before the change.
+    pub(crate) fn loss(key: WrappingKeyId, sequence: u64) -> Self {
+        Self {
+            action: Action::LoseKey,
+            document: json!({
+                "registry_sequence": sequence,
+                "wrapping_key": key.to_string(),
+            }),
+        }
+    }
+
     /// A new API client.
     pub(crate) fn new_client(document: &Document, lifetime: Option<Lifetime>) -> Self {
         Self {
@@ -100,21 +112,21 @@ impl Asked {
 
     /// The SHA-256 of the action, the change and the requesting person, each with its length.
     pub(super) fn digest(&self, person: &str) -> [u8; 32] {
-        let mut context = digest::Context::new(&digest::SHA256);
-        for part in [
-            DOMAIN,
-            self.action.as_str().as_bytes(),
-            person.as_bytes(),
-            &self.bytes(),
-        ] {
-            let length = u64::try_from(part.len()).unwrap_or(u64::MAX);
-            context.update(&length.to_be_bytes());
-            context.update(part);
-        }
-        let mut bytes = [0; 32];
-        bytes.copy_from_slice(context.finish().as_ref());
-        bytes
+        digest_of(self.action.as_str(), person, &self.bytes())
     }
+}
+
+/// The SHA-256 of an action, a change as JSON and the requesting person, each with its length.
+pub(super) fn digest_of(action: &str, person: &str, document: &[u8]) -> [u8; 32] {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for part in [DOMAIN, action.as_bytes(), person.as_bytes(), document] {
+        let length = u64::try_from(part.len()).unwrap_or(u64::MAX);
+        context.update(&length.to_be_bytes());
+        context.update(part);
+    }
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(context.finish().as_ref());
+    bytes
 }
 
 fn texts<T: Ord + AsRef<str>>(reach: Option<&Reach<T>>) -> Value {

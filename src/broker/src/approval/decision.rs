@@ -24,7 +24,7 @@ pub enum Verdict {
         /// The digest of the request.
         digest: [u8; 32],
     },
-    /// The change must not be made. A row that no broker wrote is removed.
+    /// The change must not be made, also if it was approved before and not made yet. A row that no broker wrote is removed.
     Reject,
 }
 
@@ -94,7 +94,8 @@ impl Broker {
         let Settled { intent, result } = self.commit_with_intent(&draft, at, commit).await?;
         let result = result.map_err(|error| match error {
             store::Error::Conflict | store::Error::NotFound => wrong_state(
-                "another person decided about the request at the same moment; `keybroker approval list --all` shows the decision",
+                "another person decided about the request, or the change was made, at the same moment; `keybroker approval list --all` \
+                 shows which",
             ),
             other => other.into(),
         });
@@ -137,11 +138,6 @@ impl Broker {
         {
             return Err(unknown(id));
         }
-        draft.requested_by(&row.requested_by);
-        draft.change_digest(&row.digest);
-        if let Some(key) = about.wrapping_key {
-            draft.wrapping_key(key);
-        }
         match (self.verify_approval(&row).await, verdict) {
             (Ok(()), _) => {}
             (Err(error), Verdict::Reject)
@@ -156,6 +152,12 @@ impl Broker {
                 )));
             }
             (Err(error), _) => return Err(error),
+        }
+        // Only an authentic row states facts for the audit log.
+        draft.requested_by(&row.requested_by);
+        draft.change_digest(&row.digest);
+        if let Some(key) = about.wrapping_key {
+            draft.wrapping_key(key);
         }
         self.decided_approval(row, by, verdict, draft).await
     }
@@ -234,14 +236,19 @@ fn described(row: &ApprovalRow, state: ApprovalState) -> String {
             row.expires
         ),
         (_, Some(decision)) => format!(
-            "{} {} the request at {}, and a decision is not changed",
+            "{} {} the request at {}, and {}",
             decision.by.person,
             if state == ApprovalState::Rejected {
                 "rejected"
             } else {
                 "approved"
             },
-            decision.at
+            decision.at,
+            match state {
+                ApprovalState::Approved => "an approval is not repeated, only withdrawn",
+                ApprovalState::Used => "the change was made",
+                _ => "a rejection is not changed",
+            }
         ),
         (_, None) => format!("the request is {state}"),
     }

@@ -42,7 +42,7 @@ impl Broker {
         let requester = self.person_of(principal, draft)?;
         let digest = asked.digest(&requester.person);
         draft.change_digest(&digest);
-        let _turn = self.approvals.turn.lock().await;
+        let _turn = self.approval_turn(call).await?;
         let found = match self.store.approval_of(&digest).await {
             Err(store::Error::Corrupt(detail)) => {
                 return Err(unreadable(&detail.to_string()));
@@ -88,6 +88,19 @@ impl Broker {
         }
     }
 
+    /// Waits until no other call of this broker looks up or stores a request. Only until the deadline of the call, because changes of
+    /// wrapping keys wait for this call.
+    async fn approval_turn(&self, call: &Call) -> Result<tokio::sync::MutexGuard<'_, ()>, Error> {
+        let turn = self.approvals.turn.lock();
+        let turn = tokio::time::timeout_at(call.deadline.instant().into(), turn).await;
+        let turn = turn.map_err(|_| {
+            let what = "other requests for approval were in progress until the deadline of the call; run the command again";
+            Error::new(Reason::Deadline, what).explained("approval", what)
+        })?;
+        call.deadline.check()?;
+        Ok(turn)
+    }
+
     /// Verifies the request of an earlier call and returns how it stands.
     async fn examine_approval(
         &self,
@@ -113,6 +126,10 @@ impl Broker {
         let earlier = match row.state_at(now) {
             ApprovalState::Pending => Earlier::Pending,
             ApprovalState::Approved => match by {
+                Some(_) if !rules.is_still(&row.requested_by) => Earlier::Over(format!(
+                    "the earlier request {} does not count any more, because {:?} no longer belongs to {} in the configuration",
+                    row.id, row.requested_by.principal, row.requested_by.person
+                )),
                 Some(by) if !rules.is_still(by) || by.person == row.requested_by.person => {
                     Earlier::Over(format!(
                         "the approval by {} does not count any more, because {:?} no longer belongs to this person in the \

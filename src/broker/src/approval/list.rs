@@ -1,9 +1,12 @@
 //! The requests for approval, as administrators and auditors see them.
 
+use std::collections::BTreeSet;
+
 use keybroker_core::{
     approval::ApprovalState,
     call::{Call, Timestamp},
     error::{Error, Reason},
+    key::WrappingKeyId,
     principal::{Action, Principal, Role},
 };
 use keybroker_store::{ApprovalRow, DamagedApproval};
@@ -64,7 +67,7 @@ impl Broker {
                     approvals: Vec::new(),
                     damaged: Vec::new(),
                 };
-                let mut is_token_away = false;
+                let mut failed = BTreeSet::new();
                 for row in found {
                     let row = match row {
                         Ok(row) => row,
@@ -75,7 +78,7 @@ impl Broker {
                     };
                     let state = row.state_at(now);
                     if (all || state.is_open()) && is_shown(&row, principal) {
-                        let view = self.listed_approval(row, state, &mut is_token_away).await;
+                        let view = self.listed_approval(row, state, &mut failed).await;
                         list.approvals.push(view);
                     }
                 }
@@ -85,13 +88,16 @@ impl Broker {
         .await
     }
 
-    async fn listed_approval(
+    /// Verifies a listed row. `failed` are the signers that the token could not use for this list: the token is not asked again for
+    /// each of their rows. A row decides by its signer only about rows of the same signer, because a person who can write to the
+    /// database chooses the signer.
+    pub(crate) async fn listed_approval(
         &self,
         row: ApprovalRow,
         state: ApprovalState,
-        is_token_away: &mut bool,
+        failed: &mut BTreeSet<WrappingKeyId>,
     ) -> ApprovalView {
-        let verified = if *is_token_away {
+        let verified = if failed.contains(&row.signer) {
             Err(None)
         } else {
             self.verify_approval(&row).await.map_err(Some)
@@ -101,7 +107,7 @@ impl Broker {
                 Some(error.detail().to_owned())
             }
             Err(Some(error)) if error.reason() != Reason::KeyState => {
-                *is_token_away = true;
+                failed.insert(row.signer);
                 tracing::info!(%error, "the token did not verify all requests for approval of a list");
                 None
             }

@@ -58,6 +58,7 @@ impl Broker {
         expires: Option<Timestamp>,
         draft: &mut Draft,
     ) -> Result<(Option<ApprovalChange>, Option<Timestamp>), Error> {
+        self.check_owner(principal, credential.id, draft)?;
         if !credential.document.roles.contains(&Role::Admin) {
             return Ok((None, expires));
         }

@@ -167,6 +167,22 @@ impl Broker {
         self.approved(principal, call, draft, &asked, fresh).await
     }
 
+    /// Returns the use of the approval that permits to record the loss of a key, or `None` if no approval is needed. A loss counts as
+    /// a destruction, and a person who can write to the database can make a key seem to be missing.
+    pub(super) async fn approved_loss(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: WrappingKeyId,
+        draft: &mut Draft,
+    ) -> Result<Option<ApprovalChange>, Error> {
+        let registry = self.registry()?;
+        let unknown = || Error::new(Reason::KeyNotFound, format!("wrapping key {id}"));
+        let asked = Asked::loss(id, registry.row(id).ok_or_else(unknown)?.sequence);
+        let fresh = approval::fresh_id()?;
+        self.approved(principal, call, draft, &asked, fresh).await
+    }
+
     /// Plans the end of a schedule. The registry row of the key gets another number, so that the schedule stays invalid even if a
     /// person puts it back into the database.
     pub(super) async fn plan_keeping(

@@ -159,8 +159,6 @@ async fn one_approval_of_another_person_permits_one_change() {
         Reason::ApprovalState,
         "approved",
     );
-    let late = decide(&broker, "URI:carol", row.id, Verdict::Reject).await;
-    is_refused(late, Reason::ApprovalState, "approved");
     // The approval is for this change of this person.
     for (who, days) in [(ADA, 31), (BOB, 30)] {
         let other = destroy(&broker, who, days).await;
@@ -305,7 +303,12 @@ async fn of_two_decisions_one_takes_effect() {
         let reject = decide(&broker, "URI:carol", row.id, Verdict::Reject);
         let (bob, carol, rejected) = tokio::join!(by(BOB), by("URI:carol"), reject);
         let done = [bob.is_ok(), carol.is_ok(), rejected.is_ok()];
-        assert_eq!(done.iter().filter(|done| **done).count(), 1, "{done:?}");
+        // Only one approval takes effect. The rejection takes effect alone, or withdraws the approval.
+        let approvals = done[..2].iter().filter(|done| **done).count();
+        assert!(approvals <= 1 && (approvals == 1 || done[2]), "{done:?}");
+        let stored = broker.store.approval(row.id).await.unwrap().unwrap();
+        let is_rejected = stored.state == ApprovalState::Rejected;
+        assert_eq!(is_rejected, done[2], "{done:?}");
         for error in [bob.err(), carol.err(), rejected.err()]
             .into_iter()
             .flatten()
@@ -355,6 +358,125 @@ async fn a_row_that_no_broker_wrote_is_refused_and_can_be_removed() {
     assert_eq!(removed.unwrap(), None);
     assert_eq!(broker.store.approval(row.id).await.unwrap(), None);
     requested(&broker, ADA, 30).await;
+}
+
+/// A request whose signer the token cannot use does not prevent the verification of other requests.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_signer_of_one_row_does_not_decide_about_other_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let good = requested(&broker, ADA, 30).await;
+    let newer = requested(&broker, ADA, 31).await;
+    let admin = testing::service(BOB, &[Role::Admin]);
+    let mut failed = BTreeSet::from([OLD]);
+    let moved = ApprovalRow {
+        signer: OLD,
+        ..newer.clone()
+    };
+    let view = broker
+        .listed_approval(moved, ApprovalState::Pending, &mut failed)
+        .await;
+    assert!(!view.is_verified);
+    let view = broker
+        .listed_approval(good, ApprovalState::Pending, &mut failed)
+        .await;
+    assert!(view.is_verified);
+    // The stored document is another one than the document of the digest, with a MAC that fits the row.
+    let other = ApprovalRow {
+        document: br#"{"after_days":99}"#.to_vec(),
+        ..newer
+    };
+    put(&broker, other).await;
+    let listed = broker.approvals(&admin, &call(), false).await.unwrap();
+    let wrong = listed.approvals.iter().filter(|view| !view.is_verified);
+    assert_eq!(wrong.count(), 1);
+}
+
+/// An approval can be withdrawn until the change is made, also by the requesting person.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_approval_is_withdrawn_until_it_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    for who in [ADA, BOB, "URI:carol"] {
+        let row = requested(&broker, ADA, 30).await;
+        approve(&broker, BOB, &row).await.unwrap();
+        let withdrawn = decide(&broker, who, row.id, Verdict::Reject).await;
+        assert_eq!(withdrawn.unwrap(), Some(ApprovalState::Rejected));
+        let again = destroy(&broker, ADA, 30).await.unwrap_err();
+        assert_eq!(again.reason(), Reason::ApprovalNeeded, "{again}");
+    }
+    let row = requested(&broker, ADA, 31).await;
+    approve(&broker, BOB, &row).await.unwrap();
+    destroy(&broker, ADA, 31).await.unwrap();
+    let late = decide(&broker, BOB, row.id, Verdict::Reject).await;
+    is_refused(late, Reason::ApprovalState, "the change was made");
+}
+
+/// The holder of a secret of Bob's API client approves as Bob, so no other person can make such a secret.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_owner_makes_a_further_secret_of_the_own_api_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rules = rules(Duration::from_hours(1));
+    rules.persons.clear();
+    let broker = broker_of(folder.path(), rules.clone()).await;
+    let admin = testing::service(ADA, &[Role::Admin]);
+    let new = new_client(&[Role::Admin], None);
+    let made = broker.create_client(&admin, &call(), new).await.unwrap();
+    let client = made.client.id;
+    let row = broker.store.client(client).await.unwrap().unwrap();
+
+    rules = self::rules(Duration::from_hours(1));
+    rules.persons[1]
+        .principals
+        .insert(format!("client:{client}"));
+    let other = tempfile::tempdir().unwrap();
+    let broker = broker_of(other.path(), rules).await;
+    let inserted = broker.store.insert_client(&row, CallId::fresh());
+    inserted.await.unwrap();
+    let add = |who: &str| {
+        let (broker, admin) = (Arc::clone(&broker), testing::service(who, &[Role::Admin]));
+        async move {
+            let call = call();
+            let added = broker.add_client_secret(&admin, &call, client, None);
+            added.await.map(|made| made.number)
+        }
+    };
+    is_refused(add(ADA).await, Reason::Policy, "belongs to Bob");
+    let waiting = add(BOB).await.unwrap_err();
+    assert_eq!(waiting.reason(), Reason::ApprovalNeeded, "{waiting}");
+}
+
+/// The loss of a key counts as its destruction, so one person is not enough.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_loss_of_a_key_is_recorded_by_two_persons() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = [
+        authentic(OLD, WrappingKeyState::Deactivated, 1),
+        authentic(NEW, WrappingKeyState::Active, 2),
+    ];
+    let tokens = Tokens::with(&[OLD, NEW]);
+    let rules = rules(Duration::from_hours(1));
+    let broker = broker_with_approvals(folder.path(), tokens.clone(), &rows, rules).await;
+    tokens.shows(&[NEW]);
+    broker.refresh_registry().await.unwrap();
+    let lose = |who: &str| {
+        let (broker, admin) = (Arc::clone(&broker), testing::service(who, &[Role::Admin]));
+        async move {
+            let call = call();
+            let lost = broker.change_key_state(&admin, &call, OLD, KeyChange::Lose);
+            lost.await.map(|view| view.state)
+        }
+    };
+    let waiting = lose(ADA).await.unwrap_err();
+    assert_eq!(waiting.reason(), Reason::ApprovalNeeded, "{waiting}");
+    is_refused(lose(EVE).await, Reason::Policy, "belongs to no");
+    let row = broker.store.approval(waiting.approval().unwrap()).await;
+    let row = row.unwrap().unwrap();
+    assert_eq!(row.action, "wrapping_key.lost");
+    approve(&broker, BOB, &row).await.unwrap();
+    assert_eq!(lose(ADA).await.unwrap(), WrappingKeyState::Destroyed);
+    let used = broker.store.approval(row.id).await.unwrap().unwrap();
+    assert_eq!(used.state, ApprovalState::Used);
 }
 
 /// A person who left the configuration neither requests nor counts as an approver.

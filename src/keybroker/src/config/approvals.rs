@@ -74,6 +74,20 @@ impl Settings {
         }
     }
 
+    /// Logs which actions need an approval, so that a broker with other settings than its neighbours is noticed.
+    pub(crate) fn log(&self) {
+        let actions: Vec<&str> = if self.persons.is_empty() {
+            Vec::new()
+        } else {
+            self.actions.iter().map(String::as_str).collect()
+        };
+        tracing::info!(
+            actions = actions.join(","),
+            persons = self.persons.len(),
+            "actions that need the approval of a second person"
+        );
+    }
+
     /// The problems of the section. `sans` are the names of the configured principals.
     pub(super) fn problems(&self, sans: &BTreeSet<&str>) -> Vec<String> {
         let mut problems = Vec::new();
@@ -98,6 +112,20 @@ impl Settings {
                 only.name
             ));
         }
+        if self.persons.is_empty() && *self != Self::default() {
+            problems.push(
+                "[approvals]: there is no [[approvals.person]], so no change needs an approval; add at least two persons, or remove the \
+                 section"
+                    .to_owned(),
+            );
+        }
+        if !self.persons.is_empty() && self.actions.is_empty() {
+            problems.push(
+                "[approvals]: `actions` is empty, so no change needs an approval; name at least one action, or remove the section"
+                    .to_owned(),
+            );
+        }
+        problems.extend(self.problem_of_clients());
         let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
         let mut names = BTreeSet::new();
         for person in &self.persons {
@@ -121,6 +149,20 @@ impl Settings {
             }
         }
         problems
+    }
+
+    /// The problem that one administrator could make a secret of another person's API client, and approve as this person.
+    fn problem_of_clients(&self) -> Option<String> {
+        if self.actions.is_empty() || self.actions.contains(Action::CreateClient.as_str()) {
+            return None;
+        }
+        let mut principals = self.persons.iter().flat_map(|person| &person.principals);
+        let client = principals.find(|principal| principal.starts_with("client:"))?;
+        Some(format!(
+            "[[approvals.person]]: {client:?} is an API client, but `actions` lacks {}, so one administrator could make another \
+             administrator's credential; add the action, or use other principals",
+            Action::CreateClient
+        ))
     }
 }
 
@@ -218,6 +260,11 @@ mod tests {
         let (ada, bob) = ("\"URI:spiffe://x/ada\"", "\"URI:spiffe://x/bob\"");
         let both = format!("{ada}, {bob}");
         let long = "x".repeat(129);
+        let good = persons(&[("Ada", ada), ("Bob", bob)]);
+        let of_client = persons(&[
+            ("Ada", ada),
+            ("Bob", "\"client:00112233445566778899aabbccddeeff\""),
+        ]);
         for (text, word) in [
             (persons(&[("Ada", ada)]), "only person"),
             (
@@ -237,11 +284,20 @@ mod tests {
                 "not the name of a principal",
             ),
             (
-                "actions = [\"wrapping_key.compromise\"]".to_owned(),
+                format!("actions = [\"wrapping_key.compromise\"]\n{good}"),
                 "wrapping_key.compromise",
             ),
-            ("expire_after_hours = 0".to_owned(), "1 to 168"),
-            ("expire_after_hours = 169".to_owned(), "1 to 168"),
+            (format!("expire_after_hours = 0\n{good}"), "1 to 168"),
+            (format!("expire_after_hours = 169\n{good}"), "1 to 168"),
+            (
+                "expire_after_hours = 5".to_owned(),
+                "no [[approvals.person]]",
+            ),
+            (format!("actions = []\n{good}"), "`actions` is empty"),
+            (
+                format!("actions = [\"wrapping_key.destroy\"]\n{of_client}"),
+                "lacks client_credential.create",
+            ),
         ] {
             let found = problems(&text);
             assert!(

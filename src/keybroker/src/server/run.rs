@@ -252,6 +252,7 @@ impl Server {
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
         let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
         let following = TokensInUse::new(&config, config_file, program);
+        config.approvals.log();
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),

@@ -1862,14 +1862,15 @@ pub struct Approval {
     /// The state at the time of the answer.
     #[prost(enumeration = "ApprovalState", tag = "2")]
     pub state: i32,
-    /// The action, by its name in policies and in the audit log: "wrapping_key.destroy", "wrapping_key.destroy_now" or
-    /// "client_credential.create". Later releases may add other values.
+    /// The action, by its name in policies and in the audit log: "wrapping_key.destroy", "wrapping_key.destroy_now",
+    /// "wrapping_key.lost" or "client_credential.create". Later releases may add other values.
     #[prost(string, tag = "3")]
     pub action: ::prost::alloc::string::String,
     /// The change with all its parameters, as a JSON object with sorted names. At most 8,192 bytes.
     #[prost(string, tag = "4")]
     pub change: ::prost::alloc::string::String,
-    /// SHA-256 of the action, the change and the requesting person, 32 bytes.
+    /// SHA-256 of the action, the change and the requesting person, 32 bytes. Empty if the row is not verified, because the change
+    /// and the digest may then be those of two requests.
     #[prost(bytes = "vec", tag = "5")]
     pub digest: ::prost::alloc::vec::Vec<u8>,
     /// The principal that requested the change.

@@ -23,7 +23,7 @@ pub(super) enum Command {
     /// Approve the change that another person requested
     ///
     /// The command shows the change with all its parameters and asks for the id of the request again. The approval permits the
-    /// change once: the person who requested it runs the same command again. An approval cannot be withdrawn.
+    /// change once: the person who requested it runs the same command again. Until then, `approval reject` withdraws the approval.
     Approve {
         /// Id of the request, 32 hexadecimal digits
         #[arg(value_parser = arguments::approval_id)]
@@ -32,7 +32,7 @@ pub(super) enum Command {
         #[arg(long)]
         yes: bool,
     },
-    /// Reject a requested change, also a request of your own
+    /// Reject a requested change, also a request of your own or an approved change that was not made yet
     ///
     /// The command also removes a request that was altered in the database.
     Reject {
@@ -79,6 +79,7 @@ impl Caller {
 
     async fn approve(&self, id: ApprovalId, yes: bool) -> Result<(), Failure> {
         let request = self.request(id).await?;
+        check_verified(&request)?;
         if !yes {
             for (name, value) in fields(&request, false) {
                 if let Some(text) = shown(&value) {
@@ -87,7 +88,7 @@ impl Caller {
             }
         }
         let warning = format!(
-            "Your approval lets {} make this change once, and cannot be withdrawn",
+            "Your approval lets {} make this change once; until then, `keybroker approval reject` withdraws it",
             request.requested_by_person
         );
         confirm::typed_id(self.output, yes, &id.to_string(), "request", &warning)?;
@@ -135,6 +136,29 @@ impl Caller {
     }
 }
 
+/// Refuses a request that the token did not verify: the shown change may be another one than the change that would be approved.
+fn check_verified(request: &proto::Approval) -> Result<(), Failure> {
+    if !request.problem.is_empty() {
+        let reason = Reason::RecordDamaged.to_string();
+        return Err(Failure {
+            reason: Some(reason.clone()),
+            ..Failure::new(Exit::Refused, format!("{reason}: {}", request.problem)).hint(HINT)
+        });
+    }
+    if request.verified {
+        return Ok(());
+    }
+    let what = format!(
+        "the token did not verify the request {}, so the change in the list may not be the change that {:?} requested; nothing was \
+         approved",
+        hex::encode(&request.id),
+        request.requested_by_person
+    );
+    let hint = "repeat the command when the token is available; if the state of the wrapping key that authenticates the request forbids \
+                its use, the other person has to request the change again";
+    Err(Failure::new(Exit::Refused, what).hint(hint))
+}
+
 const HINT: &str = "`keybroker approval list --all` shows the requests";
 
 /// The failure of a call about requests for approval. The general hints are about user keys.
@@ -170,7 +194,7 @@ fn fields(request: &proto::Approval, json: bool) -> Vec<Field> {
         ("state", json!(state(request.state()))),
         ("action", json!(request.action)),
         ("change", change(&request.change, json)),
-        ("digest", json!(hex::encode(&request.digest))),
+        ("digest", text(&hex::encode(&request.digest))),
         ("requested_by", json!(request.requested_by_person)),
         ("requested_by_principal", json!(request.requested_by)),
         ("requested", show::time(request.request_time.as_ref())),
@@ -210,9 +234,19 @@ fn change(text: &str, json: bool) -> Value {
     }
     let words: Vec<String> = parameters
         .iter()
-        .filter_map(|(name, value)| Some(format!("{name} {}", shown(value)?)))
+        .filter_map(|(name, value)| Some(format!("{name} {}", parameter(name, value)?)))
         .collect();
     json!(words.join(", "))
+}
+
+/// A parameter of a change for a person. The requesting person chooses the label, so it is quoted, and characters that cannot be
+/// printed, for example those that change the direction of the text, are escaped.
+fn parameter(name: &str, value: &Value) -> Option<String> {
+    match (name, value) {
+        ("label", Value::String(label)) => Some(format!("{label:?}")),
+        ("secret_days", Value::Null) => Some("never expires".to_owned()),
+        _ => shown(value),
+    }
 }
 
 /// A value for a person; `None` for a value that is not set.
@@ -237,10 +271,33 @@ mod tests {
         let text = r#"{"after_days":30,"secret_days":null,"users":["a","b"],"wrapping_key":"07"}"#;
         assert_eq!(
             change(text, false),
-            json!("after_days 30, users a b, wrapping_key 07")
+            json!("after_days 30, secret_days never expires, users a b, wrapping_key 07")
         );
         assert_eq!(change(text, true)["secret_days"], Value::Null);
+        let misleading = "{\"label\":\"x, secret_days 1\u{202e}\"}";
+        assert_eq!(
+            change(misleading, false),
+            json!(r#"label "x, secret_days 1\u{202e}""#)
+        );
         assert_eq!(change("no json", true), json!("no json"));
+    }
+
+    /// A writer of the database can show another change than the one that would be approved, as long as the row is not verified.
+    #[test]
+    fn only_a_verified_request_is_approved() {
+        let verified = proto::Approval {
+            verified: true,
+            ..proto::Approval::default()
+        };
+        assert!(check_verified(&verified).is_ok());
+        let unverified = check_verified(&proto::Approval::default()).unwrap_err();
+        assert!(unverified.message.contains("nothing was approved"));
+        let altered = proto::Approval {
+            problem: "was altered".to_owned(),
+            ..verified
+        };
+        let altered = check_verified(&altered).unwrap_err();
+        assert_eq!(altered.reason.as_deref(), Some("RECORD_DAMAGED"));
     }
 
     #[test]

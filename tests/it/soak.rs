@@ -507,7 +507,7 @@ impl World {
     async fn rotate(&self, request: RotateWrappingKeyRequest) {
         let rotated = eventually(|| async {
             let mut control = self.admin.control.clone();
-            control.rotate_wrapping_key(request).await
+            control.rotate_wrapping_key(request.clone()).await
         })
         .await;
         assert!(rotated.into_inner().changed, "{request:?}");

@@ -235,7 +235,7 @@ pub struct Entry {
     pub store: Option<String>,
     /// The number and the state of each row of the registry.
     pub registry: Option<String>,
-    /// The configured name of the token from which the objects of a wrapping key are removed.
+    /// The configured name of the token that a change of a wrapping key concerns. Several names are separated by commas.
     pub token: Option<String>,
     /// The risks that the token's settings accept.
     pub risks: Option<String>,

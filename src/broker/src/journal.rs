@@ -81,6 +81,13 @@ impl Draft {
         draft
     }
 
+    /// Sets the tokens on which a change registers a wrapping key.
+    pub(super) fn tokens(&mut self, names: &[&str]) {
+        if !names.is_empty() {
+            self.0.token = Some(names.join(", "));
+        }
+    }
+
     /// Sets the number of objects that the entry records.
     pub(super) fn objects(&mut self, count: u64) {
         self.0.count = Some(count);

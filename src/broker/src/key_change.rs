@@ -211,6 +211,8 @@ impl Broker {
             _ => Ok(None),
         };
         planned.approval = self.or_record(draft, approved).await?;
+        let tokens = planned.places.iter().map(|place| place.row.token.as_str());
+        draft.tokens(&tokens.collect::<Vec<_>>());
         let schedule = match &planned.destruction {
             Some(DestructionChange::Schedule(row)) => Some(row.clone()),
             _ => None,
@@ -235,6 +237,11 @@ impl Broker {
         // Another broker may have just registered the key.
         self.ask_registry(call.deadline, |registry| registry.check_examined(id))
             .await?;
+        if matches!(change, KeyChange::Activate { .. }) {
+            // The tokens of the key in use decide which copies are necessary.
+            self.ask_registry(call.deadline, Registry::check_active_examined)
+                .await?;
+        }
         let registry = self.registry()?;
         match change {
             KeyChange::Lose => return self.plan_loss(&registry, id).await,
@@ -272,13 +279,17 @@ impl Broker {
             if row.state == WrappingKeyState::PreActive {
                 let copies = self.copies_for_activation(&registry, row, without_backup);
                 let copies = copies.await?;
-                places = copies.changes(&registry, row, backup_confirmed.then_some(now));
+                let backup = backup_confirmed.then_some(now);
+                places = self.place_changes(copies, &registry, row, backup).await?;
             }
         }
         let mut planner = Planner::new(&registry);
         planner.change.places = places;
         let mut signer = id;
         if to == WrappingKeyState::Active {
+            if row.state != WrappingKeyState::PreActive {
+                self.warn_of_missing_copies(&registry, row);
+            }
             planner.deactivate_others(&registry, id, &state);
             planner.sign_tombstones(&registry, id);
         } else if !to.allows(KeyUse::VerifyMac)

@@ -23,7 +23,7 @@ use keybroker_core::{
     key::WrappingKeyId,
     state::StateDirectory,
 };
-use keybroker_worker_protocol::{ExpectedKey, Settings, wire::FailureClass};
+use keybroker_worker_protocol::{ExpectedKey, Settings, unpadded, wire::FailureClass};
 
 use crate::{
     Error, Serving, TokenKey, TokenState, WorkerInfo,
@@ -489,6 +489,15 @@ impl Supervisor {
     pub(crate) fn algorithm(&self, key: WrappingKeyId) -> Option<Algorithm> {
         let found = self.found.load();
         found.wrap.get(&key).map(|key| key.algorithm())
+    }
+
+    /// Whether a worker found this key, and the token has the serial number with which the key was registered. A declared copy has
+    /// the serial number of its original.
+    pub(crate) fn is_home_of(&self, key: &ExpectedKey) -> bool {
+        let found = self.found.load();
+        self.settings.copy_of.is_none()
+            && found.wrap.contains_key(&key.id)
+            && found.info.serial == unpadded(&key.token_serial)
     }
 
     /// Returns the keys that a worker serves.

@@ -138,6 +138,24 @@ async fn a_new_token_is_used_after_its_copy_is_registered() {
     callers_when_ready(&broker).await;
 }
 
+/// A token that is added while no token serves does the work of the failed token.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_is_added_during_an_outage_serves() {
+    let two = Two::fresh(Options::default());
+    two.configure_one();
+    let broker = Broker::start_on(Arc::clone(&two.site));
+    until_tokens(&broker, &["a"]).await;
+    let enroller = Caller::of(&broker, "enroller");
+    enroller.create("ada", MATERIAL).await.unwrap();
+    two.a.behave("[token]\nabsent = true\n");
+    kill_workers(&broker, "a").await;
+    until_unusable(&broker, "a").await;
+    two.configure("");
+    until_tokens(&broker, &["a", "b"]).await;
+    until_whole(&broker, "b", 1).await;
+    Caller::of(&broker, "releaser").unwrap("ada").await.unwrap();
+}
+
 /// A change that cannot be applied changes nothing, and the alert and the health say why.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_needs_a_restart_changes_nothing() {
@@ -200,8 +218,7 @@ async fn a_token_with_the_only_copy_of_a_key_stays() {
 
     two.b.behave("[token]\nabsent = true\n");
     kill_workers(&broker, "b").await;
-    until_unusable(&broker, "b").await;
-    broker.signal(Signal::HUP);
+    // The broker tries the refused change again without SIGHUP, as soon as the token does not serve.
     until_tokens(&broker, &["a"]).await;
     releaser.unwrap("first").await.unwrap();
     // The workers of the remaining token search for the key first.

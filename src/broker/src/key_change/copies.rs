@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 
 use keybroker_core::{
-    call::Timestamp,
+    call::{Deadline, Timestamp},
     error::{Error, Reason},
     key::{WrappingKeyId, WrappingKeyState},
 };
@@ -25,8 +25,8 @@ use keybroker_store::{PlaceChange, PlaceRow, RegistryChange, RegistryRow, Regist
 use crate::{Broker, registry::Registry};
 
 use super::{
-    Planner,
-    making::{Awaited, blocking_on},
+    MAC_TIMEOUT, Planner,
+    making::{Awaited, blocking_on, refuses},
 };
 
 /// Longest time for the workers to check the copies of a key.
@@ -55,41 +55,6 @@ struct Lacking {
 /// The copies that were found and that the workers have proved.
 #[derive(Debug, Default)]
 pub(super) struct Copies(Vec<PlaceRow>);
-
-impl Copies {
-    /// The rows to add or to replace. `backup` is the time at which an administrator confirmed a backup of each token with the
-    /// key; `None` if no administrator did.
-    pub(super) fn changes(
-        self,
-        registry: &Registry,
-        key: &RegistryRow,
-        backup: Option<Timestamp>,
-    ) -> Vec<PlaceChange> {
-        let is_new = |token: &str| self.0.iter().any(|place| place.token == token);
-        let known = registry.places_of(key.id);
-        let confirmed = known.filter(|place| {
-            backup.is_some() && place.backup_confirmed.is_none() && !is_new(&place.token)
-        });
-        let confirmed: Vec<PlaceRow> = confirmed.cloned().collect();
-        let changed = self.0.into_iter().chain(confirmed);
-        changed
-            .map(|place| {
-                let mut known = registry.places_of(key.id);
-                let before = known.find(|known| known.token == place.token);
-                // A backup of another device does not contain this copy.
-                let same_device = before.filter(|before| before.token_serial == place.token_serial);
-                let confirmed = same_device.and_then(|before| before.backup_confirmed);
-                PlaceChange {
-                    expected: before.map(|before| before.mac),
-                    row: PlaceRow {
-                        backup_confirmed: backup.or(confirmed),
-                        ..place
-                    },
-                }
-            })
-            .collect()
-    }
-}
 
 /// The search for a copy of a key on one token.
 #[derive(Clone, Debug)]
@@ -148,6 +113,81 @@ impl Search {
 }
 
 impl Broker {
+    /// Returns the rows to add or to replace for these copies. `backup` is the time at which an administrator confirmed a backup of
+    /// each token with the key; `None` if no administrator did. The broker signs no row that is not authentic: a person who can write to
+    /// the database may have made it.
+    pub(super) async fn place_changes(
+        &self,
+        copies: Copies,
+        registry: &Registry,
+        key: &RegistryRow,
+        backup: Option<Timestamp>,
+    ) -> Result<Vec<PlaceChange>, Error> {
+        let mut changes: Vec<PlaceChange> = Vec::new();
+        for place in copies.0 {
+            let mut known = registry.places_of(key.id);
+            let before = known.find(|known| known.token == place.token);
+            // A backup of another device does not contain this copy.
+            let same_device = before.filter(|before| before.token_serial == place.token_serial);
+            let confirmed = match same_device {
+                Some(before) if self.is_authentic(before).await? => before.backup_confirmed,
+                _ => None,
+            };
+            changes.push(PlaceChange {
+                expected: before.map(|before| before.mac),
+                row: PlaceRow {
+                    backup_confirmed: backup.or(confirmed),
+                    ..place
+                },
+            });
+        }
+        if backup.is_none() {
+            return Ok(changes);
+        }
+        for place in registry.places_of(key.id) {
+            let is_changed = changes.iter().any(|one| one.row.token == place.token);
+            if place.backup_confirmed.is_some() || is_changed {
+                continue;
+            }
+            if !self.is_authentic(place).await? {
+                let what = format!(
+                    "the registry row that names token {} for key {} is not authentic: its MAC does not verify. Find out who changed \
+                     the database, and restore the row from a backup of the database; nothing was changed",
+                    place.token, key.id
+                );
+                return Err(refused(Reason::TokenUntrusted, &what));
+            }
+            changes.push(PlaceChange {
+                expected: Some(place.mac),
+                row: PlaceRow {
+                    backup_confirmed: backup,
+                    ..place.clone()
+                },
+            });
+        }
+        Ok(changes)
+    }
+
+    /// Whether the integrity key of a key made the MAC of a row that names a token of this key. Raises an alert if it did not.
+    async fn is_authentic(&self, place: &PlaceRow) -> Result<bool, Error> {
+        let caller = hsm::Caller::background(Deadline::after(MAC_TIMEOUT));
+        let message = place.mac_message();
+        let job = self
+            .token
+            .verify_mac(place.key, &message, &place.mac, &caller);
+        match job.await {
+            Ok(()) => Ok(true),
+            Err(hsm::Error::MacRefused) => {
+                keybroker_core::alert!(
+                    Registry, wrapping_key = %place.key, token = %place.token,
+                    "a row that names a token of a wrapping key is not authentic; the broker does not sign it again"
+                );
+                Ok(false)
+            }
+            Err(other) => Err(other.into()),
+        }
+    }
+
     /// Plans the registration of the copies of a key. The state of the key does not change.
     pub(super) async fn plan_copies(
         &self,
@@ -192,7 +232,9 @@ impl Broker {
         };
         let mut planner = Planner::new(registry);
         planner.change.updates.push(unchanged);
-        planner.change.places = Copies(found).changes(registry, row, None);
+        planner.change.places = self
+            .place_changes(Copies(found), registry, row, None)
+            .await?;
         self.with_macs(planner, id).await
     }
 
@@ -205,8 +247,7 @@ impl Broker {
         single: bool,
     ) -> Result<Copies, Error> {
         let state = self.token.state();
-        let previous = registry.wrapping_key().ok().and_then(|id| registry.row(id));
-        let Some(previous) = previous.filter(|previous| previous.id != row.id) else {
+        let Some(previous) = previous_of(registry, row) else {
             return Ok(Copies::default());
         };
         let searched = self.tokens_of(registry, previous, &state);
@@ -215,7 +256,15 @@ impl Broker {
             .filter(|(token, _)| !state.serves_on(token.name(), row.id))
             .collect();
         let (mut found, mut lacking) = self.search(registry, row, searched).await?;
+        lacking.extend(self.unconfigured(registry, previous, row));
         let unproved = self.prove_copies(row, &found).await?;
+        let state = self.token.state();
+        if let Some(wrong) = unproved
+            .iter()
+            .find(|one| refuses(&state, &one.token, row.id))
+        {
+            return Err(wrong_copy(&wrong.token, row.id, &wrong.why));
+        }
         found.retain(|place| !unproved.iter().any(|lacking| lacking.token == place.token));
         lacking.extend(unproved);
         if lacking.is_empty() || single {
@@ -236,6 +285,48 @@ impl Broker {
             listed(&lacking)
         );
         Err(refused(Reason::KeyState, &what))
+    }
+
+    /// Returns the tokens of the previous key that are not in the configuration of this broker and are not registered for the new key.
+    /// Another broker on the same database may use them.
+    fn unconfigured(
+        &self,
+        registry: &Registry,
+        previous: &RegistryRow,
+        key: &RegistryRow,
+    ) -> Vec<Lacking> {
+        let configured = self.configured.all();
+        let is_known = |token: &str| {
+            let mut of_key = registry.places_of(key.id);
+            configured.iter().any(|one| one.name() == token)
+                || of_key.any(|place| place.token == token)
+        };
+        let others = registry.places_of(previous.id);
+        let others = others.filter(|place| !is_known(&place.token));
+        let lacking = others.map(|place| Lacking {
+            token: place.token.clone(),
+            why: "the token is not in the configuration of this broker".to_owned(),
+        });
+        lacking.collect()
+    }
+
+    /// Warns if a token that serves the key in use does not serve a key that becomes active again. The copies of such a key are not
+    /// required, because a return to an earlier key must be possible at once.
+    pub(super) fn warn_of_missing_copies(&self, registry: &Registry, row: &RegistryRow) {
+        let Some(previous) = previous_of(registry, row) else {
+            return;
+        };
+        let state = self.token.state();
+        let lacking = state.tokens.iter().filter(|token| {
+            state.serves_on(&token.name, previous.id) && !state.serves_on(&token.name, row.id)
+        });
+        for token in lacking {
+            tracing::warn!(
+                wrapping_key = %row.id, token = token.name,
+                "a wrapping key is activated again although this token does not serve it: calls for its user keys cannot fail over to \
+                 this token"
+            );
+        }
     }
 
     /// Returns the configured tokens that have or may have a key. With a token that may have the key comes the row by which the search
@@ -302,12 +393,7 @@ impl Broker {
                 Ok(Found::NotNeeded) => continue,
                 Ok(Found::Absent) => "the token does not have the key".to_owned(),
                 Ok(Found::Differs(why)) => {
-                    let what = format!(
-                        "token {token}: the copy of key {} must not be used: {why}. Nothing was changed. Remove these objects from token \
-                         {token} with the vendor's tool, and copy the key again",
-                        key.id
-                    );
-                    return Err(refused(Reason::TokenUntrusted, &what));
+                    return Err(wrong_copy(&token, key.id, &why));
                 }
                 Err(error) => format!("the token could not be searched ({})", error.detail()),
             };
@@ -347,6 +433,28 @@ impl Broker {
         });
         Ok(lacking.collect())
     }
+}
+
+/// The key that another key replaces: the key in use or, if no key can be used now, the key that was activated last.
+fn previous_of<'a>(registry: &'a Registry, row: &RegistryRow) -> Option<&'a RegistryRow> {
+    let in_use = registry.wrapping_key().ok().and_then(|id| registry.row(id));
+    let active = || {
+        let rows = registry.rows().map(|(row, _)| row);
+        rows.filter(|row| row.state.may_wrap())
+            .max_by_key(|row| row.sequence)
+    };
+    in_use
+        .or_else(active)
+        .filter(|previous| previous.id != row.id)
+}
+
+/// The error for a copy that must not be used. No option accepts such a copy.
+fn wrong_copy(token: &str, key: WrappingKeyId, why: &str) -> Error {
+    let what = format!(
+        "token {token}: the copy of key {key} must not be used: {why}. Nothing was changed. Remove these objects from token {token} with \
+         the vendor's tool, and copy the key again"
+    );
+    refused(Reason::TokenUntrusted, &what)
 }
 
 /// The serial numbers by which a token is chosen if several tokens match its settings.

@@ -200,7 +200,7 @@ impl Broker {
 }
 
 /// Whether the workers of a token found that a key must not be used.
-fn refuses(state: &TokenState, token: &str, key: WrappingKeyId) -> bool {
+pub(super) fn refuses(state: &TokenState, token: &str, key: WrappingKeyId) -> bool {
     let mut of_token = state.tokens.iter().filter(|one| one.name == token);
     of_token.any(|one| {
         !one.is_checking_keys

@@ -191,6 +191,7 @@ impl Broker {
             return Err(Error::new(Reason::KeyState, what).explained("id", what));
         };
         let row = registry.verified(row.id)?;
+        self.warn_of_missing_copies(registry, row);
         let mut planner = Planner::new(registry);
         planner.deactivate_others(registry, row.id, &self.token.state());
         planner.sign_tombstones(registry, row.id);
@@ -212,6 +213,7 @@ impl Broker {
         rotation: &Rotation,
         previous: Option<WrappingKeyId>,
     ) -> Result<WrappingKeyId, Error> {
+        draft.tokens(&[token.name()]);
         // The intent is written before the key is made, because making a key changes the token.
         let at = Timestamp::now();
         let intent = self.record_intent(&draft, at).await?;

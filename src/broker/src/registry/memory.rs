@@ -208,6 +208,20 @@ impl RegistryMemory {
         }
     }
 
+    /// What to store after an operator may have run `keybroker store accept-restored` beside this broker. `None` if the operator
+    /// discarded the rows that this broker remembers: until its restart, the broker must neither store nor record them again.
+    fn unless_accepted(&self, next: Kept) -> Option<Kept> {
+        let stored = self.state.read_json::<Kept>(&self.fact).ok().flatten();
+        let Some(stored) = stored.filter(|stored| stored.accepted_us > next.accepted_us) else {
+            return Some(next);
+        };
+        let accepted_us = stored.accepted_us;
+        (!stored.rows.is_empty()).then_some(Kept {
+            accepted_us,
+            ..next
+        })
+    }
+
     /// The memory after these rows were verified. `None` if nothing changed.
     fn after(&self, registry: &Registry) -> Option<Kept> {
         let kept = self.kept();
@@ -300,6 +314,12 @@ impl Broker {
             tracing::warn!(%error, "cannot compare the registry with the audit log; the state directory is compared all the same");
             None
         });
+        if recorded.is_none() {
+            tracing::warn!(
+                "the audit log contains no record of the wrapping-key registry, so an earlier row that was put back is noticed only with \
+                 the state directory; this is expected at the first start of an instance"
+            );
+        }
         self.registry_memory.take_over(recorded.as_ref())?;
         self.registry_memory.compare(registry);
         Ok(())
@@ -314,6 +334,9 @@ impl Broker {
         let is_old = memory.logged().elapsed() >= RECORDED_AGAIN;
         let unchanged = || is_old.then(|| memory.kept().clone());
         let Some(next) = memory.after(&registry).or_else(unchanged) else {
+            return;
+        };
+        let Some(next) = memory.unless_accepted(next) else {
             return;
         };
         if is_old || next.digest != memory.kept().digest {
@@ -448,6 +471,32 @@ mod tests {
         state.write_json(&memory.fact, &accepted).unwrap();
         memory.take_over(Some(&recorded)).unwrap();
         assert_eq!(refused(&memory, &former), 0);
+    }
+
+    /// An operator accepts the present rows while the broker runs. The broker does not bring its rows back.
+    #[test]
+    fn a_running_broker_does_not_undo_an_acceptance() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateDirectory::below(folder.path());
+        let memory = RegistryMemory::new(state.clone(), "one");
+        let own = memory
+            .after(&registry(&[row(1, 5, WrappingKeyState::Active)]))
+            .unwrap();
+        state.write_json(&memory.fact, &own).unwrap();
+        assert_eq!(memory.unless_accepted(own.clone()), Some(own.clone()));
+        // The rows are the same.
+        let accepted = Kept {
+            accepted_us: 100,
+            ..own.clone()
+        };
+        state.write_json(&memory.fact, &accepted).unwrap();
+        assert_eq!(memory.unless_accepted(own.clone()), Some(accepted));
+        let discarded = Kept {
+            accepted_us: 200,
+            ..Kept::default()
+        };
+        state.write_json(&memory.fact, &discarded).unwrap();
+        assert_eq!(memory.unless_accepted(own), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::key_change::KeyChange;
 
 use super::*;
 
+mod copies;
 mod destruction;
 mod rewrap;
 

@@ -104,8 +104,8 @@ impl Members {
         opened.find(|member| member.supervisor.name() == name)
     }
 
-    /// Whether a token on which these keys are expected must be opened. A key that may be on another token is no reason if another
-    /// token has shown it.
+    /// Whether a token on which these keys are expected must be opened. A key that may be on another token is no reason if the token
+    /// on which the key was registered has shown it. A copy on a further token says nothing about the token with the original.
     fn should_open(&self, keys: &[ExpectedKey]) -> bool {
         if self.opened.is_empty() {
             return true;
@@ -115,7 +115,7 @@ impl Members {
                 && self
                     .opened
                     .iter()
-                    .any(|member| member.supervisor.algorithm(key.id).is_some())
+                    .any(|member| member.supervisor.is_home_of(key))
         };
         keys.iter().any(|key| !is_elsewhere(key))
     }

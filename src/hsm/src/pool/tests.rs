@@ -390,4 +390,12 @@ async fn a_new_token_is_opened_for_its_own_keys_only() {
     pool.expect_keys(vec![("b".to_owned(), vec![key(KEY, false)])]);
     assert_eq!(opened(), 2);
     assert_eq!(pool.state().tokens.len(), 2);
+    // The original of the key may be on a token that is added again, although another token shows a copy.
+    pool.reconfigure(vec![settings("a"), settings("b"), settings("c")]);
+    let original = ExpectedKey {
+        token_serial: "c".to_owned(),
+        ..key(KEY, true)
+    };
+    pool.expect_keys(vec![("c".to_owned(), vec![original])]);
+    assert_eq!(opened(), 3);
 }

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use keybroker_core::key::WrappingKeyId;
 use keybroker_worker_protocol::ExpectedKey;
 
-use crate::{Error, KeyProblem, found::Found, link::Link};
+use crate::{Error, KeyProblem, UnusableKey, found::Found, link::Link};
 
 use super::{Decider, Supervisor};
 
@@ -65,7 +65,8 @@ impl Found {
 }
 
 /// Whether two sorted lists contain the same keys. The proofs may differ, because they change with the state of a key.
-/// A worker that has verified earlier proofs need not verify the new proofs.
+/// A worker that has verified earlier proofs need not verify the new proofs. A worker that refused a key must, because the earlier proof
+/// may be the reason.
 pub(super) fn are_same(one: &[ExpectedKey], other: &[ExpectedKey]) -> bool {
     let without_proofs = |keys: &[ExpectedKey]| -> Vec<ExpectedKey> {
         let keys = keys.iter().cloned();
@@ -76,6 +77,12 @@ pub(super) fn are_same(one: &[ExpectedKey], other: &[ExpectedKey]) -> bool {
         .collect()
     };
     without_proofs(one) == without_proofs(other)
+}
+
+/// Whether the proofs of a key changed that the workers could not use. Both lists contain the same keys in the same order.
+fn has_new_proof(before: &[ExpectedKey], keys: &[ExpectedKey], unusable: &[UnusableKey]) -> bool {
+    let mut pairs = before.iter().zip(keys);
+    pairs.any(|(old, new)| old.proofs != new.proofs && unusable.iter().any(|key| key.id == new.id))
 }
 
 /// Sorts the keys, because the order in which the registry lists them changes with the states of the keys.
@@ -94,7 +101,8 @@ impl Supervisor {
         if *before == keys {
             return;
         }
-        if are_same(&before, &keys) {
+        let unusable = Arc::clone(&self.found.load().unusable);
+        if are_same(&before, &keys) && !has_new_proof(&before, &keys, &unusable) {
             self.expected.store(Arc::new(keys));
             return;
         }
@@ -211,6 +219,26 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A worker that refused a key because of a forged row checks the corrected row at once.
+    #[test]
+    fn only_an_unusable_key_with_another_proof_is_checked_again() {
+        let supervisor = super::super::testing::idle("a", &[WrappingKeyId::from_bytes([1; 16])]);
+        let before = supervisor.expected();
+        let mut corrected = before.to_vec();
+        corrected[0].proofs = vec![keybroker_worker_protocol::Proof {
+            message: vec![1],
+            mac: [2; 32],
+        }];
+        let refused = [UnusableKey {
+            id: before[0].id,
+            problem: KeyProblem::Untrusted("a forged row".to_owned()),
+        }];
+        assert!(are_same(&before, &corrected));
+        assert!(has_new_proof(&before, &corrected, &refused));
+        assert!(!has_new_proof(&before, &corrected, &[]));
+        assert!(!has_new_proof(&before, &before, &refused));
+    }
 
     const SECOND: Duration = Duration::from_secs(1);
 

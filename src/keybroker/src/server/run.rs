@@ -403,6 +403,7 @@ impl Server {
             pool: Arc::clone(&self.tokens),
             broker: Arc::clone(&self.broker),
             audit: self.audit.clone(),
+            store: Arc::clone(&self.store),
         }
     }
 

@@ -10,7 +10,8 @@ use keybroker_audit::AuditLog;
 use keybroker_broker::{Broker, ConfiguredTokens, Expect};
 use keybroker_core::{error::chain, state::StateDirectory};
 use keybroker_hsm as hsm;
-use keybroker_hsm::{Pool, admin::KeyAdmin};
+use keybroker_hsm::{Pool, Token as _, admin::KeyAdmin};
+use keybroker_store::Store;
 
 use crate::{
     config::{Config, Tokens},
@@ -80,6 +81,7 @@ pub(super) struct ReloadParts {
     pub(super) pool: Arc<Pool>,
     pub(super) broker: Arc<Broker>,
     pub(super) audit: AuditLog,
+    pub(super) store: Arc<dyn Store>,
 }
 
 /// Follows the tokens in the configuration file.
@@ -99,6 +101,9 @@ struct Watch {
     seen: Option<Value>,
     /// The changed configuration that was evaluated last.
     evaluated: Option<Value>,
+    /// Whether the changed configuration that was evaluated last was refused. It is evaluated again with each read, because the cause may
+    /// be outside the file.
+    is_refused: bool,
     /// Why the changed configuration is refused; empty if it is not.
     problem: String,
 }
@@ -148,6 +153,7 @@ impl TokenReload {
                 "the changed tokens of the configuration are refused; the tokens in use stay as they are"
             );
         }
+        self.watch.is_refused = !problem.is_empty();
         self.watch.problem = problem;
     }
 
@@ -166,7 +172,8 @@ impl TokenReload {
             self.watch = Watch::default();
             return Ok(Look::Nothing);
         }
-        if self.watch.evaluated.as_ref() == Some(&content) {
+        let is_again = self.watch.evaluated.as_ref() == Some(&content);
+        if is_again && !self.watch.is_refused {
             return Ok(Look::Nothing);
         }
         if !announced && self.watch.seen.replace(content.clone()).as_ref() != Some(&content) {
@@ -179,7 +186,7 @@ impl TokenReload {
             return Err(problems.join("; "));
         }
         let others = changed_settings(&config, &self.config);
-        if !others.is_empty() {
+        if !others.is_empty() && !is_again {
             tracing::warn!(
                 settings = others.join(", "),
                 "settings of the configuration changed that take effect only at the next start of the broker"
@@ -187,6 +194,7 @@ impl TokenReload {
         }
         if tokens_of(&config) == tokens_of(&self.config) {
             self.watch.problem = String::new();
+            self.watch.is_refused = false;
             return Ok(Look::Nothing);
         }
         Ok(Look::Changed(Box::new(config)))
@@ -206,11 +214,13 @@ impl TokenReload {
                 keys.join(", ")
             ));
         }
+        let added = self.keys_of_added(&config.tokens).await?;
         let risks = opening::record_accepted_risks(&config, &self.parts.audit).await;
         let risks = risks.map_err(|failure| failure.to_string())?;
         self.parts.broker.accept_risks(risks);
         self.in_use.replace(config.tokens.clone());
         pool.reconfigure(config.tokens.all().to_vec());
+        pool.expect_keys(added);
         let names: Vec<&str> = config
             .tokens
             .all()
@@ -224,7 +234,35 @@ impl TokenReload {
         self.config.tokens = config.tokens;
         Ok(())
     }
+
+    /// Determines the keys of the added tokens, as a start of the broker does. The broker examines the registry only while a token
+    /// serves, so an added token must be opened without this examination.
+    async fn keys_of_added(&self, tokens: &Tokens) -> Result<KeysOfTokens, String> {
+        let is_new = |token: &&hsm::Settings| {
+            let mut before = self.config.tokens.all().iter();
+            !before.any(|one| one.name == token.name)
+        };
+        let added: Vec<&hsm::Settings> = tokens.all().iter().filter(is_new).collect();
+        if added.is_empty() {
+            return Ok(Vec::new());
+        }
+        let registry = Registry::read_for_service(&*self.parts.store).await;
+        let registry = registry.map_err(|error| {
+            format!(
+                "the wrapping keys of an added token cannot be read from the database ({}); the broker tries again every second",
+                chain(&error)
+            )
+        })?;
+        let keys = |token: &hsm::Settings| registry.expected_among(token, tokens.all());
+        let each = added.into_iter();
+        Ok(each
+            .map(|token| (token.name.clone(), keys(token)))
+            .collect())
+    }
 }
+
+/// The keys that must be on each token, by the name of the token.
+type KeysOfTokens = Vec<(String, Vec<hsm::ExpectedKey>)>;
 
 /// Refuses a change of a token that needs a restart.
 fn check_settings(new: &Tokens, old: &Tokens) -> Result<(), String> {

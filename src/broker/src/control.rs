@@ -124,8 +124,8 @@ impl Broker {
         action: Action,
         look: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
-        self.read_async(principal, call, action, async { look() })
-            .await
+        // Boxed, because the future contains an audit entry, and every caller would contain the future.
+        Box::pin(self.read_async(principal, call, action, async { look() })).await
     }
 
     pub(super) async fn read_async<T>(

@@ -75,7 +75,7 @@ impl Accepted {
         kept.schedules.retain(|one| !one.is_of(row.key));
         kept.schedules.push(KeptSchedule {
             key: row.key.to_string(),
-            mac: hex_of(&row.mac),
+            mac: hex_of(row.mac),
         });
         self.state.write_json(&self.fact, &kept)
     }
@@ -84,7 +84,7 @@ impl Accepted {
         let Some(kept) = self.state.read_json::<Kept>(&self.fact)? else {
             return Ok(false);
         };
-        let mac = hex_of(&row.mac);
+        let mac = hex_of(row.mac);
         let mut schedules = kept.schedules.iter();
         Ok(kept.store == store.to_string()
             && schedules.any(|one| one.is_of(row.key) && one.mac == mac))

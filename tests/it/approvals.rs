@@ -289,19 +289,23 @@ async fn an_approval_permits_one_change_and_no_writer_of_sql_makes_one() {
     site.sql("DELETE FROM approvals; INSERT INTO approvals SELECT * FROM saved");
     let again = waits(&broker, "admin", &destroy);
     assert_ne!(again, id);
+    an_unreadable_request_is_removed(&broker, &destroy, &again);
+}
 
+fn an_unreadable_request_is_removed(broker: &Broker, destroy: &[&str], again: &str) {
+    let site = &broker.site;
     // A row that cannot be read is listed, does not hide others, and can be removed.
     site.sql(&format!(
         "PRAGMA ignore_check_constraints = ON; UPDATE approvals SET mac = x'00' WHERE lower(hex(approval_id)) = '{again}'"
     ));
     refused(
-        &broker,
+        broker,
         "admin",
-        &destroy,
+        destroy,
         "RECORD_DAMAGED",
         &["approval reject"],
     );
-    let listed = list(&broker, BOB, &[]);
+    let listed = list(broker, BOB, &[]);
     let damaged = listed.iter().find(|one| text(one, "id") == again).unwrap();
     assert_eq!(text(damaged, "state"), "unreadable");
     let checked = Finished::from(site.command(&["store", "check"]).output().unwrap());
@@ -310,14 +314,14 @@ async fn an_approval_permits_one_change_and_no_writer_of_sql_makes_one() {
         [Some(DAMAGED), Some(9)].contains(&checked.code),
         "{checked:#?}"
     );
-    done(&broker, BOB, &["approval", "reject", &again]);
-    let last = waits(&broker, "admin", &destroy);
-    let rejected = done(&broker, CAROL, &["approval", "reject", &last]);
+    done(broker, BOB, &["approval", "reject", again]);
+    let last = waits(broker, "admin", destroy);
+    let rejected = done(broker, CAROL, &["approval", "reject", &last]);
     assert_eq!(text(&rejected, "state"), "rejected");
     let message = refused(
-        &broker,
+        broker,
         "admin",
-        &destroy,
+        destroy,
         "APPROVAL_NEEDED",
         &["Carol rejected"],
     );

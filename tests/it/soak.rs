@@ -389,6 +389,16 @@ impl World {
 
     /// Does one thing to the broker, and undoes it. Returns the time from then until a call of each kind succeeds.
     async fn cause(&mut self, trouble: Trouble, random: &mut Random) -> Duration {
+        self.make(trouble, random).await;
+        let ended = Instant::now();
+        let (user, id) = (unique(), unique());
+        eventually(|| self.releaser.unwrap("u0")).await;
+        eventually(|| enrol(&self.enroller, &user, &id)).await;
+        self.seen.acknowledged.lock().unwrap().push(user);
+        ended.elapsed()
+    }
+
+    async fn make(&mut self, trouble: Trouble, random: &mut Random) {
         match trouble {
             Trouble::WorkerKilled => self.kill_workers(1),
             Trouble::WorkersKilled => self.kill_workers(usize::MAX),
@@ -456,12 +466,6 @@ impl World {
                 self.start_rewrap(REWRAP_ROWS_PER_SECOND).await;
             }
         }
-        let ended = Instant::now();
-        let (user, id) = (unique(), unique());
-        eventually(|| self.releaser.unwrap("u0")).await;
-        eventually(|| enrol(&self.enroller, &user, &id)).await;
-        self.seen.acknowledged.lock().unwrap().push(user);
-        ended.elapsed()
     }
 
     /// Causes one trouble after another, until this time has passed.

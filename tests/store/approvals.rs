@@ -120,13 +120,18 @@ pub(crate) async fn approvals_are_compare_and_swap(engine: &Engine) {
     assert!(!store.committed_by(refused).await.unwrap());
     assert_eq!(store.approval(twin.id).await.unwrap(), Some(approved.row));
 
-    add(&*store, &request(2)).await;
+    requests_are_listed_counted_and_forgotten(&*store).await;
+}
+
+/// The store has one approved request of Ada already.
+async fn requests_are_listed_counted_and_forgotten(store: &dyn Store) {
+    add(store, &request(2)).await;
     let old = ApprovalRow {
         expires: at(100),
         requested_by: by("Carol", "URI:carol"),
         ..request(3)
     };
-    add(&*store, &old).await;
+    add(store, &old).await;
     let ids = async |after| {
         let rows = store.approvals(at(after)).await.unwrap();
         let ids = rows.into_iter().map(|row| row.unwrap().id.as_bytes()[0]);

@@ -124,8 +124,8 @@ impl Broker {
         action: Action,
         look: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
-        // Boxed, because the future contains an audit entry, and every caller would contain the future.
-        Box::pin(self.read_async(principal, call, action, async { look() })).await
+        self.read_async(principal, call, action, async { look() })
+            .await
     }
 
     pub(super) async fn read_async<T>(
@@ -135,7 +135,7 @@ impl Broker {
         action: Action,
         look: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        observed(action, call, async {
+        let reading = observed(action, call, async {
             let permit = self
                 .permit(principal, call, action, Resource::Broker)
                 .await?;
@@ -143,8 +143,9 @@ impl Broker {
             draft.policy(permit.policy());
             let found = look.await;
             Ok(self.conclude(draft, found).await?.into_inner())
-        })
-        .await
+        });
+        // The future contains an audit entry, and otherwise every caller would contain the future.
+        Box::pin(reading).await
     }
 
     fn views(&self, registry: &Registry) -> Vec<WrappingKeyView> {

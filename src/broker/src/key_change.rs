@@ -224,13 +224,13 @@ impl Broker {
         Ok(())
     }
 
-    async fn plan_state_change(
+    /// Reads the registry for a change. Waits until the workers have examined the keys that decide about the change.
+    async fn read_for_change(
         &self,
-        principal: &Principal,
         call: &Call,
         id: WrappingKeyId,
         change: KeyChange,
-    ) -> Result<RegistryChange, Error> {
+    ) -> Result<(), Error> {
         call.deadline.check()?;
         self.check_acknowledged()?;
         self.refresh_registry().await?;
@@ -242,6 +242,17 @@ impl Broker {
             self.ask_registry(call.deadline, Registry::check_active_examined)
                 .await?;
         }
+        Ok(())
+    }
+
+    async fn plan_state_change(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: WrappingKeyId,
+        change: KeyChange,
+    ) -> Result<RegistryChange, Error> {
+        self.read_for_change(call, id, change).await?;
         let registry = self.registry()?;
         match change {
             KeyChange::Lose => return self.plan_loss(&registry, id).await,

@@ -36,6 +36,13 @@ pub(super) struct Identifier {
 }
 
 impl Identifier {
+    pub(super) fn new(authenticator: Authenticator, limits: Arc<Limits>) -> Self {
+        Self {
+            authenticator: Arc::new(authenticator),
+            limits,
+        }
+    }
+
     /// Adds the authentication middleware to `routes`.
     pub(super) fn wrap(self, routes: Router) -> Router {
         routes.layer(middleware::from_fn(move |request, next| {

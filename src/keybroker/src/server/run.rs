@@ -31,7 +31,7 @@ use keybroker_auth::{
     client_secret::{self, Secrets},
     token::Tokens,
 };
-use keybroker_broker::{Broker, Capacity, ClientRules, Parts, limits::Limits};
+use keybroker_broker::{ApprovalRules, Broker, Capacity, ClientRules, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Pool, Token};
 use keybroker_policy::Policy;
@@ -162,6 +162,12 @@ async fn open_store(
     opening::open_store(config, audit).await
 }
 
+/// Which changes need the approval of a second person. The log shows it at each start.
+fn approval_rules(config: &Config) -> ApprovalRules {
+    config.approvals.log();
+    config.approvals.rules(retention(&config.store))
+}
+
 fn retention(settings: &store::Settings) -> Duration {
     Duration::from_hours(u64::from(settings.retention_days) * 24)
 }
@@ -252,7 +258,6 @@ impl Server {
         let accepted_risks = opening::record_accepted_risks(&config, &audit).await?;
         let pool = opening::start_token(&config, &store, program.clone(), token_started).await?;
         let following = TokensInUse::new(&config, config_file, program);
-        config.approvals.log();
         let broker = Broker::new(Parts {
             policy: Arc::clone(&policy),
             audit: audit.clone(),
@@ -268,15 +273,12 @@ impl Server {
             configured: following.configured.clone(),
             destroy_after_days: config.wrapping_keys.destroy_after_days,
             rotate_after: config.wrapping_keys.rotate_after(),
-            approvals: config.approvals.rules(retention(&config.store)),
+            approvals: approval_rules(&config),
             state,
             accepted_risks,
         });
         let secrets = client_secrets(&config, &broker)?;
-        let identifier = Identifier {
-            authenticator: Arc::new(authenticator.with_secrets(secrets)),
-            limits,
-        };
+        let identifier = Identifier::new(authenticator.with_secrets(secrets), limits);
         broker.recover(open_intents).await?;
         load_registry(&*pool.token(), &broker).await?;
         let (health, _) = tonic_health::server::health_reporter();

@@ -54,13 +54,14 @@ pub(in crate::cli) struct UnlockPin {
 }
 
 pub(super) fn combine(arguments: &Combine, context: &Context) -> Result<(), Failure> {
-    let transcript = match &arguments.transcript {
-        Some(path) => Some(read_parsed(path)?),
-        None => {
-            context.output.note(WITHOUT_TRANSCRIPT);
-            None
-        }
-    };
+    let transcript = arguments
+        .transcript
+        .as_deref()
+        .map(read_parsed)
+        .transpose()?;
+    if transcript.is_none() {
+        context.output.note(WITHOUT_TRANSCRIPT);
+    }
     let token = match &transcript {
         Some(transcript) => Some(token(transcript, context)?),
         None => None,

@@ -160,18 +160,29 @@ async fn a_key_is_destroyed_by_two_persons() {
     let approved = done(&broker, BOB, &["approval", "approve", &id, "--yes"]);
     assert_eq!(text(&approved, "state"), "approved");
     assert_eq!(text(&approved, "decided_by"), "Bob");
-    for (who, verdict) in [(CAROL, "approve"), (CAROL, "reject"), (BOB, "approve")] {
-        let arguments = [&["approval", verdict, &id][..], &["--yes"]].concat();
-        let arguments = &arguments[..if verdict == "approve" { 4 } else { 3 }];
-        refused(&broker, who, arguments, "APPROVAL_STATE", &["Bob approved"]);
+    let approve = ["approval", "approve", &id, "--yes"];
+    for who in [CAROL, BOB] {
+        refused(&broker, who, &approve, "APPROVAL_STATE", &["Bob approved"]);
     }
-    // An approval of another change does not help.
+    // An approval of another change does not help, and a withdrawn approval does not either.
     refused(&broker, "admin", &later, "APPROVAL_NEEDED", &[&other]);
+    done(&broker, BOB, &["approval", "approve", &other, "--yes"]);
+    let withdrawn = done(&broker, CAROL, &["approval", "reject", &other]);
+    assert_eq!(text(&withdrawn, "state"), "rejected");
+    refused(
+        &broker,
+        "admin",
+        &later,
+        "APPROVAL_NEEDED",
+        &["Carol rejected"],
+    );
     done(&broker, "admin", &now);
     destroyed(&broker, &older);
     let all = list(&broker, "auditor", &["--all"]);
     let used = all.iter().find(|one| text(one, "id") == id).unwrap();
     assert_eq!(text(used, "state"), "used");
+    let reject = ["approval", "reject", &id];
+    refused(&broker, CAROL, &reject, "APPROVAL_STATE", &["Bob approved"]);
     both_names_are_in_the_audit_log(&broker, &id, &older);
     let (site, _) = broker.stop();
     site.expect_ok(&["store", "check"]);

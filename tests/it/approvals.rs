@@ -513,7 +513,7 @@ async fn people_read_what_is_asked_and_what_to_do() {
     assert_eq!(counts.iter().sum::<u64>(), 1, "{status:#}");
 }
 
-/// A configuration in which one person could approve the own change, or nobody could approve, is refused.
+/// A configuration in which one person could approve their own change, or no person could approve, is refused.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_configuration_that_cannot_work_is_refused() {
     let site = Site::fresh(Options::default());

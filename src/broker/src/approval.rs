@@ -1,7 +1,7 @@
 //! Approvals by a second person: some changes of administrators need the approval of another person.
 //!
 //! A *person* is a name in the configuration with the principals that belong to this person, so that one person with two
-//! credentials cannot approve the own request. The first call for such a change stores a request for approval and is refused with
+//! credentials cannot approve their own request. The first call for such a change stores a request for approval and is refused with
 //! `APPROVAL_NEEDED`. After another person has approved the request, the same call makes the change, once.
 //!
 //! The broker finds the request by a digest of the exact change and of the requesting person. The digest also covers a number that

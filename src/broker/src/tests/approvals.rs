@@ -272,7 +272,7 @@ async fn a_rejected_request_is_over_and_may_be_made_again() {
     let again = destroy(&broker, ADA, 30).await.unwrap_err();
     assert!(again.detail().contains("Bob rejected"), "{again}");
     assert_ne!(again.approval(), Some(row.id));
-    // A person may withdraw the own request.
+    // A person may withdraw their own request.
     let own = again.approval().unwrap();
     let withdrawn = decide(&broker, ADA, own, Verdict::Reject).await;
     assert_eq!(withdrawn.unwrap(), Some(ApprovalState::Rejected));

@@ -142,7 +142,7 @@ impl Settings {
                 {
                     problems.push(format!(
                         "[[approvals.person]]: the principal {principal:?} belongs to both {other:?} and {:?}, so one person could \
-                         approve the own change; leave it in one of the sections",
+                         approve their own change; leave it in one of the sections",
                         person.name
                     ));
                 }

@@ -31,6 +31,7 @@ use super::{
 };
 
 mod approval;
+mod approval_use;
 mod calls;
 mod clients;
 mod destruction;

@@ -17,24 +17,10 @@ use keybroker_core::{
     key::{ApprovalId, ID_BYTES, RecordId},
 };
 
-use super::{End, Engine, EngineStore, clients::ClientChange};
+use super::{End, Engine, EngineStore, approval_use, clients::ClientChange};
 
 /// Highest number of requests that one statement removes, so that no call waits long for the locks of the statement.
 const FORGOTTEN_AT_ONCE: u64 = 100;
-
-/// Changes the state of a request, in the transaction of the change that it permits.
-pub(super) async fn change(
-    session: &mut impl Session,
-    sql: &'static Statements,
-    change: &ApprovalChange,
-) -> Result<(), Error> {
-    let mut values = rows::approval_values(&change.row);
-    values.extend([change.row.id.into(), (&change.expected).into()]);
-    match session.execute(sql.change_approval, values).await? {
-        1 => Ok(()),
-        _ => Err(Error::Conflict),
-    }
-}
 
 /// Inserts the mark of a call that changes no record.
 async fn mark(
@@ -117,7 +103,7 @@ impl<E: Engine> Approvals for EngineStore<E> {
             let decided = decided.clone();
             Box::pin(async move {
                 mark(session, sql, call, at).await?;
-                change(session, sql, &decided).await
+                approval_use::change(session, sql, &decided).await
             })
         })
         .await

@@ -15,7 +15,7 @@ use keybroker_core::{
     key::ClientId,
 };
 
-use super::{End, Engine, EngineStore, approval};
+use super::{End, Engine, EngineStore, approval_use};
 
 /// The kind of a change: a new or an existing API client.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +57,7 @@ impl<E: Engine> EngineStore<E> {
                     expect_one(session.execute(sql.insert_change, mark).await?)?;
                 }
                 if let Some(used) = &approval {
-                    approval::change(session, sql, used).await?;
+                    approval_use::change(session, sql, used).await?;
                 }
                 match change {
                     ClientChange::Insert => {

@@ -15,7 +15,7 @@ use keybroker_core::{
     key::RecordId,
 };
 
-use super::{End, Engine, EngineStore, approval, destruction};
+use super::{End, Engine, EngineStore, approval_use, destruction};
 
 impl<E: Engine> EngineStore<E> {
     /// Writes the change and the mark of the call. If a row or the used approval does not have the expected MAC, or if a row needs the key that no
@@ -50,7 +50,7 @@ impl<E: Engine> EngineStore<E> {
                     destruction::write(session, sql, destruction).await?;
                 }
                 if let Some(used) = &change.approval {
-                    approval::change(session, sql, used).await?;
+                    approval_use::change(session, sql, used).await?;
                 }
                 if let Some(key) = change.unneeded {
                     let found = session

@@ -71,6 +71,6 @@ id!(
 
 id!(
     /// The id of a wrapping key and its integrity key. The RSA key and the integrity key on the token have this id as `CKA_ID`,
-    /// unless [`ObjectIds`] contains other values.
+    /// unless [`ObjectIds`](super::ObjectIds) contains other values.
     WrappingKeyId
 );

@@ -378,7 +378,7 @@ async fn of_two_decisions_at_the_same_moment_one_counts() {
     }
 }
 
-/// Persons come and go with the configuration. Whoever is not in it neither requests nor decides.
+/// The persons are those of the present configuration. A person who was removed from it can neither request nor decide.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_who_left_the_configuration_does_not_count() {
     let (broker, older) = with_persons().await;

@@ -126,8 +126,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is attempted, a request passes through at most three states, never returns to an earlier one, is used only
-        /// after an approval that was not withdrawn, and does not change after its last state.
+        /// After any sequence of attempts, a request has passed through at most three states, and never returned to an earlier
+        /// state. A request is used only after an approval that was not withdrawn, and does not change after its last state.
         #[test]
         fn no_sequence_of_changes_uses_a_request_twice(
             attempts in prop::collection::vec(any_state(), 0..40)

@@ -163,7 +163,8 @@ pub trait Approvals: Send + Sync {
         at: Timestamp,
     ) -> Result<(), Error>;
 
-    /// Removes a request, whatever its content, and stores the mark of the call. Returns [`Error::NotFound`] if there is none.
+    /// Removes a request, even if its row cannot be read, and stores the mark of the call. Returns [`Error::NotFound`] if there is no
+    /// request with this id.
     async fn remove_approval(
         &self,
         id: ApprovalId,

@@ -100,8 +100,8 @@ fn approval(view: &ApprovalView) -> proto::Approval {
         state: state(view.state).into(),
         action: row.action.clone(),
         change: String::from_utf8_lossy(&row.document).into_owned(),
-        // Without verification, the change and the digest may be those of two requests. An approval needs the digest, so nobody
-        // approves a change that another change is shown for.
+        // In an altered row, the change and the digest may belong to different requests. An approval needs the digest. Without a
+        // digest, a person cannot approve another change than the shown one.
         digest: if view.is_verified {
             row.digest.to_vec()
         } else {

@@ -179,7 +179,7 @@ mod tests {
         assert_eq!((about.tenant, about.wrapping_key), (None, Some(KEY)));
     }
 
-    /// Whatever differs between two requests gives another digest.
+    /// Two requests that differ in any part have different digests.
     #[test]
     fn the_digest_covers_action_change_and_person() {
         let now = Asked::destruction(Action::DestroyKeyNow, KEY, 30, 4);

@@ -227,7 +227,7 @@ fn unknown(id: ApprovalId) -> Error {
     Error::new(Reason::KeyNotFound, what.clone()).explained("id", &what)
 }
 
-/// Says why nobody can decide about a request any more.
+/// Returns the reason why no person can decide about a request any more.
 fn described(row: &ApprovalRow, state: ApprovalState) -> String {
     let requester = &row.requested_by.person;
     match (state, &row.decision) {

@@ -107,7 +107,7 @@ impl Settings {
         }
         if let [only] = &self.persons[..] {
             problems.push(format!(
-                "[[approvals.person]]: {:?} is the only person, so nobody could approve a change; add a second person, or remove the \
+                "[[approvals.person]]: {:?} is the only person, so no person could approve a change; add a second person, or remove the \
                  section to make changes without approvals",
                 only.name
             ));

@@ -96,13 +96,13 @@ pub(super) struct TokenReload {
 /// What the last reads of the file found.
 #[derive(Default)]
 struct Watch {
-    /// The changed configuration, or the error, that was read last. It is evaluated only when it is read again without a change, because a person
-    /// may still be writing the file.
+    /// The changed configuration, or the error, that was read last. It is evaluated only when it is read again without a change,
+    /// because a person may still be writing the file.
     seen: Option<Value>,
     /// The changed configuration that was evaluated last.
     evaluated: Option<Value>,
-    /// Whether the changed configuration that was evaluated last was refused. It is evaluated again with each read, because the cause may
-    /// be outside the file.
+    /// Whether the changed configuration that was evaluated last was refused. It is evaluated again with each read, because the
+    /// cause may be outside the file.
     is_refused: bool,
     /// Why the changed configuration is refused; empty if it is not.
     problem: String,

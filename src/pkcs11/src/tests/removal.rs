@@ -28,7 +28,7 @@ fn removed(
     admin.remove_key(id, &Identity::of(&job))
 }
 
-/// Searches for the private key with this fingerprint, whatever its `CKA_ID`.
+/// Searches for the private key with this fingerprint under any `CKA_ID`.
 fn searched(admin: &mut Admin, fingerprint: &CheckedKey) -> Result<u32, AdminError> {
     let job = RemoveKey {
         key_id: id(9).as_bytes().to_vec(),

@@ -1,8 +1,9 @@
 //! Checks every row of the database before a wrapping key is marked as destroyed.
 //!
 //! The column that names the wrapping key of a row has no MAC, so a count of the column does not find a row whose column was changed.
-//! The token verifies the MAC of each row under the key that the row names. A row whose MAC does not verify is tried with the key that
-//! is destroyed: the row needs this key, whatever it names. The check uses the pace of a re-wrap, so that callers do not wait for it.
+//! The token verifies the MAC of each row under the key that the row names. If a MAC does not verify, the
+//! token verifies it under the key that is to be destroyed. If the MAC then verifies, the row needs this key, although the row names
+//! another key. The check uses the pace of a re-wrap, so that callers do not wait for it.
 
 use std::time::{Duration, Instant};
 

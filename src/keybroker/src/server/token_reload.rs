@@ -1,20 +1,23 @@
 //! Follows changes of the tokens in the configuration file while the broker serves: tokens are added and removed, and get other
 //! priorities. A change of any other setting needs a restart. If a change is refused, the tokens in use stay as they are.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use arc_swap::ArcSwap;
 use serde_json::{Map, Value};
+use tokio::task::JoinError;
 
 use keybroker_audit::AuditLog;
 use keybroker_broker::{Broker, ConfiguredTokens, Expect};
-use keybroker_core::{error::chain, state::StateDirectory};
+use keybroker_core::{error::chain, key::WrappingKeyId, state::StateDirectory};
 use keybroker_hsm as hsm;
 use keybroker_hsm::{Pool, Token as _, admin::KeyAdmin};
+use keybroker_store as store;
 use keybroker_store::Store;
 
 use crate::{
-    config::{Config, Tokens},
+    cli::exit::Failure,
+    config::{Config, LoadError, Tokens},
     places::Registry,
 };
 
@@ -58,11 +61,7 @@ impl TokensInUse {
                 places,
                 ..Registry::default()
             };
-            let of_token = |token: &hsm::Settings| {
-                let keys = registry.expected_among(token, tokens.all());
-                (token.name.clone(), keys)
-            };
-            tokens.all().iter().map(of_token).collect()
+            expected_on(tokens.all(), &registry, &tokens)
         })
     }
 
@@ -74,6 +73,48 @@ impl TokensInUse {
             .replace(tokens.all().iter().map(admin).collect());
         self.tokens.store(Arc::new(tokens));
     }
+}
+
+/// The reason why changed tokens are refused.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    /// The task that reads the file ended early.
+    #[error("the file cannot be read: {0}")]
+    Unread(#[source] JoinError),
+    /// The file is no configuration.
+    #[error("{}", chain(.0))]
+    Load(#[source] LoadError),
+    /// The configuration contradicts itself.
+    #[error("{}", .0.join("; "))]
+    Problems(Vec<String>),
+    /// A setting changed that needs a restart.
+    #[error(
+        "{0} changed, which needs a restart of the broker. Without a restart, tokens can be added, removed and get another \
+         `{PRIORITY}`; nothing was changed"
+    )]
+    Restart(String),
+    /// No other token serves these keys of a removed token.
+    #[error(
+        "a removed token has wrapping keys that no other token serves: {}. First copy these keys to another token and run `keybroker \
+         key find-copies`, or move their rows with `keybroker rewrap` and destroy the keys; or restart the broker to remove the \
+         token nevertheless",
+        listed(.0)
+    )]
+    LastToken(BTreeSet<WrappingKeyId>),
+    /// The registry cannot be read.
+    #[error(
+        "the wrapping keys of an added token cannot be read from the database ({}); the broker tries again every second",
+        chain(.0)
+    )]
+    Registry(#[source] store::Error),
+    /// The audit log does not take the accepted risks.
+    #[error("{0}")]
+    Audit(#[source] Failure),
+}
+
+fn listed(keys: &BTreeSet<WrappingKeyId>) -> String {
+    let keys: Vec<String> = keys.iter().map(ToString::to_string).collect();
+    keys.join(", ")
 }
 
 /// The parts of a running broker that a change of the tokens concerns.
@@ -157,16 +198,13 @@ impl TokenReload {
         self.watch.problem = problem;
     }
 
-    async fn look(&mut self, announced: bool) -> Result<Look, String> {
+    async fn look(&mut self, announced: bool) -> Result<Look, Refused> {
         let file = self.in_use.file.clone();
-        let load = move || Config::load(&file).map_err(|error| chain(&error));
-        let loaded = match tokio::task::spawn_blocking(load).await {
-            Ok(loaded) => loaded,
-            Err(panic) => return Err(format!("the file cannot be read: {panic}")),
-        };
+        let loaded = tokio::task::spawn_blocking(move || Config::load(&file)).await;
+        let loaded = loaded.map_err(Refused::Unread)?;
         let content = match &loaded {
             Ok(config) => content_of(config),
-            Err(problem) => Value::String(problem.clone()),
+            Err(error) => Value::String(chain(error)),
         };
         if content == content_of(&self.config) {
             self.watch = Watch::default();
@@ -180,10 +218,10 @@ impl TokenReload {
             return Ok(Look::Nothing);
         }
         self.watch.evaluated = Some(content);
-        let config = loaded?;
+        let config = loaded.map_err(Refused::Load)?;
         let problems = config.problems();
         if !problems.is_empty() {
-            return Err(problems.join("; "));
+            return Err(Refused::Problems(problems));
         }
         let others = changed_settings(&config, &self.config);
         if !others.is_empty() && !is_again {
@@ -201,23 +239,18 @@ impl TokenReload {
     }
 
     /// Applies changed tokens, or returns the reason why nothing was changed.
-    async fn apply(&mut self, config: Config) -> Result<(), String> {
+    async fn apply(&mut self, config: Config) -> Result<(), Refused> {
         check_settings(&config.tokens, &self.config.tokens)?;
         let pool = Arc::clone(&self.parts.pool);
         let lost = pool.keys_without(config.tokens.all());
         if !lost.is_empty() {
-            let keys: Vec<String> = lost.iter().map(ToString::to_string).collect();
-            return Err(format!(
-                "a removed token has wrapping keys that no other token serves: {}. First copy these keys to another token and run `keybroker \
-                 key find-copies`, or move their rows with `keybroker rewrap` and destroy the keys; or restart the broker to remove the \
-                 token nevertheless",
-                keys.join(", ")
-            ));
+            return Err(Refused::LastToken(lost));
         }
         let added = self.keys_of_added(&config.tokens).await?;
         let risks = opening::record_accepted_risks(&config, &self.parts.audit).await;
-        let risks = risks.map_err(|failure| failure.to_string())?;
-        self.parts.broker.accept_risks(risks);
+        self.parts
+            .broker
+            .accept_risks(risks.map_err(Refused::Audit)?);
         self.in_use.replace(config.tokens.clone());
         pool.reconfigure(config.tokens.all().to_vec());
         pool.expect_keys(added);
@@ -237,37 +270,41 @@ impl TokenReload {
 
     /// Determines the keys of the added tokens, as a start of the broker does. The broker examines the registry only while a token
     /// serves, so an added token must be opened without this examination.
-    async fn keys_of_added(&self, tokens: &Tokens) -> Result<KeysOfTokens, String> {
+    async fn keys_of_added(&self, tokens: &Tokens) -> Result<KeysOfTokens, Refused> {
         let is_new = |token: &&hsm::Settings| {
             let mut before = self.config.tokens.all().iter();
             !before.any(|one| one.name == token.name)
         };
-        let added: Vec<&hsm::Settings> = tokens.all().iter().filter(is_new).collect();
-        if added.is_empty() {
+        let mut added = tokens.all().iter().filter(is_new).peekable();
+        if added.peek().is_none() {
             return Ok(Vec::new());
         }
         let registry = Registry::read_for_service(&*self.parts.store).await;
-        let registry = registry.map_err(|error| {
-            format!(
-                "the wrapping keys of an added token cannot be read from the database ({}); the broker tries again every second",
-                chain(&error)
-            )
-        })?;
-        let keys = |token: &hsm::Settings| registry.expected_among(token, tokens.all());
-        let each = added.into_iter();
-        Ok(each
-            .map(|token| (token.name.clone(), keys(token)))
-            .collect())
+        let registry = registry.map_err(Refused::Registry)?;
+        Ok(expected_on(added, &registry, tokens))
     }
 }
 
 /// The keys that must be on each token, by the name of the token.
 type KeysOfTokens = Vec<(String, Vec<hsm::ExpectedKey>)>;
 
+/// The keys that the workers of these tokens search for. `all` are all configured tokens.
+fn expected_on<'t>(
+    tokens: impl IntoIterator<Item = &'t hsm::Settings>,
+    registry: &Registry,
+    all: &Tokens,
+) -> KeysOfTokens {
+    let keys = |token: &hsm::Settings| registry.expected_among(token, all.all());
+    let tokens = tokens.into_iter();
+    tokens
+        .map(|token| (token.name.clone(), keys(token)))
+        .collect()
+}
+
 /// Refuses a change of a token that needs a restart.
-fn check_settings(new: &Tokens, old: &Tokens) -> Result<(), String> {
+fn check_settings(new: &Tokens, old: &Tokens) -> Result<(), Refused> {
     if new.weights() != old.weights() {
-        return Err(restart("[token] `weights`"));
+        return Err(Refused::Restart("[token] `weights`".to_owned()));
     }
     for token in new.all() {
         let Some(before) = old.all().iter().find(|one| one.name == token.name) else {
@@ -280,17 +317,10 @@ fn check_settings(new: &Tokens, old: &Tokens) -> Result<(), String> {
             .collect();
         if !changed.is_empty() {
             let what = format!("token {:?}: {}", token.name, changed.join(", "));
-            return Err(restart(&what));
+            return Err(Refused::Restart(what));
         }
     }
     Ok(())
-}
-
-fn restart(what: &str) -> String {
-    format!(
-        "{what} changed, which needs a restart of the broker. Without a restart, tokens can be added, removed and get another \
-         `{PRIORITY}`; nothing was changed"
-    )
 }
 
 fn content_of(config: &Config) -> Value {
@@ -366,7 +396,7 @@ mod tests {
             ("weights = { \"URI:x\" = 2 }", "`weights`"),
         ] {
             let changed = tokens(&format!("{A}{line}\n{B}"));
-            let refused = check_settings(&changed, &two).unwrap_err();
+            let refused = check_settings(&changed, &two).unwrap_err().to_string();
             assert!(refused.contains(setting), "{line}: {refused}");
             assert!(refused.contains("restart"), "{refused}");
         }

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Repeats all measurements of docs/performance.md: every scenario of `keybroker bench` with SoftHSM and SQLite in a temporary
-# folder, overload on a token that takes 20 ms longer for each unwrap, and a simulated device that runs thirty operations at the
-# same time. Writes the JSON documents and the charts to docs/performance, and the tables to docs/performance.md. Takes about a
-# quarter of an hour, without the build.
+# folder, overload on a token that takes 20 ms longer for each unwrap, and three simulated devices. Writes the JSON documents
+# and the charts to docs/performance, and the tables to docs/performance.md. Takes about twenty minutes, without the build.
 #
 # Usage: performance.sh [--seconds COUNT] [--members COUNT] [--largest COUNT] [--storm-seconds COUNT] [--idle COUNT] [--only NAME]…
 #                       [--commit ID] [PROGRAM]
@@ -30,8 +29,8 @@ STORM_SECONDS=60
 # Idle connections of each API. The configuration of this script permits that many.
 IDLE=4000
 SLOW_MS=20
-NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-slow fairness-slow connections storm storm-largest restart
-  device-lanes device-lanes-load)
+NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-4096 overload-slow fairness-slow connections storm
+  storm-largest restart device-lanes device-lanes-load device-busy device-busy-load device-sessions-load)
 
 PROGRAM=
 SCRIPTABLE_MODULE=
@@ -81,8 +80,8 @@ script() {
 }
 
 # Measures a simulated device with the name $1, with $2 sessions in each of two workers. One measurement compares the
-# throughput with that of $3 threads on the token alone, and the other measures the latency over load. Further arguments are passed
-# to both measurements. The script of the device is on standard input.
+# throughput with that of $3 threads on the token alone (not with 0 threads), and the other measures the latency over load.
+# Further arguments are passed to both measurements. The script of the device is on standard input.
 device() {
   local name=$1 sessions=$2 threads=$3
   shift 3
@@ -91,7 +90,7 @@ device() {
   extend "$name"
   sed -i "s|^\[token\]|&\nworkers = 2\nsessions_per_worker = $sessions|" "$WORK/$name/keybroker.toml"
   script "$name"
-  measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
+  [[ $threads -eq 0 ]] || measure "device-$name" "$name" steady --connections 64 --token-threads "$threads" "$@"
   measure "device-$name-load" "$name" open "$@"
 }
 
@@ -114,13 +113,14 @@ measure_all() {
   token
   scripts/dev-ca.sh "$WORK/pki" light
   for bits in 2048 3072 4096; do
-    [[ $bits -eq 2048 ]] || wanted "steady-$bits" || continue
+    [[ $bits -eq 2048 ]] || wanted "steady-$bits" "overload-$bits" || continue
     site performance "rsa-$bits" "sqlite:$WORK/rsa-$bits/keybroker.db" "$bits"
     extend "rsa-$bits"
     measure "steady-$bits" "rsa-$bits" steady
   done
   measure open rsa-2048 open
   measure overload rsa-2048 overload
+  measure overload-4096 rsa-4096 overload
   measure connections rsa-2048 connections --idle "$IDLE"
   measure restart rsa-2048 restart --restarts 2
   SECONDS_EACH=$STORM_SECONDS
@@ -131,6 +131,26 @@ measure_all() {
 [limits]
 parallel_calls = 30
 latency_ms = 50
+SCRIPT
+  device busy 2 4 --note "each operation takes 3 ms longer; the seventh operation at the same time is refused" <<'SCRIPT'
+[limits]
+parallel_calls = 6
+latency_ms = 3
+refuse = "CKR_FUNCTION_FAILED"
+SCRIPT
+  device sessions 7 0 --note "16 sessions; each decryption takes 140 ms longer; all sessions of a worker are closed again and again" \
+    <<'SCRIPT'
+[sessions]
+max = 16
+[[rule]]
+name = "slow"
+function = "C_Decrypt"
+do = { delay_ms = 140 }
+[[rule]]
+name = "closed"
+function = "C_Decrypt"
+on = { every = 200 }
+do = { close_sessions = true }
 SCRIPT
   wanted overload-slow fairness-slow || return 0
   site performance slow "sqlite:$WORK/slow/keybroker.db"
@@ -195,7 +215,7 @@ main() {
   fi
   [[ -x $PROGRAM ]] || fail "$PROGRAM is not a program"
   if ! $tables; then
-    if wanted device-lanes device-lanes-load overload-slow fairness-slow; then
+    if wanted device-{lanes,busy}{,-load} device-sessions-load overload-slow fairness-slow; then
       cargo build --locked --quiet --package keybroker-scriptable-pkcs11
     fi
     SCRIPTABLE_MODULE=$target/debug/libkeybroker_scriptable_pkcs11.so

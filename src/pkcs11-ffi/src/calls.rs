@@ -11,6 +11,7 @@ use std::{
 use cryptoki::{
     context::Function,
     error::{Error, Result, Rv, RvError},
+    mechanism::Mechanism,
     object::{Attribute, AttributeType, ObjectHandle},
     session::Session,
     slot::Slot,
@@ -18,9 +19,9 @@ use cryptoki::{
 use cryptoki_sys::{
     CK_ATTRIBUTE, CK_BYTE, CK_C_INITIALIZE_ARGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM,
     CK_RSA_AES_KEY_WRAP_PARAMS, CK_RSA_PKCS_OAEP_PARAMS, CK_RV, CK_SESSION_HANDLE, CK_SLOT_ID,
-    CK_TOKEN_INFO, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKF_OS_LOCKING_OK, CKG_MGF1_SHA1,
-    CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PKCS7, CKM_RSA_AES_KEY_WRAP, CKM_SHA_1,
-    CKZ_DATA_SPECIFIED,
+    CK_TOKEN_INFO, CK_TRUE, CK_ULONG, CK_UNAVAILABLE_INFORMATION, CKA_UNWRAP_TEMPLATE,
+    CKF_OS_LOCKING_OK, CKG_MGF1_SHA1, CKM_AES_KEY_WRAP_KWP, CKM_AES_KEY_WRAP_PKCS7,
+    CKM_RSA_AES_KEY_WRAP, CKM_SHA_1, CKZ_DATA_SPECIFIED,
 };
 
 use crate::{TokenInfo, WrapMechanism};
@@ -269,7 +270,7 @@ impl Functions {
         }))
     }
 
-    /// Wraps a key (`C_WrapKey`) with a mechanism.
+    /// Wraps a key (`C_WrapKey`) with a mechanism that `cryptoki` does not have.
     pub(crate) fn wrap_key(
         &self,
         session: &Session,
@@ -277,7 +278,6 @@ impl Functions {
         wrapping: ObjectHandle,
         key: ObjectHandle,
     ) -> Result<Vec<u8>> {
-        let function = self.0.list.C_WrapKey.ok_or(Error::NullFunctionPointer)?;
         let mut oaep = CK_RSA_PKCS_OAEP_PARAMS {
             hashAlg: CKM_SHA_1,
             mgf: CKG_MGF1_SHA1,
@@ -294,7 +294,7 @@ impl Functions {
             pParameter: ptr::null_mut(),
             ulParameterLen: 0,
         };
-        let mut mechanism = match mechanism {
+        let mechanism = match mechanism {
             WrapMechanism::AesKeyWrapKwp => without_parameter(CKM_AES_KEY_WRAP_KWP),
             WrapMechanism::AesKeyWrapPkcs7 => without_parameter(CKM_AES_KEY_WRAP_PKCS7),
             WrapMechanism::RsaAesKeyWrap => CK_MECHANISM {
@@ -304,10 +304,46 @@ impl Functions {
             },
         };
         let mut wrapped = vec![0_u8; WRAPPED_BUFFER];
+        // SAFETY: the mechanism has no parameter, or the parameter that the standard requires. The parameter lives until
+        // the function returns.
+        let length =
+            unsafe { self.call_wrap_key(session, mechanism, wrapping, key, &mut wrapped) }?;
+        wrapped.truncate(length);
+        Ok(wrapped)
+    }
+
+    /// Wraps a key (`C_WrapKey`) into a buffer, and returns the length of the wrapped key.
+    pub(crate) fn wrap_key_into(
+        &self,
+        session: &Session,
+        mechanism: &Mechanism<'_>,
+        wrapping: ObjectHandle,
+        key: ObjectHandle,
+        wrapped: &mut [u8],
+    ) -> Result<usize> {
+        // SAFETY: `cryptoki` makes the parameter that the standard requires. The parameter is a part of `mechanism`,
+        // which lives until the function returns.
+        unsafe { self.call_wrap_key(session, mechanism.into(), wrapping, key, wrapped) }
+    }
+
+    /// Calls `C_WrapKey` once.
+    ///
+    /// # Safety
+    ///
+    /// The mechanism must have no parameter, or the parameter that the standard requires for this mechanism.
+    unsafe fn call_wrap_key(
+        &self,
+        session: &Session,
+        mut mechanism: CK_MECHANISM,
+        wrapping: ObjectHandle,
+        key: ObjectHandle,
+        wrapped: &mut [u8],
+    ) -> Result<usize> {
+        let function = self.0.list.C_WrapKey.ok_or(Error::NullFunctionPointer)?;
         let mut length = CK_ULONG::try_from(wrapped.len())?;
-        // SAFETY: the mechanism has no parameter, or the parameter that the standard requires. The buffer has room for
-        // `length` bytes. The mechanism, its parameter, the buffer and `length` live until the function returns. The
-        // handles are numbers, which the module checks.
+        // SAFETY: the caller guarantees that the mechanism is valid. The buffer has room for `length` bytes. The
+        // mechanism, the buffer and `length` live until the function returns. The handles are numbers, which the module
+        // checks.
         let code = unsafe {
             function(
                 session.handle(),
@@ -323,8 +359,7 @@ impl Functions {
         if length > wrapped.len() {
             return Err(Error::Pkcs11(RvError::BufferTooSmall, Function::WrapKey));
         }
-        wrapped.truncate(length);
-        Ok(wrapped)
+        Ok(length)
     }
 }
 
@@ -387,6 +422,23 @@ fn call_once(
         return Err(Error::Pkcs11(RvError::BufferTooSmall, name));
     }
     Ok(length)
+}
+
+/// Returns `CKA_UNWRAP_TEMPLATE` with these attributes. The value contains the addresses of the attributes' values, so
+/// the module must not use the value after the end of the lifetime of `attributes`.
+pub(crate) fn unwrap_template(attributes: &[Attribute]) -> Attribute {
+    let value = attributes.iter().flat_map(|attribute| {
+        let attribute = CK_ATTRIBUTE::from(attribute);
+        // The members of `CK_ATTRIBUTE` have the same size and no padding.
+        [
+            attribute.type_.to_ne_bytes(),
+            attribute.pValue.expose_provenance().to_ne_bytes(),
+            attribute.ulValueLen.to_ne_bytes(),
+        ]
+        .concat()
+    });
+    let kind = AttributeType::VendorDefined(CKA_UNWRAP_TEMPLATE);
+    Attribute::VendorDefined((kind, value.collect()))
 }
 
 /// The bytes that a token wrote into the buffer for an attribute.

@@ -1,6 +1,6 @@
 //! The PKCS#11 calls that the crate `cryptoki` cannot make. This crate contains the only unsafe code of the product.
 //!
-//! [`Module`] and [`Session`] dereference to the types of `cryptoki`, and replace or add the following seven calls:
+//! [`Module`] and [`Session`] dereference to the types of `cryptoki`, and replace or add the following eight calls:
 //!
 //! - `C_GetSlotList`: `cryptoki` 0.12 repeats the call forever if a module returns `CKR_BUFFER_TOO_SMALL` with an
 //!   unchanged number of slots. For example, the remote client of p11-kit returns this code if its server has no token.
@@ -19,15 +19,18 @@
 //!
 //! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
 //!
-//! - `C_Decrypt` and `C_Sign`: `cryptoki` 0.12 calls each of them twice, the first time for the length of the output.
-//!   Each call is a round trip to a device on the network. This crate passes a buffer in the first call. The caller
-//!   owns the buffer, so that no other buffer contains the plaintext.
+//! - `C_GenerateKeyPair` with `CKA_UNWRAP_TEMPLATE`: `cryptoki` 0.12 does not have this attribute, whose value is an
+//!   array of attributes.
+//!
+//! - `C_Decrypt`, `C_Sign` and `C_WrapKey`: `cryptoki` 0.12 calls each of them twice, the first time for the length of
+//!   the output. Each call is a round trip to a device on the network. This crate passes a buffer in the first call. The
+//!   caller owns the buffer, so that no other buffer contains the plaintext.
 //!
 //! The module is loaded twice: by `cryptoki`, which does not give access to its function list, and
 //! by this crate. The dynamic loader loads the library only once, so `cryptoki` and this crate use
 //! the same library. The client module of p11-kit, however, makes a new connection with its own
 //! sessions for each function list. With the client module of p11-kit, `cryptoki` makes all calls
-//! of the list above, and `C_WrapKey` is not available. For this client module, this crate uses its
+//! of the list above, and `C_WrapKey` with the mechanisms of [`WrapMechanism`] is not available. For this client module, this crate uses its
 //! own connection only to find out whether a slot has a token.
 
 mod calls;
@@ -44,7 +47,7 @@ use cryptoki::{
 };
 use zeroize::Zeroizing;
 
-use calls::{Functions, Value};
+use calls::{Functions, Value, unwrap_template};
 pub use token_info::TokenInfo;
 
 /// A PKCS#11 module of this process.
@@ -246,6 +249,37 @@ impl Session {
         };
         self.cryptoki.sign_init(mechanism, key)?;
         functions.sign(&self.cryptoki, message, signature)
+    }
+}
+
+impl Session {
+    /// Wraps a key (`C_WrapKey`) into a buffer, and returns the length of the wrapped key in bytes. If the wrapped key is
+    /// longer than the buffer, returns `CKR_BUFFER_TOO_SMALL`.
+    pub fn wrap_key_into(
+        &self,
+        mechanism: &Mechanism<'_>,
+        wrapping: ObjectHandle,
+        key: ObjectHandle,
+        wrapped: &mut [u8],
+    ) -> Result<usize> {
+        let Some(functions) = &self.functions else {
+            let bytes = self.cryptoki.wrap_key(mechanism, wrapping, key)?;
+            return copied(&bytes, wrapped, Function::WrapKey);
+        };
+        functions.wrap_key_into(&self.cryptoki, mechanism, wrapping, key, wrapped)
+    }
+
+    /// Generates a key pair (`C_GenerateKeyPair`) whose private key has `CKA_UNWRAP_TEMPLATE`: the attributes that every
+    /// object must have that the private key unwraps. Returns the public and the private object.
+    pub fn generate_unwrapping_pair(
+        &self,
+        mechanism: &Mechanism<'_>,
+        public: &[Attribute],
+        private: &[Attribute],
+        unwrapped: &[Attribute],
+    ) -> Result<(ObjectHandle, ObjectHandle)> {
+        let private = [private, &[unwrap_template(unwrapped)]].concat();
+        self.cryptoki.generate_key_pair(mechanism, public, &private)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The code that the front and its workers share: the messages on their socket pair, the settings
-//! of a token, the PIN, and RSA-OAEP with the public key. This crate contains no code for PKCS#11
-//! and no code that starts workers.
+//! of a token, the PIN, RSA-OAEP with the public key, and the public keys of recipients. This crate
+//! contains no code for PKCS#11 and no code that starts workers.
 
 mod assurance;
 pub mod frame;
@@ -8,6 +8,7 @@ pub mod integrity_file;
 pub mod oaep;
 mod paths;
 mod pin;
+pub mod recipient;
 pub mod report;
 mod settings;
 pub mod wire;

@@ -1,0 +1,137 @@
+//! The public key of the recipient of a sealed release.
+
+use keybroker_core::key::Fingerprint;
+use rsa::{BigUint, RsaPublicKey, pkcs8::DecodePublicKey as _, traits::PublicKeyParts as _};
+
+use crate::oaep::{self, OaepError};
+
+/// The only permitted public exponent, big-endian: 65537.
+const EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
+/// A modulus must not have a factor below this number (NIST SP 800-89 section 5.3.3).
+const FACTOR_MIN: u32 = 752;
+
+/// The reason why a public key cannot be the key of a recipient.
+#[derive(Debug, thiserror::Error)]
+pub enum RecipientError {
+    /// The bytes are not exactly one key of this form.
+    #[error("not the DER SubjectPublicKeyInfo of a valid RSA key of at most 4096 bits")]
+    Encoding,
+    /// The public exponent is not permitted.
+    #[error("the public exponent is not 65537")]
+    Exponent,
+    /// The length of the modulus is not permitted.
+    #[error(transparent)]
+    Length(#[from] OaepError),
+    /// The modulus does not fill its bytes.
+    #[error("a modulus of {0} bits; the number of bits must be a multiple of 8")]
+    Bits(usize),
+    /// The modulus is easy to factor.
+    #[error("the modulus has a factor below {FACTOR_MIN}, so the key is weak")]
+    Weak,
+}
+
+/// An RSA public key with a modulus of 2048 to 4096 bits and the exponent 65537.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecipientKey {
+    modulus: Vec<u8>,
+    fingerprint: Fingerprint,
+}
+
+impl RecipientKey {
+    /// Reads a DER SubjectPublicKeyInfo. Each key has only one accepted encoding, so the fingerprint identifies the key.
+    pub fn from_spki(spki: &[u8]) -> Result<Self, RecipientError> {
+        let key = RsaPublicKey::from_public_key_der(spki).map_err(|_| RecipientError::Encoding)?;
+        if *key.e() != BigUint::from_bytes_be(&EXPONENT) {
+            return Err(RecipientError::Exponent);
+        }
+        let modulus = key.n().to_bytes_be();
+        let (canonical, bits) = oaep::spki(&modulus, &EXPONENT)?;
+        if canonical != spki {
+            return Err(RecipientError::Encoding);
+        }
+        if bits != modulus.len() * 8 {
+            return Err(RecipientError::Bits(bits));
+        }
+        let is_factor = |number| key.n() % BigUint::from(number) == BigUint::default();
+        if (3..FACTOR_MIN).step_by(2).any(is_factor) {
+            return Err(RecipientError::Weak);
+        }
+        Ok(Self {
+            modulus,
+            fingerprint: oaep::fingerprint(spki),
+        })
+    }
+
+    /// The modulus, big-endian and without leading zeros.
+    pub fn modulus(&self) -> &[u8] {
+        &self.modulus
+    }
+
+    /// The SHA-256 of the DER SubjectPublicKeyInfo.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::{
+        encoding::AsDer as _,
+        rsa::{KeySize, PrivateDecryptingKey},
+    };
+    use rsa::pkcs8::EncodePublicKey as _;
+
+    use super::*;
+
+    fn generated(size: KeySize) -> Vec<u8> {
+        let key = PrivateDecryptingKey::generate(size).unwrap().public_key();
+        key.as_der().unwrap().as_ref().to_vec()
+    }
+
+    /// The encoding of a key that is not checked.
+    fn encoded(modulus: &BigUint, exponent: u32) -> Vec<u8> {
+        let key = RsaPublicKey::new_unchecked(modulus.clone(), BigUint::from(exponent));
+        key.to_public_key_der().unwrap().into_vec()
+    }
+
+    fn refused(spki: &[u8]) -> String {
+        RecipientKey::from_spki(spki).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn keys_of_the_permitted_sizes_are_accepted() {
+        for (size, bytes) in [(KeySize::Rsa2048, 256), (KeySize::Rsa4096, 512)] {
+            let spki = generated(size);
+            let key = RecipientKey::from_spki(&spki).unwrap();
+            assert_eq!(key.modulus().len(), bytes);
+            assert_eq!(key.fingerprint(), oaep::fingerprint(&spki));
+        }
+    }
+
+    #[test]
+    fn other_keys_are_refused() {
+        let spki = generated(KeySize::Rsa2048);
+        let key = RecipientKey::from_spki(&spki).unwrap();
+        let modulus = BigUint::from_bytes_be(key.modulus());
+        let odd = |bits: usize| (BigUint::from(1_u8) << (bits - 1)) + BigUint::from(1_u8);
+        for (bytes, words) in [
+            (spki[1..].to_vec(), "DER"),
+            ([&spki[..], &[0]].concat(), "DER"),
+            (encoded(&(&modulus - BigUint::from(1_u8)), 65_537), "DER"),
+            (encoded(&odd(8_192), 65_537), "at most 4096 bits"),
+            (encoded(&modulus, 3), "65537"),
+            (encoded(&modulus, 65_539), "65537"),
+            (encoded(&odd(1_024), 65_537), "1024 bits"),
+            (encoded(&odd(2_047), 65_537), "2047 bits"),
+            (encoded(&odd(2_049), 65_537), "multiple of 8"),
+            // 751 is the largest prime number below the limit.
+            (
+                encoded(&(odd(2_039) * BigUint::from(751_u32)), 65_537),
+                "weak",
+            ),
+        ] {
+            let message = refused(&bytes);
+            assert!(message.contains(words), "{words}: {message}");
+        }
+    }
+}

@@ -531,6 +531,21 @@ fn try_read(
     }
 }
 
+/// Whether the token reveals a secret value of an object.
+pub(super) fn reveals(
+    session: &Session,
+    object: ObjectHandle,
+    kind: AttributeType,
+) -> Result<bool, Error> {
+    calling::next("C_GetAttributeValue");
+    Ok(match session.attribute_or_leak(object, kind)? {
+        Some(
+            Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value),
+        ) => !value.is_empty(),
+        _ => false,
+    })
+}
+
 fn is_expected(attribute: &Attribute, expected: Expected) -> bool {
     match (attribute, expected) {
         (Attribute::AllowedMechanisms(found), Expected::OnlyMechanism(only)) => {

@@ -38,7 +38,7 @@ pub(super) use signing::{SigningKey, has_signing_key, make_signing_key, sign};
 pub(super) use templates::generic_secret_template;
 pub(super) use templates::{
     HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, private_template,
-    public_template,
+    public_template, recipient_template, sealed_template,
 };
 
 /// Prefix for deriving a separate `CKA_ID` for an integrity key, on tokens that do not allow two objects with the same
@@ -323,7 +323,7 @@ pub(super) fn public_side(session: &Session, pair: &KeyPair) -> Result<PublicSid
 }
 
 /// Returns the public key of a private object. `name` stands at the beginning of an error message.
-fn public_side_of(
+pub(super) fn public_side_of(
     session: &Session,
     private: ObjectHandle,
     name: &str,

@@ -25,6 +25,7 @@ mod open;
 mod operation;
 mod pin_record;
 mod report;
+mod sealed;
 mod select;
 mod session;
 #[cfg(test)]

@@ -24,6 +24,8 @@ use crate::{
 mod attempts;
 pub(crate) mod survey;
 
+pub(crate) use attempts::aes_key;
+
 use attempts::{
     Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives, oaep_sha1,
     of_a_part, readable, readable_template, sets, signs, unwraps, verifies, with_known_data, wraps,
@@ -551,7 +553,7 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
 
 /// Whether a return code counts as a refusal of the operation. Every return code counts as a refusal, except codes that
 /// mean that the token or the session is unusable at this time.
-fn is_a_refusal(error: &Error) -> bool {
+pub(crate) fn is_a_refusal(error: &Error) -> bool {
     match error {
         Error::Pkcs11(
             RvError::SessionHandleInvalid

@@ -37,7 +37,7 @@ const SIGNATURE_BYTES_MAX: usize = 512;
 /// Length of the self-test's plaintext, in bytes.
 const SELF_TEST_BYTES: usize = 32;
 
-fn oaep(algorithm: Algorithm) -> Mechanism<'static> {
+pub(super) fn oaep(algorithm: Algorithm) -> Mechanism<'static> {
     let (hash, mgf) = match algorithm {
         Algorithm::RsaOaepSha256 => (MechanismType::SHA256, PkcsMgfType::MGF1_SHA256),
         Algorithm::RsaOaepSha1 => (MechanismType::SHA1, PkcsMgfType::MGF1_SHA1),

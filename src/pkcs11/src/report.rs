@@ -38,6 +38,7 @@ use crate::{
 
 mod abilities;
 mod rates;
+pub(crate) mod sealed;
 
 pub(crate) use rates::{Counted, waits_of_this_thread};
 
@@ -209,6 +210,7 @@ pub(crate) fn make(
         templates: Vec::new(),
         positive: Vec::new(),
         negative: Vec::new(),
+        sealed: None,
         errors: Vec::new(),
         token_objects: Vec::new(),
         rates: rates::of_opening(token).collect(),
@@ -216,7 +218,7 @@ pub(crate) fn make(
     };
     let keeper = token.session(&[])?;
     let session = &keeper.session;
-    let mut probe = None;
+    let (mut probe, mut sealed) = (None, None);
     let secret = integrity_key(session, settings, &mut report, &mut findings)?;
     let private = made(session, Kind::RsaPair)
         .map(|made| templates(session, Kind::RsaPair, &made, &mut report, &mut findings))
@@ -234,13 +236,18 @@ pub(crate) fn make(
             });
             negative(token, probe, &mut report, &mut findings)?;
             abilities::wrong_input(token, probe, &mut report)?;
+            let left_out = left_out(&report).map(str::to_owned).collect();
+            let algorithm = probe.self_test.algorithm();
+            let tests = sealed::Tests::without_template(token, session, left_out, algorithm)?;
+            let tests = sealed.insert(tests);
             let settings = findings.settings(settings);
-            rates::measure(token, probe, &settings, &mut report)?;
+            rates::measure(token, probe, tests.working(), &settings, &mut report)?;
         }
     }
     if allowed.write {
         on_token(token, settings, &findings, &mut report)?;
     }
+    report.sealed = sealed.map(sealed::Tests::with_template).transpose()?;
     after_logout(token, pin, probe.as_ref(), session, &mut report);
     report.verdict = verdict(settings, findings);
     Ok(report)
@@ -722,6 +729,16 @@ fn verdict(settings: &Settings, findings: Findings) -> Verdict {
         allow_oaep_sha1,
         settings: lines,
     }
+}
+
+/// Returns the attributes that the token does not accept in the template of an RSA private key.
+fn left_out(report: &Report) -> impl Iterator<Item = &str> {
+    report
+        .templates
+        .iter()
+        .filter(|row| row.object == Kind::RsaPair.name())
+        .filter(|row| !matches!(row.in_template.as_str(), "accepted" | "ignored"))
+        .map(|row| row.attribute.as_str())
 }
 
 /// Returns the template of a secret key of this type for tests.

@@ -27,6 +27,7 @@ mod making;
 mod negative;
 mod removal;
 mod rewrap;
+mod sealed;
 mod session;
 mod tokens;
 

@@ -28,6 +28,10 @@ pub struct Report {
     pub positive: Vec<Answer>,
     /// Tests of functions that must not work.
     pub negative: Vec<NegativeAnswer>,
+    /// Whether the token can do sealed releases. Absent in reports of earlier releases, and if the token lacks an
+    /// operation that every release needs.
+    #[serde(default)]
+    pub sealed: Option<SealedRelease>,
     /// The token's answers to invalid input.
     pub errors: Vec<Answer>,
     /// Tests with keys that stay on the token. Empty without `--write`.
@@ -149,6 +153,43 @@ pub struct NegativeAnswer {
     pub session_is_usable: bool,
 }
 
+/// The results of the tests of sealed release.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedRelease {
+    /// The conclusion.
+    pub result: Sealing,
+    /// The reason why sealed release is unavailable; otherwise absent.
+    pub reason: Option<String>,
+    /// Tests of functions that sealed release needs.
+    pub positive: Vec<Answer>,
+    /// Attempts to read a user key, to wrap it for another recipient, or to make it readable. Each result is `refused`
+    /// with the return code, if any, [`SUCCEEDED`], or `not answered`.
+    pub forbidden: Vec<Answer>,
+}
+
+/// The protection of a user key during a sealed release, from best to worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sealing {
+    /// The token makes no readable object with a sealed wrapping key.
+    Enforced,
+    /// The worker requests an object that is not readable, but the token would also make a readable object.
+    Worker,
+    /// The token cannot do a sealed release.
+    Unavailable,
+}
+
+impl Sealing {
+    /// Returns the name of the result for the report.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforced => "enforced",
+            Self::Worker => "worker",
+            Self::Unavailable => "unavailable",
+        }
+    }
+}
+
 /// The result of a negative test if the token performed a function that the token must refuse.
 pub const SUCCEEDED: &str = "SUCCEEDED";
 /// The result of a positive test if the function works.
@@ -193,6 +234,9 @@ impl Report {
         if !self.token_objects.is_empty() {
             compared.push((&self.token_objects, &expected.token_objects));
         }
+        if let (Some(now), Some(then)) = (&self.sealed, &expected.sealed) {
+            compared.push((&now.positive, &then.positive));
+        }
         for (now, then) in compared {
             for answer in then.iter().filter(|answer| answer.result == WORKS) {
                 let found = now.iter().find(|now| now.name == answer.name);
@@ -227,7 +271,24 @@ impl Report {
             }
         }
         worse.extend(self.refused_templates(expected));
+        worse.extend(self.worse_sealing(expected));
         worse
+    }
+
+    /// Describes the protection of sealed releases if it is worse than for `expected`.
+    fn worse_sealing(&self, expected: &Self) -> Option<String> {
+        let then = expected.sealed.as_ref()?.result;
+        let now = self
+            .sealed
+            .as_ref()
+            .map_or(Sealing::Unavailable, |sealed| sealed.result);
+        (now > then).then(|| {
+            format!(
+                "sealed release: {} before, {} now",
+                then.as_str(),
+                now.as_str()
+            )
+        })
     }
 
     /// Lists the attributes that the token accepted in a template for `expected`, and that it no longer accepts.
@@ -315,6 +376,12 @@ mod tests {
                 code: None,
                 session_is_usable: true,
             }],
+            sealed: Some(SealedRelease {
+                result: Sealing::Enforced,
+                reason: None,
+                positive: vec![answer("a sealed wrapping key", WORKS)],
+                forbidden: Vec::new(),
+            }),
             errors: Vec::new(),
             token_objects: vec![answer("found by another session", WORKS)],
             rates: Vec::new(),
@@ -322,11 +389,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_report_of_an_earlier_release_can_be_read() {
+        let mut value = serde_json::to_value(report()).unwrap();
+        value.as_object_mut().unwrap().remove("sealed").unwrap();
+        let earlier: Report = serde_json::from_value(value).unwrap();
+        assert_eq!(earlier.sealed, None);
+        assert_eq!(report().worse_than(&earlier), Vec::<String>::new());
+    }
+
     /// Each result that became worse is listed once. A result that became better is not listed.
     #[test]
     fn only_what_is_worse_is_named() {
         type Change = (&'static str, fn(&mut Report));
-        let changes: [Change; 8] = [
+        let changes: [Change; 11] = [
             ("verdict", |report| {
                 report.verdict.result = Outcome::Refused;
             }),
@@ -346,6 +422,15 @@ mod tests {
             }),
             ("another session", |report| {
                 report.token_objects[0].result = "CKR_X".to_owned();
+            }),
+            ("enforced before, worker now", |report| {
+                report.sealed.as_mut().unwrap().result = Sealing::Worker;
+            }),
+            ("enforced before, unavailable now", |report| {
+                report.sealed = None;
+            }),
+            ("a sealed wrapping key", |report| {
+                report.sealed.as_mut().unwrap().positive.clear();
             }),
         ];
         assert_eq!(report().worse_than(&report()), Vec::<String>::new());

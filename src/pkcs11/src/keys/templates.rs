@@ -128,6 +128,31 @@ pub(crate) fn private_template(id: WrappingKeyId) -> Vec<Attribute> {
     template
 }
 
+/// Returns the template of the private key of a sealed wrapping key, which unwraps user keys and does not decrypt.
+pub(crate) fn sealed_template(id: WrappingKeyId) -> Vec<Attribute> {
+    let mut template = private_template(id);
+    for attribute in &mut template {
+        match attribute {
+            Attribute::Decrypt(is_allowed) => *is_allowed = false,
+            Attribute::Unwrap(is_allowed) => *is_allowed = true,
+            _ => {}
+        }
+    }
+    template
+}
+
+/// Returns the template of a session object with this modulus, under which other objects are wrapped.
+pub(crate) fn recipient_template(modulus: Attribute) -> [Attribute; 6] {
+    [
+        Attribute::Class(ObjectClass::PUBLIC_KEY),
+        Attribute::KeyType(KeyType::RSA),
+        modulus,
+        Attribute::PublicExponent(PUBLIC_EXPONENT.to_vec()),
+        Attribute::Token(false),
+        Attribute::Wrap(true),
+    ]
+}
+
 /// The label of every key that signs the transcript of a ceremony. Lists of wrapping keys leave out keys with this label.
 pub(crate) const SIGNING_KEY_LABEL: &str = "keybroker ceremony signing key";
 

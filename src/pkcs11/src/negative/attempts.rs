@@ -13,7 +13,12 @@ use cryptoki::{
 };
 use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 
-use crate::{attribute_check, calling, classify::Fault, keys::KeyPair, mac_key::MacKey};
+use crate::{
+    attribute_check, calling,
+    classify::Fault,
+    keys::{self, KeyPair},
+    mac_key::MacKey,
+};
 
 use super::{Done, Subjects, is_a_refusal};
 
@@ -52,7 +57,8 @@ impl Helpers {
     }
 }
 
-fn aes_key(session: &Session) -> Result<ObjectHandle, Error> {
+/// Makes an AES session key that is allowed to wrap.
+pub(crate) fn aes_key(session: &Session) -> Result<ObjectHandle, Error> {
     let template = [
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(KeyType::AES),
@@ -82,15 +88,8 @@ fn sample_key(session: &Session, more: Option<Attribute>) -> Result<ObjectHandle
 }
 
 fn rsa_public_key(session: &Session, pair: &KeyPair) -> Option<ObjectHandle> {
-    let read = |kind| attribute_check::read(session, pair.private, kind).ok()?;
-    let template = [
-        Attribute::Class(ObjectClass::PUBLIC_KEY),
-        Attribute::KeyType(KeyType::RSA),
-        read(AttributeType::Modulus)?,
-        read(AttributeType::PublicExponent)?,
-        Attribute::Token(false),
-        Attribute::Wrap(true),
-    ];
+    let modulus = attribute_check::read(session, pair.private, AttributeType::Modulus).ok()??;
+    let template = keys::recipient_template(modulus);
     calling::next("C_CreateObject");
     session.create_object(&template).ok()
 }
@@ -100,13 +99,7 @@ pub(super) fn readable(
     object: ObjectHandle,
     kind: AttributeType,
 ) -> Result<Done, Error> {
-    calling::next("C_GetAttributeValue");
-    let is_there = match on.session.attribute_or_leak(object, kind)? {
-        Some(
-            Attribute::PrivateExponent(value) | Attribute::Prime1(value) | Attribute::Value(value),
-        ) => !value.is_empty(),
-        _ => false,
-    };
+    let is_there = attribute_check::reveals(on.session, object, kind)?;
     Ok(if is_there { Done::It } else { Done::Nothing })
 }
 

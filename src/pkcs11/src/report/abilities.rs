@@ -19,7 +19,7 @@ use cryptoki::{
 use keybroker_pkcs11_ffi::Session;
 use keybroker_worker_protocol::report::{Report, WORKS};
 
-use super::{Kind, Probe, answer, code, destroy, secret_template, told};
+use super::{Kind, Probe, answer, code, destroy, left_out, secret_template, told};
 use crate::{
     calling,
     classify::{Class, Fault},
@@ -94,13 +94,7 @@ pub(super) fn try_all(
     public: &PublicSide,
     report: &mut Report,
 ) -> Result<(), Fault> {
-    let left_out: Vec<&str> = report
-        .templates
-        .iter()
-        .filter(|row| row.object == Kind::RsaPair.name())
-        .filter(|row| !matches!(row.in_template.as_str(), "accepted" | "ignored"))
-        .map(|row| row.attribute.as_str())
-        .collect();
+    let left_out: Vec<&str> = left_out(report).collect();
     let mut answers = vec![told("an RSA pair of 2048 bits", WORKS)];
     for bits in [3_072, 4_096] {
         let made = Kind::RsaPair.make(session, bits, &left_out);

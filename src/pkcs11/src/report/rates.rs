@@ -14,7 +14,7 @@ use keybroker_worker_protocol::{
 };
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Probe;
+use super::{Probe, sealed::Working};
 use crate::{calling, classify::Fault, negative::Subject, open::OpenToken};
 
 /// Duration of each loop.
@@ -66,6 +66,7 @@ pub(crate) fn waits_of_this_thread() -> u64 {
 pub(super) fn measure(
     token: &OpenToken,
     probe: &Probe,
+    sealed: Option<&Working>,
     settings: &Settings,
     report: &mut Report,
 ) -> Result<(), Fault> {
@@ -78,6 +79,14 @@ pub(super) fn measure(
         report
             .rates
             .push(per_second("RSA-2048 OAEP", sessions, decrypted, seconds));
+        if let Some(sealed) = sealed {
+            let release = |session: &Session| sealed.release(session).map(drop);
+            let (released, seconds) = run(token, sessions, "C_UnwrapKey", release)?;
+            let what = "sealed release from RSA-2048 to RSA-2048";
+            report
+                .rates
+                .push(per_second(what, sessions, released, seconds));
+        }
         let Some(integrity_key) = probe.pair.integrity_key.object() else {
             continue;
         };

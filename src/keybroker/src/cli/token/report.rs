@@ -10,7 +10,9 @@ use clap::Args;
 
 use keybroker_audit::Entry;
 use keybroker_hsm::admin::Admin;
-use keybroker_worker_protocol::report::{Answer, FORMAT, Outcome, REMOVED, Report, WORKS};
+use keybroker_worker_protocol::report::{
+    Answer, FORMAT, Outcome, REMOVED, Report, SealedRelease, WORKS,
+};
 
 use crate::{
     cli::{
@@ -153,15 +155,13 @@ fn page(report: &Report) -> String {
         ("Answers to wrong input", &report.errors),
     ] {
         if !answers.is_empty() {
-            let rows = answers
-                .iter()
-                .map(|answer| vec![answer.name.clone(), answer.result.clone()]);
             parts.push(format!("## {heading}"));
-            parts.push(table(&["Tried", "Result"], rows));
+            parts.push(answer_table("Tried", answers));
         }
     }
     parts.push("## Forbidden operations".to_owned());
     parts.push(negative_table(report));
+    parts.extend(report.sealed.iter().flat_map(sealed_release));
     parts.push("## Attributes of the templates".to_owned());
     parts.push(attribute_table(report));
     parts.push("## Rates".to_owned());
@@ -207,6 +207,29 @@ fn introduction(report: &Report) -> Vec<String> {
             "```toml\n[token]\n{}\n```",
             verdict.settings.join("\n")
         ));
+    }
+    parts
+}
+
+fn answer_table(heading: &str, answers: &[Answer]) -> String {
+    let rows = answers
+        .iter()
+        .map(|answer| vec![answer.name.clone(), answer.result.clone()]);
+    table(&[heading, "Result"], rows)
+}
+
+fn sealed_release(sealed: &SealedRelease) -> Vec<String> {
+    let reason = sealed
+        .reason
+        .as_ref()
+        .map_or_else(String::new, |reason| format!(" Reason: {reason}."));
+    let mut parts = vec![
+        "## Sealed release".to_owned(),
+        format!("Sealed release: **{}**.{reason}", sealed.result.as_str()),
+        answer_table("Tried", &sealed.positive),
+    ];
+    if !sealed.forbidden.is_empty() {
+        parts.push(answer_table("Forbidden behaviour", &sealed.forbidden));
     }
     parts
 }

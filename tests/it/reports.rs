@@ -4,7 +4,7 @@
 use std::{env, fs, path::Path};
 
 use keybroker_test_support::skip::skip;
-use keybroker_worker_protocol::report::{Outcome, Report, WORKS};
+use keybroker_worker_protocol::report::{Outcome, Report, Sealing, WORKS};
 
 use crate::{
     expected::says,
@@ -28,8 +28,8 @@ fn read(text: &str) -> Report {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-/// The report is no worse than the published one, which has this result.
-fn is_as_published(maker: Maker, result: Outcome) {
+/// The report is no worse than the published one, which has this result and this protection of sealed releases.
+fn is_as_published(maker: Maker, result: Outcome, sealing: Sealing) {
     let stand = Stand::new(maker);
     let page = stand.site.folder().join("page.md");
     let page_file = page.to_str().unwrap();
@@ -44,6 +44,10 @@ fn is_as_published(maker: Maker, result: Outcome) {
         assert_eq!(found.verdict.result, result, "{found:#?}");
         let expected = read(&fs::read_to_string(&file).unwrap());
         assert_eq!(expected.verdict.result, result, "{file}");
+        for report in [found, expected] {
+            let sealed = report.sealed.unwrap();
+            assert_eq!(sealed.result, sealing, "{sealed:#?}");
+        }
         return;
     };
     let json = stand.site.expect_ok(&arguments);
@@ -59,24 +63,28 @@ fn is_as_published(maker: Maker, result: Outcome) {
 
 #[test]
 fn softhsm_is_as_published() {
-    is_as_published(Maker::SoftHsm, Outcome::Works);
+    is_as_published(Maker::SoftHsm, Outcome::Works, Sealing::Enforced);
 }
 
 #[test]
 fn kryoptic_is_as_published() {
-    is_as_published(Maker::Kryoptic, Outcome::Works);
+    is_as_published(Maker::Kryoptic, Outcome::Works, Sealing::Enforced);
 }
 
 #[test]
 fn opencryptoki_is_as_published() {
     if in_namespaces("reports::opencryptoki_is_as_published") {
-        is_as_published(Maker::Opencryptoki, Outcome::WorksWithExceptions);
+        is_as_published(
+            Maker::Opencryptoki,
+            Outcome::WorksWithExceptions,
+            Sealing::Unavailable,
+        );
     }
 }
 
 #[test]
 fn p11_kit_remote_is_as_published() {
-    is_as_published(Maker::P11Kit, Outcome::WorksWithExceptions);
+    is_as_published(Maker::P11Kit, Outcome::WorksWithExceptions, Sealing::Worker);
 }
 
 /// Neither Debian nor a registry has it, so that only this report needs it, and not the test run.
@@ -86,12 +94,12 @@ fn pkcs11_proxy_is_as_published() {
         skip("the report of pkcs11-proxy: scripts/pkcs11-proxy.sh builds it");
         return;
     }
-    is_as_published(Maker::Pkcs11Proxy, Outcome::Works);
+    is_as_published(Maker::Pkcs11Proxy, Outcome::Works, Sealing::Worker);
 }
 
 #[test]
 fn nss_is_as_published() {
-    is_as_published(Maker::Nss, Outcome::Refused);
+    is_as_published(Maker::Nss, Outcome::Refused, Sealing::Worker);
 }
 
 /// CPU time, because the machine does other things as well.

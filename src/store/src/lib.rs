@@ -74,7 +74,7 @@ pub use record::{
     ListQuery, NewRevision, Record, RecordInfo, RecordState, RequestRecord, RequestScope,
     RequestStamp, Stamp, StoredRevision, request_message,
 };
-pub use registry::{PlaceChange, RegistryChange, RegistryRow, RegistryUpdate};
+pub use registry::{PlaceChange, RegistryChange, RegistryRow, RegistryUpdate, SEQUENCE_LIMIT};
 pub use rewrap::{
     ClientMove, DOCUMENT_BYTES_MAX as RUN_DOCUMENT_BYTES_MAX, KeyUses, RevisionMove, RevisionPlace,
     RevisionUnder, Rewraps, RowUnder, RunId, RunRow, RunState,

@@ -572,7 +572,9 @@ fn fresh_id() -> Result<WrappingKeyId, Failure> {
 
 /// Creates the registry row of a key that is not registered yet.
 fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
-    let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
+    let sequences = rows.iter().map(|row| row.sequence);
+    let highest = sequences.filter(|sequence| *sequence < store::SEQUENCE_LIMIT);
+    let sequence = highest.max().unwrap_or(0) + 1;
     let mut row = RegistryRow {
         id: key.id,
         objects: key.objects.clone(),

@@ -339,6 +339,27 @@ fn an_unreadable_request_is_removed(broker: &Broker, destroy: &[&str], again: &s
     assert!(!message.contains(&format!("approve {last}")), "{message}");
 }
 
+/// A full list does not prevent decisions about the requests that it does not show.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_the_list_does_not_show_is_decided_by_its_id() {
+    let (broker, older) = with_persons().await;
+    let id = waits(&broker, "admin", &["key", "destroy", &older, "--yes"]);
+    broker.site.sql(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200) \
+         INSERT INTO approvals SELECT randomblob(16), signer_key_id, state, action, document, randomblob(32), requested_by, \
+         requested_person, requested_us + i, expires_us, decided_by, decided_person, decided_us, used_us, mac FROM approvals, n",
+    );
+    for more in [&[][..], &["--all"]] {
+        let listed = list(&broker, BOB, more);
+        assert_eq!(listed.len(), 200);
+        assert!(listed.iter().all(|one| text(one, "id") != id));
+    }
+    let approved = done(&broker, BOB, &["approval", "approve", &id, "--yes"]);
+    assert_eq!(text(&approved, "state"), "approved");
+    let rejected = done(&broker, CAROL, &["approval", "reject", &id]);
+    assert_eq!(text(&rejected, "state"), "rejected");
+}
+
 /// Two colleagues decide at the same moment: exactly one decision counts.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_two_decisions_at_the_same_moment_one_counts() {

@@ -37,8 +37,11 @@ pub use list::{ApprovalList, ApprovalView};
 
 /// Time limit for a MAC job of the token.
 const MAC_TIMEOUT: Duration = Duration::from_secs(5);
-/// Highest number of requests of one person that may be pending, so that an administrator cannot fill the database.
-const PENDING_MAX: u64 = 20;
+/// Highest number of open requests of one person, so that an administrator cannot fill the list of open requests.
+const OPEN_MAX: u64 = 20;
+/// Highest number of requests of one person that have not expired, so that an administrator cannot fill the database with requests
+/// that are rejected at once.
+const UNEXPIRED_MAX: u64 = 200;
 /// In the audit log: the name of the rule that decided, in place of a policy.
 const RULE: &str = "two-persons";
 

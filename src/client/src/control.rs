@@ -222,11 +222,28 @@ impl Client {
     /// Lists the requests for approval, newest first: those that are open or, with `show_all`, also those that are over.
     pub fn list_approvals(&self, show_all: bool) -> Read<'_, proto::ListApprovalsResponse> {
         Read::new(self.shared(), move |attempt| async move {
-            let request = attempt.request(proto::ListApprovalsRequest { show_all });
+            let request = attempt.request(proto::ListApprovalsRequest {
+                show_all,
+                id: Vec::new(),
+            });
             Ok(service(&attempt)
                 .list_approvals(request)
                 .await?
                 .into_inner())
+        })
+    }
+
+    /// Returns the request for approval with this id, in any state. `None` if there is none, or if its row cannot be read.
+    pub fn get_approval(&self, id: ApprovalId) -> Read<'_, Option<proto::Approval>> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::ListApprovalsRequest {
+                show_all: true,
+                id: id.as_bytes().to_vec(),
+            });
+            let listed = service(&attempt).list_approvals(request).await?;
+            // A broker of an earlier release lists all requests.
+            let mut approvals = listed.into_inner().approvals.into_iter();
+            Ok(approvals.find(|approval| approval.id == id.as_bytes()))
         })
     }
 

@@ -18,12 +18,13 @@ pub(super) async fn list(
     request: Request<proto::ListApprovalsRequest>,
 ) -> Result<Response<proto::ListApprovalsResponse>, Status> {
     let entered = AuthenticatedCall::of(&request)?;
+    let message = request.get_ref();
+    let parsed = optional_id(&message.id);
+    let one = entered
+        .parsed(broker, Action::ListApprovals, parsed)
+        .await?;
     let listed = broker
-        .approvals(
-            &entered.principal,
-            &entered.call,
-            request.get_ref().show_all,
-        )
+        .approvals(&entered.principal, &entered.call, message.show_all, one)
         .await
         .map_err(|error| entered.status(&error))?;
     let damaged = listed.damaged.iter().map(|row| proto::DamagedApproval {
@@ -73,6 +74,13 @@ pub(super) async fn reject(
 
 fn id(bytes: &[u8]) -> Result<ApprovalId, Error> {
     ApprovalId::from_slice(bytes).ok_or_else(|| Error::violation("id", "16 bytes"))
+}
+
+fn optional_id(bytes: &[u8]) -> Result<Option<ApprovalId>, Error> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    id(bytes).map(Some)
 }
 
 fn digest(bytes: &[u8]) -> Result<[u8; 32], Error> {
@@ -136,6 +144,8 @@ mod tests {
             let refused = digest(&vec![1; length]).unwrap_err();
             assert_eq!(refused.violations()[0].field, "digest");
         }
+        assert_eq!(optional_id(&[]).unwrap(), None);
+        assert!(optional_id(&[1; 15]).is_err() && optional_id(&[1; 16]).unwrap().is_some());
         assert!(id(&[1; 16]).is_ok() && digest(&[1; 32]).is_ok());
     }
 }

@@ -351,7 +351,7 @@ async fn a_row_that_no_broker_wrote_is_refused_and_can_be_removed() {
         "was altered",
     );
     let admin = testing::service(BOB, &[Role::Admin]);
-    let listed = broker.approvals(&admin, &call(), true).await.unwrap();
+    let listed = broker.approvals(&admin, &call(), true, None).await.unwrap();
     assert!(!listed.approvals[0].is_verified);
     assert!(listed.approvals[0].problem.is_some());
     let removed = decide(&broker, BOB, row.id, Verdict::Reject).await;
@@ -387,7 +387,10 @@ async fn the_signer_of_one_row_does_not_decide_about_other_rows() {
         ..newer
     };
     put(&broker, other).await;
-    let listed = broker.approvals(&admin, &call(), false).await.unwrap();
+    let listed = broker
+        .approvals(&admin, &call(), false, None)
+        .await
+        .unwrap();
     let wrong = listed.approvals.iter().filter(|view| !view.is_verified);
     assert_eq!(wrong.count(), 1);
 }
@@ -551,7 +554,72 @@ async fn a_person_has_a_limited_number_of_pending_requests() {
         Reason::Limit,
         "20 requests",
     );
-    requested(&broker, BOB, 50).await;
+    let of_bob = requested(&broker, BOB, 50).await;
+    // An approved request is still open, and a rejected one is not.
+    let admin = testing::service(BOB, &[Role::Admin]);
+    let open = broker
+        .approvals(&admin, &call(), false, None)
+        .await
+        .unwrap();
+    let of_ada = open.approvals.iter().map(|view| &view.row);
+    let of_ada: Vec<_> = of_ada.filter(|row| row.id != of_bob.id).collect();
+    approve(&broker, BOB, of_ada[0]).await.unwrap();
+    is_refused(
+        destroy(&broker, ADA, 50).await,
+        Reason::Limit,
+        "20 requests",
+    );
+    decide(&broker, BOB, of_ada[1].id, Verdict::Reject)
+        .await
+        .unwrap();
+    requested(&broker, ADA, 50).await;
+}
+
+/// Requests that are rejected at once do not fill the database.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_has_a_limited_number_of_unexpired_requests() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let first = requested(&broker, ADA, 30).await;
+    for number in 1..200_u8 {
+        let rejected = ApprovalRow {
+            id: ApprovalId::from_bytes([number; 16]),
+            digest: [number; 32],
+            state: ApprovalState::Rejected,
+            ..first.clone()
+        };
+        let added = broker
+            .store
+            .request_approval(&rejected, None, CallId::fresh());
+        added.await.unwrap();
+    }
+    is_refused(
+        destroy(&broker, ADA, 31).await,
+        Reason::Limit,
+        "have not expired yet",
+    );
+    requested(&broker, BOB, 31).await;
+}
+
+/// A person can read a request by its id, also after it was decided.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_is_found_by_its_id() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    requested(&broker, ADA, 31).await;
+    decide(&broker, BOB, row.id, Verdict::Reject).await.unwrap();
+    let admin = testing::service(BOB, &[Role::Admin]);
+    let found = async |id| {
+        let listed = broker.approvals(&admin, &call(), false, Some(id)).await;
+        let approvals = listed.unwrap().approvals;
+        approvals
+            .into_iter()
+            .map(|view| (view.row.id, view.state))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(found(row.id).await, [(row.id, ApprovalState::Rejected)]);
+    assert!(found(ApprovalId::from_bytes([1; 16])).await.is_empty());
 }
 
 fn new_client(roles: &[Role], days: Option<i64>) -> NewClient {

@@ -1913,11 +1913,14 @@ pub struct DamagedApproval {
     pub id: ::prost::alloc::vec::Vec<u8>,
 }
 /// Request of ListApprovals.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListApprovalsRequest {
     /// Also lists requests that were rejected, used or not used in time.
     #[prost(bool, tag = "1")]
     pub show_all: bool,
+    /// Lists only the request with this id in any state, 16 bytes; empty for a list. A broker of an earlier release ignores the field.
+    #[prost(bytes = "vec", tag = "2")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
 }
 /// Response of ListApprovals.
 #[derive(Clone, PartialEq, ::prost::Message)]

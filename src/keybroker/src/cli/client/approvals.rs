@@ -109,19 +109,13 @@ impl Caller {
         Ok(())
     }
 
-    /// Returns the request that a person is asked to approve. A list has a limited length, so the list of the open requests is read
-    /// first.
+    /// Returns the request that a person is asked to approve, also if a list would not show it, because a list has a limited length.
     async fn request(&self, id: ApprovalId) -> Result<proto::Approval, Failure> {
-        for all in [false, true] {
-            let listed = self.client.list_approvals(all).await;
-            let listed = listed.map_err(|error| failure(&error))?;
-            let mut requests = listed.approvals.into_iter();
-            if let Some(request) = requests.find(|request| request.id == id.as_bytes()) {
-                return Ok(request);
-            }
-        }
-        let what = format!("the broker lists no readable request for approval {id}");
-        Err(Failure::new(Exit::Refused, what).hint(HINT))
+        let found = self.client.get_approval(id).await;
+        found.map_err(|error| failure(&error))?.ok_or_else(|| {
+            let what = format!("the broker has no readable request for approval {id}");
+            Failure::new(Exit::Refused, what).hint(HINT)
+        })
     }
 
     async fn reject(&self, id: ApprovalId) -> Result<(), Failure> {

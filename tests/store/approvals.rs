@@ -9,7 +9,7 @@ use keybroker_core::{
 use keybroker_store::{
     APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalCounts,
     ApprovalFilter, ApprovalRow, ApprovedClient, Decision, Error, PERSON_BYTES_MAX,
-    PersonOfPrincipal, RegistryChange, Store,
+    PersonOfPrincipal, RegistryChange, RemovedApproval, Store,
 };
 use tokio::task::JoinSet;
 
@@ -296,6 +296,32 @@ pub(crate) async fn a_change_uses_its_approval_or_is_not_made(engine: &Engine) {
     assert_eq!(store.approval(approved.id).await.unwrap(), Some(approved));
 }
 
+/// A row is removed only as it was read.
+pub(crate) async fn a_changed_request_is_not_removed(engine: &Engine) {
+    let store = engine.open().await;
+    let row = request(1);
+    add(&*store, &row).await;
+    let remove = async |row: &ApprovalRow| {
+        let call = CallId::fresh();
+        let as_read = RemovedApproval::AsRead(Box::new(row.clone()));
+        let removed = store.remove_approval(&as_read, call, at(50)).await;
+        assert_eq!(store.committed_by(call).await.unwrap(), removed.is_ok());
+        removed
+    };
+    for before in [
+        decided(&row, ApprovalState::Pending, 9).row,
+        decided(&row, ApprovalState::Approved, 1).row,
+    ] {
+        let refused = remove(&before).await;
+        assert!(matches!(refused, Err(Error::Conflict)), "{refused:?}");
+    }
+    assert_eq!(store.approval(row.id).await.unwrap(), Some(row.clone()));
+    remove(&row).await.unwrap();
+    assert_eq!(store.approval(row.id).await.unwrap(), None);
+    let again = remove(&row).await;
+    assert!(matches!(again, Err(Error::Conflict)), "{again:?}");
+}
+
 /// A damaged row does not end a list, is an error by name when it is asked for, and can be removed.
 pub(crate) async fn approvals_that_do_not_decode_are_named_and_removed(engine: &Engine) {
     let store = engine.open().await;
@@ -347,9 +373,12 @@ pub(crate) async fn approvals_that_do_not_decode_are_named_and_removed(engine: &
             "{one:?}"
         );
         let call = CallId::fresh();
-        store.remove_approval(id, call, at(50)).await.unwrap();
+        let unreadable = RemovedApproval::Unreadable(id);
+        let removed = store.remove_approval(&unreadable, call, at(50));
+        removed.await.unwrap();
         assert!(store.committed_by(call).await.unwrap());
-        let none = store.remove_approval(id, CallId::fresh(), at(50)).await;
+        let none = store.remove_approval(&unreadable, CallId::fresh(), at(50));
+        let none = none.await;
         assert!(matches!(none, Err(Error::NotFound)), "{none:?}");
     }
     let left = store.approvals(open).await.unwrap();

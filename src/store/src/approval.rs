@@ -126,6 +126,15 @@ pub struct ApprovalCounts {
     pub unexpired: u64,
 }
 
+/// A request that is removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RemovedApproval {
+    /// The row as it was read. The row is removed only if it still has this state and this MAC.
+    AsRead(Box<ApprovalRow>),
+    /// A row that cannot be decoded.
+    Unreadable(ApprovalId),
+}
+
 /// A row that cannot be decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedApproval {
@@ -183,11 +192,11 @@ pub trait Approvals: Send + Sync {
         at: Timestamp,
     ) -> Result<(), Error>;
 
-    /// Removes a request, even if its row cannot be read, and stores the mark of the call. Returns [`Error::NotFound`] if there is no
-    /// request with this id.
+    /// Removes a request, and stores the mark of the call. Returns [`Error::Conflict`] if the request was changed or removed
+    /// meanwhile, and [`Error::NotFound`] if there is no unreadable row with this id.
     async fn remove_approval(
         &self,
-        id: ApprovalId,
+        removed: &RemovedApproval,
         call: CallId,
         at: Timestamp,
     ) -> Result<(), Error>;

@@ -124,8 +124,10 @@ pub(super) struct Statements {
     pub(super) count_approvals: &'static str,
     /// Parameters: digest, MAC. Removes the request, if it has this MAC.
     pub(super) replace_approval: &'static str,
-    /// Parameter: request.
+    /// Parameters: request, state, MAC. Removes the request, if it has this state and this MAC.
     pub(super) remove_approval: &'static str,
+    /// Parameter: request.
+    pub(super) remove_unreadable_approval: &'static str,
     /// Parameters: all columns of a request except the key, then the key and the current MAC.
     pub(super) change_approval: &'static str,
     /// Parameters: expired before, limit.
@@ -323,7 +325,10 @@ impl Statements {
                  count(CASE WHEN state IN ('pending', 'approved') THEN 1 END) AS open_total \
                  FROM approvals WHERE requested_person = ? AND expires_us > ?"),
             replace_approval: sql("DELETE FROM approvals WHERE digest = ? AND mac = ?"),
-            remove_approval: sql("DELETE FROM approvals WHERE approval_id = ?"),
+            remove_approval: sql(
+                "DELETE FROM approvals WHERE approval_id = ? AND state = ? AND mac = ?",
+            ),
+            remove_unreadable_approval: sql("DELETE FROM approvals WHERE approval_id = ?"),
             change_approval: sql(&format!(
                 "UPDATE approvals SET {} WHERE approval_id = ? AND mac = ?",
                 assignments(Table::Approvals.values())

@@ -10,7 +10,7 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 use keybroker_store as store;
-use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal};
+use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal, RemovedApproval};
 
 use crate::{Broker, commit::Settled, journal::Draft};
 
@@ -49,7 +49,23 @@ impl Verdict {
 enum Effect {
     Change(Box<ApprovalChange>),
     /// The row is not authentic.
-    Remove,
+    Remove(RemovedApproval),
+}
+
+impl Effect {
+    /// The error for a request that was decided or changed at the same moment.
+    fn too_late(&self) -> Error {
+        wrong_state(match self {
+            Self::Change(_) => {
+                "another person decided about the request, or the change was made, at the same moment; `keybroker approval list --all` \
+                 shows which"
+            }
+            Self::Remove(_) => {
+                "the request was changed or removed at the same moment, so nothing was removed; `keybroker approval list --all` shows \
+                 the present request"
+            }
+        })
+    }
 }
 
 impl Broker {
@@ -88,21 +104,18 @@ impl Broker {
         let commit = async {
             match &effect {
                 Effect::Change(change) => self.store.decide_approval(change, call.id, at).await,
-                Effect::Remove => self.store.remove_approval(id, call.id, at).await,
+                Effect::Remove(removed) => self.store.remove_approval(removed, call.id, at).await,
             }
         };
         let Settled { intent, result } = self.commit_with_intent(&draft, at, commit).await?;
         let result = result.map_err(|error| match error {
-            store::Error::Conflict | store::Error::NotFound => wrong_state(
-                "another person decided about the request, or the change was made, at the same moment; `keybroker approval list --all` \
-                 shows which",
-            ),
+            store::Error::Conflict | store::Error::NotFound => effect.too_late(),
             other => other.into(),
         });
         self.close_intent(intent, &draft, result).await?;
         Ok(match effect {
             Effect::Change(change) => Some(ApprovalView::verified(change.row)),
-            Effect::Remove => None,
+            Effect::Remove(_) => None,
         })
     }
 
@@ -126,7 +139,7 @@ impl Broker {
             Ok(Some(row)) => row,
             Ok(None) => return Err(unknown(id)),
             Err(store::Error::Corrupt(_)) if verdict == Verdict::Reject => {
-                return Ok(Effect::Remove);
+                return Ok(Effect::Remove(RemovedApproval::Unreadable(id)));
             }
             Err(store::Error::Corrupt(detail)) => return Err(damaged(id, &detail.to_string())),
             Err(other) => return Err(other.into()),
@@ -143,7 +156,7 @@ impl Broker {
             (Err(error), Verdict::Reject)
                 if [Reason::RecordDamaged, Reason::KeyState].contains(&error.reason()) =>
             {
-                return Ok(Effect::Remove);
+                return Ok(Effect::Remove(RemovedApproval::AsRead(Box::new(row))));
             }
             (Err(error), Verdict::Approve { .. }) if error.reason() == Reason::KeyState => {
                 return Err(wrong_state(&format!(

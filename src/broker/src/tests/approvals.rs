@@ -42,11 +42,20 @@ fn authentic(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> Regis
 
 /// A broker with a deactivated key and a key in use.
 async fn broker_of(folder: &std::path::Path, rules: ApprovalRules) -> Arc<Broker> {
+    broker_of_tokens(folder, &Tokens::with(&[OLD, NEW]), rules).await
+}
+
+async fn broker_of_tokens(
+    folder: &std::path::Path,
+    tokens: &Arc<Tokens>,
+    rules: ApprovalRules,
+) -> Arc<Broker> {
     let rows = [
         authentic(OLD, WrappingKeyState::Deactivated, 1),
         authentic(NEW, WrappingKeyState::Active, 2),
     ];
-    broker_with_approvals(folder, Tokens::with(&[OLD, NEW]), &rows, rules).await
+    let tokens = Arc::clone(tokens);
+    broker_with_approvals(folder, tokens, &rows, rules).await
 }
 
 fn call() -> Call {
@@ -358,6 +367,32 @@ async fn a_row_that_no_broker_wrote_is_refused_and_can_be_removed() {
     assert_eq!(removed.unwrap(), None);
     assert_eq!(broker.store.approval(row.id).await.unwrap(), None);
     requested(&broker, ADA, 30).await;
+}
+
+/// A row that changes after it was found to be altered is not removed: the changed row may be authentic.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_changes_during_its_removal_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[OLD, NEW]);
+    let broker = broker_of_tokens(folder.path(), &tokens, rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    let altered = ApprovalChange {
+        row: ApprovalRow {
+            state: ApprovalState::Approved,
+            ..row.clone()
+        },
+        expected: row.mac,
+    };
+    let at = Timestamp::now();
+    let written = broker.store.decide_approval(&altered, CallId::fresh(), at);
+    written.await.unwrap();
+    let restored = tokens.during_verification(async {
+        put(&broker, row.clone()).await;
+    });
+    let rejected = decide(&broker, BOB, row.id, Verdict::Reject);
+    let ((), rejected) = tokio::join!(restored, rejected);
+    is_refused(rejected, Reason::ApprovalState, "nothing was removed");
+    assert_eq!(broker.store.approval(row.id).await.unwrap(), Some(row));
 }
 
 /// A request whose signer the token cannot use does not prevent the verification of other requests.

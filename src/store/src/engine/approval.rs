@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use crate::{
     ApprovalChange, ApprovalCounts, ApprovalFilter, ApprovalRow, Approvals, ApprovedClient,
-    ClientRow, DamagedApproval, Error,
+    ClientRow, DamagedApproval, Error, RemovedApproval,
     approval::APPROVALS_LISTED_MAX,
     mutations::{expect_one, insert_unless_taken},
     rows,
@@ -124,19 +124,29 @@ impl<E: Engine> Approvals for EngineStore<E> {
 
     async fn remove_approval(
         &self,
-        id: ApprovalId,
+        removed: &RemovedApproval,
         call: CallId,
         at: Timestamp,
     ) -> Result<(), Error> {
+        let removed = removed.clone();
         self.transaction(End::CommitMarked(call), move |session, sql| {
+            let (statement, values, not_there) = match &removed {
+                RemovedApproval::AsRead(row) => (
+                    sql.remove_approval,
+                    vec![row.id.into(), row.state.as_str().into(), (&row.mac).into()],
+                    Error::Conflict,
+                ),
+                RemovedApproval::Unreadable(id) => (
+                    sql.remove_unreadable_approval,
+                    vec![(*id).into()],
+                    Error::NotFound,
+                ),
+            };
             Box::pin(async move {
                 mark(session, sql, call, at).await?;
-                match session
-                    .execute(sql.remove_approval, vec![id.into()])
-                    .await?
-                {
+                match session.execute(statement, values).await? {
                     1 => Ok(()),
-                    _ => Err(Error::NotFound),
+                    _ => Err(not_there),
                 }
             })
         })

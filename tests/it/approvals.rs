@@ -325,7 +325,8 @@ fn an_unreadable_request_is_removed(broker: &Broker, destroy: &[&str], again: &s
         [Some(DAMAGED), Some(9)].contains(&checked.code),
         "{checked:#?}"
     );
-    done(broker, BOB, &["approval", "reject", again]);
+    let removed = done(broker, BOB, &["approval", "reject", again]);
+    assert!(text(&removed, "removed").contains("could not be read"));
     let last = waits(broker, "admin", destroy);
     let rejected = done(broker, CAROL, &["approval", "reject", &last]);
     assert_eq!(text(&rejected, "state"), "rejected");
@@ -337,6 +338,26 @@ fn an_unreadable_request_is_removed(broker: &Broker, destroy: &[&str], again: &s
         &["Carol rejected"],
     );
     assert!(!message.contains(&format!("approve {last}")), "{message}");
+}
+
+/// While the registry cannot be read, a request whose wrapping key is unknown may be authentic.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_not_removed_while_the_registry_cannot_be_read() {
+    let (broker, older) = with_persons().await;
+    let id = waits(&broker, "admin", &["key", "destroy", &older, "--yes"]);
+    broker.site.sql(
+        "UPDATE approvals SET signer_key_id = randomblob(16); \
+         CREATE TABLE saved AS SELECT key_id, state FROM wrapping_keys; UPDATE wrapping_keys SET state = 'none'",
+    );
+    let reject = ["approval", "reject", &id];
+    let words = ["nothing was changed"];
+    refused(&broker, BOB, &reject, "RECORD_DAMAGED", &words);
+    broker.site.sql(
+        "UPDATE wrapping_keys SET state = (SELECT s.state FROM saved s WHERE s.key_id = wrapping_keys.key_id); \
+         DROP TABLE saved",
+    );
+    let removed = done(&broker, BOB, &reject);
+    assert!(text(&removed, "removed").contains("was altered"));
 }
 
 /// A full list does not prevent decisions about the requests that it does not show.

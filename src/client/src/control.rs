@@ -241,7 +241,6 @@ impl Client {
                 id: id.as_bytes().to_vec(),
             });
             let listed = service(&attempt).list_approvals(request).await?;
-            // A broker of an earlier release lists all requests.
             let mut approvals = listed.into_inner().approvals.into_iter();
             Ok(approvals.find(|approval| approval.id == id.as_bytes()))
         })
@@ -264,14 +263,14 @@ impl Client {
         })
     }
 
-    /// Rejects a requested change. Returns `None` if the stored request was damaged and was removed.
-    pub fn reject_change(&self, id: ApprovalId) -> NonIdempotent<'_, Option<proto::Approval>> {
+    /// Rejects a requested change. The answer has the request or, if its row was removed, the cause.
+    pub fn reject_change(&self, id: ApprovalId) -> NonIdempotent<'_, proto::RejectChangeResponse> {
         NonIdempotent::new(self.shared(), move |attempt| async move {
             let request = attempt.request(proto::RejectChangeRequest {
                 id: id.as_bytes().to_vec(),
             });
             let answer = service(&attempt).reject_change(request).await?;
-            Ok(answer.into_inner().approval)
+            Ok(answer.into_inner())
         })
     }
 }

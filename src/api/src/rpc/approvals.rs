@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use keybroker_broker::{ApprovalView, Broker, Verdict};
+use keybroker_broker::{ApprovalView, Broker, Decided, Verdict};
 use keybroker_core::{approval::ApprovalState, error::Error, key::ApprovalId, principal::Action};
 use keybroker_proto as proto;
 
@@ -50,7 +50,10 @@ pub(super) async fn approve(
         .await
         .map_err(|error| entered.status(&error))?;
     Ok(Response::new(proto::ApproveChangeResponse {
-        approval: approved.as_ref().map(approval),
+        approval: match &approved {
+            Decided::Changed(view) => Some(approval(view)),
+            Decided::Removed(_) => None,
+        },
     }))
 }
 
@@ -67,8 +70,15 @@ pub(super) async fn reject(
         .decide_approval(&entered.principal, &entered.call, id, Verdict::Reject)
         .await
         .map_err(|error| entered.status(&error))?;
-    Ok(Response::new(proto::RejectChangeResponse {
-        approval: rejected.as_ref().map(approval),
+    Ok(Response::new(match &rejected {
+        Decided::Changed(view) => proto::RejectChangeResponse {
+            approval: Some(approval(view)),
+            ..proto::RejectChangeResponse::default()
+        },
+        Decided::Removed(why) => proto::RejectChangeResponse {
+            removal_cause: why.to_string(),
+            ..proto::RejectChangeResponse::default()
+        },
     }))
 }
 

@@ -14,7 +14,7 @@ use keybroker_store::{
 
 use crate::{Broker, commit::Settled, journal::Draft};
 
-use super::{Asked, OPEN_MAX, UNEXPIRED_MAX, damaged};
+use super::{Asked, OPEN_MAX, UNEXPIRED_MAX, Unverified, damaged};
 
 /// The request that an earlier call left for the same change.
 enum Earlier {
@@ -108,7 +108,7 @@ impl Broker {
         asked: &Asked,
     ) -> Result<(Earlier, Timestamp), Error> {
         match self.verify_approval(row).await {
-            Err(error) if error.reason() == Reason::KeyState => {
+            Err(Unverified::KeyState(_)) => {
                 let ended = format!(
                     "the earlier request {} cannot be verified any more, because of the state of wrapping key {}",
                     row.id, row.signer

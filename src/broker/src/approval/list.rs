@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use keybroker_core::{
     approval::ApprovalState,
     call::{Call, Timestamp},
-    error::{Error, Reason},
+    error::Error,
     key::{ApprovalId, WrappingKeyId},
     principal::{Action, Principal, Role},
 };
@@ -13,7 +13,7 @@ use keybroker_store::{ApprovalFilter, ApprovalRow, DamagedApproval};
 
 use crate::{Broker, within};
 
-use super::change::About;
+use super::{Unverified, change::About};
 
 /// A request for approval.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,15 +109,13 @@ impl Broker {
             self.verify_approval(&row).await.map_err(Some)
         };
         let problem = match &verified {
-            Err(Some(error)) if error.reason() == Reason::RecordDamaged => {
-                Some(error.detail().to_owned())
-            }
-            Err(Some(error)) if error.reason() != Reason::KeyState => {
+            Err(Some(Unverified::Altered(error))) => Some(error.detail().to_owned()),
+            Err(Some(Unverified::NotNow(error))) => {
                 failed.insert(row.signer);
                 tracing::info!(%error, "the token did not verify all requests for approval of a list");
                 None
             }
-            _ => None,
+            Err(Some(Unverified::KeyState(_)) | None) | Ok(()) => None,
         };
         ApprovalView {
             row,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use keybroker_core::{approval::ApprovalState, key::ApprovalId};
 use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal};
 
-use crate::{ApprovalRules, KeyChange, Person, Verdict, Wait};
+use crate::{ApprovalRules, Decided, KeyChange, Person, Removal, Verdict, Wait};
 
 use super::*;
 
@@ -89,9 +89,20 @@ async fn decide(
     id: ApprovalId,
     verdict: Verdict,
 ) -> Result<Option<ApprovalState>, Error> {
+    Ok(match decided(broker, who, id, verdict).await? {
+        Decided::Changed(view) => Some(view.state),
+        Decided::Removed(_) => None,
+    })
+}
+
+async fn decided(
+    broker: &Arc<Broker>,
+    who: &str,
+    id: ApprovalId,
+    verdict: Verdict,
+) -> Result<Decided, Error> {
     let admin = testing::service(who, &[Role::Admin]);
-    let decided = broker.decide_approval(&admin, &call(), id, verdict).await?;
-    Ok(decided.map(|view| view.state))
+    broker.decide_approval(&admin, &call(), id, verdict).await
 }
 
 async fn approve(broker: &Arc<Broker>, who: &str, row: &ApprovalRow) -> Result<(), Error> {
@@ -363,10 +374,82 @@ async fn a_row_that_no_broker_wrote_is_refused_and_can_be_removed() {
     let listed = broker.approvals(&admin, &call(), true, None).await.unwrap();
     assert!(!listed.approvals[0].is_verified);
     assert!(listed.approvals[0].problem.is_some());
-    let removed = decide(&broker, BOB, row.id, Verdict::Reject).await;
-    assert_eq!(removed.unwrap(), None);
+    let removed = decided(&broker, BOB, row.id, Verdict::Reject).await;
+    assert_eq!(removed.unwrap(), Decided::Removed(Removal::Altered));
     assert_eq!(broker.store.approval(row.id).await.unwrap(), None);
-    requested(&broker, ADA, 30).await;
+    let line = broker.audit.tail(1).unwrap().remove(0);
+    assert!(line.contains(r#""cause":"altered""#), "{line}");
+    let row = requested(&broker, ADA, 30).await;
+    // No wrapping key of the registry made this row.
+    let signer = WrappingKeyId::from_bytes([9; 16]);
+    put(
+        &broker,
+        ApprovalRow {
+            signer,
+            ..row.clone()
+        },
+    )
+    .await;
+    let removed = decided(&broker, BOB, row.id, Verdict::Reject).await;
+    assert_eq!(removed.unwrap(), Decided::Removed(Removal::Altered));
+}
+
+/// A request whose wrapping key was suspended may be authentic, so the answer and the audit log do not say that it was altered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_under_a_suspended_key_is_removed_without_blame() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    let over = requested(&broker, ADA, 31).await;
+    for row in [
+        row.clone(),
+        ApprovalRow {
+            state: ApprovalState::Used,
+            ..over.clone()
+        },
+    ] {
+        put(&broker, ApprovalRow { signer: OLD, ..row }).await;
+    }
+    let admin = testing::service(ADA, &[Role::Admin]);
+    change(&broker, &admin, KeyChange::Suspend).await;
+    let approved = approve(&broker, BOB, &row).await;
+    is_refused(
+        approved,
+        Reason::ApprovalState,
+        "cannot be verified any more",
+    );
+    let removed = decided(&broker, BOB, row.id, Verdict::Reject)
+        .await
+        .unwrap();
+    assert_eq!(removed, Decided::Removed(Removal::KeyState(OLD)));
+    assert_eq!(broker.store.approval(row.id).await.unwrap(), None);
+    let line = broker.audit.tail(1).unwrap().remove(0);
+    let key = format!(r#""wrapping_key":"{OLD}""#);
+    for field in [r#""cause":"key-state""#, r#""outcome":"ok""#, &key] {
+        assert!(line.contains(field), "{field}: {line}");
+    }
+    // The record of a used request stays.
+    let kept = decide(&broker, BOB, over.id, Verdict::Reject).await;
+    is_refused(kept, Reason::ApprovalState, "says that it is used");
+    assert!(broker.store.approval(over.id).await.unwrap().is_some());
+}
+
+/// A request that cannot be verified for the moment stays, because it may be authentic.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_stays_while_its_token_is_not_available() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[OLD, NEW]);
+    let broker = broker_of_tokens(folder.path(), &tokens, rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    tokens.are_down(&[NEW]);
+    let refused = decide(&broker, BOB, row.id, Verdict::Reject).await;
+    let error = refused.unwrap_err();
+    assert_eq!(error.reason(), Reason::TokenDown, "{error}");
+    let explained = &error.violations()[0].description;
+    assert!(explained.contains("nothing was changed"), "{explained}");
+    tokens.are_down(&[]);
+    let rejected = decide(&broker, BOB, row.id, Verdict::Reject).await;
+    assert_eq!(rejected.unwrap(), Some(ApprovalState::Rejected));
 }
 
 /// A row that changes after it was found to be altered is not removed: the changed row may be authentic.

@@ -1918,7 +1918,7 @@ pub struct ListApprovalsRequest {
     /// Also lists requests that were rejected, used or not used in time.
     #[prost(bool, tag = "1")]
     pub show_all: bool,
-    /// Lists only the request with this id in any state, 16 bytes; empty for a list. A broker of an earlier release ignores the field.
+    /// Lists only the request with this id in any state, 16 bytes; empty for a list.
     #[prost(bytes = "vec", tag = "2")]
     pub id: ::prost::alloc::vec::Vec<u8>,
 }
@@ -1959,9 +1959,13 @@ pub struct RejectChangeRequest {
 /// Response of RejectChange.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RejectChangeResponse {
-    /// The request after the decision; absent if the row was altered or cannot be read, and was removed.
+    /// The request after the decision; absent if its row was removed.
     #[prost(message, optional, tag = "1")]
     pub approval: ::core::option::Option<Approval>,
+    /// Why the row was removed, as a clause for a person: it was altered, cannot be read, or cannot be verified any more because of the
+    /// state of a wrapping key. Empty if the row was not removed.
+    #[prost(string, tag = "2")]
+    pub removal_cause: ::prost::alloc::string::String,
 }
 /// State of a wrapping key (NIST SP 800-57 part 1, section 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -2777,7 +2781,8 @@ pub mod control_service_client {
                 .insert(GrpcMethod::new("keybroker.v1.ControlService", "ApproveChange"));
             self.inner.unary(req, path, codec).await
         }
-        /// Rejects a requested change. Removes a request that was altered in the database.
+        /// Rejects a requested change. Removes a request that was altered in the database, or that cannot be verified any more because of
+        /// the state of a wrapping key.
         pub async fn reject_change(
             &mut self,
             request: impl tonic::IntoRequest<super::RejectChangeRequest>,
@@ -2950,7 +2955,8 @@ pub mod control_service_server {
             tonic::Response<super::ApproveChangeResponse>,
             tonic::Status,
         >;
-        /// Rejects a requested change. Removes a request that was altered in the database.
+        /// Rejects a requested change. Removes a request that was altered in the database, or that cannot be verified any more because of
+        /// the state of a wrapping key.
         async fn reject_change(
             &self,
             request: tonic::Request<super::RejectChangeRequest>,

@@ -34,7 +34,8 @@ pub(super) enum Command {
     },
     /// Reject a requested change, also a request of your own or an approved change that was not made yet
     ///
-    /// The command also removes a request that was altered in the database.
+    /// The command removes a request that was altered in the database, or that cannot be verified any more because of the state of
+    /// its wrapping key.
     Reject {
         /// Id of the request, 32 hexadecimal digits
         #[arg(value_parser = arguments::approval_id)]
@@ -119,12 +120,13 @@ impl Caller {
     }
 
     async fn reject(&self, id: ApprovalId) -> Result<(), Failure> {
-        let rejected = self.client.reject_change(id).await;
-        match rejected.map_err(|error| failure(&error))? {
-            Some(rejected) => self.output.fields(fields(&rejected, self.output.is_json())),
+        let answer = self.client.reject_change(id).await;
+        let answer = answer.map_err(|error| failure(&error))?;
+        match &answer.approval {
+            Some(rejected) => self.output.fields(fields(rejected, self.output.is_json())),
             None => self.output.sentence(
                 "removed",
-                &format!("the request {id} was altered in the database, and was removed"),
+                &format!("the request {id} was removed: {}", answer.removal_cause),
             ),
         }
     }

@@ -26,9 +26,14 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
-    let hint = match refusal.approval() {
-        Some(approval) => Some(next_commands(approval)),
-        None => refusal.reason().map(|reason| hint(reason).to_owned()),
+    let is_about_approvals = refusal
+        .violations()
+        .iter()
+        .any(|violation| violation.field == "approval");
+    let hint = match (refusal.approval(), refusal.reason()) {
+        (Some(approval), _) => Some(next_commands(approval)),
+        (None, Some(Reason::Limit)) if is_about_approvals => Some(TOO_MANY_REQUESTS.to_owned()),
+        (None, reason) => reason.map(|reason| hint(reason).to_owned()),
     };
     Failure {
         hint,
@@ -36,6 +41,10 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         ..Failure::new(exit, message)
     }
 }
+
+/// The hint for the limits of requests for approval, which no setting changes.
+const TOO_MANY_REQUESTS: &str = "`keybroker approval list --all` shows the requests: let a second person decide about the pending ones, make the \
+     approved changes, withdraw your own requests with `keybroker approval reject ID`, or wait until they expire";
 
 /// The two commands that make a change that waits for an approval.
 fn next_commands(approval: ApprovalId) -> String {
@@ -234,6 +243,19 @@ mod tests {
         ] {
             assert_eq!(quoted(word), expected);
         }
+    }
+
+    /// The settings of the store do not change the limits of requests for approval.
+    #[test]
+    fn the_limit_of_requests_for_approval_has_its_own_hint() {
+        let mut details = ErrorDetails::with_error_info("LIMIT", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("approval", "20 requests of Ada are open");
+        let status = Status::with_error_details(Code::FailedPrecondition, "text", details);
+        let of_approvals = failure(&status.into()).hint.unwrap();
+        assert!(of_approvals.contains("approval reject"), "{of_approvals}");
+        assert!(!of_approvals.contains("store."), "{of_approvals}");
+        let general = failure(&refusal(Code::FailedPrecondition, "LIMIT")).hint;
+        assert!(general.unwrap().contains("store.revisions_max"));
     }
 
     #[test]

@@ -26,13 +26,11 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
-    let is_about_approvals = refusal
-        .violations()
-        .iter()
-        .any(|violation| violation.field == "approval");
+    let is_about = |field: &str| refusal.violations().iter().any(|one| one.field == field);
     let hint = match (refusal.approval(), refusal.reason()) {
         (Some(approval), _) => Some(next_commands(approval)),
-        (None, Some(Reason::Limit)) if is_about_approvals => Some(TOO_MANY_REQUESTS.to_owned()),
+        (None, Some(Reason::Limit)) if is_about("approval") => Some(TOO_MANY_REQUESTS.to_owned()),
+        (None, Some(Reason::Policy)) if is_about("principal") => Some(OTHER_PERSON.to_owned()),
         (None, reason) => reason.map(|reason| hint(reason).to_owned()),
     };
     Failure {
@@ -45,6 +43,10 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
 /// The hint for the limits of requests for approval, which no setting changes.
 const TOO_MANY_REQUESTS: &str = "`keybroker approval list --all` shows the requests: let a second person decide about the pending ones, make the \
      approved changes, withdraw your own requests with `keybroker approval reject ID`, or wait until they expire";
+
+/// The hint if the rule for two persons refused the call, which no policy explains.
+const OTHER_PERSON: &str =
+    "the section `[approvals]` of the broker's configuration has the persons and their principals";
 
 /// The two commands that make a change that waits for an approval.
 fn next_commands(approval: ApprovalId) -> String {
@@ -153,7 +155,7 @@ const fn hint(reason: Reason) -> &'static str {
             "the credential is unknown, expired or revoked; the broker's log shows the cause"
         }
         Reason::Policy => {
-            "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
+            "a policy forbids this action for this principal, or no policy permits it; the operator can run `keybroker policy explain`"
         }
         Reason::KeyNotFound => "`client list` shows the records; a deleted record can be undeleted",
         Reason::KeyExists => {
@@ -243,6 +245,21 @@ mod tests {
         ] {
             assert_eq!(quoted(word), expected);
         }
+    }
+
+    /// A policy that forbids the action may have decided, or the rule for two persons.
+    #[test]
+    fn a_denial_is_explained_by_its_cause() {
+        let general = failure(&refusal(Code::PermissionDenied, "POLICY"));
+        let general = general.hint.unwrap();
+        for cause in ["a policy forbids", "or no policy permits"] {
+            assert!(general.contains(cause), "{general}");
+        }
+        let mut details = ErrorDetails::with_error_info("POLICY", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("principal", "another person has to approve it");
+        let status = Status::with_error_details(Code::PermissionDenied, "text", details);
+        let of_persons = failure(&status.into()).hint.unwrap();
+        assert!(of_persons.contains("[approvals]"), "{of_persons}");
     }
 
     /// The settings of the store do not change the limits of requests for approval.

@@ -5,7 +5,10 @@ use std::env;
 use keybroker_client::{ApprovalId, Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
 
-use crate::cli::exit::{Exit, Failure};
+use crate::cli::{
+    exit::{Exit, Failure},
+    output::printable,
+};
 
 /// Converts the error of a call to a failure with the broker's reason or with the cause of a failed
 /// connection.
@@ -36,7 +39,8 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
     Failure {
         hint,
         reason: Some(refusal.reason_name().to_owned()),
-        ..Failure::new(exit, message)
+        // The broker's explanation can contain texts of other persons.
+        ..Failure::new(exit, printable(&message))
     }
 }
 
@@ -291,6 +295,17 @@ mod tests {
         assert_eq!(
             failure(&status.into()).message,
             "REQUEST: text; user: not empty; retry after 20 ms"
+        );
+    }
+
+    #[test]
+    fn the_explanation_of_the_broker_cannot_control_the_terminal() {
+        let mut details = ErrorDetails::with_error_info("POLICY", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("id", "\"Ada\"\u{1b}[2J\u{202e} rejected");
+        let status = Status::with_error_details(Code::PermissionDenied, "text", details);
+        assert_eq!(
+            failure(&status.into()).message,
+            r#"POLICY: text; id: "Ada"\u{1b}[2J\u{202e} rejected"#
         );
     }
 

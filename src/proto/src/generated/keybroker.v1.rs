@@ -1318,6 +1318,10 @@ pub struct WrappingKey {
     /// to that token. Empty for a destroyed key.
     #[prost(string, repeated, tag = "13")]
     pub missing_tokens: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What protects the keys of each token in `tokens`, in the same order: "hardware", "software", "service" or "policy", as in
+    /// TokenState. Later releases may add other words.
+    #[prost(string, repeated, tag = "14")]
+    pub token_assurances: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

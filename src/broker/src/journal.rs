@@ -180,6 +180,11 @@ impl Draft {
         self.0.digest = Some(hex_of(digest));
     }
 
+    /// Sets the exact cause.
+    pub(super) fn cause(&mut self, cause: &'static str) {
+        self.0.cause = Some(cause.into());
+    }
+
     pub(super) fn requested_by(&mut self, by: &PersonOfPrincipal) {
         self.persons().requested_by = Some((by.principal.clone(), by.person.clone()));
     }

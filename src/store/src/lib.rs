@@ -57,8 +57,9 @@ pub mod tally;
 mod url;
 
 pub use approval::{
-    APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalRow, Approvals,
-    ApprovedClient, DamagedApproval, Decision, PERSON_BYTES_MAX, PersonOfPrincipal,
+    APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalCounts,
+    ApprovalFilter, ApprovalRow, Approvals, ApprovedClient, DamagedApproval, Decision,
+    PERSON_BYTES_MAX, PersonOfPrincipal, RemovedApproval,
 };
 pub use client::ClientRow;
 pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};

@@ -46,6 +46,7 @@ pub(crate) fn identity(
         tenant: grant.tenant,
         roles: grant.roles,
         subject: (settings.kind == Kind::User).then_some(subject),
+        mapping: None,
         claims: Claims {
             amr: texts(said.get("amr")),
             acr: text(said, "acr"),

@@ -46,6 +46,7 @@ impl Draft {
     pub(super) fn new(principal: &Principal, call: &Call, action: Action) -> Self {
         let mut entry = Entry::new(EntryKind::Decision, action.as_str(), Outcome::Ok);
         entry.principal = Some(principal.name().to_owned());
+        entry.mapping = principal.mapping().map(str::to_owned);
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
         entry.peer = Some(call.peer.clone());
@@ -259,6 +260,7 @@ impl Broker {
         let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
         (entry.record_id, entry.revision) = record.unzip();
         entry.principal = Some(principal.name().to_owned());
+        entry.mapping = principal.mapping().map(str::to_owned);
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
         entry.peer = Some(call.peer.clone());

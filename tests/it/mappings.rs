@@ -211,7 +211,7 @@ async fn administrators_of_a_provider_are_persons_of_approvals() {
         async move { control.create_client_credential(request).await }
     };
     refused(create().await, "APPROVAL_NEEDED");
-    let request = ada.request(ListApprovalsRequest { show_all: false });
+    let request = ada.request(ListApprovalsRequest::default());
     let listed = ada.control.clone().list_approvals(request).await.unwrap();
     let approval = listed.into_inner().approvals.remove(0);
     assert_eq!(approval.requested_by, format!("token:vault:{ADA}"));

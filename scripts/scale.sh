@@ -74,7 +74,6 @@ measure() {
   local name=$1 count=$2 seconds=$3 file=$4
   broker "$name" bench --seed "$count" --seconds "$seconds" --warm-up 3 --connections "$CONNECTIONS" --json "$file" \
     --ca "$WORK/pki/ca.pem" --cert "$WORK/pki/load.pem" --key "$WORK/pki/load.key"
-  rm -rf "${WORK:?}/$name/audit"
 }
 
 median() { jq --slurp "$MEDIAN map(.$1) | median" "$WORK"/figures/"$2"-"$3"-*.json; }

@@ -47,7 +47,7 @@ main() {
   KEYBROKER_TEST_COMMIT=$(git describe --always --dirty 2>/dev/null || true)
   export KEYBROKER_TEST_COMMIT
   mkdir -p "$(dirname "$json")"
-  cargo nextest run --profile long --package keybroker --test it -E 'test(no_fault_of_a_long_run)'
+  cargo nextest run --profile long --workspace --test it -E 'test(no_fault_of_a_long_run)'
   printf 'soak: the results are in %s\n' "$json"
 }
 

@@ -325,7 +325,8 @@ fn an_unreadable_request_is_removed(broker: &Broker, destroy: &[&str], again: &s
         [Some(DAMAGED), Some(9)].contains(&checked.code),
         "{checked:#?}"
     );
-    done(broker, BOB, &["approval", "reject", again]);
+    let removed = done(broker, BOB, &["approval", "reject", again]);
+    assert!(text(&removed, "removed").contains("could not be read"));
     let last = waits(broker, "admin", destroy);
     let rejected = done(broker, CAROL, &["approval", "reject", &last]);
     assert_eq!(text(&rejected, "state"), "rejected");
@@ -337,6 +338,47 @@ fn an_unreadable_request_is_removed(broker: &Broker, destroy: &[&str], again: &s
         &["Carol rejected"],
     );
     assert!(!message.contains(&format!("approve {last}")), "{message}");
+}
+
+/// While the registry cannot be read, a request whose wrapping key is unknown may be authentic.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_not_removed_while_the_registry_cannot_be_read() {
+    let (broker, older) = with_persons().await;
+    let id = waits(&broker, "admin", &["key", "destroy", &older, "--yes"]);
+    broker.site.sql(
+        "UPDATE approvals SET signer_key_id = randomblob(16); \
+         CREATE TABLE saved AS SELECT key_id, state FROM wrapping_keys; UPDATE wrapping_keys SET state = 'none'",
+    );
+    let reject = ["approval", "reject", &id];
+    let words = ["nothing was changed"];
+    refused(&broker, BOB, &reject, "RECORD_DAMAGED", &words);
+    broker.site.sql(
+        "UPDATE wrapping_keys SET state = (SELECT s.state FROM saved s WHERE s.key_id = wrapping_keys.key_id); \
+         DROP TABLE saved",
+    );
+    let removed = done(&broker, BOB, &reject);
+    assert!(text(&removed, "removed").contains("was altered"));
+}
+
+/// A full list does not prevent decisions about the requests that it does not show.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_the_list_does_not_show_is_decided_by_its_id() {
+    let (broker, older) = with_persons().await;
+    let id = waits(&broker, "admin", &["key", "destroy", &older, "--yes"]);
+    broker.site.sql(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200) \
+         INSERT INTO approvals SELECT randomblob(16), signer_key_id, state, action, document, randomblob(32), requested_by, \
+         requested_person, requested_us + i, expires_us, decided_by, decided_person, decided_us, used_us, mac FROM approvals, n",
+    );
+    for more in [&[][..], &["--all"]] {
+        let listed = list(&broker, BOB, more);
+        assert_eq!(listed.len(), 200);
+        assert!(listed.iter().all(|one| text(one, "id") != id));
+    }
+    let approved = done(&broker, BOB, &["approval", "approve", &id, "--yes"]);
+    assert_eq!(text(&approved, "state"), "approved");
+    let rejected = done(&broker, CAROL, &["approval", "reject", &id]);
+    assert_eq!(text(&rejected, "state"), "rejected");
 }
 
 /// Two colleagues decide at the same moment: exactly one decision counts.

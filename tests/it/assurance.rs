@@ -7,6 +7,7 @@ use tonic::Request;
 
 use crate::{
     client::Caller,
+    client_commands::calling,
     faulty::{Faulty, VARIABLE},
     process::Broker,
     site::{Options, Site},
@@ -21,6 +22,16 @@ async fn shown(broker: &Broker) -> String {
     let word = state.await.unwrap().into_inner().tokens[0]
         .assurance
         .clone();
+    let keys = calling(
+        broker,
+        &["-o", "json", "client", "wrapping-keys"],
+        "admin",
+        &[],
+    )
+    .output();
+    let keys = String::from_utf8(keys.unwrap().stdout).unwrap();
+    let of_key = format!("\"assurance\": \"default={word}\"");
+    assert!(keys.contains(&of_key), "{keys}");
     let metrics = get(broker.status, "/metrics");
     for other in ["hardware", "software", "service", "policy"] {
         let value = u8::from(other == word);
@@ -69,7 +80,10 @@ async fn the_module_or_the_configuration_says_what_protects_the_keys() {
         broker.stop();
     }
     let listed = site.expect_ok(&["-o", "json", "key", "list"]);
-    assert!(listed.contains("\"assurance\": \"\""), "{listed}");
+    assert!(
+        listed.contains("\"assurance\": \"default=unknown\""),
+        "{listed}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

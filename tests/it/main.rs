@@ -41,6 +41,7 @@ mod keys;
 mod last_uses;
 mod listeners;
 mod logins;
+mod mappings;
 mod memory;
 mod messages;
 mod module_failures;

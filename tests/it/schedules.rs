@@ -8,7 +8,8 @@
 
 use std::{
     collections::BTreeMap,
-    env, fmt,
+    env, fmt, fs,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -253,6 +254,37 @@ async fn enrol(caller: &Caller, user: &str, seen: &Seen) -> Result<(), String> {
     Ok(())
 }
 
+/// The content of the files of a token, as an administrator backs them up.
+struct Backup(Vec<(PathBuf, Vec<u8>)>);
+
+impl Backup {
+    fn of(tokens: &Path) -> Self {
+        let folders = fs::read_dir(tokens).unwrap();
+        let files = folders.flat_map(|folder| fs::read_dir(folder.unwrap().path()).unwrap());
+        let files = files.map(|file| file.unwrap().path());
+        Self(
+            files
+                .map(|file| (file.clone(), fs::read(&file).unwrap()))
+                .collect(),
+        )
+    }
+
+    /// SoftHSM rewrites the file of the token at each login. A process that is killed at this moment can leave an empty file.
+    fn restore_emptied(&self) {
+        for (file, content) in &self.0 {
+            let is_emptied =
+                !content.is_empty() && fs::metadata(file).is_ok_and(|now| now.len() == 0);
+            if is_emptied {
+                eprintln!(
+                    "restoring {}, which a killed worker left empty",
+                    file.display()
+                );
+                fs::write(file, content).unwrap();
+            }
+        }
+    }
+}
+
 impl World {
     async fn start() -> Self {
         let (site, faulty) = site(Options {
@@ -322,6 +354,7 @@ impl World {
     /// One schedule, and the return to service after it.
     async fn run(&self, schedule: &Schedule) {
         let stop = Arc::new(AtomicBool::new(false));
+        let backup = Backup::of(&self.broker.site.token.directory());
         let callers = self.call(&stop);
         let begun = Instant::now();
         let mut functions = Vec::new();
@@ -362,6 +395,7 @@ impl World {
         for function in functions {
             self.faulty.clear(function);
         }
+        backup.restore_emptied();
         for user in (0..USERS)
             .map(|user| format!("u{user}"))
             .chain(acknowledged)

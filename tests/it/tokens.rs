@@ -19,8 +19,8 @@ use crate::{
     wire::get,
 };
 
-const ADA: &str = "4c2f1f2e-6d0b-4d9c-9b55-3f6a8f1e7d10";
-const BOB: &str = "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d";
+pub(crate) const ADA: &str = "4c2f1f2e-6d0b-4d9c-9b55-3f6a8f1e7d10";
+pub(crate) const BOB: &str = "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d";
 const MATERIAL: &[u8] = b"material of this user";
 
 /// A site that believes an identity service, over connections with and without certificates.
@@ -45,7 +45,7 @@ fn site(service: &Identity, lines: &str) -> Arc<Site> {
 }
 
 /// A broker on such a site, that has its keys.
-fn start(service: &Identity, lines: &str) -> Broker {
+pub(crate) fn start(service: &Identity, lines: &str) -> Broker {
     let broker = Broker::start_on(site(service, lines));
     let is_ready = || broker.site.log().contains("key set taken over");
     until("the key set", || is_ready().then_some(()));
@@ -53,14 +53,14 @@ fn start(service: &Identity, lines: &str) -> Broker {
 }
 
 /// Calls with these `authorization` headers, over a connection with that certificate or none.
-struct Holder {
+pub(crate) struct Holder {
     keys: UserKeyServiceClient<tonic::transport::Channel>,
-    control: ControlServiceClient<tonic::transport::Channel>,
+    pub(crate) control: ControlServiceClient<tonic::transport::Channel>,
     headers: Vec<String>,
 }
 
 impl Holder {
-    fn of(broker: &Broker, token: &str) -> Self {
+    pub(crate) fn of(broker: &Broker, token: &str) -> Self {
         Self::presenting(broker, None, &[&format!("Bearer {token}")])
     }
 
@@ -73,7 +73,7 @@ impl Holder {
         }
     }
 
-    fn request<T>(&self, message: T) -> Request<T> {
+    pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         for header in &self.headers {
             let value: MetadataValue<_> = header.parse().unwrap();
@@ -82,7 +82,7 @@ impl Holder {
         request
     }
 
-    async fn create(&self, user: &str) -> Result<(), Status> {
+    pub(crate) async fn create(&self, user: &str) -> Result<(), Status> {
         let request = self.request(CreateUserKeyRequest {
             user: user.to_owned(),
             key_name: NAME.to_owned(),
@@ -92,7 +92,7 @@ impl Holder {
         self.keys.clone().create_user_key(request).await.map(drop)
     }
 
-    async fn unwrap(&self, user: &str) -> Result<Vec<u8>, Status> {
+    pub(crate) async fn unwrap(&self, user: &str) -> Result<Vec<u8>, Status> {
         let request = self.request(UnwrapUserKeyRequest {
             user: user.to_owned(),
             key_name: NAME.to_owned(),
@@ -139,7 +139,7 @@ async fn a_user_reaches_only_their_own_keys() {
 }
 
 /// The metric of refused tokens counts the cause.
-fn assert_is_counted(broker: &Broker, cause: &str) {
+pub(crate) fn assert_is_counted(broker: &Broker, cause: &str) {
     let counted = get(broker.status, "/metrics");
     let label = format!("cause=\"{cause}\"");
     let lines = counted

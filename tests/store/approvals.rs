@@ -7,8 +7,9 @@ use keybroker_core::{
     principal::NAME_BYTES_MAX,
 };
 use keybroker_store::{
-    APPROVAL_DOCUMENT_BYTES_MAX, ApprovalChange, ApprovalRow, ApprovedClient, Decision, Error,
-    PERSON_BYTES_MAX, PersonOfPrincipal, RegistryChange, Store,
+    APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalCounts,
+    ApprovalFilter, ApprovalRow, ApprovedClient, Decision, Error, PERSON_BYTES_MAX,
+    PersonOfPrincipal, RegistryChange, RemovedApproval, Store,
 };
 use tokio::task::JoinSet;
 
@@ -132,15 +133,21 @@ async fn requests_are_listed_counted_and_forgotten(store: &dyn Store) {
         ..request(3)
     };
     add(store, &old).await;
-    let ids = async |after| {
-        let rows = store.approvals(at(after)).await.unwrap();
-        let ids = rows.into_iter().map(|row| row.unwrap().id.as_bytes()[0]);
-        ids.collect::<Vec<_>>()
-    };
-    assert_eq!((ids(0).await, ids(100).await), (vec![3, 2, 9], vec![2, 9]));
-    for (person, now, expected) in [("Ada", 0, 1), ("Carol", 99, 1), ("Carol", 100, 0)] {
-        let pending = store.pending_approvals(person, at(now)).await.unwrap();
-        assert_eq!(pending, expected, "{person}");
+    let all = ApprovalFilter::All;
+    assert_eq!(ids(store, all).await, [3, 2, 9]);
+    assert_eq!(
+        ids(store, ApprovalFilter::OpenAt(at(100))).await,
+        [2, 9],
+        "the approved request is open, too"
+    );
+    let one = ApprovalFilter::One;
+    assert_eq!(ids(store, one(old.id)).await, [3]);
+    assert!(ids(store, one(request(8).id)).await.is_empty());
+    for (person, now, open, unexpired) in
+        [("Ada", 0, 2, 2), ("Carol", 99, 1, 1), ("Carol", 100, 0, 0)]
+    {
+        let counts = store.count_approvals(person, at(now)).await.unwrap();
+        assert_eq!(counts, ApprovalCounts { open, unexpired }, "{person}");
     }
     // Open requests need their key until they expire.
     let uses = store.key_uses(KEY).await.unwrap();
@@ -151,7 +158,39 @@ async fn requests_are_listed_counted_and_forgotten(store: &dyn Store) {
         assert_eq!(store.old_approvals(at(before)).await.unwrap(), expected);
         assert_eq!(store.forget_approvals(at(before)).await.unwrap(), expected);
     }
-    assert_eq!(ids(0).await, [2, 9]);
+    assert_eq!(ids(store, all).await, [2, 9]);
+}
+
+/// The first bytes of the ids of the listed requests.
+async fn ids(store: &dyn Store, wanted: ApprovalFilter) -> Vec<u8> {
+    let rows = store.approvals(wanted).await.unwrap();
+    let ids = rows.into_iter().map(|row| row.unwrap().id.as_bytes()[0]);
+    ids.collect()
+}
+
+/// Requests that were rejected or used do not hide the open requests, however many there are.
+pub(crate) async fn requests_that_are_over_do_not_hide_open_requests(engine: &Engine) {
+    let store = engine.open().await;
+    add(&*store, &request(1)).await;
+    for number in 0..APPROVALS_LISTED_MAX {
+        let mut bytes = [2; 16];
+        bytes[..4].copy_from_slice(&number.to_be_bytes());
+        let states = [ApprovalState::Rejected, ApprovalState::Used];
+        let over = ApprovalRow {
+            id: ApprovalId::from_bytes(bytes),
+            digest: [bytes, bytes].concat().try_into().unwrap(),
+            ..decided(&request(2), states[usize::from(number % 2 == 0)], 3).row
+        };
+        add(&*store, &over).await;
+    }
+    assert_eq!(ids(&*store, ApprovalFilter::OpenAt(at(0))).await, [1]);
+    let all = store.approvals(ApprovalFilter::All).await.unwrap();
+    assert_eq!(all.len(), usize::try_from(APPROVALS_LISTED_MAX).unwrap());
+    let counts = store.count_approvals("Ada", at(0)).await.unwrap();
+    assert_eq!(
+        (counts.open, counts.unexpired),
+        (1, u64::from(APPROVALS_LISTED_MAX) + 1)
+    );
 }
 
 pub(crate) async fn of_concurrent_decisions_one_wins(engine: &Engine) {
@@ -257,6 +296,32 @@ pub(crate) async fn a_change_uses_its_approval_or_is_not_made(engine: &Engine) {
     assert_eq!(store.approval(approved.id).await.unwrap(), Some(approved));
 }
 
+/// A row is removed only as it was read.
+pub(crate) async fn a_changed_request_is_not_removed(engine: &Engine) {
+    let store = engine.open().await;
+    let row = request(1);
+    add(&*store, &row).await;
+    let remove = async |row: &ApprovalRow| {
+        let call = CallId::fresh();
+        let as_read = RemovedApproval::AsRead(Box::new(row.clone()));
+        let removed = store.remove_approval(&as_read, call, at(50)).await;
+        assert_eq!(store.committed_by(call).await.unwrap(), removed.is_ok());
+        removed
+    };
+    for before in [
+        decided(&row, ApprovalState::Pending, 9).row,
+        decided(&row, ApprovalState::Approved, 1).row,
+    ] {
+        let refused = remove(&before).await;
+        assert!(matches!(refused, Err(Error::Conflict)), "{refused:?}");
+    }
+    assert_eq!(store.approval(row.id).await.unwrap(), Some(row.clone()));
+    remove(&row).await.unwrap();
+    assert_eq!(store.approval(row.id).await.unwrap(), None);
+    let again = remove(&row).await;
+    assert!(matches!(again, Err(Error::Conflict)), "{again:?}");
+}
+
 /// A damaged row does not end a list, is an error by name when it is asked for, and can be removed.
 pub(crate) async fn approvals_that_do_not_decode_are_named_and_removed(engine: &Engine) {
     let store = engine.open().await;
@@ -280,7 +345,8 @@ pub(crate) async fn approvals_that_do_not_decode_are_named_and_removed(engine: &
     // Names of a decision that was not made.
     edit(3, "decided_by = 'URI:bob'");
     edit(4, "decided_person = 'Bob'");
-    let listed = store.approvals(at(0)).await.unwrap();
+    let open = ApprovalFilter::OpenAt(at(0));
+    let listed = store.approvals(open).await.unwrap();
     let damaged: Vec<_> = listed.iter().filter_map(|row| row.as_ref().err()).collect();
     let named = damaged
         .iter()
@@ -301,12 +367,20 @@ pub(crate) async fn approvals_that_do_not_decode_are_named_and_removed(engine: &
         let id = request(number).id;
         let asked = store.approval(id).await;
         assert!(matches!(asked, Err(Error::Corrupt(_))), "{asked:?}");
+        let one = store.approvals(ApprovalFilter::One(id)).await.unwrap();
+        assert!(
+            matches!(&one[..], [Err(damaged)] if damaged.id == Some(id)),
+            "{one:?}"
+        );
         let call = CallId::fresh();
-        store.remove_approval(id, call, at(50)).await.unwrap();
+        let unreadable = RemovedApproval::Unreadable(id);
+        let removed = store.remove_approval(&unreadable, call, at(50));
+        removed.await.unwrap();
         assert!(store.committed_by(call).await.unwrap());
-        let none = store.remove_approval(id, CallId::fresh(), at(50)).await;
+        let none = store.remove_approval(&unreadable, CallId::fresh(), at(50));
+        let none = none.await;
         assert!(matches!(none, Err(Error::NotFound)), "{none:?}");
     }
-    let left = store.approvals(at(0)).await.unwrap();
+    let left = store.approvals(open).await.unwrap();
     assert!(left.len() == 2 && left.iter().all(Result::is_ok));
 }

@@ -61,6 +61,8 @@ on_every_engine!(
     approvals_are_compare_and_swap,
     of_concurrent_decisions_one_wins,
     a_change_uses_its_approval_or_is_not_made,
+    requests_that_are_over_do_not_hide_open_requests,
+    a_changed_request_is_not_removed,
     approvals_that_do_not_decode_are_named_and_removed,
     a_change_of_the_registry_waits_for_the_rows_of_a_key,
     cancelled_calls_poison_nothing,

@@ -201,6 +201,8 @@ pub struct Entry {
     pub reason: Option<Reason>,
     /// The principal that requested the action.
     pub principal: Option<String>,
+    /// The `[[issuer.mapping]]` that gave the principal its roles.
+    pub mapping: Option<String>,
     /// The tenant of the principal.
     pub tenant: Option<Tenant>,
     /// The user whose key the action concerns.
@@ -268,6 +270,7 @@ impl Entry {
             outcome,
             reason: None,
             principal: None,
+            mapping: None,
             tenant: None,
             user: None,
             key_name: None,

@@ -42,6 +42,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
     object.text("kind", Some(kind_name(entry.kind)));
     object.text("log_id", Some(place.log_id));
+    object.text("mapping", entry.mapping.as_deref());
     object.text("outcome", Some(outcome_name(entry.outcome)));
     object.text("peer", entry.peer.as_deref());
     let person = persons.and_then(|persons| persons.person.as_deref());
@@ -172,6 +173,7 @@ impl Parsed {
         let text = |name: &str| self.fields.get(name).and_then(Value::as_str);
         let mut intent = Entry::new(EntryKind::Intent, self.action.clone(), Outcome::Ok);
         intent.principal = text("principal").map(str::to_owned);
+        intent.mapping = text("mapping").map(str::to_owned);
         intent.tenant = text("tenant").and_then(|text| Tenant::parse(text).ok());
         intent.user = text("user").and_then(|text| UserId::parse(text).ok());
         intent.key_name = text("key_name").and_then(|text| KeyName::parse(text).ok());
@@ -285,12 +287,14 @@ mod tests {
         assert_eq!(String::from_utf8(line).unwrap(), expected);
     }
 
-    /// A broker that is killed between intent and outcome writes the recovered entry with the names of both persons.
+    /// A broker that is killed between intent and outcome writes the recovered entry with the names of both persons, and with the
+    /// mapping of the principal.
     #[test]
-    fn the_persons_of_an_intent_are_read_back() {
+    fn the_persons_and_the_mapping_of_an_intent_are_read_back() {
         let mut entry = Entry::new(EntryKind::Intent, "wrapping_key.destroy", Outcome::Ok);
         let both = |principal: &str, person: &str| Some((principal.to_owned(), person.to_owned()));
         entry.call_id = Some(CallId::fresh());
+        entry.mapping = Some("administrators".to_owned());
         entry.persons = Some(Box::new(Persons {
             approval: Some(ApprovalId::from_bytes([7; 16])),
             person: Some("Ada".to_owned()),

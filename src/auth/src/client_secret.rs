@@ -502,6 +502,7 @@ fn identity(credential: &ClientCredential) -> Identity {
         tenant: grant.tenant,
         roles: grant.roles,
         subject: None,
+        mapping: None,
         claims: Claims::default(),
     }
 }

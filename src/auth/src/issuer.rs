@@ -20,8 +20,10 @@ use keybroker_core::{
 };
 
 mod check;
+mod mapping;
 
-pub use check::problems;
+pub use check::{problems, remarks};
+pub use mapping::{ClaimPath, Condition, Mapping};
 
 /// A signature algorithm. All algorithms are asymmetric. With a symmetric algorithm, the verifier
 /// could also sign access tokens.
@@ -144,8 +146,10 @@ pub struct Settings {
     /// The claims that an access token must have, each with its permitted values. A claim without
     /// listed values may have any value.
     pub required_claims: BTreeMap<String, BTreeSet<String>>,
-    /// The form of `sub`.
+    /// The form of the claim that identifies the holder.
     pub subject: Subject,
+    /// The claim that identifies the holder.
+    pub subject_claim: ClaimPath,
     /// Whether the holders of the access tokens are users or services.
     pub kind: Kind,
     /// The tenant whose records the holders of the access tokens can access.
@@ -160,6 +164,8 @@ pub struct Settings {
     /// The names of the keys that services with the role `release` may release.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_names: Option<Reach<KeyName>>,
+    /// Whether an access token to which no mapping applies is refused.
+    pub mapping_required: bool,
     /// The claims that policies can use, each with its name in policies.
     pub attributes: BTreeMap<String, String>,
     /// The claims that contain organisations.
@@ -167,6 +173,9 @@ pub struct Settings {
     /// The claim that contains the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_claim: Option<String>,
+    /// The `[[issuer.mapping]]` tables, in the order of the configuration.
+    #[serde(rename = "mapping")]
+    pub mappings: Vec<Mapping>,
 }
 
 /// The source of an issuer's keys.
@@ -211,6 +220,7 @@ struct Written {
     required_scopes: Option<BTreeSet<String>>,
     required_claims: Option<BTreeMap<String, BTreeSet<String>>>,
     subject: Option<Subject>,
+    subject_claim: Option<ClaimPath>,
     #[serde(default = "default_kind")]
     kind: Kind,
     #[serde(default)]
@@ -221,9 +231,13 @@ struct Written {
     roles: BTreeSet<Role>,
     users: Option<Reach<UserId>>,
     key_names: Option<Reach<KeyName>>,
+    #[serde(default)]
+    mapping_required: bool,
     attributes: Option<BTreeMap<String, String>>,
     organisation_claims: Option<BTreeSet<String>>,
     device_claim: Option<String>,
+    #[serde(rename = "mapping", default)]
+    mappings: Vec<Mapping>,
 }
 
 const fn default_refresh_minutes() -> u32 {
@@ -292,6 +306,12 @@ impl From<Written> for Settings {
             let names = presets.attributes.iter().map(|name| (*name).to_owned());
             names.map(|name| (name.clone(), name)).collect()
         };
+        let mappings = written.mappings.into_iter();
+        let mappings = mappings.map(|mapping| Mapping {
+            tenant: mapping.tenant.or_else(|| Some(written.tenant.clone())),
+            ..mapping
+        });
+        let mappings = mappings.collect();
         Self {
             name: written.name,
             issuer: written.issuer,
@@ -318,12 +338,16 @@ impl From<Written> for Settings {
                 .unwrap_or_else(|| texts(presets.required_scopes)),
             required_claims: written.required_claims.unwrap_or_else(claims),
             subject: written.subject.or(presets.subject).unwrap_or(Subject::Text),
+            subject_claim: written
+                .subject_claim
+                .unwrap_or_else(|| ClaimPath::top_level("sub")),
             kind: written.kind,
             tenant: written.tenant,
             shared_users: written.shared_users,
             roles: written.roles,
             users: written.users,
             key_names: written.key_names,
+            mapping_required: written.mapping_required,
             attributes: written.attributes.unwrap_or_else(attributes),
             organisation_claims: written
                 .organisation_claims
@@ -331,6 +355,7 @@ impl From<Written> for Settings {
             device_claim: written
                 .device_claim
                 .or_else(|| presets.device_claim.map(str::to_owned)),
+            mappings,
         }
     }
 }
@@ -353,7 +378,31 @@ impl Settings {
         }))
     }
 
-    /// Returns the grant for services of this issuer.
+    /// Whether an access token to which no mapping applies is refused. Services without a role could do nothing.
+    pub(super) fn refuses_unmapped(&self) -> bool {
+        self.mapping_required || (self.kind == Kind::Service && self.roles.is_empty())
+    }
+
+    /// Whether access tokens of this issuer can have holders of a kind.
+    pub fn can_identify(&self, kind: Kind) -> bool {
+        let is_base = self.kind == kind && !self.refuses_unmapped();
+        is_base || self.mappings.iter().any(|mapping| mapping.kind == kind)
+    }
+
+    /// Returns the tenants of the users that this issuer identifies.
+    fn user_tenants(&self) -> BTreeSet<&Tenant> {
+        let is_base = self.kind == Kind::User && !self.refuses_unmapped();
+        let of_users = self
+            .mappings
+            .iter()
+            .filter(|mapping| mapping.kind == Kind::User);
+        of_users
+            .filter_map(|mapping| mapping.tenant.as_ref())
+            .chain(is_base.then_some(&self.tenant))
+            .collect()
+    }
+
+    /// Returns the grant for services of this issuer to which no mapping applies.
     pub(super) fn grant(&self) -> Grant {
         Grant {
             tenant: self.tenant.clone(),

@@ -106,6 +106,7 @@ impl Settings {
             tenant: grant.tenant,
             roles: grant.roles,
             subject: None,
+            mapping: None,
             claims: Claims {
                 attributes: BTreeMap::from([("san".to_owned(), peer.sans().clone())]),
                 expires: Some(peer.until()),

@@ -29,6 +29,7 @@ use super::{
 };
 
 pub(super) mod claims;
+mod mapping;
 mod parts;
 mod refusal;
 #[cfg(test)]

@@ -148,8 +148,9 @@ pub async fn accept_restored(
 ) -> Result<Acceptance, Error> {
     let failed = |error| Error::caused(Reason::StoreDown, error);
     let fact = fact_of(instance);
-    let is_registry_refused = memory::forget(state, instance, store).await?;
+    // The schedules come first: if the command is interrupted, the operator repeats it.
     let forget_schedules = || forget_accepted(state, instance).map_err(failed);
+    let is_registry_refused = memory::forget(state, instance, store, forget_schedules).await?;
     let known = match read_fact(state, &fact) {
         Ok(kept) => kept.as_ref().and_then(Known::read),
         Err(error) if error.is_damaged() => None,
@@ -162,7 +163,6 @@ pub async fn accept_restored(
         let evidence = store.evidence(&calls).await?;
         if evidence.store == known.store && evidence.marks == calls.len() {
             return Ok(if is_registry_refused {
-                forget_schedules()?;
                 Acceptance::Registry
             } else {
                 Acceptance::AlreadyKnown
@@ -174,7 +174,6 @@ pub async fn accept_restored(
         accepted_us: Timestamp::now().micros(),
         ..Kept::default()
     };
-    // The schedules come first: if the command is interrupted, the operator repeats it.
     forget_schedules()?;
     state.write_json(&fact, &accepted).map_err(failed)?;
     Ok(Acceptance::Accepted { forgotten })

@@ -32,13 +32,16 @@ mod gate;
 mod list;
 
 pub(super) use change::{Asked, Lifetime};
-pub use decision::Verdict;
+pub use decision::{Decided, Removal, Verdict};
 pub use list::{ApprovalList, ApprovalView};
 
 /// Time limit for a MAC job of the token.
 const MAC_TIMEOUT: Duration = Duration::from_secs(5);
-/// Highest number of requests of one person that may be pending, so that an administrator cannot fill the database.
-const PENDING_MAX: u64 = 20;
+/// Highest number of open requests of one person, so that an administrator cannot fill the list of open requests.
+const OPEN_MAX: u64 = 20;
+/// Highest number of requests of one person that have not expired, so that an administrator cannot fill the database with requests
+/// that are rejected at once.
+const UNEXPIRED_MAX: u64 = 200;
 /// In the audit log: the name of the rule that decided, in place of a policy.
 const RULE: &str = "two-persons";
 
@@ -98,6 +101,33 @@ impl ApprovalRules {
         let others = self.persons.iter().map(|person| person.name.as_str());
         let others: Vec<&str> = others.filter(|name| *name != requester).collect();
         others.join(" or ")
+    }
+}
+
+/// The reason why a row does not count as authentic.
+#[derive(Debug)]
+enum Unverified {
+    /// No broker wrote the row as it is now.
+    Altered(Error),
+    /// The state of the signer forbids its use. It is not known whether a broker wrote the row.
+    KeyState(Error),
+    /// The row cannot be verified now, for example because the token is not available.
+    NotNow(Error),
+}
+
+impl From<Error> for Unverified {
+    fn from(error: Error) -> Self {
+        Self::NotNow(error)
+    }
+}
+
+impl From<Unverified> for Error {
+    fn from(unverified: Unverified) -> Self {
+        match unverified {
+            Unverified::Altered(error)
+            | Unverified::KeyState(error)
+            | Unverified::NotNow(error) => error,
+        }
     }
 }
 
@@ -164,17 +194,24 @@ impl Broker {
     }
 
     /// Checks that a broker wrote the row. Without this check, a person who can write to the database could approve a request.
-    async fn verify_approval(&self, row: &ApprovalRow) -> Result<(), Error> {
+    async fn verify_approval(&self, row: &ApprovalRow) -> Result<(), Unverified> {
+        let altered = |cause: &str| Err(Unverified::Altered(damaged(row.id, cause)));
         let deadline = Deadline::after(MAC_TIMEOUT);
         if !self.registry()?.knows(row.signer) {
             self.refresh_registry().await?;
         }
         if !self.registry()?.knows(row.signer) {
-            let what = format!("its wrapping key {} is not registered", row.signer);
-            return Err(damaged(row.id, &what));
+            // The registry was just read, and brokers remove no rows from it.
+            return altered(&format!(
+                "its wrapping key {} is not registered",
+                row.signer
+            ));
         }
-        self.check_key(deadline, row.signer, KeyUse::VerifyMac)
-            .await?;
+        let checked = self.check_key(deadline, row.signer, KeyUse::VerifyMac);
+        checked.await.map_err(|error| match error.reason() {
+            Reason::KeyState => Unverified::KeyState(error),
+            _ => Unverified::NotNow(error),
+        })?;
         let caller = hsm::Caller::background(deadline);
         let message = row.mac_message();
         let verified = self
@@ -183,9 +220,9 @@ impl Broker {
         let digest = change::digest_of(&row.action, &row.requested_by.person, &row.document);
         match verified.await {
             Ok(()) if digest == row.digest => Ok(()),
-            Ok(()) => Err(damaged(row.id, "its digest is that of another change")),
-            Err(hsm::Error::MacRefused) => Err(damaged(row.id, "its MAC does not verify")),
-            Err(other) => Err(other.into()),
+            Ok(()) => altered("its digest is that of another change"),
+            Err(hsm::Error::MacRefused) => altered("its MAC does not verify"),
+            Err(other) => Err(Unverified::NotNow(other.into())),
         }
     }
 

@@ -8,7 +8,7 @@ use keybroker_core::{
     key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
-use keybroker_hsm::{TokenState, admin::KeyAdmin};
+use keybroker_hsm::{Assurance, TokenState, admin::KeyAdmin};
 use keybroker_policy::Resource;
 use keybroker_store::RegistryRow;
 
@@ -41,6 +41,8 @@ pub struct WrappingKeyView {
     pub problem: Option<String>,
     /// Names of the configured tokens whose workers found the key.
     pub tokens: Vec<String>,
+    /// What protects the keys of each of these tokens; `unknown` for a token that no worker has examined.
+    pub assurances: Vec<String>,
     /// Names of the other configured tokens; empty for a destroyed key.
     pub missing_tokens: Vec<String>,
     /// The public key on the token; `None` for a destroyed key, and until the first worker is ready.
@@ -173,7 +175,10 @@ pub(super) fn view(
     let with = each
         .iter()
         .filter(|token| token_key(&token.keys, row.id).is_some());
-    let tokens: Vec<String> = with.map(|token| token.name.clone()).collect();
+    let assurance = |token: &TokenState| token.assurance.map_or("unknown", Assurance::as_str);
+    let (tokens, assurances): (Vec<_>, Vec<_>) = with
+        .map(|token| (token.name.clone(), assurance(token).to_owned()))
+        .unzip();
     let is_destroyed = row.state == WrappingKeyState::Destroyed;
     let others = configured.iter().map(KeyAdmin::name);
     let missing_tokens = others
@@ -189,6 +194,7 @@ pub(super) fn view(
         backup_confirmed: row.backup_confirmed.is_some(),
         destroyed_at: None,
         tokens,
+        assurances,
         missing_tokens,
         problem: problem.map(str::to_owned),
         on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {

@@ -46,6 +46,7 @@ impl Draft {
     pub(super) fn new(principal: &Principal, call: &Call, action: Action) -> Self {
         let mut entry = Entry::new(EntryKind::Decision, action.as_str(), Outcome::Ok);
         entry.principal = Some(principal.name().to_owned());
+        entry.mapping = principal.mapping().map(str::to_owned);
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
         entry.peer = Some(call.peer.clone());
@@ -180,6 +181,11 @@ impl Draft {
         self.0.digest = Some(hex_of(digest));
     }
 
+    /// Sets the exact cause.
+    pub(super) fn cause(&mut self, cause: &'static str) {
+        self.0.cause = Some(cause.into());
+    }
+
     pub(super) fn requested_by(&mut self, by: &PersonOfPrincipal) {
         self.persons().requested_by = Some((by.principal.clone(), by.person.clone()));
     }
@@ -254,6 +260,7 @@ impl Broker {
         let mut entry = Entry::new(EntryKind::Decision, action, Outcome::Ok);
         (entry.record_id, entry.revision) = record.unzip();
         entry.principal = Some(principal.name().to_owned());
+        entry.mapping = principal.mapping().map(str::to_owned);
         entry.tenant = Some(principal.tenant().clone());
         entry.call_id = Some(call.id);
         entry.peer = Some(call.peer.clone());

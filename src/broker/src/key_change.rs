@@ -42,9 +42,6 @@ pub use rotation::{Rotated, Rotation};
 
 use making::Awaited;
 
-/// A row number that is not below this limit is ignored, because only a forged row has such a large
-/// number.
-const SEQUENCE_LIMIT: u64 = 1 << 62;
 /// Time limit for the MAC of one row.
 const MAC_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -494,9 +491,11 @@ struct Planner {
 
 impl Planner {
     fn new(registry: &Registry) -> Self {
-        // A row that is not verified may have any number.
-        let sequences = registry.rows().map(|(row, _)| row.sequence);
-        let sequences = sequences.filter(|sequence| *sequence < SEQUENCE_LIMIT);
+        // A row that is not verified may have any number. A verified row always counts, because its next number must be higher.
+        let counted = registry
+            .rows()
+            .filter(|(row, problem)| problem.is_none() || row.sequence < store::SEQUENCE_LIMIT);
+        let sequences = counted.map(|(row, _)| row.sequence);
         Self {
             change: RegistryChange::default(),
             sequence: sequences.max().unwrap_or(0),
@@ -510,8 +509,10 @@ impl Planner {
         self.sequence
     }
 
-    /// Adds the change of a row to the transaction. The MAC of the new row is computed later.
+    /// Adds the change of a row to the transaction. The MAC of the new row is computed later. The row gets a higher number
+    /// than before, whatever numbers the other rows have: otherwise, a former row or schedule would be valid again.
     fn change(&mut self, before: &RegistryRow, after: RegistryRow) {
+        self.sequence = self.sequence.max(before.sequence);
         let row = RegistryRow {
             sequence: self.next_sequence(),
             ..after

@@ -75,7 +75,7 @@ mod tests;
 mod ticks;
 mod uses;
 
-pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Person, Verdict};
+pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Decided, Person, Removal, Verdict};
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};

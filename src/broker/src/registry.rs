@@ -413,8 +413,8 @@ impl Broker {
         if rows.is_empty() {
             tracing::warn!("no wrapping key is registered; run `keybroker key generate`");
         }
-        let mut registry = self.examine(rows, &Registry::default(), deadline).await?;
-        self.compare_with_memory(&mut registry).await?;
+        self.take_over_memory().await?;
+        let registry = self.examine(rows, &Registry::default(), deadline).await?;
         if let Some(error) = registry.first_failure() {
             return Err(error);
         }
@@ -443,8 +443,7 @@ impl Broker {
         };
         let found = self.store.registry().await?;
         let deadline = Deadline::after(REFRESH_TIMEOUT);
-        let mut fresh = self.examine(found, &known, deadline).await?;
-        self.registry_memory.compare(&mut fresh);
+        let fresh = self.examine(found, &known, deadline).await?;
         let is_changed =
             fresh.entries != known.entries || fresh.refused_changes != known.refused_changes;
         if is_changed {

@@ -34,6 +34,7 @@ pub(crate) fn service(name: &str, roles: &[Role]) -> Principal {
         users: Reach::All,
         key_names: Reach::All,
         subject: None,
+        mapping: None,
         claims: Claims::default(),
     })
 }

@@ -222,11 +222,27 @@ impl Client {
     /// Lists the requests for approval, newest first: those that are open or, with `show_all`, also those that are over.
     pub fn list_approvals(&self, show_all: bool) -> Read<'_, proto::ListApprovalsResponse> {
         Read::new(self.shared(), move |attempt| async move {
-            let request = attempt.request(proto::ListApprovalsRequest { show_all });
+            let request = attempt.request(proto::ListApprovalsRequest {
+                show_all,
+                id: Vec::new(),
+            });
             Ok(service(&attempt)
                 .list_approvals(request)
                 .await?
                 .into_inner())
+        })
+    }
+
+    /// Returns the request for approval with this id, in any state. `None` if there is none, or if its row cannot be read.
+    pub fn get_approval(&self, id: ApprovalId) -> Read<'_, Option<proto::Approval>> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(proto::ListApprovalsRequest {
+                show_all: true,
+                id: id.as_bytes().to_vec(),
+            });
+            let listed = service(&attempt).list_approvals(request).await?;
+            let mut approvals = listed.into_inner().approvals.into_iter();
+            Ok(approvals.find(|approval| approval.id == id.as_bytes()))
         })
     }
 
@@ -247,14 +263,14 @@ impl Client {
         })
     }
 
-    /// Rejects a requested change. Returns `None` if the stored request was damaged and was removed.
-    pub fn reject_change(&self, id: ApprovalId) -> NonIdempotent<'_, Option<proto::Approval>> {
+    /// Rejects a requested change. The answer has the request or, if its row was removed, the cause.
+    pub fn reject_change(&self, id: ApprovalId) -> NonIdempotent<'_, proto::RejectChangeResponse> {
         NonIdempotent::new(self.shared(), move |attempt| async move {
             let request = attempt.request(proto::RejectChangeRequest {
                 id: id.as_bytes().to_vec(),
             });
             let answer = service(&attempt).reject_change(request).await?;
-            Ok(answer.into_inner().approval)
+            Ok(answer.into_inner())
         })
     }
 }

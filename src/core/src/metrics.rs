@@ -87,7 +87,7 @@ pub const HANDSHAKE_CAUSES: [&str; 16] = [
 ];
 
 /// Why an access token was refused.
-pub const TOKEN_CAUSES: [&str; 16] = [
+pub const TOKEN_CAUSES: [&str; 18] = [
     "algorithm",
     "audience",
     "claim",
@@ -97,8 +97,10 @@ pub const TOKEN_CAUSES: [&str; 16] = [
     "kid",
     "lifetime",
     "malformed",
+    "mapping",
     "no-keys",
     "not-yet-valid",
+    "overage",
     "oversized",
     "scope",
     "signature",

@@ -167,7 +167,8 @@ impl Grant {
         }
         if self.roles.contains(&Role::Auditor) && self.tenant != Tenant::default() {
             return Some(
-                "the principal has the role `auditor` and a tenant, but the audit log covers all tenants: remove the tenant"
+                "the principal has the role `auditor` and a tenant, but the audit log covers all tenants: use the tenant \
+                 `default`"
                     .to_owned(),
             );
         }
@@ -248,6 +249,8 @@ pub struct Identity {
     pub key_names: Reach<KeyName>,
     /// The user id under which the keys of a user are stored; absent for a service.
     pub subject: Option<UserId>,
+    /// The `[[issuer.mapping]]` that gave the principal its kind and its roles, if one applied to its access token.
+    pub mapping: Option<String>,
     /// Attributes that the policies of operators can use.
     pub claims: Claims,
 }
@@ -290,6 +293,11 @@ impl Principal {
     /// Whether the principal has the role.
     pub fn has(&self, role: Role) -> bool {
         self.0.roles.contains(&role)
+    }
+
+    /// The `[[issuer.mapping]]` that gave the principal its roles, if any.
+    pub fn mapping(&self) -> Option<&str> {
+        self.0.mapping.as_deref()
     }
 
     /// The user id under which the keys of a user are stored; absent for a service.

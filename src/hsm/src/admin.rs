@@ -38,7 +38,7 @@ use keybroker_worker_protocol::{
 };
 use zeroize::Zeroize as _;
 
-use crate::process::{self, SocketPair};
+use crate::process;
 
 mod key_admin;
 mod wrapper;
@@ -669,8 +669,8 @@ struct Worker {
 impl Worker {
     fn start(program: &Path, settings: &Settings) -> Result<Self, AdminError> {
         check_environment(&settings.environment)?;
-        let socket = SocketPair::of_stream().map_err(AdminError::Start)?;
-        let (mut command, stream) = process::command(program, settings, WORKER, socket);
+        let (mut command, stream) =
+            process::command(program, settings, WORKER).map_err(AdminError::Start)?;
         let child = command.spawn().map_err(AdminError::Start)?;
         // `command` contains the worker's end of the socket. If this process kept the worker's end open, it could not
         // detect that the worker ended.

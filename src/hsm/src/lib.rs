@@ -31,7 +31,6 @@ mod pool;
 mod process;
 mod queue;
 mod rewrap;
-mod socket;
 mod start;
 mod supervisor;
 

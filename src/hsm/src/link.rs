@@ -13,6 +13,7 @@ use std::{
 };
 
 use tokio::{
+    net::UnixStream,
     process::{Child, Command},
     sync::Notify,
 };
@@ -24,12 +25,7 @@ use keybroker_worker_protocol::{
     wire::{Reply, Request, reply::Outcome},
 };
 
-use crate::{
-    found::Found,
-    job::Job,
-    process::{self, SocketPair},
-    socket::Socket,
-};
+use crate::{found::Found, job::Job, process};
 
 /// If a job is unanswered for this time after its deadline, its worker counts as hanging.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
@@ -41,7 +37,7 @@ pub(super) struct Link {
     generation: u64,
     pid: u32,
     sessions: usize,
-    socket: Socket,
+    stream: UnixStream,
     /// The keys that the worker found.
     found: Arc<Found>,
     /// Whether the worker must be replaced, because the expected keys have changed since it started.
@@ -75,15 +71,14 @@ impl fmt::Debug for Link {
 }
 
 /// Starts a worker process. Returns the process with the front's end of its socket.
-pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, Socket)> {
-    let socket = SocketPair::of_packets()?;
-    let (command, ours) = process::command(program, settings, "token-worker", socket);
-    let socket = Socket::new(ours)?;
+pub(super) fn spawn(program: &Path, settings: &Settings) -> io::Result<(Child, UnixStream)> {
+    let (command, ours) = process::command(program, settings, "token-worker")?;
+    ours.set_nonblocking(true)?;
     let child = Command::from(command)
         // When the handle is dropped, the process must not be killed: it may be inside `C_Login`, where SIGKILL can
         // damage a SoftHSM token.
         .spawn()?;
-    Ok((child, socket))
+    Ok((child, UnixStream::from_std(ours)?))
 }
 
 impl Link {
@@ -91,14 +86,14 @@ impl Link {
         generation: u64,
         pid: u32,
         sessions: usize,
-        socket: Socket,
+        stream: UnixStream,
         found: Arc<Found>,
     ) -> Arc<Self> {
         Arc::new(Self {
             generation,
             pid,
             sessions,
-            socket,
+            stream,
             found,
             is_outdated: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
@@ -181,8 +176,8 @@ impl Link {
     }
 
     fn send(&self, state: &mut State) {
-        while let Some(frame) = state.unsent.next_frame() {
-            match self.socket.try_write(frame) {
+        while !state.unsent.is_empty() {
+            match self.stream.try_write(state.unsent.rest()) {
                 Ok(count) => state.unsent.sent(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.flush.notify_one();
@@ -204,7 +199,7 @@ impl Link {
         loop {
             self.flush.notified().await;
             while !self.state().unsent.is_empty() {
-                if self.socket.writable().await.is_err() {
+                if self.stream.writable().await.is_err() {
                     return;
                 }
                 self.send(&mut self.state());
@@ -217,9 +212,13 @@ impl Link {
     pub(super) async fn read_replies(&self, mut take: impl FnMut(Job, Reply)) -> String {
         let mut inbox = Inbox::default();
         loop {
-            match self.socket.read(inbox.room()).await {
+            if let Err(error) = self.stream.readable().await {
+                return format!("the socket of the worker failed: {error}");
+            }
+            match self.stream.try_read(inbox.room()) {
                 Ok(0) => return "the worker process ended".to_owned(),
                 Ok(count) => inbox.received(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return format!("the socket of the worker failed: {error}"),
             }
             loop {
@@ -278,7 +277,14 @@ impl Link {
 
     /// Closes the sending half of the socket. A worker whose socket is closed finishes its jobs and ends.
     pub(super) fn close(&self) {
-        self.socket.close();
+        close(&self.stream);
+    }
+}
+
+/// Closes the sending half of a worker's socket.
+pub(super) fn close(stream: &UnixStream) {
+    if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Write) {
+        tracing::debug!(%error, "the worker's socket was already closed");
     }
 }
 
@@ -297,24 +303,28 @@ pub(super) async fn reap(mut child: Child, timeout: Duration) -> Option<ExitStat
 /// Sends the setup and reads the reply, before the worker serves jobs. While this function waits, it sets `calling` to
 /// each function of the module that the worker calls.
 pub(super) async fn exchange(
-    socket: &Socket,
+    stream: &UnixStream,
     request: &Request,
     calling: &mut Option<String>,
 ) -> io::Result<Reply> {
     let mut outbox = Outbox::default();
     outbox.push(request);
-    while let Some(frame) = outbox.next_frame() {
-        match socket.try_write(frame) {
+    while !outbox.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(outbox.rest()) {
             Ok(count) => outbox.sent(count),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
     }
     let mut inbox = Inbox::default();
     loop {
-        match socket.read(inbox.room()).await? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            count => inbox.received(count),
+        stream.readable().await?;
+        match stream.try_read(inbox.room()) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => inbox.received(count),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(error),
         }
         while let Some(reply) = inbox.take::<Reply>()? {
             match reply.outcome {

@@ -13,41 +13,7 @@ use std::{
     process::{Command, ExitStatus, Stdio},
 };
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
-
 use keybroker_worker_protocol::Settings;
-
-/// The two ends of the socket between the front and a worker.
-pub(crate) struct SocketPair {
-    pub(crate) front: UnixStream,
-    worker: UnixStream,
-}
-
-impl SocketPair {
-    /// Creates a socket that transports a stream of bytes.
-    pub(crate) fn of_stream() -> io::Result<Self> {
-        let (front, worker) = UnixStream::pair()?;
-        Ok(Self { front, worker })
-    }
-
-    /// Creates a socket that transports packets. A write sends one packet, and a read returns one complete packet.
-    /// Therefore several threads of the worker can wait on the socket without a lock, and the kernel wakes one thread
-    /// for each packet.
-    pub(crate) fn of_packets() -> io::Result<Self> {
-        let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
-        let (front, worker) = rustix::net::socketpair(family, kind, SocketFlags::CLOEXEC, None)?;
-        Ok(Self {
-            front: front.into(),
-            worker: worker.into(),
-        })
-    }
-
-    /// The worker's end, for a test without a worker process.
-    #[cfg(test)]
-    pub(crate) fn into_ends(self) -> (UnixStream, UnixStream) {
-        (self.front, self.worker)
-    }
-}
 
 /// Prepares a worker process. `worker` is the hidden command that runs the worker. Returns the command and the front's
 /// end of the socket; the worker's end is the worker's standard input.
@@ -58,19 +24,19 @@ pub(crate) fn command(
     program: &Path,
     settings: &Settings,
     worker: &str,
-    socket: SocketPair,
-) -> (Command, UnixStream) {
+) -> io::Result<(Command, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new(program);
     command
         .arg0("keybroker")
         .arg(worker)
         .env_clear()
         .envs(&settings.environment)
-        .stdin(Stdio::from(OwnedFd::from(socket.worker)))
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         // The worker gets a separate process group, so that Ctrl-C at a terminal reaches only the front.
         .process_group(0);
-    (command, socket.front)
+    Ok((command, ours))
 }
 
 /// Names of the signals that usually end a process: signals that a defect causes, and signals that users or the kernel

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 
-use tokio::process::Child;
+use tokio::{net::UnixStream, process::Child};
 use tokio_util::sync::CancellationToken;
 
 use keybroker_core::{envelope::Algorithm, key::WrappingKeyId, state::StateDirectory};
@@ -13,7 +13,7 @@ use keybroker_worker_protocol::{
     wire::{self, FailureClass, Ready, Request, Setup, reply::Outcome, request},
 };
 
-use crate::{KeyProblem, TokenKey, UnusableKey, found::Found, link, process, socket::Socket};
+use crate::{KeyProblem, TokenKey, UnusableKey, found::Found, link, process};
 
 /// Longest time for a worker to become ready: login, attribute check and self-test on a slow device.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -23,7 +23,7 @@ pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(6);
 /// A worker that is ready for jobs.
 pub(super) struct Started {
     pub(super) child: Child,
-    pub(super) socket: Socket,
+    pub(super) stream: UnixStream,
     pub(super) pid: u32,
     pub(super) found: Found,
 }
@@ -104,23 +104,23 @@ pub(super) async fn worker(
 ) -> Result<Started, Failure> {
     let setup = setup(settings, expected, state)?;
     let mut calling = None;
-    let (child, socket) = link::spawn(program, settings).map_err(|error| {
+    let (child, stream) = link::spawn(program, settings).map_err(|error| {
         Failure::crashed(format!("cannot start {}: {error}", program.display()))
     })?;
     let pid = child.id().unwrap_or(0);
     let ready = tokio::select! {
         () = stop.cancelled() => Err(Failure::crashed("the broker is stopping")),
-        ready = ready(&socket, setup, expected, &mut calling) => ready,
+        ready = ready(&stream, setup, expected, &mut calling) => ready,
     };
     match ready {
         Ok(found) => Ok(Started {
             child,
-            socket,
+            stream,
             pid,
             found,
         }),
         Err(mut failure) => {
-            socket.close();
+            link::close(&stream);
             let ended = link::reap(child, EXIT_TIMEOUT).await;
             // The worker reported no failure, so its exit status and the function that it called last are the best
             // explanation.
@@ -137,7 +137,7 @@ pub(super) async fn worker(
 
 /// Sends the setup and waits for the worker's report.
 async fn ready(
-    socket: &Socket,
+    stream: &UnixStream,
     setup: Setup,
     expected: &[ExpectedKey],
     calling: &mut Option<String>,
@@ -147,7 +147,7 @@ async fn ready(
         deadline_ns: 0,
         job: Some(request::Job::Setup(Box::new(setup))),
     };
-    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(socket, &request, calling))
+    let reply = tokio::time::timeout(READY_TIMEOUT, link::exchange(stream, &request, calling))
         .await
         .map_err(|_| {
             Failure::crashed(

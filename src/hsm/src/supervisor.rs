@@ -270,14 +270,14 @@ impl Supervisor {
     fn take_in(self: &Arc<Self>, started: Started, expected: &Arc<Vec<ExpectedKey>>) {
         let Started {
             child,
-            socket,
+            stream,
             pid,
             found,
         } = started;
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) + 1;
         let sessions = self.settings.sessions_per_worker;
         let found = Arc::new(found);
-        let link = Link::new(generation, pid, sessions, socket, Arc::clone(&found));
+        let link = Link::new(generation, pid, sessions, stream, Arc::clone(&found));
         if !keys::are_same(expected, &self.expected.load()) {
             link.outdate();
         }

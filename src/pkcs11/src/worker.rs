@@ -16,7 +16,7 @@ use std::{
     os::{fd::AsFd as _, unix::net::UnixStream},
     path::Path,
     process::ExitCode,
-    sync::{Arc, atomic::AtomicUsize},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicUsize},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -78,15 +78,19 @@ fn serve() -> io::Result<()> {
     let _signals = ignore_signals()?;
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     end_with_front(stream.try_clone()?);
-    let stream = Arc::new(stream);
-    let Some(first) = Input::from(&stream).receive()? else {
+    let mut input = Input {
+        stream: stream.try_clone()?,
+        inbox: Inbox::default(),
+    };
+    let Some(first) = input.receive()? else {
         return Ok(());
     };
     let Some(Job::Setup(setup)) = first.job else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "no setup"));
     };
-    let mut first_reply = Replies::to(&stream);
-    let mut progress = Replies::to(&stream);
+    let output = Arc::new(Mutex::new(stream));
+    let mut first_reply = Replies::to(&output);
+    let mut progress = Replies::to(&output);
     calling::report_to(move |function| {
         let calling = Outcome::Calling(function.to_owned());
         // A failed report is ignored: if the front has ended, the socket is closed, and this process ends, too.
@@ -113,10 +117,11 @@ fn serve() -> io::Result<()> {
     };
     let ready = ready(&token, &shared, unusable);
     first_reply.send(0, Outcome::Ready(ready), Duration::ZERO)?;
+    let input = Arc::new(Mutex::new(input));
     let (ended, end) = crossbeam_channel::bounded(sessions);
     // The start itself has the same priority as the front, because calls may wait for the worker.
     give_way_to_front();
-    let threads = start(sessions_open, &stream, &ended)?;
+    let threads = start(sessions_open, &input, &output, &ended)?;
     // The first session thread that reads the end of the socket reports that the socket was closed.
     // The other session threads also end.
     let ended = end.recv().unwrap_or(Ok(()));
@@ -423,41 +428,34 @@ fn ready(token: &OpenToken, shared: &Shared, unusable: Vec<UnusableKey>) -> Read
     }
 }
 
-/// The receiving side of the socket. The session threads share the socket, and each thread has its own buffer. The
-/// kernel gives each packet, which contains one frame, to one of the threads that wait.
+/// The socket, with the bytes that were received after the last message.
 struct Input {
-    stream: Arc<UnixStream>,
+    stream: UnixStream,
     inbox: Inbox,
 }
 
 impl Input {
-    fn from(stream: &Arc<UnixStream>) -> Self {
-        Self {
-            stream: Arc::clone(stream),
-            inbox: Inbox::default(),
-        }
-    }
-
     fn receive(&mut self) -> io::Result<Option<Request>> {
-        self.inbox.receive(&mut &*self.stream)
+        self.inbox.receive(&mut self.stream)
     }
 }
 
 fn start(
     sessions: Vec<SessionThread>,
-    stream: &Arc<UnixStream>,
+    input: &Arc<Mutex<Input>>,
+    output: &Arc<Mutex<UnixStream>>,
     ended: &Sender<io::Result<()>>,
 ) -> io::Result<Vec<JoinHandle<()>>> {
     sessions
         .into_iter()
         .enumerate()
         .map(|(number, mut session)| {
-            let (mut input, ended) = (Input::from(stream), ended.clone());
-            let mut replies = Replies::to(stream);
+            let (input, ended) = (Arc::clone(input), ended.clone());
+            let mut replies = Replies::to(output);
             thread::Builder::new()
                 .name(format!("session-{number}"))
                 .spawn(move || {
-                    let result = work(&mut session, &mut input, &mut replies);
+                    let result = work(&mut session, &input, &mut replies);
                     // Only the first result is read, but the channel has space for all results.
                     let _heard = ended.send(result);
                 })
@@ -465,10 +463,21 @@ fn start(
         .collect()
 }
 
-/// Reads jobs from the socket, at the same time as the other session threads. Each thread uses its own
+/// Reads jobs from the socket, in turn with the other session threads. Each thread uses its own
 /// session to run the jobs that it reads.
-fn work(session: &mut SessionThread, input: &mut Input, replies: &mut Replies) -> io::Result<()> {
-    while let Some(request) = input.receive()? {
+fn work(
+    session: &mut SessionThread,
+    input: &Mutex<Input>,
+    replies: &mut Replies,
+) -> io::Result<()> {
+    loop {
+        let received = input
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .receive()?;
+        let Some(request) = received else {
+            return Ok(());
+        };
         let work = Work::from_wire(request);
         let id = work.id();
         let (outcome, spent) = session.run(&work);
@@ -479,18 +488,16 @@ fn work(session: &mut SessionThread, input: &mut Input, replies: &mut Replies) -
         };
         replies.send(id, outcome, spent)?;
     }
-    Ok(())
 }
 
-/// The sending side of the socket, which the session threads share. Each thread prepares its frames in its own buffer,
-/// and sends each frame as one packet.
+/// The sending side of the socket, which the session threads share. Each thread prepares its frames in its own buffer.
 struct Replies {
-    stream: Arc<UnixStream>,
+    stream: Arc<Mutex<UnixStream>>,
     outbox: Outbox,
 }
 
 impl Replies {
-    fn to(stream: &Arc<UnixStream>) -> Self {
+    fn to(stream: &Arc<Mutex<UnixStream>>) -> Self {
         Self {
             stream: Arc::clone(stream),
             outbox: Outbox::default(),
@@ -507,7 +514,9 @@ impl Replies {
         if let Some(Outcome::Output(bytes)) = &mut message.outcome {
             bytes.zeroize();
         }
-        let written = (&*self.stream).write_all(self.outbox.rest());
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = stream.write_all(self.outbox.rest());
+        drop(stream);
         self.outbox.sent(self.outbox.rest().len());
         written
     }

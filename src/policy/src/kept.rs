@@ -55,6 +55,7 @@ struct Decision {
     roles: BTreeSet<Role>,
     has_all_users: bool,
     has_all_key_names: bool,
+    mapping: Option<String>,
     is_granted: bool,
     verdict: Verdict,
 }
@@ -68,6 +69,7 @@ pub(super) struct Inputs<'a> {
     roles: &'a BTreeSet<Role>,
     has_all_users: bool,
     has_all_key_names: bool,
+    mapping: Option<&'a str>,
     is_granted: bool,
 }
 
@@ -79,6 +81,7 @@ impl Inputs<'_> {
             && self.has_all_key_names == decision.has_all_key_names
             && *self.tenant == decision.tenant
             && *self.roles == decision.roles
+            && self.mapping == decision.mapping.as_deref()
     }
 }
 
@@ -102,6 +105,7 @@ impl Kept {
             key_names,
             // Only users have a subject.
             subject: _,
+            mapping,
             // Claims are in the context and in the tags. If a policy uses the context or tags, no
             // decision is cached.
             claims: _,
@@ -114,6 +118,7 @@ impl Kept {
             roles,
             has_all_users: *users == Reach::All,
             has_all_key_names: *key_names == Reach::All,
+            mapping: mapping.as_deref(),
             is_granted: is_granted(case),
         })
     }
@@ -153,6 +158,7 @@ impl Kept {
             roles: inputs.roles.clone(),
             has_all_users: inputs.has_all_users,
             has_all_key_names: inputs.has_all_key_names,
+            mapping: inputs.mapping.map(str::to_owned),
             is_granted: inputs.is_granted,
             verdict: verdict.clone(),
         });

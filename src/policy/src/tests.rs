@@ -44,6 +44,7 @@ fn person(subject: &str) -> Identity {
         users: Reach::Only(BTreeSet::new()),
         key_names: Reach::Only(BTreeSet::new()),
         subject: Some(user(subject)),
+        mapping: None,
         claims: Claims::default(),
     }
 }

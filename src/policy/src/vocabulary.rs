@@ -193,6 +193,7 @@ impl Vocabulary {
         attributes.add("name", || text(&identity.name));
         attributes.add("tenant", || text(identity.tenant.as_str()));
         attributes.add("credential", || text(identity.credential.as_str()));
+        attributes.add_some("mapping", identity.mapping.as_deref(), text);
         let (kind, roles) = match identity.kind {
             Kind::User => {
                 attributes.add_some("subject", identity.subject.as_ref(), |user| {

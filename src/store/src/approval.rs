@@ -106,6 +106,35 @@ pub struct ApprovalChange {
     pub expected: Mac,
 }
 
+/// Which requests are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApprovalFilter {
+    /// The requests that are pending or approved and expire after this time. Includes rows whose state is none that a broker writes.
+    OpenAt(Timestamp),
+    /// All requests.
+    All,
+    /// The request with this id.
+    One(ApprovalId),
+}
+
+/// The number of requests of one person that have not expired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApprovalCounts {
+    /// Requests that are pending or approved.
+    pub open: u64,
+    /// All requests, also those that were rejected or used.
+    pub unexpired: u64,
+}
+
+/// A request that is removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RemovedApproval {
+    /// The row as it was read. The row is removed only if it still has this state and this MAC.
+    AsRead(Box<ApprovalRow>),
+    /// A row that cannot be decoded.
+    Unreadable(ApprovalId),
+}
+
 /// A row that cannot be decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedApproval {
@@ -128,11 +157,11 @@ pub enum ApprovedClient {
 /// change of the registry.
 #[async_trait]
 pub trait Approvals: Send + Sync {
-    /// Returns the newest requests, at most [`APPROVALS_LISTED_MAX`], newest first. Leaves out requests that expired at or before
-    /// `after`. A row that cannot be decoded does not end the list.
+    /// Returns the newest of the wanted requests, at most [`APPROVALS_LISTED_MAX`], newest first. A row that cannot be decoded does
+    /// not end the list.
     async fn approvals(
         &self,
-        after: Timestamp,
+        wanted: ApprovalFilter,
     ) -> Result<Vec<Result<ApprovalRow, DamagedApproval>>, Error>;
 
     /// Returns the request with this id.
@@ -141,8 +170,8 @@ pub trait Approvals: Send + Sync {
     /// Returns the request with this digest.
     async fn approval_of(&self, digest: &[u8; 32]) -> Result<Option<ApprovalRow>, Error>;
 
-    /// Returns the number of requests of a person that are pending at a time.
-    async fn pending_approvals(&self, person: &str, now: Timestamp) -> Result<u64, Error>;
+    /// Counts the requests of a person that have not expired at a time.
+    async fn count_approvals(&self, person: &str, now: Timestamp) -> Result<ApprovalCounts, Error>;
 
     /// Adds a request, and stores the mark of the call. `replaces` is the MAC of an earlier request with the same digest, which is
     /// removed. Returns [`Error::Conflict`] if the earlier request was changed meanwhile, and [`Error::Exists`] if another request
@@ -163,11 +192,11 @@ pub trait Approvals: Send + Sync {
         at: Timestamp,
     ) -> Result<(), Error>;
 
-    /// Removes a request, even if its row cannot be read, and stores the mark of the call. Returns [`Error::NotFound`] if there is no
-    /// request with this id.
+    /// Removes a request, and stores the mark of the call. Returns [`Error::Conflict`] if the request was changed or removed
+    /// meanwhile, and [`Error::NotFound`] if there is no unreadable row with this id.
     async fn remove_approval(
         &self,
-        id: ApprovalId,
+        removed: &RemovedApproval,
         call: CallId,
         at: Timestamp,
     ) -> Result<(), Error>;

@@ -57,8 +57,9 @@ pub mod tally;
 mod url;
 
 pub use approval::{
-    APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalRow, Approvals,
-    ApprovedClient, DamagedApproval, Decision, PERSON_BYTES_MAX, PersonOfPrincipal,
+    APPROVAL_DOCUMENT_BYTES_MAX, APPROVALS_LISTED_MAX, ApprovalChange, ApprovalCounts,
+    ApprovalFilter, ApprovalRow, Approvals, ApprovedClient, DamagedApproval, Decision,
+    PERSON_BYTES_MAX, PersonOfPrincipal, RemovedApproval,
 };
 pub use client::ClientRow;
 pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
@@ -74,7 +75,7 @@ pub use record::{
     ListQuery, NewRevision, Record, RecordInfo, RecordState, RequestRecord, RequestScope,
     RequestStamp, Stamp, StoredRevision, request_message,
 };
-pub use registry::{PlaceChange, RegistryChange, RegistryRow, RegistryUpdate};
+pub use registry::{PlaceChange, RegistryChange, RegistryRow, RegistryUpdate, SEQUENCE_LIMIT};
 pub use rewrap::{
     ClientMove, DOCUMENT_BYTES_MAX as RUN_DOCUMENT_BYTES_MAX, KeyUses, RevisionMove, RevisionPlace,
     RevisionUnder, Rewraps, RowUnder, RunId, RunRow, RunState,

@@ -11,6 +11,10 @@ use keybroker_core::{
 
 use super::{approval::ApprovalChange, destruction::DestructionChange, place::PlaceRow};
 
+/// In a row whose MAC is not verified, a number that is not below this limit does not count, because only a forged row has such a
+/// large number.
+pub const SEQUENCE_LIMIT: u64 = 1 << 62;
+
 /// The stored form of one wrapping key. The registry does not contain public keys, because the
 /// broker always reads public keys from the token.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -111,18 +111,23 @@ pub(super) struct Statements {
     /// Values: key, MAC.
     pub(super) end_destruction: &'static str,
 
-    /// Parameters: time, limit. Returns the requests for approval that expire after the time, newest first.
+    /// Parameter: limit. Returns the requests for approval, newest first.
     pub(super) approvals: &'static str,
+    /// Parameters: now, limit. Returns the requests for approval that are open, newest first. A row whose state is none that a broker
+    /// writes counts as open, so that it is noticed.
+    pub(super) open_approvals: &'static str,
     /// Parameter: request.
     pub(super) approval: &'static str,
     /// Parameter: digest. Returns at most one request, because digests are unique.
     pub(super) approval_of: &'static str,
-    /// Parameters: person, now. Returns the number of pending requests.
-    pub(super) pending_approvals: &'static str,
+    /// Parameters: person, now. Returns the number of requests that have not expired, and how many of them are open.
+    pub(super) count_approvals: &'static str,
     /// Parameters: digest, MAC. Removes the request, if it has this MAC.
     pub(super) replace_approval: &'static str,
-    /// Parameter: request.
+    /// Parameters: request, state, MAC. Removes the request, if it has this state and this MAC.
     pub(super) remove_approval: &'static str,
+    /// Parameter: request.
+    pub(super) remove_unreadable_approval: &'static str,
     /// Parameters: all columns of a request except the key, then the key and the current MAC.
     pub(super) change_approval: &'static str,
     /// Parameters: expired before, limit.
@@ -303,7 +308,11 @@ impl Statements {
             end_destruction: sql("DELETE FROM key_destructions WHERE key_id = ? AND mac = ?"),
 
             approvals: sql(&format!(
+                "SELECT {approvals} FROM approvals ORDER BY requested_us DESC, approval_id LIMIT ?"
+            )),
+            open_approvals: sql(&format!(
                 "SELECT {approvals} FROM approvals WHERE expires_us > ? \
+                 AND state NOT IN ('rejected', 'used') \
                  ORDER BY requested_us DESC, approval_id LIMIT ?"
             )),
             approval: sql(&format!(
@@ -312,10 +321,14 @@ impl Statements {
             approval_of: sql(&format!(
                 "SELECT {approvals} FROM approvals WHERE digest = ?"
             )),
-            pending_approvals: sql("SELECT count(*) AS total FROM approvals \
-                 WHERE requested_person = ? AND state = 'pending' AND expires_us > ?"),
+            count_approvals: sql("SELECT count(*) AS total, \
+                 count(CASE WHEN state IN ('pending', 'approved') THEN 1 END) AS open_total \
+                 FROM approvals WHERE requested_person = ? AND expires_us > ?"),
             replace_approval: sql("DELETE FROM approvals WHERE digest = ? AND mac = ?"),
-            remove_approval: sql("DELETE FROM approvals WHERE approval_id = ?"),
+            remove_approval: sql(
+                "DELETE FROM approvals WHERE approval_id = ? AND state = ? AND mac = ?",
+            ),
+            remove_unreadable_approval: sql("DELETE FROM approvals WHERE approval_id = ?"),
             change_approval: sql(&format!(
                 "UPDATE approvals SET {} WHERE approval_id = ? AND mac = ?",
                 assignments(Table::Approvals.values())

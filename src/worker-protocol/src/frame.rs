@@ -53,15 +53,6 @@ impl Outbox {
         &self.bytes[self.sent..]
     }
 
-    /// The next frame, for a socket that transports each frame in one packet. Such a socket sends either the complete
-    /// frame or nothing.
-    pub fn next_frame(&self) -> Option<&[u8]> {
-        let rest = self.rest();
-        let (prefix, _) = rest.split_first_chunk::<PREFIX_BYTES>()?;
-        let length = usize::try_from(u32::from_be_bytes(*prefix)).ok()?;
-        rest.get(..PREFIX_BYTES + length)
-    }
-
     /// Whether everything was sent.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
@@ -192,23 +183,6 @@ mod tests {
             let length = self.1.min(buffer.len());
             self.0.read(&mut buffer[..length])
         }
-    }
-
-    #[test]
-    fn an_outbox_returns_its_frames_one_by_one() {
-        let mut outbox = Outbox::default();
-        for id in [1, 300, 2] {
-            outbox.push(&request(id));
-        }
-        let mut inbox = Inbox::default();
-        for id in [1, 300, 2] {
-            let frame = outbox.next_frame().unwrap().to_vec();
-            let received = inbox.receive(&mut frame.as_slice()).unwrap();
-            assert_eq!(received, Some(request(id)));
-            outbox.sent(frame.len());
-        }
-        assert_eq!(outbox.next_frame(), None);
-        assert!(outbox.is_empty());
     }
 
     #[test]

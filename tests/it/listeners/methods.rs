@@ -3,10 +3,11 @@
 use keybroker_proto::{
     AddClientSecretRequest, ApproveChangeRequest, BatchUnwrapUserKeysRequest,
     ChangeWrappingKeyStateRequest, CreateClientCredentialRequest, CreateUserKeyRequest,
-    DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest, ListClientCredentialsRequest,
-    ListUserKeysRequest, RejectChangeRequest, ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest,
-    ResumeRewrapRequest, RevokeClientCredentialRequest, RotateWrappingKeyRequest,
-    StartRewrapRequest, TailAuditLogRequest, UndeleteUserKeyRequest, UnwrapUserKeyRequest,
+    DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest, ListApprovalsRequest,
+    ListClientCredentialsRequest, ListUserKeysRequest, RejectChangeRequest, ReplaceUserKeyRequest,
+    RestoreUserKeyRevisionRequest, ResumeRewrapRequest, RevokeClientCredentialRequest,
+    RotateWrappingKeyRequest, StartRewrapRequest, TailAuditLogRequest, UndeleteUserKeyRequest,
+    UnwrapUserKeyRequest,
 };
 use prost::Message;
 use prost_reflect::DescriptorPool;
@@ -311,7 +312,12 @@ fn wrong_approvals() -> Vec<Wrong> {
         digest: vec![7; digest],
     };
     let reject = RejectChangeRequest { id: vec![7; 17] };
+    let list = ListApprovalsRequest {
+        show_all: false,
+        id: vec![7; 15],
+    };
     vec![
+        wrong("ListApprovals", &list, "id"),
         wrong("ApproveChange", &approve(15, 32), "id"),
         wrong("ApproveChange", &approve(16, 31), "digest"),
         wrong("RejectChange", &reject, "id"),

@@ -8,7 +8,7 @@ use crate::{
     client::Caller,
     keys::{changed, key},
     process::{Broker, until},
-    site::Options,
+    site::{Options, Site},
     wire::get,
 };
 
@@ -52,6 +52,20 @@ fn until_refused(broker: &Broker, words: &[&str]) {
     });
 }
 
+/// The names of the tokens in the entries of an action.
+fn audited(site: &Site, action: &str) -> Vec<String> {
+    let action = format!("\"action\":\"{action}\"");
+    let audit = site.audit();
+    let entries = audit.lines().filter(|line| line.contains(&action));
+    entries
+        .map(|line| {
+            let entry: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(entry["kind"], "system");
+            entry["token"].as_str().unwrap().to_owned()
+        })
+        .collect()
+}
+
 /// One of two tokens leaves and returns while there are calls. No call fails, and each part of the broker follows.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_comes_and_goes_without_a_failed_call() {
@@ -90,6 +104,9 @@ async fn a_token_comes_and_goes_without_a_failed_call() {
     assert!(get(broker.status, "/readyz").ends_with("ready\n"));
     let (site, status) = broker.stop();
     assert!(status.success(), "{status}");
+    for action in ["token.added", "token.removed"] {
+        assert_eq!(audited(&site, action), vec!["b"; super::rounds(2)]);
+    }
     for alert in ["token-down", "token-untrusted", "registry", "bug"] {
         let raised = format!(r#""alert":"{alert}""#);
         assert!(!site.log().contains(&raised), "{alert}");
@@ -134,6 +151,8 @@ async fn a_new_token_is_used_after_its_copy_is_registered() {
     let order: Vec<_> = states(&broker).await;
     assert_eq!((order[0].name.as_str(), order[0].priority), ("b", 200));
     let (site, _) = broker.stop();
+    assert_eq!(audited(&site, "token.added"), ["b"]);
+    assert_eq!(audited(&site, "token.priority_changed"), ["b"]);
     let broker = Broker::start_on(site);
     callers_when_ready(&broker).await;
 }
@@ -174,6 +193,9 @@ async fn a_change_that_needs_a_restart_changes_nothing() {
     until_refused(&broker, &["1 to 64 bytes of [a-z0-9._-]"]);
     assert_eq!(states(&broker).await.len(), 2);
     releaser.unwrap("ada").await.unwrap();
+    for action in ["token.added", "token.removed", "token.priority_changed"] {
+        assert!(audited(&two.site, action).is_empty(), "{action}");
+    }
 
     fs::write(&file, &good).unwrap();
     until("the health without a problem", || {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use keybroker_broker::{ApprovalView, Broker, Verdict};
+use keybroker_broker::{ApprovalView, Broker, Decided, Verdict};
 use keybroker_core::{approval::ApprovalState, error::Error, key::ApprovalId, principal::Action};
 use keybroker_proto as proto;
 
@@ -18,12 +18,13 @@ pub(super) async fn list(
     request: Request<proto::ListApprovalsRequest>,
 ) -> Result<Response<proto::ListApprovalsResponse>, Status> {
     let entered = AuthenticatedCall::of(&request)?;
+    let message = request.get_ref();
+    let parsed = optional_id(&message.id);
+    let one = entered
+        .parsed(broker, Action::ListApprovals, parsed)
+        .await?;
     let listed = broker
-        .approvals(
-            &entered.principal,
-            &entered.call,
-            request.get_ref().show_all,
-        )
+        .approvals(&entered.principal, &entered.call, message.show_all, one)
         .await
         .map_err(|error| entered.status(&error))?;
     let damaged = listed.damaged.iter().map(|row| proto::DamagedApproval {
@@ -49,7 +50,10 @@ pub(super) async fn approve(
         .await
         .map_err(|error| entered.status(&error))?;
     Ok(Response::new(proto::ApproveChangeResponse {
-        approval: approved.as_ref().map(approval),
+        approval: match &approved {
+            Decided::Changed(view) => Some(approval(view)),
+            Decided::Removed(_) => None,
+        },
     }))
 }
 
@@ -66,13 +70,27 @@ pub(super) async fn reject(
         .decide_approval(&entered.principal, &entered.call, id, Verdict::Reject)
         .await
         .map_err(|error| entered.status(&error))?;
-    Ok(Response::new(proto::RejectChangeResponse {
-        approval: rejected.as_ref().map(approval),
+    Ok(Response::new(match &rejected {
+        Decided::Changed(view) => proto::RejectChangeResponse {
+            approval: Some(approval(view)),
+            ..proto::RejectChangeResponse::default()
+        },
+        Decided::Removed(why) => proto::RejectChangeResponse {
+            removal_cause: why.to_string(),
+            ..proto::RejectChangeResponse::default()
+        },
     }))
 }
 
 fn id(bytes: &[u8]) -> Result<ApprovalId, Error> {
     ApprovalId::from_slice(bytes).ok_or_else(|| Error::violation("id", "16 bytes"))
+}
+
+fn optional_id(bytes: &[u8]) -> Result<Option<ApprovalId>, Error> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    id(bytes).map(Some)
 }
 
 fn digest(bytes: &[u8]) -> Result<[u8; 32], Error> {
@@ -136,6 +154,8 @@ mod tests {
             let refused = digest(&vec![1; length]).unwrap_err();
             assert_eq!(refused.violations()[0].field, "digest");
         }
+        assert_eq!(optional_id(&[]).unwrap(), None);
+        assert!(optional_id(&[1; 15]).is_err() && optional_id(&[1; 16]).unwrap().is_some());
         assert!(id(&[1; 16]).is_ok() && digest(&[1; 32]).is_ok());
     }
 }

@@ -104,6 +104,7 @@ pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
         destroy_time: view.destroyed_at.map(timestamp),
         tokens: view.tokens.clone(),
         missing_tokens: view.missing_tokens.clone(),
+        token_assurances: view.assurances.clone(),
     }
 }
 

@@ -5,10 +5,22 @@ use std::{collections::HashSet, ops::RangeInclusive};
 
 use keybroker_core::{key::KeyName, principal::Kind, trusted_file};
 
-use super::{KeySource, Settings, url_problem};
+use super::{KeySource, Settings, mapping, url_problem};
 
 /// Longest `issuer`, in bytes.
 const ISSUER_BYTES_MAX: usize = 1_024;
+/// Claims that a provider may change for a user, or assign to another user later. OpenID Connect Core section 5.7 forbids
+/// their use as identifiers. `upn` and `unique_name` are claims of Microsoft.
+const REASSIGNED: [&str; 8] = [
+    "email",
+    "name",
+    "nickname",
+    "phone_number",
+    "preferred_username",
+    "unique_name",
+    "upn",
+    "username",
+];
 
 /// Returns the problems of each issuer and of the combination of all issuers, each with its remedy.
 pub fn problems(issuers: &[Settings]) -> Vec<String> {
@@ -26,21 +38,34 @@ pub fn problems(issuers: &[Settings]) -> Vec<String> {
             ));
         }
     }
-    let users: Vec<&Settings> = issuers.iter().filter(|i| i.kind == Kind::User).collect();
-    for (at, issuer) in users.iter().enumerate() {
-        let others = users.iter().skip(at + 1);
-        for other in others.filter(|other| other.tenant == issuer.tenant) {
-            if !(issuer.shared_users && other.shared_users) {
+    for (at, issuer) in issuers.iter().enumerate() {
+        for other in &issuers[at + 1..] {
+            let (tenants, others) = (issuer.user_tenants(), other.user_tenants());
+            if issuer.shared_users && other.shared_users {
+                continue;
+            }
+            for tenant in tenants.intersection(&others) {
                 problems.push(format!(
                     "issuers {:?} and {:?} both identify users of the tenant `{}`: each issuer could issue an access \
                      token for any user of the other issuer; set a different `tenant` for each issuer, or `shared_users \
                      = true` for both",
-                    issuer.name, other.name, issuer.tenant
+                    issuer.name, other.name, tenant
                 ));
             }
         }
     }
     problems
+}
+
+/// Returns remarks about settings that are probably not what the operator means.
+pub fn remarks(issuers: &[Settings]) -> Vec<String> {
+    let of_issuer = |issuer: &Settings| -> Vec<String> {
+        let name = &issuer.name;
+        mapping::remarks(&issuer.mappings)
+            .map(|remark| format!("[[issuer]] {name}: {remark}"))
+            .collect()
+    };
+    issuers.iter().flat_map(of_issuer).collect()
 }
 
 impl Settings {
@@ -52,6 +77,8 @@ impl Settings {
         self.check_numbers(&mut problems);
         self.check_demands(&mut problems);
         self.check_holders(&mut problems);
+        self.check_mappings(&mut problems);
+        self.check_subject(&mut problems);
         problems
             .into_iter()
             .map(|problem| format!("issuer {:?}: {problem}", self.name))
@@ -165,6 +192,7 @@ impl Settings {
 
     fn check_holders(&self, problems: &mut Vec<String>) {
         match self.kind {
+            Kind::Service if self.has_only_mappings() => {}
             Kind::Service => problems.extend(
                 self.grant()
                     .problem()
@@ -182,6 +210,46 @@ impl Settings {
                 }
             }
         }
+        self.check_attributes(problems);
+    }
+
+    /// Whether services get roles only from mappings.
+    fn has_only_mappings(&self) -> bool {
+        let grants = !self.roles.is_empty() || self.users.is_some() || self.key_names.is_some();
+        !self.mappings.is_empty() && !grants
+    }
+
+    fn check_mappings(&self, problems: &mut Vec<String>) {
+        if self.mapping_required && self.mappings.is_empty() {
+            problems.push(
+                "`mapping_required` is true, but there is no [[issuer.mapping]], so every access token would be refused"
+                    .to_owned(),
+            );
+        }
+        if self.mapping_required && !self.roles.is_empty() {
+            problems.push(
+                "`mapping_required` is true, so `roles` of the issuer has no effect: remove one of the two settings"
+                    .to_owned(),
+            );
+        }
+        problems.extend(mapping::problems(&self.mappings));
+    }
+
+    /// A person who gets the identifier of another person could obtain the keys of that person.
+    fn check_subject(&self, problems: &mut Vec<String>) {
+        problems.extend(self.subject_claim.problem());
+        if let Some(name) = self.subject_claim.only()
+            && REASSIGNED.contains(&name)
+        {
+            problems.push(format!(
+                "`subject_claim` is {name:?}, which the provider may change or assign to another person, who could then \
+                 obtain the keys of the first person: use a claim with a permanent identifier, such as `sub`, `oid` (Entra \
+                 ID) or `uid` (Okta)"
+            ));
+        }
+    }
+
+    fn check_attributes(&self, problems: &mut Vec<String>) {
         let mut taken = HashSet::new();
         for (claim, name) in &self.attributes {
             if KeyName::parse(name).is_err() || name == "san" {

@@ -13,7 +13,10 @@ use keybroker_core::{
     principal::{Claims, Credential, Identity, Kind},
 };
 
-use super::refusal::{Cause, Refusal, shown};
+use super::{
+    mapping::{access, kind_of},
+    refusal::{Cause, Refusal, shown},
+};
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 /// The claims that contain scopes: `scope` of RFC 9068, and `scp`, which some providers use instead.
@@ -36,16 +39,18 @@ pub(crate) fn identity(
     check_lifetime(settings, said, expires, now)?;
     let leeway = i64::from(settings.leeway_s).saturating_mul(MICROS_PER_SECOND);
     let until = Timestamp::from_micros(expires.micros().saturating_add(leeway));
-    let grant = settings.grant();
+    let access = access(settings, said)?;
+    let grant = access.grant;
     let identity = Identity {
         name: format!("token:{}:{subject}", settings.name),
         credential: Credential::Token,
-        kind: settings.kind,
+        kind: access.kind,
         users: grant.users(),
         key_names: grant.key_names(),
         tenant: grant.tenant,
         roles: grant.roles,
-        subject: (settings.kind == Kind::User).then_some(subject),
+        subject: (access.kind == Kind::User).then_some(subject),
+        mapping: access.mapping,
         claims: Claims {
             amr: texts(said.get("amr")),
             acr: text(said, "acr"),
@@ -153,20 +158,28 @@ fn check_claims(settings: &Settings, said: &Said) -> Result<(), Refusal> {
 }
 
 fn subject(settings: &Settings, said: &Said) -> Result<UserId, Refusal> {
-    let sub = said.get("sub").and_then(Value::as_str).unwrap_or("");
+    let claim = &settings.subject_claim;
+    let found = claim.find(said).ok().flatten();
+    let Some(Value::String(sub)) = found else {
+        let detail = format!(
+            "the `{claim}` is {}, but it must be a string",
+            kind_of(found)
+        );
+        return Err(Cause::Subject.because(detail));
+    };
     let text = match settings.subject {
         Subject::Text => sub.to_owned(),
         Subject::Guid => match Uuid::try_parse(sub) {
             Ok(guid) if !guid.is_nil() => guid.hyphenated().to_string(),
             _ => {
-                let detail = format!("the `sub` is {}, which is not a GUID", shown(sub));
+                let detail = format!("the `{claim}` is {}, which is not a GUID", shown(sub));
                 return Err(Cause::Subject.because(detail));
             }
         },
     };
     UserId::parse(&text).map_err(|error| {
         Cause::Subject.because(format!(
-            "the `sub` is {}, but the `sub` of a user must be {}",
+            "the `{claim}` is {}, but the `{claim}` of a user must be {}",
             shown(sub),
             error.detail()
         ))

@@ -45,8 +45,12 @@ pub(crate) enum Cause {
     Scope,
     /// A required claim is missing, or has none of the permitted values.
     Claim,
-    /// The `sub` is not a valid user name.
+    /// The claim that identifies the holder is not a valid user name.
     Subject,
+    /// No mapping of the issuer applies, and the issuer itself gives no rights.
+    Mapping,
+    /// The provider left a claim that a mapping needs out of the access token, because the claim has too many values.
+    Overage,
 }
 
 /// A refused access token.
@@ -134,6 +138,8 @@ impl Cause {
             Self::Scope => "scope",
             Self::Claim => "claim",
             Self::Subject => "subject",
+            Self::Mapping => "mapping",
+            Self::Overage => "overage",
         }
     }
 

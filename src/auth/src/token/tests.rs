@@ -44,10 +44,15 @@ fn settings(service: &Identity, lines: &str) -> Settings {
     for line in lines.lines() {
         writeln!(text, "{line}").unwrap();
     }
-    if !lines.contains("_file") {
+    if !lines.contains("_file") && !lines.contains("allow_http") {
         text.push_str("allow_http = true\n");
     }
     toml::from_str(&text).unwrap()
+}
+
+/// The same with tables, which must come last.
+fn mapped_settings(service: &Identity, tables: &str) -> Settings {
+    settings(service, &format!("allow_http = true\n{tables}"))
 }
 
 struct Running {
@@ -538,6 +543,72 @@ async fn a_service_has_the_roles_of_its_issuer_and_no_keys_of_its_own() {
     running
         .refused(&service.mint(other, json!({})), "`sub` is \"other\"")
         .await;
+}
+
+/// The claim must identify one user for ever, so nothing but a string of a valid length is accepted.
+#[tokio::test]
+async fn another_claim_than_sub_can_identify_the_user() {
+    let service = Identity::start(Options::default());
+    let lines = "subject = \"text\"\nsubject_claim = [\"https://example.org/ids\", \"user.id\"]";
+    let running = Running::ready(&service, lines).await;
+    let with = |id: Value| {
+        let mut claims = user(ADA);
+        claims["https://example.org/ids"] = id;
+        service.mint(claims, json!({}))
+    };
+    let principal = running
+        .accepted(&with(json!({ "user.id": "Ada Lovelace" })))
+        .await;
+    assert_eq!(principal.name(), "token:vault:Ada Lovelace");
+    assert_eq!(principal.subject().unwrap().as_str(), "Ada Lovelace");
+    for (id, words) in [
+        (json!(null), "is missing, but it must be a string"),
+        (json!("ada"), "is missing"),
+        (json!({ "user": { "id": "ada" } }), "is missing"),
+        (json!({ "user.id": null }), "is missing"),
+        (json!({ "user.id": ["ada"] }), "is a list"),
+        (json!({ "user.id": { "id": "ada" } }), "is an object"),
+        (json!({ "user.id": 7 }), "is a number"),
+        (json!({ "user.id": true }), "is a boolean"),
+        (json!({ "user.id": "" }), "1 to 255 bytes"),
+        (json!({ "user.id": "a\nb" }), "without control characters"),
+        (json!({ "user.id": "x".repeat(256) }), "1 to 255 bytes"),
+    ] {
+        running.refused(&with(id), words).await;
+    }
+    // The access token still needs a `sub`.
+    let mut claims = user(ADA);
+    claims["https://example.org/ids"] = json!({ "user.id": "ada" });
+    claims["sub"] = Value::Null;
+    running
+        .refused(&service.mint(claims, json!({})), "no `sub`")
+        .await;
+}
+
+/// The rights of a remembered access token are those of its own claims, although the principals have one name.
+#[tokio::test]
+async fn a_remembered_token_keeps_the_roles_of_its_claims() {
+    let service = Identity::start(Options::default());
+    let lines = "[[mapping]]\nname = \"auditors\"\nwhen = [{ claim = \"groups\", any_of = [\"auditors\"] }]\nroles = [\"auditor\"]";
+    let running = Running::with(&[mapped_settings(&service, lines)], quick);
+    running
+        .until(|tokens| tokens.issuers[0].keys.current().is_ok())
+        .await;
+    let mut claims = user(ADA);
+    let member = service.mint(claims.clone(), json!({}));
+    claims["groups"] = json!(["auditors"]);
+    let auditor = service.mint(claims, json!({}));
+    for _ in 0..2 {
+        let one = running.accepted(&member).await;
+        assert_eq!((one.kind(), one.mapping()), (Kind::User, None));
+        let other = running.accepted(&auditor).await;
+        assert_eq!(one.name(), other.name());
+        assert_eq!(
+            (other.kind(), other.mapping()),
+            (Kind::Service, Some("auditors"))
+        );
+        assert!(other.has(Role::Auditor) && other.subject().is_none());
+    }
 }
 
 #[tokio::test]

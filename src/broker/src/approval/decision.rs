@@ -1,20 +1,20 @@
 //! The decision of a second person about a request for approval.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use keybroker_core::{
     approval::ApprovalState,
     call::{Call, Timestamp},
     error::{Error, Reason},
-    key::ApprovalId,
+    key::{ApprovalId, WrappingKeyId},
     principal::{Action, Principal},
 };
 use keybroker_store as store;
-use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal};
+use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal, RemovedApproval};
 
 use crate::{Broker, commit::Settled, journal::Draft};
 
-use super::{ApprovalView, RULE, change::About, damaged, refused, wrong_state};
+use super::{ApprovalView, RULE, Unverified, change::About, damaged, refused, wrong_state};
 
 /// What a person decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,8 @@ pub enum Verdict {
         /// The digest of the request.
         digest: [u8; 32],
     },
-    /// The change must not be made, also if it was approved before and not made yet. A row that no broker wrote is removed.
+    /// The change must not be made, also if it was approved before and not made yet. A row that cannot be rejected is removed
+    /// ([`Removal`]).
     Reject,
 }
 
@@ -45,23 +46,95 @@ impl Verdict {
     }
 }
 
+/// The result of a decision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decided {
+    /// The request after the decision.
+    Changed(Box<ApprovalView>),
+    /// The request was rejected, and its row was removed.
+    Removed(Removal),
+}
+
+/// Why the row of a rejected request was removed. A row that the token did not verify gets no new MAC, because the MAC would make
+/// the content of the row authentic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// The row cannot be decoded.
+    Unreadable,
+    /// No broker wrote the row as it is.
+    Altered,
+    /// The state of this wrapping key forbids the verification of the row.
+    KeyState(WrappingKeyId),
+}
+
+impl Removal {
+    /// The cause in the audit log.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unreadable => "unreadable",
+            Self::Altered => "altered",
+            Self::KeyState(_) => "key-state",
+        }
+    }
+
+    /// Adds the cause to the audit entry.
+    fn describe(self, draft: &mut Draft) {
+        draft.cause(self.as_str());
+        if let Self::KeyState(signer) = self {
+            draft.wrapping_key(signer);
+        }
+    }
+}
+
+/// The cause for a person, as a clause.
+impl fmt::Display for Removal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable => {
+                f.write_str("its row could not be read; find out who can write to the database")
+            }
+            Self::Altered => f.write_str(
+                "it was altered in the database; find out who can write to the database",
+            ),
+            Self::KeyState(signer) => write!(
+                f,
+                "it could not be verified any more, because of the state of wrapping key {signer}; this does not mean that it was altered"
+            ),
+        }
+    }
+}
+
 /// The effect of a decision on the stored row.
 enum Effect {
     Change(Box<ApprovalChange>),
-    /// The row is not authentic.
-    Remove,
+    Remove(RemovedApproval, Removal),
+}
+
+impl Effect {
+    /// The error for a request that was decided or changed at the same moment.
+    fn too_late(&self) -> Error {
+        wrong_state(match self {
+            Self::Change(_) => {
+                "another person decided about the request, or the change was made, at the same moment; `keybroker approval list --all` \
+                 shows which"
+            }
+            Self::Remove(..) => {
+                "the request was changed or removed at the same moment, so nothing was removed; `keybroker approval list --all` shows \
+                 the present request"
+            }
+        })
+    }
 }
 
 impl Broker {
-    /// Decides about a request. Of two decisions at the same moment, only one takes effect. Returns the request after the
-    /// decision, or `None` if the row was damaged and was removed.
+    /// Decides about a request. Of two decisions at the same moment, only one takes effect.
     pub async fn decide_approval(
         self: &Arc<Self>,
         principal: &Principal,
         call: &Call,
         id: ApprovalId,
         verdict: Verdict,
-    ) -> Result<Option<ApprovalView>, Error> {
+    ) -> Result<Decided, Error> {
         let (broker, principal, owned) = (Arc::clone(self), principal.clone(), call.clone());
         self.run_change(verdict.action(), call.clone(), async move {
             broker.run_decision(&principal, &owned, id, verdict).await
@@ -75,7 +148,7 @@ impl Broker {
         call: &Call,
         id: ApprovalId,
         verdict: Verdict,
-    ) -> Result<Option<ApprovalView>, Error> {
+    ) -> Result<Decided, Error> {
         let mut draft = self
             .begin_control_change(principal, call, verdict.action())
             .await?;
@@ -84,25 +157,29 @@ impl Broker {
             .plan_decision(principal, call, id, verdict, &mut draft)
             .await;
         let effect = self.or_record(&draft, effect).await?;
+        if let Effect::Remove(_, why) = &effect {
+            why.describe(&mut draft);
+        }
         let at = Timestamp::now();
         let commit = async {
             match &effect {
                 Effect::Change(change) => self.store.decide_approval(change, call.id, at).await,
-                Effect::Remove => self.store.remove_approval(id, call.id, at).await,
+                Effect::Remove(removed, _) => {
+                    self.store.remove_approval(removed, call.id, at).await
+                }
             }
         };
         let Settled { intent, result } = self.commit_with_intent(&draft, at, commit).await?;
         let result = result.map_err(|error| match error {
-            store::Error::Conflict | store::Error::NotFound => wrong_state(
-                "another person decided about the request, or the change was made, at the same moment; `keybroker approval list --all` \
-                 shows which",
-            ),
+            store::Error::Conflict | store::Error::NotFound => effect.too_late(),
             other => other.into(),
         });
         self.close_intent(intent, &draft, result).await?;
         Ok(match effect {
-            Effect::Change(change) => Some(ApprovalView::verified(change.row)),
-            Effect::Remove => None,
+            Effect::Change(change) => {
+                Decided::Changed(Box::new(ApprovalView::verified(change.row)))
+            }
+            Effect::Remove(_, why) => Decided::Removed(why),
         })
     }
 
@@ -126,7 +203,8 @@ impl Broker {
             Ok(Some(row)) => row,
             Ok(None) => return Err(unknown(id)),
             Err(store::Error::Corrupt(_)) if verdict == Verdict::Reject => {
-                return Ok(Effect::Remove);
+                let removed = RemovedApproval::Unreadable(id);
+                return Ok(Effect::Remove(removed, Removal::Unreadable));
             }
             Err(store::Error::Corrupt(detail)) => return Err(damaged(id, &detail.to_string())),
             Err(other) => return Err(other.into()),
@@ -140,18 +218,15 @@ impl Broker {
         }
         match (self.verify_approval(&row).await, verdict) {
             (Ok(()), _) => {}
-            (Err(error), Verdict::Reject)
-                if [Reason::RecordDamaged, Reason::KeyState].contains(&error.reason()) =>
-            {
-                return Ok(Effect::Remove);
-            }
-            (Err(error), Verdict::Approve { .. }) if error.reason() == Reason::KeyState => {
+            (Err(unverified), Verdict::Reject) => return removal(row, unverified),
+            (Err(Unverified::KeyState(_)), Verdict::Approve { .. }) => {
                 return Err(wrong_state(&format!(
-                    "the request cannot be verified any more, because of the state of wrapping key {}; {} has to run the command again",
-                    row.signer, row.requested_by.person
+                    "the request cannot be verified any more, because of the state of wrapping key {}; the requesting person has to \
+                     run the command again",
+                    row.signer
                 )));
             }
-            (Err(error), _) => return Err(error),
+            (Err(unverified), _) => return Err(unverified.into()),
         }
         // Only an authentic row states facts for the audit log.
         draft.requested_by(&row.requested_by);
@@ -218,6 +293,33 @@ impl Broker {
         }
         Ok(())
     }
+}
+
+/// The removal of a row that the token did not verify. A row that may be authentic and is not open stays as a record.
+fn removal(row: ApprovalRow, unverified: Unverified) -> Result<Effect, Error> {
+    let why = match unverified {
+        Unverified::Altered(_) => Removal::Altered,
+        Unverified::KeyState(_) => {
+            let state = row.state_at(Timestamp::now());
+            if !state.is_open() {
+                return Err(wrong_state(&format!(
+                    "the request cannot be verified any more, because of the state of wrapping key {}. Its row says that it is {state}, \
+                     so it cannot be rejected",
+                    row.signer
+                )));
+            }
+            Removal::KeyState(row.signer)
+        }
+        Unverified::NotNow(error) => {
+            let what = format!(
+                "the request may be authentic, and its wrapping key {} cannot verify it now; nothing was changed. Repeat the command \
+                 when the wrapping key can be used, or wait until the request expires",
+                row.signer
+            );
+            return Err(error.explained("id", &what));
+        }
+    };
+    Ok(Effect::Remove(RemovedApproval::AsRead(Box::new(row)), why))
 }
 
 fn unknown(id: ApprovalId) -> Error {

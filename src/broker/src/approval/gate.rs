@@ -14,7 +14,7 @@ use keybroker_store::{
 
 use crate::{Broker, commit::Settled, journal::Draft};
 
-use super::{Asked, PENDING_MAX, damaged};
+use super::{Asked, OPEN_MAX, UNEXPIRED_MAX, Unverified, damaged};
 
 /// The request that an earlier call left for the same change.
 enum Earlier {
@@ -108,7 +108,7 @@ impl Broker {
         asked: &Asked,
     ) -> Result<(Earlier, Timestamp), Error> {
         match self.verify_approval(row).await {
-            Err(error) if error.reason() == Reason::KeyState => {
+            Err(Unverified::KeyState(_)) => {
                 let ended = format!(
                     "the earlier request {} cannot be verified any more, because of the state of wrapping key {}",
                     row.id, row.signer
@@ -175,15 +175,7 @@ impl Broker {
         }
         call.deadline.check()?;
         let now = Timestamp::now();
-        let pending = self.store.pending_approvals(&requester.person, now);
-        if pending.await? >= PENDING_MAX {
-            let what = format!(
-                "{PENDING_MAX} requests of {} wait for an approval already; let a second person decide about them, or wait until they \
-                 expire",
-                requester.person
-            );
-            return Err(Error::new(Reason::Limit, what.clone()).explained("approval", &what));
-        }
+        self.check_requests_of(&requester.person, now).await?;
         let kept = i64::try_from(self.approvals.rules.expire_after.as_micros());
         let expires = now.micros().saturating_add(kept.unwrap_or(i64::MAX));
         let row = ApprovalRow {
@@ -218,6 +210,25 @@ impl Broker {
         Ok(row)
     }
 
+    /// Checks that a person may store another request.
+    async fn check_requests_of(&self, person: &str, now: Timestamp) -> Result<(), Error> {
+        let counts = self.store.count_approvals(person, now).await?;
+        let what = if counts.open >= OPEN_MAX {
+            format!(
+                "{OPEN_MAX} requests of {person} are pending or approved already; make the approved changes, let a person decide about \
+                 the others, or wait until they expire"
+            )
+        } else if counts.unexpired >= UNEXPIRED_MAX {
+            format!(
+                "{UNEXPIRED_MAX} requests of {person} have not expired yet, including those that were rejected or used; wait until \
+                 the first of them expires"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(Reason::Limit, what.clone()).explained("approval", &what))
+    }
+
     /// The error for a change that waits for an approval. `ended` says how an earlier request ended; empty if there was none.
     fn approval_needed(&self, row: &ApprovalRow, ended: &str) -> Error {
         let separator = if ended.is_empty() { "" } else { ". " };
@@ -244,8 +255,8 @@ struct Wanted<'a> {
 
 fn unreadable(detail: &str) -> Error {
     let what = format!(
-        "the request for approval of this change cannot be read from the database ({detail}). `keybroker approval list` shows its id; \
-         remove it with `keybroker approval reject ID`"
+        "the request for approval of this change cannot be read from the database ({detail}). `keybroker approval list` shows its id, and `--all` also \
+         the ids of requests that are over; remove it with `keybroker approval reject ID`"
     );
     Error::new(Reason::RecordDamaged, what.clone()).explained("approval", &what)
 }

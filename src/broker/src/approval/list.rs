@@ -5,15 +5,15 @@ use std::collections::BTreeSet;
 use keybroker_core::{
     approval::ApprovalState,
     call::{Call, Timestamp},
-    error::{Error, Reason},
-    key::WrappingKeyId,
+    error::Error,
+    key::{ApprovalId, WrappingKeyId},
     principal::{Action, Principal, Role},
 };
-use keybroker_store::{ApprovalRow, DamagedApproval};
+use keybroker_store::{ApprovalFilter, ApprovalRow, DamagedApproval};
 
 use crate::{Broker, within};
 
-use super::change::About;
+use super::{Unverified, change::About};
 
 /// A request for approval.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,19 +50,24 @@ pub struct ApprovalList {
 }
 
 impl Broker {
-    /// Returns the requests for approval: those that are open or, with `all`, also those that are over. A request about an API
-    /// client is shown to administrators of the same tenant, and to auditors.
+    /// Returns the requests for approval: those that are open or, with `all`, also those that are over. With `one`, returns only the
+    /// request with this id, in any state. A request about an API client is shown to administrators of the same tenant, and to auditors.
     pub async fn approvals(
         &self,
         principal: &Principal,
         call: &Call,
         all: bool,
+        one: Option<ApprovalId>,
     ) -> Result<ApprovalList, Error> {
         Box::pin(
             self.read_async(principal, call, Action::ListApprovals, async {
                 let now = Timestamp::now();
-                let after = if all { Timestamp::from_micros(0) } else { now };
-                let found = within(call, self.store.approvals(after)).await?;
+                let wanted = match one {
+                    Some(id) => ApprovalFilter::One(id),
+                    None if all => ApprovalFilter::All,
+                    None => ApprovalFilter::OpenAt(now),
+                };
+                let found = within(call, self.store.approvals(wanted)).await?;
                 let mut list = ApprovalList {
                     approvals: Vec::new(),
                     damaged: Vec::new(),
@@ -77,7 +82,8 @@ impl Broker {
                         }
                     };
                     let state = row.state_at(now);
-                    if (all || state.is_open()) && is_shown(&row, principal) {
+                    let is_wanted = state.is_open() || !matches!(wanted, ApprovalFilter::OpenAt(_));
+                    if is_wanted && is_shown(&row, principal) {
                         let view = self.listed_approval(row, state, &mut failed).await;
                         list.approvals.push(view);
                     }
@@ -103,15 +109,13 @@ impl Broker {
             self.verify_approval(&row).await.map_err(Some)
         };
         let problem = match &verified {
-            Err(Some(error)) if error.reason() == Reason::RecordDamaged => {
-                Some(error.detail().to_owned())
-            }
-            Err(Some(error)) if error.reason() != Reason::KeyState => {
+            Err(Some(Unverified::Altered(error))) => Some(error.detail().to_owned()),
+            Err(Some(Unverified::NotNow(error))) => {
                 failed.insert(row.signer);
                 tracing::info!(%error, "the token did not verify all requests for approval of a list");
                 None
             }
-            _ => None,
+            Err(Some(Unverified::KeyState(_)) | None) | Ok(()) => None,
         };
         ApprovalView {
             row,

@@ -224,6 +224,10 @@ impl Broker {
     ) -> Result<RegistryChange, Error> {
         let row = registry.verified(id)?;
         self.check_no_token_is_away(id)?;
+        // The tokens that exist may still have the objects, because the removal waits for all tokens.
+        if registry.is_unremoved(id) {
+            self.remove_remaining_objects(registry, row).await?;
+        }
         self.plan_removed(registry, row).await
     }
 

@@ -31,12 +31,13 @@ pub(super) struct Floor {
 
 impl Floor {
     /// Rejects a row whose number is below the floor. Also rejects another state with the number of
-    /// the verified row.
+    /// the verified row, and every usable state of a compromised key.
     pub(super) fn check(&self, after: &RegistryRow) -> Result<(), RefusedChange> {
         let went_back = after.sequence < self.sequence;
         let without_a_number =
             self.is_verified && after.sequence == self.sequence && after.state != self.state;
-        if !went_back && !without_a_number {
+        let is_usable_again = self.is_verified && !after.state.may_follow(self.state);
+        if !went_back && !without_a_number && !is_usable_again {
             return Ok(());
         }
         Err(RefusedChange::SetBack {
@@ -67,9 +68,10 @@ pub(super) enum Standing {
 /// Reason for rejecting a change of a stored row.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RefusedChange {
-    /// The row would undo a later change. An attacker can restore an older row, because its MAC is valid.
+    /// The row would undo a later change, or make a compromised key usable again. An attacker can restore an older row, because
+    /// its MAC is valid.
     #[error(
-        "registry row of wrapping key {id}: the row has number {} ({}), but the last verified row had number {} ({})",
+        "registry row of wrapping key {id}: the row has number {} ({}) and cannot follow the last verified row, which had number {} ({})",
         row.0, row.1, verified.0, verified.1
     )]
     SetBack {

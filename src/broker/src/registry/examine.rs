@@ -101,7 +101,11 @@ impl Broker {
                     .await,
             ),
         });
-        let examined = join_all(examined).await;
+        let mut examined = join_all(examined).await;
+        // A row that was put back must not authenticate the row of a destroyed key.
+        for (entry, _) in examined.iter_mut().flatten() {
+            self.registry_memory.compare_entry(entry);
+        }
         let signers = Signers::of(examined.iter().flatten().map(|(entry, _)| entry));
         let checked = rows.into_iter().zip(examined).map(async |(row, examined)| {
             if let Some(examined) = examined {
@@ -122,6 +126,7 @@ impl Broker {
                 fresh.entries.push(kept);
             }
         }
+        self.registry_memory.compare(&mut fresh);
         let mut rows: Vec<RegistryRow> = fresh.entries.iter().map(Entry::searched_row).collect();
         let mut places = fresh.places.clone();
         if let Some(awaited) = self.key_changes.awaited() {

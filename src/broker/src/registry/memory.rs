@@ -27,7 +27,7 @@ use keybroker_store::{RegistryRow, Store};
 
 use crate::{Broker, TaskFailed, digests::hex_of};
 
-use super::{RefusedChange, Registry, Standing, altered};
+use super::{Entry, RefusedChange, Registry, Standing, altered};
 
 /// The memory in the form in which the state directory stores it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,12 +110,14 @@ impl KeptRow {
         (self.registered_us, self.sequence) < (other.registered_us, other.sequence)
     }
 
-    /// Whether a row of the same key is from before this row. A key that was registered again has a later time.
+    /// Whether a row of the same key cannot follow this row: it is from before this row, or makes a compromised key usable again. A
+    /// key that was registered again has a later time, but stays compromised.
     fn is_after(&self, row: &RegistryRow) -> bool {
         let is_same_registration = row.registered.micros() <= self.registered_us;
         let went_back = row.sequence < self.sequence;
         let has_other_state = row.sequence == self.sequence && row.state != self.state;
-        is_same_registration && (went_back || has_other_state)
+        let is_usable_again = !row.state.may_follow(self.state);
+        is_usable_again || is_same_registration && (went_back || has_other_state)
     }
 }
 
@@ -183,24 +185,26 @@ impl RegistryMemory {
         Ok(())
     }
 
+    /// Refuses the row of a key if it is from before the remembered row.
+    pub(super) fn compare_entry(&self, entry: &mut Entry) {
+        let kept = self.kept();
+        let known = kept.row(entry.row.id);
+        let Some(known) = known.filter(|known| known.is_after(&entry.row)) else {
+            return;
+        };
+        let what = format!(
+            "an earlier row was put back: the row has number {} ({}), but this broker has verified a row with number {} ({}) before",
+            entry.row.sequence, entry.row.state, known.sequence, known.state
+        );
+        entry.standing = altered(&entry.row, &what);
+    }
+
     /// Refuses each row that is from before the remembered row, and reports each remembered row that is not there.
     pub(super) fn compare(&self, registry: &mut Registry) {
-        let kept = self.kept();
         for entry in &mut registry.entries {
-            let Some(known) = kept
-                .row(entry.row.id)
-                .filter(|known| known.is_after(&entry.row))
-            else {
-                continue;
-            };
-            let what = format!(
-                "an earlier row was put back: the row has number {} ({}), but this broker has verified a row with number {} ({}) \
-                 before",
-                entry.row.sequence, entry.row.state, known.sequence, known.state
-            );
-            entry.standing = altered(&entry.row, &what);
+            self.compare_entry(entry);
         }
-        for known in &kept.rows {
+        for known in &self.kept().rows {
             let id = WrappingKeyId::from_hex(&known.key);
             if let Some(id) = id.filter(|id| !registry.knows(*id)) {
                 registry.refused_changes.push(RefusedChange::Deleted(id));
@@ -271,17 +275,22 @@ struct Unusable {
 }
 
 /// Forgets the rows that an instance remembers, so that its next start accepts the present rows. Returns whether the instance
-/// remembered a row that is later than the present row, or that is not there.
+/// remembered a row that is later than the present row, or that is not there. `first` is done before, unless the memory shows that no
+/// row is refused.
 pub(crate) async fn forget(
     state: &StateDirectory,
     instance: &str,
     store: &dyn Store,
+    first: impl Fn() -> Result<(), Error>,
 ) -> Result<bool, Error> {
     let failed = |error| Error::caused(Reason::StoreDown, error);
     let fact = fact_of(instance);
     let (is_refused, kept) = match state.read_json::<Kept>(&fact) {
-        // The audit log may still have the rows.
-        Ok(None) => (false, Kept::default()),
+        // The audit log may still have the rows, and the start may refuse some of them.
+        Ok(None) => {
+            first()?;
+            (false, Kept::default())
+        }
         Ok(Some(kept)) => {
             let rows = store.registry().await?;
             let is_refused = kept.rows.iter().any(|known| {
@@ -293,7 +302,12 @@ pub(crate) async fn forget(
         Err(error) if error.is_damaged() => (true, Kept::default()),
         Err(error) => return Err(failed(error)),
     };
-    let kept = if is_refused { Kept::default() } else { kept };
+    let kept = if is_refused {
+        first()?;
+        Kept::default()
+    } else {
+        kept
+    };
     let kept = Kept {
         accepted_us: Timestamp::now().micros(),
         ..kept
@@ -303,8 +317,8 @@ pub(crate) async fn forget(
 }
 
 impl Broker {
-    /// Compares the registry with what the previous run remembered and recorded.
-    pub(super) async fn compare_with_memory(&self, registry: &mut Registry) -> Result<(), Error> {
+    /// Reads what the previous run remembered and recorded. The examination of the registry compares the rows with it.
+    pub(super) async fn take_over_memory(&self) -> Result<(), Error> {
         let audit = self.audit.clone();
         let search = move || audit.newest(RECORDED, SEARCHED_BYTES);
         let recorded = tokio::task::spawn_blocking(search).await;
@@ -320,9 +334,7 @@ impl Broker {
                  the state directory; this is expected at the first start of an instance"
             );
         }
-        self.registry_memory.take_over(recorded.as_ref())?;
-        self.registry_memory.compare(registry);
-        Ok(())
+        self.registry_memory.take_over(recorded.as_ref())
     }
 
     /// Remembers the verified rows, and records a changed registry in the audit log. A failure is tried again with the next refresh.
@@ -368,7 +380,7 @@ impl Broker {
 mod tests {
     use crate::testing;
 
-    use super::{super::Entry, *};
+    use super::*;
 
     fn row(id: u8, sequence: u64, state: WrappingKeyState) -> RegistryRow {
         testing::registered(WrappingKeyId::from_bytes([id; 16]), state, sequence)
@@ -419,12 +431,13 @@ mod tests {
             (vec![], 0)
         );
         assert_eq!(refused(&[row(2, 6, Active)]), (vec![], 1));
-        // The key was registered again.
-        let again = RegistryRow {
+        // A key that was registered again has a new number, but a compromised key stays compromised.
+        let again = |id| RegistryRow {
             registered: Timestamp::from_micros(11),
-            ..row(1, 1, Active)
+            ..row(id, 1, Active)
         };
-        assert_eq!(refused(&[again, row(2, 6, Active)]), (vec![], 0));
+        assert_eq!(refused(&[row(1, 5, Compromised), again(2)]), (vec![], 0));
+        assert_eq!(refused(&[again(1), row(2, 6, Active)]), (vec![1], 0));
     }
 
     /// The state directory was lost: the entry of the audit log takes its place. A later acceptance counts more than the entry.

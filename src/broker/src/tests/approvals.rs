@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use keybroker_core::{approval::ApprovalState, key::ApprovalId};
 use keybroker_store::{ApprovalChange, ApprovalRow, Decision, PersonOfPrincipal};
 
-use crate::{ApprovalRules, KeyChange, Person, Verdict, Wait};
+use crate::{ApprovalRules, Decided, KeyChange, Person, Removal, Verdict, Wait};
 
 use super::*;
 
@@ -42,11 +42,20 @@ fn authentic(id: WrappingKeyId, state: WrappingKeyState, sequence: u64) -> Regis
 
 /// A broker with a deactivated key and a key in use.
 async fn broker_of(folder: &std::path::Path, rules: ApprovalRules) -> Arc<Broker> {
+    broker_of_tokens(folder, &Tokens::with(&[OLD, NEW]), rules).await
+}
+
+async fn broker_of_tokens(
+    folder: &std::path::Path,
+    tokens: &Arc<Tokens>,
+    rules: ApprovalRules,
+) -> Arc<Broker> {
     let rows = [
         authentic(OLD, WrappingKeyState::Deactivated, 1),
         authentic(NEW, WrappingKeyState::Active, 2),
     ];
-    broker_with_approvals(folder, Tokens::with(&[OLD, NEW]), &rows, rules).await
+    let tokens = Arc::clone(tokens);
+    broker_with_approvals(folder, tokens, &rows, rules).await
 }
 
 fn call() -> Call {
@@ -80,9 +89,20 @@ async fn decide(
     id: ApprovalId,
     verdict: Verdict,
 ) -> Result<Option<ApprovalState>, Error> {
+    Ok(match decided(broker, who, id, verdict).await? {
+        Decided::Changed(view) => Some(view.state),
+        Decided::Removed(_) => None,
+    })
+}
+
+async fn decided(
+    broker: &Arc<Broker>,
+    who: &str,
+    id: ApprovalId,
+    verdict: Verdict,
+) -> Result<Decided, Error> {
     let admin = testing::service(who, &[Role::Admin]);
-    let decided = broker.decide_approval(&admin, &call(), id, verdict).await?;
-    Ok(decided.map(|view| view.state))
+    broker.decide_approval(&admin, &call(), id, verdict).await
 }
 
 async fn approve(broker: &Arc<Broker>, who: &str, row: &ApprovalRow) -> Result<(), Error> {
@@ -351,13 +371,111 @@ async fn a_row_that_no_broker_wrote_is_refused_and_can_be_removed() {
         "was altered",
     );
     let admin = testing::service(BOB, &[Role::Admin]);
-    let listed = broker.approvals(&admin, &call(), true).await.unwrap();
+    let listed = broker.approvals(&admin, &call(), true, None).await.unwrap();
     assert!(!listed.approvals[0].is_verified);
     assert!(listed.approvals[0].problem.is_some());
-    let removed = decide(&broker, BOB, row.id, Verdict::Reject).await;
-    assert_eq!(removed.unwrap(), None);
+    let removed = decided(&broker, BOB, row.id, Verdict::Reject).await;
+    assert_eq!(removed.unwrap(), Decided::Removed(Removal::Altered));
     assert_eq!(broker.store.approval(row.id).await.unwrap(), None);
-    requested(&broker, ADA, 30).await;
+    let line = broker.audit.tail(1).unwrap().remove(0);
+    assert!(line.contains(r#""cause":"altered""#), "{line}");
+    let row = requested(&broker, ADA, 30).await;
+    // No wrapping key of the registry made this row.
+    let signer = WrappingKeyId::from_bytes([9; 16]);
+    put(
+        &broker,
+        ApprovalRow {
+            signer,
+            ..row.clone()
+        },
+    )
+    .await;
+    let removed = decided(&broker, BOB, row.id, Verdict::Reject).await;
+    assert_eq!(removed.unwrap(), Decided::Removed(Removal::Altered));
+}
+
+/// A request whose wrapping key was suspended may be authentic, so the answer and the audit log do not say that it was altered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_under_a_suspended_key_is_removed_without_blame() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    let over = requested(&broker, ADA, 31).await;
+    for row in [
+        row.clone(),
+        ApprovalRow {
+            state: ApprovalState::Used,
+            ..over.clone()
+        },
+    ] {
+        put(&broker, ApprovalRow { signer: OLD, ..row }).await;
+    }
+    let admin = testing::service(ADA, &[Role::Admin]);
+    change(&broker, &admin, KeyChange::Suspend).await;
+    let approved = approve(&broker, BOB, &row).await;
+    is_refused(
+        approved,
+        Reason::ApprovalState,
+        "cannot be verified any more",
+    );
+    let removed = decided(&broker, BOB, row.id, Verdict::Reject)
+        .await
+        .unwrap();
+    assert_eq!(removed, Decided::Removed(Removal::KeyState(OLD)));
+    assert_eq!(broker.store.approval(row.id).await.unwrap(), None);
+    let line = broker.audit.tail(1).unwrap().remove(0);
+    let key = format!(r#""wrapping_key":"{OLD}""#);
+    for field in [r#""cause":"key-state""#, r#""outcome":"ok""#, &key] {
+        assert!(line.contains(field), "{field}: {line}");
+    }
+    // The record of a used request stays.
+    let kept = decide(&broker, BOB, over.id, Verdict::Reject).await;
+    is_refused(kept, Reason::ApprovalState, "says that it is used");
+    assert!(broker.store.approval(over.id).await.unwrap().is_some());
+}
+
+/// A request that cannot be verified for the moment stays, because it may be authentic.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_stays_while_its_token_is_not_available() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[OLD, NEW]);
+    let broker = broker_of_tokens(folder.path(), &tokens, rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    tokens.are_down(&[NEW]);
+    let refused = decide(&broker, BOB, row.id, Verdict::Reject).await;
+    let error = refused.unwrap_err();
+    assert_eq!(error.reason(), Reason::TokenDown, "{error}");
+    let explained = &error.violations()[0].description;
+    assert!(explained.contains("nothing was changed"), "{explained}");
+    tokens.are_down(&[]);
+    let rejected = decide(&broker, BOB, row.id, Verdict::Reject).await;
+    assert_eq!(rejected.unwrap(), Some(ApprovalState::Rejected));
+}
+
+/// A row that changes after it was found to be altered is not removed: the changed row may be authentic.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_changes_during_its_removal_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[OLD, NEW]);
+    let broker = broker_of_tokens(folder.path(), &tokens, rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    let altered = ApprovalChange {
+        row: ApprovalRow {
+            state: ApprovalState::Approved,
+            ..row.clone()
+        },
+        expected: row.mac,
+    };
+    let at = Timestamp::now();
+    let written = broker.store.decide_approval(&altered, CallId::fresh(), at);
+    written.await.unwrap();
+    let restored = tokens.during_verification(async {
+        put(&broker, row.clone()).await;
+    });
+    let rejected = decide(&broker, BOB, row.id, Verdict::Reject);
+    let ((), rejected) = tokio::join!(restored, rejected);
+    is_refused(rejected, Reason::ApprovalState, "nothing was removed");
+    assert_eq!(broker.store.approval(row.id).await.unwrap(), Some(row));
 }
 
 /// A request whose signer the token cannot use does not prevent the verification of other requests.
@@ -387,7 +505,10 @@ async fn the_signer_of_one_row_does_not_decide_about_other_rows() {
         ..newer
     };
     put(&broker, other).await;
-    let listed = broker.approvals(&admin, &call(), false).await.unwrap();
+    let listed = broker
+        .approvals(&admin, &call(), false, None)
+        .await
+        .unwrap();
     let wrong = listed.approvals.iter().filter(|view| !view.is_verified);
     assert_eq!(wrong.count(), 1);
 }
@@ -551,7 +672,72 @@ async fn a_person_has_a_limited_number_of_pending_requests() {
         Reason::Limit,
         "20 requests",
     );
-    requested(&broker, BOB, 50).await;
+    let of_bob = requested(&broker, BOB, 50).await;
+    // An approved request is still open, and a rejected one is not.
+    let admin = testing::service(BOB, &[Role::Admin]);
+    let open = broker
+        .approvals(&admin, &call(), false, None)
+        .await
+        .unwrap();
+    let of_ada = open.approvals.iter().map(|view| &view.row);
+    let of_ada: Vec<_> = of_ada.filter(|row| row.id != of_bob.id).collect();
+    approve(&broker, BOB, of_ada[0]).await.unwrap();
+    is_refused(
+        destroy(&broker, ADA, 50).await,
+        Reason::Limit,
+        "20 requests",
+    );
+    decide(&broker, BOB, of_ada[1].id, Verdict::Reject)
+        .await
+        .unwrap();
+    requested(&broker, ADA, 50).await;
+}
+
+/// Requests that are rejected at once do not fill the database.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_has_a_limited_number_of_unexpired_requests() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let first = requested(&broker, ADA, 30).await;
+    for number in 1..200_u8 {
+        let rejected = ApprovalRow {
+            id: ApprovalId::from_bytes([number; 16]),
+            digest: [number; 32],
+            state: ApprovalState::Rejected,
+            ..first.clone()
+        };
+        let added = broker
+            .store
+            .request_approval(&rejected, None, CallId::fresh());
+        added.await.unwrap();
+    }
+    is_refused(
+        destroy(&broker, ADA, 31).await,
+        Reason::Limit,
+        "have not expired yet",
+    );
+    requested(&broker, BOB, 31).await;
+}
+
+/// A person can read a request by its id, also after it was decided.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_is_found_by_its_id() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = broker_of(folder.path(), rules(Duration::from_hours(1))).await;
+    let row = requested(&broker, ADA, 30).await;
+    requested(&broker, ADA, 31).await;
+    decide(&broker, BOB, row.id, Verdict::Reject).await.unwrap();
+    let admin = testing::service(BOB, &[Role::Admin]);
+    let found = async |id| {
+        let listed = broker.approvals(&admin, &call(), false, Some(id)).await;
+        let approvals = listed.unwrap().approvals;
+        approvals
+            .into_iter()
+            .map(|view| (view.row.id, view.state))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(found(row.id).await, [(row.id, ApprovalState::Rejected)]);
+    assert!(found(ApprovalId::from_bytes([1; 16])).await.is_empty());
 }
 
 fn new_client(roles: &[Role], days: Option<i64>) -> NewClient {

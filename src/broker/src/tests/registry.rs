@@ -287,6 +287,80 @@ async fn a_forged_row_is_no_step_back_to_a_former_state() {
     assert!(broker.registry().unwrap().check(A, KeyUse::Wrap).is_err());
 }
 
+/// A forged row with the largest number that counts does not stop the numbers of the other rows from growing. Otherwise, a change would
+/// have no effect on the brokers, and a cancelled schedule or a used approval would be valid again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forged_number_does_not_stop_the_numbers_from_growing() {
+    use WrappingKeyState::{Active, Compromised, Deactivated, Suspended};
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[A, B]);
+    let rows = [
+        authentic(A, Deactivated, 1),
+        authentic(B, Active, 2),
+        registered(C, Suspended, store::SEQUENCE_LIMIT - 1),
+    ];
+    let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
+    let mut number = 1;
+    for (next, expected) in [
+        (KeyChange::Suspend, Suspended),
+        (KeyChange::Resume, Deactivated),
+        (KeyChange::Suspend, Suspended),
+        (KeyChange::Compromise, Compromised),
+    ] {
+        assert_eq!(change(&broker, A, next).await.unwrap(), expected);
+        let row = broker.registry().unwrap().row(A).unwrap().clone();
+        assert!(row.sequence > number, "{} after {number}", row.sequence);
+        number = row.sequence;
+    }
+}
+
+/// The integrity key of a compromised key may be known to others, so a row with a higher number and a good MAC does not make the key
+/// usable again: neither while the broker runs nor at the next start.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_row_makes_a_compromised_key_usable_again() {
+    use WrappingKeyState::{Active, Compromised};
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[A, B]);
+    let rows = [authentic(A, Compromised, 1), authentic(B, Active, 2)];
+    let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
+    broker.remember_registry().await;
+    replace(&broker, &[authentic(A, Active, 1_000)]).await;
+    broker.refresh_registry().await.unwrap();
+    assert_eq!(state_in(&broker, A), Compromised);
+    assert_eq!(broker.registry().unwrap().wrapping_key().unwrap(), B);
+
+    drop(broker);
+    let broker = broker_with(folder.path(), tokens, &[]).await;
+    let registry = broker.registry().unwrap();
+    assert!(registry.check(A, KeyUse::Unwrap).is_err());
+    assert_eq!(registry.wrapping_key().unwrap(), B);
+}
+
+/// At the start, a row of a compromised key that was put back authenticates no row of a destroyed key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_was_put_back_destroys_no_other_key() {
+    use WrappingKeyState::{Active, Compromised, Deactivated};
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = Tokens::with(&[A, B, C]);
+    let rows = [
+        authentic(A, Deactivated, 1),
+        authentic(B, Active, 2),
+        authentic(C, Deactivated, 3),
+    ];
+    let broker = broker_with(folder.path(), tokens.clone(), &rows).await;
+    let compromised = change(&broker, A, KeyChange::Compromise).await.unwrap();
+    assert_eq!(compromised, Compromised);
+    replace(&broker, &[rows[0].clone(), tombstone(C, A, 20)]).await;
+
+    drop(broker);
+    let broker = broker_with(folder.path(), tokens, &[]).await;
+    let registry = broker.registry().unwrap();
+    for key in [A, C] {
+        assert!(registry.verified(key).is_err(), "{key}");
+    }
+    assert_eq!(registry.wrapping_key().unwrap(), B);
+}
+
 /// The row of a destroyed key that was deleted or put back in the database does not prevent a rotation.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_old_row_of_a_destroyed_key_blocks_no_activation() {

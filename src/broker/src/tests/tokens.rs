@@ -1,6 +1,9 @@
 //! Tokens that exist only in memory.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use aws_lc_rs::digest::{SHA256, digest};
 
@@ -14,6 +17,10 @@ pub(super) struct Tokens {
     are_late: bool,
     keys: Mutex<Vec<WrappingKeyId>>,
     down: Mutex<Vec<WrappingKeyId>>,
+    /// A lock that a test holds to stop verifications.
+    verifying: tokio::sync::Mutex<()>,
+    /// The number of verifications that began.
+    verifications: AtomicUsize,
 }
 
 impl Tokens {
@@ -31,7 +38,19 @@ impl Tokens {
             are_late,
             keys: Mutex::new(keys.to_vec()),
             down: Mutex::default(),
+            verifying: tokio::sync::Mutex::default(),
+            verifications: AtomicUsize::default(),
         })
+    }
+
+    /// Runs `change` while the next verification waits.
+    pub(super) async fn during_verification(&self, change: impl Future<Output = ()>) {
+        let before = self.verifications.load(Ordering::SeqCst);
+        let _stopped = self.verifying.lock().await;
+        while self.verifications.load(Ordering::SeqCst) == before {
+            tokio::task::yield_now().await;
+        }
+        change.await;
     }
 
     pub(super) fn shows(&self, keys: &[WrappingKeyId]) {
@@ -126,6 +145,8 @@ impl Token for Tokens {
         mac: &Mac,
         _caller: &Caller,
     ) -> Result<(), hsm::Error> {
+        self.verifications.fetch_add(1, Ordering::SeqCst);
+        let _turn = self.verifying.lock().await;
         self.check(key)?;
         if *mac == self.mac_of(key, message) {
             Ok(())

@@ -110,6 +110,13 @@ impl WrappingKeyState {
         }
     }
 
+    /// Whether a later row of a key may have this state if an earlier row had the state `earlier`. The rows between them may be
+    /// unknown. Nothing leads back from [`Compromised`](Self::Compromised): others may know the integrity key, so that the MAC of
+    /// such a row proves nothing.
+    pub const fn may_follow(self, earlier: Self) -> bool {
+        !matches!(earlier, Self::Compromised) || matches!(self, Self::Compromised | Self::Destroyed)
+    }
+
     /// Whether a key in this state may be used in this way. All other functions about the use of a key call this function.
     ///
     /// A deactivated key makes MACs, because restoring an earlier revision of a record makes a new MAC for this
@@ -255,6 +262,7 @@ mod tests {
                     continue;
                 }
                 prop_assert!(state != to && state != Destroyed);
+                prop_assert!(to.may_follow(state) && (!was_compromised || to.may_follow(Compromised)));
                 state = to;
                 was_compromised |= state == Compromised;
                 let mut uses = KeyUse::ALL.iter().filter(|one| **one != KeyUse::RewrapListed);

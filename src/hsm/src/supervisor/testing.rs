@@ -1,6 +1,8 @@
 //! Supervisors for unit tests, without processes: the test acts as the workers.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, os::unix::net::UnixStream as StdUnixStream};
+
+use tokio::net::UnixStream;
 
 use keybroker_core::{
     envelope::Algorithm,
@@ -12,7 +14,7 @@ use keybroker_worker_protocol::{
 };
 
 use super::*;
-use crate::{TokenKey, process::SocketPair, socket::Socket};
+use crate::TokenKey;
 
 /// Returns the front's end of a worker without a process. The worker's jobs stay in the link until the test takes them.
 pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
@@ -21,11 +23,12 @@ pub(crate) fn link(generation: u64, sessions: usize) -> Arc<Link> {
 
 /// Returns the front's end of a worker that found these keys.
 fn link_with(generation: u64, sessions: usize, found: Arc<Found>) -> Arc<Link> {
-    let (ours, theirs) = SocketPair::of_packets().unwrap().into_ends();
+    let (ours, theirs) = StdUnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
     // The worker's end of the socket stays open.
     Box::leak(Box::new(theirs));
-    let socket = Socket::new(ours).unwrap();
-    Link::new(generation, 1, sessions, socket, found)
+    let stream = UnixStream::from_std(ours).unwrap();
+    Link::new(generation, 1, sessions, stream, found)
 }
 
 /// Returns a supervisor that starts no worker, for a token that must contain these keys.

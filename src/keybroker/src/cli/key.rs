@@ -20,6 +20,7 @@ use keybroker_hsm::admin::{Admin, CheckedKey};
 use keybroker_store as store;
 use keybroker_store::{PlaceRow, RegistryRow};
 use keybroker_worker_protocol::{
+    Assurance,
     integrity_file::{IntegrityFileError, IntegrityFiles},
     unpadded,
 };
@@ -572,7 +573,9 @@ fn fresh_id() -> Result<WrappingKeyId, Failure> {
 
 /// Creates the registry row of a key that is not registered yet.
 fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<RegistryRow, Failure> {
-    let sequence = rows.iter().map(|row| row.sequence).max().unwrap_or(0) + 1;
+    let sequences = rows.iter().map(|row| row.sequence);
+    let highest = sequences.filter(|sequence| *sequence < store::SEQUENCE_LIMIT);
+    let sequence = highest.max().unwrap_or(0) + 1;
     let mut row = RegistryRow {
         id: key.id,
         objects: key.objects.clone(),
@@ -670,20 +673,17 @@ fn fields_with_tokens(row: &RegistryRow, registry: &Registry, config: &Config) -
     fields
 }
 
-/// The words of `token.assurance` for the tokens that have the key, such as `hsm-a=hardware`. Without this setting, only the module of
-/// a token knows the word, and these commands do not open tokens.
+/// The words of `token.assurance` for the tokens that have the key, such as `hsm-a=hardware`. Without this setting, the word is
+/// `unknown`: only the module of a token knows it, and these commands do not open tokens.
 fn assurance_of(row: &RegistryRow, registry: &Registry, config: &Config) -> String {
     let tokens = registry.tokens_of(row, config.tokens.all());
     let word = |name: &String| {
         let mut configured = config.tokens.all().iter();
-        let token = configured.find(|token| token.name == *name)?;
-        Some(format!("{name}={}", token.assurance?.as_str()))
+        let token = configured.find(|token| token.name == *name);
+        let assurance = token.and_then(|token| token.assurance);
+        format!("{name}={}", assurance.map_or("unknown", Assurance::as_str))
     };
-    tokens
-        .iter()
-        .filter_map(word)
-        .collect::<Vec<_>>()
-        .join(", ")
+    tokens.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
 fn fields(row: &RegistryRow) -> Vec<Field> {

@@ -169,6 +169,19 @@ fn complain(text: &str) {
     }
 }
 
+/// Text of another person for a terminal. Characters that cannot be printed are escaped, for example those that move the cursor or
+/// change the direction of the text.
+pub(super) fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    // `escape_debug` would also escape quotation marks and the backslashes of an earlier escape.
+    for part in text.split_inclusive(['"', '\'', '\\']) {
+        let words = part.trim_end_matches(['"', '\'', '\\']);
+        shown.extend(words.escape_debug());
+        shown.push_str(&part[words.len()..]);
+    }
+    shown
+}
+
 /// Formats rows as a table, or as one block for each row if the table would be too wide.
 fn list(rows: &[Vec<Field>]) -> String {
     let table = table(rows);
@@ -251,6 +264,21 @@ fn plain(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_of_another_person_cannot_control_the_terminal() {
+        for (text, expected) in [
+            ("Renée O'Brien \"x\" \\u{7}", "Renée O'Brien \"x\" \\u{7}"),
+            ("a\u{1b}[2J\r\nb", "a\\u{1b}[2J\\r\\nb"),
+            (
+                "\"\u{202e}'\u{2066}\u{200b}\u{9b}",
+                "\"\\u{202e}'\\u{2066}\\u{200b}\\u{9b}",
+            ),
+            ("", ""),
+        ] {
+            assert_eq!(printable(text), expected);
+        }
+    }
 
     #[test]
     fn a_column_without_values_is_left_out() {

@@ -9,7 +9,7 @@ use std::ops::Range;
 const SIMILAR: f64 = 0.8;
 
 /// Sections that may occur several times. TOML requires double brackets for repeatable sections.
-const REPEATED: [&str; 4] = ["listener", "principal", "issuer", "token"];
+const REPEATED: [&str; 5] = ["listener", "principal", "issuer", "issuer.mapping", "token"];
 
 /// Names of integer types in the parser's messages.
 const WHOLE_NUMBERS: [&str; 7] = ["u64", "u32", "u16", "u8", "usize", "i64", "integer"];

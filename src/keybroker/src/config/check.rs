@@ -203,7 +203,8 @@ impl Config {
                     .to_owned(),
             );
         }
-        let has_users = self.issuers.iter().any(|issuer| issuer.kind == Kind::User);
+        let mut issuers = self.issuers.iter();
+        let has_users = issuers.any(|issuer| issuer.can_identify(Kind::User));
         let mut taken = HashSet::from([self.status.address]);
         if let Some(remote) = &self.status.remote
             && remote.address.port() != 0

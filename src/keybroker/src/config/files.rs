@@ -43,6 +43,7 @@ impl Config {
             .notes
             .extend(self.unknown_principals().into_iter().flatten());
         report.notes.extend(self.policy.ignored_files());
+        report.notes.extend(issuer::remarks(&self.issuers));
         let problems = &mut report.problems;
         // Other problems of the issuers are reported as problems of the settings.
         if issuer::problems(&self.issuers).is_empty() {

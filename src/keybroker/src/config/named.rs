@@ -30,7 +30,7 @@ impl Config {
             return self
                 .issuers
                 .iter()
-                .any(|one| one.name == issuer && one.kind == named.kind);
+                .any(|one| one.name == issuer && one.can_identify(named.kind));
         }
         named.kind == Kind::Service && self.principals.iter().any(|one| one.san == name)
     }

@@ -1,6 +1,8 @@
 //! Tests that the example configuration is valid, and that it shows the defaults of the code.
 
-use std::sync::LazyLock;
+use std::{fs, sync::LazyLock};
+
+use keybroker_auth::issuer;
 
 use super::*;
 
@@ -249,6 +251,26 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     ),
     ("# leeway_s = 30", "leeway_s = 3000", "0 to 300"),
     (
+        "# subject_claim = \"sub\"",
+        "subject_claim = \"email\"",
+        "assign to another person",
+    ),
+    (
+        "# mapping_required = false",
+        "mapping_required = true\nkind = \"service\"\nroles = [\"enrol\"]",
+        "`roles` of the issuer has no effect",
+    ),
+    (
+        "any_of = [\"keybroker-auditors\"]",
+        "any_of = []",
+        "the mapping can never apply",
+    ),
+    (
+        "# kind = \"service\"",
+        "kind = \"user\"",
+        "users have no role",
+    ),
+    (
         "# client_crl_file = \"/",
         "client_crl_file = \"",
         "absolute path",
@@ -274,6 +296,23 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "not a valid SPIFFE id",
     ),
 ];
+
+/// The examples of `docs/identity.md` can be copied into a configuration.
+#[test]
+fn each_issuer_of_the_page_about_identities_is_valid() {
+    let page = include_str!("../../../../docs/identity.md");
+    let blocks = page.split("```toml\n").skip(1);
+    let blocks = blocks.filter_map(|block| block.split("\n```").next());
+    let issuers: Vec<&str> = blocks
+        .filter(|block| block.contains("[[issuer]]"))
+        .collect();
+    assert!(issuers.len() >= 8, "{issuers:?}");
+    for text in issuers {
+        let config = Config::parse(&format!("{WRITTEN}\n{text}\n")).unwrap();
+        assert_eq!(config.problems(), Vec::<String>::new(), "{text}");
+        assert_eq!(issuer::remarks(&config.issuers), Vec::<String>::new());
+    }
+}
 
 /// If a URL contains a password, neither messages nor shown settings repeat the password.
 #[test]
@@ -335,6 +374,35 @@ fn a_rest_listener_needs_an_issuer_of_users() {
     assert!(!needs(&EXAMPLE));
     let of_services = EXAMPLE.replace("# kind = \"user\"", "kind = \"service\"");
     assert!(needs(&of_services));
+    // A mapping can have users, too.
+    let mapped = of_services
+        .replace("# kind = \"service\"", "kind = \"user\"")
+        .replace("roles = [\"auditor\"]\n# users", "# users");
+    assert!(!needs(&mapped));
+}
+
+/// Policies may name the holders of access tokens of each kind that an issuer has.
+#[test]
+fn a_policy_may_name_the_services_of_a_mapping() {
+    let folder = tempfile::tempdir().unwrap();
+    let remarks = |text: &str, kind: &str| {
+        let rule = format!(
+            "forbid (principal == Keybroker::{kind}::\"token:sso:ada\", action, resource);"
+        );
+        fs::write(folder.path().join("one.cedar"), rule).unwrap();
+        let mut config = Config::parse(text).unwrap();
+        config.policy.directory = Some(folder.path().to_owned());
+        config.unknown_principals().unwrap().len()
+    };
+    for kind in ["User", "Service"] {
+        assert_eq!(remarks(&EXAMPLE, kind), 0, "{kind}");
+        assert_eq!(remarks(WRITTEN, kind), 1, "{kind}");
+    }
+    let required = EXAMPLE.replace("# mapping_required = false", "mapping_required = true");
+    assert_eq!(
+        (remarks(&required, "User"), remarks(&required, "Service")),
+        (1, 0)
+    );
 }
 
 /// If an unknown field contains a secret, the log must not contain the secret.
@@ -401,6 +469,11 @@ fn a_value_of_the_wrong_type_is_answered_with_the_right_one() {
             "for `localhost`, write 127.0.0.1",
         ),
         ("# workers = 2", "worker = 2", "did you mean `workers`?"),
+        (
+            "\n[[issuer.mapping]]",
+            "\n[issuer.mapping]",
+            "`[[issuer.mapping]]`",
+        ),
         (
             "key_names = [\"vault\"]",
             "key_names = [\"backup-*\"]",

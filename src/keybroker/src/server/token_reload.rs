@@ -7,7 +7,8 @@ use arc_swap::ArcSwap;
 use serde_json::{Map, Value};
 use tokio::task::JoinError;
 
-use keybroker_audit::AuditLog;
+use keybroker_audit as audit;
+use keybroker_audit::{AuditLog, Entry, EntryKind, Outcome};
 use keybroker_broker::{Broker, ConfiguredTokens, Expect};
 use keybroker_core::{error::chain, key::WrappingKeyId, state::StateDirectory};
 use keybroker_hsm as hsm;
@@ -107,7 +108,7 @@ enum Refused {
         chain(.0)
     )]
     Registry(#[source] store::Error),
-    /// The audit log does not take the accepted risks.
+    /// The audit log does not take the entries about the change.
     #[error("{0}")]
     Audit(#[source] Failure),
 }
@@ -251,6 +252,8 @@ impl TokenReload {
         self.parts
             .broker
             .accept_risks(risks.map_err(Refused::Audit)?);
+        let recorded = self.record_changes(&config.tokens).await;
+        recorded.map_err(|error| Refused::Audit(error.into()))?;
         self.in_use.replace(config.tokens.clone());
         pool.reconfigure(config.tokens.all().to_vec());
         pool.expect_keys(added);
@@ -268,13 +271,20 @@ impl TokenReload {
         Ok(())
     }
 
+    /// Records each change of the list of tokens in the audit log, before the change is applied.
+    async fn record_changes(&self, new: &Tokens) -> Result<(), audit::Error> {
+        for (action, tokens) in list_changes(new, &self.config.tokens) {
+            let mut entry = Entry::new(EntryKind::System, action, Outcome::Ok);
+            entry.token = Some(tokens.join(", "));
+            self.parts.audit.append(entry).await?;
+        }
+        Ok(())
+    }
+
     /// Determines the keys of the added tokens, as a start of the broker does. The broker examines the registry only while a token
     /// serves, so an added token must be opened without this examination.
     async fn keys_of_added(&self, tokens: &Tokens) -> Result<KeysOfTokens, Refused> {
-        let is_new = |token: &&hsm::Settings| {
-            let mut before = self.config.tokens.all().iter();
-            !before.any(|one| one.name == token.name)
-        };
+        let is_new = |token: &&hsm::Settings| named(&self.config.tokens, &token.name).is_none();
         let mut added = tokens.all().iter().filter(is_new).peekable();
         if added.peek().is_none() {
             return Ok(Vec::new());
@@ -301,13 +311,41 @@ fn expected_on<'t>(
         .collect()
 }
 
+fn named<'t>(tokens: &'t Tokens, name: &str) -> Option<&'t hsm::Settings> {
+    tokens.all().iter().find(|token| token.name == name)
+}
+
+/// The changes of the list of tokens: the action of an audit entry, with the names of the tokens.
+fn list_changes<'t>(new: &'t Tokens, old: &'t Tokens) -> Vec<(&'static str, Vec<&'t str>)> {
+    let names = |tokens: &'t Tokens, is_wanted: &dyn Fn(&hsm::Settings) -> bool| {
+        let wanted = tokens.all().iter().filter(|token| is_wanted(token));
+        wanted.map(|token| token.name.as_str()).collect()
+    };
+    let is_raised_or_lowered = |token: &hsm::Settings| {
+        named(old, &token.name).is_some_and(|before| before.priority != token.priority)
+    };
+    let changes: [(_, Vec<&str>); 3] = [
+        (
+            "token.added",
+            names(new, &|token| named(old, &token.name).is_none()),
+        ),
+        (
+            "token.removed",
+            names(old, &|token| named(new, &token.name).is_none()),
+        ),
+        ("token.priority_changed", names(new, &is_raised_or_lowered)),
+    ];
+    let changes = changes.into_iter();
+    changes.filter(|(_, names)| !names.is_empty()).collect()
+}
+
 /// Refuses a change of a token that needs a restart.
 fn check_settings(new: &Tokens, old: &Tokens) -> Result<(), Refused> {
     if new.weights() != old.weights() {
         return Err(Refused::Restart("[token] `weights`".to_owned()));
     }
     for token in new.all() {
-        let Some(before) = old.all().iter().find(|one| one.name == token.name) else {
+        let Some(before) = named(old, &token.name) else {
             continue;
         };
         let changed: Vec<String> = differing(&settings_of(token), &settings_of(before))
@@ -376,6 +414,23 @@ mod tests {
 
     const A: &str = "[[token]]\nname = \"a\"\nmodule = \"/a.so\"\nlabel = \"one\"\n";
     const B: &str = "[[token]]\nname = \"b\"\nmodule = \"/a.so\"\nlabel = \"two\"\n";
+
+    #[test]
+    fn each_change_of_the_list_is_recorded() {
+        const C: &str = "[[token]]\nname = \"c\"\nmodule = \"/a.so\"\nlabel = \"three\"\n";
+        let one = tokens(A);
+        let all = tokens(&format!("{C}{A}{B}"));
+        let lower = tokens(&format!("{A}priority = 7\n"));
+        assert!(list_changes(&all, &all).is_empty());
+        assert_eq!(list_changes(&all, &one), [("token.added", vec!["c", "b"])]);
+        assert_eq!(
+            list_changes(&lower, &all),
+            [
+                ("token.removed", vec!["c", "b"]),
+                ("token.priority_changed", vec!["a"])
+            ]
+        );
+    }
 
     #[test]
     fn tokens_come_and_go_and_only_their_priority_changes() {

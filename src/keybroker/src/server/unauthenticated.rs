@@ -270,6 +270,7 @@ mod tests {
             users: Reach::All,
             key_names: Reach::All,
             subject: None,
+            mapping: None,
             claims: Claims::default(),
         })
     }

@@ -18,6 +18,11 @@ const CONDITIONS: &[(&str, bool)] = &[
     (r#"principal.tenant == "acme""#, true),
     (r#"principal.credential == "certificate""#, true),
     (r#"principal in Keybroker::Role::"enrol""#, true),
+    (
+        r#"principal has mapping && principal.mapping == "night""#,
+        true,
+    ),
+    ("!(principal has mapping)", true),
     (r#"resource.keyName == "vault""#, false),
     (r#"resource.user like "a*""#, false),
     ("resource.tenant == principal.tenant", false),
@@ -182,13 +187,15 @@ fn services() -> impl Strategy<Value = Identity> {
         prop::sample::select(vec![Credential::Certificate, Credential::ClientSecret]),
         prop::sample::subsequence(Role::ALL.to_vec(), 0..=3),
         any::<[bool; 3]>(),
+        prop::option::of(prop::sample::select(vec!["day", "night"])),
     )
         .prop_map(
-            |(name, tenant_name, credential, roles, [users, names, staff])| {
+            |(name, tenant_name, credential, roles, [users, names, staff], mapping)| {
                 let mut identity = service(&roles);
                 identity.name = name.to_owned();
                 identity.tenant = tenant(tenant_name);
                 identity.credential = credential;
+                identity.mapping = mapping.map(str::to_owned);
                 if !users {
                     identity.users = Reach::Only([user("ada")].into());
                 }

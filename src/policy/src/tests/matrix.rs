@@ -302,16 +302,18 @@ fn any_identity() -> impl Strategy<Value = Identity> {
     );
     let roles = prop::collection::btree_set(prop::sample::select(Role::ALL.to_vec()), 0..4);
     let subject = prop::option::of("[ab]{1,2}");
+    let mapping = prop::option::of("[a-z]{1,3}");
     (
         any::<bool>(),
         any::<bool>(),
         any::<bool>(),
         roles,
         subject,
+        mapping,
         claims,
     )
         .prop_map(
-            |(is_user, all_users, all_names, roles, subject, claims)| Identity {
+            |(is_user, all_users, all_names, roles, subject, mapping, claims)| Identity {
                 kind: if is_user { Kind::User } else { Kind::Service },
                 users: if all_users { Reach::All } else { users(&["a"]) },
                 key_names: if all_names {
@@ -320,6 +322,7 @@ fn any_identity() -> impl Strategy<Value = Identity> {
                     key_names(&["vault"])
                 },
                 subject: subject.as_deref().map(user),
+                mapping,
                 claims,
                 ..service(&Vec::from_iter(roles))
             },

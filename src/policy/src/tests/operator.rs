@@ -43,6 +43,11 @@ const RULES: &[(&str, &str, &str)] = &[
         r#"context.organisations.contains("other")"#,
     ),
     (
+        "mapping",
+        "!(principal has mapping)",
+        r#"principal has mapping && principal.mapping == "administrators""#,
+    ),
+    (
         "peer",
         r#"context.peer.isInRange(ip("10.1.0.0/16"))"#,
         r#"context.peer.isInRange(ip("192.168.0.0/16"))"#,

@@ -1318,6 +1318,10 @@ pub struct WrappingKey {
     /// to that token. Empty for a destroyed key.
     #[prost(string, repeated, tag = "13")]
     pub missing_tokens: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What protects the keys of each token in `tokens`, in the same order: "hardware", "software", "service" or "policy", as in
+    /// TokenState. Later releases may add other words.
+    #[prost(string, repeated, tag = "14")]
+    pub token_assurances: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1913,11 +1917,14 @@ pub struct DamagedApproval {
     pub id: ::prost::alloc::vec::Vec<u8>,
 }
 /// Request of ListApprovals.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListApprovalsRequest {
     /// Also lists requests that were rejected, used or not used in time.
     #[prost(bool, tag = "1")]
     pub show_all: bool,
+    /// Lists only the request with this id in any state, 16 bytes; empty for a list.
+    #[prost(bytes = "vec", tag = "2")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
 }
 /// Response of ListApprovals.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1956,9 +1963,13 @@ pub struct RejectChangeRequest {
 /// Response of RejectChange.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RejectChangeResponse {
-    /// The request after the decision; absent if the row was altered or cannot be read, and was removed.
+    /// The request after the decision; absent if its row was removed.
     #[prost(message, optional, tag = "1")]
     pub approval: ::core::option::Option<Approval>,
+    /// Why the row was removed, as a clause for a person: it was altered, cannot be read, or cannot be verified any more because of the
+    /// state of a wrapping key. Empty if the row was not removed.
+    #[prost(string, tag = "2")]
+    pub removal_cause: ::prost::alloc::string::String,
 }
 /// State of a wrapping key (NIST SP 800-57 part 1, section 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -2774,7 +2785,8 @@ pub mod control_service_client {
                 .insert(GrpcMethod::new("keybroker.v1.ControlService", "ApproveChange"));
             self.inner.unary(req, path, codec).await
         }
-        /// Rejects a requested change. Removes a request that was altered in the database.
+        /// Rejects a requested change. Removes a request that was altered in the database, or that cannot be verified any more because of
+        /// the state of a wrapping key.
         pub async fn reject_change(
             &mut self,
             request: impl tonic::IntoRequest<super::RejectChangeRequest>,
@@ -2947,7 +2959,8 @@ pub mod control_service_server {
             tonic::Response<super::ApproveChangeResponse>,
             tonic::Status,
         >;
-        /// Rejects a requested change. Removes a request that was altered in the database.
+        /// Rejects a requested change. Removes a request that was altered in the database, or that cannot be verified any more because of
+        /// the state of a wrapping key.
         async fn reject_change(
             &self,
             request: tonic::Request<super::RejectChangeRequest>,

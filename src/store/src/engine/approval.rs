@@ -3,7 +3,8 @@
 use async_trait::async_trait;
 
 use crate::{
-    ApprovalChange, ApprovalRow, Approvals, ApprovedClient, ClientRow, DamagedApproval, Error,
+    ApprovalChange, ApprovalCounts, ApprovalFilter, ApprovalRow, Approvals, ApprovedClient,
+    ClientRow, DamagedApproval, Error, RemovedApproval,
     approval::APPROVALS_LISTED_MAX,
     mutations::{expect_one, insert_unless_taken},
     rows,
@@ -38,10 +39,18 @@ async fn mark(
 impl<E: Engine> Approvals for EngineStore<E> {
     async fn approvals(
         &self,
-        after: Timestamp,
+        wanted: ApprovalFilter,
     ) -> Result<Vec<Result<ApprovalRow, DamagedApproval>>, Error> {
-        let values = vec![after.into(), APPROVALS_LISTED_MAX.into()];
-        let found = self.query(E::sql().approvals, values).await?;
+        let sql = E::sql();
+        let (sql, values) = match wanted {
+            ApprovalFilter::OpenAt(now) => (
+                sql.open_approvals,
+                vec![now.into(), APPROVALS_LISTED_MAX.into()],
+            ),
+            ApprovalFilter::All => (sql.approvals, vec![APPROVALS_LISTED_MAX.into()]),
+            ApprovalFilter::One(id) => (sql.approval, vec![id.into()]),
+        };
+        let found = self.query(sql, values).await?;
         Ok(found.iter().map(rows::listed_approval).collect())
     }
 
@@ -56,11 +65,15 @@ impl<E: Engine> Approvals for EngineStore<E> {
         found.first().map(rows::approval).transpose()
     }
 
-    async fn pending_approvals(&self, person: &str, now: Timestamp) -> Result<u64, Error> {
+    async fn count_approvals(&self, person: &str, now: Timestamp) -> Result<ApprovalCounts, Error> {
         let values = vec![person.into(), now.into()];
-        let found = self.query(E::sql().pending_approvals, values).await?;
-        let total = found.first().ok_or(Error::NotFound)?.integer("total")?;
-        Ok(u64::try_from(total).unwrap_or(0))
+        let found = self.query(E::sql().count_approvals, values).await?;
+        let counts = found.first().ok_or(Error::NotFound)?;
+        let count = |name| Ok::<_, Error>(u64::try_from(counts.integer(name)?).unwrap_or(0));
+        Ok(ApprovalCounts {
+            open: count("open_total")?,
+            unexpired: count("total")?,
+        })
     }
 
     async fn request_approval(
@@ -111,19 +124,29 @@ impl<E: Engine> Approvals for EngineStore<E> {
 
     async fn remove_approval(
         &self,
-        id: ApprovalId,
+        removed: &RemovedApproval,
         call: CallId,
         at: Timestamp,
     ) -> Result<(), Error> {
+        let removed = removed.clone();
         self.transaction(End::CommitMarked(call), move |session, sql| {
+            let (statement, values, not_there) = match &removed {
+                RemovedApproval::AsRead(row) => (
+                    sql.remove_approval,
+                    vec![row.id.into(), row.state.as_str().into(), (&row.mac).into()],
+                    Error::Conflict,
+                ),
+                RemovedApproval::Unreadable(id) => (
+                    sql.remove_unreadable_approval,
+                    vec![(*id).into()],
+                    Error::NotFound,
+                ),
+            };
             Box::pin(async move {
                 mark(session, sql, call, at).await?;
-                match session
-                    .execute(sql.remove_approval, vec![id.into()])
-                    .await?
-                {
+                match session.execute(statement, values).await? {
                     1 => Ok(()),
-                    _ => Err(Error::NotFound),
+                    _ => Err(not_there),
                 }
             })
         })

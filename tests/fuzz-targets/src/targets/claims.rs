@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use keybroker_auth::fuzzing;
-use keybroker_core::call::Timestamp;
+use keybroker_core::{call::Timestamp, principal::Role};
 
 use super::issuer;
 
@@ -16,6 +16,11 @@ pub(crate) const WORDS: &[&str] = &[
     "\"scope\"",
     "\"scp\"",
     "\"amr\"",
+    "\"realm_access\"",
+    "\"roles\"",
+    "\"keybroker-auditor\"",
+    "\"_claim_names\"",
+    "\"hasgroups\"",
     "null",
     "true",
     "[",
@@ -36,7 +41,7 @@ pub(crate) const WORDS: &[&str] = &[
 /// Reads claims.
 ///
 /// # Panics
-/// If an identity has another user than the claims name, or a longer life than permitted.
+/// If an identity has another user than the claims name, a longer life than permitted, or a role without the claim that gives it.
 pub fn claims(json: &[u8]) -> bool {
     let settings = issuer::settings(Path::new("/keys.json"));
     let Some(identity) = fuzzing::claims(&settings, json, Timestamp::now()) else {
@@ -50,7 +55,14 @@ pub fn claims(json: &[u8]) -> bool {
             .collect::<String>()
             .to_ascii_lowercase()
     };
-    let subject = identity.subject.unwrap();
+    let Some(subject) = identity.subject else {
+        assert_eq!(identity.mapping.as_deref(), Some("auditors"));
+        assert_eq!(identity.roles, [Role::Auditor].into());
+        let roles = said["realm_access"]["roles"].to_string();
+        assert!(roles.contains(&format!("\"{}\"", issuer::AUDITOR)));
+        return true;
+    };
+    assert!(identity.roles.is_empty() && identity.mapping.is_none());
     assert_eq!(
         digits(said["sub"].as_str().unwrap()),
         digits(subject.as_str())
@@ -73,7 +85,14 @@ pub fn claims(json: &[u8]) -> bool {
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let mut without_iat = issuer::claims();
     without_iat.as_object_mut().unwrap().remove("iat");
-    [issuer::claims(), without_iat]
+    let with_roles = |roles: Value| {
+        let mut claims = issuer::claims();
+        claims["realm_access"] = json!({ "roles": roles });
+        claims
+    };
+    let auditor = with_roles(json!(["offline_access", issuer::AUDITOR]));
+    let object = with_roles(json!({ "keybroker-auditor": { "1": "example.org" } }));
+    [issuer::claims(), without_iat, auditor, object]
         .iter()
         .map(|claims| claims.to_string().into_bytes())
         .collect()

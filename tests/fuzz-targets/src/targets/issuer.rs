@@ -11,6 +11,8 @@ use keybroker_core::call::Timestamp;
 
 const ISSUER: &str = "https://vault.example.org/identity";
 pub(super) const ADA: &str = "4c2f1f2e-6d0b-4d9c-9b55-3f6a8f1e7d10";
+/// The role with which a token gives the role `auditor`.
+pub(super) const AUDITOR: &str = "keybroker-auditor";
 /// Longest life of a token, in seconds.
 pub(super) const LIFE_S: i64 = 3_600;
 
@@ -22,7 +24,9 @@ pub(super) fn settings(jwks_file: &Path) -> Settings {
     let text = format!(
         "name = \"vault\"\nissuer = \"{ISSUER}\"\njwks_file = \"{}\"\nalgorithms = [\"EdDSA\"]\nsubject = \"guid\"\n\
          token_lifetime_max_minutes = {}\naudience = [\"keys\"]\nrequired_scopes = [\"api\"]\ndevice_claim = \"device\"\n\
-         organisation_claims = [\"orgowner\"]\n[required_claims]\namr = [\"Application\"]\n[attributes]\npremium = \"premium\"\n",
+         organisation_claims = [\"orgowner\"]\n[required_claims]\namr = [\"Application\"]\n[attributes]\npremium = \"premium\"\n\
+         [[mapping]]\nname = \"auditors\"\nwhen = [{{ claim = [\"realm_access\", \"roles\"], any_of = [\"{AUDITOR}\"] }}]\n\
+         roles = [\"auditor\"]\n",
         jwks_file.display(),
         LIFE_S / 60
     );

@@ -246,6 +246,12 @@ impl Broker {
             return Err(refused(&what));
         }
         self.check_rows(registry, row).await?;
+        // The check of the rows may take hours, and another key may be in use now.
+        self.refresh_registry().await?;
+        let registry = &*self.registry()?;
+        if registry.row(row.key) != Some(key) {
+            return Err(refused("the key was changed while its rows were checked"));
+        }
         let signer = other_key(registry, row.key)?;
         let mut change = self.plan_tombstones(registry, key, signer).await?;
         let marked = self.marked(row, signer).await?;

@@ -3,7 +3,7 @@
 use keybroker_core::{
     call::{CallId, Timestamp},
     error::Error,
-    key::{ObjectIds, WrappingKeyState},
+    key::{ObjectIds, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_hsm as hsm;
 use keybroker_hsm::{
@@ -63,19 +63,42 @@ impl Broker {
             return Ok(());
         }
         let key = registry.verified(row.key)?;
-        self.check_not_needed(row).await?;
+        self.check_not_needed(key.id).await?;
         let places = self.store.places().await?;
         self.check_configured(key, &places)?;
-        let (mut count, mut found) = (0, Vec::new());
+        let removed = self.remove_from_all(registry, key, &places).await?;
+        let found: Vec<&str> = removed.iter().map(|one| one.serial.as_str()).collect();
+        check_found(key, &places, &found)?;
+        let counts = removed.iter().filter_map(|one| one.count);
+        self.end_removal(registry, key, counts.map(u64::from).sum())
+            .await
+    }
+
+    /// Removes the objects from every configured token, before an administrator ends the removal although a token of the key does
+    /// not exist any more.
+    pub(super) async fn remove_remaining_objects(
+        &self,
+        registry: &Registry,
+        key: &RegistryRow,
+    ) -> Result<(), Error> {
+        self.check_not_needed(key.id).await?;
+        let places = self.store.places().await?;
+        self.remove_from_all(registry, key, &places).await.map(drop)
+    }
+
+    async fn remove_from_all(
+        &self,
+        registry: &Registry,
+        key: &RegistryRow,
+        places: &[PlaceRow],
+    ) -> Result<Vec<Removed>, Error> {
+        let mut removed = Vec::new();
         for admin in self.configured.all().iter() {
             let name = admin.name();
-            let removal = Removal::of(key, name, registry, &places);
-            let removed = self.remove_from(name, admin.clone(), removal).await?;
-            count += u64::from(removed.count.unwrap_or(0));
-            found.push(removed.serial);
+            let removal = Removal::of(key, name, registry, places);
+            removed.push(self.remove_from(name, admin.clone(), removal).await?);
         }
-        check_found(key, &places, &found)?;
-        self.end_removal(registry, key, count).await
+        Ok(removed)
     }
 
     /// Removes the objects from one token. The audit log has the intent before the first object is removed.
@@ -132,22 +155,21 @@ impl Broker {
     }
 
     /// Checks that no row needs the key. A broker that learnt too late of the mark may have made a row with the key.
-    async fn check_not_needed(&self, row: &DestructionRow) -> Result<(), Error> {
+    async fn check_not_needed(&self, id: WrappingKeyId) -> Result<(), Error> {
         let KeyUses {
             revisions,
             clients,
             requests,
             approvals,
-        } = self.store.key_uses(row.key).await?;
+        } = self.store.key_uses(id).await?;
         if revisions + clients + requests + approvals == 0 {
             return Ok(());
         }
         Err(refused(&format!(
-            "key {} is marked as destroyed, but {revisions} revisions, {clients} API clients, {requests} answers to request ids and \
+            "key {id} is marked as destroyed, but {revisions} revisions, {clients} API clients, {requests} answers to request ids and \
              {approvals} requests for approval need it, so its objects stay on the token: enrol these user keys again, create these API clients again, and remove the \
              earlier rows with `keybroker store purge`; answers to request ids and requests for approval \
-             expire",
-            row.key
+             expire"
         )))
     }
 
@@ -176,13 +198,13 @@ fn not_configured(key: &RegistryRow, token: &str) -> Error {
 }
 
 /// Checks that the tokens with these serial numbers are all tokens that have the key according to the registry.
-fn check_found(key: &RegistryRow, places: &[PlaceRow], found: &[String]) -> Result<(), Error> {
+fn check_found(key: &RegistryRow, places: &[PlaceRow], found: &[&str]) -> Result<(), Error> {
     let of_key = places.iter().filter(|place| place.key == key.id);
     let mut needed = of_key
         .map(|place| place.token_serial.as_str())
         .chain([key.token_serial.as_str()])
         .map(hsm::unpadded);
-    match needed.find(|serial| !found.iter().any(|one| one == serial)) {
+    match needed.find(|serial| !found.contains(serial)) {
         None => Ok(()),
         Some(serial) => {
             let token = format!("the token with serial number {serial}");
@@ -327,11 +349,7 @@ fn kept(key: &RegistryRow, registry: &Registry, places: &[PlaceRow]) -> Vec<(Str
 
 #[cfg(test)]
 mod tests {
-    use keybroker_core::{
-        call::Timestamp,
-        error::Reason,
-        key::{ObjectId, WrappingKeyId},
-    };
+    use keybroker_core::{call::Timestamp, error::Reason, key::ObjectId};
 
     use super::{super::verdict::tests::registered, *};
 
@@ -359,10 +377,7 @@ mod tests {
             place(key.id, "b", "serial-b "),
             place(other, "c", "serial-c"),
         ];
-        let found = |serials: &[&str]| {
-            let serials: Vec<String> = serials.iter().map(|one| (*one).to_owned()).collect();
-            check_found(&key, &places, &serials)
-        };
+        let found = |serials: &[&str]| check_found(&key, &places, serials);
         assert!(found(&["serial", "serial-b"]).is_ok());
         for missing in [&["serial"][..], &["serial-b"], &[]] {
             let error = found(missing).unwrap_err();

@@ -285,7 +285,14 @@ impl Broker {
     }
 
     async fn origin(&self, registry: &Registry, row: &DestructionRow, is_marked: bool) -> Origin {
-        if !registry.knows(row.signer) {
+        // Others may know the integrity key of a compromised key.
+        let is_untrusted = |signer: &RegistryRow| {
+            matches!(
+                signer.state,
+                WrappingKeyState::Compromised | WrappingKeyState::Destroyed
+            )
+        };
+        if !registry.knows(row.signer) || registry.verified(row.signer).is_ok_and(is_untrusted) {
             return Origin::Forger;
         }
         if registry.check(row.signer, KeyUse::VerifyMac).is_err() {

@@ -112,7 +112,7 @@ fn hint(status: StatusCode, reason: Option<&str>) -> &'static str {
              reason"
         }
         (403, _) => {
-            "no policy permits this action for this user; the operator can run `keybroker policy explain`"
+            "a policy forbids this action for this user, or no policy permits it; the operator can run `keybroker policy explain`"
         }
         (404, Some("KEY_NOT_FOUND")) => {
             "the broker has no key for this user: the key has not been enrolled yet, or was deleted"

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::cli::{
     confirm,
     exit::{Exit, Failure},
-    output::Field,
+    output::{Field, printable},
 };
 
 use super::{Caller, arguments, refusal, show};
@@ -34,7 +34,8 @@ pub(super) enum Command {
     },
     /// Reject a requested change, also a request of your own or an approved change that was not made yet
     ///
-    /// The command also removes a request that was altered in the database.
+    /// The command removes a request that was altered in the database, or that cannot be verified any more because of the state of
+    /// its wrapping key.
     Reject {
         /// Id of the request, 32 hexadecimal digits
         #[arg(value_parser = arguments::approval_id)]
@@ -89,7 +90,7 @@ impl Caller {
         }
         let warning = format!(
             "Your approval lets {} make this change once; until then, `keybroker approval reject` withdraws it",
-            request.requested_by_person
+            printable(&request.requested_by_person)
         );
         confirm::typed_id(self.output, yes, &id.to_string(), "request", &warning)?;
         let digest = request.digest.as_slice().try_into().map_err(|_| {
@@ -103,34 +104,32 @@ impl Caller {
         let until = show::time(approved.expire_time.as_ref());
         self.output.note(&format!(
             "{} can make the change once with the same command as before, until {}",
-            approved.requested_by_person,
+            printable(&approved.requested_by_person),
             until.as_str().unwrap_or("the request expires")
         ));
         Ok(())
     }
 
-    /// Returns the request that a person is asked to approve. A list has a limited length, so the list of the open requests is read
-    /// first.
+    /// Returns the request that a person is asked to approve, also if a list would not show it, because a list has a limited length.
     async fn request(&self, id: ApprovalId) -> Result<proto::Approval, Failure> {
-        for all in [false, true] {
-            let listed = self.client.list_approvals(all).await;
-            let listed = listed.map_err(|error| failure(&error))?;
-            let mut requests = listed.approvals.into_iter();
-            if let Some(request) = requests.find(|request| request.id == id.as_bytes()) {
-                return Ok(request);
-            }
-        }
-        let what = format!("the broker lists no readable request for approval {id}");
-        Err(Failure::new(Exit::Refused, what).hint(HINT))
+        let found = self.client.get_approval(id).await;
+        found.map_err(|error| failure(&error))?.ok_or_else(|| {
+            let what = format!("the broker has no readable request for approval {id}");
+            Failure::new(Exit::Refused, what).hint(HINT)
+        })
     }
 
     async fn reject(&self, id: ApprovalId) -> Result<(), Failure> {
-        let rejected = self.client.reject_change(id).await;
-        match rejected.map_err(|error| failure(&error))? {
-            Some(rejected) => self.output.fields(fields(&rejected, self.output.is_json())),
+        let answer = self.client.reject_change(id).await;
+        let answer = answer.map_err(|error| failure(&error))?;
+        match &answer.approval {
+            Some(rejected) => self.output.fields(fields(rejected, self.output.is_json())),
             None => self.output.sentence(
                 "removed",
-                &format!("the request {id} was altered in the database, and was removed"),
+                &format!(
+                    "the request {id} was removed: {}",
+                    printable(&answer.removal_cause)
+                ),
             ),
         }
     }
@@ -142,7 +141,11 @@ fn check_verified(request: &proto::Approval) -> Result<(), Failure> {
         let reason = Reason::RecordDamaged.to_string();
         return Err(Failure {
             reason: Some(reason.clone()),
-            ..Failure::new(Exit::Refused, format!("{reason}: {}", request.problem)).hint(HINT)
+            ..Failure::new(
+                Exit::Refused,
+                format!("{reason}: {}", printable(&request.problem)),
+            )
+            .hint(HINT)
         });
     }
     if request.verified {
@@ -181,7 +184,20 @@ fn state(state: proto::ApprovalState) -> &'static str {
     }
 }
 
+/// The fields of a request. For a person, texts of other persons are escaped.
 fn fields(request: &proto::Approval, json: bool) -> Vec<Field> {
+    let mut fields = unescaped(request, json);
+    if !json {
+        for (_, value) in &mut fields {
+            if let Value::String(text) = value {
+                *text = printable(text);
+            }
+        }
+    }
+    fields
+}
+
+fn unescaped(request: &proto::Approval, json: bool) -> Vec<Field> {
     let text = |text: &str| {
         if text.is_empty() {
             Value::Null
@@ -234,19 +250,33 @@ fn change(text: &str, json: bool) -> Value {
     }
     let words: Vec<String> = parameters
         .iter()
-        .filter_map(|(name, value)| Some(format!("{name} {}", parameter(name, value)?)))
+        .filter_map(|(name, value)| Some(format!("{} {}", word(name), parameter(name, value)?)))
         .collect();
     json!(words.join(", "))
 }
 
-/// A parameter of a change for a person. The requesting person chooses the label, so it is quoted, and characters that cannot be
-/// printed, for example those that change the direction of the text, are escaped.
+/// A parameter of a change for a person; `None` for a parameter that is not set. The requesting person chooses the label, so it is
+/// always quoted.
 fn parameter(name: &str, value: &Value) -> Option<String> {
     match (name, value) {
         ("label", Value::String(label)) => Some(format!("{label:?}")),
         ("secret_days", Value::Null) => Some("never expires".to_owned()),
+        (_, Value::String(text)) => Some(word(text)),
+        (_, Value::Array(values)) => {
+            let words = values.iter().filter_map(|value| parameter("", value));
+            Some(words.collect::<Vec<_>>().join(" "))
+        }
         _ => shown(value),
     }
+}
+
+/// A text of a change. Quoted if it could be read as several words or as another parameter.
+fn word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+*".contains(c);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        return text.to_owned();
+    }
+    format!("{text:?}")
 }
 
 /// A value for a person; `None` for a value that is not set.
@@ -254,10 +284,6 @@ fn shown(value: &Value) -> Option<String> {
     match value {
         Value::Null => None,
         Value::String(text) => Some(text.clone()),
-        Value::Array(values) => {
-            let texts: Vec<String> = values.iter().filter_map(shown).collect();
-            Some(texts.join(" "))
-        }
         other => Some(other.to_string()),
     }
 }
@@ -280,6 +306,54 @@ mod tests {
             json!(r#"label "x, secret_days 1\u{202e}""#)
         );
         assert_eq!(change("no json", true), json!("no json"));
+    }
+
+    /// Names of users, keys, principals and persons can contain characters that control a terminal or change the direction of the
+    /// text, and words that look like another parameter.
+    #[test]
+    fn no_text_of_another_person_controls_the_terminal() {
+        const EVIL: &str = "x\u{1b}[2K\r\n\u{9b}1m\u{202e}\u{2067}\u{200f}\u{7f}";
+        let text = || format!("Ada, approved by Bob{EVIL}");
+        let change = json!({
+            "key_names": ["vault, roles none", EVIL],
+            "label": text(),
+            "roles": ["admin"],
+            "users": ["ada b", "*", EVIL],
+            EVIL: {EVIL: [EVIL]},
+        });
+        let request = proto::Approval {
+            action: text(),
+            change: change.to_string(),
+            requested_by: text(),
+            requested_by_person: text(),
+            decided_by: text(),
+            decided_by_person: text(),
+            problem: text(),
+            ..proto::Approval::default()
+        };
+        let no_json = proto::Approval {
+            change: text(),
+            ..request.clone()
+        };
+        for request in [&request, &no_json] {
+            for (name, value) in fields(request, false) {
+                let shown = shown(&value).unwrap_or_default();
+                let is_harmless = |c: char| c.is_ascii_graphic() || c == ' ';
+                assert!(shown.chars().all(is_harmless), "{name}: {shown:?}");
+            }
+        }
+        let shown = fields(&request, false);
+        let line = shown[3].1.as_str().unwrap();
+        for part in [
+            r#"key_names "vault, roles none" "x\u{1b}"#,
+            r#"users "ada b" * "x"#,
+        ] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+        // A program gets the text as it is.
+        let of_program = fields(&request, true);
+        assert_eq!(of_program[2].1, json!(text()));
+        assert_eq!(of_program[3].1, change);
     }
 
     /// A writer of the database can show another change than the one that would be approved, as long as the row is not verified.

@@ -5,7 +5,10 @@ use std::env;
 use keybroker_client::{ApprovalId, Code, Error, ErrorKind, Reason, Status};
 use keybroker_core::error::chain;
 
-use crate::cli::exit::{Exit, Failure};
+use crate::cli::{
+    exit::{Exit, Failure},
+    output::printable,
+};
 
 /// Converts the error of a call to a failure with the broker's reason or with the cause of a failed
 /// connection.
@@ -26,16 +29,28 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         ErrorKind::DeadlineExceeded => Exit::Unreachable,
         _ => Exit::Refused,
     };
-    let hint = match refusal.approval() {
-        Some(approval) => Some(next_commands(approval)),
-        None => refusal.reason().map(|reason| hint(reason).to_owned()),
+    let is_about = |field: &str| refusal.violations().iter().any(|one| one.field == field);
+    let hint = match (refusal.approval(), refusal.reason()) {
+        (Some(approval), _) => Some(next_commands(approval)),
+        (None, Some(Reason::Limit)) if is_about("approval") => Some(TOO_MANY_REQUESTS.to_owned()),
+        (None, Some(Reason::Policy)) if is_about("principal") => Some(OTHER_PERSON.to_owned()),
+        (None, reason) => reason.map(|reason| hint(reason).to_owned()),
     };
     Failure {
         hint,
         reason: Some(refusal.reason_name().to_owned()),
-        ..Failure::new(exit, message)
+        // The broker's explanation can contain texts of other persons.
+        ..Failure::new(exit, printable(&message))
     }
 }
+
+/// The hint for the limits of requests for approval, which no setting changes.
+const TOO_MANY_REQUESTS: &str = "`keybroker approval list --all` shows the requests: let a second person decide about the pending ones, make the \
+     approved changes, withdraw your own requests with `keybroker approval reject ID`, or wait until they expire";
+
+/// The hint if the rule for two persons refused the call, which no policy explains.
+const OTHER_PERSON: &str =
+    "the section `[approvals]` of the broker's configuration has the persons and their principals";
 
 /// The two commands that make a change that waits for an approval.
 fn next_commands(approval: ApprovalId) -> String {
@@ -144,7 +159,7 @@ const fn hint(reason: Reason) -> &'static str {
             "the credential is unknown, expired or revoked; the broker's log shows the cause"
         }
         Reason::Policy => {
-            "no policy permits this action for this principal; the operator can run `keybroker policy explain`"
+            "a policy forbids this action for this principal, or no policy permits it; the operator can run `keybroker policy explain`"
         }
         Reason::KeyNotFound => "`client list` shows the records; a deleted record can be undeleted",
         Reason::KeyExists => {
@@ -236,6 +251,34 @@ mod tests {
         }
     }
 
+    /// A policy that forbids the action may have decided, or the rule for two persons.
+    #[test]
+    fn a_denial_is_explained_by_its_cause() {
+        let general = failure(&refusal(Code::PermissionDenied, "POLICY"));
+        let general = general.hint.unwrap();
+        for cause in ["a policy forbids", "or no policy permits"] {
+            assert!(general.contains(cause), "{general}");
+        }
+        let mut details = ErrorDetails::with_error_info("POLICY", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("principal", "another person has to approve it");
+        let status = Status::with_error_details(Code::PermissionDenied, "text", details);
+        let of_persons = failure(&status.into()).hint.unwrap();
+        assert!(of_persons.contains("[approvals]"), "{of_persons}");
+    }
+
+    /// The settings of the store do not change the limits of requests for approval.
+    #[test]
+    fn the_limit_of_requests_for_approval_has_its_own_hint() {
+        let mut details = ErrorDetails::with_error_info("LIMIT", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("approval", "20 requests of Ada are open");
+        let status = Status::with_error_details(Code::FailedPrecondition, "text", details);
+        let of_approvals = failure(&status.into()).hint.unwrap();
+        assert!(of_approvals.contains("approval reject"), "{of_approvals}");
+        assert!(!of_approvals.contains("store."), "{of_approvals}");
+        let general = failure(&refusal(Code::FailedPrecondition, "LIMIT")).hint;
+        assert!(general.unwrap().contains("store.revisions_max"));
+    }
+
     #[test]
     fn a_reason_of_a_later_release_is_shown_as_it_is() {
         let failure = failure(&refusal(Code::Internal, "LATER"));
@@ -252,6 +295,17 @@ mod tests {
         assert_eq!(
             failure(&status.into()).message,
             "REQUEST: text; user: not empty; retry after 20 ms"
+        );
+    }
+
+    #[test]
+    fn the_explanation_of_the_broker_cannot_control_the_terminal() {
+        let mut details = ErrorDetails::with_error_info("POLICY", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("id", "\"Ada\"\u{1b}[2J\u{202e} rejected");
+        let status = Status::with_error_details(Code::PermissionDenied, "text", details);
+        assert_eq!(
+            failure(&status.into()).message,
+            r#"POLICY: text; id: "Ada"\u{1b}[2J\u{202e} rejected"#
         );
     }
 

@@ -81,6 +81,10 @@ pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
         proto::WrappingKeyState::Destroyed => "destroyed",
         proto::WrappingKeyState::Unspecified => "unknown",
     };
+    let tokens = key.tokens.iter().zip(&key.token_assurances);
+    let assurances: Vec<String> = tokens
+        .map(|(name, word)| format!("{name}={word}"))
+        .collect();
     vec![
         ("id", json!(hex::encode(&key.id))),
         ("state", json!(state)),
@@ -91,6 +95,7 @@ pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
         ("backup_confirmed", json!(key.backup_confirmed)),
         ("tokens", json!(key.tokens.join(", "))),
         ("missing_tokens", json!(key.missing_tokens.join(", "))),
+        ("assurance", json!(assurances.join(", "))),
         ("destroy_at", time(key.destroy_time.as_ref())),
         (
             "problem",

@@ -58,6 +58,9 @@ pub(super) struct Who {
     /// Subject of the user; the user's own keys are the keys whose user id is this subject
     #[arg(long)]
     subject: Option<String>,
+    /// Name of the `[[issuer.mapping]]` that gives the principal its roles
+    #[arg(long)]
+    mapping: Option<String>,
     /// Authentication method of the user (`amr`), such as `mfa`; may be repeated
     #[arg(long)]
     amr: Vec<String>,
@@ -96,6 +99,7 @@ struct Description {
     release_users: Option<Reach<UserId>>,
     release_key_names: Option<Reach<KeyName>>,
     subject: Option<String>,
+    mapping: Option<String>,
     amr: Option<BTreeSet<String>>,
     acr: Option<String>,
     auth_age_seconds: Option<u32>,
@@ -145,6 +149,7 @@ impl Who {
             release_users: reach(&self.users)?,
             release_key_names: reach(&self.key_names)?,
             subject: self.subject.clone(),
+            mapping: self.mapping.clone(),
             amr: some(&self.amr),
             acr: self.acr.clone(),
             auth_age_seconds: self.auth_age_seconds,
@@ -168,6 +173,7 @@ impl Description {
             release_users: more.release_users.or(self.release_users),
             release_key_names: more.release_key_names.or(self.release_key_names),
             subject: more.subject.or(self.subject),
+            mapping: more.mapping.or(self.mapping),
             amr: more.amr.or(self.amr),
             acr: more.acr.or(self.acr),
             auth_age_seconds: more.auth_age_seconds.or(self.auth_age_seconds),
@@ -215,6 +221,7 @@ impl Description {
             tenant: grant.tenant,
             roles: grant.roles,
             subject,
+            mapping: self.mapping,
             claims: Claims {
                 amr: self.amr.unwrap_or_default(),
                 acr: self.acr,

@@ -30,8 +30,8 @@
 //! by this crate. The dynamic loader loads the library only once, so `cryptoki` and this crate use
 //! the same library. The client module of p11-kit, however, makes a new connection with its own
 //! sessions for each function list. With the client module of p11-kit, `cryptoki` makes all calls
-//! of the list above, and `C_WrapKey` with the mechanisms of [`WrapMechanism`] is not available. For this client module, this crate uses its
-//! own connection only to find out whether a slot has a token.
+//! of the list above, and `C_WrapKey` with the mechanisms of [`WrapMechanism`] is not available. For this client module,
+//! this crate uses its own connection only to find out whether a slot has a token.
 
 mod calls;
 mod token_info;

@@ -1,5 +1,6 @@
 //! Sealed release: the token unwraps a user key into a session object, and wraps this object under the public key of
-//! the recipient. The user key is never in the memory of this process.
+//! the recipient. The user key is never in the memory of this process, unless the token is software that the module runs
+//! in this process.
 //!
 //! Not protected: a holder of the PIN, or a program that controls this process, can wrap the session object under
 //! another key. PKCS #11 cannot prevent this, because only the security officer can mark a recipient's key as trusted

@@ -133,7 +133,7 @@ impl Context {
             let (head, body) = request.into_parts();
             match body::key(&head.headers, body).await {
                 Ok(key) if action == Action::Create => entered.post(&mut retry, &key).await,
-                Ok(key) => entered.put(&mut retry, &key).await,
+                Ok(key) => Box::pin(entered.put(&mut retry, &key)).await,
                 Err(malformed) => return entered.malformed(action, malformed).await,
             }
         };

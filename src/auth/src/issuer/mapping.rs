@@ -234,8 +234,8 @@ impl Condition {
         let is_good = |value: &String| (1..=VALUE_BYTES_MAX).contains(&value.len());
         if !(1..=ACCEPTED_MAX).contains(&self.any_of.len()) || !self.any_of.iter().all(is_good) {
             return Some(format!(
-                "`any_of` of the claim `{claim}` must have 1 to {ACCEPTED_MAX} values of 1 to {VALUE_BYTES_MAX} bytes, \
-                 otherwise the mapping can never apply"
+                "`any_of` of the claim `{claim}` must have 1 to {ACCEPTED_MAX} values of 1 to {VALUE_BYTES_MAX} bytes; without a \
+                 value, the mapping can never apply"
             ));
         }
         claim.problem()

@@ -159,7 +159,7 @@ fn shown_claims(settings: &Settings, said: &Said) -> String {
     let claims = claims.into_iter().take(SHOWN_CLAIMS_MAX).map(|claim| {
         let values = values(claim, said).unwrap_or_default();
         if values.is_empty() {
-            format!("the access token has no `{claim}`")
+            format!("the `{claim}` has no value that the broker can compare")
         } else {
             format!("the `{claim}` is {}", shown(&values.join(" ")))
         }

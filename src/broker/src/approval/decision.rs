@@ -312,8 +312,8 @@ fn removal(row: ApprovalRow, unverified: Unverified) -> Result<Effect, Error> {
         }
         Unverified::NotNow(error) => {
             let what = format!(
-                "the request may be authentic, and its wrapping key {} cannot verify it now; nothing was changed. Repeat the command \
-                 when the wrapping key can be used, or wait until the request expires",
+                "the request cannot be verified with wrapping key {} now, but it may be authentic, so nothing was changed; repeat the \
+                 command when the broker can use the wrapping key, or wait until the request expires",
                 row.signer
             );
             return Err(error.explained("id", &what));

@@ -192,8 +192,13 @@ impl RegistryMemory {
         let Some(known) = known.filter(|known| known.is_after(&entry.row)) else {
             return;
         };
+        let cause = if entry.row.state.may_follow(known.state) {
+            "an earlier row was put back"
+        } else {
+            "the row makes a compromised key usable again"
+        };
         let what = format!(
-            "an earlier row was put back: the row has number {} ({}), but this broker has verified a row with number {} ({}) before",
+            "{cause}: the row has number {} ({}), but this broker has verified a row with number {} ({}) before",
             entry.row.sequence, entry.row.state, known.sequence, known.state
         );
         entry.standing = altered(&entry.row, &what);

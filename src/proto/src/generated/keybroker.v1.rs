@@ -1319,7 +1319,7 @@ pub struct WrappingKey {
     #[prost(string, repeated, tag = "13")]
     pub missing_tokens: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// What protects the keys of each token in `tokens`, in the same order: "hardware", "software", "service" or "policy", as in
-    /// TokenState. Later releases may add other words.
+    /// TokenState, or "unknown" for a token that no worker has examined. Later releases may add other words.
     #[prost(string, repeated, tag = "14")]
     pub token_assurances: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }

@@ -225,7 +225,7 @@ fn an_issuer_without_rights_of_its_own_refuses_other_holders() {
         assert_eq!(refusal.cause, Cause::Mapping);
         let words = "the `groups` is \"staff a \\\"quoted\\\" one\"";
         assert!(refusal.detail.contains(words), "{}", refusal.detail);
-        let words = "no `realm_access / roles`";
+        let words = "the `realm_access / roles` has no value";
         assert!(refusal.detail.contains(words), "{}", refusal.detail);
         let member = json!({ "groups": ["admins", "auditors"] });
         assert_eq!(outcome(&settings, &member), named("both"));

@@ -54,7 +54,7 @@ fn each_mistake_has_its_message() {
     let many_values = many_values.join(", ");
     let long = format!("\"{}\"", "x".repeat(VALUE_BYTES_MAX + 1));
     let condition = "{ claim = \"groups\", any_of = [\"auditors\", \"reviewers\"] }";
-    let many_conditions = vec![condition; CONDITIONS_MAX + 1].join(", ");
+    let many_conditions = [condition; CONDITIONS_MAX + 1].join(", ");
     let values = "\"auditors\", \"reviewers\"";
     for (good, bad, words) in [
         ("\"auditors\"\nwhen", "\"A b\"\nwhen", "[a-z0-9._-]"),

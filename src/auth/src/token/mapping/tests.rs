@@ -60,10 +60,6 @@ fn outcome(settings: &Settings, claims: &Value) -> Result<Option<String>, Cause>
     outcome.map_err(|refusal| refusal.cause)
 }
 
-fn named(name: &str) -> Result<Option<String>, Cause> {
-    Ok(Some(name.to_owned()))
-}
-
 #[test]
 fn the_first_mapping_that_matches_applies() {
     let settings = settings(MAPPINGS);
@@ -71,14 +67,14 @@ fn the_first_mapping_that_matches_applies() {
     for (claims, expected) in [
         (
             json!({ "groups": ["staff", "admins", "auditors"] }),
-            named("both"),
+            Ok(Some("both".to_owned())),
         ),
         // Rights are not combined: one of two groups is not enough for the mapping of both.
         (json!({ "groups": ["admins"] }), Ok(None)),
         (json!({ "groups": "admins" }), Ok(None)),
         (
             json!({ "realm_access": operator, "azp": "keybroker-cli" }),
-            named("operators"),
+            Ok(Some("operators".to_owned())),
         ),
         (
             json!({ "realm_access": operator, "azp": "other" }),
@@ -92,7 +88,7 @@ fn the_first_mapping_that_matches_applies() {
         ),
         (
             json!({ "https://example.org/groups": "backup" }),
-            named("backup"),
+            Ok(Some("backup".to_owned())),
         ),
         (
             json!({ "https://example": { "org/groups": "backup" } }),
@@ -105,7 +101,7 @@ fn the_first_mapping_that_matches_applies() {
                 "urn:zitadel:iam:org:project:roles": { "member": { "1": "x" } },
                 "realm_access": operator, "azp": "keybroker-cli",
             }),
-            named("operators"),
+            Ok(Some("operators".to_owned())),
         ),
         (json!({}), Ok(None)),
     ] {
@@ -228,7 +224,7 @@ fn an_issuer_without_rights_of_its_own_refuses_other_holders() {
         let words = "the `realm_access / roles` has no value";
         assert!(refusal.detail.contains(words), "{}", refusal.detail);
         let member = json!({ "groups": ["admins", "auditors"] });
-        assert_eq!(outcome(&settings, &member), named("both"));
+        assert_eq!(outcome(&settings, &member), Ok(Some("both".to_owned())));
     }
     // The services of the issuer have a role without a mapping.
     let lines = "kind = \"service\"\nroles = [\"enrol\"]\ntenant";
@@ -242,7 +238,10 @@ fn an_issuer_without_rights_of_its_own_refuses_other_holders() {
 fn the_last_of_several_claims_with_one_name_counts() {
     let settings = settings(MAPPINGS);
     let both = r#"["admins", "auditors"]"#;
-    for (first, last, expected) in [(both, "[]", Ok(None)), ("[]", both, named("both"))] {
+    for (first, last, expected) in [
+        (both, "[]", Ok(None)),
+        ("[]", both, Ok(Some("both".to_owned()))),
+    ] {
         let text = format!("{{\"groups\": {first}, \"groups\": {last}}}");
         let claims: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(outcome(&settings, &claims), expected, "{text}");

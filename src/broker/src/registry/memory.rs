@@ -192,10 +192,10 @@ impl RegistryMemory {
         let Some(known) = known.filter(|known| known.is_after(&entry.row)) else {
             return;
         };
-        let cause = if entry.row.state.may_follow(known.state) {
-            "an earlier row was put back"
-        } else {
+        let cause = if entry.row.sequence > known.sequence {
             "the row makes a compromised key usable again"
+        } else {
+            "an earlier row was put back"
         };
         let what = format!(
             "{cause}: the row has number {} ({}), but this broker has verified a row with number {} ({}) before",

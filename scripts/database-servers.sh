@@ -7,6 +7,21 @@
 SERVER=
 SERVER_PID=
 
+check_engines() {
+  local engine
+  for engine in "$@"; do
+    [[ $engine == @(sqlite|postgres|mariadb) ]] || fail "--engine is sqlite, postgres or mariadb, not $engine"
+  done
+}
+
+# Builds a release of this commit if PROGRAM is empty, and sets PROGRAM.
+release_program() {
+  [[ -z $PROGRAM ]] || return 0
+  scripts/install.sh
+  cargo build --release --locked --quiet
+  PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
+}
+
 # Servers refuse to run as root, so they run as the user that their package created, or as the user `nobody`.
 server_command() {
   COMMAND=("$@")

@@ -228,14 +228,10 @@ main() {
       *) PROGRAM=$1; shift ;;
     esac
   done
-  [[ $ENGINE == @(sqlite|postgres|mariadb) ]] || fail "--engine is sqlite, postgres or mariadb, not $ENGINE"
+  check_engines "$ENGINE"
   trap clean_up EXIT
   trap 'exit 130' INT TERM
-  if [[ -z $PROGRAM ]]; then
-    scripts/install.sh
-    cargo build --release --locked --quiet
-    PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
-  fi
+  release_program
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-drill.XXXXXX")
   step "Starting a broker and enrolling keys ($ENGINE)"
   site

@@ -131,18 +131,12 @@ main() {
     esac
   done
   [[ ${#ENGINES[@]} -gt 0 ]] || ENGINES=(sqlite postgres mariadb)
+  check_engines "${ENGINES[@]}"
   local engine
-  for engine in "${ENGINES[@]}"; do
-    [[ $engine == @(sqlite|postgres|mariadb) ]] || fail "--engine is sqlite, postgres or mariadb, not $engine"
-  done
   command -v jq >/dev/null || fail 'jq is not installed: apt-get install jq'
   trap clean_up EXIT
   trap 'exit 130' INT TERM
-  if [[ -z $PROGRAM ]]; then
-    scripts/install.sh
-    cargo build --release --locked --quiet
-    PROGRAM=$(cargo metadata --format-version 1 --no-deps --offline | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/keybroker
-  fi
+  release_program
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-scale.XXXXXX")
   mkdir "$WORK/figures"
   token

@@ -509,8 +509,8 @@ impl Planner {
         self.sequence
     }
 
-    /// Adds the change of a row to the transaction. The MAC of the new row is computed later. The row gets a higher number
-    /// than before, whatever numbers the other rows have: otherwise, a former row or schedule would be valid again.
+    /// Adds the change of a row to the transaction. The MAC of the new row is computed later. The number
+    /// of the row always grows. Otherwise, an earlier row or an earlier schedule of the key would be valid again.
     fn change(&mut self, before: &RegistryRow, after: RegistryRow) {
         self.sequence = self.sequence.max(before.sequence);
         let row = RegistryRow {

@@ -585,7 +585,7 @@ async fn another_claim_than_sub_can_identify_the_user() {
         .await;
 }
 
-/// The rights of a remembered access token are those of its own claims, although the principals have one name.
+/// Two access tokens of one principal have different claims. The broker remembers both, and each keeps its own roles.
 #[tokio::test]
 async fn a_remembered_token_keeps_the_roles_of_its_claims() {
     let service = Identity::start(Options::default());

@@ -195,7 +195,8 @@ impl Broker {
         }
     }
 
-    async fn verify_envelope(
+    /// Verifies the MAC of an envelope with the integrity key of its wrapping key.
+    pub(super) async fn verify_envelope(
         &self,
         envelope: &Envelope,
         found: &RevisionUnder,

@@ -16,7 +16,7 @@ use super::{
     clients::failed_client,
     pace::Pace,
     progress::{FailedRow, Phase},
-    revisions::{background, context_of, envelope_of, failed_revision},
+    revisions::{background, envelope_of, failed_revision},
     run::{Run, Stop},
 };
 
@@ -124,10 +124,7 @@ impl Broker {
             Ok(envelope) => envelope,
             Err(problem) => return Ok(Some(failed_revision(row, problem))),
         };
-        let (message, caller) = (envelope.mac_message(&context_of(found)), background());
-        let job = self
-            .token
-            .verify_mac(target, &message, envelope.mac(), &caller);
+        let job = self.verify_envelope(&envelope, found);
         let verified = pace.give_way(&*self.token, job).await;
         verdict(verified, || failed_revision(row, "mac-refused"))
     }

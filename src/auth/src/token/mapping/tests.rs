@@ -290,8 +290,8 @@ fn any_claims() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
-    /// Whatever the claims contain, a role comes from exactly one mapping, and the text of each condition of this mapping
-    /// is in the claim that the condition names.
+    /// All roles come from one mapping. Each claim that this mapping names contains one of the values of its condition,
+    /// for any claims.
     #[test]
     fn no_claims_give_a_role_that_their_mapping_does_not_name(claims in any_claims()) {
         let settings = settings(MAPPINGS);

@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 
-/// A re-wrap of all rows, which nobody has begun.
+/// Returns a re-wrap of all rows that an administrator requested and no broker has begun.
 fn wanted() -> RunRow {
     RunRow {
         id: RunId::from_bytes([1; 16]),

@@ -16,7 +16,7 @@ use keybroker::config::Config;
 use keybroker_core::{
     alert::Alert,
     error::Reason,
-    key::{KeyUse, WrappingKeyState},
+    key::{KeyUse, Purpose, WrappingKeyState},
 };
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check::EXCEPTIONS};
 
@@ -516,10 +516,11 @@ fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
     let tests: Vec<String> = NEGATIVE_TESTS
         .iter()
         .map(|test| {
-            let only = if test.changes_the_key {
-                " (throwaway keys only)"
-            } else {
-                ""
+            let only = match (test.changes_the_key, test.purpose) {
+                (true, _) => " (throwaway keys only)",
+                (false, Some(Purpose::Plain)) => " (plain wrapping keys only)",
+                (false, Some(Purpose::Sealed)) => " (sealed wrapping keys only)",
+                (false, None) => "",
             };
             let accepted_by = test
                 .accepted_by

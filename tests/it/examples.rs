@@ -8,7 +8,7 @@ use std::{
 
 use keybroker_test_support::skip::{skip, skip_outside_ci};
 
-use crate::{client::Caller, process::Broker, site::Options};
+use crate::{client::Caller, process::Broker, sealed, site::Options};
 
 /// Exit code of `examples/go/run.sh` when Go or one of its packages is not installed.
 const NOT_INSTALLED: i32 = 3;
@@ -63,6 +63,22 @@ async fn enrols_and_unwraps(broker: &Broker, program: &Path) {
     );
 }
 
+/// The same on a broker whose key in use is a sealed wrapping key.
+async fn unwraps_sealed(program: &Path) {
+    let broker = sealed::broker(Options::default()).await;
+    let enrolled = run(&broker, program, "enroller", &["enrol", "ada"]);
+    assert!(enrolled.status.success(), "{enrolled:?}");
+    let released = run(&broker, program, "releaser", &["unwrap-sealed", "ada"]);
+    assert!(released.status.success(), "{released:?}");
+    assert_eq!(
+        String::from_utf8(released.stdout).unwrap(),
+        "ada: revision 1, 32 bytes, RSA-OAEP-SHA-1\n"
+    );
+    let refused = run(&broker, program, "releaser", &["unwrap", "ada"]);
+    let error = String::from_utf8(refused.stderr).unwrap();
+    assert!(error.contains("RELEASE_FORM"), "{error}");
+}
+
 /// Cargo builds it with the tests of the whole workspace, beside the binary.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rust_example_enrols_and_unwraps() {
@@ -74,6 +90,7 @@ async fn the_rust_example_enrols_and_unwraps() {
     }
     let broker = Broker::start(Options::default());
     enrols_and_unwraps(&broker, &program).await;
+    unwraps_sealed(&program).await;
 }
 
 /// Without the package index its requirements cannot be installed: a failure in CI, a loud skip elsewhere.
@@ -88,6 +105,7 @@ async fn the_python_example_enrols_and_unwraps() {
         return;
     }
     enrols_and_unwraps(&broker, &script).await;
+    unwraps_sealed(&script).await;
 }
 
 /// Building and testing the broker does not need Go, so this is skipped, loudly, where Go is not installed.

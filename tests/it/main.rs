@@ -66,6 +66,8 @@ mod rewrap;
 mod rolling_restart;
 mod rows;
 mod schedules;
+mod sealed;
+mod sealed_memory;
 mod service_manager;
 mod several_tokens;
 mod shared_label;

@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
-    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{
+        ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Tenant, UserId,
+        WrappingKeyId,
+    },
     state::StateDirectory,
 };
 
@@ -215,6 +218,8 @@ pub struct Entry {
     pub revision: Option<Revision>,
     /// The wrapping key that was used.
     pub wrapping_key: Option<WrappingKeyId>,
+    /// The fingerprint of the recipient's public key, for a sealed release.
+    pub recipient: Option<Fingerprint>,
     /// The policy that made the decision.
     pub policy: Option<Cow<'static, str>>,
     /// The id of the call.
@@ -277,6 +282,7 @@ impl Entry {
             record_id: None,
             revision: None,
             wrapping_key: None,
+            recipient: None,
             policy: None,
             call_id: None,
             request_id: None,

@@ -8,7 +8,10 @@ use serde_json::Value;
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
-    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{
+        ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Tenant, UserId,
+        WrappingKeyId,
+    },
 };
 
 use super::{Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded};
@@ -50,6 +53,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
     object.text("reason", entry.reason.map(Reason::as_str));
+    object.shown("recipient", entry.recipient.as_ref());
     object.shown("record_id", entry.record_id.as_ref());
     object.text("registry", entry.registry.as_deref());
     object.shown("request_id", entry.request_id.as_ref());
@@ -181,6 +185,7 @@ impl Parsed {
         let revision = self.fields.get("revision").and_then(Value::as_u64);
         intent.revision = revision.and_then(Revision::new);
         intent.wrapping_key = text("wrapping_key").and_then(WrappingKeyId::from_hex);
+        intent.recipient = text("recipient").and_then(Fingerprint::from_hex);
         intent.policy = text("policy").map(|policy| policy.to_owned().into());
         intent.request_id =
             text("request_id").and_then(|text| RequestId::parse(text).ok().flatten());

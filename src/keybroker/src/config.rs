@@ -27,6 +27,7 @@ mod check;
 mod check_token;
 mod files;
 mod named;
+pub(crate) mod release;
 #[cfg(test)]
 mod tests;
 mod tokens;
@@ -91,6 +92,9 @@ pub struct Config {
     /// The `[wrapping_keys]` section.
     #[serde(default)]
     pub wrapping_keys: wrapping_keys::Settings,
+    /// The `[release]` section.
+    #[serde(default)]
+    pub release: release::Settings,
     /// The `[approvals]` section.
     #[serde(default)]
     pub approvals: approvals::Settings,

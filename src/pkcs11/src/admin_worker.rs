@@ -18,7 +18,7 @@ use std::{
 
 use keybroker_core::{
     call::Timestamp,
-    key::{ObjectId, ObjectIds, WrappingKeyId},
+    key::{ObjectId, ObjectIds, Purpose, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -27,8 +27,8 @@ use keybroker_worker_protocol::{
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
         DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MadeSignature, MakeReport,
-        OaepSupport, OpenToken, PinSource, SetUserPin, Setup, SigningKey, TokenEntry, TokenKey,
-        TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+        OaepSupport, OpenToken, PinSource, Sealing, SetUserPin, Setup, SigningKey, TokenEntry,
+        TokenKey, TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
     },
 };
 
@@ -142,7 +142,16 @@ impl State {
                 let id = (!job.key_id.is_empty())
                     .then(|| key_id(&job.key_id))
                     .transpose()?;
-                Ok(key(self.token()?.generate_key(job.modulus_bits, id)?))
+                let purpose = if job.is_sealed {
+                    Purpose::Sealed
+                } else {
+                    Purpose::Plain
+                };
+                Ok(key(self.token()?.generate_key_for(
+                    purpose,
+                    job.modulus_bits,
+                    id,
+                )?))
             }
             Job::CheckKey(job) => {
                 let (token, id) = (self.token()?, key_id(&job.key_id)?);
@@ -415,7 +424,9 @@ fn key(checked: admin::CheckedKey) -> Outcome {
             algorithm: checked
                 .algorithm
                 .map_or(0, |algorithm| algorithm.number().into()),
+            sealing: Sealing::of(checked.sealing).into(),
         }),
+        is_sealed: checked.purpose == Purpose::Sealed,
         modulus_bits: u32::try_from(checked.modulus_bits).unwrap_or(u32::MAX),
         private_key: checked.private.iter().map(finding).collect(),
         integrity_key: checked.integrity_key.iter().map(finding).collect(),

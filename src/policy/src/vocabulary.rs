@@ -21,12 +21,13 @@ use keybroker_core::{
     principal::{Action, Identity, Kind, Reach, Role},
 };
 
-use super::{Case, Resource, error::Error};
+use super::{Case, Release, Resource, error::Error};
 
 pub(super) const SCHEMA: &str = include_str!("schema.cedarschema");
 const MICROS_PER_SECOND: i64 = 1_000_000;
-/// The value of `release`: the form in which a user key is released.
+/// The values of `release`: the form in which a user key is released.
 const PLAIN: &str = "plain";
+const SEALED: &str = "sealed";
 
 pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
 
@@ -264,7 +265,12 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     });
     attributes.add("time", || Value::new_datetime(datetime(case.at)));
     if case.action == Action::Unwrap {
-        attributes.add("release", || text(PLAIN));
+        let (form, recipient) = match case.release {
+            Release::Plain => (PLAIN, None),
+            Release::Sealed(recipient) => (SEALED, Some(recipient)),
+        };
+        attributes.add("release", || text(form));
+        attributes.add_some("recipient", recipient, |it| text(&it.to_string()));
     }
     Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }

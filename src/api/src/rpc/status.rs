@@ -30,9 +30,11 @@ pub(super) const fn code(reason: Reason) -> Code {
         Reason::KeyExists => Code::AlreadyExists,
         Reason::Revision => Code::Aborted,
         Reason::RecordDamaged => Code::DataLoss,
-        Reason::KeyState | Reason::ApprovalNeeded | Reason::ApprovalState | Reason::Limit => {
-            Code::FailedPrecondition
-        }
+        Reason::KeyState
+        | Reason::ReleaseForm
+        | Reason::ApprovalNeeded
+        | Reason::ApprovalState
+        | Reason::Limit => Code::FailedPrecondition,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => Code::ResourceExhausted,
         Reason::TokenDown
         | Reason::StoreDown

@@ -15,6 +15,7 @@ mod control;
 mod credential;
 mod keys;
 pub(super) mod material;
+mod recipient;
 pub(super) mod refusal;
 mod release;
 mod rewrap;

@@ -118,6 +118,9 @@ pub(super) struct Generate {
     /// Length of the RSA modulus in bits
     #[arg(long, default_value = "3072", value_parser = ["2048", "3072", "4096"])]
     bits: String,
+    /// Form in which user keys under the wrapping key are released: `plain` or, only encrypted to a recipient, `sealed`
+    #[arg(long, default_value = "plain", value_parser = purpose)]
+    purpose: Purpose,
     #[command(flatten)]
     pin: UserPin,
 }
@@ -175,6 +178,11 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
     }
 }
 
+/// Parses the purpose of a wrapping key.
+pub(super) fn purpose(text: &str) -> Result<Purpose, &'static str> {
+    Purpose::parse(text).ok_or("`plain` or `sealed`")
+}
+
 fn parse_id(text: &str) -> Result<WrappingKeyId, Failure> {
     WrappingKeyId::from_hex(text).ok_or_else(|| {
         Failure::new(
@@ -218,7 +226,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(rows))?;
     let generated = generate_and_register(context, &config, &admin, rows, || {
-        Ok(admin.generate_key(bits)?)
+        Ok(admin.generate_key(arguments.purpose, bits)?)
     })?;
     let Generated { row, place, .. } = generated;
     warn_of_backup(context, &config, &row);
@@ -580,7 +588,7 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
         id: key.id,
         objects: key.objects.clone(),
         fingerprint: key.fingerprint,
-        purpose: Purpose::Plain,
+        purpose: key.purpose,
         state: WrappingKeyState::Active,
         token_serial: admin.info().serial.clone(),
         sequence,
@@ -624,6 +632,14 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
     let id = old.id;
     if old.fingerprint != key.fingerprint {
         let what = format!("the key with id {id} on this token is not the registered key");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if old.purpose != key.purpose {
+        let what = format!(
+            "key {id} is registered as a {} wrapping key, but its attributes on this token are those of a {} wrapping key",
+            old.purpose.as_str(),
+            key.purpose.as_str()
+        );
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if old.state == WrappingKeyState::Destroyed {

@@ -54,6 +54,7 @@ pub(super) fn run(bench: &Bench<'_>) -> Result<Results, Failure> {
     let (single, bare) = (single.and(single_after), bare.and(bare_after));
     let mut fields = vec![
         ("rsa_bits", json!(bench.token.rsa_bits)),
+        ("purpose", json!(bench.token.key.purpose.as_str())),
         ("connections", json!(connections)),
         ("users", json!(arguments.seed.unwrap_or(arguments.users))),
         ("rate", json!(rate)),

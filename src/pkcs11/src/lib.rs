@@ -23,6 +23,7 @@ mod module;
 mod negative;
 mod open;
 mod operation;
+mod organization;
 mod pin_record;
 mod report;
 mod sealed;

@@ -27,7 +27,7 @@ mod tests;
 
 pub use account::{Email, PASSWORD_BYTES_MAX, Password, Salt};
 pub use enc_string::{ENC_STRING_BYTES_MAX, EncString};
-pub use fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase};
+pub use fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase, split_phrase};
 pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
 pub use keys::{MasterKey, SymmetricKey};

@@ -198,6 +198,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("rest", "[rest]"),
         ("client_credentials", "[client_credentials]"),
         ("wrapping_keys", "[wrapping_keys]"),
+        ("bitwarden_organization", "[[bitwarden_organization]]"),
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),
         ("listener", "[[listener]]"),
@@ -256,8 +257,10 @@ fn rows_of_the_audit_page() -> Vec<(Vec<String>, String)> {
 /// Every action that the audit log can hold is on its page, and each that the page has is written somewhere.
 #[test]
 fn the_audit_page_has_every_action_and_no_other() {
-    const SUBJECTS: [&str; 13] = [
+    const SUBJECTS: [&str; 15] = [
         "approval",
+        "bitwarden",
+        "organization_key",
         "user_key",
         "wrapping_key",
         "token",

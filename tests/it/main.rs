@@ -28,6 +28,7 @@ mod copy;
 mod cut_short;
 mod databases;
 mod destruction;
+mod device_approvals;
 mod end_to_end;
 mod examples;
 mod expected;
@@ -87,4 +88,4 @@ mod trusted_files;
 mod wire;
 mod worker_key;
 
-use keybroker_test_support::{faulty, identity, servers, softhsm};
+use keybroker_test_support::{bitwarden, faulty, identity, servers, softhsm};

@@ -16,6 +16,7 @@ use keybroker_core::{
         ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Tenant, UserId,
         WrappingKeyId,
     },
+    organization::Guid,
     state::StateDirectory,
 };
 
@@ -251,6 +252,23 @@ pub struct Entry {
     pub digest: Option<String>,
     /// The persons of a change that needs an approval. Most entries have none, so they are not part of the size of each entry.
     pub persons: Option<Box<Persons>>,
+    /// The request of a device of a Bitwarden organisation.
+    pub bitwarden: Option<Box<BitwardenRequest>>,
+}
+
+/// The request of a member of a Bitwarden organisation, whose new device an administrator must approve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitwardenRequest {
+    /// The organisation.
+    pub organization: Guid,
+    /// The user who is a member.
+    pub member: Guid,
+    /// The identifier of the device, as the server sends it.
+    pub device: String,
+    /// The request.
+    pub request: Guid,
+    /// The SHA-256 of the device's public key.
+    pub public_key: Fingerprint,
 }
 
 /// The persons of a change that needs the approval of a second person.
@@ -297,6 +315,7 @@ impl Entry {
             risks: None,
             digest: None,
             persons: None,
+            bitwarden: None,
             cause: None,
         }
     }

@@ -12,9 +12,10 @@ use keybroker_core::{
         ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Tenant, UserId,
         WrappingKeyId,
     },
+    organization::Guid,
 };
 
-use super::{Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded};
+use super::{BitwardenRequest, Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded};
 
 /// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +36,20 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let (approved_by, approver) = both(persons.and_then(|persons| persons.approved_by.as_ref()));
     object.text("approved_by", approved_by);
     object.text("approved_by_person", approver);
+    let bitwarden = entry.bitwarden.as_deref();
+    object.text(
+        "bitwarden_device",
+        bitwarden.map(|request| &*request.device),
+    );
+    object.shown("bitwarden_member", bitwarden.map(|request| &request.member));
+    object.shown(
+        "bitwarden_organization",
+        bitwarden.map(|request| &request.organization),
+    );
+    object.shown(
+        "bitwarden_request",
+        bitwarden.map(|request| &request.request),
+    );
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.text("cause", entry.cause.as_deref());
@@ -52,6 +67,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("person", person);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
+    object.shown("public_key", bitwarden.map(|request| &request.public_key));
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("recipient", entry.recipient.as_ref());
     object.shown("record_id", entry.record_id.as_ref());
@@ -70,6 +86,20 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("user", entry.user.as_ref().map(UserId::as_str));
     object.shown("wrapping_key", entry.wrapping_key.as_ref());
     object.end();
+}
+
+/// The request of a device in a line that was read; `None` if a field is missing.
+fn bitwarden<'a>(text: &impl Fn(&str) -> Option<&'a str>) -> Option<Box<BitwardenRequest>> {
+    let guid = |name: &str| Guid::parse(text(name)?);
+    let mut public_key = [0; 32];
+    hex::decode_to_slice(text("public_key")?, &mut public_key).ok()?;
+    Some(Box::new(BitwardenRequest {
+        organization: guid("bitwarden_organization")?,
+        member: guid("bitwarden_member")?,
+        device: text("bitwarden_device")?.to_owned(),
+        request: guid("bitwarden_request")?,
+        public_key: Fingerprint(public_key),
+    }))
 }
 
 /// A principal and its person.
@@ -204,6 +234,7 @@ impl Parsed {
             approved_by: both("approved_by", "approved_by_person"),
         };
         intent.persons = (persons != Persons::default()).then(|| Box::new(persons));
+        intent.bitwarden = bitwarden(&text);
         intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {

@@ -11,6 +11,7 @@ pub mod error;
 pub mod hardening;
 pub mod key;
 pub mod metrics;
+pub mod organization;
 pub mod pem;
 pub mod principal;
 pub mod remedy;

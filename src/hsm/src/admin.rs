@@ -41,9 +41,11 @@ use zeroize::Zeroize as _;
 use crate::process;
 
 mod key_admin;
+mod organization;
 mod wrapper;
 
 pub use key_admin::KeyAdmin;
+pub use organization::OrganizationKey;
 pub use wrapper::Wrapper;
 
 /// Name of the hidden command that runs the admin worker.
@@ -731,6 +733,7 @@ impl Worker {
         match &mut request.job {
             Some(Job::Mac(job)) => job.message.zeroize(),
             Some(Job::VerifyMac(job)) => job.message.zeroize(),
+            Some(Job::ImportOrganizationKey(job)) => job.pkcs8.zeroize(),
             _ => {}
         }
         drop(request);

@@ -22,6 +22,7 @@ use keybroker_store as store;
 pub(crate) mod accepted;
 mod advice;
 pub(crate) mod approvals;
+pub(crate) mod bitwarden;
 mod certificates;
 mod check;
 mod check_token;
@@ -98,6 +99,9 @@ pub struct Config {
     /// The `[approvals]` section.
     #[serde(default)]
     pub approvals: approvals::Settings,
+    /// The `[[bitwarden_organization]]` sections.
+    #[serde(rename = "bitwarden_organization", default)]
+    pub bitwarden_organizations: Vec<bitwarden::Settings>,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

@@ -22,14 +22,14 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::{
-        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, Place, Refusal, SigningKey,
-        Terms,
+        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, OrganizationKey, Place,
+        Refusal, SigningKey, Terms,
     },
     mac_key::WorkerKey,
     module,
     negative::{self, Subject},
     open::{OpenToken, auth_pin},
-    operation,
+    operation, organization,
     report::{self, Counted, waits_of_this_thread},
     select::{self, Registered, Selected},
 };
@@ -842,6 +842,47 @@ impl Admin {
         message: &[u8],
     ) -> Result<(Vec<u8>, bool), AdminError> {
         Ok(keys::sign(&self.token.anchor, object, message)?)
+    }
+
+    /// Imports the key of a Bitwarden organisation, with an integrity key that the token makes.
+    pub(crate) fn import_organization_key(
+        &self,
+        id: WrappingKeyId,
+        pkcs8: &[u8],
+    ) -> Result<OrganizationKey, AdminError> {
+        Ok(organization::import(
+            &self.token,
+            &self.settings,
+            id,
+            pkcs8,
+        )?)
+    }
+
+    /// Checks and tests the key of a Bitwarden organisation.
+    pub(crate) fn check_organization_key(
+        &self,
+        id: WrappingKeyId,
+    ) -> Result<OrganizationKey, AdminError> {
+        Ok(organization::check(&self.token, &self.settings, id)?)
+    }
+
+    /// Wraps a member's user key under the public key of a device.
+    pub(crate) fn release_to_device(
+        &self,
+        id: WrappingKeyId,
+        fingerprint: &[u8],
+        wrapped: &[u8],
+        recipient: &[u8],
+    ) -> Result<Vec<u8>, AdminError> {
+        let (token, settings) = (&self.token, &self.settings);
+        Ok(organization::release(
+            token,
+            settings,
+            id,
+            fingerprint,
+            wrapped,
+            recipient,
+        )?)
     }
 
     /// Computes a MAC with the integrity key of this wrapping key.

@@ -192,6 +192,48 @@ pub(super) const SIGNING_KEY: &[Rule] = &with_those_of_every_key::<5, 14>([
     ("CKA_DERIVE", AttributeType::Derive, FALSE),
 ]);
 
+/// The rules for the imported key of a Bitwarden organisation, which may only unwrap.
+pub(super) const ORGANIZATION_KEY: &[Rule] = &with_those_of_every_key::<6, 15>([
+    ("CKA_UNWRAP", AttributeType::Unwrap, TRUE),
+    ("CKA_DECRYPT", AttributeType::Decrypt, FALSE),
+    ("CKA_SIGN", AttributeType::Sign, FALSE),
+    ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
+    ("CKA_DERIVE", AttributeType::Derive, FALSE),
+    (
+        "CKA_ALLOWED_MECHANISMS",
+        AttributeType::AllowedMechanisms,
+        Expected::OnlyMechanism(Mechanism::RsaOaep),
+    ),
+]);
+
+/// The attributes that show that a key was outside the token. For an imported key, they must be false or absent: a token
+/// that sets one of them to true claims something about a key that it cannot know.
+const SHOW_AN_IMPORT: [&str; 3] = ["CKA_LOCAL", "CKA_NEVER_EXTRACTABLE", "CKA_ALWAYS_SENSITIVE"];
+
+/// Checks the attributes of an imported key. All rules apply, except the three that no imported key can meet.
+pub(super) fn inspect_imported(
+    session: &Session,
+    object: ObjectHandle,
+    rules: &[Rule],
+    exceptions: &[String],
+) -> Result<Vec<Finding>, Fault> {
+    let shows_import = |name: &str| SHOW_AN_IMPORT.contains(&name);
+    let rules: Vec<Rule> = rules
+        .iter()
+        .map(|(name, kind, expected)| {
+            let expected = if shows_import(name) { FALSE } else { *expected };
+            (*name, *kind, expected)
+        })
+        .collect();
+    let mut findings = inspect(session, object, &rules, exceptions)?;
+    for finding in &mut findings {
+        if shows_import(finding.attribute) && finding.found == Found::Missing {
+            finding.found = Found::Excepted;
+        }
+    }
+    Ok(findings)
+}
+
 /// The rules for an integrity key.
 pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([
     ("CKA_SIGN", AttributeType::Sign, TRUE),

@@ -27,6 +27,7 @@ use crate::{
 };
 
 mod making;
+mod organization;
 mod removal;
 mod signing;
 mod templates;
@@ -35,6 +36,7 @@ pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
     generate_with_id,
 };
+pub(super) use organization::{OrganizationKey, import_organization_key, organization_key};
 pub(super) use removal::{Identity, remove};
 pub(super) use signing::{SigningKey, has_signing_key, make_signing_key, sign};
 pub(super) use templates::{
@@ -393,8 +395,9 @@ pub(super) fn public_side_of(
     })
 }
 
-/// Returns the `CKA_ID` of all RSA private keys on the token, except the keys that sign the transcript of a ceremony. Keys
-/// without a `CKA_ID` are ignored, because the registry cannot refer to them.
+/// Returns the `CKA_ID` of all RSA private keys on the token, except the keys that sign the transcript of a ceremony and
+/// the imported keys of Bitwarden organisations. Keys without a `CKA_ID` are ignored, because the registry cannot refer to
+/// them.
 pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
@@ -403,7 +406,7 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let mut ids = Vec::new();
     calling::next("C_FindObjects");
     for object in session.find_objects(&template)? {
-        if is_signing_key(session, object)? {
+        if has_another_purpose(session, object)? {
             continue;
         }
         if let Some(Attribute::Id(id)) = attribute_check::read(session, object, AttributeType::Id)?
@@ -415,12 +418,13 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     Ok(ids)
 }
 
-/// Whether a private object is a key that signs the transcript of a ceremony.
-fn is_signing_key(session: &Session, object: ObjectHandle) -> Result<bool, Fault> {
+/// Whether a private object is a key that signs the transcript of a ceremony, or the key of a Bitwarden organisation.
+fn has_another_purpose(session: &Session, object: ObjectHandle) -> Result<bool, Fault> {
     let label = attribute_check::read(session, object, AttributeType::Label)?;
     Ok(matches!(
         label,
-        Some(Attribute::Label(label)) if label == templates::SIGNING_KEY_LABEL.as_bytes()
+        Some(Attribute::Label(label))
+            if label == templates::SIGNING_KEY_LABEL.as_bytes() || label == organization::LABEL.as_bytes()
     ))
 }
 

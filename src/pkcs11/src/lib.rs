@@ -24,6 +24,7 @@ mod negative;
 mod oaep;
 mod open;
 mod operation;
+mod organization;
 mod pin_record;
 mod recipients;
 mod report;

@@ -29,6 +29,7 @@ use keybroker_core::{
     trusted_file,
 };
 
+pub mod device_approval;
 mod engine;
 mod error;
 mod explain;

@@ -301,12 +301,12 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
 }
 
 /// Returns at least 0. If the provider's clock is ahead, the authentication counts as new.
-fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
+pub(super) fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
     (now.micros().saturating_sub(at.micros()) / MICROS_PER_SECOND).max(0)
 }
 
 /// Formats a time in UTC with milliseconds.
-fn datetime(at: Timestamp) -> String {
+pub(super) fn datetime(at: Timestamp) -> String {
     let nanos = i128::from(at.micros()) * 1_000;
     let at = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)
         .unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
@@ -322,10 +322,10 @@ fn datetime(at: Timestamp) -> String {
     )
 }
 
-fn text(text: &str) -> Value {
+pub(super) fn text(text: &str) -> Value {
     Value::new_string(text.to_owned())
 }
 
-fn texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> Value {
+pub(super) fn texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> Value {
     Value::new_set(texts.into_iter().map(|one| text(one)))
 }

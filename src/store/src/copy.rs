@@ -120,14 +120,15 @@ impl Copy {
         Ok(walked)
     }
 
-    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The registry
-    /// and the API clients can change without a mark, so these tables are compared again.
+    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The registry,
+    /// the API clients and the keys of members can change without a mark, so these tables are compared again.
     pub async fn look_again(&self) -> Result<(), CopyError> {
         for table in [
             Table::Changes,
             Table::Clients,
             Table::Places,
             Table::Destructions,
+            Table::MemberKeys,
             Table::WrappingKeys,
         ] {
             self.walk(table, Lacking::Refuse, || {}).await?;

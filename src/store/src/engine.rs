@@ -36,6 +36,7 @@ mod calls;
 mod clients;
 mod destruction;
 mod kept;
+mod member_keys;
 mod probe;
 mod registry;
 mod rewrap;

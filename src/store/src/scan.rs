@@ -9,7 +9,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ApprovalRow, ClientRow, Error, RequestRecord, RequestScope, rows,
+    ApprovalRow, ClientRow, Error, MemberKeyRow, RequestRecord, RequestScope, rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -211,6 +211,8 @@ pub enum FoundOther {
     ClientUse(Result<(), Error>),
     /// A request for approval.
     Approval(Box<Result<ApprovalRow, Error>>),
+    /// The wrapped key of a member of a Bitwarden organisation.
+    MemberKey(Box<Result<MemberKeyRow, Error>>),
 }
 
 /// Reads the tables of [`OtherScan::TABLES`], one after another.
@@ -223,12 +225,13 @@ pub struct OtherScan {
 
 impl OtherScan {
     /// The tables, in the order in which they are read.
-    pub const TABLES: [Table; 5] = [
+    pub const TABLES: [Table; 6] = [
         Table::Requests,
         Table::Changes,
         Table::LastUses,
         Table::ClientUses,
         Table::Approvals,
+        Table::MemberKeys,
     ];
 
     /// Creates a scan that starts at the beginning.
@@ -251,6 +254,7 @@ impl OtherScan {
                     Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
                     Table::Approvals => FoundOther::Approval(Box::new(rows::approval(&row))),
+                    Table::MemberKeys => FoundOther::MemberKey(Box::new(rows::member_key(&row))),
                     _ => FoundOther::ClientUse(rows::client_use_row(&row)),
                 }));
             }

@@ -13,6 +13,7 @@ use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     envelope::Mac,
     key::{ApprovalId, ClientId, RecordId, Revision, WrappingKeyId},
+    organization::Guid,
 };
 
 use super::{StoreId, slow};
@@ -219,6 +220,7 @@ macro_rules! by_its_bytes {
 }
 by_its_bytes!(
     ApprovalId,
+    Guid,
     RecordId,
     ClientId,
     WrappingKeyId,

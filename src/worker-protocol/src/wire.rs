@@ -73,6 +73,15 @@ impl fmt::Debug for reply::Outcome {
     }
 }
 
+impl fmt::Debug for ImportOrganizationKey {
+    /// The debug output omits the private key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ImportOrganizationKey")
+            .field("key_id", &self.key_id)
+            .finish_non_exhaustive()
+    }
+}
+
 impl fmt::Debug for PinSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PinSource")

@@ -26,6 +26,7 @@ use keybroker_worker_protocol::{
 };
 
 mod change;
+mod import;
 mod removal;
 
 use super::{
@@ -55,6 +56,11 @@ pub(super) enum Command {
     /// configuration has several tokens and the key is registered for one of them, `--token NAME`
     /// registers the key for another token. Stop the broker before you run this command.
     Register(Register),
+    /// Import the private key of a Bitwarden organisation, for `keybroker bitwarden approvals`
+    ///
+    /// No other kind of key is imported: an imported key may have copies outside the token, so it never protects user keys of this
+    /// broker. The token can only unwrap with the imported key, and only into objects that cannot be read.
+    Import(import::Import),
     /// List the registered keys; needs no PIN
     List,
     /// Show one registered key; needs no PIN
@@ -140,6 +146,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
     match command {
         Command::Generate(arguments) => generate(&arguments, context),
         Command::Register(arguments) => register(&arguments, context),
+        Command::Import(arguments) => import::import(&arguments, context),
         Command::List => {
             let config = context.config()?;
             let registry = block_on(registry(&config))??;

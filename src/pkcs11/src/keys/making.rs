@@ -280,7 +280,7 @@ fn make(
     }))
 }
 
-fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
+pub(super) fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     calling::next("C_FindObjects");
     let taken = session.find_objects(&[Attribute::Id(id.as_bytes().to_vec())])?;
     if taken.is_empty() {
@@ -293,14 +293,14 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
 }
 
 /// Whether the operation might succeed with another template.
-fn depends_on_the_template(fault: &Fault) -> bool {
+pub(super) fn depends_on_the_template(fault: &Fault) -> bool {
     !matches!(
         fault.class,
         Class::TokenLost | Class::SessionLost | Class::BackOff | Class::Pin
     )
 }
 
-fn make_integrity_key(
+pub(super) fn make_integrity_key(
     session: &Session,
     id: WrappingKeyId,
     object: &ObjectId,

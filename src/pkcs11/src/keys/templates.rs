@@ -83,7 +83,7 @@ pub(super) fn is_named(attribute: &Attribute, names: &[String]) -> bool {
 }
 
 /// The attributes that keep a private or secret key on the token and prevent its change.
-fn kept_on_token() -> [Attribute; 6] {
+pub(super) fn kept_on_token() -> [Attribute; 6] {
     [
         Attribute::Token(true),
         Attribute::Private(true),

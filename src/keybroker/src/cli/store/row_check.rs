@@ -11,7 +11,8 @@ use keybroker_core::{
 };
 use keybroker_store as store;
 use keybroker_store::{
-    ApprovalRow, ClientRow, RegistryRow, RequestRecord, RequestScope, request_message,
+    ApprovalRow, ClientRow, MemberKeyRow, RegistryRow, RequestRecord, RequestScope,
+    request_message,
     scan::{Found, FoundClient, FoundOther},
     tables::{Head, RevisionRow},
 };
@@ -41,6 +42,8 @@ pub(super) enum Problem {
     LastUseUnreadable,
     ClientUseUnreadable,
     ApprovalUnreadable,
+    MemberKeyUnreadable,
+    OrganizationKeyMissing,
     IdentityMissing,
     KeyMissing,
 }
@@ -68,6 +71,8 @@ impl Problem {
             Self::LastUseUnreadable => "last-use-unreadable",
             Self::ClientUseUnreadable => "client-use-unreadable",
             Self::ApprovalUnreadable => "approval-unreadable",
+            Self::MemberKeyUnreadable => "member-key-unreadable",
+            Self::OrganizationKeyMissing => "organization-key-missing",
             Self::IdentityMissing => "identity-missing",
             Self::KeyMissing => "key-missing",
         }
@@ -341,6 +346,13 @@ impl<'a> RowChecker<'a> {
                     Some(Finding::of_other(problem, error.to_string()))
                 }
             },
+            FoundOther::MemberKey(row) => match &**row {
+                Ok(row) => self.member_key(row)?,
+                Err(error) => {
+                    let problem = Problem::MemberKeyUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
             FoundOther::Change(result) => unreadable(Problem::ChangeUnreadable, result),
             FoundOther::LastUse(result) => unreadable(Problem::LastUseUnreadable, result),
             FoundOther::ClientUse(result) => unreadable(Problem::ClientUseUnreadable, result),
@@ -391,6 +403,23 @@ impl<'a> RowChecker<'a> {
         bad(Problem::MacRefused)
     }
 
+    fn member_key(&mut self, row: &MemberKeyRow) -> Result<Option<Finding>, Failure> {
+        let of = format!(
+            "key of member {} of organisation {}",
+            row.member, row.organization
+        );
+        let key = row.organization.key_id();
+        let problem = match self
+            .admins
+            .verify_imported(key, &row.mac_message(), &row.mac)
+        {
+            Some(true) => return Ok(None),
+            Some(false) => Problem::MacRefused,
+            None => Problem::OrganizationKeyMissing,
+        };
+        Ok(Some(Finding::of_other(problem, of)))
+    }
+
     /// The problem that prevents the verification of MACs under a wrapping key; `None` if MACs can
     /// be verified.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
@@ -439,6 +468,8 @@ mod tests {
             Problem::LastUseUnreadable,
             Problem::ClientUseUnreadable,
             Problem::ApprovalUnreadable,
+            Problem::MemberKeyUnreadable,
+            Problem::OrganizationKeyMissing,
             Problem::IdentityMissing,
             Problem::KeyMissing,
         ];

@@ -4,10 +4,6 @@
 //!
 //! Mitigation: M28 of `THREAT_MODEL.md`.
 
-use aws_lc_rs::{
-    encoding::AsDer as _,
-    rsa::{KeySize, OAEP_SHA1_MGF1SHA1, OaepPrivateDecryptingKey, PrivateDecryptingKey},
-};
 use cryptoki::object::AttributeType;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
@@ -23,12 +19,12 @@ use keybroker_worker_protocol::{
 
 use crate::{
     attribute_check, calling,
-    classify::{Class, Fault},
+    classify::{Class, Fault, is_a_refusal},
     keys::{self, OrganizationKey},
-    negative::is_a_refusal,
+    oaep,
     open::OpenToken,
-    operation,
-    sealed::{Recipients, SealedKey},
+    recipients::Recipients,
+    sealed::{RecipientPair, SealedKey},
 };
 
 /// The algorithm of every key that Bitwarden's clients wrap for an organisation or for a device. OAEP does not need a hash
@@ -134,37 +130,23 @@ fn release_to(
     sealed: &SealedKey,
     recipient: &RecipientKey,
 ) -> Result<Vec<u8>, Fault> {
-    let recipient = Recipients::default().object(session, recipient)?;
+    let recipient = Recipients::default().object(session, recipient.spki())?;
     sealed.release(session, recipient, ALGORITHM)
 }
 
-/// Releases a random key to a key pair in the memory of this process, opens it, and compares.
+/// Releases a random key to the key pair of this process, opens it, and compares.
 fn self_test(session: &Session, key: &OrganizationKey) -> Result<(), Fault> {
-    let failed = |what: &str| {
-        Fault::new(
-            Class::Untrusted,
-            format!("the self-test of the organisation key failed: {what}"),
-        )
-    };
+    let about = "the self-test of the organisation key";
+    let failed = |what: &str| Fault::new(Class::Untrusted, format!("{about} failed: {what}"));
     let mut expected = Zeroizing::new([0; SELF_TEST_BYTES]);
     aws_lc_rs::rand::fill(expected.as_mut()).map_err(|_| failed("no random bytes"))?;
     let wrapped = wrap(key, expected.as_ref())?;
-    let device = PrivateDecryptingKey::generate(KeySize::Rsa2048)
-        .map_err(|_| failed("no key pair for the test"))?;
-    let spki = device
-        .public_key()
-        .as_der()
-        .map_err(|_| failed("no key pair for the test"))?;
-    let recipient =
-        RecipientKey::from_spki(spki.as_ref()).map_err(|error| failed(&error.to_string()))?;
-    let released = release_to(session, &sealed(key, &wrapped)?, &recipient)
-        .map_err(|fault| fault.about("the self-test of the organisation key"))?;
-    let device =
-        OaepPrivateDecryptingKey::new(device).map_err(|_| failed("no key pair for the test"))?;
-    let mut opened = Zeroizing::new(vec![0; device.min_output_size()]);
+    let device = RecipientPair::of_process().map_err(|fault| fault.about(about))?;
+    let released = release_to(session, &sealed(key, &wrapped)?, &device.public)
+        .map_err(|fault| fault.about(about))?;
     let opened = device
-        .decrypt(&OAEP_SHA1_MGF1SHA1, &released, &mut opened, None)
-        .map_err(|_| failed("the device cannot decrypt the answer"))?;
+        .open(&released, ALGORITHM)
+        .map_err(|fault| fault.about(about))?;
     if bool::from(opened.ct_eq(expected.as_ref())) {
         return Ok(());
     }
@@ -183,7 +165,7 @@ fn refuses_to_decrypt(session: &Session, key: &OrganizationKey) -> Result<(), Fa
     calling::next("C_Decrypt");
     let mut plain = Zeroizing::new(vec![0; 512]);
     match session.decrypt_into(
-        &operation::oaep(ALGORITHM),
+        &oaep::mechanism(ALGORITHM),
         key.private,
         &wrapped,
         &mut plain,

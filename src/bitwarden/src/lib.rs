@@ -1,6 +1,6 @@
 //! The key operations of a Bitwarden client: master keys from passwords, the hash for the login,
-//! wrapped user keys and encrypted strings. With this crate, an operator can test a migration
-//! without a Bitwarden client.
+//! wrapped user keys, encrypted strings and fingerprint phrases. With this crate, an operator can
+//! test a migration without a Bitwarden client.
 //!
 //! ```text
 //! password, e-mail --KDF--> master key (32 bytes) --HKDF-Expand--> stretched key (64) --EncString 2--> user key (64)
@@ -18,6 +18,7 @@
 mod account;
 mod cipher;
 mod enc_string;
+mod fingerprint_phrase;
 mod kdf;
 mod key_pair;
 mod keys;
@@ -26,6 +27,7 @@ mod tests;
 
 pub use account::{Email, PASSWORD_BYTES_MAX, Password, Salt};
 pub use enc_string::{ENC_STRING_BYTES_MAX, EncString};
+pub use fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase};
 pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
 pub use keys::{MasterKey, SymmetricKey};

@@ -200,6 +200,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("wrapping_keys", "[wrapping_keys]"),
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),
+        ("devices", "[devices]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),

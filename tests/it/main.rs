@@ -28,6 +28,7 @@ mod copy;
 mod cut_short;
 mod databases;
 mod destruction;
+mod devices;
 mod end_to_end;
 mod examples;
 mod expected;

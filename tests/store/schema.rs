@@ -8,7 +8,16 @@ use tokio::task::JoinSet;
 use super::{Engine, Place, clients::client, revision, stamp, user};
 
 /// The ways back, newest first: version, name, and what each engine runs.
-const STEPS_BACK: [(u8, &str, [&str; 3]); 11] = [
+const STEPS_BACK: [(u8, &str, [&str; 3]); 12] = [
+    (
+        12,
+        "devices usable from 7",
+        [
+            include_str!("../../migrations/sqlite/0012_devices_usable_from_7.down.sql"),
+            include_str!("../../migrations/postgres/0012_devices_usable_from_7.down.sql"),
+            include_str!("../../migrations/mysql/0012_devices_usable_from_7.down.sql"),
+        ],
+    ),
     (
         11,
         "approvals usable from 7",

@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
-    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    key::{
+        AccessRequestId, ApprovalId, ClientId, DeviceId, KeyName, RecordId, Revision, Tenant,
+        UserId, WrappingKeyId,
+    },
     state::StateDirectory,
 };
 
@@ -246,6 +249,21 @@ pub struct Entry {
     pub digest: Option<String>,
     /// The persons of a change that needs an approval. Most entries have none, so they are not part of the size of each entry.
     pub persons: Option<Box<Persons>>,
+    /// The device or the request for access that the entry is about. Most entries have none.
+    pub device: Option<Box<DeviceFacts>>,
+}
+
+/// A device of a member, or a request for access of a new device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// The device.
+    pub device: Option<DeviceId>,
+    /// The request for access.
+    pub request: Option<AccessRequestId>,
+    /// The principal that made the request for access.
+    pub asked_by: Option<String>,
+    /// SHA-256 of the public key to which the answer of the request is encrypted, as hexadecimal digits.
+    pub public_key: Option<String>,
 }
 
 /// The persons of a change that needs the approval of a second person.
@@ -291,6 +309,7 @@ impl Entry {
             risks: None,
             digest: None,
             persons: None,
+            device: None,
             cause: None,
         }
     }

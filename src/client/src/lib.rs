@@ -82,7 +82,10 @@ use std::sync::Arc;
 pub use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
-    key::{ApprovalId, ClientId, KeyName, RecordId, Revision, UserId, WrappingKeyId},
+    key::{
+        AccessRequestId, ApprovalId, ClientId, DeviceId, KeyName, RecordId, Revision, UserId,
+        WrappingKeyId,
+    },
     secret::KeyMaterial,
 };
 pub use keybroker_proto as proto;
@@ -93,6 +96,7 @@ mod builder;
 mod call;
 mod control;
 mod credential;
+mod devices;
 mod error;
 mod health;
 mod link;

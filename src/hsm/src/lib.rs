@@ -35,6 +35,7 @@ mod start;
 mod supervisor;
 
 pub use caller::Caller;
+pub use keybroker_worker_protocol::recipient::{RecipientError, RecipientKey};
 pub use keybroker_worker_protocol::{Assurance, ExpectedKey, Proof, Settings, TokenInfo, unpadded};
 pub use pool::{Entry, Pool};
 pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};

@@ -25,6 +25,7 @@ pub(crate) mod approvals;
 mod certificates;
 mod check;
 mod check_token;
+pub(crate) mod devices;
 mod files;
 mod named;
 #[cfg(test)]
@@ -94,6 +95,9 @@ pub struct Config {
     /// The `[approvals]` section.
     #[serde(default)]
     pub approvals: approvals::Settings,
+    /// The `[devices]` section.
+    #[serde(default)]
+    pub devices: devices::Settings,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

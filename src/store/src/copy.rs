@@ -120,14 +120,16 @@ impl Copy {
         Ok(walked)
     }
 
-    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The registry
-    /// and the API clients can change without a mark, so these tables are compared again.
+    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The other
+    /// tables can change without a mark, so these tables are compared again.
     pub async fn look_again(&self) -> Result<(), CopyError> {
         for table in [
             Table::Changes,
             Table::Clients,
             Table::Places,
             Table::Destructions,
+            Table::Devices,
+            Table::AccessRequests,
             Table::WrappingKeys,
         ] {
             self.walk(table, Lacking::Refuse, || {}).await?;

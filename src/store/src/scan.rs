@@ -9,7 +9,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ApprovalRow, ClientRow, Error, RequestRecord, RequestScope, rows,
+    AccessRow, ApprovalRow, ClientRow, DeviceRow, Error, RequestRecord, RequestScope, rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -211,6 +211,10 @@ pub enum FoundOther {
     ClientUse(Result<(), Error>),
     /// A request for approval.
     Approval(Box<Result<ApprovalRow, Error>>),
+    /// A device.
+    Device(Box<Result<DeviceRow, Error>>),
+    /// A request for access.
+    AccessRequest(Box<Result<AccessRow, Error>>),
 }
 
 /// Reads the tables of [`OtherScan::TABLES`], one after another.
@@ -223,12 +227,14 @@ pub struct OtherScan {
 
 impl OtherScan {
     /// The tables, in the order in which they are read.
-    pub const TABLES: [Table; 5] = [
+    pub const TABLES: [Table; 7] = [
         Table::Requests,
         Table::Changes,
         Table::LastUses,
         Table::ClientUses,
         Table::Approvals,
+        Table::Devices,
+        Table::AccessRequests,
     ];
 
     /// Creates a scan that starts at the beginning.
@@ -251,6 +257,10 @@ impl OtherScan {
                     Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
                     Table::Approvals => FoundOther::Approval(Box::new(rows::approval(&row))),
+                    Table::Devices => FoundOther::Device(Box::new(rows::device(&row))),
+                    Table::AccessRequests => {
+                        FoundOther::AccessRequest(Box::new(rows::access_request(&row)))
+                    }
                     _ => FoundOther::ClientUse(rows::client_use_row(&row)),
                 }));
             }

@@ -12,7 +12,7 @@ use sqlx::{
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     envelope::Mac,
-    key::{ApprovalId, ClientId, RecordId, Revision, WrappingKeyId},
+    key::{AccessRequestId, ApprovalId, ClientId, DeviceId, RecordId, Revision, WrappingKeyId},
 };
 
 use super::{StoreId, slow};
@@ -218,7 +218,9 @@ macro_rules! by_its_bytes {
     )*};
 }
 by_its_bytes!(
+    AccessRequestId,
     ApprovalId,
+    DeviceId,
     RecordId,
     ClientId,
     WrappingKeyId,

@@ -33,10 +33,15 @@ const fn status(reason: Reason) -> StatusCode {
         // A client that receives 404 treats the user as new, so `KeyNotFound` must be the only reason with this
         // status.
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
-        // Only calls of the admin API need approvals, and REST has no such call.
-        Reason::KeyExists | Reason::ApprovalNeeded | Reason::ApprovalState | Reason::Limit => {
-            StatusCode::BAD_REQUEST
-        }
+        // Only calls of the admin API need approvals, and REST has no such call. REST has no devices, either.
+        Reason::KeyExists
+        | Reason::ApprovalNeeded
+        | Reason::ApprovalState
+        | Reason::DeviceNotFound
+        | Reason::DeviceState
+        | Reason::DeviceSignature
+        | Reason::AccessCode
+        | Reason::Limit => StatusCode::BAD_REQUEST,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => StatusCode::TOO_MANY_REQUESTS,
         // The caller should retry, because the cause is temporary or an operator can repair it.
         Reason::TokenDown

@@ -274,6 +274,7 @@ impl Server {
             destroy_after_days: config.wrapping_keys.destroy_after_days,
             rotate_after: config.wrapping_keys.rotate_after(),
             approvals: approval_rules(&config),
+            devices: config.devices.rules(retention(&config.store)),
             state,
             accepted_risks,
         });
@@ -488,7 +489,13 @@ impl Server {
         {
             tracing::debug!("background tasks have not ended yet");
         }
-        for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE, ""] {
+        let services = [
+            rpc::USER_KEY_SERVICE,
+            rpc::DEVICE_SERVICE,
+            rpc::CONTROL_SERVICE,
+            "",
+        ];
+        for service in services {
             self.health
                 .set_service_status(service, ServingStatus::NotServing)
                 .await;

@@ -201,6 +201,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("bitwarden_organization", "[[bitwarden_organization]]"),
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),
+        ("devices", "[devices]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),

@@ -28,6 +28,8 @@ mod contention;
 mod copy;
 #[path = "store/damage.rs"]
 mod damage;
+#[path = "store/devices.rs"]
+mod devices;
 #[path = "store/durability.rs"]
 mod durability;
 #[path = "store/filling.rs"]

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Runs the example. Installs its requirements into a virtual environment, generates the stubs into a temporary folder, and
-# starts enrol_and_unwrap.py with the given arguments. The virtual environment is kept in target/ for the next run.
+# Runs an example. Installs the requirements into a virtual environment, generates the stubs into a temporary folder, and
+# starts devices.py if the first argument is `devices`, otherwise enrol_and_unwrap.py, with the other arguments. The virtual environment is kept in target/ for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
 main() {
-  local venv stubs
+  local venv stubs program=enrol_and_unwrap.py
+  if [[ ${1:-} == devices ]]; then
+    program=devices.py
+    shift
+  fi
   venv=${CARGO_TARGET_DIR:-$root/target}/example-python-$(sha256sum "$here/requirements.txt" | cut -c1-16)
   if [[ ! -e $venv/ready ]]; then
     python3 -m venv --clear "$venv"
@@ -19,8 +23,8 @@ main() {
   trap "rm -rf '$stubs'" EXIT
   "$venv/bin/python" -m grpc_tools.protoc --proto_path="$root/proto" \
     --python_out="$stubs" --grpc_python_out="$stubs" \
-    keybroker/v1/user_key.proto
-  PYTHONPATH=$stubs "$venv/bin/python" "$here/enrol_and_unwrap.py" "$@"
+    keybroker/v1/user_key.proto keybroker/v1/device.proto
+  PYTHONPATH=$stubs "$venv/bin/python" "$here/$program" "$@"
 }
 
 main "$@"

@@ -8,7 +8,14 @@ use std::{
 
 use keybroker_test_support::skip::{skip, skip_outside_ci};
 
-use crate::{client::Caller, process::Broker, sealed, site::Options};
+use crate::{
+    client::Caller,
+    identity::{Identity, Options as IdentityOptions},
+    process::Broker,
+    sealed,
+    site::Options,
+    tokens::{ADA, start},
+};
 
 /// Exit code of `examples/go/run.sh` when Go or one of its packages is not installed.
 const NOT_INSTALLED: i32 = 3;
@@ -106,6 +113,46 @@ async fn the_python_example_enrols_and_unwraps() {
     }
     enrols_and_unwraps(&broker, &script).await;
     unwraps_sealed(&script).await;
+}
+
+/// The client's side of the device protocol, with real keys and an access token.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_python_example_opens_a_key_on_two_devices() {
+    let script = root().join("examples/python/run.sh");
+    let service = Identity::start(IdentityOptions::default());
+    let broker = start(&service, "");
+    let run = |arguments: &[&str]| {
+        let port = broker.grpc.port();
+        Command::new(&script)
+            .args(arguments)
+            .env("KEYBROKER_ENDPOINT", format!("https://localhost:{port}"))
+            .env("KEYBROKER_CA", broker.site.pki.ca_file())
+            .env("KEYBROKER_TOKEN", service.user_token(ADA))
+            .env("no_proxy", "localhost")
+            .env("no_grpc_proxy", "localhost")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let help = run(&["devices", "--help"]);
+    if !help.status.success() {
+        let error = String::from_utf8_lossy(&help.stderr);
+        skip_outside_ci(&format!("the Python example cannot be installed: {error}"));
+        return;
+    }
+    let output = run(&["devices", ADA]);
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let [phone, laptop, both, rotated, lost] = lines[..] else {
+        panic!("{text}");
+    };
+    let phrase = phone.strip_prefix("phone: ").unwrap();
+    assert_eq!(phrase.split('-').count(), 5, "{phrase}");
+    assert_eq!(laptop, format!("laptop: {phrase}"));
+    assert_eq!(both, "both devices open the user key");
+    assert_eq!(rotated, "both devices open revision 2");
+    assert_eq!(lost, "the lost phone: FAILED_PRECONDITION");
 }
 
 /// Building and testing the broker does not need Go, so this is skipped, loudly, where Go is not installed.

@@ -29,6 +29,7 @@ mod cut_short;
 mod databases;
 mod destruction;
 mod device_approvals;
+mod devices;
 mod end_to_end;
 mod examples;
 mod expected;

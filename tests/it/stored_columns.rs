@@ -3,13 +3,19 @@
 
 use std::{collections::BTreeMap, fs};
 
+use keybroker_proto::AccessApprover;
+
 use crate::{
     client::{Caller, eventually},
     client_commands::calling,
     client_credentials::{made, site as site_that_grants},
-    device_approvals, pki,
-    process::Broker,
+    device_approvals,
+    devices::member::{App, Member},
+    identity::{Identity, Options as IdentityOptions},
+    pki,
+    process::{Broker, until},
     site::Site,
+    tokens::ADA,
 };
 
 const HEADING: &str = "| Column | What an edit can do | Why it has no MAC |";
@@ -25,12 +31,23 @@ async fn filled() -> std::sync::Arc<Site> {
         let uri = pki::uri(name);
         format!("[[approvals.person]]\nname = \"{name}\"\nprincipals = [\"URI:{uri}\"]\n")
     });
+    let service = Identity::start(IdentityOptions::default());
+    let issuer = format!(
+        "[[issuer]]\nname = \"vault\"\nissuer = \"{}\"\nprofile = \"bitwarden\"\nallow_http = true\n",
+        service.issuer()
+    );
     fs::write(
         site.configuration_file(),
-        format!("{configuration}\n{}", persons.concat()),
+        format!("{configuration}\n{}{issuer}", persons.concat()),
     )
     .unwrap();
     let broker = Broker::start_on(site);
+    let is_ready = || broker.site.log().contains("key set taken over");
+    until("the key set", || is_ready().then_some(()));
+    // A trusted device, and a request for access.
+    let (member, _) = Member::with_first_device(&broker, &service, ADA).await;
+    let asked = member.asks(&App::new(2), AccessApprover::Device).await;
+    asked.unwrap();
     made(&broker);
     // A request for approval.
     let waits = [

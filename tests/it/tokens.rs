@@ -27,7 +27,7 @@ const MATERIAL: &[u8] = b"material of this user";
 fn site(service: &Identity, lines: &str) -> Arc<Site> {
     // No table of bad tokens fits into the budget of one address.
     let site = Site::fresh(Options {
-        limits: "[rates]\nfailures_per_minute = 100000".to_owned(),
+        limits: "[rates]\nfailures_per_minute = 100000\nuser_calls_per_minute = 100000".to_owned(),
         ..Options::default()
     });
     site.write_configuration(|text| {

@@ -7,7 +7,7 @@ use keybroker_core::{
     key::{Fingerprint, ObjectIds, Purpose, Revision, WrappingKeyState},
 };
 use keybroker_store::{
-    RegistryRow,
+    DeviceChange, RegistryRow,
     copy::{Copy, CopyError, Lacking, Walked},
     tables::{Table, Tables},
 };
@@ -15,6 +15,7 @@ use keybroker_store::{
 use super::{
     Engine, KEY, address,
     clients::{client, client_id, good_clients},
+    devices::{access, added, device, make},
     record_id, revision, scope, stamp, stamp_with, user,
 };
 
@@ -72,6 +73,12 @@ async fn source() -> Engine {
     store.update_client(&client(1, 2), None).await.unwrap();
     let uses = [1, 2, u32::MAX].map(|secret| (client_id(1), secret, Timestamp::now()));
     store.note_client_uses(&uses).await.unwrap();
+    let change = DeviceChange {
+        devices: vec![added(device("alice", 1)), added(device("bob", 0xff))],
+        request: Some(added(access("alice", 1))),
+        ..DeviceChange::default()
+    };
+    make(&*store, &change).await.unwrap();
     store.close().await;
     engine
 }
@@ -125,7 +132,7 @@ pub(crate) async fn a_copy_there_and_back_is_the_same(engine: &Engine) {
     let added = walk(&there, Lacking::Add).await.unwrap();
     assert_eq!(
         (added.lacking, added.rows),
-        (added.rows, 2 * (MANY + 3) + 3 + 9 + 3 + 1 + 1 + 2 + 3)
+        (added.rows, 2 * (MANY + 3) + 3 + 9 + 3 + 1 + 1 + 2 + 3 + 4)
     );
     assert!(!there.is_target_empty().await.unwrap());
     let equal = walk(&there, Lacking::Refuse).await.unwrap();

@@ -114,7 +114,7 @@ pub(crate) async fn rows_under_a_key_are_paged_and_counted(engine: &Engine) {
             revisions: 7,
             clients: 1,
             requests: 1,
-            approvals: 0,
+            ..KeyUses::default()
         }
     );
     assert_eq!(uses.total(), 9);

@@ -15,13 +15,14 @@ use keybroker_core::{
 };
 use keybroker_proto::{
     FILE_DESCRIPTOR_SET, control_service_server::ControlServiceServer,
-    user_key_service_server::UserKeyServiceServer,
+    device_service_server::DeviceServiceServer, user_key_service_server::UserKeyServiceServer,
 };
 
 mod approvals;
 pub(super) mod clients;
 mod control;
 mod convert;
+mod devices;
 mod key_changes;
 mod message;
 mod method;
@@ -43,13 +44,15 @@ pub const HEALTH_BYTES_MAX: usize = 1024;
 
 /// Name of the user-key service, which health checks also use.
 pub const USER_KEY_SERVICE: &str = "keybroker.v1.UserKeyService";
+/// Name of the device service, which listeners with the user-key service have, too.
+pub const DEVICE_SERVICE: &str = "keybroker.v1.DeviceService";
 /// Name of the admin API's service, which health checks also use.
 pub const CONTROL_SERVICE: &str = "keybroker.v1.ControlService";
 
 /// The services of a listener.
 #[derive(Clone, Copy, Debug)]
 pub struct Services {
-    /// Whether the listener has the user-key service.
+    /// Whether the listener has the user-key service and the device service.
     pub user_keys: bool,
     /// Whether the listener has the service of the admin API.
     pub control: bool,
@@ -78,6 +81,10 @@ where
         routes = routes.add_service(
             UserKeyServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX),
         );
+        let service = devices::Devices::new(Arc::clone(broker));
+        routes = routes.add_service(
+            DeviceServiceServer::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX),
+        );
     }
     if services.control {
         let service = control::Control::new(Arc::clone(broker));
@@ -96,6 +103,7 @@ where
             // Reflection lists only the services of this listener.
             for (has, name) in [
                 (services.user_keys, USER_KEY_SERVICE),
+                (services.user_keys, DEVICE_SERVICE),
                 (services.control, CONTROL_SERVICE),
             ] {
                 if has {

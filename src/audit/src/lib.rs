@@ -13,8 +13,8 @@ use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
     key::{
-        ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Tenant, UserId,
-        WrappingKeyId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision,
+        Tenant, UserId, WrappingKeyId,
     },
     organization::Guid,
     state::StateDirectory,
@@ -254,6 +254,8 @@ pub struct Entry {
     pub persons: Option<Box<Persons>>,
     /// The request of a device of a Bitwarden organisation.
     pub bitwarden: Option<Box<BitwardenRequest>>,
+    /// The device or the request for access that the entry is about. Most entries have none.
+    pub device: Option<Box<DeviceFacts>>,
 }
 
 /// The request of a member of a Bitwarden organisation, whose new device an administrator must approve.
@@ -269,6 +271,19 @@ pub struct BitwardenRequest {
     pub request: Guid,
     /// The SHA-256 of the device's public key.
     pub public_key: Fingerprint,
+}
+
+/// A device of a member, or a request for access of a new device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// The device.
+    pub device: Option<DeviceId>,
+    /// The request for access.
+    pub request: Option<AccessRequestId>,
+    /// The principal that made the request for access.
+    pub asked_by: Option<String>,
+    /// SHA-256 of the public key to which the answer of the request is encrypted, as hexadecimal digits.
+    pub public_key: Option<String>,
 }
 
 /// The persons of a change that needs the approval of a second person.
@@ -316,6 +331,7 @@ impl Entry {
             digest: None,
             persons: None,
             bitwarden: None,
+            device: None,
             cause: None,
         }
     }

@@ -9,13 +9,15 @@ use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
     key::{
-        ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Tenant, UserId,
-        WrappingKeyId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision,
+        Tenant, UserId, WrappingKeyId,
     },
     organization::Guid,
 };
 
-use super::{BitwardenRequest, Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded};
+use super::{
+    BitwardenRequest, DeviceFacts, Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded,
+};
 
 /// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +31,9 @@ pub(super) struct Place<'a> {
 /// canonical order.
 pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let mut object = Object::begin(line);
+    let device = entry.device.as_deref();
+    let request = device.and_then(|device| device.request.as_ref());
+    object.shown("access_request", request);
     object.text("action", Some(&entry.action));
     let persons = entry.persons.as_deref();
     let approval = persons.and_then(|persons| persons.approval.as_ref());
@@ -36,6 +41,10 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let (approved_by, approver) = both(persons.and_then(|persons| persons.approved_by.as_ref()));
     object.text("approved_by", approved_by);
     object.text("approved_by_person", approver);
+    object.text(
+        "asked_by",
+        device.and_then(|device| device.asked_by.as_deref()),
+    );
     let bitwarden = entry.bitwarden.as_deref();
     object.text(
         "bitwarden_device",
@@ -55,6 +64,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("cause", entry.cause.as_deref());
     object.shown("client", entry.client.as_ref());
     object.number("count", entry.count);
+    object.shown("device", device.and_then(|device| device.device.as_ref()));
     object.text("digest", entry.digest.as_deref());
     object.text("grant", entry.grant.as_deref());
     object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
@@ -67,6 +77,10 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("person", person);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
+    object.text(
+        "public_key",
+        device.and_then(|device| device.public_key.as_deref()),
+    );
     object.shown("public_key", bitwarden.map(|request| &request.public_key));
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("recipient", entry.recipient.as_ref());
@@ -235,6 +249,15 @@ impl Parsed {
         };
         intent.persons = (persons != Persons::default()).then(|| Box::new(persons));
         intent.bitwarden = bitwarden(&text);
+        let device = DeviceFacts {
+            device: text("device").and_then(DeviceId::from_hex),
+            request: text("access_request").and_then(AccessRequestId::from_hex),
+            asked_by: text("asked_by").map(str::to_owned),
+            public_key: text("public_key").map(str::to_owned),
+        };
+        // The entry of a Bitwarden request also has a public key, which is not that of a device of a member.
+        let has_device = device.device.is_some() || device.request.is_some();
+        intent.device = has_device.then(|| Box::new(device));
         intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {
@@ -323,8 +346,8 @@ mod tests {
         assert_eq!(String::from_utf8(line).unwrap(), expected);
     }
 
-    /// A broker that is killed between intent and outcome writes the recovered entry with the names of both persons, and with the
-    /// mapping of the principal.
+    /// A broker that is killed between intent and outcome writes the recovered entry with the names of both persons, with the mapping
+    /// of the principal, and with the device.
     #[test]
     fn the_persons_and_the_mapping_of_an_intent_are_read_back() {
         let mut entry = Entry::new(EntryKind::Intent, "wrapping_key.destroy", Outcome::Ok);
@@ -336,6 +359,12 @@ mod tests {
             person: Some("Ada".to_owned()),
             requested_by: both("URI:ada", "Ada"),
             approved_by: both("URI:bob", "Bob"),
+        }));
+        entry.device = Some(Box::new(DeviceFacts {
+            device: Some(DeviceId::from_bytes([8; 16])),
+            request: Some(AccessRequestId::from_bytes([9; 16])),
+            asked_by: Some("token:home:ada".to_owned()),
+            public_key: Some("ab".repeat(32)),
         }));
         let mut line = Vec::new();
         encode(&entry, place(), &mut line);

@@ -18,7 +18,6 @@
 mod account;
 mod cipher;
 mod enc_string;
-mod fingerprint_phrase;
 mod kdf;
 mod key_pair;
 mod keys;
@@ -27,9 +26,11 @@ mod tests;
 
 pub use account::{Email, PASSWORD_BYTES_MAX, Password, Salt};
 pub use enc_string::{ENC_STRING_BYTES_MAX, EncString};
-pub use fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase, split_phrase};
 pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
+pub use keybroker_core::fingerprint_phrase::{
+    FINGERPRINT_PHRASE_WORDS, FingerprintPhrase, split_phrase,
+};
 pub use keys::{MasterKey, SymmetricKey};
 
 /// Length in bytes of a master key, and of the key that a Key Connector stores.

@@ -2,17 +2,17 @@
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
-use keybroker_audit::{Entry, EntryKind, OpenIntent, Outcome, Persons};
+use keybroker_audit::{DeviceFacts, Entry, EntryKind, OpenIntent, Outcome, Persons};
 use keybroker_core::{
     call::{Call, CallId, RequestId, Timestamp},
     client_credential::Document,
     error::{Error, Reason},
-    key::{ApprovalId, ClientId, RecordId, Revision, UserId, WrappingKeyId},
+    key::{ApprovalId, ClientId, DeviceId, KeyName, RecordId, Revision, UserId, WrappingKeyId},
     principal::{Action, Principal},
 };
 use keybroker_hsm::leave;
 use keybroker_policy::{KeyPermit, Release, Resource};
-use keybroker_store::PersonOfPrincipal;
+use keybroker_store::{AccessRow, PersonOfPrincipal};
 
 use super::{
     Broker,
@@ -123,7 +123,10 @@ impl Draft {
                 draft.0.user = Some(user.clone());
                 draft.0.key_name = Some(name.clone());
             }
-            Resource::UserKeys { user, .. } => draft.user(user.cloned()),
+            Resource::UserKeys { user, .. } | Resource::Devices { user, .. } => {
+                draft.user(user.cloned());
+            }
+            Resource::AccessRequest { user, .. } => draft.user(Some(user.clone())),
             Resource::Broker => {}
         }
         draft
@@ -208,6 +211,38 @@ impl Draft {
         let mut entry = self.0.clone();
         entry.action = "approval.request".into();
         Self(entry)
+    }
+
+    fn device_facts(&mut self) -> &mut DeviceFacts {
+        self.0.device.get_or_insert_default()
+    }
+
+    /// Sets the device that the action concerns.
+    pub(super) fn device(&mut self, device: DeviceId) {
+        self.device_facts().device = Some(device);
+    }
+
+    /// Sets the request for access, with its device, its principal and the fingerprint of its public key.
+    pub(super) fn access_request(&mut self, row: &AccessRow) {
+        let facts = self.device_facts();
+        facts.device = Some(row.device.address.device);
+        facts.request = Some(row.id);
+        facts.asked_by = Some(row.requested_by.clone());
+        facts.public_key = Some(sha256(&row.public_key));
+        self.0.key_name = Some(row.key_name.clone());
+    }
+
+    /// Begins the entry about the count of a wrong access code.
+    pub(super) fn of_wrong_code(&self, call: CallId) -> Self {
+        let mut entry = self.0.clone();
+        entry.action = "access_request.wrong_code".into();
+        entry.call_id = Some(call);
+        Self(entry)
+    }
+
+    /// Sets the name of the user key.
+    pub(super) fn key_name(&mut self, name: &KeyName) {
+        self.0.key_name = Some(name.clone());
     }
 
     pub(super) fn wrapping_key(&mut self, key: WrappingKeyId) {

@@ -54,6 +54,7 @@ mod clients;
 mod commit;
 mod control;
 mod damage;
+mod devices;
 mod digests;
 mod journal;
 mod key_change;
@@ -78,14 +79,19 @@ mod uses;
 pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Decided, Person, Removal, Verdict};
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
+pub use devices::{
+    AccessAnswer, AccessList, AccessView, DeviceApproval, DeviceList, DeviceRotation, DeviceRules,
+    DeviceView, NewAccessRequest, NewDevice, PhraseView, RotatedDevice, Untrusted, Which,
+};
 pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{
     Recipient, RecipientError, RecipientKey, Serving, TokenInfo, TokenState, WorkerInfo,
 };
 pub use keybroker_policy::Release as ReleaseForm;
 pub use keybroker_store::{
-    ApprovalRow, Damage, DamagedApproval, DamagedClient, DamagedRecord, KeyUses, Position,
-    RecordInfo, RecordState, RunState, SKIPPED_MAX,
+    AccessRow, Answer, ApprovalRow, Damage, DamagedAccess, DamagedApproval, DamagedClient,
+    DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position, RecordInfo, RecordState, RunState,
+    SKIPPED_MAX, SealedKeys,
 };
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
@@ -165,6 +171,8 @@ pub struct Parts {
     pub approvals: ApprovalRules,
     /// Whether user keys are wrapped only under sealed wrapping keys and released only to recipients: `release.sealed_only`.
     pub sealed_only: bool,
+    /// The limits and lifetimes of devices and requests for access.
+    pub devices: DeviceRules,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
     pub accepted_risks: Vec<String>,
@@ -208,6 +216,7 @@ pub struct Broker {
     key_age: KeyAge,
     scheduled: Scheduled,
     approvals: Approvals,
+    device_rules: DeviceRules,
     refusals: Refusals,
     overload: Overload,
     uses: Uses,
@@ -253,6 +262,7 @@ impl Broker {
                 &parts.instance,
             ),
             approvals: Approvals::new(parts.approvals),
+            device_rules: parts.devices,
             capacity: parts.capacity,
             sealed_only: parts.sealed_only,
             accepted_risks: ArcSwap::from_pointee(parts.accepted_risks),

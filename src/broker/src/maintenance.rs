@@ -157,6 +157,7 @@ impl Broker {
             if count.is_multiple_of(TICKS_PER_HOUR) {
                 self.forget_requests().await;
                 self.forget_approvals().await;
+                self.forget_device_rows().await;
             }
             count += 1;
         }

@@ -27,6 +27,7 @@ use super::{Broker, commit::Settled, journal::Draft, registry::Registry, within}
 
 mod batch;
 mod clients;
+mod devices;
 pub mod listed;
 mod pace;
 mod progress;
@@ -66,14 +67,14 @@ pub struct RewrapView {
 }
 
 impl RewrapView {
-    /// Returns the number of revisions and API clients that the run must still move, including failed rows.
+    /// Returns the number of revisions, API clients and devices that the run must still move, including failed rows.
     pub fn left(&self) -> u64 {
         let source = self.run.as_ref().and_then(|run| run.source);
         self.uses
             .iter()
             .filter(|(key, _)| Some(*key) != self.target)
             .filter(|(key, _)| source.is_none_or(|source| source == *key))
-            .map(|(_, uses)| uses.revisions + uses.clients)
+            .map(|(_, uses)| uses.revisions + uses.clients + uses.devices)
             .sum()
     }
 }

@@ -132,6 +132,7 @@ async fn broker_with_approvals(
         rotate_after: None,
         destroy_after_days: 30,
         approvals,
+        devices: DeviceRules::default(),
         accepted_risks: Vec::new(),
     });
     broker

@@ -89,7 +89,8 @@ pub use keybroker_core::{
     envelope::Algorithm,
     error::Reason,
     key::{
-        ApprovalId, ClientId, Fingerprint, KeyName, RecordId, Revision, Sealing, UserId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision, Sealing,
+        UserId,
         WrappingKeyId,
     },
     secret::KeyMaterial,
@@ -102,6 +103,7 @@ mod builder;
 mod call;
 mod control;
 mod credential;
+mod devices;
 mod error;
 mod health;
 mod link;

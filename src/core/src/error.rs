@@ -38,7 +38,15 @@ pub enum Reason {
     ApprovalNeeded,
     /// The state of the request for approval forbids the operation, for example because the request expired.
     ApprovalState,
-    /// A limit of the store is reached: the number of revisions of a record, or of user keys of one user.
+    /// The device or the request for access does not exist.
+    DeviceNotFound,
+    /// The state of the device or of the request for access forbids the operation, for example because the request expired.
+    DeviceState,
+    /// The change needs the signature of a trusted device, and the signature is missing or not accepted.
+    DeviceSignature,
+    /// The access code of a request for access is wrong.
+    AccessCode,
+    /// A limit of the store is reached: the number of revisions of a record, of user keys or devices of one user, or of requests.
     Limit,
     /// The queue for the token is full, or the database is busy.
     QueueFull,
@@ -64,7 +72,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the documentation.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 28] = [
         Self::Request,
         Self::RequestIdReused,
         Self::Credential,
@@ -78,6 +86,10 @@ impl Reason {
         Self::ReleaseForm,
         Self::ApprovalNeeded,
         Self::ApprovalState,
+        Self::DeviceNotFound,
+        Self::DeviceState,
+        Self::DeviceSignature,
+        Self::AccessCode,
         Self::Limit,
         Self::QueueFull,
         Self::Rate,
@@ -107,6 +119,10 @@ impl Reason {
             Self::ReleaseForm => "RELEASE_FORM",
             Self::ApprovalNeeded => "APPROVAL_NEEDED",
             Self::ApprovalState => "APPROVAL_STATE",
+            Self::DeviceNotFound => "DEVICE_NOT_FOUND",
+            Self::DeviceState => "DEVICE_STATE",
+            Self::DeviceSignature => "DEVICE_SIGNATURE",
+            Self::AccessCode => "ACCESS_CODE",
             Self::Limit => "LIMIT",
             Self::QueueFull => "QUEUE_FULL",
             Self::Rate => "RATE",
@@ -142,6 +158,12 @@ impl Reason {
             Self::ReleaseForm => "the key cannot be released in the requested form",
             Self::ApprovalNeeded => "a second person must approve this change",
             Self::ApprovalState => "the state of the request for approval forbids the operation",
+            Self::DeviceNotFound => "the device or the request for access does not exist",
+            Self::DeviceState => {
+                "the state of the device or of the request for access forbids the operation"
+            }
+            Self::DeviceSignature => "the signature of a trusted device is missing or not accepted",
+            Self::AccessCode => "the access code is wrong",
             Self::Limit => "the limit of stored revisions or keys is reached",
             Self::QueueFull => "the token or the database is busy; try again after the given delay",
             Self::Rate => "too many requests; try again after the given delay",

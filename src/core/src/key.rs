@@ -10,7 +10,7 @@ use crate::error::Error;
 mod id;
 mod state;
 
-pub use id::{ApprovalId, ClientId, ID_BYTES, RecordId, WrappingKeyId};
+pub use id::{AccessRequestId, ApprovalId, ClientId, DeviceId, ID_BYTES, RecordId, WrappingKeyId};
 pub use state::{IllegalTransition, KeyUse, WrappingKeyState};
 
 /// Longest tenant name and key name, in bytes.

@@ -32,16 +32,20 @@ pub enum Role {
     Admin,
     /// Permits reading the audit log, wrapping keys, token state and metadata of user keys, but no changes.
     Auditor,
+    /// Permits deciding about requests of new devices for access, and ending the trust of lost devices, for the covered users. Does
+    /// not permit releasing a user key to anybody but the requesting device.
+    Approver,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Release,
         Self::Enrol,
         Self::Lifecycle,
         Self::Admin,
         Self::Auditor,
+        Self::Approver,
     ];
 
     /// As in the configuration.
@@ -52,15 +56,18 @@ impl Role {
             Self::Lifecycle => "lifecycle",
             Self::Admin => "admin",
             Self::Auditor => "auditor",
+            Self::Approver => "approver",
         }
     }
 
-    /// Whether the roles exclude each other. Administrators and auditors of the broker must not be able to obtain user
-    /// keys (separation of duties).
+    /// Whether the roles exclude each other. Administrators and auditors of the broker, and approvers of new devices, must not be
+    /// able to obtain user keys (separation of duties).
     pub fn conflicts_with(self, other: Self) -> bool {
         let pair = [self, other];
         pair.contains(&Self::Release)
-            && (pair.contains(&Self::Admin) || pair.contains(&Self::Auditor))
+            && [Self::Admin, Self::Auditor, Self::Approver]
+                .iter()
+                .any(|role| pair.contains(role))
     }
 }
 
@@ -174,11 +181,18 @@ impl Grant {
         }
         if let Some((one, other)) = conflict(&self.roles) {
             return Some(format!(
-                "the principal has the roles `{}` and `{}`, but administrators and auditors of the broker must not be \
-                 able to obtain keys",
+                "the principal has the roles `{}` and `{}`, but administrators and auditors of the broker and approvers must \
+                 not be able to obtain keys",
                 one.as_str(),
                 other.as_str()
             ));
+        }
+        if self.roles.contains(&Role::Approver) && self.users.is_none() {
+            return Some(
+                "the principal has the role `approver` without a limit: set `users` to the users whose requests the principal may \
+                 decide, or to [\"*\"] for all"
+                    .to_owned(),
+            );
         }
         let is_limited = self.users.is_some() || self.key_names.is_some();
         if self.roles.contains(&Role::Release) && !is_limited {
@@ -243,7 +257,7 @@ pub struct Identity {
     pub tenant: Tenant,
     /// The roles, which limit what the principal may do.
     pub roles: BTreeSet<Role>,
-    /// The users whose keys a service with [`Role::Release`] may release.
+    /// The users whose keys a service with [`Role::Release`] may release, and whose requests one with [`Role::Approver`] may decide.
     pub users: Reach<UserId>,
     /// The key names that a service with [`Role::Release`] may release.
     pub key_names: Reach<KeyName>,
@@ -374,11 +388,35 @@ pub enum Action {
     Approve,
     /// Reject a request for approval.
     RejectApproval,
+    /// Establish the trust of a device.
+    EstablishDevice,
+    /// Read the encrypted keys of one device.
+    FetchDevice,
+    /// Read the stored data of devices, without their encrypted keys.
+    ListDevices,
+    /// Give a device another name.
+    RenameDevice,
+    /// End the trust of devices.
+    UntrustDevice,
+    /// Report a device as lost, without the right to end its trust.
+    ReportDevice,
+    /// Replace the user key together with the encrypted keys of all devices. Also needs [`Action::Replace`].
+    RotateDevices,
+    /// Request access for a new device.
+    RequestAccess,
+    /// Fetch and confirm the answer to a request for access.
+    FetchAccess,
+    /// Read the requests for access.
+    ListAccess,
+    /// Approve a request for access with another device of the same member.
+    ApproveAccess,
+    /// Deny a request for access, or withdraw its approval.
+    DenyAccess,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 41] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -408,6 +446,18 @@ impl Action {
         Self::ListApprovals,
         Self::Approve,
         Self::RejectApproval,
+        Self::EstablishDevice,
+        Self::FetchDevice,
+        Self::ListDevices,
+        Self::RenameDevice,
+        Self::UntrustDevice,
+        Self::ReportDevice,
+        Self::RotateDevices,
+        Self::RequestAccess,
+        Self::FetchAccess,
+        Self::ListAccess,
+        Self::ApproveAccess,
+        Self::DenyAccess,
     ];
 
     /// Name in policies, in the audit log and in metrics.
@@ -442,6 +492,18 @@ impl Action {
             Self::ListApprovals => "approval.list",
             Self::Approve => "approval.approve",
             Self::RejectApproval => "approval.reject",
+            Self::EstablishDevice => "device.establish",
+            Self::FetchDevice => "device.fetch",
+            Self::ListDevices => "device.list",
+            Self::RenameDevice => "device.rename",
+            Self::UntrustDevice => "device.untrust",
+            Self::ReportDevice => "device.report_lost",
+            Self::RotateDevices => "device.rotate",
+            Self::RequestAccess => "access_request.create",
+            Self::FetchAccess => "access_request.fetch",
+            Self::ListAccess => "access_request.list",
+            Self::ApproveAccess => "access_request.approve",
+            Self::DenyAccess => "access_request.deny",
         }
     }
 }
@@ -462,5 +524,7 @@ mod tests {
         assert!(Role::Auditor.conflicts_with(Role::Release));
         assert!(!Role::Release.conflicts_with(Role::Enrol));
         assert!(!Role::Admin.conflicts_with(Role::Auditor));
+        assert!(Role::Approver.conflicts_with(Role::Release));
+        assert!(!Role::Approver.conflicts_with(Role::Admin));
     }
 }

@@ -106,6 +106,8 @@ enum Command {
     Rewrap(client::RewrapArguments),
     /// List, approve and reject the changes that a second person must approve, through a running broker
     Approval(client::ApprovalArguments),
+    /// List devices and requests for access, and decide about them, through a running broker
+    Device(client::DeviceArguments),
     /// Run a key ceremony with custodians, and verify its transcript
     #[command(subcommand)]
     Ceremony(ceremony::Command),
@@ -257,6 +259,7 @@ fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::ClientCredential(arguments) => client::run_credentials(arguments, context),
         Command::Rewrap(arguments) => client::run_rewrap(arguments, context),
         Command::Approval(arguments) => client::run_approval(arguments, context),
+        Command::Device(arguments) => client::run_device(arguments, context),
         Command::Ceremony(command) => ceremony::run(command, context),
         Command::Bitwarden(command) => bitwarden::run(command, context),
         Command::Bench(arguments) => bench::run(&arguments, context),

@@ -26,6 +26,7 @@ pub(crate) mod bitwarden;
 mod certificates;
 mod check;
 mod check_token;
+pub(crate) mod devices;
 mod files;
 mod named;
 pub(crate) mod release;
@@ -102,6 +103,9 @@ pub struct Config {
     /// The `[[bitwarden_organization]]` sections.
     #[serde(rename = "bitwarden_organization", default)]
     pub bitwarden_organizations: Vec<bitwarden::Settings>,
+    /// The `[devices]` section.
+    #[serde(default)]
+    pub devices: devices::Settings,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

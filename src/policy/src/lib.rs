@@ -142,6 +142,26 @@ pub enum Resource<'a> {
         /// The user of the records; `None` for all users.
         user: Option<&'a UserId>,
     },
+    /// The devices of one user, or of all users of a tenant.
+    Devices {
+        /// The tenant of the devices.
+        tenant: &'a Tenant,
+        /// The user of the devices; `None` for all users.
+        user: Option<&'a UserId>,
+    },
+    /// A request of a new device for access.
+    AccessRequest {
+        /// The tenant of the request.
+        tenant: &'a Tenant,
+        /// The user whose device asks.
+        user: &'a UserId,
+        /// The principal that made the request.
+        requested_by: &'a str,
+        /// The type of the device, as its app states it.
+        device_type: &'a str,
+        /// The address from which the request came.
+        peer: IpAddr,
+    },
     /// The control plane.
     Broker,
 }
@@ -149,7 +169,10 @@ pub enum Resource<'a> {
 impl Resource<'_> {
     fn tenant(&self) -> Option<&Tenant> {
         match self {
-            Self::UserKey { tenant, .. } | Self::UserKeys { tenant, .. } => Some(tenant),
+            Self::UserKey { tenant, .. }
+            | Self::UserKeys { tenant, .. }
+            | Self::Devices { tenant, .. }
+            | Self::AccessRequest { tenant, .. } => Some(tenant),
             Self::Broker => None,
         }
     }
@@ -165,6 +188,19 @@ impl Resource<'_> {
             | Action::Undelete
             | Action::Restore => matches!(self, Self::UserKey { .. }),
             Action::List => matches!(self, Self::UserKeys { .. }),
+            Action::ApproveAccess | Action::DenyAccess => {
+                matches!(self, Self::AccessRequest { .. })
+            }
+            Action::EstablishDevice
+            | Action::FetchDevice
+            | Action::ListDevices
+            | Action::RenameDevice
+            | Action::UntrustDevice
+            | Action::ReportDevice
+            | Action::RotateDevices
+            | Action::RequestAccess
+            | Action::FetchAccess
+            | Action::ListAccess => matches!(self, Self::Devices { .. }),
             _ => matches!(self, Self::Broker),
         }
     }

@@ -38,6 +38,8 @@ pub(super) struct Vocabulary {
     service: EntityTypeName,
     user_key: EntityTypeName,
     user_keys: EntityTypeName,
+    devices: EntityTypeName,
+    access_request: EntityTypeName,
     broker: EntityUid,
     roles: [EntityUid; Role::ALL.len()],
     actions: HashMap<Action, AskedAction>,
@@ -142,6 +144,8 @@ impl Vocabulary {
             service: named("Service"),
             user_key: named("UserKey"),
             user_keys: named("UserKeys"),
+            devices: named("Devices"),
+            access_request: named("AccessRequest"),
             broker: uid("Broker", "broker"),
             schema,
         }
@@ -239,6 +243,29 @@ impl Vocabulary {
                 attributes.add("user", || text(user.as_str()));
                 (&self.user_keys, format!("{tenant}/{user}"))
             }
+            Resource::Devices { tenant, user: None } => (&self.devices, tenant.to_string()),
+            Resource::Devices {
+                tenant,
+                user: Some(user),
+            } => {
+                attributes.add("user", || text(user.as_str()));
+                (&self.devices, format!("{tenant}/{user}"))
+            }
+            Resource::AccessRequest {
+                tenant,
+                user,
+                requested_by,
+                device_type,
+                peer,
+            } => {
+                attributes.add("user", || text(user.as_str()));
+                attributes.add("requestedBy", || text(requested_by));
+                attributes.add("deviceType", || text(device_type));
+                attributes.add("requestPeer", || {
+                    Value::new_ip(peer.to_canonical().to_string())
+                });
+                (&self.access_request, format!("{tenant}/{user}"))
+            }
         };
         let uid = EntityUid::from_type_name_and_id(kind.clone(), EntityId::new(&id));
         Entity::new_with_tags(uid, attributes.pairs, [], [])
@@ -296,6 +323,10 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
             *key_names == Reach::All
                 && user.map_or(*users == Reach::All, |user| users.contains(user))
         }
+        Resource::Devices { user, .. } => {
+            user.map_or(*users == Reach::All, |user| users.contains(user))
+        }
+        Resource::AccessRequest { user, .. } => users.contains(user),
         Resource::Broker => false,
     }
 }

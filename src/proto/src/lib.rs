@@ -37,5 +37,9 @@ redacted!(
     ReplaceUserKeyRequest,
     UnwrapUserKeyResponse,
     CreateClientCredentialResponse,
-    AddClientSecretResponse
+    AddClientSecretResponse,
+    RotateDevicesRequest,
+    CreateAccessRequestRequest,
+    FetchAccessAnswerRequest,
+    ConfirmAccessAnswerRequest
 );

@@ -15,15 +15,23 @@ use std::{
 
 use prost::Message as _;
 
-const FILES: [&str; 2] = ["keybroker/v1/user_key.proto", "keybroker/v1/control.proto"];
+const FILES: [&str; 3] = [
+    "keybroker/v1/user_key.proto",
+    "keybroker/v1/control.proto",
+    "keybroker/v1/device.proto",
+];
 
 /// Messages that carry key material or another secret. A derived `Debug` would print it, so `src/lib.rs` implements it.
-const SECRET: [&str; 5] = [
+const SECRET: [&str; 9] = [
     ".keybroker.v1.CreateUserKeyRequest",
     ".keybroker.v1.ReplaceUserKeyRequest",
     ".keybroker.v1.UnwrapUserKeyResponse",
     ".keybroker.v1.CreateClientCredentialResponse",
     ".keybroker.v1.AddClientSecretResponse",
+    ".keybroker.v1.RotateDevicesRequest",
+    ".keybroker.v1.CreateAccessRequestRequest",
+    ".keybroker.v1.FetchAccessAnswerRequest",
+    ".keybroker.v1.ConfirmAccessAnswerRequest",
 ];
 
 /// The Rust code, then the descriptor set.

@@ -148,6 +148,24 @@ tables! {
         organization_id: Bytes, digest: Bytes;
         member_id: Bytes, pinned_us: Integer, mac: Bytes,
     }
+    /// Devices of members.
+    Devices = devices {
+        tenant: Text, user: Text, device_id: Bytes;
+        signer_key_id: Bytes, state: Text, name: Text, kind: Text, verification_key: Bytes,
+        key_name: Text, revision: Integer, sealed_user_key: Bytes, sealed_public_key: Bytes,
+        sealed_private_key: Bytes, trusted_us: Integer, changed_us: Integer, signed_us: Integer,
+        lost_us: OptionalInteger, used_us: OptionalInteger, mac: Bytes,
+    }
+    /// Requests for access of new devices.
+    AccessRequests = access_requests {
+        request_id: Bytes;
+        signer_key_id: Bytes, state: Text, road: Text, tenant: Text, user: Text, key_name: Text,
+        device_id: Bytes, device_name: Text, device_kind: Text, verification_key: Bytes,
+        public_key: Bytes, code_mac: Bytes, code_key_id: Bytes, requested_by: Text, peer: Text,
+        requested_us: Integer, expires_us: Integer, tries: Integer, first_approved_by: Text, decided_by: Text,
+        decided_device: Bytes, decided_us: OptionalInteger, answer: Bytes, answer_form: Text,
+        fetched_us: OptionalInteger, closed_us: OptionalInteger, mac: Bytes,
+    }
     /// The registry of wrapping keys.
     WrappingKeys = wrapping_keys {
         key_id: Bytes;

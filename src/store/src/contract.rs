@@ -15,6 +15,7 @@ use super::{
     approval::Approvals,
     client::ClientRow,
     destruction::Destructions,
+    device::Devices,
     error::Error,
     identity::{Evidence, KnownLog},
     listing::{DamagedClient, DamagedRecord, Position},
@@ -36,7 +37,7 @@ pub const PAGE_SIZE_MAX: u32 = 1_000;
 /// The operations of the store. Each function that sends more than one statement runs in a separate task, so that a caller that
 /// stops waiting cannot leave a transaction unfinished (cancel safety).
 #[async_trait]
-pub trait Store: Rewraps + Destructions + Approvals + fmt::Debug + 'static {
+pub trait Store: Rewraps + Destructions + Approvals + Devices + fmt::Debug + 'static {
     /// Succeeds if the store can be read and written.
     async fn ping(&self) -> Result<(), Error>;
 

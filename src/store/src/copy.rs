@@ -120,8 +120,8 @@ impl Copy {
         Ok(walked)
     }
 
-    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The registry,
-    /// the API clients and the keys of members can change without a mark, so these tables are compared again.
+    /// Refuses a source that was changed after its tables were compared. Every mutation of a record leaves a mark. The other
+    /// tables can change without a mark, so these tables are compared again.
     pub async fn look_again(&self) -> Result<(), CopyError> {
         for table in [
             Table::Changes,
@@ -129,6 +129,8 @@ impl Copy {
             Table::Places,
             Table::Destructions,
             Table::MemberKeys,
+            Table::Devices,
+            Table::AccessRequests,
             Table::WrappingKeys,
         ] {
             self.walk(table, Lacking::Refuse, || {}).await?;

@@ -166,7 +166,7 @@ fn insert(table: Table) -> String {
 }
 
 /// Quotes a column name if necessary: `user` is a keyword of PostgreSQL.
-fn quoted(column: &Column) -> String {
+pub(super) fn quoted(column: &Column) -> String {
     match column.name {
         "user" => "\"user\"".to_owned(),
         name => name.to_owned(),

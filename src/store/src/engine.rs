@@ -35,6 +35,7 @@ mod approval_use;
 mod calls;
 mod clients;
 mod destruction;
+mod device;
 mod kept;
 mod member_keys;
 mod probe;

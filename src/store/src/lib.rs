@@ -27,6 +27,7 @@ mod columns;
 mod contract;
 pub mod copy;
 mod destruction;
+mod device;
 mod dialect;
 mod driver_errors;
 mod durability;
@@ -67,6 +68,12 @@ pub use contract::{PAGE_SIZE_MAX, REQUEST_KEPT_US, Store};
 pub use destruction::{
     DestructionChange, DestructionRow, Destructions, FoundDestructions, REQUESTED_BY_BYTES_MAX,
     UnreadableDestruction,
+};
+pub use device::{
+    ACCESS_REQUESTS_LISTED_MAX, ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessFilter,
+    AccessRow, Answer, AskingDevice, Changed, DEVICES_MAX, DamagedAccess, DamagedDevice,
+    DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices, PEER_BYTES_MAX, Replacement,
+    SealedKeys,
 };
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};

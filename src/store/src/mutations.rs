@@ -8,7 +8,7 @@
 
 use keybroker_core::{
     call::{CallId, Timestamp},
-    key::{RecordId, Revision},
+    key::{ID_BYTES, RecordId, Revision},
 };
 
 use super::{
@@ -199,6 +199,37 @@ async fn locked(
     rows::info(found.first().ok_or(Error::NotFound)?)
 }
 
+/// Inserts the mark of a call that changes devices. `record` is the record of the devices, if it is known.
+pub(super) async fn mark(
+    session: &mut impl Session,
+    sql: &Statements,
+    call: CallId,
+    record: Option<RecordId>,
+    at: Timestamp,
+) -> Result<(), Error> {
+    let record = record.unwrap_or(RecordId::from_bytes([0; ID_BYTES]));
+    let mark = rows::new_change(call, record, at);
+    expect_one(session.execute(sql.insert_change, mark).await?)
+}
+
+/// Locks a record, and requires that it is active and has the revision of `expected`.
+pub(super) async fn require_revision(
+    session: &mut impl Session,
+    sql: &Statements,
+    expected: &RecordInfo,
+) -> Result<(), Error> {
+    let current = locked(session, sql, expected.id).await?;
+    if current.state != RecordState::Active {
+        return Err(Error::State);
+    }
+    if current.revision != expected.revision {
+        return Err(Error::Revision {
+            current: current.revision,
+        });
+    }
+    Ok(())
+}
+
 async fn insert_request(
     session: &mut impl Session,
     sql: &Statements,
@@ -241,7 +272,7 @@ fn is_same_change(expected: &RecordInfo, info: &RecordInfo) -> bool {
     moved == *info
 }
 
-/// Removes a record with all its revisions if the record was deleted before the time `before` and
+/// Removes a record with all its revisions, and the devices that open its user key, if the record was deleted before the time `before` and
 /// is still deleted. Returns whether the record was removed.
 pub(super) async fn purge(
     session: &mut impl Session,
@@ -250,11 +281,18 @@ pub(super) async fn purge(
     deleted_before: Timestamp,
 ) -> Result<bool, Error> {
     // The record may have been undeleted after the purge found it.
-    match locked(session, sql, record).await {
-        Ok(current) if current.deleted.is_some_and(|at| at < deleted_before) => {}
+    let current = match locked(session, sql, record).await {
+        Ok(current) if current.deleted.is_some_and(|at| at < deleted_before) => current,
         Ok(_) | Err(Error::NotFound | Error::Corrupt(_)) => return Ok(false),
         Err(error) => return Err(error),
-    }
+    };
+    let address = &current.address;
+    let of_key = vec![
+        address.tenant.as_str().into(),
+        address.user.as_str().into(),
+        address.name.as_str().into(),
+    ];
+    session.execute(sql.device.remove_of_key, of_key).await?;
     for statement in [sql.delete_use, sql.delete_revisions] {
         session.execute(statement, vec![record.into()]).await?;
     }

@@ -33,12 +33,22 @@ pub struct KeyUses {
     /// Requests for approval that are pending or approved and have not expired. They need the integrity
     /// key of the wrapping key until they expire.
     pub approvals: u64,
+    /// Devices of members. Devices need the integrity key of the wrapping key.
+    pub devices: u64,
+    /// Requests for access that are pending or approved and have not expired. They need the integrity key of the wrapping key until
+    /// they expire.
+    pub access_requests: u64,
 }
 
 impl KeyUses {
     /// The number of rows of all kinds.
     pub fn total(&self) -> u64 {
-        self.revisions + self.clients + self.requests + self.approvals
+        self.revisions
+            + self.clients
+            + self.requests
+            + self.approvals
+            + self.devices
+            + self.access_requests
     }
 }
 

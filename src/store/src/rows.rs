@@ -26,8 +26,13 @@ use super::{
     session::{Columns, Value},
 };
 
+mod device;
 mod rewrap;
 
+pub(super) use device::{
+    access_request, access_request_values, device, device_address, device_key, device_values,
+    listed_access, listed_device, new_access_request, new_device,
+};
 pub(super) use rewrap::{key_uses, row_under, run, run_values, values_of_uses};
 
 /// Longest serial number as text, in bytes. In PKCS#11, a serial number has 16 bytes, and each byte

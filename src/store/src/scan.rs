@@ -9,7 +9,7 @@ use keybroker_core::{
 };
 
 use super::{
-    ApprovalRow, ClientRow, Error, MemberKeyRow, RequestRecord, RequestScope, rows,
+    AccessRow, ApprovalRow, ClientRow, DeviceRow, Error, MemberKeyRow, RequestRecord, RequestScope, rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -213,6 +213,10 @@ pub enum FoundOther {
     Approval(Box<Result<ApprovalRow, Error>>),
     /// The wrapped key of a member of a Bitwarden organisation.
     MemberKey(Box<Result<MemberKeyRow, Error>>),
+    /// A device.
+    Device(Box<Result<DeviceRow, Error>>),
+    /// A request for access.
+    AccessRequest(Box<Result<AccessRow, Error>>),
 }
 
 /// Reads the tables of [`OtherScan::TABLES`], one after another.
@@ -225,13 +229,15 @@ pub struct OtherScan {
 
 impl OtherScan {
     /// The tables, in the order in which they are read.
-    pub const TABLES: [Table; 6] = [
+    pub const TABLES: [Table; 8] = [
         Table::Requests,
         Table::Changes,
         Table::LastUses,
         Table::ClientUses,
         Table::Approvals,
         Table::MemberKeys,
+        Table::Devices,
+        Table::AccessRequests,
     ];
 
     /// Creates a scan that starts at the beginning.
@@ -255,6 +261,10 @@ impl OtherScan {
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
                     Table::Approvals => FoundOther::Approval(Box::new(rows::approval(&row))),
                     Table::MemberKeys => FoundOther::MemberKey(Box::new(rows::member_key(&row))),
+                    Table::Devices => FoundOther::Device(Box::new(rows::device(&row))),
+                    Table::AccessRequests => {
+                        FoundOther::AccessRequest(Box::new(rows::access_request(&row)))
+                    }
                     _ => FoundOther::ClientUse(rows::client_use_row(&row)),
                 }));
             }

@@ -12,7 +12,7 @@ use sqlx::{
 use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     envelope::Mac,
-    key::{ApprovalId, ClientId, RecordId, Revision, WrappingKeyId},
+    key::{AccessRequestId, ApprovalId, ClientId, DeviceId, RecordId, Revision, WrappingKeyId},
     organization::Guid,
 };
 
@@ -219,7 +219,9 @@ macro_rules! by_its_bytes {
     )*};
 }
 by_its_bytes!(
+    AccessRequestId,
     ApprovalId,
+    DeviceId,
     Guid,
     RecordId,
     ClientId,

@@ -4,13 +4,15 @@
 
 use super::{
     columns::{PerTable, Table},
-    dialect::{Dialect, assignments, names, places},
+    dialect::{Dialect, assignments, names, places, quoted},
     identity::CHANGES_MAX,
     slow::named,
 };
 
+mod device;
 mod rewrap;
 
+use device::DeviceStatements;
 use rewrap::RewrapStatements;
 
 /// Number of records whose last uses one statement reads or stores.
@@ -181,6 +183,7 @@ pub(super) struct Statements {
     pub(super) durability: &'static str,
 
     pub(super) rewrap: RewrapStatements,
+    pub(super) device: DeviceStatements,
 
     tables: PerTable<OfTable>,
 }
@@ -395,6 +398,7 @@ impl Statements {
             durability: dialect.durability,
 
             rewrap: RewrapStatements::of_engine(dialect),
+            device: DeviceStatements::of_engine(dialect),
 
             tables: PerTable::from_fn(|table| OfTable::of_engine(dialect, table)),
         }
@@ -424,7 +428,7 @@ impl OfTable {
                 table
                     .key()
                     .iter()
-                    .map(|column| format!("{} IS NULL", column.name))
+                    .map(|column| format!("{} IS NULL", quoted(column)))
                     .collect::<Vec<_>>()
                     .join(" OR ")
             )),

@@ -1,13 +1,16 @@
 //! Every method, with a request that it takes and one that it refuses.
 
 use keybroker_proto::{
-    AddClientSecretRequest, ApproveChangeRequest, BatchUnwrapUserKeysRequest,
-    ChangeWrappingKeyStateRequest, CreateClientCredentialRequest, CreateUserKeyRequest,
-    DeleteUserKeyRequest, GetUserKeyRequest, GetWrappingKeyRequest, ListApprovalsRequest,
-    ListClientCredentialsRequest, ListUserKeysRequest, RejectChangeRequest, ReplaceUserKeyRequest,
+    AddClientSecretRequest, ApproveAccessRequestRequest, ApproveChangeRequest,
+    BatchUnwrapUserKeysRequest, ChangeWrappingKeyStateRequest, ConfirmAccessAnswerRequest,
+    CreateAccessRequestRequest, CreateClientCredentialRequest, CreateUserKeyRequest,
+    DeleteUserKeyRequest, DenyAccessRequestRequest, EstablishTrustRequest,
+    FetchAccessAnswerRequest, GetDeviceKeysRequest, GetUserKeyRequest, GetWrappingKeyRequest,
+    ListApprovalsRequest, ListClientCredentialsRequest, ListDevicesRequest, ListUserKeysRequest,
+    RejectChangeRequest, RenameDeviceRequest, ReplaceUserKeyRequest, ReportDeviceLostRequest,
     RestoreUserKeyRevisionRequest, ResumeRewrapRequest, RevokeClientCredentialRequest,
     RotateWrappingKeyRequest, StartRewrapRequest, TailAuditLogRequest, UndeleteUserKeyRequest,
-    UnwrapUserKeyRequest,
+    UntrustDevicesRequest, UnwrapUserKeyRequest,
 };
 use prost::Message;
 use prost_reflect::DescriptorPool;
@@ -22,7 +25,7 @@ use crate::{
 };
 
 /// Every method, and a caller who may call it.
-pub(crate) const METHODS: [(&str, &str); 26] = [
+pub(crate) const METHODS: [(&str, &str); 39] = [
     ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
     ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
     (
@@ -67,6 +70,28 @@ pub(crate) const METHODS: [(&str, &str); 26] = [
     ("/keybroker.v1.ControlService/ListApprovals", "auditor"),
     ("/keybroker.v1.ControlService/ApproveChange", "admin"),
     ("/keybroker.v1.ControlService/RejectChange", "admin"),
+    ("/keybroker.v1.DeviceService/EstablishTrust", "releaser"),
+    ("/keybroker.v1.DeviceService/GetDeviceKeys", "releaser"),
+    ("/keybroker.v1.DeviceService/ListDevices", "releaser"),
+    ("/keybroker.v1.DeviceService/RenameDevice", "releaser"),
+    ("/keybroker.v1.DeviceService/UntrustDevices", "releaser"),
+    ("/keybroker.v1.DeviceService/ReportDeviceLost", "releaser"),
+    ("/keybroker.v1.DeviceService/RotateDevices", "releaser"),
+    (
+        "/keybroker.v1.DeviceService/CreateAccessRequest",
+        "releaser",
+    ),
+    ("/keybroker.v1.DeviceService/FetchAccessAnswer", "releaser"),
+    (
+        "/keybroker.v1.DeviceService/ConfirmAccessAnswer",
+        "releaser",
+    ),
+    ("/keybroker.v1.DeviceService/ListAccessRequests", "releaser"),
+    (
+        "/keybroker.v1.DeviceService/ApproveAccessRequest",
+        "releaser",
+    ),
+    ("/keybroker.v1.DeviceService/DenyAccessRequest", "releaser"),
 ];
 
 #[test]
@@ -108,6 +133,12 @@ async fn every_method_audits_what_it_cannot_read() {
     assert_eq!(
         actions,
         [
+            "access_request.approve",
+            "access_request.create",
+            "access_request.deny",
+            "access_request.fetch",
+            "access_request.fetch",
+            "access_request.list",
             "approval.approve",
             "approval.list",
             "approval.reject",
@@ -116,6 +147,13 @@ async fn every_method_audits_what_it_cannot_read() {
             "client_credential.create",
             "client_credential.list",
             "client_credential.revoke",
+            "device.establish",
+            "device.fetch",
+            "device.list",
+            "device.rename",
+            "device.report_lost",
+            "device.rotate",
+            "device.untrust",
             "token.read",
             "user_key.create",
             "user_key.delete",
@@ -325,6 +363,67 @@ fn wrong_approvals() -> Vec<Wrong> {
     ]
 }
 
+fn wrong_devices() -> Vec<Wrong> {
+    let id = |bytes| GetDeviceKeysRequest {
+        device_id: vec![7; bytes],
+    };
+    let list = ListDevicesRequest {
+        user: "\n".to_owned(),
+    };
+    let rename = |name: &str| RenameDeviceRequest {
+        device_id: vec![7; 16],
+        name: name.to_owned(),
+    };
+    let untrust = |all, devices| UntrustDevicesRequest {
+        all,
+        device_ids: vec![vec![7; 16]; devices],
+        ..Default::default()
+    };
+    let report = ReportDeviceLostRequest {
+        device_id: Vec::new(),
+    };
+    let establish = EstablishTrustRequest {
+        device_id: vec![7; 16],
+        ..Default::default()
+    };
+    let create = CreateAccessRequestRequest {
+        device_id: vec![7; 16],
+        ..Default::default()
+    };
+    let fetch = |id, code| FetchAccessAnswerRequest {
+        access_request_id: vec![7; id],
+        access_code: vec![7; code],
+    };
+    let confirm = ConfirmAccessAnswerRequest {
+        access_request_id: vec![7; 16],
+        access_code: vec![7; 65],
+    };
+    let approve = ApproveAccessRequestRequest {
+        encryption: "none of these".to_owned(),
+        ..Default::default()
+    };
+    let deny = DenyAccessRequestRequest {
+        access_request_id: vec![7; 17],
+    };
+    let request = "access_request_id";
+    vec![
+        wrong("GetDeviceKeys", &id(15), "device_id"),
+        wrong("ListDevices", &list, "user"),
+        wrong("RenameDevice", &rename(""), "name"),
+        wrong("RenameDevice", &rename("\u{1b}"), "name"),
+        wrong("UntrustDevices", &untrust(false, 0), "device_ids"),
+        wrong("UntrustDevices", &untrust(true, 1), "device_ids"),
+        wrong("ReportDeviceLost", &report, "device_id"),
+        wrong("EstablishTrust", &establish, "name"),
+        wrong("CreateAccessRequest", &create, "approver"),
+        wrong("FetchAccessAnswer", &fetch(15, 16), request),
+        wrong("FetchAccessAnswer", &fetch(16, 15), "access_code"),
+        wrong("ConfirmAccessAnswer", &confirm, "access_code"),
+        wrong("ApproveAccessRequest", &approve, "encryption"),
+        wrong("DenyAccessRequest", &deny, request),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_method_names_the_field_that_is_wrong() {
     let broker = Broker::start(Options::default());
@@ -336,6 +435,7 @@ async fn every_method_names_the_field_that_is_wrong() {
         wrong_clients(),
         wrong_rewraps(),
         wrong_approvals(),
+        wrong_devices(),
     ];
     for (method, message, field) in all.concat() {
         let answer = call(&broker, method, message).await;

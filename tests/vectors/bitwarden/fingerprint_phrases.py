@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-LIST = HERE / "../../../src/bitwarden/src/eff_long_wordlist.txt"
+LIST = HERE / "../../../src/core/src/eff_long_wordlist.txt"
 TEXTS = ["user@example.com", "User@Example.com", "üser@example.com", "a@b", "first.last+tag@example.org"]
 
 

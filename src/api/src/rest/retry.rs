@@ -179,6 +179,10 @@ const fn is_transient(reason: Reason) -> bool {
         | Reason::ReleaseForm
         | Reason::ApprovalNeeded
         | Reason::ApprovalState
+        | Reason::DeviceNotFound
+        | Reason::DeviceState
+        | Reason::DeviceSignature
+        | Reason::AccessCode
         | Reason::Limit
         | Reason::Rate
         | Reason::FailureBudget

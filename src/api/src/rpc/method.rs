@@ -2,7 +2,7 @@
 
 use keybroker_core::principal::Action;
 
-use super::{CONTROL_SERVICE, USER_KEY_SERVICE};
+use super::{CONTROL_SERVICE, DEVICE_SERVICE, USER_KEY_SERVICE};
 
 /// Whether a method is a health check, which callers without a principal may call.
 pub(super) fn is_health(path: &str) -> bool {
@@ -55,6 +55,18 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (CONTROL_SERVICE, "ListApprovals") => Action::ListApprovals,
         (CONTROL_SERVICE, "ApproveChange") => Action::Approve,
         (CONTROL_SERVICE, "RejectChange") => Action::RejectApproval,
+        (DEVICE_SERVICE, "EstablishTrust") => Action::EstablishDevice,
+        (DEVICE_SERVICE, "GetDeviceKeys") => Action::FetchDevice,
+        (DEVICE_SERVICE, "ListDevices") => Action::ListDevices,
+        (DEVICE_SERVICE, "RenameDevice") => Action::RenameDevice,
+        (DEVICE_SERVICE, "UntrustDevices") => Action::UntrustDevice,
+        (DEVICE_SERVICE, "ReportDeviceLost") => Action::ReportDevice,
+        (DEVICE_SERVICE, "RotateDevices") => Action::RotateDevices,
+        (DEVICE_SERVICE, "CreateAccessRequest") => Action::RequestAccess,
+        (DEVICE_SERVICE, "FetchAccessAnswer" | "ConfirmAccessAnswer") => Action::FetchAccess,
+        (DEVICE_SERVICE, "ListAccessRequests") => Action::ListAccess,
+        (DEVICE_SERVICE, "ApproveAccessRequest") => Action::ApproveAccess,
+        (DEVICE_SERVICE, "DenyAccessRequest") => Action::DenyAccess,
         // The path does not show which action the caller requests: the message specifies the new
         // state of the key.
         (CONTROL_SERVICE, "ChangeWrappingKeyState") => Action::ActivateKey,
@@ -84,7 +96,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 26);
+        assert_eq!(methods, 39);
         for other in [
             "",
             "/",

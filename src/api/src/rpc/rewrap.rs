@@ -58,6 +58,8 @@ pub(super) async fn get(
         clients: uses.clients,
         request_answers: uses.requests,
         approvals: uses.approvals,
+        devices: uses.devices,
+        access_requests: uses.access_requests,
     });
     Ok(Response::new(proto::GetRewrapResponse {
         rewrap: rewrap(&view),
@@ -140,6 +142,7 @@ fn rewrap(view: &RewrapView) -> Option<proto::Rewrap> {
         instance: run.holder.clone(),
         revisions_moved: progress.revisions_moved,
         clients_moved: progress.clients_moved,
+        devices_moved: progress.devices_moved,
         changed_meanwhile: progress.changed_meanwhile,
         left,
         failed: progress.failed,

@@ -25,8 +25,8 @@ pub(super) const fn code(reason: Reason) -> Code {
             Code::InvalidArgument
         }
         Reason::Credential => Code::Unauthenticated,
-        Reason::Policy => Code::PermissionDenied,
-        Reason::KeyNotFound => Code::NotFound,
+        Reason::Policy | Reason::DeviceSignature | Reason::AccessCode => Code::PermissionDenied,
+        Reason::KeyNotFound | Reason::DeviceNotFound => Code::NotFound,
         Reason::KeyExists => Code::AlreadyExists,
         Reason::Revision => Code::Aborted,
         Reason::RecordDamaged => Code::DataLoss,
@@ -34,6 +34,7 @@ pub(super) const fn code(reason: Reason) -> Code {
         | Reason::ReleaseForm
         | Reason::ApprovalNeeded
         | Reason::ApprovalState
+        | Reason::DeviceState
         | Reason::Limit => Code::FailedPrecondition,
         Reason::QueueFull | Reason::Rate | Reason::FailureBudget => Code::ResourceExhausted,
         Reason::TokenDown

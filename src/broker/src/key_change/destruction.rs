@@ -345,21 +345,23 @@ fn needed(row: &RegistryRow, uses: KeyUses) -> Option<String> {
         clients,
         requests,
         approvals,
+        devices,
+        access_requests,
     } = uses;
     if uses.total() == 0 {
         return None;
     }
     let id = row.id;
     let mut text = format!(
-        "{revisions} revisions of records (those of deleted records included), {clients} API clients, {requests} answers to \
-         request ids and {approvals} requests for approval need key {id}"
+        "{revisions} revisions of records (those of deleted records included), {clients} API clients, {devices} devices, \
+         {requests} answers to request ids, {approvals} requests for approval and {access_requests} requests for access need key {id}"
     );
-    if revisions + clients > 0 {
+    if revisions + clients + devices > 0 {
         text.push_str(if row.state == WrappingKeyState::Compromised {
-            "; rows under a compromised key are not moved: enrol these user keys again, create these API clients again, and remove \
-             the earlier rows with `keybroker store purge`"
+            "; rows under a compromised key are not moved: enrol these user keys again, create these API clients again, establish the \
+             trust of these devices again, and remove the earlier rows with `keybroker store purge`"
         } else {
-            "; move the revisions and API clients with `keybroker rewrap start`"
+            "; move the revisions, API clients and devices with `keybroker rewrap start`"
         });
     }
     if requests > 0 {
@@ -369,6 +371,9 @@ fn needed(row: &RegistryRow, uses: KeyUses) -> Option<String> {
         text.push_str(
             "; the requests for approval are over when they are used, rejected or expired: see `keybroker approval list`",
         );
+    }
+    if access_requests > 0 {
+        text.push_str("; the requests for access expire within seven days");
     }
     Some(text)
 }
@@ -398,7 +403,7 @@ mod tests {
             revisions,
             clients,
             requests,
-            approvals: 0,
+            ..KeyUses::default()
         };
         assert_eq!(needed(&row, uses(0, 0, 0)), None);
         let text = needed(&row, uses(2, 3, 4)).unwrap();

@@ -23,9 +23,9 @@ pub enum Phase {
 /// A row that could not be moved, or whose verification failed after the move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailedRow {
-    /// The id of the record or of the API client, as hexadecimal digits; empty if the id cannot be read.
+    /// The id of the record, of the API client or of the device, as hexadecimal digits; empty if the id cannot be read.
     pub id: String,
-    /// The revision of the record or of the API client; 0 if the revision cannot be read.
+    /// The revision of the record or of the API client; 0 if the revision cannot be read, and for a device.
     pub revision: u64,
     /// The problem, as `store check` names it.
     pub problem: String,
@@ -45,6 +45,8 @@ pub struct Progress {
     pub revisions_moved: u64,
     /// API clients that were moved.
     pub clients_moved: u64,
+    /// Devices that were moved.
+    pub devices_moved: u64,
     /// Rows that another change or another broker altered before they could be swapped.
     pub changed_meanwhile: u64,
     /// Rows that could not be moved because they are damaged.
@@ -117,6 +119,11 @@ impl Progress {
         self.clients_moved = self.clients_moved.saturating_add(rows);
     }
 
+    /// Counts devices that were moved.
+    pub(super) fn count_devices(&mut self, rows: u64) {
+        self.devices_moved = self.devices_moved.saturating_add(rows);
+    }
+
     /// Counts a row that the token verified after the move.
     pub(super) fn count_verified(&mut self) {
         self.verified = self.verified.saturating_add(1);
@@ -124,7 +131,9 @@ impl Progress {
 
     /// Returns the number of rows that were moved.
     pub fn moved(&self) -> u64 {
-        self.revisions_moved.saturating_add(self.clients_moved)
+        self.revisions_moved
+            .saturating_add(self.clients_moved)
+            .saturating_add(self.devices_moved)
     }
 
     /// Clears the failed rows before another pass tries all rows again.

@@ -238,10 +238,11 @@ impl<'b> Run<'b> {
             touched += self.move_revisions(*source, *target).await?;
         }
         if self.listed.is_some() {
-            // No list contains API clients.
+            // No list contains API clients or devices.
             return Ok(touched);
         }
-        Ok(touched + self.move_clients(sources, *target).await?)
+        touched += self.move_clients(sources, *target).await?;
+        Ok(touched + self.move_devices(sources, *target).await?)
     }
 
     /// Returns the number of rows for the next page.
@@ -315,6 +316,7 @@ impl<'b> Run<'b> {
             left = uses
                 .revisions
                 .saturating_add(uses.clients)
+                .saturating_add(uses.devices)
                 .saturating_add(left);
         }
         metrics::REWRAP_ROWS_LEFT.set_count(usize::try_from(left).unwrap_or(usize::MAX));

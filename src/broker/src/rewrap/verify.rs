@@ -34,7 +34,8 @@ impl Run<'_> {
         self.progress.phase = Phase::Verifying;
         self.progress.verified = 0;
         self.verify_revisions(target).await?;
-        self.verify_clients(target).await
+        self.verify_clients(target).await?;
+        self.verify_devices(target).await
     }
 
     async fn verify_revisions(&mut self, target: WrappingKeyId) -> Result<(), Stop> {
@@ -101,7 +102,7 @@ impl Run<'_> {
         }
     }
 
-    fn count_verified(&mut self, failed: Option<FailedRow>) {
+    pub(super) fn count_verified(&mut self, failed: Option<FailedRow>) {
         match failed {
             None => self.progress.count_verified(),
             Some(row) => self.progress.fail(row),

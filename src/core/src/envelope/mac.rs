@@ -11,7 +11,10 @@ use zeroize::Zeroizing;
 
 use crate::{
     approval::ApprovalState,
-    key::{ApprovalId, ClientId, Fingerprint, ObjectIds, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{
+        AccessRequestId, ApprovalId, ClientId, Fingerprint, ObjectIds, Purpose, WrappingKeyId,
+        WrappingKeyState,
+    },
     organization::Guid,
 };
 
@@ -31,6 +34,9 @@ const DESTRUCTION_DOMAIN: &[u8] = b"keybroker/key-destruction/v1";
 const REMOVAL_DOMAIN: &[u8] = b"keybroker/key-removal/v1";
 const MEMBER_KEY_DOMAIN: &[u8] = b"keybroker/bitwarden-member-key/v1";
 const APPROVAL_DOMAIN: &[u8] = b"keybroker/approval/v1";
+const DEVICE_DOMAIN: &[u8] = b"keybroker/device/v1";
+const ACCESS_REQUEST_DOMAIN: &[u8] = b"keybroker/access-request/v1";
+const ACCESS_CODE_DOMAIN: &[u8] = b"keybroker/access-code/v1";
 const CLIENT_CREDENTIAL_DOMAIN: &[u8] = b"keybroker/client-credential/v1";
 const REQUEST_DOMAIN: &[u8] = b"keybroker/request/v1";
 
@@ -214,12 +220,37 @@ impl MacMessage {
     /// The message for the MAC of the stored answer to a request id. The message contains the SHA-256 of the fields of the
     /// answer, because the answer may be longer than the input that a token accepts.
     pub fn request_result(parts: &[&[u8]]) -> Self {
+        Self::digest_in(REQUEST_RESULT_DOMAIN, parts)
+    }
+
+    /// The message for the MAC of the row of a device: the SHA-256 of all its fields, because the encrypted keys of a device may
+    /// be longer than the input that a token accepts. The fields begin with tenant, user and device.
+    pub fn device(parts: &[&[u8]]) -> Self {
+        Self::digest_in(DEVICE_DOMAIN, parts)
+    }
+
+    /// The message for the MAC of the row of a request for access, like [`device`](Self::device).
+    pub fn access_request(parts: &[&[u8]]) -> Self {
+        Self::digest_in(ACCESS_REQUEST_DOMAIN, parts)
+    }
+
+    /// The message whose MAC the broker keeps in place of the access code of a request for access. The store keeps a MAC and not
+    /// a plain hash, so that a reader of the table cannot test guesses.
+    pub fn access_code(request: AccessRequestId, code: &[u8]) -> Self {
+        let mut message = Message::new(ACCESS_CODE_DOMAIN);
+        message.fixed(request.as_bytes());
+        message.sized(code);
+        message.finish()
+    }
+
+    /// A message with the SHA-256 of the fields, each with its length.
+    fn digest_in(domain: &[u8], parts: &[&[u8]]) -> Self {
         let mut fields = digest::Context::new(&digest::SHA256);
         for part in parts {
             fields.update(&length_u16(part.len()));
             fields.update(part);
         }
-        let mut message = Message::new(REQUEST_RESULT_DOMAIN);
+        let mut message = Message::new(domain);
         message.fixed(fields.finish().as_ref());
         message.finish()
     }

@@ -1,4 +1,4 @@
-//! The ids of records, wrapping keys, API clients and requests for approval.
+//! The ids of records, wrapping keys, API clients, devices and requests.
 
 use std::fmt;
 
@@ -67,6 +67,17 @@ impl ClientId {
 id!(
     /// The id of a request for approval. An API client that is created with an approval has the same 16 bytes as its id.
     ApprovalId
+);
+
+id!(
+    /// The id of a device of a member. The device chooses the id when its trust is established. Ids of devices of different
+    /// members are independent of each other.
+    DeviceId
+);
+
+id!(
+    /// The id of a request for access of a new device.
+    AccessRequestId
 );
 
 id!(

@@ -13,6 +13,7 @@ mod arguments;
 pub(super) mod connect;
 mod control;
 mod credential;
+mod devices;
 mod keys;
 pub(super) mod material;
 mod recipient;
@@ -68,6 +69,14 @@ pub(super) struct ApprovalArguments {
     command: approvals::Command,
 }
 
+#[derive(Args, Debug)]
+pub(super) struct DeviceArguments {
+    #[command(flatten)]
+    who: Who,
+    #[command(subcommand)]
+    command: devices::Command,
+}
+
 /// The broker to call and the credential to use.
 #[derive(Args, Debug)]
 pub(super) struct Who {
@@ -112,6 +121,13 @@ pub(super) fn run_rewrap(arguments: RewrapArguments, context: &Context) -> Resul
 pub(super) fn run_approval(arguments: ApprovalArguments, context: &Context) -> Result<(), Failure> {
     arguments.who.call(context.output, async |caller| {
         caller.approvals(arguments.command).await
+    })
+}
+
+/// Runs a command of `keybroker device`.
+pub(super) fn run_device(arguments: DeviceArguments, context: &Context) -> Result<(), Failure> {
+    arguments.who.call(context.output, async |caller| {
+        caller.devices(arguments.command).await
     })
 }
 

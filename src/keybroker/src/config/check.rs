@@ -246,6 +246,7 @@ impl Config {
             .iter()
             .map(|principal| principal.san.as_str());
         problems.extend(self.approvals.problems(&sans.collect()));
+        problems.extend(self.devices.problems());
         let mut seen = HashSet::new();
         for principal in &self.principals {
             problems.extend(principal.problem());

@@ -275,6 +275,7 @@ impl Server {
             rotate_after: config.wrapping_keys.rotate_after(),
             approvals: approval_rules(&config),
             sealed_only: config.release.sealed_only,
+            devices: config.devices.rules(retention(&config.store)),
             state,
             accepted_risks,
         });
@@ -489,7 +490,13 @@ impl Server {
         {
             tracing::debug!("background tasks have not ended yet");
         }
-        for service in [rpc::USER_KEY_SERVICE, rpc::CONTROL_SERVICE, ""] {
+        let services = [
+            rpc::USER_KEY_SERVICE,
+            rpc::DEVICE_SERVICE,
+            rpc::CONTROL_SERVICE,
+            "",
+        ];
+        for service in services {
             self.health
                 .set_service_status(service, ServingStatus::NotServing)
                 .await;

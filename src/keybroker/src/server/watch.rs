@@ -56,6 +56,7 @@ pub(super) async fn report(health: &Health, reporter: &HealthReporter) {
     };
     for (service, good) in [
         (rpc::USER_KEY_SERVICE, health.user_keys),
+        (rpc::DEVICE_SERVICE, health.user_keys),
         (rpc::CONTROL_SERVICE, health.control),
         ("", health.user_keys && health.control),
     ] {

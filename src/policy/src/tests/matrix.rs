@@ -18,7 +18,7 @@ fn key_names(names: &[&str]) -> Reach<KeyName> {
 }
 
 fn principals() -> BTreeMap<&'static str, Identity> {
-    use Role::{Admin, Auditor, Enrol, Lifecycle, Release};
+    use Role::{Admin, Approver, Auditor, Enrol, Lifecycle, Release};
     let nameless = Identity {
         subject: None,
         ..person("nobody")
@@ -41,6 +41,10 @@ fn principals() -> BTreeMap<&'static str, Identity> {
         key_names: key_names(&["vault"]),
         ..service(&[Release])
     };
+    let approver_of_ada = Identity {
+        users: users(&["ada"]),
+        ..service(&[Approver])
+    };
     let nothing = Identity {
         users: users(&[]),
         ..service(&[Release])
@@ -62,13 +66,15 @@ fn principals() -> BTreeMap<&'static str, Identity> {
         ("ops", service(&[Admin, Auditor])),
         ("vault", service(&[Release, Enrol, Lifecycle])),
         ("no-role", service(&[])),
+        ("approver-ada", approver_of_ada),
+        ("approver-all", service(&[Approver])),
         ("conflicting", service(&[Release, Admin])),
         ("conflicting-2", service(&[Release, Auditor, Enrol])),
     ])
 }
 
 /// The parts of a resource: tenant, user and key name.
-const RESOURCES: [(&str, &str, &str, &str); 10] = [
+const RESOURCES: [(&str, &str, &str, &str); 16] = [
     ("own", "default", "ada", "vault"),
     ("own-mail", "default", "ada", "mail"),
     ("other", "default", "bob", "vault"),
@@ -79,6 +85,12 @@ const RESOURCES: [(&str, &str, &str, &str); 10] = [
     ("list-all", "default", "-", "-"),
     ("list-tenant", "elsewhere", "ada", "-"),
     ("broker", "-", "-", "-"),
+    ("devices-own", "default", "ada", "-"),
+    ("devices-other", "default", "bob", "-"),
+    ("devices-all", "default", "-", "-"),
+    ("devices-tenant", "elsewhere", "ada", "-"),
+    ("request-own", "default", "ada", "-"),
+    ("request-other", "default", "bob", "-"),
 ];
 
 fn evaluate(policy: &Policy, identity: &Identity, action: Action, resource: &str) -> Verdict {
@@ -99,6 +111,18 @@ fn evaluate(policy: &Policy, identity: &Identity, action: Action, resource: &str
         list if list.starts_with("list") => Resource::UserKeys {
             tenant,
             user: Some(user),
+        },
+        "devices-all" => Resource::Devices { tenant, user: None },
+        devices if devices.starts_with("devices") => Resource::Devices {
+            tenant,
+            user: Some(user),
+        },
+        request if request.starts_with("request") => Resource::AccessRequest {
+            tenant,
+            user,
+            requested_by: "token:home:other",
+            device_type: "laptop",
+            peer: PEER,
         },
         _ => Resource::UserKey {
             tenant,
@@ -227,6 +251,30 @@ fn a_decision_names_its_policy() {
         ),
         ("no-role", Action::Get, "own", "default-deny"),
         ("release-all", Action::Get, "broker", "unasked"),
+        (
+            "user-ada",
+            Action::EstablishDevice,
+            "devices-own",
+            "own-devices",
+        ),
+        (
+            "user-ada",
+            Action::UntrustDevice,
+            "devices-other",
+            "users-own-devices-only",
+        ),
+        (
+            "approver-ada",
+            Action::DenyAccess,
+            "request-other",
+            "devices-within-grant",
+        ),
+        (
+            "admin",
+            Action::ListAccess,
+            "devices-own",
+            "devices-within-grant",
+        ),
     ] {
         let verdict = evaluate(&policy, &principals[principal], action, resource);
         assert_eq!(&*verdict.policy, named, "{principal} {action} {resource}");
@@ -266,7 +314,14 @@ fn a_permit_for_everything_opens_neither_the_control_plane_nor_other_users_keys(
                     assert_eq!((verdict.allowed, without.allowed), (true, false), "{name}");
                     continue;
                 }
-                if resource == "broker" || is_foreign || is_change || action == Action::Unwrap {
+                let is_of_devices =
+                    resource.starts_with("devices") || resource.starts_with("request");
+                if resource == "broker"
+                    || is_of_devices
+                    || is_foreign
+                    || is_change
+                    || action == Action::Unwrap
+                {
                     assert_eq!(
                         (verdict.allowed, &*verdict.policy == "wide"),
                         (without.allowed, false),
@@ -360,6 +415,17 @@ fn case<'a>(
             user: one.then_some(user),
         },
         Resource::UserKey { tenant, user, name },
+        Resource::Devices {
+            tenant,
+            user: one.then_some(user),
+        },
+        Resource::AccessRequest {
+            tenant,
+            user,
+            requested_by: "token:home:a",
+            device_type: "laptop",
+            peer,
+        },
     ];
     let resource = candidates
         .into_iter()
@@ -385,6 +451,10 @@ forbid (principal, action == Keybroker::Action::"user_key.unwrap", resource) whe
     context has authAgeSeconds && context.authAgeSeconds > 3600 || context.peer.isInRange(ip("10.0.0.0/8")) ||
     context.time < datetime("1999-01-01") || resource.keyName == "mail" || resource.tenant == "x" ||
     principal.name like "*x*" || principal.credential == "token" || principal.tenant == "y"
+};
+@id("everything-of-a-request")
+forbid (principal, action in [Keybroker::Action::"access_request.approve", Keybroker::Action::"access_request.deny"], resource) when {
+    resource.requestedBy like "*z" || resource.deviceType == "phone" || resource.requestPeer.isLoopback() || resource.user == "b"
 };
 @id("everything-of-a-service")
 forbid (principal is Keybroker::Service, action in Keybroker::Action::"user_keys", resource) when {

@@ -1747,6 +1747,13 @@ pub struct WrappingKeyUse {
     /// used, rejected or expired.
     #[prost(uint64, tag = "5")]
     pub approvals: u64,
+    /// Devices of members whose MACs were made with the integrity key.
+    #[prost(uint64, tag = "6")]
+    pub devices: u64,
+    /// Requests for access that are open and whose MACs were made with the integrity key. They are not moved; each expires within seven
+    /// days.
+    #[prost(uint64, tag = "7")]
+    pub access_requests: u64,
 }
 /// A re-wrap: the move of rows from the other wrapping keys to the wrapping key that wraps new user keys.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1790,7 +1797,7 @@ pub struct Rewrap {
     /// Times that another change altered a row before it could be swapped. Such a row is tried again.
     #[prost(uint64, tag = "13")]
     pub changed_meanwhile: u64,
-    /// Revisions and API clients that are still to be moved, counted for this answer. Includes the rows that failed.
+    /// Revisions, API clients and devices that are still to be moved, counted for this answer. Includes the rows that failed.
     #[prost(uint64, tag = "14")]
     pub left: u64,
     /// Rows that failed in the present pass over all rows.
@@ -1811,6 +1818,9 @@ pub struct Rewrap {
     /// The reason why the re-wrap cannot go on at present, such as "TOKEN_DOWN"; empty if it can.
     #[prost(string, tag = "20")]
     pub blocked_by: ::prost::alloc::string::String,
+    /// Devices of members that were moved.
+    #[prost(uint64, tag = "21")]
+    pub devices_moved: u64,
 }
 /// Request of StartRewrap.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3966,6 +3976,1840 @@ pub mod control_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "keybroker.v1.ControlService";
     impl<T> tonic::server::NamedService for ControlServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// The signature of a device over the fields of the request in which it is sent.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeviceSignature {
+    /// The device that signs, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+    /// When the device signed, in microseconds since 1970. At most five minutes from the broker's time, and later than the last accepted
+    /// signature of the device.
+    #[prost(int64, tag = "2")]
+    pub sign_time_us: i64,
+    /// 64 bytes: Ed25519, or ECDSA P-256 with SHA-256 as r and s with 32 bytes each.
+    #[prost(bytes = "vec", tag = "3")]
+    pub signature: ::prost::alloc::vec::Vec<u8>,
+}
+/// The encrypted keys of a device.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeviceKeys {
+    /// The user key, encrypted to the public key of the device: 1 to 1,024 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub user_key: ::prost::alloc::vec::Vec<u8>,
+    /// The public key of the device, encrypted with the user key: 1 to 2,048 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// The private key of the device, encrypted with its device key: 1 to 8,192 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub private_key: ::prost::alloc::vec::Vec<u8>,
+}
+/// A device of a member. Contains no encrypted private key and no user key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Device {
+    /// 16 bytes, chosen by the device.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// The state.
+    #[prost(enumeration = "DeviceState", tag = "2")]
+    pub state: i32,
+    /// The name that the member gave the device.
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// The type of the device, as its app states it.
+    #[prost(string, tag = "4")]
+    pub r#type: ::prost::alloc::string::String,
+    /// The public key of the signatures of the device.
+    #[prost(bytes = "vec", tag = "5")]
+    pub verification_key: ::prost::alloc::vec::Vec<u8>,
+    /// The name of the user key that the device opens.
+    #[prost(string, tag = "6")]
+    pub key_name: ::prost::alloc::string::String,
+    /// The revision of the user key that the device opens.
+    #[prost(uint64, tag = "7")]
+    pub revision: u64,
+    /// The public key of the device, encrypted with the user key; empty unless the device is trusted.
+    #[prost(bytes = "vec", tag = "8")]
+    pub encrypted_public_key: ::prost::alloc::vec::Vec<u8>,
+    /// When the trust was established.
+    #[prost(message, optional, tag = "9")]
+    pub trust_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the device last fetched its keys; absent before.
+    #[prost(message, optional, tag = "10")]
+    pub last_use_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the device was reported as lost; absent otherwise.
+    #[prost(message, optional, tag = "11")]
+    pub lost_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Whether the token verified the row for this answer.
+    #[prost(bool, tag = "12")]
+    pub verified: bool,
+    /// Whether the row was altered in the database: do not trust its content.
+    #[prost(bool, tag = "13")]
+    pub altered: bool,
+}
+/// A request for access.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AccessRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// The state at the time of the answer.
+    #[prost(enumeration = "AccessRequestState", tag = "2")]
+    pub state: i32,
+    /// Who is asked to approve.
+    #[prost(enumeration = "AccessApprover", tag = "3")]
+    pub approver: i32,
+    /// The member.
+    #[prost(string, tag = "4")]
+    pub user: ::prost::alloc::string::String,
+    /// The name of the requested user key.
+    #[prost(string, tag = "5")]
+    pub key_name: ::prost::alloc::string::String,
+    /// The device that asks, 16 bytes.
+    #[prost(bytes = "vec", tag = "6")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+    /// The name of this device.
+    #[prost(string, tag = "7")]
+    pub device_name: ::prost::alloc::string::String,
+    /// The type of this device, as its app states it.
+    #[prost(string, tag = "8")]
+    pub device_type: ::prost::alloc::string::String,
+    /// The public key to which the answer is encrypted, as SubjectPublicKeyInfo. Empty for an approver.
+    #[prost(bytes = "vec", tag = "9")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// SHA-256 of the public key.
+    #[prost(bytes = "vec", tag = "10")]
+    pub public_key_sha256: ::prost::alloc::vec::Vec<u8>,
+    /// The principal that made the request.
+    #[prost(string, tag = "11")]
+    pub requested_by: ::prost::alloc::string::String,
+    /// The network address from which the request came.
+    #[prost(string, tag = "12")]
+    pub peer: ::prost::alloc::string::String,
+    /// When the request was made.
+    #[prost(message, optional, tag = "13")]
+    pub request_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// When the request, or after an approval its answer, expires.
+    #[prost(message, optional, tag = "14")]
+    pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// The principal that approved or denied the request; empty before.
+    #[prost(string, tag = "15")]
+    pub decided_by: ::prost::alloc::string::String,
+    /// The device that approved the request, 16 bytes; empty unless a device did.
+    #[prost(bytes = "vec", tag = "16")]
+    pub decided_by_device_id: ::prost::alloc::vec::Vec<u8>,
+    /// When the request was approved or denied; absent before.
+    #[prost(message, optional, tag = "17")]
+    pub decide_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// The five words that the member and the approver compare. For an approver, two words are empty: the member says them, and the
+    /// approver sends them with the approval.
+    #[prost(string, repeated, tag = "18")]
+    pub phrase: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Whether the token verified the row for this answer.
+    #[prost(bool, tag = "19")]
+    pub verified: bool,
+    /// Whether the row was altered in the database: do not trust its content.
+    #[prost(bool, tag = "20")]
+    pub altered: bool,
+}
+/// Request of EstablishTrust. The signed fields are, in this order: device_id, name, type, verification_key, key_name, revision (eight
+/// bytes), keys.user_key, keys.public_key, keys.private_key.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EstablishTrustRequest {
+    /// 16 bytes, chosen by the device.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+    /// 1 to 128 bytes of UTF-8 without control characters.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// 1 to 64 bytes of UTF-8 without control characters.
+    #[prost(string, tag = "3")]
+    pub r#type: ::prost::alloc::string::String,
+    /// The public key of the signatures of the device: 32 bytes of Ed25519, or an uncompressed point of P-256 with 65 bytes.
+    #[prost(bytes = "vec", tag = "4")]
+    pub verification_key: ::prost::alloc::vec::Vec<u8>,
+    /// The name of the user key that the device opens.
+    #[prost(string, tag = "5")]
+    pub key_name: ::prost::alloc::string::String,
+    /// The current revision of the user key.
+    #[prost(uint64, tag = "6")]
+    pub revision: u64,
+    /// The encrypted keys.
+    #[prost(message, optional, tag = "7")]
+    pub keys: ::core::option::Option<DeviceKeys>,
+    /// The approved request for access of the device, 16 bytes; empty if a trusted device signs, and for the first device.
+    #[prost(bytes = "vec", tag = "8")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The signature.
+    #[prost(message, optional, tag = "9")]
+    pub signature: ::core::option::Option<DeviceSignature>,
+}
+/// Answer of EstablishTrust.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EstablishTrustResponse {
+    /// The trusted device.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<Device>,
+}
+/// Request of GetDeviceKeys.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetDeviceKeysRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+}
+/// Answer of GetDeviceKeys.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetDeviceKeysResponse {
+    /// The encrypted keys.
+    #[prost(message, optional, tag = "1")]
+    pub keys: ::core::option::Option<DeviceKeys>,
+    /// The name of the user key that they open.
+    #[prost(string, tag = "2")]
+    pub key_name: ::prost::alloc::string::String,
+    /// The revision of the user key that they open.
+    #[prost(uint64, tag = "3")]
+    pub revision: u64,
+}
+/// Request of ListDevices.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListDevicesRequest {
+    /// The member, for a caller with the role `approver`; empty for the caller itself.
+    #[prost(string, tag = "1")]
+    pub user: ::prost::alloc::string::String,
+}
+/// Answer of ListDevices.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListDevicesResponse {
+    /// The devices in the order of their ids, at most 200.
+    #[prost(message, repeated, tag = "1")]
+    pub devices: ::prost::alloc::vec::Vec<Device>,
+    /// The ids of rows that cannot be read; an empty id if the id itself cannot be read.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub damaged_device_ids: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+}
+/// Request of RenameDevice.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenameDeviceRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+    /// 1 to 128 bytes of UTF-8 without control characters.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+}
+/// Answer of RenameDevice.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenameDeviceResponse {
+    /// The device after the change.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<Device>,
+}
+/// Request of UntrustDevices. The signed fields are, in this order: "lost" or "untrusted"; "all" or "these"; each of the device_ids.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UntrustDevicesRequest {
+    /// The devices, 16 bytes each, at most 200. Empty only with `all`.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub device_ids: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// Ends the trust of all devices of the member.
+    #[prost(bool, tag = "2")]
+    pub all: bool,
+    /// The devices were lost.
+    #[prost(bool, tag = "3")]
+    pub lost: bool,
+    /// The member, for a caller with the role `approver`; empty for the caller itself.
+    #[prost(string, tag = "4")]
+    pub user: ::prost::alloc::string::String,
+    /// The signature of a trusted device; absent for an approver.
+    #[prost(message, optional, tag = "5")]
+    pub signature: ::core::option::Option<DeviceSignature>,
+}
+/// Answer of UntrustDevices.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UntrustDevicesResponse {
+    /// The devices after the change.
+    #[prost(message, repeated, tag = "1")]
+    pub devices: ::prost::alloc::vec::Vec<Device>,
+}
+/// Request of ReportDeviceLost.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportDeviceLostRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+}
+/// Answer of ReportDeviceLost.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportDeviceLostResponse {
+    /// The device after the change.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<Device>,
+}
+/// The new encrypted keys of one device. Its encrypted private key does not change.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotatedDevice {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+    /// The new user key, encrypted to the public key of the device: 1 to 1,024 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub user_key: ::prost::alloc::vec::Vec<u8>,
+    /// The public key of the device, encrypted with the new user key: 1 to 2,048 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+}
+/// Request of RotateDevices. The signed fields are, in this order: key_name; expected_revision (eight bytes); key_material; the number
+/// of devices (four bytes); device_id, user_key and public_key of each device; each of the untrusted_device_ids.
+#[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct RotateDevicesRequest {
+    /// The name of the user key.
+    #[prost(string, tag = "1")]
+    pub key_name: ::prost::alloc::string::String,
+    /// The new user key, 1 to 190 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub key_material: ::prost::alloc::vec::Vec<u8>,
+    /// The current revision of the user key.
+    #[prost(uint64, tag = "3")]
+    pub expected_revision: u64,
+    /// The devices that stay trusted.
+    #[prost(message, repeated, tag = "4")]
+    pub devices: ::prost::alloc::vec::Vec<RotatedDevice>,
+    /// The trusted devices whose public key did not open: their trust is ended. Together with `devices`, every trusted device must be
+    /// named exactly once.
+    #[prost(bytes = "vec", repeated, tag = "5")]
+    pub untrusted_device_ids: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    /// The signature of a trusted device.
+    #[prost(message, optional, tag = "6")]
+    pub signature: ::core::option::Option<DeviceSignature>,
+}
+/// Answer of RotateDevices.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RotateDevicesResponse {
+    /// The new revision of the user key.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+}
+/// Request of CreateAccessRequest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct CreateAccessRequestRequest {
+    /// 16 bytes, chosen by the device.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device_id: ::prost::alloc::vec::Vec<u8>,
+    /// 1 to 128 bytes of UTF-8 without control characters.
+    #[prost(string, tag = "2")]
+    pub device_name: ::prost::alloc::string::String,
+    /// 1 to 64 bytes of UTF-8 without control characters.
+    #[prost(string, tag = "3")]
+    pub device_type: ::prost::alloc::string::String,
+    /// The public key of the signatures of the device, as in EstablishTrust.
+    #[prost(bytes = "vec", tag = "4")]
+    pub verification_key: ::prost::alloc::vec::Vec<u8>,
+    /// The public key to which the answer is encrypted: a SubjectPublicKeyInfo of RSA with 2048 to 4096 bits and the exponent 65537.
+    #[prost(bytes = "vec", tag = "5")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// The access code: 16 to 64 bytes with at least 128 bits of randomness.
+    #[prost(bytes = "vec", tag = "6")]
+    pub access_code: ::prost::alloc::vec::Vec<u8>,
+    /// The name of the requested user key.
+    #[prost(string, tag = "7")]
+    pub key_name: ::prost::alloc::string::String,
+    /// Who is asked to approve.
+    #[prost(enumeration = "AccessApprover", tag = "8")]
+    pub approver: i32,
+}
+/// Answer of CreateAccessRequest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateAccessRequestResponse {
+    /// The request.
+    #[prost(message, optional, tag = "1")]
+    pub access_request: ::core::option::Option<AccessRequest>,
+}
+/// Request of FetchAccessAnswer.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct FetchAccessAnswerRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The access code of the request.
+    #[prost(bytes = "vec", tag = "2")]
+    pub access_code: ::prost::alloc::vec::Vec<u8>,
+}
+/// Answer of FetchAccessAnswer.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FetchAccessAnswerResponse {
+    /// The state: pending or approved. A request in another state is refused with DEVICE_STATE.
+    #[prost(enumeration = "AccessRequestState", tag = "1")]
+    pub state: i32,
+    /// The user key, encrypted to the public key of the request; empty while the request is pending.
+    #[prost(bytes = "vec", tag = "2")]
+    pub encrypted_user_key: ::prost::alloc::vec::Vec<u8>,
+    /// How the user key is encrypted, as the approving device stated it; empty while the request is pending.
+    #[prost(string, tag = "3")]
+    pub encryption: ::prost::alloc::string::String,
+    /// When the request, or after an approval its answer, expires.
+    #[prost(message, optional, tag = "4")]
+    pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// Request of ConfirmAccessAnswer.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
+pub struct ConfirmAccessAnswerRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The access code of the request.
+    #[prost(bytes = "vec", tag = "2")]
+    pub access_code: ::prost::alloc::vec::Vec<u8>,
+}
+/// Answer of ConfirmAccessAnswer.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfirmAccessAnswerResponse {}
+/// Request of ListAccessRequests.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListAccessRequestsRequest {
+    /// Also list the requests that were decided or have expired.
+    #[prost(bool, tag = "1")]
+    pub show_all: bool,
+}
+/// Answer of ListAccessRequests.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListAccessRequestsResponse {
+    /// The requests, newest first, at most 200.
+    #[prost(message, repeated, tag = "1")]
+    pub access_requests: ::prost::alloc::vec::Vec<AccessRequest>,
+    /// The ids of rows that cannot be read; an empty id if the id itself cannot be read.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub damaged_access_request_ids: ::prost::alloc::vec::Vec<
+        ::prost::alloc::vec::Vec<u8>,
+    >,
+}
+/// Request of ApproveAccessRequest. The signed fields are, in this order: access_request_id, the public_key of the request,
+/// encrypted_user_key, encryption.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveAccessRequestRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The user key, encrypted to the public key of the request: 1 to 1,024 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub encrypted_user_key: ::prost::alloc::vec::Vec<u8>,
+    /// How the user key is encrypted, for the new device: 1 to 32 bytes of \[a-z0-9._-\], such as "rsa-oaep-sha256".
+    #[prost(string, tag = "3")]
+    pub encryption: ::prost::alloc::string::String,
+    /// The signature of a trusted device.
+    #[prost(message, optional, tag = "4")]
+    pub signature: ::core::option::Option<DeviceSignature>,
+}
+/// Answer of ApproveAccessRequest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveAccessRequestResponse {
+    /// The request after the approval.
+    #[prost(message, optional, tag = "1")]
+    pub access_request: ::core::option::Option<AccessRequest>,
+}
+/// Request of DenyAccessRequest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DenyAccessRequestRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+}
+/// Answer of DenyAccessRequest.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DenyAccessRequestResponse {
+    /// The request after the change.
+    #[prost(message, optional, tag = "1")]
+    pub access_request: ::core::option::Option<AccessRequest>,
+}
+/// State of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DeviceState {
+    /// Never sent.
+    Unspecified = 0,
+    /// The device can fetch its encrypted keys, and its signatures count.
+    Trusted = 1,
+    /// The trust was ended.
+    Untrusted = 2,
+    /// The trust was ended because the device was lost.
+    Lost = 3,
+}
+impl DeviceState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DEVICE_STATE_UNSPECIFIED",
+            Self::Trusted => "DEVICE_STATE_TRUSTED",
+            Self::Untrusted => "DEVICE_STATE_UNTRUSTED",
+            Self::Lost => "DEVICE_STATE_LOST",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DEVICE_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "DEVICE_STATE_TRUSTED" => Some(Self::Trusted),
+            "DEVICE_STATE_UNTRUSTED" => Some(Self::Untrusted),
+            "DEVICE_STATE_LOST" => Some(Self::Lost),
+            _ => None,
+        }
+    }
+}
+/// State of a request for access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum AccessRequestState {
+    /// Never sent.
+    Unspecified = 0,
+    /// Nobody has decided yet.
+    Pending = 1,
+    /// The request was approved, and the answer can be fetched.
+    Approved = 2,
+    /// The request was denied, or too many wrong access codes were sent.
+    Denied = 3,
+    /// The answer was confirmed, or its five minutes are over.
+    Consumed = 4,
+    /// The approval was withdrawn.
+    Revoked = 5,
+    /// The request was not decided, or the answer not fetched, in time.
+    Expired = 6,
+}
+impl AccessRequestState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ACCESS_REQUEST_STATE_UNSPECIFIED",
+            Self::Pending => "ACCESS_REQUEST_STATE_PENDING",
+            Self::Approved => "ACCESS_REQUEST_STATE_APPROVED",
+            Self::Denied => "ACCESS_REQUEST_STATE_DENIED",
+            Self::Consumed => "ACCESS_REQUEST_STATE_CONSUMED",
+            Self::Revoked => "ACCESS_REQUEST_STATE_REVOKED",
+            Self::Expired => "ACCESS_REQUEST_STATE_EXPIRED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ACCESS_REQUEST_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "ACCESS_REQUEST_STATE_PENDING" => Some(Self::Pending),
+            "ACCESS_REQUEST_STATE_APPROVED" => Some(Self::Approved),
+            "ACCESS_REQUEST_STATE_DENIED" => Some(Self::Denied),
+            "ACCESS_REQUEST_STATE_CONSUMED" => Some(Self::Consumed),
+            "ACCESS_REQUEST_STATE_REVOKED" => Some(Self::Revoked),
+            "ACCESS_REQUEST_STATE_EXPIRED" => Some(Self::Expired),
+            _ => None,
+        }
+    }
+}
+/// Who is asked to approve a request for access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum AccessApprover {
+    /// Not accepted.
+    Unspecified = 0,
+    /// Another trusted device of the member, by default within 15 minutes.
+    Device = 1,
+    /// An administrator with the role `approver`, by default within seven days.
+    Administrator = 2,
+}
+impl AccessApprover {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ACCESS_APPROVER_UNSPECIFIED",
+            Self::Device => "ACCESS_APPROVER_DEVICE",
+            Self::Administrator => "ACCESS_APPROVER_ADMINISTRATOR",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ACCESS_APPROVER_UNSPECIFIED" => Some(Self::Unspecified),
+            "ACCESS_APPROVER_DEVICE" => Some(Self::Device),
+            "ACCESS_APPROVER_ADMINISTRATOR" => Some(Self::Administrator),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod device_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// DeviceService manages the trusted devices of members, and the requests of new devices for access. The keys belong to the apps on the
+    /// devices: the broker keeps encrypted keys that it cannot open. docs/devices.md explains the protocol and the signed bytes.
+    ///
+    /// Tenant and member always come from the caller's credential. Only a caller with the role `approver` can name another member. A message is at most
+    /// 64 KiB. Errors contain google.rpc.ErrorInfo with domain "keybroker.v1" and a reason from the fixed list in docs/errors.md.
+    #[derive(Debug, Clone)]
+    pub struct DeviceServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> DeviceServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> DeviceServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            DeviceServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Establishes the trust of a device of the caller. Needs the signature of a trusted device. The device itself may sign if the member
+        /// has no trusted device, or if its request for access was approved.
+        pub async fn establish_trust(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EstablishTrustRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EstablishTrustResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/EstablishTrust",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.DeviceService", "EstablishTrust"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Returns the encrypted keys of a trusted device of the caller.
+        pub async fn get_device_keys(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetDeviceKeysRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetDeviceKeysResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/GetDeviceKeys",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.DeviceService", "GetDeviceKeys"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists the devices of the caller or, for an approver, of a member.
+        pub async fn list_devices(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListDevicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListDevicesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ListDevices",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.DeviceService", "ListDevices"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives a device of the caller another name.
+        pub async fn rename_device(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RenameDeviceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RenameDeviceResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/RenameDevice",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.DeviceService", "RenameDevice"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends the trust of devices, and removes their encrypted keys. Needs the signature of a trusted device, unless the caller is an
+        /// approver.
+        pub async fn untrust_devices(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UntrustDevicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UntrustDevicesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/UntrustDevices",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.DeviceService", "UntrustDevices"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Records that a device of the caller was lost. The device stays trusted until a trusted device or an approver ends the trust.
+        pub async fn report_device_lost(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReportDeviceLostRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportDeviceLostResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ReportDeviceLost",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "ReportDeviceLost"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Replaces the user key of the caller and the encrypted keys of all trusted devices. All of it is changed, or nothing. Needs the
+        /// signature of a trusted device.
+        pub async fn rotate_devices(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RotateDevicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RotateDevicesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/RotateDevices",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("keybroker.v1.DeviceService", "RotateDevices"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Asks for the user key for a new device of the caller.
+        pub async fn create_access_request(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CreateAccessRequestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CreateAccessRequestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/CreateAccessRequest",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "CreateAccessRequest"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Returns the state of a request that the caller made and, if it was approved, the answer. After the first time, the answer can be
+        /// fetched again for five minutes.
+        pub async fn fetch_access_answer(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FetchAccessAnswerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FetchAccessAnswerResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/FetchAccessAnswer",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "FetchAccessAnswer"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Confirms that the new device has the user key. The broker removes the answer.
+        pub async fn confirm_access_answer(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ConfirmAccessAnswerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfirmAccessAnswerResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ConfirmAccessAnswer",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "ConfirmAccessAnswer"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers.
+        pub async fn list_access_requests(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListAccessRequestsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListAccessRequestsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ListAccessRequests",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "ListAccessRequests"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Approves the request of another device of the caller. Needs the signature of a trusted device.
+        pub async fn approve_access_request(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ApproveAccessRequestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveAccessRequestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ApproveAccessRequest",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "ApproveAccessRequest"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Denies a pending request, or withdraws an approval whose answer was not consumed.
+        pub async fn deny_access_request(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DenyAccessRequestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DenyAccessRequestResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/DenyAccessRequest",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "DenyAccessRequest"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod device_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with DeviceServiceServer.
+    #[async_trait]
+    pub trait DeviceService: std::marker::Send + std::marker::Sync + 'static {
+        /// Establishes the trust of a device of the caller. Needs the signature of a trusted device. The device itself may sign if the member
+        /// has no trusted device, or if its request for access was approved.
+        async fn establish_trust(
+            &self,
+            request: tonic::Request<super::EstablishTrustRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::EstablishTrustResponse>,
+            tonic::Status,
+        >;
+        /// Returns the encrypted keys of a trusted device of the caller.
+        async fn get_device_keys(
+            &self,
+            request: tonic::Request<super::GetDeviceKeysRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetDeviceKeysResponse>,
+            tonic::Status,
+        >;
+        /// Lists the devices of the caller or, for an approver, of a member.
+        async fn list_devices(
+            &self,
+            request: tonic::Request<super::ListDevicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListDevicesResponse>,
+            tonic::Status,
+        >;
+        /// Gives a device of the caller another name.
+        async fn rename_device(
+            &self,
+            request: tonic::Request<super::RenameDeviceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RenameDeviceResponse>,
+            tonic::Status,
+        >;
+        /// Ends the trust of devices, and removes their encrypted keys. Needs the signature of a trusted device, unless the caller is an
+        /// approver.
+        async fn untrust_devices(
+            &self,
+            request: tonic::Request<super::UntrustDevicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UntrustDevicesResponse>,
+            tonic::Status,
+        >;
+        /// Records that a device of the caller was lost. The device stays trusted until a trusted device or an approver ends the trust.
+        async fn report_device_lost(
+            &self,
+            request: tonic::Request<super::ReportDeviceLostRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportDeviceLostResponse>,
+            tonic::Status,
+        >;
+        /// Replaces the user key of the caller and the encrypted keys of all trusted devices. All of it is changed, or nothing. Needs the
+        /// signature of a trusted device.
+        async fn rotate_devices(
+            &self,
+            request: tonic::Request<super::RotateDevicesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RotateDevicesResponse>,
+            tonic::Status,
+        >;
+        /// Asks for the user key for a new device of the caller.
+        async fn create_access_request(
+            &self,
+            request: tonic::Request<super::CreateAccessRequestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CreateAccessRequestResponse>,
+            tonic::Status,
+        >;
+        /// Returns the state of a request that the caller made and, if it was approved, the answer. After the first time, the answer can be
+        /// fetched again for five minutes.
+        async fn fetch_access_answer(
+            &self,
+            request: tonic::Request<super::FetchAccessAnswerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::FetchAccessAnswerResponse>,
+            tonic::Status,
+        >;
+        /// Confirms that the new device has the user key. The broker removes the answer.
+        async fn confirm_access_answer(
+            &self,
+            request: tonic::Request<super::ConfirmAccessAnswerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ConfirmAccessAnswerResponse>,
+            tonic::Status,
+        >;
+        /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers.
+        async fn list_access_requests(
+            &self,
+            request: tonic::Request<super::ListAccessRequestsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListAccessRequestsResponse>,
+            tonic::Status,
+        >;
+        /// Approves the request of another device of the caller. Needs the signature of a trusted device.
+        async fn approve_access_request(
+            &self,
+            request: tonic::Request<super::ApproveAccessRequestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveAccessRequestResponse>,
+            tonic::Status,
+        >;
+        /// Denies a pending request, or withdraws an approval whose answer was not consumed.
+        async fn deny_access_request(
+            &self,
+            request: tonic::Request<super::DenyAccessRequestRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DenyAccessRequestResponse>,
+            tonic::Status,
+        >;
+    }
+    /// DeviceService manages the trusted devices of members, and the requests of new devices for access. The keys belong to the apps on the
+    /// devices: the broker keeps encrypted keys that it cannot open. docs/devices.md explains the protocol and the signed bytes.
+    ///
+    /// Tenant and member always come from the caller's credential. Only a caller with the role `approver` can name another member. A message is at most
+    /// 64 KiB. Errors contain google.rpc.ErrorInfo with domain "keybroker.v1" and a reason from the fixed list in docs/errors.md.
+    #[derive(Debug)]
+    pub struct DeviceServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> DeviceServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for DeviceServiceServer<T>
+    where
+        T: DeviceService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/keybroker.v1.DeviceService/EstablishTrust" => {
+                    #[allow(non_camel_case_types)]
+                    struct EstablishTrustSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::EstablishTrustRequest>
+                    for EstablishTrustSvc<T> {
+                        type Response = super::EstablishTrustResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::EstablishTrustRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::establish_trust(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EstablishTrustSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/GetDeviceKeys" => {
+                    #[allow(non_camel_case_types)]
+                    struct GetDeviceKeysSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::GetDeviceKeysRequest>
+                    for GetDeviceKeysSvc<T> {
+                        type Response = super::GetDeviceKeysResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::GetDeviceKeysRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::get_device_keys(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GetDeviceKeysSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ListDevices" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListDevicesSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ListDevicesRequest>
+                    for ListDevicesSvc<T> {
+                        type Response = super::ListDevicesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListDevicesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::list_devices(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListDevicesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/RenameDevice" => {
+                    #[allow(non_camel_case_types)]
+                    struct RenameDeviceSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::RenameDeviceRequest>
+                    for RenameDeviceSvc<T> {
+                        type Response = super::RenameDeviceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RenameDeviceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::rename_device(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RenameDeviceSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/UntrustDevices" => {
+                    #[allow(non_camel_case_types)]
+                    struct UntrustDevicesSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::UntrustDevicesRequest>
+                    for UntrustDevicesSvc<T> {
+                        type Response = super::UntrustDevicesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UntrustDevicesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::untrust_devices(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UntrustDevicesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ReportDeviceLost" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReportDeviceLostSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ReportDeviceLostRequest>
+                    for ReportDeviceLostSvc<T> {
+                        type Response = super::ReportDeviceLostResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReportDeviceLostRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::report_device_lost(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReportDeviceLostSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/RotateDevices" => {
+                    #[allow(non_camel_case_types)]
+                    struct RotateDevicesSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::RotateDevicesRequest>
+                    for RotateDevicesSvc<T> {
+                        type Response = super::RotateDevicesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RotateDevicesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::rotate_devices(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RotateDevicesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/CreateAccessRequest" => {
+                    #[allow(non_camel_case_types)]
+                    struct CreateAccessRequestSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::CreateAccessRequestRequest>
+                    for CreateAccessRequestSvc<T> {
+                        type Response = super::CreateAccessRequestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CreateAccessRequestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::create_access_request(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CreateAccessRequestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/FetchAccessAnswer" => {
+                    #[allow(non_camel_case_types)]
+                    struct FetchAccessAnswerSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::FetchAccessAnswerRequest>
+                    for FetchAccessAnswerSvc<T> {
+                        type Response = super::FetchAccessAnswerResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FetchAccessAnswerRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::fetch_access_answer(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FetchAccessAnswerSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ConfirmAccessAnswer" => {
+                    #[allow(non_camel_case_types)]
+                    struct ConfirmAccessAnswerSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ConfirmAccessAnswerRequest>
+                    for ConfirmAccessAnswerSvc<T> {
+                        type Response = super::ConfirmAccessAnswerResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ConfirmAccessAnswerRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::confirm_access_answer(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ConfirmAccessAnswerSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ListAccessRequests" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListAccessRequestsSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ListAccessRequestsRequest>
+                    for ListAccessRequestsSvc<T> {
+                        type Response = super::ListAccessRequestsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListAccessRequestsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::list_access_requests(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListAccessRequestsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ApproveAccessRequest" => {
+                    #[allow(non_camel_case_types)]
+                    struct ApproveAccessRequestSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ApproveAccessRequestRequest>
+                    for ApproveAccessRequestSvc<T> {
+                        type Response = super::ApproveAccessRequestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ApproveAccessRequestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::approve_access_request(
+                                        &inner,
+                                        request,
+                                    )
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ApproveAccessRequestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/DenyAccessRequest" => {
+                    #[allow(non_camel_case_types)]
+                    struct DenyAccessRequestSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::DenyAccessRequestRequest>
+                    for DenyAccessRequestSvc<T> {
+                        type Response = super::DenyAccessRequestResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DenyAccessRequestRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::deny_access_request(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DenyAccessRequestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for DeviceServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "keybroker.v1.DeviceService";
+    impl<T> tonic::server::NamedService for DeviceServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -37,7 +37,7 @@ impl<E: Engine> EngineStore<E> {
     /// Runs one statement for each list of values and stores the mark of the call, in one
     /// transaction. `first` is the id of the first row. For each list of values, returns whether
     /// the statement changed a row. Returns [`Error::State`] if the state of a key forbids its use.
-    async fn swap(
+    pub(super) async fn swap(
         &self,
         statement: &'static str,
         first: Option<Value>,
@@ -67,7 +67,7 @@ impl<E: Engine> EngineStore<E> {
 }
 
 /// The keys of a swap, each with its use. `source` is the use of the old wrapping keys.
-fn keys_of(
+pub(super) fn keys_of(
     pairs: impl Iterator<Item = (WrappingKeyId, WrappingKeyId)>,
     source: KeyUse,
 ) -> BTreeMap<WrappingKeyId, KeyUse> {

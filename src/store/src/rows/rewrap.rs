@@ -12,7 +12,7 @@ use crate::{
 use super::Reader;
 
 /// The values of the statement that counts the rows that need a wrapping key. An older answer to a request id needs no key,
-/// and neither does a request for approval that was decided and used, or that expired.
+/// and neither does a request for approval or for access that is over, or that expired.
 pub(crate) fn values_of_uses(key: WrappingKeyId) -> Vec<Value> {
     let now = Timestamp::now().micros();
     let since = now - REQUEST_KEPT_US;
@@ -21,6 +21,10 @@ pub(crate) fn values_of_uses(key: WrappingKeyId) -> Vec<Value> {
         key.into(),
         key.into(),
         since.into(),
+        key.into(),
+        now.into(),
+        key.into(),
+        key.into(),
         key.into(),
         now.into(),
     ]
@@ -35,6 +39,8 @@ pub(crate) fn key_uses(row: &impl Columns) -> Result<KeyUses, Error> {
         clients: count("clients")?,
         requests: count("requests")?,
         approvals: count("approvals")?,
+        devices: count("devices")?,
+        access_requests: count("access_requests")?,
     })
 }
 

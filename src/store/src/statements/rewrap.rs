@@ -6,10 +6,10 @@ named! {
 /// The SQL of a re-wrap.
 #[derive(Debug)]
 pub(crate) struct RewrapStatements {
-    /// Parameters: key, key, key, time after which a request id was used, key, now. Returns the numbers
-    /// of revisions, API clients, request ids and open requests for approval under the key.
+    /// Parameters: key, key, key, time after which a request id was used, key, now, key, key, key, now. Returns the numbers of revisions,
+    /// API clients, request ids, open requests for approval, devices and open requests for access under the key.
     pub(crate) uses: &'static str,
-    /// Returns the numbers of revisions, API clients and request ids under keys that are not registered.
+    /// Returns the same numbers of rows under keys that are not registered.
     pub(crate) unregistered_uses: &'static str,
     /// Parameters: key, record, record, revision to start after, limit. Returns revisions with the
     /// addresses of their records.
@@ -50,7 +50,11 @@ impl RewrapStatements {
                  (SELECT count(*) FROM clients WHERE key_id = ?) AS clients, \
                  (SELECT count(*) FROM requests WHERE key_id = ? AND used_us > ?) AS requests, \
                  (SELECT count(*) FROM approvals WHERE signer_key_id = ? AND expires_us > ? \
-                 AND state IN ('pending', 'approved')) AS approvals",
+                 AND state IN ('pending', 'approved')) AS approvals, \
+                 (SELECT count(*) FROM devices WHERE signer_key_id = ?) AS devices, \
+                 (SELECT count(*) FROM access_requests \
+                 WHERE (signer_key_id = ? OR code_key_id = ?) AND expires_us > ? \
+                 AND state IN ('pending', 'approved')) AS access_requests",
             ),
             unregistered_uses: sql("SELECT (SELECT count(*) FROM revisions \
                  WHERE wrapping_key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS revisions, \
@@ -60,7 +64,12 @@ impl RewrapStatements {
                  WHERE key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS requests, \
                  (SELECT count(*) FROM approvals \
                  WHERE signer_key_id NOT IN (SELECT key_id FROM wrapping_keys) \
-                 AND state IN ('pending', 'approved')) AS approvals"),
+                 AND state IN ('pending', 'approved')) AS approvals, \
+                 (SELECT count(*) FROM devices \
+                 WHERE signer_key_id NOT IN (SELECT key_id FROM wrapping_keys)) AS devices, \
+                 (SELECT count(*) FROM access_requests \
+                 WHERE signer_key_id NOT IN (SELECT key_id FROM wrapping_keys) \
+                 AND state IN ('pending', 'approved')) AS access_requests"),
             page: sql(
                 "SELECT v.record_id AS record_id, v.revision AS revision, v.envelope AS envelope, \
                  v.created_us AS created_us, r.tenant AS tenant, r.\"user\" AS \"user\", r.key_name AS key_name \

@@ -161,15 +161,17 @@ impl Broker {
             clients,
             requests,
             approvals,
+            devices,
+            access_requests,
         } = self.store.key_uses(id).await?;
-        if revisions + clients + requests + approvals == 0 {
+        if revisions + clients + requests + approvals + devices + access_requests == 0 {
             return Ok(());
         }
         Err(refused(&format!(
-            "key {id} is marked as destroyed, but {revisions} revisions, {clients} API clients, {requests} answers to request ids and \
-             {approvals} requests for approval need it, so its objects stay on the token: enrol these user keys again, create these API clients again, and remove the \
-             earlier rows with `keybroker store purge`; answers to request ids and requests for approval \
-             expire"
+            "key {id} is marked as destroyed, but {revisions} revisions, {clients} API clients, {devices} devices, \
+             {requests} answers to request ids, {approvals} requests for approval and {access_requests} requests for access need it, so its objects stay on the token: enrol these user keys again, create these API clients again, establish the trust of these devices again, and remove the \
+             earlier rows with `keybroker store purge`; answers to request ids and requests for \
+             approval and access expire"
         )))
     }
 

@@ -19,7 +19,9 @@ use keybroker_core::{
     key::{KeyUse, WrappingKeyId},
 };
 use keybroker_hsm as hsm;
-use keybroker_store::{ClientRow, DestructionRow, Position, RevisionPlace, RowUnder};
+use keybroker_store::{
+    ClientRow, DestructionRow, DeviceAddress, Position, RevisionPlace, RowUnder,
+};
 
 use crate::{
     Broker,
@@ -76,11 +78,11 @@ impl Broker {
         schedule: &DestructionRow,
     ) -> Result<(), Error> {
         let unregistered = self.store.unregistered_uses().await?;
-        if unregistered.revisions + unregistered.clients > 0 {
+        if unregistered.revisions + unregistered.clients + unregistered.devices > 0 {
             return Err(refused(&format!(
-                "{} revisions and {} API clients name a wrapping key that is not registered, so it is not known whether they need key \
+                "{} revisions, {} API clients and {} devices name a wrapping key that is not registered, so it is not known whether they need key \
                  {}: `keybroker store check` lists them; restore them from a backup, or remove them",
-                unregistered.revisions, unregistered.clients, schedule.key
+                unregistered.revisions, unregistered.clients, unregistered.devices, schedule.key
             )));
         }
         let mut check = RowCheck {
@@ -95,6 +97,7 @@ impl Broker {
             check.revisions(key.id).await?;
         }
         check.clients().await?;
+        check.devices().await?;
         check.found.result(schedule.key)
     }
 }
@@ -168,6 +171,30 @@ impl RowCheck<'_> {
     async fn client(&self, row: &ClientRow) -> Result<Needs, Error> {
         let message = row.mac_message();
         self.needs(row.key, &message, &message, &row.mac).await
+    }
+
+    async fn devices(&mut self) -> Result<(), Error> {
+        let mut after: Option<DeviceAddress> = None;
+        loop {
+            let store = &self.broker.store;
+            let rows = store.devices_after(after.as_ref(), PAGE_ROWS).await?;
+            let Some((last, _)) = rows.last() else {
+                return Ok(());
+            };
+            after = Some(last.clone());
+            for (address, row) in rows {
+                let needs = match &row {
+                    Ok(row) => {
+                        let message = row.mac_message();
+                        self.needs(row.signer, &message, &message, &row.mac).await?
+                    }
+                    Err(_) => Needs::Unknown,
+                };
+                let name = || format!("device {} of {}", address.device, address.user);
+                self.found.note(&needs, name);
+            }
+            self.keep_lease().await?;
+        }
     }
 
     /// Finds out which key authenticates a row. `of_key` is the message if the row needs the key that is destroyed. Rows of keys that

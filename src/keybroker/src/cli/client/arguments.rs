@@ -1,8 +1,8 @@
 //! Parsers of arguments. The parsers check the protocol's limits before the command sends a call.
 
 use keybroker_client::{
-    ApprovalId, ClientId, InvalidField, KeyName, RequestId, Revision, UserId, UserKeyRef,
-    WrappingKeyId, parse_request_id,
+    AccessRequestId, ApprovalId, ClientId, DeviceId, InvalidField, KeyName, RequestId, Revision,
+    UserId, UserKeyRef, WrappingKeyId, parse_request_id,
 };
 
 use clap::Args;
@@ -49,6 +49,14 @@ pub(super) fn wrapping_key_id(text: &str) -> Result<WrappingKeyId, &'static str>
 
 pub(super) fn approval_id(text: &str) -> Result<ApprovalId, &'static str> {
     ApprovalId::from_hex(text).ok_or(HEXADECIMAL)
+}
+
+pub(super) fn access_request_id(text: &str) -> Result<AccessRequestId, &'static str> {
+    AccessRequestId::from_hex(text).ok_or(HEXADECIMAL)
+}
+
+pub(super) fn device_id(text: &str) -> Result<DeviceId, &'static str> {
+    DeviceId::from_hex(text).ok_or(HEXADECIMAL)
 }
 
 pub(super) fn client_id(text: &str) -> Result<ClientId, &'static str> {

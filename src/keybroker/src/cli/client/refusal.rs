@@ -187,6 +187,18 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::ApprovalState => {
             "`keybroker approval list --all` shows the requests for approval and their states"
         }
+        Reason::DeviceNotFound => {
+            "`keybroker device list` and `keybroker device requests` show the devices and requests"
+        }
+        Reason::DeviceState => {
+            "`keybroker device requests --all` shows the requests for access and their states"
+        }
+        Reason::DeviceSignature => {
+            "the change needs the signature of a trusted device of the member; docs/devices.md describes the signed bytes"
+        }
+        Reason::AccessCode => {
+            "send the access code with which the device made the request; after five wrong codes, the request is over"
+        }
         Reason::Limit => {
             "the operator can raise `store.revisions_max` or `store.keys_per_user_max`, or remove old rows with \
              `keybroker store purge`"

@@ -189,7 +189,8 @@ fn unchanged(rewrap: Option<&proto::Rewrap>) -> &'static str {
 }
 
 fn moved(rewrap: &proto::Rewrap) -> u64 {
-    rewrap.revisions_moved.saturating_add(rewrap.clients_moved)
+    let rows = rewrap.revisions_moved.saturating_add(rewrap.clients_moved);
+    rows.saturating_add(rewrap.devices_moved)
 }
 
 fn verdict(rewrap: Option<&proto::Rewrap>) -> Result<(), Failure> {
@@ -251,6 +252,7 @@ fn rewrap(rewrap: Option<&proto::Rewrap>) -> Vec<Field> {
         ("instance", text(&found.instance)),
         ("revisions_moved", json!(found.revisions_moved)),
         ("clients_moved", json!(found.clients_moved)),
+        ("devices_moved", json!(found.devices_moved)),
         ("changed_meanwhile", json!(found.changed_meanwhile)),
         ("left", json!(found.left)),
         ("failed", json!(found.failed)),
@@ -297,6 +299,8 @@ fn uses(uses: &proto::WrappingKeyUse) -> Vec<Field> {
         ("clients", json!(uses.clients)),
         ("request_answers", json!(uses.request_answers)),
         ("approvals", json!(uses.approvals)),
+        ("devices", json!(uses.devices)),
+        ("access_requests", json!(uses.access_requests)),
     ]
 }
 

@@ -1,10 +1,12 @@
 //! `keybroker policy explain`: shows the decision on an example request.
 
+use std::net::IpAddr;
+
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use keybroker_core::{
-    key::{Fingerprint, KeyName, UserId},
+    key::{Fingerprint, KeyName, Tenant, UserId},
     principal::Action,
 };
 use keybroker_policy::{
@@ -29,9 +31,28 @@ pub(in crate::cli) struct Arguments {
     /// Name of the requested action in the audit log, such as `user_key.unwrap`
     #[arg(long, value_parser = action)]
     action: Action,
-    /// User whose key or whose list of keys is requested [default for lists: all users]
+    /// User whose key, list of keys or devices are requested [default for lists: all users]
     #[arg(long)]
     user: Option<UserId>,
+    /// Principal that made the request for access
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    requested_by: String,
+    /// Type of the device that requests access
+    #[arg(
+        long,
+        value_name = "TYPE",
+        default_value = "",
+        hide_default_value = true
+    )]
+    device_type: String,
+    /// Address from which the request for access came
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    request_peer: IpAddr,
     /// Name of the requested key
     #[arg(long)]
     key_name: Option<KeyName>,
@@ -100,14 +121,14 @@ fn recipient(text: &str) -> Result<Fingerprint, &'static str> {
 }
 
 impl Arguments {
-    fn resource<'a>(
-        &'a self,
-        tenant: &'a keybroker_core::key::Tenant,
-    ) -> Result<Resource<'a>, Failure> {
+    fn resource<'a>(&'a self, tenant: &'a Tenant) -> Result<Resource<'a>, Failure> {
         let name = self.action.as_str();
         let (user, key_name) = (self.user.as_ref(), self.key_name.as_ref());
         if self.action == Action::List {
             return Ok(Resource::UserKeys { tenant, user });
+        }
+        if name.starts_with("device.") || name.starts_with("access_request.") {
+            return self.resource_of_devices(tenant);
         }
         match (name.starts_with("user_key."), user, key_name) {
             (true, Some(user), Some(name)) => Ok(Resource::UserKey { tenant, user, name }),
@@ -121,6 +142,31 @@ impl Arguments {
                 format!("{name} does not apply to a user key: omit --user and --key-name"),
             )),
         }
+    }
+}
+
+impl Arguments {
+    fn resource_of_devices<'a>(&'a self, tenant: &'a Tenant) -> Result<Resource<'a>, Failure> {
+        let name = self.action.as_str();
+        let user = self.user.as_ref();
+        if self.key_name.is_some() {
+            let what = format!("{name} does not apply to one key: omit --key-name");
+            return Err(Failure::new(Exit::Usage, what));
+        }
+        if !matches!(self.action, Action::ApproveAccess | Action::DenyAccess) {
+            return Ok(Resource::Devices { tenant, user });
+        }
+        let user = user.ok_or_else(|| {
+            let what = format!("{name} applies to the request of one user: pass --user");
+            Failure::new(Exit::Usage, what)
+        })?;
+        Ok(Resource::AccessRequest {
+            tenant,
+            user,
+            requested_by: &self.requested_by,
+            device_type: &self.device_type,
+            peer: self.request_peer,
+        })
     }
 }
 

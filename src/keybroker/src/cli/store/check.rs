@@ -126,6 +126,8 @@ async fn check_others(
         let key = match &found {
             FoundOther::Request(row) => row.as_ref().as_ref().ok().map(|(_, record)| record.key),
             FoundOther::Approval(row) => row.as_ref().as_ref().ok().map(|row| row.signer),
+            FoundOther::Device(row) => row.as_ref().as_ref().ok().map(|row| row.signer),
+            FoundOther::AccessRequest(row) => row.as_ref().as_ref().ok().map(|row| row.signer),
             _ => None,
         };
         let admins = checker.admins();

@@ -50,6 +50,8 @@ struct Totals {
     revisions: u64,
     changes: u64,
     approvals: u64,
+    devices: u64,
+    access_requests: u64,
 }
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
@@ -76,6 +78,8 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         ("revisions", json!(totals.revisions)),
         ("changes", json!(totals.changes)),
         ("approvals", json!(totals.approvals)),
+        ("devices", json!(totals.devices)),
+        ("access_requests", json!(totals.access_requests)),
         ("dry_run", json!(arguments.dry_run)),
     ])
 }
@@ -159,6 +163,16 @@ async fn purge_in(
     totals.approvals = match log {
         None => store.old_approvals(before).await?,
         Some(_) => store.forget_approvals(before).await?,
+    };
+    (totals.devices, totals.access_requests) = match log {
+        None => (
+            store.old_devices(before).await?,
+            store.old_access_requests(before).await?,
+        ),
+        Some(_) => (
+            store.forget_devices(before).await?,
+            store.forget_access_requests(before).await?,
+        ),
     };
     Ok(totals)
 }

@@ -6,12 +6,13 @@ use std::collections::HashSet;
 use keybroker_core::{
     call::Timestamp,
     client_credential::Document,
-    envelope::{Context, Envelope, Kind},
+    envelope::{Context, Envelope, Kind, Mac, mac::MacMessage},
     key::{ClientId, RecordId, Revision, WrappingKeyId, WrappingKeyState},
 };
 use keybroker_store as store;
 use keybroker_store::{
-    ApprovalRow, ClientRow, MemberKeyRow, RegistryRow, RequestRecord, RequestScope,
+    AccessRow, ApprovalRow, ClientRow, DeviceRow, MemberKeyRow, RegistryRow, RequestRecord,
+    RequestScope,
     request_message,
     scan::{Found, FoundClient, FoundOther},
     tables::{Head, RevisionRow},
@@ -44,6 +45,8 @@ pub(super) enum Problem {
     ApprovalUnreadable,
     MemberKeyUnreadable,
     OrganizationKeyMissing,
+    DeviceUnreadable,
+    AccessRequestUnreadable,
     IdentityMissing,
     KeyMissing,
 }
@@ -73,6 +76,8 @@ impl Problem {
             Self::ApprovalUnreadable => "approval-unreadable",
             Self::MemberKeyUnreadable => "member-key-unreadable",
             Self::OrganizationKeyMissing => "organization-key-missing",
+            Self::DeviceUnreadable => "device-unreadable",
+            Self::AccessRequestUnreadable => "access-request-unreadable",
             Self::IdentityMissing => "identity-missing",
             Self::KeyMissing => "key-missing",
         }
@@ -353,6 +358,20 @@ impl<'a> RowChecker<'a> {
                     Some(Finding::of_other(problem, error.to_string()))
                 }
             },
+            FoundOther::Device(row) => match &**row {
+                Ok(row) => self.device(row)?,
+                Err(error) => {
+                    let problem = Problem::DeviceUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
+            FoundOther::AccessRequest(row) => match &**row {
+                Ok(row) => self.access_request(row)?,
+                Err(error) => {
+                    let problem = Problem::AccessRequestUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
             FoundOther::Change(result) => unreadable(Problem::ChangeUnreadable, result),
             FoundOther::LastUse(result) => unreadable(Problem::LastUseUnreadable, result),
             FoundOther::ClientUse(result) => unreadable(Problem::ClientUseUnreadable, result),
@@ -383,24 +402,39 @@ impl<'a> RowChecker<'a> {
 
     fn approval(&mut self, row: &ApprovalRow) -> Result<Option<Finding>, Failure> {
         let of = format!("request for approval {}", row.id);
-        let bad = |problem| Ok(Some(Finding::of_other(problem, of.clone())));
-        match self.unusable(row.signer) {
-            None => {}
-            // Only open requests need their wrapping key: later rows may outlive it.
-            Some(Problem::WrappingKeyDestroyed | Problem::WrappingKeyUnusable)
-                if !row.state_at(Timestamp::now()).is_open() =>
-            {
+        let is_open = row.state_at(Timestamp::now()).is_open();
+        self.with_mac(of, row.signer, &row.mac_message(), &row.mac, is_open)
+    }
+
+    fn device(&mut self, row: &DeviceRow) -> Result<Option<Finding>, Failure> {
+        let of = format!("device {} of {}", row.address.device, row.address.user);
+        self.with_mac(of, row.signer, &row.mac_message(), &row.mac, true)
+    }
+
+    fn access_request(&mut self, row: &AccessRow) -> Result<Option<Finding>, Failure> {
+        let of = format!("request for access {}", row.id);
+        let is_open = row.state_at(Timestamp::now()).is_open();
+        self.with_mac(of, row.signer, &row.mac_message(), &row.mac, is_open)
+    }
+
+    /// Checks the MAC of a row. Rows that are not open do not need their wrapping key, so they may outlive it.
+    fn with_mac(
+        &self,
+        of: String,
+        signer: WrappingKeyId,
+        message: &MacMessage,
+        mac: &Mac,
+        is_open: bool,
+    ) -> Result<Option<Finding>, Failure> {
+        let problem = match self.unusable(signer) {
+            None if self.admins.verify(signer, message, mac)? => return Ok(None),
+            None => Problem::MacRefused,
+            Some(Problem::WrappingKeyDestroyed | Problem::WrappingKeyUnusable) if !is_open => {
                 return Ok(None);
             }
-            Some(problem) => return bad(problem),
-        }
-        if self
-            .admins
-            .verify(row.signer, &row.mac_message(), &row.mac)?
-        {
-            return Ok(None);
-        }
-        bad(Problem::MacRefused)
+            Some(problem) => problem,
+        };
+        Ok(Some(Finding::of_other(problem, of)))
     }
 
     fn member_key(&mut self, row: &MemberKeyRow) -> Result<Option<Finding>, Failure> {
@@ -470,6 +504,8 @@ mod tests {
             Problem::ApprovalUnreadable,
             Problem::MemberKeyUnreadable,
             Problem::OrganizationKeyMissing,
+            Problem::DeviceUnreadable,
+            Problem::AccessRequestUnreadable,
             Problem::IdentityMissing,
             Problem::KeyMissing,
         ];

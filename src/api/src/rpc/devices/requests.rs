@@ -1,0 +1,353 @@
+//! Parses the messages of `DeviceService`. Every length is checked here.
+
+use keybroker_broker::{
+    Answer, DeviceApproval, DeviceRotation, NewAccessRequest, NewDevice, RotatedDevice, SealedKeys,
+    Untrusted, UserKeyRef, Which,
+};
+use keybroker_core::{
+    call::Timestamp,
+    device::{
+        ACCESS_CODE_BYTES_MAX, ACCESS_CODE_BYTES_MIN, ApprovalRoad, DEVICE_NAME_BYTES_MAX,
+        DEVICE_TYPE_BYTES_MAX, DeviceSignature, PUBLIC_KEY_BYTES_MAX, SEALED_KEY_BYTES_MAX,
+        SEALED_PRIVATE_KEY_BYTES_MAX, SEALED_PUBLIC_KEY_BYTES_MAX, VerificationKey,
+    },
+    error::{Error, Reason},
+    key::{AccessRequestId, DeviceId, KeyName, UserId},
+    principal::Principal,
+    secret::KeyMaterial,
+};
+use keybroker_proto as proto;
+
+use crate::rpc::convert;
+
+/// Largest number of devices in one message. A member cannot have more.
+const DEVICES_MAX: usize = 200;
+/// Longest name of the form of an answer, in bytes.
+const ENCRYPTION_BYTES_MAX: usize = 32;
+
+pub(super) fn device_id(field: &'static str, bytes: &[u8]) -> Result<DeviceId, Error> {
+    DeviceId::from_slice(bytes).ok_or_else(|| Error::violation(field, "16 bytes"))
+}
+
+pub(super) fn access_id(bytes: &[u8]) -> Result<AccessRequestId, Error> {
+    AccessRequestId::from_slice(bytes)
+        .ok_or_else(|| Error::violation("access_request_id", "16 bytes"))
+}
+
+pub(super) fn access_code(bytes: Vec<u8>) -> Result<Vec<u8>, Error> {
+    if (ACCESS_CODE_BYTES_MIN..=ACCESS_CODE_BYTES_MAX).contains(&bytes.len()) {
+        Ok(bytes)
+    } else {
+        Err(Error::violation("access_code", "16 to 64 bytes"))
+    }
+}
+
+/// The member whom an approver names; `None` for the caller itself.
+pub(super) fn member(user: &str) -> Result<Option<UserId>, Error> {
+    if user.is_empty() {
+        return Ok(None);
+    }
+    UserId::parse(user).map(Some)
+}
+
+fn text(field: &'static str, text: String, bytes_max: usize) -> Result<String, Error> {
+    if (1..=bytes_max).contains(&text.len()) && !text.chars().any(char::is_control) {
+        return Ok(text);
+    }
+    let what = format!("1 to {bytes_max} bytes of UTF-8 without control characters");
+    Err(Error::violation(field, what))
+}
+
+pub(super) fn device_name(field: &'static str, name: String) -> Result<String, Error> {
+    text(field, name, DEVICE_NAME_BYTES_MAX)
+}
+
+fn device_type(field: &'static str, kind: String) -> Result<String, Error> {
+    text(field, kind, DEVICE_TYPE_BYTES_MAX)
+}
+
+fn blob(field: &'static str, bytes: Vec<u8>, bytes_max: usize) -> Result<Vec<u8>, Error> {
+    if (1..=bytes_max).contains(&bytes.len()) {
+        Ok(bytes)
+    } else {
+        Err(Error::violation(field, format!("1 to {bytes_max} bytes")))
+    }
+}
+
+fn verification_key(bytes: &[u8]) -> Result<VerificationKey, Error> {
+    let what = "a public key of Ed25519 (32 bytes), or an uncompressed point of P-256 (65 bytes)";
+    VerificationKey::from_slice(bytes).ok_or_else(|| Error::violation("verification_key", what))
+}
+
+fn optional_signature(
+    signature: Option<proto::DeviceSignature>,
+) -> Result<Option<DeviceSignature>, Error> {
+    let Some(signature) = signature else {
+        return Ok(None);
+    };
+    let bytes = signature.signature.as_slice().try_into();
+    Ok(Some(DeviceSignature {
+        device: device_id("signature.device_id", &signature.device_id)?,
+        at: Timestamp::from_micros(signature.sign_time_us),
+        bytes: bytes.map_err(|_| Error::violation("signature.signature", "64 bytes"))?,
+    }))
+}
+
+fn signature(signature: Option<proto::DeviceSignature>) -> Result<DeviceSignature, Error> {
+    optional_signature(signature)?
+        .ok_or_else(|| Error::violation("signature", "the signature of a trusted device"))
+}
+
+fn keys(keys: Option<proto::DeviceKeys>) -> Result<SealedKeys, Error> {
+    let keys = keys.unwrap_or_default();
+    Ok(SealedKeys {
+        user_key: blob("keys.user_key", keys.user_key, SEALED_KEY_BYTES_MAX)?,
+        public_key: blob(
+            "keys.public_key",
+            keys.public_key,
+            SEALED_PUBLIC_KEY_BYTES_MAX,
+        )?,
+        private_key: blob(
+            "keys.private_key",
+            keys.private_key,
+            SEALED_PRIVATE_KEY_BYTES_MAX,
+        )?,
+    })
+}
+
+pub(super) fn new_device(r: proto::EstablishTrustRequest) -> Result<NewDevice, Error> {
+    let request = if r.access_request_id.is_empty() {
+        None
+    } else {
+        Some(access_id(&r.access_request_id)?)
+    };
+    Ok(NewDevice {
+        id: device_id("device_id", &r.device_id)?,
+        name: device_name("name", r.name)?,
+        kind: device_type("type", r.r#type)?,
+        verification_key: verification_key(&r.verification_key)?,
+        key_name: KeyName::parse(&r.key_name)?,
+        revision: convert::revision(r.revision, "revision")?,
+        keys: keys(r.keys)?,
+        request,
+        signature: signature(r.signature)?,
+    })
+}
+
+fn device_ids(field: &'static str, ids: &[Vec<u8>]) -> Result<Vec<DeviceId>, Error> {
+    if ids.len() > DEVICES_MAX {
+        return Err(Error::violation(field, "at most 200 devices"));
+    }
+    ids.iter().map(|id| device_id(field, id)).collect()
+}
+
+pub(super) fn untrusted(r: proto::UntrustDevicesRequest) -> Result<Untrusted, Error> {
+    let ids = device_ids("device_ids", &r.device_ids)?;
+    let which = match (r.all, ids.is_empty()) {
+        (true, true) => Which::All,
+        (false, false) => Which::These(ids),
+        _ => {
+            let what = "at least one device, or no device together with `all`";
+            return Err(Error::violation("device_ids", what));
+        }
+    };
+    Ok(Untrusted {
+        user: member(&r.user)?,
+        which,
+        are_lost: r.lost,
+        signature: optional_signature(r.signature)?,
+    })
+}
+
+fn rotated(device: proto::RotatedDevice) -> Result<RotatedDevice, Error> {
+    Ok(RotatedDevice {
+        id: device_id("devices.device_id", &device.device_id)?,
+        user_key: blob("devices.user_key", device.user_key, SEALED_KEY_BYTES_MAX)?,
+        public_key: blob(
+            "devices.public_key",
+            device.public_key,
+            SEALED_PUBLIC_KEY_BYTES_MAX,
+        )?,
+    })
+}
+
+pub(super) fn rotation(
+    principal: &Principal,
+    r: proto::RotateDevicesRequest,
+) -> Result<DeviceRotation, Error> {
+    let material = KeyMaterial::new(r.key_material);
+    let user = principal.subject().cloned().ok_or_else(|| {
+        Error::new(
+            Reason::Policy,
+            "only a member can rotate the keys of its devices",
+        )
+    })?;
+    if r.devices.len() > DEVICES_MAX {
+        return Err(Error::violation("devices", "at most 200 devices"));
+    }
+    let devices = r.devices.into_iter().map(rotated);
+    Ok(DeviceRotation {
+        key: UserKeyRef {
+            user,
+            name: KeyName::parse(&r.key_name)?,
+        },
+        expected: convert::revision(r.expected_revision, "expected_revision")?,
+        material: material?,
+        devices: devices.collect::<Result<_, _>>()?,
+        untrusted: device_ids("untrusted_device_ids", &r.untrusted_device_ids)?,
+        signature: signature(r.signature)?,
+    })
+}
+
+pub(super) fn new_access(r: proto::CreateAccessRequestRequest) -> Result<NewAccessRequest, Error> {
+    let road = match r.approver() {
+        proto::AccessApprover::Device => ApprovalRoad::Device,
+        proto::AccessApprover::Administrator => ApprovalRoad::Administrator,
+        proto::AccessApprover::Unspecified => {
+            return Err(Error::violation("approver", "a known value"));
+        }
+    };
+    Ok(NewAccessRequest {
+        device: device_id("device_id", &r.device_id)?,
+        name: device_name("device_name", r.device_name)?,
+        kind: device_type("device_type", r.device_type)?,
+        verification_key: verification_key(&r.verification_key)?,
+        public_key: blob("public_key", r.public_key, PUBLIC_KEY_BYTES_MAX)?,
+        code: access_code(r.access_code)?,
+        key_name: KeyName::parse(&r.key_name)?,
+        road,
+    })
+}
+
+pub(super) fn approval(r: proto::ApproveAccessRequestRequest) -> Result<DeviceApproval, Error> {
+    let is_plain =
+        |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'_' | b'-');
+    let is_name = (1..=ENCRYPTION_BYTES_MAX).contains(&r.encryption.len())
+        && r.encryption.bytes().all(is_plain);
+    if !is_name {
+        return Err(Error::violation(
+            "encryption",
+            "1 to 32 bytes of [a-z0-9._-]",
+        ));
+    }
+    Ok(DeviceApproval {
+        id: access_id(&r.access_request_id)?,
+        answer: Answer {
+            bytes: blob(
+                "encrypted_user_key",
+                r.encrypted_user_key,
+                SEALED_KEY_BYTES_MAX,
+            )?,
+            form: r.encryption,
+        },
+        signature: signature(r.signature)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn signed() -> Option<proto::DeviceSignature> {
+        Some(proto::DeviceSignature {
+            device_id: vec![1; 16],
+            sign_time_us: 2,
+            signature: vec![3; 64],
+        })
+    }
+
+    fn establish() -> proto::EstablishTrustRequest {
+        proto::EstablishTrustRequest {
+            device_id: vec![1; 16],
+            name: "laptop".to_owned(),
+            r#type: "desktop".to_owned(),
+            verification_key: vec![2; 32],
+            key_name: "vault".to_owned(),
+            revision: 1,
+            keys: Some(proto::DeviceKeys {
+                user_key: vec![1; 1_024],
+                public_key: vec![1; 2_048],
+                private_key: vec![1; 8_192],
+            }),
+            access_request_id: Vec::new(),
+            signature: signed(),
+        }
+    }
+
+    fn field(result: Result<NewDevice, Error>) -> &'static str {
+        result.unwrap_err().violations()[0].field
+    }
+
+    #[test]
+    fn every_field_of_a_new_device_has_its_limit() {
+        new_device(establish()).unwrap();
+        type Edit = fn(&mut proto::EstablishTrustRequest);
+        let cases: [(&str, Edit); 14] = [
+            ("device_id", |r| r.device_id.truncate(15)),
+            ("name", |r| r.name.clear()),
+            ("name", |r| r.name = "x".repeat(129)),
+            ("name", |r| r.name = "a\nb".to_owned()),
+            ("type", |r| r.r#type = "x".repeat(65)),
+            ("verification_key", |r| r.verification_key.push(0)),
+            ("key_name", |r| r.key_name = "Vault".to_owned()),
+            ("revision", |r| r.revision = 0),
+            ("keys.user_key", |r| r.keys = None),
+            ("keys.user_key", |r| {
+                r.keys.as_mut().unwrap().user_key.push(0)
+            }),
+            ("keys.public_key", |r| {
+                r.keys.as_mut().unwrap().public_key.clear();
+            }),
+            ("keys.private_key", |r| {
+                r.keys.as_mut().unwrap().private_key.push(0);
+            }),
+            ("access_request_id", |r| r.access_request_id = vec![1; 17]),
+            ("signature", |r| r.signature = None),
+        ];
+        for (expected, edit) in cases {
+            let mut changed = establish();
+            edit(&mut changed);
+            assert_eq!(field(new_device(changed)), expected);
+        }
+        let mut short = establish();
+        short.signature.as_mut().unwrap().signature.truncate(63);
+        assert_eq!(field(new_device(short)), "signature.signature");
+    }
+
+    #[test]
+    fn all_or_these_devices_are_untrusted_but_not_both() {
+        let request = |all, ids: usize| proto::UntrustDevicesRequest {
+            device_ids: vec![vec![1; 16]; ids],
+            all,
+            ..proto::UntrustDevicesRequest::default()
+        };
+        assert_eq!(untrusted(request(true, 0)).unwrap().which, Which::All);
+        assert!(untrusted(request(false, 2)).is_ok());
+        for (all, ids) in [(false, 0), (true, 1), (false, 201)] {
+            let refused = untrusted(request(all, ids)).unwrap_err();
+            assert_eq!(refused.violations()[0].field, "device_ids");
+        }
+    }
+
+    #[test]
+    fn an_access_code_has_at_least_128_bits() {
+        for (length, is_good) in [(0, false), (15, false), (16, true), (64, true), (65, false)] {
+            assert_eq!(access_code(vec![1; length]).is_ok(), is_good, "{length}");
+        }
+    }
+
+    #[test]
+    fn an_approval_names_its_encryption() {
+        let request = |encryption: &str| proto::ApproveAccessRequestRequest {
+            access_request_id: vec![1; 16],
+            encrypted_user_key: vec![1; 256],
+            encryption: encryption.to_owned(),
+            signature: signed(),
+        };
+        assert!(approval(request("rsa-oaep-sha256")).is_ok());
+        for bad in ["", "RSA", "a b", &"x".repeat(33)] {
+            let refused = approval(request(bad)).unwrap_err();
+            assert_eq!(refused.violations()[0].field, "encryption");
+        }
+    }
+}

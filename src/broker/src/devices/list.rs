@@ -1,0 +1,299 @@
+//! The devices and the requests for access, as members and approvers see them.
+
+use std::collections::BTreeSet;
+
+use aws_lc_rs::digest;
+
+use keybroker_core::{
+    call::{Call, Timestamp},
+    device::AccessState,
+    error::{Error, Reason},
+    fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase},
+    key::{AccessRequestId, UserId, WrappingKeyId},
+    principal::{Action, Kind, Principal},
+};
+use keybroker_policy::Resource;
+use keybroker_store::{AccessFilter, AccessRow, DamagedAccess, DamagedDevice, DeviceRow};
+
+use crate::{
+    Broker,
+    journal::{Draft, Recorded},
+    observed, within,
+};
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceView {
+    /// The stored device.
+    pub row: DeviceRow,
+    /// Whether the token verified the row for this answer.
+    pub is_verified: bool,
+    /// Whether the row was altered in the database.
+    pub is_altered: bool,
+}
+
+impl DeviceView {
+    /// A row that this broker has just written or verified.
+    pub(super) fn verified(row: DeviceRow) -> Self {
+        Self {
+            row,
+            is_verified: true,
+            is_altered: false,
+        }
+    }
+}
+
+/// The devices of a member.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceList {
+    /// The devices in the order of their ids.
+    pub devices: Vec<DeviceView>,
+    /// Rows that cannot be read.
+    pub damaged: Vec<DamagedDevice>,
+}
+
+/// The fingerprint phrase of a request for access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PhraseView {
+    /// The words. For an approver, two of them are hidden: the member says them, and the approver types them.
+    pub words: [Option<&'static str>; FINGERPRINT_PHRASE_WORDS],
+}
+
+/// A request for access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AccessView {
+    /// The stored request.
+    pub row: AccessRow,
+    /// The state at the time of the answer.
+    pub state: AccessState,
+    /// The phrase that the member and the approver compare.
+    pub phrase: PhraseView,
+    /// Whether the token verified the row for this answer.
+    pub is_verified: bool,
+    /// Whether the row was altered in the database.
+    pub is_altered: bool,
+}
+
+impl AccessView {
+    /// A row that this broker has just written or verified, for the member.
+    pub(super) fn verified(row: AccessRow) -> Self {
+        Self {
+            state: row.state_at(Timestamp::now()),
+            phrase: PhraseView {
+                words: phrase(&row).words().map(Some),
+            },
+            row,
+            is_verified: true,
+            is_altered: false,
+        }
+    }
+
+    /// The SHA-256 of the public key of the request.
+    pub fn public_key_sha256(&self) -> [u8; 32] {
+        let digest = digest::digest(&digest::SHA256, &self.row.public_key);
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(digest.as_ref());
+        bytes
+    }
+
+    /// Hides the words that the approver must hear from the member.
+    pub(super) fn for_approver(mut self) -> Self {
+        for place in hidden_words(self.row.id) {
+            self.phrase.words[place] = None;
+        }
+        self
+    }
+}
+
+/// The fingerprint phrase of the public key of a request. The further text is the user id of the member.
+pub(super) fn phrase(row: &AccessRow) -> FingerprintPhrase {
+    FingerprintPhrase::new(row.device.address.user.as_str(), &row.public_key)
+}
+
+/// The places of the two words that an approver types, which depend on the id of the request.
+fn hidden_words(id: AccessRequestId) -> [usize; 2] {
+    let [first, second, ..] = *id.as_bytes();
+    let first = usize::from(first) % FINGERPRINT_PHRASE_WORDS;
+    let step = 1 + usize::from(second) % (FINGERPRINT_PHRASE_WORDS - 1);
+    let second = (first + step) % FINGERPRINT_PHRASE_WORDS;
+    [first.min(second), first.max(second)]
+}
+
+/// The requests for access.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AccessList {
+    /// The requests, newest first.
+    pub requests: Vec<AccessView>,
+    /// Rows that cannot be read.
+    pub damaged: Vec<DamagedAccess>,
+}
+
+impl Broker {
+    /// Returns the devices of a member. Without `user`, the member is the principal itself.
+    pub async fn list_devices(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        user: Option<&UserId>,
+    ) -> Result<DeviceList, Error> {
+        observed(Action::ListDevices, call, async {
+            let begun = self.begin_device_action(principal, call, Action::ListDevices, user);
+            let (user, draft) = begun.await?;
+            let listed = self.listed_devices(principal, call, &user).await;
+            self.conclude(draft, listed).await.map(Recorded::into_inner)
+        })
+        .await
+    }
+
+    async fn listed_devices(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        user: &UserId,
+    ) -> Result<DeviceList, Error> {
+        self.check_acknowledged()?;
+        let found = within(call, self.store.devices(principal.tenant(), user)).await?;
+        let mut list = DeviceList {
+            devices: Vec::new(),
+            damaged: Vec::new(),
+        };
+        let mut failed = BTreeSet::new();
+        for row in found {
+            match row {
+                Ok(row) => {
+                    let verified = self.verify_device(&row);
+                    let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
+                    list.devices.push(DeviceView {
+                        row,
+                        is_verified,
+                        is_altered,
+                    });
+                }
+                Err(damaged) => list.damaged.push(damaged),
+            }
+        }
+        Ok(list)
+    }
+
+    /// Returns requests for access: those of the principal, or for an approver those of the users whom the configuration names.
+    /// Without `all`, only pending requests are returned.
+    pub async fn list_access_requests(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        all: bool,
+    ) -> Result<AccessList, Error> {
+        observed(Action::ListAccess, call, async {
+            let resource = Resource::Devices {
+                tenant: principal.tenant(),
+                user: principal.subject(),
+            };
+            let permit = self
+                .permit(principal, call, Action::ListAccess, resource)
+                .await?;
+            let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
+            draft.policy(permit.policy());
+            let listed = self.listed_requests(principal, call, all).await;
+            self.conclude(draft, listed).await.map(Recorded::into_inner)
+        })
+        .await
+    }
+
+    async fn listed_requests(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        all: bool,
+    ) -> Result<AccessList, Error> {
+        self.check_acknowledged()?;
+        let (now, tenant) = (Timestamp::now(), principal.tenant().clone());
+        let wanted = match principal.subject() {
+            Some(user) => AccessFilter::Member(tenant, user.clone()),
+            None if all => AccessFilter::All(tenant),
+            None => AccessFilter::PendingOf(tenant, now),
+        };
+        let found = within(call, self.store.access_requests(&wanted)).await?;
+        let mut list = AccessList {
+            requests: Vec::new(),
+            damaged: Vec::new(),
+        };
+        let mut failed = BTreeSet::new();
+        for row in found {
+            let row = match row {
+                Ok(row) => row,
+                Err(damaged) => {
+                    list.damaged.push(damaged);
+                    continue;
+                }
+            };
+            let is_wanted = all || row.state_at(now) == AccessState::Pending;
+            if !is_wanted || !covers(principal, &row) {
+                continue;
+            }
+            let verified = self.verify_access(&row);
+            let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
+            let view = AccessView {
+                is_verified,
+                is_altered,
+                ..AccessView::verified(row)
+            };
+            list.requests.push(match principal.kind() {
+                Kind::User => view,
+                Kind::Service => view.for_approver(),
+            });
+        }
+        Ok(list)
+    }
+}
+
+/// Whether the configuration lets an approver see a request. The members see all of their own.
+fn covers(principal: &Principal, row: &AccessRow) -> bool {
+    principal.kind() == Kind::User
+        || principal
+            .identity()
+            .users
+            .contains(&row.device.address.user)
+}
+
+/// Whether a listed row was verified, and whether it was altered. `failed` are the signers that the token could not use for this
+/// list: the token is not asked again for each of their rows.
+async fn listed(
+    signer: WrappingKeyId,
+    failed: &mut BTreeSet<WrappingKeyId>,
+    verified: impl Future<Output = Result<(), Error>>,
+) -> (bool, bool) {
+    if failed.contains(&signer) {
+        return (false, false);
+    }
+    match verified.await {
+        Ok(()) => (true, false),
+        Err(error) if error.reason() == Reason::RecordDamaged => (false, true),
+        Err(error) => {
+            failed.insert(signer);
+            tracing::info!(%error, "the token did not verify all rows of a list of devices or requests");
+            (false, false)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn two_different_words_are_hidden() {
+        let mut pairs = BTreeSet::new();
+        for first in 0..=255 {
+            for second in 0..=255 {
+                let mut id = [0; 16];
+                (id[0], id[1]) = (first, second);
+                let [one, two] = hidden_words(AccessRequestId::from_bytes(id));
+                assert!(one < two && two < 5);
+                pairs.insert([one, two]);
+            }
+        }
+        assert_eq!(pairs.len(), 10);
+    }
+}

@@ -1,0 +1,171 @@
+//! Requests for access: a new device of a member asks for the user key, encrypted to a public key that it made.
+
+use std::sync::Arc;
+
+use aws_lc_rs::rand;
+
+use keybroker_core::{
+    call::{Call, Timestamp},
+    device::{AccessState, ApprovalRoad, DeviceState, VerificationKey},
+    envelope::mac::MacMessage,
+    error::{Error, Reason},
+    key::{AccessRequestId, DeviceId, ID_BYTES, KeyName, UserId},
+    principal::{Action, Principal},
+};
+use keybroker_hsm::RecipientKey;
+use keybroker_store::{
+    AccessRow, AskingDevice, Changed, DeviceAddress, DeviceChange, PEER_BYTES_MAX,
+};
+
+use crate::{Broker, within};
+
+use super::{AccessView, UNSIGNED, after, limit};
+
+/// Highest number of pending requests of one member, so that a person with an access token of the member cannot fill the list that
+/// approvers read.
+const PENDING_MAX: u64 = 5;
+/// Highest number of requests of one member that have not expired, also of those that were decided.
+const UNEXPIRED_MAX: u64 = 50;
+
+/// A request for access.
+#[derive(Debug)]
+pub struct NewAccessRequest {
+    /// The id of the device, which the device chooses.
+    pub device: DeviceId,
+    /// The name of the device.
+    pub name: String,
+    /// The type of the device, as its app states it.
+    pub kind: String,
+    /// The public key of the signatures of the device.
+    pub verification_key: VerificationKey,
+    /// The public key to which the answer is encrypted.
+    pub public_key: Vec<u8>,
+    /// The access code, which only the device knows.
+    pub code: Vec<u8>,
+    /// The name of the requested user key.
+    pub key_name: KeyName,
+    /// Who is asked to approve.
+    pub road: ApprovalRoad,
+}
+
+impl Broker {
+    /// Stores a request for access of a new device of the principal.
+    pub async fn request_access(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        new: NewAccessRequest,
+    ) -> Result<AccessView, Error> {
+        let (broker, principal, call) = (Arc::clone(self), principal.clone(), call.clone());
+        self.run_change(Action::RequestAccess, call.clone(), async move {
+            let begun = broker.begin_device_action(&principal, &call, Action::RequestAccess, None);
+            let (user, mut draft) = begun.await?;
+            draft.device(new.device);
+            let now = Timestamp::now();
+            let plan = broker.plan_request(&principal, &call, &user, new, now);
+            let changed = broker.or_record(&draft, Box::pin(plan).await).await?;
+            draft.access_request(&changed.row);
+            let row = changed.row.clone();
+            let change = DeviceChange {
+                request: Some(changed),
+                ..DeviceChange::default()
+            };
+            broker.commit_devices(&call, &draft, &change, now).await?;
+            Ok(AccessView::verified(row))
+        })
+        .await
+    }
+
+    async fn plan_request(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        user: &UserId,
+        new: NewAccessRequest,
+        now: Timestamp,
+    ) -> Result<Changed<AccessRow>, Error> {
+        RecipientKey::from_spki(&new.public_key)
+            .map_err(|error| Error::violation("public_key", error.to_string()))?;
+        self.record_of(principal, call, user, &new.key_name).await?;
+        let address = DeviceAddress {
+            tenant: principal.tenant().clone(),
+            user: user.clone(),
+            device: new.device,
+        };
+        if let Some(known) = within(call, self.store.device(&address)).await?
+            && known.state == DeviceState::Trusted
+        {
+            let what = "the device is trusted, so it needs no request";
+            return Err(super::wrong_state("device_id", what));
+        }
+        self.check_requests_of_member(principal, call, user, now)
+            .await?;
+        let id = fresh_id()?;
+        let lifetime = match new.road {
+            ApprovalRoad::Device => self.device_rules.request_lifetime,
+            ApprovalRoad::Administrator => self.device_rules.administrator_lifetime,
+        };
+        let (code_key, code) = self
+            .fresh_mac(&MacMessage::access_code(id, &new.code))
+            .await?;
+        let (signer, mac) = UNSIGNED;
+        let row = AccessRow {
+            id,
+            signer,
+            state: AccessState::Pending,
+            road: new.road,
+            device: AskingDevice {
+                address,
+                name: new.name,
+                kind: new.kind,
+                verification_key: new.verification_key.as_bytes().to_vec(),
+            },
+            key_name: new.key_name,
+            public_key: new.public_key,
+            code,
+            code_key,
+            requested_by: principal.name().to_owned(),
+            peer: call.peer[..call.peer.floor_char_boundary(PEER_BYTES_MAX)].to_owned(),
+            requested: now,
+            expires: after(now, lifetime),
+            tries: 0,
+            first_approved_by: None,
+            decision: None,
+            answer: None,
+            fetched: None,
+            closed: None,
+            mac,
+        };
+        self.changed_access(row, None).await
+    }
+
+    async fn check_requests_of_member(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        user: &UserId,
+        now: Timestamp,
+    ) -> Result<(), Error> {
+        let tenant = principal.tenant();
+        let counts = self.store.count_access_requests(tenant, user, now);
+        let counts = within(call, counts).await?;
+        let what = if counts.pending >= PENDING_MAX {
+            format!(
+                "{PENDING_MAX} requests of the member are pending; deny them, or wait until they expire"
+            )
+        } else if counts.unexpired >= UNEXPIRED_MAX {
+            format!(
+                "{UNEXPIRED_MAX} requests of the member have not expired yet; wait until the first of them expires"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(limit("device_id", &what))
+    }
+}
+
+fn fresh_id() -> Result<AccessRequestId, Error> {
+    let mut bytes = [0; ID_BYTES];
+    rand::fill(&mut bytes).map_err(|_| Error::new(Reason::Bug, "no random bytes"))?;
+    Ok(AccessRequestId::from_bytes(bytes))
+}

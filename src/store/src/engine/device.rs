@@ -1,0 +1,277 @@
+//! The calls of [`Devices`], for any engine.
+
+use async_trait::async_trait;
+
+use crate::{
+    Error,
+    device::{
+        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessFilter, AccessRow, Changed, DEVICES_MAX,
+        DamagedAccess, DamagedDevice, DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices,
+    },
+    mutations::{self, Change, insert_unless_taken},
+    record::RecordInfo,
+    rows,
+    session::{Columns as _, Session, Value},
+    statements::Statements,
+    tables::Table,
+};
+use keybroker_core::{
+    call::{CallId, Timestamp},
+    envelope::Mac,
+    key::{AccessRequestId, DeviceId, KeyUse, Tenant, UserId},
+};
+
+use super::{End, Engine, EngineStore, rewrap::keys_of};
+
+/// Highest number of rows that one statement removes, so that no call waits long for the locks of the statement.
+const FORGOTTEN_AT_ONCE: u64 = 100;
+
+/// Writes the rows of a change. The mark of the call is already inserted.
+async fn write(
+    session: &mut impl Session,
+    sql: &'static Statements,
+    change: &DeviceChange,
+) -> Result<(), Error> {
+    if let Some((tenant, user, known)) = &change.trusted {
+        let values = vec![tenant.as_str().into(), user.as_str().into()];
+        let found = session.rows(sql.device.trusted, values).await?;
+        let mut trusted: Vec<(DeviceId, Mac)> = Vec::with_capacity(found.len());
+        for row in &found {
+            let id = DeviceId::from_slice(row.bytes("device_id")?);
+            let mac = row.bytes("mac")?.try_into();
+            trusted.push(id.zip(mac.ok()).ok_or(Error::Conflict)?);
+        }
+        if trusted != *known {
+            return Err(Error::Conflict);
+        }
+    }
+    for Changed { row, expected } in &change.devices {
+        let (statement, values) = match expected {
+            None => (sql.of(Table::Devices).insert, rows::new_device(row)),
+            Some(mac) => {
+                let mut values = rows::device_values(row);
+                values.extend(rows::device_key(&row.address));
+                values.push(mac.into());
+                (sql.device.change, values)
+            }
+        };
+        write_row(session, statement, values, expected.is_none()).await?;
+    }
+    if let Some(Changed { row, expected }) = &change.request {
+        let (statement, values) = match expected {
+            None => (
+                sql.of(Table::AccessRequests).insert,
+                rows::new_access_request(row),
+            ),
+            Some(mac) => {
+                let mut values = rows::access_request_values(row);
+                values.extend([row.id.into(), mac.into()]);
+                (sql.device.change_request, values)
+            }
+        };
+        write_row(session, statement, values, expected.is_none()).await?;
+    }
+    Ok(())
+}
+
+async fn write_row(
+    session: &mut impl Session,
+    statement: &'static str,
+    values: Vec<Value>,
+    is_new: bool,
+) -> Result<(), Error> {
+    if is_new {
+        return match insert_unless_taken(session, statement, values).await? {
+            true => Ok(()),
+            false => Err(Error::Exists),
+        };
+    }
+    match session.execute(statement, values).await? {
+        1 => Ok(()),
+        _ => Err(Error::Conflict),
+    }
+}
+
+impl<E: Engine> EngineStore<E> {
+    /// Repeats a statement that removes a limited number of rows.
+    async fn forget(&self, statement: &'static str, before: Timestamp) -> Result<u64, Error> {
+        let mut forgotten = 0;
+        loop {
+            let values = vec![before.into(), FORGOTTEN_AT_ONCE.into()];
+            let portion = self.execute(statement, values).await?;
+            forgotten += portion;
+            if portion < FORGOTTEN_AT_ONCE {
+                return Ok(forgotten);
+            }
+        }
+    }
+
+    async fn count_old(&self, statement: &'static str, before: Timestamp) -> Result<u64, Error> {
+        let found = self.query(statement, vec![before.into()]).await?;
+        let total = found.first().ok_or(Error::NotFound)?.integer("total")?;
+        Ok(u64::try_from(total).unwrap_or(0))
+    }
+}
+
+#[async_trait]
+impl<E: Engine> Devices for EngineStore<E> {
+    async fn device(&self, address: &DeviceAddress) -> Result<Option<DeviceRow>, Error> {
+        let found = self
+            .query(E::sql().device.one, rows::device_key(address))
+            .await?;
+        found.first().map(rows::device).transpose()
+    }
+
+    async fn devices(
+        &self,
+        tenant: &Tenant,
+        user: &UserId,
+    ) -> Result<Vec<Result<DeviceRow, DamagedDevice>>, Error> {
+        let values = vec![
+            tenant.as_str().into(),
+            user.as_str().into(),
+            DEVICES_MAX.into(),
+        ];
+        let found = self.query(E::sql().device.of_user, values).await?;
+        Ok(found.iter().map(rows::listed_device).collect())
+    }
+
+    async fn devices_after(
+        &self,
+        after: Option<&DeviceAddress>,
+        limit: u32,
+    ) -> Result<Vec<(DeviceAddress, Result<DeviceRow, DamagedDevice>)>, Error> {
+        // Empty values come before all rows, because no part of a place is empty.
+        let mut values = match after {
+            Some(address) => rows::device_key(address),
+            None => vec!["".into(), "".into(), Value::Bytes(Vec::new())],
+        };
+        values.insert(0, values[0].clone());
+        values.extend([limit.into(), 0_u32.into()]);
+        let found = self.query(E::sql().of(Table::Devices).page, values).await?;
+        let decode = |row| Ok((rows::device_address(row)?, rows::listed_device(row)));
+        found.iter().map(decode).collect()
+    }
+
+    async fn change_devices(
+        &self,
+        change: &DeviceChange,
+        call: CallId,
+        at: Timestamp,
+    ) -> Result<Option<RecordInfo>, Error> {
+        let change = change.clone();
+        self.transaction(End::CommitMarked(call), move |session, sql| {
+            let change = change.clone();
+            Box::pin(async move {
+                let replaced = match &change.replaces {
+                    Some(one) => {
+                        let supersede = Change::Supersede(one.new.clone());
+                        Some(mutations::apply(session, sql, &supersede, &one.stamp).await?)
+                    }
+                    None => {
+                        let record = change.requires.as_ref().map(|record| record.id);
+                        mutations::mark(session, sql, call, record, at).await?;
+                        None
+                    }
+                };
+                if let Some(record) = &change.requires {
+                    mutations::require_revision(session, sql, record).await?;
+                }
+                write(session, sql, &change).await?;
+                Ok(replaced)
+            })
+        })
+        .await
+    }
+
+    async fn note_device_use(&self, address: &DeviceAddress, at: Timestamp) -> Result<(), Error> {
+        let mut values: Vec<Value> = vec![at.into()];
+        values.extend(rows::device_key(address));
+        values.push(at.into());
+        self.execute(E::sql().device.note_use, values)
+            .await
+            .map(drop)
+    }
+
+    async fn move_devices(&self, moves: Vec<DeviceMove>, call: CallId) -> Result<Vec<bool>, Error> {
+        let first = moves.first().map(|one| one.address.device.into());
+        let values = |one: DeviceMove| {
+            let mut values: Vec<Value> = vec![(&one.new).into(), one.to.into()];
+            values.extend(rows::device_key(&one.address));
+            values.extend([one.from.into(), (&one.old).into()]);
+            values
+        };
+        let keys = keys_of(
+            moves.iter().map(|one| (one.from, one.to)),
+            KeyUse::RewrapFrom,
+        );
+        let swaps = moves.into_iter().map(values).collect();
+        self.swap(E::sql().device.move_mac, first, keys, swaps, call)
+            .await
+    }
+
+    async fn forget_devices(&self, before: Timestamp) -> Result<u64, Error> {
+        self.forget(E::sql().device.forget, before).await
+    }
+
+    async fn old_devices(&self, before: Timestamp) -> Result<u64, Error> {
+        self.count_old(E::sql().device.old, before).await
+    }
+
+    async fn access_request(&self, id: AccessRequestId) -> Result<Option<AccessRow>, Error> {
+        let found = self.query(E::sql().device.request, vec![id.into()]).await?;
+        found.first().map(rows::access_request).transpose()
+    }
+
+    async fn access_requests(
+        &self,
+        wanted: &AccessFilter,
+    ) -> Result<Vec<Result<AccessRow, DamagedAccess>>, Error> {
+        let sql = &E::sql().device;
+        let limit = ACCESS_REQUESTS_LISTED_MAX.into();
+        let (statement, values) = match wanted {
+            AccessFilter::Member(tenant, user) => (
+                sql.requests_of_user,
+                vec![tenant.as_str().into(), user.as_str().into(), limit],
+            ),
+            AccessFilter::PendingOf(tenant, now) => (
+                sql.pending_requests,
+                vec![tenant.as_str().into(), (*now).into(), limit],
+            ),
+            AccessFilter::All(tenant) => (sql.requests, vec![tenant.as_str().into(), limit]),
+        };
+        let found = self.query(statement, values).await?;
+        Ok(found.iter().map(rows::listed_access).collect())
+    }
+
+    async fn newest_pending(&self, device: &DeviceAddress) -> Result<Option<AccessRow>, Error> {
+        let found = self
+            .query(E::sql().device.newest_pending, rows::device_key(device))
+            .await?;
+        found.first().map(rows::access_request).transpose()
+    }
+
+    async fn count_access_requests(
+        &self,
+        tenant: &Tenant,
+        user: &UserId,
+        now: Timestamp,
+    ) -> Result<AccessCounts, Error> {
+        let values = vec![tenant.as_str().into(), user.as_str().into(), now.into()];
+        let found = self.query(E::sql().device.count_requests, values).await?;
+        let counts = found.first().ok_or(Error::NotFound)?;
+        let count = |name| Ok::<_, Error>(u64::try_from(counts.integer(name)?).unwrap_or(0));
+        Ok(AccessCounts {
+            pending: count("pending_total")?,
+            unexpired: count("total")?,
+        })
+    }
+
+    async fn forget_access_requests(&self, before: Timestamp) -> Result<u64, Error> {
+        self.forget(E::sql().device.forget_requests, before).await
+    }
+
+    async fn old_access_requests(&self, before: Timestamp) -> Result<u64, Error> {
+        self.count_old(E::sql().device.old_requests, before).await
+    }
+}

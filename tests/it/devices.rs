@@ -1,0 +1,11 @@
+//! Trusted devices and requests for access at the real broker, with access tokens of an identity service.
+
+mod approvers;
+mod keys;
+mod matrix;
+pub(crate) mod member;
+mod refused;
+mod requests;
+mod rotation;
+mod story;
+mod tampered;

@@ -1,0 +1,98 @@
+//! Rotations: all devices and the user key, or nothing.
+
+use std::{thread, time::Duration};
+
+use crate::{
+    client::refused,
+    identity::{Identity, Options},
+    process::Broker,
+    tokens::{ADA, start},
+};
+
+use super::member::{App, Member};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_names_every_trusted_device_once() {
+    let service = Identity::start(Options::default());
+    let broker = start(&service, "");
+    let (ada, first) = Member::with_first_device(&broker, &service, ADA).await;
+    let [second, third] = [2, 3].map(App::new);
+    ada.trusts(&second, &first).await.unwrap();
+    ada.trusts(&third, &first).await.unwrap();
+    for (kept, untrusted) in [
+        (&[&first, &second][..], &[][..]),
+        (&[&first], &[&second]),
+        (&[&first, &second, &second], &[&third]),
+        (&[&first, &second, &third], &[&third]),
+        (&[], &[&first, &second, &third, &App::new(4)]),
+    ] {
+        let rotation = ada.rotation(1, b"new user key", kept, untrusted, &first);
+        refused(ada.rotate_devices(rotation).await, "DEVICE_STATE");
+    }
+    let stale = ada.rotation(2, b"new user key", &[&first, &second, &third], &[], &first);
+    refused(ada.rotate_devices(stale).await, "REVISION");
+    assert_eq!(ada.keys_of(&first).await.unwrap().revision, 1);
+
+    // The public key of the third device did not open.
+    let rotation = ada.rotation(1, b"new user key", &[&first, &second], &[&third], &second);
+    assert_eq!(
+        ada.rotate_devices(rotation.clone()).await.unwrap().revision,
+        2
+    );
+    refused(ada.keys_of(&third).await, "DEVICE_STATE");
+    refused(ada.rotate_devices(rotation).await, "DEVICE_SIGNATURE");
+    assert_eq!(ada.holder.unwrap(ADA).await.unwrap(), b"new user key");
+}
+
+/// A broker that is killed at any moment of a rotation leaves the old keys everywhere or the new keys everywhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_that_is_cut_off_is_whole_or_not_there() {
+    let service = Identity::start(Options::default());
+    let mut broker = start(&service, "");
+    let (ada, first) = Member::with_first_device(&broker, &service, ADA).await;
+    let apps: Vec<App> = (2..=8).map(App::new).collect();
+    for app in &apps {
+        ada.trusts(app, &first).await.unwrap();
+    }
+    let mut kept: Vec<&App> = vec![&first];
+    kept.extend(&apps);
+    let mut outcomes = [0, 0];
+    let mut ada = ada;
+    for round in 0..8_u64 {
+        let before = ada.keys_of(&first).await.unwrap().revision;
+        let material = format!("user key of round {round}");
+        let rotation = ada.rotation(before, material.as_bytes(), &kept, &[], &first);
+        let call = tokio::spawn(async move { ada.rotate_devices(rotation).await.is_ok() });
+        thread::sleep(Duration::from_millis(round * 6));
+        let site = broker.kill();
+        let was_answered = call.await.unwrap();
+        std::fs::remove_file(site.ready_file()).unwrap();
+        let keys_before = site.log().matches("key set taken over").count();
+        broker = Broker::start_on(site);
+        let is_ready = || broker.site.log().matches("key set taken over").count() > keys_before;
+        crate::process::until("the key set", || is_ready().then_some(()));
+        ada = Member::of(&broker, &service, ADA);
+        let record = ada.holder.unwrap(ADA);
+        let record = record.await.unwrap();
+        let after = ada.keys_of(&first).await.unwrap().revision;
+        assert!(after == before || after == before + 1);
+        assert!(
+            !was_answered || after == before + 1,
+            "an answered rotation is there"
+        );
+        for app in &kept {
+            let keys = ada.keys_of(app).await.unwrap();
+            assert_eq!(keys.revision, after, "{}", app.name);
+            if after > before {
+                let expected = [b"rotated user key ", material.as_bytes(), &app.id].concat();
+                assert_eq!(keys.keys.unwrap().user_key, expected);
+            }
+        }
+        assert_eq!(record == material.as_bytes(), after > before);
+        outcomes[usize::from(after > before)] += 1;
+    }
+    println!("rotations that were cut off: {outcomes:?} (not there, whole)");
+    let (site, _) = broker.stop();
+    let checked = site.run(&["store", "check"]);
+    assert_eq!(checked.code, Some(0), "{checked:#?}");
+}

@@ -89,9 +89,8 @@ pub use keybroker_core::{
     envelope::Algorithm,
     error::Reason,
     key::{
-        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision, Sealing,
-        UserId,
-        WrappingKeyId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision,
+        Sealing, UserId, WrappingKeyId,
     },
     secret::KeyMaterial,
 };

@@ -9,7 +9,8 @@ use keybroker_core::{
 };
 
 use super::{
-    AccessRow, ApprovalRow, ClientRow, DeviceRow, Error, MemberKeyRow, RequestRecord, RequestScope, rows,
+    AccessRow, ApprovalRow, ClientRow, DeviceRow, Error, MemberKeyRow, RequestRecord, RequestScope,
+    rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };

@@ -12,8 +12,7 @@ use keybroker_core::{
 use keybroker_store as store;
 use keybroker_store::{
     AccessRow, ApprovalRow, ClientRow, DeviceRow, MemberKeyRow, RegistryRow, RequestRecord,
-    RequestScope,
-    request_message,
+    RequestScope, request_message,
     scan::{Found, FoundClient, FoundOther},
     tables::{Head, RevisionRow},
 };

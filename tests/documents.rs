@@ -198,6 +198,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("rest", "[rest]"),
         ("client_credentials", "[client_credentials]"),
         ("wrapping_keys", "[wrapping_keys]"),
+        ("release", "[release]"),
         ("bitwarden_organization", "[[bitwarden_organization]]"),
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),

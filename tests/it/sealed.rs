@@ -248,10 +248,10 @@ fn der_of(modulus: &[u8], exponent: &[u8]) -> Vec<u8> {
 
 fn der(tag: u8, content: &[u8]) -> Vec<u8> {
     let length = u16::try_from(content.len()).unwrap().to_be_bytes();
-    let head = if content.len() < 0x80 {
-        vec![tag, length[1]]
-    } else {
-        vec![tag, 0x82, length[0], length[1]]
+    let head = match content.len() {
+        0..0x80 => vec![tag, length[1]],
+        0x80..0x100 => vec![tag, 0x81, length[1]],
+        _ => vec![tag, 0x82, length[0], length[1]],
     };
     [head, content.to_vec()].concat()
 }

@@ -5,6 +5,8 @@
 //! Not protected: a holder of the PIN, or a program that controls this process, can wrap the session object under
 //! another key. PKCS #11 cannot prevent this, because only the security officer can mark a recipient's key as trusted
 //! (`CKA_WRAP_WITH_TRUSTED`).
+//!
+//! Mitigation: M26 of `THREAT_MODEL.md`.
 
 use cryptoki::{
     error::Error,

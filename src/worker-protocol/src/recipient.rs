@@ -1,4 +1,6 @@
 //! The public key of the recipient of a sealed release.
+//!
+//! Mitigation: M26 of `THREAT_MODEL.md`.
 
 use std::sync::LazyLock;
 

@@ -1,5 +1,7 @@
 //! The job of a sealed release: the token unwraps the user key into a session object, and wraps this object under the public
 //! key of the recipient. The session is closed after every failure, and its objects with it.
+//!
+//! Mitigation: M26 of `THREAT_MODEL.md`.
 
 use std::cell::Cell;
 

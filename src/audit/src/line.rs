@@ -36,20 +36,12 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let (approved_by, approver) = both(persons.and_then(|persons| persons.approved_by.as_ref()));
     object.text("approved_by", approved_by);
     object.text("approved_by_person", approver);
-    let bitwarden = entry.bitwarden.as_deref();
-    object.text(
-        "bitwarden_device",
-        bitwarden.map(|request| &*request.device),
-    );
-    object.shown("bitwarden_member", bitwarden.map(|request| &request.member));
-    object.shown(
-        "bitwarden_organization",
-        bitwarden.map(|request| &request.organization),
-    );
-    object.shown(
-        "bitwarden_request",
-        bitwarden.map(|request| &request.request),
-    );
+    let asked = entry.bitwarden.as_deref();
+    object.text("bitwarden_device", asked.map(|it| &*it.device));
+    object.shown("bitwarden_member", asked.map(|it| &it.member));
+    let organization = asked.map(|it| &it.organization);
+    object.shown("bitwarden_organization", organization);
+    object.shown("bitwarden_request", asked.map(|it| &it.request));
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.text("cause", entry.cause.as_deref());
@@ -67,7 +59,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("person", person);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
-    object.shown("public_key", bitwarden.map(|request| &request.public_key));
+    object.shown("public_key", asked.map(|it| &it.public_key));
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
     object.text("registry", entry.registry.as_deref());

@@ -27,7 +27,7 @@ use super::{
     Organization,
     api::{Api, Approved},
     key::WrappedKey,
-    pending::Pending,
+    pending::{Pending, Unreadable},
     pins::{KeyState, Pins},
 };
 
@@ -157,6 +157,30 @@ impl Reviewed {
             request: self.pending.id,
             ciphertext,
         })
+    }
+}
+
+impl Unreadable {
+    /// The same fields as those of a request, with the problem.
+    pub(super) fn fields(&self) -> Vec<Field> {
+        let id = self.id.map(|id| json!(id.to_string()));
+        let unknown = [
+            "email",
+            "phrase",
+            "device_type",
+            "device",
+            "address",
+            "country",
+            "created",
+            "expires",
+            "member",
+            "key_state",
+            "key_sha256",
+        ];
+        let mut fields = vec![("request", json!(id))];
+        fields.extend(unknown.map(|name| (name, json!(null))));
+        fields.push(("problem", json!(self.why)));
+        fields
     }
 }
 

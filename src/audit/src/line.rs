@@ -41,6 +41,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.shown("bitwarden_member", asked.map(|it| &it.member));
     let organization = asked.map(|it| &it.organization);
     object.shown("bitwarden_organization", organization);
+    object.shown("bitwarden_public_key", asked.map(|it| &it.public_key));
     object.shown("bitwarden_request", asked.map(|it| &it.request));
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
@@ -59,7 +60,6 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("person", person);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
-    object.shown("public_key", asked.map(|it| &it.public_key));
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("record_id", entry.record_id.as_ref());
     object.text("registry", entry.registry.as_deref());
@@ -83,7 +83,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
 fn bitwarden<'a>(text: &impl Fn(&str) -> Option<&'a str>) -> Option<Box<BitwardenRequest>> {
     let guid = |name: &str| Guid::parse(text(name)?);
     let mut public_key = [0; 32];
-    hex::decode_to_slice(text("public_key")?, &mut public_key).ok()?;
+    hex::decode_to_slice(text("bitwarden_public_key")?, &mut public_key).ok()?;
     Some(Box::new(BitwardenRequest {
         organization: guid("bitwarden_organization")?,
         member: guid("bitwarden_member")?,

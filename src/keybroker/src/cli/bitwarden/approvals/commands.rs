@@ -150,7 +150,7 @@ impl Session<'_> {
     async fn reviewed(&mut self, wanted: &[Guid]) -> Result<Vec<Reviewed>, Failure> {
         let found = self.api.pending().await?;
         let mut reviewed = Vec::new();
-        for pending in chosen(found.pending, wanted)? {
+        for pending in chosen(&found.pending, wanted)? {
             reviewed.push(review(&mut self.api, self.pins, pending).await?);
         }
         Ok(reviewed)
@@ -310,7 +310,7 @@ pub(super) fn deny(deny: &Deny, context: &Context) -> Result<(), Failure> {
     let organization = Organization::of(&config, &deny.choice)?;
     let denied = block_on(async {
         let mut api = Api::open(organization)?;
-        let pending = chosen(api.pending().await?.pending, &wanted)?;
+        let pending = chosen(&api.pending().await?.pending, &wanted)?;
         let denied = pending.iter().map(|pending| Decided {
             pending: pending.clone(),
             digest: None,

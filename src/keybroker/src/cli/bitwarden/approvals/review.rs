@@ -185,7 +185,7 @@ impl Unreadable {
 }
 
 /// The pending requests with these ids, in their order. A request that is not pending is an error.
-pub(super) fn chosen(pending: Vec<Pending>, wanted: &[Guid]) -> Result<Vec<Pending>, Failure> {
+pub(super) fn chosen(pending: &[Pending], wanted: &[Guid]) -> Result<Vec<Pending>, Failure> {
     let find = |id: &Guid| {
         let found = pending.iter().find(|one| one.id == *id).cloned();
         found.ok_or_else(|| {

@@ -76,7 +76,7 @@ fn an_approved_device_gets_the_user_key_and_nothing_else_does() {
         assert_eq!(entry["bitwarden_member"], ada.user.as_str());
         assert_eq!(entry["bitwarden_request"], request.as_str());
         assert_eq!(entry["bitwarden_device"], desk::DEVICE);
-        assert_eq!(entry["public_key"], device.fingerprint());
+        assert_eq!(entry["bitwarden_public_key"], device.fingerprint());
         assert_eq!(entry["digest"], row["key_sha256"]);
         assert!(
             entry["principal"]

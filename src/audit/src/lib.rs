@@ -246,7 +246,7 @@ pub struct Entry {
     /// The configured name of the token that a change of a wrapping key concerns. Several names are separated by commas.
     pub token: Option<String>,
     /// The risks that the token's settings accept.
-    pub risks: Option<String>,
+    pub risks: Option<Box<str>>,
     /// SHA-256 as hexadecimal digits: of the new envelope, of the ids of the rows that a re-wrap moves, of the registry, or of the
     /// change that needs an approval.
     pub digest: Option<String>,

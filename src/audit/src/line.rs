@@ -45,20 +45,13 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
         "asked_by",
         device.and_then(|device| device.asked_by.as_deref()),
     );
-    let bitwarden = entry.bitwarden.as_deref();
-    object.text(
-        "bitwarden_device",
-        bitwarden.map(|request| &*request.device),
-    );
-    object.shown("bitwarden_member", bitwarden.map(|request| &request.member));
-    object.shown(
-        "bitwarden_organization",
-        bitwarden.map(|request| &request.organization),
-    );
-    object.shown(
-        "bitwarden_request",
-        bitwarden.map(|request| &request.request),
-    );
+    let asked = entry.bitwarden.as_deref();
+    object.text("bitwarden_device", asked.map(|it| &*it.device));
+    object.shown("bitwarden_member", asked.map(|it| &it.member));
+    let organization = asked.map(|it| &it.organization);
+    object.shown("bitwarden_organization", organization);
+    object.shown("bitwarden_public_key", asked.map(|it| &it.public_key));
+    object.shown("bitwarden_request", asked.map(|it| &it.request));
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.text("cause", entry.cause.as_deref());
@@ -81,7 +74,6 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
         "public_key",
         device.and_then(|device| device.public_key.as_deref()),
     );
-    object.shown("public_key", bitwarden.map(|request| &request.public_key));
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("recipient", entry.recipient.as_ref());
     object.shown("record_id", entry.record_id.as_ref());
@@ -106,7 +98,7 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
 fn bitwarden<'a>(text: &impl Fn(&str) -> Option<&'a str>) -> Option<Box<BitwardenRequest>> {
     let guid = |name: &str| Guid::parse(text(name)?);
     let mut public_key = [0; 32];
-    hex::decode_to_slice(text("public_key")?, &mut public_key).ok()?;
+    hex::decode_to_slice(text("bitwarden_public_key")?, &mut public_key).ok()?;
     Some(Box::new(BitwardenRequest {
         organization: guid("bitwarden_organization")?,
         member: guid("bitwarden_member")?,
@@ -255,9 +247,7 @@ impl Parsed {
             asked_by: text("asked_by").map(str::to_owned),
             public_key: text("public_key").map(str::to_owned),
         };
-        // The entry of a Bitwarden request also has a public key, which is not that of a device of a member.
-        let has_device = device.device.is_some() || device.request.is_some();
-        intent.device = has_device.then(|| Box::new(device));
+        intent.device = (device != DeviceFacts::default()).then(|| Box::new(device));
         intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {

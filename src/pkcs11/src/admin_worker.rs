@@ -25,11 +25,11 @@ use keybroker_worker_protocol::{
     Pin, Settings,
     frame::{Inbox, Outbox},
     wire::{
-        AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
-        DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MadeSignature, MakeReport,
-        OaepSupport, OpenToken, OrganizationKey, PinSource, Sealing, SetUserPin, Setup, SigningKey,
-        TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
-        pin_source::Source,
+        AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding,
+        CheckOrganizationKey, CheckedKey, DecryptLoop, ImportOrganizationKey, InitToken, KeyIds,
+        KnowKeys, LoopCount, MadeSignature, MakeReport, OaepSupport, OpenToken, OrganizationKey,
+        PinSource, ReleaseToDevice, Sealing, SetUserPin, Setup, Sign, SigningKey, TokenEntry,
+        TokenKey, TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
     },
 };
 
@@ -193,30 +193,11 @@ impl State {
                     attributes: made.findings.iter().map(finding).collect(),
                 }))
             }
-            Job::Sign(job) => {
-                let object = ObjectId::from_slice(&job.cka_id)
-                    .ok_or_else(|| AdminError::Untrusted("the request has no CKA_ID".to_owned()))?;
-                let (signature, pss) = self.token()?.sign(&object, &job.message)?;
-                Ok(Outcome::MadeSignature(MadeSignature { signature, pss }))
-            }
+            Job::Sign(job) => self.sign(job),
             Job::SetUserPin(job) => set_user_pin(job),
-            Job::ImportOrganizationKey(job) => {
-                let id = key_id(&job.key_id)?;
-                Ok(organization_key(
-                    self.token()?.import_organization_key(id, &job.pkcs8)?,
-                ))
-            }
-            Job::CheckOrganizationKey(job) => {
-                let id = key_id(&job.key_id)?;
-                Ok(organization_key(self.token()?.check_organization_key(id)?))
-            }
-            Job::ReleaseToDevice(job) => {
-                let id = key_id(&job.key_id)?;
-                let (token, fingerprint) = (self.token()?, &job.fingerprint);
-                let released =
-                    token.release_to_device(id, fingerprint, &job.wrapped, &job.recipient);
-                Ok(Outcome::ForDevice(released?))
-            }
+            Job::ImportOrganizationKey(job) => self.import_organization_key(job),
+            Job::CheckOrganizationKey(job) => self.check_organization_key(job),
+            Job::ReleaseToDevice(job) => self.release_to_device(job),
             Job::RemoveKey(job) => {
                 let id = key_id(&job.key_id)?;
                 // The handles of the removed objects must not be used again.
@@ -245,6 +226,32 @@ impl State {
         };
         self.token = Some(admin);
         Ok(Outcome::Token(entry))
+    }
+
+    fn sign(&self, job: &Sign) -> Result<Outcome, AdminError> {
+        let object = ObjectId::from_slice(&job.cka_id)
+            .ok_or_else(|| AdminError::Untrusted("the request has no CKA_ID".to_owned()))?;
+        let (signature, pss) = self.token()?.sign(&object, &job.message)?;
+        Ok(Outcome::MadeSignature(MadeSignature { signature, pss }))
+    }
+
+    fn import_organization_key(&self, job: &ImportOrganizationKey) -> Result<Outcome, AdminError> {
+        let id = key_id(&job.key_id)?;
+        let key = self.token()?.import_organization_key(id, &job.pkcs8)?;
+        Ok(organization_key(key))
+    }
+
+    fn check_organization_key(&self, job: &CheckOrganizationKey) -> Result<Outcome, AdminError> {
+        let key = self.token()?.check_organization_key(key_id(&job.key_id)?)?;
+        Ok(organization_key(key))
+    }
+
+    fn release_to_device(&self, job: &ReleaseToDevice) -> Result<Outcome, AdminError> {
+        let (id, fingerprint) = (key_id(&job.key_id)?, &job.fingerprint);
+        let released =
+            self.token()?
+                .release_to_device(id, fingerprint, &job.wrapped, &job.recipient)?;
+        Ok(Outcome::ForDevice(released))
     }
 
     fn token(&self) -> Result<&Admin, AdminError> {

@@ -40,14 +40,14 @@ fn an_imported_key_is_no_wrapping_key_and_is_imported_once() {
             .contains("has the key of this organisation already"),
         "{again:#?}"
     );
-    let another = desk.import(&KeyPair::new(KeySize::Rsa2048).pkcs8);
-    assert_eq!(another.code, Some(6), "{another:#?}");
     let second = import(site, OTHER, "organization.der", &[]);
     assert_eq!(second.code, Some(6), "{second:#?}");
     assert!(
         second.stderr.contains("under another CKA_ID"),
         "{second:#?}"
     );
+    let another = desk.import(&KeyPair::new(KeySize::Rsa2048).pkcs8);
+    assert_eq!(another.code, Some(6), "{another:#?}");
 
     // The imported key is not offered for registration, and is refused if its id is given.
     let (_, id) = again.stderr.split_once("key remove ").unwrap();
@@ -129,12 +129,6 @@ fn only_a_good_key_in_a_private_file_is_imported() {
     ] {
         assert!(attributes.contains(attribute), "{attributes}");
     }
-    assert!(
-        imported
-            .stderr
-            .contains("copies of it exist outside the token"),
-        "{imported:#?}"
-    );
 }
 
 #[test]

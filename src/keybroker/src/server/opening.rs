@@ -236,7 +236,7 @@ pub(super) async fn record_accepted_risks(
     }
     let mut changed = Entry::new(EntryKind::System, "token.risks_accepted", Outcome::Ok);
     changed.count = u64::try_from(risks.len()).ok();
-    changed.risks = (!risks.is_empty()).then(|| risks.join(". "));
+    changed.risks = (!risks.is_empty()).then(|| risks.join(". ").into());
     audit.append(changed).await?;
     if let Err(error) = state.write_json(&fact, &risks) {
         tracing::warn!(error = %chain(&error), "cannot store the accepted risks; the next start records them again");

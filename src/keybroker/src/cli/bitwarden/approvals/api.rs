@@ -294,9 +294,15 @@ impl<'a> Api<'a> {
             .body(form.to_string());
         let answer = exchange(request, &settings.identity_url, ANSWER_BYTES_MAX).await?;
         if answer.status != StatusCode::OK {
-            return Err(answer.refused(&settings.identity_url).hint(
-                "check `client_id` and the content of `client_secret_file`: a personal API key changes when its owner rotates it",
-            ));
+            let failure = answer.refused(&settings.identity_url);
+            return Err(if answer.status == StatusCode::BAD_REQUEST {
+                failure.hint(
+                    "check `client_id` and the content of `client_secret_file`: a personal API key changes when its owner \
+                     rotates it",
+                )
+            } else {
+                failure
+            });
         }
         let token: TokenAnswer = parse(&answer.body, "the answer of the identity service")?;
         let is_good = token.token_type.eq_ignore_ascii_case("bearer")

@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal as _};
 
 use serde_json::json;
+use tokio::{runtime::Handle, task::block_in_place};
 
 use crate::{
     cli::{
@@ -24,7 +25,7 @@ use super::{
     api::{Api, Approved, Requests},
     decision::{self, Decided},
     key::WrappedKey,
-    pending::Pending,
+    pending::{Pending, Unreadable},
     pins::{KeyState, Pins},
     requests,
     review::{Reviewed, chosen, open_token, review, with_store},
@@ -43,14 +44,12 @@ pub(super) fn list(list: &List, context: &Context) -> Result<(), Failure> {
             pending,
             unreadable,
         } = api.pending().await?;
-        for one in &unreadable {
-            context.output.note(&format!("warning: {one}"));
-        }
         let pins = pins(&**store, &admin, organization);
         let mut rows = Vec::new();
         for one in pending {
             rows.push(review(&mut api, pins, one).await?.fields());
         }
+        rows.extend(unreadable.iter().map(Unreadable::fields));
         Ok(rows)
     })?;
     show(context, rows)
@@ -151,7 +150,7 @@ impl Session<'_> {
     async fn reviewed(&mut self, wanted: &[Guid]) -> Result<Vec<Reviewed>, Failure> {
         let found = self.api.pending().await?;
         let mut reviewed = Vec::new();
-        for pending in chosen(found.pending, wanted)? {
+        for pending in chosen(&found.pending, wanted)? {
             reviewed.push(review(&mut self.api, self.pins, pending).await?);
         }
         Ok(reviewed)
@@ -180,8 +179,11 @@ impl Session<'_> {
         let describe = |entry: &mut Entry| entry.count = Some(count);
         let action = "bitwarden.approvals";
         let (api, organization) = (&mut self.api, self.organization);
-        audited_in_parts(context, config, action, describe, |log| {
-            wait(decision::approve(api, log, organization, ready)).map_err(Failure::from)
+        // The log of the command is written by code that is not async.
+        block_in_place(|| {
+            audited_in_parts(context, config, action, describe, |log| {
+                wait(decision::approve(api, log, organization, ready)).map_err(Failure::from)
+            })
         })?;
         results.extend(approved.iter().map(|pending| Done::of(pending, None)));
         Ok(results)
@@ -232,9 +234,9 @@ impl Session<'_> {
     }
 }
 
-/// Waits for a call of the server inside the work of an audited change, which is not asynchronous.
+/// Waits for a call of the server inside [`block_in_place`].
 fn wait<T>(work: impl Future<Output = T>) -> T {
-    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(work))
+    Handle::current().block_on(work)
 }
 
 /// Compares the phrase that the member read out. A person who only agrees to what is on the screen compares nothing.
@@ -308,7 +310,7 @@ pub(super) fn deny(deny: &Deny, context: &Context) -> Result<(), Failure> {
     let organization = Organization::of(&config, &deny.choice)?;
     let denied = block_on(async {
         let mut api = Api::open(organization)?;
-        let pending = chosen(api.pending().await?.pending, &wanted)?;
+        let pending = chosen(&api.pending().await?.pending, &wanted)?;
         let denied = pending.iter().map(|pending| Decided {
             pending: pending.clone(),
             digest: None,
@@ -318,8 +320,10 @@ pub(super) fn deny(deny: &Deny, context: &Context) -> Result<(), Failure> {
         let count = u64::try_from(denied.len()).unwrap_or(u64::MAX);
         let describe = |entry: &mut Entry| entry.count = Some(count);
         let action = "bitwarden.approvals";
-        audited_in_parts(context, &config, action, describe, |log: &AuditLog| {
-            wait(decision::deny(&mut api, log, organization, denied)).map_err(Failure::from)
+        block_in_place(|| {
+            audited_in_parts(context, &config, action, describe, |log: &AuditLog| {
+                wait(decision::deny(&mut api, log, organization, denied)).map_err(Failure::from)
+            })
         })?;
         Ok::<_, Failure>(pending)
     })??;

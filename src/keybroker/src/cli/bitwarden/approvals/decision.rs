@@ -32,7 +32,7 @@ struct Entries {
 }
 
 impl Entries {
-    fn begin(
+    async fn begin(
         log: &AuditLog,
         action: &'static str,
         organization: Guid,
@@ -44,12 +44,13 @@ impl Entries {
             organization,
             decided,
         };
-        log.append_blocking(entries.entry(EntryKind::Intent, Outcome::Ok))?;
+        log.append(entries.entry(EntryKind::Intent, Outcome::Ok))
+            .await?;
         Ok(entries)
     }
 
-    fn end(&self, log: &AuditLog, outcome: Outcome) -> Result<(), Failure> {
-        log.append_blocking(self.entry(EntryKind::Outcome, outcome))?;
+    async fn end(&self, log: &AuditLog, outcome: Outcome) -> Result<(), Failure> {
+        log.append(self.entry(EntryKind::Outcome, outcome)).await?;
         Ok(())
     }
 
@@ -78,9 +79,9 @@ pub(super) async fn approve(
     ready: Vec<(Decided, Approved)>,
 ) -> Result<(), CallError> {
     let (decided, approved): (Vec<_>, Vec<_>) = ready.into_iter().unzip();
-    let entries = begin(log, APPROVE, organization, decided)?;
+    let entries = begin(log, APPROVE, organization, decided).await?;
     let sent = api.approve(&approved).await;
-    end(log, &entries, sent)
+    end(log, &entries, sent).await
 }
 
 /// Denies requests.
@@ -91,29 +92,36 @@ pub(super) async fn deny(
     denied: Vec<Decided>,
 ) -> Result<(), CallError> {
     let requests: Vec<Guid> = denied.iter().map(|one| one.pending.id).collect();
-    let entries = begin(log, DENY, organization, denied)?;
+    let entries = begin(log, DENY, organization, denied).await?;
     let sent = api.deny(&requests).await;
-    end(log, &entries, sent)
+    end(log, &entries, sent).await
 }
 
-fn begin(
+async fn begin(
     log: &AuditLog,
     action: &'static str,
     organization: Organization<'_>,
     decided: Vec<Decided>,
 ) -> Result<Vec<Entries>, Failure> {
-    let begin = |one| Entries::begin(log, action, organization.id, one);
-    decided.into_iter().map(begin).collect()
+    let mut entries = Vec::new();
+    for one in decided {
+        entries.push(Entries::begin(log, action, organization.id, one).await?);
+    }
+    Ok(entries)
 }
 
-fn end(log: &AuditLog, entries: &[Entries], sent: Result<(), CallError>) -> Result<(), CallError> {
+async fn end(
+    log: &AuditLog,
+    entries: &[Entries],
+    sent: Result<(), CallError>,
+) -> Result<(), CallError> {
     let outcome = match &sent {
         Ok(()) => Outcome::Ok,
         Err(error) if error.may_have_happened => Outcome::Unknown,
         Err(_) => Outcome::Failed,
     };
     for one in entries {
-        one.end(log, outcome)?;
+        one.end(log, outcome).await?;
     }
     sent
 }

@@ -27,7 +27,7 @@ use super::{
     Organization,
     api::{Api, Approved},
     key::WrappedKey,
-    pending::Pending,
+    pending::{Pending, Unreadable},
     pins::{KeyState, Pins},
 };
 
@@ -160,8 +160,32 @@ impl Reviewed {
     }
 }
 
+impl Unreadable {
+    /// The same fields as those of a request, with the problem.
+    pub(super) fn fields(&self) -> Vec<Field> {
+        let id = self.id.map(|id| json!(id.to_string()));
+        let unknown = [
+            "email",
+            "phrase",
+            "device_type",
+            "device",
+            "address",
+            "country",
+            "created",
+            "expires",
+            "member",
+            "key_state",
+            "key_sha256",
+        ];
+        let mut fields = vec![("request", json!(id))];
+        fields.extend(unknown.map(|name| (name, json!(null))));
+        fields.push(("problem", json!(self.why)));
+        fields
+    }
+}
+
 /// The pending requests with these ids, in their order. A request that is not pending is an error.
-pub(super) fn chosen(pending: Vec<Pending>, wanted: &[Guid]) -> Result<Vec<Pending>, Failure> {
+pub(super) fn chosen(pending: &[Pending], wanted: &[Guid]) -> Result<Vec<Pending>, Failure> {
     let find = |id: &Guid| {
         let found = pending.iter().find(|one| one.id == *id).cloned();
         found.ok_or_else(|| {

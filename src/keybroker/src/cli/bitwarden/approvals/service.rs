@@ -130,7 +130,7 @@ impl Service<'_> {
     /// waits become longer.
     fn serve(&mut self, terminated: &Receiver<()>) -> Result<(), Failure> {
         let interval = Duration::from_secs(self.organization.settings.interval_seconds);
-        let mut failures = 0;
+        let mut failures = 0_u32;
         loop {
             match self.look() {
                 Ok(()) => failures = 0,
@@ -140,7 +140,9 @@ impl Service<'_> {
                     failures += 1;
                 }
             }
-            let longer = interval.saturating_mul(2_u32.saturating_pow(failures));
+            // The first pause after a failure is as long as every other.
+            let doubled = failures.saturating_sub(1);
+            let longer = interval.saturating_mul(2_u32.saturating_pow(doubled));
             match terminated.recv_timeout(longer.min(PAUSE_MAX.max(interval))) {
                 Err(RecvTimeoutError::Timeout) => {}
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(()),

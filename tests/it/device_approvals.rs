@@ -17,7 +17,7 @@ use desk::ORGANIZATION;
 
 /// Pins the key of a member of an organisation in the database of a site.
 pub(crate) fn pin(site: &Arc<Site>) {
-    let desk = Desk::on(Arc::clone(site), None);
+    let desk = Desk::on(Arc::clone(site));
     let (ada, _) = desk.member("ada@example.org");
     desk.request(&ada, &Device::new());
     desk.ok(&["list"]);

@@ -1,6 +1,6 @@
 //! An administrator's desk: a token with the key of an organisation, the organisation's server, and devices of members.
 
-use std::{fs, sync::Arc};
+use std::{fmt::Write as _, fs, sync::Arc};
 
 use aws_lc_rs::{
     digest,
@@ -12,7 +12,6 @@ use serde_json::Value;
 
 use crate::{
     bitwarden::{Answer, Bitwarden, CLIENT_ID, CLIENT_SECRET, Decision, Member},
-    modules::{Maker, Stand},
     site::{Finished, Options, Site},
     softhsm::write_private,
 };
@@ -73,20 +72,20 @@ impl Device {
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    let digest = digest::digest(&digest::SHA256, bytes);
-    digest
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hexadecimal(digest::digest(&digest::SHA256, bytes).as_ref())
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
 }
 
 pub(crate) struct Desk {
     pub(crate) site: Arc<Site>,
     pub(crate) server: Bitwarden,
     pub(crate) organization: KeyPair,
-    /// The stand of a module that is not SoftHSM.
-    _stand: Option<Stand>,
 }
 
 impl Desk {
@@ -94,16 +93,11 @@ impl Desk {
     pub(crate) fn new() -> Self {
         let site = Site::without_keys(Options::default());
         site.expect_ok(&["store", "migrate"]);
-        Self::on(Arc::new(site), None)
+        Self::on(Arc::new(site))
     }
 
-    /// With the token of another maker.
-    pub(crate) fn on_token_of(maker: Maker) -> Self {
-        let stand = Stand::new(maker);
-        Self::on(Arc::clone(&stand.site), Some(stand))
-    }
-
-    pub(crate) fn on(site: Arc<Site>, stand: Option<Stand>) -> Self {
+    /// On an installation that exists.
+    pub(crate) fn on(site: Arc<Site>) -> Self {
         let pki = &site.pki;
         let server = Bitwarden::start(
             ORGANIZATION,
@@ -114,7 +108,6 @@ impl Desk {
             server,
             organization: KeyPair::new(KeySize::Rsa2048),
             site,
-            _stand: stand,
         };
         write_private(&desk.site.folder().join("client-secret"), CLIENT_SECRET);
         let imported = desk.import(&desk.organization.pkcs8);
@@ -207,7 +200,7 @@ impl Desk {
 
     /// Neither the audit log nor the database has a user key or the credential.
     pub(crate) fn assert_no_key(&self, user_key: &[u8]) {
-        let hex: String = user_key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = hexadecimal(user_key);
         let audit = self.site.audit();
         assert!(!audit.contains(&hex) && !audit.contains(CLIENT_SECRET));
         let database = fs::read(self.site.database()).unwrap();

@@ -195,6 +195,10 @@ fn keys_that_are_not_of_the_organisation_are_not_released() {
 }
 
 #[test]
+#[expect(
+    clippy::too_many_lines,
+    reason = "a list, in which each answer stands once"
+)]
 fn answers_that_are_not_of_the_api_are_refused() {
     let desk = Desk::new();
     let (ada, _) = desk.member("ada@example.org");

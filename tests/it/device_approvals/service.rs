@@ -78,7 +78,7 @@ fn the_policy_approves_known_devices_and_leaves_the_others_to_a_person() {
     // From another network, and with a second request of the same member.
     let from_elsewhere = desk.request(&ada, &Device::new());
     desk.server.edit(&from_elsewhere, |one| {
-        one.address = "203.0.113.1".to_owned()
+        one.address = "203.0.113.1".to_owned();
     });
     let finished = desk.run(&["run", "--once"]);
     assert_eq!(finished.code, Some(0), "{finished:#?}");

@@ -1,24 +1,10 @@
-//! Tokens of other makers, tokens that lie, and tokens that are gone.
+//! Tokens that lie, and tokens that are gone.
 
 use super::desk::{Desk, Device};
 use crate::{
     faulty::{Fault, code},
     faulty_token::put_before,
-    modules::Maker,
 };
-
-/// Kryoptic wraps with OAEP and SHA-1, although it prefers SHA-256 for the keys of the broker.
-#[test]
-fn kryoptic_approves_a_device() {
-    let desk = Desk::on_token_of(Maker::Kryoptic);
-    let (ada, user_key) = desk.member("ada@example.org");
-    let device = Device::new();
-    let request = desk.request(&ada, &device);
-    desk.ok(&["list"]);
-    assert_eq!(desk.ok(&["list"])[0]["key_state"], "known");
-    desk.ok(&["approve", &request, "--yes"]);
-    assert_eq!(device.open(&desk.server.decisions()[0]), user_key);
-}
 
 /// Nothing is decided if the token is gone in the middle, and nothing is lost: the same command succeeds later.
 #[test]

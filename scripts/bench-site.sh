@@ -20,7 +20,7 @@ token() {
 }
 
 # Creates a configuration, a token and a wrapping key in the folder $2. The label of the token begins with $1. $3 is the URL of
-# the database, $4 the length of the wrapping key (2048 by default).
+# the database, $4 the length of the wrapping key (2048 by default), $5 its purpose (plain by default).
 site() {
   local engine=$1 name=$2 url=$3 bits=${4:-2048} said
   rm -rf "${WORK:?}/$name"
@@ -59,7 +59,7 @@ CONF
   fi
   broker "$name" token init --label "$engine-$name" --so-pin-file "$WORK/so-pin"
   broker "$name" store migrate
-  broker "$name" key generate --bits "$bits"
+  broker "$name" key generate --bits "$bits" ${5:+--purpose "$5"}
 }
 
 # For jq: the median of an array.

@@ -29,8 +29,8 @@ STORM_SECONDS=60
 # Idle connections of each API. The configuration of this script permits that many.
 IDLE=4000
 SLOW_MS=20
-NAMES=(steady-2048 steady-3072 steady-4096 open overload overload-4096 overload-slow fairness-slow connections storm
-  storm-largest restart device-lanes device-lanes-load device-busy device-busy-load device-sessions-load)
+NAMES=(steady-2048 steady-2048-sealed steady-3072 steady-4096 open overload overload-4096 overload-slow fairness-slow
+  connections storm storm-largest restart device-lanes device-lanes-load device-busy device-busy-load device-sessions-load)
 
 PROGRAM=
 SCRIPTABLE_MODULE=
@@ -118,6 +118,11 @@ measure_all() {
     extend "rsa-$bits"
     measure "steady-$bits" "rsa-$bits" steady
   done
+  if wanted steady-2048-sealed; then
+    site performance sealed-2048 "sqlite:$WORK/sealed-2048/keybroker.db" 2048 sealed
+    extend sealed-2048
+    measure steady-2048-sealed sealed-2048 steady
+  fi
   measure open rsa-2048 open
   measure overload rsa-2048 overload
   measure overload-4096 rsa-4096 overload

@@ -16,7 +16,7 @@ use keybroker::config::Config;
 use keybroker_core::{
     alert::Alert,
     error::Reason,
-    key::{KeyUse, WrappingKeyState},
+    key::{KeyUse, Purpose, WrappingKeyState},
 };
 use keybroker_pkcs11::{NEGATIVE_TESTS, attribute_check::EXCEPTIONS};
 
@@ -198,6 +198,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("rest", "[rest]"),
         ("client_credentials", "[client_credentials]"),
         ("wrapping_keys", "[wrapping_keys]"),
+        ("bitwarden_organization", "[[bitwarden_organization]]"),
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),
         ("devices", "[devices]"),
@@ -257,10 +258,12 @@ fn rows_of_the_audit_page() -> Vec<(Vec<String>, String)> {
 /// Every action that the audit log can hold is on its page, and each that the page has is written somewhere.
 #[test]
 fn the_audit_page_has_every_action_and_no_other() {
-    const SUBJECTS: [&str; 15] = [
+    const SUBJECTS: [&str; 17] = [
         "access_request",
         "device",
         "approval",
+        "bitwarden",
+        "organization_key",
         "user_key",
         "wrapping_key",
         "token",
@@ -519,10 +522,11 @@ fn the_page_of_tokens_has_every_exception_and_every_negative_test() {
     let tests: Vec<String> = NEGATIVE_TESTS
         .iter()
         .map(|test| {
-            let only = if test.changes_the_key {
-                " (throwaway keys only)"
-            } else {
-                ""
+            let only = match (test.changes_the_key, test.purpose) {
+                (true, _) => " (throwaway keys only)",
+                (false, Some(Purpose::Plain)) => " (plain wrapping keys only)",
+                (false, Some(Purpose::Sealed)) => " (sealed wrapping keys only)",
+                (false, None) => "",
             };
             let accepted_by = test
                 .accepted_by

@@ -36,6 +36,8 @@ mod durability;
 mod filling;
 #[path = "store/identity.rs"]
 mod identity;
+#[path = "store/member_keys.rs"]
+mod member_keys;
 #[path = "store/network.rs"]
 mod network;
 #[path = "store/outage.rs"]

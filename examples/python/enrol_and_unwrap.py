@@ -1,4 +1,4 @@
-"""Enrols a user's key and releases it again, over gRPC with a client certificate.
+"""Enrols a user's key and releases it again, over gRPC with a client certificate. The release can be sealed.
 
 The example shows three things that every client needs: a deadline on each call, the reason of a refusal, and safe
 retries. Set the broker and the certificate in the environment: KEYBROKER_ENDPOINT (https://host:port), KEYBROKER_CA,
@@ -6,6 +6,7 @@ KEYBROKER_CERT and KEYBROKER_KEY (PEM files).
 """
 
 import argparse
+import hashlib
 import os
 import random
 import secrets
@@ -15,6 +16,8 @@ import uuid
 from urllib.parse import urlsplit
 
 import grpc
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -22,6 +25,8 @@ from keybroker.v1 import user_key_pb2, user_key_pb2_grpc
 
 DOMAIN = "keybroker.v1"
 KEY_NAME = "example"
+# The algorithms of a sealed release. The token of the broker determines which one it uses.
+OAEP = {"RSA-OAEP-SHA-256": hashes.SHA256, "RSA-OAEP-SHA-1": hashes.SHA1}
 # Time limit of a call with all its attempts, in seconds.
 DEADLINE = 10.0
 # Eight attempts outlast the restart of a broker or of its token worker, about one second.
@@ -103,9 +108,25 @@ def unwrap(service, user: str) -> None:
     print(f"{user}: revision {answer.revision}, {len(answer.key_material)} bytes")
 
 
+def unwrap_sealed(service, user: str) -> None:
+    """The token encrypts the key to a key pair of this process, so the broker never has the key."""
+    private = rsa.generate_private_key(public_exponent=65537, key_size=3072)
+    public = private.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    recipient = user_key_pb2.Recipient(public_key=public)
+    request = user_key_pb2.UnwrapUserKeyRequest(user=user, key_name=KEY_NAME, recipient=recipient)
+    answer = call(service.UnwrapUserKey, request)
+    sealed = answer.sealed
+    assert sealed.recipient_fingerprint == hashlib.sha256(public).digest()
+    oaep = OAEP[sealed.algorithm]
+    key = private.decrypt(sealed.ciphertext, padding.OAEP(mgf=padding.MGF1(oaep()), algorithm=oaep(), label=None))
+    print(f"{user}: revision {answer.revision}, {len(key)} bytes, {sealed.algorithm}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Enrol a user's key and release it again")
-    parser.add_argument("command", choices=["enrol", "unwrap"])
+    parser.add_argument("command", choices=["enrol", "unwrap", "unwrap-sealed"])
     parser.add_argument("user", help="1 to 255 bytes of UTF-8")
     arguments = parser.parse_args()
     with connect() as channel:
@@ -113,8 +134,10 @@ def main() -> int:
         try:
             if arguments.command == "enrol":
                 enrol(service, arguments.user, str(uuid.uuid4()))
-            else:
+            elif arguments.command == "unwrap":
                 unwrap(service, arguments.user)
+            else:
+                unwrap_sealed(service, arguments.user)
         except grpc.RpcError as error:
             reason, _ = details(error)
             print(f"error: {reason or error.code().name}: {error.details()}", file=sys.stderr)

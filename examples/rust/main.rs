@@ -1,4 +1,4 @@
-//! Enrols a user's key and releases it again, with the `keybroker-client` library.
+//! Enrols a user's key and releases it again, plain or sealed to a key pair, with the `keybroker-client` library.
 
 #![allow(
     clippy::print_stdout,
@@ -8,7 +8,7 @@
 
 use std::{env, error::Error, process::ExitCode, time::Duration};
 
-use keybroker_client::{Client, KeyMaterial, Reason, UserKeyRef, new_request_id};
+use keybroker_client::{Client, KeyMaterial, Reason, RecipientKeyPair, UserKeyRef, new_request_id};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -34,12 +34,13 @@ async fn run() -> Result<(), Box<dyn Error>> {
         .build()?;
     let mut arguments = env::args().skip(1);
     let (Some(command), Some(user)) = (arguments.next(), arguments.next()) else {
-        return Err("usage: enrol-and-unwrap enrol|unwrap USER".into());
+        return Err("usage: enrol-and-unwrap enrol|unwrap|unwrap-sealed USER".into());
     };
     let key = UserKeyRef::parse(&user, "example")?;
     match command.as_str() {
         "enrol" => enrol(&client, &key).await,
         "unwrap" => unwrap(&client, &key).await,
+        "unwrap-sealed" => unwrap_sealed(&client, &key).await,
         other => Err(format!("unknown command {other:?}").into()),
     }
 }
@@ -71,6 +72,23 @@ async fn unwrap(client: &Client, key: &UserKeyRef) -> Result<(), Box<dyn Error>>
     println!(
         "{}: revision {}, {length} bytes",
         key.user, released.revision
+    );
+    Ok(())
+}
+
+/// The token encrypts the key to a key pair of this process, so the broker never has the key.
+async fn unwrap_sealed(client: &Client, key: &UserKeyRef) -> Result<(), Box<dyn Error>> {
+    let recipient = RecipientKeyPair::generate()?;
+    let sealed = client
+        .unwrap_user_key_for(key, recipient.public_key())
+        .await?;
+    let material = recipient.open(&sealed)?;
+    println!(
+        "{}: revision {}, {} bytes, {}",
+        key.user,
+        sealed.revision,
+        material.expose().len(),
+        sealed.algorithm.as_str()
     );
     Ok(())
 }

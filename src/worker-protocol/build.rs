@@ -15,6 +15,7 @@ const SECRET: &[&str] = &[
     ".keybroker.worker.v1.VerifyMac",
     ".keybroker.worker.v1.Reply",
     ".keybroker.worker.v1.Reply.outcome",
+    ".keybroker.worker.v1.ImportOrganizationKey",
     ".keybroker.worker.v1.PinSource",
     ".keybroker.worker.v1.PinSource.source",
 ];

@@ -16,7 +16,7 @@ use base64ct::{Base64, Encoding as _};
 use keybroker_client::Refusal;
 use keybroker_proto::{
     BatchUnwrapUserKeysRequest, BatchUnwrapUserKeysResponse, CreateUserKeyRequest,
-    DeleteUserKeyRequest, GetUserKeyRequest, ListUserKeysRequest, ListUserKeysResponse,
+    DeleteUserKeyRequest, GetUserKeyRequest, ListUserKeysRequest, ListUserKeysResponse, Recipient,
     ReplaceUserKeyRequest, RestoreUserKeyRevisionRequest, UndeleteUserKeyRequest,
     UnwrapUserKeyRequest, UnwrapUserKeyResponse, UserKey,
     control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
@@ -85,6 +85,23 @@ impl Caller {
     /// Unwraps a user key.
     pub(crate) async fn unwrap(&self, user: &str) -> Result<UnwrapUserKeyResponse, Status> {
         let request = item(user);
+        let answer = self.keys.clone().unwrap_user_key(timed(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Releases a user key to a recipient.
+    pub(crate) async fn unwrap_for(
+        &self,
+        user: &str,
+        public_key: &[u8],
+    ) -> Result<UnwrapUserKeyResponse, Status> {
+        let request = UnwrapUserKeyRequest {
+            recipient: Some(Recipient {
+                public_key: public_key.to_vec(),
+                hash: 0,
+            }),
+            ..item(user)
+        };
         let answer = self.keys.clone().unwrap_user_key(timed(request)).await?;
         Ok(answer.into_inner())
     }
@@ -344,6 +361,7 @@ pub(crate) fn item(user: &str) -> UnwrapUserKeyRequest {
     UnwrapUserKeyRequest {
         user: user.to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     }
 }
 

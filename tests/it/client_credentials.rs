@@ -107,6 +107,7 @@ impl Basic {
         let message = UnwrapUserKeyRequest {
             user: user.to_owned(),
             key_name: key_name.to_owned(),
+            recipient: None,
         };
         let answer = keys.clone().unwrap_user_key(self.request(message)).await?;
         Ok(answer.into_inner())

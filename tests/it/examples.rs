@@ -12,6 +12,7 @@ use crate::{
     client::Caller,
     identity::{Identity, Options as IdentityOptions},
     process::Broker,
+    sealed,
     site::Options,
     tokens::{ADA, start},
 };
@@ -69,6 +70,22 @@ async fn enrols_and_unwraps(broker: &Broker, program: &Path) {
     );
 }
 
+/// The same on a broker whose key in use is a sealed wrapping key.
+async fn unwraps_sealed(program: &Path) {
+    let broker = sealed::broker(Options::default()).await;
+    let enrolled = run(&broker, program, "enroller", &["enrol", "ada"]);
+    assert!(enrolled.status.success(), "{enrolled:?}");
+    let released = run(&broker, program, "releaser", &["unwrap-sealed", "ada"]);
+    assert!(released.status.success(), "{released:?}");
+    assert_eq!(
+        String::from_utf8(released.stdout).unwrap(),
+        "ada: revision 1, 32 bytes, RSA-OAEP-SHA-1\n"
+    );
+    let refused = run(&broker, program, "releaser", &["unwrap", "ada"]);
+    let error = String::from_utf8(refused.stderr).unwrap();
+    assert!(error.contains("RELEASE_FORM"), "{error}");
+}
+
 /// Cargo builds it with the tests of the whole workspace, beside the binary.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_rust_example_enrols_and_unwraps() {
@@ -80,6 +97,7 @@ async fn the_rust_example_enrols_and_unwraps() {
     }
     let broker = Broker::start(Options::default());
     enrols_and_unwraps(&broker, &program).await;
+    unwraps_sealed(&program).await;
 }
 
 /// Without the package index its requirements cannot be installed: a failure in CI, a loud skip elsewhere.
@@ -94,6 +112,7 @@ async fn the_python_example_enrols_and_unwraps() {
         return;
     }
     enrols_and_unwraps(&broker, &script).await;
+    unwraps_sealed(&script).await;
 }
 
 /// The client's side of the device protocol, with real keys and an access token.

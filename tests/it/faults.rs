@@ -125,6 +125,7 @@ async fn a_hung_worker_is_replaced_and_deadlines_hold() {
     let request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     });
     let asked = Instant::now();
     let status = releaser

@@ -111,6 +111,7 @@ async fn hanging_call(broker: &Broker, faulty: &Faulty) -> (Instant, u32) {
             let request = Request::new(UnwrapUserKeyRequest {
                 user: "ada".to_owned(),
                 key_name: NAME.to_owned(),
+                recipient: None,
             });
             if let Err(status) = releaser.keys.clone().unwrap_user_key(request).await {
                 assert_eq!(reason(&status), "DEADLINE", "{status:?}");

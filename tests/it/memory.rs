@@ -29,7 +29,7 @@ const ZEROS: [u8; 4_096] = [0; 4_096];
 const KEYS: usize = 100;
 
 /// The first and the second half of each form of a key: what was overwritten in part is found as well.
-struct Search {
+pub(crate) struct Search {
     /// By the first eight bytes, so that most of a memory is passed by quickly.
     halves: HashMap<[u8; 8], Vec<(usize, Vec<u8>)>>,
     begins: Vec<bool>,
@@ -58,6 +58,27 @@ impl Search {
         Self { halves, begins }
     }
 
+    /// Searches for every window of 16 bytes of each key, also in hexadecimal and in base64. No byte of a key may be 0.
+    pub(crate) fn thorough(keys: &[[u8; 32]]) -> Self {
+        let mut search = Self::new(&[]);
+        for (number, key) in keys.iter().enumerate() {
+            for window in key.windows(16) {
+                search.add(number, window.to_vec());
+                search.add(number, hex::encode(window).into_bytes());
+                search.add(number, hex::encode_upper(window).into_bytes());
+                // Five groups of three bytes, for each position in a text of base64.
+                search.add(number, Base64::encode_string(&window[..15]).into_bytes());
+            }
+        }
+        search
+    }
+
+    fn add(&mut self, number: usize, form: Vec<u8>) {
+        self.begins[usize::from(u16::from_le_bytes([form[0], form[1]]))] = true;
+        let begin = form[..8].try_into().unwrap();
+        self.halves.entry(begin).or_default().push((number, form));
+    }
+
     /// The numbers of the keys in these bytes.
     fn find(&self, bytes: &[u8], found: &mut Vec<usize>) {
         // Most of a memory is zeros, and no half begins with one.
@@ -78,7 +99,7 @@ impl Search {
     }
 
     /// The numbers of the keys in the memory of a process.
-    fn in_process(&self, pid: u32) -> Vec<usize> {
+    pub(crate) fn in_process(&self, pid: u32) -> Vec<usize> {
         let open = |name: &str| {
             fs::File::open(format!("/proc/{pid}/{name}")).unwrap_or_else(|error| {
                 panic!("{name} of a process that is not dumpable: {error}; run as root")
@@ -142,7 +163,7 @@ fn page_of(bytes: &[u8], page: usize) -> &[u8] {
     &bytes[page..(page + ZEROS.len()).min(bytes.len())]
 }
 
-fn fresh_key() -> [u8; 32] {
+pub(crate) fn fresh_key() -> [u8; 32] {
     let mut key = [0; 32];
     key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
     key[16..].copy_from_slice(Uuid::new_v4().as_bytes());

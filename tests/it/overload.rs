@@ -57,6 +57,7 @@ async fn unwrap_within(caller: &Caller, deadline: Duration) -> Result<(), Status
     let mut request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     });
     request.set_timeout(deadline);
     let answer = caller.keys.clone().unwrap_user_key(request).await?;

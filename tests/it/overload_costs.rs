@@ -59,6 +59,7 @@ async fn unwrap(caller: Caller, deadline: Duration) -> Result<(), Status> {
     let mut request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     });
     request.set_timeout(deadline);
     let mut keys = caller.keys;

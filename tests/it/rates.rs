@@ -79,6 +79,7 @@ async fn presenting(
     let mut request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     });
     let value: MetadataValue<_> = authorization.parse().unwrap();
     request.metadata_mut().insert("authorization", value);

@@ -355,6 +355,7 @@ async fn unwrap_within(releaser: &Caller, deadline: Duration) -> Result<(), Stat
     let mut request = Request::new(UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     });
     request.set_timeout(deadline);
     let key = releaser.keys.clone().unwrap_user_key(request).await?;

@@ -231,6 +231,7 @@ async fn release(caller: &Caller, user: &str, seen: &Seen) -> Result<(), String>
     let request = UnwrapUserKeyRequest {
         user: user.to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     };
     let mut keys = caller.keys.clone();
     let key = answered(seen, keys.unwrap_user_key(request)).await?;

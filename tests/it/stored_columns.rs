@@ -9,6 +9,7 @@ use crate::{
     client::{Caller, eventually},
     client_commands::calling,
     client_credentials::{made, site as site_that_grants},
+    device_approvals,
     devices::member::{App, Member},
     identity::{Identity, Options as IdentityOptions},
     pki,
@@ -77,6 +78,7 @@ async fn filled() -> std::sync::Arc<Site> {
          INSERT INTO key_destructions \
          SELECT key_id, key_id, sequence, 1, 2, 'URI:admin', mac, '', 0 FROM wrapping_keys",
     );
+    device_approvals::pin(&site);
     assert_ne!(site.sql("SELECT count(*) FROM approvals").trim(), "0");
     site
 }

@@ -96,6 +96,7 @@ impl Holder {
         let request = self.request(UnwrapUserKeyRequest {
             user: user.to_owned(),
             key_name: NAME.to_owned(),
+            recipient: None,
         });
         let answer = self.keys.clone().unwrap_user_key(request).await?;
         Ok(answer.into_inner().key_material)

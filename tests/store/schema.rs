@@ -8,7 +8,22 @@ use tokio::task::JoinSet;
 use super::{Engine, Place, clients::client, revision, stamp, user};
 
 /// The ways back, newest first: version, name, and what each engine runs.
-const STEPS_BACK: [(u8, &str, [&str; 3]); 12] = [
+const STEPS_BACK: [(u8, &str, [&str; 3]); 13] = [
+    (
+        13,
+        "bitwarden member keys usable from 7",
+        [
+            include_str!(
+                "../../migrations/sqlite/0013_bitwarden_member_keys_usable_from_7.down.sql"
+            ),
+            include_str!(
+                "../../migrations/postgres/0013_bitwarden_member_keys_usable_from_7.down.sql"
+            ),
+            include_str!(
+                "../../migrations/mysql/0013_bitwarden_member_keys_usable_from_7.down.sql"
+            ),
+        ],
+    ),
     (
         12,
         "devices usable from 7",

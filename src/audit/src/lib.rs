@@ -13,9 +13,10 @@ use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::{self, Reason},
     key::{
-        AccessRequestId, ApprovalId, ClientId, DeviceId, KeyName, RecordId, Revision, Tenant,
-        UserId, WrappingKeyId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision,
+        Tenant, UserId, WrappingKeyId,
     },
+    organization::Guid,
     state::StateDirectory,
 };
 
@@ -218,6 +219,8 @@ pub struct Entry {
     pub revision: Option<Revision>,
     /// The wrapping key that was used.
     pub wrapping_key: Option<WrappingKeyId>,
+    /// The fingerprint of the recipient's public key, for a sealed release.
+    pub recipient: Option<Fingerprint>,
     /// The policy that made the decision.
     pub policy: Option<Cow<'static, str>>,
     /// The id of the call.
@@ -249,8 +252,25 @@ pub struct Entry {
     pub digest: Option<String>,
     /// The persons of a change that needs an approval. Most entries have none, so they are not part of the size of each entry.
     pub persons: Option<Box<Persons>>,
+    /// The request of a device of a Bitwarden organisation.
+    pub bitwarden: Option<Box<BitwardenRequest>>,
     /// The device or the request for access that the entry is about. Most entries have none.
     pub device: Option<Box<DeviceFacts>>,
+}
+
+/// The request of a member of a Bitwarden organisation, whose new device an administrator must approve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BitwardenRequest {
+    /// The organisation.
+    pub organization: Guid,
+    /// The user who is a member.
+    pub member: Guid,
+    /// The identifier of the device, as the server sends it.
+    pub device: String,
+    /// The request.
+    pub request: Guid,
+    /// The SHA-256 of the device's public key.
+    pub public_key: Fingerprint,
 }
 
 /// A device of a member, or a request for access of a new device.
@@ -295,6 +315,7 @@ impl Entry {
             record_id: None,
             revision: None,
             wrapping_key: None,
+            recipient: None,
             policy: None,
             call_id: None,
             request_id: None,
@@ -309,6 +330,7 @@ impl Entry {
             risks: None,
             digest: None,
             persons: None,
+            bitwarden: None,
             device: None,
             cause: None,
         }

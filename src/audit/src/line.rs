@@ -9,12 +9,15 @@ use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     error::Reason,
     key::{
-        AccessRequestId, ApprovalId, ClientId, DeviceId, KeyName, RecordId, Revision, Tenant,
-        UserId, WrappingKeyId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision,
+        Tenant, UserId, WrappingKeyId,
     },
+    organization::Guid,
 };
 
-use super::{DeviceFacts, Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded};
+use super::{
+    BitwardenRequest, DeviceFacts, Entry, EntryKind, OpenIntent, Outcome, Persons, Recorded,
+};
 
 /// The values that the log adds to each entry.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +43,16 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("approved_by_person", approver);
     let asked_by = device.and_then(|device| device.asked_by.as_deref());
     object.text("asked_by", asked_by);
+    let bitwarden = entry.bitwarden.as_deref();
+    let requesting = bitwarden.map(|request| &*request.device);
+    object.text("bitwarden_device", requesting);
+    object.shown("bitwarden_member", bitwarden.map(|request| &request.member));
+    let organization = bitwarden.map(|request| &request.organization);
+    object.shown("bitwarden_organization", organization);
+    object.shown(
+        "bitwarden_request",
+        bitwarden.map(|request| &request.request),
+    );
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.text("cause", entry.cause.as_deref());
@@ -61,7 +74,9 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("principal", entry.principal.as_deref());
     let public_key = device.and_then(|device| device.public_key.as_deref());
     object.text("public_key", public_key);
+    object.shown("public_key", bitwarden.map(|request| &request.public_key));
     object.text("reason", entry.reason.map(Reason::as_str));
+    object.shown("recipient", entry.recipient.as_ref());
     object.shown("record_id", entry.record_id.as_ref());
     object.text("registry", entry.registry.as_deref());
     object.shown("request_id", entry.request_id.as_ref());
@@ -78,6 +93,20 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("user", entry.user.as_ref().map(UserId::as_str));
     object.shown("wrapping_key", entry.wrapping_key.as_ref());
     object.end();
+}
+
+/// The request of a device in a line that was read; `None` if a field is missing.
+fn bitwarden<'a>(text: &impl Fn(&str) -> Option<&'a str>) -> Option<Box<BitwardenRequest>> {
+    let guid = |name: &str| Guid::parse(text(name)?);
+    let mut public_key = [0; 32];
+    hex::decode_to_slice(text("public_key")?, &mut public_key).ok()?;
+    Some(Box::new(BitwardenRequest {
+        organization: guid("bitwarden_organization")?,
+        member: guid("bitwarden_member")?,
+        device: text("bitwarden_device")?.to_owned(),
+        request: guid("bitwarden_request")?,
+        public_key: Fingerprint(public_key),
+    }))
 }
 
 /// A principal and its person.
@@ -193,6 +222,7 @@ impl Parsed {
         let revision = self.fields.get("revision").and_then(Value::as_u64);
         intent.revision = revision.and_then(Revision::new);
         intent.wrapping_key = text("wrapping_key").and_then(WrappingKeyId::from_hex);
+        intent.recipient = text("recipient").and_then(Fingerprint::from_hex);
         intent.policy = text("policy").map(|policy| policy.to_owned().into());
         intent.request_id =
             text("request_id").and_then(|text| RequestId::parse(text).ok().flatten());
@@ -211,13 +241,16 @@ impl Parsed {
             approved_by: both("approved_by", "approved_by_person"),
         };
         intent.persons = (persons != Persons::default()).then(|| Box::new(persons));
+        intent.bitwarden = bitwarden(&text);
         let device = DeviceFacts {
             device: text("device").and_then(DeviceId::from_hex),
             request: text("access_request").and_then(AccessRequestId::from_hex),
             asked_by: text("asked_by").map(str::to_owned),
             public_key: text("public_key").map(str::to_owned),
         };
-        intent.device = (device != DeviceFacts::default()).then(|| Box::new(device));
+        // The entry of a Bitwarden request also has a public key, which is not that of a device of a member.
+        let has_device = device.device.is_some() || device.request.is_some();
+        intent.device = has_device.then(|| Box::new(device));
         intent.token = text("token").map(str::to_owned);
         intent.call_id = self.call_id;
         Some(OpenIntent {

@@ -28,7 +28,9 @@ pub use account::{Email, PASSWORD_BYTES_MAX, Password, Salt};
 pub use enc_string::{ENC_STRING_BYTES_MAX, EncString};
 pub use kdf::Kdf;
 pub use key_pair::{PrivateKey, PublicKey};
-pub use keybroker_core::fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase};
+pub use keybroker_core::fingerprint_phrase::{
+    FINGERPRINT_PHRASE_WORDS, FingerprintPhrase, split_phrase,
+};
 pub use keys::{MasterKey, SymmetricKey};
 
 /// Length in bytes of a master key, and of the key that a Key Connector stores.

@@ -5,7 +5,7 @@ use keybroker_core::{
     call::{Call, Timestamp},
     envelope::Algorithm,
     error::{Error, Reason},
-    key::{Fingerprint, Purpose, WrappingKeyId, WrappingKeyState},
+    key::{Fingerprint, Purpose, Sealing, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
 use keybroker_hsm::{Assurance, TokenState, admin::KeyAdmin};
@@ -45,6 +45,9 @@ pub struct WrappingKeyView {
     pub assurances: Vec<String>,
     /// Names of the other configured tokens; empty for a destroyed key.
     pub missing_tokens: Vec<String>,
+    /// The protection of a sealed wrapping key, on the token that protects it worst. `None` for a plain wrapping key, and if
+    /// no token shows the key.
+    pub sealing: Option<Sealing>,
     /// The public key on the token; `None` for a destroyed key, and until the first worker is ready.
     pub on_token: Option<KeyOnToken>,
 }
@@ -179,6 +182,10 @@ pub(super) fn view(
     let (tokens, assurances): (Vec<_>, Vec<_>) = with
         .map(|token| (token.name.clone(), assurance(token).to_owned()))
         .unzip();
+    let shown = each
+        .iter()
+        .filter_map(|token| token_key(&token.keys, row.id));
+    let sealing = shown.filter_map(|key| key.sealing).max();
     let is_destroyed = row.state == WrappingKeyState::Destroyed;
     let others = configured.iter().map(KeyAdmin::name);
     let missing_tokens = others
@@ -196,6 +203,7 @@ pub(super) fn view(
         tokens,
         assurances,
         missing_tokens,
+        sealing,
         problem: problem.map(str::to_owned),
         on_token: token_key(&state.keys, row.id).map(|key| KeyOnToken {
             modulus_bits: key.modulus_bits,

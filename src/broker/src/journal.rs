@@ -11,7 +11,7 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 use keybroker_hsm::leave;
-use keybroker_policy::{KeyPermit, Resource};
+use keybroker_policy::{KeyPermit, Release, Resource};
 use keybroker_store::{AccessRow, PersonOfPrincipal};
 
 use super::{
@@ -106,6 +106,7 @@ impl Draft {
         draft.0.user = Some(permit.address().user.clone());
         draft.0.key_name = Some(permit.address().name.clone());
         draft.policy(permit.policy());
+        draft.release(permit.release());
         draft
     }
 
@@ -133,6 +134,14 @@ impl Draft {
 
     pub(super) fn call(&self) -> CallId {
         self.0.call_id.expect("a draft is of a call")
+    }
+
+    /// Sets the recipient of a sealed release.
+    pub(super) fn release(&mut self, release: Release) {
+        self.0.recipient = match release {
+            Release::Plain => None,
+            Release::Sealed(recipient) => Some(recipient),
+        };
     }
 
     pub(super) fn policy(&mut self, policy: &str) {

@@ -43,7 +43,7 @@ use keybroker_core::{
     state::StateDirectory,
 };
 use keybroker_hsm::{Caller, Calls, Token};
-use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Resource};
+use keybroker_policy::{Denied, KeyPermit, Permit, Policy, Question, Release, Resource};
 use keybroker_store::Store;
 
 pub mod acknowledged;
@@ -84,7 +84,10 @@ pub use devices::{
     DeviceView, NewAccessRequest, NewDevice, PhraseView, RotatedDevice, Untrusted, Which,
 };
 pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
-pub use keybroker_hsm::{Serving, TokenInfo, TokenState, WorkerInfo};
+pub use keybroker_hsm::{
+    Recipient, RecipientError, RecipientKey, Serving, TokenInfo, TokenState, WorkerInfo,
+};
+pub use keybroker_policy::Release as ReleaseForm;
 pub use keybroker_store::{
     AccessRow, Answer, ApprovalRow, Damage, DamagedAccess, DamagedApproval, DamagedClient,
     DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position, RecordInfo, RecordState, RunState,
@@ -93,7 +96,7 @@ pub use keybroker_store::{
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
 pub use registry::Expect;
-pub use release::Released;
+pub use release::{Released, SealedUserKey};
 
 use acknowledged::Acknowledged;
 use approval::Approvals;
@@ -166,6 +169,8 @@ pub struct Parts {
     pub destroy_after_days: u32,
     /// Which changes need the approval of a second person.
     pub approvals: ApprovalRules,
+    /// Whether user keys are wrapped only under sealed wrapping keys and released only to recipients: `release.sealed_only`.
+    pub sealed_only: bool,
     /// The limits and lifetimes of devices and requests for access.
     pub devices: DeviceRules,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
@@ -219,6 +224,7 @@ pub struct Broker {
     client_uses: ClientUses,
     acknowledged: Acknowledged,
     capacity: Capacity,
+    sealed_only: bool,
     accepted_risks: ArcSwap<Vec<String>>,
     /// Counter that is incremented with each change of an API client through this broker.
     clients_generation: AtomicU64,
@@ -258,6 +264,7 @@ impl Broker {
             approvals: Approvals::new(parts.approvals),
             device_rules: parts.devices,
             capacity: parts.capacity,
+            sealed_only: parts.sealed_only,
             accepted_risks: ArcSwap::from_pointee(parts.accepted_risks),
             acknowledged: Acknowledged::new(parts.state.clone(), &parts.instance, parts.retention),
             refusals: Refusals::new(parts.state, &parts.instance),
@@ -336,7 +343,7 @@ impl Broker {
         error
     }
 
-    /// Checks whether a principal may perform an action on at least one of the keys. A batch of
+    /// Checks whether a principal may release at least one of the keys in the requested form. A batch of
     /// keys needs this check before its items are decided. After this check, each item of the batch
     /// is decided separately. If the principal may use none of the keys, the complete batch gets
     /// one refusal and one audit entry.
@@ -344,9 +351,9 @@ impl Broker {
         &self,
         principal: &Principal,
         call: &Call,
-        action: Action,
-        keys: &[UserKeyRef],
+        keys: &[(UserKeyRef, ReleaseForm)],
     ) -> Result<(), Error> {
+        let action = Action::Unwrap;
         let started = Instant::now();
         // The middleware has already counted the batch as one call.
         if let Err(over) = self
@@ -356,8 +363,8 @@ impl Broker {
             return Err(self.unserved(principal, call, action, over).await);
         }
         let mut refusal = None;
-        for key in keys {
-            match self.ask(principal, call, action, key.resource(principal)) {
+        for (key, release) in keys {
+            match self.ask_about(principal, call, action, key.resource(principal), *release) {
                 Ok(_) => return Ok(()),
                 Err(denied) => refusal = refusal.or(Some(denied)),
             }
@@ -396,13 +403,29 @@ impl Broker {
         action: Action,
         key: &UserKeyRef,
     ) -> Result<KeyPermit, Error> {
+        self.permit_release(principal, call, action, key, Release::Plain)
+            .await
+    }
+
+    /// Does the same as [`Broker::permit_key`] for a release in this form.
+    async fn permit_release(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        key: &UserKeyRef,
+        release: Release,
+    ) -> Result<KeyPermit, Error> {
+        let address = key.address(principal);
         let asked = self
             .policy
-            .decide_key(principal, call, action, key.address(principal));
+            .decide_release(principal, call, action, address, release);
         match asked {
             Ok(permit) => Ok(permit),
             Err(denied) => {
-                let draft = journal::Draft::of(principal, call, action, key.resource(principal));
+                let mut draft =
+                    journal::Draft::of(principal, call, action, key.resource(principal));
+                draft.release(release);
                 Err(self.refuse(draft, &denied).await)
             }
         }
@@ -415,10 +438,22 @@ impl Broker {
         action: Action,
         resource: Resource<'_>,
     ) -> Result<Permit, Denied> {
+        self.ask_about(principal, call, action, resource, Release::Plain)
+    }
+
+    fn ask_about(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        resource: Resource<'_>,
+        release: Release,
+    ) -> Result<Permit, Denied> {
         self.policy.decide(&Question {
             principal,
             action,
             resource,
+            release,
             call,
         })
     }

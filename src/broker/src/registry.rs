@@ -53,6 +53,8 @@ pub(super) struct Registry {
     refused_changes: Vec<RefusedChange>,
     /// The tokens that have each key, as far as the rows can be read.
     places: Vec<PlaceRow>,
+    /// Whether only sealed wrapping keys wrap new user keys.
+    sealed_only: bool,
 }
 
 /// Reason why a key cannot be used for a call.
@@ -86,10 +88,14 @@ impl Registry {
         let candidates = self
             .entries
             .iter()
-            .filter(|entry| entry.row.purpose == Purpose::Plain);
+            .filter(|entry| !self.sealed_only || entry.row.purpose == Purpose::Sealed);
         best(candidates, KeyUse::Wrap).unwrap_or_else(|| {
-            let error = Error::new(Reason::KeyState, "no wrapping key is active");
-            Err(Refusal::Refused(error))
+            let what = if self.sealed_only {
+                "no sealed wrapping key is active, and `release.sealed_only` is set"
+            } else {
+                "no wrapping key is active"
+            };
+            Err(Refusal::Refused(Error::new(Reason::KeyState, what)))
         })
     }
 

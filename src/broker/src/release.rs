@@ -1,4 +1,4 @@
-//! Releases a user key in plaintext.
+//! Releases a user key in plaintext, or sealed to a recipient.
 //!
 //! Mitigation: M13 of `THREAT_MODEL.md`.
 
@@ -6,12 +6,12 @@ use keybroker_core::{
     call::Call,
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
-    key::{KeyUse, RecordId, Revision},
+    key::{KeyUse, Purpose, RecordId, Revision},
     principal::{Action, Principal},
     secret::KeyMaterial,
 };
 use keybroker_hsm::leave_if_slow;
-use keybroker_policy::KeyPermit;
+use keybroker_policy::{KeyPermit, Release};
 use keybroker_store::{Record, RecordState};
 
 use super::{
@@ -19,6 +19,10 @@ use super::{
     journal::{Draft, Recorded},
     observed, within,
 };
+
+mod sealed;
+
+pub use sealed::SealedUserKey;
 
 /// A user key that may leave the broker, because its audit entry is on disk.
 #[derive(Debug)]
@@ -81,6 +85,22 @@ impl Broker {
         .await
     }
 
+    /// Returns an error if the key in use wraps new user keys so that they cannot be released in plain text. A client that
+    /// can only receive plain keys would lose access to a key that it stores.
+    pub fn check_plain_release(&self) -> Result<(), Error> {
+        let registry = self.registry()?;
+        let in_use = registry.wrapping_key().ok();
+        let row = in_use.and_then(|id| registry.row(id));
+        let is_sealed = row.is_some_and(|row| row.purpose == Purpose::Sealed);
+        if !self.sealed_only && !is_sealed {
+            return Ok(());
+        }
+        let what = "a key that this API can release; the broker now wraps keys so that they are released only encrypted to a \
+                    recipient, which needs the gRPC API";
+        let detail = "the key in use is a sealed wrapping key";
+        Err(Error::new(Reason::ReleaseForm, detail).explained("key", what))
+    }
+
     async fn release(
         &self,
         principal: &Principal,
@@ -125,12 +145,18 @@ impl Broker {
         call: &Call,
         draft: &mut Draft,
     ) -> Result<Unwrapped, Error> {
-        if permit.action() != Action::Unwrap {
+        if permit.action() != Action::Unwrap || permit.release() != Release::Plain {
             return Err(Error::new(Reason::Bug, "the permit is for another action"));
+        }
+        if self.sealed_only {
+            return Err(needs_recipient("`release.sealed_only` is set"));
         }
         let record = self.active_record(permit, call, draft).await?;
         let envelope = self.readable_envelope(call, &record.envelope).await?;
         draft.wrapping_key(envelope.wrapping_key());
+        if self.purpose_of(&envelope)? == Purpose::Sealed {
+            return Err(needs_recipient("the record is under a sealed wrapping key"));
+        }
         let context = Context::Record {
             address: permit.address(),
             record_id: record.info.id,
@@ -144,6 +170,17 @@ impl Broker {
             material,
             revision: record.info.revision,
         })
+    }
+
+    /// Returns the purpose of the wrapping key of an envelope. The token has verified the MAC of the row with the purpose.
+    fn purpose_of(&self, envelope: &Envelope) -> Result<Purpose, Error> {
+        let registry = self.registry()?;
+        let id = envelope.wrapping_key();
+        let row = registry.row(id).ok_or_else(|| {
+            let detail = format!("wrapping key {id} of the envelope is not registered");
+            Error::new(Reason::RecordDamaged, detail)
+        })?;
+        Ok(row.purpose)
     }
 
     /// Reads the record for which the permit was issued, if the record is active.
@@ -193,4 +230,11 @@ impl Broker {
         self.check_key(call.deadline, key, KeyUse::Unwrap).await?;
         Ok(envelope)
     }
+}
+
+/// Refuses a plain release. Everybody who may release the key may know that the release needs a recipient.
+fn needs_recipient(detail: &str) -> Error {
+    let what =
+        "the public key of the recipient; this key is released only encrypted to a recipient";
+    Error::new(Reason::ReleaseForm, detail).explained("recipient", what)
 }

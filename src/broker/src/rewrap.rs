@@ -363,6 +363,10 @@ fn check_source(registry: &Registry, target: WrappingKeyId, new: &NewRun) -> Res
     let Some(source) = new.source else {
         return Ok(());
     };
+    if is_unsealing(registry, source, target) {
+        let what = "a plain wrapping key, because the key in use is plain; user keys are never moved from a sealed to a plain wrapping key";
+        return Err(Error::violation("source_wrapping_key_id", what));
+    }
     if source == target {
         let what = "the id of a wrapping key that does not wrap new user keys";
         return Err(Error::violation("source_wrapping_key_id", what));
@@ -384,8 +388,17 @@ fn check_source(registry: &Registry, target: WrappingKeyId, new: &NewRun) -> Res
     Ok(registry.check(source, KeyUse::RewrapListed)?)
 }
 
+/// Whether a move would take user keys from a sealed to a plain wrapping key, so that they could be released in plain text.
+fn is_unsealing(registry: &Registry, source: WrappingKeyId, target: WrappingKeyId) -> bool {
+    let is_sealed = |id| {
+        let row = registry.row(id);
+        row.is_some_and(|row| row.purpose == Purpose::Sealed)
+    };
+    is_sealed(source) && !is_sealed(target)
+}
+
 /// Returns the wrapping keys from which a run moves rows. A run does not move rows whose wrapping key cannot be used at
-/// present or has a state that forbids a re-wrap.
+/// present or has a state that forbids a re-wrap, and no rows from a sealed to a plain wrapping key.
 fn sources(
     registry: &Registry,
     target: WrappingKeyId,
@@ -395,7 +408,7 @@ fn sources(
     registry
         .rows()
         .filter(|(row, problem)| problem.is_none() && row.state.allows(source))
-        .filter(|(row, _)| row.id != target && row.purpose == Purpose::Plain)
+        .filter(|(row, _)| row.id != target && !is_unsealing(registry, row.id, target))
         .filter(|(row, _)| only.is_none_or(|only| only == row.id))
         .map(|(row, _)| row.id)
         .collect()

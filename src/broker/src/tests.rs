@@ -61,6 +61,7 @@ fn token_key_called(id: WrappingKeyId) -> TokenKey {
         spki: Vec::new(),
         modulus_bits: 2_048,
         algorithm: Algorithm::RsaOaepSha256,
+        sealing: None,
     }
 }
 
@@ -108,6 +109,7 @@ async fn broker_with_approvals(
     }
     let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
     let broker = Broker::new(Parts {
+        sealed_only: false,
         policy: Policy::load(&keybroker_policy::Settings::default()).unwrap(),
         audit,
         store,

@@ -66,6 +66,11 @@
 //! in the broker's log. [`Error::status`] returns the gRPC status; its types [`Status`] and [`Code`] are the types of
 //! [`tonic`].
 //!
+//! # Sealed release
+//!
+//! [`Client::unwrap_user_key_for`] lets the broker's token encrypt the user key to a public key, so that the user key is
+//! never in the memory of the broker's front. [`RecipientKeyPair`] makes key pairs and opens the answers.
+//!
 //! # Secrets in memory
 //!
 //! [`KeyMaterial`], [`BearerToken`] and [`ClientSecret`] overwrite their memory when they are dropped, and their `Debug`
@@ -81,10 +86,11 @@ use std::sync::Arc;
 
 pub use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
+    envelope::Algorithm,
     error::Reason,
     key::{
-        AccessRequestId, ApprovalId, ClientId, DeviceId, KeyName, RecordId, Revision, UserId,
-        WrappingKeyId,
+        AccessRequestId, ApprovalId, ClientId, DeviceId, Fingerprint, KeyName, RecordId, Revision,
+        Sealing, UserId, WrappingKeyId,
     },
     secret::KeyMaterial,
 };
@@ -102,6 +108,7 @@ mod health;
 mod link;
 mod pace;
 mod retry;
+mod sealed;
 mod sensitive;
 mod user_keys;
 
@@ -112,6 +119,7 @@ pub use credential::{BearerToken, ClientSecret};
 pub use error::{BoxError, BuildError, Error, ErrorKind, FieldViolation, InvalidField, Refusal};
 pub use health::{Service, ServiceHealth};
 pub use retry::{RetryBudget, RetryPolicy};
+pub use sealed::{RecipientError, RecipientKeyPair, SealedKey};
 pub use user_keys::{
     DamagedUserKey, ListUserKeys, ReleasedKey, UserKey, UserKeyPage, UserKeyRef, UserKeyState,
 };

@@ -12,12 +12,13 @@ use keybroker_proto::{
     user_key_service_client::UserKeyServiceClient,
 };
 use prost_types::Timestamp as WireTimestamp;
-use tonic::transport::Channel;
+use tonic::{Request, transport::Channel};
 
 use crate::{
     Client,
     call::{Attempt, Change, Read},
     error::{AttemptError, InvalidField, Refusal},
+    sealed::SealedKey,
     sensitive::{self, Sensitive},
 };
 
@@ -145,7 +146,7 @@ impl Client {
     /// Releases a user key. The broker's token unwraps the key.
     pub fn unwrap_user_key<'a>(&'a self, key: &'a UserKeyRef) -> Read<'a, ReleasedKey> {
         Read::new(self.shared(), move |attempt| async move {
-            let request = attempt.request(item(key));
+            let request = attempt.request(item(key, None));
             released(
                 service(&attempt)
                     .unwrap_user_key(request)
@@ -164,16 +165,43 @@ impl Client {
         keys: &'a [UserKeyRef],
     ) -> Read<'a, Vec<Result<ReleasedKey, Refusal>>> {
         Read::new(self.shared(), move |attempt| async move {
-            let items = keys.iter().map(item).collect();
-            let request = attempt.request(proto::BatchUnwrapUserKeysRequest { items });
-            let answer = service(&attempt).batch_unwrap_user_keys(request).await?;
-            let results = answer.into_inner().results;
-            if results.len() != keys.len() {
-                return Err(AttemptError::Invalid(
-                    "the number of results differs from the number of items",
-                ));
-            }
-            results.into_iter().map(item_result).collect()
+            let request = attempt.request(batch_of(keys, None));
+            batch(service(&attempt), request, keys.len())
+                .await?
+                .into_iter()
+                .map(|result| item_result(result, released))
+                .collect()
+        })
+    }
+
+    /// Releases a user key to a recipient: the broker's token encrypts the user key to `public_key`, the DER
+    /// SubjectPublicKeyInfo of an RSA key of 2048 to 4096 bits. The key must be under a sealed wrapping key.
+    pub fn unwrap_user_key_for<'a>(
+        &'a self,
+        key: &'a UserKeyRef,
+        public_key: &'a [u8],
+    ) -> Read<'a, SealedKey> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(item(key, Some(public_key)));
+            let answer = service(&attempt).unwrap_user_key(request).await?;
+            SealedKey::of(answer.into_inner(), public_key)
+        })
+    }
+
+    /// Releases up to 64 keys to one recipient, each with its own result, in the order of `keys`.
+    pub fn batch_unwrap_user_keys_for<'a>(
+        &'a self,
+        keys: &'a [UserKeyRef],
+        public_key: &'a [u8],
+    ) -> Read<'a, Vec<Result<SealedKey, Refusal>>> {
+        Read::new(self.shared(), move |attempt| async move {
+            let request = attempt.request(batch_of(keys, Some(public_key)));
+            let results = batch(service(&attempt), request, keys.len()).await?;
+            let sealed = |answer| SealedKey::of(answer, public_key);
+            results
+                .into_iter()
+                .map(|result| item_result(result, sealed))
+                .collect()
         })
     }
 
@@ -324,10 +352,36 @@ fn service(attempt: &Attempt) -> UserKeyServiceClient<Channel> {
     UserKeyServiceClient::new(attempt.channel.clone())
 }
 
-fn item(key: &UserKeyRef) -> proto::UnwrapUserKeyRequest {
+fn batch_of(keys: &[UserKeyRef], recipient: Option<&[u8]>) -> proto::BatchUnwrapUserKeysRequest {
+    proto::BatchUnwrapUserKeysRequest {
+        items: keys.iter().map(|key| item(key, recipient)).collect(),
+    }
+}
+
+/// Sends a batch, and returns one result for each of its `count` items.
+async fn batch(
+    mut service: UserKeyServiceClient<Channel>,
+    request: Request<proto::BatchUnwrapUserKeysRequest>,
+    count: usize,
+) -> Result<Vec<proto::BatchUnwrapResult>, AttemptError> {
+    let answer = service.batch_unwrap_user_keys(request).await?;
+    let results = answer.into_inner().results;
+    if results.len() != count {
+        return Err(AttemptError::Invalid(
+            "the number of results differs from the number of items",
+        ));
+    }
+    Ok(results)
+}
+
+fn item(key: &UserKeyRef, recipient: Option<&[u8]>) -> proto::UnwrapUserKeyRequest {
     proto::UnwrapUserKeyRequest {
         user: key.user.to_string(),
         key_name: key.key_name.to_string(),
+        recipient: recipient.map(|public_key| proto::Recipient {
+            public_key: public_key.to_vec(),
+            hash: proto::OaepHash::Unspecified.into(),
+        }),
     }
 }
 
@@ -342,11 +396,12 @@ fn released(answer: proto::UnwrapUserKeyResponse) -> Result<ReleasedKey, Attempt
     })
 }
 
-fn item_result(
+fn item_result<T>(
     result: proto::BatchUnwrapResult,
-) -> Result<Result<ReleasedKey, Refusal>, AttemptError> {
+    read: impl FnOnce(proto::UnwrapUserKeyResponse) -> Result<T, AttemptError>,
+) -> Result<Result<T, Refusal>, AttemptError> {
     match result.result {
-        Some(ItemResult::Released(answer)) => released(answer).map(Ok),
+        Some(ItemResult::Released(answer)) => read(answer).map(Ok),
         Some(ItemResult::Error(error)) => Ok(Err(Refusal::of_item(error.reason, error.message))),
         None => Err(AttemptError::Invalid("an item has no result")),
     }
@@ -474,10 +529,11 @@ mod tests {
             let answer = proto::UnwrapUserKeyResponse {
                 key_material,
                 revision: 1,
+                sealed: None,
             };
             assert!(released(answer).is_err());
         }
-        assert!(item_result(proto::BatchUnwrapResult { result: None }).is_err());
+        assert!(item_result(proto::BatchUnwrapResult { result: None }, released).is_err());
     }
 
     #[test]

@@ -150,6 +150,7 @@ impl UserKeyService for Script {
         let good = proto::UnwrapUserKeyResponse {
             key_material: MATERIAL.to_vec(),
             revision: 1,
+            sealed: None,
         };
         self.answer(request, |_| Default::default(), good).await
     }

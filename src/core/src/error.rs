@@ -32,6 +32,8 @@ pub enum Reason {
     EnvelopeRejected,
     /// The state of the wrapping key forbids the operation.
     KeyState,
+    /// The key cannot be released in the requested form, plain or sealed.
+    ReleaseForm,
     /// A second person must approve the change. The broker has stored a request for approval.
     ApprovalNeeded,
     /// The state of the request for approval forbids the operation, for example because the request expired.
@@ -70,7 +72,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, in the order of the documentation.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::Request,
         Self::RequestIdReused,
         Self::Credential,
@@ -81,6 +83,7 @@ impl Reason {
         Self::RecordDamaged,
         Self::EnvelopeRejected,
         Self::KeyState,
+        Self::ReleaseForm,
         Self::ApprovalNeeded,
         Self::ApprovalState,
         Self::DeviceNotFound,
@@ -113,6 +116,7 @@ impl Reason {
             Self::RecordDamaged => "RECORD_DAMAGED",
             Self::EnvelopeRejected => "ENVELOPE_REJECTED",
             Self::KeyState => "KEY_STATE",
+            Self::ReleaseForm => "RELEASE_FORM",
             Self::ApprovalNeeded => "APPROVAL_NEEDED",
             Self::ApprovalState => "APPROVAL_STATE",
             Self::DeviceNotFound => "DEVICE_NOT_FOUND",
@@ -151,6 +155,7 @@ impl Reason {
             Self::RecordDamaged => "the stored record is damaged; the operator has been alerted",
             Self::EnvelopeRejected => "the envelope is not accepted",
             Self::KeyState => "the state of the key forbids the operation",
+            Self::ReleaseForm => "the key cannot be released in the requested form",
             Self::ApprovalNeeded => "a second person must approve this change",
             Self::ApprovalState => "the state of the request for approval forbids the operation",
             Self::DeviceNotFound => "the device or the request for access does not exist",
@@ -245,7 +250,8 @@ impl Error {
     }
 
     /// Adds an explanation for the caller, truncated to [`EXPLANATION_BYTES_MAX`] bytes. Use this function only for
-    /// calls of administrators, who may know the state of the token and of the registry.
+    /// calls of administrators, who may know the state of the token and of the registry, and for explanations that tell a
+    /// caller nothing but the form of the release that the caller must request.
     #[must_use]
     pub fn explained(mut self, field: &'static str, explanation: &str) -> Self {
         let end = explanation.floor_char_boundary(EXPLANATION_BYTES_MAX);

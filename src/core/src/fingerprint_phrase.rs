@@ -40,6 +40,23 @@ impl FingerprintPhrase {
     }
 }
 
+/// Splits a phrase with hyphens into its words. Four words of the list contain a hyphen themselves.
+pub fn split_phrase(text: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut parts = text.split('-').peekable();
+    while let Some(part) = parts.next() {
+        let joined = parts.peek().map(|next| format!("{part}-{next}"));
+        match joined.filter(|joined| WORDS.contains(&&**joined)) {
+            Some(joined) => {
+                parts.next();
+                words.push(joined);
+            }
+            None => words.push(part.to_owned()),
+        }
+    }
+    words
+}
+
 /// The words with hyphens between them, as clients show them.
 impl fmt::Display for FingerprintPhrase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

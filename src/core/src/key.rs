@@ -318,6 +318,15 @@ impl fmt::Display for Revision {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 
+impl Fingerprint {
+    /// Parses 64 hexadecimal digits.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(text, &mut bytes).ok()?;
+        Some(Self(bytes))
+    }
+}
+
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&hex::encode(self.0))
@@ -331,12 +340,13 @@ impl fmt::Debug for Fingerprint {
 }
 
 /// The purpose of a wrapping key. An RSA key has one purpose, so that no key can both decrypt and unwrap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Purpose {
     /// `CKA_DECRYPT`: user keys are released in plain text.
+    #[default]
     Plain,
-    /// `CKA_UNWRAP`: user keys are released encrypted for a recipient. This purpose is reserved.
+    /// `CKA_UNWRAP`: user keys are released only encrypted to the public key of a recipient.
     Sealed,
 }
 
@@ -354,6 +364,26 @@ impl Purpose {
         [Self::Plain, Self::Sealed]
             .into_iter()
             .find(|purpose| purpose.as_str() == text)
+    }
+}
+
+/// The protection of a sealed wrapping key against a program that controls a worker, from best to worst. A test at each
+/// start of a worker finds it by the behaviour of the token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sealing {
+    /// The token refuses to unwrap a user key into a readable object.
+    Enforced,
+    /// The worker requests an object that is not readable, but the token would also make a readable object.
+    Worker,
+}
+
+impl Sealing {
+    /// The name in output and in answers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforced => "enforced",
+            Self::Worker => "worker",
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub mod fingerprint_phrase;
 pub mod hardening;
 pub mod key;
 pub mod metrics;
+pub mod organization;
 pub mod pem;
 pub mod principal;
 pub mod remedy;

@@ -21,7 +21,7 @@ use std::{
 
 use keybroker_core::{
     envelope::{Algorithm, Mac, mac::MacMessage},
-    key::{Fingerprint, ObjectId, ObjectIds, WrappingKeyId},
+    key::{Fingerprint, ObjectId, ObjectIds, Purpose, Sealing, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -41,9 +41,11 @@ use zeroize::Zeroize as _;
 use crate::process;
 
 mod key_admin;
+mod organization;
 mod wrapper;
 
 pub use key_admin::KeyAdmin;
+pub use organization::OrganizationKey;
 pub use wrapper::Wrapper;
 
 /// Name of the hidden command that runs the admin worker.
@@ -172,6 +174,10 @@ pub struct CheckedKey {
     /// The content of the integrity key's file, if the integrity key was made in the memory of the worker. The caller
     /// must store the content: no other copy of the integrity key exists after the worker has ended.
     pub integrity_key_file: Option<String>,
+    /// The purpose of the key, according to its attributes.
+    pub purpose: Purpose,
+    /// The protection of a sealed wrapping key; `None` for a plain wrapping key, and for a key that was rejected.
+    pub sealing: Option<Sealing>,
 }
 
 /// The result of the attribute check for one attribute.
@@ -339,6 +345,8 @@ impl Admin {
                 token_serial: String::new(),
                 may_be_elsewhere: false,
                 proofs: Vec::new(),
+                // The worker takes the purpose from the attributes of the key.
+                is_sealed: false,
             })
             .collect();
         for some in keys.chunks(KEYS_PER_FRAME) {
@@ -381,25 +389,34 @@ impl Admin {
 
     /// Makes a wrapping key and its integrity key, reads back every attribute and runs a self-test with both. If a
     /// check fails, the worker removes the keys from the token. Making a key does not add the key to the registry.
-    pub fn generate_key(&self, modulus_bits: u32) -> Result<CheckedKey, AdminError> {
-        self.generate(modulus_bits, Vec::new())
+    pub fn generate_key(
+        &self,
+        purpose: Purpose,
+        modulus_bits: u32,
+    ) -> Result<CheckedKey, AdminError> {
+        self.generate(GenerateKey {
+            modulus_bits,
+            is_sealed: purpose == Purpose::Sealed,
+            ..GenerateKey::default()
+        })
     }
 
-    /// Does the same as [`Admin::generate_key`], but the key gets this id. The worker refuses an id that an object on the
+    /// Makes a plain wrapping key with this id, as [`Admin::generate_key`] does. The worker refuses an id that an object on the
     /// token has.
     pub fn generate_key_with_id(
         &self,
         modulus_bits: u32,
         id: WrappingKeyId,
     ) -> Result<CheckedKey, AdminError> {
-        self.generate(modulus_bits, id.as_bytes().to_vec())
+        self.generate(GenerateKey {
+            modulus_bits,
+            key_id: id.as_bytes().to_vec(),
+            is_sealed: false,
+        })
     }
 
-    fn generate(&self, modulus_bits: u32, key_id: Vec<u8>) -> Result<CheckedKey, AdminError> {
-        let job = Job::GenerateKey(GenerateKey {
-            modulus_bits,
-            key_id,
-        });
+    fn generate(&self, job: GenerateKey) -> Result<CheckedKey, AdminError> {
+        let job = Job::GenerateKey(job);
         match self.worker().ask(job, SLOW_CALL_TIMEOUT_MIN)? {
             Outcome::Key(key) => checked(key),
             _ => Err(unexpected()),
@@ -626,6 +643,7 @@ fn found(findings: Vec<wire::AttributeFinding>) -> Vec<Finding> {
 
 fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
     let key = checked.key.ok_or_else(unexpected)?;
+    let sealing = key.sealing().to_key();
     let algorithm = match key.algorithm {
         0 => None,
         number => Some(
@@ -648,6 +666,12 @@ fn checked(checked: wire::CheckedKey) -> Result<CheckedKey, AdminError> {
         problem: (!checked.problem.is_empty()).then_some(checked.problem),
         not_tried: checked.not_tried,
         integrity_key_file: Some(checked.integrity_key_file).filter(|text| !text.is_empty()),
+        purpose: if checked.is_sealed {
+            Purpose::Sealed
+        } else {
+            Purpose::Plain
+        },
+        sealing,
     })
 }
 
@@ -709,6 +733,7 @@ impl Worker {
         match &mut request.job {
             Some(Job::Mac(job)) => job.message.zeroize(),
             Some(Job::VerifyMac(job)) => job.message.zeroize(),
+            Some(Job::ImportOrganizationKey(job)) => job.pkcs8.zeroize(),
             _ => {}
         }
         drop(request);

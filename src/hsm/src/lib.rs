@@ -17,7 +17,7 @@ use keybroker_core::{
     call::Timestamp,
     envelope::{Algorithm, Context, Envelope, Mac, mac::MacMessage},
     error::{self, Reason},
-    key::{Fingerprint, WrappingKeyId},
+    key::{Fingerprint, Sealing, WrappingKeyId},
     secret::KeyMaterial,
 };
 
@@ -30,19 +30,24 @@ mod measures;
 mod pool;
 mod process;
 mod queue;
+mod release;
 mod rewrap;
 mod start;
 mod supervisor;
 
 pub use caller::Caller;
-pub use keybroker_worker_protocol::recipient::{RecipientError, RecipientKey};
-pub use keybroker_worker_protocol::{Assurance, ExpectedKey, Proof, Settings, TokenInfo, unpadded};
+pub use keybroker_worker_protocol::{
+    Assurance, ExpectedKey, Proof, Settings, TokenInfo,
+    recipient::{RecipientError, RecipientKey, SPKI_BYTES_MAX},
+    unpadded,
+};
 pub use pool::{Entry, Pool};
 pub use queue::{Calls, Entered, Planned, leave, leave_if_slow};
+pub use release::{Recipient, Sealed};
 pub use supervisor::{StartupError, Supervisor};
 
-/// The operations of a token that the broker needs. Only [`Token::unwrap`] and [`Token::rewrap`] use the RSA key, after
-/// the verification of the MAC.
+/// The operations of a token that the broker needs. Only [`Token::unwrap`], [`Token::release`] and [`Token::rewrap`] use the RSA
+/// key, after the verification of the MAC.
 #[async_trait]
 pub trait Token: Send + Sync + fmt::Debug + 'static {
     /// Wraps key material. The public-key operation runs in software, and the token computes the MAC.
@@ -62,6 +67,16 @@ pub trait Token: Send + Sync + fmt::Debug + 'static {
         context: Context<'_>,
         caller: &Caller,
     ) -> Result<KeyMaterial, Error>;
+
+    /// Makes a sealed release: verifies the MAC of the context and the wrapped bytes, then lets the token encrypt the key
+    /// material to the recipient. The wrapping key must be a sealed wrapping key. The key material never reaches this process.
+    async fn release(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        recipient: &Recipient,
+        caller: &Caller,
+    ) -> Result<Sealed, Error>;
 
     /// Verifies the MAC for the old context and computes a MAC for the new context. The RSA key is not used.
     async fn rebind(
@@ -214,6 +229,8 @@ pub struct TokenKey {
     pub modulus_bits: u32,
     /// The algorithm that the capability probe chose for this token.
     pub algorithm: Algorithm,
+    /// The protection of a sealed wrapping key, by the behaviour of the token; `None` for a plain wrapping key.
+    pub sealing: Option<Sealing>,
 }
 
 /// An expected key that cannot be used.
@@ -273,6 +290,12 @@ pub enum Error {
         "unwrap failed, although the MAC of the envelope is valid and the self-test passes: {0}"
     )]
     Damaged(String),
+    /// The token refuses the public key of the recipient, although the self-test passes.
+    #[error("the token refuses the key of the recipient: {0}")]
+    Recipient(String),
+    /// The token does not support the algorithm that the caller requires for the answer.
+    #[error("the token encrypts to recipients only with {}", .0.as_str())]
+    RecipientAlgorithm(Algorithm),
     /// The deadline passed before the token call began, or before the result arrived.
     #[error("the deadline passed before the token answered")]
     Deadline,
@@ -311,6 +334,14 @@ impl From<Error> for error::Error {
         let detail = error.to_string();
         match error {
             Error::MacRefused | Error::Damaged(_) => Self::new(Reason::RecordDamaged, detail),
+            Error::Recipient(_) => {
+                let what = "a key that the token accepts; the token refused this key";
+                Self::violation("recipient.public_key", what)
+            }
+            Error::RecipientAlgorithm(algorithm) => Self::violation(
+                "recipient.hash",
+                format!("absent, or the hash of {}", algorithm.as_str()),
+            ),
             Error::Deadline => Self::new(Reason::Deadline, detail),
             Error::QueueFull { retry_after } => {
                 Self::new(Reason::QueueFull, detail).retry_after(retry_after)

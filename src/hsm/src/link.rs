@@ -29,6 +29,9 @@ use crate::{found::Found, job::Job, process};
 
 /// If a job is unanswered for this time after its deadline, its worker counts as hanging.
 const WEDGED_AFTER: Duration = Duration::from_secs(2);
+/// Number of session objects after which a worker is replaced. SoftHSM 2.6 and 2.7 never free about 250 bytes of each session
+/// object, so a worker's memory grows by at most about 50 MB.
+const OBJECTS_MAX: u64 = 200_000;
 /// Interval at which a retired worker is checked for unfinished jobs.
 const RETIREMENT_PAUSE: Duration = Duration::from_millis(5);
 
@@ -46,6 +49,8 @@ pub(super) struct Link {
     busy: AtomicUsize,
     state: Mutex<State>,
     next_id: AtomicU64,
+    /// Number of session objects that the worker may have made for its jobs.
+    objects: AtomicU64,
     flush: Notify,
     /// Cancelled when the worker must end now; `State` contains the cause.
     ended: CancellationToken,
@@ -99,6 +104,7 @@ impl Link {
             busy: AtomicUsize::new(0),
             state: Mutex::default(),
             next_id: AtomicU64::new(1),
+            objects: AtomicU64::new(0),
             flush: Notify::new(),
             ended: CancellationToken::new(),
             retired: CancellationToken::new(),
@@ -132,6 +138,19 @@ impl Link {
     /// Marks the worker for replacement.
     pub(super) fn outdate(&self) {
         self.is_outdated.store(true, Ordering::Relaxed);
+    }
+
+    /// Counts the session objects of a job. Returns true once, when the worker has made so many that it must be replaced. A
+    /// worker without sealed wrapping keys makes no session objects.
+    pub(super) fn note_objects(&self, job: &Job) -> bool {
+        let has_sealed = self.found.keys.iter().any(|key| key.sealing.is_some());
+        let count = if has_sealed {
+            job.work.session_objects()
+        } else {
+            0
+        };
+        let before = self.objects.fetch_add(count, Ordering::Relaxed);
+        before < OBJECTS_MAX && before.saturating_add(count) >= OBJECTS_MAX
     }
 
     /// Lets the worker end after its jobs. The worker must no longer be in the queue.

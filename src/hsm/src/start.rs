@@ -5,7 +5,11 @@ use std::{collections::HashMap, path::Path, sync::Arc, time::Duration};
 use tokio::{net::UnixStream, process::Child};
 use tokio_util::sync::CancellationToken;
 
-use keybroker_core::{envelope::Algorithm, key::WrappingKeyId, state::StateDirectory};
+use keybroker_core::{
+    envelope::Algorithm,
+    key::{Purpose, WrappingKeyId},
+    state::StateDirectory,
+};
 use keybroker_worker_protocol::{
     ExpectedKey, Settings, check_environment,
     oaep::{self, WrapKey},
@@ -205,6 +209,7 @@ fn setup(
                 integrity_cka_id: key.objects.integrity_bytes().to_vec(),
                 token_serial: key.token_serial.clone(),
                 may_be_elsewhere: key.may_be_elsewhere,
+                is_sealed: key.purpose == Purpose::Sealed,
                 proofs: key
                     .proofs
                     .iter()
@@ -239,13 +244,16 @@ fn check(ready: Ready, expected: &[ExpectedKey]) -> Result<Found, Failure> {
             fingerprint: oaep::fingerprint(&key.spki),
             modulus_bits: public.modulus_bits(),
             algorithm,
+            sealing: key.sealing().to_key(),
             spki: key.spki,
         });
         wrap.insert(id, Arc::new(public));
     }
     let unusable = unusable(ready.unusable)?;
     let is_of = |key: &TokenKey, wanted: &ExpectedKey| {
-        key.id == wanted.id && key.fingerprint == wanted.fingerprint
+        key.id == wanted.id
+            && key.fingerprint == wanted.fingerprint
+            && key.sealing.is_some() == (wanted.purpose == Purpose::Sealed)
     };
     let is_reported = |wanted: &ExpectedKey| {
         wanted.may_be_elsewhere

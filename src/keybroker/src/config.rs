@@ -22,12 +22,14 @@ use keybroker_store as store;
 pub(crate) mod accepted;
 mod advice;
 pub(crate) mod approvals;
+pub(crate) mod bitwarden;
 mod certificates;
 mod check;
 mod check_token;
 pub(crate) mod devices;
 mod files;
 mod named;
+pub(crate) mod release;
 #[cfg(test)]
 mod tests;
 mod tokens;
@@ -92,9 +94,15 @@ pub struct Config {
     /// The `[wrapping_keys]` section.
     #[serde(default)]
     pub wrapping_keys: wrapping_keys::Settings,
+    /// The `[release]` section.
+    #[serde(default)]
+    pub release: release::Settings,
     /// The `[approvals]` section.
     #[serde(default)]
     pub approvals: approvals::Settings,
+    /// The `[[bitwarden_organization]]` sections.
+    #[serde(rename = "bitwarden_organization", default)]
+    pub bitwarden_organizations: Vec<bitwarden::Settings>,
     /// The `[devices]` section.
     #[serde(default)]
     pub devices: devices::Settings,

@@ -173,6 +173,7 @@ impl Registry {
             objects: key.objects().clone(),
             token_serial: key.serial().to_owned(),
             fingerprint: key.row.fingerprint,
+            purpose: key.row.purpose,
             may_be_elsewhere: is_one_of_several && key.place.is_none(),
             proofs: if is_one_of_several || key.place.is_some() {
                 proofs(&key)

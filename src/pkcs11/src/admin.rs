@@ -11,7 +11,7 @@ use cryptoki::{
 use keybroker_core::{
     call::Timestamp,
     envelope::{Algorithm, Mac},
-    key::{IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId},
+    key::{IntegrityPlace, ObjectId, ObjectIds, Purpose, Sealing, WrappingKeyId},
 };
 use keybroker_pkcs11_ffi::{Module, TokenInfo as PkcsTokenInfo};
 use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings, TokenInfo, unpadded};
@@ -22,14 +22,14 @@ use crate::{
     calling,
     classify::{Class, Fault},
     keys::{
-        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, Place, Refusal, SigningKey,
-        Terms,
+        self, Cause, HmacKey, Identity, KeyPair, KeySession, Making, OrganizationKey, Place,
+        Refusal, SigningKey, Terms,
     },
     mac_key::WorkerKey,
     module,
     negative::{self, Subject},
     open::{OpenToken, auth_pin},
-    operation,
+    operation, organization,
     report::{self, Counted, waits_of_this_thread},
     select::{self, Registered, Selected},
 };
@@ -38,6 +38,9 @@ mod verifier;
 
 pub(crate) use verifier::Verifier;
 
+/// The error for a sealed wrapping key whose integrity key would not be on the token.
+const SEALED_NEEDS_TOKEN: &str = "a sealed wrapping key cannot decrypt the file of an integrity key, so its integrity key must be on the token: \
+     with `integrity_key = \"worker\"` in [token], only plain wrapping keys can be made. No key was made";
 /// Length of `CK_TOKEN_INFO.label`.
 const LABEL_BYTES: usize = 32;
 
@@ -204,6 +207,10 @@ pub(crate) struct CheckedKey {
     pub(crate) not_tried: Vec<&'static str>,
     /// The content of the integrity key's file, if the integrity key was made in the memory of this process.
     pub(crate) integrity_key_file: Option<String>,
+    /// The purpose of the key, according to its attributes.
+    pub(crate) purpose: Purpose,
+    /// The protection of a sealed wrapping key; `None` for a plain wrapping key, and for a key that was rejected.
+    pub(crate) sealing: Option<Sealing>,
 }
 
 /// Lists all slots with a token, initialised or not. Needs no PIN.
@@ -524,9 +531,16 @@ impl Admin {
         }
     }
 
+    /// Finds the objects of a wrapping key, whose attributes show its purpose. The attribute check must follow.
+    fn find(&self, id: WrappingKeyId) -> Result<KeyPair, Fault> {
+        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let purpose = keys::purpose_of(&self.token.anchor, pair.private)?;
+        Ok(KeyPair { purpose, ..pair })
+    }
+
     /// Finds a wrapping key and its integrity key.
     fn pair(&self, id: WrappingKeyId) -> Result<KeyPair, Fault> {
-        let pair = keys::find(&self.token.anchor, &self.place(id))?;
+        let pair = self.find(id)?;
         let pair = self.token.with_integrity_key(&self.settings, pair)?;
         self.keep_secret(&pair.place());
         Ok(pair)
@@ -564,14 +578,28 @@ impl Admin {
         Ok(keys::list(&self.token.anchor)?)
     }
 
-    /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. If a
-    /// check fails, the key is removed from the token. Making a key does not add the key to the registry.
-    /// Without an id, the key gets a random one.
+    /// Makes a plain wrapping key.
+    #[cfg(test)]
     pub(crate) fn generate_key(
         &self,
         modulus_bits: u32,
         id: Option<WrappingKeyId>,
     ) -> Result<CheckedKey, AdminError> {
+        self.generate_key_for(Purpose::Plain, modulus_bits, id)
+    }
+
+    /// Makes a wrapping key and its integrity key, reads back every attribute and runs the self-test of both keys. If a
+    /// check fails, the key is removed from the token. Making a key does not add the key to the registry.
+    /// Without an id, the key gets a random one.
+    pub(crate) fn generate_key_for(
+        &self,
+        purpose: Purpose,
+        modulus_bits: u32,
+        id: Option<WrappingKeyId>,
+    ) -> Result<CheckedKey, AdminError> {
+        if purpose == Purpose::Sealed && self.settings.permits_integrity_key_in_worker() {
+            return Err(AdminError::Token(SEALED_NEEDS_TOKEN.to_owned()));
+        }
         if self.settings.access_control == AccessControl::OutsidePkcs11 {
             return Err(AdminError::Token(
                 "`access_control = \"outside-pkcs11\"` in [token] is for keys with CKA_PRIVATE=false, but this command \
@@ -581,16 +609,20 @@ impl Admin {
             ));
         }
         let session = &self.token.anchor;
-        let not_made = self.try_for_a_session()?;
-        let terms = Terms::of(&self.settings);
+        let not_made = self.try_for_a_session(purpose)?;
+        let terms = Terms::for_purpose(&self.settings, purpose);
         let made = match id {
             Some(id) => keys::generate_with_id(session, id, modulus_bits, terms),
             None => keys::generate(session, modulus_bits, terms),
         };
-        let made = made.map_err(|refusal| self.explained(refusal))?;
+        let made = made.map_err(|refusal| self.explained(refusal, purpose))?;
         self.keep_secret(&made.pair.place());
         let problem = match self.check(made.pair.id) {
             Ok(mut checked) => match &checked.problem {
+                None if checked.purpose != purpose => format!(
+                    "the attributes of the key are those of a {} wrapping key",
+                    checked.purpose.as_str()
+                ),
                 None if u32::try_from(checked.modulus_bits) == Ok(modulus_bits) => {
                     for test in not_made {
                         if !checked.not_tried.contains(&test) {
@@ -620,9 +652,9 @@ impl Admin {
     /// Makes session keys, to check that the token performs the necessary operations and refuses the forbidden
     /// operations. Returns the names of the negative tests that were not run. A token without session keys skips the
     /// tests that change a key.
-    fn try_for_a_session(&self) -> Result<Vec<&'static str>, AdminError> {
+    fn try_for_a_session(&self, purpose: Purpose) -> Result<Vec<&'static str>, AdminError> {
         let session = &self.token.anchor;
-        let terms = Terms::of(&self.settings);
+        let terms = Terms::for_purpose(&self.settings, purpose);
         let made = match keys::generate_for_session(session, terms) {
             Ok(made) => made,
             Err(refusal) => {
@@ -670,11 +702,11 @@ impl Admin {
     }
 
     /// Returns the error for a refusal, with the cause if the cause can be determined.
-    fn explained(&self, refusal: Refusal) -> AdminError {
+    fn explained(&self, refusal: Refusal, purpose: Purpose) -> AdminError {
         let Some(making) = refusal.making else {
             return refusal.fault.into();
         };
-        let terms = Terms::of(&self.settings);
+        let terms = Terms::for_purpose(&self.settings, purpose);
         match keys::cause_of_refusal(&self.token.anchor, making, terms) {
             Cause::Settings {
                 integrity_key,
@@ -746,8 +778,7 @@ impl Admin {
 
     /// Checks the attributes of one key and runs its self-test.
     pub(crate) fn check(&self, id: WrappingKeyId) -> Result<CheckedKey, AdminError> {
-        let place = self.place(id);
-        let pair = keys::find(&self.token.anchor, &place)?;
+        let pair = self.find(id)?;
         let verdict = keys::inspect(&self.token.anchor, &pair, &self.settings)?;
         let public = keys::public_side(&self.token.anchor, &pair)?;
         let proved = self
@@ -768,6 +799,8 @@ impl Admin {
                 .as_ref()
                 .map(|key| key.not_tried.clone())
                 .unwrap_or_default(),
+            purpose: pair.purpose,
+            sealing: proved.as_ref().ok().and_then(|key| key.sealing),
             problem: proved.err().map(|fault| fault.to_string()),
             integrity_key_file: None,
         })
@@ -811,6 +844,47 @@ impl Admin {
         Ok(keys::sign(&self.token.anchor, object, message)?)
     }
 
+    /// Imports the key of a Bitwarden organisation, with an integrity key that the token makes.
+    pub(crate) fn import_organization_key(
+        &self,
+        id: WrappingKeyId,
+        pkcs8: &[u8],
+    ) -> Result<OrganizationKey, AdminError> {
+        Ok(organization::import(
+            &self.token,
+            &self.settings,
+            id,
+            pkcs8,
+        )?)
+    }
+
+    /// Checks and tests the key of a Bitwarden organisation.
+    pub(crate) fn check_organization_key(
+        &self,
+        id: WrappingKeyId,
+    ) -> Result<OrganizationKey, AdminError> {
+        Ok(organization::check(&self.token, &self.settings, id)?)
+    }
+
+    /// Wraps a member's user key under the public key of a device.
+    pub(crate) fn release_to_device(
+        &self,
+        id: WrappingKeyId,
+        fingerprint: &[u8],
+        wrapped: &[u8],
+        recipient: &[u8],
+    ) -> Result<Vec<u8>, AdminError> {
+        let (token, settings) = (&self.token, &self.settings);
+        Ok(organization::release(
+            token,
+            settings,
+            id,
+            fingerprint,
+            wrapped,
+            recipient,
+        )?)
+    }
+
     /// Computes a MAC with the integrity key of this wrapping key.
     pub(crate) fn mac(&self, id: WrappingKeyId, message: &[u8]) -> Result<Mac, AdminError> {
         let pair = self.pair(id)?;
@@ -828,7 +902,7 @@ impl Admin {
         Ok(report::make(&self.token, &self.settings, pin, allowed)?)
     }
 
-    /// Decrypts in a loop with `threads` threads until `until`, to measure the token without the broker. Returns the
+    /// Uses the RSA key in a loop with `threads` threads until `until`, to measure the token without the broker. Returns the
     /// number of operations, and the number of times that a thread waited for something other than the CPU.
     pub(crate) fn decrypt_loop(
         &self,
@@ -854,7 +928,7 @@ impl Admin {
                         let before = waits_of_this_thread();
                         let mut operations = 0;
                         while Timestamp::now() < until {
-                            self_test.decrypt(&session.session, pair)?;
+                            self_test.open(&session, pair)?;
                             operations += 1;
                         }
                         Ok(Counted {

@@ -18,7 +18,7 @@ use std::{
 
 use keybroker_core::{
     call::Timestamp,
-    key::{ObjectId, ObjectIds, WrappingKeyId},
+    key::{ObjectId, ObjectIds, Purpose, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -27,17 +27,20 @@ use keybroker_worker_protocol::{
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding, CheckedKey,
         DecryptLoop, InitToken, KeyIds, KnowKeys, LoopCount, MadeSignature, MakeReport,
-        OaepSupport, OpenToken, PinSource, SetUserPin, Setup, SigningKey, TokenEntry, TokenKey,
-        TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+        OaepSupport, OpenToken, OrganizationKey, PinSource, Sealing, SetUserPin, Setup, SigningKey,
+        TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
+        pin_source::Source,
     },
 };
+
+use zeroize::Zeroize as _;
 
 use crate::{
     PinRecord,
     admin::{self, Admin, AdminError, Verifier},
     attribute_check::Finding,
     calling,
-    keys::Identity,
+    keys::{self, Identity},
     worker,
 };
 
@@ -71,7 +74,13 @@ fn serve() -> io::Result<()> {
     let mut state = State::default();
     while let Some(request) = inbox.receive::<AdminRequest>(&mut input)? {
         let outcome = match request.job {
-            Some(job) => state.run(&job).unwrap_or_else(|error| failure(&error)),
+            Some(mut job) => {
+                let outcome = state.run(&job).unwrap_or_else(|error| failure(&error));
+                if let Job::ImportOrganizationKey(job) = &mut job {
+                    job.pkcs8.zeroize();
+                }
+                outcome
+            }
             None => failure(&AdminError::Token("the request has no job".to_owned())),
         };
         lock(&replies).send(outcome)?;
@@ -142,7 +151,16 @@ impl State {
                 let id = (!job.key_id.is_empty())
                     .then(|| key_id(&job.key_id))
                     .transpose()?;
-                Ok(key(self.token()?.generate_key(job.modulus_bits, id)?))
+                let purpose = if job.is_sealed {
+                    Purpose::Sealed
+                } else {
+                    Purpose::Plain
+                };
+                Ok(key(self.token()?.generate_key_for(
+                    purpose,
+                    job.modulus_bits,
+                    id,
+                )?))
             }
             Job::CheckKey(job) => {
                 let (token, id) = (self.token()?, key_id(&job.key_id)?);
@@ -182,6 +200,23 @@ impl State {
                 Ok(Outcome::MadeSignature(MadeSignature { signature, pss }))
             }
             Job::SetUserPin(job) => set_user_pin(job),
+            Job::ImportOrganizationKey(job) => {
+                let id = key_id(&job.key_id)?;
+                Ok(organization_key(
+                    self.token()?.import_organization_key(id, &job.pkcs8)?,
+                ))
+            }
+            Job::CheckOrganizationKey(job) => {
+                let id = key_id(&job.key_id)?;
+                Ok(organization_key(self.token()?.check_organization_key(id)?))
+            }
+            Job::ReleaseToDevice(job) => {
+                let id = key_id(&job.key_id)?;
+                let (token, fingerprint) = (self.token()?, &job.fingerprint);
+                let released =
+                    token.release_to_device(id, fingerprint, &job.wrapped, &job.recipient);
+                Ok(Outcome::ForDevice(released?))
+            }
             Job::RemoveKey(job) => {
                 let id = key_id(&job.key_id)?;
                 // The handles of the removed objects must not be used again.
@@ -415,13 +450,22 @@ fn key(checked: admin::CheckedKey) -> Outcome {
             algorithm: checked
                 .algorithm
                 .map_or(0, |algorithm| algorithm.number().into()),
+            sealing: Sealing::of(checked.sealing).into(),
         }),
+        is_sealed: checked.purpose == Purpose::Sealed,
         modulus_bits: u32::try_from(checked.modulus_bits).unwrap_or(u32::MAX),
         private_key: checked.private.iter().map(finding).collect(),
         integrity_key: checked.integrity_key.iter().map(finding).collect(),
         problem: checked.problem.unwrap_or_default(),
         not_tried: checked.not_tried.into_iter().map(str::to_owned).collect(),
         integrity_key_file: checked.integrity_key_file.unwrap_or_default(),
+    })
+}
+
+fn organization_key(key: keys::OrganizationKey) -> Outcome {
+    Outcome::OrganizationKey(OrganizationKey {
+        spki: key.public.spki,
+        attributes: key.findings.iter().map(finding).collect(),
     })
 }
 

@@ -1,9 +1,9 @@
 //! The attribute check: the properties that a key must have before it is used. Each attribute is read back from the
 //! token individually.
 //!
-//! Each RSA key has one purpose: it decrypts, and never unwraps or signs. One purpose for each key prevents the
-//! wrap/decrypt attack on PKCS#11 (Clulow 2003). `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of
-//! a key cannot be changed.
+//! Each RSA key has one purpose: a plain wrapping key only decrypts, a sealed wrapping key only unwraps, and the signing
+//! key of a ceremony only signs. One purpose for each key prevents the wrap/decrypt attack on PKCS#11 (Clulow 2003).
+//! `CKA_MODIFIABLE` and `CKA_COPYABLE` are false, so that the purpose of a key cannot be changed.
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
@@ -155,12 +155,26 @@ pub(super) fn adapted(rules: &[Rule], access: AccessControl) -> Vec<Rule> {
         .collect()
 }
 
-/// The rules for an RSA private key, which may only decrypt.
+/// The rules for the RSA private key of a plain wrapping key, which may only decrypt.
 pub(super) const RSA_PRIVATE: &[Rule] = &with_those_of_every_key::<6, 15>([
     ("CKA_DECRYPT", AttributeType::Decrypt, TRUE),
     ("CKA_SIGN", AttributeType::Sign, FALSE),
     ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
     ("CKA_UNWRAP", AttributeType::Unwrap, FALSE),
+    ("CKA_DERIVE", AttributeType::Derive, FALSE),
+    (
+        "CKA_ALLOWED_MECHANISMS",
+        AttributeType::AllowedMechanisms,
+        Expected::OnlyMechanism(Mechanism::RsaOaep),
+    ),
+]);
+
+/// The rules for the RSA private key of a sealed wrapping key, which may only unwrap.
+pub(super) const RSA_SEALED: &[Rule] = &with_those_of_every_key::<6, 15>([
+    ("CKA_UNWRAP", AttributeType::Unwrap, TRUE),
+    ("CKA_DECRYPT", AttributeType::Decrypt, FALSE),
+    ("CKA_SIGN", AttributeType::Sign, FALSE),
+    ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
     ("CKA_DERIVE", AttributeType::Derive, FALSE),
     (
         "CKA_ALLOWED_MECHANISMS",
@@ -177,6 +191,48 @@ pub(super) const SIGNING_KEY: &[Rule] = &with_those_of_every_key::<5, 14>([
     ("CKA_UNWRAP", AttributeType::Unwrap, FALSE),
     ("CKA_DERIVE", AttributeType::Derive, FALSE),
 ]);
+
+/// The rules for the imported key of a Bitwarden organisation, which may only unwrap.
+pub(super) const ORGANIZATION_KEY: &[Rule] = &with_those_of_every_key::<6, 15>([
+    ("CKA_UNWRAP", AttributeType::Unwrap, TRUE),
+    ("CKA_DECRYPT", AttributeType::Decrypt, FALSE),
+    ("CKA_SIGN", AttributeType::Sign, FALSE),
+    ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
+    ("CKA_DERIVE", AttributeType::Derive, FALSE),
+    (
+        "CKA_ALLOWED_MECHANISMS",
+        AttributeType::AllowedMechanisms,
+        Expected::OnlyMechanism(Mechanism::RsaOaep),
+    ),
+]);
+
+/// The attributes that show that a key was outside the token. For an imported key, they must be false or absent: a token
+/// that sets one of them to true claims something about a key that it cannot know.
+const SHOW_AN_IMPORT: [&str; 3] = ["CKA_LOCAL", "CKA_NEVER_EXTRACTABLE", "CKA_ALWAYS_SENSITIVE"];
+
+/// Checks the attributes of an imported key. All rules apply, except the three that no imported key can meet.
+pub(super) fn inspect_imported(
+    session: &Session,
+    object: ObjectHandle,
+    rules: &[Rule],
+    exceptions: &[String],
+) -> Result<Vec<Finding>, Fault> {
+    let shows_import = |name: &str| SHOW_AN_IMPORT.contains(&name);
+    let rules: Vec<Rule> = rules
+        .iter()
+        .map(|(name, kind, expected)| {
+            let expected = if shows_import(name) { FALSE } else { *expected };
+            (*name, *kind, expected)
+        })
+        .collect();
+    let mut findings = inspect(session, object, &rules, exceptions)?;
+    for finding in &mut findings {
+        if shows_import(finding.attribute) && finding.found == Found::Missing {
+            finding.found = Found::Excepted;
+        }
+    }
+    Ok(findings)
+}
 
 /// The rules for an integrity key.
 pub(super) const INTEGRITY_KEY: &[Rule] = &with_those_of_every_key::<9, 18>([

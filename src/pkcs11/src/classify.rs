@@ -149,6 +149,23 @@ pub(super) fn classify(code: RvError) -> Class {
     }
 }
 
+/// Whether a return code counts as a refusal of the operation. Every return code counts as a refusal, except codes that
+/// mean that the token or the session is unusable at this time.
+pub(crate) fn is_a_refusal(error: &Error) -> bool {
+    match error {
+        Error::Pkcs11(
+            RvError::SessionHandleInvalid
+            | RvError::SessionClosed
+            | RvError::UserNotLoggedIn
+            | RvError::OperationActive,
+            _,
+        ) => false,
+        Error::Pkcs11(code, _) => !matches!(classify(*code), Class::TokenLost | Class::BackOff),
+        Error::NotSupported | Error::NullFunctionPointer => true,
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,6 +3,8 @@
 //!
 //! Mitigation: M16 of `THREAT_MODEL.md`.
 
+use std::cell::RefCell;
+
 use aws_lc_rs::digest;
 use cryptoki::{
     error::{Error, RvError},
@@ -11,7 +13,7 @@ use cryptoki::{
 };
 
 use keybroker_core::key::{
-    Fingerprint, ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId,
+    Fingerprint, ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId,
 };
 use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::{Settings, oaep};
@@ -21,9 +23,11 @@ use crate::{
     calling,
     classify::{Class, Fault},
     mac_key::{MacKey, WorkerKey},
+    recipients::Recipients,
 };
 
 mod making;
+mod organization;
 mod removal;
 mod signing;
 mod templates;
@@ -32,14 +36,15 @@ pub(super) use making::{
     Cause, Making, Refusal, Terms, cause_of_refusal, generate, generate_for_session,
     generate_with_id,
 };
+pub(super) use organization::{OrganizationKey, import_organization_key, organization_key};
 pub(super) use removal::{Identity, remove};
 pub(super) use signing::{SigningKey, has_signing_key, make_signing_key, sign};
-#[cfg(test)]
-pub(super) use templates::generic_secret_template;
 pub(super) use templates::{
-    HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, private_template,
-    public_template, recipient_template, sealed_template,
+    HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, object_template,
+    private_template, public_template, sealed_template, unwrap_template,
 };
+#[cfg(test)]
+pub(super) use templates::{generic_secret_template, template_of};
 
 /// Prefix for deriving a separate `CKA_ID` for an integrity key, on tokens that do not allow two objects with the same
 /// `CKA_ID`.
@@ -50,6 +55,7 @@ const OWN_ID_DOMAIN: &[u8] = b"keybroker/integrity-key-id/v1";
 pub(super) struct Place {
     pub(super) id: WrappingKeyId,
     pub(super) objects: ObjectIds,
+    pub(super) purpose: Purpose,
     /// The integrity key, if it is in the memory of this process.
     pub(super) secret: Option<WorkerKey>,
 }
@@ -61,11 +67,12 @@ impl From<WrappingKeyId> for Place {
 }
 
 impl Place {
-    /// Returns the place of a key whose integrity key is on the token or is not yet unwrapped.
+    /// Returns the place of a plain key whose integrity key is on the token or is not yet unwrapped.
     pub(super) fn of(id: WrappingKeyId, objects: ObjectIds) -> Self {
         Self {
             id,
             objects,
+            purpose: Purpose::Plain,
             secret: None,
         }
     }
@@ -75,6 +82,8 @@ impl Place {
 #[derive(Clone, Debug)]
 pub(super) struct KeyPair {
     pub(super) id: WrappingKeyId,
+    /// The only use of the RSA private key.
+    pub(super) purpose: Purpose,
     /// The `CKA_ID` of the objects that were found.
     pub(super) objects: ObjectIds,
     pub(super) private: ObjectHandle,
@@ -131,6 +140,8 @@ fn no_session(error: Error) -> Fault {
 pub(super) struct KeySession {
     pub(super) session: Session,
     pairs: Vec<KeyPair>,
+    /// The recipients of sealed releases whose keys the session has. The keys end with the session.
+    pub(super) recipients: RefCell<Recipients>,
 }
 
 impl KeySession {
@@ -142,7 +153,11 @@ impl KeySession {
             .iter()
             .map(|key| find(&session, key))
             .collect::<Result<_, _>>()?;
-        Ok(Self { session, pairs })
+        Ok(Self {
+            session,
+            pairs,
+            recipients: RefCell::default(),
+        })
     }
 
     pub(super) fn pair(&self, id: WrappingKeyId) -> Option<&KeyPair> {
@@ -155,6 +170,7 @@ impl KeyPair {
         Place {
             id: self.id,
             objects: self.objects.clone(),
+            purpose: self.purpose,
             secret: self.integrity_key.secret().cloned(),
         }
     }
@@ -183,6 +199,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
         IntegrityPlace::Worker => {
             return Ok(KeyPair {
                 id: key.id,
+                purpose: key.purpose,
                 objects: key.objects.clone(),
                 private,
                 integrity_key: MacKey::InWorker(key.secret.clone()),
@@ -195,6 +212,7 @@ pub(super) fn find(session: &Session, key: &Place) -> Result<KeyPair, Fault> {
         };
         return Ok(KeyPair {
             id: key.id,
+            purpose: key.purpose,
             objects: ObjectIds {
                 private: key.objects.private.clone(),
                 integrity: if *candidate == id {
@@ -303,12 +321,34 @@ pub(super) fn inspect(
         let rules = attribute_check::adapted(rules, settings.access_control);
         attribute_check::inspect(session, object, &rules, &settings.attribute_exceptions)
     };
+    let of_private = match pair.purpose {
+        Purpose::Plain => attribute_check::RSA_PRIVATE,
+        Purpose::Sealed => attribute_check::RSA_SEALED,
+    };
     Ok(Verdict {
-        private: inspect(pair.private, attribute_check::RSA_PRIVATE)?,
+        private: inspect(pair.private, of_private)?,
         integrity_key: match pair.integrity_key.object() {
             Some(object) => inspect(object, attribute_check::INTEGRITY_KEY)?,
             None => Vec::new(),
         },
+    })
+}
+
+/// Returns the purpose that the attributes of an RSA private key show, for a key that is not registered. The attribute check
+/// decides afterwards whether the key has this purpose only.
+pub(super) fn purpose_of(session: &Session, private: ObjectHandle) -> Result<Purpose, Fault> {
+    let is_true = |kind| -> Result<bool, Fault> {
+        let flag = attribute_check::read(session, private, kind)?;
+        Ok(matches!(
+            flag,
+            Some(Attribute::Unwrap(true) | Attribute::Decrypt(true))
+        ))
+    };
+    let unwraps_only = is_true(AttributeType::Unwrap)? && !is_true(AttributeType::Decrypt)?;
+    Ok(if unwraps_only {
+        Purpose::Sealed
+    } else {
+        Purpose::Plain
     })
 }
 
@@ -355,8 +395,9 @@ pub(super) fn public_side_of(
     })
 }
 
-/// Returns the `CKA_ID` of all RSA private keys on the token, except the keys that sign the transcript of a ceremony. Keys
-/// without a `CKA_ID` are ignored, because the registry cannot refer to them.
+/// Returns the `CKA_ID` of all RSA private keys on the token, except the keys that sign the transcript of a ceremony and
+/// the imported keys of Bitwarden organisations. Keys without a `CKA_ID` are ignored, because the registry cannot refer to
+/// them.
 pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let template = [
         Attribute::Class(ObjectClass::PRIVATE_KEY),
@@ -365,7 +406,7 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     let mut ids = Vec::new();
     calling::next("C_FindObjects");
     for object in session.find_objects(&template)? {
-        if is_signing_key(session, object)? {
+        if has_another_purpose(session, object)? {
             continue;
         }
         if let Some(Attribute::Id(id)) = attribute_check::read(session, object, AttributeType::Id)?
@@ -377,12 +418,13 @@ pub(super) fn list(session: &Session) -> Result<Vec<ObjectId>, Fault> {
     Ok(ids)
 }
 
-/// Whether a private object is a key that signs the transcript of a ceremony.
-fn is_signing_key(session: &Session, object: ObjectHandle) -> Result<bool, Fault> {
+/// Whether a private object is a key that signs the transcript of a ceremony, or the key of a Bitwarden organisation.
+fn has_another_purpose(session: &Session, object: ObjectHandle) -> Result<bool, Fault> {
     let label = attribute_check::read(session, object, AttributeType::Label)?;
     Ok(matches!(
         label,
-        Some(Attribute::Label(label)) if label == templates::SIGNING_KEY_LABEL.as_bytes()
+        Some(Attribute::Label(label))
+            if label == templates::SIGNING_KEY_LABEL.as_bytes() || label == organization::LABEL.as_bytes()
     ))
 }
 
@@ -396,6 +438,7 @@ pub(super) fn no_id() -> WrappingKeyId {
 pub(super) fn session_pair(private: ObjectHandle, integrity_key: MacKey) -> KeyPair {
     KeyPair {
         id: no_id(),
+        purpose: Purpose::Plain,
         objects: ObjectIds {
             private: None,
             integrity: match integrity_key {

@@ -9,14 +9,15 @@
 
 use aws_lc_rs::rsa::{Pkcs1PublicEncryptingKey, PublicEncryptingKey};
 use cryptoki::{
-    error::{Error, RvError},
+    error::Error,
     mechanism::Mechanism,
     object::{Attribute, AttributeType, ObjectHandle},
 };
+use keybroker_core::key::Purpose;
 use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 
 use crate::{
-    classify::{Class, Fault, classify},
+    classify::{Class, Fault, is_a_refusal},
     keys::{KeyPair, KeySession, PublicSide},
     operation::SelfTest,
 };
@@ -28,8 +29,9 @@ pub(crate) use attempts::aes_key;
 
 use attempts::{
     Helpers, PART_BYTES, SECRET_KEY_BYTES, copies, decrypts, decrypts_oaep, derives, oaep_sha1,
-    of_a_part, readable, readable_template, sets, signs, unwraps, verifies, with_known_data, wraps,
-    wraps_under_rsa, wraps_with, wraps_with_gcm, wraps_with_rsa_aes,
+    of_a_part, on_unwrapped, readable, readable_template, sets, signs, unwraps, unwraps_bytes,
+    verifies, with_known_data, wraps, wraps_under_rsa, wraps_with, wraps_with_gcm,
+    wraps_with_rsa_aes,
 };
 
 /// The IV may have any value, because the wrapped key is never unwrapped.
@@ -59,6 +61,8 @@ pub struct NegativeTest {
     /// Whether the test needs an integrity key that is an object on the token. If the integrity key is not on the
     /// token, the test is not run.
     needs_integrity_object: bool,
+    /// The purpose of the keys with which the test is run; `None` for all keys.
+    pub purpose: Option<Purpose>,
     /// Whether `token.spared_tests` may contain the test. Tests that try to read, wrap or copy a key are always run.
     pub can_be_spared: bool,
     run: fn(&Subjects<'_>) -> Result<Done, Error>,
@@ -105,7 +109,8 @@ impl Subjects<'_> {
 impl NegativeTest {
     /// Returns whether the test can be run with this key.
     fn applies_to(&self, pair: &KeyPair) -> bool {
-        !self.needs_integrity_object || pair.integrity_key.object().is_some()
+        let has_object = !self.needs_integrity_object || pair.integrity_key.object().is_some();
+        has_object && self.purpose.is_none_or(|purpose| purpose == pair.purpose)
     }
 }
 
@@ -312,12 +317,40 @@ pub const TESTS: &[NegativeTest] = &[
         "the RSA private key signs (CKM_RSA_PKCS)",
         |on| signs(on, &Mechanism::RsaPkcs, on.pair.private),
     ),
-    unless(
+    plain(unless(
         "CKA_UNWRAP",
         "unwrap",
         "the RSA private key unwraps keys into objects",
         unwraps,
-    ),
+    )),
+    sealed(never(
+        "decrypt-sealed",
+        "the RSA private key of a sealed wrapping key decrypts user keys",
+        |on| decrypts_oaep(on, on.self_test.wrapped()),
+    )),
+    sealed(unless(
+        "CKA_ALLOWED_MECHANISMS",
+        "unwrap-pkcs1",
+        "the RSA private key unwraps with PKCS #1 v1.5 padding (CKM_RSA_PKCS)",
+        |on| match on.pkcs1 {
+            Some(wrapped) => unwraps_bytes(on, &Mechanism::RsaPkcs, wrapped),
+            None => Ok(Done::NotMade),
+        },
+    )),
+    sealed(never(
+        "copy-object-readable",
+        "a readable copy of an unwrapped user key can be made",
+        |on| {
+            on_unwrapped(on, |object| {
+                copies(on, object, Some(Attribute::Sensitive(false)))
+            })
+        },
+    )),
+    sealed(never(
+        "set-object-readable",
+        "an unwrapped user key can be made readable",
+        |on| on_unwrapped(on, |object| sets(on, object, Attribute::Sensitive(false))),
+    )),
     on_object(unless(
         "CKA_ALLOWED_MECHANISMS",
         "hmac-sha224",
@@ -336,7 +369,7 @@ pub const TESTS: &[NegativeTest] = &[
     input("verify-empty-mac", "an empty MAC verifies", |on| {
         verifies(on, 0)
     }),
-    input(
+    plain(input(
         "decrypt-truncated",
         "a truncated ciphertext decrypts",
         // The ciphertext is truncated at its end. If only a leading zero byte were removed, the ciphertext would be the
@@ -345,12 +378,28 @@ pub const TESTS: &[NegativeTest] = &[
             let wrapped = on.self_test.wrapped();
             decrypts_oaep(on, &wrapped[..wrapped.len() - 1])
         },
-    ),
-    input(
+    )),
+    plain(input(
         "decrypt-extended",
         "a ciphertext that is too long can be decrypted",
         |on| decrypts_oaep(on, &[on.self_test.wrapped(), &[0]].concat()),
-    ),
+    )),
+    sealed(input(
+        "unwrap-truncated",
+        "a truncated ciphertext can be unwrapped",
+        |on| {
+            let wrapped = on.self_test.wrapped();
+            unwraps_bytes(on, &on.self_test.mechanism(), &wrapped[..wrapped.len() - 1])
+        },
+    )),
+    sealed(input(
+        "unwrap-extended",
+        "a ciphertext that is too long can be unwrapped",
+        |on| {
+            let extended = [on.self_test.wrapped(), &[0]].concat();
+            unwraps_bytes(on, &on.self_test.mechanism(), &extended)
+        },
+    )),
     changes(
         "set-private-extractable",
         "the RSA private key can be made extractable",
@@ -384,6 +433,7 @@ const fn never(
         accepted_by: None,
         changes_the_key: false,
         needs_integrity_object: false,
+        purpose: None,
         can_be_spared: false,
         run,
     }
@@ -392,6 +442,22 @@ const fn never(
 const fn on_object(test: NegativeTest) -> NegativeTest {
     NegativeTest {
         needs_integrity_object: true,
+        ..test
+    }
+}
+
+/// Makes a test of plain wrapping keys only.
+const fn plain(test: NegativeTest) -> NegativeTest {
+    NegativeTest {
+        purpose: Some(Purpose::Plain),
+        ..test
+    }
+}
+
+/// Makes a test of sealed wrapping keys only.
+const fn sealed(test: NegativeTest) -> NegativeTest {
+    NegativeTest {
+        purpose: Some(Purpose::Sealed),
         ..test
     }
 }
@@ -549,21 +615,4 @@ fn succeeded(test: &NegativeTest, pair: &KeyPair) -> Fault {
             pair.id
         ),
     )
-}
-
-/// Whether a return code counts as a refusal of the operation. Every return code counts as a refusal, except codes that
-/// mean that the token or the session is unusable at this time.
-pub(crate) fn is_a_refusal(error: &Error) -> bool {
-    match error {
-        Error::Pkcs11(
-            RvError::SessionHandleInvalid
-            | RvError::SessionClosed
-            | RvError::UserNotLoggedIn
-            | RvError::OperationActive,
-            _,
-        ) => false,
-        Error::Pkcs11(code, _) => !matches!(classify(*code), Class::TokenLost | Class::BackOff),
-        Error::NotSupported | Error::NullFunctionPointer => true,
-        _ => false,
-    }
 }

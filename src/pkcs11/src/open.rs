@@ -13,7 +13,7 @@ use cryptoki::{
     types::AuthPin,
 };
 
-use keybroker_core::key::Fingerprint;
+use keybroker_core::key::{Fingerprint, Purpose, Sealing};
 use keybroker_pkcs11_ffi::{Module, Session};
 use keybroker_worker_protocol::{AccessControl, Pin, Settings, TokenInfo};
 
@@ -63,6 +63,8 @@ pub(super) struct ProvedKey {
     pub(super) self_test: SelfTest,
     /// The negative tests that cannot be run on this token.
     pub(super) not_tried: Vec<&'static str>,
+    /// The protection of a sealed wrapping key; `None` for a plain wrapping key.
+    pub(super) sealing: Option<Sealing>,
 }
 
 impl OpenToken {
@@ -287,11 +289,16 @@ impl OpenToken {
         let self_test = self.probe(&pair.place(), &public, settings.allow_oaep_sha1)?;
         let not_tried =
             self.try_what_must_fail(settings, &pair, &public, &self_test, Subject::InUse)?;
+        let sealing = match pair.purpose {
+            Purpose::Plain => None,
+            Purpose::Sealed => Some(self_test.sealed(&pair).sealing(|| self.session(&[]))?),
+        };
         Ok(ProvedKey {
             place: pair.place(),
             public,
             self_test,
             not_tried,
+            sealing,
         })
     }
 
@@ -303,6 +310,13 @@ impl OpenToken {
     ) -> Result<KeyPair, Fault> {
         if !matches!(pair.integrity_key, MacKey::InWorker(None)) {
             return Ok(pair);
+        }
+        if pair.purpose == Purpose::Sealed {
+            let what = format!(
+                "wrapping key {} is a sealed wrapping key, which cannot decrypt the file of its integrity key",
+                pair.id
+            );
+            return Err(Fault::new(Class::Configuration, what));
         }
         let session = self.session(&[])?;
         let secret = unwrap::integrity_key(&session.session, &pair, settings)?;

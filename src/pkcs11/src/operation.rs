@@ -5,10 +5,7 @@
 use cryptoki::{
     context::Function,
     error::{Error, RvError},
-    mechanism::{
-        Mechanism, MechanismType,
-        rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource},
-    },
+    mechanism::Mechanism,
     object::ObjectHandle,
 };
 use keybroker_pkcs11_ffi::Session;
@@ -17,7 +14,7 @@ use zeroize::Zeroizing;
 
 use keybroker_core::{
     envelope::{Algorithm, MAC_BYTES, Mac},
-    key::WrappingKeyId,
+    key::{Purpose, WrappingKeyId},
 };
 use keybroker_worker_protocol::oaep::WrapKey;
 
@@ -26,6 +23,8 @@ use crate::{
     classify::{Class, Fault},
     keys::{KeyPair, KeySession, PublicSide},
     mac_key::MacKey,
+    oaep,
+    sealed::{RecipientPair, SealedKey},
 };
 
 /// Size of the buffer for a plaintext, in bytes: the length of the longest modulus. Some modules require a buffer of
@@ -37,14 +36,6 @@ const SIGNATURE_BYTES_MAX: usize = 512;
 /// Length of the self-test's plaintext, in bytes.
 const SELF_TEST_BYTES: usize = 32;
 
-pub(super) fn oaep(algorithm: Algorithm) -> Mechanism<'static> {
-    let (hash, mgf) = match algorithm {
-        Algorithm::RsaOaepSha256 => (MechanismType::SHA256, PkcsMgfType::MGF1_SHA256),
-        Algorithm::RsaOaepSha1 => (MechanismType::SHA1, PkcsMgfType::MGF1_SHA1),
-    };
-    Mechanism::RsaPkcsOaep(PkcsOaepParams::new(hash, mgf, PkcsOaepSource::empty()))
-}
-
 /// Decrypts with the RSA key (`C_Decrypt`).
 pub(super) fn decrypt(
     session: &Session,
@@ -54,7 +45,12 @@ pub(super) fn decrypt(
 ) -> Result<Zeroizing<Vec<u8>>, Fault> {
     calling::next("C_Decrypt");
     let mut plaintext = Zeroizing::new(vec![0; PLAINTEXT_BYTES_MAX]);
-    let length = session.decrypt_into(&oaep(algorithm), pair.private, wrapped, &mut plaintext)?;
+    let length = session.decrypt_into(
+        &oaep::mechanism(algorithm),
+        pair.private,
+        wrapped,
+        &mut plaintext,
+    )?;
     plaintext.truncate(length);
     Ok(plaintext)
 }
@@ -200,13 +196,26 @@ impl SelfTest {
 
     /// The mechanism that decrypts the ciphertext.
     pub(super) fn mechanism(&self) -> Mechanism<'static> {
-        oaep(self.algorithm)
+        oaep::mechanism(self.algorithm)
     }
 
-    /// Decrypts on the token and compares the plaintext.
+    /// Uses the RSA key on the token and compares the plaintext. A plain wrapping key decrypts. A sealed wrapping key makes a
+    /// sealed release to a key pair of this process.
+    pub(super) fn open(&self, on: &KeySession, pair: &KeyPair) -> Result<(), Fault> {
+        match pair.purpose {
+            Purpose::Plain => self.decrypt(&on.session, pair),
+            Purpose::Sealed => self.compare(&self.release(on, pair)?, pair),
+        }
+    }
+
+    /// Decrypts with a plain wrapping key on the token and compares the plaintext.
     pub(super) fn decrypt(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
         let plaintext = decrypt(session, pair, self.algorithm, &self.wrapped)?;
-        if bool::from(plaintext.as_slice().ct_eq(&self.plaintext)) {
+        self.compare(&plaintext, pair)
+    }
+
+    fn compare(&self, plaintext: &[u8], pair: &KeyPair) -> Result<(), Fault> {
+        if bool::from(plaintext.ct_eq(&self.plaintext)) {
             return Ok(());
         }
         Err(Fault::new(
@@ -218,10 +227,31 @@ impl SelfTest {
         ))
     }
 
-    /// Decrypts on the token and compares the plaintext, then computes a MAC and verifies it.
-    pub(super) fn check(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
-        self.decrypt(session, pair)?;
-        self.makes_a_mac(session, pair)
+    fn release(&self, on: &KeySession, pair: &KeyPair) -> Result<Zeroizing<Vec<u8>>, Fault> {
+        let recipient = RecipientPair::of_process()?;
+        let imported = on
+            .recipients
+            .borrow_mut()
+            .object(&on.session, recipient.public.spki())?;
+        let sealed = self
+            .sealed(pair)
+            .release(&on.session, imported, self.algorithm)?;
+        recipient.open(&sealed, self.algorithm)
+    }
+
+    /// The known ciphertext, for a sealed wrapping key.
+    pub(super) fn sealed(&self, pair: &KeyPair) -> SealedKey {
+        SealedKey {
+            private: pair.private,
+            algorithm: self.algorithm,
+            wrapped: self.wrapped.clone(),
+        }
+    }
+
+    /// Uses the RSA key on the token and compares the plaintext, then computes a MAC and verifies it.
+    pub(super) fn check(&self, on: &KeySession, pair: &KeyPair) -> Result<(), Fault> {
+        self.open(on, pair)?;
+        self.makes_a_mac(&on.session, pair)
     }
 
     fn makes_a_mac(&self, session: &Session, pair: &KeyPair) -> Result<(), Fault> {
@@ -277,24 +307,24 @@ pub(super) fn probe(
     public: &PublicSide,
     allow_oaep_sha1: bool,
 ) -> Result<SelfTest, Fault> {
-    let on_session = |work: &dyn Fn(&Session, &KeyPair) -> Result<(), Fault>| {
+    let on_session = |work: &dyn Fn(&KeySession, &KeyPair) -> Result<(), Fault>| {
         let session = open()?;
         let pair = session.pair(id).expect("it was opened with this key");
-        work(&session.session, pair)
+        work(&session, pair)
     };
     let attempt = |algorithm| {
         let self_test = SelfTest::new(public, algorithm)?;
-        on_session(&|session, pair| self_test.decrypt(session, pair))?;
+        on_session(&|session, pair| self_test.open(session, pair))?;
         Ok(self_test)
     };
     let self_test = choose(attempt, allow_oaep_sha1)?;
-    let authenticates = || on_session(&|session, pair| self_test.authenticates(session, pair));
+    let authenticates = || on_session(&|on, pair| self_test.authenticates(&on.session, pair));
     authenticates().or_else(|fault| match fault.class {
         // The token may have been busy, so the operation is repeated once.
         Class::Ambiguous => authenticates(),
         _ => Err(fault),
     })?;
-    on_session(&|session, pair| self_test.refuses_forgery(session, pair))?;
+    on_session(&|on, pair| self_test.refuses_forgery(&on.session, pair))?;
     Ok(self_test)
 }
 

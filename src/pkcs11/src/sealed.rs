@@ -6,30 +6,25 @@
 //! another key. PKCS #11 cannot prevent this, because only the security officer can mark a recipient's key as trusted
 //! (`CKA_WRAP_WITH_TRUSTED`).
 
-use std::collections::VecDeque;
-
 use cryptoki::{
     error::Error,
-    object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle},
+    object::{Attribute, AttributeType, ObjectHandle},
 };
-use keybroker_core::{envelope::Algorithm, key::Fingerprint};
+use keybroker_core::{envelope::Algorithm, key::Sealing};
 use keybroker_pkcs11_ffi::Session;
-use keybroker_worker_protocol::recipient::RecipientKey;
 
 use crate::{
     attribute_check::{self, Expected, Rule},
     calling,
-    classify::{Class, Fault},
-    keys,
-    negative::is_a_refusal,
-    operation,
+    classify::{Class, Fault, is_a_refusal},
+    keys::{KeySession, object_template},
+    oaep,
+    recipients::Recipient,
 };
 
-/// Largest number of recipients' keys that one session keeps. SoftHSM 2.6 never frees about 250 bytes of each session
-/// object, so the keys of frequent recipients are imported only once.
-pub(crate) const RECIPIENTS_MAX: usize = 64;
-/// Size of the buffer for a wrapped key, in bytes: the length of the longest modulus of a recipient.
-const WRAPPED_BYTES_MAX: usize = 512;
+mod pair;
+
+pub(crate) use pair::RecipientPair;
 
 /// The required attributes of an unwrapped object. Only an extractable object can be wrapped under the recipient's key.
 const UNWRAPPED: [Rule; 3] = [
@@ -46,22 +41,14 @@ const UNWRAPPED: [Rule; 3] = [
     ),
 ];
 
-/// Returns the attributes of `CKA_UNWRAP_TEMPLATE`. With this template, the token itself refuses to make an object that
-/// is readable or outlives its session.
-pub(crate) fn unwrap_template() -> [Attribute; 2] {
-    [Attribute::Token(false), Attribute::Sensitive(true)]
-}
+/// The values of `CKA_SENSITIVE` in a template with which a token must not make a readable object: true, false, or absent.
+pub(crate) const SENSITIVE_IN_TEMPLATE: [Option<bool>; 3] = [Some(true), Some(false), None];
 
-/// Returns the template of an unwrapped object. The template omits `CKA_VALUE_LEN`, which SoftHSM refuses. SoftHSM
-/// requires that the template repeats the attributes of `CKA_UNWRAP_TEMPLATE`.
-pub(crate) fn object_template() -> Vec<Attribute> {
-    let mut template = vec![
-        Attribute::Class(ObjectClass::SECRET_KEY),
-        Attribute::KeyType(KeyType::GENERIC_SECRET),
-        Attribute::Private(true),
-        Attribute::Extractable(true),
-    ];
-    template.extend(unwrap_template());
+/// Returns the template of an unwrapped object with this value of `CKA_SENSITIVE`.
+pub(crate) fn object_template_with(sensitive: Option<bool>) -> Vec<Attribute> {
+    let mut template = object_template();
+    template.retain(|it| it.attribute_type() != AttributeType::Sensitive);
+    template.extend(sensitive.map(Attribute::Sensitive));
     template
 }
 
@@ -83,7 +70,7 @@ impl SealedKey {
         template: &[Attribute],
     ) -> Result<ObjectHandle, Error> {
         calling::next("C_UnwrapKey");
-        let mechanism = operation::oaep(self.algorithm);
+        let mechanism = oaep::mechanism(self.algorithm);
         session.unwrap_key(&mechanism, self.private, &self.wrapped, template)
     }
 
@@ -114,6 +101,46 @@ impl SealedKey {
     ) -> Result<Vec<u8>, Fault> {
         self.with_unwrapped(session, |object| recipient.wrap(session, object, algorithm))
     }
+
+    /// Finds the protection of this wrapping key: tries to unwrap into a readable object, each time in a session of its own.
+    pub(crate) fn sealing(
+        &self,
+        open: impl Fn() -> Result<KeySession, Fault>,
+    ) -> Result<Sealing, Fault> {
+        for sensitive in SENSITIVE_IN_TEMPLATE {
+            let session = open()?.session;
+            match self.unwraps_readable(&session, sensitive) {
+                Ok(false) => {}
+                Ok(true) => return Ok(Sealing::Worker),
+                Err(error) if is_a_refusal(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Sealing::Enforced)
+    }
+
+    /// Unwraps with this value of `CKA_SENSITIVE` in the template. Returns whether the object is readable.
+    pub(crate) fn unwraps_readable(
+        &self,
+        session: &Session,
+        sensitive: Option<bool>,
+    ) -> Result<bool, Error> {
+        let object = self.unwrap(session, &object_template_with(sensitive))?;
+        let is_readable = is_readable(session, object);
+        calling::next("C_DestroyObject");
+        // If the removal fails, the token removes the object when the session ends.
+        let _removed = session.destroy_object(object);
+        is_readable
+    }
+}
+
+/// Whether an unwrapped object is not sensitive, or shows its value.
+pub(crate) fn is_readable(session: &Session, object: ObjectHandle) -> Result<bool, Error> {
+    let is_sensitive = matches!(
+        session.attribute(object, AttributeType::Sensitive)?,
+        Some(Attribute::Sensitive(true))
+    );
+    Ok(!is_sensitive || attribute_check::reveals(session, object, AttributeType::Value)?)
 }
 
 /// Checks that the token honoured the template: some tokens accept a template and make a readable object.
@@ -139,75 +166,4 @@ fn require_sealed(session: &Session, object: ObjectHandle) -> Result<(), Fault> 
             wrong.join("; ")
         ),
     ))
-}
-
-/// The public key of a recipient, as a session object.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Recipient {
-    object: ObjectHandle,
-    modulus_bytes: usize,
-}
-
-impl Recipient {
-    /// Wraps an object under the public key (`C_WrapKey`).
-    fn wrap(
-        self,
-        session: &Session,
-        object: ObjectHandle,
-        algorithm: Algorithm,
-    ) -> Result<Vec<u8>, Fault> {
-        let mut wrapped = vec![0; WRAPPED_BYTES_MAX];
-        calling::next("C_WrapKey");
-        let mechanism = operation::oaep(algorithm);
-        let length = session.wrap_key_into(&mechanism, self.object, object, &mut wrapped)?;
-        if length != self.modulus_bytes {
-            return Err(Fault::new(
-                Class::Untrusted,
-                format!(
-                    "C_WrapKey returned {length} bytes for a recipient's key of {} bytes",
-                    self.modulus_bytes
-                ),
-            ));
-        }
-        wrapped.truncate(length);
-        Ok(wrapped)
-    }
-}
-
-/// The recipients' keys that one session has imported, beginning with the least recently used key.
-#[derive(Debug, Default)]
-pub(crate) struct Recipients(VecDeque<(Fingerprint, Recipient)>);
-
-impl Recipients {
-    /// Returns the session object of a recipient's key. Imports the key if the session does not have it, and then
-    /// removes the least recently used key if the session has too many keys.
-    pub(crate) fn object(
-        &mut self,
-        session: &Session,
-        key: &RecipientKey,
-    ) -> Result<Recipient, Fault> {
-        let fingerprint = key.fingerprint();
-        let known = self.0.iter().position(|(known, _)| *known == fingerprint);
-        let recipient = match known.and_then(|at| self.0.remove(at)) {
-            Some((_, recipient)) => recipient,
-            None => import(session, key)?,
-        };
-        self.0.push_back((fingerprint, recipient));
-        if self.0.len() > RECIPIENTS_MAX
-            && let Some((_, oldest)) = self.0.pop_front()
-        {
-            calling::next("C_DestroyObject");
-            session.destroy_object(oldest.object)?;
-        }
-        Ok(recipient)
-    }
-}
-
-fn import(session: &Session, key: &RecipientKey) -> Result<Recipient, Fault> {
-    let template = keys::recipient_template(Attribute::Modulus(key.modulus().to_vec()));
-    calling::next("C_CreateObject");
-    Ok(Recipient {
-        object: session.create_object(&template)?,
-        modulus_bytes: key.modulus().len(),
-    })
 }

@@ -15,7 +15,10 @@ use cryptoki::slot::Slot;
 use keybroker_pkcs11_ffi::Module;
 use zeroize::Zeroizing;
 
-use keybroker_core::{envelope::Algorithm, key::WrappingKeyId};
+use keybroker_core::{
+    envelope::Algorithm,
+    key::{Purpose, WrappingKeyId},
+};
 use keybroker_worker_protocol::{
     Work, frame,
     wire::{self, FailureClass, request::Job},
@@ -29,6 +32,7 @@ use crate::{
     operation,
 };
 
+mod release;
 mod rewrap;
 
 /// Number of consecutive self-tests that a token may refuse with an ambiguous code before the token counts as lost.
@@ -166,6 +170,7 @@ impl SessionThread {
                 self.decrypt(job, deadline)
             }
             Job::Rewrap(job) => self.rewrap(job, deadline),
+            Job::Release(job) => self.release(job, deadline),
         }
     }
 
@@ -200,12 +205,11 @@ impl SessionThread {
     }
 
     fn decrypt(&mut self, job: &wire::Unwrap, deadline: u64) -> Result<Zeroizing<Vec<u8>>, Stop> {
-        let algorithm = u8::try_from(job.algorithm)
-            .ok()
-            .and_then(Algorithm::from_number)
+        let algorithm = algorithm(job.algorithm)
             .ok_or_else(|| Stop::failed(FailureClass::Damaged, "unknown algorithm"))?;
         check_deadline(deadline)?;
         let (session, pair) = self.session(&job.key_id)?;
+        require(pair, Purpose::Plain)?;
         let decrypted = operation::decrypt(&session.session, pair, algorithm, &job.wrapped);
         // The MAC was valid, so the caller did not cause the failure. The self-test shows whether the row is damaged or
         // the token is faulty.
@@ -346,7 +350,26 @@ fn check(key: &ProvedKey, session: &KeySession) -> Result<(), Fault> {
         let detail = format!("key {} is no longer on the token", key.place.id);
         return Err(Fault::new(Class::TokenLost, detail));
     };
-    key.self_test.check(&session.session, pair)
+    key.self_test.check(session, pair)
+}
+
+/// Returns the algorithm with this number in a job.
+fn algorithm(number: u32) -> Option<Algorithm> {
+    u8::try_from(number).ok().and_then(Algorithm::from_number)
+}
+
+/// Refuses a job for a key of another purpose, which the token would refuse, too.
+fn require(pair: &KeyPair, purpose: Purpose) -> Result<(), Stop> {
+    if pair.purpose == purpose {
+        return Ok(());
+    }
+    let what = format!(
+        "the job needs a {} wrapping key, and key {} is a {} wrapping key",
+        purpose.as_str(),
+        pair.id,
+        pair.purpose.as_str()
+    );
+    Err(Stop::failed(FailureClass::UnknownKey, what))
 }
 
 fn check_deadline(deadline: u64) -> Result<(), Stop> {

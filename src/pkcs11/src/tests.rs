@@ -9,7 +9,10 @@ use std::{
     process::Command,
 };
 
-use keybroker_core::{key::WrappingKeyId, state::StateDirectory};
+use keybroker_core::{
+    key::{Purpose, WrappingKeyId},
+    state::StateDirectory,
+};
 use keybroker_pkcs11_ffi::Session;
 use keybroker_test_support::faulty::{self, Faulty};
 use keybroker_worker_protocol::{AccessControl, IntegrityKey, Pin, Settings};
@@ -25,6 +28,7 @@ mod attribute_check;
 mod behaviours;
 mod making;
 mod negative;
+mod release;
 mod removal;
 mod rewrap;
 mod sealed;
@@ -130,8 +134,13 @@ fn faulty(folder: &Path) -> (Settings, Faulty) {
 
 /// A key like those that `key generate` makes.
 fn generated(session: &Session) -> KeyPair {
+    generated_for(session, Purpose::Plain)
+}
+
+/// A key of this purpose.
+fn generated_for(session: &Session, purpose: Purpose) -> KeyPair {
     let settings = settings();
-    let made = keys::generate(session, 2_048, Terms::of(&settings));
+    let made = keys::generate(session, 2_048, Terms::for_purpose(&settings, purpose));
     made.unwrap().pair
 }
 

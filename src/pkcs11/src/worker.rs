@@ -26,7 +26,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use zeroize::Zeroize as _;
 
 use keybroker_core::{
-    key::{Fingerprint, ObjectIds, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, Purpose, WrappingKeyId},
     state::StateDirectory,
 };
 use keybroker_worker_protocol::{
@@ -281,7 +281,10 @@ fn prove(
 ) -> Result<(Vec<ProvedKey>, Vec<UnusableKey>), Fault> {
     let (mut keys, mut unusable, mut first) = (Vec::new(), Vec::new(), None);
     for key in expected.iter().filter(|key| is_here(key, token)) {
-        let place = Place::of(key.id, key.objects.clone());
+        let place = Place {
+            purpose: key.purpose,
+            ..Place::of(key.id, key.objects.clone())
+        };
         let proved = token.prove(settings, &place, key.fingerprint);
         let proved = proved.and_then(|proved| {
             verify_proofs(token, &proved.place, key)?;
@@ -378,6 +381,11 @@ fn expected(key: &wire::setup::Key) -> Result<ExpectedKey, Fault> {
             objects,
             token_serial: key.token_serial.clone(),
             fingerprint: Fingerprint(fingerprint),
+            purpose: if key.is_sealed {
+                Purpose::Sealed
+            } else {
+                Purpose::Plain
+            },
             may_be_elsewhere: key.may_be_elsewhere,
             proofs,
         }),
@@ -422,6 +430,7 @@ fn ready(token: &OpenToken, shared: &Shared, unusable: Vec<UnusableKey>) -> Read
                 id: key.place.id.as_bytes().to_vec(),
                 spki: key.public.spki.clone(),
                 algorithm: key.self_test.algorithm().number().into(),
+                sealing: wire::Sealing::of(key.sealing).into(),
             })
             .collect(),
         unusable,

@@ -23,12 +23,13 @@ use serde::{Deserialize, Serialize};
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    key::{KeyAddress, KeyName, Tenant, UserId},
+    key::{Fingerprint, KeyAddress, KeyName, Tenant, UserId},
     metrics,
     principal::{Action, Identity, Principal, conflict},
     trusted_file,
 };
 
+pub mod device_approval;
 mod engine;
 mod error;
 mod explain;
@@ -205,6 +206,16 @@ impl Resource<'_> {
     }
 }
 
+/// The form in which a user key leaves the broker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Release {
+    /// The caller receives the user key in plain text, inside TLS.
+    #[default]
+    Plain,
+    /// The token encrypts the user key to the public key with this fingerprint.
+    Sealed(Fingerprint),
+}
+
 /// The broker's question whether a call is allowed.
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
@@ -214,6 +225,8 @@ pub struct Question<'a> {
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
+    /// The form of a release; other actions ignore it.
+    pub release: Release,
     /// The call that requests the action.
     pub call: &'a Call,
 }
@@ -229,6 +242,8 @@ pub struct Case<'a> {
     pub action: Action,
     /// The resource of the action.
     pub resource: Resource<'a>,
+    /// The form of a release; other actions ignore it.
+    pub release: Release,
     /// The address of the connection's peer.
     pub peer: IpAddr,
     /// The time of the call.
@@ -256,6 +271,7 @@ pub struct KeyPermit {
     policy: Arc<str>,
     action: Action,
     address: KeyAddress,
+    release: Release,
 }
 
 impl KeyPermit {
@@ -272,6 +288,11 @@ impl KeyPermit {
     /// The address for which the action was allowed.
     pub fn address(&self) -> &KeyAddress {
         &self.address
+    }
+
+    /// The only form of a release that was allowed.
+    pub fn release(&self) -> Release {
+        self.release
     }
 }
 
@@ -333,6 +354,7 @@ impl Policy {
             identity: question.principal.identity(),
             action: question.action,
             resource: question.resource,
+            release: question.release,
             peer: peer.ip(),
             at: Timestamp::now(),
         };
@@ -351,13 +373,25 @@ impl Policy {
         }
     }
 
-    /// Decides whether an action on one user key is allowed.
+    /// Decides whether an action on one user key is allowed. A release is plain.
     pub fn decide_key(
         &self,
         principal: &Principal,
         call: &Call,
         action: Action,
         address: KeyAddress,
+    ) -> Result<KeyPermit, Denied> {
+        self.decide_release(principal, call, action, address, Release::Plain)
+    }
+
+    /// Decides whether an action on one user key is allowed, with a release in this form.
+    pub fn decide_release(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        address: KeyAddress,
+        release: Release,
     ) -> Result<KeyPermit, Denied> {
         let permit = self.decide(&Question {
             principal,
@@ -367,12 +401,14 @@ impl Policy {
                 user: &address.user,
                 name: &address.name,
             },
+            release,
             call,
         })?;
         Ok(KeyPermit {
             policy: permit.policy,
             action,
             address,
+            release,
         })
     }
 

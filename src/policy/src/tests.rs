@@ -110,6 +110,7 @@ fn with_case<T>(identity: &Identity, evaluate: impl FnOnce(&Case<'_>) -> T) -> T
             user: &user,
             name: &name,
         },
+        release: Release::Plain,
         peer: PEER,
         at: NOON,
     })

@@ -21,12 +21,13 @@ use keybroker_core::{
     principal::{Action, Identity, Kind, Reach, Role},
 };
 
-use super::{Case, Resource, error::Error};
+use super::{Case, Release, Resource, error::Error};
 
 pub(super) const SCHEMA: &str = include_str!("schema.cedarschema");
 const MICROS_PER_SECOND: i64 = 1_000_000;
-/// The value of `release`: the form in which a user key is released.
+/// The values of `release`: the form in which a user key is released.
 const PLAIN: &str = "plain";
+const SEALED: &str = "sealed";
 
 pub(super) static VOCABULARY: LazyLock<Vocabulary> = LazyLock::new(Vocabulary::new);
 
@@ -291,7 +292,12 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     });
     attributes.add("time", || Value::new_datetime(datetime(case.at)));
     if case.action == Action::Unwrap {
-        attributes.add("release", || text(PLAIN));
+        let (form, recipient) = match case.release {
+            Release::Plain => (PLAIN, None),
+            Release::Sealed(recipient) => (SEALED, Some(recipient)),
+        };
+        attributes.add("release", || text(form));
+        attributes.add_some("recipient", recipient, |it| text(&it.to_string()));
     }
     Context::from_pairs(attributes.pairs).map_err(Error::on("describe the call"))
 }
@@ -326,12 +332,12 @@ pub(super) fn is_granted(case: &Case<'_>) -> bool {
 }
 
 /// Returns at least 0. If the provider's clock is ahead, the authentication counts as new.
-fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
+pub(super) fn age_seconds(now: Timestamp, at: Timestamp) -> i64 {
     (now.micros().saturating_sub(at.micros()) / MICROS_PER_SECOND).max(0)
 }
 
 /// Formats a time in UTC with milliseconds.
-fn datetime(at: Timestamp) -> String {
+pub(super) fn datetime(at: Timestamp) -> String {
     let nanos = i128::from(at.micros()) * 1_000;
     let at = time::OffsetDateTime::from_unix_timestamp_nanos(nanos)
         .unwrap_or(time::OffsetDateTime::UNIX_EPOCH);
@@ -347,10 +353,10 @@ fn datetime(at: Timestamp) -> String {
     )
 }
 
-fn text(text: &str) -> Value {
+pub(super) fn text(text: &str) -> Value {
     Value::new_string(text.to_owned())
 }
 
-fn texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> Value {
+pub(super) fn texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> Value {
     Value::new_set(texts.into_iter().map(|one| text(one)))
 }

@@ -143,6 +143,11 @@ tables! {
         decided_by: Text, decided_person: Text, decided_us: OptionalInteger,
         used_us: OptionalInteger, mac: Bytes,
     }
+    /// The wrapped keys of the members of Bitwarden organisations.
+    MemberKeys = bitwarden_member_keys {
+        organization_id: Bytes, digest: Bytes;
+        member_id: Bytes, pinned_us: Integer, mac: Bytes,
+    }
     /// Devices of members.
     Devices = devices {
         tenant: Text, user: Text, device_id: Bytes;

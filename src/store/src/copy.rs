@@ -128,6 +128,7 @@ impl Copy {
             Table::Clients,
             Table::Places,
             Table::Destructions,
+            Table::MemberKeys,
             Table::Devices,
             Table::AccessRequests,
             Table::WrappingKeys,

@@ -37,6 +37,7 @@ mod clients;
 mod destruction;
 mod device;
 mod kept;
+mod member_keys;
 mod probe;
 mod registry;
 mod rewrap;

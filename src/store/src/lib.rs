@@ -35,6 +35,7 @@ mod engine;
 mod error;
 mod identity;
 mod listing;
+mod member_key;
 mod mutations;
 mod mysql;
 mod place;
@@ -77,6 +78,7 @@ pub use device::{
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};
 pub use listing::{Damage, DamagedClient, DamagedRecord, Position, SKIPPED_MAX};
+pub use member_key::{MEMBER_KEYS_LISTED_MAX, MemberKeyRow, MemberKeys};
 pub use place::PlaceRow;
 pub use record::{
     ListQuery, NewRevision, Record, RecordInfo, RecordState, RequestRecord, RequestScope,

@@ -12,14 +12,15 @@ use keybroker_core::{
         Revision, Tenant, UserId, WrappingKeyId, WrappingKeyState,
     },
     metrics,
+    organization::Guid,
     principal::NAME_BYTES_MAX,
 };
 
 use super::{
     APPROVAL_DOCUMENT_BYTES_MAX, ApprovalRow, ClientRow, Damage, DamagedApproval, DamagedClient,
-    DamagedRecord, Decision, DestructionRow, Error, KnownLog, NewRevision, PERSON_BYTES_MAX,
-    PersonOfPrincipal, PlaceRow, REQUESTED_BY_BYTES_MAX, Record, RecordInfo, RecordState,
-    RegistryRow, RequestRecord, RequestScope, StoredRevision,
+    DamagedRecord, Decision, DestructionRow, Error, KnownLog, MemberKeyRow, NewRevision,
+    PERSON_BYTES_MAX, PersonOfPrincipal, PlaceRow, REQUESTED_BY_BYTES_MAX, Record, RecordInfo,
+    RecordState, RegistryRow, RequestRecord, RequestScope, StoredRevision,
     columns::Table,
     error::Detail,
     session::{Columns, Value},
@@ -693,6 +694,30 @@ pub(super) fn approval_values(row: &ApprovalRow) -> Vec<Value> {
         row.used.into(),
         (&row.mac).into(),
     ]
+}
+
+/// A row of [`Table::MemberKeys`].
+pub(super) fn member_key(row: &impl Columns) -> Result<MemberKeyRow, Error> {
+    let row = Reader::new(Table::MemberKeys, row);
+    Ok(MemberKeyRow {
+        organization: Guid::from_bytes(row.array("organization_id")?),
+        digest: row.array("digest")?,
+        member: Guid::from_bytes(row.array("member_id")?),
+        pinned: row.time("pinned_us")?,
+        mac: row.array("mac")?,
+    })
+}
+
+/// The values of a new row of [`Table::MemberKeys`].
+pub(super) fn new_member_key(row: &MemberKeyRow) -> Vec<Value> {
+    let mut values = vec![row.organization.into(), row.digest.as_slice().into()];
+    values.extend(member_key_values(row));
+    values
+}
+
+/// The values of a row of [`Table::MemberKeys`] for [`Table::values`].
+pub(super) fn member_key_values(row: &MemberKeyRow) -> Vec<Value> {
+    vec![row.member.into(), row.pinned.into(), (&row.mac).into()]
 }
 
 /// Decodes a row of [`Table::Clients`]. The function does not parse the document.

@@ -9,7 +9,8 @@ use keybroker_core::{
 };
 
 use super::{
-    AccessRow, ApprovalRow, ClientRow, DeviceRow, Error, RequestRecord, RequestScope, rows,
+    AccessRow, ApprovalRow, ClientRow, DeviceRow, Error, MemberKeyRow, RequestRecord, RequestScope,
+    rows,
     session::Value,
     tables::{Cursor, Head, RevisionRow, Row, Table, Tables},
 };
@@ -211,6 +212,8 @@ pub enum FoundOther {
     ClientUse(Result<(), Error>),
     /// A request for approval.
     Approval(Box<Result<ApprovalRow, Error>>),
+    /// The wrapped key of a member of a Bitwarden organisation.
+    MemberKey(Box<Result<MemberKeyRow, Error>>),
     /// A device.
     Device(Box<Result<DeviceRow, Error>>),
     /// A request for access.
@@ -227,12 +230,13 @@ pub struct OtherScan {
 
 impl OtherScan {
     /// The tables, in the order in which they are read.
-    pub const TABLES: [Table; 7] = [
+    pub const TABLES: [Table; 8] = [
         Table::Requests,
         Table::Changes,
         Table::LastUses,
         Table::ClientUses,
         Table::Approvals,
+        Table::MemberKeys,
         Table::Devices,
         Table::AccessRequests,
     ];
@@ -257,6 +261,7 @@ impl OtherScan {
                     Table::Changes => FoundOther::Change(rows::change(&row).map(drop)),
                     Table::LastUses => FoundOther::LastUse(rows::last_use(&row).map(drop)),
                     Table::Approvals => FoundOther::Approval(Box::new(rows::approval(&row))),
+                    Table::MemberKeys => FoundOther::MemberKey(Box::new(rows::member_key(&row))),
                     Table::Devices => FoundOther::Device(Box::new(rows::device(&row))),
                     Table::AccessRequests => {
                         FoundOther::AccessRequest(Box::new(rows::access_request(&row)))

@@ -13,6 +13,7 @@ use keybroker_core::{
     call::{CallId, RequestId, Timestamp},
     envelope::Mac,
     key::{AccessRequestId, ApprovalId, ClientId, DeviceId, RecordId, Revision, WrappingKeyId},
+    organization::Guid,
 };
 
 use super::{StoreId, slow};
@@ -221,6 +222,7 @@ by_its_bytes!(
     AccessRequestId,
     ApprovalId,
     DeviceId,
+    Guid,
     RecordId,
     ClientId,
     WrappingKeyId,

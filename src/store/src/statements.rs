@@ -137,6 +137,13 @@ pub(super) struct Statements {
     /// Parameter: expired before. Returns the number of requests.
     pub(super) old_approvals: &'static str,
 
+    /// Parameters: organisation, member, limit. Returns the pins of a member, newest first.
+    pub(super) member_keys: &'static str,
+    /// Parameters: organisation, digest.
+    pub(super) member_key: &'static str,
+    /// Parameters: all columns of a pin except the key, then the columns of the key and the current MAC.
+    pub(super) update_member_key: &'static str,
+
     /// Parameter: client. Returns the complete row.
     pub(super) client: &'static str,
     /// Parameters: new revision, document, MAC, wrapping key, time of the change, client, current
@@ -207,11 +214,12 @@ impl Statements {
     )]
     pub(super) fn of_engine(dialect: &Dialect) -> Self {
         let sql = |statement: &str| dialect.text(statement);
-        let (requests, registry, clients, approvals) = (
+        let (requests, registry, clients, approvals, member_keys) = (
             names(Table::Requests.columns()),
             names(Table::WrappingKeys.columns()),
             names(Table::Clients.columns()),
             names(Table::Approvals.columns()),
+            names(Table::MemberKeys.columns()),
         );
         Self {
             begin: dialect.begin,
@@ -338,6 +346,18 @@ impl Statements {
             )),
             forget_approvals: dialect.delete_some(Table::Approvals, "expires_us < ?"),
             old_approvals: sql("SELECT count(*) AS total FROM approvals WHERE expires_us < ?"),
+
+            member_keys: sql(&format!(
+                "SELECT {member_keys} FROM bitwarden_member_keys \
+                 WHERE organization_id = ? AND member_id = ? ORDER BY pinned_us DESC, digest LIMIT ?"
+            )),
+            member_key: sql(&format!(
+                "SELECT {member_keys} FROM bitwarden_member_keys WHERE organization_id = ? AND digest = ?"
+            )),
+            update_member_key: sql(&format!(
+                "UPDATE bitwarden_member_keys SET {} WHERE organization_id = ? AND digest = ? AND mac = ?",
+                assignments(Table::MemberKeys.values())
+            )),
 
             client: sql(&format!(
                 "SELECT {clients} FROM clients WHERE client_id = ?"

@@ -12,7 +12,7 @@ use keybroker_core::{
 };
 
 use super::{
-    Error, RecordInfo, Store, StoreId,
+    Error, MemberKeys, RecordInfo, Store, StoreId,
     columns::{Column, Kind},
     session::{Columns, Value},
 };
@@ -141,7 +141,7 @@ impl Columns for Row {
 
 /// Additional operations for commands that process all rows of a database.
 #[async_trait]
-pub trait Tables: Store {
+pub trait Tables: Store + MemberKeys {
     /// Returns the current time of the database server, or `None` for a SQLite file.
     async fn clock(&self) -> Result<Option<Timestamp>, Error>;
 

@@ -8,6 +8,7 @@ pub mod integrity_file;
 pub mod oaep;
 mod paths;
 mod pin;
+pub mod private_key;
 pub mod recipient;
 pub mod report;
 mod settings;

@@ -1,5 +1,7 @@
 //! The public key of the recipient of a sealed release.
 
+use std::sync::LazyLock;
+
 use keybroker_core::key::Fingerprint;
 use rsa::{BigUint, RsaPublicKey, pkcs8::DecodePublicKey as _, traits::PublicKeyParts as _};
 
@@ -8,13 +10,33 @@ use crate::oaep::{self, OaepError};
 /// The only permitted public exponent, big-endian: 65537.
 const EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
 /// A modulus must not have a factor below this number (NIST SP 800-89 section 5.3.3).
-const FACTOR_MIN: u32 = 752;
+const FACTOR_MIN: u64 = 752;
+
+/// The odd prime numbers below [`FACTOR_MIN`], multiplied in groups whose products fit into 64 bits. One division of the
+/// modulus by a product replaces a division by each prime number of the group.
+static SMALL_PRIMES: LazyLock<Vec<u64>> = LazyLock::new(|| {
+    let is_prime = |number: &u64| (3..*number).step_by(2).all(|factor| number % factor != 0);
+    let mut products = vec![1_u64];
+    for prime in (3..FACTOR_MIN).step_by(2).filter(is_prime) {
+        match products
+            .last_mut()
+            .map(|last| (last.checked_mul(prime), last))
+        {
+            Some((Some(product), last)) => *last = product,
+            _ => products.push(prime),
+        }
+    }
+    products
+});
+
+/// Longest accepted DER SubjectPublicKeyInfo, in bytes: that of a key of 4096 bits has 550 bytes.
+pub const SPKI_BYTES_MAX: usize = 1_024;
 
 /// The reason why a public key cannot be the key of a recipient.
 #[derive(Debug, thiserror::Error)]
 pub enum RecipientError {
     /// The bytes are not exactly one key of this form.
-    #[error("not the DER SubjectPublicKeyInfo of a valid RSA key of at most 4096 bits")]
+    #[error("not the DER SubjectPublicKeyInfo of a valid RSA public key of at most 4096 bits")]
     Encoding,
     /// The public exponent is not permitted.
     #[error("the public exponent is not 65537")]
@@ -33,6 +55,7 @@ pub enum RecipientError {
 /// An RSA public key with a modulus of 2048 to 4096 bits and the exponent 65537.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecipientKey {
+    spki: Vec<u8>,
     modulus: Vec<u8>,
     fingerprint: Fingerprint,
 }
@@ -40,6 +63,9 @@ pub struct RecipientKey {
 impl RecipientKey {
     /// Reads a DER SubjectPublicKeyInfo. Each key has only one accepted encoding, so the fingerprint identifies the key.
     pub fn from_spki(spki: &[u8]) -> Result<Self, RecipientError> {
+        if spki.len() > SPKI_BYTES_MAX {
+            return Err(RecipientError::Encoding);
+        }
         let key = RsaPublicKey::from_public_key_der(spki).map_err(|_| RecipientError::Encoding)?;
         if *key.e() != BigUint::from_bytes_be(&EXPONENT) {
             return Err(RecipientError::Exponent);
@@ -52,14 +78,22 @@ impl RecipientKey {
         if bits != modulus.len() * 8 {
             return Err(RecipientError::Bits(bits));
         }
-        let is_factor = |number| key.n() % BigUint::from(number) == BigUint::default();
-        if (3..FACTOR_MIN).step_by(2).any(is_factor) {
+        if SMALL_PRIMES
+            .iter()
+            .any(|product| shares_factor(key.n(), *product))
+        {
             return Err(RecipientError::Weak);
         }
         Ok(Self {
+            spki: canonical,
             modulus,
             fingerprint: oaep::fingerprint(spki),
         })
+    }
+
+    /// The DER SubjectPublicKeyInfo.
+    pub fn spki(&self) -> &[u8] {
+        &self.spki
     }
 
     /// The modulus, big-endian and without leading zeros.
@@ -71,6 +105,19 @@ impl RecipientKey {
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
     }
+}
+
+/// Whether a modulus and a number have a common factor (Euclid's algorithm).
+fn shares_factor(modulus: &BigUint, number: u64) -> bool {
+    let rest = (modulus % BigUint::from(number)).to_bytes_be();
+    let rest = rest
+        .iter()
+        .fold(0, |rest, byte| (rest << 8) | u64::from(*byte));
+    let (mut larger, mut smaller) = (number, rest);
+    while smaller != 0 {
+        (larger, smaller) = (smaller, larger % smaller);
+    }
+    larger != 1
 }
 
 #[cfg(test)]
@@ -105,6 +152,27 @@ mod tests {
             let key = RecipientKey::from_spki(&spki).unwrap();
             assert_eq!(key.modulus().len(), bytes);
             assert_eq!(key.fingerprint(), oaep::fingerprint(&spki));
+        }
+    }
+
+    /// A product finds each of its prime numbers, and no other number.
+    #[test]
+    fn the_products_are_those_of_the_small_primes() {
+        let modulus = BigUint::from(1_u8) << 2_047_usize;
+        let is_factor = |number: u64| {
+            let multiple = &modulus / BigUint::from(number) * BigUint::from(number);
+            SMALL_PRIMES
+                .iter()
+                .any(|product| shares_factor(&multiple, *product))
+        };
+        for product in SMALL_PRIMES.iter() {
+            assert!(
+                !shares_factor(&modulus, *product),
+                "a power of two has no odd factor"
+            );
+        }
+        for prime in [3, 5, 7, 11, 373, 743, 751] {
+            assert!(is_factor(prime), "{prime}");
         }
     }
 

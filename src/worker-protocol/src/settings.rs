@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use keybroker_core::{
     envelope::Mac,
-    key::{Fingerprint, ObjectIds, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, Purpose, WrappingKeyId},
     trusted_file,
 };
 
@@ -288,6 +288,8 @@ pub struct ExpectedKey {
     pub token_serial: String,
     /// The fingerprint of the public key.
     pub fingerprint: Fingerprint,
+    /// The purpose of the key. A key with the attributes of another purpose is not used.
+    pub purpose: Purpose,
     /// Whether the key may be on another token. If the value is true, only the token with the
     /// serial number `token_serial` must have the key.
     pub may_be_elsewhere: bool,

@@ -13,7 +13,29 @@
 
 use std::fmt;
 
+use keybroker_core::key::Sealing as KeySealing;
+
 include!(concat!(env!("OUT_DIR"), "/keybroker.worker.v1.rs"));
+
+impl Sealing {
+    /// Returns the value on the wire; `None` for a key that is not a sealed wrapping key.
+    pub const fn of(sealing: Option<KeySealing>) -> Self {
+        match sealing {
+            None => Self::Unspecified,
+            Some(KeySealing::Enforced) => Self::Enforced,
+            Some(KeySealing::Worker) => Self::Worker,
+        }
+    }
+
+    /// Returns the protection of a sealed wrapping key; `None` for another key.
+    pub const fn to_key(self) -> Option<KeySealing> {
+        match self {
+            Self::Unspecified => None,
+            Self::Enforced => Some(KeySealing::Enforced),
+            Self::Worker => Some(KeySealing::Worker),
+        }
+    }
+}
 
 impl fmt::Debug for Mac {
     /// The debug output omits the message, because the message for a request id contains key
@@ -48,6 +70,15 @@ impl fmt::Debug for reply::Outcome {
             Self::Failure(failure) => failure.fmt(f),
             Self::Calling(function) => f.debug_tuple("Calling").field(function).finish(),
         }
+    }
+}
+
+impl fmt::Debug for ImportOrganizationKey {
+    /// The debug output omits the private key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ImportOrganizationKey")
+            .field("key_id", &self.key_id)
+            .finish_non_exhaustive()
     }
 }
 

@@ -46,6 +46,16 @@ impl Work {
         self.0.job.as_ref()
     }
 
+    /// Number of session objects that a worker with sealed wrapping keys makes for the job at most: the unwrapped user key and
+    /// the key of the recipient. The key for self-tests is imported only once.
+    pub fn session_objects(&self) -> u64 {
+        match &self.0.job {
+            Some(Job::Release(_) | Job::Rewrap(_)) => 2,
+            Some(Job::SelfTest(_)) => 1,
+            _ => 0,
+        }
+    }
+
     /// Whether the job is a self-test of the worker instead of a caller's job.
     pub fn is_self_test(&self) -> bool {
         matches!(self.0.job, Some(Job::SelfTest(_)))

@@ -14,8 +14,8 @@ mod targets;
 pub use targets::{
     access_token::access_token, audit_log::audit_log, authorization::authorization, claims::claims,
     configuration::configuration, envelope::envelope, key_set::key_set, mac_context::mac_context,
-    page_token::page_token, pem::pem, pkcs11_uri::pkcs11_uri, rest_body::rest_body,
-    worker_frames::worker_frames,
+    page_token::page_token, pem::pem, pkcs11_uri::pkcs11_uri, recipient_key::recipient_key,
+    rest_body::rest_body, worker_frames::worker_frames,
 };
 
 /// One target.
@@ -47,6 +47,7 @@ macro_rules! for_each_target {
             page_token,
             pem,
             pkcs11_uri,
+            recipient_key,
             rest_body,
             worker_frames,
         );

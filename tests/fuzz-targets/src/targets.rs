@@ -12,5 +12,6 @@ pub(crate) mod mac_context;
 pub(crate) mod page_token;
 pub(crate) mod pem;
 pub(crate) mod pkcs11_uri;
+pub(crate) mod recipient_key;
 pub(crate) mod rest_body;
 pub(crate) mod worker_frames;

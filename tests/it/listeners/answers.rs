@@ -34,6 +34,7 @@ fn unwrap_of(user: &str) -> UnwrapUserKeyRequest {
     UnwrapUserKeyRequest {
         user: user.to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     }
 }
 

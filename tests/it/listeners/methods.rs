@@ -241,6 +241,7 @@ fn wrong_reads() -> Vec<Wrong> {
     let unwrap = |user: &str, key_name: &str| UnwrapUserKeyRequest {
         user: user.to_owned(),
         key_name: key_name.to_owned(),
+        recipient: None,
     };
     let batch = |length| BatchUnwrapUserKeysRequest {
         items: vec![unwrap("ada", "vault"); length],

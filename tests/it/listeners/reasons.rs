@@ -111,9 +111,18 @@ impl Asked {
                 request_id,
             }
             .encode_to_vec(),
-            "UnwrapUserKey" => UnwrapUserKeyRequest { user, key_name }.encode_to_vec(),
+            "UnwrapUserKey" => UnwrapUserKeyRequest {
+                user,
+                key_name,
+                recipient: None,
+            }
+            .encode_to_vec(),
             "BatchUnwrapUserKeys" => {
-                let items = vec![UnwrapUserKeyRequest { user, key_name }];
+                let items = vec![UnwrapUserKeyRequest {
+                    user,
+                    key_name,
+                    recipient: None,
+                }];
                 BatchUnwrapUserKeysRequest { items }.encode_to_vec()
             }
             "ReplaceUserKey" => ReplaceUserKeyRequest {

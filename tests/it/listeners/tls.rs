@@ -23,6 +23,7 @@ fn ada() -> UnwrapUserKeyRequest {
     UnwrapUserKeyRequest {
         user: "ada".to_owned(),
         key_name: NAME.to_owned(),
+        recipient: None,
     }
 }
 

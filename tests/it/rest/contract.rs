@@ -102,6 +102,7 @@ async fn over_grpc(rest: &RestSite, user: &str, named: &str) -> Result<Vec<u8>, 
     let mut request = Request::new(UnwrapUserKeyRequest {
         user: named.to_owned(),
         key_name: "bitwarden".to_owned(),
+        recipient: None,
     });
     let bearer = format!("Bearer {}", rest.token(user));
     let value: MetadataValue<_> = bearer.parse().unwrap();

@@ -33,8 +33,10 @@ const fn status(reason: Reason) -> StatusCode {
         // A client that receives 404 treats the user as new, so `KeyNotFound` must be the only reason with this
         // status.
         Reason::KeyNotFound => StatusCode::NOT_FOUND,
-        // Only calls of the admin API need approvals, and REST has no such call. REST has no devices, either.
+        // Only calls of the admin API need approvals, and REST has no such call. REST has no devices, either. A retry does
+        // not help after `ReleaseForm`, because REST has no sealed release.
         Reason::KeyExists
+        | Reason::ReleaseForm
         | Reason::ApprovalNeeded
         | Reason::ApprovalState
         | Reason::DeviceNotFound

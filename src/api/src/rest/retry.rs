@@ -176,6 +176,7 @@ const fn is_transient(reason: Reason) -> bool {
         | Reason::RecordDamaged
         | Reason::EnvelopeRejected
         | Reason::KeyState
+        | Reason::ReleaseForm
         | Reason::ApprovalNeeded
         | Reason::ApprovalState
         | Reason::DeviceNotFound

@@ -14,7 +14,7 @@ use keybroker_core::{
     call::{Call, CallId, RequestId},
     error::{Error, Reason},
     key::Revision,
-    principal::Principal,
+    principal::{Action, Principal},
     secret::KeyMaterial,
 };
 
@@ -114,6 +114,7 @@ impl UserRequest {
         retry
             .ask(|call| async move {
                 let material = copy(material)?;
+                self.require_plain(&call, Action::Create).await?;
                 self.broker
                     .create(&self.principal, &call, &self.key, material, request)
                     .await
@@ -132,6 +133,7 @@ impl UserRequest {
         retry
             .ask(|call| async move {
                 let material = copy(material)?;
+                self.require_plain(&call, Action::Replace).await?;
                 let (principal, key) = (&self.principal, &self.key);
                 self.broker
                     .replace(principal, &call, key, material, expected, request)
@@ -139,6 +141,18 @@ impl UserRequest {
             })
             .await
             .map(drop)
+    }
+
+    /// Refuses to store a key that `/user-keys` could not release: its owner could not open the vault again.
+    async fn require_plain(&self, call: &Call, action: Action) -> Result<(), Error> {
+        let checked = self.broker.check_plain_release();
+        match checked {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self
+                .broker
+                .unserved(&self.principal, call, action, error)
+                .await),
+        }
     }
 }
 

@@ -2,11 +2,14 @@
 
 use prost_types::Timestamp as WireTimestamp;
 
-use keybroker_broker::{RecordInfo, RecordState, RecordView, UserKeyRef, WrappingKeyView};
+use keybroker_broker::{
+    Recipient, RecipientKey, RecordInfo, RecordState, RecordView, UserKeyRef, WrappingKeyView,
+};
 use keybroker_core::{
     call::Timestamp,
+    envelope::Algorithm,
     error::{EXPLANATION_BYTES_MAX, Error},
-    key::{KeyName, Purpose, Revision, UserId, WrappingKeyState},
+    key::{KeyName, Purpose, Revision, Sealing, UserId, WrappingKeyState},
 };
 use keybroker_proto as proto;
 
@@ -22,6 +25,36 @@ pub(super) fn key_ref(user: &str, key_name: &str) -> Result<UserKeyRef, Error> {
 
 pub(super) fn revision(number: u64, field: &'static str) -> Result<Revision, Error> {
     Revision::new(number).ok_or_else(|| Error::violation(field, "1 to 2^63 - 1"))
+}
+
+/// Parses the recipient of a sealed release. The violation says why a key is refused, and contains no byte of it.
+pub(super) fn recipient(recipient: &proto::Recipient) -> Result<Recipient, Error> {
+    let key = RecipientKey::from_spki(&recipient.public_key).map_err(|error| {
+        let what = format!(
+            "the DER SubjectPublicKeyInfo of an RSA public key of 2048 to 4096 bits with the exponent 65537; this key is refused: {error}"
+        );
+        Error::violation("recipient.public_key", what)
+    })?;
+    let algorithm = match proto::OaepHash::try_from(recipient.hash) {
+        Ok(proto::OaepHash::Unspecified) => None,
+        Ok(proto::OaepHash::Sha256) => Some(Algorithm::RsaOaepSha256),
+        Ok(proto::OaepHash::Sha1) => Some(Algorithm::RsaOaepSha1),
+        Err(_) => {
+            return Err(Error::violation(
+                "recipient.hash",
+                "a hash of the definition",
+            ));
+        }
+    };
+    Ok(Recipient { key, algorithm })
+}
+
+pub(super) const fn sealing(sealing: Option<Sealing>) -> proto::Sealing {
+    match sealing {
+        None => proto::Sealing::Unspecified,
+        Some(Sealing::Enforced) => proto::Sealing::Enforced,
+        Some(Sealing::Worker) => proto::Sealing::Worker,
+    }
 }
 
 pub(super) fn timestamp(at: Timestamp) -> WireTimestamp {
@@ -105,6 +138,7 @@ pub(super) fn wrapping_key(view: &WrappingKeyView) -> proto::WrappingKey {
         tokens: view.tokens.clone(),
         missing_tokens: view.missing_tokens.clone(),
         token_assurances: view.assurances.clone(),
+        sealing: sealing(view.sealing).into(),
     }
 }
 

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use keybroker_broker::{Broker, KeyChange, Rotation, Wait};
 use keybroker_core::{
     error::Error,
-    key::{KeyName, WrappingKeyId},
+    key::{KeyName, Purpose, WrappingKeyId},
     principal::Action,
 };
 use keybroker_proto as proto;
@@ -51,9 +51,10 @@ fn rotation(request: &proto::RotateWrappingKeyRequest) -> Result<Rotation, Error
         without_backup,
         back,
         ref token,
+        purpose,
     } = *request;
-    if back && (modulus_bits != 0 || if_older_than_days != 0 || without_backup || !token.is_empty())
-    {
+    let has_others = modulus_bits != 0 || if_older_than_days != 0 || without_backup;
+    if back && (has_others || !token.is_empty() || purpose != 0) {
         return Err(Error::violation("back", "without any other field"));
     }
     if !token.is_empty() && KeyName::parse(token).is_err() {
@@ -73,6 +74,12 @@ fn rotation(request: &proto::RotateWrappingKeyRequest) -> Result<Rotation, Error
         if_older_than: (hours > 0).then(|| Duration::from_hours(hours)),
         single: without_backup,
         back,
+        purpose: match proto::WrappingKeyPurpose::try_from(purpose) {
+            Ok(proto::WrappingKeyPurpose::Unspecified) => None,
+            Ok(proto::WrappingKeyPurpose::Plain) => Some(Purpose::Plain),
+            Ok(proto::WrappingKeyPurpose::Sealed) => Some(Purpose::Sealed),
+            Err(_) => return Err(Error::violation("purpose", "a purpose of the definition")),
+        },
         token: (!token.is_empty()).then(|| token.clone()),
     })
 }
@@ -178,6 +185,7 @@ mod tests {
                 without_backup,
                 back,
                 token: String::new(),
+                purpose: 0,
             })
         };
         let plain = parsed(0, 0, false, false).unwrap();

@@ -31,6 +31,7 @@ pub(super) const fn code(reason: Reason) -> Code {
         Reason::Revision => Code::Aborted,
         Reason::RecordDamaged => Code::DataLoss,
         Reason::KeyState
+        | Reason::ReleaseForm
         | Reason::ApprovalNeeded
         | Reason::ApprovalState
         | Reason::DeviceState

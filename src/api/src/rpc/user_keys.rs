@@ -5,7 +5,9 @@ use std::sync::Arc;
 use futures_util::future;
 use tonic::{Request, Response, Status, async_trait};
 
-use keybroker_broker::{Broker, ListRequest, Released};
+use keybroker_broker::{
+    Broker, ListRequest, Recipient, ReleaseForm, Released, SealedUserKey, UserKeyRef,
+};
 use keybroker_core::{
     call::RequestId, error::Error, key::UserId, principal::Action, secret::KeyMaterial,
 };
@@ -48,15 +50,22 @@ impl UserKeys {
         item: &proto::UnwrapUserKeyRequest,
     ) -> Result<proto::UnwrapUserKeyResponse, Error> {
         let (principal, call) = (&entered.principal, &entered.call);
-        let key = match convert::key_ref(&item.user, &item.key_name) {
-            Ok(key) => key,
+        let (key, recipient) = match parse_item(item) {
+            Ok(parsed) => parsed,
             Err(error) => {
                 let action = Action::Unwrap;
                 return Err(self.broker.unserved(principal, call, action, error).await);
             }
         };
-        let released = self.broker.unwrap(principal, call, &key).await?;
-        Ok(released_message(&released))
+        let Some(recipient) = recipient else {
+            let released = self.broker.unwrap(principal, call, &key).await?;
+            return Ok(released_message(&released));
+        };
+        let sealed = self
+            .broker
+            .unwrap_sealed(principal, call, &key, &recipient)
+            .await?;
+        Ok(sealed_message(&sealed))
     }
 }
 
@@ -66,7 +75,38 @@ fn released_message(released: &Released) -> proto::UnwrapUserKeyResponse {
     proto::UnwrapUserKeyResponse {
         key_material: released.material().expose().to_vec(),
         revision: released.revision().get(),
+        sealed: None,
     }
+}
+
+fn sealed_message(sealed: &SealedUserKey) -> proto::UnwrapUserKeyResponse {
+    proto::UnwrapUserKeyResponse {
+        key_material: Vec::new(),
+        revision: sealed.revision().get(),
+        sealed: Some(proto::SealedUserKey {
+            ciphertext: sealed.ciphertext().to_vec(),
+            algorithm: sealed.algorithm().as_str().to_owned(),
+            recipient_fingerprint: sealed.recipient().0.to_vec(),
+            sealing: convert::sealing(Some(sealed.sealing())).into(),
+        }),
+    }
+}
+
+fn parse_item(
+    item: &proto::UnwrapUserKeyRequest,
+) -> Result<(UserKeyRef, Option<Recipient>), Error> {
+    let key = convert::key_ref(&item.user, &item.key_name)?;
+    let recipient = item.recipient.as_ref().map(convert::recipient);
+    Ok((key, recipient.transpose()?))
+}
+
+/// Returns the key and the form of the release of an item of a batch, or `None` for a malformed item.
+fn planned(item: &proto::UnwrapUserKeyRequest) -> Option<(UserKeyRef, ReleaseForm)> {
+    let (key, recipient) = parse_item(item).ok()?;
+    let form = recipient.map_or(ReleaseForm::Plain, |recipient| {
+        ReleaseForm::Sealed(recipient.key.fingerprint())
+    });
+    Some((key, form))
 }
 
 fn check_batch(
@@ -131,14 +171,11 @@ impl UserKeyService for UserKeys {
         request: Request<proto::BatchUnwrapUserKeysRequest>,
     ) -> Result<Response<proto::BatchUnwrapUserKeysResponse>, Status> {
         let (entered, items) = self.enter(request, Action::Unwrap, check_batch).await?;
-        let keys = items
-            .iter()
-            .filter_map(|item| convert::key_ref(&item.user, &item.key_name).ok());
-        let keys: Vec<_> = keys.collect();
+        let keys: Vec<_> = items.iter().filter_map(planned).collect();
         // If the caller may unwrap none of the keys, the broker refuses the complete batch and
         // writes a single audit entry.
         self.broker
-            .admit(&entered.principal, &entered.call, Action::Unwrap, &keys)
+            .admit(&entered.principal, &entered.call, &keys)
             .await
             .map_err(|error| entered.status(&error))?;
         let one = async |item: &proto::UnwrapUserKeyRequest| {

@@ -54,14 +54,18 @@ impl MadeKey {
     /// Makes a wrapping key and its integrity key, checks the attributes, and runs the self-test and the negative tests.
     pub(super) async fn make(
         token: KeyAdmin,
+        purpose: Purpose,
         modulus_bits: u32,
         serials: Vec<String>,
     ) -> Result<Self, Error> {
         blocking_on(token, "making a wrapping key", move |token| {
             let serials: Vec<&str> = serials.iter().map(String::as_str).collect();
             let admin = Arc::new(token.open(&serials)?);
-            let key = admin.generate_key(modulus_bits)?;
-            tracing::info!(wrapping_key = %key.id, token = token.name(), modulus_bits, "a wrapping key was made on the token");
+            let key = admin.generate_key(purpose, modulus_bits)?;
+            tracing::info!(
+                wrapping_key = %key.id, token = token.name(), modulus_bits, purpose = purpose.as_str(),
+                "a wrapping key was made on the token"
+            );
             let token = token.name().to_owned();
             Ok(Self { admin, key, token })
         })
@@ -83,7 +87,7 @@ impl MadeKey {
             id: self.key.id,
             objects: self.key.objects.clone(),
             fingerprint: self.key.fingerprint,
-            purpose: Purpose::Plain,
+            purpose: self.key.purpose,
             state,
             token_serial: self.admin.info().serial.clone(),
             sequence,

@@ -6,7 +6,7 @@ use keybroker_audit::OpenIntent;
 use keybroker_core::{
     call::{Call, Timestamp},
     error::{Error, Reason},
-    key::{WrappingKeyId, WrappingKeyState},
+    key::{Purpose, WrappingKeyId, WrappingKeyState},
     principal::{Action, Principal},
 };
 use keybroker_hsm::{Serving, admin::KeyAdmin};
@@ -28,6 +28,8 @@ pub struct Rotation {
     pub single: bool,
     /// Return to the previous key instead of making a new key.
     pub back: bool,
+    /// The purpose of the new key; `None` for the purpose of the key in use.
+    pub purpose: Option<Purpose>,
     /// Name of the token on which the key is made; `None` for the token with the highest priority that serves and has the key in use.
     pub token: Option<String>,
 }
@@ -121,6 +123,7 @@ impl Broker {
         if let (Some(limit), Ok(id)) = (rotation.if_older_than, registry.wrapping_key())
             && let Some(row) = registry.row(id)
             && age(row) < limit
+            && rotation.purpose.is_none_or(|wanted| wanted == row.purpose)
         {
             return Ok(Decision::Keep(id));
         }
@@ -214,11 +217,12 @@ impl Broker {
         previous: Option<WrappingKeyId>,
     ) -> Result<WrappingKeyId, Error> {
         draft.tokens(&[token.name()]);
+        let purpose = self.purpose_of_new(rotation, previous)?;
         // The intent is written before the key is made, because making a key changes the token.
         let at = Timestamp::now();
         let intent = self.record_intent(&draft, at).await?;
         let serials = serials_on(&*self.registry()?, token.name());
-        let made = match MadeKey::make(token, rotation.modulus_bits, serials).await {
+        let made = match MadeKey::make(token, purpose, rotation.modulus_bits, serials).await {
             Ok(made) => made,
             Err(error) => return self.close_intent(intent, &draft, Err(error)).await,
         };
@@ -235,6 +239,23 @@ impl Broker {
         }
         self.apply_key_change().await;
         registered.map(|()| id)
+    }
+
+    /// The purpose of a new key. With `release.sealed_only`, a new key without a named purpose is sealed.
+    fn purpose_of_new(
+        &self,
+        rotation: &Rotation,
+        previous: Option<WrappingKeyId>,
+    ) -> Result<Purpose, Error> {
+        if let Some(named) = rotation.purpose {
+            return Ok(named);
+        }
+        if self.sealed_only {
+            return Ok(Purpose::Sealed);
+        }
+        let registry = self.registry()?;
+        let row = previous.and_then(|id| registry.row(id));
+        Ok(row.map_or_else(Purpose::default, |row| row.purpose))
     }
 
     async fn register_new(

@@ -82,7 +82,10 @@ impl Broker {
         known: &Registry,
         deadline: Deadline,
     ) -> Result<Registry, Error> {
-        let mut fresh = Registry::default();
+        let mut fresh = Registry {
+            sealed_only: self.sealed_only,
+            ..Registry::default()
+        };
         let (places, unreadable) = self.store.readable_places().await?;
         fresh.places = places;
         let refused = unreadable.into_iter().map(RefusedChange::UnreadablePlace);

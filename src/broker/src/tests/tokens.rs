@@ -118,6 +118,16 @@ impl Token for Tokens {
         Err(hsm::Error::Deadline)
     }
 
+    async fn release(
+        &self,
+        _envelope: &Envelope,
+        _context: Context<'_>,
+        _recipient: &Recipient,
+        _caller: &Caller,
+    ) -> Result<hsm::Sealed, hsm::Error> {
+        Err(hsm::Error::Deadline)
+    }
+
     async fn rebind(
         &self,
         _envelope: &Envelope,

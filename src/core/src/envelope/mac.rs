@@ -15,6 +15,7 @@ use crate::{
         AccessRequestId, ApprovalId, ClientId, Fingerprint, ObjectIds, Purpose, WrappingKeyId,
         WrappingKeyState,
     },
+    organization::Guid,
 };
 
 use super::{Algorithm, Context};
@@ -31,6 +32,7 @@ const UNREMOVED_DOMAIN: &[u8] = b"keybroker/registry-tombstone-unremoved/v1";
 const PLACE_DOMAIN: &[u8] = b"keybroker/registry-place/v1";
 const DESTRUCTION_DOMAIN: &[u8] = b"keybroker/key-destruction/v1";
 const REMOVAL_DOMAIN: &[u8] = b"keybroker/key-removal/v1";
+const MEMBER_KEY_DOMAIN: &[u8] = b"keybroker/bitwarden-member-key/v1";
 const APPROVAL_DOMAIN: &[u8] = b"keybroker/approval/v1";
 const DEVICE_DOMAIN: &[u8] = b"keybroker/device/v1";
 const ACCESS_REQUEST_DOMAIN: &[u8] = b"keybroker/access-request/v1";
@@ -194,6 +196,17 @@ impl MacMessage {
         message.finish()
     }
 
+    /// The message for the MAC of the row that pins a member's wrapped key: all fields except the MAC. The integrity key of the
+    /// organisation's key makes the MAC.
+    pub fn member_key(row: &MemberKeyFields<'_>) -> Self {
+        let mut message = Message::new(MEMBER_KEY_DOMAIN);
+        message.fixed(row.organization.as_bytes());
+        message.fixed(row.member.as_bytes());
+        message.fixed(row.digest);
+        message.fixed(&row.pinned_us.to_be_bytes());
+        message.finish()
+    }
+
     /// The message for the MAC of an API client: its id, the revision of its document, and the document's SHA-256. The message
     /// contains a digest of the document, because a document may be longer than the input that a token accepts.
     pub fn client_credential(id: ClientId, revision: u64, document: &[u8; 32]) -> Self {
@@ -308,6 +321,19 @@ pub struct DestructionFields<'a> {
     pub due_us: i64,
     /// The principal that requested the destruction, at most 255 bytes.
     pub requested_by: &'a str,
+}
+
+/// The authenticated fields of the row that pins a member's wrapped key.
+#[derive(Clone, Copy, Debug)]
+pub struct MemberKeyFields<'a> {
+    /// The Bitwarden organisation.
+    pub organization: Guid,
+    /// The member to whom the wrapped key belongs.
+    pub member: Guid,
+    /// SHA-256 of the wrapped key.
+    pub digest: &'a [u8; 32],
+    /// When the wrapped key was first seen, or last accepted by a person, in UTC microseconds.
+    pub pinned_us: i64,
 }
 
 /// The authenticated fields of a request for approval.

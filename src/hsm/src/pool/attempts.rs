@@ -118,7 +118,11 @@ fn is_of_the_token(error: &Error) -> bool {
         | Error::Untrusted(_)
         | Error::KeyMissing { .. }
         | Error::UnknownKey(_) => true,
-        Error::MacRefused | Error::Damaged(_) | Error::Deadline => false,
+        Error::MacRefused
+        | Error::Damaged(_)
+        | Error::Recipient(_)
+        | Error::RecipientAlgorithm(_)
+        | Error::Deadline => false,
     }
 }
 

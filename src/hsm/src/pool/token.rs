@@ -11,6 +11,7 @@ use keybroker_core::{
 use crate::{
     Caller, Error, ExpectedKey, Planned, Token, TokenKey, TokenState,
     queue::{Kind, Operation},
+    release::{Recipient, Release, Sealed},
     rewrap::Rewrap,
     supervisor::token::{mac_job, rebind_job, to_mac, to_material, unwrap_job, verify_job},
 };
@@ -37,6 +38,28 @@ impl Members {
             .iter()
             .filter_map(|member| member.supervisor.algorithm(key));
         of_tokens.max_by_key(|algorithm| *algorithm == Algorithm::RsaOaepSha1)
+    }
+
+    /// Returns a sealed wrapping key with the algorithm that every token with the key supports, and with the worst protection
+    /// of these tokens.
+    fn sealed_key(&self, key: WrappingKeyId) -> Result<TokenKey, Error> {
+        let of_tokens = self
+            .opened
+            .iter()
+            .filter_map(|member| member.supervisor.token_key(key));
+        let sealing = of_tokens.filter_map(|found| found.sealing).max();
+        Ok(TokenKey {
+            sealing,
+            ..self.target(key)?
+        })
+    }
+
+    fn is_sealed(&self, key: WrappingKeyId) -> bool {
+        let mut of_tokens = self
+            .opened
+            .iter()
+            .filter_map(|member| member.supervisor.token_key(key));
+        of_tokens.any(|found| found.sealing.is_some())
     }
 
     /// Returns the public key to which envelopes are moved, with the algorithm for new envelopes.
@@ -94,6 +117,28 @@ impl Token for Pool {
         };
         let job = || unwrap_job(envelope, &context);
         to_material(members.run(need, caller, job).await?)
+    }
+
+    async fn release(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        recipient: &Recipient,
+        caller: &Caller,
+    ) -> Result<Sealed, Error> {
+        let members = self.members();
+        if let Some(only) = members.only() {
+            return only.release(envelope, context, recipient, caller).await;
+        }
+        let key = members.sealed_key(envelope.wrapping_key())?;
+        let release = Release::new(envelope, context, recipient, &key)?;
+        let need = Need {
+            kind: Kind::new(envelope.wrapping_key(), Operation::Release),
+            algorithm: Some(envelope.algorithm()),
+            second: None,
+        };
+        let job = || release.job();
+        release.sealed(members.run(need, caller, job).await?)
     }
 
     async fn rebind(
@@ -229,6 +274,11 @@ impl Members {
         caller: &Caller,
     ) -> Result<Envelope, Error> {
         let target = self.target(to)?;
+        // The broker plans no such re-wrap. The worker of another token would not know the purpose of the target.
+        if target.sealing.is_none() && self.is_sealed(envelope.wrapping_key()) {
+            let what = "user keys are not moved from a sealed to a plain wrapping key";
+            return Err(Error::Untrusted(what.to_owned()));
+        }
         let rewrap = Rewrap {
             envelope,
             context,

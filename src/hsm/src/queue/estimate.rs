@@ -18,7 +18,7 @@ const KEYS_MAX: usize = 1_024;
 /// The kind of job that a caller plans, before the record determines the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Planned {
-    /// An unwrap.
+    /// An unwrap or a sealed release.
     Unwrap,
     /// Jobs of any kind.
     Any,
@@ -31,6 +31,8 @@ pub(crate) enum Operation {
     Mac,
     /// The job uses the RSA key in addition to the integrity key.
     Unwrap,
+    /// The job makes a sealed release.
+    Release,
     /// The job unwraps the key material and wraps it again.
     Rewrap,
 }
@@ -57,6 +59,7 @@ impl Kind {
     pub(super) fn of(work: &Work) -> Option<Self> {
         let (operation, key) = match work.job()? {
             Job::Unwrap(job) => (Operation::Unwrap, &job.key_id),
+            Job::Release(job) => (Operation::Release, &job.envelope.as_ref()?.key_id),
             Job::Mac(job) => (Operation::Mac, &job.key_id),
             Job::VerifyMac(job) => (Operation::Mac, &job.key_id),
             Job::Rebind(job) => (Operation::Mac, &job.key_id),
@@ -68,7 +71,7 @@ impl Kind {
     }
 
     fn is_unwrap(self) -> bool {
-        self.operation == Operation::Unwrap
+        matches!(self.operation, Operation::Unwrap | Operation::Release)
     }
 }
 

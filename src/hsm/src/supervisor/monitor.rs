@@ -118,6 +118,13 @@ impl Supervisor {
                 Err(self.down("the worker sent an unexpected reply"))
             }
         };
+        if link.note_objects(&job) {
+            tracing::info!(
+                token = %self.settings.name, pid = link.pid(), generation = link.generation(),
+                "a token worker has made many session objects and is replaced"
+            );
+            link.outdate();
+        }
         if !job.work.is_self_test() {
             self.measures.operation.record(spent);
             self.queue.served(&job);
@@ -132,6 +139,7 @@ impl Supervisor {
         match class {
             FailureClass::MacRefused => Error::MacRefused,
             FailureClass::Damaged => Error::Damaged(detail),
+            FailureClass::Recipient => Error::Recipient(detail),
             FailureClass::Deadline => Error::Deadline,
             FailureClass::BackOff => self.down(&format!("the token is busy: {detail}")),
             FailureClass::Untrusted => {

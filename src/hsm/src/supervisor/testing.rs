@@ -6,7 +6,7 @@ use tokio::net::UnixStream;
 
 use keybroker_core::{
     envelope::Algorithm,
-    key::{Fingerprint, ObjectIds, WrappingKeyId},
+    key::{Fingerprint, ObjectIds, Purpose, WrappingKeyId},
 };
 use keybroker_worker_protocol::{
     TokenInfo,
@@ -40,6 +40,7 @@ pub(crate) fn idle(name: &str, keys: &[WrappingKeyId]) -> Arc<Supervisor> {
         objects: ObjectIds::default(),
         token_serial: name.to_owned(),
         fingerprint: Fingerprint([0; 32]),
+        purpose: Purpose::Plain,
         may_be_elsewhere: false,
         proofs: Vec::new(),
     });
@@ -66,6 +67,7 @@ impl Supervisor {
                 spki: spki.clone(),
                 modulus_bits: 2_048,
                 algorithm,
+                sealing: None,
             });
         }
         let found = Arc::new(Found {

@@ -14,6 +14,7 @@ use crate::{
     caller::Lane,
     job::{Job, Output},
     queue::{self, Planned},
+    release::{Recipient, Release, Sealed},
     rewrap::{self, Rewrap},
 };
 use keybroker_core::{
@@ -206,6 +207,21 @@ impl Token for Supervisor {
         self.check_key(envelope.wrapping_key())?;
         let work = unwrap_job(envelope, &context);
         to_material(self.run_job(work, caller, false).await?)
+    }
+
+    async fn release(
+        &self,
+        envelope: &Envelope,
+        context: Context<'_>,
+        recipient: &Recipient,
+        caller: &Caller,
+    ) -> Result<Sealed, Error> {
+        self.check_key(envelope.wrapping_key())?;
+        let found = Arc::clone(&self.found.load());
+        let key = rewrap::key(&found.keys, envelope.wrapping_key())?;
+        let release = Release::new(envelope, context, recipient, key)?;
+        let output = self.run_job(release.job(), caller, false).await?;
+        release.sealed(output)
     }
 
     async fn rebind(

@@ -184,6 +184,18 @@ impl Admins {
         Err(Failure::new(Exit::Untrusted, what).hint("`keybroker token check` shows the details"))
     }
 
+    /// Verifies a MAC by the integrity key of an organisation's key, which the registry does not contain. Returns `None` if no
+    /// token has this integrity key.
+    pub(super) fn verify_imported(
+        &self,
+        key: WrappingKeyId,
+        message: &MacMessage,
+        mac: &Mac,
+    ) -> Option<bool> {
+        let mut opened = self.opened.iter();
+        opened.find_map(|opened| opened.admin.verify(key, message, mac).ok())
+    }
+
     /// Verifies a MAC on a token that has the key.
     pub(super) fn verify(
         &self,

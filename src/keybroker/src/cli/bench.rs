@@ -102,7 +102,7 @@ pub(super) struct Arguments {
     connections: Vec<u32>,
     /// Duration of each measurement of the broker, in seconds. The scenario `steady` also measures
     /// the token alone before and after the broker, each time for about three quarters of this
-    /// duration. In the scenario `storm`, all members start their requests within this duration
+    /// duration, but at most 45 s. In the scenario `storm`, all members start their requests within this duration
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
     /// Warm-up time before each measurement of the broker, in seconds

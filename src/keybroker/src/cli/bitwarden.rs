@@ -6,9 +6,11 @@ use clap::Subcommand;
 use super::{Context, block_on, exit::Failure, output::Field};
 
 mod account;
+mod approvals;
 mod connector;
 mod derive;
 mod holder;
+mod http;
 mod keys;
 mod refusal;
 mod secrets;
@@ -26,6 +28,9 @@ pub(super) enum Command {
     /// Protect a user key with the master key that another KDF derives; the user key itself does
     /// not change
     ChangeKdf(derive::ChangeKdf),
+    /// Approve the new devices of an organisation whose members sign in without a master password
+    #[command(subcommand)]
+    Approvals(approvals::Command),
 }
 
 pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
@@ -36,6 +41,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Enrol(enrol) => block_on(enrol.run(output))?,
         Command::Fetch(fetch) => block_on(fetch.run(output))?,
         Command::Unlock(unlock) => block_on(unlock.run(output))?,
+        Command::Approvals(command) => approvals::run(command, context),
     }
 }
 

@@ -16,6 +16,7 @@ mod credential;
 mod devices;
 mod keys;
 pub(super) mod material;
+mod recipient;
 pub(super) mod refusal;
 mod release;
 mod rewrap;

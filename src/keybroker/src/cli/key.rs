@@ -26,6 +26,7 @@ use keybroker_worker_protocol::{
 };
 
 mod change;
+mod import;
 mod removal;
 
 use super::{
@@ -55,6 +56,11 @@ pub(super) enum Command {
     /// configuration has several tokens and the key is registered for one of them, `--token NAME`
     /// registers the key for another token. Stop the broker before you run this command.
     Register(Register),
+    /// Import the private key of a Bitwarden organisation, for `keybroker bitwarden approvals`
+    ///
+    /// No other kind of key is imported: an imported key may have copies outside the token, so it never protects user keys of this
+    /// broker. The token can only unwrap with the imported key, and only into objects that cannot be read.
+    Import(import::Import),
     /// List the registered keys; needs no PIN
     List,
     /// Show one registered key; needs no PIN
@@ -118,6 +124,9 @@ pub(super) struct Generate {
     /// Length of the RSA modulus in bits
     #[arg(long, default_value = "3072", value_parser = ["2048", "3072", "4096"])]
     bits: String,
+    /// Form in which user keys under the wrapping key are released: `plain` or, only encrypted to a recipient, `sealed`
+    #[arg(long, default_value = "plain", value_parser = purpose)]
+    purpose: Purpose,
     #[command(flatten)]
     pin: UserPin,
 }
@@ -137,6 +146,7 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
     match command {
         Command::Generate(arguments) => generate(&arguments, context),
         Command::Register(arguments) => register(&arguments, context),
+        Command::Import(arguments) => import::import(&arguments, context),
         Command::List => {
             let config = context.config()?;
             let registry = block_on(registry(&config))??;
@@ -173,6 +183,11 @@ pub(super) fn run(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Destroy(arguments) => change::destroy(arguments, context),
         Command::Compromise(key) => change::change(key, WrappingKeyChange::Compromise, context),
     }
+}
+
+/// Parses the purpose of a wrapping key.
+pub(super) fn purpose(text: &str) -> Result<Purpose, &'static str> {
+    Purpose::parse(text).ok_or("`plain` or `sealed`")
 }
 
 fn parse_id(text: &str) -> Result<WrappingKeyId, Failure> {
@@ -218,7 +233,7 @@ fn generate(arguments: &Generate, context: &Context) -> Result<(), Failure> {
     let pin = arguments.pin.get(config.token())?;
     let admin = log_in(&config, &pin, true, &serials(rows))?;
     let generated = generate_and_register(context, &config, &admin, rows, || {
-        Ok(admin.generate_key(bits)?)
+        Ok(admin.generate_key(arguments.purpose, bits)?)
     })?;
     let Generated { row, place, .. } = generated;
     warn_of_backup(context, &config, &row);
@@ -580,7 +595,7 @@ fn new_row(admin: &Admin, key: &CheckedKey, rows: &[RegistryRow]) -> Result<Regi
         id: key.id,
         objects: key.objects.clone(),
         fingerprint: key.fingerprint,
-        purpose: Purpose::Plain,
+        purpose: key.purpose,
         state: WrappingKeyState::Active,
         token_serial: admin.info().serial.clone(),
         sequence,
@@ -624,6 +639,14 @@ fn moved_row(admin: &Admin, key: &CheckedKey, old: &RegistryRow) -> Result<Regis
     let id = old.id;
     if old.fingerprint != key.fingerprint {
         let what = format!("the key with id {id} on this token is not the registered key");
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    if old.purpose != key.purpose {
+        let what = format!(
+            "key {id} is registered as a {} wrapping key, but its attributes on this token are those of a {} wrapping key",
+            old.purpose.as_str(),
+            key.purpose.as_str()
+        );
         return Err(Failure::new(Exit::Untrusted, what));
     }
     if old.state == WrappingKeyState::Destroyed {

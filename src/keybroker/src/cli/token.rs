@@ -415,6 +415,14 @@ pub(super) fn compare(
             row.id, key.fingerprint, row.fingerprint
         ));
     }
+    if row.purpose != key.purpose {
+        problems.push(format!(
+            "key {}: the attributes on the token are those of a {} wrapping key, but the registry has a {} wrapping key",
+            row.id,
+            key.purpose.as_str(),
+            row.purpose.as_str()
+        ));
+    }
     if registered.serial() != admin.info().serial {
         problems.push(format!(
             "key {}: registered for the token with serial {:?}, but this token has serial {:?}; if this token is the \

@@ -10,7 +10,7 @@ use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
 
 use super::{
-    Config, INSTANCE_VARIABLE,
+    Config, INSTANCE_VARIABLE, bitwarden,
     check_token::{selection_problems, token_problems},
     wrapping_keys,
 };
@@ -52,6 +52,7 @@ impl Config {
         );
         problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
+        problems.extend(bitwarden::problems(&self.bitwarden_organizations));
         problems
     }
 

@@ -17,7 +17,7 @@ use keybroker_worker_protocol::{
     Pin, check_environment, check_module, integrity_file::IntegrityFiles,
 };
 
-use super::{Config, FileReport, certificates, check_token::integrity_key_problems};
+use super::{Config, FileReport, bitwarden, certificates, check_token::integrity_key_problems};
 
 impl Config {
     /// Examines the files of the configuration. Reads the files in the same way as `serve`, and
@@ -30,6 +30,12 @@ impl Config {
             problems.extend(check_database(&path).err().map(|error| chain(&error)));
         }
         problems.extend(self.store.file_problems());
+        let organizations = &self.bitwarden_organizations;
+        problems.extend(
+            organizations
+                .iter()
+                .flat_map(bitwarden::Settings::file_problems),
+        );
         problems.extend(
             check_audit(&self.audit.directory)
                 .err()
@@ -99,6 +105,12 @@ impl Config {
                 certificates::examine_authorities(&setting, path, report);
             }
         }
+        for organization in &self.bitwarden_organizations {
+            if let Some(path) = &organization.ca_file {
+                let setting = format!("{}: `ca_file`", organization.place());
+                certificates::examine_authorities(&setting, path, report);
+            }
+        }
         if let Some(path) = &self.store.ca_file {
             certificates::examine_authorities("[store] `ca_file`", path, report);
         }
@@ -119,7 +131,12 @@ impl Config {
         let secrets = keys
             .map(|tls| &tls.key_file)
             .chain(pin_files)
-            .chain(&self.store.password_file);
+            .chain(&self.store.password_file)
+            .chain(
+                self.bitwarden_organizations
+                    .iter()
+                    .map(|it| &it.client_secret_file),
+            );
         secrets
             .filter_map(|path| Some((path, trusted_file::reading_group(path)?)))
             .map(|(path, group)| {

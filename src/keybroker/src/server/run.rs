@@ -274,6 +274,7 @@ impl Server {
             destroy_after_days: config.wrapping_keys.destroy_after_days,
             rotate_after: config.wrapping_keys.rotate_after(),
             approvals: approval_rules(&config),
+            sealed_only: config.release.sealed_only,
             devices: config.devices.rules(retention(&config.store)),
             state,
             accepted_risks,

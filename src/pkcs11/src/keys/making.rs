@@ -10,7 +10,7 @@ use cryptoki::{
     object::{Attribute, ObjectHandle},
 };
 
-use keybroker_core::key::{ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, WrappingKeyId};
+use keybroker_core::key::{ID_BYTES, IntegrityPlace, ObjectId, ObjectIds, Purpose, WrappingKeyId};
 use keybroker_pkcs11_ffi::Session;
 use keybroker_worker_protocol::{IntegrityKey, Settings};
 
@@ -26,7 +26,7 @@ use super::{
     KeyPair, own_integrity_id,
     templates::{
         HmacKey, Lifetime, adapted, integrity_mechanism, integrity_template, is_named,
-        private_template, public_template,
+        public_template, template_of, unwrap_template,
     },
 };
 
@@ -40,13 +40,25 @@ const MAC_TRIAL: &[u8] = b"keybroker trial of a new integrity key";
 pub(crate) struct Terms<'a> {
     pub(crate) exceptions: &'a [String],
     pub(crate) integrity_key: IntegrityKey,
+    /// The purpose of the RSA pair.
+    pub(crate) purpose: Purpose,
 }
 
 impl<'a> Terms<'a> {
+    /// The settings for a plain key.
     pub(crate) fn of(settings: &'a Settings) -> Self {
         Self {
             exceptions: &settings.attribute_exceptions,
             integrity_key: settings.integrity_key,
+            purpose: Purpose::Plain,
+        }
+    }
+
+    /// The settings for a key with this purpose.
+    pub(crate) fn for_purpose(settings: &'a Settings, purpose: Purpose) -> Self {
+        Self {
+            purpose,
+            ..Self::of(settings)
         }
     }
 }
@@ -201,7 +213,7 @@ fn make(
     let left_out = |attribute: &Attribute| is_named(attribute, terms.exceptions);
     let Some(kind) = HmacKey::of(terms.integrity_key) else {
         let secret = WorkerKey::random()?;
-        let pair = make_rsa_pair(session, id, modulus_bits, lifetime, left_out);
+        let pair = make_rsa_pair(session, id, modulus_bits, lifetime, terms.purpose, left_out);
         let (public, private) = pair.map_err(|fault| Refusal {
             making: Some(Making::RsaPair),
             fault,
@@ -212,6 +224,7 @@ fn make(
         };
         let pair = KeyPair {
             id,
+            purpose: terms.purpose,
             objects,
             private,
             integrity_key: MacKey::InWorker(Some(secret)),
@@ -229,7 +242,7 @@ fn make(
                 return Err(refused_pair.unwrap_or(Refusal { making, fault }));
             }
         };
-        match make_rsa_pair(session, id, modulus_bits, lifetime, left_out) {
+        match make_rsa_pair(session, id, modulus_bits, lifetime, terms.purpose, left_out) {
             Ok((public, private)) => {
                 let objects = ObjectIds {
                     private: None,
@@ -237,6 +250,7 @@ fn make(
                 };
                 let pair = KeyPair {
                     id,
+                    purpose: terms.purpose,
                     objects,
                     private,
                     integrity_key: integrity_key.into(),
@@ -266,7 +280,7 @@ fn make(
     }))
 }
 
-fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
+pub(super) fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
     calling::next("C_FindObjects");
     let taken = session.find_objects(&[Attribute::Id(id.as_bytes().to_vec())])?;
     if taken.is_empty() {
@@ -279,14 +293,14 @@ fn refuse_taken(session: &Session, id: &ObjectId) -> Result<(), Fault> {
 }
 
 /// Whether the operation might succeed with another template.
-fn depends_on_the_template(fault: &Fault) -> bool {
+pub(super) fn depends_on_the_template(fault: &Fault) -> bool {
     !matches!(
         fault.class,
         Class::TokenLost | Class::SessionLost | Class::BackOff | Class::Pin
     )
 }
 
-fn make_integrity_key(
+pub(super) fn make_integrity_key(
     session: &Session,
     id: WrappingKeyId,
     object: &ObjectId,
@@ -301,30 +315,52 @@ fn make_integrity_key(
 }
 
 /// Makes the public and the private object. If the token refuses the minimal template of the public key, a second
-/// attempt adds `CKA_PRIVATE`. Some tokens require this attribute for every object.
+/// attempt adds `CKA_PRIVATE`. Some tokens require this attribute for every object. A sealed wrapping key gets
+/// `CKA_UNWRAP_TEMPLATE` if the token supports this attribute.
 fn make_rsa_pair(
     session: &Session,
     id: WrappingKeyId,
     modulus_bits: u32,
     lifetime: Lifetime,
+    purpose: Purpose,
     left_out: impl Fn(&Attribute) -> bool,
 ) -> Result<(ObjectHandle, ObjectHandle), Fault> {
     let mut public = adapted(public_template(id, modulus_bits), lifetime, |_| false);
-    let private = adapted(private_template(id), lifetime, left_out);
-    calling::next("C_GenerateKeyPair");
-    let refusal = match session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)
-    {
+    let private = adapted(template_of(purpose, id), lifetime, left_out);
+    let refusal = match generate_pair(session, purpose, &public, &private) {
         Ok(pair) => return Ok(pair),
-        Err(error) => Fault::from(error),
+        Err(refusal) => refusal,
     };
     if !depends_on_the_template(&refusal) {
         return Err(refusal);
     }
     public.push(Attribute::Private(true));
+    generate_pair(session, purpose, &public, &private).map_err(|_| refusal)
+}
+
+/// Makes both objects of a pair. For a sealed wrapping key, tries first with `CKA_UNWRAP_TEMPLATE`, and without this attribute
+/// only if the token refuses the template.
+fn generate_pair(
+    session: &Session,
+    purpose: Purpose,
+    public: &[Attribute],
+    private: &[Attribute],
+) -> Result<(ObjectHandle, ObjectHandle), Fault> {
+    let mechanism = Mechanism::RsaPkcsKeyPairGen;
     calling::next("C_GenerateKeyPair");
-    session
-        .generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)
-        .map_err(|_| refusal)
+    if purpose == Purpose::Sealed {
+        let made =
+            session.generate_unwrapping_pair(&mechanism, public, private, &unwrap_template());
+        match made.map_err(Fault::from) {
+            Ok(pair) => return Ok(pair),
+            Err(fault) if !depends_on_the_template(&fault) => return Err(fault),
+            Err(fault) => {
+                tracing::debug!(%fault, "the token does not make a key with CKA_UNWRAP_TEMPLATE");
+            }
+        }
+        calling::next("C_GenerateKeyPair");
+    }
+    Ok(session.generate_key_pair(&mechanism, public, private)?)
 }
 
 /// Reason why a token refuses to make a key, according to attempts with other templates.
@@ -350,6 +386,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
     let Terms {
         exceptions,
         integrity_key,
+        purpose,
     } = terms;
     let (integrity_key, mut attributes) = match making {
         Making::RsaPair => (integrity_key, Vec::new()),
@@ -374,7 +411,7 @@ pub(crate) fn cause_of_refusal(session: &Session, making: Making, terms: Terms<'
         .cloned()
         .chain(attributes.iter().map(|one| one.attribute.to_owned()))
         .collect();
-    match (refused_of_rsa_pair(session, &excepted), making) {
+    match (refused_of_rsa_pair(session, purpose, &excepted), making) {
         (Some(refused), _) => attributes.extend(refused),
         (None, Making::RsaPair) => return Cause::Unknown,
         // The refusal of the RSA pair has no known cause, but the findings about the integrity key are still useful.
@@ -411,11 +448,16 @@ fn refused_of_integrity_key(
     })
 }
 
-fn refused_of_rsa_pair(session: &Session, exceptions: &[String]) -> Option<Vec<Exception>> {
-    let template = private_template(WrappingKeyId::from_bytes([0; ID_BYTES]));
+fn refused_of_rsa_pair(
+    session: &Session,
+    purpose: Purpose,
+    exceptions: &[String],
+) -> Option<Vec<Exception>> {
+    let template = template_of(purpose, WrappingKeyId::from_bytes([0; ID_BYTES]));
     refused(&template, exceptions, |left_out| {
         let Ok(id) = fresh_id() else { return false };
-        match make_rsa_pair(session, id, SESSION_PAIR_BITS, Lifetime::Session, left_out) {
+        let (bits, lifetime) = (SESSION_PAIR_BITS, Lifetime::Session);
+        match make_rsa_pair(session, id, bits, lifetime, purpose, left_out) {
             Ok((public, private)) => {
                 // If the removal fails, the token removes the keys when the session ends.
                 let _destroyed = [destroy(session, public), destroy(session, private)];

@@ -5,7 +5,7 @@ use cryptoki::{
     object::{Attribute, KeyType, ObjectClass},
 };
 
-use keybroker_core::key::{ObjectId, WrappingKeyId};
+use keybroker_core::key::{ObjectId, Purpose, WrappingKeyId};
 use keybroker_worker_protocol::IntegrityKey;
 
 use crate::{
@@ -83,7 +83,7 @@ pub(super) fn is_named(attribute: &Attribute, names: &[String]) -> bool {
 }
 
 /// The attributes that keep a private or secret key on the token and prevent its change.
-fn kept_on_token() -> [Attribute; 6] {
+pub(super) fn kept_on_token() -> [Attribute; 6] {
     [
         Attribute::Token(true),
         Attribute::Private(true),
@@ -141,16 +141,31 @@ pub(crate) fn sealed_template(id: WrappingKeyId) -> Vec<Attribute> {
     template
 }
 
-/// Returns the template of a session object with this modulus, under which other objects are wrapped.
-pub(crate) fn recipient_template(modulus: Attribute) -> [Attribute; 6] {
-    [
-        Attribute::Class(ObjectClass::PUBLIC_KEY),
-        Attribute::KeyType(KeyType::RSA),
-        modulus,
-        Attribute::PublicExponent(PUBLIC_EXPONENT.to_vec()),
-        Attribute::Token(false),
-        Attribute::Wrap(true),
-    ]
+/// Returns the template of the private key of a wrapping key with this purpose.
+pub(crate) fn template_of(purpose: Purpose, id: WrappingKeyId) -> Vec<Attribute> {
+    match purpose {
+        Purpose::Plain => private_template(id),
+        Purpose::Sealed => sealed_template(id),
+    }
+}
+
+/// Returns the attributes of `CKA_UNWRAP_TEMPLATE`. With this template, the token itself refuses to make an object that
+/// is readable or outlives its session.
+pub(crate) fn unwrap_template() -> [Attribute; 2] {
+    [Attribute::Token(false), Attribute::Sensitive(true)]
+}
+
+/// Returns the template of an unwrapped object. The template omits `CKA_VALUE_LEN`, which SoftHSM refuses. SoftHSM
+/// requires that the template repeats the attributes of `CKA_UNWRAP_TEMPLATE`.
+pub(crate) fn object_template() -> Vec<Attribute> {
+    let mut template = vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::GENERIC_SECRET),
+        Attribute::Private(true),
+        Attribute::Extractable(true),
+    ];
+    template.extend(unwrap_template());
+    template
 }
 
 /// The label of every key that signs the transcript of a ceremony. Lists of wrapping keys leave out keys with this label.

@@ -15,12 +15,13 @@ use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 
 use crate::{
     attribute_check, calling,
-    classify::Fault,
-    keys::{self, KeyPair},
+    classify::{Fault, is_a_refusal},
+    keys::{KeyPair, object_template},
     mac_key::MacKey,
+    recipients::recipient_template,
 };
 
-use super::{Done, Subjects, is_a_refusal};
+use super::{Done, Subjects};
 
 /// Length of an AES-256 key, and of the sample, in bytes.
 pub(super) const SECRET_KEY_BYTES: u64 = 32;
@@ -89,7 +90,7 @@ fn sample_key(session: &Session, more: Option<Attribute>) -> Result<ObjectHandle
 
 fn rsa_public_key(session: &Session, pair: &KeyPair) -> Option<ObjectHandle> {
     let modulus = attribute_check::read(session, pair.private, AttributeType::Modulus).ok()??;
-    let template = keys::recipient_template(modulus);
+    let template = recipient_template(modulus);
     calling::next("C_CreateObject");
     session.create_object(&template).ok()
 }
@@ -333,6 +334,36 @@ pub(super) fn decrypts_oaep(on: &Subjects<'_>, wrapped: &[u8]) -> Result<Done, E
     } else {
         Done::It
     })
+}
+
+/// Unwraps bytes with the key, with a mechanism that may be forbidden.
+pub(super) fn unwraps_bytes(
+    on: &Subjects<'_>,
+    mechanism: &Mechanism<'_>,
+    wrapped: &[u8],
+) -> Result<Done, Error> {
+    calling::next("C_UnwrapKey");
+    let template = object_template();
+    let object = on
+        .session
+        .unwrap_key(mechanism, on.pair.private, wrapped, &template)?;
+    Ok(removed(on, object))
+}
+
+/// Unwraps the known ciphertext with a sealed wrapping key, tries an operation with the object, and removes the object.
+pub(super) fn on_unwrapped(
+    on: &Subjects<'_>,
+    attempt: impl FnOnce(ObjectHandle) -> Result<Done, Error>,
+) -> Result<Done, Error> {
+    let object = on
+        .self_test
+        .sealed(on.pair)
+        .unwrap(on.session, &object_template())?;
+    let done = attempt(object);
+    calling::next("C_DestroyObject");
+    // If the removal fails, the token removes the object when the session of the test ends.
+    let _removed = on.session.destroy_object(object);
+    done
 }
 
 pub(super) fn unwraps(on: &Subjects<'_>) -> Result<Done, Error> {

@@ -1,9 +1,7 @@
 //! Runs all negative tests on one key and collects every result, for the report on a token.
 
-use super::{
-    Done, KeyPair, KeySession, NegativeTest, PublicSide, SelfTest, for_each_wanted, is_a_refusal,
-};
-use crate::classify::Fault;
+use super::{Done, KeyPair, KeySession, NegativeTest, PublicSide, SelfTest, for_each_wanted};
+use crate::classify::{Fault, is_a_refusal};
 use cryptoki::error::Error;
 
 /// The result of one test.
@@ -56,7 +54,7 @@ pub(crate) fn survey(
             surveyed.push(Surveyed {
                 test,
                 found,
-                session_is_usable: self_test.check(&session.session, pair).is_ok(),
+                session_is_usable: self_test.check(session, pair).is_ok(),
             });
             Ok(())
         },

@@ -1,36 +1,30 @@
 //! Tests whether the token can do sealed releases. All tests use session objects, and the recipients are key pairs in
 //! the memory of this process.
 
-use aws_lc_rs::{
-    encoding::AsDer as _,
-    rsa::{
-        KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey,
-        PrivateDecryptingKey,
-    },
-};
+use aws_lc_rs::rsa::KeySize;
 use cryptoki::{
     error::Error,
     mechanism::Mechanism,
-    object::{Attribute, AttributeType, ObjectHandle},
+    object::{Attribute, ObjectHandle},
 };
 
 use keybroker_core::envelope::Algorithm;
 use keybroker_pkcs11_ffi::{Session, WrapMechanism};
 use keybroker_worker_protocol::{
     oaep::WrapKey,
-    recipient::RecipientKey,
     report::{Answer, SUCCEEDED, SealedRelease, Sealing, WORKS},
 };
 
 use super::{MODULUS_BITS, code, destroy, name_of, told};
 use crate::{
-    attribute_check, calling,
-    classify::{Class, Fault},
-    keys::{self, Lifetime},
-    negative::{aes_key, is_a_refusal},
+    calling,
+    classify::{Class, Fault, is_a_refusal},
+    keys::{self, Lifetime, object_template, unwrap_template},
+    negative::aes_key,
+    oaep,
     open::OpenToken,
-    operation,
-    sealed::{Recipient, Recipients, SealedKey, object_template, unwrap_template},
+    recipients::{Recipient, Recipients},
+    sealed::{RecipientPair, SealedKey, is_readable},
 };
 
 const PLAINTEXT: [u8; 32] = [0x5e; 32];
@@ -70,44 +64,24 @@ const UNWRAPS: [(&str, Option<bool>); 3] = [
 /// The end of the name of a test with `CKA_UNWRAP_TEMPLATE`.
 const WITH_TEMPLATE: &str = ", with CKA_UNWRAP_TEMPLATE";
 
-/// The key pair of a recipient.
+/// The key pair of a recipient, with a name for the report.
 struct KeyOfRecipient {
     name: &'static str,
-    public: RecipientKey,
-    private: OaepPrivateDecryptingKey,
+    pair: RecipientPair,
 }
 
 impl KeyOfRecipient {
     fn generate(size: KeySize, name: &'static str) -> Result<Self, Fault> {
-        let failed = |_| Fault::new(Class::Configuration, "cannot make the key of a recipient");
-        let private = PrivateDecryptingKey::generate(size).map_err(failed)?;
-        let spki = private.public_key().as_der().map_err(failed)?;
-        Ok(Self {
-            name,
-            public: RecipientKey::from_spki(spki.as_ref())
-                .map_err(|error| Fault::new(Class::Configuration, error.to_string()))?,
-            private: OaepPrivateDecryptingKey::new(private).map_err(failed)?,
-        })
+        let pair = RecipientPair::generate(size)?;
+        Ok(Self { name, pair })
     }
 
     /// Decrypts the token's answer in software, and compares the plaintext.
     fn open(&self, sealed: &[u8], algorithm: Algorithm) -> Result<(), Fault> {
-        let parameters = match algorithm {
-            Algorithm::RsaOaepSha256 => &OAEP_SHA256_MGF1SHA256,
-            Algorithm::RsaOaepSha1 => &OAEP_SHA1_MGF1SHA1,
-        };
-        let mut plaintext = vec![0; self.private.min_output_size()];
-        match self
-            .private
-            .decrypt(parameters, sealed, &mut plaintext, None)
-        {
-            Ok(opened) if *opened == PLAINTEXT => Ok(()),
-            Ok(_) => Err(Fault::new(Class::Untrusted, "another plaintext")),
-            Err(_) => Err(Fault::new(
-                Class::Untrusted,
-                "the recipient cannot decrypt the answer",
-            )),
+        if *self.pair.open(sealed, algorithm)? == PLAINTEXT {
+            return Ok(());
         }
+        Err(Fault::new(Class::Untrusted, "another plaintext"))
     }
 }
 
@@ -283,7 +257,7 @@ impl<'a> Tests<'a> {
             for recipient in &self.recipients {
                 let name = format!("a sealed release to {} with {hash}", recipient.name);
                 let released = imported
-                    .object(self.keeper, &recipient.public)
+                    .object(self.keeper, recipient.pair.public.spki())
                     .and_then(|object| {
                         self.release(key, recipient, object, algorithm)?;
                         Ok(object)
@@ -319,7 +293,7 @@ impl<'a> Tests<'a> {
     fn misuses(&mut self, key: &SealedKey) -> Result<(), Fault> {
         let decrypts = |session: &Session| {
             calling::next("C_Decrypt");
-            let mechanism = operation::oaep(key.algorithm);
+            let mechanism = oaep::mechanism(key.algorithm);
             let decrypted = session.decrypt(&mechanism, key.private, &key.wrapped);
             decrypted.map(|_| true)
         };
@@ -344,14 +318,8 @@ impl<'a> Tests<'a> {
     /// Tries to unwrap into a readable object, with several templates of the object.
     fn unwraps(&mut self, key: &SealedKey, end: &str) -> Result<(), Fault> {
         for (name, sensitive) in UNWRAPS {
-            let mut template = object_template();
-            template.retain(|it| it.attribute_type() != AttributeType::Sensitive);
-            template.extend(sensitive.map(Attribute::Sensitive));
             self.forbid(&format!("{name}{end}"), key, |session| {
-                let object = key.unwrap(session, &template)?;
-                let is_readable = is_readable(session, object);
-                destroy(session, object);
-                is_readable
+                key.unwraps_readable(session, sensitive)
             })?;
         }
         Ok(())
@@ -386,14 +354,6 @@ impl<'a> Tests<'a> {
 fn note<T>(answers: &mut Vec<Answer>, name: &str, result: &Result<T, Fault>) {
     let failure = result.as_ref().err().map(ToString::to_string);
     answers.push(told(name, failure.unwrap_or_else(|| WORKS.to_owned())));
-}
-
-fn is_readable(session: &Session, object: ObjectHandle) -> Result<bool, Error> {
-    let is_sensitive = matches!(
-        session.attribute(object, AttributeType::Sensitive)?,
-        Some(Attribute::Sensitive(true))
-    );
-    Ok(!is_sensitive || attribute_check::reveals(session, object, AttributeType::Value)?)
 }
 
 fn copies(session: &Session, object: ObjectHandle) -> Result<bool, Error> {

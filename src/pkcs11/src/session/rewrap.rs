@@ -1,11 +1,16 @@
-//! Re-wrap: moves key material from one wrapping key to another. The plaintext key material exists only in the memory
-//! of this process and only during the job, and is overwritten afterwards.
+//! Re-wrap: moves key material from one wrapping key to another. From a plain wrapping key, the plaintext key material
+//! exists only in the memory of this process and only during the job, and is overwritten afterwards. From a sealed wrapping
+//! key, the token itself unwraps and wraps, and only to another sealed wrapping key.
 //!
 //! Mitigation: M22 of `THREAT_MODEL.md`.
 
 use zeroize::Zeroizing;
 
-use keybroker_core::{envelope::Algorithm, key::WrappingKeyId, secret::KEY_MATERIAL_BYTES_MAX};
+use keybroker_core::{
+    envelope::Algorithm,
+    key::{Purpose, WrappingKeyId},
+    secret::KEY_MATERIAL_BYTES_MAX,
+};
 use keybroker_worker_protocol::{
     oaep::WrapKey,
     wire::{
@@ -14,7 +19,9 @@ use keybroker_worker_protocol::{
     },
 };
 
-use super::{SessionThread, Stop};
+use crate::open::ProvedKey;
+
+use super::{SessionThread, Stop, algorithm};
 
 /// The public key of the target of a session thread's last re-wrap. A run re-wraps many rows to one
 /// target, so the key is parsed only once.
@@ -41,21 +48,55 @@ impl SessionThread {
             .target
             .as_ref()
             .ok_or_else(|| malformed("the re-wrap has no target"))?;
-        let algorithm = u8::try_from(job.new_algorithm)
-            .ok()
-            .and_then(Algorithm::from_number)
+        let algorithm = algorithm(job.new_algorithm)
             .ok_or_else(|| malformed("the algorithm of the re-wrap is unknown"))?;
-        self.prepare(target, algorithm)?;
-        // The MAC is verified first, so that the RSA key only decrypts bytes that were stored for this context.
-        self.verify(&from.key_id, &from.message, &from.mac, deadline)?;
-        let wrapped = {
-            let material = self.decrypt(from, deadline)?;
-            self.wrap_again(&material)?
+        let (_, pair) = self.session(&from.key_id)?;
+        let wrapped = match pair.purpose {
+            Purpose::Plain => self.decrypt_and_wrap(from, target, algorithm, deadline)?,
+            Purpose::Sealed => self.seal_for(from, target, algorithm, deadline)?,
         };
         match target {
             WireTarget::Spki(_) => Ok(Zeroizing::new(wrapped)),
             WireTarget::OwnKey(own) => self.with_new_mac(own, wrapped, deadline),
         }
+    }
+
+    fn decrypt_and_wrap(
+        &mut self,
+        from: &wire::Unwrap,
+        target: &WireTarget,
+        algorithm: Algorithm,
+        deadline: u64,
+    ) -> Result<Vec<u8>, Stop> {
+        self.prepare(target, algorithm)?;
+        // The MAC is verified first, so that the RSA key only decrypts bytes that were stored for this context.
+        self.verify(&from.key_id, &from.message, &from.mac, deadline)?;
+        let material = self.decrypt(from, deadline)?;
+        self.wrap_again(&material)
+    }
+
+    /// Makes a sealed release to the public key of the target, which is a sealed wrapping key. The front has checked the
+    /// purpose of a target on another token.
+    fn seal_for(
+        &mut self,
+        from: &wire::Unwrap,
+        target: &WireTarget,
+        algorithm: Algorithm,
+        deadline: u64,
+    ) -> Result<Vec<u8>, Stop> {
+        let spki = match target {
+            WireTarget::Spki(spki) => spki.clone(),
+            WireTarget::OwnKey(own) => {
+                let key = self.own_key(own)?;
+                if key.place.purpose != Purpose::Sealed {
+                    let what = "user keys are not moved from a sealed to a plain wrapping key";
+                    return Err(Stop::failed(FailureClass::UnknownKey, what));
+                }
+                key.public.spki.clone()
+            }
+        };
+        self.verify(&from.key_id, &from.message, &from.mac, deadline)?;
+        self.seal(from, &spki, algorithm, deadline)
     }
 
     /// Parses the public key of the target, unless it is already parsed.
@@ -81,16 +122,18 @@ impl SessionThread {
     /// Returns the public key of one of this worker's wrapping keys. The worker computed the public
     /// key from the objects on the token.
     fn own_spki(&self, own: &OwnKey) -> Result<&Vec<u8>, Stop> {
+        self.own_key(own).map(|key| &key.public.spki)
+    }
+
+    fn own_key(&self, own: &OwnKey) -> Result<&ProvedKey, Stop> {
         let id = WrappingKeyId::from_slice(&own.key_id);
         let mut keys = self.shared.keys.iter();
-        keys.find(|key| Some(key.place.id) == id)
-            .map(|key| &key.public.spki)
-            .ok_or_else(|| {
-                Stop::failed(
-                    FailureClass::UnknownKey,
-                    "the new wrapping key was not in the setup of the worker",
-                )
-            })
+        keys.find(|key| Some(key.place.id) == id).ok_or_else(|| {
+            Stop::failed(
+                FailureClass::UnknownKey,
+                "the new wrapping key was not in the setup of the worker",
+            )
+        })
     }
 
     fn wrap_again(&self, material: &[u8]) -> Result<Vec<u8>, Stop> {

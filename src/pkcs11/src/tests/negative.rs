@@ -13,9 +13,10 @@ use super::{
 use crate::{
     classify::{Class, Fault},
     keys,
-    negative::{Subject, TESTS},
+    negative::{NegativeTest, Subject, TESTS},
     open::OpenToken,
 };
+use keybroker_core::key::Purpose;
 use keybroker_worker_protocol::Settings;
 
 fn token(settings: &Settings) -> OpenToken {
@@ -24,6 +25,25 @@ fn token(settings: &Settings) -> OpenToken {
 
 /// Runs the negative tests on session keys with changed templates. Returns the tests that the token cannot run.
 fn tried(
+    token: &OpenToken,
+    settings: &Settings,
+    private: &[Attribute],
+    integrity: &[Attribute],
+    while_tried: impl FnOnce(),
+) -> Result<Vec<&'static str>, Fault> {
+    tried_with(
+        Purpose::Plain,
+        token,
+        settings,
+        private,
+        integrity,
+        while_tried,
+    )
+}
+
+/// Does the same as [`tried`] with keys of this purpose.
+fn tried_with(
+    purpose: Purpose,
     token: &OpenToken,
     settings: &Settings,
     private: &[Attribute],
@@ -42,7 +62,7 @@ fn tried(
         .generate_key_pair(
             &Mechanism::RsaPkcsKeyPairGen,
             &with(keys::public_template(id(1), 2_048), &[]),
-            &with(keys::private_template(id(1)), private),
+            &with(keys::template_of(purpose, id(1)), private),
         )
         .unwrap();
     let integrity_key = session
@@ -51,9 +71,13 @@ fn tried(
             &with(keys::generic_secret_template(id(1)), integrity),
         )
         .unwrap();
-    let pair = keys::find(session, &id(1).into()).unwrap();
+    let place = keys::Place {
+        purpose,
+        ..id(1).into()
+    };
+    let pair = keys::find(session, &place).unwrap();
     let side = keys::public_side(session, &pair).unwrap();
-    let self_test = token.probe(&id(1).into(), &side, true).unwrap();
+    let self_test = token.probe(&place, &side, true).unwrap();
     while_tried();
     let result = token.try_what_must_fail(settings, &pair, &side, &self_test, Subject::Throwaway);
     for object in [public, private, integrity_key] {
@@ -82,8 +106,11 @@ fn a_key_that_is_as_it_must_be_passes() {
     with_softhsm("negative::a_key_that_is_as_it_must_be_passes", |_| {
         init();
         let settings = settings();
-        let not_made = tried(&token(&settings), &settings, &[], &[], nothing).unwrap();
-        assert!(not_made.is_empty(), "{not_made:?}");
+        for purpose in [Purpose::Plain, Purpose::Sealed] {
+            let token = token(&settings);
+            let not_made = tried_with(purpose, &token, &settings, &[], &[], nothing).unwrap();
+            assert!(not_made.is_empty(), "{purpose:?}: {not_made:?}");
+        }
     });
 }
 
@@ -136,6 +163,9 @@ fn weakness(test: &str) -> Weakness {
             Attribute::Sign(true),
         ]),
         "unwrap" => Private(vec![Attribute::Unwrap(true)]),
+        "decrypt-sealed" => Private(vec![Attribute::Decrypt(true)]),
+        "unwrap-pkcs1" => Private(vec![allowed(MechanismType::RSA_PKCS)]),
+        name if name.starts_with("unwrap-") => Module("C_UnwrapKey"),
         "hmac-sha224" => Integrity(vec![hashes(MechanismType::SHA224_HMAC)]),
         // A key with the length of the hash.
         "hmac-sha512" => Integrity(vec![
@@ -149,6 +179,11 @@ fn weakness(test: &str) -> Weakness {
     }
 }
 
+/// A purpose of the keys with which a test is run.
+fn purpose_of(test: &NegativeTest) -> Purpose {
+    test.purpose.unwrap_or_default()
+}
+
 /// Runs each test alone, and checks that it finds the problem.
 #[test]
 fn each_test_finds_what_it_is_for() {
@@ -159,14 +194,17 @@ fn each_test_finds_what_it_is_for() {
         let mut missed = Vec::new();
         for test in TESTS {
             let settings = only(&settings, test.name);
+            let purpose = purpose_of(test);
             let result = match weakness(test.name) {
-                Weakness::Private(private) => tried(&token, &settings, &private, &[], nothing),
+                Weakness::Private(private) => {
+                    tried_with(purpose, &token, &settings, &private, &[], nothing)
+                }
                 Weakness::Integrity(integrity) => {
-                    tried(&token, &settings, &[], &integrity, nothing)
+                    tried_with(purpose, &token, &settings, &[], &integrity, nothing)
                 }
                 Weakness::Module(function) => {
                     let lie = || faulty.set(function, &ModuleFault::always(code::NEVER_FAILS));
-                    let result = tried(&token, &settings, &[], &[], lie);
+                    let result = tried_with(purpose, &token, &settings, &[], &[], lie);
                     faulty.clear(function);
                     result
                 }
@@ -211,6 +249,7 @@ fn no_test_of_leaving_keys_can_be_spared() {
         let leaves = ["read-", "wrap-", "set-", "derive-integrity-"]
             .iter()
             .any(|start| test.name.starts_with(start))
+            || test.name == "decrypt-sealed"
             || test.name.starts_with("copy-")
                 && ["-extractable", "-readable"]
                     .iter()

@@ -20,10 +20,11 @@ use super::{
 };
 use crate::{
     classify::{Class, Fault},
-    keys::{self, Lifetime},
+    keys::{self, Lifetime, unwrap_template},
     open::OpenToken,
+    recipients::{RECIPIENTS_MAX, Recipients},
     report::sealed::Tests,
-    sealed::{RECIPIENTS_MAX, Recipients, SealedKey, unwrap_template},
+    sealed::SealedKey,
 };
 
 const MATERIAL: &[u8] = b"material of the user";
@@ -68,7 +69,7 @@ fn release(
     recipients: &mut Recipients,
     to: &RecipientKey,
 ) -> Result<Vec<u8>, Fault> {
-    let recipient = recipients.object(session, to)?;
+    let recipient = recipients.object(session, to.spki())?;
     key.release(session, recipient, Algorithm::RsaOaepSha1)
 }
 
@@ -87,7 +88,7 @@ fn only_the_recipient_gets_the_material() {
             let key = sealed_key(session, template);
             for size in [KeySize::Rsa2048, KeySize::Rsa4096] {
                 let (public, private) = recipient(size);
-                recipients.object(session, &public).unwrap();
+                recipients.object(session, public.spki()).unwrap();
                 let before = objects(session);
                 let sealed = release(session, &key, &mut recipients, &public).unwrap();
                 assert_eq!(objects(session), before);
@@ -221,15 +222,15 @@ fn a_session_keeps_the_keys_of_recent_recipients() {
             let mut recipients = Recipients::default();
             let (first, others) = keys.split_first().unwrap();
             for other in others {
-                recipients.object(session, other).unwrap();
-                recipients.object(session, first).unwrap();
+                recipients.object(session, other.spki()).unwrap();
+                recipients.object(session, first.spki()).unwrap();
             }
             assert_eq!(faulty.count("C_CreateObject ends 0"), keys.len());
             assert_eq!(objects(session), RECIPIENTS_MAX);
             // The first key was used last, and the second key was used least recently.
-            recipients.object(session, first).unwrap();
+            recipients.object(session, first.spki()).unwrap();
             assert_eq!(faulty.count("C_CreateObject ends 0"), keys.len());
-            recipients.object(session, &others[0]).unwrap();
+            recipients.object(session, others[0].spki()).unwrap();
             assert_eq!(faulty.count("C_CreateObject ends 0"), keys.len() + 1);
             assert_eq!(objects(session), RECIPIENTS_MAX);
         },

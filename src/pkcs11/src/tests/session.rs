@@ -11,9 +11,9 @@ use std::{
 use super::{
     Faulty, USER_PIN, faulty,
     faulty::{Fault, code},
-    generated, init, pin, record, with_softhsm,
+    generated_for, init, pin, record, with_softhsm,
 };
-use keybroker_core::envelope::Algorithm;
+use keybroker_core::{envelope::Algorithm, key::Purpose};
 use keybroker_worker_protocol::{
     Work, frame,
     oaep::WrapKey,
@@ -41,12 +41,18 @@ pub(super) struct Bench {
 impl Bench {
     /// Creates a session thread with this number of keys.
     pub(super) fn with_keys(folder: &Path, count: usize) -> Self {
+        Self::with_keys_for(folder, &vec![Purpose::Plain; count])
+    }
+
+    /// Creates a session thread with a key for each purpose.
+    pub(super) fn with_keys_for(folder: &Path, purposes: &[Purpose]) -> Self {
         init();
         let (settings, faulty) = faulty(folder);
         let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
-        let keys: Vec<ProvedKey> = (0..count)
-            .map(|_| {
-                let pair = generated(&token.anchor);
+        let keys: Vec<ProvedKey> = purposes
+            .iter()
+            .map(|purpose| {
+                let pair = generated_for(&token.anchor, *purpose);
                 let public = keys::public_side(&token.anchor, &pair).unwrap();
                 let place = pair.place();
                 token.prove(&settings, &place, public.fingerprint).unwrap()
@@ -95,7 +101,12 @@ impl Bench {
     }
 
     pub(super) fn unwrap_job(&self, wrapped: &[u8], is_forged: bool) -> Job {
-        let place = &self.shared.keys[0].place;
+        self.unwrap_job_of(0, wrapped, is_forged)
+    }
+
+    /// Unwraps a row of the key with this number.
+    pub(super) fn unwrap_job_of(&self, number: usize, wrapped: &[u8], is_forged: bool) -> Job {
+        let place = &self.shared.keys[number].place;
         let pair = keys::find(&self.token.anchor, place).unwrap();
         let mut mac = operation::mac(&self.token.anchor, &pair, MESSAGE).unwrap();
         mac[0] ^= u8::from(is_forged);
@@ -109,7 +120,12 @@ impl Bench {
     }
 
     pub(super) fn wrapped(&self) -> Vec<u8> {
-        let spki = &self.shared.keys[0].public.spki;
+        self.wrapped_under(0)
+    }
+
+    /// Wraps under the key with this number.
+    pub(super) fn wrapped_under(&self, number: usize) -> Vec<u8> {
+        let spki = &self.shared.keys[number].public.spki;
         let key = WrapKey::new(spki, Algorithm::RsaOaepSha1).unwrap();
         key.wrap(b"material").unwrap()
     }

@@ -14,11 +14,13 @@ macro_rules! example {
     };
 }
 
-const EXAMPLES: [(&str, &str); 5] = [
+const EXAMPLES: [(&str, &str); 7] = [
     example!("strong-authentication.cedar"),
     example!("networks.cedar"),
     example!("organisations.cedar"),
     example!("working-hours.cedar"),
+    example!("sealed-only.cedar"),
+    example!("recipients.cedar"),
     example!("users-delete.cedar"),
 ];
 
@@ -186,4 +188,40 @@ fn users_delete() {
     assert_eq!(delete(&ada()), "users-delete-own");
     assert_eq!(delete(&person("bob")), "users-own-keys-only");
     assert_eq!(delete(&service(&[Role::Release])), "default-deny");
+}
+
+/// A release to the recipient with this fingerprint.
+fn sealed_to(text: &str) -> Release {
+    Release::Sealed(Fingerprint::from_hex(text).unwrap())
+}
+
+#[test]
+fn sealed_only() {
+    let decided = |release| {
+        with_case(&ada(), |case| {
+            evaluate("sealed-only.cedar", &Case { release, ..*case })
+        })
+    };
+    assert_eq!(decided(Release::Plain), "sealed-only");
+    assert_eq!(decided(sealed_to(&"0".repeat(64))), "own-keys");
+}
+
+#[test]
+fn recipients() {
+    let recovery = Identity {
+        name: "URI:spiffe://example.org/recovery".to_owned(),
+        ..service(&[Role::Release])
+    };
+    let decided = |identity: &Identity, release| {
+        with_case(identity, |case| {
+            evaluate("recipients.cedar", &Case { release, ..*case })
+        })
+    };
+    let safe = "9c3e1b7a5d2f4e6081a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d5e6f708";
+    assert_eq!(decided(&recovery, sealed_to(safe)), "release-role");
+    for release in [Release::Plain, sealed_to(&"0".repeat(64))] {
+        assert_eq!(decided(&recovery, release), "recovery-to-the-safes");
+    }
+    let other = service(&[Role::Release]);
+    assert_eq!(decided(&other, Release::Plain), "release-role");
 }

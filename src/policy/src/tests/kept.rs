@@ -150,6 +150,7 @@ fn the_number_of_kept_decisions_is_bounded() {
                     user: &user,
                     name: &name,
                 },
+                release: Release::Plain,
                 peer: PEER,
                 at: NOON,
             },
@@ -229,6 +230,7 @@ proptest! {
                 prop::sample::select(vec!["vault", "other"]),
                 prop::sample::select(vec![Action::Unwrap, Action::Get, Action::Create]),
                 any::<bool>(),
+                any::<bool>(),
             ),
             1..=24,
         ),
@@ -237,12 +239,13 @@ proptest! {
             rule(if *permit { "permit" } else { "forbid" }, condition)
         });
         let set = set(&rules.collect::<String>()).unwrap();
-        for (identity, of, name, action, late) in &cases {
+        for (identity, of, name, action, late, sealed) in &cases {
             let (of, name) = (user(of), key_name(name));
             let case = Case {
                 identity,
                 action: *action,
                 resource: Resource::UserKey { tenant: &identity.tenant, user: &of, name: &name },
+                release: if *sealed { Release::Sealed(Fingerprint([7; 32])) } else { Release::Plain },
                 peer: PEER,
                 at: if *late { Timestamp::from_micros(NOON.micros() + 86_400_000_000) } else { NOON },
             };

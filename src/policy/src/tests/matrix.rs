@@ -134,6 +134,7 @@ fn evaluate(policy: &Policy, identity: &Identity, action: Action, resource: &str
         identity,
         action,
         resource,
+        release: Release::Plain,
         peer: PEER,
         at: NOON,
     })
@@ -402,6 +403,7 @@ fn case<'a>(
     identity: &'a Identity,
     action: Action,
     target: &'a Target,
+    release: Release,
     peer: IpAddr,
     at: i64,
 ) -> Case<'a> {
@@ -433,6 +435,7 @@ fn case<'a>(
         identity,
         action,
         resource,
+        release,
         peer,
         at: Timestamp::from_micros(at),
     }
@@ -442,7 +445,8 @@ fn case<'a>(
 const EVERYTHING: &str = r#"
 @id("everything-of-a-release")
 forbid (principal, action == Keybroker::Action::"user_key.unwrap", resource) when {
-    context.release == "sealed" || context.amr.contains("a") || context has acr && context.acr == "b" ||
+    context.release == "sealed" && context has recipient && context.recipient like "0*" ||
+    context.amr.contains("a") || context has acr && context.acr == "b" ||
     context has device && context.device == "c" || context.organisations.containsAny(["d", "a"]) ||
     context has authAgeSeconds && context.authAgeSeconds > 3600 || context.peer.isInRange(ip("10.0.0.0/8")) ||
     context.time < datetime("1999-01-01") || resource.keyName == "mail" || resource.tenant == "x" ||
@@ -466,7 +470,7 @@ proptest! {
         action in prop::sample::select(Action::ALL.to_vec()),
         target in any_target(),
     ) {
-        let case = case(&identity, action, &target, PEER, 0);
+        let case = case(&identity, action, &target, Release::Plain, PEER, 0);
         let (_folder, forbids) = {
             let folder = tempfile::tempdir().unwrap();
             let settings = Settings { defaults: false, directory: Some(folder.path().to_owned()) };
@@ -487,13 +491,15 @@ proptest! {
         peer: u128,
         is_v4: bool,
         at in -62_000_000_000_000_000_i64..250_000_000_000_000_000,
+        recipient in prop::option::of(any::<[u8; 32]>()),
     ) {
         let peer = if is_v4 {
             IpAddr::from(peer.to_be_bytes()[..4].try_into().map(|octets: [u8; 4]| octets).unwrap())
         } else {
             IpAddr::from(peer.to_be_bytes())
         };
-        let case = case(&identity, action, &target, peer, at);
+        let release = recipient.map_or(Release::Plain, |it| Release::Sealed(Fingerprint(it)));
+        let case = case(&identity, action, &target, release, peer, at);
         VOCABULARY.ask(&case, Wanted::All, Some(&VOCABULARY.schema)).unwrap();
         let (_folder, policy) = with_files(&[("everything.cedar", EVERYTHING)]).unwrap();
         let set = policy.current.load();

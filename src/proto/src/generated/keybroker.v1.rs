@@ -84,6 +84,28 @@ pub struct UnwrapUserKeyRequest {
     /// 1 to 64 bytes of \[a-z0-9._-\].
     #[prost(string, tag = "2")]
     pub key_name: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "3")]
+    pub recipient: ::core::option::Option<Recipient>,
+}
+/// The recipient of a sealed release.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Recipient {
+    #[prost(bytes = "vec", tag = "1")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "OaepHash", tag = "2")]
+    pub hash: i32,
+}
+/// A user key that the token encrypted to the recipient.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SealedUserKey {
+    #[prost(bytes = "vec", tag = "1")]
+    pub ciphertext: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub algorithm: ::prost::alloc::string::String,
+    #[prost(bytes = "vec", tag = "3")]
+    pub recipient_fingerprint: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "Sealing", tag = "4")]
+    pub sealing: i32,
 }
 /// Response of UnwrapUserKey.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -95,6 +117,8 @@ pub struct UnwrapUserKeyResponse {
     /// The revision that was released.
     #[prost(uint64, tag = "2")]
     pub revision: u64,
+    #[prost(message, optional, tag = "3")]
+    pub sealed: ::core::option::Option<SealedUserKey>,
 }
 /// Request of BatchUnwrapUserKeys.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -316,6 +340,72 @@ impl UserKeyState {
             "USER_KEY_STATE_UNSPECIFIED" => Some(Self::Unspecified),
             "USER_KEY_STATE_ACTIVE" => Some(Self::Active),
             "USER_KEY_STATE_DELETED" => Some(Self::Deleted),
+            _ => None,
+        }
+    }
+}
+/// The hash of RSA-OAEP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OaepHash {
+    /// x
+    Unspecified = 0,
+    /// SHA-256.
+    Sha256 = 1,
+    /// SHA-1.
+    Sha1 = 2,
+}
+impl OaepHash {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "OAEP_HASH_UNSPECIFIED",
+            Self::Sha256 => "OAEP_HASH_SHA256",
+            Self::Sha1 => "OAEP_HASH_SHA1",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OAEP_HASH_UNSPECIFIED" => Some(Self::Unspecified),
+            "OAEP_HASH_SHA256" => Some(Self::Sha256),
+            "OAEP_HASH_SHA1" => Some(Self::Sha1),
+            _ => None,
+        }
+    }
+}
+/// Sealing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Sealing {
+    /// x
+    Unspecified = 0,
+    /// x
+    Enforced = 1,
+    /// x
+    Worker = 2,
+}
+impl Sealing {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SEALING_UNSPECIFIED",
+            Self::Enforced => "SEALING_ENFORCED",
+            Self::Worker => "SEALING_WORKER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SEALING_UNSPECIFIED" => Some(Self::Unspecified),
+            "SEALING_ENFORCED" => Some(Self::Enforced),
+            "SEALING_WORKER" => Some(Self::Worker),
             _ => None,
         }
     }
@@ -1322,6 +1412,8 @@ pub struct WrappingKey {
     /// TokenState, or "unknown" for a token that no worker has examined. Later releases may add other words.
     #[prost(string, repeated, tag = "14")]
     pub token_assurances: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(enumeration = "Sealing", tag = "15")]
+    pub sealing: i32,
 }
 /// Request of ListWrappingKeys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1818,6 +1910,8 @@ pub struct RotateWrappingKeyRequest {
     /// new user keys.
     #[prost(string, tag = "5")]
     pub token: ::prost::alloc::string::String,
+    #[prost(enumeration = "WrappingKeyPurpose", tag = "6")]
+    pub purpose: i32,
 }
 /// Response of RotateWrappingKey.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -38,14 +38,11 @@ pub(super) struct Done {
 /// call was due. Therefore, a call that could not be sent in time counts as a slow call.
 pub(super) async fn unwrap(client: &Client, user: &User, due: Instant, deadline: Duration) -> Done {
     let dispatch = due.elapsed();
-    let answer = client
-        .unwrap_user_key(&user.key)
-        .deadline(deadline.saturating_sub(dispatch))
-        .await;
+    let answer = release(client, user, deadline.saturating_sub(dispatch)).await;
     let at = Instant::now();
     let took = at.saturating_duration_since(due);
     let (outcome, error) = match answer {
-        Ok(released) if released.key_material.expose() != user.material.expose() => (
+        Ok(false) => (
             Outcome::Failed,
             Some("a released key differs from the enrolled key".to_owned()),
         ),
@@ -60,6 +57,19 @@ pub(super) async fn unwrap(client: &Client, user: &User, due: Instant, deadline:
         at,
         error,
     }
+}
+
+/// Releases the key, sealed if there is a recipient. Returns whether the enrolled key was released.
+async fn release(client: &Client, user: &User, deadline: Duration) -> Result<bool, Error> {
+    let Some(recipient) = &user.recipient else {
+        let released = client.unwrap_user_key(&user.key).deadline(deadline).await?;
+        return Ok(released.key_material.expose() == user.material.expose());
+    };
+    let sealed = client
+        .unwrap_user_key_for(&user.key, recipient.public_key())
+        .deadline(deadline)
+        .await?;
+    Ok(recipient.opens(&sealed, &user.material))
 }
 
 fn outcome(error: &Error) -> Outcome {

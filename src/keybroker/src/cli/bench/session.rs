@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use keybroker_client::{Client, Reason, RetryPolicy};
+use keybroker_core::key::Purpose;
 use tokio::task::JoinSet;
 
 use crate::cli::{
@@ -48,7 +49,10 @@ impl Session {
     ) -> Result<Self, Failure> {
         let connection = &bench.arguments.connection;
         let clients = connect_all(connection, &broker.endpoint, connections, retry).await?;
-        let users = bench.arguments.users();
+        let users = match bench.token.key.purpose {
+            Purpose::Plain => bench.arguments.users(),
+            Purpose::Sealed => bench.arguments.users().sealed()?,
+        };
         // With `--seed`, the users already have keys.
         if bench.arguments.seed.is_none() {
             let output = bench.context.output;

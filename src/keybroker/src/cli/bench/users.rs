@@ -1,8 +1,18 @@
 //! The users of a measurement. The name and the key of a user are derived from the user's number,
 //! so nothing needs to be stored.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
 use aws_lc_rs::{hmac, rand};
-use keybroker_client::{KeyMaterial, UserKeyRef};
+use keybroker_client::{KeyMaterial, RecipientKeyPair, SealedKey, UserKeyRef};
+
+use crate::cli::exit::{Exit, Failure};
+
+/// One of this number of sealed releases is opened. Opening every answer would take CPU time from the measured broker.
+const OPENED_ONE_OF: u64 = 50;
 
 /// The key name of the users of the gRPC API.
 const KEY_NAME: &str = "bench";
@@ -15,6 +25,30 @@ pub(super) struct Users {
     key: hmac::Key,
     key_name: &'static str,
     count: u32,
+    recipient: Option<Arc<Recipient>>,
+}
+
+/// The recipient of all sealed releases of a measurement.
+#[derive(Debug)]
+pub(super) struct Recipient {
+    pair: RecipientKeyPair,
+    releases: AtomicU64,
+}
+
+impl Recipient {
+    /// The public key as DER SubjectPublicKeyInfo.
+    pub(super) fn public_key(&self) -> &[u8] {
+        self.pair.public_key()
+    }
+
+    /// Whether the recipient opens a sealed release to this material. Most releases are not opened, and count as good.
+    pub(super) fn opens(&self, sealed: &SealedKey, material: &KeyMaterial) -> bool {
+        if self.releases.fetch_add(1, Ordering::Relaxed) % OPENED_ONE_OF != 0 {
+            return true;
+        }
+        let opened = self.pair.open(sealed);
+        opened.is_ok_and(|opened| opened.expose() == material.expose())
+    }
 }
 
 /// A user and their key of 32 bytes.
@@ -22,6 +56,8 @@ pub(super) struct Users {
 pub(super) struct User {
     pub(super) key: UserKeyRef,
     pub(super) material: KeyMaterial,
+    /// The recipient, if the key is released sealed.
+    pub(super) recipient: Option<Arc<Recipient>>,
 }
 
 impl Users {
@@ -39,7 +75,22 @@ impl Users {
             key: hmac::Key::new(hmac::HMAC_SHA256, b"keybroker bench"),
             key_name,
             count,
+            recipient: None,
         }
+    }
+
+    /// The same users, whose keys are released sealed to a new recipient.
+    pub(super) fn sealed(self) -> Result<Self, Failure> {
+        let pair = RecipientKeyPair::generate()
+            .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+        let recipient = Recipient {
+            pair,
+            releases: AtomicU64::new(0),
+        };
+        Ok(Self {
+            recipient: Some(Arc::new(recipient)),
+            ..self
+        })
     }
 
     pub(super) fn count(&self) -> u32 {
@@ -53,6 +104,7 @@ impl Users {
             key: UserKeyRef::parse(&name, self.key_name)
                 .expect("both keep the limits of the protocol"),
             material: KeyMaterial::new(material).expect("the digest has 32 bytes"),
+            recipient: self.recipient.clone(),
         }
     }
 

@@ -6,9 +6,8 @@ use std::{path::PathBuf, time::Duration};
 use base64ct::{Base64, Base64Unpadded, Encoding as _};
 use clap::Args;
 use reqwest::{
-    Certificate, Client, Response, StatusCode, Url,
+    Client, Response, StatusCode, Url,
     header::{ACCEPT, AUTHORIZATION, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, PRAGMA},
-    redirect,
 };
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
@@ -18,23 +17,20 @@ use crate::cli::{
     exit::{Exit, Failure},
 };
 use keybroker_bitwarden::MasterKey;
-use keybroker_core::{
-    error::root_cause,
-    pem,
-    trusted_file::{self, Purpose},
-};
+use keybroker_core::error::root_cause;
 
-use super::{holder::Holder, refusal::RequestError, secrets};
+use super::{
+    holder::Holder,
+    http::{self, BodyError},
+    refusal::RequestError,
+    secrets,
+};
 
 const JSON: &str = "application/json";
 /// The header value that Bitwarden's TypeScript clients send.
 const JSON_UTF8: &str = "application/json; charset=utf-8";
 /// Maximum length of an answer in bytes; longer answers are rejected.
 const ANSWER_BYTES_MAX: usize = 16 * 1_024;
-/// Maximum length of a file with CA certificates, in bytes. The CA file of a Linux distribution is
-/// about 0.3 MiB long.
-const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
-const AUTHORITIES: Purpose = Purpose::trust("other users could decide which broker is trusted");
 
 /// Options that select the broker and the access token.
 #[derive(Args, Clone, Debug)]
@@ -137,31 +133,12 @@ impl Connector {
     }
 
     fn client(&self) -> Result<Client, Failure> {
-        let mut builder = Client::builder()
-            .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
-            .timeout(Duration::from_millis(self.timeout_ms))
-            .https_only(!self.allow_http)
-            // Only the specified broker may receive the access token, so the client follows no
-            // redirects and uses no proxy.
-            .redirect(redirect::Policy::none())
-            .no_proxy();
-        if let Some(path) = &self.ca_file {
-            let unusable = |why: String| {
-                Failure::new(Exit::Usage, format!("--ca-file {}: {why}", path.display()))
-            };
-            let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
-                .map_err(|error| unusable(error.to_string()))?;
-            let roots = pem::certificates(&text)
-                .map_err(|error| unusable(error.to_string()))?
-                .iter()
-                .map(|der| Certificate::from_der(der))
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(|error| unusable(root_cause(&error)))?;
-            builder = builder.tls_certs_only(roots);
-        }
-        builder
-            .build()
-            .map_err(|error| Failure::new(Exit::Internal, root_cause(&error)))
+        let authorities = self.ca_file.as_deref().map(|file| http::Authorities {
+            setting: "--ca-file",
+            file,
+        });
+        let timeout = Duration::from_millis(self.timeout_ms);
+        http::client(authorities, timeout, !self.allow_http)
     }
 }
 
@@ -279,23 +256,19 @@ impl Broker {
     }
 
     async fn read(&self, answer: &mut Response) -> Result<Zeroizing<Vec<u8>>, Failure> {
-        let mut body = Zeroizing::new(Vec::with_capacity(ANSWER_BYTES_MAX));
-        loop {
-            let chunk = answer
-                .chunk()
-                .await
-                .map_err(|error| self.unreachable(&error))?;
-            let Some(chunk) = chunk else { return Ok(body) };
-            if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-                let what = format!(
-                    "the answer from {} is longer than an answer with a key",
-                    self.user_keys
-                );
-                return Err(Failure::new(Exit::Verification, what)
-                    .hint("check that a Key Connector listens at this URL"));
-            }
-            body.extend_from_slice(&chunk);
-        }
+        http::body(answer, ANSWER_BYTES_MAX)
+            .await
+            .map_err(|error| match error {
+                BodyError::Lost(error) => self.unreachable(&error),
+                BodyError::TooLong => {
+                    let what = format!(
+                        "the answer from {} is longer than an answer with a key",
+                        self.user_keys
+                    );
+                    Failure::new(Exit::Verification, what)
+                        .hint("check that a Key Connector listens at this URL")
+                }
+            })
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> Failure {

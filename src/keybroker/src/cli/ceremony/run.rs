@@ -24,7 +24,7 @@ use keybroker_ceremony::{
 };
 use keybroker_core::{
     call::Timestamp,
-    key::{IntegrityPlace, ObjectId, WrappingKeyId},
+    key::{IntegrityPlace, ObjectId, Purpose, WrappingKeyId},
 };
 use keybroker_hsm::admin::{self, Admin, CheckedKey, Finding};
 use keybroker_store as store;
@@ -632,7 +632,7 @@ fn made_as_planned(
     let id = planned.id.as_deref().and_then(WrappingKeyId::from_hex);
     let checked = match id {
         Some(id) => admin.generate_key_with_id(planned.bits, id)?,
-        None => admin.generate_key(planned.bits)?,
+        None => admin.generate_key(Purpose::Plain, planned.bits)?,
     };
     let found = checked
         .algorithm

@@ -50,6 +50,12 @@ pub(super) enum Command {
     Unwrap {
         #[command(flatten)]
         key: Key,
+        /// PEM file with the RSA key of the recipient of a sealed release
+        ///
+        /// The token encrypts the user key to this key. With a private key (PKCS #8), the command opens the answer. With a public key,
+        /// the command returns the ciphertext.
+        #[arg(long, value_name = "FILE")]
+        recipient: Option<PathBuf>,
         /// New file for the key material, created with mode 0600 [default: standard output]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
@@ -156,6 +162,12 @@ impl Caller {
     pub(super) async fn keys(&self, command: Command) -> Result<(), Failure> {
         let client = &self.client;
         match command {
+            Command::Unwrap {
+                key,
+                recipient: Some(recipient),
+                out,
+                ..
+            } => self.unwrap_for(&key.into(), &recipient, out).await,
             Command::Unwrap { key, out, .. } => self.unwrap(&key.into(), out).await,
             Command::BatchUnwrap { user, key_name, .. } => self.batch_unwrap(user, &key_name).await,
             Command::Get { key } => self.answered(client.get_user_key(&key.into()).await),

@@ -178,6 +178,9 @@ const fn hint(reason: Reason) -> &'static str {
         Reason::KeyState => {
             "`client get` shows the state of the record, and `client wrapping-keys` shows the states of the wrapping keys"
         }
+        Reason::ReleaseForm => {
+            "a key under a sealed wrapping key needs `--recipient`, and a key under a plain wrapping key is released without it"
+        }
         Reason::ApprovalNeeded => {
             "let a second person approve the change with `keybroker approval approve ID`, then run the same command again"
         }

@@ -1,9 +1,9 @@
 //! Calls of the user-key service that release key material.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use base64ct::{Base64, Encoding as _};
-use keybroker_client::{KeyMaterial, KeyName, Refusal, ReleasedKey, UserId, UserKeyRef};
+use keybroker_client::{KeyMaterial, KeyName, Refusal, ReleasedKey, SealedKey, UserId, UserKeyRef};
 use serde_json::{Value, json};
 
 use crate::cli::{
@@ -11,7 +11,7 @@ use crate::cli::{
     output::Field,
 };
 
-use super::{Caller, material, refusal};
+use super::{Caller, material, recipient::Recipient, refusal};
 
 impl Caller {
     pub(super) async fn unwrap(
@@ -21,18 +21,53 @@ impl Caller {
     ) -> Result<(), Failure> {
         let released = self.client.unwrap_user_key(key).await;
         let released = released.map_err(|error| refusal::failure(&error))?;
-        let material = &released.key_material;
         let revision = ("revision", json!(released.revision.get()));
+        let material = released.key_material.expose();
+        self.secret(vec![revision], ("key_material", material), out)
+    }
+
+    /// Releases a user key to a recipient. Opens the answer if the private key of the recipient is known.
+    pub(super) async fn unwrap_for(
+        &self,
+        key: &UserKeyRef,
+        recipient: &Path,
+        out: Option<PathBuf>,
+    ) -> Result<(), Failure> {
+        let recipient = Recipient::read(recipient)?;
+        let sealed = self
+            .client
+            .unwrap_user_key_for(key, recipient.public_key())
+            .await;
+        let sealed = sealed.map_err(|error| refusal::failure(&error))?;
+        let fields = sealed_fields(&sealed);
+        match recipient {
+            Recipient::Public(_) => self.secret(fields, ("ciphertext", &sealed.ciphertext), out),
+            Recipient::Private(pair) => {
+                let material = pair.open(&sealed).map_err(|error| {
+                    let what = format!("cannot open the answer of the broker: {error}");
+                    Failure::new(Exit::Untrusted, what)
+                })?;
+                self.secret(fields, ("key_material", material.expose()), out)
+            }
+        }
+    }
+
+    /// Writes bytes to a new file, to standard output or, as base64, to a field.
+    fn secret(
+        &self,
+        mut fields: Vec<Field>,
+        (name, bytes): (&'static str, &[u8]),
+        out: Option<PathBuf>,
+    ) -> Result<(), Failure> {
         if let Some(path) = out {
-            material::write_secret(&path, material.expose())?;
-            return self.output.fields(vec![revision]);
+            material::write_secret(&path, bytes)?;
+            return self.output.fields(fields);
         }
         if self.output.is_json() {
-            return self
-                .output
-                .fields(vec![revision, ("key_material", base64(material))]);
+            fields.push((name, json!(Base64::encode_string(bytes))));
+            return self.output.fields(fields);
         }
-        self.output.bytes(material.expose())
+        self.output.bytes(bytes)
     }
 
     pub(super) async fn batch_unwrap(
@@ -60,6 +95,18 @@ impl Caller {
         }
         Ok(())
     }
+}
+
+fn sealed_fields(sealed: &SealedKey) -> Vec<Field> {
+    vec![
+        ("revision", json!(sealed.revision.get())),
+        ("algorithm", json!(sealed.algorithm.as_str())),
+        ("recipient", json!(sealed.recipient.to_string())),
+        (
+            "sealing",
+            json!(sealed.sealing.map(|sealing| sealing.as_str())),
+        ),
+    ]
 }
 
 fn batch_row((key, result): (&UserKeyRef, &Result<ReleasedKey, Refusal>)) -> Vec<Field> {

@@ -81,12 +81,24 @@ pub(in crate::cli) fn wrapping_key(key: &proto::WrappingKey) -> Vec<Field> {
         proto::WrappingKeyState::Destroyed => "destroyed",
         proto::WrappingKeyState::Unspecified => "unknown",
     };
+    let purpose = match key.purpose() {
+        proto::WrappingKeyPurpose::Plain => "plain",
+        proto::WrappingKeyPurpose::Sealed => "sealed",
+        proto::WrappingKeyPurpose::Unspecified => "unknown",
+    };
+    let sealing = match key.sealing() {
+        proto::Sealing::Enforced => json!("enforced"),
+        proto::Sealing::Worker => json!("worker"),
+        proto::Sealing::Unspecified => Value::Null,
+    };
     let tokens = key.tokens.iter().zip(&key.token_assurances);
     let assurances: Vec<String> = tokens
         .map(|(name, word)| format!("{name}={word}"))
         .collect();
     vec![
         ("id", json!(hex::encode(&key.id))),
+        ("purpose", json!(purpose)),
+        ("sealing", sealing),
         ("state", json!(state)),
         ("modulus_bits", json!(key.modulus_bits)),
         ("algorithm", json!(key.algorithm)),

@@ -12,6 +12,7 @@ use crate::cli::{
     exit::{Exit, Failure},
 };
 use keybroker_client::{Error, Reason, proto};
+use keybroker_core::key::Purpose;
 
 use super::{parse_id, removal::confirm};
 
@@ -37,6 +38,10 @@ pub(in crate::cli) struct Rotate {
     /// key is lost.
     #[arg(long, conflicts_with = "back")]
     single: bool,
+    /// Form in which user keys under the new key are released: `plain` or, only encrypted to a recipient, `sealed`
+    /// [default: the purpose of the active key]
+    #[arg(long, conflicts_with = "back", value_parser = super::purpose)]
+    purpose: Option<Purpose>,
     /// Activate the previous key again, and deactivate the current active key
     #[arg(long)]
     back: bool,
@@ -72,6 +77,12 @@ pub(super) fn rotate(arguments: Rotate, context: &Context) -> Result<(), Failure
         if_older_than_days: arguments.if_older_than.unwrap_or(0),
         without_backup: arguments.single,
         back: arguments.back,
+        purpose: match arguments.purpose {
+            None => proto::WrappingKeyPurpose::Unspecified,
+            Some(Purpose::Plain) => proto::WrappingKeyPurpose::Plain,
+            Some(Purpose::Sealed) => proto::WrappingKeyPurpose::Sealed,
+        }
+        .into(),
         token: context.token.clone().unwrap_or_default(),
     };
     let is_single = arguments.single;

@@ -156,6 +156,7 @@ async fn rows_under(config: &Config, id: WrappingKeyId) -> Result<Needed, Failur
                 }
                 Err(_) => needed.unreadable += 1,
             },
+            FoundOther::MemberKey(row) => needed.unreadable += u64::from(row.is_err()),
             _ => {}
         }
     }

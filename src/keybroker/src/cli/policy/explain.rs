@@ -6,10 +6,12 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use keybroker_core::{
-    key::{KeyName, Tenant, UserId},
+    key::{Fingerprint, KeyName, Tenant, UserId},
     principal::Action,
 };
-use keybroker_policy::{Applies, Case, Explanation, Policy, PolicyView, Problems, Resource};
+use keybroker_policy::{
+    Applies, Case, Explanation, Policy, PolicyView, Problems, Release, Resource,
+};
 
 use super::{
     super::{
@@ -54,6 +56,9 @@ pub(in crate::cli) struct Arguments {
     /// Name of the requested key
     #[arg(long)]
     key_name: Option<KeyName>,
+    /// Fingerprint of the recipient of a sealed release, 64 hexadecimal digits [default: a plain release]
+    #[arg(long, value_name = "SHA256", value_parser = recipient)]
+    recipient: Option<Fingerprint>,
     /// Expected decision; the command fails with exit code 12 if the decision differs
     #[arg(long)]
     expect: Option<Expected>,
@@ -87,6 +92,7 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         identity: &described.identity,
         action: arguments.action,
         resource: arguments.resource(&described.identity.tenant)?,
+        release: arguments.recipient.map_or(Release::Plain, Release::Sealed),
         peer: described.peer,
         at: described.at,
     });
@@ -108,6 +114,10 @@ pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failur
         )),
         _ => Ok(()),
     }
+}
+
+fn recipient(text: &str) -> Result<Fingerprint, &'static str> {
+    Fingerprint::from_hex(text).ok_or("64 hexadecimal digits")
 }
 
 impl Arguments {

@@ -11,8 +11,8 @@ use keybroker_core::{
 };
 use keybroker_store as store;
 use keybroker_store::{
-    AccessRow, ApprovalRow, ClientRow, DeviceRow, RegistryRow, RequestRecord, RequestScope,
-    request_message,
+    AccessRow, ApprovalRow, ClientRow, DeviceRow, MemberKeyRow, RegistryRow, RequestRecord,
+    RequestScope, request_message,
     scan::{Found, FoundClient, FoundOther},
     tables::{Head, RevisionRow},
 };
@@ -42,6 +42,8 @@ pub(super) enum Problem {
     LastUseUnreadable,
     ClientUseUnreadable,
     ApprovalUnreadable,
+    MemberKeyUnreadable,
+    OrganizationKeyMissing,
     DeviceUnreadable,
     AccessRequestUnreadable,
     IdentityMissing,
@@ -71,6 +73,8 @@ impl Problem {
             Self::LastUseUnreadable => "last-use-unreadable",
             Self::ClientUseUnreadable => "client-use-unreadable",
             Self::ApprovalUnreadable => "approval-unreadable",
+            Self::MemberKeyUnreadable => "member-key-unreadable",
+            Self::OrganizationKeyMissing => "organization-key-missing",
             Self::DeviceUnreadable => "device-unreadable",
             Self::AccessRequestUnreadable => "access-request-unreadable",
             Self::IdentityMissing => "identity-missing",
@@ -346,6 +350,13 @@ impl<'a> RowChecker<'a> {
                     Some(Finding::of_other(problem, error.to_string()))
                 }
             },
+            FoundOther::MemberKey(row) => match &**row {
+                Ok(row) => self.member_key(row)?,
+                Err(error) => {
+                    let problem = Problem::MemberKeyUnreadable;
+                    Some(Finding::of_other(problem, error.to_string()))
+                }
+            },
             FoundOther::Device(row) => match &**row {
                 Ok(row) => self.device(row)?,
                 Err(error) => {
@@ -425,6 +436,23 @@ impl<'a> RowChecker<'a> {
         Ok(Some(Finding::of_other(problem, of)))
     }
 
+    fn member_key(&mut self, row: &MemberKeyRow) -> Result<Option<Finding>, Failure> {
+        let of = format!(
+            "key of member {} of organisation {}",
+            row.member, row.organization
+        );
+        let key = row.organization.key_id();
+        let problem = match self
+            .admins
+            .verify_imported(key, &row.mac_message(), &row.mac)
+        {
+            Some(true) => return Ok(None),
+            Some(false) => Problem::MacRefused,
+            None => Problem::OrganizationKeyMissing,
+        };
+        Ok(Some(Finding::of_other(problem, of)))
+    }
+
     /// The problem that prevents the verification of MACs under a wrapping key; `None` if MACs can
     /// be verified.
     fn unusable(&self, key: WrappingKeyId) -> Option<Problem> {
@@ -473,6 +501,8 @@ mod tests {
             Problem::LastUseUnreadable,
             Problem::ClientUseUnreadable,
             Problem::ApprovalUnreadable,
+            Problem::MemberKeyUnreadable,
+            Problem::OrganizationKeyMissing,
             Problem::DeviceUnreadable,
             Problem::AccessRequestUnreadable,
             Problem::IdentityMissing,

@@ -1,0 +1,363 @@
+//! The commands of a person: list, approve and deny.
+
+use std::io::{self, IsTerminal as _};
+
+use serde_json::json;
+
+use crate::{
+    cli::{
+        Context, block_on,
+        change::audited_in_parts,
+        exit::{Exit, Failure},
+        output::Field,
+    },
+    config::Config,
+};
+use keybroker_audit::{AuditLog, Entry};
+use keybroker_bitwarden::FINGERPRINT_PHRASE_WORDS;
+use keybroker_core::organization::Guid;
+use keybroker_hsm::admin::{Admin, AdminError};
+use keybroker_store::tables::Tables;
+
+use super::{
+    Approve, Deny, List, Organization,
+    api::{Api, Approved, Requests},
+    decision::{self, Decided},
+    key::WrappedKey,
+    pending::Pending,
+    pins::{KeyState, Pins},
+    requests,
+    review::{Reviewed, chosen, open_token, review, with_store},
+};
+
+/// What the audit entry of an approval names as its policy if a person accepted a key whose pin does not match.
+const ACCEPTED_KEY: &str = "accept-key";
+
+pub(super) fn list(list: &List, context: &Context) -> Result<(), Failure> {
+    let config = context.config_for_token()?;
+    let organization = Organization::of(&config, &list.choice)?;
+    let admin = open_token(&config, &list.pin.get(config.token())?, organization)?;
+    let rows = with_store(&config, async |store| {
+        let mut api = Api::open(organization)?;
+        let Requests {
+            pending,
+            unreadable,
+        } = api.pending().await?;
+        for one in &unreadable {
+            context.output.note(&format!("warning: {one}"));
+        }
+        let pins = pins(&**store, &admin, organization);
+        let mut rows = Vec::new();
+        for one in pending {
+            rows.push(review(&mut api, pins, one).await?.fields());
+        }
+        Ok(rows)
+    })?;
+    show(context, rows)
+}
+
+/// Shows each request as a block, because a request has too many fields for a line.
+fn show(context: &Context, rows: Vec<Vec<Field>>) -> Result<(), Failure> {
+    let output = context.output;
+    if output.is_json() || rows.is_empty() {
+        return output.list(rows, "no request is pending");
+    }
+    for (number, row) in rows.into_iter().enumerate() {
+        if number > 0 {
+            output.text("")?;
+        }
+        output.fields(row)?;
+    }
+    Ok(())
+}
+
+fn pins<'a>(store: &'a dyn Tables, admin: &'a Admin, organization: Organization<'_>) -> Pins<'a> {
+    Pins {
+        store,
+        admin,
+        organization: organization.id,
+    }
+}
+
+pub(super) fn approve(approve: &Approve, context: &Context) -> Result<(), Failure> {
+    let wanted = requests(&approve.requests)?;
+    let one_only = approve.phrase.is_some() || approve.accept_key.is_some();
+    if one_only && wanted.len() != 1 {
+        let what = "`--phrase` and `--accept-key` are for one request";
+        return Err(Failure::new(Exit::Usage, what));
+    }
+    let config = context.config_for_token()?;
+    let organization = Organization::of(&config, &approve.choice)?;
+    let admin = open_token(&config, &approve.pin.get(config.token())?, organization)?;
+    let results = with_store(&config, async |store| {
+        let mut session = Session {
+            api: Api::open(organization)?,
+            pins: pins(&**store, &admin, organization),
+            organization,
+            arguments: approve,
+        };
+        let reviewed = session.reviewed(&wanted).await?;
+        for one in &reviewed {
+            confirm(context, approve, &one.pending)?;
+        }
+        session.approve(context, &config, reviewed).await
+    })?;
+    let failed = results.iter().filter(|one| one.failure.is_some()).count();
+    let rows = results.iter().map(Done::fields).collect();
+    context.output.list(rows, "")?;
+    if failed == 0 {
+        return Ok(());
+    }
+    let what = format!("{failed} of {} requests were not approved", results.len());
+    Err(Failure::new(Exit::Refused, what))
+}
+
+/// The result of one request.
+struct Done {
+    request: Guid,
+    email: String,
+    /// Why the request was not approved.
+    failure: Option<String>,
+}
+
+impl Done {
+    fn of(pending: &Pending, failure: Option<String>) -> Self {
+        Self {
+            request: pending.id,
+            email: pending.email.clone(),
+            failure,
+        }
+    }
+
+    fn fields(&self) -> Vec<Field> {
+        let result = self.failure.as_deref().unwrap_or("approved");
+        vec![
+            ("request", json!(self.request.to_string())),
+            ("email", json!(self.email)),
+            ("result", json!(result)),
+        ]
+    }
+}
+
+/// The parts of an approval by a person.
+struct Session<'a> {
+    api: Api<'a>,
+    pins: Pins<'a>,
+    organization: Organization<'a>,
+    arguments: &'a Approve,
+}
+
+impl Session<'_> {
+    async fn reviewed(&mut self, wanted: &[Guid]) -> Result<Vec<Reviewed>, Failure> {
+        let found = self.api.pending().await?;
+        let mut reviewed = Vec::new();
+        for pending in chosen(found.pending, wanted)? {
+            reviewed.push(review(&mut self.api, self.pins, pending).await?);
+        }
+        Ok(reviewed)
+    }
+
+    /// Approves the requests that can be approved, and returns the result of each.
+    async fn approve(
+        &mut self,
+        context: &Context,
+        config: &Config,
+        reviewed: Vec<Reviewed>,
+    ) -> Result<Vec<Done>, Failure> {
+        let mut results = Vec::new();
+        let mut ready = Vec::new();
+        for one in reviewed {
+            match self.ready(&one).await? {
+                Ok(approved) => ready.push(approved),
+                Err(why) => results.push(Done::of(&one.pending, Some(why))),
+            }
+        }
+        if ready.is_empty() {
+            return Ok(results);
+        }
+        let approved: Vec<Pending> = ready.iter().map(|(one, _)| one.pending.clone()).collect();
+        let count = u64::try_from(approved.len()).unwrap_or(u64::MAX);
+        let describe = |entry: &mut Entry| entry.count = Some(count);
+        let action = "bitwarden.approvals";
+        let (api, organization) = (&mut self.api, self.organization);
+        audited_in_parts(context, config, action, describe, |log| {
+            wait(decision::approve(api, log, organization, ready)).map_err(Failure::from)
+        })?;
+        results.extend(approved.iter().map(|pending| Done::of(pending, None)));
+        Ok(results)
+    }
+
+    /// Lets the token re-encrypt a member's key. Returns the reason if this request cannot be approved; an error of the token
+    /// ends the command.
+    async fn ready(
+        &self,
+        reviewed: &Reviewed,
+    ) -> Result<Result<(Decided, Approved), String>, Failure> {
+        let (key, state) = match &reviewed.key {
+            Ok(found) => found,
+            Err(why) => return Ok(Err(why.clone())),
+        };
+        let policy = match self.accepted(key, *state) {
+            Ok(policy) => policy,
+            Err(why) => return Ok(Err(why)),
+        };
+        let approved = match reviewed.release(self.pins.admin, self.organization, key) {
+            Ok(approved) => approved,
+            Err(AdminError::Untrusted(why)) => return Ok(Err(why)),
+            Err(error) => return Err(error.into()),
+        };
+        if policy.is_some() {
+            self.pins
+                .accept(reviewed.pending.member, &key.digest)
+                .await?;
+        }
+        let decided = Decided {
+            pending: reviewed.pending.clone(),
+            digest: Some(key.digest),
+            policy: policy.map(str::to_owned),
+        };
+        Ok(Ok((decided, approved)))
+    }
+
+    /// Whether the key may be used: its pin matches, or the person accepts it by its digest.
+    fn accepted(&self, key: &WrappedKey, state: KeyState) -> Result<Option<&'static str>, String> {
+        let digest = hex::encode(key.digest);
+        match self.arguments.accept_key.as_deref() {
+            _ if state.is_for_policy() => Ok(None),
+            Some(accepted) if accepted.eq_ignore_ascii_case(&digest) => Ok(Some(ACCEPTED_KEY)),
+            _ => Err(format!(
+                "{state}. If you know the reason, approve the request alone with `--accept-key {digest}`"
+            )),
+        }
+    }
+}
+
+/// Waits for a call of the server inside the work of an audited change, which is not asynchronous.
+fn wait<T>(work: impl Future<Output = T>) -> T {
+    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(work))
+}
+
+/// Compares the phrase that the member read out. A person who only agrees to what is on the screen compares nothing.
+fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<(), Failure> {
+    if approve.yes {
+        return Ok(());
+    }
+    let phrase = pending.phrase();
+    let refuse = |what: String| Err(Failure::new(Exit::Verification, what));
+    let differs = || {
+        refuse(format!(
+            "the phrase of request {} is another one: the request may come from another device. Nothing was approved",
+            pending.id
+        ))
+    };
+    if let Some(heard) = &approve.phrase {
+        let heard: Vec<String> = words(heard);
+        return if heard == *phrase.words() {
+            Ok(())
+        } else {
+            differs()
+        };
+    }
+    if !io::stdin().is_terminal() {
+        let what = "this command needs a confirmation: pass --phrase with the words that the member reads out, or --yes";
+        return Err(Failure::new(Exit::Usage, what));
+    }
+    let (first, second) = two_positions()?;
+    context.output.note(&format!(
+        "Request {} of {} ({}). Ask the member for the phrase on the new device, and type words {} and {} of it:",
+        pending.id,
+        crate::cli::output::printable(&pending.email),
+        crate::cli::output::printable(&pending.device_type),
+        first + 1,
+        second + 1
+    ));
+    let mut line = String::new();
+    let typed = io::stdin().read_line(&mut line);
+    let expected = [phrase.words()[first], phrase.words()[second]];
+    if typed.is_err() || words(&line) != expected {
+        return differs();
+    }
+    Ok(())
+}
+
+/// The words of a phrase as a person typed them. Four words of the list contain a hyphen, so hyphens separate words only if there
+/// is no white space.
+fn words(text: &str) -> Vec<String> {
+    let text = text.trim().to_lowercase();
+    let by_space: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+    match by_space.as_slice() {
+        [only] => keybroker_bitwarden::split_phrase(only),
+        _ => by_space,
+    }
+}
+
+/// Two different positions in a phrase, in order.
+fn two_positions() -> Result<(usize, usize), Failure> {
+    let mut bytes = [0; 2];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Failure::new(Exit::Internal, "the random generator failed"))?;
+    let first = usize::from(bytes[0]) % FINGERPRINT_PHRASE_WORDS;
+    let other = usize::from(bytes[1]) % (FINGERPRINT_PHRASE_WORDS - 1);
+    let second = if other < first { other } else { other + 1 };
+    Ok((first.min(second), first.max(second)))
+}
+
+pub(super) fn deny(deny: &Deny, context: &Context) -> Result<(), Failure> {
+    let wanted = requests(&deny.requests)?;
+    let config = context.config()?;
+    let organization = Organization::of(&config, &deny.choice)?;
+    let denied = block_on(async {
+        let mut api = Api::open(organization)?;
+        let pending = chosen(api.pending().await?.pending, &wanted)?;
+        let denied = pending.iter().map(|pending| Decided {
+            pending: pending.clone(),
+            digest: None,
+            policy: None,
+        });
+        let denied: Vec<Decided> = denied.collect();
+        let count = u64::try_from(denied.len()).unwrap_or(u64::MAX);
+        let describe = |entry: &mut Entry| entry.count = Some(count);
+        let action = "bitwarden.approvals";
+        audited_in_parts(context, &config, action, describe, |log: &AuditLog| {
+            wait(decision::deny(&mut api, log, organization, denied)).map_err(Failure::from)
+        })?;
+        Ok::<_, Failure>(pending)
+    })??;
+    let rows = denied.iter().map(|pending| {
+        vec![
+            ("request", json!(pending.id.to_string())),
+            ("email", json!(pending.email)),
+            ("result", json!("denied")),
+        ]
+    });
+    context.output.list(rows.collect(), "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_phrase_is_read_with_spaces_or_hyphens() {
+        let expected = ["turban", "deftly", "anime", "chatroom", "unselfish"];
+        for text in [
+            "turban-deftly-anime-chatroom-unselfish",
+            " Turban deftly  anime chatroom UNSELFISH\n",
+        ] {
+            assert_eq!(words(text), expected);
+        }
+        assert_eq!(words("drop-down yo-yo"), ["drop-down", "yo-yo"]);
+        assert_eq!(
+            words("zoom-drop-down-yo-yo-t-shirt-felt-tip"),
+            ["zoom", "drop-down", "yo-yo", "t-shirt", "felt-tip"]
+        );
+    }
+
+    #[test]
+    fn two_different_positions_are_asked_for() {
+        for _ in 0..100 {
+            let (first, second) = two_positions().unwrap();
+            assert!(first < second && second < FINGERPRINT_PHRASE_WORDS);
+        }
+    }
+}

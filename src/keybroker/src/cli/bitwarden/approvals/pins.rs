@@ -1,0 +1,158 @@
+//! Pins: which wrapped key belongs to which member, as it was first seen, under a MAC by the organisation's integrity key. A
+//! hostile server could answer a thief's request with the wrapped key of another member. Then the pins show that the key belongs
+//! to the other member.
+//!
+//! Not protected: a wrapped key that is not pinned for its member yet, and a pin that was removed from the database.
+
+use std::fmt;
+
+use crate::cli::exit::Failure;
+use keybroker_core::{call::Timestamp, organization::Guid};
+use keybroker_hsm::admin::Admin;
+use keybroker_store as store;
+use keybroker_store::{MemberKeyRow, tables::Tables};
+
+/// What the pins say about a member's wrapped key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeyState {
+    /// Neither the member nor the key has a pin yet.
+    FirstSeen,
+    /// The key is the newest of this member.
+    Known {
+        /// When the key was pinned.
+        since: Timestamp,
+    },
+    /// The member has another key, or had a newer one. A rotation of the user key changes the wrapped key.
+    Changed,
+    /// The key belongs to this other member.
+    OfAnotherMember(Guid),
+    /// A pin was altered, or was made with an earlier key of the organisation.
+    Unverified,
+}
+
+impl KeyState {
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::FirstSeen => "first-seen",
+            Self::Known { .. } => "known",
+            Self::Changed => "changed",
+            Self::OfAnotherMember(_) => "of-another-member",
+            Self::Unverified => "unverified",
+        }
+    }
+
+    /// Whether a policy may decide. In the other cases, only a person may, who names the digest of the key.
+    pub(super) const fn is_for_policy(self) -> bool {
+        matches!(self, Self::FirstSeen | Self::Known { .. })
+    }
+}
+
+impl fmt::Display for KeyState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FirstSeen => f.write_str("the member's key is seen for the first time"),
+            Self::Known { .. } => f.write_str("the member's key is known"),
+            Self::Changed => f.write_str(
+                "the member's key has changed: this is expected only if the member rotated the key of the account",
+            ),
+            Self::OfAnotherMember(member) => write!(
+                f,
+                "the key belongs to another member ({member}): the server may try to give that member's key to this device"
+            ),
+            Self::Unverified => f.write_str(
+                "the pin of the member's key does not verify: it was altered, or was made with an earlier key of the organisation",
+            ),
+        }
+    }
+}
+
+/// The pins of one organisation.
+#[derive(Clone, Copy)]
+pub(super) struct Pins<'a> {
+    pub(super) store: &'a dyn Tables,
+    pub(super) admin: &'a Admin,
+    pub(super) organization: Guid,
+}
+
+impl Pins<'_> {
+    /// Compares a member's wrapped key with the pins.
+    pub(super) async fn state(&self, member: Guid, digest: &[u8; 32]) -> Result<KeyState, Failure> {
+        let (of_key, of_member) = match self.read(member, digest).await {
+            Err(store::Error::Corrupt(_)) => return Ok(KeyState::Unverified),
+            read => read?,
+        };
+        for row in of_key.iter().chain(of_member.first()) {
+            if !self.verifies(row)? {
+                return Ok(KeyState::Unverified);
+            }
+        }
+        Ok(match (of_key, of_member.first()) {
+            (Some(row), _) if row.member != member => KeyState::OfAnotherMember(row.member),
+            (Some(row), Some(newest)) if newest.digest == *digest => {
+                KeyState::Known { since: row.pinned }
+            }
+            (None, None) => KeyState::FirstSeen,
+            _ => KeyState::Changed,
+        })
+    }
+
+    async fn read(
+        &self,
+        member: Guid,
+        digest: &[u8; 32],
+    ) -> Result<(Option<MemberKeyRow>, Vec<MemberKeyRow>), store::Error> {
+        let of_key = self.store.member_key(self.organization, digest).await?;
+        let of_member = self.store.member_keys(self.organization, member).await?;
+        Ok((of_key, of_member))
+    }
+
+    fn verifies(&self, row: &MemberKeyRow) -> Result<bool, Failure> {
+        let key = self.organization.key_id();
+        Ok(self.admin.verify(key, &row.mac_message(), &row.mac)?)
+    }
+
+    /// Compares a wrapped key with the pins, and pins a key that is seen for the first time.
+    pub(super) async fn state_and_pin(
+        &self,
+        member: Guid,
+        digest: &[u8; 32],
+    ) -> Result<KeyState, Failure> {
+        let state = self.state(member, digest).await?;
+        if state != KeyState::FirstSeen {
+            return Ok(state);
+        }
+        match self.store.add_member_key(&self.row(member, digest)?).await {
+            Ok(()) => Ok(KeyState::FirstSeen),
+            // Another process pinned this key at the same moment, perhaps for another member.
+            Err(store::Error::Exists) => self.state(member, digest).await,
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Pins a key that a person accepted. The key of another member is not pinned, so a person must accept it each time.
+    pub(super) async fn accept(&self, member: Guid, digest: &[u8; 32]) -> Result<(), Failure> {
+        let row = self.row(member, digest)?;
+        match self.store.member_key(self.organization, digest).await? {
+            None => self.store.add_member_key(&row).await?,
+            Some(old) if old.member == member || !self.verifies(&old)? => {
+                self.store.update_member_key(&row, &old.mac).await?;
+            }
+            Some(_) => {}
+        }
+        Ok(())
+    }
+
+    fn row(&self, member: Guid, digest: &[u8; 32]) -> Result<MemberKeyRow, Failure> {
+        let mut row = MemberKeyRow {
+            organization: self.organization,
+            digest: *digest,
+            member,
+            pinned: Timestamp::now(),
+            mac: [0; 32],
+        };
+        row.mac = self
+            .admin
+            .mac(self.organization.key_id(), &row.mac_message())?;
+        Ok(row)
+    }
+}

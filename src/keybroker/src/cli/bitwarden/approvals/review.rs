@@ -1,0 +1,176 @@
+//! A session of an administrator or of the service: server, token and database, and the checks of each request.
+
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+
+use crate::{
+    cli::{
+        block_on,
+        exit::{Exit, Failure},
+        output::Field,
+        pin::log_in,
+    },
+    config::Config,
+};
+use keybroker_core::{call::Timestamp, organization::Guid};
+use keybroker_hsm::admin::{Admin, AdminError};
+use keybroker_store as store;
+use keybroker_store::{StoreLock, tables::Tables};
+use keybroker_worker_protocol::PinSource;
+
+use super::{
+    Organization,
+    api::{Api, Approved},
+    key::WrappedKey,
+    pending::Pending,
+    pins::{KeyState, Pins},
+};
+
+/// Longest wait for an embedded database that another command uses.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// A token that has the organisation's key, after its checks.
+pub(super) fn open_token(
+    config: &Config,
+    pin: &PinSource,
+    organization: Organization<'_>,
+) -> Result<Admin, Failure> {
+    let admin = log_in(config, pin, false, &[])?;
+    let key = admin.check_organization_key(organization.id.key_id())?;
+    if key.fingerprint != organization.fingerprint {
+        let what = format!(
+            "the key of organisation {} on the token has the public key {}, but `public_key_sha256` is {}",
+            organization.id, key.fingerprint, organization.fingerprint
+        );
+        return Err(Failure::new(Exit::Untrusted, what));
+    }
+    Ok(admin)
+}
+
+/// Opens the database, calls `work`, and closes the database. No other process may change an embedded database meanwhile.
+pub(super) fn with_store<T>(
+    config: &Config,
+    work: impl AsyncFnOnce(&Arc<dyn Tables>) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let _lock = lock(config)?;
+    block_on(async {
+        let store = store::open_tables(&config.store).await?;
+        let done = work(&store).await;
+        store.close().await;
+        done
+    })?
+}
+
+/// Locks an embedded database. Another command of this kind, such as `approvals run`, needs the lock only for a moment.
+fn lock(config: &Config) -> Result<StoreLock, Failure> {
+    let until = Instant::now() + LOCK_WAIT;
+    loop {
+        match store::lock(&config.store) {
+            Err(store::Error::InUse(_)) if Instant::now() < until => thread::sleep(LOCK_PAUSE),
+            locked => return Ok(locked?),
+        }
+    }
+}
+
+/// A request with the member's wrapped key and what the pins say about it.
+#[derive(Clone, Debug)]
+pub(super) struct Reviewed {
+    pub(super) pending: Pending,
+    /// The key and its state, or the reason why the request cannot be approved.
+    pub(super) key: Result<(WrappedKey, KeyState), String>,
+}
+
+/// Fetches the member's wrapped key, and compares it with the pins.
+pub(super) async fn review(
+    api: &mut Api<'_>,
+    pins: Pins<'_>,
+    pending: Pending,
+) -> Result<Reviewed, Failure> {
+    if pending.is_expired(Timestamp::now()) {
+        let key = Err("the request has expired".to_owned());
+        return Ok(Reviewed { pending, key });
+    }
+    let details = api.details(pending.organization_user).await?;
+    let wrapped = match &details {
+        None => Err("the user is no longer a member of the organisation".to_owned()),
+        Some(details) => details.wrapped_key(),
+    };
+    let key = match wrapped {
+        Ok(key) => {
+            let state = pins.state_and_pin(pending.member, &key.digest).await?;
+            Ok((key, state))
+        }
+        Err(why) => Err(why),
+    };
+    Ok(Reviewed { pending, key })
+}
+
+impl Reviewed {
+    /// The request as a person sees it. `phrase` is shown unless the person must type it.
+    pub(super) fn fields(&self) -> Vec<Field> {
+        let pending = &self.pending;
+        let (digest, state, problem) = match &self.key {
+            Ok((key, state)) => {
+                let problem = (!state.is_for_policy()).then(|| state.to_string());
+                (Some(hex::encode(key.digest)), Some(state.name()), problem)
+            }
+            Err(why) => (None, None, Some(why.clone())),
+        };
+        vec![
+            ("request", json!(pending.id.to_string())),
+            ("email", json!(pending.email)),
+            ("phrase", json!(pending.phrase().to_string())),
+            ("device_type", json!(pending.device_type)),
+            ("device", json!(pending.device)),
+            (
+                "address",
+                json!(pending.address.map(|address| address.to_string())),
+            ),
+            ("country", json!(pending.country)),
+            ("created", json!(pending.created.to_string())),
+            ("expires", json!(pending.expires().to_string())),
+            ("member", json!(pending.member.to_string())),
+            ("key_state", json!(state)),
+            ("key_sha256", json!(digest)),
+            ("problem", json!(problem)),
+        ]
+    }
+
+    /// Lets the token re-encrypt the member's key for the device.
+    pub(super) fn release(
+        &self,
+        admin: &Admin,
+        organization: Organization<'_>,
+        key: &WrappedKey,
+    ) -> Result<Approved, AdminError> {
+        let id = organization.id.key_id();
+        let recipient = &self.pending.public_key;
+        let ciphertext =
+            admin.release_to_device(id, organization.fingerprint, &key.ciphertext, recipient)?;
+        Ok(Approved {
+            request: self.pending.id,
+            ciphertext,
+        })
+    }
+}
+
+/// The pending requests with these ids, in their order. A request that is not pending is an error.
+pub(super) fn chosen(pending: Vec<Pending>, wanted: &[Guid]) -> Result<Vec<Pending>, Failure> {
+    let find = |id: &Guid| {
+        let found = pending.iter().find(|one| one.id == *id).cloned();
+        found.ok_or_else(|| {
+            let what = format!(
+                "request {id} is not pending: it was decided or has expired, or the server sent it in a form that is not accepted"
+            );
+            Failure::new(Exit::Refused, what)
+                .hint("`keybroker bitwarden approvals list` shows the pending requests")
+        })
+    };
+    wanted.iter().map(find).collect()
+}

@@ -1,0 +1,107 @@
+//! The public keys of the recipients of sealed releases, as session objects of the token.
+
+use std::collections::VecDeque;
+
+use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
+use keybroker_core::{envelope::Algorithm, key::Fingerprint};
+use keybroker_pkcs11_ffi::Session;
+use keybroker_worker_protocol::{oaep, recipient::RecipientKey};
+
+use crate::{
+    calling,
+    classify::{Class, Fault},
+    oaep::mechanism,
+};
+
+/// Largest number of recipients' keys that one session keeps. SoftHSM 2.6 never frees about 250 bytes of each session
+/// object, so the keys of frequent recipients are imported only once.
+pub(crate) const RECIPIENTS_MAX: usize = 64;
+/// Size of the buffer for a wrapped key, in bytes: the length of the longest modulus of a recipient.
+const WRAPPED_BYTES_MAX: usize = 512;
+
+/// The public exponent 65537, big-endian.
+const PUBLIC_EXPONENT: [u8; 3] = [0x01, 0x00, 0x01];
+
+/// Returns the template of a session object with this modulus, under which other objects are wrapped.
+pub(crate) fn recipient_template(modulus: Attribute) -> [Attribute; 6] {
+    [
+        Attribute::Class(ObjectClass::PUBLIC_KEY),
+        Attribute::KeyType(KeyType::RSA),
+        modulus,
+        Attribute::PublicExponent(PUBLIC_EXPONENT.to_vec()),
+        Attribute::Token(false),
+        Attribute::Wrap(true),
+    ]
+}
+
+/// The public key of a recipient, as a session object.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Recipient {
+    object: ObjectHandle,
+    modulus_bytes: usize,
+}
+
+impl Recipient {
+    /// Wraps an object under the public key (`C_WrapKey`).
+    pub(crate) fn wrap(
+        self,
+        session: &Session,
+        object: ObjectHandle,
+        algorithm: Algorithm,
+    ) -> Result<Vec<u8>, Fault> {
+        let mut wrapped = vec![0; WRAPPED_BYTES_MAX];
+        calling::next("C_WrapKey");
+        let mechanism = mechanism(algorithm);
+        let length = session.wrap_key_into(&mechanism, self.object, object, &mut wrapped)?;
+        if length != self.modulus_bytes {
+            return Err(Fault::new(
+                Class::Untrusted,
+                format!(
+                    "C_WrapKey returned {length} bytes for a recipient's key of {} bytes",
+                    self.modulus_bytes
+                ),
+            ));
+        }
+        wrapped.truncate(length);
+        Ok(wrapped)
+    }
+}
+
+/// The recipients' keys that one session has imported, beginning with the least recently used key.
+#[derive(Debug, Default)]
+pub(crate) struct Recipients(VecDeque<(Fingerprint, Recipient)>);
+
+impl Recipients {
+    /// Returns the session object of a recipient's key, a DER SubjectPublicKeyInfo. Checks and imports the key if the
+    /// session does not have it, and then removes the least recently used key if the session has too many keys.
+    pub(crate) fn object(&mut self, session: &Session, spki: &[u8]) -> Result<Recipient, Fault> {
+        let fingerprint = oaep::fingerprint(spki);
+        let known = self.0.iter().position(|(known, _)| *known == fingerprint);
+        let recipient = match known.and_then(|at| self.0.remove(at)) {
+            Some((_, recipient)) => recipient,
+            None => {
+                let key = RecipientKey::from_spki(spki).map_err(|error| {
+                    Fault::new(Class::Input, format!("the key of the recipient: {error}"))
+                })?;
+                import(session, &key)?
+            }
+        };
+        self.0.push_back((fingerprint, recipient));
+        if self.0.len() > RECIPIENTS_MAX
+            && let Some((_, oldest)) = self.0.pop_front()
+        {
+            calling::next("C_DestroyObject");
+            session.destroy_object(oldest.object)?;
+        }
+        Ok(recipient)
+    }
+}
+
+fn import(session: &Session, key: &RecipientKey) -> Result<Recipient, Fault> {
+    let template = recipient_template(Attribute::Modulus(key.modulus().to_vec()));
+    calling::next("C_CreateObject");
+    Ok(Recipient {
+        object: session.create_object(&template)?,
+        modulus_bytes: key.modulus().len(),
+    })
+}

@@ -49,10 +49,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.shown("bitwarden_member", bitwarden.map(|request| &request.member));
     let organization = bitwarden.map(|request| &request.organization);
     object.shown("bitwarden_organization", organization);
-    object.shown(
-        "bitwarden_request",
-        bitwarden.map(|request| &request.request),
-    );
+    let of_server = bitwarden.map(|request| &request.request);
+    object.shown("bitwarden_request", of_server);
     object.number("bytes", entry.bytes);
     object.shown("call_id", entry.call_id.as_ref());
     object.text("cause", entry.cause.as_deref());

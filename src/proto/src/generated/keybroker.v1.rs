@@ -84,26 +84,35 @@ pub struct UnwrapUserKeyRequest {
     /// 1 to 64 bytes of \[a-z0-9._-\].
     #[prost(string, tag = "2")]
     pub key_name: ::prost::alloc::string::String,
+    /// If present, the token encrypts the user's key to this recipient (sealed release). Required for a key that is wrapped under a
+    /// sealed wrapping key, and refused with the reason RELEASE_FORM for every other key.
     #[prost(message, optional, tag = "3")]
     pub recipient: ::core::option::Option<Recipient>,
 }
 /// The recipient of a sealed release.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Recipient {
+    /// The recipient's RSA public key: DER SubjectPublicKeyInfo of a key with a modulus of 2048 to 4096 bits, in steps of 8 bits, and
+    /// with the public exponent 65537. At most 1,024 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
+    /// The hash that the recipient requires. The call fails with the reason REQUEST if the token uses another hash.
     #[prost(enumeration = "OaepHash", tag = "2")]
     pub hash: i32,
 }
-/// A user key that the token encrypted to the recipient.
+/// A user key that the token encrypted to the recipient. The broker has never had the user key in plain text during this call.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SealedUserKey {
+    /// RSA-OAEP with an empty label; as many bytes as the recipient's modulus has. The plaintext has 1 to 190 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub ciphertext: ::prost::alloc::vec::Vec<u8>,
+    /// "RSA-OAEP-SHA-256" or "RSA-OAEP-SHA-1".
     #[prost(string, tag = "2")]
     pub algorithm: ::prost::alloc::string::String,
+    /// SHA-256 of the recipient's DER SubjectPublicKeyInfo, 32 bytes.
     #[prost(bytes = "vec", tag = "3")]
     pub recipient_fingerprint: ::prost::alloc::vec::Vec<u8>,
+    /// How the wrapping key is protected.
     #[prost(enumeration = "Sealing", tag = "4")]
     pub sealing: i32,
 }
@@ -111,12 +120,13 @@ pub struct SealedUserKey {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
 pub struct UnwrapUserKeyResponse {
-    /// The user's key, 1 to 190 bytes.
+    /// The user's key, 1 to 190 bytes; empty for a sealed release.
     #[prost(bytes = "vec", tag = "1")]
     pub key_material: ::prost::alloc::vec::Vec<u8>,
     /// The revision that was released.
     #[prost(uint64, tag = "2")]
     pub revision: u64,
+    /// The result of a sealed release; absent if the request has no recipient.
     #[prost(message, optional, tag = "3")]
     pub sealed: ::core::option::Option<SealedUserKey>,
 }
@@ -344,11 +354,11 @@ impl UserKeyState {
         }
     }
 }
-/// The hash of RSA-OAEP.
+/// The hash of RSA-OAEP, for the message digest and for MGF1. The label is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum OaepHash {
-    /// x
+    /// The hash that the token of the wrapping key supports: SHA-256, or SHA-1 if the token supports only SHA-1. The answer names it.
     Unspecified = 0,
     /// SHA-256.
     Sha256 = 1,
@@ -377,15 +387,15 @@ impl OaepHash {
         }
     }
 }
-/// Sealing.
+/// How a sealed wrapping key is protected against a program that controls a token worker of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Sealing {
-    /// x
+    /// The key is not a sealed wrapping key, or the token has not been examined.
     Unspecified = 0,
-    /// x
+    /// The token refuses to unwrap a user key into a readable object.
     Enforced = 1,
-    /// x
+    /// Only the worker prevents a readable object.
     Worker = 2,
 }
 impl Sealing {
@@ -1412,6 +1422,8 @@ pub struct WrappingKey {
     /// TokenState, or "unknown" for a token that no worker has examined. Later releases may add other words.
     #[prost(string, repeated, tag = "14")]
     pub token_assurances: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// How a sealed wrapping key is protected, on the token that protects it worst. Unspecified for a plain wrapping key, and until a
+    /// token has been examined.
     #[prost(enumeration = "Sealing", tag = "15")]
     pub sealing: i32,
 }
@@ -1910,6 +1922,7 @@ pub struct RotateWrappingKeyRequest {
     /// new user keys.
     #[prost(string, tag = "5")]
     pub token: ::prost::alloc::string::String,
+    /// The purpose of the new key; unspecified for the purpose of the key that wraps new user keys.
     #[prost(enumeration = "WrappingKeyPurpose", tag = "6")]
     pub purpose: i32,
 }
@@ -2132,7 +2145,7 @@ pub enum WrappingKeyPurpose {
     Unspecified = 0,
     /// Release in plain to an authorised caller (CKA_DECRYPT).
     Plain = 1,
-    /// Release sealed to a recipient's key (CKA_UNWRAP). Reserved.
+    /// Release only encrypted to the public key of a recipient (CKA_UNWRAP).
     Sealed = 2,
 }
 impl WrappingKeyPurpose {
@@ -4113,6 +4126,9 @@ pub struct AccessRequest {
     /// Whether the row was altered in the database: do not trust its content.
     #[prost(bool, tag = "20")]
     pub altered: bool,
+    /// The first of two approvers; empty before, and if one is sufficient.
+    #[prost(string, tag = "21")]
+    pub first_approved_by: ::prost::alloc::string::String,
 }
 /// Request of EstablishTrust. The signed fields are, in this order: device_id, name, type, verification_key, key_name, revision (eight
 /// bytes), keys.user_key, keys.public_key, keys.private_key.
@@ -4348,7 +4364,8 @@ pub struct FetchAccessAnswerResponse {
     /// The user key, encrypted to the public key of the request; empty while the request is pending.
     #[prost(bytes = "vec", tag = "2")]
     pub encrypted_user_key: ::prost::alloc::vec::Vec<u8>,
-    /// How the user key is encrypted, as the approving device stated it; empty while the request is pending.
+    /// How the user key is encrypted, as the approving device stated it, or "rsa-oaep-sha256" or "rsa-oaep-sha1" if an approver approved;
+    /// empty while the request is pending.
     #[prost(string, tag = "3")]
     pub encryption: ::prost::alloc::string::String,
     /// When the request, or after an approval its answer, expires.
@@ -4409,6 +4426,23 @@ pub struct ApproveAccessRequestRequest {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ApproveAccessRequestResponse {
     /// The request after the approval.
+    #[prost(message, optional, tag = "1")]
+    pub access_request: ::core::option::Option<AccessRequest>,
+}
+/// Request of ApproveForMember.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveForMemberRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The two words of the phrase that the list hides, in their order, as the member says them.
+    #[prost(string, repeated, tag = "2")]
+    pub phrase_words: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// Answer of ApproveForMember.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveForMemberResponse {
+    /// The request after the approval. It is still pending if a second approver is needed.
     #[prost(message, optional, tag = "1")]
     pub access_request: ::core::option::Option<AccessRequest>,
 }
@@ -4946,6 +4980,34 @@ pub mod device_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Approves the request of another person, for a caller with the role `approver`: the token encrypts the person's user key to the public
+        /// key of the request. Neither the caller nor the broker has the user key.
+        pub async fn approve_for_member(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ApproveForMemberRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveForMemberResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ApproveForMember",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "ApproveForMember"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
         /// Denies a pending request, or withdraws an approval whose answer was not consumed.
         pub async fn deny_access_request(
             &mut self,
@@ -5086,6 +5148,15 @@ pub mod device_service_server {
             request: tonic::Request<super::ApproveAccessRequestRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ApproveAccessRequestResponse>,
+            tonic::Status,
+        >;
+        /// Approves the request of another person, for a caller with the role `approver`: the token encrypts the person's user key to the public
+        /// key of the request. Neither the caller nor the broker has the user key.
+        async fn approve_for_member(
+            &self,
+            request: tonic::Request<super::ApproveForMemberRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveForMemberResponse>,
             tonic::Status,
         >;
         /// Denies a pending request, or withdraws an approval whose answer was not consumed.
@@ -5712,6 +5783,52 @@ pub mod device_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ApproveAccessRequestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ApproveForMember" => {
+                    #[allow(non_camel_case_types)]
+                    struct ApproveForMemberSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ApproveForMemberRequest>
+                    for ApproveForMemberSvc<T> {
+                        type Response = super::ApproveForMemberResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ApproveForMemberRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::approve_for_member(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ApproveForMemberSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -259,7 +259,9 @@ fn rows_of_the_audit_page() -> Vec<(Vec<String>, String)> {
 /// Every action that the audit log can hold is on its page, and each that the page has is written somewhere.
 #[test]
 fn the_audit_page_has_every_action_and_no_other() {
-    const SUBJECTS: [&str; 15] = [
+    const SUBJECTS: [&str; 17] = [
+        "access_request",
+        "device",
         "approval",
         "bitwarden",
         "organization_key",

@@ -1,6 +1,7 @@
 //! Trusted devices and requests for access at the real broker, with access tokens of an identity service.
 
 mod approvers;
+mod for_members;
 mod keys;
 mod matrix;
 pub(crate) mod member;

@@ -66,14 +66,19 @@ impl Pair {
         let sealed = answer.sealed.as_ref().unwrap();
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &self.public);
         assert_eq!(sealed.recipient_fingerprint, digest.as_ref());
-        let parameters = match sealed.algorithm.as_str() {
-            "RSA-OAEP-SHA-1" => &OAEP_SHA1_MGF1SHA1,
-            "RSA-OAEP-SHA-256" => &OAEP_SHA256_MGF1SHA256,
+        self.open_bytes(&sealed.ciphertext, &sealed.algorithm)
+    }
+
+    /// Opens a ciphertext. `algorithm` is the name in an answer of the user-key service or of the device service.
+    pub(crate) fn open_bytes(&self, ciphertext: &[u8], algorithm: &str) -> Vec<u8> {
+        let parameters = match algorithm {
+            "RSA-OAEP-SHA-1" | "rsa-oaep-sha1" => &OAEP_SHA1_MGF1SHA1,
+            "RSA-OAEP-SHA-256" | "rsa-oaep-sha256" => &OAEP_SHA256_MGF1SHA256,
             other => panic!("{other}"),
         };
         let private = OaepPrivateDecryptingKey::new(self.private.clone()).unwrap();
         let mut plaintext = vec![0; private.min_output_size()];
-        let opened = private.decrypt(parameters, &sealed.ciphertext, &mut plaintext, None);
+        let opened = private.decrypt(parameters, ciphertext, &mut plaintext, None);
         opened.unwrap().to_vec()
     }
 }

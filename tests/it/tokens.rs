@@ -14,6 +14,7 @@ use crate::{
     client::{Caller, NAME, channel, eventually, refused},
     identity::{Identity, Options as IdentityOptions, now, user},
     process::{Broker, until},
+    sealed::make_sealed_key,
     site::{Finished, Options, Site},
     softhsm::write_private,
     wire::get,
@@ -25,11 +26,18 @@ const MATERIAL: &[u8] = b"material of this user";
 
 /// A site that believes an identity service, over connections with and without certificates.
 fn site(service: &Identity, lines: &str) -> Arc<Site> {
+    believing(Site::fresh(options()), service, lines)
+}
+
+fn options() -> Options {
     // No table of bad tokens fits into the budget of one address.
-    let site = Site::fresh(Options {
+    Options {
         limits: "[rates]\nfailures_per_minute = 100000\nuser_calls_per_minute = 100000".to_owned(),
         ..Options::default()
-    });
+    }
+}
+
+fn believing(site: Site, service: &Identity, lines: &str) -> Arc<Site> {
     site.write_configuration(|text| {
         let apis = "apis = [\"grpc\", \"admin\"]";
         let optional = format!("{apis}\nclient_certificates = \"optional\"");
@@ -46,7 +54,19 @@ fn site(service: &Identity, lines: &str) -> Arc<Site> {
 
 /// A broker on such a site, that has its keys.
 pub(crate) fn start(service: &Identity, lines: &str) -> Broker {
-    let broker = Broker::start_on(site(service, lines));
+    start_on(site(service, lines))
+}
+
+/// A broker whose only wrapping key is a sealed one.
+pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
+    let site = Site::without_keys(options());
+    site.expect_ok(&["store", "migrate"]);
+    make_sealed_key(&site);
+    start_on(believing(site, service, lines))
+}
+
+fn start_on(site: Arc<Site>) -> Broker {
+    let broker = Broker::start_on(site);
     let is_ready = || broker.site.log().contains("key set taken over");
     until("the key set", || is_ready().then_some(()));
     broker

@@ -41,10 +41,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     let (approved_by, approver) = both(persons.and_then(|persons| persons.approved_by.as_ref()));
     object.text("approved_by", approved_by);
     object.text("approved_by_person", approver);
-    object.text(
-        "asked_by",
-        device.and_then(|device| device.asked_by.as_deref()),
-    );
+    let asked_by = device.and_then(|device| device.asked_by.as_deref());
+    object.text("asked_by", asked_by);
     let asked = entry.bitwarden.as_deref();
     object.text("bitwarden_device", asked.map(|it| &*it.device));
     object.shown("bitwarden_member", asked.map(|it| &it.member));
@@ -57,7 +55,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("cause", entry.cause.as_deref());
     object.shown("client", entry.client.as_ref());
     object.number("count", entry.count);
-    object.shown("device", device.and_then(|device| device.device.as_ref()));
+    let device_id = device.and_then(|device| device.device.as_ref());
+    object.shown("device", device_id);
     object.text("digest", entry.digest.as_deref());
     object.text("grant", entry.grant.as_deref());
     object.text("key_name", entry.key_name.as_ref().map(KeyName::as_str));
@@ -70,10 +69,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("person", person);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
-    object.text(
-        "public_key",
-        device.and_then(|device| device.public_key.as_deref()),
-    );
+    let public_key = device.and_then(|device| device.public_key.as_deref());
+    object.text("public_key", public_key);
     object.text("reason", entry.reason.map(Reason::as_str));
     object.shown("recipient", entry.recipient.as_ref());
     object.shown("record_id", entry.record_id.as_ref());

@@ -171,6 +171,12 @@ impl Broker {
         })
     }
 
+    /// Whether two principals are the same, or belong to the same person of the configuration.
+    pub(super) fn is_same_person(&self, one: &str, other: &str) -> bool {
+        let person = |name| self.approvals.rules.person_of(name);
+        one == other || person(one).is_some_and(|known| person(other) == Some(known))
+    }
+
     /// Checks that the principal may make a secret of an API client: only the person to whom the API client belongs may, because the
     /// holder of the secret can approve changes as this person.
     pub(super) fn check_owner(

@@ -28,6 +28,7 @@ use keybroker_store::{AccessRow, Changed, DeviceChange, DeviceRow, RecordInfo};
 
 use super::{Broker, Registry, commit::Settled, journal::Draft, within};
 
+mod administrator;
 mod answer;
 mod decision;
 mod establish;
@@ -37,6 +38,7 @@ mod rotation;
 mod signed;
 mod untrust;
 
+pub use administrator::AdministratorApproval;
 pub use answer::AccessAnswer;
 pub use decision::DeviceApproval;
 pub use establish::NewDevice;
@@ -59,6 +61,8 @@ pub struct DeviceRules {
     pub administrator_lifetime: Duration,
     /// How long the answer can be fetched after an administrator approved the request.
     pub answer_lifetime: Duration,
+    /// How many approvers must approve a request, 1 or 2.
+    pub approvers_needed: u32,
     /// How long rows that are over stay in the database.
     pub kept: Duration,
 }
@@ -70,6 +74,7 @@ impl Default for DeviceRules {
             request_lifetime: Duration::from_mins(15),
             administrator_lifetime: Duration::from_hours(7 * 24),
             answer_lifetime: Duration::from_hours(12),
+            approvers_needed: 1,
             kept: Duration::from_hours(30 * 24),
         }
     }

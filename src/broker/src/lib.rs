@@ -80,8 +80,9 @@ pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Decided, Person, R
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use devices::{
-    AccessAnswer, AccessList, AccessView, DeviceApproval, DeviceList, DeviceRotation, DeviceRules,
-    DeviceView, NewAccessRequest, NewDevice, PhraseView, RotatedDevice, Untrusted, Which,
+    AccessAnswer, AccessList, AccessView, AdministratorApproval, DeviceApproval, DeviceList,
+    DeviceRotation, DeviceRules, DeviceView, NewAccessRequest, NewDevice, PhraseView,
+    RotatedDevice, Untrusted, Which,
 };
 pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{

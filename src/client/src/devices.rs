@@ -182,6 +182,25 @@ impl Client {
         })
     }
 
+    /// Approves the request of another person as an approver. `words` are the two words of the phrase that the list hides, as the
+    /// member says them.
+    pub fn approve_for_member(
+        &self,
+        id: AccessRequestId,
+        words: [String; 2],
+    ) -> NonIdempotent<'_, proto::AccessRequest> {
+        NonIdempotent::new(self.shared(), move |attempt| {
+            let request = attempt.request(proto::ApproveForMemberRequest {
+                access_request_id: id.as_bytes().to_vec(),
+                phrase_words: words.to_vec(),
+            });
+            async move {
+                let answer = service(&attempt).approve_for_member(request).await?;
+                access(answer.into_inner().access_request)
+            }
+        })
+    }
+
     /// Denies a pending request, or withdraws an approval whose answer was not consumed.
     pub fn deny_access_request(
         &self,

@@ -410,13 +410,15 @@ pub enum Action {
     ListAccess,
     /// Approve a request for access with another device of the same member.
     ApproveAccess,
+    /// Approve a request for access of another person: the token releases this person's user key, sealed to the public key of the request.
+    ApproveForMember,
     /// Deny a request for access, or withdraw its approval.
     DenyAccess,
 }
 
 impl Action {
     /// All actions.
-    pub const ALL: [Self; 41] = [
+    pub const ALL: [Self; 42] = [
         Self::Create,
         Self::Unwrap,
         Self::Replace,
@@ -457,6 +459,7 @@ impl Action {
         Self::FetchAccess,
         Self::ListAccess,
         Self::ApproveAccess,
+        Self::ApproveForMember,
         Self::DenyAccess,
     ];
 
@@ -503,6 +506,7 @@ impl Action {
             Self::FetchAccess => "access_request.fetch",
             Self::ListAccess => "access_request.list",
             Self::ApproveAccess => "access_request.approve",
+            Self::ApproveForMember => "access_request.approve_for_member",
             Self::DenyAccess => "access_request.deny",
         }
     }

@@ -188,7 +188,7 @@ impl Resource<'_> {
             | Action::Undelete
             | Action::Restore => matches!(self, Self::UserKey { .. }),
             Action::List => matches!(self, Self::UserKeys { .. }),
-            Action::ApproveAccess | Action::DenyAccess => {
+            Action::ApproveAccess | Action::ApproveForMember | Action::DenyAccess => {
                 matches!(self, Self::AccessRequest { .. })
             }
             Action::EstablishDevice
@@ -409,6 +409,33 @@ impl Policy {
             action,
             address,
             release,
+        })
+    }
+
+    /// Decides whether an approver may let the token release the user key of another person, sealed to the public key of this person's
+    /// request for access. The policies see the request as the resource. `address` must be the requested user key.
+    pub fn decide_for_member(
+        &self,
+        question: &Question<'_>,
+        address: KeyAddress,
+    ) -> Result<KeyPermit, Denied> {
+        let is_of_request = match question.resource {
+            Resource::AccessRequest { tenant, user, .. } => {
+                *tenant == address.tenant && *user == address.user
+            }
+            _ => false,
+        };
+        if !is_of_request || question.release == Release::Plain {
+            return Err(Denied {
+                policy: UNASKED.into(),
+            });
+        }
+        let permit = self.decide(question)?;
+        Ok(KeyPermit {
+            policy: permit.policy,
+            action: question.action,
+            address,
+            release: question.release,
         })
     }
 

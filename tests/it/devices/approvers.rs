@@ -14,7 +14,7 @@ use crate::{
 
 use super::member::{App, CODE, Member};
 
-const CAROL: &str = "2c5ea4c0-4067-11e9-8bad-9b1deb4d3b7d";
+pub(super) const CAROL: &str = "2c5ea4c0-4067-11e9-8bad-9b1deb4d3b7d";
 
 /// Approvers of one member and of all members, by the claims of their access tokens.
 pub(super) fn mappings() -> String {
@@ -41,7 +41,7 @@ users = ["{BOB}"]
     )
 }
 
-fn token(service: &Identity, sub: &str, group: &str) -> String {
+pub(super) fn token(service: &Identity, sub: &str, group: &str) -> String {
     let mut claims = user(sub);
     claims["groups"] = json!([group]);
     service.mint(claims, json!({}))
@@ -178,13 +178,13 @@ async fn an_approver_ends_the_trust_of_a_covered_member_and_uses_no_device() {
 }
 
 /// The client commands with an access token.
-struct Command<'b> {
+pub(super) struct Command<'b> {
     broker: &'b Broker,
     token: std::path::PathBuf,
 }
 
 impl<'b> Command<'b> {
-    fn of(broker: &'b Broker, token: &str) -> Self {
+    pub(super) fn of(broker: &'b Broker, token: &str) -> Self {
         let file = broker.site.folder().join("approver.token");
         crate::softhsm::write_private(&file, token);
         Self {
@@ -207,7 +207,7 @@ impl<'b> Command<'b> {
         Finished::from(command.output().unwrap())
     }
 
-    fn json(&self, words: &[&str]) -> Value {
+    pub(super) fn json(&self, words: &[&str]) -> Value {
         let finished = self.run(words);
         assert_eq!(finished.code, Some(0), "{words:?}: {finished:#?}");
         serde_json::from_str(&finished.stdout).unwrap()

@@ -183,6 +183,7 @@ calls! {
     confirm_access_answer: ConfirmAccessAnswerRequest -> ConfirmAccessAnswerResponse;
     list_access_requests: ListAccessRequestsRequest -> ListAccessRequestsResponse;
     approve_access_request: ApproveAccessRequestRequest -> ApproveAccessRequestResponse;
+    approve_for_member: ApproveForMemberRequest -> ApproveForMemberResponse;
     deny_access_request: DenyAccessRequestRequest -> DenyAccessRequestResponse;
 }
 

@@ -92,7 +92,7 @@ async fn altered_rows_are_refused() {
     ));
     site.sql("UPDATE access_requests SET peer = 'x'");
     let checked = site.run(&["--output", "json", "store", "check"]);
-    assert_eq!(checked.code, Some(6), "{checked:#?}");
+    assert_eq!(checked.code, Some(12), "{checked:#?}");
     for part in ["mac-refused", "device 0202", "request for access"] {
         assert!(checked.stdout.contains(part), "{part}: {}", checked.stdout);
     }

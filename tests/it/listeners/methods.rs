@@ -2,9 +2,9 @@
 
 use keybroker_proto::{
     AddClientSecretRequest, ApproveAccessRequestRequest, ApproveChangeRequest,
-    BatchUnwrapUserKeysRequest, ChangeWrappingKeyStateRequest, ConfirmAccessAnswerRequest,
-    CreateAccessRequestRequest, CreateClientCredentialRequest, CreateUserKeyRequest,
-    DeleteUserKeyRequest, DenyAccessRequestRequest, EstablishTrustRequest,
+    ApproveForMemberRequest, BatchUnwrapUserKeysRequest, ChangeWrappingKeyStateRequest,
+    ConfirmAccessAnswerRequest, CreateAccessRequestRequest, CreateClientCredentialRequest,
+    CreateUserKeyRequest, DeleteUserKeyRequest, DenyAccessRequestRequest, EstablishTrustRequest,
     FetchAccessAnswerRequest, GetDeviceKeysRequest, GetUserKeyRequest, GetWrappingKeyRequest,
     ListApprovalsRequest, ListClientCredentialsRequest, ListDevicesRequest, ListUserKeysRequest,
     RejectChangeRequest, RenameDeviceRequest, ReplaceUserKeyRequest, ReportDeviceLostRequest,
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Every method, and a caller who may call it.
-pub(crate) const METHODS: [(&str, &str); 39] = [
+pub(crate) const METHODS: [(&str, &str); 40] = [
     ("/keybroker.v1.UserKeyService/CreateUserKey", "enroller"),
     ("/keybroker.v1.UserKeyService/UnwrapUserKey", "releaser"),
     (
@@ -91,6 +91,7 @@ pub(crate) const METHODS: [(&str, &str); 39] = [
         "/keybroker.v1.DeviceService/ApproveAccessRequest",
         "releaser",
     ),
+    ("/keybroker.v1.DeviceService/ApproveForMember", "releaser"),
     ("/keybroker.v1.DeviceService/DenyAccessRequest", "releaser"),
 ];
 
@@ -134,6 +135,7 @@ async fn every_method_audits_what_it_cannot_read() {
         actions,
         [
             "access_request.approve",
+            "access_request.approve_for_member",
             "access_request.create",
             "access_request.deny",
             "access_request.fetch",
@@ -402,6 +404,10 @@ fn wrong_devices() -> Vec<Wrong> {
         encryption: "none of these".to_owned(),
         ..Default::default()
     };
+    let for_member = ApproveForMemberRequest {
+        access_request_id: vec![7; 16],
+        phrase_words: vec!["one".to_owned()],
+    };
     let deny = DenyAccessRequestRequest {
         access_request_id: vec![7; 17],
     };
@@ -420,6 +426,7 @@ fn wrong_devices() -> Vec<Wrong> {
         wrong("FetchAccessAnswer", &fetch(16, 15), "access_code"),
         wrong("ConfirmAccessAnswer", &confirm, "access_code"),
         wrong("ApproveAccessRequest", &approve, "encryption"),
+        wrong("ApproveForMember", &for_member, "phrase_words"),
         wrong("DenyAccessRequest", &deny, request),
     ]
 }

@@ -254,6 +254,22 @@ impl DeviceService for Devices {
         }))
     }
 
+    async fn approve_for_member(
+        &self,
+        request: Request<proto::ApproveForMemberRequest>,
+    ) -> Result<Response<proto::ApproveForMemberResponse>, Status> {
+        let action = Action::ApproveForMember;
+        let (entered, approval) = self.enter(request, action, requests::for_member).await?;
+        let approved = self
+            .broker
+            .approve_for_member(&entered.principal, &entered.call, approval)
+            .await
+            .map_err(|error| entered.status(&error))?;
+        Ok(Response::new(proto::ApproveForMemberResponse {
+            access_request: Some(access_request(&approved)),
+        }))
+    }
+
     async fn deny_access_request(
         &self,
         request: Request<proto::DenyAccessRequestRequest>,

@@ -66,6 +66,7 @@ pub(super) fn action(path: &str) -> Option<Action> {
         (DEVICE_SERVICE, "FetchAccessAnswer" | "ConfirmAccessAnswer") => Action::FetchAccess,
         (DEVICE_SERVICE, "ListAccessRequests") => Action::ListAccess,
         (DEVICE_SERVICE, "ApproveAccessRequest") => Action::ApproveAccess,
+        (DEVICE_SERVICE, "ApproveForMember") => Action::ApproveForMember,
         (DEVICE_SERVICE, "DenyAccessRequest") => Action::DenyAccess,
         // The path does not show which action the caller requests: the message specifies the new
         // state of the key.
@@ -96,7 +97,7 @@ mod tests {
                 methods += 1;
             }
         }
-        assert_eq!(methods, 39);
+        assert_eq!(methods, 40);
         for other in [
             "",
             "/",

@@ -47,7 +47,7 @@ pub struct Mapping {
     /// The roles of the holders, if they are services.
     #[serde(default)]
     pub roles: BTreeSet<Role>,
-    /// The users whose keys services with the role `release` may release.
+    /// The users whose keys services with the role `release` may release, and whose requests those with the role `approver` decide.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub users: Option<Reach<UserId>>,
     /// The names of the keys that services with the role `release` may release.
@@ -198,10 +198,12 @@ impl Mapping {
         problems.extend(self.when.iter().filter_map(Condition::problem));
         let is_limited = self.users.is_some() || self.key_names.is_some();
         let is_granted = !self.roles.is_empty() || is_limited;
-        if is_limited && self.kind == Kind::Service && !self.roles.contains(&Role::Release) {
+        let releases = self.roles.contains(&Role::Release);
+        let has_use = releases || self.key_names.is_none() && self.roles.contains(&Role::Approver);
+        if is_limited && self.kind == Kind::Service && !has_use {
             problems.push(
-                "`users` and `key_names` limit only the role `release`, which the mapping does not give: remove them, or add \
-                 the role"
+                "`users` and `key_names` limit only the role `release`, and `users` also the role `approver`, which the mapping does \
+                 not give: remove them, or add the role"
                     .to_owned(),
             );
         }

@@ -142,6 +142,21 @@ impl Broker {
         action: Action,
         id: AccessRequestId,
     ) -> Result<(AccessRow, Draft), Error> {
+        let row = self.found_request(principal, call, action, id).await?;
+        let draft = self.begin_decision(principal, call, action, &row).await?;
+        let verified = self.verify_access(&row).await;
+        self.or_record(&draft, verified).await?;
+        Ok((row, draft))
+    }
+
+    /// Reads a request about which a principal wants to decide. A request of another member is not found for a member.
+    pub(super) async fn found_request(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+        id: AccessRequestId,
+    ) -> Result<AccessRow, Error> {
         let found = async {
             self.check_acknowledged()?;
             let row = within(call, self.store.access_request(id)).await?;
@@ -154,17 +169,13 @@ impl Broker {
             row.filter(is_shown)
                 .ok_or_else(|| unknown("access_request_id"))
         };
-        let row = match found.await {
-            Ok(row) => row,
+        match found.await {
+            Ok(row) => Ok(row),
             Err(error) => {
                 let draft = Draft::new(principal, call, action);
-                return self.or_record(&draft, Err(error)).await;
+                self.or_record(&draft, Err(error)).await
             }
-        };
-        let draft = self.begin_decision(principal, call, action, &row).await?;
-        let verified = self.verify_access(&row).await;
-        self.or_record(&draft, verified).await?;
-        Ok((row, draft))
+        }
     }
 
     /// Checks that a request can be approved: it is pending, and the newest of its device.

@@ -111,7 +111,7 @@ pub(super) fn phrase(row: &AccessRow) -> FingerprintPhrase {
 }
 
 /// The places of the two words that an approver types, which depend on the id of the request.
-fn hidden_words(id: AccessRequestId) -> [usize; 2] {
+pub(super) fn hidden_words(id: AccessRequestId) -> [usize; 2] {
     let [first, second, ..] = *id.as_bytes();
     let first = usize::from(first) % FINGERPRINT_PHRASE_WORDS;
     let step = 1 + usize::from(second) % (FINGERPRINT_PHRASE_WORDS - 1);

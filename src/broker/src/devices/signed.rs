@@ -1,4 +1,6 @@
 //! The signatures of devices: who may sign a change, and the check that each signature counts once.
+//!
+//! Mitigation: M27 of `THREAT_MODEL.md`.
 
 use keybroker_core::{
     call::Timestamp,

@@ -14,6 +14,9 @@ const MINUTES_MAX: u32 = 24 * 60;
 /// authenticates it, so a longer time would delay the destruction of wrapping keys.
 const HOURS_MAX: u32 = 30 * 24;
 
+/// The largest number of approvers that a request can need.
+const APPROVERS_MAX: u32 = 2;
+
 /// The `[devices]` section of the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -26,6 +29,8 @@ pub struct Settings {
     pub administrator_request_hours: u32,
     /// The time in hours within which the answer must be fetched after an administrator approved the request: 1 to 720.
     pub answer_hours: u32,
+    /// How many approvers must approve a request, 1 or 2.
+    pub approvers_needed: u32,
 }
 
 impl Default for Settings {
@@ -35,6 +40,7 @@ impl Default for Settings {
             request_minutes: 15,
             administrator_request_hours: 7 * 24,
             answer_hours: 12,
+            approvers_needed: 1,
         }
     }
 }
@@ -47,6 +53,7 @@ impl Settings {
             request_lifetime: Duration::from_mins(self.request_minutes.into()),
             administrator_lifetime: Duration::from_hours(self.administrator_request_hours.into()),
             answer_lifetime: Duration::from_hours(self.answer_hours.into()),
+            approvers_needed: self.approvers_needed,
             kept,
         }
     }
@@ -62,6 +69,7 @@ impl Settings {
                 HOURS_MAX,
             ),
             ("answer_hours", self.answer_hours, HOURS_MAX),
+            ("approvers_needed", self.approvers_needed, APPROVERS_MAX),
         ];
         let wrong = limits
             .into_iter()
@@ -90,8 +98,9 @@ mod tests {
                 request_minutes: value,
                 administrator_request_hours: value,
                 answer_hours: value,
+                approvers_needed: value,
             };
-            assert_eq!(wrong.problems().len(), 4, "{value}");
+            assert_eq!(wrong.problems().len(), 5, "{value}");
         }
     }
 }

@@ -4126,6 +4126,9 @@ pub struct AccessRequest {
     /// Whether the row was altered in the database: do not trust its content.
     #[prost(bool, tag = "20")]
     pub altered: bool,
+    /// The first of two approvers; empty before, and if one is sufficient.
+    #[prost(string, tag = "21")]
+    pub first_approved_by: ::prost::alloc::string::String,
 }
 /// Request of EstablishTrust. The signed fields are, in this order: device_id, name, type, verification_key, key_name, revision (eight
 /// bytes), keys.user_key, keys.public_key, keys.private_key.
@@ -4361,7 +4364,8 @@ pub struct FetchAccessAnswerResponse {
     /// The user key, encrypted to the public key of the request; empty while the request is pending.
     #[prost(bytes = "vec", tag = "2")]
     pub encrypted_user_key: ::prost::alloc::vec::Vec<u8>,
-    /// How the user key is encrypted, as the approving device stated it; empty while the request is pending.
+    /// How the user key is encrypted, as the approving device stated it, or "rsa-oaep-sha256" or "rsa-oaep-sha1" if an approver approved;
+    /// empty while the request is pending.
     #[prost(string, tag = "3")]
     pub encryption: ::prost::alloc::string::String,
     /// When the request, or after an approval its answer, expires.
@@ -4422,6 +4426,23 @@ pub struct ApproveAccessRequestRequest {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ApproveAccessRequestResponse {
     /// The request after the approval.
+    #[prost(message, optional, tag = "1")]
+    pub access_request: ::core::option::Option<AccessRequest>,
+}
+/// Request of ApproveForMember.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveForMemberRequest {
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The two words of the phrase that the list hides, in their order, as the member says them.
+    #[prost(string, repeated, tag = "2")]
+    pub phrase_words: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// Answer of ApproveForMember.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ApproveForMemberResponse {
+    /// The request after the approval. It is still pending if a second approver is needed.
     #[prost(message, optional, tag = "1")]
     pub access_request: ::core::option::Option<AccessRequest>,
 }
@@ -4959,6 +4980,34 @@ pub mod device_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Approves the request of another person, for a caller with the role `approver`: the token encrypts the person's user key to the public
+        /// key of the request. Neither the caller nor the broker has the user key.
+        pub async fn approve_for_member(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ApproveForMemberRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveForMemberResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/keybroker.v1.DeviceService/ApproveForMember",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("keybroker.v1.DeviceService", "ApproveForMember"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
         /// Denies a pending request, or withdraws an approval whose answer was not consumed.
         pub async fn deny_access_request(
             &mut self,
@@ -5099,6 +5148,15 @@ pub mod device_service_server {
             request: tonic::Request<super::ApproveAccessRequestRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ApproveAccessRequestResponse>,
+            tonic::Status,
+        >;
+        /// Approves the request of another person, for a caller with the role `approver`: the token encrypts the person's user key to the public
+        /// key of the request. Neither the caller nor the broker has the user key.
+        async fn approve_for_member(
+            &self,
+            request: tonic::Request<super::ApproveForMemberRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ApproveForMemberResponse>,
             tonic::Status,
         >;
         /// Denies a pending request, or withdraws an approval whose answer was not consumed.
@@ -5725,6 +5783,52 @@ pub mod device_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ApproveAccessRequestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/keybroker.v1.DeviceService/ApproveForMember" => {
+                    #[allow(non_camel_case_types)]
+                    struct ApproveForMemberSvc<T: DeviceService>(pub Arc<T>);
+                    impl<
+                        T: DeviceService,
+                    > tonic::server::UnaryService<super::ApproveForMemberRequest>
+                    for ApproveForMemberSvc<T> {
+                        type Response = super::ApproveForMemberResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ApproveForMemberRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DeviceService>::approve_for_member(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ApproveForMemberSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

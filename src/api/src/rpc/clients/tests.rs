@@ -82,7 +82,7 @@ fn each_field_that_breaks_its_limits_is_named() {
         ("label", |r| r.label = "a\nb".to_owned()),
         ("roles", |r| r.roles.clear()),
         ("roles", |r| r.roles.push("Release".to_owned())),
-        ("roles", |r| r.roles = vec!["enrol".to_owned(); 6]),
+        ("roles", |r| r.roles = vec!["enrol".to_owned(); 7]),
         ("users", |r| r.users.push("*".to_owned())),
         ("users", |r| r.users.push(String::new())),
         ("users", |r| r.users.push("a\u{7f}".to_owned())),

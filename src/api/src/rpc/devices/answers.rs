@@ -86,6 +86,7 @@ pub(super) fn access_request(view: &AccessView) -> proto::AccessRequest {
             .collect(),
         verified: view.is_verified,
         altered: view.is_altered,
+        first_approved_by: row.first_approved_by.clone().unwrap_or_default(),
     }
 }
 

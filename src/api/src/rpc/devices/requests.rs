@@ -1,8 +1,8 @@
 //! Parses the messages of `DeviceService`. Every length is checked here.
 
 use keybroker_broker::{
-    Answer, DeviceApproval, DeviceRotation, NewAccessRequest, NewDevice, RotatedDevice, SealedKeys,
-    Untrusted, UserKeyRef, Which,
+    AdministratorApproval, Answer, DeviceApproval, DeviceRotation, NewAccessRequest, NewDevice,
+    RotatedDevice, SealedKeys, Untrusted, UserKeyRef, Which,
 };
 use keybroker_core::{
     call::Timestamp,
@@ -22,6 +22,8 @@ use crate::rpc::convert;
 
 /// Largest number of devices in one message. A member cannot have more.
 const DEVICES_MAX: usize = 200;
+/// Longest word of a phrase, in bytes.
+const WORD_BYTES_MAX: usize = 64;
 /// Longest name of the form of an answer, in bytes.
 const ENCRYPTION_BYTES_MAX: usize = 32;
 
@@ -241,6 +243,18 @@ pub(super) fn approval(r: proto::ApproveAccessRequestRequest) -> Result<DeviceAp
             form: r.encryption,
         },
         signature: signature(r.signature)?,
+    })
+}
+
+pub(super) fn for_member(
+    r: proto::ApproveForMemberRequest,
+) -> Result<AdministratorApproval, Error> {
+    let is_word = |word: &String| (1..=WORD_BYTES_MAX).contains(&word.len());
+    let words = r.phrase_words.try_into().ok();
+    let words = words.filter(|words: &[String; 2]| words.iter().all(is_word));
+    Ok(AdministratorApproval {
+        id: access_id(&r.access_request_id)?,
+        words: words.ok_or_else(|| Error::violation("phrase_words", "two words"))?,
     })
 }
 

@@ -153,7 +153,10 @@ impl Arguments {
             let what = format!("{name} does not apply to one key: omit --key-name");
             return Err(Failure::new(Exit::Usage, what));
         }
-        if !matches!(self.action, Action::ApproveAccess | Action::DenyAccess) {
+        if !matches!(
+            self.action,
+            Action::ApproveAccess | Action::ApproveForMember | Action::DenyAccess
+        ) {
             return Ok(Resource::Devices { tenant, user });
         }
         let user = user.ok_or_else(|| {

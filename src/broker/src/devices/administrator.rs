@@ -1,0 +1,209 @@
+//! An approver approves a request for access of a member: the token encrypts the member's user key to the public key of the request,
+//! in a sealed release. Neither the approver nor this process ever has the user key.
+//!
+//! Mitigation: M27 of `THREAT_MODEL.md`.
+
+use std::sync::Arc;
+
+use keybroker_core::{
+    call::{Call, Timestamp},
+    device::{AccessState, ApprovalRoad},
+    envelope::Algorithm,
+    error::{Error, Reason},
+    key::{AccessRequestId, KeyAddress},
+    principal::{Action, Principal},
+};
+use keybroker_hsm::{Recipient, RecipientKey};
+use keybroker_policy::{KeyPermit, Question, Release, Resource};
+use keybroker_store::{AccessDecision, AccessRow, Answer};
+
+use crate::{Broker, SealedUserKey, caller, journal::Draft};
+
+use super::{
+    AccessView, address_of, after,
+    list::{hidden_words, phrase},
+    wrong_state,
+};
+
+/// The approval by an approver.
+#[derive(Clone, Debug)]
+pub struct AdministratorApproval {
+    /// The request.
+    pub id: AccessRequestId,
+    /// The two hidden words of the phrase, in their order, as the approver heard them from the member.
+    pub words: [String; 2],
+}
+
+impl Broker {
+    /// Approves a request for access as an approver. If two approvers are needed, the first approval is only recorded.
+    pub async fn approve_for_member(
+        self: &Arc<Self>,
+        principal: &Principal,
+        call: &Call,
+        approval: AdministratorApproval,
+    ) -> Result<AccessView, Error> {
+        let (broker, principal, call) = (Arc::clone(self), principal.clone(), call.clone());
+        self.run_change(Action::ApproveForMember, call.clone(), async move {
+            Box::pin(broker.run_approval_for_member(&principal, &call, approval)).await
+        })
+        .await
+    }
+
+    async fn run_approval_for_member(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        approval: AdministratorApproval,
+    ) -> Result<AccessView, Error> {
+        let action = Action::ApproveForMember;
+        let token = caller(principal, call);
+        self.check_admission(&token, principal, call, action)
+            .await?;
+        let row = self
+            .found_request(principal, call, action, approval.id)
+            .await?;
+        let (permit, recipient, mut draft) = self.permit_for_member(principal, call, &row).await?;
+        let now = Timestamp::now();
+        let plan = async {
+            self.verify_access(&row).await?;
+            self.check_approver(principal, call, &row, &approval, now)
+                .await?;
+            if self.device_rules.approvers_needed > 1 && row.first_approved_by.is_none() {
+                return Ok(AccessRow {
+                    first_approved_by: Some(principal.name().to_owned()),
+                    ..row.clone()
+                });
+            }
+            let sealed = self
+                .seal_record(principal, &permit, call, &recipient, &mut draft)
+                .await?;
+            Ok(self.sealed_answer(principal, &row, &sealed, now))
+        };
+        let planned: Result<AccessRow, Error> = Box::pin(plan).await;
+        let approved = self.or_record(&draft, planned).await?;
+        self.commit_access(call, &draft, &row, approved.clone(), now)
+            .await?;
+        Ok(AccessView::verified(approved).for_approver())
+    }
+
+    /// Asks the policy for the sealed release of a member's user key to the public key of a request. The policy sees the request and
+    /// the approver.
+    async fn permit_for_member(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        row: &AccessRow,
+    ) -> Result<(KeyPermit, Recipient, Draft), Error> {
+        let action = Action::ApproveForMember;
+        let at = &row.device.address;
+        let resource = Resource::AccessRequest {
+            tenant: &at.tenant,
+            user: &at.user,
+            requested_by: &row.requested_by,
+            device_type: &row.device.kind,
+            peer: address_of(&row.peer),
+        };
+        let key = match RecipientKey::from_spki(&row.public_key) {
+            Ok(key) => key,
+            Err(error) => {
+                let draft = Draft::of(principal, call, action, resource);
+                let error = Error::caused(Reason::RecordDamaged, error);
+                return self.or_record(&draft, Err(error)).await;
+            }
+        };
+        let question = Question {
+            principal,
+            action,
+            resource,
+            release: Release::Sealed(key.fingerprint()),
+            call,
+        };
+        let address = KeyAddress {
+            tenant: at.tenant.clone(),
+            user: at.user.clone(),
+            name: row.key_name.clone(),
+        };
+        match self.policy.decide_for_member(&question, address) {
+            Ok(permit) => {
+                let mut draft = Draft::permitted(principal, call, &permit);
+                draft.access_request(row);
+                let recipient = Recipient {
+                    key,
+                    algorithm: None,
+                };
+                Ok((permit, recipient, draft))
+            }
+            Err(denied) => {
+                let draft = Draft::of(principal, call, action, resource);
+                Err(self.refuse(draft, &denied).await)
+            }
+        }
+    }
+
+    /// Checks who approves, the state of the request, and the words.
+    async fn check_approver(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        row: &AccessRow,
+        approval: &AdministratorApproval,
+        now: Timestamp,
+    ) -> Result<(), Error> {
+        if self.is_same_person(principal.name(), &row.requested_by) {
+            let what = "the approver made this request, so another person has to approve it";
+            return Err(Error::new(Reason::Policy, what).explained("principal", what));
+        }
+        self.check_pending(call, row, now).await?;
+        if row.road != ApprovalRoad::Administrator {
+            let what =
+                "the request asks for another device of the member, and not for an administrator";
+            return Err(wrong_state("access_request_id", what));
+        }
+        let first = row.first_approved_by.as_deref();
+        if first.is_some_and(|first| self.is_same_person(principal.name(), first)) {
+            let what =
+                "the approver approved the request before, so a second person has to approve it";
+            return Err(wrong_state("access_request_id", what));
+        }
+        let all = phrase(row);
+        let expected = hidden_words(row.id).map(|place| all.words()[place]);
+        let is_right = approval
+            .words
+            .iter()
+            .zip(expected)
+            .all(|(word, expected)| word.trim().eq_ignore_ascii_case(expected));
+        if is_right {
+            return Ok(());
+        }
+        let what = "the two hidden words of the phrase that the member sees on the new device; deny the request if the words of \
+                    the member differ";
+        Err(Error::violation("phrase_words", what))
+    }
+
+    fn sealed_answer(
+        &self,
+        principal: &Principal,
+        row: &AccessRow,
+        sealed: &SealedUserKey,
+        now: Timestamp,
+    ) -> AccessRow {
+        let form = match sealed.algorithm() {
+            Algorithm::RsaOaepSha256 => "rsa-oaep-sha256",
+            Algorithm::RsaOaepSha1 => "rsa-oaep-sha1",
+        };
+        AccessRow {
+            state: AccessState::Approved,
+            expires: after(now, self.device_rules.answer_lifetime),
+            decision: Some(AccessDecision {
+                by: principal.name().to_owned(),
+                device: None,
+                at: now,
+            }),
+            answer: Some(Answer {
+                bytes: sealed.ciphertext().to_vec(),
+                form: form.to_owned(),
+            }),
+            ..row.clone()
+        }
+    }
+}

@@ -3,12 +3,13 @@
 //! again once the faults end.
 //!
 //! `KEYBROKER_TEST_SCHEDULES` is the number of schedules. Each has a seed, which a failure prints: `KEYBROKER_TEST_SCHEDULE_SEED=N` with one
-//! schedule repeats it. `KEYBROKER_TEST_LATENESS_MS` is how late after its deadline an answer may come. The default allows for a busy machine;
+//! schedule repeats it. `KEYBROKER_TEST_SCHEDULE_BROKERS` brokers, each with a token and a database of its own, run schedules at the same
+//! time. `KEYBROKER_TEST_SCHEDULE_FILE` is a file for the results. `KEYBROKER_TEST_LATENESS_MS` is how late after its deadline an answer may come. The default allows for a busy machine;
 //! 100 is what an idle one must keep to.
 
 use std::{
     collections::BTreeMap,
-    env, fmt, fs,
+    env, fs,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -17,18 +18,27 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+mod plan;
+
 use keybroker_proto::{CreateUserKeyRequest, UnwrapUserKeyRequest};
+pub(crate) use plan::Random;
+use plan::{Event, Schedule};
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::time::{sleep, timeout};
+use serde_json::json;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tonic::Status;
 use uuid::Uuid;
 
 use crate::{
     client::{Caller, NAME, eventually, reason},
-    faulty::{Fault, Faulty, code},
+    faulty::Faulty,
     faulty_token::site,
     process::Broker,
     site::Options,
+    soak::machine,
 };
 
 const SCHEDULES: u64 = 5;
@@ -40,153 +50,13 @@ const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// How long callers call while the faults of a schedule last.
 const LASTS: Duration = Duration::from_millis(700);
 const RELEASERS: usize = 3;
+/// How long a caller that releases keys waits between two calls. Without a pause, the callers use a processor each, so that few
+/// schedules can run at the same time. Every fault of a schedule concerns one of the next eight calls of a function.
+const PAUSE: Duration = Duration::from_millis(20);
 const USERS: u64 = 8;
 
-/// Functions that a release, a change or a new session calls.
-const FUNCTIONS: [&str; 10] = [
-    "C_VerifyInit",
-    "C_Verify",
-    "C_DecryptInit",
-    "C_Decrypt",
-    "C_SignInit",
-    "C_Sign",
-    "C_OpenSession",
-    "C_FindObjectsInit",
-    "C_FindObjects",
-    "C_Login",
-];
-/// None of them says that the PIN or a MAC is wrong: those are not faults, and the broker believes them.
-const CODES: [i64; 12] = [
-    code::HOST_MEMORY,
-    code::GENERAL_ERROR,
-    code::FUNCTION_FAILED,
-    code::DEVICE_ERROR,
-    code::DEVICE_MEMORY,
-    code::DEVICE_REMOVED,
-    code::FUNCTION_CANCELED,
-    code::SESSION_CLOSED,
-    code::SESSION_COUNT,
-    code::SESSION_HANDLE_INVALID,
-    code::TOKEN_NOT_PRESENT,
-    code::VENDOR_DEFINED,
-];
 /// Reasons with which a call may be refused meanwhile.
 const REASONS: [&str; 4] = ["TOKEN_DOWN", "TOKEN_UNTRUSTED", "QUEUE_FULL", "DEADLINE"];
-
-/// The generator `SplitMix64` (Steele, Lea and Flood, 2014): the schedule of a seed is the same in every release.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    pub(crate) fn one_of<T: Copy>(&mut self, values: &[T]) -> T {
-        let at = self.below(u64::try_from(values.len()).unwrap());
-        values[usize::try_from(at).unwrap()]
-    }
-
-    fn number(&mut self, limit: u64) -> u32 {
-        u32::try_from(self.below(limit)).unwrap()
-    }
-}
-
-/// What happens at one moment of a schedule.
-#[derive(Clone, Debug)]
-enum Event {
-    /// Calls of one function fail, are late, or crash their process.
-    Function(&'static str, Fault),
-    /// Every session is closed, the login ends or the handles change, at the next call of a function.
-    Action(&'static str, &'static str),
-    /// The token is not there for so many milliseconds.
-    Absent(u64),
-    /// One worker is killed.
-    Kill,
-}
-
-/// The events of a seed, each with its moment in milliseconds.
-struct Schedule {
-    seed: u64,
-    events: Vec<(u64, Event)>,
-}
-
-impl fmt::Debug for Schedule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "KEYBROKER_TEST_SCHEDULE_SEED={} KEYBROKER_TEST_SCHEDULES=1",
-            self.seed
-        )?;
-        for (at, event) in &self.events {
-            writeln!(f, "  after {at} ms: {event:?}")?;
-        }
-        Ok(())
-    }
-}
-
-impl Schedule {
-    fn of(seed: u64) -> Self {
-        let mut random = Random(seed);
-        let count = 2 + random.below(4);
-        let mut events: Vec<(u64, Event)> = (0..count)
-            .map(|_| (random.below(500), Self::event(&mut random)))
-            .collect();
-        events.sort_by_key(|(at, _)| *at);
-        Self { seed, events }
-    }
-
-    fn event(random: &mut Random) -> Event {
-        let function = random.one_of(&FUNCTIONS);
-        let fault = |code, random: &mut Random| Fault {
-            skip: random.number(4),
-            times: Some(1 + random.number(4)),
-            ..Fault::always(code)
-        };
-        match random.below(12) {
-            0..=3 => {
-                let code = random.one_of(&CODES);
-                Event::Function(function, fault(code, random))
-            }
-            // The function did its work, and says that it failed.
-            4 => {
-                let code = code::after(random.one_of(&CODES));
-                Event::Function(function, fault(code, random))
-            }
-            5 | 6 => {
-                let milliseconds = 20 + random.number(2_000);
-                let late = fault(code::LATE, random);
-                Event::Function(
-                    function,
-                    Fault {
-                        milliseconds,
-                        ..late
-                    },
-                )
-            }
-            7 => Event::Function(
-                function,
-                Fault {
-                    times: Some(1),
-                    ..fault(code::CRASH, random)
-                },
-            ),
-            8 | 9 => {
-                let action = random.one_of(&["close_sessions", "logout", "new_handles"]);
-                Event::Action(function, action)
-            }
-            10 => Event::Absent(50 + random.below(500)),
-            _ => Event::Kill,
-        }
-    }
-}
 
 /// What the callers have seen in all schedules.
 #[derive(Default)]
@@ -194,6 +64,17 @@ struct Seen {
     answers: AtomicU64,
     refusals: Mutex<BTreeMap<String, u64>>,
     latest: Mutex<Duration>,
+    /// How often the file of a token was restored from its copy.
+    restored: AtomicU64,
+}
+
+/// What the environment asks for.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    first: u64,
+    schedules: u64,
+    brokers: u64,
+    lateness: Duration,
 }
 
 /// Everything that lasts longer than a schedule.
@@ -271,7 +152,7 @@ impl Backup {
     }
 
     /// SoftHSM rewrites the file of the token at each login. A process that is killed at this moment can leave an empty file.
-    fn restore_emptied(&self) {
+    fn restore_emptied(&self, seen: &Seen) {
         for (file, content) in &self.0 {
             let is_emptied =
                 !content.is_empty() && fs::metadata(file).is_ok_and(|now| now.len() == 0);
@@ -281,13 +162,14 @@ impl Backup {
                     file.display()
                 );
                 fs::write(file, content).unwrap();
+                seen.restored.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
 }
 
 impl World {
-    async fn start() -> Self {
+    async fn start(seen: Arc<Seen>) -> Self {
         let (site, faulty) = site(Options {
             workers: 2,
             limits: format!("call_timeout_max_ms = {}", DEADLINE.as_millis()),
@@ -299,7 +181,7 @@ impl World {
             enroller: Caller::of(&broker, "enroller"),
             broker,
             faulty,
-            seen: Arc::default(),
+            seen,
             enrolled: Arc::default(),
         };
         for user in (0..USERS).map(|user| format!("u{user}")) {
@@ -330,6 +212,7 @@ impl World {
                         {
                             refused(&seen, reason);
                         }
+                        sleep(PAUSE).await;
                     }
                     Vec::new()
                 })
@@ -396,7 +279,7 @@ impl World {
         for function in functions {
             self.faulty.clear(function);
         }
-        backup.restore_emptied();
+        backup.restore_emptied(&self.seen);
         for user in (0..USERS)
             .map(|user| format!("u{user}"))
             .chain(acknowledged)
@@ -422,53 +305,85 @@ pub(crate) fn seed(variable: &str) -> u64 {
     })
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
-    let count = number("KEYBROKER_TEST_SCHEDULES").unwrap_or(SCHEDULES);
-    let first = seed("KEYBROKER_TEST_SCHEDULE_SEED");
-    let lateness = number("KEYBROKER_TEST_LATENESS_MS").unwrap_or(LATENESS_MS);
-    println!("the seed of the first schedule is {first}");
-    let mut world = World::start().await;
-    for seed in first..first + count {
-        let schedule = Schedule::of(seed);
-        // Shown only when the test fails, with what the broker logged.
-        println!("{schedule:?}");
-        world.run(&schedule).await;
-        let latest = *world.seen.latest.lock().unwrap();
-        assert!(
-            latest <= Duration::from_millis(lateness),
-            "an answer {latest:?} after its deadline"
-        );
-        assert!(world.broker.is_running(), "the front is the same process");
+impl Plan {
+    fn from_environment() -> Self {
+        Self {
+            first: seed("KEYBROKER_TEST_SCHEDULE_SEED"),
+            schedules: number("KEYBROKER_TEST_SCHEDULES").unwrap_or(SCHEDULES),
+            brokers: number("KEYBROKER_TEST_SCHEDULE_BROKERS").unwrap_or(1),
+            lateness: Duration::from_millis(
+                number("KEYBROKER_TEST_LATENESS_MS").unwrap_or(LATENESS_MS),
+            ),
+        }
     }
-    let seen = &world.seen;
-    let refusals = seen.refusals.lock().unwrap();
-    println!(
-        "{count} schedules, {} answers, the latest {:?} after its deadline; refused: {refusals:?}",
-        seen.answers.load(Ordering::Relaxed),
-        seen.latest.lock().unwrap()
-    );
+
+    /// Runs schedules on a new broker until no seed is left.
+    async fn run_on_a_broker(self, next: Arc<AtomicU64>, seen: Arc<Seen>) {
+        let mut world = World::start(seen).await;
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= self.first + self.schedules {
+                return;
+            }
+            let schedule = Schedule::of(seed);
+            // Shown only when the test fails, with what the broker logged.
+            println!("{schedule:?}");
+            world.run(&schedule).await;
+            let latest = *world.seen.latest.lock().unwrap();
+            assert!(
+                latest <= self.lateness,
+                "an answer {latest:?} after its deadline, at the latest in {schedule:?}"
+            );
+            assert!(
+                world.broker.is_running(),
+                "the front is the same process after {schedule:?}"
+            );
+        }
+    }
+
+    /// Writes the results to the file that the environment names.
+    fn publish(self, seen: &Seen, lasted: Duration) {
+        let Ok(file) = env::var("KEYBROKER_TEST_SCHEDULE_FILE") else {
+            return;
+        };
+        let results = json!({
+            "scenario": "schedules of faults",
+            "commit": env::var("KEYBROKER_TEST_COMMIT").ok(),
+            "machine": machine(),
+            "first_seed": self.first,
+            "schedules": self.schedules,
+            "brokers": self.brokers,
+            "seconds": lasted.as_secs(),
+            "answers": seen.answers.load(Ordering::Relaxed),
+            "refused": *seen.refusals.lock().unwrap(),
+            "latest_after_deadline_ms": seen.latest.lock().unwrap().as_secs_f64() * 1_000.0,
+            "lateness_permitted_ms": self.lateness.as_secs_f64() * 1_000.0,
+            "token_files_restored": seen.restored.load(Ordering::Relaxed),
+        });
+        fs::write(file, serde_json::to_string_pretty(&results).unwrap() + "\n").unwrap();
+    }
 }
 
-/// A seed repeats its schedule, and another one has another.
-#[test]
-fn a_schedule_is_repeated_by_its_seed() {
-    let text = |seed| format!("{:?}", Schedule::of(seed).events);
-    assert_eq!(text(7), text(7));
-    assert_ne!(text(7), text(8));
-    let many: Vec<String> = (0..200).map(text).collect();
-    for part in [
-        "Kill",
-        "Absent",
-        "logout",
-        "new_handles",
-        "close_sessions",
-        "C_Login",
-        "C_FindObjects",
-    ] {
-        assert!(
-            many.iter().any(|schedule| schedule.contains(part)),
-            "{part}"
-        );
+#[tokio::test(flavor = "multi_thread")]
+async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
+    let plan = Plan::from_environment();
+    println!("{plan:?}");
+    let (begun, seen) = (Instant::now(), Arc::new(Seen::default()));
+    let next = Arc::new(AtomicU64::new(plan.first));
+    let mut brokers = JoinSet::new();
+    for _ in 0..plan.brokers {
+        brokers.spawn(plan.run_on_a_broker(Arc::clone(&next), Arc::clone(&seen)));
     }
+    // A failed assertion ends the whole test at once, not only its broker.
+    while let Some(ended) = brokers.join_next().await {
+        ended.unwrap();
+    }
+    plan.publish(&seen, begun.elapsed());
+    println!(
+        "{} schedules, {} answers, the latest {:?} after its deadline; refused: {:?}",
+        plan.schedules,
+        seen.answers.load(Ordering::Relaxed),
+        seen.latest.lock().unwrap(),
+        seen.refusals.lock().unwrap()
+    );
 }

@@ -592,7 +592,7 @@ fn growth(samples: &[Sample], value: impl Fn(&Sample) -> u64) -> f64 {
 }
 
 /// The facts that make the figures of two machines comparable.
-fn machine() -> Value {
+pub(crate) fn machine() -> Value {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let cpus = read("/proc/cpuinfo");
     let model = cpus

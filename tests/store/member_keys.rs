@@ -16,6 +16,7 @@ fn row(member: Guid, digest: u8, at: i64) -> MemberKeyRow {
         organization: ORGANIZATION,
         digest: [digest; 32],
         member,
+        email: [9; 32],
         pinned: Timestamp::from_micros(at),
         mac: [digest; 32],
     }

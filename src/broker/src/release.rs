@@ -125,7 +125,7 @@ impl Broker {
     /// Raises an alert about a service that releases the keys of unusually many users: another person may be using its
     /// credential. The alert is raised at most once an hour and also written to the audit log. The release itself was
     /// permitted and has its own audit entry.
-    async fn alert_of_bulk_release(&self, principal: &Principal, call: &Call) {
+    pub(crate) async fn alert_of_bulk_release(&self, principal: &Principal, call: &Call) {
         keybroker_core::alert!(
             BulkRelease, call_id = %call.id, %principal,
             "keys of more users than `released_users_per_hour` were released within an hour"

@@ -203,7 +203,7 @@ fn asked(request: &DeviceRequest<'_>) -> Result<Request, Error> {
     };
     Request::new(
         uid("Member", &request.member.to_string()),
-        uid("Action", "device.approve"),
+        uid("Action", "approve_device"),
         uid("Organization", &request.organization.to_string()),
         context(request)?,
         Some(&VOCABULARY),

@@ -146,7 +146,7 @@ tables! {
     /// The wrapped keys of the members of Bitwarden organisations.
     MemberKeys = bitwarden_member_keys {
         organization_id: Bytes, digest: Bytes;
-        member_id: Bytes, pinned_us: Integer, mac: Bytes,
+        member_id: Bytes, email_digest: Bytes, pinned_us: Integer, mac: Bytes,
     }
     /// Devices of members.
     Devices = devices {

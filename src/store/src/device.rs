@@ -302,6 +302,9 @@ pub struct Replacement {
     pub stamp: Stamp,
 }
 
+/// The trusted devices of a member, each with the MAC of its row.
+pub type TrustedSet = (Tenant, UserId, Vec<(DeviceId, Mac)>);
+
 /// A change of devices and of at most one request for access, in one transaction.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceChange {
@@ -312,7 +315,7 @@ pub struct DeviceChange {
     /// The revision that the user key must have until the transaction ends.
     pub requires: Option<RecordInfo>,
     /// The complete set of trusted devices that the member must have until the transaction ends, with their MACs.
-    pub trusted: Option<(Tenant, UserId, Vec<(DeviceId, Mac)>)>,
+    pub trusted: Option<TrustedSet>,
     /// The new revision of the user key.
     pub replaces: Option<Replacement>,
 }

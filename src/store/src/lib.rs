@@ -73,7 +73,7 @@ pub use device::{
     ACCESS_REQUESTS_LISTED_MAX, ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessFilter,
     AccessRow, Answer, AskingDevice, Changed, DEVICES_MAX, DamagedAccess, DamagedDevice,
     DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices, PEER_BYTES_MAX, Replacement,
-    SealedKeys,
+    SealedKeys, TrustedSet,
 };
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};

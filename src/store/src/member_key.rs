@@ -25,6 +25,8 @@ pub struct MemberKeyRow {
     pub digest: [u8; 32],
     /// The member.
     pub member: Guid,
+    /// SHA-256 of the member's e-mail address in lower case.
+    pub email: [u8; 32],
     /// When the wrapped key was first seen, or last accepted by a person.
     pub pinned: Timestamp,
     /// A MAC over all fields above by the integrity key of the organisation's key.
@@ -38,6 +40,7 @@ impl MemberKeyRow {
             organization: self.organization,
             member: self.member,
             digest: &self.digest,
+            email: &self.email,
             pinned_us: self.pinned.micros(),
         })
     }

@@ -703,6 +703,7 @@ pub(super) fn member_key(row: &impl Columns) -> Result<MemberKeyRow, Error> {
         organization: Guid::from_bytes(row.array("organization_id")?),
         digest: row.array("digest")?,
         member: Guid::from_bytes(row.array("member_id")?),
+        email: row.array("email_digest")?,
         pinned: row.time("pinned_us")?,
         mac: row.array("mac")?,
     })
@@ -717,7 +718,12 @@ pub(super) fn new_member_key(row: &MemberKeyRow) -> Vec<Value> {
 
 /// The values of a row of [`Table::MemberKeys`] for [`Table::values`].
 pub(super) fn member_key_values(row: &MemberKeyRow) -> Vec<Value> {
-    vec![row.member.into(), row.pinned.into(), (&row.mac).into()]
+    vec![
+        row.member.into(),
+        row.email.as_slice().into(),
+        row.pinned.into(),
+        (&row.mac).into(),
+    ]
 }
 
 /// Decodes a row of [`Table::Clients`]. The function does not parse the document.

@@ -17,7 +17,11 @@ const FACTOR_MIN: u64 = 752;
 /// The odd prime numbers below [`FACTOR_MIN`], multiplied in groups whose products fit into 64 bits. One division of the
 /// modulus by a product replaces a division by each prime number of the group.
 static SMALL_PRIMES: LazyLock<Vec<u64>> = LazyLock::new(|| {
-    let is_prime = |number: &u64| (3..*number).step_by(2).all(|factor| number % factor != 0);
+    let is_prime = |number: &u64| {
+        (3..*number)
+            .step_by(2)
+            .all(|factor| !number.is_multiple_of(factor))
+    };
     let mut products = vec![1_u64];
     for prime in (3..FACTOR_MIN).step_by(2).filter(is_prime) {
         match products

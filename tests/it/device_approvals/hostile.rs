@@ -53,6 +53,23 @@ fn the_key_of_another_member_is_released_only_to_a_person_who_names_it() {
     assert!(opened == own_key && opened != user_key);
 }
 
+/// The server shows the address of a thief with the id and the key of a victim, so that the phrase matches the thief's device.
+#[test]
+fn a_key_that_was_pinned_with_another_address_waits_for_a_person() {
+    let desk = Desk::new();
+    let (victim, _) = desk.member("victim@example.org");
+    desk.request(&victim, &Device::new());
+    desk.ok(&["list"]);
+    let shown = crate::bitwarden::Member {
+        email: "thief@example.org".to_owned(),
+        ..victim.clone()
+    };
+    let request = desk.request(&shown, &Device::new());
+    refused(&desk, &request, "pinned with another e-mail address");
+    let listed = desk.ok(&["list"]);
+    assert_eq!(listed[1]["key_state"], "other-address");
+}
+
 /// After a rotation of the account's key, a person approves once, and the new key is pinned.
 #[test]
 fn a_changed_key_waits_for_a_person_and_is_then_known() {

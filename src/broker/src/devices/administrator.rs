@@ -83,6 +83,13 @@ impl Broker {
         let approved = self.or_record(&draft, planned).await?;
         self.commit_access(call, &draft, &row, approved.clone(), now)
             .await?;
+        if approved.state == AccessState::Approved
+            && self
+                .limits
+                .note_release(principal, row.device.address.user.as_str())
+        {
+            self.alert_of_bulk_release(principal, call).await;
+        }
         Ok(AccessView::verified(approved).for_approver())
     }
 

@@ -10,7 +10,8 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 use keybroker_store::{
-    DEVICES_MAX, DeviceAddress, DeviceChange, DeviceRow, RecordInfo, RecordState, SealedKeys,
+    AccessRow, DEVICES_MAX, DeviceAddress, DeviceChange, DeviceRow, RecordInfo, RecordState,
+    SealedKeys, TrustedSet,
 };
 
 use crate::{
@@ -122,7 +123,10 @@ impl Broker {
             } else {
                 before.map_or(Timestamp::from_micros(0), |row| row.signed)
             },
-            lost: None,
+            // A device cannot remove its own mark: the finder of a lost device could otherwise hide the loss.
+            lost: before
+                .filter(|row| row.state == DeviceState::Trusted)
+                .and_then(|row| row.lost),
             used: None,
             mac: no_mac,
         };
@@ -186,51 +190,16 @@ impl Broker {
             let id = new.request.ok_or_else(|| {
                 refused("the member has trusted devices, so one of them must sign, or approve a request for access")
             })?;
-            self.check_approved(principal, call, user, new, id, before)
-                .await?;
+            let request = within(call, self.store.access_request(id)).await?;
+            let request = request
+                .filter(|row| row.device.address == address_of_new(principal, user, new))
+                .ok_or_else(|| unknown("access_request_id"))?;
+            self.verify_access(&request).await?;
+            check_approved(&request, new, devices, now)?;
         }
         let key = new.verification_key.as_bytes();
         signed.verify(key, before.map(|row| row.signed), now)?;
         Ok(None)
-    }
-
-    /// Checks that a request for access of the new device was approved, after the trust of the device was last ended.
-    async fn check_approved(
-        &self,
-        principal: &Principal,
-        call: &Call,
-        user: &UserId,
-        new: &NewDevice,
-        id: AccessRequestId,
-        before: Option<&DeviceRow>,
-    ) -> Result<(), Error> {
-        let row = within(call, self.store.access_request(id)).await?;
-        let address = DeviceAddress {
-            tenant: principal.tenant().clone(),
-            user: user.clone(),
-            device: new.id,
-        };
-        let row = row
-            .filter(|row| row.device.address == address)
-            .ok_or_else(|| unknown("access_request_id"))?;
-        self.verify_access(&row).await?;
-        let now = Timestamp::now();
-        let decided = row.decision.as_ref().map(|decision| decision.at);
-        let is_approved = matches!(
-            row.state_at(now),
-            AccessState::Approved | AccessState::Consumed
-        );
-        let is_valid = is_approved
-            && now < row.expires
-            && row.device.verification_key == new.verification_key.as_bytes()
-            && decided.is_some_and(|at| before.is_none_or(|row| at > row.changed));
-        if is_valid {
-            return Ok(());
-        }
-        Err(refused(
-            "the request for access does not permit this trust: it is not approved, has expired, is for another verification key, or the \
-             trust of the device was ended after the approval",
-        ))
     }
 
     fn check_device_limits(
@@ -421,16 +390,57 @@ impl Broker {
     }
 }
 
+fn address_of_new(principal: &Principal, user: &UserId, new: &NewDevice) -> DeviceAddress {
+    DeviceAddress {
+        tenant: principal.tenant().clone(),
+        user: user.clone(),
+        device: new.id,
+    }
+}
+
+/// Checks that the request for access of the new device was approved for this user key, that the device that approved it is still
+/// trusted, and that no trust of the member was ended afterwards. Otherwise a lost device could approve another one in advance.
+fn check_approved(
+    row: &AccessRow,
+    new: &NewDevice,
+    devices: &[DeviceRow],
+    now: Timestamp,
+) -> Result<(), Error> {
+    let is_approved = matches!(
+        row.state_at(now),
+        AccessState::Approved | AccessState::Consumed
+    );
+    let is_current = row.decision.as_ref().is_some_and(|decision| {
+        let ended = devices
+            .iter()
+            .filter(|row| row.state != DeviceState::Trusted);
+        decision
+            .device
+            .is_none_or(|id| trusted(devices, id).is_some())
+            && ended
+                .map(|row| row.changed)
+                .all(|ended| ended < decision.at)
+    });
+    let is_valid = is_approved
+        && is_current
+        && now < row.expires
+        && row.key_name == new.key_name
+        && row.device.verification_key == new.verification_key.as_bytes();
+    if is_valid {
+        return Ok(());
+    }
+    Err(refused(
+        "the request for access does not permit this trust: it is not approved, has expired, is for another verification key or user key, \
+         or the trust of a device was ended after the approval",
+    ))
+}
+
 /// The complete set of trusted devices that a change requires until its transaction ends.
 pub(super) fn trusted_set(
     principal: &Principal,
     user: &UserId,
     devices: &[DeviceRow],
-) -> (
-    keybroker_core::key::Tenant,
-    UserId,
-    Vec<(DeviceId, [u8; 32])>,
-) {
+) -> TrustedSet {
     let trusted = devices
         .iter()
         .filter(|row| row.state == DeviceState::Trusted)

@@ -203,6 +203,7 @@ impl MacMessage {
         message.fixed(row.organization.as_bytes());
         message.fixed(row.member.as_bytes());
         message.fixed(row.digest);
+        message.fixed(row.email);
         message.fixed(&row.pinned_us.to_be_bytes());
         message.finish()
     }
@@ -332,6 +333,8 @@ pub struct MemberKeyFields<'a> {
     pub member: Guid,
     /// SHA-256 of the wrapped key.
     pub digest: &'a [u8; 32],
+    /// SHA-256 of the member's e-mail address in lower case.
+    pub email: &'a [u8; 32],
     /// When the wrapped key was first seen, or last accepted by a person, in UTC microseconds.
     pub pinned_us: i64,
 }

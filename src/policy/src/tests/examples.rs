@@ -14,12 +14,13 @@ macro_rules! example {
     };
 }
 
-const EXAMPLES: [(&str, &str); 7] = [
+const EXAMPLES: [(&str, &str); 8] = [
     example!("strong-authentication.cedar"),
     example!("networks.cedar"),
     example!("organisations.cedar"),
     example!("working-hours.cedar"),
     example!("sealed-only.cedar"),
+    example!("devices-only.cedar"),
     example!("recipients.cedar"),
     example!("users-delete.cedar"),
 ];
@@ -204,6 +205,23 @@ fn sealed_only() {
     };
     assert_eq!(decided(Release::Plain), "sealed-only");
     assert_eq!(decided(sealed_to(&"0".repeat(64))), "own-keys");
+}
+
+#[test]
+fn devices_only() {
+    let decided = |action| {
+        with_case(&ada(), |case| {
+            evaluate("devices-only.cedar", &Case { action, ..*case })
+        })
+    };
+    for action in [Action::Unwrap, Action::Replace, Action::Restore] {
+        assert_eq!(decided(action), "devices-only");
+    }
+    assert_eq!(decided(Action::Create), "own-keys");
+    let release = with_case(&service(&[Role::Release]), |case| {
+        evaluate("devices-only.cedar", case)
+    });
+    assert_eq!(release, "release-role");
 }
 
 #[test]

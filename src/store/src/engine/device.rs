@@ -81,9 +81,10 @@ async fn write_row(
     is_new: bool,
 ) -> Result<(), Error> {
     if is_new {
-        return match insert_unless_taken(session, statement, values).await? {
-            true => Ok(()),
-            false => Err(Error::Exists),
+        return if insert_unless_taken(session, statement, values).await? {
+            Ok(())
+        } else {
+            Err(Error::Exists)
         };
     }
     match session.execute(statement, values).await? {
@@ -163,16 +164,13 @@ impl<E: Engine> Devices for EngineStore<E> {
         self.transaction(End::CommitMarked(call), move |session, sql| {
             let change = change.clone();
             Box::pin(async move {
-                let replaced = match &change.replaces {
-                    Some(one) => {
-                        let supersede = Change::Supersede(one.new.clone());
-                        Some(mutations::apply(session, sql, &supersede, &one.stamp).await?)
-                    }
-                    None => {
-                        let record = change.requires.as_ref().map(|record| record.id);
-                        mutations::mark(session, sql, call, record, at).await?;
-                        None
-                    }
+                let replaced = if let Some(one) = &change.replaces {
+                    let supersede = Change::Supersede(one.new.clone());
+                    Some(mutations::apply(session, sql, &supersede, &one.stamp).await?)
+                } else {
+                    let record = change.requires.as_ref().map(|record| record.id);
+                    mutations::mark(session, sql, call, record, at).await?;
+                    None
                 };
                 if let Some(record) = &change.requires {
                     mutations::require_revision(session, sql, record).await?;

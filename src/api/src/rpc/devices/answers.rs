@@ -51,7 +51,8 @@ pub(super) fn device(view: &DeviceView) -> proto::Device {
     }
 }
 
-/// A request for access. An approver does not get the public key, from which all words of the phrase could be computed.
+/// A request for access. An approver gets neither the public key nor its SHA-256, because all words of the phrase could be computed
+/// from either: HMAC hashes a key that is longer than its block, so the digest is as good as the key.
 pub(super) fn access_request(view: &AccessView) -> proto::AccessRequest {
     let (row, decision) = (&view.row, view.row.decision.as_ref());
     let is_phrase_complete = view.phrase.words.iter().all(Option::is_some);
@@ -70,7 +71,11 @@ pub(super) fn access_request(view: &AccessView) -> proto::AccessRequest {
         } else {
             Vec::new()
         },
-        public_key_sha256: view.public_key_sha256().to_vec(),
+        public_key_sha256: if is_phrase_complete {
+            view.public_key_sha256().to_vec()
+        } else {
+            Vec::new()
+        },
         requested_by: row.requested_by.clone(),
         peer: row.peer.clone(),
         request_time: Some(timestamp(row.requested)),

@@ -26,7 +26,7 @@ use super::{
     decision::{self, Decided},
     key::WrappedKey,
     pending::{Pending, Unreadable},
-    pins::{KeyState, Pins},
+    pins::{KeyState, MemberKey, Pins},
     requests,
     review::{Reviewed, chosen, open_token, review, with_store},
 };
@@ -210,7 +210,7 @@ impl Session<'_> {
         };
         if policy.is_some() {
             self.pins
-                .accept(reviewed.pending.member, &key.digest)
+                .accept(&MemberKey::new(&reviewed.pending, key.digest))
                 .await?;
         }
         let decided = Decided {
@@ -266,9 +266,10 @@ fn confirm(context: &Context, approve: &Approve, pending: &Pending) -> Result<()
     }
     let (first, second) = two_positions()?;
     context.output.note(&format!(
-        "Request {} of {} ({}). Ask the member for the phrase on the new device, and type words {} and {} of it:",
+        "Request {} of {} (member {}, {}). Ask the member for the phrase on the new device, and type words {} and {} of it:",
         pending.id,
         crate::cli::output::printable(&pending.email),
+        pending.member,
         crate::cli::output::printable(&pending.device_type),
         first + 1,
         second + 1

@@ -6,11 +6,15 @@
 
 use std::fmt;
 
+use aws_lc_rs::digest;
+
 use crate::cli::exit::Failure;
 use keybroker_core::{call::Timestamp, organization::Guid};
 use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{MemberKeyRow, tables::Tables};
+
+use super::pending::Pending;
 
 /// What the pins say about a member's wrapped key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +30,8 @@ pub(super) enum KeyState {
     Changed,
     /// The key belongs to this other member.
     OfAnotherMember(Guid),
+    /// The key was pinned with another e-mail address of the member.
+    OtherAddress,
     /// A pin was altered, or was made with an earlier key of the organisation.
     Unverified,
 }
@@ -37,6 +43,7 @@ impl KeyState {
             Self::Known { .. } => "known",
             Self::Changed => "changed",
             Self::OfAnotherMember(_) => "of-another-member",
+            Self::OtherAddress => "other-address",
             Self::Unverified => "unverified",
         }
     }
@@ -59,9 +66,38 @@ impl fmt::Display for KeyState {
                 f,
                 "the key belongs to another member ({member}): the server may try to give that member's key to this device"
             ),
+            Self::OtherAddress => f.write_str(
+                "the key was pinned with another e-mail address: the server may show another member's address for this member, unless \
+                 the address has changed",
+            ),
             Self::Unverified => f.write_str(
                 "the pin of the member's key does not verify: it was altered, or was made with an earlier key of the organisation",
             ),
+        }
+    }
+}
+
+/// What a request says about a member, and what a pin binds together.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MemberKey {
+    member: Guid,
+    /// SHA-256 of the wrapped key.
+    digest: [u8; 32],
+    /// SHA-256 of the e-mail address in lower case.
+    email: [u8; 32],
+}
+
+impl MemberKey {
+    /// The e-mail address is part of the pin, because a person and a policy recognise the member by it: a hostile server could
+    /// otherwise show the thief's address with the victim's key.
+    pub(super) fn new(pending: &Pending, digest: [u8; 32]) -> Self {
+        let email = digest::digest(&digest::SHA256, pending.email.to_lowercase().as_bytes());
+        let mut sha256 = [0; 32];
+        sha256.copy_from_slice(email.as_ref());
+        Self {
+            member: pending.member,
+            digest,
+            email: sha256,
         }
     }
 }
@@ -76,8 +112,8 @@ pub(super) struct Pins<'a> {
 
 impl Pins<'_> {
     /// Compares a member's wrapped key with the pins.
-    pub(super) async fn state(&self, member: Guid, digest: &[u8; 32]) -> Result<KeyState, Failure> {
-        let (of_key, of_member) = match self.read(member, digest).await {
+    pub(super) async fn state(&self, key: &MemberKey) -> Result<KeyState, Failure> {
+        let (of_key, of_member) = match self.read(key.member, &key.digest).await {
             Err(store::Error::Corrupt(_)) => return Ok(KeyState::Unverified),
             read => read?,
         };
@@ -87,8 +123,10 @@ impl Pins<'_> {
             }
         }
         Ok(match (of_key, of_member.first()) {
-            (Some(row), _) if row.member != member => KeyState::OfAnotherMember(row.member),
-            (Some(row), Some(newest)) if newest.digest == *digest => {
+            (Some(row), _) if row.member != key.member => KeyState::OfAnotherMember(row.member),
+            (Some(row), _) if row.email != key.email => KeyState::OtherAddress,
+            (_, Some(newest)) if newest.email != key.email => KeyState::OtherAddress,
+            (Some(row), Some(newest)) if newest.digest == key.digest => {
                 KeyState::Known { since: row.pinned }
             }
             (None, None) => KeyState::FirstSeen,
@@ -112,29 +150,29 @@ impl Pins<'_> {
     }
 
     /// Compares a wrapped key with the pins, and pins a key that is seen for the first time.
-    pub(super) async fn state_and_pin(
-        &self,
-        member: Guid,
-        digest: &[u8; 32],
-    ) -> Result<KeyState, Failure> {
-        let state = self.state(member, digest).await?;
+    pub(super) async fn state_and_pin(&self, key: &MemberKey) -> Result<KeyState, Failure> {
+        let state = self.state(key).await?;
         if state != KeyState::FirstSeen {
             return Ok(state);
         }
-        match self.store.add_member_key(&self.row(member, digest)?).await {
+        match self.store.add_member_key(&self.row(key)?).await {
             Ok(()) => Ok(KeyState::FirstSeen),
             // Another process pinned this key at the same moment, perhaps for another member.
-            Err(store::Error::Exists) => self.state(member, digest).await,
+            Err(store::Error::Exists) => self.state(key).await,
             Err(error) => Err(error.into()),
         }
     }
 
     /// Pins a key that a person accepted. The key of another member is not pinned, so a person must accept it each time.
-    pub(super) async fn accept(&self, member: Guid, digest: &[u8; 32]) -> Result<(), Failure> {
-        let row = self.row(member, digest)?;
-        match self.store.member_key(self.organization, digest).await? {
+    pub(super) async fn accept(&self, key: &MemberKey) -> Result<(), Failure> {
+        let row = self.row(key)?;
+        match self
+            .store
+            .member_key(self.organization, &key.digest)
+            .await?
+        {
             None => self.store.add_member_key(&row).await?,
-            Some(old) if old.member == member || !self.verifies(&old)? => {
+            Some(old) if old.member == key.member || !self.verifies(&old)? => {
                 self.store.update_member_key(&row, &old.mac).await?;
             }
             Some(_) => {}
@@ -142,11 +180,12 @@ impl Pins<'_> {
         Ok(())
     }
 
-    fn row(&self, member: Guid, digest: &[u8; 32]) -> Result<MemberKeyRow, Failure> {
+    fn row(&self, key: &MemberKey) -> Result<MemberKeyRow, Failure> {
         let mut row = MemberKeyRow {
             organization: self.organization,
-            digest: *digest,
-            member,
+            digest: key.digest,
+            member: key.member,
+            email: key.email,
             pinned: Timestamp::now(),
             mac: [0; 32],
         };

@@ -28,7 +28,7 @@ use super::{
     api::{Api, Approved},
     key::WrappedKey,
     pending::{Pending, Unreadable},
-    pins::{KeyState, Pins},
+    pins::{KeyState, MemberKey, Pins},
 };
 
 /// Longest wait for an embedded database that another command uses.
@@ -103,7 +103,9 @@ pub(super) async fn review(
     };
     let key = match wrapped {
         Ok(key) => {
-            let state = pins.state_and_pin(pending.member, &key.digest).await?;
+            let state = pins
+                .state_and_pin(&MemberKey::new(&pending, key.digest))
+                .await?;
             Ok((key, state))
         }
         Err(why) => Err(why),

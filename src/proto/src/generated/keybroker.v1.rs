@@ -4092,7 +4092,7 @@ pub struct AccessRequest {
     /// The public key to which the answer is encrypted, as SubjectPublicKeyInfo. Empty for an approver.
     #[prost(bytes = "vec", tag = "9")]
     pub public_key: ::prost::alloc::vec::Vec<u8>,
-    /// SHA-256 of the public key.
+    /// SHA-256 of the public key. Empty for an approver, because the words of the phrase could be computed from it.
     #[prost(bytes = "vec", tag = "10")]
     pub public_key_sha256: ::prost::alloc::vec::Vec<u8>,
     /// The principal that made the request.
@@ -4503,7 +4503,7 @@ impl DeviceState {
 pub enum AccessRequestState {
     /// Never sent.
     Unspecified = 0,
-    /// Nobody has decided yet.
+    /// The request is not decided yet.
     Pending = 1,
     /// The request was approved, and the answer can be fetched.
     Approved = 2,

@@ -72,7 +72,7 @@ async fn enrols_and_unwraps(broker: &Broker, program: &Path) {
 
 /// The same on a broker whose key in use is a sealed wrapping key.
 async fn unwraps_sealed(program: &Path) {
-    let broker = sealed::broker(Options::default()).await;
+    let broker = sealed::broker(Options::default());
     let enrolled = run(&broker, program, "enroller", &["enrol", "ada"]);
     assert!(enrolled.status.success(), "{enrolled:?}");
     let released = run(&broker, program, "releaser", &["unwrap-sealed", "ada"]);

@@ -147,7 +147,7 @@ fn a_start_with_a_bad_policy_is_refused() {
     fs::remove_file(directory.join("a.cedar")).unwrap();
     let good: Value =
         serde_json::from_str(&site.expect_ok(&["policy", "check", "-o", "json"])).unwrap();
-    assert_eq!((&good["files"], &good["forbids"]), (&0.into(), &11.into()));
+    assert_eq!((&good["files"], &good["forbids"]), (&0.into(), &14.into()));
 }
 
 /// The command that explains whether somebody may have ada's key.

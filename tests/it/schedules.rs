@@ -327,7 +327,7 @@ impl Plan {
             }
             let schedule = Schedule::of(seed);
             // Shown only when the test fails, with what the broker logged.
-            println!("{schedule:?}");
+            eprintln!("{schedule:?}");
             world.run(&schedule).await;
             let latest = *world.seen.latest.lock().unwrap();
             assert!(
@@ -367,7 +367,7 @@ impl Plan {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
     let plan = Plan::from_environment();
-    println!("{plan:?}");
+    eprintln!("{plan:?}");
     let (begun, seen) = (Instant::now(), Arc::new(Seen::default()));
     let next = Arc::new(AtomicU64::new(plan.first));
     let mut brokers = JoinSet::new();
@@ -379,7 +379,7 @@ async fn no_schedule_of_faults_gives_a_wrong_key_or_a_call_without_an_answer() {
         ended.unwrap();
     }
     plan.publish(&seen, begun.elapsed());
-    println!(
+    eprintln!(
         "{} schedules, {} answers, the latest {:?} after its deadline; refused: {:?}",
         plan.schedules,
         seen.answers.load(Ordering::Relaxed),

@@ -112,6 +112,7 @@ pub(crate) async fn make(store: &dyn Store, change: &DeviceChange) -> Result<(),
     made
 }
 
+#[expect(clippy::too_many_lines, reason = "one story of a row")]
 pub(crate) async fn devices_are_compare_and_swap(engine: &Engine) {
     let store = engine.open().await;
     let longest = DeviceRow {

@@ -98,13 +98,11 @@ impl Broker {
         let permit = self.permit(principal, call, action, resource).await?;
         let mut draft = Draft::of(principal, call, action, resource);
         draft.policy(permit.policy());
-        match user {
-            Some(user) => Ok((user.clone(), draft)),
-            None => {
-                let error = Error::new(Reason::Policy, "the principal is not a member");
-                self.or_record(&draft, Err(error)).await
-            }
+        if let Some(user) = user {
+            return Ok((user.clone(), draft));
         }
+        let error = Error::new(Reason::Policy, "the principal is not a member");
+        self.or_record(&draft, Err(error)).await
     }
 
     /// Asks the policy for a decision about a request for access, and begins the audit entry.

@@ -61,7 +61,7 @@ impl Broker {
         call: &Call,
         key: &UserKeyRef,
     ) -> Result<RecordView, Error> {
-        observed(Action::Get, call, async {
+        Box::pin(observed(Action::Get, call, async {
             let permit = self.permit_key(principal, call, Action::Get, key).await?;
             let mut draft = Draft::permitted(principal, call, &permit);
             let record = self.existing_record(&permit, call, &mut draft).await;
@@ -71,7 +71,7 @@ impl Broker {
                 used: uses.get(&info.id).copied(),
                 info,
             })
-        })
+        }))
         .await
     }
 

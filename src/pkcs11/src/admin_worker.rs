@@ -26,10 +26,11 @@ use keybroker_worker_protocol::{
     frame::{Inbox, Outbox},
     wire::{
         AdminFailure, AdminFailureClass, AdminReply, AdminRequest, AttributeFinding,
-        CheckOrganizationKey, CheckedKey, DecryptLoop, ImportOrganizationKey, InitToken, KeyIds,
-        KnowKeys, LoopCount, MadeSignature, MakeReport, OaepSupport, OpenToken, OrganizationKey,
-        PinSource, ReleaseToDevice, Sealing, SetUserPin, Setup, Sign, SigningKey, TokenEntry,
-        TokenKey, TokenList, admin_reply::Outcome, admin_request::Job, pin_source::Source,
+        CheckOrganizationKey, CheckedKey, DecryptLoop, GenerateKey, ImportOrganizationKey,
+        InitToken, KeyIds, KnowKeys, LoopCount, MadeSignature, MakeReport, OaepSupport, OpenToken,
+        OrganizationKey, PinSource, ReleaseToDevice, Sealing, SetUserPin, Setup, Sign, SigningKey,
+        TokenEntry, TokenKey, TokenList, admin_reply::Outcome, admin_request::Job,
+        pin_source::Source,
     },
 };
 
@@ -147,21 +148,7 @@ impl State {
                     has_signing_key,
                 }))
             }
-            Job::GenerateKey(job) => {
-                let id = (!job.key_id.is_empty())
-                    .then(|| key_id(&job.key_id))
-                    .transpose()?;
-                let purpose = if job.is_sealed {
-                    Purpose::Sealed
-                } else {
-                    Purpose::Plain
-                };
-                Ok(key(self.token()?.generate_key_for(
-                    purpose,
-                    job.modulus_bits,
-                    id,
-                )?))
-            }
+            Job::GenerateKey(job) => self.generate_key(job),
             Job::CheckKey(job) => {
                 let (token, id) = (self.token()?, key_id(&job.key_id)?);
                 Ok(key(if job.make_integrity_key {
@@ -206,6 +193,21 @@ impl State {
                 Ok(Outcome::Removed(removed?))
             }
         }
+    }
+
+    fn generate_key(&mut self, job: &GenerateKey) -> Result<Outcome, AdminError> {
+        let id = (!job.key_id.is_empty())
+            .then(|| key_id(&job.key_id))
+            .transpose()?;
+        let purpose = if job.is_sealed {
+            Purpose::Sealed
+        } else {
+            Purpose::Plain
+        };
+        let made = self
+            .token()?
+            .generate_key_for(purpose, job.modulus_bits, id)?;
+        Ok(key(made))
     }
 
     fn open(&mut self, job: &OpenToken) -> Result<Outcome, AdminError> {

@@ -77,14 +77,13 @@ impl Recipients {
     pub(crate) fn object(&mut self, session: &Session, spki: &[u8]) -> Result<Recipient, Fault> {
         let fingerprint = oaep::fingerprint(spki);
         let known = self.0.iter().position(|(known, _)| *known == fingerprint);
-        let recipient = match known.and_then(|at| self.0.remove(at)) {
-            Some((_, recipient)) => recipient,
-            None => {
-                let key = RecipientKey::from_spki(spki).map_err(|error| {
-                    Fault::new(Class::Input, format!("the key of the recipient: {error}"))
-                })?;
-                import(session, &key)?
-            }
+        let recipient = if let Some((_, recipient)) = known.and_then(|at| self.0.remove(at)) {
+            recipient
+        } else {
+            let key = RecipientKey::from_spki(spki).map_err(|error| {
+                Fault::new(Class::Input, format!("the key of the recipient: {error}"))
+            })?;
+            import(session, &key)?
         };
         self.0.push_back((fingerprint, recipient));
         if self.0.len() > RECIPIENTS_MAX

@@ -50,6 +50,7 @@ async fn an_access_token_alone_changes_no_trust() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signature_counts_once_for_exactly_one_change() {
+    type Edit = fn(&mut proto::EstablishTrustRequest);
     let service = Identity::start(Options::default());
     let broker = start(&service, "");
     let (ada, first) = Member::with_first_device(&broker, &service, ADA).await;
@@ -59,7 +60,6 @@ async fn a_signature_counts_once_for_exactly_one_change() {
     refused(ada.establish_trust(trust.clone()).await, "DEVICE_SIGNATURE");
 
     // Each signed field counts.
-    type Edit = fn(&mut proto::EstablishTrustRequest);
     let edits: [Edit; 7] = [
         |r| r.device_id = vec![8; 16],
         |r| r.name.push('x'),

@@ -63,7 +63,12 @@ async fn a_request_is_decided_once() {
     let newest = ada.asks(&second, AccessApprover::Device).await.unwrap();
     refused(ada.approves(&again, &first).await, "DEVICE_STATE");
     ada.approves(&newest, &first).await.unwrap();
-    let states: Vec<_> = ada.requests().await.iter().map(|one| one.state()).collect();
+    let states: Vec<_> = ada
+        .requests()
+        .await
+        .iter()
+        .map(keybroker_proto::AccessRequest::state)
+        .collect();
     let expected = [
         AccessRequestState::Approved,
         AccessRequestState::Pending,
@@ -221,7 +226,12 @@ async fn requests_and_answers_expire() {
     first.ahead.set(960_000_000);
     refused(ada.approves(&pending, &first).await, "DEVICE_STATE");
     refused(ada.fetches(&pending, CODE).await, "DEVICE_STATE");
-    let states: Vec<_> = ada.requests().await.iter().map(|one| one.state()).collect();
+    let states: Vec<_> = ada
+        .requests()
+        .await
+        .iter()
+        .map(keybroker_proto::AccessRequest::state)
+        .collect();
     let expected = [
         AccessRequestState::Pending,
         AccessRequestState::Expired,

@@ -14,6 +14,7 @@ use crate::{
 use super::member::{App, CODE, Member};
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story")]
 async fn a_second_device_is_approved_by_the_first() {
     let service = Identity::start(Options::default());
     let broker = start(&service, "");

@@ -11,6 +11,7 @@ use crate::{
 use super::member::{App, CODE, Member, spki};
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story")]
 async fn altered_rows_are_refused() {
     let service = Identity::start(Options::default());
     let broker = start(&service, "");

@@ -98,6 +98,7 @@ impl Asked {
         assert_eq!(found, wanted.collect::<Vec<_>>(), "{}", self.users);
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn message(&self, path: &str, user: String) -> Vec<u8> {
         let key_name = NAME.to_owned();
         let key_material = MATERIAL.to_vec();

@@ -248,9 +248,8 @@ impl UserKeyService for UserKeys {
     ) -> Result<Response<proto::ListUserKeysResponse>, Status> {
         let parse = |r: proto::ListUserKeysRequest| parse_list(&r);
         let (entered, list) = self.enter(request, Action::List, parse).await?;
-        let page = self
-            .broker
-            .list(&entered.principal, &entered.call, list)
+        let listed = self.broker.list(&entered.principal, &entered.call, list);
+        let page = Box::pin(listed)
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(page::message(page, MESSAGE_BYTES_MAX)))

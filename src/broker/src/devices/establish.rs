@@ -258,7 +258,7 @@ impl Broker {
         call: &Call,
         id: DeviceId,
     ) -> Result<DeviceRow, Error> {
-        observed(Action::FetchDevice, call, async {
+        Box::pin(observed(Action::FetchDevice, call, async {
             let begun = self.begin_device_action(principal, call, Action::FetchDevice, None);
             let (user, mut draft) = begun.await?;
             draft.device(id);
@@ -269,7 +269,7 @@ impl Broker {
                 .map(Recorded::into_inner)?;
             self.note_device_use(&row).await;
             Ok(row)
-        })
+        }))
         .await
     }
 

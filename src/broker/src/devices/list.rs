@@ -136,12 +136,12 @@ impl Broker {
         call: &Call,
         user: Option<&UserId>,
     ) -> Result<DeviceList, Error> {
-        observed(Action::ListDevices, call, async {
+        Box::pin(observed(Action::ListDevices, call, async {
             let begun = self.begin_device_action(principal, call, Action::ListDevices, user);
             let (user, draft) = begun.await?;
             let listed = self.listed_devices(principal, call, &user).await;
             self.conclude(draft, listed).await.map(Recorded::into_inner)
-        })
+        }))
         .await
     }
 
@@ -183,7 +183,7 @@ impl Broker {
         call: &Call,
         all: bool,
     ) -> Result<AccessList, Error> {
-        observed(Action::ListAccess, call, async {
+        Box::pin(observed(Action::ListAccess, call, async {
             let resource = Resource::Devices {
                 tenant: principal.tenant(),
                 user: principal.subject(),
@@ -195,7 +195,7 @@ impl Broker {
             draft.policy(permit.policy());
             let listed = self.listed_requests(principal, call, all).await;
             self.conclude(draft, listed).await.map(Recorded::into_inner)
-        })
+        }))
         .await
     }
 

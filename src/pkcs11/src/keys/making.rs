@@ -218,14 +218,13 @@ fn make(
             making: Some(Making::RsaPair),
             fault,
         })?;
-        let objects = ObjectIds {
-            private: None,
-            integrity: IntegrityPlace::Worker,
-        };
         let pair = KeyPair {
             id,
             purpose: terms.purpose,
-            objects,
+            objects: ObjectIds {
+                private: None,
+                integrity: IntegrityPlace::Worker,
+            },
             private,
             integrity_key: MacKey::InWorker(Some(secret)),
         };

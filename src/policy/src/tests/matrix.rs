@@ -184,6 +184,7 @@ fn every_cell_has_its_answer() {
 /// The matrix shows only the result. This test checks which policy decides, for the combinations
 /// that are most important to an auditor.
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn a_decision_names_its_policy() {
     let (policy, principals) = (shipped(), principals());
     for (principal, action, resource, named) in [

@@ -31,7 +31,7 @@ pub fn recipient_key(bytes: &[u8]) -> bool {
     // A number is divisible by 3, 5 and 17 as the sum of its bytes is, because 256 leaves the rest 1.
     let sum: u32 = modulus.iter().map(|byte| u32::from(*byte)).sum();
     assert!(modulus[modulus.len() - 1] % 2 == 1);
-    assert!([3, 5, 17].iter().all(|prime| sum % prime != 0));
+    assert!([3, 5, 17].iter().all(|prime| !sum.is_multiple_of(*prime)));
     let read = PublicEncryptingKey::from_der(bytes).unwrap();
     assert_eq!(read.key_size_bytes(), modulus.len());
     true

@@ -262,12 +262,12 @@ pub(super) fn for_member(
 mod tests {
     use super::*;
 
-    fn signed() -> Option<proto::DeviceSignature> {
-        Some(proto::DeviceSignature {
+    fn signed() -> proto::DeviceSignature {
+        proto::DeviceSignature {
             device_id: vec![1; 16],
             sign_time_us: 2,
             signature: vec![3; 64],
-        })
+        }
     }
 
     fn establish() -> proto::EstablishTrustRequest {
@@ -284,7 +284,7 @@ mod tests {
                 private_key: vec![1; 8_192],
             }),
             access_request_id: Vec::new(),
-            signature: signed(),
+            signature: Some(signed()),
         }
     }
 
@@ -294,8 +294,8 @@ mod tests {
 
     #[test]
     fn every_field_of_a_new_device_has_its_limit() {
-        new_device(establish()).unwrap();
         type Edit = fn(&mut proto::EstablishTrustRequest);
+        new_device(establish()).unwrap();
         let cases: [(&str, Edit); 14] = [
             ("device_id", |r| r.device_id.truncate(15)),
             ("name", |r| r.name.clear()),
@@ -307,7 +307,7 @@ mod tests {
             ("revision", |r| r.revision = 0),
             ("keys.user_key", |r| r.keys = None),
             ("keys.user_key", |r| {
-                r.keys.as_mut().unwrap().user_key.push(0)
+                r.keys.as_mut().unwrap().user_key.push(0);
             }),
             ("keys.public_key", |r| {
                 r.keys.as_mut().unwrap().public_key.clear();
@@ -356,7 +356,7 @@ mod tests {
             access_request_id: vec![1; 16],
             encrypted_user_key: vec![1; 256],
             encryption: encryption.to_owned(),
-            signature: signed(),
+            signature: Some(signed()),
         };
         assert!(approval(request("rsa-oaep-sha256")).is_ok());
         for bad in ["", "RSA", "a b", &"x".repeat(33)] {

@@ -43,7 +43,8 @@ impl Recipient {
 
     /// Whether the recipient opens a sealed release to this material. Most releases are not opened, and count as good.
     pub(super) fn opens(&self, sealed: &SealedKey, material: &KeyMaterial) -> bool {
-        if self.releases.fetch_add(1, Ordering::Relaxed) % OPENED_ONE_OF != 0 {
+        let number = self.releases.fetch_add(1, Ordering::Relaxed);
+        if !number.is_multiple_of(OPENED_ONE_OF) {
             return true;
         }
         let opened = self.pair.open(sealed);

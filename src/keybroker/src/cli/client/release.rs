@@ -104,7 +104,7 @@ fn sealed_fields(sealed: &SealedKey) -> Vec<Field> {
         ("recipient", json!(sealed.recipient.to_string())),
         (
             "sealing",
-            json!(sealed.sealing.map(|sealing| sealing.as_str())),
+            json!(sealed.sealing.map(keybroker_client::Sealing::as_str)),
         ),
     ]
 }

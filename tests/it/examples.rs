@@ -71,7 +71,7 @@ async fn enrols_and_unwraps(broker: &Broker, program: &Path) {
 }
 
 /// The same on a broker whose key in use is a sealed wrapping key.
-async fn unwraps_sealed(program: &Path) {
+fn unwraps_sealed(program: &Path) {
     let broker = sealed::broker(Options::default());
     let enrolled = run(&broker, program, "enroller", &["enrol", "ada"]);
     assert!(enrolled.status.success(), "{enrolled:?}");
@@ -97,7 +97,7 @@ async fn the_rust_example_enrols_and_unwraps() {
     }
     let broker = Broker::start(Options::default());
     enrols_and_unwraps(&broker, &program).await;
-    unwraps_sealed(&program).await;
+    unwraps_sealed(&program);
 }
 
 /// Without the package index its requirements cannot be installed: a failure in CI, a loud skip elsewhere.
@@ -112,7 +112,7 @@ async fn the_python_example_enrols_and_unwraps() {
         return;
     }
     enrols_and_unwraps(&broker, &script).await;
-    unwraps_sealed(&script).await;
+    unwraps_sealed(&script);
 }
 
 /// The client's side of the device protocol, with real keys and an access token.

@@ -185,7 +185,7 @@ fn a_decision_of_another_administrator_is_reported() {
     );
     let entries = desk.entries("bitwarden.approve_device");
     assert_eq!(entries[1]["outcome"], "failed");
-    // After an error of the server, nobody knows.
+    // After an error of the server, it is unknown whether the server accepted the approval.
     desk.answer(&path, 502, "<html>bad gateway</html>");
     let lost = desk.run(&["approve", &request, "--yes"]);
     assert_eq!(lost.code, Some(10), "{lost:#?}");

@@ -142,6 +142,19 @@ impl AuthenticatedCall {
         })
     }
 
+    /// Returns the authenticated call and the parsed message. If the message cannot be parsed, the broker writes an audit entry.
+    async fn enter<T, P>(
+        broker: &Broker,
+        request: Request<T>,
+        action: Action,
+        parse: impl FnOnce(T) -> Result<P, Error>,
+    ) -> Result<(Self, P), Status> {
+        let entered = Self::of(&request)?;
+        let parsed = parse(request.into_inner());
+        let parsed = entered.parsed(broker, action, parsed).await?;
+        Ok((entered, parsed))
+    }
+
     /// Returns the parsed request. If the request cannot be parsed, the broker writes an audit entry.
     async fn parsed<T>(
         &self,

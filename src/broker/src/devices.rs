@@ -282,7 +282,7 @@ fn unknown(field: &'static str) -> Error {
     Error::new(Reason::DeviceNotFound, what).explained(field, what)
 }
 
-/// The error for a state that forbids the operation. The member may know the states of its own devices and requests.
+/// The error for a state that forbids the operation. Members may read the states of their devices and requests, so the error may tell the state.
 fn wrong_state(field: &'static str, what: &str) -> Error {
     Error::new(Reason::DeviceState, what).explained(field, what)
 }

@@ -102,7 +102,7 @@ states! {
 states! {
     /// The state of a request for access.
     AccessState {
-        /// Nobody has decided about the request yet.
+        /// The request is not decided yet.
         Pending = "pending" => [Approved, Denied, Expired];
         /// The request was approved. The requesting device can fetch the answer.
         Approved = "approved" => [Consumed, Revoked, Expired];

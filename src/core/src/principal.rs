@@ -32,8 +32,8 @@ pub enum Role {
     Admin,
     /// Permits reading the audit log, wrapping keys, token state and metadata of user keys, but no changes.
     Auditor,
-    /// Permits deciding about requests of new devices for access, and ending the trust of lost devices, for the covered users. Does
-    /// not permit releasing a user key to anybody but the requesting device.
+    /// Permits deciding about requests of new devices for access, and ending the trust of lost devices, for the covered users. Permits
+    /// the release of a user key only to the requesting device.
     Approver,
 }
 

@@ -192,19 +192,8 @@ pub(super) const SIGNING_KEY: &[Rule] = &with_those_of_every_key::<5, 14>([
     ("CKA_DERIVE", AttributeType::Derive, FALSE),
 ]);
 
-/// The rules for the imported key of a Bitwarden organisation, which may only unwrap.
-pub(super) const ORGANIZATION_KEY: &[Rule] = &with_those_of_every_key::<6, 15>([
-    ("CKA_UNWRAP", AttributeType::Unwrap, TRUE),
-    ("CKA_DECRYPT", AttributeType::Decrypt, FALSE),
-    ("CKA_SIGN", AttributeType::Sign, FALSE),
-    ("CKA_SIGN_RECOVER", AttributeType::SignRecover, FALSE),
-    ("CKA_DERIVE", AttributeType::Derive, FALSE),
-    (
-        "CKA_ALLOWED_MECHANISMS",
-        AttributeType::AllowedMechanisms,
-        Expected::OnlyMechanism(Mechanism::RsaOaep),
-    ),
-]);
+/// The rules for the imported key of a Bitwarden organisation: it may do what the key of sealed releases may do.
+pub(super) const ORGANIZATION_KEY: &[Rule] = RSA_SEALED;
 
 /// The attributes that show that a key was outside the token. For an imported key, they must be false or absent: a token
 /// that sets one of them to true claims something about a key that it cannot know.

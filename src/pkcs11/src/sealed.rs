@@ -104,7 +104,7 @@ impl SealedKey {
         self.with_unwrapped(session, |object| recipient.wrap(session, object, algorithm))
     }
 
-    /// Finds the protection of this wrapping key: tries to unwrap into a readable object, each time in a session of its own.
+    /// Finds the protection of this wrapping key: tries to unwrap into a readable object. Each attempt uses a new session.
     pub(crate) fn sealing(
         &self,
         open: impl Fn() -> Result<KeySession, Fault>,

@@ -89,7 +89,7 @@ pub(crate) struct Desk {
 }
 
 impl Desk {
-    /// With the organisation's key on a SoftHSM token, and a server that knows nobody.
+    /// A SoftHSM token that has the organisation's key, and a server without members.
     pub(crate) fn new() -> Self {
         let site = Site::without_keys(Options::default());
         site.expect_ok(&["store", "migrate"]);

@@ -123,7 +123,7 @@ async fn every_cell_has_its_answer() {
         };
         assert!(ACTIONS.contains(action) && expected.len() == ROLES.len());
         for (role, expected) in ROLES.iter().zip(expected) {
-            // An action that succeeds changes the state, so it gets a request of its own.
+            // An action that succeeds changes the state of the request. Each such action therefore gets a new request.
             let request = match &shared {
                 Some((known, request)) if known == state && *expected != "OK" => request.clone(),
                 _ => stage.request_in(state).await,

@@ -22,7 +22,7 @@ async fn an_access_token_alone_changes_no_trust() {
     let posing = App::new(1);
     refused(ada.trusts(&thief, &posing).await, "DEVICE_SIGNATURE");
     refused(ada.trusts(&posing, &posing).await, "DEVICE_SIGNATURE");
-    // A request of the thief that nobody approved, or that the thief approves, permits nothing.
+    // A request of the thief permits nothing while it is pending. The thief cannot approve the request.
     let request = ada.asks(&thief, AccessApprover::Device).await.unwrap();
     for signer in [&thief, &posing] {
         refused(ada.approves(&request, signer).await, "DEVICE_SIGNATURE");

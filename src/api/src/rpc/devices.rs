@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status, async_trait};
 
 use keybroker_broker::Broker;
-use keybroker_core::{error::Error, principal::Action};
+use keybroker_core::principal::Action;
 use keybroker_proto as proto;
 use keybroker_proto::device_service_server::DeviceService;
 
@@ -25,19 +25,6 @@ impl Devices {
     pub(super) fn new(broker: Arc<Broker>) -> Self {
         Self { broker }
     }
-
-    /// Returns the authenticated call and the parsed message. If the message cannot be parsed, the broker writes an audit entry.
-    async fn enter<T, P>(
-        &self,
-        request: Request<T>,
-        action: Action,
-        parse: impl FnOnce(T) -> Result<P, Error>,
-    ) -> Result<(AuthenticatedCall, P), Status> {
-        let entered = AuthenticatedCall::of(&request)?;
-        let parsed = parse(request.into_inner());
-        let parsed = entered.parsed(&self.broker, action, parsed).await?;
-        Ok((entered, parsed))
-    }
 }
 
 #[async_trait]
@@ -47,7 +34,8 @@ impl DeviceService for Devices {
         request: Request<proto::EstablishTrustRequest>,
     ) -> Result<Response<proto::EstablishTrustResponse>, Status> {
         let action = Action::EstablishDevice;
-        let (entered, new) = self.enter(request, action, requests::new_device).await?;
+        let (entered, new) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::new_device).await?;
         let made = self
             .broker
             .establish_trust(&entered.principal, &entered.call, new)
@@ -63,7 +51,8 @@ impl DeviceService for Devices {
         request: Request<proto::GetDeviceKeysRequest>,
     ) -> Result<Response<proto::GetDeviceKeysResponse>, Status> {
         let parse = |r: proto::GetDeviceKeysRequest| requests::device_id("device_id", &r.device_id);
-        let (entered, id) = self.enter(request, Action::FetchDevice, parse).await?;
+        let (entered, id) =
+            AuthenticatedCall::enter(&self.broker, request, Action::FetchDevice, parse).await?;
         let row = self
             .broker
             .device_keys(&entered.principal, &entered.call, id)
@@ -85,7 +74,8 @@ impl DeviceService for Devices {
         request: Request<proto::ListDevicesRequest>,
     ) -> Result<Response<proto::ListDevicesResponse>, Status> {
         let parse = |r: proto::ListDevicesRequest| requests::member(&r.user);
-        let (entered, user) = self.enter(request, Action::ListDevices, parse).await?;
+        let (entered, user) =
+            AuthenticatedCall::enter(&self.broker, request, Action::ListDevices, parse).await?;
         let list = self
             .broker
             .list_devices(&entered.principal, &entered.call, user.as_ref())
@@ -105,7 +95,8 @@ impl DeviceService for Devices {
             let id = requests::device_id("device_id", &r.device_id)?;
             Ok((id, requests::device_name("name", r.name)?))
         };
-        let (entered, (id, name)) = self.enter(request, Action::RenameDevice, parse).await?;
+        let (entered, (id, name)) =
+            AuthenticatedCall::enter(&self.broker, request, Action::RenameDevice, parse).await?;
         let renamed = self
             .broker
             .rename_device(&entered.principal, &entered.call, id, name)
@@ -121,7 +112,8 @@ impl DeviceService for Devices {
         request: Request<proto::UntrustDevicesRequest>,
     ) -> Result<Response<proto::UntrustDevicesResponse>, Status> {
         let action = Action::UntrustDevice;
-        let (entered, ended) = self.enter(request, action, requests::untrusted).await?;
+        let (entered, ended) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::untrusted).await?;
         let rows = self
             .broker
             .untrust_devices(&entered.principal, &entered.call, ended)
@@ -138,7 +130,8 @@ impl DeviceService for Devices {
     ) -> Result<Response<proto::ReportDeviceLostResponse>, Status> {
         let parse =
             |r: proto::ReportDeviceLostRequest| requests::device_id("device_id", &r.device_id);
-        let (entered, id) = self.enter(request, Action::ReportDevice, parse).await?;
+        let (entered, id) =
+            AuthenticatedCall::enter(&self.broker, request, Action::ReportDevice, parse).await?;
         let reported = self
             .broker
             .report_device_lost(&entered.principal, &entered.call, id)
@@ -173,7 +166,8 @@ impl DeviceService for Devices {
         request: Request<proto::CreateAccessRequestRequest>,
     ) -> Result<Response<proto::CreateAccessRequestResponse>, Status> {
         let action = Action::RequestAccess;
-        let (entered, new) = self.enter(request, action, requests::new_access).await?;
+        let (entered, new) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::new_access).await?;
         let made = self
             .broker
             .request_access(&entered.principal, &entered.call, new)
@@ -194,7 +188,8 @@ impl DeviceService for Devices {
                 requests::access_code(r.access_code)?,
             ))
         };
-        let (entered, (id, code)) = self.enter(request, Action::FetchAccess, parse).await?;
+        let (entered, (id, code)) =
+            AuthenticatedCall::enter(&self.broker, request, Action::FetchAccess, parse).await?;
         let fetched = self
             .broker
             .fetch_access(&entered.principal, &entered.call, id, code)
@@ -213,7 +208,8 @@ impl DeviceService for Devices {
                 requests::access_code(r.access_code)?,
             ))
         };
-        let (entered, (id, code)) = self.enter(request, Action::FetchAccess, parse).await?;
+        let (entered, (id, code)) =
+            AuthenticatedCall::enter(&self.broker, request, Action::FetchAccess, parse).await?;
         self.broker
             .confirm_access(&entered.principal, &entered.call, id, code)
             .await
@@ -243,7 +239,8 @@ impl DeviceService for Devices {
         request: Request<proto::ApproveAccessRequestRequest>,
     ) -> Result<Response<proto::ApproveAccessRequestResponse>, Status> {
         let action = Action::ApproveAccess;
-        let (entered, approval) = self.enter(request, action, requests::approval).await?;
+        let (entered, approval) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::approval).await?;
         let approved = self
             .broker
             .approve_access(&entered.principal, &entered.call, approval)
@@ -259,7 +256,8 @@ impl DeviceService for Devices {
         request: Request<proto::ApproveForMemberRequest>,
     ) -> Result<Response<proto::ApproveForMemberResponse>, Status> {
         let action = Action::ApproveForMember;
-        let (entered, approval) = self.enter(request, action, requests::for_member).await?;
+        let (entered, approval) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::for_member).await?;
         let approved = self
             .broker
             .approve_for_member(&entered.principal, &entered.call, approval)
@@ -275,7 +273,8 @@ impl DeviceService for Devices {
         request: Request<proto::DenyAccessRequestRequest>,
     ) -> Result<Response<proto::DenyAccessRequestResponse>, Status> {
         let parse = |r: proto::DenyAccessRequestRequest| requests::access_id(&r.access_request_id);
-        let (entered, id) = self.enter(request, Action::DenyAccess, parse).await?;
+        let (entered, id) =
+            AuthenticatedCall::enter(&self.broker, request, Action::DenyAccess, parse).await?;
         let denied = self
             .broker
             .deny_access(&entered.principal, &entered.call, id)

@@ -30,20 +30,6 @@ impl UserKeys {
         Self { broker }
     }
 
-    /// Returns the authenticated call and the parsed message. If the message cannot be parsed, the
-    /// broker writes an audit entry.
-    async fn enter<T, P>(
-        &self,
-        request: Request<T>,
-        action: Action,
-        parse: impl FnOnce(T) -> Result<P, Error>,
-    ) -> Result<(AuthenticatedCall, P), Status> {
-        let entered = AuthenticatedCall::of(&request)?;
-        let parsed = parse(request.into_inner());
-        let parsed = entered.parsed(&self.broker, action, parsed).await?;
-        Ok((entered, parsed))
-    }
-
     async fn unwrap_one(
         &self,
         entered: &AuthenticatedCall,
@@ -143,7 +129,8 @@ impl UserKeyService for UserKeys {
             let key = convert::key_ref(&r.user, &r.key_name)?;
             Ok((key, material?, RequestId::parse(&r.request_id)?))
         };
-        let (entered, (key, material, id)) = self.enter(request, Action::Create, parse).await?;
+        let (entered, (key, material, id)) =
+            AuthenticatedCall::enter(&self.broker, request, Action::Create, parse).await?;
         let created = self
             .broker
             .create(&entered.principal, &entered.call, &key, material, id)
@@ -170,7 +157,8 @@ impl UserKeyService for UserKeys {
         &self,
         request: Request<proto::BatchUnwrapUserKeysRequest>,
     ) -> Result<Response<proto::BatchUnwrapUserKeysResponse>, Status> {
-        let (entered, items) = self.enter(request, Action::Unwrap, check_batch).await?;
+        let (entered, items) =
+            AuthenticatedCall::enter(&self.broker, request, Action::Unwrap, check_batch).await?;
         let keys: Vec<_> = items.iter().filter_map(planned).collect();
         // If the caller may unwrap none of the keys, the broker refuses the complete batch and
         // writes a single audit entry.
@@ -208,7 +196,7 @@ impl UserKeyService for UserKeys {
             Ok((key, material?, expected, RequestId::parse(&r.request_id)?))
         };
         let (entered, (key, material, expected, id)) =
-            self.enter(request, Action::Replace, parse).await?;
+            AuthenticatedCall::enter(&self.broker, request, Action::Replace, parse).await?;
         let replaced = self
             .broker
             .replace(
@@ -231,7 +219,8 @@ impl UserKeyService for UserKeys {
         request: Request<proto::GetUserKeyRequest>,
     ) -> Result<Response<proto::GetUserKeyResponse>, Status> {
         let parse = |r: proto::GetUserKeyRequest| convert::key_ref(&r.user, &r.key_name);
-        let (entered, key) = self.enter(request, Action::Get, parse).await?;
+        let (entered, key) =
+            AuthenticatedCall::enter(&self.broker, request, Action::Get, parse).await?;
         let found = self
             .broker
             .get(&entered.principal, &entered.call, &key)
@@ -247,7 +236,8 @@ impl UserKeyService for UserKeys {
         request: Request<proto::ListUserKeysRequest>,
     ) -> Result<Response<proto::ListUserKeysResponse>, Status> {
         let parse = |r: proto::ListUserKeysRequest| parse_list(&r);
-        let (entered, list) = self.enter(request, Action::List, parse).await?;
+        let (entered, list) =
+            AuthenticatedCall::enter(&self.broker, request, Action::List, parse).await?;
         let listed = self.broker.list(&entered.principal, &entered.call, list);
         let page = Box::pin(listed)
             .await
@@ -264,7 +254,8 @@ impl UserKeyService for UserKeys {
             let expected = convert::revision(r.expected_revision, "expected_revision")?;
             Ok((key, expected, RequestId::parse(&r.request_id)?))
         };
-        let (entered, (key, expected, id)) = self.enter(request, Action::Delete, parse).await?;
+        let (entered, (key, expected, id)) =
+            AuthenticatedCall::enter(&self.broker, request, Action::Delete, parse).await?;
         let deleted = self
             .broker
             .delete(&entered.principal, &entered.call, &key, expected, id)
@@ -283,7 +274,8 @@ impl UserKeyService for UserKeys {
             let key = convert::key_ref(&r.user, &r.key_name)?;
             Ok((key, RequestId::parse(&r.request_id)?))
         };
-        let (entered, (key, id)) = self.enter(request, Action::Undelete, parse).await?;
+        let (entered, (key, id)) =
+            AuthenticatedCall::enter(&self.broker, request, Action::Undelete, parse).await?;
         let undeleted = self
             .broker
             .undelete(&entered.principal, &entered.call, &key, id)
@@ -305,7 +297,7 @@ impl UserKeyService for UserKeys {
             Ok((key, revision, expected, RequestId::parse(&r.request_id)?))
         };
         let (entered, (key, revision, expected, id)) =
-            self.enter(request, Action::Restore, parse).await?;
+            AuthenticatedCall::enter(&self.broker, request, Action::Restore, parse).await?;
         let restored = self
             .broker
             .restore(

@@ -230,7 +230,7 @@ impl Broker {
             counted.answer = None;
             counted.closed = Some(now);
         }
-        // The count is a change of its own, with its own call id, because the call itself fails.
+        // The call fails, but the count must be stored. The count is therefore a separate change with a separate call id.
         let own = Call::start(call.peer.clone(), call.deadline);
         let draft = draft.of_wrong_code(own.id);
         self.commit_access(&own, &draft, row, counted, now).await

@@ -1,26 +1,66 @@
 //! Replaces a batch of rows with their re-wrapped form, between a durable intent and a durable
 //! outcome.
 
+use std::collections::BTreeSet;
+
 use aws_lc_rs::digest;
 
 use keybroker_core::{
     call::{CallId, Timestamp},
+    envelope::{Mac, mac::MacMessage},
     error::Error,
-    key::WrappingKeyId,
+    key::{KeyUse, WrappingKeyId},
     metrics,
 };
+use keybroker_hsm as hsm;
 use keybroker_store as store;
 
 use crate::{Broker, commit::Settled, digests::hex_of, journal::Draft};
+
+use super::{
+    revisions::{Swapped, background},
+    run::Stop,
+};
 
 /// The id of a row in a batch: the id of the record or API client, and its revision.
 pub(super) type RowId = ([u8; 16], u64);
 
 impl Broker {
+    /// Runs `swap` for rows under the wrapping keys `from`, if these rows may still be moved to the wrapping key `to`. `source` is
+    /// the use of the keys `from`.
+    pub(super) async fn swap_rows(
+        &self,
+        (from, to): (BTreeSet<WrappingKeyId>, WrappingKeyId),
+        source: KeyUse,
+        rows: &[RowId],
+        call: CallId,
+        swap: impl Future<Output = Result<Vec<bool>, store::Error>> + Send,
+    ) -> Result<Swapped, Stop> {
+        self.check_move(from.iter().copied(), to, source)?;
+        match self.swap_batch(to, rows, call, swap).await {
+            Ok(swapped) => Ok(Swapped::of(&swapped)),
+            Err(error) => Err(self.why_not_swapped(error, from, to, source).await),
+        }
+    }
+
+    /// Verifies a MAC with the integrity key of one wrapping key. Then computes the MAC of the same message with the integrity key of
+    /// another wrapping key.
+    pub(super) async fn new_mac(
+        &self,
+        message: &MacMessage,
+        (signer, mac): (WrappingKeyId, &Mac),
+        to: WrappingKeyId,
+    ) -> Result<Mac, hsm::Error> {
+        self.token
+            .verify_mac(signer, message, mac, &background())
+            .await?;
+        self.token.mac(to, message, &background()).await
+    }
+
     /// Runs `swap`, which replaces a batch of rows in the database. The intent contains the digest
     /// of the rows in the batch. The outcome contains the digest of the rows that were moved.
     /// `swap` must store the mark of the call. Returns whether each row was moved.
-    pub(super) async fn swap_batch(
+    async fn swap_batch(
         &self,
         to: WrappingKeyId,
         rows: &[RowId],

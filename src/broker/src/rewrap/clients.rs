@@ -15,7 +15,7 @@ use crate::Broker;
 use super::{
     batch::RowId,
     progress::FailedRow,
-    revisions::{Swapped, background},
+    revisions::Swapped,
     run::{Run, Stop},
 };
 
@@ -71,7 +71,8 @@ impl Run<'_> {
         if !from.contains(&row.key) {
             return Ok(None);
         }
-        let job = self.broker.new_mac(&row, to);
+        let message = row.mac_message();
+        let job = self.broker.new_mac(&message, (row.key, &row.mac), to);
         match self.pace.run(&*self.broker.token, job).await {
             Ok(new) => Ok(Some(Ok(ClientMove {
                 id: row.id,
@@ -92,37 +93,20 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Verifies the stored MAC of an API client with the integrity key of its row, then computes a MAC with another
-    /// integrity key.
-    async fn new_mac(&self, row: &ClientRow, to: WrappingKeyId) -> Result<[u8; 32], hsm::Error> {
-        let message = row.mac_message();
-        self.token
-            .verify_mac(row.key, &message, &row.mac, &background())
-            .await?;
-        self.token.mac(to, &message, &background()).await
-    }
-
     async fn swap_clients(
         &self,
         to: WrappingKeyId,
         moves: Vec<ClientMove>,
     ) -> Result<Swapped, Stop> {
         let from: BTreeSet<WrappingKeyId> = moves.iter().map(|one| one.from).collect();
-        self.check_move(from.iter().copied(), to, KeyUse::RewrapFrom)?;
         let ids: Vec<RowId> = moves
             .iter()
             .map(|one| (*one.id.as_bytes(), one.revision))
             .collect();
         let call = CallId::fresh();
         let swap = self.store.move_clients(moves, call);
-        let swapped = match self.swap_batch(to, &ids, call, swap).await {
-            Ok(swapped) => swapped,
-            Err(error) => {
-                let source = KeyUse::RewrapFrom;
-                return Err(self.why_not_swapped(error, from, to, source).await);
-            }
-        };
-        Ok(Swapped::of(&swapped))
+        self.swap_rows((from, to), KeyUse::RewrapFrom, &ids, call, swap)
+            .await
     }
 }
 

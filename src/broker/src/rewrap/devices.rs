@@ -69,7 +69,8 @@ impl Run<'_> {
         if !from.contains(&row.signer) {
             return Ok(None);
         }
-        let job = self.broker.new_mac_of_device(&row, to);
+        let message = row.mac_message();
+        let job = self.broker.new_mac(&message, (row.signer, &row.mac), to);
         match self.pace.run(&*self.broker.token, job).await {
             Ok(new) => Ok(Some(Ok(DeviceMove {
                 address: row.address,
@@ -115,26 +116,12 @@ impl Run<'_> {
 }
 
 impl Broker {
-    /// Verifies the stored MAC of a device with the integrity key of its row, then computes a MAC with another integrity key.
-    async fn new_mac_of_device(
-        &self,
-        row: &DeviceRow,
-        to: WrappingKeyId,
-    ) -> Result<[u8; 32], hsm::Error> {
-        let message = row.mac_message();
-        self.token
-            .verify_mac(row.signer, &message, &row.mac, &background())
-            .await?;
-        self.token.mac(to, &message, &background()).await
-    }
-
     async fn swap_devices(
         &self,
         to: WrappingKeyId,
         moves: Vec<DeviceMove>,
     ) -> Result<Swapped, Stop> {
         let from: BTreeSet<WrappingKeyId> = moves.iter().map(|one| one.from).collect();
-        self.check_move(from.iter().copied(), to, KeyUse::RewrapFrom)?;
         // A device has no number of its revisions.
         let ids: Vec<RowId> = moves
             .iter()
@@ -142,14 +129,8 @@ impl Broker {
             .collect();
         let call = CallId::fresh();
         let swap = self.store.move_devices(moves, call);
-        let swapped = match self.swap_batch(to, &ids, call, swap).await {
-            Ok(swapped) => swapped,
-            Err(error) => {
-                let source = KeyUse::RewrapFrom;
-                return Err(self.why_not_swapped(error, from, to, source).await);
-            }
-        };
-        Ok(Swapped::of(&swapped))
+        self.swap_rows((from, to), KeyUse::RewrapFrom, &ids, call, swap)
+            .await
     }
 }
 

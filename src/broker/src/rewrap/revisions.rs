@@ -256,7 +256,6 @@ impl Broker {
         page: Page,
     ) -> Result<Swapped, Stop> {
         let from: BTreeSet<WrappingKeyId> = page.moves.iter().map(|one| one.from).collect();
-        self.check_move(from.iter().copied(), to, source)?;
         let ids: Vec<RowId> = page
             .moves
             .iter()
@@ -264,13 +263,10 @@ impl Broker {
             .collect();
         let call = CallId::fresh();
         let swap = self.store.move_revisions(page.moves, source, call);
-        let swapped = match self.swap_batch(to, &ids, call, swap).await {
-            Ok(swapped) => swapped,
-            Err(error) => return Err(self.why_not_swapped(error, from, to, source).await),
-        };
+        let swapped = self.swap_rows((from, to), source, &ids, call, swap).await?;
         Ok(Swapped {
             failed: page.failed,
-            ..Swapped::of(&swapped)
+            ..swapped
         })
     }
 }

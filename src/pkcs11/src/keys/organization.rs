@@ -127,7 +127,7 @@ fn refuse_second(session: &Session, id: WrappingKeyId, parts: &PrivateParts) -> 
     }
     Err(Fault::new(
         Class::Untrusted,
-        "the token has this private key already, under another CKA_ID: each organisation has a key pair of its own",
+        "the token has this private key already, under another CKA_ID: two organisations cannot have the same key pair",
     ))
 }
 

@@ -27,7 +27,7 @@ pub(super) enum Command {
     /// Approve the request of a member (for the role `approver`)
     ///
     /// The command shows the request with three of the five words of its phrase, and asks for the other two: the member reads them from
-    /// the new device. The token then encrypts the member's user key to the new device. Nobody else gets it.
+    /// the new device. The token then encrypts the member's user key to the new device. You do not receive the user key.
     Approve {
         /// Id of the request, 32 hexadecimal digits
         #[arg(value_parser = arguments::access_request_id)]

@@ -111,17 +111,15 @@ fn private_key(arguments: &Import) -> Result<Zeroizing<Vec<u8>>, Failure> {
                     .to_owned(),
             ));
         }
-        (None, None) if bytes.starts_with(b"-----BEGIN ") => from_pem(&bytes).map_err(refuse)?,
+        (None, None) if bytes.starts_with(b"-----BEGIN ") => {
+            let key = pem::private_key(&bytes).map_err(|error| refuse(error.to_string()))?;
+            Zeroizing::new(key.secret_der().to_vec())
+        }
         (None, None) => bytes,
     };
     // The worker checks the key again. This check gives a message about the file before the token is opened.
     PrivateParts::from_pkcs8(&der).map_err(|error| refuse(error.to_string()))?;
     Ok(der)
-}
-
-fn from_pem(text: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
-    let key = pem::private_key(text).map_err(|error| error.to_string())?;
-    Ok(Zeroizing::new(key.secret_der().to_vec()))
 }
 
 /// Decrypts the organisation's encrypted private key, which is the base64 of the PKCS#8 key or the PKCS#8 key itself.

@@ -28,6 +28,7 @@ use super::{
     Organization,
     key::Details,
     pending::{Pending, Unreadable},
+    refusal::RequestError,
 };
 
 /// Longest list of requests, in bytes, and its highest number of requests. A request has about a thousand bytes.
@@ -160,7 +161,7 @@ impl<'a> Api<'a> {
                 Ok(pending) if found.pending.iter().any(|one| one.id == pending.id) => {
                     found.unreadable.push(Unreadable {
                         id: Some(pending.id),
-                        why: "the server lists this request twice".to_owned(),
+                        why: RequestError::Twice,
                     });
                 }
                 Ok(pending) => found.pending.push(pending),

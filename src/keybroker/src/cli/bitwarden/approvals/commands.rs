@@ -27,6 +27,7 @@ use super::{
     key::WrappedKey,
     pending::{Pending, Unreadable},
     pins::{KeyState, MemberKey, Pins},
+    refusal::Refusal,
     requests,
     review::{Reviewed, chosen, open_token, review, with_store},
 };
@@ -168,7 +169,7 @@ impl Session<'_> {
         for one in reviewed {
             match self.ready(&one).await? {
                 Ok(approved) => ready.push(approved),
-                Err(why) => results.push(Done::of(&one.pending, Some(why))),
+                Err(why) => results.push(Done::of(&one.pending, Some(why.to_string()))),
             }
         }
         if ready.is_empty() {
@@ -194,7 +195,7 @@ impl Session<'_> {
     async fn ready(
         &self,
         reviewed: &Reviewed,
-    ) -> Result<Result<(Decided, Approved), String>, Failure> {
+    ) -> Result<Result<(Decided, Approved), Refusal>, Failure> {
         let (key, state) = match &reviewed.key {
             Ok(found) => found,
             Err(why) => return Ok(Err(why.clone())),
@@ -205,7 +206,7 @@ impl Session<'_> {
         };
         let approved = match reviewed.release(self.pins.admin, self.organization, key) {
             Ok(approved) => approved,
-            Err(AdminError::Untrusted(why)) => return Ok(Err(why)),
+            Err(AdminError::Untrusted(why)) => return Ok(Err(Refusal::Token(why))),
             Err(error) => return Err(error.into()),
         };
         if policy.is_some() {
@@ -222,14 +223,12 @@ impl Session<'_> {
     }
 
     /// Whether the key may be used: its pin matches, or the person accepts it by its digest.
-    fn accepted(&self, key: &WrappedKey, state: KeyState) -> Result<Option<&'static str>, String> {
+    fn accepted(&self, key: &WrappedKey, state: KeyState) -> Result<Option<&'static str>, Refusal> {
         let digest = hex::encode(key.digest);
         match self.arguments.accept_key.as_deref() {
             _ if state.is_for_policy() => Ok(None),
             Some(accepted) if accepted.eq_ignore_ascii_case(&digest) => Ok(Some(ACCEPTED_KEY)),
-            _ => Err(format!(
-                "{state}. If you know the reason, approve the request alone with `--accept-key {digest}`"
-            )),
+            _ => Err(Refusal::Pin { state, digest }),
         }
     }
 }

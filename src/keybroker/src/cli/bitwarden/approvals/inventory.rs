@@ -18,15 +18,26 @@ enum Owner {
     Member(String),
 }
 
+/// The reason why an inventory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum InventoryError {
+    #[error(transparent)]
+    File(#[from] trusted_file::Error),
+    #[error("{file} is not UTF-8")]
+    Encoding { file: String },
+    #[error(
+        "{file}, line {line}: a line has the identifier of a device and at most one e-mail address"
+    )]
+    Line { file: String, line: usize },
+}
+
 impl Inventory {
-    pub(super) fn load(path: &Path) -> Result<Self, String> {
-        let bytes =
-            trusted_file::read(path, BYTES_MAX, INVENTORY).map_err(|error| error.to_string())?;
-        let shown = path.display();
-        let text = std::str::from_utf8(&bytes).map_err(|_| format!("{shown} is not UTF-8"))?;
-        Self::parse(text).map_err(|line| {
-            format!("{shown}, line {line}: a line has the identifier of a device and at most one e-mail address")
-        })
+    pub(super) fn load(path: &Path) -> Result<Self, InventoryError> {
+        let bytes = trusted_file::read(path, BYTES_MAX, INVENTORY)?;
+        let file = || path.display().to_string();
+        let text =
+            std::str::from_utf8(&bytes).map_err(|_| InventoryError::Encoding { file: file() })?;
+        Self::parse(text).map_err(|line| InventoryError::Line { file: file(), line })
     }
 
     /// Parses the text of an inventory. The error is the number of the first bad line.

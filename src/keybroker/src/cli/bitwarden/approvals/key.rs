@@ -5,6 +5,8 @@ use serde::Deserialize;
 
 use keybroker_bitwarden::EncString;
 
+use super::refusal::KeyError;
+
 /// Longest wrapped key as text, in bytes. A key of type 4 has 346 bytes.
 const TEXT_BYTES_MAX: usize = 1_024;
 
@@ -25,38 +27,35 @@ pub(super) struct WrappedKey {
 }
 
 impl Details {
-    /// Returns the wrapped key, or the reason why it cannot be used.
-    pub(super) fn wrapped_key(&self) -> Result<WrappedKey, String> {
+    pub(super) fn wrapped_key(&self) -> Result<WrappedKey, KeyError> {
         let text = self
             .reset_password_key
             .as_deref()
             .filter(|text| !text.is_empty());
-        let text = text.ok_or_else(|| {
-            "the member has not enrolled in account recovery, so the organisation does not have the member's key"
-                .to_owned()
-        })?;
+        let text = text.ok_or(KeyError::NotEnrolled)?;
         if text.len() > TEXT_BYTES_MAX {
-            return Err("the member's key is too long".to_owned());
+            return Err(KeyError::TooLong);
         }
-        match EncString::parse(text) {
-            Ok(EncString::RsaOaepSha1 { ciphertext }) => Ok(WrappedKey::of(ciphertext)),
-            Ok(other) => Err(format!(
-                "the member's key has type {}; type 4 is required",
-                other.number()
-            )),
-            Err(error) => Err(format!("the member's key: {error}")),
+        match EncString::parse(text)? {
+            EncString::RsaOaepSha1 { ciphertext } => Ok(WrappedKey::of(ciphertext)),
+            other => Err(KeyError::Type(other.number())),
         }
     }
 }
 
 impl WrappedKey {
     fn of(ciphertext: Vec<u8>) -> Self {
-        let digest = digest::digest(&digest::SHA256, &ciphertext);
         Self {
-            digest: digest.as_ref().try_into().expect("SHA-256 gives 32 bytes"),
+            digest: sha256(&ciphertext),
             ciphertext,
         }
     }
+}
+
+/// SHA-256 of what a pin binds together.
+pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = digest::digest(&digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("SHA-256 gives 32 bytes")
 }
 
 #[cfg(test)]
@@ -65,7 +64,7 @@ mod tests {
 
     use super::*;
 
-    fn wrapped(key: Option<&str>) -> Result<WrappedKey, String> {
+    fn wrapped(key: Option<&str>) -> Result<WrappedKey, KeyError> {
         let reset_password_key = key.map(str::to_owned);
         Details { reset_password_key }.wrapped_key()
     }
@@ -89,12 +88,13 @@ mod tests {
             (Some("3.AAAA"), "type 3"),
             (Some("x"), "type number"),
         ] {
-            let refused = wrapped(text).unwrap_err();
+            let refused = wrapped(text).unwrap_err().to_string();
             assert!(refused.contains(word), "{text:?}: {refused}");
         }
         assert!(
             wrapped(Some(&"4".repeat(2_000)))
                 .unwrap_err()
+                .to_string()
                 .contains("too long")
         );
     }

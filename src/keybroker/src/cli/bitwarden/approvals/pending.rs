@@ -11,6 +11,8 @@ use keybroker_bitwarden::FingerprintPhrase;
 use keybroker_core::{call::Timestamp, organization::Guid};
 use keybroker_worker_protocol::{private_key::ORGANIZATION_KEY_BITS, recipient::RecipientKey};
 
+use super::refusal::RequestError;
+
 /// The time after which the server no longer accepts an answer.
 const LIFETIME: Duration = Duration::from_hours(7 * 24);
 /// A request that is dated later than this time from now is refused, because it would never expire.
@@ -57,11 +59,11 @@ pub(super) struct Pending {
 }
 
 /// A request that cannot be used. It is shown, and nothing is approved for it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Unreadable {
     /// The id, if it can be read.
     pub(super) id: Option<Guid>,
-    pub(super) why: String,
+    pub(super) why: RequestError,
 }
 
 impl fmt::Display for Unreadable {
@@ -80,7 +82,7 @@ impl Pending {
             .and_then(Value::as_str)
             .and_then(Guid::parse);
         let parsed = Wire::deserialize(value)
-            .map_err(|error| error.to_string())
+            .map_err(RequestError::from)
             .and_then(|wire| wire.checked(now));
         parsed.map_err(|why| Unreadable { id, why })
     }
@@ -100,44 +102,32 @@ impl Pending {
 }
 
 impl Wire {
-    fn checked(self, now: Timestamp) -> Result<Pending, String> {
-        let guid = |name: &str, text: &str| {
-            Guid::parse(text).ok_or_else(|| format!("`{name}` is not a GUID"))
-        };
-        let text = |name: &str, text: String, bytes_max: usize| {
+    fn checked(self, now: Timestamp) -> Result<Pending, RequestError> {
+        let guid = |name, text: &str| Guid::parse(text).ok_or(RequestError::Guid(name));
+        let text = |name, text: String, bytes_max: usize| {
             let is_good =
                 (1..=bytes_max).contains(&text.len()) && !text.chars().any(char::is_control);
             if is_good {
                 return Ok(text);
             }
-            Err(format!(
-                "`{name}` is not 1 to {bytes_max} bytes without control characters"
-            ))
+            Err(RequestError::Text { name, bytes_max })
         };
         if self.public_key.len() > PUBLIC_KEY_BYTES_MAX {
-            return Err("`publicKey` is too long".to_owned());
+            return Err(RequestError::LongKey);
         }
-        let public_key = Base64::decode_vec(&self.public_key)
-            .map_err(|_| "`publicKey` is not canonical base64".to_owned())?;
-        let recipient = RecipientKey::from_spki(&public_key)
-            .map_err(|error| format!("the public key of the device: {error}"))?;
+        let public_key = Base64::decode_vec(&self.public_key).map_err(|_| RequestError::Base64)?;
+        let recipient = RecipientKey::from_spki(&public_key)?;
         if recipient.modulus().len() * 8 != ORGANIZATION_KEY_BITS {
-            return Err(format!(
-                "the public key of the device does not have {ORGANIZATION_KEY_BITS} bits"
-            ));
+            return Err(RequestError::Bits);
         }
         let address = self.request_ip_address.filter(|text| !text.is_empty());
         let address = address
-            .map(|text| {
-                text.parse()
-                    .map_err(|_| "`requestIpAddress` is not an address".to_owned())
-            })
+            .map(|text| text.parse().map_err(|_| RequestError::Address))
             .transpose()?;
         let country = self.request_country_name.filter(|text| !text.is_empty());
-        let created =
-            timestamp(&self.creation_date).ok_or("`creationDate` is not a time (RFC 3339)")?;
+        let created = timestamp(&self.creation_date).ok_or(RequestError::Time)?;
         if created > later(now, AHEAD_MAX) {
-            return Err("`creationDate` is in the future".to_owned());
+            return Err(RequestError::Future);
         }
         Ok(Pending {
             id: guid("id", &self.id)?,
@@ -155,7 +145,7 @@ impl Wire {
                 Value::Null => "unknown".to_owned(),
                 Value::String(name) => text("requestDeviceType", name, TEXT_BYTES_MAX)?,
                 Value::Number(number) => number.to_string(),
-                _ => return Err("`requestDeviceType` is neither a text nor a number".to_owned()),
+                _ => return Err(RequestError::DeviceType),
             },
             address,
             country: country
@@ -257,7 +247,10 @@ mod tests {
             let mut bad = request();
             bad[field] = value;
             let unreadable = Pending::parse(&bad, now()).unwrap_err();
-            assert!(unreadable.why.contains(word), "{field}: {unreadable}");
+            assert!(
+                unreadable.why.to_string().contains(word),
+                "{field}: {unreadable}"
+            );
             assert!(unreadable.id.is_some(), "{field}");
         }
         let unreadable = Pending::parse(&json!([]), now()).unwrap_err();

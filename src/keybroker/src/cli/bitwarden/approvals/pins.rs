@@ -6,15 +6,13 @@
 
 use std::fmt;
 
-use aws_lc_rs::digest;
-
 use crate::cli::exit::Failure;
 use keybroker_core::{call::Timestamp, organization::Guid};
 use keybroker_hsm::admin::Admin;
 use keybroker_store as store;
 use keybroker_store::{MemberKeyRow, tables::Tables};
 
-use super::pending::Pending;
+use super::{key::sha256, pending::Pending};
 
 /// What the pins say about a member's wrapped key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,13 +89,10 @@ impl MemberKey {
     /// The e-mail address is part of the pin, because a person and a policy recognise the member by it: a hostile server could
     /// otherwise show the thief's address with the victim's key.
     pub(super) fn new(pending: &Pending, digest: [u8; 32]) -> Self {
-        let email = digest::digest(&digest::SHA256, pending.email.to_lowercase().as_bytes());
-        let mut sha256 = [0; 32];
-        sha256.copy_from_slice(email.as_ref());
         Self {
             member: pending.member,
             digest,
-            email: sha256,
+            email: sha256(pending.email.to_lowercase().as_bytes()),
         }
     }
 }

@@ -29,6 +29,7 @@ use super::{
     key::WrappedKey,
     pending::{Pending, Unreadable},
     pins::{KeyState, MemberKey, Pins},
+    refusal::Refusal,
 };
 
 /// Longest wait for an embedded database that another command uses.
@@ -83,7 +84,7 @@ fn lock(config: &Config) -> Result<StoreLock, Failure> {
 pub(super) struct Reviewed {
     pub(super) pending: Pending,
     /// The key and its state, or the reason why the request cannot be approved.
-    pub(super) key: Result<(WrappedKey, KeyState), String>,
+    pub(super) key: Result<(WrappedKey, KeyState), Refusal>,
 }
 
 /// Fetches the member's wrapped key, and compares it with the pins.
@@ -93,13 +94,13 @@ pub(super) async fn review(
     pending: Pending,
 ) -> Result<Reviewed, Failure> {
     if pending.is_expired(Timestamp::now()) {
-        let key = Err("the request has expired".to_owned());
+        let key = Err(Refusal::Expired);
         return Ok(Reviewed { pending, key });
     }
     let details = api.details(pending.organization_user).await?;
     let wrapped = match &details {
-        None => Err("the user is no longer a member of the organisation".to_owned()),
-        Some(details) => details.wrapped_key(),
+        None => Err(Refusal::NoMember),
+        Some(details) => details.wrapped_key().map_err(Refusal::from),
     };
     let key = match wrapped {
         Ok(key) => {
@@ -122,7 +123,7 @@ impl Reviewed {
                 let problem = (!state.is_for_policy()).then(|| state.to_string());
                 (Some(hex::encode(key.digest)), Some(state.name()), problem)
             }
-            Err(why) => (None, None, Some(why.clone())),
+            Err(why) => (None, None, Some(why.to_string())),
         };
         vec![
             ("request", json!(pending.id.to_string())),
@@ -181,7 +182,7 @@ impl Unreadable {
         ];
         let mut fields = vec![("request", json!(id))];
         fields.extend(unknown.map(|name| (name, json!(null))));
-        fields.push(("problem", json!(self.why)));
+        fields.push(("problem", json!(self.why.to_string())));
         fields
     }
 }

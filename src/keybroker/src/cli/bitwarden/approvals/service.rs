@@ -104,7 +104,7 @@ impl Rules {
                 .map_err(|problems| bad("policy_file", problems.to_string()))?,
             inventory: inventory
                 .transpose()
-                .map_err(|why| bad("inventory_file", why))?
+                .map_err(|error| bad("inventory_file", error.to_string()))?
                 .unwrap_or_default(),
         })
     }
@@ -223,7 +223,7 @@ impl Service<'_> {
     ) -> Result<Option<String>, Failure> {
         let (key, state) = match &reviewed.key {
             Ok(found) => found,
-            Err(why) => return Ok(Some(why.clone())),
+            Err(why) => return Ok(Some(why.to_string())),
         };
         let pinned = match state {
             KeyState::Known { since } => *since,

@@ -12,11 +12,15 @@ main() {
     shift
   fi
   venv=${CARGO_TARGET_DIR:-$root/target}/example-python-$(sha256sum "$here/requirements.txt" | cut -c1-16)
+  mkdir -p "$(dirname "$venv")"
+  exec 9>"$venv.lock"
+  flock --timeout 600 9 # Two runs at the same time would install into the same folder.
   if [[ ! -e $venv/ready ]]; then
     python3 -m venv --clear "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$here/requirements.txt"
     touch "$venv/ready"
   fi
+  exec 9>&-
 
   stubs=$(mktemp -d)
   # shellcheck disable=SC2064  # The path is fixed here.

@@ -25,7 +25,7 @@ pub(crate) const BOB: &str = "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d";
 const MATERIAL: &[u8] = b"material of this user";
 
 /// A site that believes an identity service, over connections with and without certificates.
-fn site(service: &Identity, lines: &str) -> Arc<Site> {
+pub(crate) fn site(service: &Identity, lines: &str) -> Arc<Site> {
     believing(Site::fresh(options()), service, lines)
 }
 
@@ -59,13 +59,18 @@ pub(crate) fn start(service: &Identity, lines: &str) -> Broker {
 
 /// A broker whose only wrapping key is a sealed one.
 pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
+    start_on(sealed_site(service, lines))
+}
+
+/// A site whose only wrapping key is a sealed one.
+pub(crate) fn sealed_site(service: &Identity, lines: &str) -> Arc<Site> {
     let site = Site::without_keys(options());
     site.expect_ok(&["store", "migrate"]);
     make_sealed_key(&site);
-    start_on(believing(site, service, lines))
+    believing(site, service, lines)
 }
 
-fn start_on(site: Arc<Site>) -> Broker {
+pub(crate) fn start_on(site: Arc<Site>) -> Broker {
     let broker = Broker::start_on(site);
     let is_ready = || broker.site.log().contains("key set taken over");
     until("the key set", || is_ready().then_some(()));

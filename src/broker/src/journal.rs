@@ -232,10 +232,10 @@ impl Draft {
         self.0.key_name = Some(row.key_name.clone());
     }
 
-    /// Begins the entry about the count of a wrong access code.
-    pub(super) fn of_wrong_code(&self, call: CallId) -> Self {
+    /// Begins the entry about the count of a wrong guess, such as an access code.
+    pub(super) fn of_wrong_guess(&self, action: &'static str, call: CallId) -> Self {
         let mut entry = self.0.clone();
-        entry.action = "access_request.wrong_code".into();
+        entry.action = action.into();
         entry.call_id = Some(call);
         Self(entry)
     }
@@ -329,7 +329,7 @@ impl Broker {
         }
         if error.reason() == Reason::EnvelopeRejected
             && let Some(principal) = &draft.0.principal
-            && self.limits.fail_envelope(principal).is_err()
+            && self.limits.fail_principal(principal).is_err()
         {
             tracing::warn!(
                 principal,

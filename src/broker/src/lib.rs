@@ -80,9 +80,9 @@ pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Decided, Person, R
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use devices::{
-    AccessAnswer, AccessList, AccessView, AdministratorApproval, DeviceApproval, DeviceList,
-    DeviceRotation, DeviceRules, DeviceView, NewAccessRequest, NewDevice, PhraseView,
-    RotatedDevice, Untrusted, Which,
+    AccessAnswer, AccessDenial, AccessList, AccessPage, AccessView, AdministratorApproval,
+    DeviceApproval, DeviceList, DeviceRotation, DeviceRules, DeviceView, NewAccessRequest,
+    NewDevice, PhraseView, RotatedDevice, Untrusted, Which,
 };
 pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{
@@ -90,9 +90,9 @@ pub use keybroker_hsm::{
 };
 pub use keybroker_policy::Release as ReleaseForm;
 pub use keybroker_store::{
-    AccessRow, Answer, ApprovalRow, Damage, DamagedAccess, DamagedApproval, DamagedClient,
-    DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position, RecordInfo, RecordState, RunState,
-    SKIPPED_MAX, SealedKeys,
+    ACCESS_REQUESTS_LISTED_MAX, AccessPlace, AccessRow, Answer, ApprovalRow, Damage, DamagedAccess,
+    DamagedApproval, DamagedClient, DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position,
+    RecordInfo, RecordState, RunState, SKIPPED_MAX, SealedKeys,
 };
 pub use maintenance::Health;
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};

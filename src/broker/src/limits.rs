@@ -50,7 +50,8 @@ pub struct Settings {
     pub user_calls_per_minute: u32,
     /// Largest number of calls per minute for each service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Largest number per minute of failed credentials for each address, and of rejected envelopes for each principal.
+    /// Largest number per minute of failed credentials for each address, and of failed attempts (rejected envelopes, wrong words of a phrase) for each
+    /// principal.
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
@@ -94,7 +95,7 @@ pub struct Limits {
     users: Buckets<String>,
     services: Buckets<String>,
     failed_credentials: Buckets<IpAddr>,
-    refused_envelopes: Buckets<String>,
+    failed_attempts: Buckets<String>,
     turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
     replacements: Replacements,
@@ -110,7 +111,7 @@ impl Limits {
             users: Buckets::new(settings.user_calls_per_minute),
             services: Buckets::new(settings.service_calls_per_minute),
             failed_credentials: Buckets::new(settings.failures_per_minute),
-            refused_envelopes: Buckets::new(settings.failures_per_minute),
+            failed_attempts: Buckets::new(settings.failures_per_minute),
             turns: Cache::builder()
                 .max_capacity(CALLERS_MAX)
                 .time_to_idle(FORGOTTEN_AFTER)
@@ -148,9 +149,8 @@ impl Limits {
             Kind::User => &self.users,
             Kind::Service => &self.services,
         };
-        // All calls of a principal with too many rejected envelopes are refused, because each call could be another
-        // attempt with a forged envelope.
-        if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
+        // All calls of a principal with too many failed attempts are refused, because each call could be another attempt.
+        if let Some(wait) = self.failed_attempts.empty_for(principal.name()) {
             return Err(used_up(wait));
         }
         buckets.take(principal.name(), count).map_err(|wait| {
@@ -186,9 +186,9 @@ impl Limits {
         taken.map_err(used_up)
     }
 
-    /// Counts an envelope that a principal sent and the token rejected.
-    pub fn fail_envelope(&self, principal: &str) -> Result<(), Error> {
-        let taken = self.refused_envelopes.take(principal, 1);
+    /// Counts a failed attempt of a principal: an envelope that the token rejected, or wrong words of a fingerprint phrase.
+    pub fn fail_principal(&self, principal: &str) -> Result<(), Error> {
+        let taken = self.failed_attempts.take(principal, 1);
         taken.map_err(used_up)
     }
 
@@ -415,14 +415,14 @@ mod tests {
     }
 
     #[test]
-    fn refused_envelopes_cost_a_principal_its_calls() {
+    fn failed_attempts_cost_a_principal_its_calls() {
         let limits = limits(2);
         let guilty = service("guilty");
         for _ in 0..2 {
-            limits.fail_envelope(guilty.name()).unwrap();
+            limits.fail_principal(guilty.name()).unwrap();
         }
         limits.take_calls(&guilty, 1).unwrap();
-        limits.fail_envelope(guilty.name()).unwrap_err();
+        limits.fail_principal(guilty.name()).unwrap_err();
         let error = limits.take_calls(&guilty, 1).unwrap_err();
         assert_eq!(error.reason(), Reason::FailureBudget);
         limits.take_calls(&service("innocent"), 1).unwrap();

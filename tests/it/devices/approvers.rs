@@ -67,7 +67,7 @@ async fn an_approver_sees_two_blanks_and_denies() {
             .unwrap(),
     ];
     let carol = approver(&broker, &service, "approvers");
-    let pending = proto::ListAccessRequestsRequest { show_all: false };
+    let pending = proto::ListAccessRequestsRequest::default();
     let listed = carol
         .list_access_requests(pending)
         .await

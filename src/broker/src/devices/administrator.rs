@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    device::{AccessState, ApprovalRoad},
+    device::{AccessState, ApprovalRoad, PHRASE_TRIES_MAX},
     envelope::Algorithm,
     error::{Error, Reason},
     key::{AccessRequestId, KeyAddress},
@@ -15,12 +15,13 @@ use keybroker_core::{
 };
 use keybroker_hsm::{Recipient, RecipientKey};
 use keybroker_policy::{KeyPermit, Question, Release, Resource};
-use keybroker_store::{AccessDecision, AccessRow, Answer};
+use keybroker_store::{AccessDecision, AccessRow, Answer, DeviceChange};
 
 use crate::{Broker, SealedUserKey, caller, journal::Draft};
 
 use super::{
     AccessView, address_of, after,
+    decision::check_pending,
     list::{hidden_words, phrase},
     wrong_state,
 };
@@ -64,29 +65,42 @@ impl Broker {
             .await?;
         let (permit, recipient, mut draft) = self.permit_for_member(principal, call, &row).await?;
         let now = Timestamp::now();
-        let plan = async {
-            self.verify_access(&row).await?;
-            self.check_approver(principal, call, &row, &approval, now)
-                .await?;
-            if self.device_rules.approvers_needed > 1 && row.first_approved_by.is_none() {
-                return Ok(AccessRow {
-                    first_approved_by: Some(principal.name().to_owned()),
-                    ..row.clone()
-                });
-            }
-            let sealed = self
-                .seal_record(principal, &permit, call, &recipient, &mut draft)
-                .await?;
-            Ok(self.sealed_answer(principal, &row, &sealed, now))
+        let checked = async {
+            self.verify_access(&token, &row).await?;
+            self.check_approver(principal, &row, now)
         };
-        let planned: Result<AccessRow, Error> = Box::pin(plan).await;
-        let approved = self.or_record(&draft, planned).await?;
-        self.commit_access(call, &draft, &row, approved.clone(), now)
+        let checked: Result<(), Error> = checked.await;
+        self.or_record(&draft, checked).await?;
+        self.check_words(principal, call, &draft, &row, &approval)
             .await?;
-        if approved.state == AccessState::Approved
-            && self
-                .limits
-                .note_release(principal, row.device.address.user.as_str())
+        let is_first = self.device_rules.approvers_needed > 1 && row.first_approved_by.is_none();
+        if is_first {
+            draft.cause("first-approval");
+            let approved = AccessRow {
+                first_approved_by: Some(principal.name().to_owned()),
+                ..row.clone()
+            };
+            let guards = DeviceChange::default();
+            let commit =
+                self.commit_access(principal, call, &draft, &row, approved.clone(), guards);
+            commit.await?;
+            return Ok(AccessView::verified(approved).for_approver());
+        }
+        draft.release(permit.release());
+        let sealed = self.seal_record(principal, &permit, call, &recipient, &mut draft);
+        let sealed = Box::pin(sealed).await;
+        let sealed = self.or_record(&draft, sealed).await?;
+        let approved = self.sealed_answer(principal, &row, &sealed, now);
+        let guards = DeviceChange {
+            requires: Some((sealed.record(), sealed.revision())),
+            ..DeviceChange::default()
+        };
+        self.commit_access(principal, call, &draft, &row, approved.clone(), guards)
+            .await?;
+        self.uses.note(sealed.record());
+        if self
+            .limits
+            .note_release(principal, row.device.address.user.as_str())
         {
             self.alert_of_bulk_release(principal, call).await;
         }
@@ -134,6 +148,8 @@ impl Broker {
             Ok(permit) => {
                 let mut draft = Draft::permitted(principal, call, &permit);
                 draft.access_request(row);
+                // Nothing is released yet.
+                draft.release(Release::Plain);
                 let recipient = Recipient {
                     key,
                     algorithm: None,
@@ -147,20 +163,18 @@ impl Broker {
         }
     }
 
-    /// Checks who approves, the state of the request, and the words.
-    async fn check_approver(
+    /// Checks who approves, and the state of the request.
+    fn check_approver(
         &self,
         principal: &Principal,
-        call: &Call,
         row: &AccessRow,
-        approval: &AdministratorApproval,
         now: Timestamp,
     ) -> Result<(), Error> {
         if self.is_same_person(principal.name(), &row.requested_by) {
             let what = "the approver made this request, so another person has to approve it";
             return Err(Error::new(Reason::Policy, what).explained("principal", what));
         }
-        self.check_pending(call, row, now).await?;
+        check_pending(row, now)?;
         if row.road != ApprovalRoad::Administrator {
             let what =
                 "the request asks for another device of the member, and not for an administrator";
@@ -172,6 +186,19 @@ impl Broker {
                 "the approver approved the request before, so a second person has to approve it";
             return Err(wrong_state("access_request_id", what));
         }
+        Ok(())
+    }
+
+    /// Checks the two words that the approver heard. Wrong words count as failed attempts of the approver, and for the request: after too
+    /// many, the request is denied.
+    async fn check_words(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        draft: &Draft,
+        row: &AccessRow,
+        approval: &AdministratorApproval,
+    ) -> Result<(), Error> {
         let all = phrase(row);
         let expected = hidden_words(row.id).map(|place| all.words()[place]);
         let is_right = approval
@@ -182,9 +209,34 @@ impl Broker {
         if is_right {
             return Ok(());
         }
+        // An error here means that the limit is reached: then the next calls of the principal are refused.
+        let _is_counted = self.limits.fail_principal(principal.name());
+        let now = Timestamp::now();
+        let mut counted = AccessRow {
+            wrong_words: row.wrong_words.saturating_add(1),
+            ..row.clone()
+        };
+        if counted.wrong_words >= PHRASE_TRIES_MAX {
+            counted.state = AccessState::Denied;
+            counted.decision = Some(AccessDecision {
+                by: principal.name().to_owned(),
+                device: None,
+                at: now,
+            });
+        }
+        self.count_wrong_guess(
+            principal,
+            call,
+            draft,
+            row,
+            counted,
+            "access_request.wrong_words",
+        )
+        .await?;
         let what = "the two hidden words of the phrase that the member sees on the new device; deny the request if the words of \
                     the member differ";
-        Err(Error::violation("phrase_words", what))
+        self.or_record(draft, Err(Error::violation("phrase_words", what)))
+            .await
     }
 
     fn sealed_answer(
@@ -210,6 +262,7 @@ impl Broker {
                 bytes: sealed.ciphertext().to_vec(),
                 form: form.to_owned(),
             }),
+            answer_revision: Some(sealed.revision()),
             ..row.clone()
         }
     }

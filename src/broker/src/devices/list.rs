@@ -10,13 +10,16 @@ use keybroker_core::{
     error::{Error, Reason},
     fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase},
     key::{AccessRequestId, UserId, WrappingKeyId},
-    principal::{Action, Kind, Principal},
+    principal::{Action, Kind, Principal, Reach},
 };
 use keybroker_policy::Resource;
-use keybroker_store::{AccessFilter, AccessRow, DamagedAccess, DamagedDevice, DeviceRow};
+use keybroker_store::{
+    ACCESS_REQUESTS_LISTED_MAX, AccessPlace, AccessQuery, AccessRow, DamagedAccess, DamagedDevice,
+    DeviceRow, PendingOnly,
+};
 
 use crate::{
-    Broker,
+    Broker, caller,
     journal::{Draft, Recorded},
     observed, within,
 };
@@ -119,13 +122,40 @@ pub(super) fn hidden_words(id: AccessRequestId) -> [usize; 2] {
     [first.min(second), first.max(second)]
 }
 
-/// The requests for access.
+/// Number of requests for access on a page, unless the caller wants another number.
+const PAGE: u32 = 100;
+
+/// Which requests for access are listed, and which page of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccessPage {
+    /// Also list the requests that were decided or have expired, and for an approver the own requests.
+    pub all: bool,
+    /// [`AccessList::next`] of the page before; `None` for the first page.
+    pub after: Option<AccessPlace>,
+    /// Number of requests, 1 to [`ACCESS_REQUESTS_LISTED_MAX`].
+    pub limit: u32,
+}
+
+impl From<bool> for AccessPage {
+    /// The first page of the pending requests or, with `true`, of all requests.
+    fn from(all: bool) -> Self {
+        Self {
+            all,
+            after: None,
+            limit: PAGE,
+        }
+    }
+}
+
+/// One page of the requests for access.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessList {
     /// The requests, newest first.
     pub requests: Vec<AccessView>,
     /// Rows that cannot be read.
     pub damaged: Vec<DamagedAccess>,
+    /// The last place of this page, if there may be another page.
+    pub next: Option<AccessPlace>,
 }
 
 impl Broker {
@@ -136,12 +166,18 @@ impl Broker {
         call: &Call,
         user: Option<&UserId>,
     ) -> Result<DeviceList, Error> {
-        Box::pin(observed(Action::ListDevices, call, async {
-            let begun = self.begin_device_action(principal, call, Action::ListDevices, user);
-            let (user, draft) = begun.await?;
-            let listed = self.listed_devices(principal, call, &user).await;
-            self.conclude(draft, listed).await.map(Recorded::into_inner)
-        }))
+        let action = Action::ListDevices;
+        observed(action, call, async {
+            let list = async {
+                let (user, draft) = self
+                    .begin_device_action(principal, call, action, user)
+                    .await?;
+                let listed = self.listed_devices(principal, call, &user).await;
+                self.conclude(draft, listed).await.map(Recorded::into_inner)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(list)).await
+        })
         .await
     }
 
@@ -157,11 +193,12 @@ impl Broker {
             devices: Vec::new(),
             damaged: Vec::new(),
         };
+        let token = caller(principal, call);
         let mut failed = BTreeSet::new();
         for row in found {
             match row {
                 Ok(row) => {
-                    let verified = self.verify_device(&row);
+                    let verified = self.verify_device(&token, &row);
                     let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
                     list.devices.push(DeviceView {
                         row,
@@ -175,27 +212,32 @@ impl Broker {
         Ok(list)
     }
 
-    /// Returns requests for access: those of the principal, or for an approver those of the users whom the configuration names.
-    /// Without `all`, only pending requests are returned.
+    /// Returns one page of requests for access: those of the principal, or for an approver those of the users whom the configuration
+    /// names. Unless all are wanted, only pending requests are returned, and for an approver only those of other persons.
     pub async fn list_access_requests(
         &self,
         principal: &Principal,
         call: &Call,
-        all: bool,
+        page: impl Into<AccessPage>,
     ) -> Result<AccessList, Error> {
-        Box::pin(observed(Action::ListAccess, call, async {
-            let resource = Resource::Devices {
-                tenant: principal.tenant(),
-                user: principal.subject(),
-            };
-            let permit = self
-                .permit(principal, call, Action::ListAccess, resource)
+        let (action, page) = (Action::ListAccess, page.into());
+        observed(action, call, async {
+            self.check_admission(&caller(principal, call), principal, call, action)
                 .await?;
-            let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
-            draft.policy(permit.policy());
-            let listed = self.listed_requests(principal, call, all).await;
-            self.conclude(draft, listed).await.map(Recorded::into_inner)
-        }))
+            let list = async {
+                let resource = Resource::Devices {
+                    tenant: principal.tenant(),
+                    user: principal.subject(),
+                };
+                let permit = self.permit(principal, call, action, resource).await?;
+                let mut draft = Draft::of(principal, call, action, resource);
+                draft.policy(permit.policy());
+                let listed = self.listed_requests(principal, call, page).await;
+                self.conclude(draft, listed).await.map(Recorded::into_inner)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(list)).await
+        })
         .await
     }
 
@@ -203,22 +245,40 @@ impl Broker {
         &self,
         principal: &Principal,
         call: &Call,
-        all: bool,
+        page: AccessPage,
     ) -> Result<AccessList, Error> {
+        if !(1..=ACCESS_REQUESTS_LISTED_MAX).contains(&page.limit) {
+            let what = format!("at most {ACCESS_REQUESTS_LISTED_MAX}");
+            return Err(Error::violation("page_size", what));
+        }
         self.check_acknowledged()?;
-        let (now, tenant) = (Timestamp::now(), principal.tenant().clone());
-        let wanted = match principal.subject() {
-            Some(user) => AccessFilter::Member(tenant, user.clone()),
-            None if all => AccessFilter::All(tenant),
-            None => AccessFilter::PendingOf(tenant, now),
+        let now = Timestamp::now();
+        let is_member = principal.kind() == Kind::User;
+        let except = if is_member { "" } else { principal.name() };
+        let pending = PendingOnly {
+            now,
+            except: except.to_owned(),
         };
-        let found = within(call, self.store.access_requests(&wanted)).await?;
+        let query = AccessQuery {
+            tenant: principal.tenant().clone(),
+            users: match principal.subject() {
+                Some(user) => Reach::Only([user.clone()].into()),
+                None => principal.identity().users.clone(),
+            },
+            pending: (!page.all).then_some(pending),
+            after: page.after,
+            limit: page.limit,
+        };
+        let found = within(call, self.store.access_requests(&query)).await?;
+        let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= page.limit);
         let mut list = AccessList {
             requests: Vec::new(),
             damaged: Vec::new(),
+            next: found.last().map(|(place, _)| *place).filter(|_| is_full),
         };
+        let token = caller(principal, call);
         let mut failed = BTreeSet::new();
-        for row in found {
+        for (_, row) in found {
             let row = match row {
                 Ok(row) => row,
                 Err(damaged) => {
@@ -226,33 +286,22 @@ impl Broker {
                     continue;
                 }
             };
-            let is_wanted = all || row.state_at(now) == AccessState::Pending;
-            if !is_wanted || !covers(principal, &row) {
+            let is_own = !is_member && self.is_same_person(principal.name(), &row.requested_by);
+            if !page.all && is_own {
                 continue;
             }
-            let verified = self.verify_access(&row);
+            let verified = self.verify_access(&token, &row);
             let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
             let view = AccessView {
                 is_verified,
                 is_altered,
                 ..AccessView::verified(row)
             };
-            list.requests.push(match principal.kind() {
-                Kind::User => view,
-                Kind::Service => view.for_approver(),
-            });
+            list.requests
+                .push(if is_member { view } else { view.for_approver() });
         }
         Ok(list)
     }
-}
-
-/// Whether the configuration lets an approver see a request. The members see all of their own.
-fn covers(principal: &Principal, row: &AccessRow) -> bool {
-    principal.kind() == Kind::User
-        || principal
-            .identity()
-            .users
-            .contains(&row.device.address.user)
 }
 
 /// Whether a listed row was verified, and whether it was altered. `failed` are the signers that the token could not use for this

@@ -76,9 +76,6 @@ impl Broker {
         call: &Call,
         rotation: Rotation,
     ) -> Result<RecordInfo, Error> {
-        let token = caller(principal, call);
-        self.check_admission(&token, principal, call, Action::RotateDevices)
-            .await?;
         let user = Some(&rotation.key.user);
         let begun = self.begin_device_action(principal, call, Action::RotateDevices, user);
         let (user, mut draft) = begun.await?;
@@ -115,11 +112,12 @@ impl Broker {
             trusted: Some(trusted_set(principal, user, &devices)),
             ..DeviceChange::default()
         };
+        let token = caller(principal, call);
         let next = rotation.expected.next();
         for (before, row) in rotated(&devices, &rotation, &signer, next, now)? {
             change
                 .devices
-                .push(self.changed_device(row, Some(before), now).await?);
+                .push(self.changed_device(&token, row, Some(before), now).await?);
         }
         count(draft, change.devices.len());
         let mutation = Mutation {

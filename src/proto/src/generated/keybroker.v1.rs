@@ -4387,11 +4387,17 @@ pub struct ConfirmAccessAnswerRequest {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ConfirmAccessAnswerResponse {}
 /// Request of ListAccessRequests.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListAccessRequestsRequest {
     /// Also list the requests that were decided or have expired.
     #[prost(bool, tag = "1")]
     pub show_all: bool,
+    /// Number of requests, at most 200; 0 for 100.
+    #[prost(uint32, tag = "2")]
+    pub page_size: u32,
+    /// `next_page_token`
+    #[prost(string, tag = "3")]
+    pub page_token: ::prost::alloc::string::String,
 }
 /// Answer of ListAccessRequests.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -4404,6 +4410,9 @@ pub struct ListAccessRequestsResponse {
     pub damaged_access_request_ids: ::prost::alloc::vec::Vec<
         ::prost::alloc::vec::Vec<u8>,
     >,
+    /// `page_token` for the next page; empty on the last page.
+    #[prost(string, tag = "3")]
+    pub next_page_token: ::prost::alloc::string::String,
 }
 /// Request of ApproveAccessRequest. The signed fields are, in this order: access_request_id, the public_key of the request,
 /// encrypted_user_key, encryption.
@@ -4452,6 +4461,9 @@ pub struct DenyAccessRequestRequest {
     /// 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The signature of a trusted device.
+    #[prost(message, optional, tag = "2")]
+    pub signature: ::core::option::Option<DeviceSignature>,
 }
 /// Answer of DenyAccessRequest.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

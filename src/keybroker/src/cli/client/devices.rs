@@ -36,7 +36,7 @@ pub(super) enum Command {
         #[arg(long, num_args = 2, value_names = ["WORD", "WORD"])]
         words: Vec<String>,
     },
-    /// Deny a request for access, or withdraw an approval whose answer was not consumed yet
+    /// Deny a request for access, or withdraw an approval and end the trust that followed from it
     Deny {
         /// Id of the request, 32 hexadecimal digits
         #[arg(value_parser = arguments::access_request_id)]
@@ -50,6 +50,7 @@ pub(super) enum Command {
     },
     /// End the trust of a member's devices, and remove their encrypted keys (for the role `approver`)
     ///
+    /// With `--all`, the broker also removes the rows of the member's devices that cannot be read or verified.
     /// The user key of the member is not changed. A device whose trust was ended needs the approval of a request for access.
     Untrust(UntrustArguments),
 }
@@ -77,7 +78,7 @@ impl Caller {
             Command::Requests { all } => self.access_requests(all).await,
             Command::Approve { id, words } => self.approve_for_member(id, words).await,
             Command::Deny { id } => {
-                let denied = self.client.deny_access_request(id).await;
+                let denied = self.client.deny_access_request(id, None).await;
                 let denied = denied.map_err(|error| failure(&error))?;
                 let fields = request_fields(&denied, self.output.is_json());
                 self.output.fields(fields)
@@ -88,8 +89,7 @@ impl Caller {
     }
 
     async fn access_requests(&self, all: bool) -> Result<(), Failure> {
-        let listed = self.client.list_access_requests(all).await;
-        let listed = listed.map_err(|error| failure(&error))?;
+        let listed = self.all_access_requests(all).await?;
         let json = self.output.is_json();
         let requests = listed.access_requests.iter();
         let rows: Vec<_> = requests
@@ -106,13 +106,34 @@ impl Caller {
         Ok(())
     }
 
+    /// Reads all pages of the requests for access.
+    async fn all_access_requests(
+        &self,
+        all: bool,
+    ) -> Result<proto::ListAccessRequestsResponse, Failure> {
+        let mut listed = proto::ListAccessRequestsResponse::default();
+        loop {
+            let page = self
+                .client
+                .list_access_requests(all, listed.next_page_token.as_str())
+                .await;
+            let page = page.map_err(|error| failure(&error))?;
+            listed.access_requests.extend(page.access_requests);
+            let damaged = page.damaged_access_request_ids;
+            listed.damaged_access_request_ids.extend(damaged);
+            listed.next_page_token = page.next_page_token;
+            if listed.next_page_token.is_empty() {
+                return Ok(listed);
+            }
+        }
+    }
+
     async fn approve_for_member(
         &self,
         id: AccessRequestId,
         words: Vec<String>,
     ) -> Result<(), Failure> {
-        let listed = self.client.list_access_requests(false).await;
-        let listed = listed.map_err(|error| failure(&error))?.access_requests;
+        let listed = self.all_access_requests(false).await?.access_requests;
         let request = listed.iter().find(|one| one.id == id.as_bytes());
         let request = request.ok_or_else(|| {
             let what = format!("there is no pending request {id} that you may decide");

@@ -203,6 +203,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),
         ("devices", "[devices]"),
+        ("network", "[[network]]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),

@@ -222,12 +222,13 @@ impl Draft {
         self.device_facts().device = Some(device);
     }
 
-    /// Sets the request for access, with its device, its principal and the fingerprint of its public key.
-    pub(super) fn access_request(&mut self, row: &AccessRow) {
+    /// Sets the request for access, with its device, its principal, its place and the fingerprint of its public key.
+    pub(super) fn access_request(&mut self, row: &AccessRow, place: &str) {
         let facts = self.device_facts();
         facts.device = Some(row.device.address.device);
         facts.request = Some(row.id);
         facts.asked_by = Some(row.requested_by.clone());
+        facts.place = (!place.is_empty()).then(|| place.to_owned());
         facts.public_key = Some(sha256(&row.public_key));
         self.0.key_name = Some(row.key_name.clone());
     }

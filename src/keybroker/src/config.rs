@@ -106,6 +106,9 @@ pub struct Config {
     /// The `[devices]` section.
     #[serde(default)]
     pub devices: devices::Settings,
+    /// The `[[network]]` sections.
+    #[serde(rename = "network", default)]
+    pub networks: Vec<policy::NamedNetwork>,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

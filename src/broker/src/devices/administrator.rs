@@ -14,13 +14,13 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 use keybroker_hsm::{Recipient, RecipientKey};
-use keybroker_policy::{KeyPermit, Question, Release, Resource};
+use keybroker_policy::{KeyPermit, Question, Release};
 use keybroker_store::{AccessDecision, AccessRow, Answer};
 
 use crate::{Broker, SealedUserKey, caller, journal::Draft};
 
 use super::{
-    AccessView, address_of, after,
+    AccessView, after,
     list::{hidden_words, phrase},
     wrong_state,
 };
@@ -90,7 +90,7 @@ impl Broker {
         {
             self.alert_of_bulk_release(principal, call).await;
         }
-        Ok(AccessView::verified(approved).for_approver())
+        Ok(self.access_view(approved).for_approver())
     }
 
     /// Asks the policy for the sealed release of a member's user key to the public key of a request. The policy sees the request and
@@ -103,13 +103,7 @@ impl Broker {
     ) -> Result<(KeyPermit, Recipient, Draft), Error> {
         let action = Action::ApproveForMember;
         let at = &row.device.address;
-        let resource = Resource::AccessRequest {
-            tenant: &at.tenant,
-            user: &at.user,
-            requested_by: &row.requested_by,
-            device_type: &row.device.kind,
-            peer: address_of(&row.peer),
-        };
+        let resource = self.access_resource(row);
         let key = match RecipientKey::from_spki(&row.public_key) {
             Ok(key) => key,
             Err(error) => {
@@ -133,7 +127,7 @@ impl Broker {
         match self.policy.decide_for_member(&question, address) {
             Ok(permit) => {
                 let mut draft = Draft::permitted(principal, call, &permit);
-                draft.access_request(row);
+                draft.access_request(row, self.policy.place_of(&row.peer));
                 let recipient = Recipient {
                     key,
                     algorithm: None,

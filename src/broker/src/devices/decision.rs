@@ -51,7 +51,7 @@ impl Broker {
             let row = change.request.map(|changed| changed.row);
             let row =
                 row.ok_or_else(|| Error::new(Reason::Bug, "an approval without a request"))?;
-            Ok(AccessView::verified(row))
+            Ok(broker.access_view(row))
         })
         .await
     }
@@ -124,7 +124,7 @@ impl Broker {
             broker
                 .commit_access(&call, &draft, &row, denied.clone(), now)
                 .await?;
-            let view = AccessView::verified(denied);
+            let view = broker.access_view(denied);
             Ok(match principal.kind() {
                 Kind::User => view,
                 Kind::Service => view.for_approver(),

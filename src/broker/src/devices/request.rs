@@ -64,14 +64,14 @@ impl Broker {
             let now = Timestamp::now();
             let plan = broker.plan_request(&principal, &call, &user, new, now);
             let changed = broker.or_record(&draft, Box::pin(plan).await).await?;
-            draft.access_request(&changed.row);
+            draft.access_request(&changed.row, broker.policy.place_of(&changed.row.peer));
             let row = changed.row.clone();
             let change = DeviceChange {
                 request: Some(changed),
                 ..DeviceChange::default()
             };
             broker.commit_devices(&call, &draft, &change, now).await?;
-            Ok(AccessView::verified(row))
+            Ok(broker.access_view(row))
         })
         .await
     }

@@ -8,6 +8,7 @@ use crate::server::{
 use keybroker_auth::{issuer, spiffe};
 use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
 use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
+use keybroker_policy::NamedNetwork;
 
 use super::{
     Config, INSTANCE_VARIABLE, bitwarden,
@@ -52,6 +53,7 @@ impl Config {
         );
         problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
+        problems.extend(NamedNetwork::problems(&self.networks));
         problems.extend(bitwarden::problems(&self.bitwarden_organizations));
         problems
     }

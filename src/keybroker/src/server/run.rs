@@ -34,7 +34,7 @@ use keybroker_auth::{
 use keybroker_broker::{ApprovalRules, Broker, Capacity, ClientRules, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Pool, Token};
-use keybroker_policy::Policy;
+use keybroker_policy::{Networks, Policy};
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
 
@@ -248,7 +248,9 @@ impl Server {
         let metrics = telemetry::init_metrics().map_err(|error| internal(&error))?;
         let (authenticator, tokens) = credentials(&config)?;
         let limits = Limits::new(&config.rates);
-        let policy = Policy::load(&config.policy).map_err(|problems| unusable(&problems))?;
+        let networks = Networks::new(&config.networks);
+        let policy =
+            Policy::load(&config.policy, networks).map_err(|problems| unusable(&problems))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;

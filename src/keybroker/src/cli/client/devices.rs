@@ -280,6 +280,7 @@ pub(super) fn request_fields(request: &proto::AccessRequest, json: bool) -> Vec<
         ("device_type", text(&request.device_type)),
         ("requested_by", text(&request.requested_by)),
         ("peer", text(&request.peer)),
+        ("place", text(&request.place)),
         ("requested", show::time(request.request_time.as_ref())),
         ("expires", show::time(request.expire_time.as_ref())),
         ("approver", json!(approver(request.approver()))),

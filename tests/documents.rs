@@ -204,6 +204,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("approvals.person", "[[approvals.person]]"),
         ("devices", "[devices]"),
         ("network", "[[network]]"),
+        ("notices", "[notices]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),

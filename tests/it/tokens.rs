@@ -59,13 +59,20 @@ pub(crate) fn start(service: &Identity, lines: &str) -> Broker {
 
 /// A broker whose only wrapping key is a sealed one.
 pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
-    let site = Site::without_keys(options());
+    start_sealed_with(service, "", lines)
+}
+
+/// A broker whose only wrapping key is a sealed one, with more lines for the `[rates]` section.
+pub(crate) fn start_sealed_with(service: &Identity, rates: &str, lines: &str) -> Broker {
+    let mut options = options();
+    write!(options.limits, "\n{rates}").unwrap();
+    let site = Site::without_keys(options);
     site.expect_ok(&["store", "migrate"]);
     make_sealed_key(&site);
     start_on(believing(site, service, lines))
 }
 
-fn start_on(site: Arc<Site>) -> Broker {
+pub(crate) fn start_on(site: Arc<Site>) -> Broker {
     let broker = Broker::start_on(site);
     let is_ready = || broker.site.log().contains("key set taken over");
     until("the key set", || is_ready().then_some(()));

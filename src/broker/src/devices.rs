@@ -37,6 +37,7 @@ mod request;
 mod rotation;
 mod signed;
 mod untrust;
+mod watch;
 
 pub use administrator::AdministratorApproval;
 pub use answer::AccessAnswer;
@@ -151,6 +152,9 @@ impl Broker {
         self.or_record(draft, call.deadline.check()).await?;
         let commit = self.store.change_devices(change, call.id, now);
         let Settled { intent, result } = self.commit_with_intent(draft, now, commit).await?;
+        if let Ok(replaced) = &result {
+            self.notify(draft, change, replaced.as_ref(), now);
+        }
         self.close_intent(intent, draft, result.map_err(from_commit))
             .await
     }

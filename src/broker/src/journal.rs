@@ -132,6 +132,20 @@ impl Draft {
         draft
     }
 
+    /// The principal of the entry and the address of its call; empty if the broker itself acts.
+    pub(super) fn caller(&self) -> (&str, &str) {
+        let Entry {
+            principal, peer, ..
+        } = &self.0;
+        let text = Option::<String>::as_deref;
+        (text(principal).unwrap_or(""), text(peer).unwrap_or(""))
+    }
+
+    /// Whether the entry is about this action.
+    pub(super) fn is_of(&self, action: Action) -> bool {
+        self.0.action == action.as_str()
+    }
+
     pub(super) fn call(&self) -> CallId {
         self.0.call_id.expect("a draft is of a call")
     }

@@ -137,6 +137,7 @@ async fn broker_with_approvals(
         destroy_after_days: 30,
         approvals,
         devices: DeviceRules::default(),
+        notices: None,
         accepted_risks: Vec::new(),
     });
     broker

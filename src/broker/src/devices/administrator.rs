@@ -83,6 +83,7 @@ impl Broker {
         let approved = self.or_record(&draft, planned).await?;
         self.commit_access(call, &draft, &row, approved.clone(), now)
             .await?;
+        self.watch_approvals(principal, call).await;
         if approved.state == AccessState::Approved
             && self
                 .limits

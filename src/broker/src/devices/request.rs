@@ -71,6 +71,7 @@ impl Broker {
                 ..DeviceChange::default()
             };
             broker.commit_devices(&call, &draft, &change, now).await?;
+            broker.watch_requests(&principal, &call, &user).await;
             Ok(broker.access_view(row))
         })
         .await

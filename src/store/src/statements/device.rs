@@ -41,6 +41,11 @@ pub(crate) struct DeviceStatements {
     pub(crate) newest_pending: &'static str,
     /// Parameters: tenant, user, now. Returns the number of requests that have not expired, and how many of them are pending.
     pub(crate) count_requests: &'static str,
+    /// Parameters: tenant, user, made after. Returns the number of requests.
+    pub(crate) recent_requests: &'static str,
+    /// Parameters: tenant, principal, approved after, principal, made after. Returns the number of requests that the principal
+    /// approved for members.
+    pub(crate) recent_approvals: &'static str,
     /// Parameters: all columns of a request except the key, then the key and the current MAC.
     pub(crate) change_request: &'static str,
     /// Parameters: expired before, limit.
@@ -106,6 +111,11 @@ impl DeviceStatements {
             count_requests: sql("SELECT count(*) AS total, \
                  count(CASE WHEN state = 'pending' THEN 1 END) AS pending_total \
                  FROM access_requests WHERE tenant = ? AND \"user\" = ? AND expires_us > ?"),
+            recent_requests: sql("SELECT count(*) AS total FROM access_requests \
+                 WHERE tenant = ? AND \"user\" = ? AND requested_us > ?"),
+            recent_approvals: sql("SELECT count(*) AS total FROM access_requests \
+                 WHERE tenant = ? AND state <> 'denied' AND length(decided_device) = 0 \
+                 AND (decided_by = ? AND decided_us > ? OR first_approved_by = ? AND requested_us > ?)"),
             change_request: sql(&format!(
                 "UPDATE access_requests SET {} WHERE request_id = ? AND mac = ?",
                 assignments(Table::AccessRequests.values())

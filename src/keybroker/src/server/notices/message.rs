@@ -1,4 +1,6 @@
 //! The messages to the receiver of notices, and their signatures, as the Standard Webhooks specification 1.0.0 states them.
+//!
+//! Mitigation: M29 of `THREAT_MODEL.md`.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -62,9 +62,20 @@ pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
     start_on(sealed_site(service, lines))
 }
 
+/// A broker whose only wrapping key is a sealed one, with more lines for the `[rates]` section.
+pub(crate) fn start_sealed_with(service: &Identity, rates: &str, lines: &str) -> Broker {
+    start_on(sealed_site_with(service, rates, lines))
+}
+
 /// A site whose only wrapping key is a sealed one.
 pub(crate) fn sealed_site(service: &Identity, lines: &str) -> Arc<Site> {
-    let site = Site::without_keys(options());
+    sealed_site_with(service, "", lines)
+}
+
+fn sealed_site_with(service: &Identity, rates: &str, lines: &str) -> Arc<Site> {
+    let mut options = options();
+    write!(options.limits, "\n{rates}").unwrap();
+    let site = Site::without_keys(options);
     site.expect_ok(&["store", "migrate"]);
     make_sealed_key(&site);
     believing(site, service, lines)

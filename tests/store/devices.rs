@@ -366,6 +366,57 @@ pub(crate) async fn of_concurrent_decisions_about_access_one_wins(engine: &Engin
     let won = decisions.join_all().await;
     assert_eq!(won.iter().filter(|won| **won).count(), 1, "{won:?}");
     requests_are_listed_counted_and_forgotten(&*store).await;
+    recent_requests_and_approvals_are_counted(&*store).await;
+}
+
+/// The store has requests of Ada from the times 1, 2 and 3.
+async fn recent_requests_and_approvals_are_counted(store: &dyn Store) {
+    let tenant = Tenant::default();
+    for (user, after, expected) in [("ada", 0, 3), ("ada", 2, 1), ("ada", 3, 0), ("bob", 0, 0)] {
+        let user = UserId::parse(user).unwrap();
+        let count = store
+            .recent_access_requests(&tenant, &user, at(after))
+            .await;
+        assert_eq!(count.unwrap(), expected, "{user} {after}");
+    }
+    let decided = |number: u8, state, by: &str, device| AccessRow {
+        state,
+        decision: Some(AccessDecision {
+            by: by.to_owned(),
+            device,
+            at: at(40),
+        }),
+        ..access("dora", number)
+    };
+    let own = Some(DeviceId::from_bytes([9; 16]));
+    let rows = [
+        decided(50, AccessState::Approved, "carol", None),
+        decided(51, AccessState::Consumed, "carol", None),
+        decided(52, AccessState::Revoked, "dave", None),
+        // None of these is an approval of Carol.
+        decided(53, AccessState::Denied, "carol", None),
+        decided(54, AccessState::Approved, "carol", own),
+        AccessRow {
+            first_approved_by: Some("carol".to_owned()),
+            ..access("dora", 55)
+        },
+    ];
+    for row in rows {
+        make(store, &request(added(row))).await.unwrap();
+    }
+    let elsewhere = Tenant::parse("elsewhere").unwrap();
+    // The request of which Carol is the first approver was made at the time 55.
+    for (tenant, by, after, expected) in [
+        (&tenant, "carol", 39, 3),
+        (&tenant, "carol", 40, 1),
+        (&tenant, "carol", 55, 0),
+        (&tenant, "dave", 39, 1),
+        (&tenant, "Dave", 39, 0),
+        (&elsewhere, "carol", 0, 0),
+    ] {
+        let count = store.recent_approvals(tenant, by, at(after)).await;
+        assert_eq!(count.unwrap(), expected, "{tenant} {by} {after}");
+    }
 }
 
 fn query(users: Reach<UserId>, pending: Option<PendingOnly>) -> AccessQuery {

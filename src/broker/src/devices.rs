@@ -37,6 +37,7 @@ mod request;
 mod rotation;
 mod signed;
 mod untrust;
+mod watch;
 
 pub use administrator::AdministratorApproval;
 pub use answer::AccessAnswer;
@@ -112,19 +113,31 @@ impl Broker {
         action: Action,
         row: &AccessRow,
     ) -> Result<Draft, Error> {
+        let resource = self.access_resource(row);
+        let permit = self.permit(principal, call, action, resource).await?;
+        let mut draft = Draft::of(principal, call, action, resource);
+        draft.policy(permit.policy());
+        draft.access_request(row, self.policy.place_of(&row.peer));
+        Ok(draft)
+    }
+
+    /// A request for access as policies see it.
+    fn access_resource<'a>(&'a self, row: &'a AccessRow) -> Resource<'a> {
         let address = &row.device.address;
-        let resource = Resource::AccessRequest {
+        Resource::AccessRequest {
             tenant: &address.tenant,
             user: &address.user,
             requested_by: &row.requested_by,
             device_type: &row.device.kind,
             peer: address_of(&row.peer),
-        };
-        let permit = self.permit(principal, call, action, resource).await?;
-        let mut draft = Draft::of(principal, call, action, resource);
-        draft.policy(permit.policy());
-        draft.access_request(row);
-        Ok(draft)
+            place: self.policy.place_of(&row.peer),
+        }
+    }
+
+    /// A request for access that this broker has just written or verified, for the member.
+    fn access_view(&self, row: AccessRow) -> AccessView {
+        let place = self.policy.place_of(&row.peer).to_owned();
+        AccessView::verified(row, place)
     }
 
     /// Commits a prepared change. The deadline of the caller is checked only at the start.
@@ -138,6 +151,9 @@ impl Broker {
         self.or_record(draft, call.deadline.check()).await?;
         let commit = self.store.change_devices(change, call.id, now);
         let Settled { intent, result } = self.commit_with_intent(draft, now, commit).await?;
+        if let Ok(replaced) = &result {
+            self.notify(draft, change, replaced.as_ref(), now);
+        }
         self.close_intent(intent, draft, result.map_err(from_commit))
             .await
     }

@@ -1,6 +1,7 @@
 //! Limits for each caller: call rates and an authentication failure limit. Alerts report a service that releases the
-//! keys of unusually many users, and a record that is replaced unusually often. The size of all state is bounded. The
-//! entry of an idle caller is dropped when it no longer affects a decision.
+//! keys of unusually many users, a record that is replaced unusually often, a member with unusually many requests for
+//! access, and a person who approves unusually many. The size of all state is bounded. The entry of an idle caller is
+//! dropped when it no longer affects a decision.
 //!
 //! When an address reaches the authentication failure limit, the broker refuses invalid credentials from this address.
 //! The broker no longer makes costly checks of credentials from this address. The broker still accepts valid
@@ -36,9 +37,11 @@ use keybroker_core::{
     principal::{Kind, Principal},
 };
 
+mod once_an_hour;
 mod releases;
 mod replacements;
 
+use once_an_hour::OnceAnHour;
 use releases::Releases;
 use replacements::Replacements;
 
@@ -57,6 +60,10 @@ pub struct Settings {
     pub released_users_per_hour: u32,
     /// Number of times that one record may be replaced within an hour before an alert is raised.
     pub replacements_per_hour: u32,
+    /// Number of requests for access that one member may make within an hour before an alert is raised.
+    pub access_requests_per_hour: u32,
+    /// Number of requests for access that one person may approve for members within an hour before an alert is raised.
+    pub approvals_per_hour: u32,
 }
 
 impl Default for Settings {
@@ -67,6 +74,8 @@ impl Default for Settings {
             failures_per_minute: 20,
             released_users_per_hour: 1_000,
             replacements_per_hour: 10,
+            access_requests_per_hour: 10,
+            approvals_per_hour: 30,
         }
     }
 }
@@ -77,6 +86,8 @@ pub const RATE_MAX: u32 = 60_000_000;
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
 /// Largest value of the setting `replacements_per_hour`.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
+/// Largest value of the settings `access_requests_per_hour` and `approvals_per_hour`.
+pub const ACCESS_REQUESTS_MAX: u32 = 1_000_000;
 
 /// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
@@ -99,6 +110,10 @@ pub struct Limits {
     turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
     replacements: Replacements,
+    access_requests_per_hour: u64,
+    request_alerts: OnceAnHour<String>,
+    approvals_per_hour: u64,
+    approval_alerts: OnceAnHour<String>,
     lines_by_network: Buckets<Network>,
     lines: Buckets<()>,
     suppressed: AtomicU64,
@@ -118,6 +133,10 @@ impl Limits {
                 .build(),
             releases: Releases::new(settings.released_users_per_hour),
             replacements: Replacements::new(settings.replacements_per_hour),
+            access_requests_per_hour: settings.access_requests_per_hour.into(),
+            request_alerts: OnceAnHour::default(),
+            approvals_per_hour: settings.approvals_per_hour.into(),
+            approval_alerts: OnceAnHour::default(),
             lines_by_network: Buckets::new(LINES_PER_NETWORK),
             lines: Buckets::new(LINES_MAX),
             suppressed: AtomicU64::new(0),
@@ -203,6 +222,26 @@ impl Limits {
     /// too few revisions in total.
     pub fn telling_revision(&self, current: Revision) -> Option<Revision> {
         self.replacements.telling_revision(current)
+    }
+
+    /// Number of requests for access of one member within an hour, above which an alert is raised.
+    pub fn access_requests_per_hour(&self) -> u64 {
+        self.access_requests_per_hour
+    }
+
+    /// Whether to raise an alert about a member with too many requests. The alert is raised at most once an hour.
+    pub fn may_alert_of_requests(&self, member: String) -> bool {
+        self.request_alerts.may_alert(member)
+    }
+
+    /// Number of approvals of one person within an hour, above which an alert is raised.
+    pub fn approvals_per_hour(&self) -> u64 {
+        self.approvals_per_hour
+    }
+
+    /// Whether to raise an alert about a person with too many approvals. The alert is raised at most once an hour.
+    pub fn may_alert_of_approvals(&self, person: String) -> bool {
+        self.approval_alerts.may_alert(person)
     }
 
     /// Whether to raise an alert about a record that was replaced too often. The alert is raised at most once an hour.
@@ -367,6 +406,7 @@ mod tests {
             failures_per_minute: per_minute,
             released_users_per_hour: per_minute,
             replacements_per_hour: per_minute,
+            ..Settings::default()
         })
     }
 

@@ -29,6 +29,7 @@ mod check_token;
 pub(crate) mod devices;
 mod files;
 mod named;
+pub(crate) mod notices;
 pub(crate) mod release;
 #[cfg(test)]
 mod tests;
@@ -106,6 +107,12 @@ pub struct Config {
     /// The `[devices]` section.
     #[serde(default)]
     pub devices: devices::Settings,
+    /// The `[notices]` section; without it, no notices are sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notices: Option<notices::Settings>,
+    /// The `[[network]]` sections.
+    #[serde(rename = "network", default)]
+    pub networks: Vec<policy::NamedNetwork>,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

@@ -19,6 +19,7 @@ mod handshake;
 mod identify;
 mod listener;
 mod log_limit;
+mod notices;
 mod notify;
 mod opening;
 mod run;

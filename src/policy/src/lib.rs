@@ -35,6 +35,7 @@ mod error;
 mod explain;
 mod files;
 mod kept;
+mod networks;
 mod problem;
 mod set;
 mod shape;
@@ -44,6 +45,7 @@ mod verdict;
 mod vocabulary;
 
 pub use explain::{Applies, Explanation, PolicyView};
+pub use networks::{NamedNetwork, Networks};
 pub use problem::{Problem, Problems};
 pub use set::{NamedPrincipal, Summary};
 pub use verdict::Verdict;
@@ -161,6 +163,8 @@ pub enum Resource<'a> {
         device_type: &'a str,
         /// The address from which the request came.
         peer: IpAddr,
+        /// The name of the network of this address; empty if no network contains it.
+        place: &'a str,
     },
     /// The control plane.
     Broker,
@@ -246,6 +250,8 @@ pub struct Case<'a> {
     pub release: Release,
     /// The address of the connection's peer.
     pub peer: IpAddr,
+    /// The name of the network of this address; empty if no network contains it.
+    pub place: &'a str,
     /// The time of the call.
     pub at: Timestamp,
 }
@@ -313,6 +319,7 @@ impl Denied {
 #[derive(Debug)]
 pub struct Policy {
     settings: Settings,
+    networks: Networks,
     current: ArcSwap<Set>,
     watch: Mutex<Watch>,
 }
@@ -329,15 +336,23 @@ struct Watch {
 }
 
 impl Policy {
-    /// Loads the policies; fails if any policy or file has a problem.
-    pub fn load(settings: &Settings) -> Result<Arc<Self>, Problems> {
+    /// Loads the policies; fails if any policy or file has a problem. `networks` give the places of addresses.
+    pub fn load(settings: &Settings, networks: Networks) -> Result<Arc<Self>, Problems> {
         let set = Set::load(settings)?;
         set.report();
         Ok(Arc::new(Self {
             settings: settings.clone(),
+            networks,
             current: ArcSwap::from_pointee(set),
             watch: Mutex::default(),
         }))
+    }
+
+    /// The place of the peer of a connection: the name of the network of its address. Returns an empty string if no network
+    /// contains the address, or if the peer has no address.
+    pub fn place_of(&self, peer: &str) -> &str {
+        let address = peer.parse::<SocketAddr>().map(|peer| peer.ip());
+        address.map_or("", |address| self.networks.place_of(address))
     }
 
     /// Decides whether an action is allowed.
@@ -356,6 +371,7 @@ impl Policy {
             resource: question.resource,
             release: question.release,
             peer: peer.ip(),
+            place: self.networks.place_of(peer.ip()),
             at: Timestamp::now(),
         };
         let verdict = floor(&case).unwrap_or_else(|| engine::decide(&self.current.load(), &case));

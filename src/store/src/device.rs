@@ -441,6 +441,23 @@ pub trait Devices: Send + Sync {
         now: Timestamp,
     ) -> Result<AccessCounts, Error>;
 
+    /// Counts the requests that a member made after a time.
+    async fn recent_access_requests(
+        &self,
+        tenant: &Tenant,
+        user: &UserId,
+        after: Timestamp,
+    ) -> Result<u64, Error>;
+
+    /// Counts the requests of a tenant that a principal approved for members after a time. As the first of two approvers, the
+    /// requests count that were made after this time.
+    async fn recent_approvals(
+        &self,
+        tenant: &Tenant,
+        principal: &str,
+        after: Timestamp,
+    ) -> Result<u64, Error>;
+
     /// Removes the requests that expired before a time, and returns their number.
     async fn forget_access_requests(&self, before: Timestamp) -> Result<u64, Error>;
 

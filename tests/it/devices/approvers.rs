@@ -201,7 +201,7 @@ impl<'b> Command<'b> {
         }
     }
 
-    fn run(&self, words: &[&str]) -> Finished {
+    pub(super) fn run(&self, words: &[&str]) -> Finished {
         let broker = self.broker;
         let mut command = broker.site.command(&["--output", "json"]);
         command

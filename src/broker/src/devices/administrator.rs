@@ -84,7 +84,8 @@ impl Broker {
             let commit =
                 self.commit_access(principal, call, &draft, &row, approved.clone(), guards);
             commit.await?;
-            return Ok(AccessView::verified(approved).for_approver());
+            self.watch_approvals(principal, call).await;
+            return Ok(self.access_view(approved).for_approver());
         }
         draft.release(permit.release());
         let sealed = self.seal_record(principal, &permit, call, &recipient, &mut draft);
@@ -98,13 +99,14 @@ impl Broker {
         self.commit_access(principal, call, &draft, &row, approved.clone(), guards)
             .await?;
         self.uses.note(sealed.record());
+        self.watch_approvals(principal, call).await;
         if self
             .limits
             .note_release(principal, row.device.address.user.as_str())
         {
             self.alert_of_bulk_release(principal, call).await;
         }
-        Ok(AccessView::verified(approved).for_approver())
+        Ok(self.access_view(approved).for_approver())
     }
 
     /// Asks the policy for the sealed release of a member's user key to the public key of a request. The policy sees the request and
@@ -117,13 +119,7 @@ impl Broker {
     ) -> Result<(KeyPermit, Recipient, Draft), Error> {
         let action = Action::ApproveForMember;
         let at = &row.device.address;
-        let resource = Resource::AccessRequest {
-            tenant: &at.tenant,
-            user: &at.user,
-            requested_by: &row.requested_by,
-            device_type: &row.device.kind,
-            peer: address_of(&row.peer),
-        };
+        let resource = self.access_resource(row);
         let key = match RecipientKey::from_spki(&row.public_key) {
             Ok(key) => key,
             Err(error) => {
@@ -147,7 +143,7 @@ impl Broker {
         match self.policy.decide_for_member(&question, address) {
             Ok(permit) => {
                 let mut draft = Draft::permitted(principal, call, &permit);
-                draft.access_request(row);
+                draft.access_request(row, self.policy.place_of(&row.peer));
                 // Nothing is released yet.
                 draft.release(Release::Plain);
                 let recipient = Recipient {

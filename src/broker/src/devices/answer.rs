@@ -177,7 +177,7 @@ impl Broker {
         let (user, mut draft) = begun.await?;
         let found = self.requested_by(principal, call, &user, id).await;
         let row = self.or_record(&draft, found).await?;
-        draft.access_request(&row);
+        draft.access_request(&row, self.policy.place_of(&row.peer));
         if !row.state_at(Timestamp::now()).is_open() {
             // The state is final, so the code needs no check and no count.
             return Ok((row, draft));

@@ -71,7 +71,7 @@ impl Broker {
             let row = change.request.map(|changed| changed.row);
             let row =
                 row.ok_or_else(|| Error::new(Reason::Bug, "an approval without a request"))?;
-            Ok(AccessView::verified(row))
+            Ok(broker.access_view(row))
         })
         .await
     }
@@ -158,7 +158,7 @@ impl Broker {
             let denied = change.request.take();
             let denied =
                 denied.ok_or_else(|| Error::new(Reason::Bug, "a denial without a request"))?;
-            let view = AccessView::verified(denied.row);
+            let view = broker.access_view(denied.row);
             Ok(match principal.kind() {
                 Kind::User => view,
                 Kind::Service => view.for_approver(),

@@ -69,6 +69,8 @@ pub struct AccessView {
     pub row: AccessRow,
     /// The state at the time of the answer.
     pub state: AccessState,
+    /// The place from which the request came: the name of the network of its address, or empty.
+    pub place: String,
     /// The phrase that the member and the approver compare.
     pub phrase: PhraseView,
     /// Whether the token verified the row for this answer.
@@ -79,9 +81,10 @@ pub struct AccessView {
 
 impl AccessView {
     /// A row that this broker has just written or verified, for the member.
-    pub(super) fn verified(row: AccessRow) -> Self {
+    pub(super) fn verified(row: AccessRow, place: String) -> Self {
         Self {
             state: row.state_at(Timestamp::now()),
+            place,
             phrase: PhraseView {
                 words: phrase(&row).words().map(Some),
             },
@@ -295,7 +298,7 @@ impl Broker {
             let view = AccessView {
                 is_verified,
                 is_altered,
-                ..AccessView::verified(row)
+                ..self.access_view(row)
             };
             list.requests
                 .push(if is_member { view } else { view.for_approver() });

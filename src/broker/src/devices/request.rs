@@ -65,7 +65,7 @@ impl Broker {
             let now = Timestamp::now();
             let plan = broker.plan_request(&principal, &call, &user, new, now);
             let changed = broker.or_record(&draft, Box::pin(plan).await).await?;
-            draft.access_request(&changed.row);
+            draft.access_request(&changed.row, broker.policy.place_of(&changed.row.peer));
             let row = changed.row.clone();
             let change = DeviceChange {
                 request: Some(changed),
@@ -73,7 +73,8 @@ impl Broker {
                 ..DeviceChange::default()
             };
             broker.commit_devices(&call, &draft, &change, now).await?;
-            Ok(AccessView::verified(row))
+            broker.watch_requests(&principal, &call, &user).await;
+            Ok(broker.access_view(row))
         })
         .await
     }

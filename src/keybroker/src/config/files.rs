@@ -17,7 +17,9 @@ use keybroker_worker_protocol::{
     Pin, check_environment, check_module, integrity_file::IntegrityFiles,
 };
 
-use super::{Config, FileReport, bitwarden, certificates, check_token::integrity_key_problems};
+use super::{
+    Config, FileReport, bitwarden, certificates, check_token::integrity_key_problems, notices,
+};
 
 impl Config {
     /// Examines the files of the configuration. Reads the files in the same way as `serve`, and
@@ -36,6 +38,8 @@ impl Config {
                 .iter()
                 .flat_map(bitwarden::Settings::file_problems),
         );
+        let receiver = self.notices.as_ref();
+        problems.extend(receiver.and_then(notices::Settings::file_problem));
         problems.extend(
             check_audit(&self.audit.directory)
                 .err()
@@ -111,6 +115,10 @@ impl Config {
                 certificates::examine_authorities(&setting, path, report);
             }
         }
+        let receiver = self.notices.as_ref();
+        if let Some(path) = receiver.and_then(|receiver| receiver.ca_file.as_ref()) {
+            certificates::examine_authorities("[notices] `ca_file`", path, report);
+        }
         if let Some(path) = &self.store.ca_file {
             certificates::examine_authorities("[store] `ca_file`", path, report);
         }
@@ -132,6 +140,7 @@ impl Config {
             .map(|tls| &tls.key_file)
             .chain(pin_files)
             .chain(&self.store.password_file)
+            .chain(self.notices.as_ref().map(|notices| &notices.secret_file))
             .chain(
                 self.bitwarden_organizations
                     .iter()

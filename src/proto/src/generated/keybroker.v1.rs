@@ -4129,6 +4129,9 @@ pub struct AccessRequest {
     /// The first of two approvers; empty before, and if one is sufficient.
     #[prost(string, tag = "21")]
     pub first_approved_by: ::prost::alloc::string::String,
+    /// The place from which the request came: the name of the configured network that contains the address in `peer`; empty if none does.
+    #[prost(string, tag = "22")]
+    pub place: ::prost::alloc::string::String,
 }
 /// Request of EstablishTrust. The signed fields are, in this order: device_id, name, type, verification_key, key_name, revision (eight
 /// bytes), keys.user_key, keys.public_key, keys.private_key.

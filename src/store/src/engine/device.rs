@@ -149,7 +149,11 @@ impl<E: Engine> EngineStore<E> {
     }
 
     async fn count_old(&self, statement: &'static str, before: Timestamp) -> Result<u64, Error> {
-        let found = self.query(statement, vec![before.into()]).await?;
+        self.count(statement, vec![before.into()]).await
+    }
+
+    async fn count(&self, statement: &'static str, values: Vec<Value>) -> Result<u64, Error> {
+        let found = self.query(statement, values).await?;
         let total = found.first().ok_or(Error::NotFound)?.integer("total")?;
         Ok(u64::try_from(total).unwrap_or(0))
     }
@@ -305,6 +309,32 @@ impl<E: Engine> Devices for EngineStore<E> {
         let values = rows::access_count_key(device, now);
         let found = self.query(E::sql().device.count_requests, values).await?;
         rows::access_counts(found.first().ok_or(Error::NotFound)?)
+    }
+
+    async fn recent_access_requests(
+        &self,
+        tenant: &Tenant,
+        user: &UserId,
+        after: Timestamp,
+    ) -> Result<u64, Error> {
+        let values = vec![tenant.as_str().into(), user.as_str().into(), after.into()];
+        self.count(E::sql().device.recent_requests, values).await
+    }
+
+    async fn recent_approvals(
+        &self,
+        tenant: &Tenant,
+        principal: &str,
+        after: Timestamp,
+    ) -> Result<u64, Error> {
+        let values = vec![
+            tenant.as_str().into(),
+            principal.into(),
+            after.into(),
+            principal.into(),
+            after.into(),
+        ];
+        self.count(E::sql().device.recent_approvals, values).await
     }
 
     async fn forget_access_requests(&self, before: Timestamp) -> Result<u64, Error> {

@@ -55,6 +55,11 @@ pub(crate) struct DeviceStatements {
     pub(crate) count_requests: &'static str,
     /// Parameters: request, MAC. Locks a request, and returns it if it has this MAC.
     pub(crate) unchanged_request: &'static str,
+    /// Parameters: tenant, user, made after. Returns the number of requests.
+    pub(crate) recent_requests: &'static str,
+    /// Parameters: tenant, principal, approved after, principal, made after. Returns the number of requests that the principal
+    /// approved for members.
+    pub(crate) recent_approvals: &'static str,
     /// Parameters: all columns of a request except the key, then the key and the current MAC.
     pub(crate) change_request: &'static str,
     /// Parameters: expired before, limit.
@@ -131,6 +136,11 @@ impl DeviceStatements {
             unchanged_request: sql(&format!(
                 "SELECT request_id FROM access_requests WHERE request_id = ? AND mac = ? {lock}"
             )),
+            recent_requests: sql("SELECT count(*) AS total FROM access_requests \
+                 WHERE tenant = ? AND \"user\" = ? AND requested_us > ?"),
+            recent_approvals: sql("SELECT count(*) AS total FROM access_requests \
+                 WHERE tenant = ? AND state <> 'denied' AND length(decided_device) = 0 \
+                 AND (decided_by = ? AND decided_us > ? OR first_approved_by = ? AND requested_us > ?)"),
             change_request: sql(&format!(
                 "UPDATE access_requests SET {} WHERE request_id = ? AND mac = ?",
                 assignments(Table::AccessRequests.values())

@@ -6,8 +6,9 @@ use serde_json::{Value, json};
 use tonic::{Request, Status, metadata::MetadataValue};
 
 use keybroker_proto::{
-    CreateUserKeyRequest, ListUserKeysRequest, ListWrappingKeysRequest, UnwrapUserKeyRequest,
-    control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
+    CreateUserKeyRequest, ListUserKeysRequest, ListWrappingKeysRequest, ReplaceUserKeyRequest,
+    UnwrapUserKeyRequest, control_service_client::ControlServiceClient,
+    user_key_service_client::UserKeyServiceClient,
 };
 
 use crate::{
@@ -126,6 +127,17 @@ impl Holder {
             request_id: String::new(),
         });
         self.keys.clone().create_user_key(request).await.map(drop)
+    }
+
+    pub(crate) async fn replace(&self, user: &str, expected_revision: u64) -> Result<(), Status> {
+        let request = self.request(ReplaceUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            key_material: MATERIAL.to_vec(),
+            expected_revision,
+            request_id: String::new(),
+        });
+        self.keys.clone().replace_user_key(request).await.map(drop)
     }
 
     pub(crate) async fn unwrap(&self, user: &str) -> Result<Vec<u8>, Status> {

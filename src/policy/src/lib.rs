@@ -269,7 +269,7 @@ impl Permit {
     }
 }
 
-/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates a
+/// Proof that a policy allowed an action on one user key. Only the functions of [`Policy`] create a
 /// `KeyPermit`. Functions that read or change the record take the record's address only from this
 /// permit. Therefore a permit for one record cannot be used for another record.
 #[derive(Debug)]
@@ -452,6 +452,33 @@ impl Policy {
             action: question.action,
             address,
             release: question.release,
+        })
+    }
+
+    /// Decides whether a member may rotate the user key with a trusted device. The permit is for the replacement of this user key. The
+    /// policies see only the rotation: the signature of a trusted device protects it, so a policy can forbid `user_key.replace` for
+    /// access tokens and still allow rotations.
+    pub fn decide_rotation(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        address: KeyAddress,
+    ) -> Result<KeyPermit, Denied> {
+        let permit = self.decide(&Question {
+            principal,
+            action: Action::RotateDevices,
+            resource: Resource::Devices {
+                tenant: &address.tenant,
+                user: Some(&address.user),
+            },
+            release: Release::Plain,
+            call,
+        })?;
+        Ok(KeyPermit {
+            policy: permit.policy,
+            action: Action::Replace,
+            address,
+            release: Release::Plain,
         })
     }
 

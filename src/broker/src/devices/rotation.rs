@@ -80,10 +80,11 @@ impl Broker {
         let begun = self.begin_device_action(principal, call, Action::RotateDevices, user);
         let (user, mut draft) = begun.await?;
         draft.key_name(&rotation.key.name);
-        // The rotation replaces a user key, so it also needs the permit for this.
-        let permit = self
-            .permit_key(principal, call, Action::Replace, &rotation.key)
-            .await?;
+        let address = rotation.key.address(principal);
+        let permit = match self.policy.decide_rotation(principal, call, address) {
+            Ok(permit) => permit,
+            Err(denied) => return Err(self.refuse(draft, &denied).await),
+        };
         let now = Timestamp::now();
         let plan = self.plan_rotation(principal, call, &user, &permit, rotation, &mut draft, now);
         let plan = Box::pin(plan).await;

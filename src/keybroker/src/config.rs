@@ -26,6 +26,7 @@ pub(crate) mod bitwarden;
 mod certificates;
 mod check;
 mod check_token;
+pub(crate) mod console;
 pub(crate) mod devices;
 mod files;
 mod named;
@@ -106,6 +107,9 @@ pub struct Config {
     /// The `[devices]` section.
     #[serde(default)]
     pub devices: devices::Settings,
+    /// The `[console]` section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<console::Settings>,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

@@ -1,6 +1,7 @@
-//! The APIs of the broker: gRPC ([`rpc`]), and REST for Bitwarden clients ([`rest`]). Both APIs call the `broker`
-//! crate.
+//! The APIs of the broker: gRPC ([`rpc`]), REST for Bitwarden clients ([`rest`]), and the page for approvers ([`console`]). All
+//! of them call the `broker` crate.
 
+pub mod console;
 #[doc(hidden)]
 mod discard;
 pub mod fuzzing;

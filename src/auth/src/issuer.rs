@@ -372,10 +372,15 @@ impl Settings {
         if let Some(url) = &self.jwks_url {
             return KeySource::Url(url.clone());
         }
-        KeySource::Discovery(self.discovery_url.clone().unwrap_or_else(|| {
+        KeySource::Discovery(self.discovery_place())
+    }
+
+    /// Returns the URL of the discovery document.
+    pub(super) fn discovery_place(&self) -> String {
+        self.discovery_url.clone().unwrap_or_else(|| {
             let base = self.issuer.trim_end_matches('/');
             format!("{base}/.well-known/openid-configuration")
-        }))
+        })
     }
 
     /// Whether an access token to which no mapping applies is refused. Services without a role could do nothing.
@@ -387,6 +392,16 @@ impl Settings {
     pub fn can_identify(&self, kind: Kind) -> bool {
         let is_base = self.kind == kind && !self.refuses_unmapped();
         is_base || self.mappings.iter().any(|mapping| mapping.kind == kind)
+    }
+
+    /// Whether holders of tokens of this issuer can have a role.
+    pub fn can_give(&self, role: Role) -> bool {
+        let is_base = self.kind == Kind::Service && self.roles.contains(&role);
+        is_base
+            || self
+                .mappings
+                .iter()
+                .any(|mapping| mapping.roles.contains(&role))
     }
 
     /// Returns the tenants of the users that this issuer identifies.

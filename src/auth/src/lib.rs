@@ -28,8 +28,10 @@ pub mod client_secret;
 #[doc(hidden)]
 pub mod fuzzing;
 mod header;
+mod http;
 pub mod issuer;
 mod jwks;
+pub mod sign_in;
 pub mod spiffe;
 pub mod token;
 

@@ -29,11 +29,14 @@ use super::{
 };
 
 pub(super) mod claims;
+mod id_token;
 mod mapping;
 mod parts;
 mod refusal;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use id_token::IdTokens;
 
 use parts::Parts;
 use refusal::{Cause, Refusal, shown};

@@ -26,6 +26,7 @@ pub(crate) mod bitwarden;
 mod certificates;
 mod check;
 mod check_token;
+pub(crate) mod console;
 pub(crate) mod devices;
 mod files;
 mod named;
@@ -113,6 +114,9 @@ pub struct Config {
     /// The `[[network]]` sections.
     #[serde(rename = "network", default)]
     pub networks: Vec<policy::NamedNetwork>,
+    /// The `[console]` section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<console::Settings>,
     /// The `[[issuer]]` sections.
     #[serde(rename = "issuer", default)]
     pub issuers: Vec<auth::issuer::Settings>,

@@ -12,6 +12,7 @@ mod apis;
 mod clients;
 mod connection;
 mod connection_service;
+mod console;
 mod descriptors;
 mod file_problems;
 mod frames;
@@ -45,6 +46,8 @@ pub enum Api {
     Admin,
     /// User keys over REST, for Bitwarden clients.
     Rest,
+    /// The page for approvers.
+    Console,
 }
 
 impl Api {
@@ -54,6 +57,7 @@ impl Api {
             Self::Grpc => "grpc",
             Self::Admin => "admin",
             Self::Rest => "rest",
+            Self::Console => "console",
         }
     }
 }
@@ -153,7 +157,7 @@ impl ListenerSettings {
             return Ok(None);
         };
         let mut protocols = vec![b"h2".to_vec()];
-        if self.apis.contains(&Api::Rest) {
+        if self.apis.contains(&Api::Rest) || self.apis.contains(&Api::Console) {
             protocols.push(handshake::ALPN_HTTP1.to_vec());
         }
         tls::Tls::load(files.clone(), self.client_certificates, protocols, state).map(Some)

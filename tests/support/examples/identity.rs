@@ -44,6 +44,7 @@ fn main() {
         address: Some(arguments.address),
         issuer: arguments.issuer,
         mints_over_http: true,
+        ..service::Options::default()
     });
     if let Some(path) = arguments.pem_file {
         fs::write(path, identity.pem()).unwrap();

@@ -30,6 +30,12 @@ use base64ct::{Base64, Base64UrlUnpadded, Encoding as _};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 
+mod sign_in;
+
+pub use sign_in::{AUTHORIZE, Client, TOKEN};
+
+use sign_in::SignIns;
+
 /// Path of the discovery document.
 pub const DISCOVERY: &str = "/.well-known/openid-configuration";
 /// Path of the key set.
@@ -51,6 +57,10 @@ pub struct Options {
     pub issuer: Option<String>,
     /// Whether [`MINT`] and [`ROTATE`] are there: for programs that cannot call [`Identity::mint`].
     pub mints_over_http: bool,
+    /// The clients for which persons can sign in.
+    pub clients: Vec<Client>,
+    /// The persons who can sign in, by their user names, and their claims.
+    pub persons: BTreeMap<String, Value>,
 }
 
 /// An answer that takes the place of the usual one.
@@ -84,6 +94,7 @@ struct Service {
     url: String,
     mints_over_http: bool,
     state: Mutex<State>,
+    sign_ins: SignIns,
 }
 
 #[derive(Debug, Default)]
@@ -113,6 +124,7 @@ impl Identity {
             url,
             mints_over_http: options.mints_over_http,
             state: Mutex::default(),
+            sign_ins: SignIns::new(options.clients, options.persons),
         });
         service.state().add_key();
         Self {
@@ -295,6 +307,11 @@ impl Service {
         match path.as_str() {
             DISCOVERY => as_json(&self.discovery()),
             JWKS => as_json(&self.state().jwks()),
+            AUTHORIZE => self.sign_ins.authorize(request).await,
+            TOKEN => {
+                let issue = |claims, header| self.mint(claims, header);
+                self.sign_ins.exchange(request, issue).await
+            }
             MINT if self.mints_over_http => self.mint_for(request).await,
             ROTATE if self.mints_over_http => {
                 self.state().rotate();
@@ -308,7 +325,10 @@ impl Service {
         json!({
             "issuer": self.issuer,
             "jwks_uri": format!("{}{JWKS}", self.url),
+            "authorization_endpoint": format!("{}{AUTHORIZE}", self.url),
+            "token_endpoint": format!("{}{TOKEN}", self.url),
             "id_token_signing_alg_values_supported": ["RS256"],
+            "code_challenge_methods_supported": ["S256"],
         })
     }
 

@@ -107,6 +107,18 @@ impl Parts {
         )))
     }
 
+    /// Checks the `typ` of an ID token: `JWT`, or none. An access token of RFC 9068 has another type.
+    pub(super) fn check_id_token_type(&self) -> Result<(), Refusal> {
+        match self.header.get("typ") {
+            None => Ok(()),
+            Some(Value::String(typ)) if typ.eq_ignore_ascii_case("JWT") => Ok(()),
+            Some(typ) => Err(Cause::Type.because(format!(
+                "the `typ` is {}, which is not the type of an ID token",
+                shown(typ.as_str().unwrap_or_default())
+            ))),
+        }
+    }
+
     /// Returns the references to a key in the header.
     pub(super) fn named_key(&self) -> Result<Named<'_>, Refusal> {
         let text = |member: &str| match self.header.get(member) {

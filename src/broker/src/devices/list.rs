@@ -102,6 +102,14 @@ impl AccessView {
         bytes
     }
 
+    /// The request as a principal may see it.
+    fn for_principal(self, principal: &Principal) -> Self {
+        match principal.kind() {
+            Kind::User => self,
+            Kind::Service => self.for_approver(),
+        }
+    }
+
     /// Hides the words that the approver must hear from the member.
     pub(super) fn for_approver(mut self) -> Self {
         for place in hidden_words(self.row.id) {
@@ -244,6 +252,50 @@ impl Broker {
         .await
     }
 
+    /// Returns one request for access: of the principal, or for an approver of a user whom the configuration names.
+    pub async fn access_request(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        id: AccessRequestId,
+    ) -> Result<AccessView, Error> {
+        Box::pin(observed(Action::ListAccess, call, async {
+            let resource = Resource::Devices {
+                tenant: principal.tenant(),
+                user: principal.subject(),
+            };
+            let permit = self
+                .permit(principal, call, Action::ListAccess, resource)
+                .await?;
+            let row = self
+                .found_request(principal, call, Action::ListAccess, id)
+                .await?;
+            let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
+            draft.policy(permit.policy());
+            let shown = self.shown_request(principal, row).await;
+            self.conclude(draft, shown).await.map(Recorded::into_inner)
+        }))
+        .await
+    }
+
+    async fn shown_request(
+        &self,
+        principal: &Principal,
+        row: AccessRow,
+    ) -> Result<AccessView, Error> {
+        if !covers(principal, &row) {
+            return Err(super::unknown("access_request_id"));
+        }
+        let verified = self.verify_access(&row);
+        let (is_verified, is_altered) = listed(row.signer, &mut BTreeSet::new(), verified).await;
+        Ok(AccessView {
+            is_verified,
+            is_altered,
+            ..AccessView::verified(row)
+        }
+        .for_principal(principal))
+    }
+
     async fn listed_requests(
         &self,
         principal: &Principal,
@@ -300,8 +352,7 @@ impl Broker {
                 is_altered,
                 ..self.access_view(row)
             };
-            list.requests
-                .push(if is_member { view } else { view.for_approver() });
+            list.requests.push(view.for_principal(principal));
         }
         Ok(list)
     }

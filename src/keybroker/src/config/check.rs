@@ -231,6 +231,17 @@ impl Config {
                 remote.address
             ));
         }
+        let has_page = |listener: &ListenerSettings| listener.apis.contains(&Api::Console);
+        match (&self.console, self.listeners.iter().find(|one| has_page(one))) {
+            (None, Some(listener)) => problems.push(format!(
+                "[[listener]] {}: `apis` has \"console\", but there is no section [console], so no person could sign in",
+                listener.address
+            )),
+            (Some(_), None) => problems.push(
+                "[console] has no effect, because no [[listener]] has `apis = [\"console\"]`".to_owned(),
+            ),
+            _ => {}
+        }
         for listener in &self.listeners {
             check_listener(listener, problems);
             if listener.apis.contains(&Api::Rest) && !has_users {
@@ -262,6 +273,9 @@ impl Config {
             .map(|principal| principal.san.as_str());
         problems.extend(self.approvals.problems(&sans.collect()));
         problems.extend(self.devices.problems());
+        if let Some(console) = &self.console {
+            problems.extend(console.problems(&self.issuers));
+        }
         let mut seen = HashSet::new();
         for principal in &self.principals {
             problems.extend(principal.problem());
@@ -295,6 +309,11 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     if listener.apis.is_empty() {
         problems.push(format!(
             "[[listener]] {address}: `apis` is empty, so the listener serves no API"
+        ));
+    }
+    if listener.apis.contains(&Api::Console) && listener.apis != [Api::Console] {
+        problems.push(format!(
+            "[[listener]] {address}: the page for approvers needs a listener of its own: `apis = [\"console\"]`"
         ));
     }
     match (&listener.tls, listener.plaintext) {

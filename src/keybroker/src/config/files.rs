@@ -9,7 +9,7 @@ use std::{
 
 use rustix::fs::{Access, access};
 
-use keybroker_auth::{issuer, token::Tokens};
+use keybroker_auth::{issuer, sign_in, token::Tokens};
 use keybroker_core::{error::chain, remedy::explained, trusted_file};
 use keybroker_hsm::Settings;
 use keybroker_policy::Problems;
@@ -57,7 +57,10 @@ impl Config {
         let problems = &mut report.problems;
         // Other problems of the issuers are reported as problems of the settings.
         if issuer::problems(&self.issuers).is_empty() {
-            problems.extend(Tokens::new(&self.issuers).err().map(|error| chain(&error)));
+            match Tokens::new(&self.issuers) {
+                Ok(tokens) => problems.extend(self.client_secret_problem(&tokens)),
+                Err(error) => problems.push(chain(&error)),
+            }
         }
         self.examine_certificates(&mut report);
         let problems = &mut report.problems;
@@ -96,6 +99,17 @@ impl Config {
         }
         report.problems = join_listeners(report.problems);
         report
+    }
+
+    /// The problem of the file with the client secret of the page for approvers. Other problems of the section are reported as
+    /// problems of the settings.
+    fn client_secret_problem(&self, tokens: &Tokens) -> Option<String> {
+        let console = self.console.as_ref()?;
+        if !console.problems(&self.issuers).is_empty() {
+            return None;
+        }
+        let error = sign_in::Provider::new(tokens, console.registration()).err()?;
+        Some(format!("[console]: {}", chain(&error)))
     }
 
     /// Examines the certificates of listeners, and the CA certificates of issuers and of the database.
@@ -141,6 +155,11 @@ impl Config {
             .chain(pin_files)
             .chain(&self.store.password_file)
             .chain(self.notices.as_ref().map(|notices| &notices.secret_file))
+            .chain(
+                self.console
+                    .as_ref()
+                    .and_then(|console| console.client_secret_file.as_ref()),
+            )
             .chain(
                 self.bitwarden_organizations
                     .iter()

@@ -51,6 +51,8 @@ fn is_default(text: &str) -> bool {
         "remote",
         "users",
         "key_names",
+        "authorization_url",
+        "token_url",
     ];
     name.chars()
         .all(|c| c.is_ascii_lowercase() || c == '_' || c == '1')
@@ -196,6 +198,42 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "[policy] `directory`",
     ),
     ("apis = [\"grpc\"]", "apis = []", "`apis` is empty"),
+    (
+        "apis = [\"console\"]",
+        "apis = [\"console\", \"rest\"]",
+        "a listener of its own",
+    ),
+    (
+        "apis = [\"console\"]",
+        "apis = [\"grpc\"]",
+        "[console] has no effect",
+    ),
+    (
+        "issuer = \"sso\"",
+        "issuer = \"other\"",
+        "no [[issuer]] has this `name`",
+    ),
+    (
+        "roles = [\"approver\"]",
+        "roles = [\"lifecycle\"]",
+        "gives the role `approver`",
+    ),
+    (
+        "external_url = \"https://approvers.example.org\"",
+        "external_url = \"https://approvers.example.org/\"",
+        "without a slash at the end",
+    ),
+    (
+        "# scopes = [\"openid\"]",
+        "scopes = [\"groups\"]",
+        "must contain \"openid\"",
+    ),
+    (
+        "client_secret_file = \"/etc/keybroker/console",
+        "client_secret_file = \"console",
+        "absolute path",
+    ),
+    ("# idle_minutes = 15", "idle_minutes = 0", "1 to 480"),
     (
         "# allowed_origins = []",
         "allowed_origins = [\"*\"]",
@@ -361,7 +399,7 @@ fn each_mistake_has_its_message() {
 #[test]
 fn the_earlier_name_of_the_setting_apis_is_accepted() {
     let earlier = EXAMPLE.replace("\napis = ", "\ndoors = ");
-    assert_eq!(earlier.matches("\ndoors = ").count(), 2);
+    assert_eq!(earlier.matches("\ndoors = ").count(), 3);
     let (earlier, now) = (Config::parse(&earlier), Config::parse(&EXAMPLE));
     let apis =
         |config: &Config| -> Vec<_> { config.listeners.iter().map(|it| it.apis.clone()).collect() };

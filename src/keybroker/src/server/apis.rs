@@ -1,4 +1,4 @@
-//! The APIs of a listener: gRPC, REST, or both.
+//! The APIs of a listener: gRPC, REST, or both, or the page for approvers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use keybroker_api::{rest, rpc};
 use keybroker_broker::Broker;
 use keybroker_core::error::chain;
 
-use super::{Api, ListenerSettings};
+use super::{Api, ListenerSettings, console::Console, identify::Identifier};
 
 /// The objects that the APIs of all listeners share: the broker, the limits and the stop signal.
 pub(super) struct Apis<'a> {
@@ -32,18 +32,29 @@ pub(super) struct Apis<'a> {
     pub(super) memory: &'a rpc::Memory,
     /// Limit on the number of REST requests that wait for a retry, for all listeners together.
     pub(super) rest_retries: &'a rest::RetryPlaces,
+    pub(super) identifier: &'a Identifier,
+    /// The page for approvers, if it is configured.
+    pub(super) console: Option<Console>,
 }
 
 impl Apis<'_> {
-    /// The routes of a listener.
+    /// The routes of a listener, with the authentication of its callers.
     pub(super) fn routes(&self, listener: &ListenerSettings) -> Result<Router, Failure> {
         let has = |api| listener.apis.contains(&api);
-        let speaks_grpc = has(Api::Grpc) || has(Api::Admin);
-        match (has(Api::Rest), speaks_grpc) {
-            (false, _) => self.grpc(listener),
-            (true, false) => Ok(self.rest()),
-            (true, true) => Ok(side_by_side(self.rest(), self.grpc(listener)?)),
+        if has(Api::Console) {
+            let absent = || {
+                let what = "a listener has the API `console`, but there is no section [console]";
+                Failure::new(Exit::Configuration, what)
+            };
+            return Ok(self.console.as_ref().ok_or_else(absent)?.routes());
         }
+        let speaks_grpc = has(Api::Grpc) || has(Api::Admin);
+        let routes = match (has(Api::Rest), speaks_grpc) {
+            (false, _) => self.grpc(listener)?,
+            (true, false) => self.rest(),
+            (true, true) => side_by_side(self.rest(), self.grpc(listener)?),
+        };
+        Ok(self.identifier.clone().wrap(routes))
     }
 
     fn grpc(&self, listener: &ListenerSettings) -> Result<Router, Failure> {

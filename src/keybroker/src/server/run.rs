@@ -24,7 +24,7 @@ use crate::{
     config::Config,
     output_file, telemetry,
 };
-use keybroker_api::{rest, rpc};
+use keybroker_api::{console::Provider, rest, rpc};
 use keybroker_audit::{AuditLog, OpenIntent};
 use keybroker_auth::{
     Authenticator,
@@ -41,6 +41,7 @@ use keybroker_store::{Store, StoreLock};
 use super::{
     apis::Apis,
     clients::Clients,
+    console::{self, Console},
     descriptors,
     file_problems::FileProblems,
     identify::Identifier,
@@ -249,6 +250,7 @@ impl Server {
     ) -> Result<Self, Failure> {
         let metrics = telemetry::init_metrics().map_err(|error| internal(&error))?;
         let (authenticator, tokens) = credentials(&config)?;
+        let provider = console::provider(&config, &tokens)?;
         let limits = Limits::new(&config.rates);
         let networks = Networks::new(&config.networks);
         let policy =
@@ -319,7 +321,7 @@ impl Server {
         server.background.spawn(Arc::clone(&tokens).refresh(stop));
         server.serve_status(status);
         tokens.asked_once(FIRST_KEYS_TIMEOUT).await;
-        server.open_listeners(bound, &identifier)?;
+        server.open_listeners(bound, &identifier, provider)?;
         server.write_ready_file(ready_file.as_deref())?;
         Ok(server)
     }
@@ -328,6 +330,7 @@ impl Server {
         &mut self,
         bound: Vec<Bound>,
         identifier: &Identifier,
+        provider: Option<Arc<dyn Provider>>,
     ) -> Result<(), Failure> {
         let limits = self.config.limits.clone();
         let connections_max = descriptors::connections(limits.connections_max);
@@ -353,6 +356,14 @@ impl Server {
             stop: &self.stop_connections,
             memory: &memory,
             rest_retries: &rest_retries,
+            identifier,
+            console: Console::new(
+                &self.config,
+                provider,
+                &self.broker,
+                &identifier.limits,
+                &self.connections,
+            ),
         };
         for Bound {
             socket,
@@ -361,7 +372,6 @@ impl Server {
         } in bound
         {
             let routes = apis.routes(&settings)?;
-            let routes = identifier.clone().wrap(routes);
             let address = opening::local(&socket)?;
             let apis: Vec<&str> = settings.apis.iter().map(|api| api.as_str()).collect();
             tracing::info!(%address, apis = %apis.join(", "), "listening");

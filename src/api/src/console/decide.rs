@@ -1,0 +1,182 @@
+//! The pages about requests for access: the pending requests, one request, approve and deny, and the last decisions.
+//!
+//! Mitigations: M27, M30 of `THREAT_MODEL.md`.
+
+use axum::http::StatusCode;
+
+use keybroker_broker::{AccessView, AdministratorApproval};
+use keybroker_core::{
+    error::{Error, Reason},
+    key::AccessRequestId,
+};
+
+use super::{
+    Context, answer,
+    answer::Failure,
+    pages::{self, Refused},
+    views::AccessRequest,
+    visit::{Answer, Visit},
+};
+
+/// Highest number of decisions on the page.
+const DECISIONS_MAX: usize = 50;
+/// Longest word that an approver can type, in bytes.
+const WORD_BYTES_MAX: usize = 32;
+/// The fields of the two words.
+const WORDS: [&str; 2] = ["word-1", "word-2"];
+
+/// Lists the pending requests.
+pub(super) async fn pending(context: &Context, visit: &Visit) -> Answer {
+    let listed = context
+        .broker
+        .list_access_requests(visit.principal(), &visit.call, false);
+    let list = listed.await.map_err(|error| visit.failure(&error))?;
+    let page = pages::Pending {
+        frame: visit.frame("/"),
+        requests: list.requests.iter().map(AccessRequest::from).collect(),
+        damaged: list.damaged.len(),
+    };
+    Ok(answer::page(StatusCode::OK, &page))
+}
+
+/// Lists the last decisions about requests of the covered members.
+pub(super) async fn decisions(context: &Context, visit: &Visit) -> Answer {
+    let listed = context
+        .broker
+        .list_access_requests(visit.principal(), &visit.call, true);
+    let list = listed.await.map_err(|error| visit.failure(&error))?;
+    let mut decided: Vec<&AccessView> = list
+        .requests
+        .iter()
+        .filter(|view| view.row.decision.is_some())
+        .collect();
+    decided.sort_by_key(|view| view.row.decision.as_ref().map(|decision| decision.at));
+    let latest = decided.into_iter().rev().take(DECISIONS_MAX);
+    let page = pages::Decisions {
+        frame: visit.frame("/decisions"),
+        requests: latest.map(AccessRequest::from).collect(),
+        max: DECISIONS_MAX,
+    };
+    Ok(answer::page(StatusCode::OK, &page))
+}
+
+/// Shows one request.
+pub(super) async fn request(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
+    show(context, visit, id, StatusCode::OK, Refused::default()).await
+}
+
+async fn show(
+    context: &Context,
+    visit: &Visit,
+    id: AccessRequestId,
+    status: StatusCode,
+    refused: Refused,
+) -> Answer {
+    let request = found(context, visit, id).await?;
+    let first = request.first_approver.as_deref();
+    let page = pages::Request {
+        frame: visit.frame(""),
+        is_first_approver: first == Some(visit.principal().name()),
+        approve: may_approve(context, visit).then(|| visit.session.token(&approval(id))),
+        request,
+        refused,
+    };
+    Ok(answer::page(status, &page))
+}
+
+async fn found(
+    context: &Context,
+    visit: &Visit,
+    id: AccessRequestId,
+) -> Result<AccessRequest, Box<Failure>> {
+    let found = context
+        .broker
+        .access_request(visit.principal(), &visit.call, id);
+    let view = found.await.map_err(|error| visit.failure(&error))?;
+    Ok(AccessRequest::from(&view))
+}
+
+fn may_approve(context: &Context, visit: &Visit) -> bool {
+    visit
+        .session
+        .is_authenticated_within(context.settings.reauthentication)
+}
+
+fn approval(id: AccessRequestId) -> String {
+    format!("approve {id}")
+}
+
+fn denial(id: AccessRequestId) -> String {
+    format!("deny {id}")
+}
+
+/// Approves a request with the two words that the approver heard from the member.
+pub(super) async fn approve(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
+    visit.check_token(&approval(id))?;
+    if !may_approve(context, visit) {
+        let text = "Before you approve, the provider must confirm again that it is you. Nothing was changed.";
+        let failure = Failure::new(StatusCode::FORBIDDEN, "Sign in again to approve", text);
+        return Err(failure.with_link(format!("/sign-in?request={id}"), "Sign in again"));
+    }
+    let words = WORDS.map(|name| visit.fields.value(name).trim().to_owned());
+    let refused = refused_input(visit, &words);
+    if refused.words.is_some() || refused.spoken.is_some() {
+        return show(context, visit, id, StatusCode::BAD_REQUEST, refused).await;
+    }
+    let approval = AdministratorApproval { id, words };
+    let broker = &context.broker;
+    let approved = broker.approve_for_member(visit.principal(), &visit.call, approval);
+    match approved.await {
+        Ok(_) => Ok(answer::see_other(&format!("/requests/{id}"))),
+        Err(error) if is_about_words(&error) => {
+            let refused = Refused {
+                words: Some(
+                    "These are not the hidden words of the phrase. If the member reads other words to you, deny the request."
+                        .to_owned(),
+                ),
+                ..Refused::default()
+            };
+            show(context, visit, id, StatusCode::BAD_REQUEST, refused).await
+        }
+        Err(error) => Err(visit
+            .failure(&error)
+            .with_link(format!("/requests/{id}"), "Go back to the request")),
+    }
+}
+
+fn refused_input(visit: &Visit, words: &[String; 2]) -> Refused {
+    let is_word = |word: &String| (1..=WORD_BYTES_MAX).contains(&word.len());
+    let has_spoken = visit.fields.value("spoken") == "yes";
+    Refused {
+        words: (!words.iter().all(is_word))
+            .then(|| "Enter both words, as the member reads them to you.".to_owned()),
+        spoken: (!has_spoken).then_some("Confirm that the member read the words to you."),
+    }
+}
+
+fn is_about_words(error: &Error) -> bool {
+    let mut violations = error.violations().iter();
+    error.reason() == Reason::Request && violations.any(|one| one.field == "phrase_words")
+}
+
+/// Asks for a confirmation, and then denies a request or withdraws an approval.
+pub(super) async fn deny(context: &Context, visit: &Visit, id: AccessRequestId) -> Answer {
+    if !visit.is_form {
+        let page = pages::Deny {
+            frame: visit.frame(""),
+            request: found(context, visit, id).await?,
+            token: visit.session.token(&denial(id)),
+        };
+        return Ok(answer::page(StatusCode::OK, &page));
+    }
+    visit.check_token(&denial(id))?;
+    let denied = context
+        .broker
+        .deny_access(visit.principal(), &visit.call, id);
+    match denied.await {
+        Ok(_) => Ok(answer::see_other(&format!("/requests/{id}"))),
+        Err(error) => Err(visit
+            .failure(&error)
+            .with_link(format!("/requests/{id}"), "Go back to the request")),
+    }
+}

@@ -1,0 +1,228 @@
+//! The section `[console]`: the page for approvers, and how they sign in.
+
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+
+use reqwest::Url;
+use serde::{Deserialize, Serialize};
+
+use keybroker_api::console;
+use keybroker_auth::{issuer, sign_in};
+use keybroker_core::{principal::Role, trusted_file};
+
+/// The path of the page to which the provider sends the browser back.
+const CALLBACK: &str = "/callback";
+/// Longest client id, in bytes.
+const CLIENT_ID_BYTES_MAX: usize = 255;
+/// Longest session, in minutes: eight hours.
+const SESSION_MINUTES_MAX: u32 = 8 * 60;
+/// Longest time between the authentication and an approval, in minutes.
+const REAUTHENTICATION_MINUTES_MAX: u32 = 60;
+
+/// The `[console]` section of the configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Name of the `[[issuer]]` at which approvers sign in.
+    pub issuer: String,
+    /// The id of the page as a client of the provider.
+    pub client_id: String,
+    /// File with the secret of the client. Without this setting, the page is a public client, which has only PKCE.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client_secret_file: Option<PathBuf>,
+    /// The address of the page in the browser: `https://host` or `https://host:port`.
+    pub external_url: String,
+    /// The scopes that are requested from the provider.
+    #[serde(default = "default_scopes")]
+    pub scopes: BTreeSet<String>,
+    /// The authorization endpoint of the provider, if it is not in the discovery document.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authorization_url: Option<String>,
+    /// The token endpoint of the provider, if it is not in the discovery document.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_url: Option<String>,
+    /// Time in minutes after which a session ends, 1 to 480.
+    #[serde(default = "default_session_minutes")]
+    pub session_minutes: u32,
+    /// Time in minutes without a request after which a session ends, 1 to 480.
+    #[serde(default = "default_idle_minutes")]
+    pub idle_minutes: u32,
+    /// Time in minutes after a sign-in with credentials within which an approver can approve, 1 to 60.
+    #[serde(default = "default_reauthentication_minutes")]
+    pub reauthentication_minutes: u32,
+}
+
+fn default_scopes() -> BTreeSet<String> {
+    BTreeSet::from(["openid".to_owned()])
+}
+
+const fn default_session_minutes() -> u32 {
+    60
+}
+
+const fn default_idle_minutes() -> u32 {
+    15
+}
+
+const fn default_reauthentication_minutes() -> u32 {
+    10
+}
+
+fn minutes(count: u32) -> Duration {
+    Duration::from_mins(count.into())
+}
+
+impl Settings {
+    /// The registration at the provider.
+    pub fn registration(&self) -> sign_in::Settings {
+        sign_in::Settings {
+            issuer: self.issuer.clone(),
+            client_id: self.client_id.clone(),
+            client_secret_file: self.client_secret_file.clone(),
+            redirect_url: format!("{}{CALLBACK}", self.external_url),
+            scopes: self.scopes.clone(),
+            authorization_url: self.authorization_url.clone(),
+            token_url: self.token_url.clone(),
+        }
+    }
+
+    /// The settings of the page.
+    pub fn page(&self) -> console::Settings {
+        console::Settings {
+            origin: self.external_url.clone(),
+            idle: minutes(self.idle_minutes),
+            lifetime: minutes(self.session_minutes),
+            reauthentication: minutes(self.reauthentication_minutes),
+        }
+    }
+
+    /// The problems of the section.
+    pub(super) fn problems(&self, issuers: &[issuer::Settings]) -> Vec<String> {
+        let mut problems = Vec::new();
+        problems.extend(self.issuer_problem(issuers));
+        if !(1..=CLIENT_ID_BYTES_MAX).contains(&self.client_id.len()) {
+            problems.push(format!(
+                "[console]: `client_id` must have 1 to {CLIENT_ID_BYTES_MAX} bytes"
+            ));
+        }
+        if !is_origin(&self.external_url) {
+            problems.push(format!(
+                "[console]: `external_url` is {:?}; write the address that browsers show, `https://host` or \
+                 `https://host:port` in lower case, without a path and without a slash at the end",
+                self.external_url
+            ));
+        }
+        if !self.scopes.contains("openid") {
+            problems.push(
+                "[console]: `scopes` must contain \"openid\", because the provider otherwise issues no ID token"
+                    .to_owned(),
+            );
+        }
+        if let Some(path) = &self.client_secret_file
+            && !trusted_file::is_absolute(path)
+        {
+            problems.push(format!(
+                "[console]: `client_secret_file` is {}",
+                trusted_file::not_absolute(path)
+            ));
+        }
+        let limits = [
+            ("session_minutes", self.session_minutes, SESSION_MINUTES_MAX),
+            ("idle_minutes", self.idle_minutes, SESSION_MINUTES_MAX),
+            (
+                "reauthentication_minutes",
+                self.reauthentication_minutes,
+                REAUTHENTICATION_MINUTES_MAX,
+            ),
+        ];
+        let wrong = limits
+            .into_iter()
+            .filter(|(_, value, max)| !(1..=*max).contains(value));
+        problems.extend(wrong.map(|(name, value, max)| {
+            format!("`[console] {name}` is {value}; it must be 1 to {max}")
+        }));
+        problems
+    }
+
+    fn issuer_problem(&self, issuers: &[issuer::Settings]) -> Option<String> {
+        let issuer = issuers.iter().find(|issuer| issuer.name == self.issuer);
+        let Some(issuer) = issuer else {
+            return Some(format!(
+                "[console]: `issuer` is {:?}, but no [[issuer]] has this `name`",
+                self.issuer
+            ));
+        };
+        if issuer.can_give(Role::Approver) {
+            return None;
+        }
+        Some(format!(
+            "[console]: no person could use the page, because no [[issuer.mapping]] of the issuer {:?} gives the role \
+             `approver`",
+            self.issuer
+        ))
+    }
+}
+
+/// Whether a text is an origin with HTTPS exactly as browsers send it.
+fn is_origin(text: &str) -> bool {
+    Url::parse(text).is_ok_and(|url| {
+        url.scheme() == "https"
+            && url.host_str().is_some()
+            && url.origin().ascii_serialization() == text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> Settings {
+        toml::from_str(
+            "issuer = \"sso\"\nclient_id = \"page\"\nexternal_url = \"https://approvers.example.org\"",
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn the_address_is_an_origin() {
+        for (url, is_good) in [
+            ("https://approvers.example.org", true),
+            ("https://approvers.example.org:8443", true),
+            ("https://[::1]:8443", true),
+            ("https://approvers.example.org/", false),
+            ("https://approvers.example.org:443", false),
+            ("https://Approvers.example.org", false),
+            ("https://approvers.example.org/page", false),
+            ("https://me@approvers.example.org", false),
+            ("http://approvers.example.org", false),
+            ("approvers.example.org", false),
+            ("https://", false),
+        ] {
+            assert_eq!(is_origin(url), is_good, "{url}");
+        }
+    }
+
+    #[test]
+    fn every_limit_is_checked() {
+        let wrong = Settings {
+            client_id: String::new(),
+            external_url: "https://x/".to_owned(),
+            scopes: BTreeSet::from(["groups".to_owned()]),
+            client_secret_file: Some("secret".into()),
+            session_minutes: 481,
+            idle_minutes: 0,
+            reauthentication_minutes: 61,
+            ..settings()
+        };
+        assert_eq!(wrong.problems(&[]).len(), 8, "{:?}", wrong.problems(&[]));
+        assert_eq!(settings().problems(&[]).len(), 1);
+    }
+
+    #[test]
+    fn the_provider_sends_the_browser_to_the_page() {
+        let registration = settings().registration();
+        assert_eq!(
+            registration.redirect_url,
+            "https://approvers.example.org/callback"
+        );
+    }
+}

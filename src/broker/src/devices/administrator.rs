@@ -14,13 +14,13 @@ use keybroker_core::{
     principal::{Action, Principal},
 };
 use keybroker_hsm::{Recipient, RecipientKey};
-use keybroker_policy::{KeyPermit, Question, Release, Resource};
+use keybroker_policy::{KeyPermit, Question, Release};
 use keybroker_store::{AccessDecision, AccessRow, Answer, DeviceChange};
 
 use crate::{Broker, SealedUserKey, caller, journal::Draft};
 
 use super::{
-    AccessView, address_of, after,
+    AccessView, after,
     decision::check_pending,
     list::{hidden_words, phrase},
     wrong_state,

@@ -272,7 +272,7 @@ impl Broker {
                 .await?;
             let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
             draft.policy(permit.policy());
-            let shown = self.shown_request(principal, row).await;
+            let shown = self.shown_request(principal, call, row).await;
             self.conclude(draft, shown).await.map(Recorded::into_inner)
         }))
         .await
@@ -281,17 +281,19 @@ impl Broker {
     async fn shown_request(
         &self,
         principal: &Principal,
+        call: &Call,
         row: AccessRow,
     ) -> Result<AccessView, Error> {
         if !covers(principal, &row) {
             return Err(super::unknown("access_request_id"));
         }
-        let verified = self.verify_access(&row);
+        let token = caller(principal, call);
+        let verified = self.verify_access(&token, &row);
         let (is_verified, is_altered) = listed(row.signer, &mut BTreeSet::new(), verified).await;
         Ok(AccessView {
             is_verified,
             is_altered,
-            ..AccessView::verified(row)
+            ..self.access_view(row)
         }
         .for_principal(principal))
     }
@@ -356,6 +358,16 @@ impl Broker {
         }
         Ok(list)
     }
+}
+
+/// Whether a principal may see a request. A member sees the own requests, and an approver those of the users whom the
+/// configuration names.
+fn covers(principal: &Principal, row: &AccessRow) -> bool {
+    principal.kind() == Kind::User
+        || principal
+            .identity()
+            .users
+            .contains(&row.device.address.user)
 }
 
 /// Whether a listed row was verified, and whether it was altered. `failed` are the signers that the token could not use for this

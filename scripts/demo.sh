@@ -20,12 +20,13 @@ cd "$(dirname "$0")/.."
 main() {
   trap clean_up EXIT
   trap interrupted INT TERM HUP
-  case ${1:-} in
+  local story=${1:-}
+  case $story in
     '' | --keep)
       # shellcheck source=scripts/demo/keys.sh
       . scripts/demo/keys.sh
       scripts/install.sh
-      keys_story "${1#--}"
+      keys_story "${story#--}"
       ;;
     --bitwarden)
       # shellcheck source=scripts/demo/bitwarden.sh
@@ -45,7 +46,7 @@ main() {
       . scripts/demo/keys.sh
       against "$@"
       ;;
-    *) fail "unknown argument $1; usage: demo.sh [--keep | --bitwarden | --devices | --against URL PKI USERS]" ;;
+    *) fail "unknown argument $story; usage: demo.sh [--keep | --bitwarden | --devices | --against URL PKI USERS]" ;;
   esac
 }
 

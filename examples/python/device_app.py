@@ -23,6 +23,7 @@ import devices
 from devices import KEY_NAME, Asked, Device, Service, phrase
 from keybroker.v1 import device_pb2, device_pb2_grpc, user_key_pb2, user_key_pb2_grpc
 
+ENVIRONMENT = ["KEYBROKER_ENDPOINT", "KEYBROKER_CA", "KEYBROKER_TOKEN"]
 APPROVERS = {
     "device": device_pb2.ACCESS_APPROVER_DEVICE,
     "administrator": device_pb2.ACCESS_APPROVER_ADMINISTRATOR,
@@ -211,6 +212,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        print(f"error: set {', '.join(missing)} in the environment", file=sys.stderr)
+        return 2
     with devices.connect() as channel:
         app = App(channel, given.keys, given.user, given.name or given.keys.stem)
         try:

@@ -1,7 +1,7 @@
 //! `keybroker device`: lists devices and requests for access, decides about requests, and ends the trust of devices through a running broker.
 
 use clap::{ArgGroup, Args, Subcommand};
-use keybroker_client::{DeviceId, UserId, proto};
+use keybroker_client::{DeviceId, Reason, UserId, proto};
 use serde_json::{Value, json};
 
 use crate::cli::{
@@ -117,7 +117,7 @@ impl Caller {
 
     async fn list_devices(&self, user: Option<&UserId>) -> Result<(), Failure> {
         let listed = self.client.list_devices(user).await;
-        let listed = listed.map_err(|error| failure(&error))?;
+        let listed = listed.map_err(|error| without_user(failure(&error), user))?;
         self.output
             .list(self.device_rows(&listed.devices), "no devices")?;
         let is_altered = listed.devices.iter().any(|device| device.altered);
@@ -156,6 +156,15 @@ impl Caller {
             );
         }
     }
+}
+
+/// Explains the denial of a list without `--user`, which is the list of the own devices. An approver has none.
+fn without_user(failure: Failure, user: Option<&UserId>) -> Failure {
+    if user.is_none() && failure.reason.as_deref() == Some(Reason::Policy.as_str()) {
+        return failure
+            .hint("an approver has no devices: pass the member whose devices to list with --user");
+    }
+    failure
 }
 
 fn id(bytes: &[u8]) -> Value {

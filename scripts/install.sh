@@ -26,6 +26,8 @@ PARTS=(
   "/usr/sbin/mariadbd mariadb-server-core"
   "mariadb-dump mariadb-client"
   "/usr/lib/python3*/ensurepip python3-venv"
+  "chromium chromium"
+  "chromedriver chromium-driver"
 )
 
 # The same list for the conformance tests: modules, and the packages that building Kryoptic needs.

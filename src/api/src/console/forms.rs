@@ -47,8 +47,8 @@ impl Fields {
         Err(Failure::new(
             StatusCode::FORBIDDEN,
             "The form is not valid",
-            "The form does not belong to your session, for example because you signed in again. Nothing was changed. Open the \
-             page again, and repeat the input.",
+            "The form does not belong to your session, for example because you signed in again. Nothing was changed. Open \
+             the page again, and repeat the input.",
         ))
     }
 }
@@ -64,16 +64,17 @@ pub(super) fn check_origin(headers: &HeaderMap, origin: &str) -> Result<(), Box<
     Err(Failure::new(
         StatusCode::FORBIDDEN,
         "The form is from another site",
-        "This page accepts only its own forms. Nothing was changed. If you see this text often, check that `external_url` in the \
-         configuration is the address that your browser shows.",
+        "This page accepts only its own forms. Nothing was changed. If you see this text often, ask the operator to check \
+         that `external_url` in the configuration is the address that your browser shows.",
     ))
 }
 
 /// Reads the body of a form.
 pub(super) async fn read(headers: &HeaderMap, mut body: Body) -> Result<Fields, Box<Failure>> {
-    let read = match is_form(headers) {
-        true => tokio::time::timeout(FORM_TIMEOUT, text(&mut body)).await,
-        false => Ok(Err(StatusCode::UNSUPPORTED_MEDIA_TYPE)),
+    let read = if is_form(headers) {
+        tokio::time::timeout(FORM_TIMEOUT, text(&mut body)).await
+    } else {
+        Ok(Err(StatusCode::UNSUPPORTED_MEDIA_TYPE))
     };
     let status = match read {
         Ok(Ok(text)) => return Ok(Fields::parse(&text)),

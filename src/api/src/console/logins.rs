@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use axum::http::HeaderMap;
 use subtle::ConstantTimeEq as _;
 
 use keybroker_core::{error::Error, key::AccessRequestId};
@@ -17,7 +18,6 @@ use super::{
     cookies::{Cookie, Digest, Value},
     provider::Begun,
 };
-use axum::http::HeaderMap;
 
 /// Highest number of sign-ins in progress. Then a new sign-in ends the oldest sign-in of the address that has the most, so that one
 /// address cannot prevent the sign-ins of others.

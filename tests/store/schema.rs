@@ -10,12 +10,12 @@ use super::{Engine, Place, clients::client, revision, stamp, user};
 /// The ways back, newest first: version, name, and what each engine runs.
 const STEPS_BACK: [(u8, &str, [&str; 3]); 14] = [
     (
-        15,
+        14,
         "access answers usable from 7",
         [
-            include_str!("../../migrations/sqlite/0015_access_answers_usable_from_7.down.sql"),
-            include_str!("../../migrations/postgres/0015_access_answers_usable_from_7.down.sql"),
-            include_str!("../../migrations/mysql/0015_access_answers_usable_from_7.down.sql"),
+            include_str!("../../migrations/sqlite/0014_access_answers_usable_from_7.down.sql"),
+            include_str!("../../migrations/postgres/0014_access_answers_usable_from_7.down.sql"),
+            include_str!("../../migrations/mysql/0014_access_answers_usable_from_7.down.sql"),
         ],
     ),
     (

@@ -81,8 +81,14 @@ impl Broker {
                 ..row.clone()
             };
             let guards = DeviceChange::default();
-            let commit =
-                self.commit_access(principal, call, &draft, &row, approved.clone(), guards);
+            let commit = self.commit_access(
+                principal,
+                call,
+                &draft,
+                (&row, approved.clone()),
+                guards,
+                now,
+            );
             commit.await?;
             self.watch_approvals(principal, call).await;
             return Ok(self.access_view(approved).for_approver());
@@ -96,8 +102,15 @@ impl Broker {
             requires: Some((sealed.record(), sealed.revision())),
             ..DeviceChange::default()
         };
-        self.commit_access(principal, call, &draft, &row, approved.clone(), guards)
-            .await?;
+        self.commit_access(
+            principal,
+            call,
+            &draft,
+            (&row, approved.clone()),
+            guards,
+            now,
+        )
+        .await?;
         self.uses.note(sealed.record());
         self.watch_approvals(principal, call).await;
         if self
@@ -224,9 +237,9 @@ impl Broker {
             principal,
             call,
             draft,
-            row,
-            counted,
+            (row, counted),
             "access_request.wrong_words",
+            now,
         )
         .await?;
         let what = "the two hidden words of the phrase that the member sees on the new device; deny the request if the words of \

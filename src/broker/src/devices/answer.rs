@@ -73,7 +73,7 @@ impl Broker {
                         ..row.clone()
                     };
                     broker
-                        .commit_access(&principal, &call, &draft, &row, fetched, guards)
+                        .commit_access(&principal, &call, &draft, (&row, fetched), guards, now)
                         .await?;
                     Ok(view)
                 }
@@ -116,7 +116,7 @@ impl Broker {
             };
             let guards = DeviceChange::default();
             broker
-                .commit_access(&principal, &call, &draft, &row, consumed, guards)
+                .commit_access(&principal, &call, &draft, (&row, consumed), guards, now)
                 .await
         })
         .await
@@ -144,15 +144,15 @@ impl Broker {
         })
     }
 
-    /// Commits a change of one request, with what it requires.
+    /// Commits a change of one request, with what it requires. `now` is the time of the change in the row.
     pub(super) async fn commit_access(
         &self,
         principal: &Principal,
         call: &Call,
         draft: &Draft,
-        before: &AccessRow,
-        row: AccessRow,
+        (before, row): (&AccessRow, AccessRow),
         guards: DeviceChange,
+        now: Timestamp,
     ) -> Result<(), Error> {
         let token = caller(principal, call);
         let changed = self.changed_access(&token, row, Some(before)).await;
@@ -160,7 +160,7 @@ impl Broker {
             request: Some(self.or_record(draft, changed).await?),
             ..guards
         };
-        self.commit_devices(call, draft, &change, Timestamp::now())
+        self.commit_devices(call, draft, &change, now)
             .await
             .map(drop)
     }
@@ -272,9 +272,9 @@ impl Broker {
             principal,
             call,
             draft,
-            row,
-            counted,
+            (row, counted),
             "access_request.wrong_code",
+            now,
         )
         .await
     }
@@ -286,20 +286,13 @@ impl Broker {
         principal: &Principal,
         call: &Call,
         draft: &Draft,
-        row: &AccessRow,
-        counted: AccessRow,
+        rows: (&AccessRow, AccessRow),
         action: &'static str,
+        now: Timestamp,
     ) -> Result<(), Error> {
         let own = Call::start(call.peer.clone(), call.deadline);
         let draft = draft.of_wrong_guess(action, own.id);
-        self.commit_access(
-            principal,
-            &own,
-            &draft,
-            row,
-            counted,
-            DeviceChange::default(),
-        )
-        .await
+        self.commit_access(principal, &own, &draft, rows, DeviceChange::default(), now)
+            .await
     }
 }

@@ -59,10 +59,16 @@ pub(crate) fn start(service: &Identity, lines: &str) -> Broker {
 
 /// A broker whose only wrapping key is a sealed one.
 pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
+    start_sealed_with(service, |_| lines.to_owned())
+}
+
+/// The same, with lines that name files of the site.
+pub(crate) fn start_sealed_with(service: &Identity, lines: impl FnOnce(&Site) -> String) -> Broker {
     let site = Site::without_keys(options());
     site.expect_ok(&["store", "migrate"]);
     make_sealed_key(&site);
-    start_on(believing(site, service, lines))
+    let lines = lines(&site);
+    start_on(believing(site, service, &lines))
 }
 
 fn start_on(site: Arc<Site>) -> Broker {

@@ -24,6 +24,7 @@ mod client_credentials;
 mod client_library;
 mod commands;
 mod conformance;
+mod console;
 mod copy;
 mod cut_short;
 mod databases;

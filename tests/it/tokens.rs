@@ -65,21 +65,31 @@ pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
 
 /// A broker whose only wrapping key is a sealed one, with more lines for the `[rates]` section.
 pub(crate) fn start_sealed_with(service: &Identity, rates: &str, lines: &str) -> Broker {
-    start_on(sealed_site_with(service, rates, lines))
+    start_on(sealed_site_with(service, rates, |_| lines.to_owned()))
+}
+
+/// The same, with lines that name files of the site.
+pub(crate) fn start_sealed_on(service: &Identity, lines: impl FnOnce(&Site) -> String) -> Broker {
+    start_on(sealed_site_with(service, "", lines))
 }
 
 /// A site whose only wrapping key is a sealed one.
 pub(crate) fn sealed_site(service: &Identity, lines: &str) -> Arc<Site> {
-    sealed_site_with(service, "", lines)
+    sealed_site_with(service, "", |_| lines.to_owned())
 }
 
-fn sealed_site_with(service: &Identity, rates: &str, lines: &str) -> Arc<Site> {
+fn sealed_site_with(
+    service: &Identity,
+    rates: &str,
+    lines: impl FnOnce(&Site) -> String,
+) -> Arc<Site> {
     let mut options = options();
     write!(options.limits, "\n{rates}").unwrap();
     let site = Site::without_keys(options);
     site.expect_ok(&["store", "migrate"]);
     make_sealed_key(&site);
-    believing(site, service, lines)
+    let lines = lines(&site);
+    believing(site, service, &lines)
 }
 
 pub(crate) fn start_on(site: Arc<Site>) -> Broker {

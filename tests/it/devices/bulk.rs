@@ -29,6 +29,7 @@ async fn states(member: &Member) -> Vec<AccessRequestState> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "one story")]
 async fn several_requests_are_approved_with_the_words_of_each() {
     let service = Identity::start(Options::default());
     let broker = start_sealed(&service, &mappings());

@@ -113,6 +113,7 @@ impl Refused {
 /// One request.
 #[derive(Debug, Template)]
 #[template(path = "console/request.html")]
+#[expect(clippy::struct_field_names, reason = "the name in the template")]
 pub(super) struct Request {
     pub(super) frame: Frame,
     pub(super) request: AccessRequest,
@@ -135,6 +136,7 @@ pub(super) struct Deny {
 /// The devices of a member.
 #[derive(Debug, Template)]
 #[template(path = "console/devices.html")]
+#[expect(clippy::struct_field_names, reason = "the name in the template")]
 pub(super) struct Devices {
     pub(super) frame: Frame,
     /// The member; empty before one was chosen.

@@ -262,7 +262,7 @@ impl Broker {
         id: DeviceId,
     ) -> Result<DeviceRow, Error> {
         let action = Action::FetchDevice;
-        observed(action, call, async {
+        Box::pin(observed(action, call, async {
             let fetch = async {
                 let begun = self.begin_device_action(principal, call, action, None);
                 let (user, mut draft) = begun.await?;
@@ -274,7 +274,7 @@ impl Broker {
             };
             let entered = self.enter(principal, call, action).await?;
             entered.run(Box::pin(fetch)).await
-        })
+        }))
         .await
     }
 

@@ -178,7 +178,7 @@ impl Broker {
         user: Option<&UserId>,
     ) -> Result<DeviceList, Error> {
         let action = Action::ListDevices;
-        observed(action, call, async {
+        Box::pin(observed(action, call, async {
             let list = async {
                 let (user, draft) = self
                     .begin_device_action(principal, call, action, user)
@@ -188,7 +188,7 @@ impl Broker {
             };
             let entered = self.enter(principal, call, action).await?;
             entered.run(Box::pin(list)).await
-        })
+        }))
         .await
     }
 
@@ -232,7 +232,7 @@ impl Broker {
         page: impl Into<AccessPage>,
     ) -> Result<AccessList, Error> {
         let (action, page) = (Action::ListAccess, page.into());
-        observed(action, call, async {
+        Box::pin(observed(action, call, async {
             self.check_admission(&caller(principal, call), principal, call, action)
                 .await?;
             let list = async {
@@ -248,7 +248,7 @@ impl Broker {
             };
             let entered = self.enter(principal, call, action).await?;
             entered.run(Box::pin(list)).await
-        })
+        }))
         .await
     }
 

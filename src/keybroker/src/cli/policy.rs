@@ -50,7 +50,7 @@ impl Source {
     }
 
     /// The networks of the configuration. With `--directory`, the configuration may be missing, and then no address has a place.
-    fn networks(&self, context: &Context) -> Networks {
+    fn networks(context: &Context) -> Networks {
         let config = context.config();
         config.map_or_else(
             |_| Networks::default(),

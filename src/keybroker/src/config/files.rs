@@ -63,20 +63,8 @@ impl Config {
             }
         }
         self.examine_certificates(&mut report);
+        self.examine_listeners(&mut report);
         let problems = &mut report.problems;
-        for listener in &self.listeners {
-            let address = listener.address;
-            match listener.check_tls() {
-                Ok(Some(contents)) => {
-                    let note = format!("[[listener]] {address}: {contents}");
-                    report.notes.push(note);
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
-                }
-            }
-        }
         if let Some(remote) = &self.status.remote {
             let name = format!("[status.remote] {}", remote.address);
             match remote.check_tls() {
@@ -99,6 +87,24 @@ impl Config {
         }
         report.problems = join_listeners(report.problems);
         report
+    }
+
+    /// Examines the TLS files of the listeners.
+    fn examine_listeners(&self, report: &mut FileReport) {
+        let problems = &mut report.problems;
+        for listener in &self.listeners {
+            let address = listener.address;
+            match listener.check_tls() {
+                Ok(Some(contents)) => {
+                    let note = format!("[[listener]] {address}: {contents}");
+                    report.notes.push(note);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
+                }
+            }
+        }
     }
 
     /// The problem of the file with the client secret of the page for approvers. Other problems of the section are reported as

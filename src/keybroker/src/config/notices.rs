@@ -192,14 +192,14 @@ impl Settings {
                     .to_owned(),
             );
         }
-        found.extend(out_of("timeout_ms", self.timeout_ms, &TIMEOUT_MS));
-        found.extend(out_of("attempts_max", self.attempts_max, &ATTEMPTS));
+        found.extend(out_of("timeout_ms", &self.timeout_ms, &TIMEOUT_MS));
+        found.extend(out_of("attempts_max", &self.attempts_max, &ATTEMPTS));
         found.extend(out_of(
             "retry_after_ms",
-            self.retry_after_ms,
+            &self.retry_after_ms,
             &RETRY_AFTER_MS,
         ));
-        found.extend(out_of("waiting_max", self.waiting_max, &WAITING));
+        found.extend(out_of("waiting_max", &self.waiting_max, &WAITING));
         let found = found.into_iter();
         found.map(|what| format!("[notices]: {what}")).collect()
     }
@@ -207,12 +207,11 @@ impl Settings {
 
 fn out_of<T: PartialOrd + std::fmt::Display>(
     name: &str,
-    value: T,
+    value: &T,
     allowed: &RangeInclusive<T>,
 ) -> Option<String> {
     let (least, most) = (allowed.start(), allowed.end());
-    (!allowed.contains(&value))
-        .then(|| format!("`{name}` is {value}; it must be {least} to {most}"))
+    (!allowed.contains(value)).then(|| format!("`{name}` is {value}; it must be {least} to {most}"))
 }
 
 /// Why a URL cannot be that of a receiver. Notices say who uses which devices, so they must not be sent in plain text.

@@ -240,6 +240,7 @@ impl Server {
     /// Starts all components of the broker, and opens the listeners. The order of the steps is:
     /// policies, ports and certificates, audit log, database, token, registry, listeners. Because
     /// of this order, a failed start leaves no step incomplete.
+    #[expect(clippy::too_many_lines, reason = "one order of steps")]
     async fn start(
         config: Config,
         config_file: PathBuf,

@@ -70,6 +70,7 @@ pub(crate) struct DeviceStatements {
 }
 
 impl DeviceStatements {
+    #[expect(clippy::too_many_lines, reason = "one list of statements")]
     pub(crate) fn of_engine(dialect: &Dialect) -> Self {
         let sql = |statement: &str| dialect.text(statement);
         let (devices, requests) = (

@@ -268,6 +268,7 @@ pub(super) fn denial(r: proto::DenyAccessRequestRequest) -> Result<AccessDenial,
     })
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the form of all parsers")]
 pub(super) fn access_page(r: proto::ListAccessRequestsRequest) -> Result<AccessPage, Error> {
     let first = AccessPage::from(r.show_all);
     Ok(AccessPage {

@@ -88,7 +88,7 @@ impl Expected {
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let settings = arguments.source.settings(context)?;
-    let networks = arguments.source.networks(context);
+    let networks = Source::networks(context);
     let policy = Policy::load(&settings, networks.clone())
         .map_err(|Problems(problems)| refused(settings.directory.as_deref(), &problems))?;
     let described = arguments.who.describe(context)?;

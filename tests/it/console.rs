@@ -1,0 +1,9 @@
+//! The page for approvers at the real broker: with an HTTP client, and with headless Chromium.
+
+mod browser;
+mod forms;
+mod in_browser;
+mod pages;
+mod screens;
+mod sign_in;
+mod site;

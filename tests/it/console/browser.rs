@@ -1,0 +1,312 @@
+//! Headless Chromium, driven through the W3C protocol of `chromedriver`.
+
+use std::{
+    fs,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use aws_lc_rs::digest;
+use base64ct::{Base64, Encoding as _};
+use reqwest::{Client, Method};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use keybroker_test_support::skip::skip_outside_ci;
+
+use super::site::{ConsoleSite, free_port};
+
+/// The member of an element in an answer (section 11 of the protocol).
+const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
+/// The Tab and the Enter key (section 15.4.2 of the protocol).
+pub(crate) const TAB: &str = "\u{e004}";
+pub(crate) const ENTER: &str = "\u{e007}";
+pub(crate) const SPACE: &str = " ";
+
+const WAIT_MAX: Duration = Duration::from_secs(20);
+
+/// How the browser is configured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scripts {
+    Run,
+    Disabled,
+}
+
+/// A browser with a new profile. It ends when it is dropped.
+pub(crate) struct Browser {
+    driver: Child,
+    client: Client,
+    session: String,
+    origin: String,
+    profile: TempDir,
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // chromedriver ends the browser that it started.
+        let ended = Command::new("kill")
+            .arg(self.driver.id().to_string())
+            .status();
+        ended.ok();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while self.driver.try_wait().is_ok_and(|ended| ended.is_none()) {
+            if Instant::now() > deadline {
+                self.driver.kill().ok();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Whether this machine has the browser. If not, the test is skipped, except in CI.
+pub(crate) fn is_installed() -> bool {
+    let is_there = |program| Command::new(program).arg("--version").output().is_ok();
+    let is_installed = is_there("chromium") && is_there("chromedriver");
+    if !is_installed {
+        skip_outside_ci("chromium and chromedriver are not installed: run scripts/install.sh");
+    }
+    is_installed
+}
+
+/// The digest of the public key of the server, which Chromium accepts without a known CA.
+fn key_digest(site: &ConsoleSite) -> String {
+    let pem = fs::read(site.broker.site.pki.certificate_file("server")).unwrap();
+    let (_, pem) = x509_parser::pem::parse_x509_pem(&pem).unwrap();
+    let (_, certificate) = X509Certificate::from_der(&pem.contents).unwrap();
+    let digest = digest::digest(&digest::SHA256, certificate.public_key().raw);
+    Base64::encode_string(digest.as_ref())
+}
+
+impl Browser {
+    pub(crate) async fn open(site: &ConsoleSite) -> Self {
+        Self::open_with(site, Scripts::Run).await
+    }
+
+    pub(crate) async fn open_with(site: &ConsoleSite, scripts: Scripts) -> Self {
+        let port = free_port();
+        let profile = tempfile::Builder::new()
+            .prefix("keybroker-chromium-")
+            .tempdir()
+            .unwrap();
+        let driver = Command::new("chromedriver")
+            .arg(format!("--port={port}"))
+            .env("HOME", profile.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut browser = Self {
+            driver,
+            client: Client::builder()
+                .no_proxy()
+                .timeout(Duration::from_secs(60))
+                .build()
+                .unwrap(),
+            session: format!("http://127.0.0.1:{port}/session"),
+            origin: site.origin.clone(),
+            profile: profile,
+        };
+        browser.begin(site, port, scripts).await;
+        browser
+    }
+
+    async fn begin(&mut self, site: &ConsoleSite, port: u16, scripts: Scripts) {
+        let status = format!("http://127.0.0.1:{port}/status");
+        let deadline = Instant::now() + WAIT_MAX;
+        while self.client.get(&status).send().await.is_err() {
+            assert!(Instant::now() < deadline, "chromedriver does not answer");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let arguments = [
+            "--headless".to_owned(),
+            "--no-sandbox".to_owned(),
+            "--disable-gpu".to_owned(),
+            "--disable-dev-shm-usage".to_owned(),
+            "--disable-background-networking".to_owned(),
+            "--disable-component-update".to_owned(),
+            "--disable-sync".to_owned(),
+            "--no-first-run".to_owned(),
+            "--no-proxy-server".to_owned(),
+            "--window-size=1000,820".to_owned(),
+            format!(
+                "--user-data-dir={}",
+                self.profile.path().join("profile").display()
+            ),
+            format!("--ignore-certificate-errors-spki-list={}", key_digest(site)),
+        ];
+        let mut options = json!({ "args": arguments });
+        if scripts == Scripts::Disabled {
+            options["prefs"] = json!({"profile.managed_default_content_settings.javascript": 2});
+        }
+        let wanted = json!({"capabilities": {"alwaysMatch": {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+        }}});
+        let made = self.call(Method::POST, "", wanted).await;
+        let id = made["sessionId"].as_str().unwrap();
+        self.session = format!("{}/{id}", self.session);
+    }
+
+    /// A command that must succeed.
+    async fn call(&self, method: Method, path: &str, body: Value) -> Value {
+        match self.attempt(method, path, body).await {
+            Ok(value) => value,
+            Err(error) => panic!("{path}: {error}"),
+        }
+    }
+
+    async fn attempt(&self, method: Method, path: &str, body: Value) -> Result<Value, Value> {
+        let url = format!("{}{path}", self.session);
+        let mut request = self.client.request(method.clone(), url);
+        if method == Method::POST {
+            request = request.json(&body);
+        }
+        let response = request.send().await.unwrap();
+        let is_good = response.status().is_success();
+        let answer: Value = response.json().await.unwrap();
+        let value = answer["value"].clone();
+        if is_good { Ok(value) } else { Err(value) }
+    }
+
+    /// Opens a path of the page.
+    pub(crate) async fn go(&self, path: &str) {
+        let url = format!("{}{path}", self.origin);
+        self.call(Method::POST, "/url", json!({ "url": url })).await;
+    }
+
+    pub(crate) async fn title(&self) -> String {
+        let title = self.call(Method::GET, "/title", Value::Null).await;
+        title.as_str().unwrap().to_owned()
+    }
+
+    pub(crate) async fn url(&self) -> String {
+        let url = self.call(Method::GET, "/url", Value::Null).await;
+        url.as_str().unwrap().to_owned()
+    }
+
+    pub(crate) async fn html(&self) -> String {
+        let html = self.call(Method::GET, "/source", Value::Null).await;
+        html.as_str().unwrap().to_owned()
+    }
+
+    /// The text of an element as a person sees it.
+    pub(crate) async fn text(&self, css: &str) -> String {
+        let id = self.element(css).await;
+        let path = format!("/element/{id}/text");
+        let text = self.call(Method::GET, &path, Value::Null).await;
+        text.as_str().unwrap().to_owned()
+    }
+
+    /// Waits for an element.
+    async fn element(&self, css: &str) -> String {
+        let wanted = json!({"using": "css selector", "value": css});
+        let deadline = Instant::now() + WAIT_MAX;
+        loop {
+            match self.attempt(Method::POST, "/element", wanted.clone()).await {
+                Ok(found) => return found[ELEMENT].as_str().unwrap().to_owned(),
+                Err(error) if Instant::now() > deadline => {
+                    panic!("{css}: {error}: {}", self.html().await)
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    /// Whether an element is there now.
+    pub(crate) async fn has(&self, css: &str) -> bool {
+        let wanted = json!({"using": "css selector", "value": css});
+        self.attempt(Method::POST, "/element", wanted).await.is_ok()
+    }
+
+    pub(crate) async fn click(&self, css: &str) {
+        let id = self.element(css).await;
+        let path = format!("/element/{id}/click");
+        self.call(Method::POST, &path, json!({})).await;
+    }
+
+    pub(crate) async fn enter(&self, css: &str, text: &str) {
+        let id = self.element(css).await;
+        let path = format!("/element/{id}/value");
+        self.call(Method::POST, &path, json!({ "text": text }))
+            .await;
+    }
+
+    pub(crate) async fn is_enabled(&self, css: &str) -> bool {
+        let id = self.element(css).await;
+        let path = format!("/element/{id}/enabled");
+        self.call(Method::GET, &path, Value::Null).await == true
+    }
+
+    /// Presses keys one after another, wherever the focus is.
+    pub(crate) async fn press(&self, keys: &str) {
+        let keys = keys.chars().flat_map(|key| {
+            ["keyDown", "keyUp"].map(|kind| json!({"type": kind, "value": key.to_string()}))
+        });
+        let actions = json!({"actions": [{
+            "type": "key",
+            "id": "keyboard",
+            "actions": keys.collect::<Vec<_>>(),
+        }]});
+        self.call(Method::POST, "/actions", actions).await;
+    }
+
+    /// The id, or else the text, of the element that has the focus.
+    pub(crate) async fn focus(&self) -> String {
+        let active = self.call(Method::GET, "/element/active", Value::Null).await;
+        let element = active[ELEMENT].as_str().unwrap();
+        let path = format!("/element/{element}/attribute/id");
+        let id = self.call(Method::GET, &path, Value::Null).await;
+        if let Some(id) = id.as_str().filter(|id| !id.is_empty()) {
+            return id.to_owned();
+        }
+        let path = format!("/element/{element}/text");
+        let text = self.call(Method::GET, &path, Value::Null).await;
+        text.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Moves the focus with the Tab key until it is on an element.
+    pub(crate) async fn tab_to(&self, wanted: &str) {
+        for _ in 0..40 {
+            if self.focus().await == wanted {
+                return;
+            }
+            self.press(TAB).await;
+        }
+        panic!("the Tab key does not reach {wanted}");
+    }
+
+    /// Runs a script and returns its result.
+    pub(crate) async fn script(&self, script: &str) -> Value {
+        let body = json!({"script": script, "args": []});
+        self.call(Method::POST, "/execute/sync", body).await
+    }
+
+    /// The page as a PNG.
+    pub(crate) async fn screenshot(&self) -> Vec<u8> {
+        let png = self.call(Method::GET, "/screenshot", Value::Null).await;
+        Base64::decode_vec(png.as_str().unwrap()).unwrap()
+    }
+
+    /// Waits until the page has an address.
+    pub(crate) async fn arrives_at(&self, path: &str) {
+        let wanted = format!("{}{path}", self.origin);
+        let deadline = Instant::now() + WAIT_MAX;
+        while self.url().await != wanted {
+            let shown = self.html().await;
+            assert!(Instant::now() < deadline, "not at {wanted}: {shown}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Signs in at the provider, which asks for a user name.
+    pub(crate) async fn sign_in(&self, person: &str) {
+        self.go("/").await;
+        self.click("#sign-in").await;
+        self.enter("#username", person).await;
+        self.click("#enter").await;
+        self.arrives_at("/").await;
+        self.element("nav").await;
+    }
+}

@@ -1,0 +1,281 @@
+//! Signing in: good, replayed, forged, of another browser, too old, without the role, and signing out.
+
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use crate::identity::now;
+
+use super::site::{Answer, CAROL, ConsoleSite, LOGIN, SESSION, Visitor, path_of, token_of};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_approver_signs_in_and_out() {
+    let site = ConsoleSite::open();
+    let carol = Visitor::new(&site);
+    let home = carol.get("/").await;
+    assert_eq!(home.status, StatusCode::OK);
+    assert!(home.html.contains("href=\"/sign-in\""), "{}", home.html);
+    assert!(home.cookies().is_empty());
+
+    let begun = carol.get("/sign-in").await;
+    let [cookie] = begun.cookies()[..] else {
+        panic!("{:?}", begun.cookies())
+    };
+    assert!(cookie.starts_with(LOGIN), "{cookie}");
+    assert!(cookie.ends_with("; Path=/; Secure; HttpOnly; SameSite=Lax; Max-Age=600"));
+    for part in [
+        "response_type=code",
+        "code_challenge_method=S256",
+        "scope=openid",
+        "nonce=",
+        "state=",
+    ] {
+        assert!(begun.location().contains(part), "{}", begun.location());
+    }
+    assert!(
+        !begun.location().contains("max_age"),
+        "{}",
+        begun.location()
+    );
+
+    let answer = carol.sign_in("/sign-in", "carol").await;
+    let cookies = answer.cookies();
+    assert_eq!(cookies.len(), 2, "{cookies:?}");
+    assert!(cookies[0].starts_with(SESSION), "{cookies:?}");
+    assert!(cookies[0].ends_with("; Path=/; Secure; HttpOnly; SameSite=Strict"));
+    assert!(cookies[1].starts_with(&format!("{LOGIN}=;")) && cookies[1].ends_with("Max-Age=0"));
+    assert!(
+        answer.html.contains("content=\"0; url=/\""),
+        "{}",
+        answer.html
+    );
+
+    let home = carol.get("/").await.html;
+    assert!(home.contains("No request is pending"), "{home}");
+    assert!(home.contains(&format!("token:vault:{CAROL}")), "{home}");
+    let old = carol.page.lock().unwrap()[SESSION].clone();
+    let out = carol
+        .post("/sign-out", &[("token", &token_of(&home, "/sign-out"))])
+        .await;
+    assert_eq!(out.status, StatusCode::OK);
+    assert!(out.html.contains("You are signed out"), "{}", out.html);
+    assert!(!carol.page.lock().unwrap().contains_key(SESSION));
+    // The session has ended on the server, too.
+    carol.page.lock().unwrap().insert(SESSION.to_owned(), old);
+    assert!(carol.get("/").await.html.contains("href=\"/sign-in\""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_counts_once_and_only_in_the_browser_that_began() {
+    let site = ConsoleSite::open();
+    let refused = |answer: &Answer| {
+        assert_eq!(answer.status, StatusCode::FORBIDDEN, "{}", answer.html);
+        assert!(answer.cookies().is_empty(), "{:?}", answer.cookies());
+    };
+    let (carol, other) = (Visitor::new(&site), Visitor::new(&site));
+    let callback = carol.authorize("/sign-in", "carol").await;
+    // A browser without a sign-in, and one with another.
+    refused(&other.call_back(&callback).await);
+    other.get("/sign-in").await;
+    refused(&other.call_back(&callback).await);
+    // Another state, and none.
+    let forged = callback.replace("state=", "state=A");
+    refused(&carol.call_back(&forged).await);
+    let without = callback.split("&state=").next().unwrap();
+    refused(&carol.call_back(without).await);
+    // The address itself is still good, once.
+    let cookies = carol.page.lock().unwrap().clone();
+    assert_eq!(carol.call_back(&callback).await.status, StatusCode::OK);
+    *carol.page.lock().unwrap() = cookies;
+    refused(&carol.call_back(&callback).await);
+
+    // A code that was exchanged before, in a new sign-in of the same browser.
+    let code = |url: &str| {
+        let (_, rest) = url.split_once("code=").unwrap();
+        rest.split('&').next().unwrap().to_owned()
+    };
+    let fresh = carol.authorize("/sign-in", "carol").await;
+    refused(
+        &carol
+            .call_back(&fresh.replace(&code(&fresh), &code(&callback)))
+            .await,
+    );
+    // The code of another sign-in, which has another PKCE verifier and another nonce.
+    let victim = other.authorize("/sign-in", "dave").await;
+    let fresh = carol.authorize("/sign-in", "carol").await;
+    refused(
+        &carol
+            .call_back(&fresh.replace(&code(&fresh), &code(&victim)))
+            .await,
+    );
+    // An error of the provider, with text of an attacker.
+    let fresh = carol.authorize("/sign-in", "carol").await;
+    let error = fresh.replace("code=", "error=%3Cscript%3E&error_description=%3Cb%3E&x=");
+    let answer = carol.call_back(&error).await;
+    refused(&answer);
+    assert!(!answer.html.contains("<script") && !answer.html.contains("<b>"));
+    // The answer of another issuer (RFC 9207).
+    let fresh = carol.authorize("/sign-in", "carol").await;
+    refused(
+        &carol
+            .call_back(&format!("{fresh}&iss=https://attacker.example"))
+            .await,
+    );
+    assert_eq!(
+        carol.sign_in("/sign-in", "carol").await.status,
+        StatusCode::OK
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_id_token_signs_no_one_in() {
+    let site = ConsoleSite::open();
+    let carol = Visitor::new(&site);
+    let cases: [(&str, Value, Value); 13] = [
+        ("nonce", json!({"nonce": "another"}), json!({})),
+        ("no nonce", json!({"nonce": null}), json!({})),
+        ("audience", json!({"aud": "another client"}), json!({})),
+        (
+            "no azp",
+            json!({"aud": ["approvers page", "another"]}),
+            json!({}),
+        ),
+        ("azp", json!({"azp": "another client"}), json!({})),
+        (
+            "issuer",
+            json!({"iss": "https://attacker.example"}),
+            json!({}),
+        ),
+        (
+            "expired",
+            json!({"exp": now() - 3_600, "iat": now() - 7_200}),
+            json!({}),
+        ),
+        ("not yet valid", json!({"nbf": now() + 3_600}), json!({})),
+        ("auth_time", json!({"auth_time": now() + 3_600}), json!({})),
+        ("subject", json!({"sub": null}), json!({})),
+        ("unsigned", json!({}), json!({"alg": "none"})),
+        ("symmetric", json!({}), json!({"alg": "HS256"})),
+        ("access token", json!({}), json!({"typ": "at+jwt"})),
+    ];
+    for (what, claims, header) in cases {
+        site.identity.change_id_tokens(claims, header);
+        let answer = carol.sign_in("/sign-in", "carol").await;
+        assert_eq!(
+            answer.status,
+            StatusCode::FORBIDDEN,
+            "{what}: {}",
+            answer.html
+        );
+        assert!(!carol.page.lock().unwrap().contains_key(SESSION), "{what}");
+    }
+    // The log has the reasons, and neither the page nor the log has a token.
+    let log = site.broker.site.log();
+    for reason in [
+        "the `nonce` is not",
+        "`azp` is \\\"another client",
+        "not the type of an ID token",
+    ] {
+        assert!(log.contains(reason), "{reason}: {log}");
+    }
+    assert!(!log.contains("eyJ"), "{log}");
+    let several = json!({"aud": ["approvers page", "another"], "azp": "approvers page"});
+    for good in [several, json!({})] {
+        site.identity.change_id_tokens(good, json!({"typ": null}));
+        let answer = carol.sign_in("/sign-in", "carol").await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.html);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_without_the_role_gets_no_session() {
+    let site = ConsoleSite::open();
+    let ada = Visitor::new(&site);
+    let answer = ada.sign_in("/sign-in", "ada").await;
+    assert_eq!(answer.status, StatusCode::FORBIDDEN);
+    assert!(
+        answer.html.contains("You are not an approver"),
+        "{}",
+        answer.html
+    );
+    assert!(!ada.page.lock().unwrap().contains_key(SESSION));
+    let refusals = site.entries("access_request.list");
+    assert_eq!(refusals.len(), 1, "{refusals:?}");
+    assert_eq!(refusals[0]["reason"], "POLICY");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_approval_needs_a_recent_authentication() {
+    let site = ConsoleSite::open();
+    let (ada, _) = site.ada().await;
+    let asked = site.request(&ada, 2).await;
+    let path = path_of(&asked);
+    let carol = Visitor::signed_in(&site, "carol").await;
+    // The provider has a session of Carol that is older than ten minutes, and signs her in again without asking.
+    site.identity.age_sign_ins(700);
+    let (_, token) = carol.form(&asked).await;
+    carol.page.lock().unwrap().clear();
+    carol.sign_in("/sign-in", "carol").await;
+    let html = carol.get(&path).await.html;
+    assert!(html.contains("Sign in again to approve"), "{html}");
+    assert!(!html.contains("word-1"), "{html}");
+    // Also if the form is sent nevertheless: the token is of the earlier session.
+    let approve = format!("{path}/approve");
+    let answer = carol
+        .post(&approve, &[("token", &token), ("spoken", "yes")])
+        .await;
+    assert_eq!(answer.status, StatusCode::FORBIDDEN);
+    // With a session, the provider must ask again.
+    let again = format!("/sign-in?request={}", hex::encode(&asked.id));
+    let begun = carol.get(&again).await;
+    assert!(
+        begun.location().contains("prompt=login&max_age=600"),
+        "{}",
+        begun.location()
+    );
+    // A provider that does not ask is not believed.
+    site.identity.disregard_prompts(true);
+    let lax = carol.sign_in(&again, "carol").await;
+    assert_eq!(lax.status, StatusCode::FORBIDDEN, "{}", lax.html);
+    site.identity
+        .change_id_tokens(json!({"auth_time": null}), json!({}));
+    let silent = carol.sign_in(&again, "carol").await;
+    assert_eq!(silent.status, StatusCode::FORBIDDEN, "{}", silent.html);
+    site.identity.restore_id_tokens();
+    site.identity.disregard_prompts(false);
+    let before = carol.page.lock().unwrap()[SESSION].clone();
+    let answer = carol.sign_in(&again, "carol").await;
+    assert!(
+        answer.html.contains(&format!("url={path}")),
+        "{}",
+        answer.html
+    );
+    assert!(carol.get(&path).await.html.contains("word-1"));
+    // The earlier session has ended.
+    carol
+        .page
+        .lock()
+        .unwrap()
+        .insert(SESSION.to_owned(), before);
+    assert!(carol.get(&path).await.html.contains("href=\"/sign-in"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unavailable_provider_is_said() {
+    let mut site = ConsoleSite::open();
+    let carol = Visitor::new(&site);
+    let callback = carol.authorize("/sign-in", "carol").await;
+    site.identity.stop();
+    let answer = carol.call_back(&callback).await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(
+        answer.html.contains("identity provider is unavailable"),
+        "{}",
+        answer.html
+    );
+    assert!(answer.headers.contains_key("retry-after"));
+    site.identity.resume();
+    assert_eq!(
+        carol.sign_in("/sign-in", "carol").await.status,
+        StatusCode::OK
+    );
+}

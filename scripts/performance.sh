@@ -9,6 +9,7 @@
 #
 #   performance.sh                    everything, with a release build of this commit
 #   performance.sh --seconds 30       the same with longer measurements, about half an hour
+#   performance.sh --only steady-2048-long    ten minutes of steady load, which is measured only on request
 #   performance.sh --only storm --members 4000 --storm-seconds 20
 #   performance.sh --commit 1a2b3c4 ~/keybroker-1a2b3c4    without --commit, no commit is recorded for another program
 #   performance.sh --tables           only draws the charts and writes the tables, from the existing documents
@@ -20,7 +21,9 @@ cd "$(dirname "$0")/.."
 
 PAGE=docs/performance.md
 RESULTS=docs/performance
-# Duration of each measurement. Below 30 s, the tables mark a run as short.
+# Duration of the long measurement.
+LONG_SECONDS=600
+# Duration of each other measurement. Below 30 s, the tables mark a run as short.
 SECONDS_EACH=8
 MEMBERS=20000
 # The load generator needs a file descriptor for each member that may wait: half of the members.
@@ -29,7 +32,7 @@ STORM_SECONDS=60
 # Idle connections of each API. The configuration of this script permits that many.
 IDLE=4000
 SLOW_MS=20
-NAMES=(steady-2048 steady-2048-sealed steady-3072 steady-4096 open overload overload-4096 overload-slow fairness-slow
+NAMES=(steady-2048 steady-2048-long steady-2048-sealed steady-3072 steady-4096 open overload overload-4096 overload-slow fairness-slow
   connections storm storm-largest restart device-lanes device-lanes-load device-busy device-busy-load device-sessions-load)
 
 PROGRAM=
@@ -118,6 +121,11 @@ measure_all() {
     extend "rsa-$bits"
     measure "steady-$bits" "rsa-$bits" steady
   done
+  if [[ " ${ONLY[*]} " == *" steady-2048-long "* ]]; then
+    SECONDS_EACH=$LONG_SECONDS
+    measure steady-2048-long rsa-2048 steady
+    SECONDS_EACH=$seconds
+  fi
   if wanted steady-2048-sealed; then
     site performance sealed-2048 "sqlite:$WORK/sealed-2048/keybroker.db" 2048 sealed
     extend sealed-2048

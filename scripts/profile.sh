@@ -4,9 +4,10 @@
 # belongs to the innermost function of its call chain that matches a part. The binary needs its symbols, which `strip = "debuginfo"`
 # keeps.
 #
-# Usage: profile.sh [--seconds COUNT] [--connections COUNT] PROGRAM
+# Usage: profile.sh [--sealed] [--seconds COUNT] [--connections COUNT] PROGRAM
 #
 #   profile.sh target/release/keybroker
+#   profile.sh --sealed target/release/keybroker    each unwrap is a sealed release
 set -euo pipefail
 umask 077
 cd "$(dirname "$0")/.."
@@ -15,6 +16,7 @@ cd "$(dirname "$0")/.."
 
 SECONDS_EACH=10
 CONNECTIONS=64
+PURPOSE=
 RECORDS=1000
 # Bytes of the stack in each sample. The polls of nested futures need much.
 STACK_BYTES=32768
@@ -44,6 +46,9 @@ listener:keybroker::
 runtime, waiting for sockets:tokio::runtime::io
 runtime, timers and other:tokio'
 WORKER_PARTS='C_Verify (row MAC):C_Verify|operation::verify
+C_UnwrapKey (user key):C_UnwrapKey
+C_WrapKey (to the recipient):C_WrapKey
+C_DestroyObject (user key):C_DestroyObject
 C_Decrypt (user key):C_Decrypt|operation::decrypt|cryptoki
 receiving jobs:Inbox|recv|lock_contended
 sending replies:Replies|__send'
@@ -98,6 +103,7 @@ main() {
   local front='' workers='' figures
   while [[ $# -gt 0 ]]; do
     case $1 in
+      --sealed) PURPOSE=sealed; shift ;;
       --seconds) SECONDS_EACH=${2:-}; shift 2 ;;
       --connections) CONNECTIONS=${2:-}; shift 2 ;;
       -*) fail "unknown argument $1" ;;
@@ -105,14 +111,14 @@ main() {
     esac
   done
   [[ -x $PROGRAM ]] || fail 'a program is needed
-usage: profile.sh [--seconds COUNT] [--connections COUNT] PROGRAM'
+usage: profile.sh [--sealed] [--seconds COUNT] [--connections COUNT] PROGRAM'
   command -v perf >/dev/null || fail 'perf is not installed: apt-get install linux-perf'
   command -v jq >/dev/null || fail 'jq is not installed: apt-get install jq'
   trap clean_up EXIT
   trap 'exit 130' INT TERM
   WORK=$(mktemp -d "${TMPDIR:-/tmp}/keybroker-profile.XXXXXX")
   token
-  site profile site "sqlite:$WORK/site/keybroker.db"
+  site profile site "sqlite:$WORK/site/keybroker.db" 2048 "$PURPOSE"
   # The measurement is longer than both samplings together.
   "$PROGRAM" --config "$WORK/site/keybroker.toml" bench --seed "$RECORDS" --connections "$CONNECTIONS" --warm-up 2 \
     --seconds "$((2 * SECONDS_EACH + 8))" --json "$WORK/figures.json" \

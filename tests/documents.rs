@@ -13,6 +13,7 @@ use std::{
 };
 
 use keybroker::config::Config;
+use keybroker_broker::NoticeEvent;
 use keybroker_core::{
     alert::Alert,
     error::Reason,
@@ -203,6 +204,8 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("approvals", "[approvals]"),
         ("approvals.person", "[[approvals.person]]"),
         ("devices", "[devices]"),
+        ("network", "[[network]]"),
+        ("notices", "[notices]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),
@@ -280,7 +283,10 @@ fn the_audit_page_has_every_action_and_no_other() {
     ];
     let mut written = BTreeSet::new();
     let files = sources("src");
-    for (_, text) in files.iter().filter(|(path, _)| !path.contains("/tests")) {
+    // The events of notices have names of their own.
+    let others = ["/tests", "broker/src/notices.rs"];
+    let is_other = |path: &str| others.iter().any(|other| path.contains(other));
+    for (_, text) in files.iter().filter(|(path, _)| !is_other(path)) {
         let code = text.split("#[cfg(test)]").next().unwrap();
         for part in code.split('"') {
             let Some((subject, verb)) = part.split_once('.') else {
@@ -307,6 +313,19 @@ fn the_audit_page_has_every_action_and_no_other() {
     }
     assert!(documented.len() > 30, "{documented:?}");
     assert_eq!(documented, written);
+}
+
+/// Every event of a notice is in the table of the page about devices, and no other.
+#[test]
+fn the_page_about_devices_has_every_event_and_no_other() {
+    let page = read("docs/devices.md");
+    let (_, table) = page.split_once("| Event in `type` | When |").unwrap();
+    let rows = table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let documented: Vec<&str> = rows.map(|row| code_words(row)[0]).collect();
+    assert_eq!(documented, NoticeEvent::ALL.map(NoticeEvent::as_str));
 }
 
 /// Every field of an entry is on the page of the audit log, and no other.

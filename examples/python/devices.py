@@ -6,6 +6,8 @@ keeps the device key and the signature key in the secure storage of its device.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import hashlib
 import hmac
 import os
@@ -23,9 +25,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from keybroker.v1 import device_pb2, device_pb2_grpc, user_key_pb2, user_key_pb2_grpc
 
 KEY_NAME = "vault"
+# How an answer is encrypted. A trusted device uses SHA-256; a token that supports only SHA-1 uses SHA-1.
 ENCRYPTION = "rsa-oaep-sha256"
 WORDS = pathlib.Path(__file__).resolve().parents[2] / "src/core/src/eff_long_wordlist.txt"
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+OAEP_SHA1 = padding.OAEP(padding.MGF1(hashes.SHA1()), hashes.SHA1(), None)
+ENCRYPTIONS = {ENCRYPTION: OAEP, "rsa-oaep-sha1": OAEP_SHA1}
 DEADLINE = 10.0
 
 
@@ -53,7 +58,7 @@ def phrase(user: str, public_key: bytes) -> str:
     for _ in range(5):
         number, index = divmod(number, len(words))
         chosen.append(words[index])
-    return "-".join(chosen)
+    return " ".join(chosen)
 
 
 class Device:
@@ -144,46 +149,77 @@ class Service:
         return lambda request: method(request, timeout=DEADLINE, metadata=self.metadata)
 
 
-def give_access(service, first: Device, second: Device) -> None:
-    """The second device asks, the first one approves, and the second one opens the answer."""
-    answer_pair = rsa.generate_private_key(65537, 2048)
-    public_key, code = spki(answer_pair.public_key()), secrets.token_bytes(32)
-    asked = service.CreateAccessRequest(
+@dataclasses.dataclass
+class Asked:
+    """What a new device keeps of its request until the request is decided."""
+
+    id: bytes
+    code: bytes
+    pair: rsa.RSAPrivateKey
+
+    def public_key(self) -> bytes:
+        return spki(self.pair.public_key())
+
+
+def ask(service, device: Device, approver=device_pb2.ACCESS_APPROVER_DEVICE) -> Asked:
+    """On a new device: requests access. The member compares the phrase of the public key."""
+    pair, code = rsa.generate_private_key(65537, 2048), secrets.token_bytes(32)
+    answer = service.CreateAccessRequest(
         device_pb2.CreateAccessRequestRequest(
-            device_id=second.id,
-            device_name=second.name,
+            device_id=device.id,
+            device_name=device.name,
             device_type="example",
-            verification_key=second.verification_key(),
-            public_key=public_key,
+            verification_key=device.verification_key(),
+            public_key=spki(pair.public_key()),
             access_code=code,
             key_name=KEY_NAME,
-            approver=device_pb2.ACCESS_APPROVER_DEVICE,
+            approver=approver,
         )
-    ).access_request
-    print(f"{second.name}: {phrase(second.user, public_key)}")
+    )
+    return Asked(answer.access_request.id, code, pair)
 
-    # On the first device: the member compares the phrase before the approval.
+
+def pending(service, request_id: bytes):
+    """The pending request with this id, or None."""
     listed = service.ListAccessRequests(device_pb2.ListAccessRequestsRequest()).access_requests
-    request = next(one for one in listed if one.id == asked.id)
-    print(f"{first.name}: {phrase(first.user, request.public_key)}")
+    return next((one for one in listed if one.id == request_id), None)
+
+
+def approve(service, signer: Device, request) -> None:
+    """On a trusted device, after the member has compared the phrase: encrypts the user key to the new device."""
     recipient = serialization.load_der_public_key(request.public_key)
-    sealed = recipient.encrypt(first.open(service), OAEP)
+    sealed = recipient.encrypt(signer.open(service), OAEP)
     fields = [request.id, request.public_key, sealed, ENCRYPTION.encode()]
     service.ApproveAccessRequest(
         device_pb2.ApproveAccessRequestRequest(
             access_request_id=request.id,
             encrypted_user_key=sealed,
             encryption=ENCRYPTION,
-            signature=first.sign("approve", *fields),
+            signature=signer.sign("approve", *fields),
         )
     )
 
-    # On the second device.
-    named = {"access_request_id": asked.id, "access_code": code}
+
+def finish(service, device: Device, asked: Asked, revision: int) -> bool:
+    """On the new device: opens the answer and establishes trust. Returns False if the request is not decided yet."""
+    named = {"access_request_id": asked.id, "access_code": asked.code}
     answer = service.FetchAccessAnswer(device_pb2.FetchAccessAnswerRequest(**named))
-    user_key = answer_pair.decrypt(answer.encrypted_user_key, OAEP)
-    service.EstablishTrust(second.trust(user_key, 1, asked.id))
+    if answer.state != device_pb2.ACCESS_REQUEST_STATE_APPROVED:
+        return False
+    user_key = asked.pair.decrypt(answer.encrypted_user_key, ENCRYPTIONS[answer.encryption])
+    service.EstablishTrust(device.trust(user_key, revision, asked.id))
     service.ConfirmAccessAnswer(device_pb2.ConfirmAccessAnswerRequest(**named))
+    return True
+
+
+def give_access(service, first: Device, second: Device) -> None:
+    """The second device asks, the first one approves, and the second one opens the answer."""
+    asked = ask(service, second)
+    print(f"{second.name}: {phrase(second.user, asked.public_key())}")
+    request = pending(service, asked.id)
+    print(f"{first.name}: {phrase(first.user, request.public_key)}")
+    approve(service, first, request)
+    assert finish(service, second, asked, 1)
 
 
 def rotate(service, signer: Device) -> int:
@@ -223,12 +259,13 @@ def rotate(service, signer: Device) -> int:
     return service.RotateDevices(request).revision
 
 
-def untrust(service, signer: Device, lost: Device) -> None:
+def untrust(service, signer: Device, lost: bytes) -> None:
+    """Ends the trust of a lost device, by its id."""
     service.UntrustDevices(
         device_pb2.UntrustDevicesRequest(
-            device_ids=[lost.id],
+            device_ids=[lost],
             lost=True,
-            signature=signer.sign("untrust", b"lost", b"these", lost.id),
+            signature=signer.sign("untrust", b"lost", b"these", lost),
         )
     )
 
@@ -249,21 +286,28 @@ def story(channel: grpc.Channel, user: str, token: str) -> None:
     revision = rotate(service, laptop)
     assert laptop.open(service) == phone.open(service) != user_key
     print(f"both devices open revision {revision}")
-    untrust(service, laptop, phone)
+    untrust(service, laptop, phone.id)
     try:
         phone.open(service)
     except grpc.RpcError as error:
         print(f"the lost phone: {error.code().name}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Open a user key on two trusted devices")
-    parser.add_argument("user", help="the user id of the member, as in the access token")
-    arguments = parser.parse_args()
+@contextlib.contextmanager
+def connect():
+    """A channel to the broker in the environment."""
     with open(os.environ["KEYBROKER_CA"], "rb") as file:
         credentials = grpc.ssl_channel_credentials(root_certificates=file.read())
     endpoint = urlsplit(os.environ["KEYBROKER_ENDPOINT"]).netloc
     with grpc.secure_channel(endpoint, credentials) as channel:
+        yield channel
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Open a user key on two trusted devices")
+    parser.add_argument("user", help="the user id of the member, as in the access token")
+    arguments = parser.parse_args()
+    with connect() as channel:
         try:
             story(channel, arguments.user, os.environ["KEYBROKER_TOKEN"])
         except grpc.RpcError as error:

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Runs an example. Installs the requirements into a virtual environment, generates the stubs into a temporary folder, and
-# starts devices.py if the first argument is `devices`, otherwise enrol_and_unwrap.py, with the other arguments. The virtual environment is kept in target/ for the next run.
+# Runs an example: installs the requirements into a virtual environment, generates the stubs into a temporary folder, and
+# starts the program. The first argument `devices` selects devices.py, and `device-app` selects device_app.py; otherwise
+# enrol_and_unwrap.py gets all arguments. The virtual environment is kept in target/ for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
 main() {
   local venv stubs program=enrol_and_unwrap.py
-  if [[ ${1:-} == devices ]]; then
-    program=devices.py
-    shift
-  fi
+  case ${1:-} in
+    devices) program=devices.py; shift ;;
+    device-app) program=device_app.py; shift ;;
+  esac
   venv=${CARGO_TARGET_DIR:-$root/target}/example-python-$(sha256sum "$here/requirements.txt" | cut -c1-16)
   mkdir -p "$(dirname "$venv")"
   exec 9>"$venv.lock"

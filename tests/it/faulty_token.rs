@@ -33,6 +33,13 @@ pub(crate) fn put_before(site: &Site) -> Faulty {
     faulty
 }
 
+/// Like [`put_before`], but keeps everything else of a configuration.
+pub(crate) fn behind_faults(site: &Site) -> Faulty {
+    let faulty = Faulty::in_folder(site.folder().join("faulty"), &softhsm::module());
+    site.edit_configuration(|text| name_module(text, &faulty));
+    faulty
+}
+
 /// Names the faulty module in the text of a configuration that names the real one.
 pub(crate) fn name_module(text: &mut String, faulty: &Faulty) {
     let real = softhsm::module().display().to_string();

@@ -90,4 +90,4 @@ mod trusted_files;
 mod wire;
 mod worker_key;
 
-use keybroker_test_support::{bitwarden, faulty, identity, servers, softhsm};
+use keybroker_test_support::{bitwarden, faulty, https, identity, servers, softhsm};

@@ -89,6 +89,13 @@ impl Site {
         fs::write(self.configuration_file(), text).unwrap();
     }
 
+    /// Edits the configuration as it is.
+    pub(crate) fn edit_configuration(&self, edit: impl FnOnce(&mut String)) {
+        let mut text = fs::read_to_string(self.configuration_file()).unwrap();
+        edit(&mut text);
+        fs::write(self.configuration_file(), text).unwrap();
+    }
+
     /// Replaces the first occurrence of a text in the configuration, which must have it.
     pub(crate) fn replace_once(&self, from: &str, to: &str) {
         self.write_configuration(|text| {

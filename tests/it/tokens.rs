@@ -6,8 +6,9 @@ use serde_json::{Value, json};
 use tonic::{Request, Status, metadata::MetadataValue};
 
 use keybroker_proto::{
-    CreateUserKeyRequest, ListUserKeysRequest, ListWrappingKeysRequest, UnwrapUserKeyRequest,
-    control_service_client::ControlServiceClient, user_key_service_client::UserKeyServiceClient,
+    CreateUserKeyRequest, ListUserKeysRequest, ListWrappingKeysRequest, ReplaceUserKeyRequest,
+    UnwrapUserKeyRequest, control_service_client::ControlServiceClient,
+    user_key_service_client::UserKeyServiceClient,
 };
 
 use crate::{
@@ -25,7 +26,7 @@ pub(crate) const BOB: &str = "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d";
 const MATERIAL: &[u8] = b"material of this user";
 
 /// A site that believes an identity service, over connections with and without certificates.
-fn site(service: &Identity, lines: &str) -> Arc<Site> {
+pub(crate) fn site(service: &Identity, lines: &str) -> Arc<Site> {
     believing(Site::fresh(options()), service, lines)
 }
 
@@ -59,19 +60,39 @@ pub(crate) fn start(service: &Identity, lines: &str) -> Broker {
 
 /// A broker whose only wrapping key is a sealed one.
 pub(crate) fn start_sealed(service: &Identity, lines: &str) -> Broker {
-    start_sealed_with(service, |_| lines.to_owned())
+    start_on(sealed_site(service, lines))
+}
+
+/// A broker whose only wrapping key is a sealed one, with more lines for the `[rates]` section.
+pub(crate) fn start_sealed_with(service: &Identity, rates: &str, lines: &str) -> Broker {
+    start_on(sealed_site_with(service, rates, |_| lines.to_owned()))
 }
 
 /// The same, with lines that name files of the site.
-pub(crate) fn start_sealed_with(service: &Identity, lines: impl FnOnce(&Site) -> String) -> Broker {
-    let site = Site::without_keys(options());
+pub(crate) fn start_sealed_on(service: &Identity, lines: impl FnOnce(&Site) -> String) -> Broker {
+    start_on(sealed_site_with(service, "", lines))
+}
+
+/// A site whose only wrapping key is a sealed one.
+pub(crate) fn sealed_site(service: &Identity, lines: &str) -> Arc<Site> {
+    sealed_site_with(service, "", |_| lines.to_owned())
+}
+
+fn sealed_site_with(
+    service: &Identity,
+    rates: &str,
+    lines: impl FnOnce(&Site) -> String,
+) -> Arc<Site> {
+    let mut options = options();
+    write!(options.limits, "\n{rates}").unwrap();
+    let site = Site::without_keys(options);
     site.expect_ok(&["store", "migrate"]);
     make_sealed_key(&site);
     let lines = lines(&site);
-    start_on(believing(site, service, &lines))
+    believing(site, service, &lines)
 }
 
-fn start_on(site: Arc<Site>) -> Broker {
+pub(crate) fn start_on(site: Arc<Site>) -> Broker {
     let broker = Broker::start_on(site);
     let is_ready = || broker.site.log().contains("key set taken over");
     until("the key set", || is_ready().then_some(()));
@@ -116,6 +137,17 @@ impl Holder {
             request_id: String::new(),
         });
         self.keys.clone().create_user_key(request).await.map(drop)
+    }
+
+    pub(crate) async fn replace(&self, user: &str, expected_revision: u64) -> Result<(), Status> {
+        let request = self.request(ReplaceUserKeyRequest {
+            user: user.to_owned(),
+            key_name: NAME.to_owned(),
+            key_material: MATERIAL.to_vec(),
+            expected_revision,
+            request_id: String::new(),
+        });
+        self.keys.clone().replace_user_key(request).await.map(drop)
     }
 
     pub(crate) async fn unwrap(&self, user: &str) -> Result<Vec<u8>, Status> {

@@ -1,14 +1,17 @@
 //! Devices and requests for access: changed by compare-and-swap, all of one change or none of it.
 
+use std::cmp::Reverse;
+
 use keybroker_core::{
     call::{CallId, Timestamp},
     device::{AccessState, ApprovalRoad, DeviceState},
     key::{AccessRequestId, DeviceId, KeyName, Revision, Tenant, UserId, WrappingKeyId},
-    principal::NAME_BYTES_MAX,
+    principal::{NAME_BYTES_MAX, Reach},
 };
 use keybroker_store::{
-    AccessCounts, AccessDecision, AccessFilter, AccessRow, Answer, AskingDevice, Changed,
-    DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Error, Replacement, SealedKeys, Store,
+    AccessCounts, AccessDecision, AccessQuery, AccessRow, Answer, AskingDevice, Changed,
+    DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Error, PendingOnly, Replacement,
+    SealedKeys, Store,
 };
 use tokio::task::JoinSet;
 
@@ -80,6 +83,8 @@ pub(crate) fn access(member: &str, number: u8) -> AccessRow {
         answer: None,
         fetched: None,
         closed: None,
+        answer_revision: None,
+        wrong_words: 0,
         mac: [number; 32],
     }
 }
@@ -239,7 +244,7 @@ pub(crate) async fn a_change_of_devices_needs_the_revision_and_the_trusted_devic
     let ada = user("ada");
     let record = store.create(revision(&ada, 1, 1), stamp()).await.unwrap();
     let with = |number: u8, known: Vec<(DeviceId, [u8; 32])>| DeviceChange {
-        requires: Some(record.clone()),
+        requires: Some((record.id, record.revision)),
         trusted: Some((Tenant::default(), ada.user.clone(), known)),
         ..devices(vec![added(device("ada", number))])
     };
@@ -323,6 +328,8 @@ pub(crate) async fn of_concurrent_decisions_about_access_one_wins(engine: &Engin
         tries: 4,
         fetched: Some(at(21)),
         closed: Some(at(22)),
+        answer_revision: Some(Revision::FIRST),
+        wrong_words: 3,
         state: AccessState::Consumed,
         ..access("ada", 1)
     };
@@ -335,9 +342,6 @@ pub(crate) async fn of_concurrent_decisions_about_access_one_wins(engine: &Engin
     }
     let twice = make(&*store, &request(added(access("ada", 2)))).await;
     assert!(matches!(twice, Err(Error::Exists)), "{twice:?}");
-    let newest = store.newest_pending(&place("ada", 77)).await.unwrap();
-    assert_eq!(newest, Some(access("ada", 3)));
-    assert_eq!(store.newest_pending(&place("bob", 77)).await.unwrap(), None);
 
     let mut decisions = JoinSet::new();
     for number in 0..8_u8 {
@@ -362,6 +366,214 @@ pub(crate) async fn of_concurrent_decisions_about_access_one_wins(engine: &Engin
     let won = decisions.join_all().await;
     assert_eq!(won.iter().filter(|won| **won).count(), 1, "{won:?}");
     requests_are_listed_counted_and_forgotten(&*store).await;
+    recent_requests_and_approvals_are_counted(&*store).await;
+}
+
+/// The store has requests of Ada from the times 1, 2 and 3.
+async fn recent_requests_and_approvals_are_counted(store: &dyn Store) {
+    let tenant = Tenant::default();
+    for (user, after, expected) in [("ada", 0, 3), ("ada", 2, 1), ("ada", 3, 0), ("bob", 0, 0)] {
+        let user = UserId::parse(user).unwrap();
+        let count = store
+            .recent_access_requests(&tenant, &user, at(after))
+            .await;
+        assert_eq!(count.unwrap(), expected, "{user} {after}");
+    }
+    let decided = |number: u8, state, by: &str, device| AccessRow {
+        state,
+        decision: Some(AccessDecision {
+            by: by.to_owned(),
+            device,
+            at: at(40),
+        }),
+        ..access("dora", number)
+    };
+    let own = Some(DeviceId::from_bytes([9; 16]));
+    let rows = [
+        decided(50, AccessState::Approved, "carol", None),
+        decided(51, AccessState::Consumed, "carol", None),
+        decided(52, AccessState::Revoked, "dave", None),
+        // None of these is an approval of Carol.
+        decided(53, AccessState::Denied, "carol", None),
+        decided(54, AccessState::Approved, "carol", own),
+        AccessRow {
+            first_approved_by: Some("carol".to_owned()),
+            ..access("dora", 55)
+        },
+    ];
+    for row in rows {
+        make(store, &request(added(row))).await.unwrap();
+    }
+    let elsewhere = Tenant::parse("elsewhere").unwrap();
+    // The request of which Carol is the first approver was made at the time 55.
+    for (tenant, by, after, expected) in [
+        (&tenant, "carol", 39, 3),
+        (&tenant, "carol", 40, 1),
+        (&tenant, "carol", 55, 0),
+        (&tenant, "dave", 39, 1),
+        (&tenant, "Dave", 39, 0),
+        (&elsewhere, "carol", 0, 0),
+    ] {
+        let count = store.recent_approvals(tenant, by, at(after)).await;
+        assert_eq!(count.unwrap(), expected, "{tenant} {by} {after}");
+    }
+}
+
+fn query(users: Reach<UserId>, pending: Option<PendingOnly>) -> AccessQuery {
+    AccessQuery {
+        tenant: Tenant::default(),
+        users,
+        pending,
+        after: None,
+        limit: 200,
+    }
+}
+
+async fn listed_ids(store: &dyn Store, wanted: &AccessQuery) -> Vec<u8> {
+    let rows = store.access_requests(wanted).await.unwrap();
+    let ids = rows.into_iter().map(|((requested, id), row)| {
+        let row = row.unwrap();
+        assert_eq!((row.requested, row.id), (requested, id));
+        id.as_bytes()[0]
+    });
+    ids.collect()
+}
+
+/// Requests of one member never hide those of another: the filter comes before the limit, and the pages are complete.
+pub(crate) async fn pages_of_requests_are_filtered_and_complete(engine: &Engine) {
+    let store = engine.open().await;
+    for number in 1..=120 {
+        let of_a_moment = AccessRow {
+            // Several requests of one moment.
+            requested: at((number / 3).into()),
+            ..access(["ada", "bob", "eve"][usize::from(number % 3)], number)
+        };
+        make(&*store, &request(added(of_a_moment))).await.unwrap();
+    }
+    let all: Vec<UserId> = (0..60)
+        .map(|number| UserId::parse(&format!("user-{number}")).unwrap())
+        .collect();
+    // More users than one statement names.
+    let many = |user: &str| {
+        let others = all.iter().cloned();
+        Reach::Only(others.chain([UserId::parse(user).unwrap()]).collect())
+    };
+    for (users, expected) in [(Reach::All, 120), (many("bob"), 40), (many("nobody"), 0)] {
+        let mut wanted = AccessQuery {
+            limit: 7,
+            ..query(users, None)
+        };
+        let mut found = Vec::new();
+        loop {
+            let page = store.access_requests(&wanted).await.unwrap();
+            let Some((last, _)) = page.last() else {
+                break;
+            };
+            wanted.after = Some(*last);
+            found.extend(page.into_iter().map(|(place, _)| place));
+        }
+        assert_eq!(found.len(), expected);
+        assert!(found.is_sorted_by_key(|&(requested, id)| (Reverse(requested), id)));
+    }
+    assert!(
+        listed_ids(&*store, &query(Reach::Only([].into()), None))
+            .await
+            .is_empty()
+    );
+}
+
+/// The limit on the requests of a member holds for requests at the same moment, and a device has one pending request.
+pub(crate) async fn a_limit_on_requests_holds_at_one_moment(engine: &Engine) {
+    let store = engine.open().await;
+    store
+        .create(revision(&user("ada"), 1, 1), stamp())
+        .await
+        .unwrap();
+    let asks = |number: u8, device: u8| DeviceChange {
+        fewer_than: Some(AccessCounts {
+            pending: 3,
+            unexpired: 50,
+        }),
+        ..request(added(AccessRow {
+            device: AskingDevice {
+                address: place("ada", device),
+                ..access("ada", number).device
+            },
+            ..access("ada", number)
+        }))
+    };
+    let mut tasks = JoinSet::new();
+    for number in 1..=8 {
+        let (store, change) = (engine.open().await, asks(number, number));
+        tasks.spawn(async move {
+            let made = store.change_devices(&change, CallId::fresh(), at(50)).await;
+            store.close().await;
+            made.is_ok()
+        });
+    }
+    let made = tasks.join_all().await;
+    assert_eq!(made.iter().filter(|made| **made).count(), 3, "{made:?}");
+    let pending = listed_ids(&*store, &query(Reach::All, None)).await;
+    // A device that asks again replaces its own request, also if the limit is reached.
+    let again = pending[0];
+    make(&*store, &asks(100, again)).await.unwrap();
+    let mut now = listed_ids(&*store, &query(Reach::All, None)).await;
+    now.sort_unstable();
+    let mut expected = vec![pending[1], pending[2], 100];
+    expected.sort_unstable();
+    assert_eq!(now, expected);
+    let refused = make(&*store, &asks(101, 101)).await;
+    assert!(matches!(refused, Err(Error::Conflict)), "{refused:?}");
+}
+
+/// The end of all trust includes a device that is established at the same moment, or the end is refused.
+pub(crate) async fn the_end_of_all_trust_misses_no_device(engine: &Engine) {
+    let store = engine.open().await;
+    let ada = user("ada");
+    let record = store.create(revision(&ada, 1, 1), stamp()).await.unwrap();
+    make(&*store, &devices(vec![added(device("ada", 1))]))
+        .await
+        .unwrap();
+    let known = (
+        Tenant::default(),
+        ada.user.clone(),
+        vec![(DeviceId::from_bytes([1; 16]), [1; 32])],
+    );
+    let mut both = Vec::new();
+    for round in 0..20_u8 {
+        let establish = DeviceChange {
+            requires: Some((record.id, record.revision)),
+            trusted: Some(known.clone()),
+            ..devices(vec![added(device("ada", 2))])
+        };
+        let ended = Changed {
+            row: DeviceRow {
+                state: DeviceState::Untrusted,
+                ..device("ada", 1)
+            },
+            expected: Some([1; 32]),
+        };
+        let end = DeviceChange {
+            trusted: Some(known.clone()),
+            ..devices(vec![ended])
+        };
+        let mut tasks = JoinSet::new();
+        for change in [establish, end] {
+            let store = engine.open().await;
+            tasks.spawn(async move {
+                let made = store.change_devices(&change, CallId::fresh(), at(50)).await;
+                store.close().await;
+                made.is_ok()
+            });
+        }
+        let made = tasks.join_all().await;
+        if made.iter().filter(|made| **made).count() != 1 {
+            both.push((round, made));
+        }
+        engine.sql("DELETE FROM devices WHERE name <> 'device 1'");
+        engine.sql("UPDATE devices SET state = 'trusted'");
+    }
+    assert!(both.is_empty(), "{both:?}");
 }
 
 /// The store has a consumed, a decided and a pending request of Ada.
@@ -371,37 +583,31 @@ async fn requests_are_listed_counted_and_forgotten(store: &dyn Store) {
         ..access("bob", 4)
     };
     make(store, &request(added(soon))).await.unwrap();
-    let tenant = Tenant::default();
-    let ids = async |wanted: AccessFilter| -> Vec<u8> {
-        let rows = store.access_requests(&wanted).await.unwrap();
-        let ids = rows.into_iter().map(|row| row.unwrap().id.as_bytes()[0]);
-        ids.collect()
+    let ids = async |wanted: &AccessQuery| listed_ids(store, wanted).await;
+    let ada = Reach::Only([UserId::parse("ada").unwrap()].into());
+    assert_eq!(ids(&query(ada, None)).await, [3, 2, 1]);
+    assert_eq!(ids(&query(Reach::All, None)).await, [4, 3, 2, 1]);
+    for (now, except, expected) in [
+        (99, "", &[4, 3][..]),
+        (100, "", &[3]),
+        (99, "token:home:bob", &[3]),
+    ] {
+        let pending = PendingOnly {
+            now: at(now),
+            except: except.to_owned(),
+        };
+        assert_eq!(ids(&query(Reach::All, Some(pending))).await, expected);
+    }
+    let elsewhere = AccessQuery {
+        tenant: Tenant::parse("elsewhere").unwrap(),
+        ..query(Reach::All, None)
     };
-    let ada = UserId::parse("ada").unwrap();
-    assert_eq!(
-        ids(AccessFilter::Member(tenant.clone(), ada.clone())).await,
-        [3, 2, 1]
-    );
-    assert_eq!(ids(AccessFilter::All(tenant.clone())).await, [4, 3, 2, 1]);
-    assert_eq!(
-        ids(AccessFilter::PendingOf(tenant.clone(), at(99))).await,
-        [4, 3]
-    );
-    assert_eq!(
-        ids(AccessFilter::PendingOf(tenant.clone(), at(100))).await,
-        [3]
-    );
-    let elsewhere = Tenant::parse("elsewhere").unwrap();
-    assert!(ids(AccessFilter::All(elsewhere)).await.is_empty());
-    let counts = store
-        .count_access_requests(&tenant, &ada, at(0))
-        .await
-        .unwrap();
-    let expected = AccessCounts {
-        pending: 1,
-        unexpired: 3,
-    };
-    assert_eq!(counts, expected);
+    assert!(ids(&elsewhere).await.is_empty());
+    for (device, pending, unexpired) in [(77, 0, 2), (78, 1, 3)] {
+        let device = place("ada", device);
+        let counts = store.count_access_requests(&device, at(0)).await.unwrap();
+        assert_eq!(counts, AccessCounts { pending, unexpired });
+    }
     // Open requests need their key until they expire.
     let uses = store.key_uses(KEY).await.unwrap();
     assert!((1..=2).contains(&uses.access_requests), "{uses:?}");
@@ -415,7 +621,7 @@ async fn requests_are_listed_counted_and_forgotten(store: &dyn Store) {
             expected
         );
     }
-    assert_eq!(ids(AccessFilter::All(tenant)).await, [3, 2, 1]);
+    assert_eq!(ids(&query(Reach::All, None)).await, [3, 2, 1]);
 }
 
 pub(crate) async fn the_mac_of_a_device_is_compared_and_swapped(engine: &Engine) {
@@ -483,9 +689,14 @@ pub(crate) async fn devices_that_do_not_decode_are_named(engine: &Engine) {
         assert!(row.detail.contains(column), "{}", row.detail);
         assert!(row.address.is_some());
     }
-    let all = AccessFilter::All(Tenant::default());
-    let listed = store.access_requests(&all).await.unwrap();
-    let damaged: Vec<_> = listed.iter().filter_map(|row| row.as_ref().err()).collect();
+    let listed = store
+        .access_requests(&query(Reach::All, None))
+        .await
+        .unwrap();
+    let damaged: Vec<_> = listed
+        .iter()
+        .filter_map(|(_, row)| row.as_ref().err())
+        .collect();
     let columns = ["access_requests.state", "access_requests.decided_us"];
     assert_eq!(damaged.len(), 2, "{damaged:?}");
     for (row, column) in damaged.iter().zip(columns) {
@@ -493,7 +704,11 @@ pub(crate) async fn devices_that_do_not_decode_are_named(engine: &Engine) {
         assert!(row.id.is_some());
     }
     // A row with an unknown state counts as pending, so that it is noticed.
-    let pending = AccessFilter::PendingOf(Tenant::default(), at(0));
+    let pending = PendingOnly {
+        now: at(0),
+        except: String::new(),
+    };
+    let pending = query(Reach::All, Some(pending));
     assert_eq!(store.access_requests(&pending).await.unwrap().len(), 3);
     let one = store.device(&place("ada", 1)).await;
     assert!(matches!(one, Err(Error::Corrupt(_))), "{one:?}");

@@ -282,6 +282,8 @@ pub struct DeviceFacts {
     pub request: Option<AccessRequestId>,
     /// The principal that made the request for access.
     pub asked_by: Option<String>,
+    /// The name of the network from which the request came.
+    pub place: Option<String>,
     /// SHA-256 of the public key to which the answer of the request is encrypted, as hexadecimal digits.
     pub public_key: Option<String>,
 }

@@ -67,6 +67,8 @@ pub(super) fn encode(entry: &Entry, place: Place<'_>, line: &mut Vec<u8>) {
     object.text("peer", entry.peer.as_deref());
     let person = persons.and_then(|persons| persons.person.as_deref());
     object.text("person", person);
+    let network = device.and_then(|device| device.place.as_deref());
+    object.text("place", network);
     object.text("policy", entry.policy.as_deref());
     object.text("principal", entry.principal.as_deref());
     let public_key = device.and_then(|device| device.public_key.as_deref());
@@ -242,6 +244,7 @@ impl Parsed {
             device: text("device").and_then(DeviceId::from_hex),
             request: text("access_request").and_then(AccessRequestId::from_hex),
             asked_by: text("asked_by").map(str::to_owned),
+            place: text("place").map(str::to_owned),
             public_key: text("public_key").map(str::to_owned),
         };
         intent.device = (device != DeviceFacts::default()).then(|| Box::new(device));
@@ -351,6 +354,7 @@ mod tests {
             device: Some(DeviceId::from_bytes([8; 16])),
             request: Some(AccessRequestId::from_bytes([9; 16])),
             asked_by: Some("token:home:ada".to_owned()),
+            place: Some("office".to_owned()),
             public_key: Some("ab".repeat(32)),
         }));
         let mut line = Vec::new();

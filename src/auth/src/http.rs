@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::{
     issuer::Settings,
-    jwks::{SET_BYTES_MAX, SourceError},
+    jwks::{error::SourceError, limits::SET_BYTES_MAX},
 };
 use keybroker_core::{
     pem,

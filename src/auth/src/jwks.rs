@@ -23,29 +23,20 @@ use keybroker_core::{error::chain, pem};
 use super::issuer::Algorithm;
 
 mod absent;
-mod error;
+pub(super) mod error;
 mod fetch;
 mod keys;
+pub(super) mod limits;
 mod strength;
 #[cfg(test)]
 mod tests;
 
 use error::{KeyError, LeftOut};
+use limits::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS};
 
 pub use error::{SetError, SourceError};
 pub(super) use keys::{Keys, Newer, Pace};
 
-/// Maximum length of a key set or a discovery document, in bytes.
-pub(super) const SET_BYTES_MAX: usize = 64 * 1024;
-/// Largest number of keys in a key set. Providers usually publish two or three keys.
-const KEYS_MAX: usize = 64;
-/// Accepted lengths of an RSA modulus, in bits. A shorter modulus can be factored, and the verifying library refuses a
-/// longer modulus.
-const RSA_BITS: std::ops::RangeInclusive<usize> = 2_048..=8_192;
-/// Smallest public exponent (FIPS 186-5 section 5.1).
-const EXPONENT_MIN: u32 = 65_537;
-/// Longest public exponent that the verifying library accepts, in bits.
-const EXPONENT_BITS_MAX: usize = 33;
 /// Largest number of keys that are tried for an access token without a `kid`.
 const TRIES_MAX: usize = 4;
 /// The name that the log uses for a key without a `kid`.

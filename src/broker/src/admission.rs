@@ -53,11 +53,15 @@ impl Broker {
         self.admitted(checked, principal, call, action).await
     }
 
-    /// Waits until the front can work on a release. Refuses a release that cannot finish before its deadline.
-    pub(super) async fn enter(&self, principal: &Principal, call: &Call) -> Result<Entered, Error> {
+    /// Waits until the front can work on a call. Refuses a call that cannot finish before its deadline.
+    pub(super) async fn enter(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        action: Action,
+    ) -> Result<Entered, Error> {
         let entered = self.calls.enter(&self.releaser(principal, call)).await;
-        self.admitted(entered, principal, call, Action::Unwrap)
-            .await
+        self.admitted(entered, principal, call, action).await
     }
 
     /// Records a refusal.

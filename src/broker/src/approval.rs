@@ -177,6 +177,22 @@ impl Broker {
         one == other || person(one).is_some_and(|known| person(other) == Some(known))
     }
 
+    /// The principals that belong to the person of a principal, or this principal alone.
+    pub(super) fn principals_of_person<'a>(&'a self, principal: &'a str) -> Vec<&'a str> {
+        let mut persons = self.approvals.rules.persons.iter();
+        let person = persons.find(|person| person.principals.contains(principal));
+        person.map_or_else(
+            || vec![principal],
+            |person| person.principals.iter().map(String::as_str).collect(),
+        )
+    }
+
+    /// The name of the person of a principal, or the name of the principal.
+    pub(super) fn person_named<'a>(&'a self, principal: &'a str) -> &'a str {
+        let person = self.approvals.rules.person_of(principal);
+        person.unwrap_or(principal)
+    }
+
     /// Checks that the principal may make a secret of an API client: only the person to whom the API client belongs may, because the
     /// holder of the secret can approve changes as this person.
     pub(super) fn check_owner(

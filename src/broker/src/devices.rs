@@ -15,7 +15,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use keybroker_core::{
-    call::{Call, Deadline, Timestamp},
+    call::{Call, Timestamp},
     envelope::{Mac, mac::MacMessage},
     error::{Error, Reason},
     key::{ID_BYTES, KeyUse, UserId, WrappingKeyId},
@@ -26,7 +26,7 @@ use keybroker_policy::Resource;
 use keybroker_store as store;
 use keybroker_store::{AccessRow, Changed, DeviceChange, DeviceRow, RecordInfo};
 
-use super::{Broker, Registry, commit::Settled, journal::Draft, within};
+use super::{Broker, Registry, caller, commit::Settled, journal::Draft, within};
 
 mod administrator;
 mod answer;
@@ -37,18 +37,16 @@ mod request;
 mod rotation;
 mod signed;
 mod untrust;
+mod watch;
 
 pub use administrator::AdministratorApproval;
 pub use answer::AccessAnswer;
-pub use decision::DeviceApproval;
+pub use decision::{AccessDenial, DeviceApproval};
 pub use establish::NewDevice;
-pub use list::{AccessList, AccessView, DeviceList, DeviceView, PhraseView};
+pub use list::{AccessList, AccessPage, AccessView, DeviceList, DeviceView, PhraseView};
 pub use request::NewAccessRequest;
 pub use rotation::{RotatedDevice, Rotation as DeviceRotation};
 pub use untrust::{Untrusted, Which};
-
-/// Time limit for a MAC job of the token.
-const MAC_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The `[devices]` settings of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,8 +79,8 @@ impl Default for DeviceRules {
 }
 
 impl Broker {
-    /// Asks the policy for an action on the devices of a member, and begins the audit entry. Without `user`, the member is the
-    /// principal itself.
+    /// Checks that the token can serve the call in time, asks the policy for an action on the devices of a member, and begins the audit
+    /// entry. Without `user`, the member is the principal itself.
     async fn begin_device_action(
         &self,
         principal: &Principal,
@@ -90,6 +88,8 @@ impl Broker {
         action: Action,
         user: Option<&UserId>,
     ) -> Result<(UserId, Draft), Error> {
+        self.check_admission(&caller(principal, call), principal, call, action)
+            .await?;
         let user = user.or(principal.subject());
         let resource = Resource::Devices {
             tenant: principal.tenant(),
@@ -113,19 +113,31 @@ impl Broker {
         action: Action,
         row: &AccessRow,
     ) -> Result<Draft, Error> {
+        let resource = self.access_resource(row);
+        let permit = self.permit(principal, call, action, resource).await?;
+        let mut draft = Draft::of(principal, call, action, resource);
+        draft.policy(permit.policy());
+        draft.access_request(row, self.policy.place_of(&row.peer));
+        Ok(draft)
+    }
+
+    /// A request for access as policies see it.
+    fn access_resource<'a>(&'a self, row: &'a AccessRow) -> Resource<'a> {
         let address = &row.device.address;
-        let resource = Resource::AccessRequest {
+        Resource::AccessRequest {
             tenant: &address.tenant,
             user: &address.user,
             requested_by: &row.requested_by,
             device_type: &row.device.kind,
             peer: address_of(&row.peer),
-        };
-        let permit = self.permit(principal, call, action, resource).await?;
-        let mut draft = Draft::of(principal, call, action, resource);
-        draft.policy(permit.policy());
-        draft.access_request(row);
-        Ok(draft)
+            place: self.policy.place_of(&row.peer),
+        }
+    }
+
+    /// A request for access that this broker has just written or verified, for the member.
+    fn access_view(&self, row: AccessRow) -> AccessView {
+        let place = self.policy.place_of(&row.peer).to_owned();
+        AccessView::verified(row, place)
     }
 
     /// Commits a prepared change. The deadline of the caller is checked only at the start.
@@ -139,22 +151,25 @@ impl Broker {
         self.or_record(draft, call.deadline.check()).await?;
         let commit = self.store.change_devices(change, call.id, now);
         let Settled { intent, result } = self.commit_with_intent(draft, now, commit).await?;
+        if let Ok(replaced) = &result {
+            self.notify(draft, change, replaced.as_ref(), now);
+        }
         self.close_intent(intent, draft, result.map_err(from_commit))
             .await
     }
 
-    /// Verifies that a broker wrote a row.
+    /// Verifies that a broker wrote a row, as a job of this caller.
     async fn verify_row(
         &self,
+        token: &hsm::Caller,
         signer: WrappingKeyId,
         message: &MacMessage,
         mac: &Mac,
         what: &str,
     ) -> Result<(), Error> {
-        let deadline = Deadline::after(MAC_TIMEOUT);
-        self.check_key(deadline, signer, KeyUse::VerifyMac).await?;
-        let caller = hsm::Caller::background(deadline);
-        match self.token.verify_mac(signer, message, mac, &caller).await {
+        self.check_key(token.deadline(), signer, KeyUse::VerifyMac)
+            .await?;
+        match self.token.verify_mac(signer, message, mac, token).await {
             Ok(()) => Ok(()),
             Err(hsm::Error::MacRefused) => {
                 let detail = format!("{what} was altered in the database: its MAC does not verify");
@@ -164,36 +179,41 @@ impl Broker {
         }
     }
 
-    async fn verify_device(&self, row: &DeviceRow) -> Result<(), Error> {
+    async fn verify_device(&self, token: &hsm::Caller, row: &DeviceRow) -> Result<(), Error> {
         let what = format!("device {}", row.address.device);
-        self.verify_row(row.signer, &row.mac_message(), &row.mac, &what)
+        self.verify_row(token, row.signer, &row.mac_message(), &row.mac, &what)
             .await
     }
 
-    async fn verify_access(&self, row: &AccessRow) -> Result<(), Error> {
+    async fn verify_access(&self, token: &hsm::Caller, row: &AccessRow) -> Result<(), Error> {
         let what = format!("request for access {}", row.id);
-        self.verify_row(row.signer, &row.mac_message(), &row.mac, &what)
+        self.verify_row(token, row.signer, &row.mac_message(), &row.mac, &what)
             .await
     }
 
-    /// Makes a MAC with the integrity key that is in use.
-    async fn fresh_mac(&self, message: &MacMessage) -> Result<(WrappingKeyId, Mac), Error> {
-        let deadline = Deadline::after(MAC_TIMEOUT);
-        let signer = self.ask_registry(deadline, Registry::integrity_key).await?;
-        let caller = hsm::Caller::background(deadline);
-        let mac = self.token.mac(signer, message, &caller).await?;
+    /// Makes a MAC with the integrity key that is in use, as a job of this caller.
+    async fn fresh_mac(
+        &self,
+        token: &hsm::Caller,
+        message: &MacMessage,
+    ) -> Result<(WrappingKeyId, Mac), Error> {
+        let signer = self
+            .ask_registry(token.deadline(), Registry::integrity_key)
+            .await?;
+        let mac = self.token.mac(signer, message, token).await?;
         Ok((signer, mac))
     }
 
     /// A device with a new MAC, as a change of the row `before`.
     async fn changed_device(
         &self,
+        token: &hsm::Caller,
         mut row: DeviceRow,
         before: Option<&DeviceRow>,
         now: Timestamp,
     ) -> Result<Changed<DeviceRow>, Error> {
         row.changed = now;
-        (row.signer, row.mac) = self.fresh_mac(&row.mac_message()).await?;
+        (row.signer, row.mac) = self.fresh_mac(token, &row.mac_message()).await?;
         Ok(Changed {
             row,
             expected: before.map(|before| before.mac),
@@ -203,10 +223,11 @@ impl Broker {
     /// A request for access with a new MAC, as a change of the row `before`.
     async fn changed_access(
         &self,
+        token: &hsm::Caller,
         mut row: AccessRow,
         before: Option<&AccessRow>,
     ) -> Result<Changed<AccessRow>, Error> {
-        (row.signer, row.mac) = self.fresh_mac(&row.mac_message()).await?;
+        (row.signer, row.mac) = self.fresh_mac(token, &row.mac_message()).await?;
         Ok(Changed {
             row,
             expected: before.map(|before| before.mac),
@@ -214,7 +235,8 @@ impl Broker {
     }
 
     /// Returns all devices of a member, after the token has verified each row. A member with a row that cannot be read or verified
-    /// cannot change the trust of devices, because a writer of the database could otherwise hide a trusted device.
+    /// cannot change the trust of devices, because a writer of the database could otherwise hide a trusted device. An administrator can
+    /// remove such rows together with all trust of the member.
     async fn verified_devices(
         &self,
         principal: &Principal,
@@ -223,6 +245,7 @@ impl Broker {
     ) -> Result<Vec<DeviceRow>, Error> {
         self.check_acknowledged()?;
         let found = within(call, self.store.devices(principal.tenant(), user)).await?;
+        let token = caller(principal, call);
         let mut devices = Vec::with_capacity(found.len());
         for row in found {
             let row = row.map_err(|damaged| {
@@ -233,7 +256,7 @@ impl Broker {
                 Error::new(Reason::RecordDamaged, what)
             })?;
             call.deadline.check()?;
-            self.verify_device(&row).await?;
+            self.verify_device(&token, &row).await?;
             devices.push(row);
         }
         Ok(devices)

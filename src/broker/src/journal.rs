@@ -132,6 +132,20 @@ impl Draft {
         draft
     }
 
+    /// The principal of the entry and the address of its call; empty if the broker itself acts.
+    pub(super) fn caller(&self) -> (&str, &str) {
+        let Entry {
+            principal, peer, ..
+        } = &self.0;
+        let text = Option::<String>::as_deref;
+        (text(principal).unwrap_or(""), text(peer).unwrap_or(""))
+    }
+
+    /// Whether the entry is about this action.
+    pub(super) fn is_of(&self, action: Action) -> bool {
+        self.0.action == action.as_str()
+    }
+
     pub(super) fn call(&self) -> CallId {
         self.0.call_id.expect("a draft is of a call")
     }
@@ -222,20 +236,21 @@ impl Draft {
         self.device_facts().device = Some(device);
     }
 
-    /// Sets the request for access, with its device, its principal and the fingerprint of its public key.
-    pub(super) fn access_request(&mut self, row: &AccessRow) {
+    /// Sets the request for access, with its device, its principal, its place and the fingerprint of its public key.
+    pub(super) fn access_request(&mut self, row: &AccessRow, place: &str) {
         let facts = self.device_facts();
         facts.device = Some(row.device.address.device);
         facts.request = Some(row.id);
         facts.asked_by = Some(row.requested_by.clone());
+        facts.place = (!place.is_empty()).then(|| place.to_owned());
         facts.public_key = Some(sha256(&row.public_key));
         self.0.key_name = Some(row.key_name.clone());
     }
 
-    /// Begins the entry about the count of a wrong access code.
-    pub(super) fn of_wrong_code(&self, call: CallId) -> Self {
+    /// Begins the entry about the count of a wrong guess, such as an access code.
+    pub(super) fn of_wrong_guess(&self, action: &'static str, call: CallId) -> Self {
         let mut entry = self.0.clone();
-        entry.action = "access_request.wrong_code".into();
+        entry.action = action.into();
         entry.call_id = Some(call);
         Self(entry)
     }
@@ -329,7 +344,7 @@ impl Broker {
         }
         if error.reason() == Reason::EnvelopeRejected
             && let Some(principal) = &draft.0.principal
-            && self.limits.fail_envelope(principal).is_err()
+            && self.limits.fail_principal(principal).is_err()
         {
             tracing::warn!(
                 principal,

@@ -61,6 +61,7 @@ mod key_change;
 pub mod limits;
 mod maintenance;
 mod mutation;
+mod notices;
 mod overload;
 mod plan;
 mod reading;
@@ -80,9 +81,9 @@ pub use approval::{ApprovalList, ApprovalRules, ApprovalView, Decided, Person, R
 pub use clients::{ClientPage, ClientRules, ClientView, CreatedSecret, Hash, NewClient};
 pub use control::{KeyOnToken, WrappingKeyView};
 pub use devices::{
-    AccessAnswer, AccessList, AccessView, AdministratorApproval, DeviceApproval, DeviceList,
-    DeviceRotation, DeviceRules, DeviceView, NewAccessRequest, NewDevice, PhraseView,
-    RotatedDevice, Untrusted, Which,
+    AccessAnswer, AccessDenial, AccessList, AccessPage, AccessView, AdministratorApproval,
+    DeviceApproval, DeviceList, DeviceRotation, DeviceRules, DeviceView, NewAccessRequest,
+    NewDevice, PhraseView, RotatedDevice, Untrusted, Which,
 };
 pub use key_change::{ConfiguredTokens, KeyChange, Rotated, Rotation, Wait};
 pub use keybroker_hsm::{
@@ -90,11 +91,12 @@ pub use keybroker_hsm::{
 };
 pub use keybroker_policy::Release as ReleaseForm;
 pub use keybroker_store::{
-    AccessRow, Answer, ApprovalRow, Damage, DamagedAccess, DamagedApproval, DamagedClient,
-    DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position, RecordInfo, RecordState, RunState,
-    SKIPPED_MAX, SealedKeys,
+    ACCESS_REQUESTS_LISTED_MAX, AccessPlace, AccessRow, Answer, ApprovalRow, Damage, DamagedAccess,
+    DamagedApproval, DamagedClient, DamagedDevice, DamagedRecord, DeviceRow, KeyUses, Position,
+    RecordInfo, RecordState, RunState, SKIPPED_MAX, SealedKeys,
 };
 pub use maintenance::Health;
+pub use notices::{Notice, NoticeDevice, NoticeEvent, NoticeQueue};
 pub use reading::{ListPage, ListRequest, PageRow, RecordView};
 pub use registry::Expect;
 pub use release::{Released, SealedUserKey};
@@ -174,6 +176,8 @@ pub struct Parts {
     pub sealed_only: bool,
     /// The limits and lifetimes of devices and requests for access.
     pub devices: DeviceRules,
+    /// The queue of notices to members; `None` without a receiver of notices.
+    pub notices: Option<NoticeQueue>,
     /// The risks that the token's settings accept, for the details of the broker's health. Each risk is a sentence
     /// without a full stop.
     pub accepted_risks: Vec<String>,
@@ -218,6 +222,7 @@ pub struct Broker {
     scheduled: Scheduled,
     approvals: Approvals,
     device_rules: DeviceRules,
+    notices: Option<NoticeQueue>,
     refusals: Refusals,
     overload: Overload,
     uses: Uses,
@@ -264,6 +269,7 @@ impl Broker {
             ),
             approvals: Approvals::new(parts.approvals),
             device_rules: parts.devices,
+            notices: parts.notices,
             capacity: parts.capacity,
             sealed_only: parts.sealed_only,
             accepted_risks: ArcSwap::from_pointee(parts.accepted_risks),

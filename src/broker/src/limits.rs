@@ -1,6 +1,7 @@
 //! Limits for each caller: call rates and an authentication failure limit. Alerts report a service that releases the
-//! keys of unusually many users, and a record that is replaced unusually often. The size of all state is bounded. The
-//! entry of an idle caller is dropped when it no longer affects a decision.
+//! keys of unusually many users, a record that is replaced unusually often, a member with unusually many requests for
+//! access, and a person who approves unusually many. The size of all state is bounded. The entry of an idle caller is
+//! dropped when it no longer affects a decision.
 //!
 //! When an address reaches the authentication failure limit, the broker refuses invalid credentials from this address.
 //! The broker no longer makes costly checks of credentials from this address. The broker still accepts valid
@@ -36,9 +37,11 @@ use keybroker_core::{
     principal::{Kind, Principal},
 };
 
+mod once_an_hour;
 mod releases;
 mod replacements;
 
+use once_an_hour::OnceAnHour;
 use releases::Releases;
 use replacements::Replacements;
 
@@ -50,12 +53,17 @@ pub struct Settings {
     pub user_calls_per_minute: u32,
     /// Largest number of calls per minute for each service. Each item of a batch counts as a call.
     pub service_calls_per_minute: u32,
-    /// Largest number per minute of failed credentials for each address, and of rejected envelopes for each principal.
+    /// Largest number per minute of failed credentials for each address, and of failed attempts (rejected envelopes, wrong words of a phrase) for each
+    /// principal.
     pub failures_per_minute: u32,
     /// Number of different users whose keys one service may release within an hour before an alert is raised.
     pub released_users_per_hour: u32,
     /// Number of times that one record may be replaced within an hour before an alert is raised.
     pub replacements_per_hour: u32,
+    /// Number of requests for access that one member may make within an hour before an alert is raised.
+    pub access_requests_per_hour: u32,
+    /// Number of requests for access that one person may approve for members within an hour before an alert is raised.
+    pub approvals_per_hour: u32,
 }
 
 impl Default for Settings {
@@ -66,6 +74,8 @@ impl Default for Settings {
             failures_per_minute: 20,
             released_users_per_hour: 1_000,
             replacements_per_hour: 10,
+            access_requests_per_hour: 10,
+            approvals_per_hour: 30,
         }
     }
 }
@@ -76,6 +86,8 @@ pub const RATE_MAX: u32 = 60_000_000;
 pub const RELEASED_USERS_MAX: u32 = 1_000_000;
 /// Largest value of the setting `replacements_per_hour`.
 pub const REPLACEMENTS_MAX: u32 = 1_000_000;
+/// Largest value of the settings `access_requests_per_hour` and `approvals_per_hour`.
+pub const ACCESS_REQUESTS_MAX: u32 = 1_000_000;
 
 /// Largest number of callers that are counted separately.
 const CALLERS_MAX: u64 = 100_000;
@@ -94,10 +106,14 @@ pub struct Limits {
     users: Buckets<String>,
     services: Buckets<String>,
     failed_credentials: Buckets<IpAddr>,
-    refused_envelopes: Buckets<String>,
+    failed_attempts: Buckets<String>,
     turns: Cache<IpAddr, Arc<Semaphore>>,
     releases: Releases,
     replacements: Replacements,
+    access_requests_per_hour: u64,
+    request_alerts: OnceAnHour<String>,
+    approvals_per_hour: u64,
+    approval_alerts: OnceAnHour<String>,
     lines_by_network: Buckets<Network>,
     lines: Buckets<()>,
     suppressed: AtomicU64,
@@ -110,13 +126,17 @@ impl Limits {
             users: Buckets::new(settings.user_calls_per_minute),
             services: Buckets::new(settings.service_calls_per_minute),
             failed_credentials: Buckets::new(settings.failures_per_minute),
-            refused_envelopes: Buckets::new(settings.failures_per_minute),
+            failed_attempts: Buckets::new(settings.failures_per_minute),
             turns: Cache::builder()
                 .max_capacity(CALLERS_MAX)
                 .time_to_idle(FORGOTTEN_AFTER)
                 .build(),
             releases: Releases::new(settings.released_users_per_hour),
             replacements: Replacements::new(settings.replacements_per_hour),
+            access_requests_per_hour: settings.access_requests_per_hour.into(),
+            request_alerts: OnceAnHour::default(),
+            approvals_per_hour: settings.approvals_per_hour.into(),
+            approval_alerts: OnceAnHour::default(),
             lines_by_network: Buckets::new(LINES_PER_NETWORK),
             lines: Buckets::new(LINES_MAX),
             suppressed: AtomicU64::new(0),
@@ -148,9 +168,8 @@ impl Limits {
             Kind::User => &self.users,
             Kind::Service => &self.services,
         };
-        // All calls of a principal with too many rejected envelopes are refused, because each call could be another
-        // attempt with a forged envelope.
-        if let Some(wait) = self.refused_envelopes.empty_for(principal.name()) {
+        // All calls of a principal with too many failed attempts are refused, because each call could be another attempt.
+        if let Some(wait) = self.failed_attempts.empty_for(principal.name()) {
             return Err(used_up(wait));
         }
         buckets.take(principal.name(), count).map_err(|wait| {
@@ -186,9 +205,9 @@ impl Limits {
         taken.map_err(used_up)
     }
 
-    /// Counts an envelope that a principal sent and the token rejected.
-    pub fn fail_envelope(&self, principal: &str) -> Result<(), Error> {
-        let taken = self.refused_envelopes.take(principal, 1);
+    /// Counts a failed attempt of a principal: an envelope that the token rejected, or wrong words of a fingerprint phrase.
+    pub fn fail_principal(&self, principal: &str) -> Result<(), Error> {
+        let taken = self.failed_attempts.take(principal, 1);
         taken.map_err(used_up)
     }
 
@@ -203,6 +222,26 @@ impl Limits {
     /// too few revisions in total.
     pub fn telling_revision(&self, current: Revision) -> Option<Revision> {
         self.replacements.telling_revision(current)
+    }
+
+    /// Number of requests for access of one member within an hour, above which an alert is raised.
+    pub fn access_requests_per_hour(&self) -> u64 {
+        self.access_requests_per_hour
+    }
+
+    /// Whether to raise an alert about a member with too many requests. The alert is raised at most once an hour.
+    pub fn may_alert_of_requests(&self, member: String) -> bool {
+        self.request_alerts.may_alert(member)
+    }
+
+    /// Number of approvals of one person within an hour, above which an alert is raised.
+    pub fn approvals_per_hour(&self) -> u64 {
+        self.approvals_per_hour
+    }
+
+    /// Whether to raise an alert about a person with too many approvals. The alert is raised at most once an hour.
+    pub fn may_alert_of_approvals(&self, person: String) -> bool {
+        self.approval_alerts.may_alert(person)
     }
 
     /// Whether to raise an alert about a record that was replaced too often. The alert is raised at most once an hour.
@@ -367,6 +406,7 @@ mod tests {
             failures_per_minute: per_minute,
             released_users_per_hour: per_minute,
             replacements_per_hour: per_minute,
+            ..Settings::default()
         })
     }
 
@@ -415,14 +455,14 @@ mod tests {
     }
 
     #[test]
-    fn refused_envelopes_cost_a_principal_its_calls() {
+    fn failed_attempts_cost_a_principal_its_calls() {
         let limits = limits(2);
         let guilty = service("guilty");
         for _ in 0..2 {
-            limits.fail_envelope(guilty.name()).unwrap();
+            limits.fail_principal(guilty.name()).unwrap();
         }
         limits.take_calls(&guilty, 1).unwrap();
-        limits.fail_envelope(guilty.name()).unwrap_err();
+        limits.fail_principal(guilty.name()).unwrap_err();
         let error = limits.take_calls(&guilty, 1).unwrap_err();
         assert_eq!(error.reason(), Reason::FailureBudget);
         limits.take_calls(&service("innocent"), 1).unwrap();

@@ -77,7 +77,7 @@ impl Broker {
             let releaser = self.releaser(principal, call);
             self.check_admission(&releaser, principal, call, Action::Unwrap)
                 .await?;
-            let entered = self.enter(principal, call).await?;
+            let entered = self.enter(principal, call, Action::Unwrap).await?;
             entered
                 .run(Box::pin(self.release(principal, call, key)))
                 .await

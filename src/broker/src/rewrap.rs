@@ -35,10 +35,11 @@ mod revisions;
 mod run;
 mod verify;
 
+pub(crate) use batch::background;
 use listed::Listed;
 pub(crate) use pace::Pace;
 pub use progress::{FailedRow, Phase, Progress};
-pub(crate) use revisions::{background, context_of, envelope_of};
+pub(crate) use revisions::{context_of, envelope_of};
 
 /// Time limit for reading the changed run again, if the rows could not be counted within the
 /// deadline of the call.

@@ -110,7 +110,11 @@ async fn broker_with_approvals(
     let (audit, _) = AuditLog::open(&folder.join("log"), 1 << 20).unwrap();
     let broker = Broker::new(Parts {
         sealed_only: false,
-        policy: Policy::load(&keybroker_policy::Settings::default()).unwrap(),
+        policy: Policy::load(
+            &keybroker_policy::Settings::default(),
+            keybroker_policy::Networks::default(),
+        )
+        .unwrap(),
         audit,
         store,
         token,
@@ -133,6 +137,7 @@ async fn broker_with_approvals(
         destroy_after_days: 30,
         approvals,
         devices: DeviceRules::default(),
+        notices: None,
         accepted_risks: Vec::new(),
     });
     broker

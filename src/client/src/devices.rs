@@ -155,16 +155,25 @@ impl Client {
         })
     }
 
-    /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers: those that are pending
-    /// or, with `show_all`, also those that are over.
+    /// Returns one page of the requests of the caller's devices or, for an approver, of all members whom the approver covers: those that
+    /// are pending or, with `show_all`, also those that are over. `page_token` is the `next_page_token` of the page before, and empty for
+    /// the first page.
     pub fn list_access_requests(
         &self,
         show_all: bool,
+        page_token: impl Into<String>,
     ) -> Read<'_, proto::ListAccessRequestsResponse> {
-        Read::new(self.shared(), move |attempt| async move {
-            let request = attempt.request(proto::ListAccessRequestsRequest { show_all });
-            let answer = service(&attempt).list_access_requests(request).await?;
-            Ok(answer.into_inner())
+        let page_token = page_token.into();
+        Read::new(self.shared(), move |attempt| {
+            let request = attempt.request(proto::ListAccessRequestsRequest {
+                show_all,
+                page_size: 0,
+                page_token: page_token.clone(),
+            });
+            async move {
+                let answer = service(&attempt).list_access_requests(request).await?;
+                Ok(answer.into_inner())
+            }
         })
     }
 
@@ -201,17 +210,22 @@ impl Client {
         })
     }
 
-    /// Denies a pending request, or withdraws an approval whose answer was not consumed.
+    /// Denies a pending request, or withdraws an approval. If a device was trusted because of the approval, its trust is ended; a member
+    /// then needs the signature of a trusted device.
     pub fn deny_access_request(
         &self,
         id: AccessRequestId,
+        signature: Option<proto::DeviceSignature>,
     ) -> NonIdempotent<'_, proto::AccessRequest> {
-        NonIdempotent::new(self.shared(), move |attempt| async move {
+        NonIdempotent::new(self.shared(), move |attempt| {
             let request = attempt.request(proto::DenyAccessRequestRequest {
                 access_request_id: id.as_bytes().to_vec(),
+                signature: signature.clone(),
             });
-            let answer = service(&attempt).deny_access_request(request).await?;
-            access(answer.into_inner().access_request)
+            async move {
+                let answer = service(&attempt).deny_access_request(request).await?;
+                access(answer.into_inner().access_request)
+            }
         })
     }
 }

@@ -73,6 +73,8 @@ alerts! {
     TokenLogin = "token-login", Warning, "A login failed with a return code that says nothing about the PIN.";
     BulkRelease = "bulk-release", Warning, "A service released keys of unusually many users.";
     FrequentReplacement = "frequent-replacement", Warning, "A record was replaced unusually often.";
+    FrequentAccessRequests = "frequent-access-requests", Warning, "A member made unusually many requests for access.";
+    FrequentApprovals = "frequent-approvals", Warning, "A person approved unusually many requests for access.";
     ClientDamaged = "client-damaged", Warning, "The row of an API client is damaged.";
     Registry = "registry", Critical, "The registry of wrapping keys and the token disagree.";
     WrappingKey = "wrapping-key", Critical, "A registered wrapping key is missing from the token, or must not be used.";

@@ -36,6 +36,8 @@ pub const ACCESS_CODE_BYTES_MIN: usize = 16;
 pub const ACCESS_CODE_BYTES_MAX: usize = 64;
 /// Number of wrong access codes after which a request is over.
 pub const ACCESS_CODE_TRIES_MAX: u32 = 5;
+/// Number of approvals with wrong words of the fingerprint phrase after which a request is over.
+pub const PHRASE_TRIES_MAX: u32 = 5;
 /// Longest time in microseconds in which the answer to a request can be fetched again after it was fetched: five minutes.
 pub const ANSWER_KEPT_US: i64 = 5 * 60 * 1_000_000;
 /// Largest difference in microseconds between the time of a signature and the time of the broker: five minutes.
@@ -106,11 +108,11 @@ states! {
         Pending = "pending" => [Approved, Denied, Expired];
         /// The request was approved. The requesting device can fetch the answer.
         Approved = "approved" => [Consumed, Revoked, Expired];
-        /// The request was denied, or its device sent too many wrong access codes.
+        /// The request was denied, its device sent too many wrong access codes, or approvers sent too many wrong words of its phrase.
         Denied = "denied" => [];
         /// The device confirmed the answer, or five minutes have passed since it fetched the answer.
-        Consumed = "consumed" => [];
-        /// The approval was withdrawn before the answer was consumed.
+        Consumed = "consumed" => [Revoked];
+        /// The approval was withdrawn. If the answer was consumed before, the trust that followed from it was ended.
         Revoked = "revoked" => [];
         /// The request was not decided, or its answer not fetched, in time. This state is computed from the time.
         Expired = "expired" => [];
@@ -118,9 +120,9 @@ states! {
 }
 
 impl AccessState {
-    /// Whether the request can still change.
+    /// Whether the request can still be decided, or its answer can still be fetched.
     pub const fn is_open(self) -> bool {
-        !self.next().is_empty()
+        matches!(self, Self::Pending | Self::Approved)
     }
 
     /// The state at the time `now` of a request with this stored state. An answer that was fetched is consumed after

@@ -55,6 +55,7 @@ static EFFECT: Label = Label::fixed("effect", || vec!["permit", "forbid"]);
 static METHOD: Label = Label::fixed("method", || vec!["GET", "POST", "PUT"]);
 static REWRAP_RESULT: Label =
     Label::fixed("result", || vec!["moved", "changed-meanwhile", "failed"]);
+static NOTICE_RESULT: Label = Label::fixed("result", || vec!["delivered", "failed", "dropped"]);
 static ASSURANCE: Label = Label::open("assurance");
 static STATUS: Label = Label::open("status");
 static ISSUER: Label = Label::open("issuer");
@@ -424,6 +425,8 @@ declare! {
         STORE_SLOW_STATEMENTS = "keybroker_store_slow_statements_total" [STATEMENT] "Database statements that took longer than a second.";
         TOKEN_WORKER_RESTARTS = "keybroker_token_worker_restarts_total" [TOKEN] "Token workers that ended and were replaced.";
         TOKEN_FAILOVERS = "keybroker_token_failovers_total" [TOKEN] "Jobs that another token did because this token failed or answered late.";
+        NOTICES = "keybroker_notices_total" [NOTICE_RESULT] "Notices to members, by result: delivered, failed (given up), dropped (too many were waiting).";
+        NOTICE_RETRIES = "keybroker_notice_retries_total" [] "Number of times that a notice to a member is sent again.";
         REWRAP_ROWS = "keybroker_rewrap_rows_total" [REWRAP_RESULT] "Rows that a re-wrap handled, by result.";
     }
     gauges {
@@ -454,6 +457,7 @@ declare! {
             keys was registered; 0 if no key wraps new user keys.";
         KEY_DESTRUCTIONS_SCHEDULED = "keybroker_key_destructions_scheduled" [] "Wrapping keys whose destruction is scheduled.";
         KEY_DESTRUCTIONS_DUE = "keybroker_key_destructions_due" [] "Wrapping keys whose scheduled destruction is due and not done yet.";
+        NOTICES_WAITING = "keybroker_notices_waiting" [] "Notices to members that wait for their delivery or are being delivered.";
         TOKEN_SERVING = "keybroker_token_serving" [TOKEN] "1 while calls can use the token, else 0; NaN after the token was removed from the configuration.";
         TOKEN_ASSURANCE = "keybroker_token_assurance" [TOKEN, ASSURANCE] "1 for the word that describes the protection of the token's keys, 0 for the other words.";
         TOKEN_WORKERS = "keybroker_token_workers" [TOKEN] "Token workers that are ready.";

@@ -30,6 +30,7 @@ pub(crate) mod console;
 pub(crate) mod devices;
 mod files;
 mod named;
+pub(crate) mod notices;
 pub(crate) mod release;
 #[cfg(test)]
 mod tests;
@@ -107,6 +108,12 @@ pub struct Config {
     /// The `[devices]` section.
     #[serde(default)]
     pub devices: devices::Settings,
+    /// The `[notices]` section; without it, no notices are sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notices: Option<notices::Settings>,
+    /// The `[[network]]` sections.
+    #[serde(rename = "network", default)]
+    pub networks: Vec<policy::NamedNetwork>,
     /// The `[console]` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<console::Settings>,

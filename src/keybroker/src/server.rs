@@ -20,6 +20,7 @@ mod handshake;
 mod identify;
 mod listener;
 mod log_limit;
+mod notices;
 mod notify;
 mod opening;
 mod run;

@@ -19,7 +19,7 @@
 //!
 //! - `C_WrapKey` with three mechanisms that `cryptoki` 0.12 does not have ([`WrapMechanism`]).
 //!
-//! - `C_GenerateKeyPair` with `CKA_UNWRAP_TEMPLATE`: `cryptoki` 0.12 does not have this attribute, whose value is an
+//! - `C_GenerateKeyPair` and `C_CreateObject` with `CKA_UNWRAP_TEMPLATE`: `cryptoki` 0.12 does not have this attribute, whose value is an
 //!   array of attributes.
 //!
 //! - `C_Decrypt`, `C_Sign` and `C_WrapKey`: `cryptoki` 0.12 calls each of them twice, the first time for the length of
@@ -280,6 +280,19 @@ impl Session {
     ) -> Result<(ObjectHandle, ObjectHandle)> {
         let private = [private, &[unwrap_template(unwrapped)]].concat();
         self.cryptoki.generate_key_pair(mechanism, public, &private)
+    }
+
+    /// Creates a private key (`C_CreateObject`) with `CKA_UNWRAP_TEMPLATE`, like [`generate_unwrapping_pair`](Self::generate_unwrapping_pair).
+    /// The template is unchanged afterwards. It is not copied, because it contains the secret parts of the key.
+    pub fn create_unwrapping_object(
+        &self,
+        template: &mut Vec<Attribute>,
+        unwrapped: &[Attribute],
+    ) -> Result<ObjectHandle> {
+        template.push(unwrap_template(unwrapped));
+        let made = self.cryptoki.create_object(template);
+        template.pop();
+        made
     }
 }
 

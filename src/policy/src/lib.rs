@@ -35,6 +35,7 @@ mod error;
 mod explain;
 mod files;
 mod kept;
+mod networks;
 mod problem;
 mod set;
 mod shape;
@@ -44,6 +45,7 @@ mod verdict;
 mod vocabulary;
 
 pub use explain::{Applies, Explanation, PolicyView};
+pub use networks::{NamedNetwork, Networks};
 pub use problem::{Problem, Problems};
 pub use set::{NamedPrincipal, Summary};
 pub use verdict::Verdict;
@@ -161,6 +163,8 @@ pub enum Resource<'a> {
         device_type: &'a str,
         /// The address from which the request came.
         peer: IpAddr,
+        /// The name of the network of this address; empty if no network contains it.
+        place: &'a str,
     },
     /// The control plane.
     Broker,
@@ -246,6 +250,8 @@ pub struct Case<'a> {
     pub release: Release,
     /// The address of the connection's peer.
     pub peer: IpAddr,
+    /// The name of the network of this address; empty if no network contains it.
+    pub place: &'a str,
     /// The time of the call.
     pub at: Timestamp,
 }
@@ -263,7 +269,7 @@ impl Permit {
     }
 }
 
-/// Proof that a policy allowed an action on one user key. Only [`Policy::decide_key`] creates a
+/// Proof that a policy allowed an action on one user key. Only the functions of [`Policy`] create a
 /// `KeyPermit`. Functions that read or change the record take the record's address only from this
 /// permit. Therefore a permit for one record cannot be used for another record.
 #[derive(Debug)]
@@ -313,6 +319,7 @@ impl Denied {
 #[derive(Debug)]
 pub struct Policy {
     settings: Settings,
+    networks: Networks,
     current: ArcSwap<Set>,
     watch: Mutex<Watch>,
 }
@@ -329,15 +336,23 @@ struct Watch {
 }
 
 impl Policy {
-    /// Loads the policies; fails if any policy or file has a problem.
-    pub fn load(settings: &Settings) -> Result<Arc<Self>, Problems> {
+    /// Loads the policies; fails if any policy or file has a problem. `networks` give the places of addresses.
+    pub fn load(settings: &Settings, networks: Networks) -> Result<Arc<Self>, Problems> {
         let set = Set::load(settings)?;
         set.report();
         Ok(Arc::new(Self {
             settings: settings.clone(),
+            networks,
             current: ArcSwap::from_pointee(set),
             watch: Mutex::default(),
         }))
+    }
+
+    /// The place of the peer of a connection: the name of the network of its address. Returns an empty string if no network
+    /// contains the address, or if the peer has no address.
+    pub fn place_of(&self, peer: &str) -> &str {
+        let address = peer.parse::<SocketAddr>().map(|peer| peer.ip());
+        address.map_or("", |address| self.networks.place_of(address))
     }
 
     /// Decides whether an action is allowed.
@@ -356,6 +371,7 @@ impl Policy {
             resource: question.resource,
             release: question.release,
             peer: peer.ip(),
+            place: self.networks.place_of(peer.ip()),
             at: Timestamp::now(),
         };
         let verdict = floor(&case).unwrap_or_else(|| engine::decide(&self.current.load(), &case));
@@ -436,6 +452,33 @@ impl Policy {
             action: question.action,
             address,
             release: question.release,
+        })
+    }
+
+    /// Decides whether a member may rotate the user key with a trusted device. The permit is for the replacement of this user key. The
+    /// policies see only the rotation: the signature of a trusted device protects it, so a policy can forbid `user_key.replace` for
+    /// access tokens and still allow rotations.
+    pub fn decide_rotation(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        address: KeyAddress,
+    ) -> Result<KeyPermit, Denied> {
+        let permit = self.decide(&Question {
+            principal,
+            action: Action::RotateDevices,
+            resource: Resource::Devices {
+                tenant: &address.tenant,
+                user: Some(&address.user),
+            },
+            release: Release::Plain,
+            call,
+        })?;
+        Ok(KeyPermit {
+            policy: permit.policy,
+            action: Action::Replace,
+            address,
+            release: Release::Plain,
         })
     }
 

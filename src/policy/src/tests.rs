@@ -79,7 +79,7 @@ fn service(roles: &[Role]) -> Identity {
 }
 
 fn shipped() -> Arc<Policy> {
-    Policy::load(&Settings::default()).unwrap()
+    Policy::load(&Settings::default(), Networks::default()).unwrap()
 }
 
 /// Returns a policy set with the files `files` of an operator.
@@ -88,10 +88,11 @@ fn with_files(files: &[(&str, &str)]) -> Result<(tempfile::TempDir, Arc<Policy>)
     for (name, text) in files {
         std::fs::write(folder.path().join(name), text).unwrap();
     }
-    let policy = Policy::load(&Settings {
+    let settings = Settings {
         directory: Some(folder.path().to_owned()),
         ..Settings::default()
-    })?;
+    };
+    let policy = Policy::load(&settings, Networks::default())?;
     Ok((folder, policy))
 }
 
@@ -112,6 +113,7 @@ fn with_case<T>(identity: &Identity, evaluate: impl FnOnce(&Case<'_>) -> T) -> T
         },
         release: Release::Plain,
         peer: PEER,
+        place: "",
         at: NOON,
     })
 }

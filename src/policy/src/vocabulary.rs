@@ -257,6 +257,7 @@ impl Vocabulary {
                 requested_by,
                 device_type,
                 peer,
+                place,
             } => {
                 attributes.add("user", || text(user.as_str()));
                 attributes.add("requestedBy", || text(requested_by));
@@ -264,6 +265,7 @@ impl Vocabulary {
                 attributes.add("requestPeer", || {
                     Value::new_ip(peer.to_canonical().to_string())
                 });
+                attributes.add("requestPlace", || text(place));
                 (&self.access_request, format!("{tenant}/{user}"))
             }
         };
@@ -290,6 +292,7 @@ fn context(case: &Case<'_>, wanted: Wanted<'_>) -> Result<Context, Error> {
     attributes.add("peer", || {
         Value::new_ip(case.peer.to_canonical().to_string())
     });
+    attributes.add("place", || text(case.place));
     attributes.add("time", || Value::new_datetime(datetime(case.at)));
     if case.action == Action::Unwrap {
         let (form, recipient) = match case.release {

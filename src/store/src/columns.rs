@@ -164,7 +164,8 @@ tables! {
         public_key: Bytes, code_mac: Bytes, code_key_id: Bytes, requested_by: Text, peer: Text,
         requested_us: Integer, expires_us: Integer, tries: Integer, first_approved_by: Text, decided_by: Text,
         decided_device: Bytes, decided_us: OptionalInteger, answer: Bytes, answer_form: Text,
-        fetched_us: OptionalInteger, closed_us: OptionalInteger, mac: Bytes,
+        fetched_us: OptionalInteger, closed_us: OptionalInteger, answer_revision: OptionalInteger, wrong_words: Integer,
+        mac: Bytes,
     }
     /// The registry of wrapping keys.
     WrappingKeys = wrapping_keys {

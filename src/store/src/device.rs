@@ -6,7 +6,8 @@ use keybroker_core::{
     call::{CallId, Timestamp},
     device::{AccessState, ApprovalRoad, DeviceState},
     envelope::{Mac, mac::MacMessage},
-    key::{AccessRequestId, DeviceId, KeyName, Revision, Tenant, UserId, WrappingKeyId},
+    key::{AccessRequestId, DeviceId, KeyName, RecordId, Revision, Tenant, UserId, WrappingKeyId},
+    principal::Reach,
 };
 
 use super::{
@@ -16,7 +17,7 @@ use super::{
 
 /// Highest number of devices of one member that one query returns. A member cannot have more rows.
 pub const DEVICES_MAX: u32 = 200;
-/// Highest number of requests for access that one query returns.
+/// Highest number of requests for access on one page.
 pub const ACCESS_REQUESTS_LISTED_MAX: u32 = 200;
 /// Longest name of the form of an answer, in bytes.
 pub const ANSWER_FORM_BYTES_MAX: usize = 32;
@@ -195,6 +196,10 @@ pub struct AccessRow {
     pub fetched: Option<Timestamp>,
     /// When the answer was confirmed, or the approval withdrawn.
     pub closed: Option<Timestamp>,
+    /// The revision of the user key that the answer opens; `None` unless the request was approved.
+    pub answer_revision: Option<Revision>,
+    /// How many approvals had wrong words of the fingerprint phrase.
+    pub wrong_words: u32,
     /// A MAC over all fields above, except `signer`, by the integrity key of `signer`.
     pub mac: Mac,
 }
@@ -219,6 +224,7 @@ impl AccessRow {
         let [requested, expires, decided, fetched, closed] = &times;
         let address = &self.device.address;
         let approved_by = decision.and_then(|decision| decision.device);
+        let revision = self.answer_revision.map_or(0, Revision::get).to_be_bytes();
         MacMessage::access_request(&[
             address.tenant.as_str().as_bytes(),
             address.user.as_str().as_bytes(),
@@ -251,6 +257,8 @@ impl AccessRow {
                 .map_or(&[][..], |answer| answer.form.as_bytes()),
             fetched,
             closed,
+            &revision,
+            &self.wrong_words.to_be_bytes(),
         ])
     }
 }
@@ -264,15 +272,31 @@ pub struct DamagedAccess {
     pub detail: String,
 }
 
-/// Which requests for access are wanted.
+/// The place of a request for access in a list: the newest first, and those of one moment in the order of their ids.
+pub type AccessPlace = (Timestamp, AccessRequestId);
+
+/// Which requests for access are wanted, and which page of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AccessFilter {
-    /// The requests of one member.
-    Member(Tenant, UserId),
-    /// The requests of a tenant that are stored as pending and expire after this time.
-    PendingOf(Tenant, Timestamp),
-    /// All requests of a tenant.
-    All(Tenant),
+pub struct AccessQuery {
+    /// The tenant of the members.
+    pub tenant: Tenant,
+    /// The members.
+    pub users: Reach<UserId>,
+    /// If set, only requests that are pending are wanted.
+    pub pending: Option<PendingOnly>,
+    /// The last place of the page before.
+    pub after: Option<AccessPlace>,
+    /// The number of requests, at most [`ACCESS_REQUESTS_LISTED_MAX`].
+    pub limit: u32,
+}
+
+/// The requests that are pending at a time. A row whose state is none that a broker writes counts as pending, so that it is noticed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PendingOnly {
+    /// The time.
+    pub now: Timestamp,
+    /// The requests of this principal are not wanted; empty if all are.
+    pub except: String,
 }
 
 /// The number of requests for access of one member that have not expired.
@@ -310,14 +334,34 @@ pub type TrustedSet = (Tenant, UserId, Vec<(DeviceId, Mac)>);
 pub struct DeviceChange {
     /// The devices that are added or changed.
     pub devices: Vec<Changed<DeviceRow>>,
+    /// The damaged devices that are removed. With them, all requests of the member are removed: without the rows, no broker could know that
+    /// a trust was ended after their approval.
+    pub removes: Vec<DeviceAddress>,
     /// The request that is added or changed.
     pub request: Option<Changed<AccessRow>>,
-    /// The revision that the user key must have until the transaction ends.
-    pub requires: Option<RecordInfo>,
+    /// If set, `request` is new: the earlier pending requests of its device are removed, and the member must have fewer other requests
+    /// than these.
+    pub fewer_than: Option<AccessCounts>,
+    /// A request that must not change until the transaction ends, with its MAC.
+    pub unchanged: Option<(AccessRequestId, Mac)>,
+    /// The user key that must be active, and the revision that it must have, until the transaction ends.
+    pub requires: Option<(RecordId, Revision)>,
     /// The complete set of trusted devices that the member must have until the transaction ends, with their MACs.
     pub trusted: Option<TrustedSet>,
     /// The new revision of the user key.
     pub replaces: Option<Replacement>,
+}
+
+impl DeviceChange {
+    /// The member whom the change concerns.
+    pub(crate) fn member(&self) -> Option<(&Tenant, &UserId)> {
+        let devices = self.devices.iter().map(|changed| &changed.row.address);
+        let request = self.request.iter().map(|one| &one.row.device.address);
+        let mut places = devices.chain(&self.removes).chain(request);
+        places
+            .next()
+            .map(|address| (&address.tenant, &address.user))
+    }
 }
 
 /// The swap of the MAC of one device.
@@ -356,7 +400,8 @@ pub trait Devices: Send + Sync {
         limit: u32,
     ) -> Result<Vec<(DeviceAddress, Result<DeviceRow, DamagedDevice>)>, Error>;
 
-    /// Changes devices, a request and a user key in one transaction, which also stores the mark of the call. Returns
+    /// Changes devices, a request and a user key of one member in one transaction, which also stores the mark of the call. The
+    /// transaction first locks the user keys of the member, so that two changes of one member never run at the same time. Returns
     /// [`Error::Exists`] if a new row exists, [`Error::Conflict`] if a row was changed meanwhile, and [`Error::Revision`] if the user
     /// key has another revision than required.
     async fn change_devices(
@@ -382,22 +427,36 @@ pub trait Devices: Send + Sync {
     /// Returns a request for access.
     async fn access_request(&self, id: AccessRequestId) -> Result<Option<AccessRow>, Error>;
 
-    /// Returns the newest of the wanted requests, at most [`ACCESS_REQUESTS_LISTED_MAX`], newest first.
+    /// Returns one page of the wanted requests with their places, newest first. A row whose place cannot be read ends the page with an
+    /// error.
     async fn access_requests(
         &self,
-        wanted: &AccessFilter,
-    ) -> Result<Vec<Result<AccessRow, DamagedAccess>>, Error>;
+        wanted: &AccessQuery,
+    ) -> Result<Vec<(AccessPlace, Result<AccessRow, DamagedAccess>)>, Error>;
 
-    /// Returns the newest request of a device that is stored as pending.
-    async fn newest_pending(&self, device: &DeviceAddress) -> Result<Option<AccessRow>, Error>;
-
-    /// Counts the requests of a member that have not expired at a time.
+    /// Counts the requests of a member that have not expired at a time, except the pending requests of this device of the member.
     async fn count_access_requests(
+        &self,
+        device: &DeviceAddress,
+        now: Timestamp,
+    ) -> Result<AccessCounts, Error>;
+
+    /// Counts the requests that a member made after a time.
+    async fn recent_access_requests(
         &self,
         tenant: &Tenant,
         user: &UserId,
-        now: Timestamp,
-    ) -> Result<AccessCounts, Error>;
+        after: Timestamp,
+    ) -> Result<u64, Error>;
+
+    /// Counts the requests of a tenant that a principal approved for members after a time. As the first of two approvers, the
+    /// requests count that were made after this time.
+    async fn recent_approvals(
+        &self,
+        tenant: &Tenant,
+        principal: &str,
+        after: Timestamp,
+    ) -> Result<u64, Error>;
 
     /// Removes the requests that expired before a time, and returns their number.
     async fn forget_access_requests(&self, before: Timestamp) -> Result<u64, Error>;

@@ -70,10 +70,10 @@ pub use destruction::{
     UnreadableDestruction,
 };
 pub use device::{
-    ACCESS_REQUESTS_LISTED_MAX, ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessFilter,
-    AccessRow, Answer, AskingDevice, Changed, DEVICES_MAX, DamagedAccess, DamagedDevice,
-    DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices, PEER_BYTES_MAX, Replacement,
-    SealedKeys, TrustedSet,
+    ACCESS_REQUESTS_LISTED_MAX, ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessPlace,
+    AccessQuery, AccessRow, Answer, AskingDevice, Changed, DEVICES_MAX, DamagedAccess,
+    DamagedDevice, DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices, PEER_BYTES_MAX,
+    PendingOnly, Replacement, SealedKeys, TrustedSet,
 };
 pub use error::{Detail, Error};
 pub use identity::{CHANGES_MAX, Evidence, KnownLog, StoreId};

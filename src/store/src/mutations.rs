@@ -212,17 +212,18 @@ pub(super) async fn mark(
     expect_one(session.execute(sql.insert_change, mark).await?)
 }
 
-/// Locks a record, and requires that it is active and has the revision of `expected`.
+/// Locks a record, and requires that it is active and has a revision.
 pub(super) async fn require_revision(
     session: &mut impl Session,
     sql: &Statements,
-    expected: &RecordInfo,
+    record: RecordId,
+    expected: Revision,
 ) -> Result<(), Error> {
-    let current = locked(session, sql, expected.id).await?;
+    let current = locked(session, sql, record).await?;
     if current.state != RecordState::Active {
         return Err(Error::State);
     }
-    if current.revision != expected.revision {
+    if current.revision != expected {
         return Err(Error::Revision {
             current: current.revision,
         });
@@ -272,7 +273,7 @@ fn is_same_change(expected: &RecordInfo, info: &RecordInfo) -> bool {
     moved == *info
 }
 
-/// Removes a record with all its revisions, and the devices that open its user key, if the record was deleted before the time `before` and
+/// Removes a record with all its revisions, the devices that open its user key, and the requests for it, if the record was deleted before the time `before` and
 /// is still deleted. Returns whether the record was removed.
 pub(super) async fn purge(
     session: &mut impl Session,
@@ -292,7 +293,9 @@ pub(super) async fn purge(
         address.user.as_str().into(),
         address.name.as_str().into(),
     ];
-    session.execute(sql.device.remove_of_key, of_key).await?;
+    for statement in [sql.device.remove_of_key, sql.device.remove_requests_of_key] {
+        session.execute(statement, of_key.clone()).await?;
+    }
     for statement in [sql.delete_use, sql.delete_revisions] {
         session.execute(statement, vec![record.into()]).await?;
     }

@@ -13,6 +13,7 @@ mod device;
 mod rewrap;
 
 use device::DeviceStatements;
+pub(super) use device::USERS_AT_ONCE;
 use rewrap::RewrapStatements;
 
 /// Number of records whose last uses one statement reads or stores.

@@ -14,7 +14,7 @@ use crate::{
     identity::{Client as Registered, Identity, Options as IdentityOptions, user},
     process::Broker,
     softhsm::write_private,
-    tokens::{ADA, start_sealed_with},
+    tokens::{ADA, start_sealed_on},
 };
 
 /// The user ids of the approvers at the provider.
@@ -86,7 +86,7 @@ impl ConsoleSite {
             persons: persons(),
             ..IdentityOptions::default()
         });
-        let broker = start_sealed_with(&identity, |site| {
+        let broker = start_sealed_on(&identity, |site| {
             let secret = site.folder().join("client-secret");
             write_private(&secret, &format!("{CLIENT_SECRET}\n"));
             format!(
@@ -102,6 +102,10 @@ name = "approvers-of-bob"
 when = [{{ claim = "groups", any_of = ["approvers-of-bob"] }}]
 roles = ["approver"]
 users = ["bob"]
+
+[[network]]
+name = "loopback"
+addresses = ["127.0.0.0/8"]
 
 [devices]
 {devices}

@@ -105,6 +105,18 @@ fn only_a_good_key_in_a_private_file_is_imported() {
         assert_eq!(refused.code, Some(2), "{file}: {refused:#?}");
         assert!(refused.stderr.contains(words), "{file}: {refused:#?}");
     }
+    // A text that is neither of the two forms, and a key that needs no second file.
+    let file = site.folder().join("symmetric");
+    write_private(&file, &"5".repeat(64));
+    let with_key = ["--organization-key-file", file.to_str().unwrap()];
+    for (file, words) in [
+        ("cut.der", "not an encrypted private key"),
+        ("key.der", "is not needed"),
+    ] {
+        let refused = import(&site, ORGANIZATION, file, &with_key);
+        assert_eq!(refused.code, Some(2), "{file}: {refused:#?}");
+        assert!(refused.stderr.contains(words), "{file}: {refused:#?}");
+    }
     let key = site.folder().join("key.der");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     let open = import(&site, ORGANIZATION, "key.der", &[]);

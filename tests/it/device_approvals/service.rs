@@ -137,6 +137,23 @@ fn the_service_approves_at_most_so_many_requests_in_an_hour() {
         "{finished:#?}"
     );
     assert_eq!(desk.server.decisions().len(), 2);
+    // The count survives the process, and ends with the hour.
+    let later = desk.run(&["run", "--once"]);
+    assert_eq!(later.code, Some(0), "{later:#?}");
+    assert_eq!(desk.server.decisions().len(), 2);
+    let slots = "member_id = zeroblob(16)";
+    let count = format!("SELECT count(*) FROM bitwarden_member_keys WHERE {slots}");
+    assert_eq!(desk.site.sql(&count).trim(), "2");
+    assert_eq!(desk.site.run(&["store", "check"]).code, Some(0));
+    // A slot that was altered permits nothing.
+    let earlier = format!("UPDATE bitwarden_member_keys SET pinned_us = 1 WHERE {slots}");
+    desk.site.sql(&earlier);
+    desk.run(&["run", "--once"]);
+    assert_eq!(desk.server.decisions().len(), 2);
+    desk.site
+        .sql(&format!("DELETE FROM bitwarden_member_keys WHERE {slots}"));
+    desk.run(&["run", "--once"]);
+    assert_eq!(desk.server.decisions().len(), 3);
 }
 
 #[test]

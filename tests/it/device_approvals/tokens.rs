@@ -1,9 +1,12 @@
 //! Tokens that lie, and tokens that are gone.
 
+use std::sync::Arc;
+
 use super::desk::{Desk, Device};
 use crate::{
     faulty::{Fault, code},
     faulty_token::put_before,
+    modules::{Maker, Stand},
 };
 
 /// Nothing is decided if the token is gone in the middle, and nothing is lost: the same command succeeds later.
@@ -48,4 +51,25 @@ fn a_token_that_makes_readable_objects_is_refused() {
         "{finished:#?}"
     );
     assert_eq!(desk.server.decisions(), []);
+}
+
+/// The import and the approval on a module of another maker, whose attributes and return codes differ.
+#[test]
+fn kryoptic_imports_the_key_and_approves() {
+    let stand = Stand::new(Maker::Kryoptic);
+    let desk = Desk::on(Arc::clone(&stand.site));
+    let (ada, user_key) = desk.member("ada@example.org");
+    let device = Device::new();
+    let request = desk.request(&ada, &device);
+    assert_eq!(desk.ok(&["list"])[0]["key_state"], "first-seen");
+    desk.ok(&["approve", &request, "--yes"]);
+    assert_eq!(device.open(&desk.server.decisions()[0]), user_key);
+    // A key that was wrapped for another organisation is refused, and nothing is decided.
+    let (bob, _) = desk.member("bob@example.org");
+    let other = Device::new().0.wrap(&user_key);
+    desk.server.set_key(&bob, Some(&other));
+    let request = desk.request(&bob, &Device::new());
+    let refused = desk.run(&["approve", &request, "--yes"]);
+    assert_eq!(refused.code, Some(10), "{refused:#?}");
+    assert_eq!(desk.server.decisions().len(), 1);
 }

@@ -67,7 +67,7 @@ async fn an_approver_sees_two_blanks_and_denies() {
             .unwrap(),
     ];
     let carol = approver(&broker, &service, "approvers");
-    let pending = proto::ListAccessRequestsRequest { show_all: false };
+    let pending = proto::ListAccessRequestsRequest::default();
     let listed = carol
         .list_access_requests(pending)
         .await
@@ -179,6 +179,8 @@ async fn an_approver_ends_the_trust_of_a_covered_member_and_uses_no_device() {
     let commands = Command::of(&broker, &token(&service, CAROL, "approvers-of-ada"));
     let ended = commands.json(&["device", "untrust", "--user", ADA, "--all", "--lost"]);
     assert_eq!(ended[0]["state"], "lost");
+    let own = commands.run(&["device", "list"]);
+    assert!(own.stderr.contains("with --user"), "{own:#?}");
     let devices = commands.json(&["device", "list", "--user", ADA]);
     assert_eq!(devices[0]["name"], "device 1");
     assert_eq!(ada.devices().await[0].state(), DeviceState::Lost);
@@ -201,7 +203,7 @@ impl<'b> Command<'b> {
         }
     }
 
-    fn run(&self, words: &[&str]) -> Finished {
+    pub(super) fn run(&self, words: &[&str]) -> Finished {
         let broker = self.broker;
         let mut command = broker.site.command(&["--output", "json"]);
         command

@@ -22,7 +22,7 @@ use super::{
     member::{App, CODE, Member, spki},
 };
 
-const DAVE: &str = "1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed";
+pub(super) const DAVE: &str = "1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed";
 
 fn approval(
     request: &proto::AccessRequest,
@@ -37,14 +37,17 @@ fn approval(
 }
 
 /// What the approver sends after the member said the two words.
-async fn heard(approver: &Member, asked: &proto::AccessRequest) -> proto::ApproveForMemberRequest {
+pub(super) async fn heard(
+    approver: &Member,
+    asked: &proto::AccessRequest,
+) -> proto::ApproveForMemberRequest {
     let listed = approver.requests().await;
     let shown = listed.iter().find(|one| one.id == asked.id).unwrap();
     approval(shown, asked)
 }
 
 /// A request to administrators, with a key pair that the test can open.
-async fn asks(member: &Member, app: &App) -> (proto::AccessRequest, Pair) {
+pub(super) async fn asks(member: &Member, app: &App) -> (proto::AccessRequest, Pair) {
     let pair = Pair::fresh();
     let mut wanted = app.wants(AccessApprover::Administrator);
     wanted.public_key.clone_from(&pair.public);
@@ -52,7 +55,7 @@ async fn asks(member: &Member, app: &App) -> (proto::AccessRequest, Pair) {
     (made.access_request.unwrap(), pair)
 }
 
-fn dave(broker: &Broker, service: &Identity) -> Member {
+pub(super) fn dave(broker: &Broker, service: &Identity) -> Member {
     Member::with_token(broker, DAVE, &token(service, DAVE, "approvers"))
 }
 

@@ -1,5 +1,7 @@
 //! Who may do what with a request for access in which state: every cell of the table is asked of the real broker.
 
+use std::cell::Cell;
+
 use tonic::Status;
 
 use keybroker_proto::{self as proto, AccessApprover};
@@ -40,7 +42,7 @@ denied    deny     DEVICE_STATE  DEVICE_NOT_FOUND  DEVICE_STATE  POLICY
 consumed  fetch    DEVICE_STATE  DEVICE_NOT_FOUND  POLICY        POLICY
 consumed  confirm  DEVICE_STATE  DEVICE_NOT_FOUND  POLICY        POLICY
 consumed  approve  DEVICE_STATE  DEVICE_NOT_FOUND  POLICY        POLICY
-consumed  deny     DEVICE_STATE  DEVICE_NOT_FOUND  DEVICE_STATE  POLICY
+consumed  deny     OK            DEVICE_NOT_FOUND  OK            POLICY
 revoked   fetch    DEVICE_STATE  DEVICE_NOT_FOUND  POLICY        POLICY
 revoked   confirm  DEVICE_STATE  DEVICE_NOT_FOUND  POLICY        POLICY
 revoked   approve  DEVICE_STATE  DEVICE_NOT_FOUND  POLICY        POLICY
@@ -51,6 +53,8 @@ struct Stage {
     ada: Member,
     first: App,
     others: Vec<Member>,
+    /// The number of the device that asked last.
+    asked: Cell<u8>,
 }
 
 impl Stage {
@@ -64,13 +68,16 @@ impl Stage {
                 approver(broker, service, "approvers"),
                 approver(broker, service, "approvers-of-bob"),
             ],
+            asked: Cell::new(1),
         }
     }
 
     /// A new request in this state.
     async fn request_in(&self, state: &str) -> proto::AccessRequest {
         let ada = &self.ada;
-        let asked = ada.asks(&App::new(2), AccessApprover::Device).await;
+        self.asked.update(|number| number + 1);
+        let app = App::new(self.asked.get());
+        let asked = ada.asks(&app, AccessApprover::Device).await;
         let request = asked.unwrap();
         if state == "denied" {
             ada.denies(&request).await.unwrap();

@@ -200,6 +200,11 @@ impl Member {
         }
     }
 
+    /// The client, for calls with other settings.
+    pub(crate) fn client(&self) -> DeviceServiceClient<Channel> {
+        self.devices.clone()
+    }
+
     /// A member with a user key and a first trusted device.
     pub(crate) async fn with_first_device(
         broker: &Broker,
@@ -296,15 +301,38 @@ impl Member {
         &self,
         request: &proto::AccessRequest,
     ) -> Result<proto::AccessRequest, Status> {
+        self.deny(request, None).await
+    }
+
+    /// Denies a request, or ends what followed from its approval, signed by `signer`.
+    pub(crate) async fn ends_approval(
+        &self,
+        request: &proto::AccessRequest,
+        signer: Option<&App>,
+    ) -> Result<proto::AccessRequest, Status> {
+        let fields: [&[u8]; 3] = [b"untrusted", b"these", &request.device_id];
+        let signature = signer.map(|signer| signer.sign("untrust", &self.user, &fields));
+        self.deny(request, signature).await
+    }
+
+    async fn deny(
+        &self,
+        request: &proto::AccessRequest,
+        signature: Option<proto::DeviceSignature>,
+    ) -> Result<proto::AccessRequest, Status> {
         let denied = self.deny_access_request(proto::DenyAccessRequestRequest {
             access_request_id: request.id.clone(),
+            signature,
         });
         Ok(denied.await?.access_request.unwrap())
     }
 
     /// All requests of the member.
     pub(crate) async fn requests(&self) -> Vec<proto::AccessRequest> {
-        let all = proto::ListAccessRequestsRequest { show_all: true };
+        let all = proto::ListAccessRequestsRequest {
+            show_all: true,
+            ..proto::ListAccessRequestsRequest::default()
+        };
         self.list_access_requests(all)
             .await
             .unwrap()

@@ -59,9 +59,10 @@ async fn a_request_is_decided_once() {
         "DEVICE_SIGNATURE",
     );
 
-    // Of two requests of a device, only the newest can be approved.
+    // A device has one pending request: a newer one replaces it.
     let newest = ada.asks(&second, AccessApprover::Device).await.unwrap();
-    refused(ada.approves(&again, &first).await, "DEVICE_STATE");
+    refused(ada.approves(&again, &first).await, "DEVICE_NOT_FOUND");
+    refused(ada.fetches(&again, CODE).await, "DEVICE_NOT_FOUND");
     ada.approves(&newest, &first).await.unwrap();
     let states: Vec<_> = ada
         .requests()
@@ -71,7 +72,6 @@ async fn a_request_is_decided_once() {
         .collect();
     let expected = [
         AccessRequestState::Approved,
-        AccessRequestState::Pending,
         AccessRequestState::Denied,
         AccessRequestState::Revoked,
     ];
@@ -167,6 +167,11 @@ async fn a_member_has_a_limited_number_of_requests() {
     }
     let sixth = ada.asks(&App::new(20), AccessApprover::Device).await;
     refused(sixth, "LIMIT");
+    // A device that asks again replaces its own request.
+    let again = App::new(14);
+    let replaced = ada.asks(&again, AccessApprover::Administrator).await;
+    replaced.unwrap();
+    assert_eq!(ada.requests().await.len(), 5);
     ada.denies(&requests[0]).await.unwrap();
     ada.asks(&App::new(20), AccessApprover::Device)
         .await

@@ -1,11 +1,12 @@
 //! Rotations: all devices and the user key, or nothing.
 
-use std::{thread, time::Duration};
+use std::{fs, thread, time::Duration};
 
 use crate::{
-    client::refused,
+    client::{Caller, refused},
     identity::{Identity, Options},
     process::Broker,
+    site::policy_section,
     tokens::{ADA, start},
 };
 
@@ -44,6 +45,25 @@ async fn a_rotation_names_every_trusted_device_once() {
     assert_eq!(ada.holder.unwrap(ADA).await.unwrap(), b"new user key");
 }
 
+/// With the published policy `devices-only`, an access token reaches no user key, and a trusted device still rotates it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trusted_device_rotates_a_key_that_no_access_token_replaces() {
+    let folder = tempfile::tempdir().unwrap();
+    let policy = include_str!("../../../docs/policies/devices-only.cedar");
+    fs::write(folder.path().join("devices-only.cedar"), policy).unwrap();
+    let service = Identity::start(Options::default());
+    let broker = start(&service, &policy_section(folder.path()));
+    let (ada, first) = Member::with_first_device(&broker, &service, ADA).await;
+    refused(ada.holder.unwrap(ADA).await, "POLICY");
+    refused(ada.holder.replace(ADA, 1).await, "POLICY");
+    let rotation = ada.rotation(1, b"new user key", &[&first], &[], &first);
+    assert_eq!(ada.rotate_devices(rotation).await.unwrap().revision, 2);
+    let forged = ada.rotation(2, b"of a thief", &[&first], &[], &App::new(2));
+    refused(ada.rotate_devices(forged).await, "DEVICE_SIGNATURE");
+    let key = Caller::of(&broker, "releaser").unwrap(ADA).await.unwrap();
+    assert_eq!(key.key_material, b"new user key");
+}
+
 /// A broker that is killed at any moment of a rotation leaves the old keys everywhere or the new keys everywhere.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_that_is_cut_off_is_whole_or_not_there() {
@@ -66,7 +86,7 @@ async fn a_rotation_that_is_cut_off_is_whole_or_not_there() {
         thread::sleep(Duration::from_millis(round * 6));
         let site = broker.kill();
         let was_answered = call.await.unwrap();
-        std::fs::remove_file(site.ready_file()).unwrap();
+        fs::remove_file(site.ready_file()).unwrap();
         let keys_before = site.log().matches("key set taken over").count();
         broker = Broker::start_on(site);
         let is_ready = || broker.site.log().matches("key set taken over").count() > keys_before;

@@ -410,6 +410,7 @@ fn wrong_devices() -> Vec<Wrong> {
     };
     let deny = DenyAccessRequestRequest {
         access_request_id: vec![7; 17],
+        signature: None,
     };
     let request = "access_request_id";
     vec![

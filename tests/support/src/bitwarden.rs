@@ -5,11 +5,9 @@
 
 use std::{
     collections::BTreeMap,
-    io,
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::Path,
     sync::{Arc, Mutex, MutexGuard},
-    thread,
     time::Duration,
 };
 
@@ -17,17 +15,11 @@ use axum::{
     Router,
     body::Body,
     http::{Method, Request, Response, StatusCode, Uri, header},
-    serve::Listener,
 };
 use base64ct::{Base64, Encoding as _};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
-use tokio_rustls::{
-    TlsAcceptor,
-    rustls::{ServerConfig, crypto::aws_lc_rs},
-    server::TlsStream,
-};
+
+use crate::https::Server;
 
 /// The personal API key of the administrator.
 pub const CLIENT_ID: &str = "user.b63cd5cc-6b2e-4d0c-8b8a-1d2a1a1f5ed2";
@@ -44,7 +36,6 @@ const LOGIN: [&str; 7] = [
     "grant_type",
     "scope",
 ];
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const BODY_BYTES_MAX: usize = 1024 * 1024;
 
 /// A member of the organisation.
@@ -104,11 +95,9 @@ pub struct Answer {
 /// A running server.
 #[derive(Debug)]
 pub struct Bitwarden {
-    address: SocketAddr,
+    server: Server,
     organization: String,
     state: Arc<Mutex<State>>,
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<thread::JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -125,22 +114,20 @@ struct State {
 impl Bitwarden {
     /// Starts a server for one organisation, with the certificate and key of PEM files.
     pub fn start(organization: &str, certificate: &Path, key: &Path) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let address = listener.local_addr().unwrap();
         let state = Arc::new(Mutex::new(State {
             organization: organization.to_owned(),
             ..State::default()
         }));
-        let acceptor = acceptor(certificate, key);
-        let (stop, stopped) = oneshot::channel::<()>();
         let shared = Arc::clone(&state);
-        let thread = thread::spawn(move || serve(listener, acceptor, &shared, stopped));
+        let router = Router::new().fallback(move |request| {
+            let state = Arc::clone(&shared);
+            async move { respond(&state, request).await }
+        });
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
         Self {
-            address,
+            server: Server::start(any, certificate, key, router),
             organization: organization.to_owned(),
             state,
-            stop: Some(stop),
-            thread: Some(thread),
         }
     }
 
@@ -150,12 +137,15 @@ impl Bitwarden {
 
     /// URL of the API.
     pub fn api_url(&self) -> String {
-        format!("https://localhost:{}/api", self.address.port())
+        format!("https://localhost:{}/api", self.server.address().port())
     }
 
     /// URL of the identity service.
     pub fn identity_url(&self) -> String {
-        format!("https://localhost:{}/identity", self.address.port())
+        format!(
+            "https://localhost:{}/identity",
+            self.server.address().port()
+        )
     }
 
     /// Path of the organisation's requests.
@@ -238,17 +228,6 @@ impl Bitwarden {
     }
 }
 
-impl Drop for Bitwarden {
-    fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            stop.send(()).ok();
-        }
-        if let Some(thread) = self.thread.take() {
-            thread.join().unwrap();
-        }
-    }
-}
-
 /// The current time as the server writes it.
 fn now() -> String {
     at(0)
@@ -263,73 +242,6 @@ pub fn at(seconds: i64) -> String {
         .format(&time::format_description::well_known::Rfc3339)
         .unwrap();
     text.replace('Z', ".1234567Z")
-}
-
-fn acceptor(certificate: &Path, key: &Path) -> TlsAcceptor {
-    let chain = CertificateDer::pem_file_iter(certificate).unwrap();
-    let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(
-            chain.map(Result::unwrap).collect(),
-            PrivateKeyDer::from_pem_file(key).unwrap(),
-        )
-        .unwrap();
-    TlsAcceptor::from(Arc::new(config))
-}
-
-fn serve(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    state: &Arc<Mutex<State>>,
-    stopped: oneshot::Receiver<()>,
-) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        listener.set_nonblocking(true).unwrap();
-        let listener = TlsListener {
-            listener: tokio::net::TcpListener::from_std(listener).unwrap(),
-            acceptor,
-        };
-        let state = Arc::clone(state);
-        let router = Router::new().fallback(move |request| {
-            let state = Arc::clone(&state);
-            async move { respond(&state, request).await }
-        });
-        tokio::select! {
-            served = axum::serve(listener, router) => served.unwrap(),
-            _ = stopped => {}
-        }
-    });
-}
-
-struct TlsListener {
-    listener: tokio::net::TcpListener,
-    acceptor: TlsAcceptor,
-}
-
-impl Listener for TlsListener {
-    type Io = TlsStream<tokio::net::TcpStream>;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            let (stream, peer) = self.listener.accept().await.unwrap();
-            let accepted = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(stream));
-            // A client that does not trust the certificate ends the handshake.
-            if let Ok(Ok(stream)) = accepted.await {
-                return (stream, peer);
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.listener.local_addr()
-    }
 }
 
 async fn respond(state: &Mutex<State>, request: Request<Body>) -> Response<Body> {

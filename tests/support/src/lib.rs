@@ -9,6 +9,7 @@
 
 pub mod bitwarden;
 pub mod faulty;
+pub mod https;
 pub mod identity;
 pub mod pooler;
 pub mod servers;

@@ -130,7 +130,7 @@ mod tests {
             &[name],
             &[&format!("{name}=AAAA")],
             &[&long],
-            &[&good.replacen("=", "=*", 1)],
+            &[&good.replacen('=', "=*", 1)],
             &[&other],
         ] {
             assert_eq!(read(lines), None, "{lines:?}");

@@ -93,6 +93,8 @@ pub(super) struct Pending {
     pub(super) frame: Frame,
     pub(super) requests: Vec<AccessRequest>,
     pub(super) damaged: usize,
+    /// The place after which the next page begins, as a part of an address.
+    pub(super) next: Option<String>,
 }
 
 /// The input of a form that was refused.
@@ -113,6 +115,7 @@ impl Refused {
 /// One request.
 #[derive(Debug, Template)]
 #[template(path = "console/request.html")]
+#[expect(clippy::struct_field_names, reason = "the name in the template")]
 pub(super) struct Request {
     pub(super) frame: Frame,
     pub(super) request: AccessRequest,
@@ -135,6 +138,7 @@ pub(super) struct Deny {
 /// The devices of a member.
 #[derive(Debug, Template)]
 #[template(path = "console/devices.html")]
+#[expect(clippy::struct_field_names, reason = "the name in the template")]
 pub(super) struct Devices {
     pub(super) frame: Frame,
     /// The member; empty before one was chosen.

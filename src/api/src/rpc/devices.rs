@@ -221,16 +221,18 @@ impl DeviceService for Devices {
         &self,
         request: Request<proto::ListAccessRequestsRequest>,
     ) -> Result<Response<proto::ListAccessRequestsResponse>, Status> {
-        let entered = AuthenticatedCall::of(&request)?;
-        let all = request.get_ref().show_all;
+        let action = Action::ListAccess;
+        let (entered, page) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::access_page).await?;
         let list = self
             .broker
-            .list_access_requests(&entered.principal, &entered.call, all)
+            .list_access_requests(&entered.principal, &entered.call, page)
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::ListAccessRequestsResponse {
             access_requests: list.requests.iter().map(access_request).collect(),
             damaged_access_request_ids: damaged_access_ids(&list),
+            next_page_token: requests::page_token(list.next),
         }))
     }
 
@@ -272,12 +274,12 @@ impl DeviceService for Devices {
         &self,
         request: Request<proto::DenyAccessRequestRequest>,
     ) -> Result<Response<proto::DenyAccessRequestResponse>, Status> {
-        let parse = |r: proto::DenyAccessRequestRequest| requests::access_id(&r.access_request_id);
-        let (entered, id) =
-            AuthenticatedCall::enter(&self.broker, request, Action::DenyAccess, parse).await?;
+        let action = Action::DenyAccess;
+        let (entered, denial) =
+            AuthenticatedCall::enter(&self.broker, request, action, requests::denial).await?;
         let denied = self
             .broker
-            .deny_access(&entered.principal, &entered.call, id)
+            .deny_access(&entered.principal, &entered.call, denial)
             .await
             .map_err(|error| entered.status(&error))?;
         Ok(Response::new(proto::DenyAccessRequestResponse {

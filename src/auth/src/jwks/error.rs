@@ -10,7 +10,7 @@ use x509_parser::{error::X509Error, nom};
 
 use keybroker_core::{pem, trusted_file};
 
-use super::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS, SET_BYTES_MAX};
+use super::limits::{EXPONENT_BITS_MAX, EXPONENT_MIN, KEYS_MAX, RSA_BITS, SET_BYTES_MAX};
 
 /// The reason why a public key is not used.
 #[derive(Debug, thiserror::Error)]

@@ -19,7 +19,9 @@ use keybroker_core::{
     trusted_file::{self, Purpose},
 };
 
-use super::{KeySet, SET_BYTES_MAX, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher};
+use super::{
+    KeySet, SourceError, absent::Withdrawn, error::NoSet, fetch::Fetcher, limits::SET_BYTES_MAX,
+};
 
 /// The check of key files: other users may read a key file, but must not be able to change it. A
 /// person who controls a key in a key file can sign access tokens for every user.

@@ -7,20 +7,21 @@ use std::sync::Arc;
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    device::{AccessState, ApprovalRoad},
+    device::{AccessState, ApprovalRoad, PHRASE_TRIES_MAX},
     envelope::Algorithm,
     error::{Error, Reason},
     key::{AccessRequestId, KeyAddress},
     principal::{Action, Principal},
 };
 use keybroker_hsm::{Recipient, RecipientKey};
-use keybroker_policy::{KeyPermit, Question, Release, Resource};
-use keybroker_store::{AccessDecision, AccessRow, Answer};
+use keybroker_policy::{KeyPermit, Question, Release};
+use keybroker_store::{AccessDecision, AccessRow, Answer, DeviceChange};
 
 use crate::{Broker, SealedUserKey, caller, journal::Draft};
 
 use super::{
-    AccessView, address_of, after,
+    AccessView, after,
+    decision::check_pending,
     list::{hidden_words, phrase},
     wrong_state,
 };
@@ -64,33 +65,61 @@ impl Broker {
             .await?;
         let (permit, recipient, mut draft) = self.permit_for_member(principal, call, &row).await?;
         let now = Timestamp::now();
-        let plan = async {
-            self.verify_access(&row).await?;
-            self.check_approver(principal, call, &row, &approval, now)
-                .await?;
-            if self.device_rules.approvers_needed > 1 && row.first_approved_by.is_none() {
-                return Ok(AccessRow {
-                    first_approved_by: Some(principal.name().to_owned()),
-                    ..row.clone()
-                });
-            }
-            let sealed = self
-                .seal_record(principal, &permit, call, &recipient, &mut draft)
-                .await?;
-            Ok(self.sealed_answer(principal, &row, &sealed, now))
+        let checked = async {
+            self.verify_access(&token, &row).await?;
+            self.check_approver(principal, &row, now)
         };
-        let planned: Result<AccessRow, Error> = Box::pin(plan).await;
-        let approved = self.or_record(&draft, planned).await?;
-        self.commit_access(call, &draft, &row, approved.clone(), now)
+        let checked: Result<(), Error> = checked.await;
+        self.or_record(&draft, checked).await?;
+        self.check_words(principal, call, &draft, &row, &approval)
             .await?;
-        if approved.state == AccessState::Approved
-            && self
-                .limits
-                .note_release(principal, row.device.address.user.as_str())
+        let is_first = self.device_rules.approvers_needed > 1 && row.first_approved_by.is_none();
+        if is_first {
+            draft.cause("first-approval");
+            let approved = AccessRow {
+                first_approved_by: Some(principal.name().to_owned()),
+                ..row.clone()
+            };
+            let guards = DeviceChange::default();
+            let commit = self.commit_access(
+                principal,
+                call,
+                &draft,
+                (&row, approved.clone()),
+                guards,
+                now,
+            );
+            commit.await?;
+            self.watch_approvals(principal, call).await;
+            return Ok(self.access_view(approved).for_approver());
+        }
+        draft.release(permit.release());
+        let sealed = self.seal_record(principal, &permit, call, &recipient, &mut draft);
+        let sealed = Box::pin(sealed).await;
+        let sealed = self.or_record(&draft, sealed).await?;
+        let approved = self.sealed_answer(principal, &row, &sealed, now);
+        let guards = DeviceChange {
+            requires: Some((sealed.record(), sealed.revision())),
+            ..DeviceChange::default()
+        };
+        self.commit_access(
+            principal,
+            call,
+            &draft,
+            (&row, approved.clone()),
+            guards,
+            now,
+        )
+        .await?;
+        self.uses.note(sealed.record());
+        self.watch_approvals(principal, call).await;
+        if self
+            .limits
+            .note_release(principal, row.device.address.user.as_str())
         {
             self.alert_of_bulk_release(principal, call).await;
         }
-        Ok(AccessView::verified(approved).for_approver())
+        Ok(self.access_view(approved).for_approver())
     }
 
     /// Asks the policy for the sealed release of a member's user key to the public key of a request. The policy sees the request and
@@ -103,13 +132,7 @@ impl Broker {
     ) -> Result<(KeyPermit, Recipient, Draft), Error> {
         let action = Action::ApproveForMember;
         let at = &row.device.address;
-        let resource = Resource::AccessRequest {
-            tenant: &at.tenant,
-            user: &at.user,
-            requested_by: &row.requested_by,
-            device_type: &row.device.kind,
-            peer: address_of(&row.peer),
-        };
+        let resource = self.access_resource(row);
         let key = match RecipientKey::from_spki(&row.public_key) {
             Ok(key) => key,
             Err(error) => {
@@ -133,7 +156,9 @@ impl Broker {
         match self.policy.decide_for_member(&question, address) {
             Ok(permit) => {
                 let mut draft = Draft::permitted(principal, call, &permit);
-                draft.access_request(row);
+                draft.access_request(row, self.policy.place_of(&row.peer));
+                // Nothing is released yet.
+                draft.release(Release::Plain);
                 let recipient = Recipient {
                     key,
                     algorithm: None,
@@ -147,20 +172,18 @@ impl Broker {
         }
     }
 
-    /// Checks who approves, the state of the request, and the words.
-    async fn check_approver(
+    /// Checks who approves, and the state of the request.
+    fn check_approver(
         &self,
         principal: &Principal,
-        call: &Call,
         row: &AccessRow,
-        approval: &AdministratorApproval,
         now: Timestamp,
     ) -> Result<(), Error> {
         if self.is_same_person(principal.name(), &row.requested_by) {
             let what = "the approver made this request, so another person has to approve it";
             return Err(Error::new(Reason::Policy, what).explained("principal", what));
         }
-        self.check_pending(call, row, now).await?;
+        check_pending(row, now)?;
         if row.road != ApprovalRoad::Administrator {
             let what =
                 "the request asks for another device of the member, and not for an administrator";
@@ -172,6 +195,19 @@ impl Broker {
                 "the approver approved the request before, so a second person has to approve it";
             return Err(wrong_state("access_request_id", what));
         }
+        Ok(())
+    }
+
+    /// Checks the two words that the approver heard. Wrong words count as failed attempts of the approver, and for the request: after too
+    /// many, the request is denied.
+    async fn check_words(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        draft: &Draft,
+        row: &AccessRow,
+        approval: &AdministratorApproval,
+    ) -> Result<(), Error> {
         let all = phrase(row);
         let expected = hidden_words(row.id).map(|place| all.words()[place]);
         let is_right = approval
@@ -182,9 +218,34 @@ impl Broker {
         if is_right {
             return Ok(());
         }
+        // An error here means that the limit is reached: then the next calls of the principal are refused.
+        let _is_counted = self.limits.fail_principal(principal.name());
+        let now = Timestamp::now();
+        let mut counted = AccessRow {
+            wrong_words: row.wrong_words.saturating_add(1),
+            ..row.clone()
+        };
+        if counted.wrong_words >= PHRASE_TRIES_MAX {
+            counted.state = AccessState::Denied;
+            counted.decision = Some(AccessDecision {
+                by: principal.name().to_owned(),
+                device: None,
+                at: now,
+            });
+        }
+        self.count_wrong_guess(
+            principal,
+            call,
+            draft,
+            (row, counted),
+            "access_request.wrong_words",
+            now,
+        )
+        .await?;
         let what = "the two hidden words of the phrase that the member sees on the new device; deny the request if the words of \
                     the member differ";
-        Err(Error::violation("phrase_words", what))
+        self.or_record(draft, Err(Error::violation("phrase_words", what)))
+            .await
     }
 
     fn sealed_answer(
@@ -210,6 +271,7 @@ impl Broker {
                 bytes: sealed.ciphertext().to_vec(),
                 form: form.to_owned(),
             }),
+            answer_revision: Some(sealed.revision()),
             ..row.clone()
         }
     }

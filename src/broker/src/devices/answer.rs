@@ -5,7 +5,7 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq as _;
 
 use keybroker_core::{
-    call::{Call, Deadline, Timestamp},
+    call::{Call, Timestamp},
     device::{ACCESS_CODE_TRIES_MAX, AccessState},
     envelope::mac::MacMessage,
     error::{Error, Reason},
@@ -16,12 +16,15 @@ use keybroker_hsm as hsm;
 use keybroker_store::{AccessRow, Answer, DeviceChange};
 
 use crate::{
-    Broker, Registry,
+    Broker, Registry, caller,
     journal::{Draft, Recorded},
     within,
 };
 
-use super::{MAC_TIMEOUT, unknown, wrong_state};
+use super::{
+    establish::{is_current, trusted_set},
+    unknown, wrong_state,
+};
 
 /// The state of a request for access, with the answer if it was approved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +39,7 @@ pub struct AccessAnswer {
 
 impl Broker {
     /// Returns the state of a request of the principal, and the answer if the request was approved. The answer can be fetched again
-    /// for five minutes.
+    /// for five minutes, unless the user key was changed or removed, or the trust of a device was ended, after the approval.
     pub async fn fetch_access(
         self: &Arc<Self>,
         principal: &Principal,
@@ -58,17 +61,19 @@ impl Broker {
                     .conclude(draft, Ok(view))
                     .await
                     .map(Recorded::into_inner),
-                AccessState::Approved if row.fetched.is_some() => broker
-                    .conclude(draft, Ok(view))
-                    .await
-                    .map(Recorded::into_inner),
                 AccessState::Approved => {
+                    let checked = broker.check_answer(&principal, &call, &row);
+                    let guards = broker.or_record(&draft, Box::pin(checked).await).await?;
+                    if row.fetched.is_some() {
+                        let concluded = broker.conclude(draft, Ok(view)).await;
+                        return concluded.map(Recorded::into_inner);
+                    }
                     let fetched = AccessRow {
                         fetched: Some(now),
                         ..row.clone()
                     };
                     broker
-                        .commit_access(&call, &draft, &row, fetched, now)
+                        .commit_access(&principal, &call, &draft, (&row, fetched), guards, now)
                         .await?;
                     Ok(view)
                 }
@@ -109,26 +114,51 @@ impl Broker {
                 closed: Some(now),
                 ..row.clone()
             };
+            let guards = DeviceChange::default();
             broker
-                .commit_access(&call, &draft, &row, consumed, now)
+                .commit_access(&principal, &call, &draft, (&row, consumed), guards, now)
                 .await
         })
         .await
     }
 
-    /// Commits a change of one request.
+    /// Checks that an answer opens the current user key, and that no trust of the member was ended after the approval. Returns the same
+    /// requirements for the transaction of a change.
+    async fn check_answer(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        row: &AccessRow,
+    ) -> Result<DeviceChange, Error> {
+        let user = &row.device.address.user;
+        let record = self.record_of(principal, call, user, &row.key_name).await?;
+        let devices = self.verified_devices(principal, call, user).await?;
+        if row.answer_revision != Some(record.revision) || !is_current(row, &devices) {
+            let what = "the user key was replaced, or the trust of a device was ended, after the approval; make a new request for access";
+            return Err(wrong_state("access_request_id", what));
+        }
+        Ok(DeviceChange {
+            requires: Some((record.id, record.revision)),
+            trusted: Some(trusted_set(principal, user, &devices)),
+            ..DeviceChange::default()
+        })
+    }
+
+    /// Commits a change of one request, with what it requires. `now` is the time of the change in the row.
     pub(super) async fn commit_access(
         &self,
+        principal: &Principal,
         call: &Call,
         draft: &Draft,
-        before: &AccessRow,
-        row: AccessRow,
+        (before, row): (&AccessRow, AccessRow),
+        guards: DeviceChange,
         now: Timestamp,
     ) -> Result<(), Error> {
-        let changed = self.changed_access(row, Some(before)).await;
+        let token = caller(principal, call);
+        let changed = self.changed_access(&token, row, Some(before)).await;
         let change = DeviceChange {
             request: Some(self.or_record(draft, changed).await?),
-            ..DeviceChange::default()
+            ..guards
         };
         self.commit_devices(call, draft, &change, now)
             .await
@@ -147,18 +177,18 @@ impl Broker {
         let (user, mut draft) = begun.await?;
         let found = self.requested_by(principal, call, &user, id).await;
         let row = self.or_record(&draft, found).await?;
-        draft.access_request(&row);
+        draft.access_request(&row, self.policy.place_of(&row.peer));
         if !row.state_at(Timestamp::now()).is_open() {
             // The state is final, so the code needs no check and no count.
             return Ok((row, draft));
         }
         let is_right = self
-            .or_record(&draft, self.is_right(&row, code).await)
+            .or_record(&draft, self.is_right(principal, call, &row, code).await)
             .await?;
         if is_right {
             return Ok((row, draft));
         }
-        self.count_wrong_code(call, &draft, &row).await?;
+        self.count_wrong_code(principal, call, &draft, &row).await?;
         let what = "the access code is wrong";
         let error = Err(Error::new(Reason::AccessCode, what));
         self.or_record(&draft, error).await
@@ -182,26 +212,33 @@ impl Broker {
                 && row.requested_by == principal.name()
         });
         let row = row.ok_or_else(|| unknown("access_request_id"))?;
-        self.verify_access(&row).await?;
+        self.verify_access(&caller(principal, call), &row).await?;
         Ok(row)
     }
 
     /// Compares the access code in constant time.
-    async fn is_right(&self, row: &AccessRow, code: &[u8]) -> Result<bool, Error> {
-        let deadline = Deadline::after(MAC_TIMEOUT);
-        let caller = hsm::Caller::background(deadline);
+    async fn is_right(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        row: &AccessRow,
+        code: &[u8],
+    ) -> Result<bool, Error> {
+        let token = caller(principal, call);
         let message = MacMessage::access_code(row.id, code);
-        let present = self.ask_registry(deadline, Registry::integrity_key).await?;
+        let present = self
+            .ask_registry(call.deadline, Registry::integrity_key)
+            .await?;
         if present == row.code_key {
-            let mac = self.token.mac(present, &message, &caller).await?;
+            let mac = self.token.mac(present, &message, &token).await?;
             return Ok(mac.ct_eq(&row.code).into());
         }
         // The wrapping key was rotated, so only the earlier integrity key can verify the MAC.
-        self.check_key(deadline, row.code_key, KeyUse::VerifyMac)
+        self.check_key(call.deadline, row.code_key, KeyUse::VerifyMac)
             .await?;
         let job = self
             .token
-            .verify_mac(row.code_key, &message, &row.code, &caller);
+            .verify_mac(row.code_key, &message, &row.code, &token);
         match job.await {
             Ok(()) => Ok(true),
             Err(hsm::Error::MacRefused) => Ok(false),
@@ -212,6 +249,7 @@ impl Broker {
     /// Counts a wrong access code. After too many, the request is over.
     async fn count_wrong_code(
         &self,
+        principal: &Principal,
         call: &Call,
         draft: &Draft,
         row: &AccessRow,
@@ -230,9 +268,31 @@ impl Broker {
             counted.answer = None;
             counted.closed = Some(now);
         }
-        // The call fails, but the count must be stored. The count is therefore a separate change with a separate call id.
+        self.count_wrong_guess(
+            principal,
+            call,
+            draft,
+            (row, counted),
+            "access_request.wrong_code",
+            now,
+        )
+        .await
+    }
+
+    /// Stores the count of a wrong guess. The call fails, but the count must be stored. The count is therefore a separate change with a
+    /// separate call id.
+    pub(super) async fn count_wrong_guess(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        draft: &Draft,
+        rows: (&AccessRow, AccessRow),
+        action: &'static str,
+        now: Timestamp,
+    ) -> Result<(), Error> {
         let own = Call::start(call.peer.clone(), call.deadline);
-        let draft = draft.of_wrong_code(own.id);
-        self.commit_access(&own, &draft, row, counted, now).await
+        let draft = draft.of_wrong_guess(action, own.id);
+        self.commit_access(principal, &own, &draft, rows, DeviceChange::default(), now)
+            .await
     }
 }

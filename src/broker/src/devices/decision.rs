@@ -4,17 +4,19 @@ use std::sync::Arc;
 
 use keybroker_core::{
     call::{Call, Timestamp},
-    device::{AccessState, DeviceSignature, StatementKind},
+    device::{AccessState, DeviceSignature, DeviceState, StatementKind},
     error::{Error, Reason},
     key::AccessRequestId,
     principal::{Action, Kind, Principal},
 };
-use keybroker_store::{AccessDecision, AccessRow, Answer, DeviceChange};
+use keybroker_policy::Resource;
+use keybroker_store::{AccessDecision, AccessRow, Answer, DeviceChange, DeviceRow};
 
-use crate::{Broker, journal::Draft, within};
+use crate::{Broker, caller, journal::Draft, within};
 
 use super::{
-    AccessView,
+    AccessView, Untrusted, Which,
+    establish::{count, trusted_set},
     signed::{Signed, refused, trusted},
     unknown, wrong_state,
 };
@@ -28,6 +30,24 @@ pub struct DeviceApproval {
     pub answer: Answer,
     /// The signature of the approving device.
     pub signature: DeviceSignature,
+}
+
+/// The denial of a request, or the end of its approval.
+#[derive(Clone, Debug)]
+pub struct AccessDenial {
+    /// The request.
+    pub id: AccessRequestId,
+    /// The signature of a trusted device. A member needs it to end the trust that followed from an approval.
+    pub signature: Option<DeviceSignature>,
+}
+
+impl From<AccessRequestId> for AccessDenial {
+    fn from(id: AccessRequestId) -> Self {
+        Self {
+            id,
+            signature: None,
+        }
+    }
 }
 
 impl Broker {
@@ -51,7 +71,7 @@ impl Broker {
             let row = change.request.map(|changed| changed.row);
             let row =
                 row.ok_or_else(|| Error::new(Reason::Bug, "an approval without a request"))?;
-            Ok(AccessView::verified(row))
+            Ok(broker.access_view(row))
         })
         .await
     }
@@ -64,11 +84,14 @@ impl Broker {
         approval: DeviceApproval,
         now: Timestamp,
     ) -> Result<DeviceChange, Error> {
-        self.check_pending(call, row, now).await?;
+        check_pending(row, now)?;
         let address = &row.device.address;
         if approval.signature.device == address.device {
             return Err(refused("a device cannot approve its own request"));
         }
+        let record = self
+            .record_of(principal, call, &address.user, &row.key_name)
+            .await?;
         let devices = self
             .verified_devices(principal, call, &address.user)
             .await?;
@@ -95,42 +118,109 @@ impl Broker {
                 at: now,
             }),
             answer: Some(approval.answer),
+            answer_revision: Some(record.revision),
             ..row.clone()
         };
+        let token = caller(principal, call);
         Ok(DeviceChange {
-            devices: vec![self.changed_device(signer, before, now).await?],
-            request: Some(self.changed_access(approved, Some(row)).await?),
+            devices: vec![self.changed_device(&token, signer, before, now).await?],
+            request: Some(self.changed_access(&token, approved, Some(row)).await?),
+            requires: Some((record.id, record.revision)),
             ..DeviceChange::default()
         })
     }
 
-    /// Denies a pending request for access, or withdraws an approval whose answer was not consumed yet.
+    /// Denies a pending request for access, or withdraws an approval. If a device was trusted because of the approval, its trust is
+    /// ended, too.
     pub async fn deny_access(
         self: &Arc<Self>,
         principal: &Principal,
         call: &Call,
-        id: AccessRequestId,
+        denial: impl Into<AccessDenial>,
     ) -> Result<AccessView, Error> {
         let (broker, principal, call) = (Arc::clone(self), principal.clone(), call.clone());
+        let denial = denial.into();
         self.run_change(Action::DenyAccess, call.clone(), async move {
             let action = Action::DenyAccess;
-            let (row, draft) = broker
-                .request_to_decide(&principal, &call, action, id)
+            let (row, mut draft) = broker
+                .request_to_decide(&principal, &call, action, denial.id)
                 .await?;
             let now = Timestamp::now();
-            let denied = broker
-                .or_record(&draft, denied(&row, &principal, now))
-                .await?;
-            broker
-                .commit_access(&call, &draft, &row, denied.clone(), now)
-                .await?;
-            let view = AccessView::verified(denied);
+            let plan = broker.plan_denial(&principal, &call, &row, denial, now);
+            let mut change = broker.or_record(&draft, Box::pin(plan).await).await?;
+            let ended = change.devices.iter();
+            let ended = ended.filter(|one| one.row.state != DeviceState::Trusted);
+            let ended = ended.count();
+            if ended > 0 {
+                count(&mut draft, ended);
+            }
+            broker.commit_devices(&call, &draft, &change, now).await?;
+            let denied = change.request.take();
+            let denied =
+                denied.ok_or_else(|| Error::new(Reason::Bug, "a denial without a request"))?;
+            let view = broker.access_view(denied.row);
             Ok(match principal.kind() {
                 Kind::User => view,
                 Kind::Service => view.for_approver(),
             })
         })
         .await
+    }
+
+    async fn plan_denial(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        row: &AccessRow,
+        denial: AccessDenial,
+        now: Timestamp,
+    ) -> Result<DeviceChange, Error> {
+        let denied = denied(row, principal, now)?;
+        let mut change = match row.state_at(now) {
+            AccessState::Pending => DeviceChange::default(),
+            _ => {
+                self.plan_end_of_approval(principal, call, row, denial, now)
+                    .await?
+            }
+        };
+        let token = caller(principal, call);
+        change.request = Some(self.changed_access(&token, denied, Some(row)).await?);
+        Ok(change)
+    }
+
+    /// Ends the trust that followed from an approval, like an end of trust without a request. If none followed, none may follow until the
+    /// transaction ends.
+    async fn plan_end_of_approval(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        row: &AccessRow,
+        denial: AccessDenial,
+        now: Timestamp,
+    ) -> Result<DeviceChange, Error> {
+        let address = &row.device.address;
+        let user = &address.user;
+        let devices = self.verified_devices(principal, call, user).await?;
+        if !devices.iter().any(|device| followed(device, row)) {
+            return Ok(DeviceChange {
+                trusted: Some(trusted_set(principal, user, &devices)),
+                ..DeviceChange::default()
+            });
+        }
+        let resource = Resource::Devices {
+            tenant: &address.tenant,
+            user: Some(user),
+        };
+        self.permit(principal, call, Action::UntrustDevice, resource)
+            .await?;
+        let ended = Untrusted {
+            user: Some(user.clone()),
+            which: Which::These(vec![address.device]),
+            are_lost: false,
+            signature: denial.signature,
+        };
+        self.plan_end_of_trust(principal, call, user, &ended, now)
+            .await
     }
 
     /// Reads a request about which a principal wants to decide, and asks the policy. A request of another member is not found for a
@@ -142,9 +232,12 @@ impl Broker {
         action: Action,
         id: AccessRequestId,
     ) -> Result<(AccessRow, Draft), Error> {
+        let token = caller(principal, call);
+        self.check_admission(&token, principal, call, action)
+            .await?;
         let row = self.found_request(principal, call, action, id).await?;
         let draft = self.begin_decision(principal, call, action, &row).await?;
-        let verified = self.verify_access(&row).await;
+        let verified = self.verify_access(&token, &row).await;
         self.or_record(&draft, verified).await?;
         Ok((row, draft))
     }
@@ -177,29 +270,29 @@ impl Broker {
             }
         }
     }
+}
 
-    /// Checks that a request can be approved: it is pending, and the newest of its device.
-    pub(super) async fn check_pending(
-        &self,
-        call: &Call,
-        row: &AccessRow,
-        now: Timestamp,
-    ) -> Result<(), Error> {
-        let state = row.state_at(now);
-        if state != AccessState::Pending {
-            let what = format!("the request is {state}; a decision does not change");
-            return Err(wrong_state("access_request_id", &what));
-        }
-        let newest = self.store.newest_pending(&row.device.address);
-        match within(call, newest).await? {
-            Some(newest) if newest.id != row.id && newest.requested >= row.requested => {
-                let what =
-                    "the device has made a newer request, and only the newest can be approved";
-                Err(wrong_state("access_request_id", what))
-            }
-            _ => Ok(()),
-        }
+/// Checks that a request can be approved.
+pub(super) fn check_pending(row: &AccessRow, now: Timestamp) -> Result<(), Error> {
+    let state = row.state_at(now);
+    if state == AccessState::Pending {
+        return Ok(());
     }
+    let what = format!("the request is {state}; a decision does not change");
+    Err(wrong_state("access_request_id", &what))
+}
+
+/// Whether a device is trusted because of the approval of a request: it is the device of the request, with the same key, and its trust is
+/// not older than the approval.
+fn followed(device: &DeviceRow, row: &AccessRow) -> bool {
+    let asking = &row.device;
+    device.address == asking.address
+        && device.state == DeviceState::Trusted
+        && device.verification_key == asking.verification_key
+        && row
+            .decision
+            .as_ref()
+            .is_some_and(|decision| decision.at <= device.trusted)
 }
 
 /// The request after it was denied, or after its approval was withdrawn.
@@ -214,7 +307,7 @@ fn denied(row: &AccessRow, principal: &Principal, now: Timestamp) -> Result<Acce
             }),
             ..row.clone()
         }),
-        AccessState::Approved => Ok(AccessRow {
+        AccessState::Approved | AccessState::Consumed => Ok(AccessRow {
             state: AccessState::Revoked,
             answer: None,
             closed: Some(now),

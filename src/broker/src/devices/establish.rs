@@ -5,6 +5,7 @@ use std::sync::Arc;
 use keybroker_core::{
     call::{Call, Timestamp},
     device::{AccessState, DeviceSignature, DeviceState, StatementKind, VerificationKey},
+    envelope::Mac,
     error::{Error, Reason},
     key::{AccessRequestId, DeviceId, KeyAddress, KeyName, Revision, UserId},
     principal::{Action, Principal},
@@ -14,11 +15,7 @@ use keybroker_store::{
     SealedKeys, TrustedSet,
 };
 
-use crate::{
-    Broker,
-    journal::{Draft, Recorded},
-    observed, within,
-};
+use crate::{Broker, caller, journal::Draft, observed, within};
 
 use super::{
     DeviceView, UNSIGNED, limit,
@@ -96,7 +93,7 @@ impl Broker {
         }
         let devices = self.verified_devices(principal, call, user).await?;
         let before = devices.iter().find(|row| row.address.device == new.id);
-        let signer = self
+        let (signer, unchanged) = self
             .signer_of_trust(principal, call, user, new, &devices, now)
             .await?;
         self.check_device_limits(&devices, before)?;
@@ -130,8 +127,10 @@ impl Broker {
             used: None,
             mac: no_mac,
         };
+        let token = caller(principal, call);
         let mut change = DeviceChange {
-            requires: Some(record),
+            requires: Some((record.id, record.revision)),
+            unchanged,
             trusted: Some(trusted_set(principal, user, &devices)),
             ..DeviceChange::default()
         };
@@ -139,15 +138,16 @@ impl Broker {
             let known = trusted(&devices, signer.address.device);
             change
                 .devices
-                .push(self.changed_device(signer, known, now).await?);
+                .push(self.changed_device(&token, signer, known, now).await?);
         }
         change
             .devices
-            .push(self.changed_device(row, before, now).await?);
+            .push(self.changed_device(&token, row, before, now).await?);
         Ok(change)
     }
 
-    /// Verifies the signature of a new trust. Returns the trusted device that signed; `None` if the new device itself signed.
+    /// Verifies the signature of a new trust. Returns the trusted device that signed, or `None` if the new device itself signed, and the
+    /// request that permits this.
     async fn signer_of_trust(
         &self,
         principal: &Principal,
@@ -156,7 +156,7 @@ impl Broker {
         new: &NewDevice,
         devices: &[DeviceRow],
         now: Timestamp,
-    ) -> Result<Option<DeviceRow>, Error> {
+    ) -> Result<(Option<DeviceRow>, Option<(AccessRequestId, Mac)>), Error> {
         let revision = new.revision.get().to_be_bytes();
         let fields: [&[u8]; 9] = [
             new.id.as_bytes(),
@@ -178,7 +178,7 @@ impl Broker {
         };
         let has_trusted = devices.iter().any(|row| row.state == DeviceState::Trusted);
         if trusted(devices, new.signature.device).is_some() {
-            return signed.by_trusted(devices, now).map(Some);
+            return Ok((Some(signed.by_trusted(devices, now)?), None));
         }
         if new.signature.device != new.id {
             return Err(refused(
@@ -186,6 +186,7 @@ impl Broker {
             ));
         }
         let before = devices.iter().find(|row| row.address.device == new.id);
+        let mut permits = None;
         if has_trusted {
             let id = new.request.ok_or_else(|| {
                 refused("the member has trusted devices, so one of them must sign, or approve a request for access")
@@ -194,12 +195,14 @@ impl Broker {
             let request = request
                 .filter(|row| row.device.address == address_of_new(principal, user, new))
                 .ok_or_else(|| unknown("access_request_id"))?;
-            self.verify_access(&request).await?;
+            self.verify_access(&caller(principal, call), &request)
+                .await?;
             check_approved(&request, new, devices, now)?;
+            permits = Some((id, request.mac));
         }
         let key = new.verification_key.as_bytes();
         signed.verify(key, before.map(|row| row.signed), now)?;
-        Ok(None)
+        Ok((None, permits))
     }
 
     fn check_device_limits(
@@ -258,17 +261,19 @@ impl Broker {
         call: &Call,
         id: DeviceId,
     ) -> Result<DeviceRow, Error> {
-        Box::pin(observed(Action::FetchDevice, call, async {
-            let begun = self.begin_device_action(principal, call, Action::FetchDevice, None);
-            let (user, mut draft) = begun.await?;
-            draft.device(id);
-            let found = self.trusted_device(principal, call, &user, id).await;
-            let row = self
-                .conclude(draft, found)
-                .await
-                .map(Recorded::into_inner)?;
-            self.note_device_use(&row).await;
-            Ok(row)
+        let action = Action::FetchDevice;
+        Box::pin(observed(action, call, async {
+            let fetch = async {
+                let begun = self.begin_device_action(principal, call, action, None);
+                let (user, mut draft) = begun.await?;
+                draft.device(id);
+                let found = self.trusted_device(principal, call, &user, id).await;
+                let row = self.conclude(draft, found).await?.into_inner();
+                self.note_device_use(&row).await;
+                Ok(row)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(fetch)).await
         }))
         .await
     }
@@ -289,7 +294,7 @@ impl Broker {
         };
         let row = within(call, self.store.device(&address)).await?;
         let row = row.ok_or_else(|| unknown("device_id"))?;
-        self.verify_device(&row).await?;
+        self.verify_device(&caller(principal, call), &row).await?;
         Ok(row)
     }
 
@@ -375,7 +380,8 @@ impl Broker {
             let planned = async {
                 let before = broker.device_of(&principal, &call, &user, id).await?;
                 let row = edit(before.clone(), now)?;
-                broker.changed_device(row, Some(&before), now).await
+                let token = caller(&principal, &call);
+                broker.changed_device(&token, row, Some(&before), now).await
             };
             let changed = broker.or_record(&draft, planned.await).await?;
             let row = changed.row.clone();
@@ -398,8 +404,8 @@ fn address_of_new(principal: &Principal, user: &UserId, new: &NewDevice) -> Devi
     }
 }
 
-/// Checks that the request for access of the new device was approved for this user key, that the device that approved it is still
-/// trusted, and that no trust of the member was ended afterwards. Otherwise a lost device could approve another one in advance.
+/// Checks that the request for access of the new device was approved for this revision of the user key, that the device that approved it
+/// is still trusted, and that no trust of the member was ended afterwards. Otherwise a lost device could approve another one in advance.
 fn check_approved(
     row: &AccessRow,
     new: &NewDevice,
@@ -410,7 +416,24 @@ fn check_approved(
         row.state_at(now),
         AccessState::Approved | AccessState::Consumed
     );
-    let is_current = row.decision.as_ref().is_some_and(|decision| {
+    let is_valid = is_approved
+        && is_current(row, devices)
+        && row.answer_revision == Some(new.revision)
+        && now < row.expires
+        && row.key_name == new.key_name
+        && row.device.verification_key == new.verification_key.as_bytes();
+    if is_valid {
+        return Ok(());
+    }
+    Err(refused(
+        "the request for access does not permit this trust: it is not approved, has expired, is for another verification key or user key, \
+         or the user key was replaced or the trust of a device was ended after the approval",
+    ))
+}
+
+/// Whether the device that approved a request is still trusted, and no trust of the member was ended after the approval.
+pub(super) fn is_current(row: &AccessRow, devices: &[DeviceRow]) -> bool {
+    row.decision.as_ref().is_some_and(|decision| {
         let ended = devices
             .iter()
             .filter(|row| row.state != DeviceState::Trusted);
@@ -420,19 +443,7 @@ fn check_approved(
             && ended
                 .map(|row| row.changed)
                 .all(|ended| ended < decision.at)
-    });
-    let is_valid = is_approved
-        && is_current
-        && now < row.expires
-        && row.key_name == new.key_name
-        && row.device.verification_key == new.verification_key.as_bytes();
-    if is_valid {
-        return Ok(());
-    }
-    Err(refused(
-        "the request for access does not permit this trust: it is not approved, has expired, is for another verification key or user key, \
-         or the trust of a device was ended after the approval",
-    ))
+    })
 }
 
 /// The complete set of trusted devices that a change requires until its transaction ends.

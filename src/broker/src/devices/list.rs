@@ -10,13 +10,16 @@ use keybroker_core::{
     error::{Error, Reason},
     fingerprint_phrase::{FINGERPRINT_PHRASE_WORDS, FingerprintPhrase},
     key::{AccessRequestId, UserId, WrappingKeyId},
-    principal::{Action, Kind, Principal},
+    principal::{Action, Kind, Principal, Reach},
 };
 use keybroker_policy::Resource;
-use keybroker_store::{AccessFilter, AccessRow, DamagedAccess, DamagedDevice, DeviceRow};
+use keybroker_store::{
+    ACCESS_REQUESTS_LISTED_MAX, AccessPlace, AccessQuery, AccessRow, DamagedAccess, DamagedDevice,
+    DeviceRow, PendingOnly,
+};
 
 use crate::{
-    Broker,
+    Broker, caller,
     journal::{Draft, Recorded},
     observed, within,
 };
@@ -66,6 +69,8 @@ pub struct AccessView {
     pub row: AccessRow,
     /// The state at the time of the answer.
     pub state: AccessState,
+    /// The place from which the request came: the name of the network of its address, or empty.
+    pub place: String,
     /// The phrase that the member and the approver compare.
     pub phrase: PhraseView,
     /// Whether the token verified the row for this answer.
@@ -76,9 +81,10 @@ pub struct AccessView {
 
 impl AccessView {
     /// A row that this broker has just written or verified, for the member.
-    pub(super) fn verified(row: AccessRow) -> Self {
+    pub(super) fn verified(row: AccessRow, place: String) -> Self {
         Self {
             state: row.state_at(Timestamp::now()),
+            place,
             phrase: PhraseView {
                 words: phrase(&row).words().map(Some),
             },
@@ -127,13 +133,40 @@ pub(super) fn hidden_words(id: AccessRequestId) -> [usize; 2] {
     [first.min(second), first.max(second)]
 }
 
-/// The requests for access.
+/// Number of requests for access on a page, unless the caller wants another number.
+const PAGE: u32 = 100;
+
+/// Which requests for access are listed, and which page of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccessPage {
+    /// Also list the requests that were decided or have expired, and for an approver the own requests.
+    pub all: bool,
+    /// [`AccessList::next`] of the page before; `None` for the first page.
+    pub after: Option<AccessPlace>,
+    /// Number of requests, 1 to [`ACCESS_REQUESTS_LISTED_MAX`].
+    pub limit: u32,
+}
+
+impl From<bool> for AccessPage {
+    /// The first page of the pending requests or, with `true`, of all requests.
+    fn from(all: bool) -> Self {
+        Self {
+            all,
+            after: None,
+            limit: PAGE,
+        }
+    }
+}
+
+/// One page of the requests for access.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AccessList {
     /// The requests, newest first.
     pub requests: Vec<AccessView>,
     /// Rows that cannot be read.
     pub damaged: Vec<DamagedAccess>,
+    /// The last place of this page, if there may be another page.
+    pub next: Option<AccessPlace>,
 }
 
 impl Broker {
@@ -144,11 +177,17 @@ impl Broker {
         call: &Call,
         user: Option<&UserId>,
     ) -> Result<DeviceList, Error> {
-        Box::pin(observed(Action::ListDevices, call, async {
-            let begun = self.begin_device_action(principal, call, Action::ListDevices, user);
-            let (user, draft) = begun.await?;
-            let listed = self.listed_devices(principal, call, &user).await;
-            self.conclude(draft, listed).await.map(Recorded::into_inner)
+        let action = Action::ListDevices;
+        Box::pin(observed(action, call, async {
+            let list = async {
+                let (user, draft) = self
+                    .begin_device_action(principal, call, action, user)
+                    .await?;
+                let listed = self.listed_devices(principal, call, &user).await;
+                self.conclude(draft, listed).await.map(Recorded::into_inner)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(list)).await
         }))
         .await
     }
@@ -165,11 +204,12 @@ impl Broker {
             devices: Vec::new(),
             damaged: Vec::new(),
         };
+        let token = caller(principal, call);
         let mut failed = BTreeSet::new();
         for row in found {
             match row {
                 Ok(row) => {
-                    let verified = self.verify_device(&row);
+                    let verified = self.verify_device(&token, &row);
                     let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
                     list.devices.push(DeviceView {
                         row,
@@ -183,26 +223,31 @@ impl Broker {
         Ok(list)
     }
 
-    /// Returns requests for access: those of the principal, or for an approver those of the users whom the configuration names.
-    /// Without `all`, only pending requests are returned.
+    /// Returns one page of requests for access: those of the principal, or for an approver those of the users whom the configuration
+    /// names. Unless all are wanted, only pending requests are returned, and for an approver only those of other persons.
     pub async fn list_access_requests(
         &self,
         principal: &Principal,
         call: &Call,
-        all: bool,
+        page: impl Into<AccessPage>,
     ) -> Result<AccessList, Error> {
-        Box::pin(observed(Action::ListAccess, call, async {
-            let resource = Resource::Devices {
-                tenant: principal.tenant(),
-                user: principal.subject(),
-            };
-            let permit = self
-                .permit(principal, call, Action::ListAccess, resource)
+        let (action, page) = (Action::ListAccess, page.into());
+        Box::pin(observed(action, call, async {
+            self.check_admission(&caller(principal, call), principal, call, action)
                 .await?;
-            let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
-            draft.policy(permit.policy());
-            let listed = self.listed_requests(principal, call, all).await;
-            self.conclude(draft, listed).await.map(Recorded::into_inner)
+            let list = async {
+                let resource = Resource::Devices {
+                    tenant: principal.tenant(),
+                    user: principal.subject(),
+                };
+                let permit = self.permit(principal, call, action, resource).await?;
+                let mut draft = Draft::of(principal, call, action, resource);
+                draft.policy(permit.policy());
+                let listed = self.listed_requests(principal, call, page).await;
+                self.conclude(draft, listed).await.map(Recorded::into_inner)
+            };
+            let entered = self.enter(principal, call, action).await?;
+            entered.run(Box::pin(list)).await
         }))
         .await
     }
@@ -227,7 +272,7 @@ impl Broker {
                 .await?;
             let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
             draft.policy(permit.policy());
-            let shown = self.shown_request(principal, row).await;
+            let shown = self.shown_request(principal, call, row).await;
             self.conclude(draft, shown).await.map(Recorded::into_inner)
         }))
         .await
@@ -236,17 +281,19 @@ impl Broker {
     async fn shown_request(
         &self,
         principal: &Principal,
+        call: &Call,
         row: AccessRow,
     ) -> Result<AccessView, Error> {
         if !covers(principal, &row) {
             return Err(super::unknown("access_request_id"));
         }
-        let verified = self.verify_access(&row);
+        let token = caller(principal, call);
+        let verified = self.verify_access(&token, &row);
         let (is_verified, is_altered) = listed(row.signer, &mut BTreeSet::new(), verified).await;
         Ok(AccessView {
             is_verified,
             is_altered,
-            ..AccessView::verified(row)
+            ..self.access_view(row)
         }
         .for_principal(principal))
     }
@@ -255,22 +302,40 @@ impl Broker {
         &self,
         principal: &Principal,
         call: &Call,
-        all: bool,
+        page: AccessPage,
     ) -> Result<AccessList, Error> {
+        if !(1..=ACCESS_REQUESTS_LISTED_MAX).contains(&page.limit) {
+            let what = format!("at most {ACCESS_REQUESTS_LISTED_MAX}");
+            return Err(Error::violation("page_size", what));
+        }
         self.check_acknowledged()?;
-        let (now, tenant) = (Timestamp::now(), principal.tenant().clone());
-        let wanted = match principal.subject() {
-            Some(user) => AccessFilter::Member(tenant, user.clone()),
-            None if all => AccessFilter::All(tenant),
-            None => AccessFilter::PendingOf(tenant, now),
+        let now = Timestamp::now();
+        let is_member = principal.kind() == Kind::User;
+        let except = if is_member { "" } else { principal.name() };
+        let pending = PendingOnly {
+            now,
+            except: except.to_owned(),
         };
-        let found = within(call, self.store.access_requests(&wanted)).await?;
+        let query = AccessQuery {
+            tenant: principal.tenant().clone(),
+            users: match principal.subject() {
+                Some(user) => Reach::Only([user.clone()].into()),
+                None => principal.identity().users.clone(),
+            },
+            pending: (!page.all).then_some(pending),
+            after: page.after,
+            limit: page.limit,
+        };
+        let found = within(call, self.store.access_requests(&query)).await?;
+        let is_full = u32::try_from(found.len()).is_ok_and(|count| count >= page.limit);
         let mut list = AccessList {
             requests: Vec::new(),
             damaged: Vec::new(),
+            next: found.last().map(|(place, _)| *place).filter(|_| is_full),
         };
+        let token = caller(principal, call);
         let mut failed = BTreeSet::new();
-        for row in found {
+        for (_, row) in found {
             let row = match row {
                 Ok(row) => row,
                 Err(damaged) => {
@@ -278,16 +343,16 @@ impl Broker {
                     continue;
                 }
             };
-            let is_wanted = all || row.state_at(now) == AccessState::Pending;
-            if !is_wanted || !covers(principal, &row) {
+            let is_own = !is_member && self.is_same_person(principal.name(), &row.requested_by);
+            if !page.all && is_own {
                 continue;
             }
-            let verified = self.verify_access(&row);
+            let verified = self.verify_access(&token, &row);
             let (is_verified, is_altered) = listed(row.signer, &mut failed, verified).await;
             let view = AccessView {
                 is_verified,
                 is_altered,
-                ..AccessView::verified(row)
+                ..self.access_view(row)
             };
             list.requests.push(view.for_principal(principal));
         }
@@ -295,7 +360,8 @@ impl Broker {
     }
 }
 
-/// Whether the configuration lets an approver see a request. The members see all of their own.
+/// Whether a principal may see a request. A member sees the own requests, and an approver those of the users whom the
+/// configuration names.
 fn covers(principal: &Principal, row: &AccessRow) -> bool {
     principal.kind() == Kind::User
         || principal

@@ -14,18 +14,19 @@ use keybroker_core::{
 };
 use keybroker_hsm::RecipientKey;
 use keybroker_store::{
-    AccessRow, AskingDevice, Changed, DeviceAddress, DeviceChange, PEER_BYTES_MAX,
+    AccessCounts, AccessRow, AskingDevice, Changed, DeviceAddress, DeviceChange, PEER_BYTES_MAX,
 };
 
-use crate::{Broker, within};
+use crate::{Broker, caller, within};
 
 use super::{AccessView, UNSIGNED, after, limit};
 
-/// Highest number of pending requests of one member, so that a person with an access token of the member cannot fill the list that
-/// approvers read.
-const PENDING_MAX: u64 = 5;
-/// Highest number of requests of one member that have not expired, also of those that were decided.
-const UNEXPIRED_MAX: u64 = 50;
+/// Highest numbers of pending requests of one member, and of requests that have not expired, also of those that were decided. They are
+/// bounded so that a person with an access token of the member cannot fill the list that approvers read.
+const MOST: AccessCounts = AccessCounts {
+    pending: 5,
+    unexpired: 50,
+};
 
 /// A request for access.
 #[derive(Debug)]
@@ -49,7 +50,7 @@ pub struct NewAccessRequest {
 }
 
 impl Broker {
-    /// Stores a request for access of a new device of the principal.
+    /// Stores a request for access of a new device of the principal. The request replaces an earlier one of the device that is pending.
     pub async fn request_access(
         self: &Arc<Self>,
         principal: &Principal,
@@ -64,14 +65,16 @@ impl Broker {
             let now = Timestamp::now();
             let plan = broker.plan_request(&principal, &call, &user, new, now);
             let changed = broker.or_record(&draft, Box::pin(plan).await).await?;
-            draft.access_request(&changed.row);
+            draft.access_request(&changed.row, broker.policy.place_of(&changed.row.peer));
             let row = changed.row.clone();
             let change = DeviceChange {
                 request: Some(changed),
+                fewer_than: Some(MOST),
                 ..DeviceChange::default()
             };
             broker.commit_devices(&call, &draft, &change, now).await?;
-            Ok(AccessView::verified(row))
+            broker.watch_requests(&principal, &call, &user).await;
+            Ok(broker.access_view(row))
         })
         .await
     }
@@ -98,15 +101,15 @@ impl Broker {
             let what = "the device is trusted, so it needs no request";
             return Err(super::wrong_state("device_id", what));
         }
-        self.check_requests_of_member(principal, call, user, now)
-            .await?;
+        self.check_requests_of_member(call, &address, now).await?;
         let id = fresh_id()?;
         let lifetime = match new.road {
             ApprovalRoad::Device => self.device_rules.request_lifetime,
             ApprovalRoad::Administrator => self.device_rules.administrator_lifetime,
         };
+        let token = caller(principal, call);
         let (code_key, code) = self
-            .fresh_mac(&MacMessage::access_code(id, &new.code))
+            .fresh_mac(&token, &MacMessage::access_code(id, &new.code))
             .await?;
         let (signer, mac) = UNSIGNED;
         let row = AccessRow {
@@ -134,28 +137,30 @@ impl Broker {
             answer: None,
             fetched: None,
             closed: None,
+            answer_revision: None,
+            wrong_words: 0,
             mac,
         };
-        self.changed_access(row, None).await
+        self.changed_access(&token, row, None).await
     }
 
     async fn check_requests_of_member(
         &self,
-        principal: &Principal,
         call: &Call,
-        user: &UserId,
+        device: &DeviceAddress,
         now: Timestamp,
     ) -> Result<(), Error> {
-        let tenant = principal.tenant();
-        let counts = self.store.count_access_requests(tenant, user, now);
+        let counts = self.store.count_access_requests(device, now);
         let counts = within(call, counts).await?;
-        let what = if counts.pending >= PENDING_MAX {
+        let what = if counts.pending >= MOST.pending {
             format!(
-                "{PENDING_MAX} requests of the member are pending; deny them, or wait until they expire"
+                "{} requests of other devices of the member are pending; deny them, or wait until they expire",
+                MOST.pending
             )
-        } else if counts.unexpired >= UNEXPIRED_MAX {
+        } else if counts.unexpired >= MOST.unexpired {
             format!(
-                "{UNEXPIRED_MAX} requests of the member have not expired yet; wait until the first of them expires"
+                "{} requests of the member have not expired yet; wait until the first of them expires",
+                MOST.unexpired
             )
         } else {
             return Ok(());

@@ -76,17 +76,15 @@ impl Broker {
         call: &Call,
         rotation: Rotation,
     ) -> Result<RecordInfo, Error> {
-        let token = caller(principal, call);
-        self.check_admission(&token, principal, call, Action::RotateDevices)
-            .await?;
         let user = Some(&rotation.key.user);
         let begun = self.begin_device_action(principal, call, Action::RotateDevices, user);
         let (user, mut draft) = begun.await?;
         draft.key_name(&rotation.key.name);
-        // The rotation replaces a user key, so it also needs the permit for this.
-        let permit = self
-            .permit_key(principal, call, Action::Replace, &rotation.key)
-            .await?;
+        let address = rotation.key.address(principal);
+        let permit = match self.policy.decide_rotation(principal, call, address) {
+            Ok(permit) => permit,
+            Err(denied) => return Err(self.refuse(draft, &denied).await),
+        };
         let now = Timestamp::now();
         let plan = self.plan_rotation(principal, call, &user, &permit, rotation, &mut draft, now);
         let plan = Box::pin(plan).await;
@@ -115,11 +113,12 @@ impl Broker {
             trusted: Some(trusted_set(principal, user, &devices)),
             ..DeviceChange::default()
         };
+        let token = caller(principal, call);
         let next = rotation.expected.next();
         for (before, row) in rotated(&devices, &rotation, &signer, next, now)? {
             change
                 .devices
-                .push(self.changed_device(row, Some(before), now).await?);
+                .push(self.changed_device(&token, row, Some(before), now).await?);
         }
         count(draft, change.devices.len());
         let mutation = Mutation {

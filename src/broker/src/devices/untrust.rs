@@ -9,9 +9,9 @@ use keybroker_core::{
     key::{DeviceId, UserId},
     principal::{Action, Kind, Principal},
 };
-use keybroker_store::{DeviceChange, DeviceRow, SealedKeys};
+use keybroker_store::{DeviceAddress, DeviceChange, DeviceRow, SealedKeys};
 
-use crate::Broker;
+use crate::{Broker, caller, within};
 
 use super::{
     DeviceView,
@@ -43,7 +43,8 @@ pub struct Untrusted {
 }
 
 impl Broker {
-    /// Ends the trust of devices, and removes their encrypted keys.
+    /// Ends the trust of devices, and removes their encrypted keys. If an administrator ends all trust of a member, the broker removes
+    /// the rows that cannot be read or verified.
     pub async fn untrust_devices(
         self: &Arc<Self>,
         principal: &Principal,
@@ -63,7 +64,10 @@ impl Broker {
             let now = Timestamp::now();
             let plan = broker.plan_end_of_trust(&principal, &call, &user, &ended, now);
             let change = broker.or_record(&draft, Box::pin(plan).await).await?;
-            count(&mut draft, change.devices.len());
+            count(&mut draft, change.devices.len() + change.removes.len());
+            if !change.removes.is_empty() {
+                draft.cause("damaged-removed");
+            }
             broker.commit_devices(&call, &draft, &change, now).await?;
             let rows = change.devices.into_iter().map(|changed| changed.row);
             let rows = rows.filter(|row| row.state != DeviceState::Trusted);
@@ -72,7 +76,7 @@ impl Broker {
         .await
     }
 
-    async fn plan_end_of_trust(
+    pub(super) async fn plan_end_of_trust(
         &self,
         principal: &Principal,
         call: &Call,
@@ -80,7 +84,13 @@ impl Broker {
         ended: &Untrusted,
         now: Timestamp,
     ) -> Result<DeviceChange, Error> {
-        let devices = self.verified_devices(principal, call, user).await?;
+        let is_for_all = ended.which == Which::All && principal.kind() == Kind::Service;
+        let (devices, removes) = if is_for_all {
+            self.devices_that_verify(principal, call, user).await?
+        } else {
+            let devices = self.verified_devices(principal, call, user).await?;
+            (devices, Vec::new())
+        };
         let signer = match (&ended.signature, principal.kind()) {
             (Some(signature), _) => Some(signed(principal, user, ended, signature, &devices, now)?),
             (None, Kind::Service) => None,
@@ -88,9 +98,17 @@ impl Broker {
                 return Err(refused("a trusted device must sign the end of the trust"));
             }
         };
-        let chosen = chosen(&devices, &ended.which)?;
+        let chosen = match chosen(&devices, &ended.which) {
+            // The member may have only rows that are removed.
+            Err(error) if error.reason() == Reason::DeviceState && !removes.is_empty() => {
+                Vec::new()
+            }
+            chosen => chosen?,
+        };
+        let token = caller(principal, call);
         let mut change = DeviceChange {
             trusted: Some(trusted_set(principal, user, &devices)),
+            removes,
             ..DeviceChange::default()
         };
         let signer_id = signer.as_ref().map(|row| row.address.device);
@@ -99,7 +117,7 @@ impl Broker {
             let before = trusted(&devices, signer.address.device);
             change
                 .devices
-                .push(self.changed_device(signer, before, now).await?);
+                .push(self.changed_device(&token, signer, before, now).await?);
         }
         for before in chosen {
             let signed = signer
@@ -108,10 +126,46 @@ impl Broker {
             let row = without_trust(signed.unwrap_or(before), ended.are_lost, now);
             change
                 .devices
-                .push(self.changed_device(row, Some(before), now).await?);
+                .push(self.changed_device(&token, row, Some(before), now).await?);
         }
         Ok(change)
     }
+
+    /// Returns the devices of a member whose rows the token verified, and the places of the rows that cannot be read or verified. Rows
+    /// that only cannot be verified now are an error.
+    async fn devices_that_verify(
+        &self,
+        principal: &Principal,
+        call: &Call,
+        user: &UserId,
+    ) -> Result<(Vec<DeviceRow>, Vec<DeviceAddress>), Error> {
+        self.check_acknowledged()?;
+        let token = caller(principal, call);
+        let found = within(call, self.store.devices(principal.tenant(), user)).await?;
+        let (mut verified, mut others) = (Vec::new(), Vec::new());
+        for row in found {
+            let row = match row {
+                Ok(row) => row,
+                Err(damaged) => {
+                    let unreadable = || Error::new(Reason::RecordDamaged, damaged.detail);
+                    others.push(damaged.address.ok_or_else(unreadable)?);
+                    continue;
+                }
+            };
+            match self.verify_device(&token, &row).await {
+                Ok(()) => verified.push(row),
+                Err(error) if is_lasting(&error) => others.push(row.address),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((verified, others))
+    }
+}
+
+/// Whether a row that cannot be verified because of this error can never be verified again, unless the row or the state of its wrapping
+/// key is changed.
+fn is_lasting(error: &Error) -> bool {
+    matches!(error.reason(), Reason::RecordDamaged | Reason::KeyState)
 }
 
 /// A device without its encrypted keys.

@@ -27,6 +27,11 @@ pub struct SealedUserKey {
 }
 
 impl SealedUserKey {
+    /// The record of the user key.
+    pub(crate) fn record(&self) -> RecordId {
+        self.record
+    }
+
     /// The bytes that only the recipient can open.
     pub fn ciphertext(&self) -> &[u8] {
         &self.sealed.ciphertext
@@ -66,7 +71,7 @@ impl Broker {
             let releaser = self.releaser(principal, call);
             self.check_admission(&releaser, principal, call, Action::Unwrap)
                 .await?;
-            let entered = self.enter(principal, call).await?;
+            let entered = self.enter(principal, call, Action::Unwrap).await?;
             entered
                 .run(Box::pin(
                     self.release_sealed(principal, call, key, recipient),

@@ -1,12 +1,12 @@
 //! Replaces a batch of rows with their re-wrapped form, between a durable intent and a durable
 //! outcome.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use aws_lc_rs::digest;
 
 use keybroker_core::{
-    call::{CallId, Timestamp},
+    call::{CallId, Deadline, Timestamp},
     envelope::{Mac, mac::MacMessage},
     error::Error,
     key::{KeyUse, WrappingKeyId},
@@ -17,13 +17,41 @@ use keybroker_store as store;
 
 use crate::{Broker, commit::Settled, digests::hex_of, journal::Draft};
 
-use super::{
-    revisions::{Swapped, background},
-    run::Stop,
-};
+use super::{progress::FailedRow, run::Stop};
+
+/// Time limit for one job of a run. The queue reserves a share of the token's time for background work, even if many
+/// calls wait.
+const JOB_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Returns the caller for the jobs of a run.
+pub(crate) fn background() -> hsm::Caller {
+    hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
+}
 
 /// The id of a row in a batch: the id of the record or API client, and its revision.
 pub(super) type RowId = ([u8; 16], u64);
+
+/// The numbers of moved, changed and failed rows of a page.
+#[derive(Default)]
+pub(super) struct Swapped {
+    pub(super) moved: u64,
+    pub(super) changed_meanwhile: u64,
+    pub(super) failed: Vec<FailedRow>,
+}
+
+impl Swapped {
+    pub(super) fn of(swapped: &[bool]) -> Self {
+        let number = |wanted: bool| {
+            let count = swapped.iter().filter(|moved| **moved == wanted).count();
+            u64::try_from(count).unwrap_or(u64::MAX)
+        };
+        Self {
+            moved: number(true),
+            changed_meanwhile: number(false),
+            failed: Vec::new(),
+        }
+    }
+}
 
 impl Broker {
     /// Runs `swap` for rows under the wrapping keys `from`, if these rows may still be moved to the wrapping key `to`. `source` is

@@ -13,9 +13,8 @@ use keybroker_store::{ClientMove, ClientRow, DamagedClient, Position};
 use crate::Broker;
 
 use super::{
-    batch::RowId,
+    batch::{RowId, Swapped},
     progress::FailedRow,
-    revisions::Swapped,
     run::{Run, Stop},
 };
 

@@ -13,9 +13,8 @@ use keybroker_store::{DamagedDevice, DeviceAddress, DeviceMove, DeviceRow};
 use crate::Broker;
 
 use super::{
-    batch::RowId,
+    batch::{RowId, Swapped, background},
     progress::FailedRow,
-    revisions::{Swapped, background},
     run::{Run, Stop},
 };
 

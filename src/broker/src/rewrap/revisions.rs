@@ -1,6 +1,6 @@
 //! Moves revisions of records. The token re-wraps one page of rows while the store swaps the previous page.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::collections::BTreeSet;
 
 use futures_util::{
     FutureExt as _,
@@ -11,7 +11,7 @@ use futures_util::{
 use tokio_util::sync::CancellationToken;
 
 use keybroker_core::{
-    call::{CallId, Deadline},
+    call::CallId,
     envelope::{Context, Envelope, Kind},
     error::{Error, Reason},
     key::{KeyUse, Revision, WrappingKeyId},
@@ -22,20 +22,11 @@ use keybroker_store::{RevisionMove, RevisionPlace, RevisionUnder, RowUnder};
 use crate::Broker;
 
 use super::{
-    batch::RowId,
+    batch::{RowId, Swapped, background},
     pace::Pace,
     progress::FailedRow,
     run::{Run, Stop},
 };
-
-/// Time limit for one job of a run. The queue reserves a share of the token's time for background work, even if many
-/// calls wait.
-const JOB_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Returns the caller for the jobs of a run.
-pub(crate) fn background() -> hsm::Caller {
-    hsm::Caller::background(Deadline::after(JOB_TIMEOUT))
-}
 
 /// The result of re-wrapping one row on the token.
 enum Moved {
@@ -48,14 +39,6 @@ enum Moved {
 pub(super) struct Page {
     moves: Vec<RevisionMove>,
     failed: Vec<FailedRow>,
-}
-
-/// The numbers of moved, changed and failed rows of a page.
-#[derive(Default)]
-pub(super) struct Swapped {
-    pub(super) moved: u64,
-    pub(super) changed_meanwhile: u64,
-    pub(super) failed: Vec<FailedRow>,
 }
 
 impl Run<'_> {
@@ -268,20 +251,6 @@ impl Broker {
             failed: page.failed,
             ..swapped
         })
-    }
-}
-
-impl Swapped {
-    pub(super) fn of(swapped: &[bool]) -> Self {
-        let number = |wanted: bool| {
-            let count = swapped.iter().filter(|moved| **moved == wanted).count();
-            u64::try_from(count).unwrap_or(u64::MAX)
-        };
-        Self {
-            moved: number(true),
-            changed_meanwhile: number(false),
-            failed: Vec::new(),
-        }
     }
 }
 

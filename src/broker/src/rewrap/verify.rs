@@ -13,10 +13,11 @@ use keybroker_store::{Position, RevisionPlace, RowUnder};
 use crate::Broker;
 
 use super::{
+    batch::background,
     clients::failed_client,
     pace::Pace,
     progress::{FailedRow, Phase},
-    revisions::{background, envelope_of, failed_revision},
+    revisions::{envelope_of, failed_revision},
     run::{Run, Stop},
 };
 

@@ -157,7 +157,14 @@ impl Who {
             connect::connect(&client, &endpoint).await?;
             calls(Caller { client, output }).await
         })?
-        .map_err(|failure| refusal::explain_closed(failure, connection.has_certificate()))
+        .map_err(|failure| {
+            let has_certificate = connection.has_certificate();
+            refusal::explain(
+                failure,
+                has_certificate,
+                has_certificate || self.credential.is_given(),
+            )
+        })
     }
 }
 

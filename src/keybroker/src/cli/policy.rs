@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use crate::config::Config;
-use keybroker_policy::{Problem, Problems, Settings};
+use keybroker_policy::{Networks, Problem, Problems, Settings};
 
 use super::{
     Context,
@@ -47,6 +47,15 @@ impl Source {
             }),
             None => Ok(context.config()?.policy),
         }
+    }
+
+    /// The networks of the configuration. With `--directory`, the configuration may be missing, and then no address has a place.
+    fn networks(context: &Context) -> Networks {
+        let config = context.config();
+        config.map_or_else(
+            |_| Networks::default(),
+            |config| Networks::new(&config.networks),
+        )
     }
 }
 

@@ -6,13 +6,16 @@ use crate::server::{
     Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
 };
 use keybroker_auth::{issuer, spiffe};
-use keybroker_broker::limits::{RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX};
+use keybroker_broker::limits::{
+    ACCESS_REQUESTS_MAX, RATE_MAX, RELEASED_USERS_MAX, REPLACEMENTS_MAX,
+};
 use keybroker_core::{key::KeyName, principal::Kind, state, trusted_file};
+use keybroker_policy::NamedNetwork;
 
 use super::{
     Config, INSTANCE_VARIABLE, bitwarden,
     check_token::{selection_problems, token_problems},
-    wrapping_keys,
+    notices, wrapping_keys,
 };
 
 impl Config {
@@ -52,6 +55,8 @@ impl Config {
         );
         problems.extend(self.client_credentials.problem());
         problems.extend(self.policy.problem());
+        problems.extend(NamedNetwork::problems(&self.networks));
+        problems.extend(self.notices.iter().flat_map(notices::Settings::problems));
         problems.extend(bitwarden::problems(&self.bitwarden_organizations));
         problems
     }
@@ -162,6 +167,16 @@ impl Config {
                 "replacements_per_hour",
                 rates.replacements_per_hour,
                 REPLACEMENTS_MAX,
+            ),
+            (
+                "access_requests_per_hour",
+                rates.access_requests_per_hour,
+                ACCESS_REQUESTS_MAX,
+            ),
+            (
+                "approvals_per_hour",
+                rates.approvals_per_hour,
+                ACCESS_REQUESTS_MAX,
             ),
         ] {
             range(

@@ -17,7 +17,9 @@ use keybroker_worker_protocol::{
     Pin, check_environment, check_module, integrity_file::IntegrityFiles,
 };
 
-use super::{Config, FileReport, bitwarden, certificates, check_token::integrity_key_problems};
+use super::{
+    Config, FileReport, bitwarden, certificates, check_token::integrity_key_problems, notices,
+};
 
 impl Config {
     /// Examines the files of the configuration. Reads the files in the same way as `serve`, and
@@ -36,6 +38,8 @@ impl Config {
                 .iter()
                 .flat_map(bitwarden::Settings::file_problems),
         );
+        let receiver = self.notices.as_ref();
+        problems.extend(receiver.and_then(notices::Settings::file_problem));
         problems.extend(
             check_audit(&self.audit.directory)
                 .err()
@@ -59,20 +63,8 @@ impl Config {
             }
         }
         self.examine_certificates(&mut report);
+        self.examine_listeners(&mut report);
         let problems = &mut report.problems;
-        for listener in &self.listeners {
-            let address = listener.address;
-            match listener.check_tls() {
-                Ok(Some(contents)) => {
-                    let note = format!("[[listener]] {address}: {contents}");
-                    report.notes.push(note);
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
-                }
-            }
-        }
         if let Some(remote) = &self.status.remote {
             let name = format!("[status.remote] {}", remote.address);
             match remote.check_tls() {
@@ -95,6 +87,24 @@ impl Config {
         }
         report.problems = join_listeners(report.problems);
         report
+    }
+
+    /// Examines the TLS files of the listeners.
+    fn examine_listeners(&self, report: &mut FileReport) {
+        let problems = &mut report.problems;
+        for listener in &self.listeners {
+            let address = listener.address;
+            match listener.check_tls() {
+                Ok(Some(contents)) => {
+                    let note = format!("[[listener]] {address}: {contents}");
+                    report.notes.push(note);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    problems.push(format!("[[listener]] {address}: {}", chain(&error)));
+                }
+            }
+        }
     }
 
     /// The problem of the file with the client secret of the page for approvers. Other problems of the section are reported as
@@ -125,6 +135,10 @@ impl Config {
                 certificates::examine_authorities(&setting, path, report);
             }
         }
+        let receiver = self.notices.as_ref();
+        if let Some(path) = receiver.and_then(|receiver| receiver.ca_file.as_ref()) {
+            certificates::examine_authorities("[notices] `ca_file`", path, report);
+        }
         if let Some(path) = &self.store.ca_file {
             certificates::examine_authorities("[store] `ca_file`", path, report);
         }
@@ -146,6 +160,7 @@ impl Config {
             .map(|tls| &tls.key_file)
             .chain(pin_files)
             .chain(&self.store.password_file)
+            .chain(self.notices.as_ref().map(|notices| &notices.secret_file))
             .chain(
                 self.console
                     .as_ref()

@@ -328,6 +328,12 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "trust_domains = [\"Example.org\"]",
         "\"Example.org\"",
     ),
+    ("name = \"office\"", "name = \"Office\"", "[a-z0-9._-]"),
+    (
+        "\"198.51.100.0/24\"",
+        "\"198.51.100.7/24\"",
+        "write 198.51.100.0/24",
+    ),
     (
         "spiffe://example.org/vault",
         "spiffe://example.org/vault/",

@@ -34,7 +34,7 @@ use keybroker_auth::{
 use keybroker_broker::{ApprovalRules, Broker, Capacity, ClientRules, Parts, limits::Limits};
 use keybroker_core::{call::Deadline, error::chain, state::StateDirectory};
 use keybroker_hsm::{Pool, Token};
-use keybroker_policy::Policy;
+use keybroker_policy::{Networks, Policy};
 use keybroker_store as store;
 use keybroker_store::{Store, StoreLock};
 
@@ -46,6 +46,7 @@ use super::{
     file_problems::FileProblems,
     identify::Identifier,
     listener::Listener,
+    notices::Notifier,
     notify,
     opening::{self, Bound, BoundStatus},
     shared::Shared,
@@ -231,6 +232,7 @@ struct Server {
     /// The tasks of the status listeners, which run until the end of the drain.
     status: TaskTracker,
     stop_status: CancellationToken,
+    notifier: Notifier,
     _store_lock: StoreLock,
 }
 
@@ -238,6 +240,7 @@ impl Server {
     /// Starts all components of the broker, and opens the listeners. The order of the steps is:
     /// policies, ports and certificates, audit log, database, token, registry, listeners. Because
     /// of this order, a failed start leaves no step incomplete.
+    #[expect(clippy::too_many_lines, reason = "one order of steps")]
     async fn start(
         config: Config,
         config_file: PathBuf,
@@ -250,7 +253,11 @@ impl Server {
         let (authenticator, tokens) = credentials(&config)?;
         let provider = console::provider(&config, &tokens)?;
         let limits = Limits::new(&config.rates);
-        let policy = Policy::load(&config.policy).map_err(|problems| unusable(&problems))?;
+        let networks = Networks::new(&config.networks);
+        let policy =
+            Policy::load(&config.policy, networks).map_err(|problems| unusable(&problems))?;
+        let (notifier, notices) =
+            Notifier::start(config.notices.as_ref()).map_err(|error| unusable(&error))?;
         let state = StateDirectory::below(&config.audit.directory);
         let bound = opening::bind_all(&config.listeners, &state).await?;
         let status = opening::bind_status(&config.status, &state).await?;
@@ -278,6 +285,7 @@ impl Server {
             approvals: approval_rules(&config),
             sealed_only: config.release.sealed_only,
             devices: config.devices.rules(retention(&config.store)),
+            notices,
             state,
             accepted_risks,
         });
@@ -297,6 +305,7 @@ impl Server {
             stop_background: CancellationToken::new(),
             status: TaskTracker::new(),
             stop_status: CancellationToken::new(),
+            notifier,
             _store_lock: store_lock,
             config,
             broker,
@@ -525,6 +534,8 @@ impl Server {
             );
         }
         self.broker.finish(Deadline::after(STOP_TIMEOUT)).await;
+        // All calls have ended, so no further notice comes.
+        self.notifier.stop().await;
         self.tokens
             .drain_and_stop(Deadline::after(STOP_TIMEOUT))
             .await;

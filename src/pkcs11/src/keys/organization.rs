@@ -25,11 +25,14 @@ use super::{
     PublicSide, find_one,
     making::{depends_on_the_template, destroy, make_integrity_key, refuse_taken},
     own_integrity_id, public_side_of,
-    templates::{HmacKey, Lifetime, adapted, is_named, kept_on_token},
+    templates::{HmacKey, Lifetime, adapted, is_named, kept_on_token, unwrap_template},
 };
 
 /// The label of every imported key. Lists of wrapping keys leave out keys with this label.
 pub(super) const LABEL: &str = "keybroker bitwarden organization key";
+
+/// Number of attributes with the parts of the key.
+const SECRET_AND_PUBLIC_PARTS: usize = 8;
 
 /// The key of an organisation on the token, with the results of its attribute check.
 #[derive(Clone, Debug)]
@@ -139,9 +142,10 @@ fn create(
     left_out: impl Fn(&Attribute) -> bool,
 ) -> Result<ObjectHandle, Fault> {
     let mut template = adapted(template(id), Lifetime::Token, left_out);
+    // The capacity for all attributes, so that no copy of the secret parts is left behind when the list grows.
+    template.reserve_exact(SECRET_AND_PUBLIC_PARTS + 1);
     template.extend(attributes_of(parts));
-    calling::next("C_CreateObject");
-    let made = session.create_object(&template);
+    let made = create_unwrapping(session, &mut template);
     for attribute in &mut template {
         if let Attribute::PrivateExponent(bytes)
         | Attribute::Prime1(bytes)
@@ -153,7 +157,25 @@ fn create(
             bytes.zeroize();
         }
     }
-    Ok(made?)
+    made
+}
+
+/// Creates the object with `CKA_UNWRAP_TEMPLATE`, so that the token itself refuses to unwrap into a readable object. Creates the object
+/// without this attribute only if the token refuses the template.
+fn create_unwrapping(
+    session: &Session,
+    template: &mut Vec<Attribute>,
+) -> Result<ObjectHandle, Fault> {
+    calling::next("C_CreateObject");
+    let made = session.create_unwrapping_object(template, &unwrap_template());
+    match made.map_err(Fault::from) {
+        Err(fault) if depends_on_the_template(&fault) => {
+            tracing::debug!(%fault, "the token does not import a key with CKA_UNWRAP_TEMPLATE");
+        }
+        made => return made,
+    }
+    calling::next("C_CreateObject");
+    Ok(session.create_object(template)?)
 }
 
 fn template(id: WrappingKeyId) -> Vec<Attribute> {
@@ -175,7 +197,7 @@ fn template(id: WrappingKeyId) -> Vec<Attribute> {
     template
 }
 
-fn attributes_of(parts: &PrivateParts) -> [Attribute; 8] {
+fn attributes_of(parts: &PrivateParts) -> [Attribute; SECRET_AND_PUBLIC_PARTS] {
     let [exponent, prime1, prime2, exponent1, exponent2, coefficient] =
         parts.secrets().map(<[u8]>::to_vec);
     [

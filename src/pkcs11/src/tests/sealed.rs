@@ -1,11 +1,11 @@
 //! Tests sealed releases with SoftHSM and with modules that lie or fail.
 
 use aws_lc_rs::{
-    encoding::AsDer as _,
+    encoding::{AsDer as _, Pkcs8V1Der},
     rsa::{KeySize, OAEP_SHA1_MGF1SHA1, OaepPrivateDecryptingKey, PrivateDecryptingKey},
 };
 use cryptoki::{mechanism::Mechanism, object::Attribute};
-use keybroker_core::envelope::Algorithm;
+use keybroker_core::{envelope::Algorithm, key::Sealing as Protection};
 use keybroker_pkcs11_ffi::Session;
 use keybroker_worker_protocol::{
     oaep::{self, WrapKey},
@@ -22,6 +22,7 @@ use crate::{
     classify::{Class, Fault},
     keys::{self, Lifetime, unwrap_template},
     open::OpenToken,
+    organization,
     recipients::{RECIPIENTS_MAX, Recipients},
     report::sealed::Tests,
     sealed::SealedKey,
@@ -287,4 +288,38 @@ fn the_report_names_what_a_token_lacks() {
             assert!(reason.contains(words), "{words}: {reason}");
         }
     });
+}
+
+/// The token itself refuses to unwrap a member's key into a readable object. A token that cannot express this still imports the key.
+#[test]
+fn an_imported_key_unwraps_only_into_protected_objects() {
+    with_softhsm(
+        "sealed::an_imported_key_unwraps_only_into_protected_objects",
+        |folder| {
+            init();
+            let (settings, faulty) = faulty(folder);
+            let without_template = "[[attribute]]\nname = 0x40000212\n\
+                                    in_template.refuse = \"CKR_ATTRIBUTE_TYPE_INVALID\"\n";
+            for (number, behaviour, expected) in [
+                (1, "", Protection::Enforced),
+                (2, without_template, Protection::Worker),
+            ] {
+                faulty.behave(behaviour);
+                let token = OpenToken::login(&settings, &record(), &pin(USER_PIN), true).unwrap();
+                let pair = PrivateDecryptingKey::generate(KeySize::Rsa2048).unwrap();
+                let pkcs8: Pkcs8V1Der<'_> = pair.as_der().unwrap();
+                let key = organization::import(&token, &settings, id(number), pkcs8.as_ref());
+                let key = key.unwrap();
+                let algorithm = Algorithm::RsaOaepSha1;
+                let public = WrapKey::new(&key.public.spki, algorithm).unwrap();
+                let sealed = SealedKey {
+                    private: key.private,
+                    algorithm,
+                    wrapped: public.wrap(MATERIAL).unwrap(),
+                };
+                let sealing = sealed.sealing(|| token.session(&[])).unwrap();
+                assert_eq!(sealing, expected);
+            }
+        },
+    );
 }

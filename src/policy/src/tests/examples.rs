@@ -14,13 +14,14 @@ macro_rules! example {
     };
 }
 
-const EXAMPLES: [(&str, &str); 8] = [
+const EXAMPLES: [(&str, &str); 9] = [
     example!("strong-authentication.cedar"),
     example!("networks.cedar"),
     example!("organisations.cedar"),
     example!("working-hours.cedar"),
     example!("sealed-only.cedar"),
     example!("devices-only.cedar"),
+    example!("approvals.cedar"),
     example!("recipients.cedar"),
     example!("users-delete.cedar"),
 ];
@@ -222,6 +223,54 @@ fn devices_only() {
         evaluate("devices-only.cedar", case)
     });
     assert_eq!(release, "release-role");
+}
+
+#[test]
+fn approvals() {
+    let approver = service(&[Role::Approver]);
+    let midnight = NOON.micros() - 12 * 3_600_000_000;
+    let (tenant, user) = (Tenant::default(), user("ada"));
+    let resource = Resource::AccessRequest {
+        tenant: &tenant,
+        user: &user,
+        requested_by: "token:home:ada",
+        device_type: "laptop",
+        peer: PEER,
+        place: "",
+    };
+    let decided = |action, place, minutes: i64| {
+        let at = Timestamp::from_micros(midnight + minutes * 60_000_000);
+        let release = sealed_to(&"0".repeat(64));
+        with_case(&approver, |case| {
+            evaluate(
+                "approvals.cedar",
+                &Case {
+                    action,
+                    resource,
+                    release,
+                    place,
+                    at,
+                    ..*case
+                },
+            )
+        })
+    };
+    let approve = Action::ApproveForMember;
+    for (place, minutes, decides) in [
+        ("office", 419, "approvals-in-office-hours"),
+        ("office", 420, "approver-approve"),
+        ("office", 1_019, "approver-approve"),
+        ("office", 1_020, "approvals-in-office-hours"),
+        ("", 720, "approvals-in-office-hours"),
+        ("home", 720, "approvals-in-office-hours"),
+    ] {
+        assert_eq!(
+            decided(approve, place, minutes),
+            decides,
+            "{place} {minutes}"
+        );
+    }
+    assert_eq!(decided(Action::DenyAccess, "home", 0), "approver-deny");
 }
 
 #[test]

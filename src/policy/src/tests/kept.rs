@@ -152,6 +152,7 @@ fn the_number_of_kept_decisions_is_bounded() {
                 },
                 release: Release::Plain,
                 peer: PEER,
+                place: "",
                 at: NOON,
             },
         );
@@ -247,6 +248,7 @@ proptest! {
                 resource: Resource::UserKey { tenant: &identity.tenant, user: &of, name: &name },
                 release: if *sealed { Release::Sealed(Fingerprint([7; 32])) } else { Release::Plain },
                 peer: PEER,
+                place: "",
                 at: if *late { Timestamp::from_micros(NOON.micros() + 86_400_000_000) } else { NOON },
             };
             prop_assert_eq!(engine::decide(&set, &case), engine::evaluate(&set, &case));

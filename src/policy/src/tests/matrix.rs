@@ -123,6 +123,7 @@ fn evaluate(policy: &Policy, identity: &Identity, action: Action, resource: &str
             requested_by: "token:home:other",
             device_type: "laptop",
             peer: PEER,
+            place: "",
         },
         _ => Resource::UserKey {
             tenant,
@@ -136,6 +137,7 @@ fn evaluate(policy: &Policy, identity: &Identity, action: Action, resource: &str
         resource,
         release: Release::Plain,
         peer: PEER,
+        place: "",
         at: NOON,
     })
 }
@@ -426,6 +428,7 @@ fn case<'a>(
             requested_by: "token:home:a",
             device_type: "laptop",
             peer,
+            place: "office",
         },
     ];
     let resource = candidates
@@ -438,6 +441,7 @@ fn case<'a>(
         resource,
         release,
         peer,
+        place: "office",
         at: Timestamp::from_micros(at),
     }
 }
@@ -455,7 +459,7 @@ forbid (principal, action == Keybroker::Action::"user_key.unwrap", resource) whe
 };
 @id("everything-of-a-request")
 forbid (principal, action in [Keybroker::Action::"access_request.approve", Keybroker::Action::"access_request.deny"], resource) when {
-    resource.requestedBy like "*z" || resource.deviceType == "phone" || resource.requestPeer.isLoopback() || resource.user == "b"
+    resource.requestedBy like "*z" || resource.deviceType == "phone" || resource.requestPeer.isLoopback() || resource.requestPlace == "x" || context.place == "y" || resource.user == "b"
 };
 @id("everything-of-a-service")
 forbid (principal is Keybroker::Service, action in Keybroker::Action::"user_keys", resource) when {
@@ -475,7 +479,7 @@ proptest! {
         let (_folder, forbids) = {
             let folder = tempfile::tempdir().unwrap();
             let settings = Settings { defaults: false, directory: Some(folder.path().to_owned()) };
-            let policy = Policy::load(&settings).unwrap();
+            let policy = Policy::load(&settings, Networks::default()).unwrap();
             (folder, policy)
         };
         prop_assert!(!forbids.evaluate(&case).allowed);

@@ -234,7 +234,7 @@ fn links_of_a_mounted_volume_are_followed() {
         directory: Some(folder.path().to_owned()),
         ..Settings::default()
     };
-    let policy = Policy::load(&settings).unwrap();
+    let policy = Policy::load(&settings, Networks::default()).unwrap();
     assert_eq!(
         &*unwrap_of_ada(&ada(), |case| policy.evaluate(case)).policy,
         "mine"

@@ -226,12 +226,14 @@ fn without_the_shipped_permits_only_the_operators_are_there() {
         directory: Some(folder.path().to_owned()),
     };
     let nothing = unwrap_of_ada(&ada(), |case| {
-        Policy::load(&settings).unwrap().evaluate(case)
+        Policy::load(&settings, Networks::default())
+            .unwrap()
+            .evaluate(case)
     });
     assert_eq!((nothing.allowed, &*nothing.policy), (false, "default-deny"));
     let permit = format!("@id(\"mine\") permit ({UNWRAP});");
     fs::write(folder.path().join("mine.cedar"), permit).unwrap();
-    let policy = Policy::load(&settings).unwrap();
+    let policy = Policy::load(&settings, Networks::default()).unwrap();
     assert_eq!(
         &*unwrap_of_ada(&ada(), |case| policy.evaluate(case)).policy,
         "mine"

@@ -98,7 +98,9 @@ fn a_start_needs_good_files() {
         directory: Some("/nonexistent/policies".into()),
         ..Settings::default()
     };
-    let problems = Policy::load(&missing).unwrap_err().to_string();
+    let problems = Policy::load(&missing, Networks::default())
+        .unwrap_err()
+        .to_string();
     assert!(problems.contains("[policy] directory"), "{problems}");
     assert!(with_files(&[("a.cedar", "nonsense")]).is_err());
 }

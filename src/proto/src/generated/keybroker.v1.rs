@@ -4129,6 +4129,9 @@ pub struct AccessRequest {
     /// The first of two approvers; empty before, and if one is sufficient.
     #[prost(string, tag = "21")]
     pub first_approved_by: ::prost::alloc::string::String,
+    /// The place from which the request came: the name of the configured network that contains the address in `peer`; empty if none does.
+    #[prost(string, tag = "22")]
+    pub place: ::prost::alloc::string::String,
 }
 /// Request of EstablishTrust. The signed fields are, in this order: device_id, name, type, verification_key, key_name, revision (eight
 /// bytes), keys.user_key, keys.public_key, keys.private_key.
@@ -4387,16 +4390,22 @@ pub struct ConfirmAccessAnswerRequest {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ConfirmAccessAnswerResponse {}
 /// Request of ListAccessRequests.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListAccessRequestsRequest {
-    /// Also list the requests that were decided or have expired.
+    /// Also list the requests that were decided or have expired. Otherwise, an approver does not see the own requests.
     #[prost(bool, tag = "1")]
     pub show_all: bool,
+    /// Number of requests, at most 200; 0 for 100.
+    #[prost(uint32, tag = "2")]
+    pub page_size: u32,
+    /// `next_page_token` of the previous response; empty for the first page.
+    #[prost(string, tag = "3")]
+    pub page_token: ::prost::alloc::string::String,
 }
 /// Answer of ListAccessRequests.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListAccessRequestsResponse {
-    /// The requests, newest first, at most 200.
+    /// The requests, newest first.
     #[prost(message, repeated, tag = "1")]
     pub access_requests: ::prost::alloc::vec::Vec<AccessRequest>,
     /// The ids of rows that cannot be read; an empty id if the id itself cannot be read.
@@ -4404,6 +4413,9 @@ pub struct ListAccessRequestsResponse {
     pub damaged_access_request_ids: ::prost::alloc::vec::Vec<
         ::prost::alloc::vec::Vec<u8>,
     >,
+    /// `page_token` for the next page; empty on the last page.
+    #[prost(string, tag = "3")]
+    pub next_page_token: ::prost::alloc::string::String,
 }
 /// Request of ApproveAccessRequest. The signed fields are, in this order: access_request_id, the public_key of the request,
 /// encrypted_user_key, encryption.
@@ -4446,12 +4458,16 @@ pub struct ApproveForMemberResponse {
     #[prost(message, optional, tag = "1")]
     pub access_request: ::core::option::Option<AccessRequest>,
 }
-/// Request of DenyAccessRequest.
+/// Request of DenyAccessRequest. The signed fields are those of UntrustDevices for the device of the request: "untrusted"; "these";
+/// the device_id of the request.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DenyAccessRequestRequest {
     /// 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub access_request_id: ::prost::alloc::vec::Vec<u8>,
+    /// The signature of a trusted device; absent unless a device was trusted because of the approval, and for an approver.
+    #[prost(message, optional, tag = "2")]
+    pub signature: ::core::option::Option<DeviceSignature>,
 }
 /// Answer of DenyAccessRequest.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4507,11 +4523,11 @@ pub enum AccessRequestState {
     Pending = 1,
     /// The request was approved, and the answer can be fetched.
     Approved = 2,
-    /// The request was denied, or too many wrong access codes were sent.
+    /// The request was denied, or too many wrong access codes or words of the phrase were sent.
     Denied = 3,
     /// The answer was confirmed, or its five minutes are over.
     Consumed = 4,
-    /// The approval was withdrawn.
+    /// The approval was withdrawn. If the answer was consumed before, the trust that followed was ended.
     Revoked = 5,
     /// The request was not decided, or the answer not fetched, in time.
     Expired = 6,
@@ -4766,7 +4782,8 @@ pub mod device_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Ends the trust of devices, and removes their encrypted keys. Needs the signature of a trusted device, unless the caller is an
-        /// approver.
+        /// approver. If an approver ends all trust, the broker also removes the rows of the member's devices that cannot be read or
+        /// verified and, if there are any, the member's requests.
         pub async fn untrust_devices(
             &mut self,
             request: impl tonic::IntoRequest<super::UntrustDevicesRequest>,
@@ -4844,7 +4861,7 @@ pub mod device_service_client {
                 .insert(GrpcMethod::new("keybroker.v1.DeviceService", "RotateDevices"));
             self.inner.unary(req, path, codec).await
         }
-        /// Asks for the user key for a new device of the caller.
+        /// Asks for the user key for a new device of the caller. The request replaces a pending request of the same device.
         pub async fn create_access_request(
             &mut self,
             request: impl tonic::IntoRequest<super::CreateAccessRequestRequest>,
@@ -4872,7 +4889,7 @@ pub mod device_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Returns the state of a request that the caller made and, if it was approved, the answer. After the first time, the answer can be
-        /// fetched again for five minutes.
+        /// fetched again for five minutes. An answer is void once the user key was changed or removed, or the trust of a device was ended.
         pub async fn fetch_access_answer(
             &mut self,
             request: impl tonic::IntoRequest<super::FetchAccessAnswerRequest>,
@@ -4926,7 +4943,7 @@ pub mod device_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers.
+        /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers, in pages.
         pub async fn list_access_requests(
             &mut self,
             request: impl tonic::IntoRequest<super::ListAccessRequestsRequest>,
@@ -5008,7 +5025,8 @@ pub mod device_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Denies a pending request, or withdraws an approval whose answer was not consumed.
+        /// Denies a pending request, or withdraws an approval. If a device was trusted because of the approval, its trust is ended, which needs
+        /// the signature of a trusted device, unless the caller is an approver.
         pub async fn deny_access_request(
             &mut self,
             request: impl tonic::IntoRequest<super::DenyAccessRequestRequest>,
@@ -5084,7 +5102,8 @@ pub mod device_service_server {
             tonic::Status,
         >;
         /// Ends the trust of devices, and removes their encrypted keys. Needs the signature of a trusted device, unless the caller is an
-        /// approver.
+        /// approver. If an approver ends all trust, the broker also removes the rows of the member's devices that cannot be read or
+        /// verified and, if there are any, the member's requests.
         async fn untrust_devices(
             &self,
             request: tonic::Request<super::UntrustDevicesRequest>,
@@ -5109,7 +5128,7 @@ pub mod device_service_server {
             tonic::Response<super::RotateDevicesResponse>,
             tonic::Status,
         >;
-        /// Asks for the user key for a new device of the caller.
+        /// Asks for the user key for a new device of the caller. The request replaces a pending request of the same device.
         async fn create_access_request(
             &self,
             request: tonic::Request<super::CreateAccessRequestRequest>,
@@ -5118,7 +5137,7 @@ pub mod device_service_server {
             tonic::Status,
         >;
         /// Returns the state of a request that the caller made and, if it was approved, the answer. After the first time, the answer can be
-        /// fetched again for five minutes.
+        /// fetched again for five minutes. An answer is void once the user key was changed or removed, or the trust of a device was ended.
         async fn fetch_access_answer(
             &self,
             request: tonic::Request<super::FetchAccessAnswerRequest>,
@@ -5134,7 +5153,7 @@ pub mod device_service_server {
             tonic::Response<super::ConfirmAccessAnswerResponse>,
             tonic::Status,
         >;
-        /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers.
+        /// Lists the requests of the caller's devices or, for an approver, of all members whom the approver covers, in pages.
         async fn list_access_requests(
             &self,
             request: tonic::Request<super::ListAccessRequestsRequest>,
@@ -5159,7 +5178,8 @@ pub mod device_service_server {
             tonic::Response<super::ApproveForMemberResponse>,
             tonic::Status,
         >;
-        /// Denies a pending request, or withdraws an approval whose answer was not consumed.
+        /// Denies a pending request, or withdraws an approval. If a device was trusted because of the approval, its trust is ended, which needs
+        /// the signature of a trusted device, unless the caller is an approver.
         async fn deny_access_request(
             &self,
             request: tonic::Request<super::DenyAccessRequestRequest>,

@@ -1,27 +1,31 @@
 //! The calls of [`Devices`], for any engine.
 
+use std::cmp::Reverse;
+
 use async_trait::async_trait;
 
 use crate::{
     Error,
     device::{
-        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessFilter, AccessRow, Changed, DEVICES_MAX,
-        DamagedAccess, DamagedDevice, DeviceAddress, DeviceChange, DeviceMove, DeviceRow, Devices,
+        ACCESS_REQUESTS_LISTED_MAX, AccessCounts, AccessPlace, AccessQuery, AccessRow, Changed,
+        DEVICES_MAX, DamagedAccess, DamagedDevice, DeviceAddress, DeviceChange, DeviceMove,
+        DeviceRow, Devices,
     },
     mutations::{self, Change, insert_unless_taken},
     record::RecordInfo,
     rows,
     session::{Columns as _, Session, Value},
-    statements::Statements,
+    statements::{Statements, USERS_AT_ONCE},
     tables::Table,
 };
 use keybroker_core::{
     call::{CallId, Timestamp},
     envelope::Mac,
     key::{AccessRequestId, DeviceId, KeyUse, Tenant, UserId},
+    principal::Reach,
 };
 
-use super::{End, Engine, EngineStore, rewrap::keys_of};
+use super::{End, Engine, EngineStore, rewrap::keys_of, uses::filled};
 
 /// Highest number of rows that one statement removes, so that no call waits long for the locks of the statement.
 const FORGOTTEN_AT_ONCE: u64 = 100;
@@ -31,7 +35,16 @@ async fn write(
     session: &mut impl Session,
     sql: &'static Statements,
     change: &DeviceChange,
+    at: Timestamp,
 ) -> Result<(), Error> {
+    for removed in &change.removes {
+        let values = rows::device_key(removed);
+        session.execute(sql.device.remove, values).await?;
+    }
+    if let Some(one) = change.removes.first() {
+        let values = vec![one.tenant.as_str().into(), one.user.as_str().into()];
+        session.execute(sql.device.remove_requests, values).await?;
+    }
     if let Some((tenant, user, known)) = &change.trusted {
         let values = vec![tenant.as_str().into(), user.as_str().into()];
         let found = session.rows(sql.device.trusted, values).await?;
@@ -57,6 +70,14 @@ async fn write(
         };
         write_row(session, statement, values, expected.is_none()).await?;
     }
+    if let Some((request, mac)) = &change.unchanged {
+        let values = vec![(*request).into(), mac.into()];
+        let found = session.rows(sql.device.unchanged_request, values).await?;
+        found.first().ok_or(Error::Conflict)?;
+    }
+    if let (Some(Changed { row, .. }), Some(most)) = (&change.request, &change.fewer_than) {
+        make_room(session, sql, &row.device.address, most, at).await?;
+    }
     if let Some(Changed { row, expected }) = &change.request {
         let (statement, values) = match expected {
             None => (
@@ -72,6 +93,26 @@ async fn write(
         write_row(session, statement, values, expected.is_none()).await?;
     }
     Ok(())
+}
+
+/// Removes the earlier pending requests of a device, and requires that the member has few enough other requests.
+async fn make_room(
+    session: &mut impl Session,
+    sql: &'static Statements,
+    device: &DeviceAddress,
+    most: &AccessCounts,
+    now: Timestamp,
+) -> Result<(), Error> {
+    let pending = rows::device_key(device);
+    session.execute(sql.device.remove_pending, pending).await?;
+    let values = rows::access_count_key(device, now);
+    let found = session.rows(sql.device.count_requests, values).await?;
+    let counts = rows::access_counts(found.first().ok_or(Error::NotFound)?)?;
+    if counts.pending < most.pending && counts.unexpired < most.unexpired {
+        Ok(())
+    } else {
+        Err(Error::Conflict)
+    }
 }
 
 async fn write_row(
@@ -108,7 +149,11 @@ impl<E: Engine> EngineStore<E> {
     }
 
     async fn count_old(&self, statement: &'static str, before: Timestamp) -> Result<u64, Error> {
-        let found = self.query(statement, vec![before.into()]).await?;
+        self.count(statement, vec![before.into()]).await
+    }
+
+    async fn count(&self, statement: &'static str, values: Vec<Value>) -> Result<u64, Error> {
+        let found = self.query(statement, values).await?;
         let total = found.first().ok_or(Error::NotFound)?.integer("total")?;
         Ok(u64::try_from(total).unwrap_or(0))
     }
@@ -164,18 +209,24 @@ impl<E: Engine> Devices for EngineStore<E> {
         self.transaction(End::CommitMarked(call), move |session, sql| {
             let change = change.clone();
             Box::pin(async move {
+                if let (Some(lock), Some((tenant, user))) =
+                    (sql.device.lock_member, change.member())
+                {
+                    let values = vec![tenant.as_str().into(), user.as_str().into()];
+                    session.rows(lock, values).await?;
+                }
                 let replaced = if let Some(one) = &change.replaces {
                     let supersede = Change::Supersede(one.new.clone());
                     Some(mutations::apply(session, sql, &supersede, &one.stamp).await?)
                 } else {
-                    let record = change.requires.as_ref().map(|record| record.id);
+                    let record = change.requires.map(|(record, _)| record);
                     mutations::mark(session, sql, call, record, at).await?;
                     None
                 };
-                if let Some(record) = &change.requires {
-                    mutations::require_revision(session, sql, record).await?;
+                if let Some((record, revision)) = change.requires {
+                    mutations::require_revision(session, sql, record, revision).await?;
                 }
-                write(session, sql, &change).await?;
+                write(session, sql, &change, at).await?;
                 Ok(replaced)
             })
         })
@@ -223,46 +274,67 @@ impl<E: Engine> Devices for EngineStore<E> {
 
     async fn access_requests(
         &self,
-        wanted: &AccessFilter,
-    ) -> Result<Vec<Result<AccessRow, DamagedAccess>>, Error> {
+        wanted: &AccessQuery,
+    ) -> Result<Vec<(AccessPlace, Result<AccessRow, DamagedAccess>)>, Error> {
         let sql = &E::sql().device;
-        let limit = ACCESS_REQUESTS_LISTED_MAX.into();
-        let (statement, values) = match wanted {
-            AccessFilter::Member(tenant, user) => (
-                sql.requests_of_user,
-                vec![tenant.as_str().into(), user.as_str().into(), limit],
-            ),
-            AccessFilter::PendingOf(tenant, now) => (
-                sql.pending_requests,
-                vec![tenant.as_str().into(), (*now).into(), limit],
-            ),
-            AccessFilter::All(tenant) => (sql.requests, vec![tenant.as_str().into(), limit]),
+        let limit = wanted.limit.min(ACCESS_REQUESTS_LISTED_MAX);
+        let portions: Vec<(&'static str, Vec<Value>)> = match &wanted.users {
+            Reach::All => vec![(sql.requests, Vec::new())],
+            Reach::Only(users) => {
+                let users: Vec<&UserId> = users.iter().collect();
+                let portions = users.chunks(USERS_AT_ONCE).map(|portion| {
+                    let users = filled(portion, USERS_AT_ONCE).map(|user| user.as_str().into());
+                    (sql.requests_of_users, users.collect())
+                });
+                portions.collect()
+            }
         };
-        let found = self.query(statement, values).await?;
-        Ok(found.iter().map(rows::listed_access).collect())
-    }
-
-    async fn newest_pending(&self, device: &DeviceAddress) -> Result<Option<AccessRow>, Error> {
-        let found = self
-            .query(E::sql().device.newest_pending, rows::device_key(device))
-            .await?;
-        found.first().map(rows::access_request).transpose()
+        let mut page = Vec::new();
+        for (statement, users) in portions {
+            let values = rows::access_query_values(wanted, users, limit);
+            for row in &self.query(statement, values).await? {
+                page.push((rows::access_place(row)?, rows::listed_access(row)));
+            }
+        }
+        page.sort_by_key(|((requested, id), _)| (Reverse(*requested), *id));
+        page.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+        Ok(page)
     }
 
     async fn count_access_requests(
         &self,
-        tenant: &Tenant,
-        user: &UserId,
+        device: &DeviceAddress,
         now: Timestamp,
     ) -> Result<AccessCounts, Error> {
-        let values = vec![tenant.as_str().into(), user.as_str().into(), now.into()];
+        let values = rows::access_count_key(device, now);
         let found = self.query(E::sql().device.count_requests, values).await?;
-        let counts = found.first().ok_or(Error::NotFound)?;
-        let count = |name| Ok::<_, Error>(u64::try_from(counts.integer(name)?).unwrap_or(0));
-        Ok(AccessCounts {
-            pending: count("pending_total")?,
-            unexpired: count("total")?,
-        })
+        rows::access_counts(found.first().ok_or(Error::NotFound)?)
+    }
+
+    async fn recent_access_requests(
+        &self,
+        tenant: &Tenant,
+        user: &UserId,
+        after: Timestamp,
+    ) -> Result<u64, Error> {
+        let values = vec![tenant.as_str().into(), user.as_str().into(), after.into()];
+        self.count(E::sql().device.recent_requests, values).await
+    }
+
+    async fn recent_approvals(
+        &self,
+        tenant: &Tenant,
+        principal: &str,
+        after: Timestamp,
+    ) -> Result<u64, Error> {
+        let values = vec![
+            tenant.as_str().into(),
+            principal.into(),
+            after.into(),
+            principal.into(),
+            after.into(),
+        ];
+        self.count(E::sql().device.recent_approvals, values).await
     }
 
     async fn forget_access_requests(&self, before: Timestamp) -> Result<u64, Error> {

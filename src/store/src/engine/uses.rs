@@ -62,7 +62,7 @@ impl<E: Engine> EngineStore<E> {
 
 /// Repeats the last row of a portion until the portion has `places` rows, because the statement has
 /// a fixed number of rows.
-fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
+pub(super) fn filled<T>(portion: &[T], places: usize) -> impl Iterator<Item = &T> {
     let fill = portion.last().into_iter().cycle();
     portion.iter().chain(fill).take(places)
 }

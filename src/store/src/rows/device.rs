@@ -1,12 +1,13 @@
 //! Converts rows of devices and of requests for access.
 
 use keybroker_core::{
+    call::Timestamp,
     device::{
         AccessState, ApprovalRoad, DEVICE_NAME_BYTES_MAX, DEVICE_TYPE_BYTES_MAX, DeviceState,
         PUBLIC_KEY_BYTES_MAX, SEALED_KEY_BYTES_MAX, SEALED_PRIVATE_KEY_BYTES_MAX,
         SEALED_PUBLIC_KEY_BYTES_MAX,
     },
-    key::{AccessRequestId, DeviceId},
+    key::{AccessRequestId, DeviceId, Revision},
     principal::NAME_BYTES_MAX,
 };
 
@@ -14,8 +15,9 @@ use crate::{
     Error,
     columns::Table,
     device::{
-        ANSWER_FORM_BYTES_MAX, AccessDecision, AccessRow, Answer, AskingDevice, DamagedAccess,
-        DamagedDevice, DeviceAddress, DeviceRow, PEER_BYTES_MAX, SealedKeys,
+        ANSWER_FORM_BYTES_MAX, AccessCounts, AccessDecision, AccessPlace, AccessQuery, AccessRow,
+        Answer, AskingDevice, DamagedAccess, DamagedDevice, DeviceAddress, DeviceRow,
+        PEER_BYTES_MAX, SealedKeys,
     },
     session::{Columns, Value},
 };
@@ -48,6 +50,19 @@ impl<R: Columns> Reader<'_, R> {
             user: self.user()?,
             device: DeviceId::from_bytes(self.array("device_id")?),
         })
+    }
+
+    fn count(&self, column: &str) -> Result<u32, Error> {
+        u32::try_from(self.positive(column)?).map_err(|_| self.corrupt(column))
+    }
+
+    fn optional_revision(&self, column: &str) -> Result<Option<Revision>, Error> {
+        let number = self.value(column, self.row.optional_integer(column))?;
+        let Some(number) = number else {
+            return Ok(None);
+        };
+        let revision = u64::try_from(number).ok().and_then(Revision::new);
+        revision.map(Some).ok_or_else(|| self.corrupt(column))
     }
 
     /// A text that is empty if it is absent.
@@ -135,6 +150,13 @@ pub(crate) fn device_values(row: &DeviceRow) -> Vec<Value> {
     ]
 }
 
+/// The place of a row of [`Table::AccessRequests`] in a list; the rest of the row may be damaged.
+pub(crate) fn access_place(row: &impl Columns) -> Result<AccessPlace, Error> {
+    let row = Reader::new(Table::AccessRequests, row);
+    let id = AccessRequestId::from_bytes(row.array("request_id")?);
+    Ok((row.time("requested_us")?, id))
+}
+
 /// The id of a row of [`Table::AccessRequests`], if the id can be read.
 fn access_id(row: &impl Columns) -> Option<AccessRequestId> {
     row.bytes("request_id")
@@ -145,7 +167,6 @@ fn access_id(row: &impl Columns) -> Option<AccessRequestId> {
 /// A row of [`Table::AccessRequests`].
 pub(crate) fn access_request(row: &impl Columns) -> Result<AccessRow, Error> {
     let row = Reader::new(Table::AccessRequests, row);
-    let tries = row.positive("tries")?;
     Ok(AccessRow {
         id: AccessRequestId::from_bytes(row.array("request_id")?),
         signer: row.wrapping_key("signer_key_id")?,
@@ -165,12 +186,14 @@ pub(crate) fn access_request(row: &impl Columns) -> Result<AccessRow, Error> {
         peer: row.bounded_text("peer", PEER_BYTES_MAX)?,
         requested: row.time("requested_us")?,
         expires: row.time("expires_us")?,
-        tries: u32::try_from(tries).map_err(|_| row.corrupt("tries"))?,
+        tries: row.count("tries")?,
         first_approved_by: row.optional_text("first_approved_by", NAME_BYTES_MAX)?,
         decision: decision(&row)?,
         answer: answer(&row)?,
         fetched: row.optional_time("fetched_us")?,
         closed: row.optional_time("closed_us")?,
+        answer_revision: row.optional_revision("answer_revision")?,
+        wrong_words: row.count("wrong_words")?,
         mac: row.array("mac")?,
     })
 }
@@ -206,6 +229,53 @@ pub(crate) fn listed_access(row: &impl Columns) -> Result<AccessRow, DamagedAcce
     })
 }
 
+/// The values of a query for requests for access of these users, or of all if there are none.
+pub(crate) fn access_query_values(
+    wanted: &AccessQuery,
+    users: Vec<Value>,
+    limit: u32,
+) -> Vec<Value> {
+    // No time is later than the largest one, and no id comes before the empty one.
+    let (requested, id) = match wanted.after {
+        Some((requested, id)) => (requested, id.into()),
+        None => (Timestamp::from_micros(i64::MAX), Value::Bytes(Vec::new())),
+    };
+    let pending = wanted.pending.as_ref();
+    let mut values = vec![wanted.tenant.as_str().into()];
+    values.extend(users);
+    values.extend([
+        u32::from(pending.is_some()).into(),
+        pending
+            .map_or(Timestamp::from_micros(0), |only| only.now)
+            .into(),
+        pending.map_or("", |only| &only.except).into(),
+        requested.into(),
+        requested.into(),
+        id,
+        limit.into(),
+    ]);
+    values
+}
+
+/// The values of a query that counts the requests for access of a member.
+pub(crate) fn access_count_key(device: &DeviceAddress, now: Timestamp) -> Vec<Value> {
+    vec![
+        device.tenant.as_str().into(),
+        device.user.as_str().into(),
+        now.into(),
+        device.device.into(),
+    ]
+}
+
+/// The counts of requests for access.
+pub(crate) fn access_counts(row: &impl Columns) -> Result<AccessCounts, Error> {
+    let count = |name| Ok::<_, Error>(u64::try_from(row.integer(name)?).unwrap_or(0));
+    Ok(AccessCounts {
+        pending: count("pending_total")?,
+        unexpired: count("total")?,
+    })
+}
+
 /// The values of a new row of [`Table::AccessRequests`].
 pub(crate) fn new_access_request(row: &AccessRow) -> Vec<Value> {
     let mut values = vec![row.id.into()];
@@ -217,6 +287,8 @@ pub(crate) fn new_access_request(row: &AccessRow) -> Vec<Value> {
 pub(crate) fn access_request_values(row: &AccessRow) -> Vec<Value> {
     let (device, decision, answer) = (&row.device, row.decision.as_ref(), row.answer.as_ref());
     let decided_device = decision.and_then(|decision| decision.device);
+    let revision = row.answer_revision.map(Revision::get);
+    let revision = revision.map(|number| i64::try_from(number).unwrap_or(i64::MAX));
     vec![
         row.signer.into(),
         row.state.as_str().into(),
@@ -247,6 +319,8 @@ pub(crate) fn access_request_values(row: &AccessRow) -> Vec<Value> {
         answer.map_or("", |answer| &answer.form).into(),
         row.fetched.into(),
         row.closed.into(),
+        Value::OptionalInteger(revision),
+        row.wrong_words.into(),
         (&row.mac).into(),
     ]
 }

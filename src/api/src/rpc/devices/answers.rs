@@ -91,6 +91,7 @@ pub(super) fn access_request(view: &AccessView) -> proto::AccessRequest {
             .collect(),
         verified: view.is_verified,
         altered: view.is_altered,
+        place: view.place.clone(),
         first_approved_by: row.first_approved_by.clone().unwrap_or_default(),
     }
 }

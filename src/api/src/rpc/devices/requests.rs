@@ -1,8 +1,11 @@
 //! Parses the messages of `DeviceService`. Every length is checked here.
 
+use base64ct::{Base64UrlUnpadded, Encoding as _};
+
 use keybroker_broker::{
-    AdministratorApproval, Answer, DeviceApproval, DeviceRotation, NewAccessRequest, NewDevice,
-    RotatedDevice, SealedKeys, Untrusted, UserKeyRef, Which,
+    ACCESS_REQUESTS_LISTED_MAX, AccessDenial, AccessPage, AccessPlace, AdministratorApproval,
+    Answer, DeviceApproval, DeviceRotation, NewAccessRequest, NewDevice, RotatedDevice, SealedKeys,
+    Untrusted, UserKeyRef, Which,
 };
 use keybroker_core::{
     call::Timestamp,
@@ -258,6 +261,54 @@ pub(super) fn for_member(
     })
 }
 
+pub(super) fn denial(r: proto::DenyAccessRequestRequest) -> Result<AccessDenial, Error> {
+    Ok(AccessDenial {
+        id: access_id(&r.access_request_id)?,
+        signature: optional_signature(r.signature)?,
+    })
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the form of all parsers")]
+pub(super) fn access_page(r: proto::ListAccessRequestsRequest) -> Result<AccessPage, Error> {
+    let first = AccessPage::from(r.show_all);
+    Ok(AccessPage {
+        after: place(&r.page_token)?,
+        limit: match r.page_size {
+            0 => first.limit,
+            size if size <= ACCESS_REQUESTS_LISTED_MAX => size,
+            _ => return Err(Error::violation("page_size", "at most 200")),
+        },
+        ..first
+    })
+}
+
+/// A page token is the time of the last request of the page in microseconds, as eight bytes, and the id of this request.
+pub(super) fn page_token(next: Option<AccessPlace>) -> String {
+    next.map_or_else(String::new, |(requested, id)| {
+        let mut place = requested.micros().to_be_bytes().to_vec();
+        place.extend(id.as_bytes());
+        Base64UrlUnpadded::encode_string(&place)
+    })
+}
+
+fn place(token: &str) -> Result<Option<AccessPlace>, Error> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let parse = || {
+        let mut bytes = [0; 24];
+        let read = Base64UrlUnpadded::decode(token, &mut bytes).ok()?;
+        let (requested, id) = read.split_first_chunk()?;
+        let requested = Timestamp::from_micros(i64::from_be_bytes(*requested));
+        Some((requested, AccessRequestId::from_slice(id)?))
+    };
+    let place = parse().ok_or_else(|| {
+        let what = "empty or the `next_page_token` of the previous response";
+        Error::violation("page_token", what)
+    });
+    place.map(Some)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -348,6 +399,31 @@ mod tests {
         for (length, is_good) in [(0, false), (15, false), (16, true), (64, true), (65, false)] {
             assert_eq!(access_code(vec![1; length]).is_ok(), is_good, "{length}");
         }
+    }
+
+    #[test]
+    fn a_page_token_comes_back_as_it_went_and_others_are_refused() {
+        let place_of = |micros, id| {
+            let id = AccessRequestId::from_bytes([id; 16]);
+            (Timestamp::from_micros(micros), id)
+        };
+        for last in [place_of(-1, 0), place_of(i64::MAX, 255)] {
+            assert_eq!(place(&page_token(Some(last))).unwrap(), Some(last));
+        }
+        assert_eq!(place(&page_token(None)).unwrap(), None);
+        let good = page_token(Some(place_of(7, 7)));
+        for bad in ["!", "YQ", &good[..31], &format!("{good}A"), &good.repeat(9)] {
+            assert!(place(bad).is_err(), "{bad}");
+        }
+        let sized = |page_size| {
+            access_page(proto::ListAccessRequestsRequest {
+                page_size,
+                ..proto::ListAccessRequestsRequest::default()
+            })
+        };
+        assert_eq!(sized(0).unwrap(), AccessPage::from(false));
+        assert_eq!(sized(200).unwrap().limit, 200);
+        assert!(sized(201).is_err());
     }
 
     #[test]

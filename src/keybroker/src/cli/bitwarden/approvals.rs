@@ -26,6 +26,7 @@ mod inventory;
 mod key;
 mod pending;
 mod pins;
+mod rate;
 mod refusal;
 mod review;
 mod service;

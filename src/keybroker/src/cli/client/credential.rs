@@ -27,6 +27,11 @@ pub(super) struct Credential {
 }
 
 impl Credential {
+    /// Whether the options contain a credential.
+    pub(super) fn is_given(&self) -> bool {
+        self.client_id.is_some() || self.token_file.is_some()
+    }
+
     /// Adds the credential from the options, if the options contain a credential. Libraries copy
     /// the secret before sending it to the broker, and do not overwrite the copies in memory.
     pub(super) fn set(&self, builder: ClientBuilder) -> Result<ClientBuilder, Failure> {

@@ -1,17 +1,17 @@
 //! `keybroker device`: lists devices and requests for access, decides about requests, and ends the trust of devices through a running broker.
 
-use std::io::{self, IsTerminal as _};
-
 use clap::{ArgGroup, Args, Subcommand};
-use keybroker_client::{AccessRequestId, DeviceId, UserId, proto};
+use keybroker_client::{DeviceId, Reason, UserId, proto};
 use serde_json::{Value, json};
 
 use crate::cli::{
-    exit::{Exit, Failure},
+    exit::Failure,
     output::{Field, printable},
 };
 
 use super::{Caller, arguments, refusal::failure, show};
+
+mod decisions;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -24,24 +24,16 @@ pub(super) enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// Approve the request of a member (for the role `approver`)
+    /// Approve the requests of members (for the role `approver`)
     ///
-    /// The command shows the request with three of the five words of its phrase, and asks for the other two: the member reads them from
-    /// the new device. The token then encrypts the member's user key to the new device. You do not receive the user key.
-    Approve {
-        /// Id of the request, 32 hexadecimal digits
-        #[arg(value_parser = arguments::access_request_id)]
-        id: AccessRequestId,
-        /// The two words, instead of a prompt
-        #[arg(long, num_args = 2, value_names = ["WORD", "WORD"])]
-        words: Vec<String>,
-    },
-    /// Deny a request for access, or withdraw an approval whose answer was not consumed yet
-    Deny {
-        /// Id of the request, 32 hexadecimal digits
-        #[arg(value_parser = arguments::access_request_id)]
-        id: AccessRequestId,
-    },
+    /// The command shows each request with three of the five words of its phrase, and asks for the other two: the member reads them from
+    /// the new device. The token then encrypts the member's user key to the new device. You do not receive the user key. With several
+    /// requests, the command shows a result for each, and fails if one of them was not approved.
+    Approve(decisions::ApproveArguments),
+    /// Deny requests for access, or withdraw approvals and end the trust that followed from them
+    ///
+    /// With several requests, the command shows a result for each, and fails if one of them was not denied.
+    Deny(decisions::DenyArguments),
     /// List the devices of a member
     List {
         /// The member, for a caller with the role `approver`; without it, the caller's own devices
@@ -50,6 +42,7 @@ pub(super) enum Command {
     },
     /// End the trust of a member's devices, and remove their encrypted keys (for the role `approver`)
     ///
+    /// With `--all`, the broker also removes the rows of the member's devices that cannot be read or verified.
     /// The user key of the member is not changed. A device whose trust was ended needs the approval of a request for access.
     Untrust(UntrustArguments),
 }
@@ -75,21 +68,15 @@ impl Caller {
     pub(super) async fn devices(&self, command: Command) -> Result<(), Failure> {
         match command {
             Command::Requests { all } => self.access_requests(all).await,
-            Command::Approve { id, words } => self.approve_for_member(id, words).await,
-            Command::Deny { id } => {
-                let denied = self.client.deny_access_request(id).await;
-                let denied = denied.map_err(|error| failure(&error))?;
-                let fields = request_fields(&denied, self.output.is_json());
-                self.output.fields(fields)
-            }
+            Command::Approve(arguments) => self.approve_for_members(arguments).await,
+            Command::Deny(arguments) => self.deny_requests(arguments).await,
             Command::List { user } => self.list_devices(user.as_ref()).await,
             Command::Untrust(arguments) => self.untrust(arguments).await,
         }
     }
 
     async fn access_requests(&self, all: bool) -> Result<(), Failure> {
-        let listed = self.client.list_access_requests(all).await;
-        let listed = listed.map_err(|error| failure(&error))?;
+        let listed = self.all_access_requests(all).await?;
         let json = self.output.is_json();
         let requests = listed.access_requests.iter();
         let rows: Vec<_> = requests
@@ -106,63 +93,31 @@ impl Caller {
         Ok(())
     }
 
-    async fn approve_for_member(
+    /// Reads all pages of the requests for access.
+    async fn all_access_requests(
         &self,
-        id: AccessRequestId,
-        words: Vec<String>,
-    ) -> Result<(), Failure> {
-        let listed = self.client.list_access_requests(false).await;
-        let listed = listed.map_err(|error| failure(&error))?.access_requests;
-        let request = listed.iter().find(|one| one.id == id.as_bytes());
-        let request = request.ok_or_else(|| {
-            let what = format!("there is no pending request {id} that you may decide");
-            Failure::new(Exit::Refused, what)
-                .hint("`keybroker device requests --all` shows the requests")
-        })?;
-        let words = match <[String; 2]>::try_from(words) {
-            Ok(words) => words,
-            Err(_) => self.heard_words(request)?,
-        };
-        let approved = self.client.approve_for_member(id, words).await;
-        let approved = approved.map_err(|error| failure(&error))?;
-        if approved.state() == proto::AccessRequestState::Pending {
-            self.output
-                .note("the approval is recorded; a second approver has to approve the request");
-        }
-        let fields = request_fields(&approved, self.output.is_json());
-        self.output.fields(fields)
-    }
-
-    /// Shows a request, its phrase in capitals, and asks for the hidden words.
-    fn heard_words(&self, request: &proto::AccessRequest) -> Result<[String; 2], Failure> {
-        let usage = |what: &str| Failure::new(Exit::Usage, what);
-        if !io::stdin().is_terminal() {
-            let what = "this command needs the two words of the phrase: pass --words, or run the command at a terminal";
-            return Err(usage(what));
-        }
-        for (name, value) in request_fields(request, false) {
-            if let Some(text) = value.as_str().filter(|_| name != "phrase") {
-                self.output.note(&format!("{name}: {text}"));
+        all: bool,
+    ) -> Result<proto::ListAccessRequestsResponse, Failure> {
+        let mut listed = proto::ListAccessRequestsResponse::default();
+        loop {
+            let page = self
+                .client
+                .list_access_requests(all, listed.next_page_token.as_str())
+                .await;
+            let page = page.map_err(|error| failure(&error))?;
+            listed.access_requests.extend(page.access_requests);
+            let damaged = page.damaged_access_request_ids;
+            listed.damaged_access_request_ids.extend(damaged);
+            listed.next_page_token = page.next_page_token;
+            if listed.next_page_token.is_empty() {
+                return Ok(listed);
             }
         }
-        let large = phrase(&request.phrase).to_uppercase();
-        self.output
-            .note(&format!("\n    {}\n", large.replace(' ', "   ")));
-        self.output
-            .note("Type the two missing words as the member reads them from the new device:");
-        let mut line = String::new();
-        io::stdin()
-            .read_line(&mut line)
-            .map_err(|_| usage("the two words cannot be read"))?;
-        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
-        words
-            .try_into()
-            .map_err(|_| usage("type two words; nothing was approved"))
     }
 
     async fn list_devices(&self, user: Option<&UserId>) -> Result<(), Failure> {
         let listed = self.client.list_devices(user).await;
-        let listed = listed.map_err(|error| failure(&error))?;
+        let listed = listed.map_err(|error| without_user(failure(&error), user))?;
         self.output
             .list(self.device_rows(&listed.devices), "no devices")?;
         let is_altered = listed.devices.iter().any(|device| device.altered);
@@ -201,6 +156,15 @@ impl Caller {
             );
         }
     }
+}
+
+/// Explains the denial of a list without `--user`, which is the list of the own devices. An approver has none.
+fn without_user(failure: Failure, user: Option<&UserId>) -> Failure {
+    if user.is_none() && failure.reason.as_deref() == Some(Reason::Policy.as_str()) {
+        return failure
+            .hint("an approver has no devices: pass the member whose devices to list with --user");
+    }
+    failure
 }
 
 fn id(bytes: &[u8]) -> Value {
@@ -280,6 +244,7 @@ pub(super) fn request_fields(request: &proto::AccessRequest, json: bool) -> Vec<
         ("device_type", text(&request.device_type)),
         ("requested_by", text(&request.requested_by)),
         ("peer", text(&request.peer)),
+        ("place", text(&request.place)),
         ("requested", show::time(request.request_time.as_ref())),
         ("expires", show::time(request.expire_time.as_ref())),
         ("approver", json!(approver(request.approver()))),

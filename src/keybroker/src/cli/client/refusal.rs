@@ -34,6 +34,7 @@ pub(in crate::cli) fn failure(error: &Error) -> Failure {
         (Some(approval), _) => Some(next_commands(approval)),
         (None, Some(Reason::Limit)) if is_about("approval") => Some(TOO_MANY_REQUESTS.to_owned()),
         (None, Some(Reason::Policy)) if is_about("principal") => Some(OTHER_PERSON.to_owned()),
+        (None, Some(_)) if is_about("phrase_words") => Some(OTHER_WORDS.to_owned()),
         (None, reason) => reason.map(|reason| hint(reason).to_owned()),
     };
     Failure {
@@ -51,6 +52,10 @@ const TOO_MANY_REQUESTS: &str = "`keybroker approval list --all` shows the reque
 /// The hint if the rule for two persons refused the call, which no policy explains.
 const OTHER_PERSON: &str =
     "the section `[approvals]` of the broker's configuration has the persons and their principals";
+
+/// The hint if an approver typed other words than those of the phrase.
+const OTHER_WORDS: &str = "ask the member again for the two words that the new device shows. If the member does not know about the request, or reads other \
+     words, deny the request with `keybroker device deny ID`";
 
 /// The two commands that make a change that waits for an approval.
 fn next_commands(approval: ApprovalId) -> String {
@@ -75,8 +80,19 @@ const CLOSED: &str = "the broker closed the connection after the TLS handshake";
 
 const ENDED: &str = "the connection ended during the call";
 
-/// Adds a hint that depends on whether the client presented a certificate.
-pub(super) fn explain_closed(failure: Failure, has_certificate: bool) -> Failure {
+/// Adds a hint that depends on the credentials of the caller: whether there is a client certificate, and whether there is any
+/// credential.
+pub(super) fn explain(failure: Failure, has_certificate: bool, has_credential: bool) -> Failure {
+    if !has_credential && failure.reason.as_deref() == Some(Reason::Credential.as_str()) {
+        return failure.hint(NO_CREDENTIAL);
+    }
+    explain_closed(failure, has_certificate)
+}
+
+/// The hint if the call had no credential at all.
+const NO_CREDENTIAL: &str = "the command sent no credential: pass --token-file, or --cert and --key, or --client-id and --client-secret-file";
+
+fn explain_closed(failure: Failure, has_certificate: bool) -> Failure {
     let certainty = if failure.message == CLOSED {
         ""
     } else if failure.message.starts_with(ENDED) {
@@ -191,7 +207,7 @@ const fn hint(reason: Reason) -> &'static str {
             "`keybroker device list` and `keybroker device requests` show the devices and requests"
         }
         Reason::DeviceState => {
-            "`keybroker device requests --all` shows the requests for access and their states"
+            "`keybroker device list` and `keybroker device requests --all` show the states of devices and requests"
         }
         Reason::DeviceSignature => {
             "the change needs the signature of a trusted device of the member; docs/devices.md describes the signed bytes"
@@ -279,6 +295,26 @@ mod tests {
         let status = Status::with_error_details(Code::PermissionDenied, "text", details);
         let of_persons = failure(&status.into()).hint.unwrap();
         assert!(of_persons.contains("[approvals]"), "{of_persons}");
+    }
+
+    #[test]
+    fn a_call_without_a_credential_says_how_to_pass_one() {
+        let refused = || failure(&refusal(Code::Unauthenticated, "CREDENTIAL"));
+        let without = explain(refused(), false, false).hint.unwrap();
+        assert!(without.contains("--token-file"), "{without}");
+        for has_certificate in [false, true] {
+            let with = explain(refused(), has_certificate, true);
+            assert_eq!(with.hint, refused().hint);
+        }
+    }
+
+    #[test]
+    fn wrong_words_of_a_phrase_have_their_own_hint() {
+        let mut details = ErrorDetails::with_error_info("REQUEST", "keybroker.v1", HashMap::new());
+        details.add_bad_request_violation("phrase_words", "the two hidden words");
+        let status = Status::with_error_details(Code::InvalidArgument, "text", details);
+        let hint = failure(&status.into()).hint.unwrap();
+        assert!(hint.contains("device deny"), "{hint}");
     }
 
     /// The settings of the store do not change the limits of requests for approval.

@@ -106,10 +106,14 @@ fn private_key(arguments: &Import) -> Result<Zeroizing<Vec<u8>>, Failure> {
                 .hint("pass the symmetric key of the organisation with --organization-key-file"));
         }
         (None, Some(_)) => {
-            return Err(refuse(
+            let is_plain =
+                bytes.starts_with(b"-----BEGIN ") || PrivateParts::from_pkcs8(&bytes).is_ok();
+            let what = if is_plain {
                 "the private key is not encrypted, so --organization-key-file is not needed"
-                    .to_owned(),
-            ));
+            } else {
+                "not an encrypted private key as the server sends it (`2.…|…|…`)"
+            };
+            return Err(refuse(what.to_owned()));
         }
         (None, None) if bytes.starts_with(b"-----BEGIN ") => {
             let key = pem::private_key(&bytes).map_err(|error| refuse(error.to_string()))?;

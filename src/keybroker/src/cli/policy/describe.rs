@@ -83,6 +83,9 @@ pub(super) struct Who {
     /// IP address of the caller [default: 127.0.0.1]
     #[arg(long)]
     peer: Option<IpAddr>,
+    /// Name of the network of the caller [default: the `[[network]]` that contains --peer]
+    #[arg(long, value_name = "NETWORK")]
+    place: Option<String>,
     /// Time of the call, such as 2026-11-21T23:00:00Z [default: now]
     #[arg(long)]
     time: Option<String>,
@@ -107,6 +110,7 @@ struct Description {
     organisations: Option<BTreeSet<String>>,
     attributes: Option<BTreeMap<String, BTreeSet<String>>>,
     peer: Option<IpAddr>,
+    place: Option<String>,
     time: Option<String>,
 }
 
@@ -115,6 +119,8 @@ struct Description {
 pub(super) struct Described {
     pub(super) identity: Identity,
     pub(super) peer: IpAddr,
+    /// The place of the address, if it is described.
+    pub(super) place: Option<String>,
     pub(super) at: Timestamp,
 }
 
@@ -157,6 +163,7 @@ impl Who {
             organisations: some(&self.organisations),
             attributes: (!attributes.is_empty()).then_some(attributes),
             peer: self.peer,
+            place: self.place.clone(),
             time: self.time.clone(),
         })
     }
@@ -181,6 +188,7 @@ impl Description {
             organisations: more.organisations.or(self.organisations),
             attributes: more.attributes.or(self.attributes),
             peer: more.peer.or(self.peer),
+            place: more.place.or(self.place),
             time: more.time.or(self.time),
         }
     }
@@ -237,6 +245,7 @@ impl Description {
         Ok(Described {
             identity,
             peer: self.peer.unwrap_or(Ipv4Addr::LOCALHOST.into()),
+            place: self.place,
             at,
         })
     }

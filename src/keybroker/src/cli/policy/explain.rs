@@ -53,6 +53,9 @@ pub(in crate::cli) struct Arguments {
     /// Address from which the request for access came
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     request_peer: IpAddr,
+    /// Name of the network from which the request for access came [default: the `[[network]]` that contains --request-peer]
+    #[arg(long, value_name = "NETWORK")]
+    request_place: Option<String>,
     /// Name of the requested key
     #[arg(long)]
     key_name: Option<KeyName>,
@@ -85,15 +88,22 @@ impl Expected {
 
 pub(super) fn run(arguments: &Arguments, context: &Context) -> Result<(), Failure> {
     let settings = arguments.source.settings(context)?;
-    let policy = Policy::load(&settings)
+    let networks = Source::networks(context);
+    let policy = Policy::load(&settings, networks.clone())
         .map_err(|Problems(problems)| refused(settings.directory.as_deref(), &problems))?;
     let described = arguments.who.describe(context)?;
+    let place = |known: &Option<String>, peer| {
+        let known = known.clone();
+        known.unwrap_or_else(|| networks.place_of(peer).to_owned())
+    };
+    let request_place = place(&arguments.request_place, arguments.request_peer);
     let explanation = policy.explain(&Case {
         identity: &described.identity,
         action: arguments.action,
-        resource: arguments.resource(&described.identity.tenant)?,
+        resource: arguments.resource(&described.identity.tenant, &request_place)?,
         release: arguments.recipient.map_or(Release::Plain, Release::Sealed),
         peer: described.peer,
+        place: &place(&described.place, described.peer),
         at: described.at,
     });
     let decision = if explanation.verdict.allowed {
@@ -121,14 +131,18 @@ fn recipient(text: &str) -> Result<Fingerprint, &'static str> {
 }
 
 impl Arguments {
-    fn resource<'a>(&'a self, tenant: &'a Tenant) -> Result<Resource<'a>, Failure> {
+    fn resource<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        request_place: &'a str,
+    ) -> Result<Resource<'a>, Failure> {
         let name = self.action.as_str();
         let (user, key_name) = (self.user.as_ref(), self.key_name.as_ref());
         if self.action == Action::List {
             return Ok(Resource::UserKeys { tenant, user });
         }
         if name.starts_with("device.") || name.starts_with("access_request.") {
-            return self.resource_of_devices(tenant);
+            return self.resource_of_devices(tenant, request_place);
         }
         match (name.starts_with("user_key."), user, key_name) {
             (true, Some(user), Some(name)) => Ok(Resource::UserKey { tenant, user, name }),
@@ -146,7 +160,11 @@ impl Arguments {
 }
 
 impl Arguments {
-    fn resource_of_devices<'a>(&'a self, tenant: &'a Tenant) -> Result<Resource<'a>, Failure> {
+    fn resource_of_devices<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        request_place: &'a str,
+    ) -> Result<Resource<'a>, Failure> {
         let name = self.action.as_str();
         let user = self.user.as_ref();
         if self.key_name.is_some() {
@@ -169,6 +187,7 @@ impl Arguments {
             requested_by: &self.requested_by,
             device_type: &self.device_type,
             peer: self.request_peer,
+            place: request_place,
         })
     }
 }

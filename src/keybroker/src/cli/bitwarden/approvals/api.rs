@@ -27,8 +27,7 @@ use keybroker_core::{call::Timestamp, error::root_cause, organization::Guid};
 use super::{
     Organization,
     key::Details,
-    pending::{Pending, Unreadable},
-    refusal::RequestError,
+    pending::{Pending, RequestError, Unreadable},
 };
 
 /// Longest list of requests, in bytes, and its highest number of requests. A request has about a thousand bytes.

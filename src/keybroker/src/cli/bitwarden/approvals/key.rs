@@ -5,7 +5,20 @@ use serde::Deserialize;
 
 use keybroker_bitwarden::EncString;
 
-use super::refusal::KeyError;
+/// The reason why the wrapped key that the server keeps for a member cannot be used.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub(super) enum KeyError {
+    #[error(
+        "the member has not enrolled in account recovery, so the organisation does not have the member's key"
+    )]
+    NotEnrolled,
+    #[error("the member's key is too long")]
+    TooLong,
+    #[error("the member's key has type {0}; type 4 is required")]
+    Type(u8),
+    #[error("the member's key: {0}")]
+    Encoding(#[from] keybroker_bitwarden::Error),
+}
 
 /// Longest wrapped key as text, in bytes. A key of type 4 has 346 bytes.
 const TEXT_BYTES_MAX: usize = 1_024;

@@ -9,9 +9,42 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use keybroker_bitwarden::FingerprintPhrase;
 use keybroker_core::{call::Timestamp, organization::Guid};
-use keybroker_worker_protocol::{private_key::ORGANIZATION_KEY_BITS, recipient::RecipientKey};
+use keybroker_worker_protocol::{
+    private_key::ORGANIZATION_KEY_BITS,
+    recipient::{RecipientError, RecipientKey},
+};
 
-use super::refusal::RequestError;
+/// The reason why a request that the server sent is not accepted.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RequestError {
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    #[error("`{0}` is not a GUID")]
+    Guid(&'static str),
+    #[error("`{name}` is not 1 to {bytes_max} bytes without control characters")]
+    Text {
+        name: &'static str,
+        bytes_max: usize,
+    },
+    #[error("`publicKey` is too long")]
+    LongKey,
+    #[error("`publicKey` is not canonical base64")]
+    Base64,
+    #[error("the public key of the device: {0}")]
+    Recipient(#[from] RecipientError),
+    #[error("the public key of the device does not have {ORGANIZATION_KEY_BITS} bits")]
+    Bits,
+    #[error("`requestIpAddress` is not an address")]
+    Address,
+    #[error("`creationDate` is not a time (RFC 3339)")]
+    Time,
+    #[error("`creationDate` is in the future")]
+    Future,
+    #[error("`requestDeviceType` is neither a text nor a number")]
+    DeviceType,
+    #[error("the server lists this request twice")]
+    Twice,
+}
 
 /// The time after which the server no longer accepts an answer.
 const LIFETIME: Duration = Duration::from_hours(7 * 24);

@@ -139,7 +139,7 @@ impl Pins<'_> {
         Ok((of_key, of_member))
     }
 
-    fn verifies(&self, row: &MemberKeyRow) -> Result<bool, Failure> {
+    pub(super) fn verifies(&self, row: &MemberKeyRow) -> Result<bool, Failure> {
         let key = self.organization.key_id();
         Ok(self.admin.verify(key, &row.mac_message(), &row.mac)?)
     }
@@ -176,14 +176,18 @@ impl Pins<'_> {
     }
 
     fn row(&self, key: &MemberKey) -> Result<MemberKeyRow, Failure> {
-        let mut row = MemberKeyRow {
+        self.signed(MemberKeyRow {
             organization: self.organization,
             digest: key.digest,
             member: key.member,
             email: key.email,
             pinned: Timestamp::now(),
             mac: [0; 32],
-        };
+        })
+    }
+
+    /// The row with its MAC.
+    pub(super) fn signed(&self, mut row: MemberKeyRow) -> Result<MemberKeyRow, Failure> {
         row.mac = self
             .admin
             .mac(self.organization.key_id(), &row.mac_message())?;

@@ -49,7 +49,10 @@ pub(super) fn open_token(
             "the key of organisation {} on the token has the public key {}, but `public_key_sha256` is {}",
             organization.id, key.fingerprint, organization.fingerprint
         );
-        return Err(Failure::new(Exit::Untrusted, what));
+        return Err(Failure::new(Exit::Untrusted, what).hint(
+            "compare both values with the SHA-256 of the organisation's public key; after the organisation changed its key pair, \
+             remove the key from the token and import the new key",
+        ));
     }
     Ok(admin)
 }

@@ -1,10 +1,10 @@
 //! The service: looks for requests at regular intervals, approves what the policy permits, and leaves the rest to a person.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, HashSet},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tokio::{
@@ -40,7 +40,6 @@ use super::{
 
 /// Longest wait after repeated failures.
 const PAUSE_MAX: Duration = Duration::from_mins(15);
-const HOUR: Duration = Duration::from_hours(1);
 /// Highest number of requests whose notes are remembered.
 const NOTED_MAX: usize = 10_000;
 
@@ -67,7 +66,6 @@ pub(super) fn run(run: &Run, context: &Context) -> Result<(), Failure> {
                 rules,
                 admin: Some(admin),
                 noted: HashMap::new(),
-                approved: VecDeque::new(),
             };
             if run.once {
                 return service.look();
@@ -121,8 +119,6 @@ struct Service<'a> {
     admin: Option<Admin>,
     /// What was last said about each pending request, so that the log has one line and not one for each look.
     noted: HashMap<Guid, String>,
-    /// When requests were approved within the last hour.
-    approved: VecDeque<Instant>,
 }
 
 impl Service<'_> {
@@ -200,7 +196,7 @@ impl Service<'_> {
             organization: self.organization.id,
         };
         let reviewed = review(api, pins, pending).await?;
-        let waits = self.approve(api, &admin, &reviewed, of_member).await?;
+        let waits = self.approve(api, pins, &reviewed, of_member).await?;
         // After an error, the token is opened again.
         self.admin = Some(admin);
         let pending = &reviewed.pending;
@@ -217,7 +213,7 @@ impl Service<'_> {
     async fn approve(
         &mut self,
         api: &mut Api<'_>,
-        admin: &Admin,
+        pins: Pins<'_>,
         reviewed: &Reviewed,
         of_member: u32,
     ) -> Result<Option<String>, Failure> {
@@ -239,10 +235,11 @@ impl Service<'_> {
             }
             return Ok(Some(format!("policy {}", verdict.policy)));
         }
-        if !self.is_within_rate() {
+        let slots = self.organization.settings.automatic_per_hour;
+        if !pins.take_slot(slots).await? {
             return Ok(Some("`automatic_per_hour` is reached".to_owned()));
         }
-        let approved = match reviewed.release(admin, self.organization, key) {
+        let approved = match reviewed.release(pins.admin, self.organization, key) {
             Ok(approved) => approved,
             Err(AdminError::Untrusted(why)) => return Ok(Some(why)),
             Err(error) => return Err(error.into()),
@@ -252,7 +249,6 @@ impl Service<'_> {
             digest: Some(key.digest),
             policy: Some(verdict.policy),
         };
-        self.approved.push_back(Instant::now());
         decision::approve(api, self.log, self.organization, vec![(decided, approved)]).await?;
         Ok(None)
     }
@@ -282,14 +278,6 @@ impl Service<'_> {
             created: pending.created,
             at: Timestamp::now(),
         })
-    }
-
-    fn is_within_rate(&mut self) -> bool {
-        while self.approved.front().is_some_and(|at| at.elapsed() > HOUR) {
-            self.approved.pop_front();
-        }
-        let most = self.organization.settings.automatic_per_hour;
-        u32::try_from(self.approved.len()).is_ok_and(|count| count < most)
     }
 
     /// Says something about a request, unless it was said before.

@@ -294,6 +294,12 @@ impl Browser {
         self.call(Method::POST, "/execute/sync", body).await
     }
 
+    /// Changes the height of the window, in pixels.
+    pub(crate) async fn resize(&self, height: u32) {
+        let size = json!({"width": 1_000, "height": height});
+        self.call(Method::POST, "/window/rect", size).await;
+    }
+
     /// The page as a PNG.
     pub(crate) async fn screenshot(&self) -> Vec<u8> {
         let png = self.call(Method::GET, "/screenshot", Value::Null).await;

@@ -33,11 +33,12 @@ async fn the_pages_have_pictures() {
     let browser = Browser::open(&site).await;
     browser.sign_in("carol").await;
     let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/approvers"));
-    for (name, path) in [
-        ("requests", "/".to_owned()),
-        ("request", path_of(&asked)),
-        ("devices", format!("/devices?user={}", ada.user)),
+    for (name, path, height) in [
+        ("requests", "/".to_owned(), 600),
+        ("request", path_of(&asked), 1_340),
+        ("devices", format!("/devices?user={}", ada.user), 700),
     ] {
+        browser.resize(height).await;
         browser.go(&path).await;
         let png = browser.screenshot().await;
         assert!(

@@ -103,6 +103,10 @@ when = [{{ claim = "groups", any_of = ["approvers-of-bob"] }}]
 roles = ["approver"]
 users = ["bob"]
 
+[[network]]
+name = "loopback"
+addresses = ["127.0.0.0/8"]
+
 [devices]
 {devices}
 

@@ -4,8 +4,11 @@
 
 use axum::http::StatusCode;
 
-use keybroker_broker::{AccessView, AdministratorApproval};
+use keybroker_broker::{
+    ACCESS_REQUESTS_LISTED_MAX, AccessPage, AccessPlace, AccessView, AdministratorApproval,
+};
 use keybroker_core::{
+    call::Timestamp,
     error::{Error, Reason},
     key::AccessRequestId,
 };
@@ -27,23 +30,39 @@ const WORDS: [&str; 2] = ["word-1", "word-2"];
 
 /// Lists the pending requests.
 pub(super) async fn pending(context: &Context, visit: &Visit) -> Answer {
+    let wanted = AccessPage {
+        after: place(visit.fields.value("after")),
+        ..AccessPage::from(false)
+    };
     let listed = context
         .broker
-        .list_access_requests(visit.principal(), &visit.call, false);
+        .list_access_requests(visit.principal(), &visit.call, wanted);
     let list = listed.await.map_err(|error| visit.failure(&error))?;
     let page = pages::Pending {
         frame: visit.frame("/"),
         requests: list.requests.iter().map(AccessRequest::from).collect(),
         damaged: list.damaged.len(),
+        next: list.next.map(|(at, id)| format!("{}.{id}", at.micros())),
     };
     Ok(answer::page(StatusCode::OK, &page))
 }
 
+/// Reads the place after which a page begins. Without a valid place, the first page is shown.
+fn place(text: &str) -> Option<AccessPlace> {
+    let (at, id) = text.split_once('.')?;
+    let at = Timestamp::from_micros(at.parse().ok()?);
+    Some((at, AccessRequestId::from_hex(id)?))
+}
+
 /// Lists the last decisions about requests of the covered members.
 pub(super) async fn decisions(context: &Context, visit: &Visit) -> Answer {
+    let wanted = AccessPage {
+        limit: ACCESS_REQUESTS_LISTED_MAX,
+        ..AccessPage::from(true)
+    };
     let listed = context
         .broker
-        .list_access_requests(visit.principal(), &visit.call, true);
+        .list_access_requests(visit.principal(), &visit.call, wanted);
     let list = listed.await.map_err(|error| visit.failure(&error))?;
     let mut decided: Vec<&AccessView> = list
         .requests
@@ -178,5 +197,28 @@ pub(super) async fn deny(context: &Context, visit: &Visit, id: AccessRequestId) 
         Err(error) => Err(visit
             .failure(&error)
             .with_link(format!("/requests/{id}"), "Go back to the request")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_read_as_it_is_written() {
+        let id = AccessRequestId::from_bytes([7; 16]);
+        let at = Timestamp::from_micros(1_764_533_103_000_001);
+        assert_eq!(place(&format!("{}.{id}", at.micros())), Some((at, id)));
+        for bad in [
+            "",
+            ".",
+            "1",
+            "1.",
+            "x.07",
+            &format!("1.{id}0"),
+            &format!("{id}.1"),
+        ] {
+            assert_eq!(place(bad), None, "{bad}");
+        }
     }
 }

@@ -93,6 +93,8 @@ pub(super) struct Pending {
     pub(super) frame: Frame,
     pub(super) requests: Vec<AccessRequest>,
     pub(super) damaged: usize,
+    /// The place after which the next page begins, as a part of an address.
+    pub(super) next: Option<String>,
 }
 
 /// The input of a form that was refused.

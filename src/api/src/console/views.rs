@@ -51,6 +51,8 @@ pub(super) struct AccessRequest {
     pub(super) key_name: String,
     pub(super) asked_by: String,
     pub(super) address: String,
+    /// The configured name of the network of the address; empty if it has none.
+    pub(super) place: String,
     pub(super) asked: Moment,
     pub(super) expires: Moment,
     pub(super) state: AccessState,
@@ -77,6 +79,7 @@ impl From<&AccessView> for AccessRequest {
             key_name: row.key_name.as_str().to_owned(),
             asked_by: row.requested_by.clone(),
             address: row.peer.clone(),
+            place: view.place.clone(),
             asked: row.requested.into(),
             expires: row.expires.into(),
             state: view.state,

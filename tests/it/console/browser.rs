@@ -112,7 +112,7 @@ impl Browser {
             driver,
             client: Client::builder()
                 .no_proxy()
-                .timeout(Duration::from_secs(60))
+                .timeout(Duration::from_mins(1))
                 .build()
                 .unwrap(),
             session: format!("http://127.0.0.1:{port}/session"),

@@ -105,7 +105,7 @@ users = ["bob"]
 
 [[network]]
 name = "loopback"
-addresses = ["127.0.0.0/8"]
+ranges = ["127.0.0.0/8"]
 
 [devices]
 {devices}

@@ -206,6 +206,7 @@ fn the_example_configuration_has_every_setting_and_no_other() {
         ("devices", "[devices]"),
         ("network", "[[network]]"),
         ("notices", "[notices]"),
+        ("console", "[console]"),
         ("listener", "[[listener]]"),
         ("listener.tls", "[[listener]]\n[listener.tls]"),
         ("principal", "[[principal]]"),

@@ -1,6 +1,6 @@
 //! Devices and requests for access: changed by compare-and-swap, all of one change or none of it.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, sync::Arc};
 
 use keybroker_core::{
     call::{CallId, Timestamp},
@@ -540,6 +540,7 @@ pub(crate) async fn the_end_of_all_trust_misses_no_device(engine: &Engine) {
         vec![(DeviceId::from_bytes([1; 16]), [1; 32])],
     );
     let mut both = Vec::new();
+    let stores = [engine.open().await, engine.open().await];
     for round in 0..20_u8 {
         let establish = DeviceChange {
             requires: Some((record.id, record.revision)),
@@ -558,11 +559,10 @@ pub(crate) async fn the_end_of_all_trust_misses_no_device(engine: &Engine) {
             ..devices(vec![ended])
         };
         let mut tasks = JoinSet::new();
-        for change in [establish, end] {
-            let store = engine.open().await;
+        for (store, change) in stores.iter().zip([establish, end]) {
+            let store = Arc::clone(store);
             tasks.spawn(async move {
                 let made = store.change_devices(&change, CallId::fresh(), at(50)).await;
-                store.close().await;
                 made.is_ok()
             });
         }

@@ -1,7 +1,8 @@
 //! Headless Chromium, driven through the W3C protocol of `chromedriver`.
 
 use std::{
-    fs,
+    env, fs,
+    path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -78,6 +79,16 @@ fn key_digest(site: &ConsoleSite) -> String {
     Base64::encode_string(digest.as_ref())
 }
 
+/// A folder in memory, because a new profile writes so much that other tests would wait for the disk.
+fn in_memory() -> PathBuf {
+    let memory = PathBuf::from("/dev/shm");
+    if memory.is_dir() {
+        memory
+    } else {
+        env::temp_dir()
+    }
+}
+
 impl Browser {
     pub(crate) async fn open(site: &ConsoleSite) -> Self {
         Self::open_with(site, Scripts::Run).await
@@ -87,7 +98,7 @@ impl Browser {
         let port = free_port();
         let profile = tempfile::Builder::new()
             .prefix("keybroker-chromium-")
-            .tempdir()
+            .tempdir_in(in_memory())
             .unwrap();
         let driver = Command::new("chromedriver")
             .arg(format!("--port={port}"))
@@ -101,12 +112,12 @@ impl Browser {
             driver,
             client: Client::builder()
                 .no_proxy()
-                .timeout(Duration::from_secs(60))
+                .timeout(Duration::from_mins(1))
                 .build()
                 .unwrap(),
             session: format!("http://127.0.0.1:{port}/session"),
             origin: site.origin.clone(),
-            profile: profile,
+            profile,
         };
         browser.begin(site, port, scripts).await;
         browser

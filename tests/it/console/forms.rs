@@ -85,7 +85,7 @@ async fn only_forms_of_the_page_itself_decide() {
 
     // Too long, or of another type.
     let same = from_page(("sec-fetch-site", "same-origin"));
-    for length in [8 * 1_024, 4 * 1_024 * 1_024] {
+    for length in [8 * 1_024, 512 * 1_024] {
         let huge = format!("{body}&x={}", "x".repeat(length));
         let answer = carol.request(Method::POST, &approve, &same, huge).await;
         assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE);

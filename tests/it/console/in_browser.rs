@@ -107,7 +107,7 @@ async fn two_approvers_decide_at_the_same_moment() {
     match state {
         AccessRequestState::Denied => assert_eq!(shown[0], "The action failed"),
         AccessRequestState::Revoked => {
-            assert_eq!(shown, ["Request for access", "Request for access"])
+            assert_eq!(shown, ["Request for access", "Request for access"]);
         }
         AccessRequestState::Approved => assert_eq!(shown[1], "The action failed"),
         other => panic!("{other:?}"),

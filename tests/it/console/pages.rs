@@ -78,6 +78,13 @@ async fn an_approver_gives_a_new_device_access() {
         "{list}"
     );
     assert!(list.contains("127.0.0.1:"), "{list}");
+    assert!(list.contains("loopback"), "{list}");
+    // Another page begins after a place in the list. A malformed place is the first page.
+    let zeros = "0".repeat(32);
+    for (after, is_listed) in [(format!("1.{zeros}"), false), ("x".to_owned(), true)] {
+        let page = carol.get(&format!("/?after={after}")).await.html;
+        assert_eq!(page.contains(&path_of(&asked)), is_listed, "{page}");
+    }
     let (html, token) = carol.form(&asked).await;
     let words = heard(&html, &asked);
     assert_eq!(words.len(), 2, "{html}");

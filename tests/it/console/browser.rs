@@ -2,6 +2,8 @@
 
 use std::{
     env, fs,
+    io::{self, Read as _, Write as _},
+    net::TcpStream,
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -10,6 +12,7 @@ use std::{
 use aws_lc_rs::digest;
 use base64ct::{Base64, Encoding as _};
 use reqwest::{Client, Method};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -45,19 +48,33 @@ pub(crate) struct Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // chromedriver ends the browser that it started.
-        let ended = Command::new("kill")
-            .arg(self.driver.id().to_string())
-            .status();
-        ended.ok();
+        // chromedriver ends the browser when the session ends, but not when it is killed.
+        self.end_session().ok();
+        self.driver.kill().ok();
+        self.driver.wait().ok();
+        let profile = self.profile.path().to_str().unwrap().to_owned();
         let deadline = Instant::now() + Duration::from_secs(5);
-        while self.driver.try_wait().is_ok_and(|ended| ended.is_none()) {
-            if Instant::now() > deadline {
-                self.driver.kill().ok();
-            }
+        while !processes_with(&profile).is_empty() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
+        for pid in processes_with(&profile) {
+            // A process that has ended meanwhile needs no signal.
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                kill_process(pid, Signal::KILL).ok();
+            }
+        }
     }
+}
+
+/// The processes whose command line has this text: those of the browser with this profile.
+fn processes_with(text: &str) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let has_text = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(text)
+    };
+    pids.filter(has_text).collect()
 }
 
 /// Whether this machine has the browser. If not, the test is skipped, except in CI.
@@ -158,6 +175,19 @@ impl Browser {
         let made = self.call(Method::POST, "", wanted).await;
         let id = made["sessionId"].as_str().unwrap();
         self.session = format!("{}/{id}", self.session);
+    }
+
+    /// Ends the session and its browser. Dropping cannot wait for an asynchronous request.
+    fn end_session(&self) -> io::Result<()> {
+        let url = self.session.trim_start_matches("http://");
+        let (address, path) = url.split_once('/').unwrap();
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(WAIT_MAX))?;
+        write!(
+            stream,
+            "DELETE /{path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )?;
+        stream.read_to_end(&mut Vec::new()).map(drop)
     }
 
     /// A command that must succeed.

@@ -299,7 +299,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
         "`roles` of the issuer has no effect",
     ),
     (
-        "any_of = [\"keybroker-auditors\"]",
+        "any_of = [\"keybroker-approvers\"]",
         "any_of = []",
         "the mapping can never apply",
     ),
@@ -421,7 +421,7 @@ fn a_rest_listener_needs_an_issuer_of_users() {
     // A mapping can have users, too.
     let mapped = of_services
         .replace("# kind = \"service\"", "kind = \"user\"")
-        .replace("roles = [\"auditor\"]\n# users", "# users");
+        .replace("roles = [\"approver\"]\n", "");
     assert!(!needs(&mapped));
 }
 

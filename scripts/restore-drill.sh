@@ -12,6 +12,8 @@ umask 077
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/database-servers.sh
 . scripts/database-servers.sh
+# shellcheck source=scripts/processes.sh
+. scripts/processes.sh
 
 USERS=25
 READY_SECONDS=30
@@ -27,15 +29,6 @@ fail() {
   printf 'restore: %s\n' "$1" >&2
   [[ -z $WORK || ! -s $WORK/broker.log ]] || tail -n 20 "$WORK/broker.log" >&2
   exit 1
-}
-
-stop_broker() {
-  [[ -n $BROKER_PID ]] || return 0
-  kill -TERM "$BROKER_PID" 2>/dev/null || true
-  local status=0
-  wait "$BROKER_PID" || status=$?
-  BROKER_PID=
-  return "$status"
 }
 
 clean_up() {

@@ -1,6 +1,8 @@
 # What the stories of demo.sh share: output, clean up, the build, a token with a wrapping key, the broker and an identity
 # service. demo.sh sources this file, and then the file of one story.
 # shellcheck shell=bash
+# shellcheck source=scripts/processes.sh
+. scripts/processes.sh
 
 RSA_BITS=3072
 READY_SECONDS=30
@@ -33,22 +35,6 @@ fail() {
 }
 
 # --- clean up --------------------------------------------------------------------------------------------------------
-
-stop_broker() {
-  [[ -n $BROKER_PID ]] || return 0
-  kill -TERM "$BROKER_PID" 2>/dev/null || true
-  local status=0
-  wait "$BROKER_PID" || status=$?
-  BROKER_PID=
-  return "$status"
-}
-
-# Ends a process that this script started. An empty argument is no process.
-stop() {
-  [[ -n $1 ]] || return 0
-  kill -TERM "$1" 2>/dev/null || true
-  wait "$1" 2>/dev/null || true
-}
 
 clean_up() {
   local status=$?

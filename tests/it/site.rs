@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
@@ -243,6 +244,15 @@ client_ca_file = "{ca}"
             }
         }
         text
+    }
+
+    /// The entries of an action in the audit log.
+    pub(crate) fn entries(&self, action: &str) -> Vec<Value> {
+        let audit = self.audit();
+        let entries = audit
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        entries.filter(|entry| entry["action"] == action).collect()
     }
 
     /// Neither log nor audit shows key material or the PIN. Every broker is checked when it is dropped.

@@ -2,7 +2,7 @@
 //! devices. The page calls the same functions of the broker as the gRPC API, so policy, limits and audit are the same.
 //!
 //! Approvers sign in at the OpenID provider. The browser keeps only a random session id, in a cookie that other sites cannot
-//! use. Each form has a token of its own, and a form is accepted only from this page's origin. The pages work without scripts:
+//! use. Each form has a token for its purpose, and a form is accepted only from this page's origin. The pages work without scripts:
 //! the only script counts down the time until a request expires.
 //!
 //! Mitigation: M30 of `THREAT_MODEL.md`.
@@ -29,7 +29,7 @@ mod sign_in;
 mod views;
 mod visit;
 
-pub use provider::{Answer, Begun, Provider};
+pub use provider::Provider;
 pub use sessions::{Session, Sessions};
 
 use logins::Logins;

@@ -24,6 +24,7 @@ use zeroize::Zeroizing;
 use keybroker_core::{
     error::{Error, Reason, chain},
     principal::Principal,
+    sign_in::{Answer, Begun},
     trusted_file::{self, Purpose},
 };
 
@@ -109,32 +110,6 @@ struct Endpoints {
     has_issuer: bool,
 }
 
-/// A sign-in that was begun. Everything but `url` is secret.
-#[derive(Debug)]
-pub struct Begun {
-    /// Where the browser goes.
-    pub url: String,
-    /// The value that the browser must bring back.
-    pub state: String,
-    /// The value that the ID token must have.
-    pub nonce: String,
-    /// The PKCE verifier.
-    pub verifier: String,
-}
-
-/// The answer of the provider, with the secrets of the sign-in.
-#[derive(Debug)]
-pub struct Answer<'a> {
-    /// The code from the browser.
-    pub code: &'a str,
-    /// The `iss` from the browser, if any (RFC 9207).
-    pub issuer: Option<&'a str>,
-    /// The nonce of [`Begun`].
-    pub nonce: &'a str,
-    /// The PKCE verifier of [`Begun`].
-    pub verifier: &'a str,
-}
-
 #[derive(Deserialize)]
 struct TokenAnswer {
     id_token: Option<String>,
@@ -196,10 +171,10 @@ impl Provider {
     }
 
     /// Exchanges the code for an ID token, and returns the principal that the ID token identifies.
-    pub async fn finish(&self, answer: &Answer<'_>) -> Result<Arc<Principal>, Error> {
+    pub async fn finish(&self, answer: &Answer) -> Result<Arc<Principal>, Error> {
         let endpoints = self.endpoints().await?;
         let issuer = &self.issuer().issuer;
-        let is_other = match answer.issuer {
+        let is_other = match &answer.issuer {
             Some(found) => found != issuer,
             None => endpoints.has_issuer,
         };
@@ -209,10 +184,10 @@ impl Provider {
             );
         }
         let token = self.exchange(&endpoints, answer).await?;
-        self.tokens.verify(token.as_bytes(), answer.nonce).await
+        self.tokens.verify(token.as_bytes(), &answer.nonce).await
     }
 
-    async fn exchange(&self, endpoints: &Endpoints, answer: &Answer<'_>) -> Result<String, Error> {
+    async fn exchange(&self, endpoints: &Endpoints, answer: &Answer) -> Result<String, Error> {
         let (form, in_header) = self.form(endpoints, answer);
         // The header contains the form encoding of both (RFC 6749 section 2.3.1).
         let id = &self.settings.client_id;
@@ -247,13 +222,13 @@ impl Provider {
     }
 
     /// The form for the token endpoint, and the secret that belongs into the header, if any.
-    fn form(&self, endpoints: &Endpoints, answer: &Answer<'_>) -> (String, Option<&str>) {
+    fn form(&self, endpoints: &Endpoints, answer: &Answer) -> (String, Option<&str>) {
         let settings = &self.settings;
         let mut form = form_urlencoded::Serializer::new(String::new());
         form.append_pair("grant_type", "authorization_code")
-            .append_pair("code", answer.code)
+            .append_pair("code", &answer.code)
             .append_pair("redirect_uri", &settings.redirect_url)
-            .append_pair("code_verifier", answer.verifier);
+            .append_pair("code_verifier", &answer.verifier);
         let secret = self.secret.as_ref().map(|secret| secret.0.as_str());
         let in_header = secret.filter(|_| !endpoints.is_secret_in_form);
         if in_header.is_none() {

@@ -85,10 +85,14 @@ impl ApprovalRules {
     }
 
     /// The person to whom a principal belongs.
-    fn person_of(&self, principal: &str) -> Option<&str> {
+    fn person(&self, principal: &str) -> Option<&Person> {
         let mut persons = self.persons.iter();
-        let person = persons.find(|person| person.principals.contains(principal))?;
-        Some(&person.name)
+        persons.find(|person| person.principals.contains(principal))
+    }
+
+    /// The name of the person to whom a principal belongs.
+    fn person_of(&self, principal: &str) -> Option<&str> {
+        self.person(principal).map(|person| person.name.as_str())
     }
 
     /// Whether a principal still belongs to the person to whom it belonged before.
@@ -179,9 +183,7 @@ impl Broker {
 
     /// The principals that belong to the person of a principal, or this principal alone.
     pub(super) fn principals_of_person<'a>(&'a self, principal: &'a str) -> Vec<&'a str> {
-        let mut persons = self.approvals.rules.persons.iter();
-        let person = persons.find(|person| person.principals.contains(principal));
-        person.map_or_else(
+        self.approvals.rules.person(principal).map_or_else(
             || vec![principal],
             |person| person.principals.iter().map(String::as_str).collect(),
         )

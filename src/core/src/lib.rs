@@ -18,5 +18,6 @@ pub mod pem;
 pub mod principal;
 pub mod remedy;
 pub mod secret;
+pub mod sign_in;
 pub mod state;
 pub mod trusted_file;

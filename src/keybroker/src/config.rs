@@ -31,6 +31,7 @@ pub(crate) mod devices;
 mod files;
 mod named;
 pub(crate) mod notices;
+mod range;
 pub(crate) mod release;
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,7 @@
 mod certificate;
 pub mod cli;
 pub mod config;
+mod https;
 mod output_file;
 mod places;
 pub mod server;

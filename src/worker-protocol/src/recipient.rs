@@ -167,7 +167,7 @@ mod tests {
         }
     }
 
-    /// A product finds each of its prime numbers, and no other number, whatever the length of the modulus.
+    /// The check finds each small prime factor, and accepts a modulus without an odd factor, at each length of the modulus.
     #[test]
     fn the_products_are_those_of_the_small_primes() {
         for bits in [2_047_usize, 2_055, 2_063, 2_071] {

@@ -111,6 +111,13 @@ impl Browser {
         Self::open_with(site, Scripts::Run).await
     }
 
+    /// A browser in which a person has signed in.
+    pub(crate) async fn signed_in(site: &ConsoleSite, person: &str) -> Self {
+        let browser = Self::open(site).await;
+        browser.sign_in(person).await;
+        browser
+    }
+
     pub(crate) async fn open_with(site: &ConsoleSite, scripts: Scripts) -> Self {
         let port = free_port();
         let profile = tempfile::Builder::new()

@@ -48,8 +48,7 @@ async fn an_approver_decides_in_the_browser() {
     let site = ConsoleSite::open();
     let (ada, _) = site.ada().await;
     let [first, second] = [site.request(&ada, 2).await, site.request(&ada, 3).await];
-    let browser = Browser::open(&site).await;
-    browser.sign_in("carol").await;
+    let browser = Browser::signed_in(&site, "carol").await;
     assert_eq!(browser.title().await, "Requests - Keybroker");
     // The script says how much time is left, and the cookies are out of its reach.
     let left = browser.text(".left").await;
@@ -95,9 +94,8 @@ async fn two_approvers_decide_at_the_same_moment() {
     let site = ConsoleSite::open();
     let (ada, _) = site.ada().await;
     let asked = site.request(&ada, 2).await;
-    let [carol, dave] = [Browser::open(&site).await, Browser::open(&site).await];
-    carol.sign_in("carol").await;
-    dave.sign_in("dave").await;
+    let carol = Browser::signed_in(&site, "carol").await;
+    let dave = Browser::signed_in(&site, "dave").await;
     let deny = format!("{}/deny", path_of(&asked));
     dave.go(&deny).await;
     tokio::join!(approve(&carol, &asked), dave.click("#confirm-denial"));
@@ -122,8 +120,7 @@ async fn an_expiry_is_seen_on_the_screen() {
     let site = ConsoleSite::open();
     let (ada, _) = site.ada().await;
     let asked = site.request(&ada, 2).await;
-    let browser = Browser::open(&site).await;
-    browser.sign_in("carol").await;
+    let browser = Browser::signed_in(&site, "carol").await;
     browser.go(&path_of(&asked)).await;
     assert!(browser.is_enabled("#approve").await);
     // The request expires in a week. The clock of the page is set to the moment after it.
@@ -150,8 +147,7 @@ async fn names_of_devices_run_no_script() {
     }
     let site = ConsoleSite::open();
     let (ada, _) = site.ada().await;
-    let browser = Browser::open(&site).await;
-    browser.sign_in("carol").await;
+    let browser = Browser::signed_in(&site, "carol").await;
     for (number, name) in (2..).zip(HOSTILE) {
         let mut app = App::new(number);
         app.name = name.to_owned();

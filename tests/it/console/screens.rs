@@ -30,8 +30,7 @@ async fn the_pages_have_pictures() {
         .asks(&laptop, AccessApprover::Administrator)
         .await
         .unwrap();
-    let browser = Browser::open(&site).await;
-    browser.sign_in("carol").await;
+    let browser = Browser::signed_in(&site, "carol").await;
     let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/approvers"));
     for (name, path, height) in [
         ("requests", "/".to_owned(), 600),

@@ -151,13 +151,7 @@ tls = {{ certificate_file = "{certificate}", key_file = "{key}" }}
 
     /// The audit entries of the broker with an action and a kind.
     pub(crate) fn entries(&self, action: &str) -> Vec<Value> {
-        let audit = self.broker.site.audit();
-        let entries = audit
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap());
-        entries
-            .filter(|entry: &Value| entry["action"] == action)
-            .collect()
+        self.broker.site.entries(action)
     }
 }
 

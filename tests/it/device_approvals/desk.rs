@@ -189,11 +189,7 @@ impl Desk {
 
     /// The audit entries of an action in the order in which they were written.
     pub(crate) fn entries(&self, action: &str) -> Vec<Value> {
-        let audit = self.site.audit();
-        let entries = audit
-            .lines()
-            .map(|line| serde_json::from_str::<Value>(line).unwrap());
-        let mut entries: Vec<Value> = entries.filter(|entry| entry["action"] == action).collect();
+        let mut entries = self.site.entries(action);
         entries.sort_by_key(|entry| (entry["time_us"].as_u64(), entry["sequence"].as_u64()));
         entries
     }

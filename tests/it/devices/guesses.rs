@@ -9,7 +9,6 @@ use crate::{
     faulty::{Fault, code},
     faulty_token::behind_faults,
     identity::{Identity, Options},
-    process::Broker,
     tokens::{ADA, sealed_site, start_on, start_sealed},
 };
 
@@ -18,16 +17,6 @@ use super::{
     for_members::{asks, dave, heard},
     member::{App, CODE, Member},
 };
-
-fn entries(broker: &Broker, action: &str) -> Vec<Value> {
-    let audit = broker.site.audit();
-    let entries = audit
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap());
-    entries
-        .filter(|entry: &Value| entry["action"] == action)
-        .collect()
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_words_end_the_request() {
@@ -49,14 +38,16 @@ async fn wrong_words_end_the_request() {
     refused(carol.approve_for_member(right).await, "DEVICE_STATE");
     let shown = ada.requests().await.remove(0);
     assert_eq!(shown.state(), AccessRequestState::Denied);
-    let counted = entries(&broker, "access_request.wrong_words");
+    let counted = broker.site.entries("access_request.wrong_words");
     assert_eq!(counted.len(), 10, "an intent and an outcome for each");
     for entry in &counted {
         assert_eq!(entry["access_request"], hex::encode(&asked.id));
         assert_eq!(entry["recipient"], Value::Null);
     }
     assert!(
-        entries(&broker, "access_request.approve_for_member")
+        broker
+            .site
+            .entries("access_request.approve_for_member")
             .iter()
             .all(|entry| entry["outcome"] != "ok")
     );
@@ -97,7 +88,7 @@ async fn the_first_of_two_approvals_releases_nothing_and_says_so() {
     let carol = approver(&broker, &service, "approvers");
     let right = heard(&carol, &asked).await;
     let outcomes = |principal: &str| -> Vec<Value> {
-        let all = entries(&broker, "access_request.approve_for_member");
+        let all = broker.site.entries("access_request.approve_for_member");
         let ok = all.into_iter().filter(|entry| entry["outcome"] == "ok");
         ok.filter(|entry| entry["principal"] == principal).collect()
     };
@@ -161,7 +152,7 @@ async fn a_token_that_is_gone_in_the_middle_leaves_the_request_pending() {
     let answer = eventually(|| ada.fetches(&asked, CODE)).await;
     let opened = pair.open_bytes(&answer.encrypted_user_key, &answer.encryption);
     assert_eq!(opened, b"material of this user");
-    let released = entries(&broker, "access_request.approve_for_member");
+    let released = broker.site.entries("access_request.approve_for_member");
     let released = released
         .iter()
         .filter(|entry| entry["kind"] == "outcome" && entry["outcome"] == "ok");

@@ -12,12 +12,9 @@ use std::{
 use axum::http::HeaderMap;
 use subtle::ConstantTimeEq as _;
 
-use keybroker_core::{error::Error, key::AccessRequestId};
+use keybroker_core::{error::Error, key::AccessRequestId, sign_in::Begun};
 
-use super::{
-    cookies::{Cookie, Digest, Value},
-    provider::Begun,
-};
+use super::cookies::{Cookie, Digest, Value};
 
 /// Highest number of sign-ins in progress. Then a new sign-in ends the oldest sign-in of the address that has the most, so that one
 /// address cannot prevent the sign-ins of others.

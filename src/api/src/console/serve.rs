@@ -40,7 +40,7 @@ pub(super) async fn serve(State(context): State<Context>, request: Request) -> R
 }
 
 impl Context {
-    /// Answers what needs no session, and runs every other request in a task of its own, so that a browser that disconnects
+    /// Answers what needs no session, and runs every other request in a separate task, so that a browser that disconnects
     /// cannot interrupt a decision.
     async fn enter(self, mut request: Request) -> Answer {
         let Some(place) = Place::parse(request.uri().path()) else {

@@ -11,6 +11,7 @@ use keybroker_core::{
     error::{Error, Reason},
     key::AccessRequestId,
     principal::{Action, Principal, Role},
+    sign_in::Answer as ProviderAnswer,
 };
 
 use super::{
@@ -20,7 +21,6 @@ use super::{
     forms::Fields,
     logins::Login,
     pages,
-    provider::Answer as ProviderAnswer,
     sessions::{Session, is_authenticated_within},
     visit::{Answer, Visit},
 };

@@ -74,51 +74,36 @@ impl Broker {
         self.check_words(principal, call, &draft, &row, &approval)
             .await?;
         let is_first = self.device_rules.approvers_needed > 1 && row.first_approved_by.is_none();
-        if is_first {
+        let (approved, released) = if is_first {
             draft.cause("first-approval");
             let approved = AccessRow {
                 first_approved_by: Some(principal.name().to_owned()),
                 ..row.clone()
             };
-            let guards = DeviceChange::default();
-            let commit = self.commit_access(
-                principal,
-                call,
-                &draft,
-                (&row, approved.clone()),
-                guards,
-                now,
-            );
-            commit.await?;
-            self.watch_approvals(principal, call).await;
-            return Ok(self.access_view(approved).for_approver());
-        }
-        draft.release(permit.release());
-        let sealed = self.seal_record(principal, &permit, call, &recipient, &mut draft);
-        let sealed = Box::pin(sealed).await;
-        let sealed = self.or_record(&draft, sealed).await?;
-        let approved = self.sealed_answer(principal, &row, &sealed, now);
+            (approved, None)
+        } else {
+            draft.release(permit.release());
+            let sealed = self.seal_record(principal, &permit, call, &recipient, &mut draft);
+            let sealed = Box::pin(sealed).await;
+            let sealed = self.or_record(&draft, sealed).await?;
+            let approved = self.sealed_answer(principal, &row, &sealed, now);
+            (approved, Some((sealed.record(), sealed.revision())))
+        };
         let guards = DeviceChange {
-            requires: Some((sealed.record(), sealed.revision())),
+            requires: released,
             ..DeviceChange::default()
         };
-        self.commit_access(
-            principal,
-            call,
-            &draft,
-            (&row, approved.clone()),
-            guards,
-            now,
-        )
-        .await?;
-        self.uses.note(sealed.record());
-        self.watch_approvals(principal, call).await;
-        if self
-            .limits
-            .note_release(principal, row.device.address.user.as_str())
-        {
-            self.alert_of_bulk_release(principal, call).await;
+        let rows = (&row, approved.clone());
+        self.commit_access(principal, call, &draft, rows, guards, now)
+            .await?;
+        if let Some((record, _)) = released {
+            self.uses.note(record);
+            let user = row.device.address.user.as_str();
+            if self.limits.note_release(principal, user) {
+                self.alert_of_bulk_release(principal, call).await;
+            }
         }
+        self.watch_approvals(principal, call).await;
         Ok(self.access_view(approved).for_approver())
     }
 

@@ -158,11 +158,7 @@ impl Broker {
             let denied = change.request.take();
             let denied =
                 denied.ok_or_else(|| Error::new(Reason::Bug, "a denial without a request"))?;
-            let view = broker.access_view(denied.row);
-            Ok(match principal.kind() {
-                Kind::User => view,
-                Kind::Service => view.for_approver(),
-            })
+            Ok(broker.access_view(denied.row).for_principal(&principal))
         })
         .await
     }

@@ -103,7 +103,7 @@ impl AccessView {
     }
 
     /// The request as a principal may see it.
-    fn for_principal(self, principal: &Principal) -> Self {
+    pub(super) fn for_principal(self, principal: &Principal) -> Self {
         match principal.kind() {
             Kind::User => self,
             Kind::Service => self.for_approver(),
@@ -236,13 +236,7 @@ impl Broker {
             self.check_admission(&caller(principal, call), principal, call, action)
                 .await?;
             let list = async {
-                let resource = Resource::Devices {
-                    tenant: principal.tenant(),
-                    user: principal.subject(),
-                };
-                let permit = self.permit(principal, call, action, resource).await?;
-                let mut draft = Draft::of(principal, call, action, resource);
-                draft.policy(permit.policy());
+                let draft = self.begin_list(principal, call).await?;
                 let listed = self.listed_requests(principal, call, page).await;
                 self.conclude(draft, listed).await.map(Recorded::into_inner)
             };
@@ -260,22 +254,27 @@ impl Broker {
         id: AccessRequestId,
     ) -> Result<AccessView, Error> {
         Box::pin(observed(Action::ListAccess, call, async {
-            let resource = Resource::Devices {
-                tenant: principal.tenant(),
-                user: principal.subject(),
-            };
-            let permit = self
-                .permit(principal, call, Action::ListAccess, resource)
-                .await?;
+            let draft = self.begin_list(principal, call).await?;
             let row = self
                 .found_request(principal, call, Action::ListAccess, id)
                 .await?;
-            let mut draft = Draft::of(principal, call, Action::ListAccess, resource);
-            draft.policy(permit.policy());
             let shown = self.shown_request(principal, call, row).await;
             self.conclude(draft, shown).await.map(Recorded::into_inner)
         }))
         .await
+    }
+
+    /// Asks the policy whether a principal may see requests for access, and begins the audit entry.
+    async fn begin_list(&self, principal: &Principal, call: &Call) -> Result<Draft, Error> {
+        let action = Action::ListAccess;
+        let resource = Resource::Devices {
+            tenant: principal.tenant(),
+            user: principal.subject(),
+        };
+        let permit = self.permit(principal, call, action, resource).await?;
+        let mut draft = Draft::of(principal, call, action, resource);
+        draft.policy(permit.policy());
+        Ok(draft)
     }
 
     async fn shown_request(

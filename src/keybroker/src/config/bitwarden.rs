@@ -19,12 +19,14 @@ use keybroker_core::{
 };
 use keybroker_policy::{Problems, device_approval::DeviceApprovalPolicy};
 
+use super::range::range;
+
 const SECTION: &str = "[[bitwarden_organization]]";
 /// Beginning of the id of a personal API key. The key of an organisation cannot approve devices.
 const PERSONAL: &str = "user.";
 const TIMEOUT_MS: RangeInclusive<u64> = 100..=120_000;
 const INTERVAL_SECONDS: RangeInclusive<u64> = 5..=86_400;
-const PER_HOUR: RangeInclusive<u32> = 1..=1_000;
+const PER_HOUR: RangeInclusive<u64> = 1..=1_000;
 const NETWORKS_MAX: usize = 64;
 /// The purpose of the inventory, for the check of its owner and mode.
 pub(crate) const INVENTORY: Purpose =
@@ -185,27 +187,19 @@ impl Settings {
                 found.push(format!("`{name}` is {}", trusted_file::not_absolute(path)));
             }
         }
-        if !TIMEOUT_MS.contains(&self.timeout_ms) {
-            found.push(format!(
-                "`timeout_ms` is {}; {}",
-                self.timeout_ms,
-                must_be(&TIMEOUT_MS)
-            ));
-        }
-        if !INTERVAL_SECONDS.contains(&self.interval_seconds) {
-            let must = must_be(&INTERVAL_SECONDS);
-            found.push(format!(
-                "`interval_seconds` is {}; {must}",
-                self.interval_seconds
-            ));
-        }
-        if !PER_HOUR.contains(&self.automatic_per_hour) {
-            let must = must_be(&PER_HOUR);
-            found.push(format!(
-                "`automatic_per_hour` is {}; {must}",
-                self.automatic_per_hour
-            ));
-        }
+        range(&mut found, "timeout_ms", self.timeout_ms, TIMEOUT_MS);
+        range(
+            &mut found,
+            "interval_seconds",
+            self.interval_seconds,
+            INTERVAL_SECONDS,
+        );
+        range(
+            &mut found,
+            "automatic_per_hour",
+            self.automatic_per_hour.into(),
+            PER_HOUR,
+        );
         if self.networks.len() > NETWORKS_MAX {
             found.push(format!("`networks` has more than {NETWORKS_MAX} names"));
         }
@@ -215,10 +209,6 @@ impl Settings {
             .map(|what| format!("{place}: {what}"))
             .collect()
     }
-}
-
-fn must_be(range: &RangeInclusive<impl std::fmt::Display>) -> String {
-    format!("it must be {} to {}", range.start(), range.end())
 }
 
 /// Why a URL cannot be that of a server. The API key and the keys of members must not be sent in plain text.

@@ -1,6 +1,6 @@
 //! Checks the values of a configuration whose syntax is valid.
 
-use std::{collections::HashSet, ops::RangeInclusive, path::Path};
+use std::{collections::HashSet, path::Path};
 
 use crate::server::{
     Api, ClientCertificates, ListenerSettings, Plaintext, RemoteStatusSettings, TlsSettings,
@@ -15,7 +15,9 @@ use keybroker_policy::NamedNetwork;
 use super::{
     Config, INSTANCE_VARIABLE, bitwarden,
     check_token::{selection_problems, token_problems},
-    notices, wrapping_keys,
+    notices,
+    range::{range, wide},
+    wrapping_keys,
 };
 
 impl Config {
@@ -289,21 +291,6 @@ impl Config {
     }
 }
 
-/// Adds a problem to the list if a value is out of range.
-fn range(problems: &mut Vec<String>, name: &str, value: u64, allowed: RangeInclusive<u64>) {
-    if !allowed.contains(&value) {
-        problems.push(format!(
-            "`{name}` is {value}; it must be {} to {}",
-            allowed.start(),
-            allowed.end()
-        ));
-    }
-}
-
-fn wide(value: usize) -> u64 {
-    u64::try_from(value).unwrap_or(u64::MAX)
-}
-
 fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     let address = listener.address;
     if listener.apis.is_empty() {
@@ -313,7 +300,7 @@ fn check_listener(listener: &ListenerSettings, problems: &mut Vec<String>) {
     }
     if listener.apis.contains(&Api::Console) && listener.apis != [Api::Console] {
         problems.push(format!(
-            "[[listener]] {address}: the page for approvers needs a listener of its own: `apis = [\"console\"]`"
+            "[[listener]] {address}: the page for approvers needs a separate listener: `apis = [\"console\"]`"
         ));
     }
     match (&listener.tls, listener.plaintext) {

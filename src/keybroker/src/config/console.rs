@@ -9,14 +9,16 @@ use keybroker_api::console;
 use keybroker_auth::{issuer, sign_in};
 use keybroker_core::{principal::Role, trusted_file};
 
+use super::range::range;
+
 /// The path of the page to which the provider sends the browser back.
 const CALLBACK: &str = "/callback";
 /// Longest client id, in bytes.
 const CLIENT_ID_BYTES_MAX: usize = 255;
 /// Longest session, in minutes: eight hours.
-const SESSION_MINUTES_MAX: u32 = 8 * 60;
+const SESSION_MINUTES_MAX: u64 = 8 * 60;
 /// Longest time between the authentication and an approval, in minutes.
-const REAUTHENTICATION_MINUTES_MAX: u32 = 60;
+const REAUTHENTICATION_MINUTES_MAX: u64 = 60;
 
 /// The `[console]` section of the configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -134,12 +136,10 @@ impl Settings {
                 REAUTHENTICATION_MINUTES_MAX,
             ),
         ];
-        let wrong = limits
-            .into_iter()
-            .filter(|(_, value, max)| !(1..=*max).contains(value));
-        problems.extend(wrong.map(|(name, value, max)| {
-            format!("`[console] {name}` is {value}; it must be 1 to {max}")
-        }));
+        for (name, value, max) in limits {
+            let name = format!("[console] {name}");
+            range(&mut problems, &name, value.into(), 1..=max);
+        }
         problems
     }
 

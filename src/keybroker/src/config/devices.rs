@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use keybroker_broker::DeviceRules;
 
+use super::range::range;
+
 /// The largest number of trusted devices of one member. A rotation sends the encrypted keys of all of them in one message of 64 KiB.
 const TRUSTED_MAX: u32 = 100;
 /// The longest lifetime of a request that another device approves, in minutes: one day.
@@ -71,14 +73,12 @@ impl Settings {
             ("answer_hours", self.answer_hours, HOURS_MAX),
             ("approvers_needed", self.approvers_needed, APPROVERS_MAX),
         ];
-        let wrong = limits
-            .into_iter()
-            .filter(|(_, value, max)| !(1..=*max).contains(value));
-        wrong
-            .map(|(name, value, max)| {
-                format!("`[devices] {name}` is {value}; it must be 1 to {max}")
-            })
-            .collect()
+        let mut problems = Vec::new();
+        for (name, value, max) in limits {
+            let name = format!("[devices] {name}");
+            range(&mut problems, &name, value.into(), 1..=max.into());
+        }
+        problems
     }
 }
 

@@ -13,21 +13,20 @@ use reqwest::{Certificate, Url};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use crate::https;
 use keybroker_broker::NoticeEvent;
-use keybroker_core::{
-    error::root_cause,
-    pem,
-    trusted_file::{self, Purpose},
-};
+use keybroker_core::trusted_file::{self, Purpose};
+
+use super::range::{range, wide};
 
 /// Longest time for an answer of the receiver, in milliseconds.
 const TIMEOUT_MS: RangeInclusive<u64> = 100..=60_000;
 /// Attempts to deliver one notice.
-const ATTEMPTS: RangeInclusive<u32> = 1..=10;
+const ATTEMPTS: RangeInclusive<u64> = 1..=10;
 /// Pause before the second attempt, in milliseconds.
 const RETRY_AFTER_MS: RangeInclusive<u64> = 10..=60_000;
 /// Notices that wait for their delivery.
-const WAITING: RangeInclusive<usize> = 1..=100_000;
+const WAITING: RangeInclusive<u64> = 1..=100_000;
 
 /// The prefix of a secret in text form, as the Standard Webhooks specification states it.
 const SECRET_PREFIX: &str = "whsec_";
@@ -38,8 +37,6 @@ const SECRETS_MAX: usize = 2;
 /// Longest secret file, in bytes.
 const SECRET_FILE_BYTES_MAX: u64 = 1_024;
 const SECRET: Purpose = Purpose::secret("secret of a webhook");
-/// Longest file with CA certificates, in bytes.
-const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide who receives the notices");
 
 /// The `[notices]` section of the configuration.
@@ -135,21 +132,13 @@ impl Settings {
 
     /// Reads the CA certificates that verify the receiver; `None` for the CAs of the system.
     pub fn authorities(&self) -> Result<Option<Vec<Certificate>>, FileError> {
-        let Some(path) = &self.ca_file else {
-            return Ok(None);
+        let read = |path: &PathBuf| {
+            https::authorities(path, AUTHORITIES).map_err(|problem| FileError::Authorities {
+                path: path.clone(),
+                problem,
+            })
         };
-        let unusable = |problem| FileError::Authorities {
-            path: path.clone(),
-            problem,
-        };
-        let text = trusted_file::read(path, AUTHORITIES_BYTES_MAX, AUTHORITIES)
-            .map_err(|error| unusable(error.to_string()))?;
-        let ders = pem::certificates(&text).map_err(|error| unusable(error.to_string()))?;
-        let roots = ders.iter().map(|der| Certificate::from_der(der));
-        let roots: Result<Vec<_>, _> = roots.collect();
-        roots
-            .map(Some)
-            .map_err(|error| unusable(root_cause(&error)))
+        self.ca_file.as_ref().map(read).transpose()
     }
 
     /// The files that other users must not change, each with its setting.
@@ -192,26 +181,23 @@ impl Settings {
                     .to_owned(),
             );
         }
-        found.extend(out_of("timeout_ms", &self.timeout_ms, &TIMEOUT_MS));
-        found.extend(out_of("attempts_max", &self.attempts_max, &ATTEMPTS));
-        found.extend(out_of(
+        range(&mut found, "timeout_ms", self.timeout_ms, TIMEOUT_MS);
+        range(
+            &mut found,
+            "attempts_max",
+            self.attempts_max.into(),
+            ATTEMPTS,
+        );
+        range(
+            &mut found,
             "retry_after_ms",
-            &self.retry_after_ms,
-            &RETRY_AFTER_MS,
-        ));
-        found.extend(out_of("waiting_max", &self.waiting_max, &WAITING));
+            self.retry_after_ms,
+            RETRY_AFTER_MS,
+        );
+        range(&mut found, "waiting_max", wide(self.waiting_max), WAITING);
         let found = found.into_iter();
         found.map(|what| format!("[notices]: {what}")).collect()
     }
-}
-
-fn out_of<T: PartialOrd + std::fmt::Display>(
-    name: &str,
-    value: &T,
-    allowed: &RangeInclusive<T>,
-) -> Option<String> {
-    let (least, most) = (allowed.start(), allowed.end());
-    (!allowed.contains(value)).then(|| format!("`{name}` is {value}; it must be {least} to {most}"))
 }
 
 /// Why a URL cannot be that of a receiver. Notices say who uses which devices, so they must not be sent in plain text.

@@ -201,7 +201,7 @@ const MISTAKES: &[(&str, &str, &str)] = &[
     (
         "apis = [\"console\"]",
         "apis = [\"console\", \"rest\"]",
-        "a listener of its own",
+        "the page for approvers needs a separate listener",
     ),
     (
         "apis = [\"console\"]",

@@ -21,13 +21,14 @@ use crate::{
     cli::exit::{Exit, Failure},
     config::Config,
 };
-use keybroker_api::console::{self, Answer, Begun, Provider, Session, Sessions};
+use keybroker_api::console::{self, Provider, Session, Sessions};
 use keybroker_auth::{sign_in, token::Tokens};
 use keybroker_broker::{Broker, limits::Limits};
 use keybroker_core::{
     call::caller::Caller,
     error::{Error, Reason, chain},
     principal::Principal,
+    sign_in::{Answer, Begun},
 };
 
 use super::unauthenticated::Authentication;
@@ -39,22 +40,10 @@ struct Configured(sign_in::Provider);
 #[async_trait]
 impl Provider for Configured {
     async fn begin(&self, max_age: Option<Duration>) -> Result<Begun, Error> {
-        let begun = self.0.begin(max_age).await?;
-        Ok(Begun {
-            url: begun.url,
-            state: begun.state,
-            nonce: begun.nonce,
-            verifier: begun.verifier,
-        })
+        self.0.begin(max_age).await
     }
 
     async fn finish(&self, answer: Answer) -> Result<Arc<Principal>, Error> {
-        let answer = sign_in::Answer {
-            code: &answer.code,
-            issuer: answer.issuer.as_deref(),
-            nonce: &answer.nonce,
-            verifier: &answer.verifier,
-        };
         self.0.finish(&answer).await
     }
 }

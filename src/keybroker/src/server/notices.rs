@@ -8,7 +8,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use reqwest::{Client, StatusCode, Url, redirect};
+use reqwest::{Client, StatusCode, Url};
 use tokio::{
     sync::mpsc,
     task::JoinSet,
@@ -16,7 +16,10 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::config::notices::{FileError, Settings};
+use crate::{
+    config::notices::{FileError, Settings},
+    https,
+};
 use keybroker_broker::{Notice, NoticeQueue};
 use keybroker_core::{call::spread, error::root_cause, metrics};
 
@@ -108,13 +111,7 @@ enum Attempt {
 impl Deliveries {
     fn new(settings: &Settings, stop: CancellationToken) -> Result<(NoticeQueue, Self), Error> {
         let timeout = Duration::from_millis(settings.timeout_ms);
-        let mut builder = Client::builder()
-            .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
-            .redirect(redirect::Policy::none())
-            .referer(false)
-            .no_proxy()
-            .connect_timeout(CONNECT_TIMEOUT.min(timeout))
-            .timeout(timeout);
+        let mut builder = https::client(timeout).connect_timeout(CONNECT_TIMEOUT.min(timeout));
         if let Some(authorities) = settings.authorities()? {
             builder = builder.tls_certs_only(authorities);
         }

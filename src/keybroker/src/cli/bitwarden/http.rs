@@ -2,19 +2,15 @@
 
 use std::{path::Path, time::Duration};
 
-use reqwest::{Certificate, Client, Response, redirect};
+use reqwest::{Client, Response};
 use zeroize::Zeroizing;
 
-use crate::cli::exit::{Exit, Failure};
-use keybroker_core::{
-    error::root_cause,
-    pem,
-    trusted_file::{self, Purpose},
+use crate::{
+    cli::exit::{Exit, Failure},
+    https,
 };
+use keybroker_core::{error::root_cause, trusted_file::Purpose};
 
-/// Maximum length of a file with CA certificates, in bytes. The CA file of a Linux distribution is
-/// about 0.3 MiB long.
-const AUTHORITIES_BYTES_MAX: u64 = 4 * 1024 * 1024;
 const AUTHORITIES: Purpose = Purpose::trust("other users could decide which server is trusted");
 
 /// A file with CA certificates, and the name of its option or setting for messages.
@@ -24,30 +20,17 @@ pub(super) struct Authorities<'a> {
     pub(super) file: &'a Path,
 }
 
-/// Builds a client that follows no redirect and uses no proxy, because only the specified server
-/// may receive the credential.
+/// Builds a client.
 pub(super) fn client(
     authorities: Option<Authorities<'_>>,
     timeout: Duration,
     https_only: bool,
 ) -> Result<Client, Failure> {
-    let mut builder = Client::builder()
-        .user_agent(concat!("keybroker/", env!("CARGO_PKG_VERSION")))
-        .timeout(timeout)
-        .https_only(https_only)
-        .redirect(redirect::Policy::none())
-        .no_proxy();
+    let mut builder = https::client(timeout).https_only(https_only);
     if let Some(Authorities { setting, file }) = authorities {
-        let unusable =
-            |why: String| Failure::new(Exit::Usage, format!("{setting} {}: {why}", file.display()));
-        let text = trusted_file::read(file, AUTHORITIES_BYTES_MAX, AUTHORITIES)
-            .map_err(|error| unusable(error.to_string()))?;
-        let roots = pem::certificates(&text)
-            .map_err(|error| unusable(error.to_string()))?
-            .iter()
-            .map(|der| Certificate::from_der(der))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| unusable(root_cause(&error)))?;
+        let roots = https::authorities(file, AUTHORITIES).map_err(|why| {
+            Failure::new(Exit::Usage, format!("{setting} {}: {why}", file.display()))
+        })?;
         builder = builder.tls_certs_only(roots);
     }
     builder

@@ -11,8 +11,8 @@ use crate::cli::exit::Failure;
 
 use super::{key::sha256, pins::Pins};
 
-/// The member in the row of a slot, which is the id of no member.
-const NOBODY: Guid = Guid::from_bytes([0; 16]);
+/// The id in place of the member in the row of a slot. A server does not give this id to a member.
+const SLOT_MEMBER: Guid = Guid::from_bytes([0; 16]);
 const HOUR_US: i64 = 3_600 * 1_000_000;
 /// Highest number of attempts to take a slot while other services take slots at the same moment.
 const ATTEMPTS_MAX: usize = 20;
@@ -33,7 +33,10 @@ impl Pins<'_> {
 
     /// The outer error is one of the database, which another service may have caused.
     async fn try_slot(&self, slots: u32) -> Result<Result<bool, Failure>, store::Error> {
-        let used = self.store.member_keys(self.organization, NOBODY).await?;
+        let used = self
+            .store
+            .member_keys(self.organization, SLOT_MEMBER)
+            .await?;
         let last = used.first().map(|row| row.digest);
         let last = (0..slots).find(|slot| last == Some(digest_of(*slot)));
         let slot = last.map_or(0, |last| (last + 1) % slots);
@@ -69,7 +72,7 @@ fn slot_row(organization: Guid, slot: u32) -> MemberKeyRow {
     MemberKeyRow {
         organization,
         digest: digest_of(slot),
-        member: NOBODY,
+        member: SLOT_MEMBER,
         email: [0; 32],
         pinned: Timestamp::now(),
         mac: [0; 32],

@@ -6,4 +6,5 @@ mod in_browser;
 mod pages;
 mod screens;
 mod sign_in;
+mod sign_in_limits;
 mod site;

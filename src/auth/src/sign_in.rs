@@ -11,14 +11,11 @@ use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use aws_lc_rs::{digest, rand};
 use base64ct::{Base64UrlUnpadded, Encoding as _};
-use reqwest::{StatusCode, Url};
-use serde::Deserialize;
-use tokio::sync::Mutex;
 use zeroize::Zeroizing;
 
 use keybroker_core::{
@@ -30,13 +27,17 @@ use keybroker_core::{
 
 use super::{
     http::Http,
-    issuer::{Settings as Issuer, url_problem},
     jwks::SourceError,
     token::{IdTokens, Tokens},
 };
 
-/// Time after which the discovery document is fetched again.
-const ENDPOINTS_KEPT: Duration = Duration::from_mins(15);
+mod endpoints;
+mod exchange;
+
+pub use endpoints::endpoint_problem;
+
+use endpoints::{Endpoints, Finder};
+
 /// Time after which a caller may try again while the provider is unavailable.
 const RETRY: Duration = Duration::from_secs(5);
 /// Longest client secret, in bytes.
@@ -86,9 +87,9 @@ pub enum SignInError {
 pub struct Provider {
     settings: Settings,
     secret: Option<Secret>,
-    http: Http,
+    http: Arc<Http>,
     tokens: IdTokens,
-    endpoints: Mutex<Option<(Instant, Arc<Endpoints>)>>,
+    endpoints: Arc<Finder>,
 }
 
 /// A client secret, which has no readable `Debug` output.
@@ -100,26 +101,6 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-#[derive(Debug)]
-struct Endpoints {
-    authorization: Url,
-    token: String,
-    /// Whether the client id and the secret are in the form instead of the header.
-    is_secret_in_form: bool,
-    /// Whether the provider adds its `iss` to the answer (RFC 9207).
-    has_issuer: bool,
-}
-
-#[derive(Deserialize)]
-struct TokenAnswer {
-    id_token: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct TokenProblem {
-    error: String,
-}
-
 impl Provider {
     /// Creates the client of a provider. The provider may be unavailable.
     pub fn new(tokens: &Tokens, settings: Settings) -> Result<Self, SignInError> {
@@ -127,19 +108,22 @@ impl Provider {
             .id_tokens(&settings.issuer, &settings.client_id)
             .ok_or_else(|| SignInError::NoIssuer(settings.issuer.clone()))?;
         let secret = settings.client_secret_file.as_deref().map(read_secret);
+        let secret = secret.transpose()?;
+        let http = Arc::new(Http::new(id_tokens.settings())?);
+        let endpoints = Finder::new(Arc::clone(&http), id_tokens.settings(), &settings);
         Ok(Self {
-            secret: secret.transpose()?,
-            http: Http::new(id_tokens.settings())?,
-            tokens: id_tokens,
             settings,
-            endpoints: Mutex::default(),
+            secret,
+            http,
+            tokens: id_tokens,
+            endpoints: Arc::new(endpoints),
         })
     }
 
     /// Begins a sign-in. With `max_age`, the provider must ask for the credentials again, and must say when the person
     /// authenticated.
     pub async fn begin(&self, max_age: Option<Duration>) -> Result<Begun, Error> {
-        let endpoints = self.endpoints().await?;
+        let endpoints = self.endpoints.find().await?;
         let (state, nonce, verifier) = (random()?, random()?, random()?);
         let challenge = digest::digest(&digest::SHA256, verifier.as_bytes());
         let challenge = Base64UrlUnpadded::encode_string(challenge.as_ref());
@@ -172,16 +156,16 @@ impl Provider {
 
     /// Exchanges the code for an ID token, and returns the principal that the ID token identifies.
     pub async fn finish(&self, answer: &Answer) -> Result<Arc<Principal>, Error> {
-        let endpoints = self.endpoints().await?;
-        let issuer = &self.issuer().issuer;
+        let endpoints = self.endpoints.find().await?;
+        let issuer = &self.tokens.settings().issuer;
         let is_other = match &answer.issuer {
             Some(found) => found != issuer,
             None => endpoints.has_issuer,
         };
         if is_other {
-            return refuse(
+            return Err(refused(
                 "the answer is not from the configured issuer: its `iss` differs or is missing",
-            );
+            ));
         }
         let token = self.exchange(&endpoints, answer).await?;
         self.tokens.verify(token.as_bytes(), &answer.nonce).await
@@ -198,27 +182,7 @@ impl Provider {
         let url = &endpoints.token;
         let sent = self.http.post_form(url, form, header).await;
         let sent = sent.map_err(|error| unavailable(&chain(&error)))?;
-        if sent.status != StatusCode::OK {
-            let problem: Option<TokenProblem> = serde_json::from_slice(&sent.body).ok();
-            let problem = problem.map_or_else(String::new, |problem| problem.error);
-            if problem == "invalid_grant" {
-                return refuse(
-                    "the provider refuses the code: it was used before, it has expired, or it is not of this sign-in",
-                );
-            }
-            let shown: String = problem.chars().take(64).collect();
-            return Err(unavailable(&format!(
-                "{url}: the provider answered with status {} and the error {shown:?}",
-                sent.status
-            )));
-        }
-        let answer: TokenAnswer = serde_json::from_slice(&sent.body)
-            .map_err(|_| unavailable(&format!("{url}: the answer is not an answer with tokens")))?;
-        answer.id_token.ok_or_else(|| {
-            unavailable(&format!(
-                "{url}: the answer has no `id_token`; request the scope `openid`"
-            ))
-        })
+        exchange::id_token(url, &sent)
     }
 
     /// The form for the token endpoint, and the secret that belongs into the header, if any.
@@ -238,73 +202,6 @@ impl Provider {
             }
         }
         (form.finish(), in_header)
-    }
-
-    fn issuer(&self) -> &Issuer {
-        self.tokens.settings()
-    }
-
-    async fn endpoints(&self) -> Result<Arc<Endpoints>, Error> {
-        let mut kept = self.endpoints.lock().await;
-        if let Some((at, endpoints)) = &*kept
-            && at.elapsed() < ENDPOINTS_KEPT
-        {
-            return Ok(Arc::clone(endpoints));
-        }
-        match self.find_endpoints().await {
-            Ok(found) => {
-                let found = Arc::new(found);
-                *kept = Some((Instant::now(), Arc::clone(&found)));
-                Ok(found)
-            }
-            Err(error) => match &*kept {
-                // The endpoints rarely change, so an outage of the discovery document must not prevent sign-ins.
-                Some((_, endpoints)) => Ok(Arc::clone(endpoints)),
-                None => Err(error),
-            },
-        }
-    }
-
-    async fn find_endpoints(&self) -> Result<Endpoints, Error> {
-        let settings = &self.settings;
-        if let (Some(authorization), Some(token)) =
-            (&settings.authorization_url, &settings.token_url)
-        {
-            return self.checked(authorization, token.clone());
-        }
-        let (url, issuer) = (self.issuer().discovery_place(), &self.issuer().issuer);
-        let found = self.http.discovery(&url, issuer).await;
-        let found = found.map_err(|error| unavailable(&chain(&error)))?;
-        let missing =
-            |name: &str| unavailable(&format!("{url}: the discovery document has no `{name}`"));
-        let authorization = settings.authorization_url.clone();
-        let authorization = authorization.or(found.authorization_endpoint);
-        let authorization = authorization.ok_or_else(|| missing("authorization_endpoint"))?;
-        let token = settings.token_url.clone().or(found.token_endpoint);
-        let token = token.ok_or_else(|| missing("token_endpoint"))?;
-        let methods = found.token_endpoint_auth_methods_supported.as_deref();
-        let has = |name: &str| methods.is_some_and(|methods| methods.iter().any(|one| one == name));
-        Ok(Endpoints {
-            is_secret_in_form: has("client_secret_post") && !has("client_secret_basic"),
-            has_issuer: found.authorization_response_iss_parameter_supported,
-            ..self.checked(&authorization, token)?
-        })
-    }
-
-    fn checked(&self, authorization: &str, token: String) -> Result<Endpoints, Error> {
-        for url in [authorization, &token] {
-            if let Some(problem) = url_problem(url, self.issuer().allow_http) {
-                return Err(unavailable(&format!("endpoint {url:?}: {problem}")));
-            }
-        }
-        let authorization = Url::parse(authorization)
-            .map_err(|error| unavailable(&format!("authorization endpoint: {error}")))?;
-        Ok(Endpoints {
-            authorization,
-            token,
-            is_secret_in_form: false,
-            has_issuer: false,
-        })
     }
 }
 
@@ -335,6 +232,6 @@ fn unavailable(detail: &str) -> Error {
     Error::new(Reason::IdentityDown, format!("sign-in: {detail}")).retry_after(RETRY)
 }
 
-fn refuse<T>(detail: &str) -> Result<T, Error> {
-    Err(Error::new(Reason::Credential, format!("sign-in: {detail}")))
+fn refused(detail: &str) -> Error {
+    Error::new(Reason::Credential, format!("sign-in: {detail}"))
 }

@@ -12,7 +12,8 @@ use keybroker_proto::{self as proto, AccessApprover};
 use crate::{
     devices::member::{App, Member},
     identity::{Client as Registered, Identity, Options as IdentityOptions, user},
-    process::Broker,
+    process::{Broker, until},
+    site::Site,
     softhsm::write_private,
     tokens::{ADA, start_sealed_on},
 };
@@ -135,6 +136,23 @@ tls = {{ certificate_file = "{certificate}", key_file = "{key}" }}
             broker,
             origin,
         }
+    }
+
+    /// The same site with another limit of failed attempts. The broker starts again.
+    pub(crate) fn with_failures_per_minute(self, count: u32) -> Self {
+        let (site, _) = self.broker.stop();
+        site.edit_configuration(|text| {
+            let before = "failures_per_minute = 100000";
+            assert!(text.contains(before), "{text}");
+            *text = text.replacen(before, &format!("failures_per_minute = {count}"), 1);
+        });
+        let key_sets = |site: &Site| site.log().matches("key set taken over").count();
+        let before = key_sets(&site);
+        let broker = Broker::start_on(site);
+        until("the key set", || {
+            (key_sets(&broker.site) > before).then_some(())
+        });
+        Self { broker, ..self }
     }
 
     /// Ada, with a user key and a trusted device.

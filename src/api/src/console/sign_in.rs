@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Instant};
 
 use axum::http::{StatusCode, header, request::Parts};
 
+use keybroker_broker::limits;
 use keybroker_core::{
     call::{Call, caller::Caller},
     error::{Error, Reason},
@@ -36,6 +37,12 @@ pub(super) async fn begin(
     caller: &Caller,
     call: &Call,
 ) -> Answer {
+    // The session exists, so an error means that the approver has reached a limit.
+    if session.is_some()
+        && let Err(error) = caller.principal()
+    {
+        return Err(Failure::of(error, call.id));
+    }
     let fields = query(head);
     let max_age = session
         .is_some()
@@ -48,7 +55,7 @@ pub(super) async fn begin(
         max_age,
         request: AccessRequestId::from_hex(fields.value("request")),
         replaces: session.map(|session| session.digest()),
-        address: caller.peer().ip(),
+        network: limits::network(caller.peer().ip()),
         started: Instant::now(),
     };
     let cookie = context.logins.keep(login);
@@ -67,17 +74,8 @@ pub(super) async fn finish(
     call: &Call,
 ) -> Answer {
     let fields = query(head);
-    let limited = context.limits.check_address(caller.peer().ip());
-    limited.map_err(|error| Failure::of(&error, call.id))?;
     let Some(login) = context.logins.take(&head.headers, fields.value("state")) else {
-        let error = Error::new(
-            Reason::Credential,
-            "sign-in: the answer is not of a sign-in that this browser began, or the sign-in has expired",
-        );
-        refused(context, caller, call, &error);
-        return Err(again(
-            "The sign-in has expired, or was begun in another browser or tab.",
-        ));
+        return Err(without_login(context, caller, call));
     };
     if !fields.value("error").is_empty() || fields.value("code").is_empty() {
         let error = Error::new(
@@ -131,6 +129,8 @@ async fn signed_in(
         nonce: login.begun.nonce.clone(),
         verifier: login.begun.verifier.clone(),
     };
+    // The place stays taken until the ID token is verified.
+    let _place = context.logins.exchange(login).await?;
     let principal = context.provider.finish(answer).await?;
     // A provider that ignores the request to authenticate again must not let an old session approve.
     match login.max_age {
@@ -192,19 +192,31 @@ fn query(head: &Parts) -> Fields {
     Fields::parse(head.uri.query().unwrap_or_default().as_bytes())
 }
 
+/// Refuses an answer that is not of a sign-in of this browser. Only such answers are refused if the address has reached the limit of
+/// failed attempts: otherwise, a caller could prevent the sign-ins of approvers who have the same address.
+fn without_login(context: &Context, caller: &Caller, call: &Call) -> Box<Failure> {
+    if let Err(error) = context.limits.check_address(caller.peer().ip()) {
+        return Failure::of(&error, call.id);
+    }
+    let error = Error::new(
+        Reason::Credential,
+        "sign-in: the answer is not of a sign-in that this browser began, or the sign-in has expired",
+    );
+    refused(context, caller, call, &error);
+    again("The sign-in has expired, or was begun in another browser or tab.")
+}
+
 /// Counts and logs the refusal of a browser without a session.
 fn refused(context: &Context, caller: &Caller, call: &Call, error: &Error) -> Box<Failure> {
     let peer = caller.peer();
     context
         .broker
         .refuse_unauthenticated(peer, peer.ip(), error, call.id);
-    let counted = if error.is_failed_attempt() {
-        context.limits.fail_address(peer.ip())
-    } else {
-        Ok(())
-    };
-    Failure::of(counted.as_ref().err().unwrap_or(error), call.id)
-        .with_link("/sign-in".to_owned(), "Sign in again")
+    if error.is_failed_attempt() {
+        // The call is refused already. The limit takes effect on later calls.
+        context.limits.fail_address(peer.ip()).ok();
+    }
+    Failure::of(error, call.id).with_link("/sign-in".to_owned(), "Sign in again")
 }
 
 fn again(text: &str) -> Box<Failure> {

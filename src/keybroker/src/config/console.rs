@@ -101,6 +101,7 @@ impl Settings {
     pub(super) fn problems(&self, issuers: &[issuer::Settings]) -> Vec<String> {
         let mut problems = Vec::new();
         problems.extend(self.issuer_problem(issuers));
+        problems.extend(self.endpoint_problems(issuers));
         if !(1..=CLIENT_ID_BYTES_MAX).contains(&self.client_id.len()) {
             problems.push(format!(
                 "[console]: `client_id` must have 1 to {CLIENT_ID_BYTES_MAX} bytes"
@@ -160,6 +161,21 @@ impl Settings {
             self.issuer
         ))
     }
+
+    fn endpoint_problems(&self, issuers: &[issuer::Settings]) -> Vec<String> {
+        let issuer = issuers.iter().find(|issuer| issuer.name == self.issuer);
+        let allow_http = issuer.is_some_and(|issuer| issuer.allow_http);
+        let urls = [
+            ("authorization_url", &self.authorization_url),
+            ("token_url", &self.token_url),
+        ];
+        let problems = urls.into_iter().filter_map(|(name, url)| {
+            let url = url.as_ref()?;
+            let problem = sign_in::endpoint_problem(url, allow_http)?;
+            Some(format!("[console]: `{name}` is {url:?}, but {problem}"))
+        });
+        problems.collect()
+    }
 }
 
 /// Whether a text is an origin with HTTPS exactly as browsers send it.
@@ -215,6 +231,47 @@ mod tests {
         };
         assert_eq!(wrong.problems(&[]).len(), 8, "{:?}", wrong.problems(&[]));
         assert_eq!(settings().problems(&[]).len(), 1);
+    }
+
+    #[test]
+    fn an_endpoint_has_tls_unless_it_is_on_this_host() {
+        let issuers = |allow_http: bool| {
+            let lines = format!(
+                "name = \"sso\"\nissuer = \"https://login.example.org\"\nallow_http = {allow_http}"
+            );
+            [toml::from_str::<issuer::Settings>(&lines).unwrap()]
+        };
+        for (url, allow_http, words) in [
+            ("https://login.example.org/token", false, None),
+            ("http://127.0.0.1:8080/token", true, None),
+            ("http://localhost:8080/token", true, None),
+            (
+                "http://localhost:8080/token",
+                false,
+                Some("set `allow_http = true`"),
+            ),
+            ("http://login.example.org/token", false, Some("use https")),
+            ("http://login.example.org/token", true, Some("use https")),
+            ("login.example.org", true, Some("not a URL")),
+        ] {
+            let settings = Settings {
+                authorization_url: Some(url.to_owned()),
+                token_url: Some(url.to_owned()),
+                ..settings()
+            };
+            let problems = settings.problems(&issuers(allow_http));
+            for name in ["authorization_url", "token_url"] {
+                let setting = format!("`{name}` is \"{url}\"");
+                let problem = problems.iter().find(|one| one.contains(&setting));
+                match words {
+                    None => assert!(problem.is_none(), "{url}: {problems:?}"),
+                    Some(words) => assert!(
+                        problem.is_some_and(|problem| problem.contains(words)),
+                        "{url}: {problems:?}"
+                    ),
+                }
+            }
+        }
     }
 
     #[test]
